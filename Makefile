@@ -1,0 +1,54 @@
+# Retune. `make run` and `make test` each work as the first command on a fresh clone; Python 3.11+ and make are enough.
+# Everything they make lies in this folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
+export DO_NOT_TRACK := true
+# One source of torch wheels may offer a CPU build; pip's own settings decide, the lock names the version.
+
+.PHONY: run test check bench bench-stages sample lock clean help
+
+help:                ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+run: $(READY)        ## the whole loop once: data, training, evaluation, merge, publish, promotion (about 4 minutes)
+	@retune run
+
+test: $(READY)       ## all tests that need no server, browser or GPU (about 6 minutes on 2 cores)
+	@python -m pytest -q tests
+
+check: $(READY)      ## formatting, lint, types
+	@ruff format --check .
+	@ruff check .
+	@mypy
+
+bench: bench-stages  ## every benchmark
+
+bench-stages: $(READY)  ## time and peak memory by stage of the last run
+	@python -m pipeline.bench
+
+sample: $(READY)     ## make the sample data and base model again (about 10 minutes)
+	python -m infra.sample.instructions
+	python -m infra.sample.pretrain
+	dvc add data
+	dvc push data.dvc
+
+lock:                ## resolve requirements.lock again (needs uv)
+	uv pip compile pyproject.toml --group dev --python-version 3.11 --no-header -q | sed 's/+cpu$$//' > requirements.lock
+
+clean:               ## remove outputs, caches, servers' state and the environment; data and the store stay
+	-@test ! -x $(BIN)/retune || $(BIN)/retune down
+	rm -rf artifacts .retune .pytest_cache .ruff_cache .mypy_cache *.egg-info $(VENV)
+
+# Remade when the lock changes. Stock pip, one go; no cache outside this folder is written.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: Retune needs 3.11 or newer (make PYTHON=python3.12 …)")'
+	@echo "Installing the locked packages into $(VENV): about 2 minutes and 2.2 GB, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps --editable .
+	@$(BIN)/python -m pip check
+	@touch $@

@@ -1,0 +1,221 @@
+"""The whole story: a data snapshot in, a new champion or a reasoned refusal out. One line a stage, no branch but the
+gate.
+
+Each DVC stage runs as `dvc repro` of that stage in a child process, so `dvc repro` and this flow see each other's
+work as done. Training is never retried: a second attempt is a person's decision, and goes on from the last checkpoint.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import graph
+from pipeline import promote as gate
+from pipeline import publish as shipping
+from pipeline.files import read_json
+from pipeline.params import Params, load_params
+from pipeline.process import run_streaming
+from pipeline.progress import LINE, clock
+from pipeline.statistics import METRICS
+from pipeline.store import open_store
+
+ARTIFACTS = Path("artifacts")
+# What DVC says after each stage, for people who type `dvc repro`.
+DVC_HINTS = (
+    "Use `dvc push`",
+    "To track the changes",
+    "\tgit add",
+    "> ",
+    "To enable auto staging",
+    "\tdvc config",
+    "Updating lock file",
+)
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended with an error; its own last lines say which."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    stage: str
+    outcome: str  # ran | restored (from DVC's run cache) | cached (nothing had changed)
+    seconds: float
+
+
+@flow(name="retrain", flow_run_name="retrain-{trigger}", log_prints=False, validate_parameters=False)
+def retrain(trigger: str = "by-hand") -> dict[str, Any]:
+    params = load_params()
+    stages = [ingest(), prepare(), train(), evaluate(), merge()]
+    version = publish(params)
+    decision = promote(params, version)
+    return summary(stages, version, decision)
+
+
+@task
+def ingest() -> State[Any]:
+    """The snapshot that data.dvc names, fetched if it is not here. New data comes in by `retune ingest`."""
+    started = time.monotonic()
+    fetched = graph.pull_data()
+    return _state("ingest", "ran" if fetched else "cached", time.monotonic() - started)
+
+
+@task
+def prepare() -> State[Any]:
+    result = _repro("prepare")
+    create_markdown_artifact((ARTIFACTS / "dataset" / "report.md").read_text(), key="data-report")
+    return result
+
+
+@task(retries=0)
+def train() -> State[Any]:
+    artifact = create_progress_artifact(0.0, key="training-progress", description="Training")
+    assert isinstance(artifact, UUID)  # not a coroutine: this is synchronous code
+    return _repro("train", artifact)
+
+
+@task
+def evaluate() -> State[Any]:
+    result = _repro("evaluate")
+    metrics = read_json(ARTIFACTS / "evaluation" / "metrics.json")
+    rows = [
+        {"metric": metric} | {system: _interval(scores[metric]) for system, scores in metrics.items()}
+        for metric in METRICS
+    ]
+    create_table_artifact(rows, key="metrics", description="Test scores with 95 % intervals")
+    create_markdown_artifact((ARTIFACTS / "evaluation" / "report.md").read_text(), key="evaluation-report")
+    return result
+
+
+@task
+def merge() -> State[Any]:
+    return _repro("merge")
+
+
+@task
+def publish(params: Params) -> shipping.Published:
+    published = shipping.publish(params.publish)
+    store = open_store(params.publish.artifact_store)
+    create_link_artifact(f"{store.uri}/versions/{published.version}/manifest.json", "manifest", key="version")
+    create_link_artifact(ARTIFACTS.resolve().as_uri(), "artifacts of this run", key="files")
+    return published
+
+
+@task
+def promote(params: Params, version: shipping.Published) -> gate.Decision:
+    decision = gate.promote(params.publish, params.promote, version.version)
+    create_markdown_artifact(f"**{decision.decision}**: v{version.number}: {decision.reason}", key="verdict")
+    return decision
+
+
+def summary(states: list[State[Any]], version: shipping.Published, decision: gate.Decision) -> dict[str, Any]:
+    stages: list[StageResult] = [state.result() for state in states]
+    metrics = read_json(ARTIFACTS / "evaluation" / "metrics.json") | read_json(ARTIFACTS / "parity" / "metrics.json")
+    overall = {
+        system: {metric: metrics[system][metric] for metric in METRICS} for system in ("base", "adapter", "merged")
+    }
+    return {
+        "changed": any(stage.outcome != "cached" for stage in stages) or version.created,
+        "stages": [asdict(stage) for stage in stages],
+        "metrics": overall,
+        "version": asdict(version),
+        "decision": asdict(decision),
+    }
+
+
+def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
+    """Run one DVC stage, its lines streamed to the terminal and to Prefect, its progress to `artifact`."""
+    logger = get_run_logger()
+    started = time.monotonic()
+    lines: list[str] = []
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        if not line.strip() or line.startswith(DVC_HINTS):
+            return
+        logger.info(line)
+        _say(line)
+        progress = LINE.match(line)
+        if progress and artifact is not None:
+            update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]))
+
+    status = run_streaming(graph.repro_command(stage), on_line, environment=graph.environment())
+    if status != 0:
+        raise StageFailed(f"stage {stage} ended with status {status}; `dvc repro {stage}` shows it alone")
+    if artifact is not None:
+        update_progress_artifact(artifact_id=artifact, progress=100.0)
+    return _state(stage, graph.outcome(lines, stage), time.monotonic() - started)
+
+
+def _state(stage: str, outcome: str, seconds: float) -> State[Any]:
+    result = StageResult(stage, outcome, seconds)
+    return Completed(name=outcome.capitalize(), message=f"{stage} {outcome} in {clock(seconds)}", data=result)
+
+
+def _interval(score: dict[str, float] | None) -> str:
+    return "–" if score is None else f"{score['score']:.3g} ({score['low']:.3g} to {score['high']:.3g})"
+
+
+def _say(line: str) -> None:
+    if "--json" not in sys.argv:
+        print(line, flush=True)
+
+
+def show(result: dict[str, Any], seconds: float) -> None:
+    """What a person wants to know at the end, in the order they ask it."""
+    console = Console(width=110)
+    metrics = result["metrics"]
+    table = Table("metric", *metrics, title="Test scores (95 % interval)", title_justify="left")
+    for metric in METRICS:
+        table.add_row(metric, *(_interval(scores[metric]) for scores in metrics.values()))
+    console.print(table)
+    table = Table("stage", "outcome", "time", title="Stages", title_justify="left")
+    for stage in result["stages"]:
+        table.add_row(stage["stage"], stage["outcome"], clock(stage["seconds"]))
+    table.add_row("all", "", clock(seconds))
+    console.print(table)
+    version, decision = result["version"], result["decision"]
+    alias = " (champion)" if decision["champion"] == version["version"] else ""
+    print(
+        f"Version   v{version['number']} {version['version']}{alias}"
+        + ("" if version["created"] else ", published before")
+    )
+    print(f"Verdict   {decision['decision']}: {decision['reason']}")
+    print("Files     artifacts/merged is the model, artifacts/evaluation/report.md the report")
+
+
+def main() -> None:
+    started = time.monotonic()
+    try:
+        result = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"))
+    except (ValueError, RuntimeError) as error:
+        if not type(error).__module__.startswith(("pipeline.", "flows.", "__main__")):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    if "--json" in sys.argv:
+        print(json.dumps(result))
+    else:
+        show(result, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""The `retune` command. Each subcommand reads its parameters, calls one function, and says what came of it."""
+
+import fcntl
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.files import WORK_DIR, write_json
+from pipeline.process import end_with_parent
+from pipeline.progress import clock
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Scheduled, gated retraining of LLM adapters. Run it in the project's top folder.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+ARTIFACTS = Path("artifacts")
+
+
+def main() -> None:
+    """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
+    _environment()
+    try:
+        app()
+    except (ValueError, RuntimeError) as error:
+        # Errors that this project raises are written for people; any other is a defect and keeps its traceback.
+        if not type(error).__module__.startswith(("pipeline.", "flows.")):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(143 if type(error).__name__ == "Interrupted" else 1)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        print(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def run(json_output: Json = False) -> None:
+    """Bring everything up to date: train if something changed, publish, and promote if it is better."""
+    from pipeline import graph, server
+    from pipeline.params import load_params
+    from pipeline.promote import decided
+
+    params = load_params()
+    with _only_run():
+        graph.pull_data()
+        up = server.running()
+        if up is None and not graph.stale():
+            decision = decided(params.publish, graph.version_id())
+            if decision is not None:
+                _say_nothing_to_do(decision, json_output)
+                return
+        with server.for_one_run() as prefect:
+            flow = subprocess.run(
+                [sys.executable, "-m", "flows.retrain", *(["--json"] if json_output else [])],
+                # The flow prints its own lines; Prefect's go to the server.
+                env=server.environment(Path("."), prefect.url) | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"},
+            )
+    raise typer.Exit(flow.returncode)
+
+
+@app.command()
+def ingest(
+    source: Annotated[Path, typer.Argument(help="A .json or .jsonl file, or a folder of them.")],
+    format: Annotated[str | None, typer.Option(help="alpaca, sharegpt or messages; else params.yaml's.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Make the files at SOURCE the new data snapshot; `retune run` then trains on it."""
+    from pipeline import graph
+    from pipeline.ingest import ingest as do
+    from pipeline.params import IngestParams, load_params
+
+    params = load_params().ingest
+    if format is not None:
+        if format not in ("alpaca", "sharegpt", "messages"):
+            raise typer.BadParameter(f"{format} is not a format; expected alpaca, sharegpt or messages")
+        params = IngestParams(format=format)  # type: ignore[arg-type]
+    graph.pull_data()  # the snapshot also holds the base model, which stays
+    result = do(params, source)
+    if json_output:
+        print(json.dumps(asdict(result)))
+        return
+    print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
+    for reason, count in result.rejected.items():
+        print(f"  {count:,} more cannot be used: a row {reason}")
+    print("  data.dvc names the new snapshot" if result.changed else "  the same data as before; data.dvc is unchanged")
+
+
+@app.command()
+def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or merge.")]) -> None:
+    """Run one stage of dvc.yaml; `dvc repro` calls this."""
+    end_with_parent()  # DVC forwards no signals: when it dies, its stage must not go on alone
+    from pipeline.params import load_params
+
+    params = load_params()
+    started = time.monotonic()
+    summary = _run_stage(name, params)
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    write_json(WORK_DIR / "stages" / f"{name}.json", {"seconds": seconds, "peak_memory_bytes": peak})
+    print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
+
+
+@app.command()
+def publish(json_output: Json = False) -> None:
+    """Ship the workspace's artifacts as a version: store first, registry after."""
+    from pipeline.params import load_params
+    from pipeline.publish import publish as do
+
+    result = do(load_params().publish)
+    if json_output:
+        print(json.dumps(asdict(result)))
+    elif result.created:
+        print(f"publish: version v{result.number} ({result.version}), {result.uploaded_bytes / 1e6:.1f} MB uploaded")
+    else:
+        print(f"publish: already published as v{result.number} ({result.version})")
+
+
+@app.command()
+def promote(
+    version: Annotated[str | None, typer.Argument(help="v3, 3 or a version's id; else the workspace's.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Make a version the champion if it is measurably better; a refusal (exit status 3) shows both numbers."""
+    from pipeline.params import load_params
+    from pipeline.promote import promote as do
+
+    params = load_params()
+    decision = do(params.publish, params.promote, version)
+    if json_output:
+        print(json.dumps(asdict(decision)))
+    else:
+        print(f"promote: v{decision.number} {decision.decision}: {decision.reason}")
+    if decision.decision == "refused":
+        raise typer.Exit(3)
+
+
+@app.command()
+def rollback(
+    to: Annotated[str | None, typer.Option(help="The version to go back to; else the champion before.")] = None,
+    reason: Annotated[str, typer.Option(help="Kept in the history.")] = "rolled back by hand",
+    json_output: Json = False,
+) -> None:
+    """Put the previous champion back."""
+    from pipeline.params import load_params
+    from pipeline.promote import rollback as do
+
+    record = do(load_params().publish, to, reason)
+    if json_output:
+        print(json.dumps(asdict(record)))
+    else:
+        print(f"rollback: {record.champion} is champion again; it was {record.previous}")
+
+
+@app.command()
+def history(json_output: Json = False) -> None:
+    """Every promotion, refusal and rollback: when, who, what, and with which numbers."""
+    from pipeline.params import load_params
+    from pipeline.promote import history as do
+    from pipeline.registry import ModelRegistry
+
+    params = load_params()
+    log = do(params.publish)
+    if json_output:
+        print(json.dumps([asdict(record) for record in log]))
+        return
+    if not log:
+        print("history: nothing was decided yet; `retune run` trains, publishes and decides")
+        return
+    registry = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name)
+    for record in log:
+        mark = "champion" if record.version == log[-1].champion == record.champion else ""
+        print(f"{record.number:>3}  {record.time}  v{registry.version_of(record.version)} {record.version}  "
+              f"{record.decision:<9} {mark:<8} by {record.actor}\n     {record.reason}")  # fmt: skip
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(help="Of the dashboard, on loopback.")] = 4200, json_output: Json = False
+) -> None:
+    """Start the local Prefect server with its dashboard; runs are then seen there."""
+    from pipeline import server
+
+    print("up: starting the Prefect server (about 20 seconds)", file=sys.stderr)
+    started = server.up(port)
+    print(json.dumps(asdict(started)) if json_output else f"up: dashboard at {started.url}, log in {server.LOG}")
+
+
+@app.command()
+def down() -> None:
+    """Stop what `retune up` started."""
+    from pipeline import server
+
+    print("down: stopped" if server.down() else "down: no server was running")
+
+
+@app.command()
+def status(json_output: Json = False) -> None:
+    """Which server runs, what is stale, who is champion."""
+    from pipeline import graph, server
+    from pipeline.params import load_params
+    from pipeline.registry import champion, read_log
+    from pipeline.store import open_store
+
+    params = load_params()
+    prefect = server.running()
+    stale = graph.stale()
+    log = read_log(open_store(params.publish.artifact_store), params.publish.registered_model_name)
+    answer = {"dashboard": prefect.url if prefect else None, "stale": list(stale), "champion": champion(log)}
+    if json_output:
+        print(json.dumps(answer))
+        return
+    print(f"dashboard  {answer['dashboard'] or 'not running (`retune up` starts it)'}")
+    print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
+    print(f"champion   {answer['champion'] or 'none yet'}")
+
+
+@app.command(hidden=True)
+def score(
+    model: Path,
+    settings: Annotated[Path, typer.Option()],
+    output: Annotated[Path, typer.Option()],
+) -> None:
+    """Score a merged model on the workspace's test split; `promote` calls this for versions scored on another one."""
+    from pipeline.files import read_json
+    from pipeline.merge import score_model
+
+    score_model(model, ARTIFACTS / "dataset", read_json(settings), output)
+
+
+def _environment() -> None:
+    """Caches in the project, no telemetry, and no Hub unless a parameter names a Hub repository."""
+    WORK_DIR.mkdir(exist_ok=True)  # else DVC makes it, writable for everybody
+    work = WORK_DIR.resolve()
+    defaults = {
+        "HF_DATASETS_CACHE": str(work / "datasets"),
+        "HF_EVALUATE_CACHE": str(work / "evaluate"),
+        "HF_MODULES_CACHE": str(work / "modules"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DO_NOT_TRACK": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(work / "dvc"),
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+
+
+def _run_stage(name: str, params: Any) -> str:
+    """Run one stage on the project's own folders; returns what came of it in a few words."""
+    if Path(params.prepare.model_name_or_path).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    # Renamed arguments that TRL still passes, and a kernel package that only speeds up: nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
+    match name:
+        case "prepare":
+            from pipeline.prepare import prepare
+
+            made = prepare(params.prepare, Path("data/instructions"), dataset)
+            dropped = f", {sum(made.dropped.values()):,} dropped" if made.dropped else ""
+            rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
+            return f"{rows} rows{dropped}; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
+        case "train":
+            from pipeline.train import train
+
+            trained = train(params.train, dataset, adapter)
+            return (
+                f"{trained.steps} steps, loss {trained.loss:.3f}, "
+                f"{trained.trainable_parameters:,} trainable parameters, {trained.tokens_per_second:,.0f} tokens/s"
+            )
+        case "evaluate":
+            from pipeline.evaluate import evaluate
+
+            scored = evaluate(params.evaluate, dataset, adapter, evaluation)
+            return ", ".join(
+                f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
+                for metric in ("accuracy", "bleu", "rougeL")
+                if scored.base[metric]
+            )
+        case "merge":
+            from pipeline.merge import merge
+
+            merged = merge(params.merge, dataset, adapter, evaluation, ARTIFACTS / "merged", ARTIFACTS / "parity")
+            return f"into the {merged.base} base; {merged.agreement:.1%} of its answers are the adapter's"
+    raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
+
+
+@contextmanager
+def _only_run() -> Iterator[None]:
+    """Hold the project's run lock: two runs would write the same artifacts."""
+    with (WORK_DIR / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            print(f"error: a run is under way here (process {lock.read().strip() or '?'})", file=sys.stderr)
+            raise typer.Exit(1) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _say_nothing_to_do(decision: Any, json_output: bool) -> None:
+    if json_output:
+        print(json.dumps({"changed": False, "version": decision.version, "decision": decision.decision}))
+        return
+    print("Nothing to do: data, parameters and code are those of the last run.")
+    serves = "it is the champion" if decision.champion == decision.version else f"{decision.champion} is the champion"
+    print(f"Version {decision.version} was {decision.decision} at {decision.time}; {serves}.")

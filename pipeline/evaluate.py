@@ -1,0 +1,190 @@
+"""evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
+
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import evaluate as hf_evaluate
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.files import read_json, whole_directory, write_json, write_text
+from pipeline.generate import Answer, generate
+from pipeline.model import load_adapter, load_base, use_free_cores
+from pipeline.params import EvaluateParams
+from pipeline.statistics import METRICS, bootstrap, metric_items
+from pipeline.template import TemplateError, load_contract
+
+METRIC_FOLDER = Path(__file__).with_name("metrics")
+Metrics = dict[str, Any]  # {metric: {score, low, high}, num_samples, num_cut_off, by_task: {task: …}}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    base: Metrics
+    adapter: Metrics
+
+
+def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path) -> Evaluated:
+    """Score the adapter and the untouched base, quantised as in training, on the same test prompts.
+
+    Writes to `output`: `metrics.json` ({"base": …, "adapter": …}; BLEU 0–100, the others 0–1), `items.base.parquet` and
+    `items.adapter.parquet` (every answer with its scores), `evaluation.json` (what the scores depend on: test split,
+    decoding, signatures) and `report.md`.
+
+    Raises:
+        TemplateError: base model or tokenizer is not what the dataset was prepared for, or the adapter was trained on.
+        ModelError: the adapter is missing or does not fit the base.
+    """
+    contract = read_json(dataset / "contract.json")
+    template = load_contract(contract)
+    require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
+    use_free_cores()
+    test = test_items(dataset, params.max_samples)
+    prompts = test.column("input_ids").to_pylist()
+    quantisation = read_json(adapter / "training.json")["quantisation"]
+    model = load_adapter(load_base(contract["model"], quantisation), adapter)
+    decoding = (prompts, params.max_new_tokens, params.batch_size, "evaluate")
+    answers = {"adapter": generate(model, template, *decoding, system="the adapter")}
+    with model.disable_adapter():
+        answers["base"] = generate(model, template, *decoding, system="the base")
+    metrics: dict[str, Metrics] = {}
+    signatures: dict[str, str] = {}
+    with whole_directory(output) as folder:
+        for system in ("base", "adapter"):
+            items, signatures = score_items(test, answers[system])
+            pq.write_table(items, folder / f"items.{system}.parquet")
+            metrics[system] = summarise(items, params)
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
+        write_text(folder / "report.md", report(metrics, pq.read_table(folder / "items.adapter.parquet")))
+    return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
+
+
+def test_items(dataset: Path, max_samples: int | None) -> pa.Table:
+    """The test split, or its first `max_samples` rows in the order of their ids: random, but always the same."""
+    table = pq.read_table(dataset / "test.parquet")
+    return table if max_samples is None else table.sort_by("id").slice(0, max_samples)
+
+
+def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where: Path) -> None:
+    differ = sorted(key for key in contract if contract[key] != other.get(key))
+    if differ:
+        raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")
+
+
+def score_items(test: pa.Table, answers: list[Answer]) -> tuple[pa.Table, dict[str, str]]:
+    """Every test item with its answer and scores, (N rows), and the signature of each metric.
+
+    Columns: `id, task, scoring, prompt, reference, answer, cut_off, num_tokens, accuracy` (null where there is no one
+    right answer), `rouge1, rouge2, rougeL` and `bleu` (ten n-gram statistics).
+    """
+    predictions = [answer.text for answer in answers]
+    references = test.column("reference").to_pylist()
+    exact, bleu, rouge = (
+        hf_evaluate.load(str(METRIC_FOLDER / name), experiment_id=uuid.uuid4().hex).compute(
+            predictions=predictions, references=references
+        )
+        for name in ("exact_match", "bleu", "rouge")
+    )
+    scoring = test.column("scoring").to_pylist()
+    accuracy = [hit if kind == "exact" else None for hit, kind in zip(exact["items"], scoring, strict=True)]
+    items = test.select(["id", "task", "scoring", "prompt", "reference"])
+    columns: dict[str, pa.Array] = {
+        "answer": pa.array(predictions, pa.string()),
+        "cut_off": pa.array([answer.cut_off for answer in answers]),
+        "num_tokens": pa.array([answer.num_tokens for answer in answers]),
+        "accuracy": pa.array(accuracy, pa.float64()),
+        "bleu": pa.array(bleu["items"], pa.list_(pa.float64())),
+    } | {kind: pa.array(values, pa.float64()) for kind, values in rouge["items"].items()}
+    for name, column in columns.items():
+        items = items.append_column(name, column)
+    rouge_signatures = dict.fromkeys(rouge["items"], rouge["signature"])
+    return items, {"accuracy": exact["signature"], "bleu": bleu["signature"]} | rouge_signatures
+
+
+def summarise(items: pa.Table, params: EvaluateParams) -> Metrics:
+    """Scores with 95 % intervals over all items and by task. A metric that no item counts for is null."""
+    tasks = items.column("task").to_pylist()
+    masks = {task: pa.array([t == task for t in tasks]) for task in sorted(set(tasks))}
+    return _scores(items, params) | {"by_task": {t: _scores(items.filter(mask), params) for t, mask in masks.items()}}
+
+
+def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
+    scores: Metrics = {"num_samples": len(items), "num_cut_off": sum(items.column("cut_off").to_pylist())}
+    for metric in METRICS:
+        values = metric_items(items, metric)
+        if not len(values) or np.isnan(values).all():
+            scores[metric] = None
+        else:
+            scores[metric] = bootstrap(values, params.bootstrap_samples, params.seed).as_dict()
+    return scores
+
+
+def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]) -> dict[str, Any]:
+    """What two sets of item scores must share to be compared."""
+    return {
+        "test_sha256": read_json(dataset / "report.json")["test_sha256"],
+        "params": params.model_dump(),
+        "decoding": "greedy",
+        "signatures": signatures,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def report(metrics: dict[str, Metrics], items: pa.Table) -> str:
+    """Markdown: the scores with their intervals, by task, and answers to look at."""
+    lines = ["# Evaluation", ""]
+    lines += scores_table(metrics)
+    lines += [
+        "",
+        "## By task",
+        "",
+        "| task | items | metric | " + " | ".join(metrics) + " |",
+        "|---" * (3 + len(metrics)) + "|",
+    ]
+    for task, scores in metrics["adapter"]["by_task"].items():
+        metric = "accuracy" if scores["accuracy"] else "rougeL"
+        cells = [_cell(metrics[system]["by_task"][task][metric]) for system in metrics]
+        lines.append(f"| {task} | {scores['num_samples']} | {metric} | " + " | ".join(cells) + " |")
+    lines += ["", "## Answers", ""]
+    for row in _examples(items):
+        mark = {1.0: "right", 0.0: "wrong", None: f"ROUGE-L {row['rougeL']:.2f}"}[row["accuracy"]]
+        lines += [f"- **{row['task']}** ({mark}): {_short(row['prompt'])}", f"  - expected: {_short(row['reference'])}"]
+        lines += [f"  - answered: {_short(row['answer'])}"]
+    return "\n".join([*lines, ""])
+
+
+def scores_table(metrics: dict[str, Metrics]) -> list[str]:
+    lines = ["| metric | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]
+    for metric in METRICS:
+        lines.append(f"| {metric} | " + " | ".join(_cell(scores[metric]) for scores in metrics.values()) + " |")
+    lines.append("| cut off | " + " | ".join(str(scores["num_cut_off"]) for scores in metrics.values()) + " |")
+    lines.append("| test items | " + " | ".join(str(scores["num_samples"]) for scores in metrics.values()) + " |")
+    return lines
+
+
+def _cell(score: dict[str, float] | None) -> str:
+    if score is None:
+        return "–"
+    digits = 1 if score["high"] > 1 else 3
+    return f"{score['score']:.{digits}f} ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
+
+
+def _examples(items: pa.Table) -> Iterable[dict[str, Any]]:
+    """The best and the worst answer of each task."""
+    rows = items.to_pylist()
+    for task in sorted({row["task"] for row in rows}):
+        ranked = sorted(
+            (row for row in rows if row["task"] == task), key=lambda row: (row["accuracy"] or 0, row["rougeL"])
+        )
+        yield from ranked[:1] + ranked[1:][-1:]
+
+
+def _short(text: str, limit: int = 160) -> str:
+    flat = " ".join(text.split()).replace("|", "\\|")
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"

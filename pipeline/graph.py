@@ -1,0 +1,128 @@
+"""The stage graph of `dvc.yaml`, asked and run through DVC, so that every driver sees the others' work as done."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.files import sha256_json
+from pipeline.process import python_ending_with_parent
+
+STAGES = ("prepare", "train", "evaluate", "merge")
+SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity")
+
+
+class GraphError(RuntimeError):
+    """DVC could not answer, or the workspace is not what dvc.lock records."""
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with `retune` and DVC of this interpreter first on the PATH, for stage commands."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def repro_command(stage: str) -> list[str]:
+    """Runs `stage` alone if its dependencies changed; dies with its parent and takes the stage's process with it."""
+    # --no-commit is not used: the output must be in the cache when the next stage or worker asks for it.
+    return python_ending_with_parent("dvc", "repro", "--single-item", stage)
+
+
+def outcome(lines: list[str], stage: str) -> str:
+    """What a `dvc repro` of `stage` did, from what it printed: ran, restored (from the run cache) or cached."""
+    if any(line.startswith(f"Running stage '{stage}'") for line in lines):
+        return "ran"
+    return "restored" if any("checking out outputs" in line for line in lines) else "cached"
+
+
+def stale(root: Path = Path(".")) -> dict[str, Any]:
+    """Stages and snapshots that `dvc status` finds changed, each with its reasons; empty when nothing is to be done.
+
+    Raises:
+        GraphError: `dvc status` fails.
+    """
+    status = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "--json"], cwd=root, env=environment(), capture_output=True, text=True
+    )
+    if status.returncode != 0:
+        raise GraphError(f"dvc status failed: {status.stderr.strip()}")
+    changed: dict[str, Any] = json.loads(status.stdout)
+    return changed
+
+
+def pull_data(root: Path = Path(".")) -> bool:
+    """Fetch the snapshot that `data.dvc` names when it is not in `data/`; returns whether anything was missing.
+
+    Raises:
+        GraphError: a remote lacks it, or `data/` holds changes that no snapshot records.
+    """
+    reasons = stale_data(root)
+    if not reasons:
+        return False
+    if any("modified" in str(reason) for reason in reasons):
+        raise GraphError(
+            "data/ was changed by hand, and no snapshot records it; `retune ingest` makes one from files elsewhere, "
+            "`dvc checkout --force data.dvc` puts the recorded one back"
+        )
+    pulled = subprocess.run(
+        [sys.executable, "-m", "dvc", "pull", "--quiet", "data.dvc"],
+        cwd=root,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    if pulled.returncode != 0:
+        raise GraphError(f"data.dvc's snapshot could not be fetched: {pulled.stderr.strip()}")
+    return True
+
+
+def stale_data(root: Path = Path(".")) -> list[Any]:
+    if not (root / "data.dvc").exists():
+        raise GraphError(
+            "data.dvc is missing; `git checkout data.dvc` restores it, `retune ingest PATH` makes a new one"
+        )
+    status = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "--json", "data.dvc"],
+        cwd=root,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    if status.returncode != 0:
+        raise GraphError(f"dvc status failed: {status.stderr.strip()}")
+    reasons: list[Any] = json.loads(status.stdout).get("data.dvc", [])
+    return reasons
+
+
+def lock(root: Path = Path(".")) -> dict[str, Any]:
+    """`dvc.lock` as plain data.
+
+    Raises:
+        GraphError: there is none, because no stage has run here.
+    """
+    path = root / "dvc.lock"
+    if not path.exists():
+        raise GraphError("dvc.lock is missing: no stage has run here; `retune run` or `dvc repro` runs them")
+    tree: dict[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    return tree
+
+
+def shipped_digests(root: Path = Path(".")) -> dict[str, str]:
+    """DVC's digest of each folder that a version consists of, from `dvc.lock`.
+
+    Raises:
+        GraphError: a stage has not run.
+    """
+    outs = {out["path"]: out["md5"] for stage in lock(root)["stages"].values() for out in stage.get("outs", [])}
+    missing = [path for path in SHIPPED if path not in outs]
+    if missing:
+        raise GraphError(f"dvc.lock has no {', '.join(missing)}; `dvc repro` runs the missing stages")
+    return {path: outs[path] for path in SHIPPED}
+
+
+def version_id(root: Path = Path(".")) -> str:
+    """Name of the version that the workspace's artifacts are: the same content has the same name on every machine."""
+    return sha256_json(shipped_digests(root))[:16]

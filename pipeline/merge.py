@@ -1,0 +1,182 @@
+"""merge: base and adapter in, one standard `save_pretrained` model out, and the proof that it answers as the adapter
+does.
+
+The adapter was trained on the quantised base, so it corrects that base's rounding too. Merging adds it to the
+full-precision base or to the base after the NF4 round trip, whichever is measured closer to what was evaluated; never
+into packed 4-bit weights. The scores that the gate reads are measured on the merged files, read back from disk.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from pipeline.evaluate import Metrics, provenance, require_same_contract, score_items, summarise, test_items
+from pipeline.files import read_json, whole_directory, write_json
+from pipeline.generate import generate
+from pipeline.model import compute_dtype, load_adapter, load_base, use_free_cores
+from pipeline.params import EvaluateParams, MergeParams
+from pipeline.template import load_contract, load_shipped
+
+LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
+
+
+class MergeError(ValueError):
+    """The merged model is not what was evaluated; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    base: str  # full | nf4
+    logit_error: dict[str, float]  # mean absolute difference to adapter-on-quantised-base, by base tried
+    agreement: float  # fraction of test prompts with the same greedy answer
+    metrics: Metrics
+
+
+def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path) -> Merged:
+    """Write the merged model to `output`, and `parity.json`, `metrics.json` and `items.merged.parquet` to `parity`.
+
+    Raises:
+        MergeError: a module did not change, or fewer than `min_agreement` of the answers are the adapter's.
+        TemplateError, ModelError: the base is not the one the adapter was trained on.
+    """
+    contract = read_json(dataset / "contract.json")
+    template = load_contract(contract)
+    require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
+    use_free_cores()
+    settings = read_json(evaluation / "evaluation.json")
+    evaluated = EvaluateParams.model_validate(settings["params"])
+    test = test_items(dataset, evaluated.max_samples)
+    prompts = test.column("input_ids").to_pylist()
+    quantisation = read_json(adapter / "training.json")["quantisation"]
+    identity = contract["model"]
+
+    quantised = load_adapter(load_base(identity, quantisation), adapter)
+    expected = _logits(quantised, prompts[:LOGIT_PROMPTS])
+    round_trip = _dequantised(quantised.get_base_model()) if quantisation["load_in_4bit"] else {}
+    del quantised
+
+    choices = [params.base] if params.base != "auto" else ["full", "nf4"] if round_trip else ["full"]
+    merged: dict[str, PreTrainedModel] = {}
+    errors: dict[str, float] = {}
+    for choice in choices:
+        model = _merged(identity, adapter, round_trip if choice == "nf4" else {})
+        errors[choice] = _difference(expected, _logits(model, prompts[:LOGIT_PROMPTS]))
+        if errors[choice] == min(errors.values()):
+            merged = {choice: model}
+    [(chosen, model)] = merged.items()
+    # What was measured in compute precision is cast to what is written, and measured again from the files.
+    model = model.to(_output_dtype(identity, params.dtype))
+    with whole_directory(output) as folder:
+        model.save_pretrained(str(folder), safe_serialization=True)
+        tokenizer = template.tokenizer
+        tokenizer.chat_template = template.text
+        tokenizer.save_pretrained(str(folder))
+        write_json(folder / "contract.json", contract)
+        del model, merged
+        answers = generate(
+            load_base(_folder(folder)),
+            template,
+            prompts,
+            evaluated.max_new_tokens,
+            evaluated.batch_size,
+            "merge",
+            system="the merged model",
+        )
+        items, signatures = score_items(test, answers)
+        adapter_answers = pq.read_table(evaluation / "items.adapter.parquet").column("answer").to_pylist()
+        same = [a.text == b for a, b in zip(answers, adapter_answers, strict=True)]
+        result = Merged(chosen, errors, sum(same) / len(same), summarise(items, evaluated))
+        if result.agreement < params.min_agreement:
+            raise MergeError(
+                f"the merged model gives the adapter's answer on {result.agreement:.1%} of {len(same)} prompts; "
+                f"merge.min_agreement is {params.min_agreement:.0%}. Set merge.dtype to float32, or merge.base to the "
+                f"other base (mean logit errors: {', '.join(f'{b} {e:.4f}' for b, e in errors.items())})"
+            )
+        with whole_directory(parity) as proof:
+            pq.write_table(items, proof / "items.merged.parquet")
+            write_json(proof / "metrics.json", {"merged": result.metrics})
+            write_json(
+                proof / "parity.json",
+                {
+                    "base": chosen,
+                    "mean_absolute_logit_error": errors,
+                    "greedy_agreement": result.agreement,
+                    "prompts": len(same),
+                    "evaluation": provenance(evaluated, dataset, signatures),
+                },
+            )
+    return result
+
+
+def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
+    """Score a merged model on the dataset's test split as `settings` (an `evaluation.json`) say: `items.parquet`.
+
+    The prompts are rendered with the model's own template, which may be older than the dataset's.
+    """
+    template = load_shipped(model_folder)
+    use_free_cores()
+    params = EvaluateParams.model_validate(settings["params"])
+    test = test_items(dataset, params.max_samples)
+    prompts = [
+        template.prompt_ids(json.loads(messages), tools)
+        for messages, tools in zip(test.column("messages").to_pylist(), test.column("tools").to_pylist(), strict=True)
+    ]
+    model = load_base(_folder(model_folder))
+    answers = generate(model, template, prompts, params.max_new_tokens, params.batch_size, "promote", "the champion")
+    items, signatures = score_items(test, answers)
+    with whole_directory(output) as folder:
+        pq.write_table(items, folder / "items.parquet")
+        write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    return {"name_or_path": str(path), "revision": None, "trust_remote_code": False}
+
+
+def _merged(identity: dict[str, Any], adapter: Path, round_trip: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The full-precision base, or with `round_trip` weights in its place, with the adapter added to its weights."""
+    base = load_base(identity)
+    for name, weight in round_trip.items():
+        base.get_submodule(name).weight.data.copy_(weight)
+    model = load_adapter(base, adapter)
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight") and not module.get_delta_weight("default").abs().max() > 0:
+            raise MergeError(f"the adapter changes nothing in {name}; it was not trained, or is not the one evaluated")
+    return model.merge_and_unload(safe_merge=True)
+
+
+def _dequantised(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of every 4-bit layer as the quantised model computes with them, by module name of the plain model."""
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weights[name.removesuffix(".base_layer")] = weight.to(compute_dtype())
+    return weights
+
+
+@torch.inference_mode()
+def _logits(model: torch.nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of each prompt, (T, V) each, in float32."""
+    model.eval()
+    device = next(model.parameters()).device
+    return [model(torch.tensor([ids], device=device), use_cache=False).logits[0].float() for ids in prompts]
+
+
+def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
+    return float(torch.cat([(a - b).abs().flatten() for a, b in zip(expected, actual, strict=True)]).mean())
+
+
+def _output_dtype(identity: dict[str, Any], dtype: str) -> torch.dtype:
+    """The type to write: the base checkpoint's own, unless one is named."""
+    if dtype == "auto":
+        config = AutoConfig.from_pretrained(identity["name_or_path"], revision=identity["revision"])
+        return config.dtype or compute_dtype()
+    named: torch.dtype = getattr(torch, dtype)
+    return named

@@ -1,0 +1,98 @@
+"""Loading base models and adapters: quantised as they were trained, on the device there is, with threads that fit."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import psutil
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
+
+Quantisation = dict[str, Any]  # load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant
+
+
+class ModelError(ValueError):
+    """A base model or adapter that cannot be used; the message says which and why."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the GPU has it; float32 on a CPU, as fast at small sizes and exact enough to compare."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def use_free_cores() -> int:
+    """Give torch the cores that are idle now, at least one; oversubscribed threads are 10 to 40 times slower."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = cores * psutil.cpu_percent(interval=0.3) / 100
+    threads = max(1, min(cores, round(cores - busy)))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def load_base(identity: dict[str, Any], quantisation: Quantisation | None = None) -> PreTrainedModel:
+    """The base model of a contract, frozen as it is, on `device()`; in `compute_dtype()` unless quantised to 4 bits.
+
+    Args:
+        identity: `model` of the template contract (name_or_path, revision, trust_remote_code).
+        quantisation: None, or load_in_4bit false, loads full-precision weights.
+
+    Raises:
+        ModelError: the model cannot be loaded from safetensors.
+    """
+    config = None
+    if quantisation is not None and quantisation["load_in_4bit"]:
+        config = BitsAndBytesConfig(**quantisation, bnb_4bit_compute_dtype=compute_dtype())
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            identity["name_or_path"],
+            revision=identity["revision"],
+            trust_remote_code=identity["trust_remote_code"],
+            quantization_config=config,
+            dtype=compute_dtype(),
+            device_map={"": device()},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{identity['name_or_path']} cannot be loaded: {str(error).splitlines()[0]}") from None
+    keep_4bit_weights_trainable(model)
+    return model
+
+
+def keep_4bit_weights_trainable(model: torch.nn.Module) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights at the first inference on a CPU with AVX512-BF16.
+
+    The repacked form has no backward pass and dequantises to noise, both without a warning (bitsandbytes 0.50): a
+    validation before or during training would stop every frozen layer from passing gradients back.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """`base` with the adapter in `folder` on top, for inference.
+
+    Raises:
+        ModelError: no safetensors adapter there, or one for another architecture.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} holds no adapter_model.safetensors; run `dvc repro train`")
+    with warnings.catch_warnings():
+        # PEFT only warns when keys are missing or left over; half an adapter must not pass for one.
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*adapter keys.*", category=UserWarning)
+        try:
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+        except (RuntimeError, ValueError, UserWarning) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
+    return model.eval()

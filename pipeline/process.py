@@ -1,0 +1,83 @@
+"""Child processes that end when they should: with their parent, with the run, with every process they started."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
+
+    Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number)
+    if os.getppid() != parent:  # it died before the request
+        os.kill(os.getpid(), signal_number)
+
+
+def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
+    """Command that runs `python -m module arguments…` as a process that dies with the one that starts it."""
+    code = (
+        "import runpy, sys; from pipeline.process import end_with_parent; end_with_parent(); "
+        f"sys.argv = sys.argv[1:]; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", code, module, *arguments]
+
+
+def run_streaming(
+    command: list[str],
+    on_line: Callable[[str], None],
+    cwd: Path = Path("."),
+    environment: Mapping[str, str] | None = None,
+    grace: float = 30.0,
+) -> int:
+    """Run `command` as a process group of its own and pass each line it prints to `on_line`; returns its exit status.
+
+    When this call is left early (cancellation, Ctrl-C, an error in `on_line`) the whole group gets SIGTERM, and SIGKILL
+    after `grace` seconds.
+    """
+    child = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=None if environment is None else dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    try:
+        for line in child.stdout:
+            on_line(line.rstrip("\n"))
+        return child.wait()
+    finally:
+        end_group(child, grace)
+        child.stdout.close()
+
+
+def end_group(leader: subprocess.Popen[str], grace: float) -> None:
+    """SIGTERM to every process of the group that `leader` began, SIGKILL to those left after `grace` seconds."""
+    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + patience
+        try:
+            os.killpg(leader.pid, number)
+            while time.monotonic() < deadline:
+                leader.poll()  # a zombie would keep its group alive
+                os.killpg(leader.pid, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            leader.wait()
+            return
+    leader.wait()

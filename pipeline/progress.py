@@ -1,0 +1,34 @@
+"""One line of progress at a time, in one form that people read and the flow shows: `train 35% · … · ETA 0:48`."""
+
+import re
+import time
+
+LINE = re.compile(r"^(?P<stage>[a-z]+) +(?P<percent>\d+)% · ")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class Progress:
+    """Prints how far a stage is, at most every `every` seconds, with the time left at the rate so far."""
+
+    def __init__(self, stage: str, total: int, unit: str, every: float = 2.0) -> None:
+        self.stage, self.total, self.unit, self.every = stage, total, unit, every
+        self.first = self.printed = time.monotonic()
+        self.start = 0  # where a resumed run began; its steps took none of this run's time
+
+    def resume_at(self, done: int) -> None:
+        self.start = done
+
+    def update(self, done: int, detail: str = "") -> None:
+        now = time.monotonic()
+        if now - self.printed < self.every:
+            return
+        self.printed = now
+        left = (now - self.first) / max(done - self.start, 1) * (self.total - done)
+        parts = [f"{self.stage} {100 * done // self.total}%", f"{done:,}/{self.total:,} {self.unit}", detail]
+        print(" · ".join([part for part in parts if part] + [f"ETA {clock(left)}"]), flush=True)

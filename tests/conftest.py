@@ -1,0 +1,169 @@
+"""A tiny real base model and data that the tests make themselves; nothing here touches a network or the user's caches."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before any library reads them.
+CACHE = tempfile.mkdtemp(prefix="retune-tests-")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_CACHE=f"{CACHE}/datasets",
+    HF_EVALUATE_CACHE=f"{CACHE}/evaluate",
+    HF_MODULES_CACHE=f"{CACHE}/modules",
+    DVC_SITE_CACHE_DIR=f"{CACHE}/dvc",
+    DO_NOT_TRACK="true",
+    TOKENIZERS_PARALLELISM="false",
+    TRANSFORMERS_VERBOSITY="error",
+)
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.params import Params, load_params
+
+ROOT = Path(__file__).parent.parent
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+COLOURS = ["red", "blue", "green", "black", "white"]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def sample_rows(number: int) -> list[dict[str, str]]:
+    """Alpaca rows a tiny model can learn: the answer is a word of the question."""
+    draw = random.Random(0)
+    rows = []
+    for i in range(number):
+        colour = draw.choice(COLOURS)
+        rows.append({"instruction": f"Name the colour of box {i}: {colour}", "input": "", "output": colour})
+    return rows
+
+
+def make_base(folder: Path, seed: int = 0) -> Path:
+    """A random Llama with 2 layers and its own byte-level tokenizer with a ChatML template, as `save_pretrained` does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((row["instruction"] for row in sample_rows(200)), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "rows.json").write_text(json.dumps(sample_rows(200)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def params(base: Path) -> Params:
+    """The project's own params.yaml, cut down to what a tiny model needs."""
+    return tiny(load_params(ROOT / "params.yaml"), base)
+
+
+def tiny(params: Params, base: Path) -> Params:
+    return with_(
+        params,
+        prepare={"model_name_or_path": str(base), "max_length": 128},
+        train={"lora_r": 8, "max_length": 256, "num_train_epochs": 1.0, "logging_steps": 1, "save_steps": 2},
+        evaluate={"max_new_tokens": 8, "bootstrap_samples": 200},
+        merge={"min_agreement": 0.5},
+    )
+
+
+def with_(params: Params, **sections: dict[str, Any]) -> Params:
+    """`params` with some values replaced, checked again."""
+    tree = params.model_dump()
+    for section, values in sections.items():
+        tree[section] |= values
+    return Params.model_validate(tree)
+
+
+@pytest.fixture
+def project(tmp_path: Path, base: Path, params: Params) -> Iterator[Path]:
+    """A whole project in a folder of its own: git, DVC, a data snapshot, tiny parameters."""
+    root = tmp_path / "project"
+    root.mkdir()
+    for name in ("pipeline", "flows"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, root / name)
+    write_params(root, with_(params, prepare={"model_name_or_path": "data/base"}))
+    shutil.copytree(base, root / "data" / "base")
+    (root / "data" / "instructions").mkdir()
+    (root / "data" / "instructions" / "rows.json").write_text(json.dumps(sample_rows(200)))
+    for command in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        [sys.executable, "-m", "dvc", "config", "core.analytics", "false"],
+        [sys.executable, "-m", "dvc", "add", "-q", "data"],
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"],
+    ):
+        subprocess.run(command, cwd=root, check=True, env=environment())
+    yield root
+    subprocess.run([sys.executable, "-m", "pipeline", "down"], cwd=root, env=environment(), capture_output=True)
+
+
+def environment() -> dict[str, str]:
+    """For child processes: this interpreter's commands first, this checkout's code importable from any folder."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def write_params(root: Path, params: Params) -> None:
+    with (root / "params.yaml").open("w") as file:
+        YAML().dump(params.model_dump(), file)
+
+
+def change_params(root: Path, **sections: dict[str, Any]) -> None:
+    write_params(root, with_(load_params(root / "params.yaml"), **sections))
