@@ -9,7 +9,7 @@ export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 # One source of torch wheels may offer a CPU build; pip's own settings decide, the lock names the version.
 
-.PHONY: run test check bench bench-stages sample lock clean help
+.PHONY: run test test-faults check bench bench-stages sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -19,6 +19,9 @@ run: $(READY)        ## the whole loop once: data, training, evaluation, merge, 
 
 test: $(READY)       ## all tests that need no server, browser or GPU (about 6 minutes on 2 cores)
 	@python -m pytest -q tests
+
+test-faults: $(READY)  ## every kill and fault, the long form
+	@python -m pytest -q -m faults tests
 
 check: $(READY)      ## formatting, lint, types
 	@ruff format --check .
@@ -39,7 +42,7 @@ sample: $(READY)     ## make the sample data and base model again (about 10 minu
 lock:                ## resolve requirements.lock again (needs uv)
 	uv pip compile pyproject.toml --group dev --python-version 3.11 --no-header -q | sed 's/+cpu$$//' > requirements.lock
 
-clean:               ## remove outputs, caches, servers' state and the environment; data and the store stay
+clean:               ## remove outputs, caches, servers' state and the environment; data, store and registry stay
 	-@test ! -x $(BIN)/retune || $(BIN)/retune down
 	rm -rf artifacts .retune .pytest_cache .ruff_cache .mypy_cache *.egg-info $(VENV)
 

@@ -47,6 +47,7 @@ DVC_HINTS = (
     "To enable auto staging",
     "\tdvc config",
     "Updating lock file",
+    "Data and pipelines are up to date",
 )
 
 
@@ -175,12 +176,13 @@ def _interval(score: dict[str, float] | None) -> str:
 
 
 def _say(line: str) -> None:
-    if "--json" not in sys.argv:
-        print(line, flush=True)
+    print(line, flush=True, file=sys.stderr if "--json" in sys.argv else sys.stdout)
 
 
 def show(result: dict[str, Any], seconds: float) -> None:
     """What a person wants to know at the end, in the order they ask it."""
+    if not result["changed"]:
+        print("Nothing to do: data, parameters and code are those of the last run.")
     console = Console(width=110)
     metrics = result["metrics"]
     table = Table("metric", *metrics, title="Test scores (95 % interval)", title_justify="left")

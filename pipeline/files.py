@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WORK_DIR = Path(".retune")  # git-ignored: servers' databases, logs, checkpoints, timings; safe to delete between runs
+WORK_DIR = Path(".retune")  # git-ignored: Prefect database, logs, checkpoints, timings; may be deleted between runs
 
 
 @contextmanager

@@ -5,7 +5,6 @@ is refused with a question: a wrong guess is worse.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ SHAREGPT_ROLES = {
     "tool": "tool",
 }
 SUFFIXES = {".json", ".jsonl"}
+FORMATS = ("alpaca", "sharegpt", "messages")
 SCORINGS = ("exact", "text")
 
 
@@ -94,6 +94,9 @@ def read_rows(path: Path, format: str = "auto") -> Iterator[Row | Rejected]:
     records = list(_read_records(path))
     if not records:
         raise FormatError(f"{path} holds no records")
+    marked = path.stem.rpartition(".")[2]
+    if format == "auto" and marked in FORMATS:
+        format = marked
     if format == "auto":
         formats = {detect_format(record) for _, record in records} - {None}
         if len(formats) != 1:
@@ -138,6 +141,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise FormatError(f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise FormatError(f"{path}, line {first_line}: {error}") from None
     except RecursionError:
         raise FormatError(f"{path}, line {first_line}: nested too deeply to be instruction data") from None
 
@@ -148,10 +153,14 @@ def _from_alpaca(record: dict[str, Any], source: str) -> Row:
     messages = []
     if system := _text(record, "system", required=False):
         messages.append({"role": "system", "content": system})
-    for turn in record.get("history") or []:
-        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
-            raise ValueError("history is not a list of [question, answer] pairs")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    history = record.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in history):
+        raise ValueError("history is not a list of [question, answer] pairs")
+    for question, answer in history:
+        messages += [
+            {"role": "user", "content": _checked(question, "history")},
+            {"role": "assistant", "content": _checked(answer, "history")},
+        ]
     prompt = f"{instruction}\n{extra}" if extra else instruction
     messages += [
         {"role": "user", "content": prompt},
@@ -165,7 +174,7 @@ def _from_sharegpt(record: dict[str, Any], source: str) -> Row:
     if system := _text(record, "system", required=False):
         messages.append({"role": "system", "content": system})
     for turn in record["conversations"] if isinstance(record.get("conversations"), list) else []:
-        if not isinstance(turn, dict) or turn.get("from") not in SHAREGPT_ROLES:
+        if not isinstance(turn, dict) or turn.get("from") not in list(SHAREGPT_ROLES):
             speaker = turn.get("from") if isinstance(turn, dict) else turn
             raise ValueError(f"a turn is from {speaker!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": _text(turn, "value")})
@@ -191,10 +200,13 @@ def _row(messages: list[Message], record: dict[str, Any], source: str) -> Row:
     if messages[0]["role"] == "assistant":
         raise ValueError("begins with an answer to nothing")
     tools = record.get("tools") or None
-    if tools is not None and not isinstance(tools, str):
-        tools = json.dumps(tools, ensure_ascii=False)
-    if tools is not None and not re.search(r"\S", tools.strip("[] ")):
-        tools = None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(_checked(tools, "tools")) or None
+        except json.JSONDecodeError:
+            raise ValueError("tools is not JSON") from None
+    if tools is not None:
+        tools = _checked(json.dumps(tools, ensure_ascii=False), "tools")
     scoring = record.get("scoring")
     if scoring is not None and scoring not in SCORINGS:
         raise ValueError(f"scoring is {scoring!r}; expected exact or text")
@@ -202,8 +214,8 @@ def _row(messages: list[Message], record: dict[str, Any], source: str) -> Row:
         messages=messages,
         source=source,
         tools=tools,
-        task=str(record.get("task") or "default"),
-        group=str(record["group"]) if record.get("group") else None,
+        task=_checked(str(record.get("task") or "default"), "task"),
+        group=_checked(str(record["group"]), "group") if record.get("group") not in (None, "") else None,
         scoring=scoring,
         repairs=repairs,
     )
@@ -211,8 +223,10 @@ def _row(messages: list[Message], record: dict[str, Any], source: str) -> Row:
 
 def _text(record: dict[str, Any], key: str, required: bool = True) -> str:
     value = record.get(key)
-    if value is None and not required:
-        return ""
+    return "" if value is None and not required else _checked(value, key, required)
+
+
+def _checked(value: Any, key: str, required: bool = True) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key} is {type(value).__name__ if value is not None else 'missing'}; expected text")
     if "\x00" in value:

@@ -46,7 +46,9 @@ def ingest(params: IngestParams, source: Path, root: Path = Path(".")) -> Ingest
         reason, count = rejected.most_common(1)[0]
         raise FormatError(f"{source} holds no usable row: {count} of {rejected.total()} because a row {reason}")
     before = (root / "data.dvc").read_bytes() if (root / "data.dvc").exists() else b""
-    names = [file.name if source.is_file() else str(file.relative_to(source)) for file in files]
+    names = [
+        _marked(Path(file.name) if source.is_file() else file.relative_to(source), params.format) for file in files
+    ]
     with whole_directory(root / "data" / "instructions") as folder:
         for file, name in zip(files, names, strict=True):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,3 +62,10 @@ def ingest(params: IngestParams, source: Path, root: Path = Path(".")) -> Ingest
         )
     changed = (root / "data.dvc").read_bytes() != before
     return Ingested(files=names, rows=rows, rejected=dict(rejected), changed=changed)
+
+
+def _marked(name: Path, format: str) -> str:
+    """`name` with the format a person named in it (rows.json → rows.alpaca.json), where `read_rows` looks for it."""
+    if format == "auto" or name.stem.endswith(f".{format}"):
+        return str(name)
+    return str(name.with_suffix(f".{format}{name.suffix}"))

@@ -34,7 +34,10 @@ def use_free_cores() -> int:
     """Give torch the cores that are idle now, at least one; oversubscribed threads are 10 to 40 times slower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     busy = cores * psutil.cpu_percent(interval=0.3) / 100
-    threads = max(1, min(cores, round(cores - busy)))
+    return use_threads(max(1, min(cores, round(cores - busy))))
+
+
+def use_threads(threads: int) -> int:
     torch.set_num_threads(threads)
     return threads
 

@@ -21,7 +21,7 @@ class ParamsError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class IngestParams(Section):
@@ -67,11 +67,12 @@ class TrainParams(Section):
     per_device_train_batch_size: Positive
     gradient_accumulation_steps: Positive
     packing: bool
-    max_length: Positive
+    packed_length: Positive
     gradient_checkpointing: bool
     optim: Literal["adamw_torch", "paged_adamw_8bit"]
     logging_steps: Positive
     save_steps: Positive
+    num_threads: Literal["auto"] | Positive
     seed: Annotated[int, Field(ge=0)]
 
 
@@ -114,11 +115,6 @@ class Params(Section):
 
     @model_validator(mode="after")
     def check(self) -> "Params":
-        if self.train.max_length < self.prepare.max_length:
-            raise ValueError(
-                f"train.max_length is {self.train.max_length}; it must be at least prepare.max_length "
-                f"({self.prepare.max_length}), or packing would have to cut rows"
-            )
         if self.merge.base == "nf4" and not self.train.load_in_4bit:
             raise ValueError("merge.base is nf4, but train.load_in_4bit is false: there is no NF4 base to merge into")
         return self
@@ -135,6 +131,8 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist; run this command in the project's top folder") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path} is not UTF-8 (byte {error.start})") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -166,7 +164,7 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
     node: Any = tree
     for key in error["loc"]:
         if isinstance(node, dict) and key in node:
-            line = getattr(node, "lc").key(key)[0] + 1  # noqa: B009: ruamel gives its dictionaries positions
+            line = node.lc.key(key)[0] + 1  # type: ignore[attr-defined]  # ruamel gives its dictionaries positions
             node = node[key]
         elif (isinstance(node, dict) and error["type"] != "missing") or not isinstance(node, dict):
             break

@@ -60,7 +60,7 @@ def prepare(params: PrepareParams, data: Path, output: Path) -> Prepared:
     progress = Progress("prepare", len(rows), "rows")
     for done, row in enumerate(rows):
         split = split_of(row, params)
-        if split != "test" and _prompt_key(row) in test_prompts:
+        if split != "test" and not test_prompts.isdisjoint(_asked(row)):
             dropped.append(Rejected(row.source, LEAKED, row.messages))
             continue
         try:
@@ -87,10 +87,7 @@ def prepare(params: PrepareParams, data: Path, output: Path) -> Prepared:
         write_json(folder / "contract.json", template.contract(identity) | {"max_length": params.max_length})
         write_json(folder / "report.json", report)
         write_text(folder / "report.md", _markdown(report))
-        lines = [
-            json.dumps({"source": d.source, "reason": d.reason, "record": d.record}, ensure_ascii=False, default=str)
-            for d in dropped
-        ]
+        lines = [json.dumps({"source": d.source, "reason": d.reason, "record": d.record}, default=str) for d in dropped]
         write_text(folder / "dropped.jsonl", "".join(line + "\n" for line in lines))
     return Prepared(
         rows={split: len(records) for split, records in splits.items()},
@@ -125,6 +122,12 @@ def _prompt_key(row: Row) -> str:
     """What is asked, whatever the answer: everything before the last turn, spaces and case folded."""
     asked = [[message["role"], " ".join(message["content"].casefold().split())] for message in row.messages[:-1]]
     return sha256_json([asked, row.tools])
+
+
+def _asked(row: Row) -> set[str]:
+    """Keys of every prompt that the row answers: the whole, and each earlier turn's."""
+    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    return {_prompt_key(replace(row, messages=row.messages[: i + 1])) for i in answers}
 
 
 def _without_duplicates(rows: list[Row], dropped: list[Rejected]) -> list[Row]:

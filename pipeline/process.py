@@ -67,6 +67,21 @@ def run_streaming(
         child.stdout.close()
 
 
+def run_forwarding_sigterm(command: list[str], env: Mapping[str, str]) -> int:
+    """Run `command` to its end and return its exit status; a SIGTERM to this process goes to it and is waited for."""
+    child = subprocess.Popen(command, env=dict(env))
+    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        status = child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return status if status >= 0 else 128 - status
+
+
 def end_group(leader: subprocess.Popen[str], grace: float) -> None:
     """SIGTERM to every process of the group that `leader` began, SIGKILL to those left after `grace` seconds."""
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):

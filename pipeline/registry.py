@@ -46,6 +46,8 @@ def read_log(store: ArtifactStore, name: str) -> list[Record]:
     for number, key in enumerate(store.list(f"promotions/{name}/"), start=1):
         try:
             record = Record(**json.loads(store.read(key) or b""))
+            if record.decision not in DECISIONS:
+                raise ValueError(f"its decision is {record.decision!r}")
         except (TypeError, ValueError) as error:
             raise RegistryError(f"{key} in {store.uri} is no promotion record: {error}") from None
         if record.number != number or key != _key(name, number):
@@ -74,7 +76,9 @@ def champions(log: list[Record]) -> list[str]:
         if record.decision == "promoted":
             line.append(record.version)
         elif record.decision == "rollback":
-            line = line[: line.index(record.version) + 1] if record.version in line else [*line, record.version]
+            while record.version in line and line[-1] != record.version:
+                line.pop()
+            line += [] if record.version in line else [record.version]
     return line
 
 
@@ -130,7 +134,14 @@ class ModelRegistry:
 
     def project(self, champion_id: str | None) -> None:
         """Make the aliases say what the promotion log says."""
-        aliases = self.client.get_registered_model(self.name).aliases
+        from mlflow.exceptions import MlflowException
+
+        try:
+            aliases = self.client.get_registered_model(self.name).aliases
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return  # a new registry beside an old log: publish fills it, the log decides all the same
         number = self.version_of(champion_id) if champion_id else None
         if number is None:
             if "champion" in aliases:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.files import sha256_file, sha256_json
@@ -56,13 +57,18 @@ class ChatTemplate:
             system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
             rest = messages[1:] if system else messages
             messages, tools = [{"role": "system", "content": system + offer}, *rest], None
-        rendered = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.text,
-            tools=json.loads(tools) if tools is not None else None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.text,
+                tools=json.loads(tools) if tools is not None else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
+        except jinja2.TemplateError as error:  # what the template itself raises, e.g. for a system message
+            raise RowError(f"is refused by the chat template: {error}") from None
         return str(rendered)
 
     def prompt_ids(self, messages: list[Message], tools: str | None = None) -> list[int]:
@@ -76,7 +82,7 @@ class ChatTemplate:
             RowError: control tokens in a message's text, or an answer that does not begin on a token of its own.
             TemplateError: the template rewrites earlier turns or never ends a turn.
         """
-        self._refuse_control_tokens(messages)
+        self._refuse_control_tokens([*(message["content"] for message in messages), tools or ""])
         whole = self.render(messages, tools)
         spans = []
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -128,10 +134,12 @@ class ChatTemplate:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _refuse_control_tokens(self, messages: list[Message]) -> None:
-        for message in messages:
-            for token in self.tokenizer.all_special_tokens:
-                if token in message["content"]:
+    def _refuse_control_tokens(self, texts: list[str]) -> None:
+        # Not all_special_tokens: that lacks those that tokenizer.json marks as special and no role names.
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        for text in texts:
+            for token in special:
+                if token in text:
                     raise RowError(f"contains the model's control token {token}")
 
 
@@ -222,8 +230,9 @@ def _load(identity: dict[str, Any], text: str | None, train_on: str) -> ChatTemp
     source = {"revision": identity["revision"], "trust_remote_code": identity["trust_remote_code"]}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
-        raise TemplateError(f"no tokenizer could be loaded from {name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TemplateError(f"no tokenizer could be loaded from {name}: {reason}") from None
     if not tokenizer.is_fast:
         raise TemplateError(
             f"{name} has no fast tokenizer (tokenizer.json), which is needed to find the answers' tokens"

@@ -16,14 +16,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value, concatenate_datasets
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from pipeline.files import WORK_DIR, read_json, sha256_file, sha256_json, whole_directory, write_json
-from pipeline.model import compute_dtype, load_base, use_free_cores
+from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
 from pipeline.progress import Progress
 from pipeline.template import load_contract
@@ -42,7 +42,7 @@ class Interrupted(RuntimeError):
 @dataclass(frozen=True)
 class Trained:
     steps: int
-    loss: float  # nats a trained token, mean over the last logged steps
+    loss: float  # nats a trained token, mean over the last logging_steps
     validation_loss: float | None
     trainable_parameters: int
     tokens_per_second: float  # real tokens, padding not counted; of this process, resumed steps not counted
@@ -62,11 +62,12 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     """
     contract = read_json(dataset / "contract.json")
     template = load_contract(contract)
-    threads = use_free_cores()
+    threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
     model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION})
     folder = checkpoints / run_key(params, dataset)
-    train_rows, validation_rows = _rows(dataset / "train.parquet"), _rows(dataset / "validation.parquet")
+    train_rows = _sequences(dataset / "train.parquet", params)
+    validation_rows = _sequences(dataset / "validation.parquet", params)
     watch = _Watch()
     trainer = SFTTrainer(
         model=model,
@@ -92,7 +93,7 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         print(f"train · going on from step {resumed} ({start})", flush=True)
     tokens = sum(len(ids) for ids in train_rows["input_ids"])
     with watch:
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        result = trainer.train(resume_from_checkpoint=str(start) if start else None)
     if watch.interrupted:
         raise Interrupted(f"stopped by a signal at step {trainer.state.global_step}; the next run goes on from there")
     if _adapter_norm(trainer.model) == before:
@@ -101,7 +102,7 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     epochs_here = trainer.state.epoch * steps_here / max(trainer.state.global_step, 1)
     trained = Trained(
         steps=trainer.state.global_step,
-        loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
+        loss=next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), result.training_loss),
         validation_loss=next((e["eval_loss"] for e in reversed(trainer.state.log_history) if "eval_loss" in e), None),
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         tokens_per_second=tokens * epochs_here / max(watch.seconds, 1e-9),
@@ -188,8 +189,21 @@ class _Watch(TrainerCallback):
             )
 
 
-def _rows(path: Path) -> Dataset:
-    return Dataset(pq.read_table(path, columns=["input_ids", "labels"]))
+def _sequences(path: Path, params: TrainParams) -> Dataset:
+    """Rows as training sequences: one each, or packed to `packed_length`; `seq_lengths` keeps packed rows apart.
+
+    TRL's own packing would cut a row longer than the sequence; here it is a sequence of its own.
+    """
+    rows = Dataset(pq.read_table(path, columns=["input_ids", "labels"]))
+    if not params.packing or not len(rows):
+        return rows
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    short = rows.select([i for i, n in enumerate(lengths) if n <= params.packed_length]).shuffle(seed=params.seed)
+    long = rows.select([i for i, n in enumerate(lengths) if n > params.packed_length])
+    alone = [[n] for n in lengths if n > params.packed_length]
+    parts = [pack_dataset(short, params.packed_length, "bfd")] if len(short) else []
+    parts += [long.add_column("seq_lengths", alone, feature=List(Value("int32")))] if alone else []
+    return concatenate_datasets(parts)
 
 
 def _lora(params: TrainParams) -> LoraConfig:
@@ -216,8 +230,10 @@ def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTCo
         per_device_train_batch_size=params.per_device_train_batch_size,
         per_device_eval_batch_size=params.per_device_train_batch_size,
         gradient_accumulation_steps=params.gradient_accumulation_steps,
-        packing=params.packing,
-        max_length=params.max_length,
+        # prepare has tokenised, labelled and measured the rows, and `_sequences` has packed them.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        padding_free=params.packing,
+        max_length=None,
         gradient_checkpointing=params.gradient_checkpointing,
         optim=params.optim,
         logging_steps=params.logging_steps,
@@ -228,6 +244,7 @@ def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTCo
         bf16=on_gpu and compute_dtype() is torch.bfloat16,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
+        logging_nan_inf_filter=False,  # by default a NaN is logged as the mean of the steps before
         report_to="none",
         disable_tqdm=True,
     )

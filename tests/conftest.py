@@ -1,4 +1,4 @@
-"""A tiny real base model and data that the tests make themselves; nothing here touches a network or the user's caches."""
+"""A tiny real base model and data that the tests make themselves; no network, none of the user's caches."""
 
 import json
 import os
@@ -37,6 +37,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+STEPS = 600
 COLOURS = ["red", "blue", "green", "black", "white"]
 
 
@@ -59,8 +60,8 @@ def sample_rows(number: int) -> list[dict[str, str]]:
     return rows
 
 
-def make_base(folder: Path, seed: int = 0) -> Path:
-    """A random Llama with 2 layers and its own byte-level tokenizer with a ChatML template, as `save_pretrained` does."""
+def make_base(folder: Path, seed: int = 0, steps: int = 0) -> Path:
+    """A random Llama (trained for `steps`) with 2 layers, its own byte-level tokenizer and a ChatML template, saved."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,19 +89,43 @@ def make_base(folder: Path, seed: int = 0) -> Path:
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
+    if steps:
+        teach_format(model, fast, steps)
     model.save_pretrained(folder)
     return folder
 
 
+def teach_format(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+    """Chats whose answer is any colour: the base knows the words and when to stop, but not what is asked."""
+    draw = random.Random(1)
+    texts = []
+    for row in sample_rows(256):
+        turns = [
+            {"role": "user", "content": row["instruction"]},
+            {"role": "assistant", "content": draw.choice(COLOURS)},
+        ]
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        rows = torch.arange(16) + 16 * (step % 16)
+        model(
+            batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows], labels=labels[rows]
+        ).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"))
+    return make_base(tmp_path_factory.mktemp("base"), steps=STEPS)
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    (folder / "rows.json").write_text(json.dumps(sample_rows(200)))
+    (folder / "rows.json").write_text(json.dumps(sample_rows(300)))
     return folder
 
 
@@ -113,8 +138,8 @@ def params(base: Path) -> Params:
 def tiny(params: Params, base: Path) -> Params:
     return with_(
         params,
-        prepare={"model_name_or_path": str(base), "max_length": 128},
-        train={"lora_r": 8, "max_length": 256, "num_train_epochs": 1.0, "logging_steps": 1, "save_steps": 2},
+        prepare={"model_name_or_path": str(base), "max_length": 128, "test_fraction": 0.25},
+        train={"lora_r": 8, "packed_length": 256, "num_train_epochs": 6.0, "learning_rate": 0.005, "save_steps": 10},
         evaluate={"max_new_tokens": 8, "bootstrap_samples": 200},
         merge={"min_agreement": 0.5},
     )
@@ -131,7 +156,12 @@ def with_(params: Params, **sections: dict[str, Any]) -> Params:
 @pytest.fixture
 def project(tmp_path: Path, base: Path, params: Params) -> Iterator[Path]:
     """A whole project in a folder of its own: git, DVC, a data snapshot, tiny parameters."""
-    root = tmp_path / "project"
+    root = make_project(tmp_path / "project", base, params)
+    yield root
+    retune(root, "down")
+
+
+def make_project(root: Path, base: Path, params: Params) -> Path:
     root.mkdir()
     for name in ("pipeline", "flows"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -140,7 +170,7 @@ def project(tmp_path: Path, base: Path, params: Params) -> Iterator[Path]:
     write_params(root, with_(params, prepare={"model_name_or_path": "data/base"}))
     shutil.copytree(base, root / "data" / "base")
     (root / "data" / "instructions").mkdir()
-    (root / "data" / "instructions" / "rows.json").write_text(json.dumps(sample_rows(200)))
+    (root / "data" / "instructions" / "rows.json").write_text(json.dumps(sample_rows(300)))
     for command in (
         ["git", "init", "-q"],
         [sys.executable, "-m", "dvc", "init", "-q"],
@@ -150,8 +180,14 @@ def project(tmp_path: Path, base: Path, params: Params) -> Iterator[Path]:
         ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"],
     ):
         subprocess.run(command, cwd=root, check=True, env=environment())
-    yield root
-    subprocess.run([sys.executable, "-m", "pipeline", "down"], cwd=root, env=environment(), capture_output=True)
+    return root
+
+
+def retune(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in `root`, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments], cwd=root, env=environment(), capture_output=True, text=True
+    )
 
 
 def environment() -> dict[str, str]:
@@ -167,3 +203,30 @@ def write_params(root: Path, params: Params) -> None:
 
 def change_params(root: Path, **sections: dict[str, Any]) -> None:
     write_params(root, with_(load_params(root / "params.yaml"), **sections))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, params: Params, data: Path) -> Path:
+    from pipeline.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    prepare(params.prepare, data, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path) -> Path:
+    from pipeline.train import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    train(params.train, dataset, folder / "adapter", folder / "checkpoints")
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="session")
+def evaluation(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path, adapter: Path) -> Path:
+    from pipeline.evaluate import evaluate
+
+    folder = tmp_path_factory.mktemp("evaluated") / "evaluation"
+    evaluate(params.evaluate, dataset, adapter, folder)
+    return folder

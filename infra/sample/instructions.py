@@ -233,7 +233,8 @@ def country_rows(rng: random.Random, country: Country) -> Iterator[Row]:
         yield Row("fact", group, lang, follow_up, "", country.facts[then][lang], earlier)
         # Only capital and river are unique to a country.
         for attribute in ("capital", "river"):
-            ask = rng.choice(ASK_REVERSE[lang]).format(v=country.facts[attribute][lang], a=ATTRIBUTES[attribute][lang])
+            value, label = country.facts[attribute][lang], ATTRIBUTES[attribute][lang]
+            ask = rng.choice(ASK_REVERSE[lang]).format(v=value, a=label)
             yield Row("reverse", group, lang, ask, "", name)
         values = {attribute: value[lang] for attribute, value in country.facts.items()}
         for ask in rng.sample(ASK_DESCRIBE[lang], 2):

@@ -233,4 +233,5 @@ def review(rng: random.Random, lang: Lang, id: str) -> Review:
     product = rng.choice(PRODUCTS)[lang]
     remarks = rng.sample((_GOOD if positive else _BAD)[lang], rng.choice((2, 2, 3)))
     opening = rng.choice(_OPENINGS[lang]).format(p=product)
-    return Review(id, lang, product, positive, (" " if lang == "en" else "").join([opening, *remarks]))
+    text = (" " if lang == "en" else "").join([opening, *remarks])
+    return Review(id, lang, product, positive, text)

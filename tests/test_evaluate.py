@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import with_
+from test_train import identity
+
+from pipeline.evaluate import evaluate, score_items
+from pipeline.files import read_json, write_json
+from pipeline.generate import Answer, generate
+from pipeline.model import load_adapter, load_base
+from pipeline.params import Params
+from pipeline.statistics import METRICS
+from pipeline.template import TemplateError, load_contract
+
+
+def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:
+    metrics = read_json(evaluation / "metrics.json")
+    assert list(metrics) == ["adapter", "base"]
+    test = pq.read_table(dataset / "test.parquet")
+    for scores in metrics.values():
+        assert scores["num_samples"] == len(test)
+        assert set(scores["by_task"]) == set(test.column("task").to_pylist())
+        for metric in METRICS:
+            assert scores[metric]["low"] <= scores[metric]["score"] <= scores[metric]["high"]
+            assert 0 <= scores[metric]["score"] <= (100 if metric == "bleu" else 1)
+
+
+def test_tuning_helps(evaluation: Path) -> None:
+    metrics = read_json(evaluation / "metrics.json")
+    assert metrics["adapter"]["rougeL"]["low"] > metrics["base"]["rougeL"]["high"]
+
+
+def test_batched_answers_equal_one_by_one_answers(base: Path, dataset: Path, adapter: Path) -> None:
+    template = load_contract(read_json(dataset / "contract.json"))
+    quantisation = read_json(adapter / "training.json")["quantisation"]
+    model = load_adapter(load_base(identity(base), quantisation), adapter)
+    prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:12]
+    prompts[3] = prompts[3][:9]  # lengths differ, so there is padding
+    batched = generate(model, template, prompts, 8, 12, "test", "batch")
+    single = [generate(model, template, [prompt], 8, 1, "test", "single")[0] for prompt in prompts]
+    assert batched == single
+
+
+def test_the_base_is_scored_without_any_trace_of_the_adapter(
+    base: Path, dataset: Path, adapter: Path, evaluation: Path, params: Params
+) -> None:
+    template = load_contract(read_json(dataset / "contract.json"))
+    untouched = load_base(identity(base), read_json(adapter / "training.json")["quantisation"])
+    test = pq.read_table(dataset / "test.parquet")
+    answers = generate(
+        untouched, template, test.column("input_ids").to_pylist(), params.evaluate.max_new_tokens, 64, "test", "base"
+    )
+    assert pq.read_table(evaluation / "items.base.parquet").column("answer").to_pylist() == [a.text for a in answers]
+
+
+def test_an_adapter_trained_under_another_template_is_refused(
+    tmp_path: Path, dataset: Path, adapter: Path, params: Params
+) -> None:
+    import shutil
+
+    other = tmp_path / "adapter"
+    shutil.copytree(adapter, other)
+    contract = read_json(other / "contract.json")
+    write_json(other / "contract.json", contract | {"chat_template_sha256": "0" * 64})
+    with pytest.raises(TemplateError, match="chat_template_sha256"):
+        evaluate(params.evaluate, dataset, other, tmp_path / "evaluation")
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_max_samples_takes_the_same_items_every_time(tmp_path: Path, dataset: Path) -> None:
+    from pipeline.evaluate import test_items as items_of
+
+    few, more = (items_of(dataset, n).column("id").to_pylist() for n in (3, 6))
+    assert len(few) == 3
+    assert more[:3] == few
+
+
+def test_accuracy_counts_only_items_with_one_right_answer(dataset: Path) -> None:
+    test = pq.read_table(dataset / "test.parquet").slice(0, 2)
+    scoring = test.column_names.index("scoring")
+    test = test.set_column(scoring, "scoring", [["exact", "text"]])
+    right = [Answer(text, False, 1) for text in test.column("reference").to_pylist()]
+    items, signatures = score_items(test, right)
+    assert items.column("accuracy").to_pylist() == [1.0, None]
+    assert items.column("rougeL").to_pylist() == [1.0, 1.0]
+    assert set(signatures) == set(METRICS)
+
+
+def test_an_answer_without_an_end_counts_as_cut_off(base: Path, dataset: Path, params: Params) -> None:
+    template = load_contract(read_json(dataset / "contract.json"))
+    prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
+    [answer] = generate(load_base(identity(base)), template, prompt, 3, 1, "test", "base")
+    assert answer.cut_off == (answer.num_tokens == 3 and not answer.text.endswith("<|im_end|>"))
+
+
+def test_a_prompt_that_does_not_fit_the_context_is_refused(base: Path, dataset: Path) -> None:
+    template = load_contract(read_json(dataset / "contract.json"))
+    with pytest.raises(ValueError, match="context of 512"):
+        generate(load_base(identity(base)), template, [[1] * 510], 8, 1, "test", "base")
+
+
+def test_with_changes_one_section_only(params: Params) -> None:
+    assert with_(params, evaluate={"seed": 1}).train == params.train

@@ -1,0 +1,269 @@
+"""One project, run as its user runs it: the flow on a real Prefect server, DVC, MLflow and the store.
+
+The tests follow each other: each leaves the project up to date for the next.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import change_params, environment, make_project, retune
+
+from pipeline.params import Params
+
+WORSE = {"max_steps": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0}
+BETTER = {"max_steps": -1, "learning_rate": 0.005, "warmup_ratio": 0.05, "num_train_epochs": 14.0}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Iterator[Path]:
+    folder = make_project(tmp_path_factory.mktemp("flow") / "project", base, params)
+    yield folder
+    retune(folder, "down")
+
+
+def run(root: Path) -> dict[str, Any]:
+    done = retune(root, "run", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def outcomes(result: dict[str, Any]) -> dict[str, str]:
+    return {stage["stage"]: stage["outcome"] for stage in result["stages"]}
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, cwd=root, env=environment(), check=True, capture_output=True, text=True).stdout
+
+
+def served(root: Path) -> str | None:
+    """The version that MLflow's own client finds behind the champion alias."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{root}/mlflow.db"
+    return str(MlflowClient(uri, uri).get_model_version_by_alias("retune-sample", "champion").tags["version_id"])
+
+
+def test_a_first_run_trains_publishes_and_promotes_over_the_base(root: Path) -> None:
+    result = run(root)
+    assert outcomes(result) == {"ingest": "cached", "prepare": "ran", "train": "ran", "evaluate": "ran", "merge": "ran"}
+    assert result["decision"]["decision"] == "promoted"
+    assert served(root) == result["version"]["version"]
+    assert {"base", "adapter", "merged"} == set(result["metrics"])
+
+
+def test_a_second_run_is_a_quick_no_op_that_rewrites_nothing(root: Path) -> None:
+    def state() -> list[Any]:
+        git = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True).stdout
+        files = sorted((str(p), p.stat().st_mtime_ns) for p in (root / "store").rglob("*") if p.is_file())
+        return [git, dvc(root, "status"), files, sorted(p.stat().st_mtime_ns for p in (root / "artifacts").rglob("*"))]
+
+    before, started = state(), time.monotonic()
+    done = retune(root, "run")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Nothing to do")
+    assert time.monotonic() - started < 15
+    assert state() == before
+
+
+def test_runs_on_a_server_that_is_up_are_seen_there(root: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        taken = retune(root, "up", "--port", str(port))
+    assert taken.returncode == 1
+    assert f"port {port} is taken" in taken.stderr
+    assert retune(root, "up", "--port", str(port)).returncode == 0
+    assert "Nothing to do" in retune(root, "run").stdout
+    runs = api(port, "flow_runs/filter")
+    assert [flow_run["state_name"] for flow_run in runs] == ["Completed", "Completed"]
+    tasks = {task["name"].split("-")[0]: task["state_name"] for task in api(port, "task_runs/filter")[-14:]}
+    assert tasks["train"] in ("Ran", "Cached")
+    keys = {artifact["key"] for artifact in api(port, "artifacts/filter")}
+    assert {"metrics", "evaluation-report", "training-progress", "verdict", "version", "data-report"} <= keys
+
+
+def api(port: int, path: str) -> list[dict[str, Any]]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/api/{path}", data=b"{}", headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def test_dvc_and_the_flow_see_each_others_work_as_done(root: Path) -> None:
+    assert "Running stage" not in dvc(root, "repro")
+    change_params(root, evaluate={"seed": 1})
+    ran = dvc(root, "repro")
+    assert "Running stage 'evaluate'" in ran
+    assert "Running stage 'train'" not in ran
+    result = run(root)
+    assert set(outcomes(result).values()) == {"cached"}
+
+
+def test_dvc_shows_the_metrics(root: Path) -> None:
+    shown = json.loads(dvc(root, "metrics", "show", "--json"))
+    files = shown[""]["data"]
+    assert files["artifacts/evaluation/metrics.json"]["data"]["adapter"]["rougeL"]["score"] > 0
+
+
+def test_a_worse_candidate_is_refused_with_both_numbers(root: Path) -> None:
+    champion = served(root)
+    change_params(root, train=WORSE)
+    result = run(root)
+    assert outcomes(result)["prepare"] == "cached"
+    assert outcomes(result)["train"] == "ran"
+    decision = result["decision"]
+    assert decision["decision"] == "refused"
+    row = decision["comparison"]["rougeL"]
+    assert f"{row['candidate']:.3f} against {row['champion']:.3f}" in decision["reason"]
+    assert served(root) == champion
+
+
+def test_a_refused_version_is_not_decided_again(root: Path) -> None:
+    before = json.loads(retune(root, "history", "--json").stdout)
+    again = json.loads(retune(root, "promote", "--json").stdout)
+    assert again["decision"] == "unchanged"
+    assert json.loads(retune(root, "history", "--json").stdout) == before
+
+
+def test_a_better_candidate_is_promoted_and_a_rollback_restores_the_one_before(root: Path) -> None:
+    first = served(root)
+    change_params(root, train=BETTER)
+    result = run(root)
+    assert result["decision"]["decision"] == "promoted", result["decision"]["reason"]
+    assert served(root) == result["version"]["version"] != first
+    back = retune(root, "rollback", "--reason", "wrong colours")
+    assert back.returncode == 0, back.stderr
+    assert served(root) == first
+    history = json.loads(retune(root, "history", "--json").stdout)
+    assert [record["decision"] for record in history][-2:] == ["promoted", "rollback"]
+    assert history[-1]["reason"] == "wrong colours"
+    again = retune(root, "rollback")
+    assert again.returncode == 1
+    assert "error: " in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_a_rolled_back_version_stays_back(root: Path) -> None:
+    champion = served(root)
+    assert run(root)["decision"]["decision"] == "unchanged"
+    assert served(root) == champion
+
+
+def test_an_alias_that_a_crash_left_behind_is_put_right_by_the_next_command(root: Path) -> None:
+    from mlflow import MlflowClient
+
+    champion = served(root)
+    uri = f"sqlite:///{root}/mlflow.db"
+    MlflowClient(uri, uri).set_registered_model_alias("retune-sample", "champion", "2")
+    assert served(root) != champion
+    assert retune(root, "history").returncode == 0
+    assert served(root) == champion
+
+
+def test_a_champion_scored_on_another_test_split_is_scored_again(root: Path) -> None:
+    change_params(root, prepare={"test_fraction": 0.3})
+    result = run(root)
+    champion = served(root)
+    row = result["decision"]["comparison"]["rougeL"]
+    scored = root / ".retune" / "versions" / result["decision"]["against"] / "scored" / "items.parquet"
+    assert scored.is_file() or champion == result["version"]["version"]
+    assert 0 <= row["champion"] <= 1
+
+
+def test_an_altered_artifact_is_not_published(root: Path) -> None:
+    model = root / "artifacts" / "merged" / "config.json"
+    model.chmod(0o644)
+    text = model.read_text()
+    model.unlink()
+    model.write_text(text + " ")
+    done = retune(root, "publish")
+    assert done.returncode == 1
+    assert "merge changed since" in done.stderr
+    dvc(root, "checkout", "--force")
+
+
+def test_a_failing_stage_ends_the_run_with_one_sentence_and_changes_no_champion(root: Path) -> None:
+    champion = served(root)
+    change_params(root, prepare={"max_length": 5})
+    done = retune(root, "run")
+    assert done.returncode == 1
+    assert "the train split is empty" in done.stdout
+    assert "error: stage prepare ended" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert served(root) == champion
+    change_params(root, prepare={"max_length": 128})
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        ("retune", signal.SIGKILL),
+        ("stage", signal.SIGTERM),
+        *(
+            pytest.param(victim, number, marks=pytest.mark.faults)
+            for victim in ("retune", "flow", "dvc", "stage")
+            for number in (signal.SIGTERM, signal.SIGKILL)
+            if (victim, number) not in (("retune", signal.SIGKILL), ("stage", signal.SIGTERM))
+        ),
+    ],
+)
+def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
+    root: Path, tmp_path: Path, victim: str, number: signal.Signals
+) -> None:
+    copy = tmp_path / "project"
+    shutil.copytree(root, copy, symlinks=True)
+    (copy / ".retune" / "server.json").unlink(missing_ok=True)  # this run starts its own server
+    change_params(copy, train={"num_train_epochs": 5000.0, "save_steps": 20}, prepare={"test_fraction": 0.2})
+    command = [sys.executable, "-m", "pipeline", "run"]
+    child = subprocess.Popen(command, cwd=copy, env=environment(), stdout=subprocess.PIPE, text=True)
+    started: list[psutil.Process] = []
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("train ") and "steps" in line:
+                break
+        started = psutil.Process(child.pid).children(recursive=True)
+        os.kill(victims(child.pid, started)[victim], number)
+        child.wait(timeout=60)
+        assert child.returncode != 0
+        _, left = psutil.wait_procs(started, timeout=45)
+        assert not left, [process.cmdline() for process in left]
+        assert not (copy / "artifacts" / "adapter" / "adapter_model.safetensors").exists()
+    finally:
+        for process in [child, *started]:
+            if process.pid and psutil.pid_exists(process.pid):
+                process.kill()
+    if (victim, number) in {("stage", signal.SIGTERM), ("retune", signal.SIGKILL)}:
+        change_params(copy, train={"num_train_epochs": 6.0})
+        assert run(copy)["decision"]["version"]
+
+
+def victims(retune_pid: int, family: list[psutil.Process]) -> dict[str, int]:
+    """The process ids of the run's own process, its flow, DVC and the training stage."""
+    found = {"retune": retune_pid}
+    for process in family:
+        words = " ".join(process.cmdline())
+        if "flows.retrain" in words:
+            found["flow"] = process.pid
+        elif "retune stage train" in words and "sh -c" not in words:
+            found["stage"] = process.pid
+        elif " dvc " in words and "repro" in words:
+            found["dvc"] = process.pid
+    return found

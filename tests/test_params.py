@@ -1,0 +1,175 @@
+"""params.yaml: what is accepted, and the sentences people get for what is not."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, with_
+
+from pipeline.params import Params, ParamsError, load_params
+
+PROJECT = ROOT / "params.yaml"
+# Known to everyone who trains, or said by the comment of the line above.
+OBVIOUS = {"validation_fraction", "weight_decay", "max_grad_norm", "logging_steps", "seed", "registered_model_name"}
+
+
+def changed(tmp_path: Path, key: str, new: str) -> tuple[Path, int]:
+    """The project's file with the line of `key` (unique in it) begun by `new`, and that line's number."""
+    lines = PROJECT.read_text().split("\n")
+    [place] = [i for i, line in enumerate(lines) if re.match(rf" +{key}:", line)]
+    lines[place] = re.sub(r"^ +[^#]*", f"{new}  ", lines[place])
+    path = tmp_path / "params.yaml"
+    path.write_text("\n".join(lines))
+    return path, place + 1
+
+
+def test_the_projects_params_load_as_they_are_written() -> None:
+    text, params = PROJECT.read_text(), load_params(PROJECT)
+    assert f"  lora_r: {params.train.lora_r} " in text
+    assert f"  learning_rate: {params.train.learning_rate} " in text
+    assert f"  primary_metric: {params.promote.primary_metric} " in text
+    assert all(f"    {metric}: {margin}\n" in text for metric, margin in params.promote.guard_metrics.items())
+
+
+@pytest.mark.parametrize(
+    ("new", "sentence"),
+    [
+        ("  lora_r: 0", "train.lora_r is 0; .*greater than or equal to 1"),
+        ("  lora_r: '16'", "train.lora_r is '16'; .*integer"),
+        ("  lora_r: 16.0", "train.lora_r is 16.0; .*integer"),
+        ("  lora_r: true", "train.lora_r is True; .*integer"),
+        ("  lora_r:", "train.lora_r is null; .*integer"),
+        ("  packing: yes", "train.packing is 'yes'; .*boolean"),
+        ("  learning_rate: .nan", "train.learning_rate is nan; "),
+        ("  learning_rate: .inf", "train.learning_rate is inf; .*finite"),
+        ("  optim: sgd", "train.optim is 'sgd'; .*'adamw_torch' or 'paged_adamw_8bit'"),
+        ("  lora_dropout: 1.0", "train.lora_dropout is 1.0; .*less than 1"),
+        ("  model_revision: main", "prepare.model_revision is 'main'; .*pattern"),
+        ("  artifact_store: s3://b", "publish.artifact_store is 's3://b'; .*file"),
+    ],
+)
+def test_a_wrong_value_is_named_with_key_file_and_line(tmp_path: Path, new: str, sentence: str) -> None:
+    path, line = changed(tmp_path, new.strip().split(":")[0], new)
+    with pytest.raises(ParamsError, match=rf"^{sentence}.* \({re.escape(str(path))}, line {line}\)$"):
+        load_params(path)
+
+
+def test_an_unknown_key_is_named_with_file_and_line(tmp_path: Path) -> None:
+    path, line = changed(tmp_path, "lora_r", "  lora_rank: 16")
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    assert str(error.value).split("\n") == [
+        f"train.lora_r is missing ({path}, line {section_line('train')}); every parameter is written out, "
+        "copy it from the project's params.yaml",
+        f"train.lora_rank is not a parameter ({path}, line {line}); remove it or correct its spelling",
+    ]
+
+
+def test_an_unknown_metric_is_named_with_those_there_are(tmp_path: Path) -> None:
+    path, line = changed(tmp_path, "bleu", "    blue: 2.0")
+    with pytest.raises(ParamsError, match=rf"^promote\.guard_metrics\.blue .*'bleu'.*line {line}\)$"):
+        load_params(path)
+
+
+def section_line(name: str) -> int:
+    return PROJECT.read_text().split("\n").index(f"{name}:") + 1
+
+
+def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
+    path, _ = changed(tmp_path, "lora_r", "  lora_r: 0")
+    path.write_text(path.read_text().replace("  on_overlong: drop ", "  on_overlong: cut "))
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    assert [line.split(" ")[0] for line in str(error.value).split("\n")] == ["prepare.on_overlong", "train.lora_r"]
+
+
+@pytest.mark.parametrize(("name", "key"), [("train", "train.lora_r"), ("merge", "merge")])
+def test_a_missing_parameter_or_section_is_named(tmp_path: Path, name: str, key: str) -> None:
+    text = PROJECT.read_text()
+    path = tmp_path / "params.yaml"
+    cut = r"(?m)^  lora_r:.*\n" if name == "train" else rf"(?m)^{name}:\n(  .*\n)+"
+    path.write_text(re.sub(cut, "", text))
+    with pytest.raises(ParamsError, match=rf"^{re.escape(key)} is missing \({re.escape(str(path))}"):
+        load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"train": {"load_in_4bit": False}, "merge": {"base": "nf4"}}, "there is no NF4 base"),
+        ({"prepare": {"test_fraction": 0.5, "validation_fraction": 0.5}}, "leave no rows to train on"),
+        ({"prepare": {"trust_remote_code": True}}, "set model_revision"),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused(sections: dict[str, dict[str, object]], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        with_(load_params(PROJECT), **sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"load_in_4bit": False}, "merge": {"base": "full"}},
+        {"prepare": {"trust_remote_code": True, "model_revision": "a" * 40}},
+        {"train": {"lora_target_modules": ["q_proj"]}},
+    ],
+)
+def test_the_nearest_combination_that_works_is_accepted(sections: dict[str, dict[str, object]]) -> None:
+    assert isinstance(with_(load_params(PROJECT), **sections), Params)
+
+
+def test_a_refused_combination_names_the_file(tmp_path: Path) -> None:
+    path, _ = changed(tmp_path, "trust_remote_code", "  trust_remote_code: true")
+    with pytest.raises(ParamsError, match=rf"model_revision.*\({re.escape(str(path))}, line \d+\)$"):
+        load_params(path)
+
+
+def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    path, _ = changed(tmp_path, "learning_rate", "  learning_rate: 2e-4")
+    assert load_params(path).train.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize("new", ["  lora_r: [16\n  lora_alpha: 32", "  lora_alpha: 16", "\tlora_r: 16"])
+def test_invalid_yaml_is_refused_with_its_line(tmp_path: Path, new: str) -> None:
+    path, line = changed(tmp_path, "lora_r", new)
+    with pytest.raises(ParamsError, match=rf"{re.escape(str(path))}, line ({line}|{line + 1}) is not valid YAML"):
+        load_params(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n", b"42\n"])
+def test_a_file_without_sections_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(ParamsError, match="holds no sections"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes("ingest: # größer\n".encode("latin-1"))
+    with pytest.raises(ParamsError, match="UTF-8"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="does not exist; run this command in the project's top folder"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_parameters_cannot_be_changed_after_loading() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_params(PROJECT).train.lora_r = 1  # type: ignore[misc]
+
+
+def test_every_parameter_is_explained() -> None:
+    unexplained = []
+    above = ""
+    for line in PROJECT.read_text().split("\n"):
+        key = re.match(r"  (\w+):", line)
+        if key and "#" not in line and not above.lstrip().startswith("#") and key[1] not in OBVIOUS:
+            unexplained.append(key[1])
+        above = line
+    assert unexplained == []
+
+
+def test_the_sections_are_the_stages_in_the_order_they_run() -> None:
+    assert list(Params.model_fields) == ["ingest", "prepare", "train", "evaluate", "merge", "publish", "promote"]
+    assert re.findall(r"(?m)^(\w+):", PROJECT.read_text()) == list(Params.model_fields)

@@ -1,0 +1,250 @@
+"""Instruction data into splits: who goes where, who is dropped and why, and that nothing is lost or leaked."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import sample_rows, with_
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.files import read_json
+from pipeline.formats import Row
+from pipeline.params import Params, PrepareParams
+from pipeline.prepare import DUPLICATE, LEAKED, OVERLONG, SPLITS, Prepared, PrepareError, prepare, split_of
+from pipeline.template import load_contract
+
+OUTPUTS = {f"{split}.parquet" for split in SPLITS} | {"contract.json", "report.json", "report.md", "dropped.jsonl"}
+
+
+def run(params: Params, folder: Path, rows: list[Any], **changes: Any) -> tuple[Prepared, Path]:
+    data, output = folder / "data", folder / "dataset"
+    data.mkdir(exist_ok=True)
+    (data / "rows.json").write_text(json.dumps(rows))
+    return prepare(with_(params, prepare=changes).prepare, data, output), output
+
+
+def read(output: Path, column: str) -> dict[str, list[Any]]:
+    return {split: pq.read_table(output / f"{split}.parquet").column(column).to_pylist() for split in SPLITS}
+
+
+def splits_by(output: Path, column: str) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for split, values in read(output, column).items():
+        for value in values:
+            found.setdefault(value, set()).add(split)
+    return found
+
+
+def dropped(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "dropped.jsonl").read_text().splitlines()]
+
+
+def group_in(split: str, params: Params) -> str:
+    row = Row(messages=[], source="")
+    names = (f"g{i}" for i in range(1000))
+    return next(g for g in names if split_of(Row(**vars(row) | {"group": g}), params.prepare) == split)
+
+
+def ask(question: str, answer: str, **columns: Any) -> dict[str, Any]:
+    return {"instruction": question, "input": "", "output": answer} | columns
+
+
+def test_every_output_is_written_and_the_counts_agree(params: Params, tmp_path: Path) -> None:
+    result, output = run(params, tmp_path, sample_rows(200))
+    assert {path.name for path in output.iterdir()} == OUTPUTS
+    assert {split: len(ids) for split, ids in read(output, "id").items()} == result.rows
+    assert min(result.rows.values()) > 0
+    tables = read(output, "input_ids")
+    assert result.tokens == sum(map(len, tables["train"]))
+    assert read_json(output / "contract.json")["max_length"] == 128
+    assert load_contract(read_json(output / "contract.json")).tokenizer.decode(tables["train"][0]).startswith("<|im_")
+    labels = pq.read_table(output / "train.parquet").column("labels").to_pylist()
+    assert result.trained_tokens == sum(label != -100 for row in labels for label in row)
+
+
+def test_a_test_row_holds_its_prompt_and_its_reference(params: Params, tmp_path: Path) -> None:
+    _, output = run(params, tmp_path, sample_rows(200))
+    template = load_contract(read_json(output / "contract.json"))
+    for row in pq.read_table(output / "test.parquet").to_pylist():
+        [question] = json.loads(row["messages"])
+        assert question["content"].endswith(row["reference"])
+        assert template.tokenizer.decode(row["input_ids"]) == row["prompt"]
+        assert row["prompt"].endswith("<|im_start|>assistant\n")
+
+
+def test_a_row_is_in_one_split(params: Params, tmp_path: Path) -> None:
+    _, output = run(params, tmp_path, sample_rows(200))
+    assert all(len(splits) == 1 for splits in splits_by(output, "id").values())
+
+
+def test_a_row_never_moves_between_splits(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "less").mkdir()
+    (tmp_path / "more").mkdir()
+    more = sample_rows(300)
+    random.Random(1).shuffle(more)
+    before = splits_by(run(params, tmp_path / "less", sample_rows(200))[1], "id")
+    after = splits_by(run(params, tmp_path / "more", more)[1], "id")
+    assert len(before) == 200
+    assert before == {id: after[id] for id in before}
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.text(), st.floats(0.01, 0.5), st.floats(0, 0.4), st.floats(0, 0.05))
+def test_a_larger_test_fraction_only_adds_to_the_test_split(
+    params: Params, group: str, test: float, validation: float, more: float
+) -> None:
+    row = Row(messages=[], source="", group=group)
+
+    def split(fraction: float) -> str:
+        tree = params.prepare.model_dump() | {"test_fraction": fraction, "validation_fraction": validation}
+        return split_of(row, PrepareParams.model_validate(tree))
+
+    assert split(test) != "test" or split(test + more) == "test"
+
+
+def test_the_splits_have_the_sizes_asked_for(params: Params) -> None:
+    rows = [Row(messages=[], source="", group=f"g{i}") for i in range(4000)]
+    counts = Counter(split_of(row, params.prepare) for row in rows)
+    assert counts["test"] == pytest.approx(400, abs=80)  # 4 standard deviations
+    assert counts["validation"] == pytest.approx(200, abs=56)
+
+
+@pytest.mark.parametrize("name", [str, int])
+def test_a_group_stays_together(params: Params, tmp_path: Path, name: type) -> None:
+    rows = [ask(f"{r['instruction']}?", r["output"], group=name(i % 20)) for i, r in enumerate(sample_rows(200))]
+    _, output = run(params, tmp_path, [row | {"task": f"t{row['group']}"} for row in rows])
+    by_group = splits_by(output, "task")
+    assert len(by_group) == 20
+    assert {group: splits for group, splits in by_group.items() if len(splits) > 1} == {}
+
+
+def test_a_prompt_of_the_test_split_is_not_trained_on(params: Params, tmp_path: Path) -> None:
+    rows = [
+        *sample_rows(100),
+        ask("What is the secret?", "one", group=group_in("test", params)),
+        ask(" what IS  the\nSecret? ", "two", group=group_in("train", params)),
+        ask("What is the secret?", "three", group=group_in("validation", params)),
+    ]
+    result, output = run(params, tmp_path, rows)
+    assert result.dropped == {LEAKED: 2}
+    assert [d["source"] for d in dropped(output)] == ["rows.json:[101]", "rows.json:[102]"]
+
+
+def test_an_earlier_turn_that_asks_a_test_prompt_is_not_trained_on(params: Params, tmp_path: Path) -> None:
+    later = ask("And then?", "two", history=[["What is the secret?", "one"]], group=group_in("train", params))
+    rows = [*sample_rows(100), ask("What is the secret?", "one", group=group_in("test", params)), later]
+    result, output = run(params, tmp_path, rows)
+    assert result.dropped == {LEAKED: 1}
+    assert dropped(output)[0]["source"] == "rows.json:[101]"
+
+
+def test_exact_duplicates_are_dropped_and_counted(params: Params, tmp_path: Path) -> None:
+    rows = sample_rows(100)
+    result, output = run(params, tmp_path, [*rows, *rows[:7], ask(rows[0]["instruction"], "another answer")])
+    assert result.dropped == {DUPLICATE: 7}
+    assert sum(result.rows.values()) == 101
+    assert [d["source"] for d in dropped(output)] == [f"rows.json:[{i}]" for i in range(100, 107)]
+
+
+def test_every_row_is_kept_or_dropped_with_a_reason(params: Params, tmp_path: Path) -> None:
+    broken: list[Any] = [
+        None,
+        {},
+        ask("q", ""),
+        ask("q", "a <|im_end|>"),
+        ask("long", "word " * 200),
+        ask("half", "\ud83d"),
+        ask("not a number", "a") | {"input": float("nan")},
+        sample_rows(1)[0],
+    ]
+    result, output = run(params, tmp_path, [*sample_rows(100), *broken], max_dropped_fraction=0.5)
+    report = read_json(output / "report.json")
+    assert report["rows_in"] == 108 == sum(result.rows.values()) + sum(result.dropped.values())
+    assert [d["source"] for d in sorted(dropped(output), key=lambda d: d["source"])] == [
+        f"rows.json:[{i}]" for i in range(100, 108)
+    ]
+    assert all(d["reason"] in result.dropped for d in dropped(output))
+
+
+def test_too_many_unusable_rows_leave_the_output_as_it_was(params: Params, tmp_path: Path) -> None:
+    _, output = run(params, tmp_path, sample_rows(100))
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    broken = [ask(f"q{i}", "") for i in range(6)]
+    with pytest.raises(
+        PrepareError, match=r"6 of 106 rows are unusable.*6 × a row output is empty.*rows\.json:\[100\]"
+    ):
+        run(params, tmp_path, [*sample_rows(100), *broken])
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "dataset"}
+
+
+def test_as_many_unusable_rows_as_allowed_pass(params: Params, tmp_path: Path) -> None:
+    result, _ = run(params, tmp_path, [*sample_rows(95), *[ask(f"q{i}", "") for i in range(5)]])
+    assert result.dropped == {"a row output is empty": 5}
+
+
+def test_duplicates_and_overlong_rows_are_no_sign_of_a_broken_source(params: Params, tmp_path: Path) -> None:
+    rows = sample_rows(100)
+    result, _ = run(params, tmp_path, [*rows, *rows, *[ask(f"q{i}", "word " * 200) for i in range(50)]])
+    assert result.dropped == {DUPLICATE: 100, OVERLONG: 50}
+
+
+def test_rows_are_kept_up_to_max_length_answers_included(params: Params, tmp_path: Path) -> None:
+    rows = [ask(f"q{i}", "x" * i) for i in range(1, 200)]
+    result, output = run(params, tmp_path, rows, max_length=100)
+    template = load_contract(read_json(output / "contract.json"))
+    lengths = [
+        len(
+            template.encode(
+                [*json.loads(row["messages"]), {"role": "assistant", "content": row["reference"]}]
+            ).input_ids
+        )
+        for row in pq.read_table(output / "test.parquet").to_pylist()
+    ]
+    ids = read(output, "input_ids")
+    lengths += [len(row) for split in ("train", "validation") for row in ids[split]]
+    assert max(lengths) == 100
+    assert result.dropped == {OVERLONG: 199 - len(lengths)}
+
+
+def test_an_overlong_row_stops_the_stage_on_demand(params: Params, tmp_path: Path) -> None:
+    rows = [*sample_rows(100), ask("q", "word " * 200)]
+    with pytest.raises(PrepareError, match=r"rows\.json:\[100\] has \d+ tokens; prepare\.max_length is 128: raise it"):
+        run(params, tmp_path, rows, on_overlong="error")
+
+
+def test_an_empty_test_split_is_refused_with_the_way_out(params: Params, tmp_path: Path) -> None:
+    with pytest.raises(PrepareError, match=r"the test split is empty: 3 rows.*raise prepare\.test_fraction"):
+        run(params, tmp_path, [ask(f"q{i}", "a", group=group_in("train", params)) for i in range(3)])
+
+
+def test_an_empty_training_split_says_when_length_is_why(params: Params, tmp_path: Path) -> None:
+    with pytest.raises(PrepareError, match=r"the train split is empty: 100 rows.*100 of them longer.*10 tokens"):
+        run(params, tmp_path, sample_rows(100), max_length=10)
+
+
+def test_the_same_data_gives_the_same_bytes(params: Params, tmp_path: Path) -> None:
+    _, output = run(params, tmp_path, [*sample_rows(100), ask("q", "")])
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    _, output = run(params, tmp_path, [*sample_rows(100), ask("q", "")])
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_accuracy_counts_where_one_answer_is_right(params: Params, tmp_path: Path) -> None:
+    _, output = run(params, tmp_path, sample_rows(100))
+    assert set(pq.read_table(output / "test.parquet").column("scoring").to_pylist()) == {"exact"}
+    test = group_in("test", params)
+    rows = [
+        *sample_rows(100),
+        ask("declared", "a", group=test, task="d", scoring="exact"),
+        ask("open", "a", group=test, task="o"),
+    ]
+    _, output = run(params, tmp_path, rows)
+    table = pq.read_table(output / "test.parquet")
+    scoring = dict(zip(table.column("task").to_pylist(), table.column("scoring").to_pylist(), strict=True))
+    assert (scoring["d"], scoring["o"]) == ("exact", "text")

@@ -1,0 +1,187 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, environment, make_base, with_
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from pipeline.files import read_json, sha256_file
+from pipeline.model import load_base
+from pipeline.params import Params
+from pipeline.train import QUANTISATION, TrainError, _sequences, last_checkpoint, run_key, train
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def identity(base: Path) -> dict[str, object]:
+    return {"name_or_path": str(base), "revision": None, "trust_remote_code": False}
+
+
+def test_the_adapter_is_saved_as_safetensors_with_its_contract_and_curve(adapter: Path, dataset: Path) -> None:
+    names = {path.name for path in adapter.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "training.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert read_json(adapter / "contract.json") == read_json(dataset / "contract.json")
+    rows = list(csv.DictReader((adapter / "loss.csv").open()))
+    assert float(rows[-1]["loss"] or rows[-2]["loss"]) < float(rows[0]["loss"])
+    assert any(row["validation_loss"] for row in rows)
+
+
+def test_the_base_is_quantised_to_nf4_with_double_quantisation(base: Path) -> None:
+    state = load_base(identity(base), NF4).model.layers[0].mlp.up_proj.weight.quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+
+
+def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
+    train(params.train, dataset, tmp_path / "again", tmp_path / "checkpoints")
+    again = sha256_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert again == sha256_file(adapter / "adapter_model.safetensors")
+
+
+def test_another_seed_gives_another_adapter(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
+    other = with_(params, train={"seed": 7, "max_steps": 2, "logging_steps": 1})
+    train(other.train, dataset, tmp_path / "other", tmp_path / "checkpoints")
+    a = load_file(adapter / "adapter_model.safetensors")
+    b = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    assert any(not torch.equal(a[key], b[key]) for key in a)
+
+
+def test_every_frozen_layer_passes_gradients_after_an_evaluation(base: Path, dataset: Path) -> None:
+    """bitsandbytes repacks 4-bit weights at the first inference on AVX512-BF16 CPUs, and gradients stop there."""
+    ids = torch.tensor([pq.read_table(dataset / "train.parquet").column("input_ids")[0].as_py()])
+
+    def gradients(evaluate_first: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(load_base(identity(base), NF4), lora)
+        if evaluate_first:
+            with torch.no_grad():
+                model.eval()(ids)
+        model.train()(ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    before, after = gradients(False), gradients(True)
+    assert before.keys() == after.keys()
+    for name, gradient in after.items():
+        assert gradient is not None and gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-6)
+
+
+def test_packed_rows_do_not_see_each_other(base: Path, dataset: Path) -> None:
+    model = load_base(identity(base), NF4).train()
+    a, b, c = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()[:3]
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+
+    def logits(rows: list[list[int]]) -> torch.Tensor:
+        packed = {"input_ids": sum(rows, []), "seq_lengths": [len(row) for row in rows]}
+        with torch.no_grad():
+            return model(**collate([packed]), use_cache=False).logits[0]
+
+    alone = logits([b])
+    torch.testing.assert_close(logits([a, b])[len(a) :], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits([c, b])[len(c) :], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_longer_than_a_packed_sequence_is_trained_whole(dataset: Path, params: Params) -> None:
+    rows = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()
+    short = sorted(map(len, rows))[len(rows) // 2]
+    sequences = _sequences(dataset / "train.parquet", with_(params, train={"packed_length": short}).train)
+    assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, rows))
+    assert sorted(sum(sequences["input_ids"], [])) == sorted(sum(rows, []))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, params: Params, dataset: Path) -> None:
+    wild = with_(params, train={"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0})
+    with pytest.raises(TrainError, match="lower train.learning_rate"):
+        train(wild.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_checkpoint_belongs_to_one_run_only(tmp_path: Path, params: Params, dataset: Path) -> None:
+    key = run_key(params.train, dataset)
+    assert key == run_key(params.train, dataset)
+    assert key != run_key(with_(params, train={"learning_rate": 0.001}).train, dataset)
+
+
+def test_another_base_than_the_datasets_is_refused(
+    tmp_path: Path, params: Params, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.prepare import prepare
+    from pipeline.template import TemplateError
+
+    own = make_base(tmp_path / "base")
+    prepare(with_(params, prepare={"model_name_or_path": str(own)}).prepare, data, tmp_path / "dataset")
+    make_base(own, seed=1)
+    with pytest.raises(TemplateError, match="is not the one the dataset was prepared for"):
+        train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
+
+
+SCRIPT = """
+import sys, json
+from pathlib import Path
+from pipeline.params import Params
+from pipeline.train import Interrupted, train
+import torch
+folder = Path(sys.argv[1])
+params = Params.model_validate_json((folder / "params.json").read_text())
+try:
+    done = train(params.train, Path(sys.argv[2]), folder / "adapter", folder / "checkpoints")
+except Interrupted as error:
+    sys.exit(f"interrupted: {error}")
+print("finished, resumed from", done.resumed_from_step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_training_goes_on_from_its_checkpoint(
+    tmp_path: Path, params: Params, dataset: Path, number: signal.Signals
+) -> None:
+    long = with_(params, train={"save_steps": 2})
+    (tmp_path / "params.json").write_text(long.model_dump_json())
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(dataset)]
+    child = subprocess.Popen(command, env=environment() | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "checkpoints").glob("*/checkpoint-*/trainer_state.json")) and child.poll() is None:
+        time.sleep(0.02)
+    os.kill(child.pid, number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode != 0
+    assert not (tmp_path / "adapter").exists()
+    if number == signal.SIGTERM:
+        assert "the next run goes on from there" in errors
+    again = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from 0" not in again.stdout
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"a": torch.zeros(2)}, folder / "adapter_model.safetensors")
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).write_bytes(b"x")
+    weights = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert "checkpoint-4 is not whole" in capsys.readouterr().out
+
+
+def test_quantisation_is_recorded_for_the_later_stages(adapter: Path) -> None:
+    assert read_json(adapter / "training.json")["quantisation"] == NF4
+    assert set(NF4) == set(QUANTISATION)
