@@ -90,8 +90,12 @@ def test_accuracy_counts_only_items_with_one_right_answer(dataset: Path) -> None
 def test_an_answer_without_an_end_counts_as_cut_off(base: Path, dataset: Path, params: Params) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
     prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
-    [answer] = generate(load_base(identity(base)), template, prompt, 3, 1, "test", "base")
-    assert answer.cut_off == (answer.num_tokens == 3 and not answer.text.endswith("<|im_end|>"))
+    model = load_base(identity(base))
+    [cut] = generate(model, template, prompt, 1, 1, "test", "base")
+    [whole] = generate(model, template, prompt, 64, 1, "test", "base")
+    assert (cut.cut_off, cut.num_tokens) == (True, 1)
+    assert not whole.cut_off
+    assert 1 < whole.num_tokens < 64
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_refused(base: Path, dataset: Path) -> None:

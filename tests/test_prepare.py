@@ -109,7 +109,8 @@ def test_a_larger_test_fraction_only_adds_to_the_test_split(
 
 def test_the_splits_have_the_sizes_asked_for(params: Params) -> None:
     rows = [Row(messages=[], source="", group=f"g{i}") for i in range(4000)]
-    counts = Counter(split_of(row, params.prepare) for row in rows)
+    fractions = params.prepare.model_copy(update={"test_fraction": 0.1, "validation_fraction": 0.05})
+    counts = Counter(split_of(row, fractions) for row in rows)
     assert counts["test"] == pytest.approx(400, abs=80)  # 4 standard deviations
     assert counts["validation"] == pytest.approx(200, abs=56)
 
