@@ -58,17 +58,25 @@ class StageFailed(RuntimeError):
 @dataclass(frozen=True)
 class StageResult:
     stage: str
-    outcome: str  # ran | restored (from DVC's run cache) | cached (nothing had changed)
+    outcome: str  # ran | restored (from DVC's run cache) | cached (nothing had changed); promote: its decision
     seconds: float
+    detail: Any = None  # what publish and promote answered
 
 
-@flow(name="retrain", flow_run_name="retrain-{trigger}", log_prints=False, validate_parameters=False)
+@flow(name="retrain", flow_run_name="retrain-{trigger}", validate_parameters=False)
 def retrain(trigger: str = "by-hand") -> dict[str, Any]:
     params = load_params()
-    stages = [ingest(), prepare(), train(), evaluate(), merge()]
-    version = publish(params)
-    decision = promote(params, version)
-    return summary(stages, version, decision)
+    return summary(
+        [
+            ingest(),
+            prepare(),
+            train(),
+            evaluate(),
+            merge(),
+            publish(params),
+            promote(params),
+        ]
+    )
 
 
 @task
@@ -76,7 +84,7 @@ def ingest() -> State[Any]:
     """The snapshot that data.dvc names, fetched if it is not here. New data comes in by `retune ingest`."""
     started = time.monotonic()
     fetched = graph.pull_data()
-    return _state("ingest", "ran" if fetched else "cached", time.monotonic() - started)
+    return _state("ingest", "ran" if fetched else "cached", started)
 
 
 @task
@@ -112,33 +120,34 @@ def merge() -> State[Any]:
 
 
 @task
-def publish(params: Params) -> shipping.Published:
+def publish(params: Params) -> State[Any]:
+    started = time.monotonic()
     published = shipping.publish(params.publish)
     store = open_store(params.publish.artifact_store)
     create_link_artifact(f"{store.uri}/versions/{published.version}/manifest.json", "manifest", key="version")
     create_link_artifact(ARTIFACTS.resolve().as_uri(), "artifacts of this run", key="files")
-    return published
+    return _state("publish", "ran" if published.created else "cached", started, asdict(published))
 
 
 @task
-def promote(params: Params, version: shipping.Published) -> gate.Decision:
-    decision = gate.promote(params.publish, params.promote, version.version)
-    create_markdown_artifact(f"**{decision.decision}**: v{version.number}: {decision.reason}", key="verdict")
-    return decision
+def promote(params: Params) -> State[Any]:
+    started = time.monotonic()
+    decision = gate.promote(params.publish, params.promote)
+    create_markdown_artifact(f"**{decision.decision}**: v{decision.number}: {decision.reason}", key="verdict")
+    return _state("promote", decision.decision, started, asdict(decision))
 
 
-def summary(states: list[State[Any]], version: shipping.Published, decision: gate.Decision) -> dict[str, Any]:
+def summary(states: list[State[Any]]) -> dict[str, Any]:
     stages: list[StageResult] = [state.result() for state in states]
     metrics = read_json(ARTIFACTS / "evaluation" / "metrics.json") | read_json(ARTIFACTS / "parity" / "metrics.json")
-    overall = {
-        system: {metric: metrics[system][metric] for metric in METRICS} for system in ("base", "adapter", "merged")
-    }
     return {
-        "changed": any(stage.outcome != "cached" for stage in stages) or version.created,
-        "stages": [asdict(stage) for stage in stages],
-        "metrics": overall,
-        "version": asdict(version),
-        "decision": asdict(decision),
+        "changed": any(stage.outcome not in ("cached", "unchanged") for stage in stages),
+        "stages": [{"stage": s.stage, "outcome": s.outcome, "seconds": s.seconds} for s in stages],
+        "metrics": {
+            system: {metric: metrics[system][metric] for metric in METRICS} for system in ("base", "adapter", "merged")
+        },
+        "version": stages[-2].detail,
+        "decision": stages[-1].detail,
     }
 
 
@@ -163,12 +172,12 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
         raise StageFailed(f"stage {stage} ended with status {status}; `dvc repro {stage}` shows it alone")
     if artifact is not None:
         update_progress_artifact(artifact_id=artifact, progress=100.0)
-    return _state(stage, graph.outcome(lines, stage), time.monotonic() - started)
+    return _state(stage, graph.outcome(lines, stage), started)
 
 
-def _state(stage: str, outcome: str, seconds: float) -> State[Any]:
-    result = StageResult(stage, outcome, seconds)
-    return Completed(name=outcome.capitalize(), message=f"{stage} {outcome} in {clock(seconds)}", data=result)
+def _state(stage: str, outcome: str, started: float, detail: Any = None) -> State[Any]:
+    result = StageResult(stage, outcome, time.monotonic() - started, detail)
+    return Completed(name=outcome.capitalize(), message=f"{stage} {outcome} in {clock(result.seconds)}", data=result)
 
 
 def _interval(score: dict[str, float] | None) -> str:

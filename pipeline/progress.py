@@ -16,7 +16,7 @@ def clock(seconds: float) -> str:
 class Progress:
     """Prints how far a stage is, at most every `every` seconds, with the time left at the rate so far."""
 
-    def __init__(self, stage: str, total: int, unit: str, every: float = 2.0) -> None:
+    def __init__(self, stage: str, total: int, unit: str, every: float = 5.0) -> None:
         self.stage, self.total, self.unit, self.every = stage, total, unit, every
         self.first = self.printed = time.monotonic()
         self.start = 0  # where a resumed run began; its steps took none of this run's time

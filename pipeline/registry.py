@@ -7,6 +7,7 @@ alias is a projection of the log, put right by whoever looks next.
 
 import getpass
 import json
+import logging
 import socket
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -92,6 +93,7 @@ class ModelRegistry:
     def __init__(self, tracking_uri: str, name: str) -> None:
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it announces each table that it makes
         self.client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
         self.name = name
 
