@@ -25,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: boxes cut sentences in pieces
     help="Scheduled, gated retraining of LLM adapters. Run it in the project's top folder.",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -65,6 +66,8 @@ def run(json_output: Json = False) -> None:
             if decision is not None:
                 _say_nothing_to_do(decision, json_output)
                 return
+        if up is None:
+            print("run: starting the Prefect server (about 10 seconds)", file=sys.stderr, flush=True)
         with server.for_one_run() as prefect:
             status = run_forwarding_sigterm(
                 python_ending_with_parent("flows.retrain", *(["--json"] if json_output else [])),
@@ -90,8 +93,9 @@ def ingest(
         if format not in ("alpaca", "sharegpt", "messages"):
             raise typer.BadParameter(f"{format} is not a format; expected alpaca, sharegpt or messages")
         params = IngestParams(format=format)  # type: ignore[arg-type]
-    graph.pull_data()  # the snapshot also holds the base model, which stays
-    result = do(params, source)
+    with _only_run():
+        graph.pull_data()  # the snapshot also holds the base model, which stays
+        result = do(params, source)
     if json_output:
         print(json.dumps(asdict(result)))
         return
@@ -246,7 +250,8 @@ def score(
 
 def _environment() -> None:
     """Caches in the project, no telemetry, and no Hub unless a parameter names a Hub repository."""
-    WORK_DIR.mkdir(exist_ok=True)  # else DVC makes it, writable for everybody
+    if Path("params.yaml").exists():
+        WORK_DIR.mkdir(exist_ok=True)  # else DVC makes it, writable for everybody
     work = WORK_DIR.resolve()
     defaults = {
         "HF_DATASETS_CACHE": str(work / "datasets"),
@@ -280,7 +285,8 @@ def _run_stage(name: str, params: Any) -> str:
             from pipeline.prepare import prepare
 
             made = prepare(params.prepare, Path("data/instructions"), dataset)
-            dropped = f", {sum(made.dropped.values()):,} dropped" if made.dropped else ""
+            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in made.dropped.items())
+            dropped = f", {sum(made.dropped.values()):,} dropped ({reasons})" if made.dropped else ""
             rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
             return f"{rows} rows{dropped}; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
         case "train":
@@ -310,7 +316,8 @@ def _run_stage(name: str, params: Any) -> str:
 
 @contextmanager
 def _only_run() -> Iterator[None]:
-    """Hold the project's run lock: two runs would write the same artifacts."""
+    """Hold the project's run lock: two runs would write the same artifacts, or read data that changes under them."""
+    WORK_DIR.mkdir(exist_ok=True)
     with (WORK_DIR / "run.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

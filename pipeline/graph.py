@@ -27,7 +27,6 @@ def environment() -> dict[str, str]:
 
 def repro_command(stage: str) -> list[str]:
     """Runs `stage` alone if its dependencies changed; dies with its parent and takes the stage's process with it."""
-    # --no-commit is not used: the output must be in the cache when the next stage or worker asks for it.
     return python_ending_with_parent("dvc", "repro", "--single-item", stage)
 
 
@@ -44,12 +43,7 @@ def stale(root: Path = Path(".")) -> dict[str, Any]:
     Raises:
         GraphError: `dvc status` fails.
     """
-    status = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "--json"], cwd=root, env=environment(), capture_output=True, text=True
-    )
-    if status.returncode != 0:
-        raise GraphError(f"dvc status failed: {status.stderr.strip()}")
-    changed: dict[str, Any] = json.loads(status.stdout)
+    changed: dict[str, Any] = json.loads(_dvc(root, "status", "--json"))
     return changed
 
 
@@ -57,9 +51,11 @@ def pull_data(root: Path = Path(".")) -> bool:
     """Fetch the snapshot that `data.dvc` names when it is not in `data/`; returns whether anything was missing.
 
     Raises:
-        GraphError: a remote lacks it, or `data/` holds changes that no snapshot records.
+        GraphError: no remote has it, or `data/` holds changes that no snapshot records.
     """
-    reasons = stale_data(root)
+    if not (root / "data.dvc").exists():
+        raise GraphError("data.dvc is missing; `git checkout data.dvc` restores it")
+    reasons = json.loads(_dvc(root, "status", "--json", "data.dvc")).get("data.dvc", [])
     if not reasons:
         return False
     if any("modified" in str(reason) for reason in reasons):
@@ -67,34 +63,26 @@ def pull_data(root: Path = Path(".")) -> bool:
             "data/ was changed by hand, and no snapshot records it; `retune ingest` makes one from files elsewhere, "
             "`dvc checkout --force data.dvc` puts the recorded one back"
         )
-    pulled = subprocess.run(
-        [sys.executable, "-m", "dvc", "pull", "--quiet", "data.dvc"],
-        cwd=root,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    if pulled.returncode != 0:
-        raise GraphError(f"data.dvc's snapshot could not be fetched: {pulled.stderr.strip()}")
+    _dvc(root, "pull", "--quiet", "data.dvc")
     return True
 
 
-def stale_data(root: Path = Path(".")) -> list[Any]:
-    if not (root / "data.dvc").exists():
-        raise GraphError(
-            "data.dvc is missing; `git checkout data.dvc` restores it, `retune ingest PATH` makes a new one"
-        )
-    status = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "--json", "data.dvc"],
-        cwd=root,
-        env=environment(),
-        capture_output=True,
-        text=True,
+def add_data(root: Path = Path(".")) -> None:
+    """Record what `data/` holds now as the snapshot that `data.dvc` names.
+
+    Raises:
+        GraphError: DVC could not.
+    """
+    _dvc(root, "add", "--quiet", "data")
+
+
+def _dvc(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment(), capture_output=True, text=True
     )
-    if status.returncode != 0:
-        raise GraphError(f"dvc status failed: {status.stderr.strip()}")
-    reasons: list[Any] = json.loads(status.stdout).get("data.dvc", [])
-    return reasons
+    if done.returncode != 0:
+        raise GraphError(f"`dvc {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def lock(root: Path = Path(".")) -> dict[str, Any]:

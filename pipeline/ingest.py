@@ -4,12 +4,11 @@ The source's bytes are kept as they are; what cannot be read as instruction data
 """
 
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import graph
 from pipeline.files import whole_directory
 from pipeline.formats import FormatError, Rejected, find_files, read_rows
 from pipeline.params import IngestParams
@@ -32,7 +31,7 @@ def ingest(params: IngestParams, source: Path, root: Path = Path(".")) -> Ingest
 
     Raises:
         FormatError: a file is unreadable, of no known format, or holds no usable row; `data/` stays as it was.
-        RuntimeError: DVC could not record the snapshot; `data/` has the new files, `dvc checkout` restores the old.
+        GraphError: DVC could not record the snapshot; `dvc checkout --force data.dvc` restores the old one.
     """
     files = find_files(source)
     rows, rejected = 0, Counter[str]()
@@ -53,13 +52,7 @@ def ingest(params: IngestParams, source: Path, root: Path = Path(".")) -> Ingest
         for file, name in zip(files, names, strict=True):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
-    added = subprocess.run(
-        [sys.executable, "-m", "dvc", "add", "--quiet", "data"], cwd=root, capture_output=True, text=True
-    )
-    if added.returncode != 0:
-        raise RuntimeError(
-            f"dvc add data failed: {added.stderr.strip()}; `dvc checkout data.dvc` restores the old data"
-        )
+    graph.add_data(root)
     changed = (root / "data.dvc").read_bytes() != before
     return Ingested(files=names, rows=rows, rejected=dict(rejected), changed=changed)
 
