@@ -310,7 +310,10 @@ def _run_stage(name: str, params: Any) -> str:
             from pipeline.merge import merge
 
             merged = merge(params.merge, dataset, adapter, evaluation, ARTIFACTS / "merged", ARTIFACTS / "parity")
-            return f"into the {merged.base} base; {merged.agreement:.1%} of its answers are the adapter's"
+            return (
+                f"into the {merged.base} base; it chooses {merged.agreement:.1%} of the adapter's tokens, "
+                f"{merged.identical:.1%} of its answers are the same"
+            )
     raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
 
 

@@ -80,7 +80,7 @@ def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where
 def score_items(test: pa.Table, answers: list[Answer]) -> tuple[pa.Table, dict[str, str]]:
     """Every test item with its answer and scores, (N rows), and the signature of each metric.
 
-    Columns: `id, task, scoring, prompt, reference, answer, cut_off, num_tokens, accuracy` (null where there is no one
+    Columns: `id, task, scoring, prompt, reference, answer, cut_off, answer_ids, accuracy` (null where there is no one
     right answer), `rouge1, rouge2, rougeL` and `bleu` (ten n-gram statistics).
     """
     predictions = [answer.text for answer in answers]
@@ -97,7 +97,7 @@ def score_items(test: pa.Table, answers: list[Answer]) -> tuple[pa.Table, dict[s
     columns: dict[str, pa.Array] = {
         "answer": pa.array(predictions, pa.string()),
         "cut_off": pa.array([answer.cut_off for answer in answers]),
-        "num_tokens": pa.array([answer.num_tokens for answer in answers]),
+        "answer_ids": pa.array([answer.ids for answer in answers], pa.list_(pa.int32())),
         "accuracy": pa.array(accuracy, pa.float64()),
         "bleu": pa.array(bleu["items"], pa.list_(pa.float64())),
     } | {kind: pa.array(values, pa.float64()) for kind, values in rouge["items"].items()}

@@ -13,8 +13,8 @@ from pipeline.template import ChatTemplate
 @dataclass(frozen=True)
 class Answer:
     text: str
+    ids: list[int]  # new tokens, the end token included
     cut_off: bool  # max_new_tokens came before the end token
-    num_tokens: int  # new tokens, the end token included
 
 
 @torch.inference_mode()
@@ -63,4 +63,4 @@ def generate(
 def _answer(new: list[int], template: ChatTemplate) -> Answer:
     end = next((k for k, token in enumerate(new) if token in template.stop_ids), None)
     text = template.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-    return Answer(text, cut_off=end is None, num_tokens=len(new) if end is None else end + 1)
+    return Answer(text, new if end is None else new[: end + 1], cut_off=end is None)

@@ -34,7 +34,8 @@ class MergeError(ValueError):
 class Merged:
     base: str  # full | nf4
     logit_error: dict[str, float]  # mean absolute difference to adapter-on-quantised-base, by base tried
-    agreement: float  # fraction of test prompts with the same greedy answer
+    agreement: float  # fraction of the adapter's answer tokens that the merged model chooses, given the text so far
+    identical: float  # fraction of test prompts with the very same answer; one close call changes all that follows it
     metrics: Metrics
 
 
@@ -42,7 +43,7 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
     """Write the merged model to `output`, and `parity.json`, `metrics.json` and `items.merged.parquet` to `parity`.
 
     Raises:
-        MergeError: a module did not change, or fewer than `min_agreement` of the answers are the adapter's.
+        MergeError: a module did not change, or fewer than `min_agreement` of the adapter's tokens are chosen.
         TemplateError, ModelError: the base is not the one the adapter was trained on.
     """
     contract = read_json(dataset / "contract.json")
@@ -79,8 +80,9 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
         tokenizer.save_pretrained(str(folder))
         write_json(folder / "contract.json", contract)
         del model, merged
+        shipped = load_base(_folder(folder))
         answers = generate(
-            load_base(_folder(folder)),
+            shipped,
             template,
             prompts,
             evaluated.max_new_tokens,
@@ -89,14 +91,15 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
             system="the merged model",
         )
         items, signatures = score_items(test, answers)
-        adapter_answers = pq.read_table(evaluation / "items.adapter.parquet").column("answer").to_pylist()
-        same = [a.text == b for a, b in zip(answers, adapter_answers, strict=True)]
-        result = Merged(chosen, errors, sum(same) / len(same), summarise(items, evaluated))
-        if result.agreement < params.min_agreement:
+        expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
+        identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
+        agreement = _token_agreement(shipped, prompts, expected_ids)
+        result = Merged(chosen, errors, agreement, identical, summarise(items, evaluated))
+        if agreement < params.min_agreement:
             raise MergeError(
-                f"the merged model gives the adapter's answer on {result.agreement:.1%} of {len(same)} prompts; "
-                f"merge.min_agreement is {params.min_agreement:.0%}. Set merge.dtype to float32, or merge.base to the "
-                f"other base (mean logit errors: {', '.join(f'{b} {e:.4f}' for b, e in errors.items())})"
+                f"the merged model chooses {agreement:.2%} of the adapter's answer tokens; merge.min_agreement is "
+                f"{params.min_agreement:.2%}. Set merge.dtype to float32, or merge.base to the other base (mean logit "
+                f"errors: {', '.join(f'{base} {error:.4f}' for base, error in errors.items())})"
             )
         with whole_directory(parity) as proof:
             pq.write_table(items, proof / "items.merged.parquet")
@@ -106,8 +109,9 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
                 {
                     "base": chosen,
                     "mean_absolute_logit_error": errors,
-                    "greedy_agreement": result.agreement,
-                    "prompts": len(same),
+                    "token_agreement": agreement,
+                    "identical_answers": identical,
+                    "prompts": len(prompts),
                     "evaluation": provenance(evaluated, dataset, signatures),
                 },
             )
@@ -167,6 +171,19 @@ def _logits(model: torch.nn.Module, prompts: list[list[int]]) -> list[torch.Tens
     model.eval()
     device = next(model.parameters()).device
     return [model(torch.tensor([ids], device=device), use_cache=False).logits[0].float() for ids in prompts]
+
+
+@torch.inference_mode()
+def _token_agreement(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> float:
+    """Fraction of `answers` tokens that are `model`'s first choice after the prompt and the tokens before them."""
+    device = next(model.parameters()).device
+    agreed = total = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer], device=device)
+        logits = model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]  # (A, V)
+        agreed += int((logits.argmax(-1).cpu() == torch.tensor(answer)).sum())
+        total += len(answer)
+    return agreed / total
 
 
 def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:

@@ -88,7 +88,6 @@ class MergeParams(Section):
     base: Literal["auto", "full", "nf4"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     min_agreement: Annotated[float, Field(ge=0, le=1)]
-    max_prompts: Positive
 
 
 class PublishParams(Section):

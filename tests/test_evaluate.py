@@ -80,7 +80,7 @@ def test_accuracy_counts_only_items_with_one_right_answer(dataset: Path) -> None
     test = pq.read_table(dataset / "test.parquet").slice(0, 2)
     scoring = test.column_names.index("scoring")
     test = test.set_column(scoring, "scoring", [["exact", "text"]])
-    right = [Answer(text, False, 1) for text in test.column("reference").to_pylist()]
+    right = [Answer(text, [1], False) for text in test.column("reference").to_pylist()]
     items, signatures = score_items(test, right)
     assert items.column("accuracy").to_pylist() == [1.0, None]
     assert items.column("rougeL").to_pylist() == [1.0, 1.0]
@@ -93,9 +93,9 @@ def test_an_answer_without_an_end_counts_as_cut_off(base: Path, dataset: Path, p
     model = load_base(identity(base))
     [cut] = generate(model, template, prompt, 1, 1, "test", "base")
     [whole] = generate(model, template, prompt, 64, 1, "test", "base")
-    assert (cut.cut_off, cut.num_tokens) == (True, 1)
+    assert (cut.cut_off, len(cut.ids)) == (True, 1)
     assert not whole.cut_off
-    assert 1 < whole.num_tokens < 64
+    assert 1 < len(whole.ids) < 64
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_refused(base: Path, dataset: Path) -> None:

@@ -46,7 +46,7 @@ def test_the_base_that_is_measured_closer_is_chosen_and_both_errors_recorded(mer
     assert set(errors) == {"full", "nf4"}
     assert parity["base"] == min(errors, key=errors.get)
     assert errors["nf4"] < errors["full"] / 10
-    assert parity["greedy_agreement"] == 1.0
+    assert parity["token_agreement"] == parity["identical_answers"] == 1.0
 
 
 def test_merged_scores_are_the_adapters(merged: Path, evaluation: Path) -> None:
@@ -81,9 +81,9 @@ def test_a_merged_model_that_answers_otherwise_is_refused_and_not_written(
     other = tmp_path / "evaluation"
     shutil.copytree(evaluation, other)
     items = pq.read_table(other / "items.adapter.parquet")
-    column = items.column_names.index("answer")
-    pq.write_table(items.set_column(column, "answer", [["?"] * len(items)]), other / "items.adapter.parquet")
-    with pytest.raises(MergeError, match=r"on 0.0% of \d+ prompts; merge.min_agreement is 50%"):
+    column = items.column_names.index("answer_ids")
+    pq.write_table(items.set_column(column, "answer_ids", [[[5, 6]] * len(items)]), other / "items.adapter.parquet")
+    with pytest.raises(MergeError, match=r"chooses 0.00% of the adapter's answer tokens; merge.min_agreement is 50"):
         merge(params.merge, dataset, adapter, other, tmp_path / "merged", tmp_path / "parity")
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "parity").exists()
