@@ -256,11 +256,13 @@ def _environment() -> None:
     defaults = {
         "HF_DATASETS_CACHE": str(work / "datasets"),
         "HF_EVALUATE_CACHE": str(work / "evaluate"),
+        "HF_METRICS_CACHE": str(work / "metrics"),
         "HF_MODULES_CACHE": str(work / "modules"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",  # it does not honour DO_NOT_TRACK=1
         "TOKENIZERS_PARALLELISM": "false",
         # Threads that wait by spinning take the core that the others wait for: 3 times slower beside a busy process.
         "OMP_WAIT_POLICY": "PASSIVE",

@@ -86,7 +86,7 @@ def score_items(test: pa.Table, answers: list[Answer]) -> tuple[pa.Table, dict[s
     predictions = [answer.text for answer in answers]
     references = test.column("reference").to_pylist()
     exact, bleu, rouge = (
-        hf_evaluate.load(str(METRIC_FOLDER / name), experiment_id=uuid.uuid4().hex).compute(
+        hf_evaluate.load(str(METRIC_FOLDER / name), experiment_id=uuid.uuid4().hex, keep_in_memory=True).compute(
             predictions=predictions, references=references
         )
         for name in ("exact_match", "bleu", "rouge")

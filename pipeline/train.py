@@ -111,6 +111,9 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     with whole_directory(output) as whole:
         trainer.save_model(str(whole))
         (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
+        # PEFT writes the set of target modules in an order that changes from run to run, and with it the digest.
+        config = read_json(whole / "adapter_config.json")
+        write_json(whole / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
         template.tokenizer.save_pretrained(str(whole))
         write_json(whole / "contract.json", contract)
         write_json(whole / "training.json", _record(params, contract, trained, threads))

@@ -17,6 +17,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_CACHE=f"{CACHE}/datasets",
     HF_EVALUATE_CACHE=f"{CACHE}/evaluate",
+    HF_METRICS_CACHE=f"{CACHE}/metrics",
+    MLFLOW_DISABLE_TELEMETRY="true",
     HF_MODULES_CACHE=f"{CACHE}/modules",
     DVC_SITE_CACHE_DIR=f"{CACHE}/dvc",
     DO_NOT_TRACK="true",
