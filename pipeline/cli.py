@@ -59,7 +59,6 @@ def run(json_output: Json = False) -> None:
 
     params = load_params()
     with _only_run():
-        graph.pull_data()
         up = server.running()
         if up is None and not graph.stale():
             decision = decided(params.publish, graph.version_id())
