@@ -20,7 +20,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -
 def sentence(root: Path, *arguments: str) -> str:
     done = retune(root, *arguments)
     assert done.returncode == 1, done.stdout
-    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
 
