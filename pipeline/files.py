@@ -13,12 +13,14 @@ WORK_DIR = Path(".retune")  # git-ignored: Prefect database, logs, checkpoints, 
 
 
 @contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
+def whole_directory(target: Path, scratch: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder that replaces `target` when the block ends without an error; else nothing changes.
 
-    The folder is made beside `target` (same file system, so the rename is atomic); what a killed run left is removed.
+    The folder is made in `scratch`, by default beside `target`; both must be on one file system, where a rename is
+    atomic. What a killed run left there is removed.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    scratch = scratch or target.parent
+    partial = scratch / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -27,12 +29,13 @@ def whole_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if target.exists():
-        old = target.with_name(f".{target.name}.replaced")
+        old = scratch / f".{target.name}.replaced"
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         partial.rename(target)
         shutil.rmtree(old)
     else:
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(target)
 
 

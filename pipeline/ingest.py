@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import graph
-from pipeline.files import whole_directory
+from pipeline.files import WORK_DIR, whole_directory
 from pipeline.formats import FormatError, Rejected, find_files, read_rows
 from pipeline.params import IngestParams
 
@@ -48,7 +48,8 @@ def ingest(params: IngestParams, source: Path, root: Path = Path(".")) -> Ingest
     names = [
         _marked(Path(file.name) if source.is_file() else file.relative_to(source), params.format) for file in files
     ]
-    with whole_directory(root / "data" / "instructions") as folder:
+    # Not made in data/: what a kill leaves there would count as a change of the snapshot.
+    with whole_directory(root / "data" / "instructions", scratch=root / WORK_DIR) as folder:
         for file, name in zip(files, names, strict=True):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
