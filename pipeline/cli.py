@@ -55,15 +55,17 @@ def run(json_output: Json = False) -> None:
     """Bring everything up to date: train if something changed, publish, and promote if it is better."""
     from pipeline import graph, server
     from pipeline.params import load_params
-    from pipeline.promote import decided
+    from pipeline.promote import history, settled
 
     params = load_params()
     with _only_run():
         up = server.running()
         if up is None and not graph.stale():
-            decision = decided(params.publish, graph.version_id())
-            if decision is not None:
-                _say_nothing_to_do(decision, json_output)
+            version = graph.version_id()
+            reason = settled(params.publish, version)
+            if reason is not None:
+                history(params.publish)  # puts right an alias that a crash left behind
+                _say_nothing_to_do(version, reason, json_output)
                 return
         if up is None:
             print("run: starting the Prefect server (about 10 seconds)", file=sys.stderr, flush=True)
@@ -335,10 +337,9 @@ def _only_run() -> Iterator[None]:
         yield
 
 
-def _say_nothing_to_do(decision: Any, json_output: bool) -> None:
+def _say_nothing_to_do(version: str, reason: str, json_output: bool) -> None:
     if json_output:
-        print(json.dumps({"changed": False, "version": decision.version, "decision": decision.decision}))
-        return
-    print("Nothing to do: data, parameters and code are those of the last run.")
-    serves = "it is the champion" if decision.champion == decision.version else f"{decision.champion} is the champion"
-    print(f"Version {decision.version} was {decision.decision} at {decision.time}; {serves}.")
+        print(json.dumps({"changed": False, "version": version, "reason": reason}))
+    else:
+        print("Nothing to do: data, parameters and code are those of the last run.")
+        print(f"Version {version}: {reason}.")

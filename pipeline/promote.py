@@ -19,7 +19,7 @@ from pipeline.files import WORK_DIR, read_json, write_json
 from pipeline.params import PromoteParams, PublishParams
 from pipeline.process import python_ending_with_parent
 from pipeline.publish import Manifest, fetch_version, read_manifest
-from pipeline.registry import ModelRegistry, Record, append, champion, champions, read_log
+from pipeline.registry import ModelRegistry, Record, append, champion, champions, read_log, rolled_back
 from pipeline.statistics import corpus_score, metric_items, paired_difference
 from pipeline.store import ArtifactStore, open_store
 
@@ -59,17 +59,10 @@ def promote(
     while True:
         log = read_log(store, name)
         serving = champion(log)
-        earlier = next((record for record in reversed(log) if record.version == candidate), None)
-        if candidate == serving or (earlier is not None and earlier.previous == serving):
-            # Nothing is decided twice against the same champion, and a version that was rolled back stays back.
+        settled = settled_reason(log, candidate)
+        if settled is not None:
             registry.project(serving)
-            if candidate == serving:
-                reason = "it is the champion"
-            elif earlier is not None and earlier.decision == "promoted":
-                reason = "it was promoted over this champion before, and rolled back"
-            else:
-                reason = f"refused before, and the champion is the same: {earlier.reason if earlier else ''}"
-            return Decision("unchanged", candidate, registry.version_of(candidate), serving, serving or "", reason, {})
+            return Decision("unchanged", candidate, registry.version_of(candidate), serving, serving or "", settled, {})
         comparison = compare(store, manifest, serving, params, root)
         refusals = [metric for metric, row in comparison.items() if not row["passed"]]
         against = serving or "the base model"
@@ -127,13 +120,28 @@ def history(publishing: PublishParams, root: Path = Path(".")) -> list[Record]:
     return log
 
 
-def decided(publishing: PublishParams, version: str, root: Path = Path(".")) -> Record | None:
-    """The newest decision about `version`, or None; needs no registry, so it is quick."""
+def settled_reason(log: list[Record], version: str) -> str | None:
+    """Why there is nothing to decide about `version`, or None when there is.
+
+    Nothing is decided twice against the same champion, and a version that was rolled back stays back.
+    """
+    serving = champion(log)
+    if version == serving:
+        return "it is the champion"
+    if version in rolled_back(log):
+        return f"it was rolled back; `retune rollback --to {version}` makes it champion again"
+    earlier = next((record for record in reversed(log) if record.version == version), None)
+    if earlier is not None and earlier.previous == serving:
+        return f"refused before, and the champion is the same: {earlier.reason}"
+    return None
+
+
+def settled(publishing: PublishParams, version: str, root: Path = Path(".")) -> str | None:
+    """As `settled_reason`, for a published version; None when it is not published. Quick: asks no registry."""
     store = open_store(publishing.artifact_store, root)
     if read_manifest(store, version) is None:
         return None
-    log = read_log(store, publishing.registered_model_name)
-    return next((record for record in reversed(log) if record.version == version), None)
+    return settled_reason(read_log(store, publishing.registered_model_name), version)
 
 
 def compare(

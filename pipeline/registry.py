@@ -83,6 +83,17 @@ def champions(log: list[Record]) -> list[str]:
     return line
 
 
+def rolled_back(log: list[Record]) -> set[str]:
+    """Versions that a rollback took back and no later decision made champion again."""
+    back: set[str] = set()
+    for number, record in enumerate(log):
+        if record.decision == "rollback":
+            back |= set(champions(log[:number])) - set(champions(log[: number + 1]))
+        if record.champion is not None:
+            back.discard(record.champion)
+    return back
+
+
 def _key(name: str, number: int) -> str:
     return f"promotions/{name}/{number:08}.json"
 

@@ -12,7 +12,7 @@ from conftest import environment
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.registry import ModelRegistry, Record, RegistryError, append, champion, champions, read_log
+from pipeline.registry import ModelRegistry, Record, RegistryError, append, champion, champions, read_log, rolled_back
 from pipeline.store import ArtifactStore, open_store
 
 NAME = "model"
@@ -219,3 +219,18 @@ def test_a_registry_that_lost_its_model_is_no_reason_to_fail(registry: ModelRegi
     assert registry.version_of("abc") is None
     with pytest.raises(RegistryError, match="has no version 1; it has none"):
         registry.id_of("1")
+
+
+def test_a_version_that_a_rollback_took_back_stays_named_until_it_serves_again() -> None:
+    def record(number: int, decision: str, version: str, serving: str, previous: str | None) -> Record:
+        return Record(number, decision, version, serving, previous, "")
+
+    log = [
+        record(1, "promoted", "a", "a", None),
+        record(2, "promoted", "b", "b", "a"),
+        record(3, "promoted", "c", "c", "b"),
+        record(4, "rollback", "a", "a", "c"),
+    ]
+    assert rolled_back(log) == {"b", "c"}
+    assert rolled_back([*log, record(5, "rollback", "c", "c", "a")]) == {"b"}
+    assert rolled_back(log[:3]) == set()
