@@ -62,7 +62,7 @@ def run(json_output: Json = False) -> None:
         up = server.running()
         if up is None and not graph.stale():
             version = graph.version_id()
-            reason = settled(params.publish, version)
+            reason = settled(params.publish, params.promote, version)
             if reason is not None:
                 history(params.publish)  # puts right an alias that a crash left behind
                 _say_nothing_to_do(version, reason, json_output)
@@ -152,7 +152,7 @@ def promote(
         print(json.dumps(asdict(decision)))
     else:
         print(f"promote: v{decision.number} {decision.decision}: {decision.reason}")
-    if decision.decision == "refused":
+    if decision.champion != decision.version:
         raise typer.Exit(3)
 
 
@@ -197,7 +197,8 @@ def history(json_output: Json = False) -> None:
 
 @app.command()
 def up(
-    port: Annotated[int, typer.Option(help="Of the dashboard, on loopback.")] = 4200, json_output: Json = False
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the dashboard, on loopback.")] = 4200,
+    json_output: Json = False,
 ) -> None:
     """Start the local Prefect server with its dashboard; runs are then seen there."""
     from pipeline import server
@@ -243,6 +244,7 @@ def score(
     output: Annotated[Path, typer.Option()],
 ) -> None:
     """Score a merged model on the workspace's test split; `promote` calls this for versions scored on another one."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a shipped model is whole
     from pipeline.files import read_json
     from pipeline.merge import score_model
 

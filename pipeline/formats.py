@@ -94,8 +94,8 @@ def read_rows(path: Path, format: str = "auto") -> Iterator[Row | Rejected]:
     records = list(_read_records(path))
     if not records:
         raise FormatError(f"{path} holds no records")
-    marked = path.stem.rpartition(".")[2]
-    if format == "auto" and marked in FORMATS:
+    _, dot, marked = path.stem.rpartition(".")
+    if format == "auto" and dot and marked in FORMATS:
         format = marked
     if format == "auto":
         formats = {detect_format(record) for _, record in records} - {None}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from pipeline.model import ModelError
 from pipeline.progress import Progress
 from pipeline.template import ChatTemplate
 
@@ -30,12 +31,12 @@ def generate(
     """Answers to `prompts` (token ids), in their order. Greedy, so the same artifact always gives the same answers.
 
     Raises:
-        ValueError: a prompt and its answer do not fit the model's context.
+        ModelError: a prompt and its answer do not fit the model's context.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
-        raise ValueError(
+        raise ModelError(
             f"a prompt of {longest} tokens and evaluate.max_new_tokens ({max_new_tokens}) exceed the model's context "
             f"of {limit}; lower evaluate.max_new_tokens or prepare.max_length"
         )

@@ -48,7 +48,7 @@ def stale(root: Path = Path(".")) -> dict[str, Any]:
 
 
 def pull_data(root: Path = Path(".")) -> bool:
-    """Fetch the snapshot that `data.dvc` names when it is not in `data/`; returns whether anything was missing.
+    """Put the snapshot that `data.dvc` names into `data/` when another or none is there; returns whether it was so.
 
     Raises:
         GraphError: no remote has it, or `data/` holds changes that no snapshot records.
@@ -58,12 +58,15 @@ def pull_data(root: Path = Path(".")) -> bool:
     reasons = json.loads(_dvc(root, "status", "--json", "data.dvc")).get("data.dvc", [])
     if not reasons:
         return False
-    if any("modified" in str(reason) for reason in reasons):
+    _dvc(root, "fetch", "--quiet", "data.dvc")
+    try:
+        # Without --force DVC replaces data that is a snapshot (data.dvc was changed by git), and no other.
+        _dvc(root, "checkout", "--quiet", "data.dvc")
+    except GraphError:
         raise GraphError(
-            "data/ was changed by hand, and no snapshot records it; `retune ingest` makes one from files elsewhere, "
-            "`dvc checkout --force data.dvc` puts the recorded one back"
-        )
-    _dvc(root, "pull", "--quiet", "data.dvc")
+            "data/ was changed by hand or by an ingest cut short, and no snapshot records it; `dvc checkout --force "
+            "data.dvc` puts the recorded one back, and `retune ingest` then makes a new one from files elsewhere"
+        ) from None
     return True
 
 

@@ -73,6 +73,9 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
     [(chosen, model)] = merged.items()
     # What was measured in compute precision is cast to what is written, and measured again from the files.
     model = model.to(_output_dtype(identity, params.dtype))
+    # Whoever serves it stops where the evaluation stopped.
+    model.generation_config.eos_token_id = sorted(template.stop_ids)
+    model.generation_config.pad_token_id = template.tokenizer.pad_token_id
     with whole_directory(output) as folder:
         model.save_pretrained(str(folder), safe_serialization=True)
         tokenizer = template.tokenizer
@@ -170,7 +173,7 @@ def _logits(model: torch.nn.Module, prompts: list[list[int]]) -> list[torch.Tens
     """Logits of each prompt, (T, V) each, in float32."""
     model.eval()
     device = next(model.parameters()).device
-    return [model(torch.tensor([ids], device=device), use_cache=False).logits[0].float() for ids in prompts]
+    return [model(torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu() for ids in prompts]
 
 
 @torch.inference_mode()
@@ -187,13 +190,15 @@ def _token_agreement(model: Any, prompts: list[list[int]], answers: list[list[in
 
 
 def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
-    return float(torch.cat([(a - b).abs().flatten() for a, b in zip(expected, actual, strict=True)]).mean())
+    total = sum(float((a - b).abs().sum(dtype=torch.float64)) for a, b in zip(expected, actual, strict=True))
+    return total / sum(a.numel() for a in expected)
 
 
 def _output_dtype(identity: dict[str, Any], dtype: str) -> torch.dtype:
     """The type to write: the base checkpoint's own, unless one is named."""
     if dtype == "auto":
-        config = AutoConfig.from_pretrained(identity["name_or_path"], revision=identity["revision"])
+        source = {"revision": identity["revision"], "trust_remote_code": identity["trust_remote_code"]}
+        config = AutoConfig.from_pretrained(identity["name_or_path"], **source)
         return config.dtype or compute_dtype()
     named: torch.dtype = getattr(torch, dtype)
     return named

@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import psutil
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
@@ -68,6 +68,9 @@ def load_base(identity: dict[str, Any], quantisation: Quantisation | None = None
     except (OSError, ValueError) as error:
         raise ModelError(f"{identity['name_or_path']} cannot be loaded: {str(error).splitlines()[0]}") from None
     keep_4bit_weights_trainable(model)
+    # Its sampling habits (repetition_penalty, num_beams, …) would fill every gap of `generate`'s own settings.
+    tokens = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
     return model
 
 

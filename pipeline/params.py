@@ -75,6 +75,14 @@ class TrainParams(Section):
     num_threads: Literal["auto"] | Positive
     seed: Annotated[int, Field(ge=0)]
 
+    @model_validator(mode="after")
+    def check(self) -> "TrainParams":
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(
+                f"train.max_steps is {self.max_steps}; expected -1 (num_train_epochs decides) or more than 0"
+            )
+        return self
+
 
 class EvaluateParams(Section):
     max_new_tokens: Positive

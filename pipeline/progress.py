@@ -1,6 +1,7 @@
 """One line of progress at a time, in one form that people read and the flow shows: `train 35% · … · ETA 0:48`."""
 
 import re
+import sys
 import time
 
 LINE = re.compile(r"^(?P<stage>[a-z]+) +(?P<percent>\d+)% · ")
@@ -31,4 +32,4 @@ class Progress:
         self.printed = now
         left = (now - self.first) / max(done - self.start, 1) * (self.total - done)
         parts = [f"{self.stage} {100 * done // self.total}%", f"{done:,}/{self.total:,} {self.unit}", detail]
-        print(" · ".join([part for part in parts if part] + [f"ETA {clock(left)}"]), flush=True)
+        print(" · ".join([part for part in parts if part] + [f"ETA {clock(left)}"]), file=sys.stderr, flush=True)

@@ -59,7 +59,7 @@ def promote(
     while True:
         log = read_log(store, name)
         serving = champion(log)
-        settled = settled_reason(log, candidate)
+        settled = settled_reason(log, candidate, params)
         if settled is not None:
             registry.project(serving)
             return Decision("unchanged", candidate, registry.version_of(candidate), serving, serving or "", settled, {})
@@ -75,6 +75,7 @@ def promote(
             previous=serving,
             reason=reason,
             comparison=comparison,
+            gate=params.model_dump(),
         )
         if append(store, name, record):
             registry.project(record.champion)
@@ -120,10 +121,10 @@ def history(publishing: PublishParams, root: Path = Path(".")) -> list[Record]:
     return log
 
 
-def settled_reason(log: list[Record], version: str) -> str | None:
+def settled_reason(log: list[Record], version: str, params: PromoteParams) -> str | None:
     """Why there is nothing to decide about `version`, or None when there is.
 
-    Nothing is decided twice against the same champion, and a version that was rolled back stays back.
+    Nothing is decided twice by the same gate against the same champion, and a version that was rolled back stays back.
     """
     serving = champion(log)
     if version == serving:
@@ -131,17 +132,17 @@ def settled_reason(log: list[Record], version: str) -> str | None:
     if version in rolled_back(log):
         return f"it was rolled back; `retune rollback --to {version}` makes it champion again"
     earlier = next((record for record in reversed(log) if record.version == version), None)
-    if earlier is not None and earlier.previous == serving:
-        return f"refused before, and the champion is the same: {earlier.reason}"
+    if earlier is not None and earlier.previous == serving and earlier.gate == params.model_dump():
+        return f"refused before, and champion and gate are the same: {earlier.reason}"
     return None
 
 
-def settled(publishing: PublishParams, version: str, root: Path = Path(".")) -> str | None:
+def settled(publishing: PublishParams, params: PromoteParams, version: str, root: Path = Path(".")) -> str | None:
     """As `settled_reason`, for a published version; None when it is not published. Quick: asks no registry."""
     store = open_store(publishing.artifact_store, root)
     if read_manifest(store, version) is None:
         return None
-    return settled_reason(read_log(store, publishing.registered_model_name), version)
+    return settled_reason(read_log(store, publishing.registered_model_name), version, params)
 
 
 def compare(
@@ -209,7 +210,7 @@ def _current_items(store: ArtifactStore, manifest: Manifest, root: Path) -> pa.T
             "--output",
             str(scored.resolve()),
         )
-        done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stdout, stderr=sys.stderr)
+        done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr)
         if done.returncode != 0:
             raise PromoteError(f"version {manifest['version']} could not be scored again on today's test split")
     return pq.read_table(scored / "items.parquet")

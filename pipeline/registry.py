@@ -33,6 +33,7 @@ class Record:
     previous: str | None  # champion before
     reason: str
     comparison: dict[str, Any] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)  # the `promote` parameters that it was decided by
     actor: str = ""
     time: str = ""  # UTC; for people: order is `number` alone
 

@@ -69,6 +69,8 @@ class ChatTemplate:
             raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
         except jinja2.TemplateError as error:  # what the template itself raises, e.g. for a system message
             raise RowError(f"is refused by the chat template: {error}") from None
+        except (TypeError, ValueError) as error:  # values that the template, or transformers, cannot use, e.g. as tools
+            raise RowError(f"cannot be rendered by the chat template: {str(error).splitlines()[0]}") from None
         return str(rendered)
 
     def prompt_ids(self, messages: list[Message], tools: str | None = None) -> list[int]:
@@ -202,7 +204,7 @@ def model_identity(name_or_path: str, revision: str | None, trust_remote_code: b
     """What pins a base model: the commit of a Hub repository, or a digest over a local folder's files.
 
     Raises:
-        TemplateError: not a folder and not pinned, no safetensors weights, or code in the folder without leave.
+        TemplateError: not a folder and not pinned, or no safetensors weights.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -213,7 +215,9 @@ def model_identity(name_or_path: str, revision: str | None, trust_remote_code: b
             )
         digest = revision
     else:
-        files = sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt"})
+        files = sorted(
+            p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt", ".py"}
+        )
         if not any(p.suffix == ".safetensors" for p in files):
             raise TemplateError(f"{folder} has no .safetensors weights; pickled weights are not loaded, convert them")
         digest = sha256_json({p.name: sha256_file(p) for p in files})

@@ -6,6 +6,7 @@ continues another one.
 """
 
 import csv
+import math
 import shutil
 import signal
 import time
@@ -57,7 +58,7 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
 
     Raises:
         TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
-        TrainError: the loss became NaN or infinite, or the adapter did not change.
+        TrainError: a target module that the model lacks, a loss of NaN or infinity, or an adapter that did not change.
         Interrupted: SIGTERM; a checkpoint was saved.
     """
     contract = read_json(dataset / "contract.json")
@@ -65,6 +66,7 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
     model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION})
+    _require_modules(model, params)
     folder = checkpoints / run_key(params, dataset)
     train_rows = _sequences(dataset / "train.parquet", params)
     validation_rows = _sequences(dataset / "validation.parquet", params)
@@ -96,8 +98,13 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         result = trainer.train(resume_from_checkpoint=str(start) if start else None)
     if watch.interrupted:
         raise Interrupted(f"stopped by a signal at step {trainer.state.global_step}; the next run goes on from there")
+    if not math.isfinite(result.training_loss):  # it came after the last logging step
+        raise TrainError(f"the loss became {result.training_loss}; lower train.learning_rate or train.max_grad_norm")
     if _adapter_norm(trainer.model) == before:
-        raise TrainError("the adapter did not change in training; no gradient reached it, or the learning rate is 0")
+        raise TrainError(
+            f"the adapter did not change in {trainer.state.global_step} steps; with very few of them set "
+            "train.warmup_ratio to 0, else no gradient reached it"
+        )
     steps_here = trainer.state.global_step - resumed
     epochs_here = trainer.state.epoch * steps_here / max(trainer.state.global_step, 1)
     trained = Trained(
@@ -217,6 +224,20 @@ def _lora(params: TrainParams) -> LoraConfig:
         target_modules=params.lora_target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def _require_modules(model: torch.nn.Module, params: TrainParams) -> None:
+    # PEFT is content when one name of the list matches, and leaves the others out without a word.
+    names = [name for name, _ in model.named_modules()]
+    for wanted in params.lora_target_modules if isinstance(params.lora_target_modules, list) else []:
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):
+            linear = {
+                n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+            }
+            raise TrainError(
+                f"train.lora_target_modules names {wanted}, which the base model does not have; "
+                f"its linear layers are {', '.join(sorted(linear))}"
+            )
 
 
 def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTConfig:
