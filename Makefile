@@ -41,7 +41,7 @@ sample: $(READY)     ## make the sample data and base model again (about 10 minu
 	dvc add data
 	dvc push data.dvc
 
-lock:                ## resolve requirements.lock again (needs uv)
+lock:                ## resolve requirements.lock again (needs uv, and UV_FIND_LINKS naming a CPU build of torch)
 	uv pip compile pyproject.toml --group dev --python-version 3.11 --no-header -q | sed 's/+cpu$$//' > requirements.lock
 
 clean:               ## remove outputs, caches, servers' state and the environment; data, store and registry stay

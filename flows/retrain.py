@@ -165,7 +165,10 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
         _say(line)
         progress = LINE.match(line)
         if progress and artifact is not None:
-            update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]))
+            try:
+                update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]))
+            except Exception as error:  # whatever ails the server, it must not end a training
+                logger.warning(f"progress could not be shown: {error}")
 
     status = run_streaming(graph.repro_command(stage), on_line, environment=graph.environment())
     if status != 0:

@@ -43,6 +43,9 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(143 if type(error).__name__ == "Interrupted" else 1)
+    except KeyboardInterrupt:
+        print("interrupted; the next run goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.strerror is None:
             raise
@@ -56,9 +59,11 @@ def run(json_output: Json = False) -> None:
     from pipeline import graph, server
     from pipeline.params import load_params
     from pipeline.promote import history, settled
+    from pipeline.store import open_store
 
     params = load_params()
     with _only_run():
+        open_store(params.publish.artifact_store)  # a store that cannot be written is no news for after the training
         up = server.running()
         if up is None and not graph.stale():
             version = graph.version_id()
@@ -75,6 +80,8 @@ def run(json_output: Json = False) -> None:
                 # The flow prints its own lines; Prefect's go to the server.
                 env=server.environment(Path("."), prefect.url) | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"},
             )
+    if status in (130, 143):
+        print("run: interrupted; `retune run` goes on from the last checkpoint", file=sys.stderr)
     raise typer.Exit(status)
 
 
@@ -103,7 +110,11 @@ def ingest(
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
     for reason, count in result.rejected.items():
         print(f"  {count:,} more cannot be used: a row {reason}")
-    print("  data.dvc names the new snapshot" if result.changed else "  the same data as before; data.dvc is unchanged")
+    if result.changed:
+        print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
+        print("  next: `retune run` trains on them")
+    else:
+        print("  the same data as before; data.dvc is unchanged")
 
 
 @app.command()
@@ -202,7 +213,9 @@ def up(
 ) -> None:
     """Start the local Prefect server with its dashboard; runs are then seen there."""
     from pipeline import server
+    from pipeline.params import load_params
 
+    load_params()  # a server belongs to a project
     print("up: starting the Prefect server (about 20 seconds)", file=sys.stderr)
     started = server.up(port)
     print(json.dumps(asdict(started)) if json_output else f"up: dashboard at {started.url}, log in {server.LOG}")
@@ -226,9 +239,13 @@ def status(json_output: Json = False) -> None:
 
     params = load_params()
     prefect = server.running()
-    stale = graph.stale()
+    try:
+        with _only_run():
+            stale = list(graph.stale())
+    except typer.Exit:
+        stale = ["a run is under way"]
     log = read_log(open_store(params.publish.artifact_store), params.publish.registered_model_name)
-    answer = {"dashboard": prefect.url if prefect else None, "stale": list(stale), "champion": champion(log)}
+    answer = {"dashboard": prefect.url if prefect else None, "stale": stale, "champion": champion(log)}
     if json_output:
         print(json.dumps(answer))
         return
@@ -245,6 +262,7 @@ def score(
 ) -> None:
     """Score a merged model on the workspace's test split; `promote` calls this for versions scored on another one."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a shipped model is whole
+    _quiet()
     from pipeline.files import read_json
     from pipeline.merge import score_model
 
@@ -276,14 +294,18 @@ def _environment() -> None:
         os.environ.setdefault(key, value)
 
 
+def _quiet() -> None:
+    """Renamed arguments that TRL still passes, a kernel package that only speeds up: nothing a user can act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for library in ("bitsandbytes", "trl"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def _run_stage(name: str, params: Any) -> str:
     """Run one stage on the project's own folders; returns what came of it in a few words."""
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    # Renamed arguments that TRL still passes, and a kernel package that only speeds up: nothing a user can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for library in ("bitsandbytes", "trl"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    _quiet()
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
     match name:
         case "prepare":

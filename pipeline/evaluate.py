@@ -16,7 +16,7 @@ from pipeline.files import read_json, whole_directory, write_json, write_text
 from pipeline.generate import Answer, generate
 from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams
-from pipeline.statistics import METRICS, bootstrap, metric_items
+from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
 from pipeline.template import TemplateError, load_contract
 
 METRIC_FOLDER = Path(__file__).with_name("metrics")
@@ -80,7 +80,7 @@ def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where
 def score_items(test: pa.Table, answers: list[Answer]) -> tuple[pa.Table, dict[str, str]]:
     """Every test item with its answer and scores, (N rows), and the signature of each metric.
 
-    Columns: `id, task, scoring, prompt, reference, answer, cut_off, answer_ids, accuracy` (null where there is no one
+    Columns: `id, task, group, scoring, prompt, reference, answer, cut_off, answer_ids, accuracy` (null without one
     right answer), `rouge1, rouge2, rougeL` and `bleu` (ten n-gram statistics).
     """
     predictions = [answer.text for answer in answers]
@@ -93,7 +93,7 @@ def score_items(test: pa.Table, answers: list[Answer]) -> tuple[pa.Table, dict[s
     )
     scoring = test.column("scoring").to_pylist()
     accuracy = [hit if kind == "exact" else None for hit, kind in zip(exact["items"], scoring, strict=True)]
-    items = test.select(["id", "task", "scoring", "prompt", "reference"])
+    items = test.select(["id", "task", "group", "scoring", "prompt", "reference"])
     columns: dict[str, pa.Array] = {
         "answer": pa.array(predictions, pa.string()),
         "cut_off": pa.array([answer.cut_off for answer in answers]),
@@ -121,7 +121,7 @@ def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
         if not len(values) or np.isnan(values).all():
             scores[metric] = None
         else:
-            scores[metric] = bootstrap(values, params.bootstrap_samples, params.seed).as_dict()
+            scores[metric] = bootstrap(values, params.bootstrap_samples, params.seed, group_of(items)).as_dict()
     return scores
 
 

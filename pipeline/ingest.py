@@ -48,6 +48,8 @@ def ingest(params: IngestParams, source: Path, root: Path = Path(".")) -> Ingest
     names = [
         _marked(Path(file.name) if source.is_file() else file.relative_to(source), params.format) for file in files
     ]
+    if len(set(names)) < len(names):
+        raise FormatError(f"{source} holds files whose names become the same with their format; rename one of them")
     # Not made in data/: what a kill leaves there would count as a change of the snapshot.
     with whole_directory(root / "data" / "instructions", scratch=root / WORK_DIR) as folder:
         for file, name in zip(files, names, strict=True):

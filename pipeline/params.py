@@ -4,6 +4,7 @@ Comes in: the YAML file. Goes out: `Params`. Refused, with key, value and line: 
 range and combinations that cannot work.
 """
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,7 +101,7 @@ class MergeParams(Section):
 
 class PublishParams(Section):
     artifact_store: Annotated[str, Field(pattern=r"^file://.+")]
-    tracking_uri: Annotated[str, Field(pattern=r"^(sqlite:///|https?://).+")]
+    tracking_uri: Annotated[str, Field(pattern=r"^sqlite:///.+")]
     registered_model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -149,7 +150,9 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         return Params.model_validate(_plain(tree))
     except ValidationError as error:
-        raise ParamsError("\n".join(_sentence(e, tree, path) for e in error.errors())) from None
+        # An unknown key is often the missing one misspelt: it comes first.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise ParamsError("\n".join(_sentence(e, tree, path) for e in errors)) from None
 
 
 def _plain(node: Any) -> Any:
@@ -180,7 +183,11 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
     where = f" ({path}, line {line})" if line else f" ({path})"
     match error["type"]:
         case "extra_forbidden":
-            return f"{key} is not a parameter{where}; remove it or correct its spelling"
+            field = Params.model_fields.get(keys[0]) if len(keys) > 1 else None
+            known = getattr(field.annotation, "model_fields", {}) if field else Params.model_fields
+            near = difflib.get_close_matches(keys[-1], [*known], 1)
+            hint = f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
+            return f"{key} is not a parameter{where}; {hint}"
         case "missing":
             return f"{key} is missing{where}; every parameter is written out, copy it from the project's params.yaml"
         case "value_error":

@@ -43,7 +43,7 @@ def prepare(params: PrepareParams, data: Path, output: Path) -> Prepared:
     """Write `train|validation|test.parquet`, `contract.json`, `report.json|md` and `dropped.jsonl` to `output`.
 
     Train and validation shards have `id, task, input_ids, labels` (labels −100 where a token carries no loss); the test
-    shard has `id, task, scoring, messages` (JSON), `tools, prompt` (rendered), `input_ids` (its tokens) and
+    shard has `id, task, group, scoring, messages` (JSON), `tools, prompt` (rendered), `input_ids` (its tokens) and
     `reference`, the expected answer. Lengths are in tokens of the base model's tokenizer.
 
     Raises:
@@ -99,11 +99,14 @@ def prepare(params: PrepareParams, data: Path, output: Path) -> Prepared:
 
 def split_of(row: Row, params: PrepareParams) -> str:
     """The split of a row, from its group (its prompt when it names none) and the two fractions alone."""
-    group = row.group if row.group is not None else _prompt_key(row)
-    place = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
+    place = int(hashlib.sha256(_group(row).encode()).hexdigest()[:8], 16) / 2**32
     if place < params.test_fraction:
         return "test"
     return "validation" if place < params.test_fraction + params.validation_fraction else "train"
+
+
+def _group(row: Row) -> str:
+    return row.group if row.group is not None else _prompt_key(row)
 
 
 def _read(data: Path) -> tuple[list[Row], list[Rejected]]:
@@ -151,6 +154,7 @@ def _record(row: Row, split: str, encoded: Encoded, template: ChatTemplate, decl
     if encoded.input_ids[: len(prompt_ids)] != prompt_ids:
         raise RowError("its prompt has other tokens alone than before its answer")
     return record | {
+        "group": _group(row),
         # Without any declaration every row counts for accuracy: an exact match is then a hard but honest score.
         "scoring": row.scoring or ("text" if declared else "exact"),
         "messages": json.dumps(row.messages[:-1], ensure_ascii=False),
@@ -165,7 +169,13 @@ def _schema(split: str) -> pa.Schema:
     tokens = pa.list_(pa.int32())
     common = [("id", pa.string()), ("task", pa.string())]
     if split == "test":
-        text = [("scoring", pa.string()), ("messages", pa.string()), ("tools", pa.string()), ("prompt", pa.string())]
+        text = [
+            ("group", pa.string()),
+            ("scoring", pa.string()),
+            ("messages", pa.string()),
+            ("tools", pa.string()),
+            ("prompt", pa.string()),
+        ]
         return pa.schema([*common, *text, ("input_ids", tokens), ("reference", pa.string())])
     return pa.schema([*common, ("input_ids", tokens), ("labels", tokens)])
 

@@ -20,10 +20,11 @@ from pipeline.params import PromoteParams, PublishParams
 from pipeline.process import python_ending_with_parent
 from pipeline.publish import Manifest, fetch_version, read_manifest
 from pipeline.registry import ModelRegistry, Record, append, champion, champions, read_log, rolled_back
-from pipeline.statistics import corpus_score, metric_items, paired_difference
+from pipeline.statistics import corpus_score, group_of, metric_items, num_groups, paired_difference
 from pipeline.store import ArtifactStore, open_store
 
 RESAMPLES = 2000
+MIN_GROUPS = 20  # independent test items (or groups of them) below which nothing is promoted
 
 
 class PromoteError(RuntimeError):
@@ -169,21 +170,27 @@ def compare(
         metric: margin for metric, margin in params.guard_metrics.items() if metric != params.primary_metric
     }
     result: dict[str, Any] = {}
+    groups = group_of(ours)
     for metric, margin in margins.items():
         a, b = metric_items(ours, metric), metric_items(theirs, metric)
-        difference = paired_difference(a, b, RESAMPLES, params.seed)
+        difference = paired_difference(a, b, RESAMPLES, params.seed, groups)
         if difference.score != difference.score:  # NaN
             if margin is None:
                 raise PromoteError(
                     f"promote.primary_metric is {metric}, but no test item counts for it; choose another"
                 )
             continue
+        independent = num_groups(a, groups)
         passed = difference.low > params.min_improvement if margin is None else difference.low >= -margin
+        if margin is None and independent < MIN_GROUPS:
+            passed = False  # an interval over a handful of items is narrower than the truth
         result[metric] = {
             "candidate": corpus_score(a),
             "champion": corpus_score(b),
             **{"difference" if key == "score" else key: value for key, value in asdict(difference).items()},
             "margin": margin,
+            "items": int((a == a).sum() if a.ndim == 1 else len(a)),
+            "groups": independent,
             "passed": bool(passed),
         }
     return result
@@ -234,7 +241,8 @@ def _reason(comparison: dict[str, Any], refusals: list[str], params: PromotePara
         row = comparison[metric]
         digits = 1 if metric == "bleu" else 3
         return (
-            f"{metric} {row['candidate']:.{digits}f} against {row['champion']:.{digits}f} of {against} "
+            f"{metric} {row['candidate']:.{digits}f} against {row['champion']:.{digits}f} of {against} on "
+            f"{row['items']} test items "
             f"(difference {row['difference']:+.{digits}f}, 95 % CI {row['low']:+.{digits}f} to "
             f"{row['high']:+.{digits}f})"
         )
@@ -245,5 +253,7 @@ def _reason(comparison: dict[str, Any], refusals: list[str], params: PromotePara
     for metric in refusals:
         margin = comparison[metric]["margin"]
         need = f"more than {params.min_improvement:g}" if margin is None else f"no worse than -{margin:g}"
+        if margin is None and comparison[metric]["groups"] < MIN_GROUPS:
+            need = f"at least {MIN_GROUPS} independent test items, there are {comparison[metric]['groups']}"
         parts.append(f"{numbers(metric)}; needed: {need}")
     return " and ".join(parts)

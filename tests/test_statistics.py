@@ -168,3 +168,19 @@ def test_a_clearly_better_system_is_mostly_called_better() -> None:
         for seed in range(50)
     ]
     assert np.mean(better) >= 0.9
+
+
+def test_items_that_succeed_together_count_as_one() -> None:
+    seed = 3
+    draw = np.random.default_rng(seed)
+    wins = 0
+    for simulation in range(200):
+        groups = np.repeat(np.arange(40), 10)
+        ours, theirs = (np.repeat(draw.random(40) < 0.5, 10).astype(float) for _ in range(2))
+        wins += paired_difference(ours, theirs, 300, simulation, groups).low > 0
+    assert wins <= 200 * 0.05 + 8, f"{wins} of 200 equal systems were called better (seed {seed})"
+
+
+def test_every_item_is_its_own_group_when_none_is_named() -> None:
+    items = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
+    assert bootstrap(items, 200, 0) == bootstrap(items, 200, 0, np.array(["a", "b", "c", "d", "e"], dtype=object))
