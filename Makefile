@@ -7,7 +7,6 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
-# One source of torch wheels may offer a CPU build; pip's own settings decide, the lock names the version.
 
 .PHONY: run test test-faults check bench bench-stages sample lock clean help
 

@@ -1,5 +1,4 @@
-"""The whole story: a data snapshot in, a new champion or a reasoned refusal out. One line a stage, no branch but the
-gate.
+"""The whole story: a data snapshot in, a new champion or a reasoned refusal out. One line a stage.
 
 Each DVC stage runs as `dvc repro` of that stage in a child process, so `dvc repro` and this flow see each other's
 work as done. Training is never retried: a second attempt is a person's decision, and goes on from the last checkpoint.

@@ -32,6 +32,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 ARTIFACTS = Path("artifacts")
 
 
+class RunUnderWay(RuntimeError):
+    """Another process holds the project's run lock."""
+
+
 def main() -> None:
     """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
     _environment()
@@ -43,9 +47,6 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(143 if type(error).__name__ == "Interrupted" else 1)
-    except KeyboardInterrupt:
-        print("interrupted; the next run goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         if error.strerror is None:
             raise
@@ -93,13 +94,14 @@ def ingest(
 ) -> None:
     """Make the files at SOURCE the new data snapshot; `retune run` then trains on it."""
     from pipeline import graph
+    from pipeline.formats import FORMATS
     from pipeline.ingest import ingest as do
     from pipeline.params import IngestParams, load_params
 
     params = load_params().ingest
     if format is not None:
-        if format not in ("alpaca", "sharegpt", "messages"):
-            raise typer.BadParameter(f"{format} is not a format; expected alpaca, sharegpt or messages")
+        if format not in FORMATS:
+            raise typer.BadParameter(f"{format} is not a format; expected {', '.join(FORMATS)}")
         params = IngestParams(format=format)  # type: ignore[arg-type]
     with _only_run():
         graph.pull_data()  # the snapshot also holds the base model, which stays
@@ -241,8 +243,9 @@ def status(json_output: Json = False) -> None:
     prefect = server.running()
     try:
         with _only_run():
-            stale = list(graph.stale())
-    except typer.Exit:
+            pass  # only looked at: a run must not be turned away because somebody asked
+        stale = list(graph.stale())
+    except RunUnderWay:
         stale = ["a run is under way"]
     log = read_log(open_store(params.publish.artifact_store), params.publish.registered_model_name)
     answer = {"dashboard": prefect.url if prefect else None, "stale": stale, "champion": champion(log)}
@@ -353,8 +356,7 @@ def _only_run() -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            print(f"error: a run is under way here (process {lock.read().strip() or '?'})", file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise RunUnderWay(f"a run is under way here (process {lock.read().strip() or '?'})") from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -17,7 +17,7 @@ from pipeline.generate import Answer, generate
 from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams
 from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
-from pipeline.template import TemplateError, load_contract
+from pipeline.template import TemplateError, differing_keys, load_contract
 
 METRIC_FOLDER = Path(__file__).with_name("metrics")
 Metrics = dict[str, Any]  # {metric: {score, low, high}, num_samples, num_cut_off, by_task: {task: …}}
@@ -53,15 +53,16 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
     with model.disable_adapter():
         answers["base"] = generate(model, template, *decoding, system="the base")
     metrics: dict[str, Metrics] = {}
+    items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}
     with whole_directory(output) as folder:
         for system in ("base", "adapter"):
-            items, signatures = score_items(test, answers[system])
-            pq.write_table(items, folder / f"items.{system}.parquet")
-            metrics[system] = summarise(items, params)
+            items[system], signatures = score_items(test, answers[system])
+            pq.write_table(items[system], folder / f"items.{system}.parquet")
+            metrics[system] = summarise(items[system], params)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
-        write_text(folder / "report.md", report(metrics, pq.read_table(folder / "items.adapter.parquet")))
+        write_text(folder / "report.md", report(metrics, items["adapter"]))
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
 
 
@@ -72,7 +73,7 @@ def test_items(dataset: Path, max_samples: int | None) -> pa.Table:
 
 
 def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where: Path) -> None:
-    differ = sorted(key for key in contract if contract[key] != other.get(key))
+    differ = differing_keys(contract, other)
     if differ:
         raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")
 

@@ -1,5 +1,4 @@
-"""merge: base and adapter in, one standard `save_pretrained` model out, and the proof that it answers as the adapter
-does.
+"""merge: base and adapter in, one standard `save_pretrained` model out, and the proof that it answers alike.
 
 The adapter was trained on the quantised base, so it corrects that base's rounding too. Merging adds it to the
 full-precision base or to the base after the NF4 round trip, whichever is measured closer to what was evaluated; never
@@ -21,7 +20,7 @@ from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import generate
 from pipeline.model import compute_dtype, load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
-from pipeline.template import load_contract, load_shipped
+from pipeline.template import load_contract, load_shipped, local_source
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
 
@@ -83,7 +82,7 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
         tokenizer.save_pretrained(str(folder))
         write_json(folder / "contract.json", contract)
         del model, merged
-        shipped = load_base(_folder(folder))
+        shipped = load_base(local_source(folder))
         answers = generate(
             shipped,
             template,
@@ -134,16 +133,12 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
         template.prompt_ids(json.loads(messages), tools)
         for messages, tools in zip(test.column("messages").to_pylist(), test.column("tools").to_pylist(), strict=True)
     ]
-    model = load_base(_folder(model_folder))
+    model = load_base(local_source(model_folder))
     answers = generate(model, template, prompts, params.max_new_tokens, params.batch_size, "promote", "the champion")
     items, signatures = score_items(test, answers)
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
-
-
-def _folder(path: Path) -> dict[str, Any]:
-    return {"name_or_path": str(path), "revision": None, "trust_remote_code": False}
 
 
 def _merged(identity: dict[str, Any], adapter: Path, round_trip: dict[str, torch.Tensor]) -> PreTrainedModel:

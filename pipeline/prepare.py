@@ -55,11 +55,11 @@ def prepare(params: PrepareParams, data: Path, output: Path) -> Prepared:
     total = len(rows) + len(dropped)
     rows = _without_duplicates(rows, dropped)
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    test_prompts = {_prompt_key(row) for row in rows if split_of(row, params) == "test"}
+    split_by_row = [split_of(row, params) for row in rows]
+    test_prompts = {_prompt_key(row) for row, split in zip(rows, split_by_row, strict=True) if split == "test"}
     declared = any(row.scoring for row in rows)
     progress = Progress("prepare", len(rows), "rows")
-    for done, row in enumerate(rows):
-        split = split_of(row, params)
+    for done, (row, split) in enumerate(zip(rows, split_by_row, strict=True)):
         if split != "test" and not test_prompts.isdisjoint(_asked(row)):
             dropped.append(Rejected(row.source, LEAKED, row.messages))
             continue
@@ -150,7 +150,7 @@ def _record(row: Row, split: str, encoded: Encoded, template: ChatTemplate, decl
     record: dict[str, Any] = {"id": sha256_json(row.messages)[:16], "task": row.task}
     if split != "test":
         return record | {"input_ids": encoded.input_ids, "labels": encoded.labels}
-    prompt_ids = template.prompt_ids(row.messages[:-1], row.tools)
+    prompt, prompt_ids = template.prompt(row.messages[:-1], row.tools)
     if encoded.input_ids[: len(prompt_ids)] != prompt_ids:
         raise RowError("its prompt has other tokens alone than before its answer")
     return record | {
@@ -159,7 +159,7 @@ def _record(row: Row, split: str, encoded: Encoded, template: ChatTemplate, decl
         "scoring": row.scoring or ("text" if declared else "exact"),
         "messages": json.dumps(row.messages[:-1], ensure_ascii=False),
         "tools": row.tools,
-        "prompt": template.render(row.messages[:-1], row.tools, add_generation_prompt=True),
+        "prompt": prompt,
         "input_ids": prompt_ids,
         "reference": row.messages[-1]["content"],
     }

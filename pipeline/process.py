@@ -68,15 +68,15 @@ def run_streaming(
 
 
 def run_forwarding_sigterm(command: list[str], env: Mapping[str, str]) -> int:
-    """Run `command` to its end and return its exit status; a SIGTERM to this process goes to it and is waited for."""
+    """Run `command` to its end and return its exit status; SIGTERM and Ctrl-C end it and are waited for (143, 130)."""
     child = subprocess.Popen(command, env=dict(env))
     previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         status = child.wait()
-    except BaseException:
+    except KeyboardInterrupt:
         child.terminate()
         child.wait()
-        raise
+        status = 130
     finally:
         signal.signal(signal.SIGTERM, previous)
     return status if status >= 0 else 128 - status

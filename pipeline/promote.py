@@ -189,7 +189,7 @@ def compare(
             "champion": corpus_score(b),
             **{"difference" if key == "score" else key: value for key, value in asdict(difference).items()},
             "margin": margin,
-            "items": int((a == a).sum() if a.ndim == 1 else len(a)),
+            "items": num_groups(a),  # each item its own group
             "groups": independent,
             "passed": bool(passed),
         }

@@ -3,6 +3,7 @@
 Idempotent by content: publishing what is already published moves nothing and makes no new version.
 """
 
+import csv
 import json
 import platform
 import subprocess
@@ -155,8 +156,6 @@ def _tags(manifest: Manifest) -> dict[str, str]:
 
 def _run(root: Path) -> dict[str, Any]:
     """What MLflow shows of the training: parameters, final scores, and the loss by step."""
-    import csv
-
     adapter = root / "artifacts" / "adapter"
     training = read_json(adapter / "training.json")
     merged = read_json(root / "artifacts" / "parity" / "metrics.json")["merged"]

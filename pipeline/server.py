@@ -49,13 +49,18 @@ def environment(root: Path, url: str) -> dict[str, str]:
 
 def running(root: Path = Path(".")) -> Server | None:
     """The server that `retune up` started here, if its process lives and answers."""
+    server = _recorded(root)
+    return server if server is not None and healthy(server.url) else None
+
+
+def _recorded(root: Path) -> Server | None:
+    """The server of `retune up` if its process lives; another process with its number does not count."""
     try:
         state = read_json(root / STATE)
         alive = psutil.Process(state["pid"]).create_time() == state["create_time"]
     except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
         return None
-    server = Server(state["pid"], state["url"])
-    return server if alive and healthy(server.url) else None
+    return Server(state["pid"], state["url"]) if alive else None
 
 
 def up(port: int, root: Path = Path(".")) -> Server:
@@ -83,14 +88,11 @@ def up(port: int, root: Path = Path(".")) -> Server:
 
 def down(root: Path = Path(".")) -> bool:
     """Stop the server of `retune up` and everything it started; False when none was running."""
-    try:
-        state = read_json(root / STATE)
-        leader = psutil.Process(state["pid"])
-        if leader.create_time() != state["create_time"]:
-            raise psutil.NoSuchProcess(state["pid"])
-    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
+    server = _recorded(root)
+    if server is None:
         (root / STATE).unlink(missing_ok=True)
         return False
+    leader = psutil.Process(server.pid)
     family = [leader, *leader.children(recursive=True)]
     os.killpg(leader.pid, signal.SIGTERM)
     _, left = psutil.wait_procs(family, timeout=15)

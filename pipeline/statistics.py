@@ -1,8 +1,8 @@
 """Scores of a test set from scores of its items, their bootstrap intervals, and paired comparisons of two systems.
 
 An item's score is one number for accuracy and ROUGE (the set's score is their mean) and ten for BLEU, whose corpus
-score
-is not a mean. Two systems are compared on the same resamples, so what an easy or hard item does to both cancels out.
+score is not a mean. Two systems are compared on the same resamples, so what an easy or hard item does to both cancels
+out.
 """
 
 from dataclasses import asdict, dataclass

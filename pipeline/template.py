@@ -1,8 +1,7 @@
 """The chat template as a contract: the same tokens in training, evaluation and serving, or a refusal.
 
 A conversation is rendered by the tokenizer's own sandboxed Jinja environment, and each assistant turn is found by
-rendering
-the conversation up to it: what the generation prompt ends with is where the answer begins. That holds for any
+rendering the conversation up to it: what the generation prompt ends with is where the answer begins. That holds for any
 template that only appends; one that rewrites earlier turns is refused, with the way out.
 """
 
@@ -73,9 +72,13 @@ class ChatTemplate:
             raise RowError(f"cannot be rendered by the chat template: {str(error).splitlines()[0]}") from None
         return str(rendered)
 
+    def prompt(self, messages: list[Message], tools: str | None = None) -> tuple[str, list[int]]:
+        """`messages` up to where the assistant's answer begins: the text, and its tokens (T,)."""
+        text = self.render(messages, tools, add_generation_prompt=True)
+        return text, list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def prompt_ids(self, messages: list[Message], tools: str | None = None) -> list[int]:
-        """Tokens (T,) of `messages` up to where the assistant's answer begins."""
-        return self._ids(self.render(messages, tools, add_generation_prompt=True))
+        return self.prompt(messages, tools)[1]
 
     def encode(self, messages: list[Message], tools: str | None = None) -> Encoded:
         """Tokens of a conversation and the labels of its trained turns, each turn's end token included.
@@ -133,9 +136,6 @@ class ChatTemplate:
             "golden": self.golden(),
         }
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _refuse_control_tokens(self, texts: list[str]) -> None:
         # Not all_special_tokens: that lacks those that tokenizer.json marks as special and no role names.
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
@@ -175,8 +175,7 @@ def load_contract(contract: dict[str, Any]) -> ChatTemplate:
             f"(digest {identity['digest'][:12]}, expected {model['digest'][:12]}); run `dvc repro`, or put it back"
         )
     template = _load(identity, contract["chat_template"], contract["train_on"])
-    now = template.contract(identity)
-    differ = sorted(key for key in now if now[key] != contract[key])
+    differ = differing_keys(template.contract(identity), contract)
     if differ:
         raise TemplateError(
             f"{', '.join(differ)} differ from the template contract of the dataset; run `dvc repro prepare`"
@@ -191,13 +190,22 @@ def load_shipped(folder: Path) -> ChatTemplate:
         TemplateError: tokenizer or template are not the contract's.
     """
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
-    source = {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
-    template = _load(source, contract["chat_template"], contract["train_on"])
+    template = _load(local_source(folder), contract["chat_template"], contract["train_on"])
     now = template.contract(contract["model"])
-    differ = sorted(key for key in now if now[key] != contract[key])
+    differ = differing_keys(now, contract)
     if differ:
         raise TemplateError(f"{', '.join(differ)} in {folder} differ from the contract it was shipped with")
     return template
+
+
+def differing_keys(contract: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Keys of `contract` that `other` lacks or has another value for, sorted."""
+    return sorted(key for key in contract if contract[key] != other.get(key))
+
+
+def local_source(folder: Path) -> dict[str, Any]:
+    """A folder that Retune wrote, as `load_base` and the tokenizer's loader take it."""
+    return {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
 
 
 def model_identity(name_or_path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

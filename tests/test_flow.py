@@ -182,10 +182,9 @@ def test_an_alias_that_a_crash_left_behind_is_put_right_by_the_next_command(root
 def test_a_champion_scored_on_another_test_split_is_scored_again(root: Path) -> None:
     change_params(root, prepare={"test_fraction": 0.3})
     result = run(root)
-    champion = served(root)
     row = result["decision"]["comparison"]["rougeL"]
     scored = root / ".retune" / "versions" / result["decision"]["against"] / "scored" / "items.parquet"
-    assert scored.is_file() or champion == result["version"]["version"]
+    assert scored.is_file()
     assert 0 <= row["champion"] <= 1
 
 

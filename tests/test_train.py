@@ -115,9 +115,7 @@ def test_a_checkpoint_belongs_to_one_run_only(tmp_path: Path, params: Params, da
     assert key != run_key(with_(params, train={"learning_rate": 0.001}).train, dataset)
 
 
-def test_another_base_than_the_datasets_is_refused(
-    tmp_path: Path, params: Params, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Params, data: Path) -> None:
     from pipeline.prepare import prepare
     from pipeline.template import TemplateError
 
