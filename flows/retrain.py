@@ -33,6 +33,7 @@ from pipeline.files import read_json
 from pipeline.params import Params, load_params
 from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
+from pipeline.snapshot import recover
 from pipeline.statistics import METRICS
 from pipeline.store import open_store
 
@@ -82,6 +83,7 @@ def retrain(trigger: str = "by-hand") -> dict[str, Any]:
 def ingest() -> State[Any]:
     """The snapshot that data.dvc names, fetched if it is not here. New data comes in by `retune ingest`."""
     started = time.monotonic()
+    recover()  # an ingest that was killed half-way
     fetched = graph.pull_data()
     return _state("ingest", "ran" if fetched else "cached", started)
 

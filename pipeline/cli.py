@@ -60,10 +60,12 @@ def run(json_output: Json = False) -> None:
     from pipeline import graph, server
     from pipeline.params import load_params
     from pipeline.promote import history, settled
+    from pipeline.snapshot import recover
     from pipeline.store import open_store
 
     params = load_params()
     with _only_run():
+        recover()  # an ingest that was killed half-way
         open_store(params.publish.artifact_store)  # a store that cannot be written is no news for after the training
         up = server.running()
         if up is None and not graph.stale():
@@ -88,30 +90,49 @@ def run(json_output: Json = False) -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[Path, typer.Argument(help="A .json or .jsonl file, or a folder of them.")],
-    format: Annotated[str | None, typer.Option(help="alpaca, sharegpt or messages; else params.yaml's.")] = None,
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCE]...",
+            help="Files, folders, quoted globs, hf://datasets/OWNER/NAME@COMMIT, s3://BUCKET/KEY, "
+            "https://…#sha256=…; none: ingest.sources of params.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Name the format instead of ingest.format in params.yaml.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Make the files at SOURCE the new data snapshot; `retune run` then trains on it."""
+    """Make the rows of all SOURCEs the new data snapshot; `retune run` then trains on it."""
     from pipeline import graph
     from pipeline.formats import FORMATS
     from pipeline.ingest import ingest as do
-    from pipeline.params import IngestParams, load_params
+    from pipeline.params import load_params
+    from pipeline.snapshot import recover
 
     params = load_params().ingest
     if format is not None:
-        if format not in FORMATS:
-            raise typer.BadParameter(f"{format} is not a format; expected {', '.join(FORMATS)}")
-        params = IngestParams(format=format)  # type: ignore[arg-type]
+        if format not in (*FORMATS, "auto"):
+            raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
+        params = params.model_copy(update={"format": format})
     with _only_run():
+        recover()
         graph.pull_data()  # the snapshot also holds the base model, which stays
-        result = do(params, source)
+        result = do(params, sources or ())
     if json_output:
         print(json.dumps(asdict(result)))
         return
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
+    for file in result.files[:20]:
+        rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
+        print(f"  {file['name']}: {file['format']}, {file['container']}, {file['rows']:,} rows{rejected}")
+    if len(result.files) > 20:
+        print(f"  and {len(result.files) - 20} more, in data/instructions/snapshot.json")
+    if result.left_out:
+        print(f"  {result.left_out:,} rows left out by weight and cap")
     for reason, count in result.rejected.items():
-        print(f"  {count:,} more cannot be used: a row {reason}")
+        print(f"  {count:,} cannot be used: a row {reason}")
+    if result.rejected:
+        print("  each is in data/instructions/rejected.jsonl with its line")
     if result.changed:
         print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
         print("  next: `retune run` trains on them")

@@ -5,6 +5,7 @@ range and combinations that cannot work.
 """
 
 import difflib
+import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,8 +26,65 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Format = Literal[
+    "auto",
+    "alpaca",
+    "belle",
+    "classification",
+    "messages",
+    "openorca",
+    "prompt-completion",
+    "self-instruct",
+    "sharegpt",
+    "text",
+    "ultrachat",
+]
+
+
+class ColumnsParams(Section):
+    """Which column of a source is what; one that is not named here is not there."""
+
+    prompt: str | None = None
+    response: str | None = None
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
+    task: str | None = None
+    group: str | None = None
+    scoring: str | None = None
+    template: str | None = None  # the prompt as text with {column} in it, instead of the prompt column
+
+    @model_validator(mode="after")
+    def check(self) -> "ColumnsParams":
+        if self.template is None:
+            if (self.prompt is None) != (self.response is None):
+                raise ValueError("ingest.columns needs prompt and response, or a template instead of prompt")
+            return self
+        if self.prompt is not None:
+            raise ValueError("ingest.columns names a prompt and a template; the template is the prompt")
+        try:
+            parts = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise ValueError(f"ingest.columns.template: {error}; write {{{{ for a brace that is meant") from None
+        if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
+            raise ValueError("ingest.columns.template takes {column} only, without ! and :; write {{ for a brace")
+        return self
+
+
+class SourceParams(Section):
+    uri: Annotated[str, Field(min_length=1)]
+    format: Format = "auto"
+    columns: ColumnsParams | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    cap: Positive | None = None
+
+
 class IngestParams(Section):
-    format: Literal["auto", "alpaca", "sharegpt", "messages"]
+    format: Format
+    columns: ColumnsParams | None
+    sources: Annotated[list[SourceParams], Field(min_length=1)] | None
+    s3_endpoint_url: Annotated[str, Field(pattern=r"^https?://.+")] | None
+    max_download_gib: Annotated[float, Field(gt=0)]
 
 
 class PrepareParams(Section):
