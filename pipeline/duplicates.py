@@ -6,8 +6,7 @@ share a cluster. Time and memory grow linearly with the rows, whatever they say.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +17,11 @@ from pipeline.shingles import LANES, Hashes, jaccard, shingle_sets
 RECALL = 0.98  # the share that the bands find, on average, of pairs at the very threshold; above it they find more
 DOUBT = 4.0  # standard deviations by which a signature may underrate a pair that is compared all the same
 LISTED = 32  # kept rows that a bucket lists: what more rows share without being copies is boilerplate
+TRIES = 8  # listed rows that a row is compared with, the likest first: boilerplate again
 BLOCK = 4096  # rows compared with the kept ones at once
+FEW = 32  # rows compared with each other at once
 FETCHED = 512  # texts in memory at once
+PAIR = np.dtype([("key", "<u8"), ("jaccard", "<f8")])  # a comparison: of which contents, with which result
 
 Places = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -36,18 +38,27 @@ class NearDuplicates:
     duplicate_of: NDArray[np.int64]  # (N,) the kept row that this row copies; −1: it is kept
     jaccard: NDArray[np.float64]  # (N,) the similarity of the two; NaN: it is kept
     cluster: NDArray[np.int64]  # (N,) for a protected row the first row of its cluster, by rank; −1 for the others
-    compared: int  # pairs whose shingles were compared
-    crowded: int  # kept rows left off the list of a full bucket: a copy that no other bucket finds is missed
+    pairs: NDArray[np.void]  # (P,) PAIR, by key: every pair that was compared, now or as the caller knew
+    compared: int  # pairs whose texts were read and compared now
+    crowded: (
+        int  # rows of which a copy may be missed: left off a full bucket's list, or not compared with all likely ones
+    )
 
 
 def near_duplicates(
-    signatures: NDArray[np.void], text_of: TextOf, rank: NDArray[np.int64], protected: Flags, threshold: float
+    signatures: NDArray[np.void],
+    text_of: TextOf,
+    rank: NDArray[np.int64],
+    protected: Flags,
+    threshold: float,
+    known: NDArray[np.void] | None = None,
 ) -> NearDuplicates:
     """Duplicates by greedy choice in the order of `rank`, lowest first, after all protected rows.
 
     `signatures` (N,) are those of `shingles.signatures`; `text_of` gives the texts of ascending row numbers, FETCHED at
-    a time. The result depends on texts and ranks, not on the order of the rows (equal ranks go by content). Beside the
-    arguments it takes about 200 bytes a row.
+    a time. `known` are the `pairs` of an earlier call with signatures of this version: what they tell is not compared
+    again. The result depends on texts and ranks, not on the order of the rows (equal ranks go by content), nor on
+    `known`. Beside the arguments it takes about 200 bytes a row.
 
     Raises:
         DuplicatesError: the threshold is not within 0.3 to 1.
@@ -60,7 +71,7 @@ def near_duplicates(
     copies, originals = order[places[repeated]], order[firsts[repeated]]
     order = np.delete(order, places[repeated])
 
-    search = _Search(signatures["minima"], order, int(protected[order].sum()), text_of, threshold)
+    search = _Search(signatures, order, int(protected[order].sum()), text_of, threshold, known)
     search.index(bands, width)
     duplicate_of = np.full(len(signatures), -1)
     similarity = np.full(len(signatures), np.nan)
@@ -74,7 +85,8 @@ def near_duplicates(
     similarity[copies] = np.where(kept_too, 1.0, similarity[originals])
     cluster[copies] = cluster[originals]
     duplicate_of[protected], similarity[protected], cluster[~protected] = -1, np.nan, -1
-    return NearDuplicates(duplicate_of, similarity, cluster, search.compared, search.crowded)
+    crowded = int(np.count_nonzero(search.crowded))
+    return NearDuplicates(duplicate_of, similarity, cluster, search.pairs(), search.compared, crowded)
 
 
 def banding(threshold: float) -> tuple[int, int]:
@@ -103,42 +115,74 @@ class _Search:
     """Greedy search over places: rows in the order of choice, protected ones first, no two of equal content."""
 
     def __init__(
-        self, minima: NDArray[np.uint16], order: Places, protected: int, text_of: TextOf, threshold: float
+        self,
+        signatures: NDArray[np.void],
+        order: Places,
+        protected: int,
+        text_of: TextOf,
+        threshold: float,
+        known: NDArray[np.void] | None,
     ) -> None:
-        self.minima, self.order, self.protected = minima, order, protected
+        self.contents, self.minima = signatures["content"], signatures["minima"]
+        self.order, self.protected = order, protected
         self.text_of, self.threshold = text_of, threshold
         deviation = math.sqrt(threshold * (1 - threshold) / LANES)
         self.agreeing = LANES * (threshold - DOUBT * deviation)  # lanes in which a pair worth comparing agrees
-        self.compared = self.crowded = 0
+        self.compared = 0
+        self.crowded = np.zeros(len(order), dtype=bool)
         self.parent = list(range(protected))
+        self.known = np.empty(0, PAIR) if known is None else known
+        self.seen = [np.empty(0, PAIR)]
 
     def index(self, bands: int, width: int) -> None:
         """Put the places into a bucket for each band that they share with others; a bucket has room for its list."""
-        self.bucket = np.full((bands, len(self.order)), -1, dtype=np.int32)
-        rooms = [np.empty(0, np.int64)]
+        keys = _band_keys(self.minima, bands, width)
+        self.bucket = keys.view(np.int32)[
+            :, : len(self.order)
+        ]  # in the memory of the keys; −1: nobody shares this band
+        rooms = [np.empty(0, np.uint8)]
         buckets = 0
-        for band, keys in enumerate(_band_keys(self.minima, bands, width)):
-            places, groups = _shared(keys[self.order])
+        for band in range(bands):
+            places, groups = _shared(keys[band][self.order])
+            self.bucket[band] = -1
             self.bucket[band, places] = groups + buckets
-            rooms.append(np.minimum(np.bincount(groups), LISTED))
+            rooms.append(np.minimum(np.bincount(groups), LISTED).astype(np.uint8))
             buckets += len(rooms[-1])
         self.room = np.concatenate(rooms)
-        self.start = np.cumsum(self.room) - self.room
-        self.filled = np.zeros(len(self.room), dtype=np.int64)
-        self.listed = np.empty(self.room.sum(), dtype=np.int32)
+        self.start = np.cumsum(self.room, dtype=np.int64) - self.room
+        self.filled = np.zeros_like(self.room)
+        self.listed = np.empty(self.room.sum(dtype=np.int64), dtype=np.int32)
 
-    def run(self) -> list[Match]:
+    def run(self) -> Iterator[Match]:
         """Every duplicate, by place; protected places that are near join their clusters."""
-        found: list[Match] = []
         active = np.flatnonzero((self.bucket >= 0).any(axis=0))
         for at in range(0, len(active), BLOCK):
-            places = active[at : at + BLOCK]
-            for step in (self._with_listed, self._among):
-                matches = step(places)
-                found += matches
-                places = places[~np.isin(places, [match[0] for match in matches])]
-            self._list(places)
-        return found
+            yield from self._settle(active[at : at + BLOCK], 0)
+
+    def pairs(self) -> NDArray[np.void]:
+        pairs = np.concatenate(self.seen)
+        pairs = pairs[np.argsort(pairs["key"], kind="stable")]
+        return pairs[np.append(True, pairs["key"][1:] != pairs["key"][:-1])[: len(pairs)]]
+
+    def _settle(self, places: Places, since: int) -> list[Match]:
+        """Decide on some places after all that come before them; none is near to a row listed of those before `since`.
+
+        Places that share no bucket are decided by the lists alone. The others are halved, since the second half must
+        know which of the first stay, until they are few enough to compare all with all.
+        """
+        found = self._with_listed(places, since)
+        places = _without(places, found)
+        buckets, columns = self._buckets(places)
+        is_rival = np.zeros(len(places), dtype=bool)
+        is_rival[columns[_shared(buckets.astype(np.uint32))[0]]] = True
+        self._list(places[~is_rival])
+        rivals = places[is_rival]
+        if len(rivals) > FEW:
+            half = len(rivals) // 2
+            return [*found, *self._settle(rivals[:half], rivals[0]), *self._settle(rivals[half:], rivals[0])]
+        among = self._among(rivals)
+        self._list(_without(rivals, among))
+        return found + among
 
     def first(self, place: int) -> int:
         """The first place of a protected place's cluster."""
@@ -147,39 +191,52 @@ class _Search:
             place = self.parent[place]
         return place
 
-    def _join(self, place: int, other: int) -> None:
-        first, second = sorted((self.first(place), self.first(other)))
-        self.parent[second] = first
-
-    def _with_listed(self, places: Places) -> list[Match]:
+    def _with_listed(self, places: Places, since: int) -> list[Match]:
         """The places that are near to a listed row, of several the one with the most similar signature."""
-        places, kept = self._candidates(places)
+        places, kept = self._candidates(places, since)
         found: list[Match] = []
-        while len(places):
+        for _ in range(TRIES):
+            if not len(places):
+                return found
             best = np.append(True, places[1:] != places[:-1])
-            done = set()
-            for place, listed, near in self._near(places[best], kept[best]):
-                if place < self.protected:
-                    self._join(place, listed)
-                else:
-                    found.append((place, listed, near))
-                    done.add(place)
-            again = np.flatnonzero(~best)
-            is_open = [
-                place not in done
-                and (place >= self.protected or self.first(place) != self.first(listed))
-                for place, listed in zip(places[again].tolist(), kept[again].tolist(), strict=True)
-            ]
-            again = again[np.array(is_open, dtype=bool)]
-            places, kept = places[again], kept[again]
+            decided = self._decide(self._near(places[best], kept[best]))
+            found += decided
+            done = {match[0] for match in decided}
+            rest = zip(places[~best].tolist(), kept[~best].tolist(), strict=True)
+            again = [pair for pair in rest if pair[0] not in done and not self._joined(*pair)]
+            places, kept = np.array(again, dtype=np.int64).reshape(-1, 2).T
+        self.crowded[places] = True
         return found
 
-    def _candidates(self, places: Places) -> tuple[Places, Places]:
-        """Pairs of a place and a listed row of its buckets with like signatures, by place, the likest first."""
+    def _among(self, places: Places) -> list[Match]:
+        """The places that are near to an earlier one of these that stays, of several to the most similar."""
+        later, earlier = np.tril_indices(len(places), -1)
+        later, earlier = places[later], places[earlier]
+        worth = self._agreement(later, earlier) >= self.agreeing
+        near = self._near(later[worth], earlier[worth])
+        return self._decide(sorted(near, key=lambda match: (match[0], -match[2], match[1])))
+
+    def _decide(self, matches: list[Match]) -> list[Match]:
+        """Of matches in the order of choice those that hold, one a place: the other place stays."""
+        found: dict[int, Match] = {}
+        for place, other, near in matches:
+            if place < self.protected:
+                first, second = sorted((self.first(place), self.first(other)))
+                self.parent[second] = first
+            elif place not in found and other not in found:
+                found[place] = (place, other, near)
+        return list(found.values())
+
+    def _joined(self, place: int, other: int) -> bool:
+        return place < self.protected and self.first(place) == self.first(other)
+
+    def _candidates(self, places: Places, since: int) -> tuple[Places, Places]:
+        """Pairs of a place and a row listed in its buckets with like signatures, by place, the likest first."""
         buckets, columns = self._buckets(places)
-        sizes = self.filled[buckets]
+        sizes = self.filled[buckets].astype(np.int64)
         slots = np.repeat(self.start[buckets] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-        pairs = _distinct((np.repeat(places[columns], sizes) << 32) | self.listed[slots])
+        kept, places = self.listed[slots], np.repeat(places[columns], sizes)
+        pairs = _distinct((places[kept >= since] << 32) | kept[kept >= since])
         places, kept = pairs >> 32, pairs & 0xFFFFFFFF
         agreed = self._agreement(places, kept)
         worth = np.flatnonzero(agreed >= self.agreeing)
@@ -188,51 +245,29 @@ class _Search:
 
     def _near(self, left: Places, right: Places) -> list[Match]:
         """The pairs that reach the threshold, with their similarity."""
-        self.compared += len(left)
-        found = []
-        for at in range(0, len(left), FETCHED // 2):
-            pairs = list(zip(left[at : at + FETCHED // 2].tolist(), right[at : at + FETCHED // 2].tolist(), strict=True))
-            sets = self._sets({place for pair in pairs for place in pair})
-            found += [(a, b, near) for a, b in pairs if (near := jaccard(sets[a], sets[b])) >= self.threshold]
-        return found
+        pairs = self._known(left, right)
+        missing = np.flatnonzero(np.isnan(pairs["jaccard"]))
+        for at in range(0, len(missing), FETCHED // 2):
+            some = missing[at : at + FETCHED // 2]
+            sets = self._sets({*left[some].tolist(), *right[some].tolist()})
+            for pair, a, b in zip(some.tolist(), left[some].tolist(), right[some].tolist(), strict=True):
+                pairs["jaccard"][pair] = jaccard(sets[a], sets[b])
+        self.compared += len(missing)
+        self.seen.append(pairs)
+        near = np.flatnonzero(pairs["jaccard"] >= self.threshold)
+        return list(zip(left[near].tolist(), right[near].tolist(), pairs["jaccard"][near].tolist(), strict=True))
 
-    def _among(self, places: Places) -> list[Match]:
-        """The places that are near to an earlier one of these that stays, one after the other."""
-        buckets, columns = self._buckets(places)
-        entries, groups = _shared(buckets.astype(np.uint32))
-        crowd: dict[int, list[int]] = defaultdict(list)  # place → buckets that it shares with others of the places
-        for place, group in sorted(zip(places[columns[entries]].tolist(), groups.tolist(), strict=True)):
-            crowd[place].append(group)
-        waiting = list(crowd)
-        staying: dict[int, list[int]] = defaultdict(list)  # bucket → places
-        sets: dict[int, Hashes] = {}
-        found: list[Match] = []
-        for index, place in enumerate(waiting):
-            others = np.array(sorted({other for group in crowd[place] for other in staying[group]}), dtype=np.int64)
-            agreed = self._agreement(np.full(len(others), place), others)
-            worth = np.flatnonzero(agreed >= self.agreeing)
-            stays = True
-            for other in others[worth[np.argsort(-agreed[worth], kind="stable")]].tolist():
-                if place < self.protected and self.first(place) == self.first(other):
-                    continue
-                for missing in (other, place):
-                    if missing not in sets:  # those that follow will be asked for soon
-                        following = waiting[index : index + FETCHED]
-                        sets |= self._sets({missing, *following} - sets.keys())
-                self.compared += 1
-                near = jaccard(sets[place], sets[other])
-                if near < self.threshold:
-                    continue
-                if place >= self.protected:
-                    found.append((place, other, near))
-                    stays = False
-                    break
-                self._join(place, other)
-            if stays:
-                for group in crowd[place]:
-                    if len(staying[group]) < LISTED:
-                        staying[group].append(place)
-        return found
+    def _known(self, left: Places, right: Places) -> NDArray[np.void]:
+        """What is known of pairs of places, (P,) PAIR: a similarity, or NaN."""
+        contents = self.contents[self.order[left]], self.contents[self.order[right]]
+        pairs = np.empty(len(left), PAIR)
+        pairs["key"] = np.minimum(*contents) * np.uint64(0x9E3779B97F4A7C15) + np.maximum(*contents)
+        pairs["jaccard"] = np.nan
+        if len(self.known):
+            at = np.minimum(np.searchsorted(self.known["key"], pairs["key"]), len(self.known) - 1)
+            hit = self.known["key"][at] == pairs["key"]
+            pairs["jaccard"][hit] = self.known["jaccard"][at[hit]]
+        return pairs
 
     def _list(self, places: Places) -> None:
         """Put kept places on the lists of their buckets, as far as there is room."""
@@ -241,7 +276,7 @@ class _Search:
         buckets, kept = buckets[by], places[columns[by]]
         slots = self.filled[buckets] + np.arange(len(buckets)) - np.searchsorted(buckets, buckets)
         fits = slots < self.room[buckets]
-        self.crowded += len(_distinct(kept[~fits]))
+        self.crowded[kept[~fits]] = True
         self.listed[self.start[buckets[fits]] + slots[fits]] = kept[fits]
         np.add.at(self.filled, buckets[fits], 1)
 
@@ -291,6 +326,10 @@ def _shared(keys: NDArray[np.unsignedinteger]) -> tuple[Places, Places]:
     np.equal(ordered[1:], ordered[:-1], out=same[1:-1])
     shared = same[:-1] | same[1:]
     return by[shared], np.cumsum(~same[:-1][shared]) - 1
+
+
+def _without(places: Places, matches: list[Match]) -> Places:
+    return places[~np.isin(places, [match[0] for match in matches])]
 
 
 def _distinct(values: Places) -> Places:

@@ -2,8 +2,8 @@
 
 A token is a word, a number, one character of a script that is written without spaces (Chinese, Japanese, Thai …) or
 one symbol. Case, Unicode form (NFKC), white space and punctuation do not count; symbols do, since `12 + 5` and `12 * 5`
-ask for different things. A shingle is 3 tokens in a row, or 5 where it begins with such a character. Nothing is refused:
-a text of fewer tokens than one shingle is one shingle, whole, and a text without any token is compared as it stands.
+ask for different things. A shingle is 3 tokens in a row, or 5 where it begins with such a character. Nothing is
+refused: a text too short for one is one shingle, whole, and a text without any token is compared as it stands.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import regex
+import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 WORDS, CHARACTERS = 3, 5  # tokens of a shingle that begins with a word, with a character of an unspaced script
@@ -96,16 +96,10 @@ def jaccard(left: Hashes, right: Hashes) -> float:
 def windows(texts: Sequence[str], words: int, characters: int) -> Shingles:
     """Every run of `words` tokens (`characters` where it begins with a character of an unspaced script), in order.
 
-    A text with fewer tokens has one, a hash of the whole.
+    A text without any, because it is too short, has one of its own: only a text of the same tokens shares it.
     """
     tokens = _tokens(texts)
     return _windows(tokens, words, characters, _content(tokens))
-
-
-def token_counts(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Tokens in each text, and whether it begins with a character of an unspaced script; each (N,)."""
-    tokens = _tokens(texts)
-    return np.diff(tokens.offsets), tokens.unspaced[tokens.offsets[:-1]]
 
 
 @cache
@@ -134,7 +128,10 @@ def _tokens(texts: Sequence[str]) -> Tokens:
     offsets = _offsets(sizes)[_offsets(counts)]
     bare = np.flatnonzero(np.diff(offsets) == 0)  # nothing but punctuation: the folded text is the one token
     if len(bare):
-        whole = [hashlib.blake2b("".join(_fold(texts[row]).split()).encode("utf-8", "surrogatepass")) for row in bare]
+        whole = [
+            hashlib.blake2b("".join(_fold(texts[row]).split()).encode("utf-8", "surrogatepass"))
+            for row in bare.tolist()
+        ]
         hashes = np.insert(hashes, offsets[bare], [int.from_bytes(each.digest()[:8], "little") for each in whole])
         unspaced = np.insert(unspaced, offsets[bare], False)
         offsets = offsets + np.searchsorted(bare, np.arange(len(offsets)), side="left")
