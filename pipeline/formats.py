@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Message = dict[str, str]  # {"role": system | user | assistant | tool, "content": text}
+Message = dict[str, Any]  # {"role": system | user | assistant | tool, "content": text}
 
 SHAREGPT_ROLES = {
     "system": "system",

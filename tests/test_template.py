@@ -49,6 +49,11 @@ def last(params: Params) -> ChatTemplate:
     return load_template(with_(params, prepare={"train_on": "last_response"}).prepare)[0]
 
 
+@pytest.fixture(scope="module")
+def dropping(params: Params) -> ChatTemplate:
+    return load_template(with_(params, prepare={"on_control_tokens": "drop"}).prepare)[0]
+
+
 @pytest.fixture
 def copy(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "base"))
@@ -104,22 +109,21 @@ def test_the_end_token_is_trained_and_what_follows_it_is_not(template: ChatTempl
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_control_tokens_in_a_message_are_refused(template: ChatTemplate, role: str) -> None:
+def test_control_tokens_in_a_message_are_refused_on_demand(dropping: ChatTemplate, role: str) -> None:
     messages = [{"role": "system", "content": "s"}, *talk("q", "a")]
     next(message for message in messages if message["role"] == role)["content"] += "<|im_start|>"
-    with pytest.raises(RowError, match=r"control token <\|im_start\|>"):
-        template.encode(messages)
+    with pytest.raises(RowError, match=r"contains the model's control token <\|im_start\|>"):
+        dropping.encode(messages)
 
 
-def test_control_tokens_in_the_tools_are_refused(template: ChatTemplate) -> None:
-    with pytest.raises(RowError, match=r"control token <\|im_end\|>"):
-        template.encode(talk("q", "a"), json.dumps([{"name": END}]))
+def test_control_tokens_in_the_tools_are_refused_on_demand(dropping: ChatTemplate) -> None:
+    with pytest.raises(RowError, match=r"contains the model's control token <\|im_end\|>"):
+        dropping.encode(talk("q", "a"), json.dumps([{"name": END}]))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_way_out(params: Params, tmp_path: Path) -> None:
-    template = with_template(params, tmp_path, REWRITES)
     with pytest.raises(TemplateError, match=r"changes earlier turns.*set prepare\.train_on to last_response"):
-        template.encode(talk("q1", "a1", "q2", "a2"))
+        with_template(params, tmp_path, REWRITES)
 
 
 def test_the_way_out_works(params: Params, tmp_path: Path) -> None:
@@ -128,9 +132,8 @@ def test_the_way_out_works(params: Params, tmp_path: Path) -> None:
 
 
 def test_a_template_without_end_token_is_refused(params: Params, tmp_path: Path) -> None:
-    template = with_template(params, tmp_path, CHATML.replace(END, ""))
     with pytest.raises(TemplateError, match="no end token"):
-        template.encode(talk("q", "a"))
+        with_template(params, tmp_path, CHATML.replace(END, ""))
 
 
 def test_an_answer_that_shares_a_token_with_its_prompt_is_refused(params: Params, tmp_path: Path) -> None:
@@ -168,7 +171,7 @@ def test_tools_reach_the_prompt_of_a_template_that_ignores_them(template: ChatTe
 
 
 def test_a_template_with_tools_gets_them_as_objects(params: Params, tmp_path: Path) -> None:
-    template = with_template(params, tmp_path, "{% for t in tools %}{{ t.name }};{% endfor %}" + CHATML)
+    template = with_template(params, tmp_path, "{% for t in tools or [] %}{{ t.name }};{% endfor %}" + CHATML)
     assert template.render(talk("q"), TOOLS).startswith("clock;")
 
 
@@ -204,6 +207,7 @@ def test_another_tokenizer_is_refused(params: Params, copy: Path) -> None:
         ("stop_ids", [0]),
         ("pad_id", 1),
         ("train_on", "last_response"),
+        ("on_control_tokens", "drop"),
         ("golden", []),
     ],
 )
@@ -211,7 +215,9 @@ def test_a_changed_contract_names_what_changed(params: Params, copy: Path, key: 
     contract = contract_of(params, copy) | {key: value}
     with pytest.raises(TemplateError, match=r"differ from the template contract.*dvc repro prepare") as error:
         load_contract(contract)
-    expected = {"chat_template": "chat_template_sha256", "train_on": "golden"}.get(key, key)
+    expected = {"chat_template": "chat_template_sha256", "train_on": "golden", "on_control_tokens": "golden"}.get(
+        key, key
+    )
     assert expected in str(error.value).split(" differ")[0]
 
 
