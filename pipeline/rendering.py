@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -181,7 +180,8 @@ def _run_away(number: int, frame: FrameType | None) -> None:
 def _address_space() -> int:
     """Bytes of address space that this process has, 0 where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return 0
 

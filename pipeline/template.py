@@ -203,7 +203,7 @@ def _load(
     if tokenizer.eos_token_id is not None:
         stop_ids.add(tokenizer.eos_token_id)
     if name is not None:
-        stop_ids |= _named_ends(tokenizer, name, path)
+        stop_ids |= named_ends(tokenizer, name, path)
     if not stop_ids:
         raise TemplateError(f"{path} names no end-of-sequence token, so a generation could never end")
     if tokenizer.pad_token_id is None:
@@ -213,7 +213,7 @@ def _load(
     return ChatTemplate(tokenizer, text, frozenset(stop_ids), train_on, on_control_tokens, name)
 
 
-def _named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:
+def named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:
     """The ids of the tokens that end a turn of the named template.
 
     Raises:

@@ -50,6 +50,7 @@ class TokenEncoder:
         self._control = _any_of(special | written)
         self._first = sorted({token[0] for token in special | written} | {HIDDEN, SHOWN, END})
         self._id = special | written
+        self._unknown = tokenizer.unk_token_id  # what any text may become
         self._text = {number: token for token, number in self._id.items()}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state |= {"truncation": None, "padding": None, "post_processor": None}
@@ -121,7 +122,7 @@ class TokenEncoder:
         tokenizer, original = self._marked
         encoding = tokenizer.encode(text.marked, add_special_tokens=False)
         ids = [original.get(number, number) for number in encoding.ids]
-        if sum(number in self._text for number in ids) != text.marked.count(SHOWN):
+        if sum(number in self._text and number != self._unknown for number in ids) != text.marked.count(SHOWN):
             return RowError("contains a control token that this tokenizer cannot write as ordinary text")
         return ids, encoding
 

@@ -241,6 +241,62 @@ def test_a_base_or_template_that_is_not_there_is_refused(params: Params, prepare
         load_template(with_(params, prepare=prepare).prepare)
 
 
+def test_a_named_template_is_taken_by_its_name(params: Params, copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+    chosen = with_(params, prepare={"model_name_or_path": str(copy), "chat_template": "chatml"}).prepare
+    template, identity = load_template(chosen)
+    assert trained(template, talk("q", "a")) == f"a{END}"
+    contract = json.loads(json.dumps(template.contract(identity)))
+    assert contract["chat_template_name"] == "chatml"
+    assert load_contract(contract).stop_ids == template.stop_ids
+
+
+def test_a_named_template_of_another_family_is_refused(params: Params) -> None:
+    with pytest.raises(TemplateError, match=r"prepare\.chat_template is llama3, whose bos_token, .*eot_id"):
+        load_template(with_(params, prepare={"chat_template": "llama3"}).prepare)
+
+
+def test_rows_longer_than_the_models_positions_are_refused_without_its_weights(params: Params, copy: Path) -> None:
+    for weights in copy.glob("*.safetensors"):
+        weights.write_bytes(b"")
+    prepare = {"model_name_or_path": str(copy), "max_length": 512}
+    load_template(with_(params, prepare=prepare).prepare)
+    with pytest.raises(TemplateError, match=r"prepare\.max_length is 513; .* for 512 tokens at most"):
+        load_template(with_(params, prepare=prepare | {"max_length": 513}).prepare)
+
+
+def test_a_template_that_no_row_passes_is_refused(params: Params, tmp_path: Path) -> None:
+    with pytest.raises(TemplateError, match="every row is refused by the chat template: never"):
+        with_template(params, tmp_path, "{{ raise_exception('never') }}" + CHATML)
+
+
+def test_the_contract_holds_a_call_a_system_message_and_an_injected_token(template: ChatTemplate) -> None:
+    golden = template.golden()
+    assert [sum(label != -100 for label in entry["labels"]) > 0 for entry in golden] == [True] * 5
+    assert golden[2]["messages"][0]["role"] == "system"
+    assert "tool_calls" in golden[3]["messages"][1] and golden[3]["tools"]
+    end = template.tokenizer.convert_tokens_to_ids(END)
+    assert END in golden[4]["messages"][0]["content"]
+    assert golden[4]["input_ids"].count(end) == golden[0]["input_ids"].count(end)
+
+
+def test_a_contract_with_other_golden_conversations_is_still_checked(params: Params, copy: Path) -> None:
+    # A later version may choose others: a model that was shipped with these must stay servable, and be checked.
+    contract = contract_of(params, copy)
+    contract["golden"] = contract["golden"][:1]
+    assert load_contract(contract).text == contract["chat_template"]
+    contract["golden"][0]["labels"][-2] = -100
+    with pytest.raises(TemplateError, match="golden differ"):
+        load_contract(contract)
+
+
+def test_a_contract_of_an_older_version_is_refused_with_the_way_out(params: Params, copy: Path) -> None:
+    contract = contract_of(params, copy)
+    del contract["on_control_tokens"]
+    with pytest.raises(TemplateError, match=r"lacks on_control_tokens.*dvc repro"):
+        load_contract(contract)
+
+
 def test_pickled_weights_are_refused(params: Params, copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(TemplateError, match=r"has no \.safetensors weights; pickled weights are not loaded"):
