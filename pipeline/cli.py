@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,12 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ARTIFACTS = Path("artifacts")
+
+
+class Split(StrEnum):
+    train = "train"
+    validation = "validation"
+    test = "test"
 
 
 class RunUnderWay(RuntimeError):
@@ -138,6 +145,40 @@ def ingest(
         print("  next: `retune run` trains on them")
     else:
         print("  the same data as before; data.dvc is unchanged")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path | None, typer.Argument(help="A data file or folder; else the prepared dataset.")] = None,
+    split: Annotated[Split, typer.Option(help="Of the dataset.")] = Split.train,
+    row: Annotated[int | None, typer.Option(min=0, help="The first row to show; 0 is the first of all.")] = None,
+    id: Annotated[str | None, typer.Option(help="The row with this id, as the reports name it.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
+    json_output: Json = False,
+) -> None:
+    """Show rows as the model sees them, token by token, trained tokens in colour; of FILE, as it would be prepared."""
+    from rich.console import Console
+
+    from pipeline.inspection import as_text, inspect_dataset, inspect_file
+    from pipeline.params import load_params
+
+    params = load_params()
+    if Path(params.prepare.model_name_or_path).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    _quiet()
+    if file is None:
+        shown = inspect_dataset(ARTIFACTS / "dataset", split.value, row, id, task, count)
+    elif id is not None:
+        raise typer.BadParameter("--id names a row of the prepared dataset; use --row with a file")
+    else:
+        shown = inspect_file(params, file, row, task, count)
+    if json_output:
+        print(json.dumps({"rows": [each.as_json() for each in shown]}, ensure_ascii=False))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for each in shown:
+        console.print(as_text(each, colour=console.is_terminal and not console.no_color))
 
 
 @app.command()

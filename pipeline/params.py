@@ -94,7 +94,8 @@ class PrepareParams(Section):
     chat_template: str | None
     train_on: Literal["all_responses", "last_response"]
     max_length: Positive
-    on_overlong: Literal["drop", "error"]
+    on_overlong: Literal["drop", "error", "truncate_prompt", "split"]
+    on_control_tokens: Literal["escape", "drop"]
     max_dropped_fraction: Fraction
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     validation_fraction: Fraction
