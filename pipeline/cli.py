@@ -270,6 +270,36 @@ def history(json_output: Json = False) -> None:
               f"{record.decision:<9} {mark:<8} by {record.actor}\n     {record.reason}")  # fmt: skip
 
 
+@app.command("diff-data")
+def diff_data(
+    old: Annotated[str | None, typer.Argument(help="A git revision; else the last with another dataset.")] = None,
+    new: Annotated[str | None, typer.Argument(help="A git revision; else the workspace.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the data report of NEW with the differences.")] = None,
+    json_output: Json = False,
+) -> None:
+    """What changed in the prepared data between two versions: rows, test items, tasks, languages, reasons, lengths."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from pipeline.data_diff import compare, previous_revision, report_at
+    from pipeline.data_pages import render
+    from pipeline.files import write_text
+
+    old = old or previous_revision()
+    report = report_at(new)
+    if html is not None and "lengths" not in report:
+        raise typer.BadParameter(f"{new} was prepared by an earlier release, which counted too little for a page")
+    diff = compare(report_at(old), report, (old, new or "workspace"))
+    if html is not None:
+        write_text(html, render(report, "report.html", diff))
+    if json_output:
+        print(json.dumps(diff))
+        return
+    Console().print(Markdown(render(report, "diff.md", diff)))
+    if html is not None:
+        print(f"diff-data: {html} shows it beside the data report")
+
+
 @app.command()
 def up(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the dashboard, on loopback.")] = 4200,

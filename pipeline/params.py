@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.language import LANGUAGES
+
 Metric = Literal["accuracy", "bleu", "rouge1", "rouge2", "rougeL"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -87,6 +89,38 @@ class IngestParams(Section):
     max_download_gib: Annotated[float, Field(gt=0)]
 
 
+class FilterParams(Section):
+    min_answer_chars: Positive | None
+    max_answer_chars: Positive | None
+    min_chars: Positive | None
+    max_chars: Positive | None
+    languages: Annotated[list[str], Field(min_length=1)] | None
+    max_repetition: Annotated[float, Field(gt=0, lt=1)] | None
+    pii: Literal["keep", "mask", "drop"]
+    links: Literal["keep", "mask", "drop"]
+    refusals: Literal["keep", "drop"]
+
+    @property
+    def any_on(self) -> bool:
+        """Whether a row could come out of the filters another than it went in."""
+        return any(value not in (None, "keep") for value in self.model_dump().values())
+
+    @model_validator(mode="after")
+    def check(self) -> "FilterParams":
+        for least, most in (("min_answer_chars", "max_answer_chars"), ("min_chars", "max_chars")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"prepare.filters.{least} is {low} and {most} {high}: no row is both")
+        for code in self.languages or []:
+            if code not in LANGUAGES:
+                meant = {"cn": "zh", "jp": "ja", "kr": "ko", "eng": "en", "chi": "zh", "zho": "zh", "cz": "cs"}.get(
+                    code
+                )
+                hint = f"did you mean {meant}?" if meant else "expected ISO 639 codes such as en, zh or de"
+                raise ValueError(f"prepare.filters.languages names {code!r}, which no row could be in; {hint}")
+        return self
+
+
 class PrepareParams(Section):
     model_name_or_path: str
     model_revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
@@ -99,6 +133,7 @@ class PrepareParams(Section):
     max_dropped_fraction: Fraction
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     validation_fraction: Fraction
+    filters: FilterParams
 
     @model_validator(mode="after")
     def check(self) -> "PrepareParams":
@@ -242,8 +277,9 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
     where = f" ({path}, line {line})" if line else f" ({path})"
     match error["type"]:
         case "extra_forbidden":
-            field = Params.model_fields.get(keys[0]) if len(keys) > 1 else None
-            known = getattr(field.annotation, "model_fields", {}) if field else Params.model_fields
+            known: dict[str, Any] = Params.model_fields
+            for section in keys[:-1]:
+                known = getattr(known[section].annotation, "model_fields", {})
             near = difflib.get_close_matches(keys[-1], [*known], 1)
             hint = f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
             return f"{key} is not a parameter{where}; {hint}"
