@@ -406,7 +406,7 @@ def _run_stage(name: str, params: Any) -> str:
         case "prepare":
             from pipeline.prepare import prepare
 
-            made = prepare(params.prepare, Path("data/instructions"), dataset)
+            made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared")
             reasons = ", ".join(f"{count:,} × {reason}" for reason, count in made.dropped.items())
             dropped = f", {sum(made.dropped.values()):,} dropped ({reasons})" if made.dropped else ""
             rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())

@@ -112,6 +112,23 @@ class ChatTemplate:
         tokens = iter(self._encoder.encode_batch([r.text for r in rendered if isinstance(r, _Rendered)]))
         return [r if isinstance(r, RowError) else self._labelled(r, next(tokens)) for r in rendered]
 
+    def encode_text(self, text: str) -> Encoded:
+        """Tokens of plain text, without any template around it, and the end token; all of them trained.
+
+        Raises:
+            RowError: control tokens in the text, with `on_control_tokens: drop`.
+        """
+        hidden = self._encoder.hide(text, answer=True)
+        escaped = hidden != text
+        if escaped and self.on_control_tokens == "drop":
+            raise RowError(f"contains the model's control token {self._encoder.first_hidden(hidden)}")
+        [tokens] = self._encoder.encode_batch([self._show(hidden, escaped)])
+        if isinstance(tokens, RowError):
+            raise tokens
+        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else min(self.stop_ids)
+        ids = [*tokens[0], end]
+        return Encoded(ids, list(ids), (ESCAPED,) if escaped else ())
+
     def require_trainable(self) -> None:
         """Raises:
         TemplateError: what would make every row useless.

@@ -118,11 +118,16 @@ class DataStats:
         self.repaired = Tally()
         self.duplicates = Tally()
         self.sketches: dict[str, _Sketch] = {}
+        self.split = 0  # rows that came of splitting others
 
     def add_read(self, format: str, source: str, rows: int) -> None:
         """`rows` records, usable or not, were read from the file `source` in `format`."""
         self.formats[_bounded(self.formats, format)] += rows
         self.sources[_bounded(self.sources, source)] += rows
+
+    def add_split(self, more: int) -> None:
+        """Splitting long rows made so many more of them."""
+        self.split += more
 
     def add_kept(
         self,
@@ -172,6 +177,7 @@ class DataStats:
             self.lengths.setdefault(split, Counter()).update(other.lengths[split])
             self.sketches.setdefault(split, _Sketch()).merge(other.sketches[split])
         self.trained.update(other.trained)
+        self.split += other.split
         self.dropped.merge(other.dropped)
         self.repaired.merge(other.repaired)
         self.duplicates.merge(other.duplicates)
@@ -184,7 +190,7 @@ class DataStats:
         }
         lengths = {split: sorted(counts.items()) for split, counts in self.lengths.items()}
         sketches = {split: sketch.text() for split, sketch in self.sketches.items()}
-        plain = {name: getattr(self, name) for name in ("formats", "sources", "rows", "tasks", "languages")}
+        plain = {name: getattr(self, name) for name in ("formats", "sources", "rows", "tasks", "languages", "split")}
         state = plain | tallies | {"lengths": lengths, "trained": sorted(self.trained.items()), "sketches": sketches}
         return json.loads(json.dumps(state))  # a copy that later additions do not change
 
@@ -197,6 +203,7 @@ class DataStats:
             setattr(stats, name, {split: Counter(counts) for split, counts in state[name].items()})
         for name in ("dropped", "repaired", "duplicates"):
             setattr(stats, name, Tally(Counter(state[name]["counts"]), dict(state[name]["examples"])))
+        stats.split = state["split"]
         stats.lengths = {split: Counter(dict(counts)) for split, counts in state["lengths"].items()}
         stats.trained = Counter(dict(state["trained"]))
         stats.sketches = {split: _Sketch(sketch_ids(text)) for split, text in state["sketches"].items()}
@@ -209,7 +216,7 @@ class DataStats:
             DataReportError: a row that came in is neither kept nor dropped, or is both.
         """
         came, kept, dropped = (sum(counts.values()) for counts in (self.formats, self.rows, self.dropped.counts))
-        if came != kept + dropped:
+        if came + self.split != kept + dropped:
             raise DataReportError(
                 f"{came} rows came in, but {kept} are kept and {dropped} dropped; a row was lost or counted twice"
             )

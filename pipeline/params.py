@@ -130,6 +130,9 @@ class PrepareParams(Section):
     max_length: Positive
     on_overlong: Literal["drop", "error", "truncate_prompt", "split"]
     on_control_tokens: Literal["escape", "drop"]
+    near_duplicate_threshold: Annotated[float, Field(ge=0.3, le=1)] | None
+    decontaminate: list[str]
+    decontaminate_share: Annotated[float, Field(gt=0, le=1)]
     max_dropped_fraction: Fraction
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     validation_fraction: Fraction
