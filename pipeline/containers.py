@@ -330,8 +330,9 @@ def _json_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any)
     def fault(message: str, position: int) -> FormatError:
         newlines = text.count("\n", 0, position)
         where = position - text.rindex("\n", 0, position) if newlines else column + position
-        cut_off = " (the file seems cut off)" if ended and not text[position:].strip() else ""
-        return FormatError(f"{path}, line {line + newlines}, column {where}: not JSON: {message}{cut_off}")
+        cut_off = ended and (message.startswith("Unterminated") or not text[position:].strip())
+        hint = "the file seems cut off" if cut_off else "correct the file there"
+        return FormatError(f"{path}, line {line + newlines}, column {where}: not JSON: {message}; {hint}")
 
     def element_end() -> int:
         while True:
@@ -346,7 +347,7 @@ def _json_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any)
                 where = line + text.count("\n", 0, at)
                 raise FormatError(f"{path}, line {where}: nested too deeply to be instruction data") from None
             else:
-                if end < len(text) or ended:  # else a number may go on
+                if end + 2 < len(text) or ended:  # else a number may go on, as after 1e+
                     return end
             if len(text) - at > MAX_RECORD_BYTES:
                 raise _too_long(path, f"the record that begins in line {line + text.count(chr(10), 0, at)}")

@@ -72,6 +72,31 @@ def ingest(params: IngestParams, sources: Sequence[str] = (), root: Path = Path(
         After any of them `data/` is as it was.
     """
     recover(root)
+    scratch = root / SCRATCH
+    try:
+        notes = collect(params, sources, scratch / "new", scratch)
+        changed = replace_instructions(scratch / "new", root)
+    finally:
+        recover(root)
+    rejected = sum((Counter(source["rejected"]) for source in notes["sources"]), Counter[str]())
+    return Ingested(
+        files=[file for source in notes["sources"] for file in source["files"]],
+        rows=notes["rows"],
+        rejected=dict(rejected.most_common()),
+        left_out=notes["left_out"],
+        changed=changed,
+    )
+
+
+def collect(params: IngestParams, sources: Sequence[str], new: Path, scratch: Path) -> dict[str, Any]:
+    """Write shards, `rejected.jsonl` and `snapshot.json` to the folder `new`; returns what `snapshot.json` holds.
+
+    Args:
+        scratch: a folder for downloads and for rows that wait.
+
+    Raises:
+        FormatError, SourceError, IngestError, ConversionError: as `ingest`.
+    """
     wanted = [SourceParams(uri=uri) for uri in sources] or params.sources
     if not wanted:
         raise IngestError("no source is named: `retune ingest SOURCE`, or list them in ingest.sources of params.yaml")
@@ -84,35 +109,21 @@ def ingest(params: IngestParams, sources: Sequence[str] = (), root: Path = Path(
         )
         for source in wanted
     ]
-    scratch = root / SCRATCH
-    try:
-        fetched = [fetch(each.uri, params, scratch / "fetched" / str(i)) for i, each in enumerate(wanted)]
-        new = scratch / "new"
-        new.mkdir(parents=True)
-        files = _files(fetched)
-        states = [_state(file.path) for file in files]
-        left_out = _write_rows(files, wanted, new, scratch)
-        rejected = sum((file.rejected for file in files), Counter[str]())
-        rows = sum(file.rows for file in files)
-        if rows == 0:
-            reason, count = rejected.most_common(1)[0]
-            uris = ", ".join(source.uri for source in fetched)
-            raise FormatError(f"{uris} holds no usable row: {count} of {rejected.total()} because a row {reason}")
-        notes = _notes(files, fetched, wanted, left_out)  # reads the files once more, for their digests
-        for file, state in zip(files, states, strict=True):
-            if _state(file.path) != state:
-                raise IngestError(f"{file.path} changed while it was read; try again when nobody writes to it")
-        write_json(new / "snapshot.json", notes)
-        changed = replace_instructions(new, root)
-    finally:
-        recover(root)
-    return Ingested(
-        files=[file for source in notes["sources"] for file in source["files"]],
-        rows=notes["rows"],
-        rejected=_counts(rejected),
-        left_out=sum(left_out),
-        changed=changed,
-    )
+    fetched = [fetch(each.uri, params, scratch / "fetched" / str(i)) for i, each in enumerate(wanted)]
+    new.mkdir(parents=True)
+    files = _files(fetched)
+    states = [_state(file.path) for file in files]
+    left_out = _write_rows(files, wanted, new, scratch)
+    if not any(file.rows for file in files):
+        reason, count = (rejected := sum((file.rejected for file in files), Counter[str]())).most_common(1)[0]
+        uris = ", ".join(source.uri for source in fetched)
+        raise FormatError(f"{uris} holds no usable row: {count} of {rejected.total()} because a row {reason}")
+    notes = _notes(files, fetched, wanted, left_out)  # reads the files once more, for their digests
+    for file, state in zip(files, states, strict=True):
+        if _state(file.path) != state:
+            raise IngestError(f"{file.path} changed while it was read; try again when nobody writes to it")
+    write_json(new / "snapshot.json", notes)
+    return notes
 
 
 def _files(fetched: list[Source]) -> list[_File]:
