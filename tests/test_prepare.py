@@ -163,7 +163,8 @@ def test_every_row_is_kept_or_dropped_with_a_reason(params: Params, tmp_path: Pa
         ask("not a number", "a") | {"input": float("nan")},
         sample_rows(1)[0],
     ]
-    result, output = run(params, tmp_path, [*sample_rows(100), *broken], max_dropped_fraction=0.5)
+    rows = [*sample_rows(100), *broken]
+    result, output = run(params, tmp_path, rows, max_dropped_fraction=0.5, on_control_tokens="drop")
     report = read_json(output / "report.json")
     assert report["rows_in"] == 108 == sum(result.rows.values()) + sum(result.dropped.values())
     assert [d["source"] for d in sorted(dropped(output), key=lambda d: d["source"])] == [
