@@ -197,8 +197,8 @@ def as_text(shown: Shown, colour: bool) -> Text:
     if shown.tokens:
         trained = "a prompt, nothing trained" if shown.reference is not None else f"{shown.trained} trained"
         head.append(f"{shown.length} tokens, {trained}")
-    text = Text(" · ".join(part for part in head if part), style="bold" if colour else "")
-    text.append("\n")
+    text = Text()
+    text.append(" · ".join(part for part in head if part) + "\n", "bold" if colour else "")
     for reason in shown.reasons:
         text.append(f"{shown.verdict}: {reason}\n")
     if shown.record is not None:

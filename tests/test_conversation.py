@@ -4,11 +4,12 @@ import json
 import pickle
 import random
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML
+from conftest import CHATML, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -181,6 +182,12 @@ WITH_SYSTEM = {
     "gemma": ONE_TURN["gemma"].replace("q<", "Be brief.\n\nq<"),
     "mistral": ONE_TURN["mistral"].replace("q[", "Be brief.\n\nq["),
 }
+
+
+def test_every_named_template_has_a_file_and_is_installed() -> None:
+    assert {path.stem for path in TEMPLATES.glob("*.jinja")} == set(NAMED)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "templates/*.jinja" in project["tool"]["setuptools"]["package-data"]["pipeline"]
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -241,14 +241,20 @@ def test_a_base_or_template_that_is_not_there_is_refused(params: Params, prepare
         load_template(with_(params, prepare=prepare).prepare)
 
 
-def test_a_named_template_is_taken_by_its_name(params: Params, copy: Path) -> None:
-    (copy / "chat_template.jinja").unlink()
-    chosen = with_(params, prepare={"model_name_or_path": str(copy), "chat_template": "chatml"}).prepare
-    template, identity = load_template(chosen)
+def test_a_named_template_brings_the_end_token_that_a_base_does_not_name(params: Params, copy: Path) -> None:
+    # As bases before instruction tuning: <|im_end|> is a token, but generation ends with <|endoftext|>.
+    (copy / "generation_config.json").unlink()
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
+    base = {"model_name_or_path": str(copy)}
+    with pytest.raises(TemplateError, match="no end token"):
+        load_template(with_(params, prepare=base).prepare)
+    template, identity = load_template(with_(params, prepare=base | {"chat_template": "chatml"}).prepare)
     assert trained(template, talk("q", "a")) == f"a{END}"
     contract = json.loads(json.dumps(template.contract(identity)))
     assert contract["chat_template_name"] == "chatml"
     assert load_contract(contract).stop_ids == template.stop_ids
+    assert template.tokenizer.convert_tokens_to_ids(END) in template.stop_ids
 
 
 def test_a_named_template_of_another_family_is_refused(params: Params) -> None:
