@@ -45,7 +45,7 @@ def apply_filters(row: Row, filters: FilterParams) -> Row | Rejected:
     if filters.links == "mask":
         row = _masked(row, _mask_links)
     personal: list[str] = []
-    if filters.pii != "keep" and (personal := find_kinds(_everything(row))):
+    if filters.pii != "keep" and ((personal := find_kinds(_everything(row))) or (row.group and find_kinds(row.group))):
         row = _masked(row, mask_text)
     reason = PERSONAL if filters.pii == "drop" and personal else _reason(row, filters)
     return row if reason is None else Rejected(row.source, reason, row.messages)
