@@ -104,6 +104,14 @@ def test_a_dropped_row_keeps_no_personal_data_that_may_not_be_kept() -> None:
     assert verdict.record[-1]["content"] == "<EMAIL>"
 
 
+def test_a_tool_call_nested_beyond_reason_is_dropped() -> None:
+    arguments: Any = "a@b.org"
+    for _ in range(5000):
+        arguments = [arguments]
+    turns: list[Any] = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": arguments}}]}]
+    assert why(apply_filters(Row(messages=turns, source="f"), on(pii="mask"))) == reasons.NESTED
+
+
 def test_groups_that_name_a_person_stay_apart() -> None:
     groups = [apply_filters(row("x", group=group), on(pii="mask")) for group in ("a@b.org", "c@d.org", "a@b.org")]
     first, second, third = (made.group for made in groups if isinstance(made, Row))

@@ -139,6 +139,13 @@ def test_a_number_among_arguments_becomes_a_placeholder() -> None:
     assert map_texts({"phone": 13800138000, "n": 3}, mask_text)[0] == {"phone": "<PHONE>", "n": 3}
 
 
+def test_json_nested_beyond_reason_is_masked_as_text() -> None:
+    for depth in (90, 490, 900, 100_000):
+        text = "[" * depth + '"a@b.org"' + "]" * depth
+        assert mask_text(text) == (text.replace("a@b.org", "<EMAIL>"), ["e-mail address"])
+    assert "<PHONE>" in mask_text("[" * 700 + "13800138000" + "]" * 700)[0]
+
+
 def test_two_addresses_as_names_of_arguments_keep_both_values() -> None:
     masked, _ = map_texts({"a@b.org": 1, "c@d.org": 2}, mask_text)
     assert sorted(masked.values()) == [1, 2]
