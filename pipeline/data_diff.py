@@ -16,6 +16,7 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from pipeline import graph
+from pipeline.data_pages import SPLITS
 from pipeline.data_report import SKETCH, Report, sketch_ids
 from pipeline.files import read_json
 
@@ -50,7 +51,7 @@ class Diff(TypedDict):
 
 def compare(old: Report, new: Report, names: tuple[str, str] = ("before", "now")) -> Diff:
     """The differences of two reports; `names` are what people call the two versions."""
-    splits = [_split(split, old, new) for split in new["rows"]]
+    splits = [_split(split, old, new) for split in SPLITS]
     same_test = old["test_sha256"] == new["test_sha256"]
     counts = {
         "task": _changed(_over_splits(old, "tasks"), _over_splits(new, "tasks")),
@@ -125,7 +126,7 @@ def _lengths(report: Report) -> tuple[float, ...]:
 
 
 def _split(split: str, old: Report, new: Report) -> SplitDiff:
-    before, after = old["rows"].get(split, 0), new["rows"][split]
+    before, after = old["rows"].get(split, 0), new["rows"].get(split, 0)
     found = SplitDiff(split=split, before=before, after=after, stayed=None, added=None, removed=None, exact=True)
     if "row_sketch" not in old or "row_sketch" not in new:  # a report of an earlier release
         return found

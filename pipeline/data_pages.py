@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 BINS = sorted({round(2 ** (k / 4)) for k in range(81)})  # upper edges of histograms, tokens: four an octave, to 2^20
+SPLITS = ("train", "validation", "test")
 MOST_ROWS = 12  # of a table by task or language; the smaller ones become one
 
 
@@ -34,6 +35,7 @@ def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None 
     return pages.get_template(f"data_{name}.jinja").render(
         report=report,
         diff=diff,
+        rows_of=_in_order(report["rows"]),
         verdict=verdict(report),
         kept=sum(report["rows"].values()),
         dropped=sum(report["dropped"].values()),
@@ -48,7 +50,7 @@ def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None 
 def verdict(report: Mapping[str, Any]) -> str:
     """One sentence: how many rows came in, what became of them, and the commonest reason for dropping one."""
     rows, dropped = report["rows"], sum(report["dropped"].values())
-    splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
+    splits = ", ".join(f"{count:,} {split}" for split, count in _in_order(rows).items())
     sentence = f"{report['rows_in']:,} rows came in, {sum(rows.values()):,} go on ({splits})"
     if repaired := sum(report["repaired"].values()):
         sentence += f" with {repaired:,} repair{'s' * (repaired != 1)}"
@@ -105,6 +107,10 @@ def table(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, dict[str, 
         )
         for label, group in groups
     ]
+
+
+def _in_order(rows: Mapping[str, int]) -> dict[str, int]:
+    return {split: rows.get(split, 0) for split in SPLITS}
 
 
 def _edge(i: int) -> int:

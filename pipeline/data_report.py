@@ -15,7 +15,7 @@ from typing import Any, Self, TypedDict
 
 import numpy as np
 
-from pipeline.data_pages import BINS, render
+from pipeline.data_pages import BINS, SPLITS, render
 from pipeline.files import write_json, write_text
 from pipeline.personal_data import mask_text
 
@@ -224,7 +224,7 @@ class DataStats:
         segments = [(mask_text(text)[0], trained) for text, trained in example]
         return {
             "rows_in": came,
-            "rows": {split: self.rows[split] for split in ("train", "validation", "test")},
+            "rows": {split: self.rows[split] for split in SPLITS},
             "tasks": {split: _sorted(counts) for split, counts in self.tasks.items()},
             "languages": {split: _ranked(counts) for split, counts in self.languages.items() if counts},
             "formats": _ranked(self.formats),

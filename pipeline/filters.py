@@ -26,7 +26,8 @@ REPETITIVE = "its answer repeats itself more than prepare.filters.max_repetition
 PERSONAL = "holds personal data (prepare.filters.pii)"
 LINK = "holds a link (prepare.filters.links)"
 REFUSAL = "an answer in it is a refusal (prepare.filters.refusals)"
-REASONS = (ANSWER_SHORT, ANSWER_LONG, ROW_SHORT, ROW_LONG, LANGUAGE, REPETITIVE, PERSONAL, LINK, REFUSAL)
+NESTED = "nested too deeply to be searched"
+REASONS = (NESTED, ANSWER_SHORT, ANSWER_LONG, ROW_SHORT, ROW_LONG, LANGUAGE, REPETITIVE, PERSONAL, LINK, REFUSAL)
 
 # Only characters that may stand in an address (RFC 3986): Chinese text follows one without a space.
 _LINK = re.compile(
@@ -42,12 +43,15 @@ def apply_filters(row: Row, filters: FilterParams) -> Row | Rejected:
 
     A dropped row's record is masked as the filters say: personal data that may not be trained on is not kept either.
     """
-    if filters.links == "mask":
-        row = _masked(row, _mask_links)
-    personal: list[str] = []
-    if filters.pii != "keep" and (personal := find_kinds(_everything(row))):
-        row = _masked(row, mask_text)
-    reason = PERSONAL if filters.pii == "drop" and personal else _reason(row, filters)
+    try:
+        if filters.links == "mask":
+            row = _masked(row, _mask_links)
+        personal = filters.pii != "keep" and bool(find_kinds(_everything(row)))
+        if personal or (filters.pii != "keep" and row.group and find_kinds(row.group)):
+            row = _masked(row, mask_text)
+        reason = PERSONAL if filters.pii == "drop" and personal else _reason(row, filters)
+    except RecursionError:
+        reason = NESTED
     return row if reason is None else Rejected(row.source, reason, row.messages)
 
 

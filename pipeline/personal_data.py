@@ -5,6 +5,7 @@ such as <EMAIL>, and the kinds found. A number that may as well be a quantity, a
 a mask in the wrong place teaches a model nonsense. Names and street addresses are not looked for.
 """
 
+import contextlib
 import functools
 import ipaddress
 import json
@@ -35,8 +36,7 @@ class Kind:
 def find_kinds(text: str) -> list[str]:
     """What kinds of personal data `text` holds, in words, each once; in JSON also behind its escapes."""
     found = [kind.words for kind in _candidates(text) if _holds(kind, text)]
-    tree = _parsed(text)
-    return _union(found, *(find_kinds(leaf) for leaf in texts_of(tree))) if tree is not None else _union(found)
+    return _union(found, *map(find_kinds, _leaves(text)))
 
 
 def mask_text(text: str) -> tuple[str, list[str]]:
@@ -51,14 +51,11 @@ def mask_text(text: str) -> tuple[str, list[str]]:
         for kind in kinds:
             masked = kind.pattern.sub(functools.partial(_replacement, kind), masked)
             found.append(kind.words)
-    tree = _parsed(text)
-    if tree is None:
-        return masked, _union(found)
     # Where a placeholder took a bare number's place, or an escape (\\n) hid a finding, values are masked one by one.
-    left = _parsed(masked)
-    if left is None or any(find_kinds(leaf) for leaf in texts_of(left)):
-        tree, more = map_texts(tree, mask_text)
-        masked, found = json.dumps(tree, ensure_ascii=False), [*found, *more]
+    if _leaves(text) and (not _leaves(masked) or any(map(find_kinds, _leaves(masked)))):
+        with contextlib.suppress(RecursionError):
+            tree, more = map_texts(json.loads(text), mask_text)
+            masked, found = json.dumps(tree, ensure_ascii=False), [*found, *more]
     return masked, _union(found)
 
 
@@ -102,14 +99,14 @@ def texts_of(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def _parsed(text: str) -> Any:
-    """`text` as a JSON object or list, or None when it is neither."""
+def _leaves(text: str) -> list[str]:
+    """The texts, numbers and keys in `text` when it is a JSON object or list, of sane depth; else none."""
     if text.lstrip()[:1] not in ("{", "["):
-        return None
+        return []
     try:
-        return json.loads(text)
+        return list(texts_of(json.loads(text)))
     except (ValueError, RecursionError):
-        return None
+        return []
 
 
 def _candidates(text: str) -> list[Kind]:
@@ -214,9 +211,10 @@ KINDS = (
         "SECRET",
         "key or password",
         re.compile(
-            r"""-----BEGIN\ (?:[A-Z]{1,20}\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----[A-Za-z0-9+/=\s\\:,-]*
-            (?:-----END\ (?:[A-Z]{1,20}\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----)?
-            | (?<![A-Za-z0-9_])(?:
+            r"""-----BEGIN\ (?:[A-Z]{1,20}\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----
+            (?: (?:[^-]|-(?!----)){0,20000}-----END\ (?:[A-Z]{1,20}\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----
+              | (?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{16,}+)* )
+            | (?<![A-Za-z0-9_-])(?:
             (?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])
             | LTAI[A-Za-z0-9]{16,20}(?![A-Za-z0-9]) | AKID[A-Za-z0-9]{32}(?![A-Za-z0-9])
             | gh[pousr]_[A-Za-z0-9]{36,} | github_pat_[A-Za-z0-9_]{50,} | glpat-[A-Za-z0-9_-]{20,}
@@ -280,7 +278,7 @@ KINDS = (
         "telephone number",
         re.compile(
             r"(?:\+(?<![A-Za-z0-9_)\]].)(?<![0-9)] .)(?:[1-9][0-9]{9,14}"  # +8613800138000
-            r"|[1-9][0-9]{0,2}[ .-]?(?:\(0?[0-9]{1,4}\)[ .-]?)?[0-9]{1,11}(?:[ .-][0-9]{2,5}){0,5})"  # +44 20 7946 0958
+            r"|[1-9][0-9]{0,2}[ .-]?(?:\(0?[0-9]{1,4}\)[ .-]?)?[0-9]{1,11}(?:[ .-][0-9]{2,8}){0,5})"  # +44 20 7946 0958
             rf"|1{_ALONE}[3-9][0-9]([ -]?)[0-9]{{4}}\1[0-9]{{4}}(?![元个人年次万亿])"  # mobile, mainland China
             rf"|86{_ALONE}[ -]?1[3-9][0-9]([ -]?)[0-9]{{4}}\2[0-9]{{4}}"
             rf"|[(0]{_ALONE}0?(?:10|2[0-9]|[3-9][0-9]{{2}})(?:-|\) ?)[2-8][0-9]{{6,7}}"  # fixed line, mainland China
