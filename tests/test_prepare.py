@@ -225,7 +225,9 @@ def test_rows_are_kept_up_to_max_length_answers_included(params: Params, tmp_pat
 
 def test_an_overlong_row_stops_the_stage_on_demand(params: Params, tmp_path: Path) -> None:
     rows = [*sample_rows(100), ask("q", "word " * 200)]
-    with pytest.raises(PrepareError, match=r"rows\.json:\[100\] has \d+ tokens, more than prepare\.max_length \(128\): raise it"):
+    with pytest.raises(
+        PrepareError, match=r"rows\.json:\[100\] has \d+ tokens, more than prepare\.max_length \(128\): raise it"
+    ):
         run(params, tmp_path, rows, on_overlong="error")
 
 
