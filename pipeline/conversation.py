@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.files import sha256_json
 from pipeline.formats import Message
-from pipeline.rendering import Renderer, RowError, TemplateError, Tools, bounded
+from pipeline.rendering import Renderer, RowError, TemplateError, Tools, bounded, with_objects
 from pipeline.tokens import Text, TokenEncoder
 
 Conversation = tuple[list[Message], str | None]  # messages, and the tools on offer as JSON
@@ -130,8 +130,10 @@ class ChatTemplate:
         return Encoded(ids, list(ids), (ESCAPED,) if escaped else ())
 
     def require_trainable(self) -> None:
-        """Raises:
-        TemplateError: what would make every row useless.
+        """Refuse what would make every row useless.
+
+        Raises:
+            TemplateError: the template does not append, ends no turn, or refuses a plain question with its answer.
         """
         golden = self.golden()
         if golden[0]["input_ids"] is None:
@@ -196,7 +198,7 @@ class ChatTemplate:
 
     def _ready(self, messages: list[Message], tools: str | None) -> tuple[list[Message], Tools | None, bool]:
         """Messages and tools as the renderer takes them, and whether control tokens are hidden in them."""
-        hidden = self._encoder.hide_messages(messages)
+        hidden = self._encoder.hide_messages(with_objects(messages))
         offered = None
         if tools is not None:
             offered = self._encoder.hide(_parsed(tools))

@@ -194,6 +194,17 @@ def _shaped(tool: dict[str, Any], shape: str) -> dict[str, Any]:
     return tool["function"] if wrapped else tool
 
 
+def with_objects(messages: list[Message]) -> list[Message]:
+    """`messages` with the arguments of every call as an object, so that nothing is hidden in the escapes of JSON text.
+
+    Raises:
+        RowError: they are no JSON object.
+    """
+    if not any("tool_calls" in message for message in messages):
+        return messages
+    return [_with_arguments(message, "object") if "tool_calls" in message else message for message in messages]
+
+
 def _with_arguments(message: Message, kind: str) -> Message:
     """`message` with text as content and the arguments of its calls as `kind`: object or text."""
     changed = message | {"content": message.get("content") or ""}

@@ -50,6 +50,9 @@ class TokenEncoder:
         self._control = _any_of(special | written)
         self._first = sorted({token[0] for token in special | written} | {HIDDEN, SHOWN, END})
         self._id = special | written
+        # Such a token is looked for after normalising, which may make it of other characters (NFKC: ＜s＞ is <s>).
+        folded = any(token.normalized for token in added.values() if str(token) in self._id)
+        self._normalizer = tokenizer.backend_tokenizer.normalizer if folded else None
         self._unknown = tokenizer.unk_token_id  # what any text may become
         self._text = {number: token for token, number in self._id.items()}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -67,14 +70,18 @@ class TokenEncoder:
             answer: the text is the assistant's own.
 
         Raises:
-            RowError: noncharacters that this module uses as marks.
+            RowError: noncharacters that this module uses as marks, or what normalising makes a control token of.
         """
         if isinstance(value, str):
             if not self._suspicious(value):
                 return value
             if found := NONCHARACTERS.search(value):
                 raise RowError(f"contains the noncharacter U+{ord(found[0]):04X}, which is not for text")
-            return (self._special if answer else self._control).sub(lambda m: f"{HIDDEN}{self._id[m[0]]}{END}", value)
+            control = self._special if answer else self._control
+            hidden = control.sub(lambda m: f"{HIDDEN}{self._id[m[0]]}{END}", value)
+            if self._normalizer is not None and control.search(self._normalizer.normalize_str(hidden)):
+                raise RowError("contains what this tokenizer's normaliser makes a control token of")
+            return hidden
         if isinstance(value, dict):
             return {self.hide(key, answer): self.hide(item, answer) for key, item in value.items()}
         if isinstance(value, list):
@@ -94,7 +101,7 @@ class TokenEncoder:
         ]
 
     def _suspicious(self, text: str) -> bool:
-        return any(map(text.__contains__, self._first))
+        return self._normalizer is not None or any(map(text.__contains__, self._first))
 
     def first_hidden(self, values: Any) -> str | None:
         """The first control token that was hidden in `values`."""
