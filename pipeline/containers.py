@@ -396,7 +396,8 @@ def _parse(raw: bytes, path: str, line: int, cut_off: bool) -> Any:
     """One JSON text. What orjson cannot tell apart or refuses (keys given twice, NaN) goes the slow way."""
     try:
         record = orjson.loads(raw)
-        if len(KEY.findall(raw)) == _number_of_keys(record):
+        keys = len(KEY.findall(raw))
+        if (type(record) is dict and keys == len(record)) or keys == _number_of_keys(record):
             return record
     except orjson.JSONDecodeError:
         pass

@@ -203,9 +203,25 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: ChatTemp
             "tools": tools,
             "prompt": prompt,
             "prompt_ids": prompt_ids,
-            "reference": messages[-1]["content"],
+            "reference": _reference(piece, template),
         }
     return record
+
+
+def _reference(piece: Fitted, template: ChatTemplate) -> str:
+    """The answer that is expected, in the words that a generation is read in."""
+    last = piece.messages[-1]
+    if not last.get("tool_calls"):
+        return str(last["content"])
+    # How a call is written is the template's affair: it is what the trained tokens of the last turn say.
+    ids, labels = piece.encoded.input_ids, piece.encoded.labels
+    start = len(labels)
+    while start and labels[start - 1] < 0:  # what the template appends after the end token
+        start -= 1
+    while start and labels[start - 1] >= 0:
+        start -= 1
+    trained = [id for id, label in zip(ids[start:], labels[start:], strict=True) if label >= 0]
+    return str(template.tokenizer.decode(trained, skip_special_tokens=True)).strip()
 
 
 def _dropped(row: Rejected, cause: str, detail: str | None = None) -> dict[str, Any]:

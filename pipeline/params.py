@@ -85,7 +85,7 @@ class IngestParams(Section):
     format: Format
     columns: ColumnsParams | None
     sources: Annotated[list[SourceParams], Field(min_length=1)] | None
-    s3_endpoint_url: Annotated[str, Field(pattern=r"^https?://.+")] | None
+    s3_endpoint_url: Annotated[str, Field(pattern=r"^https?://[^@?#]+$")] | None
     max_download_gib: Annotated[float, Field(gt=0)]
 
 

@@ -86,9 +86,9 @@ class _Data:
 def prepare(params: PrepareParams, data: Path, output: Path, cache: Path | None = None) -> Prepared:
     """Write `train|validation|test.parquet`, `contract.json`, `report.json|md|html` and `dropped.jsonl` to `output`.
 
-    Train and validation shards have `id, task, input_ids, labels` (labels −100 where a token carries no loss); the test
-    shard, ordered by id, has `id, task, language, group, scoring, messages` (JSON), `tools, prompt` (rendered),
-    `input_ids` (its tokens) and `reference`, the expected answer. Lengths are in tokens of the base model's tokenizer.
+    Train and validation shards have `id, source, task, language, input_ids, labels` (labels −100 where a token carries no loss);
+    the test shard, ordered by id, has `id, source, task, language, group, scoring, messages` (JSON), `tools, prompt`
+    (rendered), `input_ids` (its tokens) and `reference`, the expected answer. Lengths are in tokens of the base model's tokenizer.
     Encoded shards stay in `cache`, if one is given: the next call reads from there what has not changed.
 
     Raises:

@@ -264,6 +264,22 @@ def test_a_mapping_to_a_column_that_is_not_there_lists_what_there_is(tmp_path: P
         read(tmp_path, {"question": "Q", "a": "A"}, columns=ColumnsParams(prompt="q", response="a", system="s"))
 
 
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        ({"prompt": "q"}, "needs prompt and response"),
+        ({"response": "a"}, "needs prompt and response"),
+        ({"prompt": "q", "response": "a", "template": "{q}"}, "the template is the prompt"),
+        ({"response": "a", "template": "{q"}, "write {{ for a brace that is meant"),
+        ({"response": "a", "template": "{q.__class__!r:>9}"}, "takes {column} only"),
+        ({"response": "a", "template": "{}"}, "takes {column} only"),
+    ],
+)
+def test_a_mapping_that_cannot_work_is_refused(columns: dict[str, str], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        ColumnsParams(**columns)
+
+
 def test_a_group_that_is_no_exact_number_is_rejected_not_rounded(tmp_path: Path) -> None:
     for group in (10**30, 1e30, float("nan")):
         [broken] = read(tmp_path, ALPACA | {"group": group})
