@@ -27,17 +27,17 @@ def made_up_rows(count: int, seed: int = 42) -> list[str]:
     draw = random.Random(seed)
     vocabulary = ["".join(draw.choices("etaoinshrdlucmfwypvbgk", k=min(12, 2 + rank % 11))) for rank in range(30_000)]
     weights = list(accumulate(1 / (rank + 10) for rank in range(len(vocabulary))))
-    rows: list[list[str]] = []
+    rows: list[str] = []
     for _ in range(count):
         if rows and draw.random() < 0.1:
-            row = list(draw.choice(rows))
+            row = draw.choice(rows).split()
             for _ in range(int(len(row) * draw.choice((0, 0.02, 0.03, 0.05, 0.1)))):
                 row[draw.randrange(len(row))] = draw.choice(vocabulary)
         else:
             length = min(500, max(8, int(draw.lognormvariate(4.44, 0.98))))
             row = draw.choices(vocabulary, cum_weights=weights, k=length)
-        rows.append(row)
-    return [" ".join(row).capitalize() + "." for row in rows]
+        rows.append(" ".join(row))
+    return rows
 
 
 def with_retune(rows: list[str], workers: ProcessPoolExecutor) -> tuple[int, float]:

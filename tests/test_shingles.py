@@ -117,7 +117,8 @@ def test_a_text_of_millions_of_characters_is_hashed_in_pieces() -> None:
     long = "one two three four five six seven. " * (3 * PIECE // 35)
     assert len(long) > 2.9 * PIECE
     assert similarity(long, long + "eight nine ten") > 0.5
-    assert signatures([long, "x", long])["content"][0] == signatures([long])["content"][0]
+    found = signatures([long, "x", long, long + "nine"])["content"]
+    assert found[0] == found[2] == signatures([long])["content"][0] != found[3]
 
 
 def test_minima_agree_as_often_as_shingles_are_shared() -> None:
