@@ -44,10 +44,7 @@ def language_of(text: str) -> str:
         return east
     if len(_LETTER.findall(text)) < MIN_LETTERS:
         return UNDETERMINED
-    # Capitals alone are taken for another language; a line break ends the text for the model.
-    line = " ".join((text.lower() if text.isupper() else text).split())
-    (best,) = _model().detect(line, model="lite", k=1)
-    # The model knows four kinds of Chinese, which the script has already decided.
+    (best,) = _model().detect(text, model="lite", k=1)
     return str(best["lang"]) if best["score"] >= MIN_PROBABILITY else UNDETERMINED
 
 

@@ -61,6 +61,9 @@ def test_a_changed_test_split_is_said_and_its_items_counted() -> None:
     assert not diff["same"] and not diff["same_test"]
     assert (test["stayed"], test["added"], test["removed"]) == (6, 2, 4)
     assert "not the same" in render({}, "diff.md", diff)
+    # The same rows, but scored in another way.
+    rescored = compare(report(range(50)), Report(**report(range(50)) | {"test_sha256": "0" * 64}))
+    assert not rescored["same"] and not rescored["same_test"]
 
 
 def test_a_row_that_moved_between_splits_left_one_and_came_to_the_other() -> None:

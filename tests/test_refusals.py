@@ -33,7 +33,7 @@ ANSWERS = [
     "Unfortunately, the train was late.",
     "I am an AI researcher from Berlin.",
     'The phrase "As an AI language model, I cannot" is common.',
-    "As an AI, I have no favourite dish. However, here is a recipe: " + "mix flour and eggs, " * 30,
+    "As an AI, I do not have a favourite dish. However, here is a recipe: " + "mix flour and eggs, " * 15,
     "I'm sorry, but I can't help with that. " + "What I can do is explain. " * 40,
     "对不起，我不能参加明天的会议。",
     "很抱歉听到您的遭遇。",
