@@ -43,13 +43,11 @@ from pipeline.template import load_template
 from pipeline.verdicts import SPLITS, Verdicts, decide
 
 PARALLEL_ROWS = 20_000  # fewer are encoded before a second process has imported its libraries
-TRAIN = pa.schema([("id", pa.string()), ("task", pa.string()), ("input_ids", TOKENS), ("labels", TOKENS)])
+COMMON = ("id", "source", "task", "language")
+TRAIN = pa.schema([*((name, pa.string()) for name in COMMON), ("input_ids", TOKENS), ("labels", TOKENS)])
 TEST = pa.schema(
     [
-        *(
-            (name, pa.string())
-            for name in ("id", "task", "language", "group", "scoring", "messages", "tools", "prompt")
-        ),
+        *((name, pa.string()) for name in (*COMMON, "group", "scoring", "messages", "tools", "prompt")),
         ("input_ids", TOKENS),
         ("reference", pa.string()),
     ]
@@ -86,9 +84,9 @@ class _Data:
 def prepare(params: PrepareParams, data: Path, output: Path, cache: Path | None = None) -> Prepared:
     """Write `train|validation|test.parquet`, `contract.json`, `report.json|md|html` and `dropped.jsonl` to `output`.
 
-    Train and validation shards have `id, source, task, language, input_ids, labels` (labels −100 where a token carries no loss);
-    the test shard, ordered by id, has `id, source, task, language, group, scoring, messages` (JSON), `tools, prompt`
-    (rendered), `input_ids` (its tokens) and `reference`, the expected answer. Lengths are in tokens of the base model's tokenizer.
+    Train and validation shards have `id, source, task, language, input_ids, labels` (labels −100 where a token carries
+    no loss); the test shard, ordered by id, has `id, source, task, language, group, scoring, messages` (JSON), `tools,
+    prompt` (rendered), `input_ids` (its tokens) and `reference`, the expected answer. Lengths are in tokens.
     Encoded shards stay in `cache`, if one is given: the next call reads from there what has not changed.
 
     Raises:
