@@ -324,6 +324,23 @@ def down() -> None:
 
 
 @app.command()
+def plan(
+    gpu: Annotated[str | None, typer.Option(help="A name of infra/gpus.yaml; without one, a CPU.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
+    from pipeline.params import load_params
+    from pipeline.plan import describe
+    from pipeline.plan import plan as do
+
+    _quiet()
+    params = load_params()
+    dataset = ARTIFACTS / "dataset"
+    made = do(params, dataset if (dataset / "contract.json").is_file() else None, gpu)
+    print(json.dumps(asdict(made)) if json_output else describe(made))
+
+
+@app.command()
 def status(json_output: Json = False) -> None:
     """Which server runs, what is stale, who is champion."""
     from pipeline import graph, server

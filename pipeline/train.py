@@ -68,8 +68,8 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION})
     _require_modules(model, params)
     folder = checkpoints / run_key(params, dataset)
-    train_rows = _sequences(dataset / "train.parquet", params)
-    validation_rows = _sequences(dataset / "validation.parquet", params)
+    train_rows = training_sequences(dataset / "train.parquet", params)
+    validation_rows = training_sequences(dataset / "validation.parquet", params)
     watch = _Watch()
     trainer = SFTTrainer(
         model=model,
@@ -77,7 +77,7 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=template.tokenizer,
-        peft_config=_lora(params),
+        peft_config=lora_config(params),
         callbacks=[watch],
     )
     if not torch.cuda.is_available():
@@ -199,7 +199,7 @@ class _Watch(TrainerCallback):
             )
 
 
-def _sequences(path: Path, params: TrainParams) -> Dataset:
+def training_sequences(path: Path, params: TrainParams) -> Dataset:
     """Rows as training sequences: one each, or packed to `packed_length`; `seq_lengths` keeps packed rows apart.
 
     TRL's own packing would cut a row longer than the sequence; here it is a sequence of its own.
@@ -216,7 +216,7 @@ def _sequences(path: Path, params: TrainParams) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def _lora(params: TrainParams) -> LoraConfig:
+def lora_config(params: TrainParams) -> LoraConfig:
     return LoraConfig(
         r=params.lora_r,
         lora_alpha=params.lora_alpha,
@@ -254,7 +254,7 @@ def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTCo
         per_device_train_batch_size=params.per_device_train_batch_size,
         per_device_eval_batch_size=params.per_device_train_batch_size,
         gradient_accumulation_steps=params.gradient_accumulation_steps,
-        # prepare has tokenised, labelled and measured the rows, and `_sequences` has packed them.
+        # prepare has tokenised, labelled and measured the rows, and `training_sequences` has packed them.
         dataset_kwargs={"skip_prepare_dataset": True},
         padding_free=params.packing,
         max_length=None,
