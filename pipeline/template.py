@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from pipeline.files import sha256_file, sha256_json
 from pipeline.formats import Message
 from pipeline.params import PrepareParams
+from pipeline.vetting import check_model
 
 GOLDEN = [
     [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}],
@@ -239,6 +240,7 @@ def model_identity(name_or_path: str, revision: str | None, trust_remote_code: b
 
 def _load(identity: dict[str, Any], text: str | None, train_on: str) -> ChatTemplate:
     name = identity["name_or_path"]
+    check_model(name, identity["revision"])
     source = {"revision": identity["revision"], "trust_remote_code": identity["trust_remote_code"]}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
