@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from pipeline.files import read_json, sha256_file
+from pipeline.files import read_json, sha256_file, write_json
 from pipeline.model import load_base
 from pipeline.params import Params
 from pipeline.sanitise import portable
