@@ -102,7 +102,9 @@ def check_file(path: Path) -> None:
             case ".csv" | ".jinja" | ".md" | ".txt":
                 _check_text(_bounded(path))
             case ".model":
-                _refuse_programs(_bounded(path))
+                data = _bounded(path)
+                if not data.startswith(b"\n"):  # SentencePiece begins with its first field; tiktoken's is lines of text
+                    _check_text(data)
             case suffix:
                 raise ValueError(f"files ending in {suffix or 'nothing'} are neither shipped nor loaded")
     except (SafetensorError, pa.ArrowException, ValueError, RecursionError) as error:
@@ -138,7 +140,7 @@ def strict_json(data: bytes) -> Any:
         return found
 
     try:
-        return json.loads(data, object_pairs_hook=unique)
+        return json.loads(data.decode(), object_pairs_hook=unique)  # json alone would guess UTF-16 and 32
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -163,12 +165,19 @@ def _check_text(data: bytes) -> None:
 
 
 def _check_table(path: Path) -> None:
-    with pq.ParquetFile(path) as file:
+    try:
+        file = pq.ParquetFile(path)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(str(error)) from None  # how pyarrow says that it cannot make sense of the bytes
+    with file:
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         if size > MAX_TABLE_BYTES:
             raise ValueError(f"its table has {size:,} bytes; at most {MAX_TABLE_BYTES:,} are read into memory")
         # Extension types may name Python classes; an old pyarrow unpickled them.
         for field in file.schema_arrow:
             kind = field.type.value_type if pa.types.is_list(field.type) else field.type
-            if not (pa.types.is_primitive(kind) or pa.types.is_string(kind)):
+            named = b"ARROW:extension:name" in (field.metadata or {})
+            if named or not (pa.types.is_primitive(kind) or pa.types.is_string(kind)):
                 raise ValueError(f"its column {field.name!r} is of type {field.type}; expected text, numbers, or lists")

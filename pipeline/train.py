@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from pipeline.allowlist import UnsafeFileError
 from pipeline.files import WORK_DIR, read_json, sha256_file, sha256_json, whole_directory, write_json
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
@@ -150,7 +149,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that is whole; one that a kill cut short is named and passed over.
 
     Raises:
-        UnsafeModelError, UnsafeFileError: a whole one holds what no training saves; see `check_checkpoint`.
+        UnsafeModelError: a whole one holds what no training saves; see `check_checkpoint`.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for checkpoint in found:
@@ -161,7 +160,7 @@ def last_checkpoint(folder: Path) -> Path | None:
             if whole and all((checkpoint / name).stat().st_size > 0 for name in STATES):
                 check_checkpoint(checkpoint)
                 return checkpoint
-        except (UnsafeFileError, UnsafeModelError):
+        except UnsafeModelError:
             raise
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError):
             pass

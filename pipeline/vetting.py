@@ -105,13 +105,16 @@ def check_checkpoint(folder: Path) -> None:
     tensors, numbers and containers and calls nothing else.
 
     Raises:
-        UnsafeModelError, UnsafeFileError: there is more in it. Delete the folder to train from the start.
-        OSError, RuntimeError, EOFError: a state is cut short, as after a kill.
+        UnsafeModelError: there is more in it. Delete the folder to train from the start.
+        UnsafeFileError, OSError, RuntimeError, EOFError: a file is cut short, as after a kill.
     """
     for path in sorted(folder.iterdir()):
         if path.name not in CHECKPOINT or path.is_symlink() or not path.is_file():
             raise UnsafeModelError(f"{path} is nothing that a training saves; delete {folder} to train without it")
-    check_adapter(folder)
+    try:
+        check_adapter(folder)
+    except UnsafeModelError as error:
+        raise UnsafeModelError(f"{error}; delete {folder} to train without it") from None
     for name in STATES:
         try:
             with safe_globals():  # NumPy's random state
