@@ -1,7 +1,7 @@
 """The files that a version may hold: their names, and content of the type that each name promises.
 
 Comes in: relative names, and files before they are shipped or loaded. Refused, with the reason: a name that is not on
-the list (nothing else can leave its folder, hide another name or run), and bytes of another type than the name says.
+the list (no other can leave its folder, pass for another or run), and bytes of another type than the name says.
 """
 
 import json
@@ -27,9 +27,9 @@ NAMES = {
     ".csv": "loss",
     ".md": "README|report",
 }
-_PATTERN = re.compile(
-    rf"({'|'.join(PARTS)})/(" + "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items()) + ")"
-)
+_FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
+# The card, and what MLflow's own loader looks for: its description and a second name of the tokenizer's files.
+_PATTERN = re.compile(rf"({'|'.join(PARTS)}|components/tokenizer)/({_FILE})|README\.md|MLmodel")
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE
 )  # files of these names are devices on Windows
@@ -105,6 +105,8 @@ def check_file(path: Path) -> None:
                 data = _bounded(path)
                 if not data.startswith(b"\n"):  # SentencePiece begins with its first field; tiktoken's is lines of text
                     _check_text(data)
+            case "" if path.name == "MLmodel":
+                _check_mlmodel(strict_json(_bounded(path)))
             case suffix:
                 raise ValueError(f"files ending in {suffix or 'nothing'} are neither shipped nor loaded")
     except (SafetensorError, pa.ArrowException, ValueError, RecursionError) as error:
@@ -162,6 +164,19 @@ def _check_text(data: bytes) -> None:
     if b"\x00" in data:
         raise ValueError("it holds a NUL byte")
     data.decode()
+
+
+def _check_mlmodel(description: Any) -> None:
+    """MLflow imports the module and unpickles the files that it names: only its transformers loader may be one."""
+    flavors = description.get("flavors", {}) if isinstance(description, dict) else {}
+    function, model = flavors.get("python_function", {}), flavors.get("transformers", {})
+    if not set(flavors) <= {"python_function", "transformers"} or not set(function) <= {
+        "loader_module",
+        "python_version",
+    }:
+        raise ValueError("it describes more than the transformers model that Retune ships")
+    if function.get("loader_module") not in (None, "mlflow.transformers") or model.get("code") is not None:
+        raise ValueError("it names code to import")
 
 
 def _check_table(path: Path) -> None:

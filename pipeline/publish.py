@@ -18,6 +18,7 @@ from pipeline.files import read_json, sha256_file
 from pipeline.params import PublishParams
 from pipeline.progress import Progress
 from pipeline.registry import ModelRegistry
+from pipeline.sanitise import portable
 from pipeline.statistics import METRICS
 from pipeline.store import ArtifactStore, StoreError, fetch_object, open_store
 
@@ -113,7 +114,7 @@ def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, i
         uploaded += size if store.upload(path, f"objects/{digest}") else 0
         entries[name] = {"sha256": digest, "size": size}
         progress.update(done)
-    manifest = {"version": version, "files": entries} | _lineage(root)
+    manifest = {"version": version, "files": entries} | portable(_lineage(root))
     text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
     if not store.create(f"versions/{version}/manifest.json", text.encode()):
         # Another publisher of the same content was first; its manifest is as good.

@@ -23,6 +23,8 @@ _DROPPED = (
     "_commit_hash",
 )
 
+_PATH_KEY = re.compile(r"(path|file|dir|folder|_key|_certificate|_store|_uri|chat_template)$")
+
 
 def clean_folder(folder: Path) -> None:
     """Rewrite the configurations in `folder` for shipping, and remove the card that PEFT fills with placeholders."""
@@ -33,22 +35,33 @@ def clean_folder(folder: Path) -> None:
 
 
 def portable(value: Any) -> Any:
-    """`value` (of JSON) with the last component in place of every absolute path under a key `…name_or_path`."""
+    """`value` (of JSON) with names for others in place of this machine's paths, under keys that hold paths or URIs."""
     if isinstance(value, list):
         return [portable(item) for item in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: portable_name(item) if key.endswith("name_or_path") and isinstance(item, str) else portable(item)
+        key: portable_name(item) if _PATH_KEY.search(key) and isinstance(item, str) else portable(item)
         for key, item in value.items()
     }
 
 
 def portable_name(name: str) -> str:
-    """A model's name as other machines may see it: Hub names and paths in the project stay, else the folder's own."""
-    if not (PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith(("~", ".."))):
+    """A path as other machines may see it: Hub names and paths in the project stay, of others the last component."""
+    scheme, mark, path = name.partition("://")
+    if mark and scheme in ("file", "sqlite"):
+        return name if not path.startswith("/") or path.count("/") == 1 else f"{scheme}://…/{_last(path)}"
+    if "\n" in name or "{" in name or not _is_elsewhere(name):  # a template's text is no path
         return name
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return _last(name)
+
+
+def _is_elsewhere(name: str) -> bool:
+    return PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith(("~", ".."))
+
+
+def _last(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def one_line(text: str) -> str:
