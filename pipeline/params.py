@@ -162,7 +162,7 @@ def _refuse_credentials(tree: Any, path: Path) -> None:
     """params.yaml is committed, and its values go to logs, dvc.lock and manifests: no place for a secret."""
     for section, values in tree.items():
         for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, str) and has_credentials(value):
+            if any(isinstance(v, str) and has_credentials(v) for v in (value if isinstance(value, list) else [value])):
                 raise ParamsError(
                     f"{section}.{key} holds a password or key ({path}, line {values.lc.key(key)[0] + 1}); take it out, "
                     "and change it if it was committed: credentials come from the environment, an AWS profile or a role"
