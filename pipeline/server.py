@@ -45,7 +45,7 @@ def environment(root: Path, url: str) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_CLI_COLORS": "false",
         # A page in the user's browser can reach loopback: it may not read this server, nor start anything on it.
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},{url.replace(HOST, 'localhost')}",
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
     }
 

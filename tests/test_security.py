@@ -7,8 +7,11 @@ connections tried. The default run takes a part of the slow families; `make test
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ from typing import Any
 import hostile
 import pytest
 import torch
-from conftest import CHATML, sample_rows, with_
+from conftest import CHATML, ROOT, sample_rows, with_
 from hostile import BAD_NAMES, BAD_TEMPLATES, CANARY, GOOD_NAMES, watching
 from peft import LoraConfig
 
+from pipeline import server
 from pipeline.allowlist import PARTS, UnsafeFileError, check_file, check_names
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.model import load_adapter, load_base
@@ -772,6 +776,30 @@ def test_an_honest_template_is_used(tmp_path: Path, params: Params, template: st
 
 
 def test_the_hostile_set_is_large_and_the_honest_one_too(tmp_path: Path) -> None:
-    families: list[Any] = [BAD_NAMES, bad_contents(tmp_path), HOSTILE_BASES, HARMLESS_BASES, HOSTILE_ADAPTERS]
-    assert sum(map(len, [*families, HOSTILE_CHECKPOINTS, HOSTILE_TEXTS, BAD_TEMPLATES])) >= 300
-    assert len(GOOD_NAMES) + len(HONEST_BASES) + len(HONEST_TEMPLATES) + 15 >= 50
+    hostiles: list[Any] = [BAD_NAMES, bad_contents(tmp_path), HOSTILE_BASES, HARMLESS_BASES, HOSTILE_ADAPTERS]
+    assert sum(map(len, [*hostiles, HOSTILE_CHECKPOINTS, HOSTILE_TEXTS, BAD_TEMPLATES])) >= 500
+    assert sum(map(len, [GOOD_NAMES, HONEST_BASES, HONEST_TEMPLATES])) >= 50
+
+
+def test_the_document_names_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 20
+    assert named - set(re.findall(r"def (test_\w+)", sources)) == set()
+
+
+@pytest.mark.faults
+def test_a_web_page_can_neither_read_the_server_nor_post_to_it(tmp_path: Path) -> None:
+    with server.for_one_run(tmp_path) as running:
+        own = urllib.request.Request(f"{running.url}/api/health", headers={"Origin": running.url})
+        with urllib.request.urlopen(own) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] == running.url
+        foreign = urllib.request.Request(f"{running.url}/api/health", headers={"Origin": "https://example.org"})
+        with urllib.request.urlopen(foreign) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] is None
+        post = urllib.request.Request(
+            f"{running.url}/api/flows/", b'{"name": "x"}', {"Content-Type": "application/json"}, method="POST"
+        )
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(post)
+        assert refusal.value.code == 403
