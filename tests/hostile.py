@@ -74,13 +74,13 @@ def watching(root: Path) -> Iterator[Witness]:
     _armed.append(witness)
     try:
         yield witness
-    finally:
+    finally:  # whatever the block raised: a refusal that comes too late is none
         _armed.remove(witness)
-    assert witness.seen == []
-    assert not list(root.rglob(CANARY))
-    changed = {key for key in os.environ.keys() | environment if os.environ.get(key) != environment.get(key)}
-    assert not {key for key in changed if not key.startswith(("PYTEST", "TORCH", "KMP", "ACCELERATE"))}
-    assert witness.secret.read_text() == "the secret of somebody else"
+        assert witness.seen == []
+        assert not list(root.rglob(CANARY))
+        changed = {key for key in os.environ.keys() | environment if os.environ.get(key) != environment.get(key)}
+        assert not {key for key in changed if not key.startswith(("PYTEST", "TORCH", "KMP", "ACCELERATE"))}
+        assert witness.secret.read_text() == "the secret of somebody else"
 
 
 class _Reduced:
