@@ -34,6 +34,7 @@ from pipeline.params import Params, load_params
 from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
 from pipeline.snapshot import recover
+from pipeline.redact import redact, redact_process, redacted_errors
 from pipeline.statistics import METRICS
 from pipeline.store import open_store
 
@@ -80,6 +81,7 @@ def retrain(trigger: str = "by-hand") -> dict[str, Any]:
 
 
 @task
+@redacted_errors
 def ingest() -> State[Any]:
     """The snapshot that data.dvc names, fetched if it is not here. New data comes in by `retune ingest`."""
     started = time.monotonic()
@@ -121,6 +123,7 @@ def merge() -> State[Any]:
 
 
 @task
+@redacted_errors
 def publish(params: Params) -> State[Any]:
     started = time.monotonic()
     published = shipping.publish(params.publish)
@@ -131,6 +134,7 @@ def publish(params: Params) -> State[Any]:
 
 
 @task
+@redacted_errors
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
     decision = gate.promote(params.publish, params.promote)
@@ -159,6 +163,7 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
     lines: list[str] = []
 
     def on_line(line: str) -> None:
+        line = redact(line)
         lines.append(line)
         if not line.strip() or line.startswith(DVC_HINTS):
             return
@@ -219,12 +224,13 @@ def show(result: dict[str, Any], seconds: float) -> None:
 
 def main() -> None:
     started = time.monotonic()
+    redact_process()
     try:
         result = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"))
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith(("pipeline.", "flows.", "__main__")):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
     if "--json" in sys.argv:
         print(json.dumps(result))

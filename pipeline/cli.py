@@ -21,6 +21,7 @@ import typer
 from pipeline.files import WORK_DIR, write_json
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
+from pipeline.redact import redact, redact_process
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +46,7 @@ class RunUnderWay(RuntimeError):
 
 def main() -> None:
     """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
+    redact_process()
     _environment()
     try:
         app()
@@ -52,12 +54,12 @@ def main() -> None:
         # Errors that this project raises are written for people; any other is a defect and keeps its traceback.
         if not type(error).__module__.startswith(("pipeline.", "flows.")):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         sys.exit(143 if type(error).__name__ == "Interrupted" else 1)
     except OSError as error:
         if error.strerror is None:
             raise
-        print(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        print(redact(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")), file=sys.stderr)
         sys.exit(1)
 
 
@@ -382,9 +384,11 @@ def score(
 
 
 def _environment() -> None:
-    """Caches in the project, no telemetry, and no Hub unless a parameter names a Hub repository."""
+    """Caches in the project, no telemetry, no file that everybody may write, no Hub unless a parameter names one."""
+    os.umask(os.umask(0o077) | 0o002)
     if Path("params.yaml").exists():
-        WORK_DIR.mkdir(exist_ok=True)  # else DVC makes it, writable for everybody
+        WORK_DIR.mkdir(exist_ok=True)
+        WORK_DIR.chmod(0o700)  # logs, checkpoints and Prefect's database are nobody else's business
     work = WORK_DIR.resolve()
     defaults = {
         "HF_DATASETS_CACHE": str(work / "datasets"),

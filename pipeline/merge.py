@@ -20,6 +20,7 @@ from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import generate
 from pipeline.model import compute_dtype, load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
+from pipeline.sanitise import clean_folder, portable
 from pipeline.template import load_contract, load_shipped, local_source
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
@@ -80,7 +81,8 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
         tokenizer = template.tokenizer
         tokenizer.chat_template = template.text
         tokenizer.save_pretrained(str(folder))
-        write_json(folder / "contract.json", contract)
+        clean_folder(folder)
+        write_json(folder / "contract.json", portable(contract))
         del model, merged
         shipped = load_base(local_source(folder))
         answers = generate(

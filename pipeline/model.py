@@ -12,6 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.vetting import check_adapter, check_model
+
 disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
 
 Quantisation = dict[str, Any]  # load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant
@@ -51,7 +53,9 @@ def load_base(identity: dict[str, Any], quantisation: Quantisation | None = None
 
     Raises:
         ModelError: the model cannot be loaded from safetensors.
+        UnsafeModelError, UnsafeFileError: its files would do more than that; see `check_model`.
     """
+    check_model(identity["name_or_path"], identity["revision"])
     config = None
     if quantisation is not None and quantisation["load_in_4bit"]:
         config = BitsAndBytesConfig(**quantisation, bnb_4bit_compute_dtype=compute_dtype())
@@ -90,9 +94,11 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
     Raises:
         ModelError: no safetensors adapter there, or one for another architecture.
+        UnsafeModelError, UnsafeFileError: it is not plain LoRA; see `check_adapter`.
     """
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} holds no adapter_model.safetensors; run `dvc repro train`")
+    check_adapter(folder)
     with warnings.catch_warnings():
         # PEFT only warns when keys are missing or left over; half an adapter must not pass for one.
         warnings.filterwarnings("error", message=".*(missing|unexpected).*adapter keys.*", category=UserWarning)

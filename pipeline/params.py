@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.language import LANGUAGES
+from pipeline.redact import has_credentials, redact
 
 Metric = Literal["accuracy", "bleu", "rouge1", "rouge2", "rougeL"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -244,12 +245,24 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise ParamsError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
         raise ParamsError(f"{path} holds no sections; expected ingest, prepare, train, … as its keys")
+    _refuse_credentials(tree, path)
     try:
         return Params.model_validate(_plain(tree))
     except ValidationError as error:
         # An unknown key is often the missing one misspelt: it comes first.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        raise ParamsError("\n".join(_sentence(e, tree, path) for e in errors)) from None
+        raise ParamsError(redact("\n".join(_sentence(e, tree, path) for e in errors))) from None
+
+
+def _refuse_credentials(tree: Any, path: Path) -> None:
+    """params.yaml is committed, and its values go to logs, dvc.lock and manifests: no place for a secret."""
+    for section, values in tree.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if any(isinstance(v, str) and has_credentials(v) for v in (value if isinstance(value, list) else [value])):
+                raise ParamsError(
+                    f"{section}.{key} holds a password or key ({path}, line {values.lc.key(key)[0] + 1}); take it out, "
+                    "and change it if it was committed: credentials come from the environment, an AWS profile or a role"
+                )
 
 
 def _plain(node: Any) -> Any:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import graph
+from pipeline.allowlist import UnsafeFileError, check_file, check_names, inside, strict_json
 from pipeline.files import read_json, sha256_file
 from pipeline.params import PublishParams
 from pipeline.progress import Progress
 from pipeline.registry import ModelRegistry
+from pipeline.sanitise import portable
 from pipeline.statistics import METRICS
 from pipeline.store import ArtifactStore, StoreError, fetch_object, open_store
 
-SUFFIXES = {".safetensors", ".json", ".jsonl", ".txt", ".md", ".csv", ".parquet", ".jinja", ".model"}
 Manifest = dict[str, Any]
 
 
@@ -40,7 +41,8 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     """Ship the workspace's artifacts as a version of `registered_model_name`.
 
     Raises:
-        PublishError: artifacts are stale, or hold a type of file that versions do not ship (pickles among them).
+        PublishError: artifacts are stale.
+        UnsafeFileError: they hold a file that versions do not ship, or one that is not what its name says.
         StoreError: the store cannot be written.
     """
     stale = [stage for stage in graph.stale(root) if stage in graph.STAGES]
@@ -65,7 +67,7 @@ def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
     if data is None:
         return None
     try:
-        manifest: Manifest = json.loads(data)
+        manifest: Manifest = strict_json(data)
         if manifest["version"] != version:
             raise ValueError(f"it names version {manifest['version']}")
     except (ValueError, KeyError, TypeError) as error:
@@ -78,11 +80,20 @@ def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: P
 
     Raises:
         StoreError: an object is missing or altered.
+        UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
     """
+    check_names(manifest["files"])
     for name, entry in manifest["files"].items():
-        target = folder / name
-        if name.startswith(f"{part}/") and not (target.is_file() and sha256_file(target) == entry["sha256"]):
+        if not name.startswith(f"{part}/"):
+            continue
+        target = inside(folder, name)
+        if not (target.is_file() and sha256_file(target) == entry["sha256"]):
             fetch_object(store, entry["sha256"], target)
+        try:
+            check_file(target)
+        except UnsafeFileError:
+            target.unlink()
+            raise
     return folder / part
 
 
@@ -93,11 +104,9 @@ def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, i
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    for name, path in files.items():
-        if path.suffix not in SUFFIXES:
-            raise PublishError(
-                f"{name} is a {path.suffix or 'nameless'} file; versions ship {', '.join(sorted(SUFFIXES))}"
-            )
+    check_names(files)
+    for path in files.values():
+        check_file(path)
     progress = Progress("publish", len(files), "files")
     entries, uploaded = {}, 0
     for done, (name, path) in enumerate(files.items()):
@@ -105,7 +114,7 @@ def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, i
         uploaded += size if store.upload(path, f"objects/{digest}") else 0
         entries[name] = {"sha256": digest, "size": size}
         progress.update(done)
-    manifest = {"version": version, "files": entries} | _lineage(root)
+    manifest = {"version": version, "files": entries} | portable(_lineage(root))
     text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
     if not store.create(f"versions/{version}/manifest.json", text.encode()):
         # Another publisher of the same content was first; its manifest is as good.

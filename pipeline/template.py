@@ -17,6 +17,7 @@ from pipeline.files import sha256_file, sha256_json
 from pipeline.params import PrepareParams
 from pipeline.rendering import RowError as RowError
 from pipeline.rendering import TemplateError as TemplateError
+from pipeline.vetting import check_model
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -180,6 +181,7 @@ def _load(
     identity: dict[str, Any], text: str | None, name: str | None, train_on: str, on_control_tokens: str
 ) -> ChatTemplate:
     path = identity["name_or_path"]
+    check_model(path, identity["revision"])
     source = {"revision": identity["revision"], "trust_remote_code": identity["trust_remote_code"]}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)

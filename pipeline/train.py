@@ -27,7 +27,9 @@ from pipeline.files import WORK_DIR, read_json, sha256_file, sha256_json, whole_
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
 from pipeline.progress import Progress
+from pipeline.sanitise import clean_folder, portable
 from pipeline.template import load_contract
+from pipeline.vetting import STATES, UnsafeModelError, check_checkpoint
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
@@ -122,8 +124,9 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         config = read_json(whole / "adapter_config.json")
         write_json(whole / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
         template.tokenizer.save_pretrained(str(whole))
-        write_json(whole / "contract.json", contract)
-        write_json(whole / "training.json", _record(params, contract, trained, threads))
+        clean_folder(whole)
+        write_json(whole / "contract.json", portable(contract))
+        write_json(whole / "training.json", portable(_record(params, contract, trained, threads)))
         _write_curve(whole / "loss.csv", trainer.state.log_history)
     shutil.rmtree(folder, ignore_errors=True)
     return trained
@@ -143,17 +146,23 @@ def run_key(params: TrainParams, dataset: Path) -> str:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is whole; one that a kill cut short is named and passed over."""
+    """The newest checkpoint in `folder` that is whole; one that a kill cut short is named and passed over.
+
+    Raises:
+        UnsafeModelError: a whole one holds what no training saves; see `check_checkpoint`.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for checkpoint in found:
         try:
             state = read_json(checkpoint / "trainer_state.json")
             with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
                 whole = len(list(file.keys())) > 0 and state["global_step"] > 0
-            names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-            if whole and all((checkpoint / name).stat().st_size > 0 for name in names):
+            if whole and all((checkpoint / name).stat().st_size > 0 for name in STATES):
+                check_checkpoint(checkpoint)
                 return checkpoint
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except UnsafeModelError:
+            raise
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError):
             pass
         print(f"train · {checkpoint} is not whole; it is passed over", flush=True)
     return None
