@@ -309,11 +309,16 @@ def _latest_entries(store: ArtifactStore) -> dict[str, Entry]:
 
 def _blocks(store: ArtifactStore, entry: Entry, block: int) -> list[tuple[bytes, Place]]:
     """Digest and place of every block of a file that is in the store; empty when it has no blocks of that size."""
-    if entry.get("block_size") != block:
-        return []
+    try:
+        return _blocks_of(store, entry["chunks"], block) if entry["block_size"] == block else []
+    except (KeyError, TypeError, StoreError):
+        return []  # an older or damaged manifest: the file is sent whole
+
+
+def _blocks_of(store: ArtifactStore, chunks: list[dict[str, Any]], block: int) -> list[tuple[bytes, Place]]:
     found: list[tuple[bytes, Place]] = []
     indexes: dict[str, bytes] = {}
-    for chunk in entry["chunks"]:
+    for chunk in chunks:
         name = chunk["blocks"]
         if name not in indexes:
             indexes[name] = store.read(f"objects/{name}") or b""
@@ -351,4 +356,4 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _megabytes(size: int) -> int:
-    return round(size / 1e6)
+    return max(1, -(-size // 10**6))

@@ -26,6 +26,10 @@ class Sink:
         self.lock = threading.Lock()
 
     def serve(self, connection: socket.socket) -> None:
+        with connection:
+            self.converse(connection)
+
+    def converse(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         buffer = memoryview(bytearray(RECEIVE))
         left = b""
@@ -52,6 +56,8 @@ class Sink:
                 if length <= RECEIVE:
                     body += bytes(buffer[:got])
             connection.sendall(self.answer(method, target, headers, length, body))
+            if headers.get("connection") == "close":
+                return
 
     def answer(self, method: str, target: str, headers: dict[str, str], length: int, body: bytes) -> bytes:
         parts = urlsplit(target)
