@@ -50,7 +50,7 @@ def promote(
     Raises:
         PromoteError: no such version, or the primary metric counts no test item.
     """
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     name = publishing.registered_model_name
     registry = ModelRegistry(publishing.tracking_uri, name)
     candidate = _resolve(version, registry, root)
@@ -93,7 +93,7 @@ def rollback(
     Raises:
         PromoteError: there is no earlier champion, or `to` never was one.
     """
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     name = publishing.registered_model_name
     registry = ModelRegistry(publishing.tracking_uri, name)
     while True:
@@ -116,7 +116,7 @@ def rollback(
 
 def history(publishing: PublishParams, root: Path = Path(".")) -> list[Record]:
     """Every decision, oldest first; puts the registry's alias right on the way."""
-    log = read_log(open_store(publishing.artifact_store, root), publishing.registered_model_name)
+    log = read_log(open_store(publishing, root), publishing.registered_model_name)
     if log:
         ModelRegistry(publishing.tracking_uri, publishing.registered_model_name).project(champion(log))
     return log
@@ -140,7 +140,7 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams) -> st
 
 def settled(publishing: PublishParams, params: PromoteParams, version: str, root: Path = Path(".")) -> str | None:
     """As `settled_reason`, for a published version; None when it is not published. Quick: asks no registry."""
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     if read_manifest(store, version) is None:
         return None
     return settled_reason(read_log(store, publishing.registered_model_name), version, params)

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import graph
-from pipeline.allowlist import UnsafeFileError, check_file, check_names, inside, strict_json
-from pipeline.files import read_json, sha256_file
+from pipeline.allowlist import UnsafeFileError, check_file, check_names, strict_json
+from pipeline.files import read_json
 from pipeline.params import PublishParams
-from pipeline.progress import Progress
 from pipeline.registry import ModelRegistry
 from pipeline.sanitise import portable
 from pipeline.statistics import METRICS
-from pipeline.store import ArtifactStore, StoreError, fetch_object, open_store
+from pipeline.store import ArtifactStore, StoreError, open_store
+from pipeline.transfer import check_objects, fetch, ship
 
 Manifest = dict[str, Any]
 
@@ -51,11 +51,13 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
             f"{', '.join(stale)} changed since they ran; `retune run` or `dvc repro` brings them up to date"
         )
     version = graph.version_id(root)
-    store = open_store(params.artifact_store, root)
+    store = open_store(params, root)
     manifest = read_manifest(store, version)
     uploaded, created = 0, manifest is None
     if manifest is None:
         manifest, uploaded = _upload(store, version, root)
+    else:
+        check_objects(store, manifest["files"])
     registry = ModelRegistry(params.tracking_uri, params.registered_model_name)
     number = registry.register(version, f"{store.uri}/versions/{version}", _tags(manifest), _run(root))
     return Published(version, number, created, uploaded)
@@ -83,16 +85,13 @@ def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: P
         UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
     """
     check_names(manifest["files"])
-    for name, entry in manifest["files"].items():
-        if not name.startswith(f"{part}/"):
-            continue
-        target = inside(folder, name)
-        if not (target.is_file() and sha256_file(target) == entry["sha256"]):
-            fetch_object(store, entry["sha256"], target)
+    wanted = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
+    fetch(store, wanted, folder)
+    for name in wanted:
         try:
-            check_file(target)
+            check_file(folder / name)
         except UnsafeFileError:
-            target.unlink()
+            (folder / name).unlink()
             raise
     return folder / part
 
@@ -107,19 +106,16 @@ def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, i
     check_names(files)
     for path in files.values():
         check_file(path)
-    progress = Progress("publish", len(files), "files")
-    entries, uploaded = {}, 0
-    for done, (name, path) in enumerate(files.items()):
-        digest, size = sha256_file(path), path.stat().st_size
-        uploaded += size if store.upload(path, f"objects/{digest}") else 0
-        entries[name] = {"sha256": digest, "size": size}
-        progress.update(done)
-    manifest = {"version": version, "files": entries} | portable(_lineage(root))
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
-    if not store.create(f"versions/{version}/manifest.json", text.encode()):
-        # Another publisher of the same content was first; its manifest is as good.
-        return read_manifest(store, version) or manifest, uploaded
-    return manifest, uploaded
+
+    def manifest(entries: dict[str, Any]) -> bytes:
+        tree = {"version": version, "files": entries} | portable(_lineage(root))
+        return json.dumps(tree, indent=2, ensure_ascii=False, sort_keys=True).encode()
+
+    uploaded = ship(store, version, files, manifest)
+    published = read_manifest(store, version)
+    if published is None:
+        raise StoreError(f"versions/{version}/manifest.json was written to {store.uri} but is not there")
+    return published, uploaded
 
 
 def _lineage(root: Path) -> dict[str, Any]:

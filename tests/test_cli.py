@@ -9,7 +9,7 @@ from conftest import ROOT, change_params, make_project, retune
 
 from pipeline.params import Params
 
-COMMANDS = ["run", "ingest", "stage", "publish", "promote", "rollback", "history", "up", "down", "status"]
+COMMANDS = ["run", "ingest", "stage", "publish", "promote", "rollback", "history", "gc", "up", "down", "status"]
 
 
 @pytest.fixture(scope="module")

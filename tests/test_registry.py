@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.registry import ModelRegistry, Record, RegistryError, append, champion, champions, read_log, rolled_back
-from pipeline.store import ArtifactStore, open_store
+from pipeline.store import ArtifactStore, FileStore
 
 NAME = "model"
 RECORD = Record(1, "promoted", "a", "a", None, "better")
@@ -36,7 +36,7 @@ while done < 10:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
-    return open_store((tmp_path / "store").as_uri())
+    return FileStore(tmp_path / "store")
 
 
 def log_file(tmp_path: Path, number: int) -> Path:
@@ -77,7 +77,7 @@ def test_racing_promoters_share_one_log_without_gaps(tmp_path: Path) -> None:
         racer.stdin.write("go\n")
         racer.stdin.flush()
     wins = {int(line): str(me) for me, racer in enumerate(racers) for line in racer.communicate()[0].splitlines()}
-    log = read_log(open_store((tmp_path / "store").as_uri()), NAME)
+    log = read_log(FileStore(tmp_path / "store"), NAME)
     assert [record.number for record in log] == list(range(1, 41))
     assert {record.number: record.version for record in log} == wins
 
