@@ -4,24 +4,24 @@ Idempotent by content: publishing what is already published moves nothing and ma
 """
 
 import csv
-import json
-import platform
-import subprocess
+import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import graph
-from pipeline.files import read_json, sha256_file
+from pipeline import card, graph, signature
+from pipeline import manifest as manifests
+from pipeline.decisions import read_log, refuse_deleted
+from pipeline.files import sha256_file
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.params import PublishParams
 from pipeline.progress import Progress
-from pipeline.registry import ModelRegistry
+from pipeline.registry import ModelRegistry, Registration
 from pipeline.statistics import METRICS
-from pipeline.store import ArtifactStore, StoreError, fetch_object, open_store
+from pipeline.store import ArtifactStore, fetch_object, open_store
 
 SUFFIXES = {".safetensors", ".json", ".jsonl", ".txt", ".md", ".csv", ".parquet", ".jinja", ".model"}
-Manifest = dict[str, Any]
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
 class PublishError(RuntimeError):
@@ -34,6 +34,7 @@ class Published:
     number: str  # MLflow's version number
     created: bool  # False: it was published before
     uploaded_bytes: int
+    signed: bool
 
 
 def publish(params: PublishParams, root: Path = Path(".")) -> Published:
@@ -42,6 +43,8 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     Raises:
         PublishError: artifacts are stale, or hold a type of file that versions do not ship (pickles among them).
         StoreError: the store cannot be written.
+        SignatureError: the signing key cannot be used; nothing of the version is visible then.
+        RegistryError: MLflow cannot be reached; the version is in the store and registered by the next publish.
     """
     stale = [stage for stage in graph.stale(root) if stage in graph.STAGES]
     if stale:
@@ -50,27 +53,46 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
         )
     version = graph.version_id(root)
     store = open_store(params.artifact_store, root)
+    refuse_deleted(read_log(store, params.registered_model_name), version)
     manifest = read_manifest(store, version)
     uploaded, created = 0, manifest is None
     if manifest is None:
-        manifest, uploaded = _upload(store, version, root)
-    registry = ModelRegistry(params.tracking_uri, params.registered_model_name)
-    number = registry.register(version, f"{store.uri}/versions/{version}", _tags(manifest), _run(root))
-    return Published(version, number, created, uploaded)
+        manifest, uploaded = _upload(params, store, version, root)
+    registry = ModelRegistry(params.tracking_uri, params.registered_model_name, root)
+    number = register(store, registry, manifest)
+    signed = signature.read_signature(store, version, manifests.encode(manifest)) is not None
+    return Published(version, number, created, uploaded, signed)
 
 
-def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
-    """The manifest of a version, or None while there is no such version."""
-    data = store.read(f"versions/{version}/manifest.json")
-    if data is None:
-        return None
-    try:
-        manifest: Manifest = json.loads(data)
-        if manifest["version"] != version:
-            raise ValueError(f"it names version {manifest['version']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"versions/{version}/manifest.json in {store.uri} is damaged: {error}") from None
-    return manifest
+def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
+    """Sign a version that was published unsigned, after checking every file; False when it has a signature already.
+
+    Raises:
+        PublishError: there is no such version, or no key to sign with.
+        StoreError: an object is missing or altered.
+    """
+    store = open_store(params.artifact_store, root)
+    manifest = read_manifest(store, version)
+    if manifest is None:
+        raise PublishError(f"version {version} is not published in {store.uri}")
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in manifest["files"].values():
+            fetch_file(store, entry, Path(folder) / "file")
+    data = manifests.encode(manifest)
+    signed = signature.sign(params, data)
+    if signed is None:
+        raise PublishError("publish.signing_key is null; it names the private key to sign with")
+    return store.create(signature.signature_key(version, data), signed)
+
+
+def register(store: ArtifactStore, registry: ModelRegistry, manifest: Manifest) -> str:
+    """The version's MLflow number; makes the entry, from the store alone, if the registry has none (any more).
+
+    Raises:
+        RegistryError: MLflow cannot be reached.
+    """
+    number = registry.version_of(manifest["version"])
+    return number if number is not None else registry.register(_registration(store, manifest))
 
 
 def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: Path) -> Path:
@@ -80,13 +102,43 @@ def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: P
         StoreError: an object is missing or altered.
     """
     for name, entry in manifest["files"].items():
-        target = folder / name
-        if name.startswith(f"{part}/") and not (target.is_file() and sha256_file(target) == entry["sha256"]):
-            fetch_object(store, entry["sha256"], target)
+        if name.startswith(f"{part}/"):
+            fetch_file(store, entry, folder / name)
     return folder / part
 
 
-def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
+def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> None:
+    """Bring one file of a manifest to `target`, unless it lies there already; its digest is checked either way.
+
+    Raises:
+        StoreError: an object is missing or altered.
+    """
+    if not (target.is_file() and sha256_file(target) == entry["sha256"]):
+        fetch_object(store, entry["sha256"], target)
+
+
+def _upload(params: PublishParams, store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
+    entries, uploaded = _upload_files(store, _shipped_files(root))
+    manifest = manifests.build(params, version, entries, root)
+    with tempfile.TemporaryDirectory() as folder:
+        described = {}
+        for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
+            described[name] = Path(folder) / name
+            described[name].write_text(text, encoding="utf-8")
+        more, moved = _upload_files(store, described)
+    manifest["files"] |= more | _for_mlflow(manifest)
+    data = manifests.encode(manifest)
+    # The signature first: a version that can be seen is signed already.
+    signed = signature.sign(params, data)
+    if signed is not None:
+        store.create(signature.signature_key(version, data), signed)
+    if not store.create(manifests.key_of(version), data):
+        # Another publisher of the same content was first; its manifest is as good.
+        return read_manifest(store, version) or manifest, uploaded + moved
+    return manifest, uploaded + moved
+
+
+def _shipped_files(root: Path) -> dict[str, Path]:
     files = {
         f"{folder.name}/{path.relative_to(folder).as_posix()}": path
         for folder in (root / out for out in graph.SHIPPED)
@@ -98,6 +150,10 @@ def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, i
             raise PublishError(
                 f"{name} is a {path.suffix or 'nameless'} file; versions ship {', '.join(sorted(SUFFIXES))}"
             )
+    return files
+
+
+def _upload_files(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Any], int]:
     progress = Progress("publish", len(files), "files")
     entries, uploaded = {}, 0
     for done, (name, path) in enumerate(files.items()):
@@ -105,67 +161,56 @@ def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, i
         uploaded += size if store.upload(path, f"objects/{digest}") else 0
         entries[name] = {"sha256": digest, "size": size}
         progress.update(done)
-    manifest = {"version": version, "files": entries} | _lineage(root)
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
-    if not store.create(f"versions/{version}/manifest.json", text.encode()):
-        # Another publisher of the same content was first; its manifest is as good.
-        return read_manifest(store, version) or manifest, uploaded
-    return manifest, uploaded
+    return entries, uploaded
 
 
-def _lineage(root: Path) -> dict[str, Any]:
-    """Where the version comes from and what was measured of it."""
-    artifacts = root / "artifacts"
-    training = read_json(artifacts / "adapter" / "training.json")
-    data_report = read_json(artifacts / "dataset" / "report.json")
+def _for_mlflow(manifest: Manifest) -> dict[str, Any]:
+    """The tokenizer once more where MLflow's transformers flavour looks for it: other names of the same objects."""
+    merged = {name: entry for name, entry in manifest["files"].items() if name.startswith("merged/")}
+    names = {name: name.removeprefix("merged/") for name in merged}
     return {
-        "schema": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git(root),
-        "dvc_lock": graph.lock(root)["stages"],
-        "data": {"rows": data_report["rows"], "test_sha256": data_report["test_sha256"]},
-        "base_model": training["base_model"],
-        "params": {"train": training["params"]},
-        "versions": training["versions"] | {"python": platform.python_version()},
-        "hardware": training["device"],
-        "metrics": read_json(artifacts / "evaluation" / "metrics.json")
-        | read_json(artifacts / "parity" / "metrics.json"),
-        "parity": read_json(artifacts / "parity" / "parity.json"),
+        f"components/tokenizer/{short}": merged[name]
+        for name, short in names.items()
+        if short in TOKENIZER_FILES or short.endswith(".model")
     }
 
 
-def _git(root: Path) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-
-
-def _tags(manifest: Manifest) -> dict[str, str]:
-    merged = manifest["metrics"]["merged"]
-    scores = {metric: f"{merged[metric]['score']:.4f}" for metric in METRICS if merged[metric]}
-    return {
+def _registration(store: ArtifactStore, manifest: Manifest) -> Registration:
+    """What MLflow shows of a version, read from the store: tags, parameters, final scores, curves and reports."""
+    merged, git = manifest["metrics"]["merged"], manifest["git"]
+    scores = {metric: merged[metric]["score"] for metric in METRICS if merged[metric]}
+    data = manifests.encode(manifest)
+    tags = {
         "base_model": manifest["base_model"]["name_or_path"],
         "base_digest": manifest["base_model"]["digest"][:16],
-        "git_commit": manifest["git"]["commit"][:12] + ("-dirty" if manifest["git"]["dirty"] else ""),
+        "git_commit": git["commit"][:12] + ("-dirty" if git["dirty"] else ""),
+        "data": " ".join(manifest["data"]["dvc_md5"].values()),
         "test_sha256": manifest["data"]["test_sha256"][:16],
         "train_rows": str(manifest["data"]["rows"]["train"]),
-    } | scores
+        "manifest_sha256": manifests.digest(manifest),
+        "signed": str(signature.read_signature(store, manifest["version"], data) is not None).lower(),
+    } | {metric: f"{score:.4f}" for metric, score in scores.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = {}
+        for name in ("adapter/loss.csv", "evaluation/report.md", "README.md"):
+            if name in manifest["files"]:
+                fetch_file(store, manifest["files"][name], Path(folder) / name)
+                texts[Path(name).name] = (Path(folder) / name).read_text(encoding="utf-8")
+    return Registration(
+        version=manifest["version"],
+        source=f"retune-{store.uri}/versions/{manifest['version']}",
+        tags=tags,
+        params=manifest["params"]["train"],
+        metrics=scores,
+        curve=_curve(texts.pop("loss.csv", "")),
+        reports=texts,
+    )
 
 
-def _run(root: Path) -> dict[str, Any]:
-    """What MLflow shows of the training: parameters, final scores, and the loss by step."""
-    adapter = root / "artifacts" / "adapter"
-    training = read_json(adapter / "training.json")
-    merged = read_json(root / "artifacts" / "parity" / "metrics.json")["merged"]
-    with (adapter / "loss.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    curve = [
-        (key, float(row[key]), int(row["step"])) for row in rows for key in ("loss", "validation_loss") if row[key]
+def _curve(table: str) -> list[tuple[str, float, int]]:
+    return [
+        (key, float(row[key]), int(row["step"]))
+        for row in csv.DictReader(table.splitlines())
+        for key in ("loss", "validation_loss", "learning_rate", "grad_norm")
+        if row.get(key)
     ]
-    return {
-        "params": training["params"],
-        "metrics": {metric: merged[metric]["score"] for metric in METRICS if merged[metric]},
-        "curve": curve,
-    }

@@ -39,6 +39,9 @@ class ArtifactStore(Protocol):
     def list(self, prefix: str) -> list[str]:
         """Keys that begin with `prefix`, sorted."""
 
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens when there is none."""
+
 
 class FileStore:
     """A store in a folder, for one machine or a shared disk; creation is atomic and exclusive through a hard link."""
@@ -93,6 +96,9 @@ class FileStore:
         base = self.folder / prefix.rpartition("/")[0]
         keys = (path.relative_to(self.folder).as_posix() for path in base.rglob("*") if path.is_file())
         return sorted(key for key in keys if key.startswith(prefix) and not key.endswith(".partial"))
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", key):
