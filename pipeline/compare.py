@@ -33,7 +33,11 @@ Comparison = dict[
 
 
 class CompareError(RuntimeError):
-    """No fair comparison can be made; the message says why and what can be done."""
+    """No comparison can be made; the message says why and what can be done."""
+
+
+class UnfairError(CompareError):
+    """The champion was trained on rows that are test rows now; a candidate is refused for it."""
 
 
 def compare(
@@ -46,8 +50,8 @@ def compare(
     stands in. `passed` is None for a guard metric that no test item counts for.
 
     Raises:
-        CompareError: the systems answered different items, the champion may have been trained on some of them, or no
-            item counts for the primary metric.
+        UnfairError: the champion was trained on some of the test items.
+        CompareError: the systems answered different items, or no item counts for the primary metric.
     """
     notes: list[str] = []
     if serving is None:
@@ -82,10 +86,19 @@ def reason(comparison: Comparison, against: str, primary: str) -> str:
     """The decision in one sentence: the primary metric's numbers, or those of every metric that refused."""
     failed = refusals(comparison)
     if not failed:
-        return _sentence(primary, comparison[primary], against)
-    return " and ".join(
-        f"{_sentence(metric, comparison[metric], against)}; needed: {comparison[metric]['needed']}" for metric in failed
-    )
+        row, number = comparison[primary], _format(primary)
+        return (
+            f"{_scores(primary, row)} of {against} on {row['items']} test items "
+            f"(difference {number(row['difference'], '+')}, 95 % CI {_interval(primary, row)})"
+        )
+    parts = []
+    for metric in failed:
+        row = comparison[metric]
+        whose = f" of {against}" if metric == failed[0] else ""
+        parts.append(
+            f"{_scores(metric, row)}{whose} (95 % CI of the difference {_interval(metric, row)}, needed {row['needed']})"
+        )
+    return "; ".join(parts)
 
 
 def verdict_rows(comparison: Comparison) -> list[dict[str, str]]:
@@ -99,7 +112,7 @@ def verdict_rows(comparison: Comparison) -> list[dict[str, str]]:
             number(row["candidate"]) if measured else "–",
             number(row["champion"]) if measured else "–",
             number(row["difference"], "+") if measured else "–",
-            f"{number(row['low'], '+')} to {number(row['high'], '+')}" if measured else "–",
+            _interval(metric, row) if measured else "–",
             row["needed"],
             words[row["passed"]],
         ]
@@ -144,7 +157,7 @@ def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:
         return []
     ours, theirs = (manifest["params"]["prepare"]["test_fraction"] for manifest in (candidate, champion))
     if ours > theirs:
-        raise CompareError(
+        raise UnfairError(
             f"prepare.test_fraction is {ours:g}, and was {theirs:g} for the champion {champion['version']}: it was "
             "trained on rows that are test rows now, so its scores on them would be too high. Set the fraction back, "
             "or promote by hand: `retune promote VERSION --force --reason …`"
@@ -181,13 +194,14 @@ def _current_items(store: ArtifactStore, manifest: Manifest, root: Path) -> pa.T
     return pq.read_table(scored / "items.parquet")
 
 
-def _sentence(metric: str, row: dict[str, Any], against: str) -> str:
+def _scores(metric: str, row: dict[str, Any]) -> str:
     number = _format(metric)
-    return (
-        f"{metric} {number(row['candidate'])} against {number(row['champion'])} of {against} on {row['items']} test "
-        f"items (difference {number(row['difference'], '+')}, 95 % CI {number(row['low'], '+')} to "
-        f"{number(row['high'], '+')})"
-    )
+    return f"{metric} {number(row['candidate'])} against {number(row['champion'])}"
+
+
+def _interval(metric: str, row: dict[str, Any]) -> str:
+    number = _format(metric)
+    return f"{number(row['low'], '+')} to {number(row['high'], '+')}"
 
 
 def _format(metric: str) -> Any:

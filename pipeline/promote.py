@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import compare as comparing
 from pipeline import graph, manifest, notify, verify
-from pipeline.compare import BASE, CompareError
+from pipeline.compare import BASE, CompareError, UnfairError
 from pipeline.decisions import (
     DecisionError,
     Record,
@@ -69,6 +69,7 @@ def promote(
     name = publishing.registered_model_name
     registry = ModelRegistry(publishing.tracking_uri, name, root)
     candidate = resolve(version, store, registry, name, root)
+    refuse_deleted(read_log(store, name), candidate)
     published = _published(store, candidate, publishing)
     while True:
         log = read_log(store, name)
@@ -80,10 +81,10 @@ def promote(
             against = serving or BASE
             return Decision("unchanged", candidate, number, serving, against, settled or "", {}, [], warnings)
         label = _label(serving, registry)
-        comparison, notes = _compare(store, published, serving, params, root, force)
+        comparison, notes, unfair = _compare(store, published, serving, params, root, force)
         failed = comparing.refusals(comparison)
-        verdict = comparing.reason(comparison, label, params.primary_metric) if comparison else ""
-        passed = force is not None or not failed
+        verdict = comparing.reason(comparison, label, params.primary_metric) if comparison else unfair
+        passed = force is not None or not (failed or unfair)
         waits = passed and force is None and params.approval == "manual"
         kind = "proposed" if waits else "promoted" if passed else "refused"
         record = Record(
@@ -96,7 +97,7 @@ def promote(
             comparison=comparison,
             gate=params.gate(),
             manifest_sha256=manifest.digest(published),
-            overruled=[] if force is None else [*failed, *([settled] if settled else [])],
+            overruled=[] if force is None else [*failed, *filter(None, [unfair, settled])],
             notes=notes,
         )
         made = append(store, name, record)
@@ -288,13 +289,14 @@ def resolve(version: str | None, store: ArtifactStore, registry: ModelRegistry, 
 
 def _compare(
     store: ArtifactStore, published: Manifest, serving: str | None, params: PromoteParams, root: Path, force: str | None
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], list[str], str]:
+    """The comparison, its notes, and why none is fair; who forces a promotion needs none."""
     try:
-        return comparing.compare(store, published, serving, params, root)
+        return *comparing.compare(store, published, serving, params, root), ""
     except CompareError as error:
-        if force is None:
+        if force is None and not isinstance(error, UnfairError):
             raise
-        return {}, [f"not compared: {error}"]
+        return {}, ["no numbers: candidate and champion were not compared"], str(error)
 
 
 def _published(store: ArtifactStore, version: str, publishing: PublishParams) -> Manifest:

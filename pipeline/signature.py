@@ -51,9 +51,10 @@ def sign(params: PublishParams, manifest: bytes) -> bytes | None:
         else:
             certificates = _blocks(Path(params.signing_certificate), "CERTIFICATE")
             with tempfile.TemporaryDirectory() as folder:
-                paths = _write_each(Path(folder), certificates)
+                own, *others = _write_each(Path(folder), certificates)
+                # An empty chain is a PEM error there; the certificate once more changes nothing.
                 config.use_certificate_signer(
-                    private_key=key, signing_certificate=paths[0], certificate_chain=paths[1:]
+                    private_key=key, signing_certificate=own, certificate_chain=others or [own]
                 )
         with tempfile.TemporaryDirectory() as folder:
             config.sign(json.loads(manifest)["version"], Path(folder) / "sig")

@@ -14,6 +14,7 @@ from pipeline import manifest as manifests
 from pipeline import signature
 from pipeline.decisions import read_log
 from pipeline.files import read_json
+from pipeline.graph import GraphError
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.params import PublishParams
 from pipeline.publish import fetch_file
@@ -74,7 +75,10 @@ def require_intact(store: ArtifactStore, manifest: Manifest, params: PublishPara
 
 
 def _check_id(manifest: Manifest) -> Check:
-    found = manifests.version_of(manifest)
+    try:
+        found = manifests.version_of(manifest)
+    except (GraphError, KeyError, TypeError) as error:
+        return Check("id", False, f"dvc.lock in the manifest names no version: {error}")
     return Check("id", found == manifest["version"], f"dvc.lock in the manifest gives {found}")
 
 
