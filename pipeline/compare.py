@@ -95,9 +95,8 @@ def reason(comparison: Comparison, against: str, primary: str) -> str:
     for metric in failed:
         row = comparison[metric]
         whose = f" of {against}" if metric == failed[0] else ""
-        parts.append(
-            f"{_scores(metric, row)}{whose} (95 % CI of the difference {_interval(metric, row)}, needed {row['needed']})"
-        )
+        numbers = f"95 % CI of the difference {_interval(metric, row)}, needed {row['needed']}"
+        parts.append(f"{_scores(metric, row)}{whose} ({numbers})")
     return "; ".join(parts)
 
 
