@@ -94,9 +94,9 @@ def reason(comparison: Comparison, against: str, primary: str) -> str:
     parts = []
     for metric in failed:
         row = comparison[metric]
-        whose = f" of {against}" if metric == failed[0] else ""
-        numbers = f"95 % CI of the difference {_interval(metric, row)}, needed {row['needed']}"
-        parts.append(f"{_scores(metric, row)}{whose} ({numbers})")
+        first = metric == failed[0]
+        numbers = f"{'95 % CI ' if first else ''}{_interval(metric, row)}, needed {row['needed']}"
+        parts.append(f"{_scores(metric, row)}{f' of {against}' if first else ''} ({numbers})")
     return "; ".join(parts)
 
 

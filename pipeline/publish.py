@@ -70,6 +70,7 @@ def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
     Raises:
         PublishError: there is no such version, or no key to sign with.
         StoreError: an object is missing or altered.
+        RegistryError: MLflow cannot be reached; the version is signed all the same.
     """
     store = open_store(params.artifact_store, root)
     manifest = read_manifest(store, version)
@@ -82,7 +83,9 @@ def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
     signed = signature.sign(params, data)
     if signed is None:
         raise PublishError("publish.signing_key is null; it names the private key to sign with")
-    return store.create(signature.signature_key(version, data), signed)
+    made = store.create(signature.signature_key(version, data), signed)
+    ModelRegistry(params.tracking_uri, params.registered_model_name, root).mark(version, {"signed": "true"})
+    return made
 
 
 def register(store: ArtifactStore, registry: ModelRegistry, manifest: Manifest) -> str:

@@ -2,14 +2,18 @@
 
 import http.server
 import json
+import os
+import pty
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import with_
+from conftest import environment, with_, write_params
 from versions import ITEMS, parameters, published, records, registry_lost
 
 from pipeline import promote as gate
@@ -187,6 +191,32 @@ def test_manual_approval_waits_with_the_numbers_and_promotes_when_a_person_agree
     ]
     with pytest.raises(PromoteError, match="no version waits for approval"):
         gate.approve(manual.publish, manual.promote, root=tmp_path)
+
+
+@pytest.mark.parametrize(("keys", "decision"), [("y\nfine\n", "promoted"), ("n\nnot yet\n", "refused")])
+def test_promote_on_a_terminal_shows_the_numbers_and_asks(
+    tmp_path: Path, manual: Params, keys: str, decision: str
+) -> None:
+    version = published(tmp_path, manual, 0.5)
+    write_params(tmp_path, manual)
+    master, slave = pty.openpty()
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "promote", version],
+            cwd=tmp_path,
+            env=environment(),
+            stdin=slave,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        os.write(master, keys.encode())
+        output, _ = child.communicate(timeout=120)
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert child.returncode == (0 if decision == "promoted" else 3)
+    assert output.index("│ rougeL") < output.index("Make it the champion?")
+    assert [(r["decision"], r["reason"]) for r in records(tmp_path)][1:] == [(decision, keys.split("\n")[1])]
 
 
 def test_a_rejected_version_is_refused_and_not_proposed_again(tmp_path: Path, manual: Params) -> None:

@@ -22,6 +22,7 @@ from pipeline import manifest as manifests
 from pipeline import promote as gate
 from pipeline import publish, signature
 from pipeline.params import Params
+from pipeline.registry import ModelRegistry
 from pipeline.signature import PASSWORD_VARIABLE, SignatureError
 from pipeline.store import StoreError, open_store
 from pipeline.verify import verify
@@ -233,6 +234,7 @@ def test_promotion_refuses_an_unsigned_version_and_takes_it_once_it_is_signed(tm
     signing = with_(strict, publish={"signing_key": str(keys / "ours.pem")})
     assert publish.sign(signing.publish, version, tmp_path)
     assert not publish.sign(signing.publish, version, tmp_path)
+    assert (ModelRegistry(params.publish.tracking_uri, "retune-sample").tags(version) or {})["signed"] == "true"
     assert gate.promote(strict.publish, strict.promote, version, tmp_path).decision == "promoted"
 
 
