@@ -4,6 +4,7 @@ Each DVC stage runs as `dvc repro` of that stage in a child process, so `dvc rep
 work as done. Training is never retried: a second attempt is a person's decision, and goes on from the last checkpoint.
 """
 
+import fcntl
 import json
 import os
 import sys
@@ -22,6 +23,9 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.client.schemas.objects import State
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
 from prefect.states import Completed
 from rich.console import Console
 from rich.table import Table
@@ -29,12 +33,14 @@ from rich.table import Table
 from pipeline import graph
 from pipeline import promote as gate
 from pipeline import publish as shipping
+from pipeline.commands import verdict_table
+from pipeline.compare import verdict_rows
 from pipeline.files import read_json
 from pipeline.params import Params, load_params
 from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
-from pipeline.snapshot import recover
 from pipeline.redact import redact, redact_process, redacted_errors
+from pipeline.snapshot import recover
 from pipeline.statistics import METRICS
 from pipeline.store import open_store
 
@@ -67,7 +73,7 @@ class StageResult:
 @flow(name="retrain", flow_run_name="retrain-{trigger}", validate_parameters=False)
 def retrain(trigger: str = "by-hand") -> dict[str, Any]:
     params = load_params()
-    return summary(
+    result = summary(
         [
             ingest(),
             prepare(),
@@ -78,6 +84,15 @@ def retrain(trigger: str = "by-hand") -> dict[str, Any]:
             promote(params),
         ]
     )
+    return wait_for_approval(params, result)
+
+
+class Approval(RunInput):
+    """What a person fills in when they resume a run that waits."""
+
+    your_name: str
+    approve: bool = False
+    reason: str = ""
 
 
 @task
@@ -138,8 +153,56 @@ def publish(params: Params) -> State[Any]:
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
     decision = gate.promote(params.publish, params.promote)
-    create_markdown_artifact(f"**{decision.decision}**: v{decision.number}: {decision.reason}", key="verdict")
+    create_markdown_artifact(_verdict(asdict(decision)), key="verdict")
     return _state("promote", decision.decision, started, asdict(decision))
+
+
+@task
+def approve(params: Params, version: str, answer: Approval) -> State[Any]:
+    started = time.monotonic()
+    actor = f"{answer.your_name} (dashboard)"
+    decision = gate.approve(params.publish, params.promote, version, answer.approve, answer.reason, actor)
+    create_markdown_artifact(_verdict(asdict(decision)), key="verdict")
+    return _state("approve", decision.decision, started, asdict(decision))
+
+
+def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
+    """Where `promote.approval` is manual: pause until a person, who sees the numbers, resumes the run.
+
+    Nothing is held meanwhile: the stages' processes have ended, and the project's run lock is let go of. A run on a
+    server of its own, which nobody sees, does not wait; nor does one for longer than `promote.approval_hours`. The
+    proposal stays in the promotion log, and `retune promote --approve` answers it.
+    """
+    decision = result["decision"]
+    if decision["decision"] != "proposed" or os.environ.get("RETUNE_DASHBOARD") == "":
+        return result
+    _say(
+        f"promote: version {decision['version']} passes and waits for approval in the dashboard: resume this run there"
+    )
+    if "RETUNE_RUN_LOCK" in os.environ:  # inherited from `retune run`, and unlocked for both
+        fcntl.flock(int(os.environ["RETUNE_RUN_LOCK"]), fcntl.LOCK_UN)
+    form = Approval.with_initial_data(description=_verdict(decision), approve=False)
+    try:
+        answer = pause_flow_run(form, timeout=int(params.promote.approval_hours * 3600), poll_interval=2)
+    except FlowPauseTimeout:
+        _say(
+            f"promote: nobody answered in {params.promote.approval_hours:g} hours; `retune promote --approve` still can"
+        )
+        return result
+    answered: StageResult = approve(params, decision["version"], answer).result()
+    return result | {"decision": answered.detail}
+
+
+def _verdict(decision: dict[str, Any]) -> str:
+    """A decision as Markdown, for people in the dashboard."""
+    name = f"v{decision['number']}" if decision["number"] else decision["version"]
+    lines = [f"**{decision['decision']}**: {name}: {decision['reason']}", ""]
+    rows = verdict_rows(decision["comparison"])
+    if rows:
+        lines += ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+        lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    lines += ["", *(f"- {note}" for note in [*decision["notes"], *decision["warnings"]])]
+    return "\n".join(lines)
 
 
 def summary(states: list[State[Any]]) -> dict[str, Any]:
@@ -219,6 +282,12 @@ def show(result: dict[str, Any], seconds: float) -> None:
         + ("" if version["created"] else ", published before")
     )
     print(f"Verdict   {decision['decision']}: {decision['reason']}")
+    if decision["comparison"]:
+        console.print(verdict_table(decision["comparison"]))
+    for line in [*decision["notes"], *decision["warnings"]]:
+        print(f"          {line}")
+    if decision["decision"] == "proposed":
+        print("          it waits for a person: `retune promote --approve`, or `--reject --reason …`")
     print("Files     artifacts/merged is the model, artifacts/evaluation/report.md the report")
 
 

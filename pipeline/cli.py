@@ -18,7 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.files import WORK_DIR, write_json
+from pipeline import commands
+from pipeline.commands import Json
+from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
 from pipeline.redact import redact, redact_process
@@ -30,7 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text: boxes cut sentences in pieces
     help="Scheduled, gated retraining of LLM adapters. Run it in the project's top folder.",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ARTIFACTS = Path("artifacts")
 
 
@@ -73,7 +74,7 @@ def run(json_output: Json = False) -> None:
     from pipeline.store import open_store
 
     params = load_params()
-    with _only_run():
+    with _only_run() as lock:
         recover()  # an ingest that was killed half-way
         open_store(params.publish).probe()  # a store that cannot be written is no news for after the training
         up = server.running()
@@ -89,8 +90,14 @@ def run(json_output: Json = False) -> None:
         with server.for_one_run() as prefect:
             status = run_forwarding_sigterm(
                 python_ending_with_parent("flows.retrain", *(["--json"] if json_output else [])),
-                # The flow prints its own lines; Prefect's go to the server.
-                env=server.environment(Path("."), prefect.url) | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"},
+                env=server.environment(Path("."), prefect.url)
+                | {
+                    # The flow prints its own lines; Prefect's go to the server.
+                    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+                    "RETUNE_RUN_LOCK": str(lock),  # the flow lets go of it while it waits for a person
+                    "RETUNE_DASHBOARD": "" if up is None else prefect.url,
+                },
+                pass_fds=[lock],
             )
     if status in (130, 143):
         print("run: interrupted; `retune run` goes on from the last checkpoint", file=sys.stderr)
@@ -188,6 +195,7 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
     # DVC forwards no signals: when it dies, its stage must not go on alone. SIGTERM lets a training save a checkpoint.
     end_with_parent(signal.SIGTERM)
+    from pipeline import timings
     from pipeline.params import load_params
 
     params = load_params()
@@ -195,81 +203,12 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     summary = _run_stage(name, params)
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    write_json(WORK_DIR / "stages" / f"{name}.json", {"seconds": seconds, "peak_memory_bytes": peak})
+    timings.record(name, seconds, peak)
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-@app.command()
-def publish(json_output: Json = False) -> None:
-    """Ship the workspace's artifacts as a version: store first, registry after."""
-    from pipeline.params import load_params
-    from pipeline.publish import publish as do
-
-    result = do(load_params().publish)
-    if json_output:
-        print(json.dumps(asdict(result)))
-    elif result.created:
-        print(f"publish: version v{result.number} ({result.version}), {result.uploaded_bytes / 1e6:.1f} MB uploaded")
-    else:
-        print(f"publish: already published as v{result.number} ({result.version})")
-
-
-@app.command()
-def promote(
-    version: Annotated[str | None, typer.Argument(help="v3, 3 or a version's id; else the workspace's.")] = None,
-    json_output: Json = False,
-) -> None:
-    """Make a version the champion if it is measurably better; a refusal (exit status 3) shows both numbers."""
-    from pipeline.params import load_params
-    from pipeline.promote import promote as do
-
-    params = load_params()
-    decision = do(params.publish, params.promote, version)
-    if json_output:
-        print(json.dumps(asdict(decision)))
-    else:
-        print(f"promote: v{decision.number} {decision.decision}: {decision.reason}")
-    if decision.champion != decision.version:
-        raise typer.Exit(3)
-
-
-@app.command()
-def rollback(
-    to: Annotated[str | None, typer.Option(help="The version to go back to; else the champion before.")] = None,
-    reason: Annotated[str, typer.Option(help="Kept in the history.")] = "rolled back by hand",
-    json_output: Json = False,
-) -> None:
-    """Put the previous champion back."""
-    from pipeline.params import load_params
-    from pipeline.promote import rollback as do
-
-    record = do(load_params().publish, to, reason)
-    if json_output:
-        print(json.dumps(asdict(record)))
-    else:
-        print(f"rollback: {record.champion} is champion again; it was {record.previous}")
-
-
-@app.command()
-def history(json_output: Json = False) -> None:
-    """Every promotion, refusal and rollback: when, who, what, and with which numbers."""
-    from pipeline.params import load_params
-    from pipeline.promote import history as do
-    from pipeline.registry import ModelRegistry
-
-    params = load_params()
-    log = do(params.publish)
-    if json_output:
-        print(json.dumps([asdict(record) for record in log]))
-        return
-    if not log:
-        print("history: nothing was decided yet; `retune run` trains, publishes and decides")
-        return
-    registry = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name)
-    for record in log:
-        mark = "champion" if record.version == log[-1].champion == record.champion else ""
-        print(f"{record.number:>3}  {record.time}  v{registry.version_of(record.version)} {record.version}  "
-              f"{record.decision:<9} {mark:<8} by {record.actor}\n     {record.reason}")  # fmt: skip
+for command in commands.COMMANDS:
+    app.command()(command)
 
 
 @app.command("diff-data")
@@ -365,8 +304,8 @@ def plan(
 def status(json_output: Json = False) -> None:
     """Which server runs, what is stale, who is champion."""
     from pipeline import graph, server
+    from pipeline.decisions import canary, champion, proposed, read_log
     from pipeline.params import load_params
-    from pipeline.registry import champion, read_log
     from pipeline.store import open_store
 
     params = load_params()
@@ -378,13 +317,24 @@ def status(json_output: Json = False) -> None:
     except RunUnderWay:
         stale = ["a run is under way"]
     log = read_log(open_store(params.publish), params.publish.registered_model_name)
-    answer = {"dashboard": prefect.url if prefect else None, "stale": stale, "champion": champion(log)}
+    waiting = proposed(log)
+    answer = {
+        "dashboard": prefect.url if prefect else None,
+        "stale": stale,
+        "champion": champion(log),
+        "canary": canary(log),
+        "waiting": waiting.version if waiting else None,
+    }
     if json_output:
         print(json.dumps(answer))
         return
     print(f"dashboard  {answer['dashboard'] or 'not running (`retune up` starts it)'}")
     print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
     print(f"champion   {answer['champion'] or 'none yet'}")
+    if answer["canary"]:
+        print(f"canary     {answer['canary']}")
+    if answer["waiting"]:
+        print(f"waiting    {answer['waiting']} for approval (`retune promote --approve`)")
 
 
 @app.command(hidden=True)
@@ -422,6 +372,8 @@ def _environment() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         # Threads that wait by spinning take the core that the others wait for: 3 times slower beside a busy process.
         "OMP_WAIT_POLICY": "PASSIVE",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a registry that is down is said within a minute, not ten
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(work / "dvc"),
     }
@@ -480,8 +432,11 @@ def _run_stage(name: str, params: Any) -> str:
 
 
 @contextmanager
-def _only_run() -> Iterator[None]:
-    """Hold the project's run lock: two runs would write the same artifacts, or read data that changes under them."""
+def _only_run() -> Iterator[int]:
+    """Hold the project's run lock: two runs would write the same artifacts, or read data that changes under them.
+
+    Yields the lock's file descriptor: a child that inherits it can let go of the lock for both.
+    """
     WORK_DIR.mkdir(exist_ok=True)
     with (WORK_DIR / "run.lock").open("a+") as lock:
         try:
@@ -492,7 +447,7 @@ def _only_run() -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
+        yield lock.fileno()
 
 
 def _say_nothing_to_do(version: str, reason: str, json_output: bool) -> None:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from pipeline.registry import champion, read_log
+from pipeline.decisions import champion, read_log
 from pipeline.store import ArtifactStore, Stored, StoreError
 
 DAY_S = 24 * 3600

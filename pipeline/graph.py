@@ -101,19 +101,24 @@ def lock(root: Path = Path(".")) -> dict[str, Any]:
     return tree
 
 
-def shipped_digests(root: Path = Path(".")) -> dict[str, str]:
-    """DVC's digest of each folder that a version consists of, from `dvc.lock`.
+def digests_of_outputs(stages: dict[str, Any]) -> dict[str, str]:
+    """DVC's digest of each folder that a version consists of, from the stages of a `dvc.lock`.
 
     Raises:
         GraphError: a stage has not run.
     """
-    outs = {out["path"]: out["md5"] for stage in lock(root)["stages"].values() for out in stage.get("outs", [])}
+    outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
     missing = [path for path in SHIPPED if path not in outs]
     if missing:
         raise GraphError(f"dvc.lock has no {', '.join(missing)}; `dvc repro` runs the missing stages")
     return {path: outs[path] for path in SHIPPED}
 
 
+def id_of_digests(digests: dict[str, str]) -> str:
+    """Name of the version with these digests: the same content has the same name on every machine."""
+    return sha256_json(digests)[:16]
+
+
 def version_id(root: Path = Path(".")) -> str:
-    """Name of the version that the workspace's artifacts are: the same content has the same name on every machine."""
-    return sha256_json(shipped_digests(root))[:16]
+    """Name of the version that the workspace's artifacts are."""
+    return id_of_digests(digests_of_outputs(lock(root)["stages"]))

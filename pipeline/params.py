@@ -206,11 +206,22 @@ class PublishParams(Section):
     server_side_encryption: Literal["AES256", "aws:kms"] | None
     sse_kms_key_id: str | None
     max_concurrency: Annotated[int, Field(ge=1, le=64)]
-    tracking_uri: Annotated[str, Field(pattern=r"^sqlite:///.+")]
+    tracking_uri: Annotated[str, Field(pattern=r"^(sqlite:///.+|https?://[^@]+)$")]  # no password in a file
     registered_model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    price_per_hour: Annotated[float, Field(ge=0)] | None
+    signing_key: str | None
+    signing_certificate: str | None
+    verify_key: str | None
+    require_signature: bool
+    keep_versions: Positive | None
+    keep_champions: Positive
 
     @model_validator(mode="after")
     def check(self) -> "PublishParams":
+        if self.require_signature and self.verify_key is None:
+            raise ValueError("publish.require_signature is true, but publish.verify_key names no key to check with")
+        if self.signing_certificate is not None and self.signing_key is None:
+            raise ValueError("publish.signing_certificate needs publish.signing_key, the certificate's private key")
         if self.endpoint_url is not None and "@" in self.endpoint_url:
             raise ValueError("publish.endpoint_url holds a user or password; credentials belong to boto3's own places")
         if self.sse_kms_key_id is not None and self.server_side_encryption != "aws:kms":
@@ -223,6 +234,13 @@ class PromoteParams(Section):
     min_improvement: Annotated[float, Field(ge=0)]
     guard_metrics: dict[Metric, Annotated[float, Field(ge=0)]]
     seed: Annotated[int, Field(ge=0)]
+    approval: Literal["auto", "manual"]
+    approval_hours: Annotated[float, Field(gt=0)]
+    webhooks: list[Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]]
+
+    def gate(self) -> dict[str, Any]:
+        """What decides: two versions are not compared twice by the same gate."""
+        return self.model_dump(include={"primary_metric", "min_improvement", "guard_metrics", "seed"})
 
 
 class Params(Section):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -67,9 +67,9 @@ def run_streaming(
         child.stdout.close()
 
 
-def run_forwarding_sigterm(command: list[str], env: Mapping[str, str]) -> int:
+def run_forwarding_sigterm(command: list[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> int:
     """Run `command` to its end and return its exit status; SIGTERM and Ctrl-C end it and are waited for (143, 130)."""
-    child = subprocess.Popen(command, env=dict(env))
+    child = subprocess.Popen(command, env=dict(env), pass_fds=pass_fds)
     previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         status = child.wait()

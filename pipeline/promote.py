@@ -1,30 +1,34 @@
 """promote: a published version in; it becomes champion if it is measurably better, or is refused with both numbers.
 
-Candidate and champion are compared on the same frozen test items, by the scores of the merged models that would serve.
-Scores that a version was published with count only if test split, decoding, metric signatures and library versions are
-today's; else the version is fetched and scored again.
+Every change of the champion, by the gate, by a person's approval or force, or by a rollback, is one record of the
+promotion log; the registry's aliases and the webhooks follow. Refused: versions that are not published, were deleted,
+or, where `publish.require_signature` is on, are not signed by a trusted key for what is stored.
 """
 
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline import graph
-from pipeline.files import WORK_DIR, read_json, write_json
+from pipeline import compare as comparing
+from pipeline import graph, manifest, notify, verify
+from pipeline.compare import BASE, CompareError, UnfairError
+from pipeline.decisions import (
+    DecisionError,
+    Record,
+    append,
+    canary,
+    champion,
+    champions,
+    proposed,
+    read_log,
+    refuse_deleted,
+    rolled_back,
+)
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.params import PromoteParams, PublishParams
-from pipeline.process import python_ending_with_parent
-from pipeline.publish import Manifest, fetch_version, read_manifest
-from pipeline.registry import ModelRegistry, Record, append, champion, champions, read_log, rolled_back
-from pipeline.statistics import corpus_score, group_of, metric_items, num_groups, paired_difference
+from pipeline.publish import register
+from pipeline.registry import ModelRegistry, RegistryError
 from pipeline.store import ArtifactStore, open_store
-
-RESAMPLES = 2000
-MIN_GROUPS = 20  # independent test items (or groups of them) below which nothing is promoted
 
 
 class PromoteError(RuntimeError):
@@ -33,93 +37,204 @@ class PromoteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Decision:
-    decision: str  # promoted | refused | unchanged
+    decision: str  # promoted | refused | proposed | unchanged
     version: str
-    number: str | None  # MLflow's version number
+    number: str | None  # MLflow's version number; None while the registry cannot be reached
     champion: str | None  # version that serves after the decision
     against: str  # what the candidate was compared with: a version, or "the base model"
     reason: str
-    comparison: dict[str, Any]  # metric → candidate, champion, difference, low, high, margin, passed
+    comparison: dict[str, Any]  # metric → candidate, champion, difference, low, high, margin, needed, passed
+    notes: list[str] = field(default_factory=list)  # what a reader of the numbers must know
+    warnings: list[str] = field(default_factory=list)  # what did not work after the decision; nothing undoes it
 
 
 def promote(
-    publishing: PublishParams, params: PromoteParams, version: str | None = None, root: Path = Path(".")
+    publishing: PublishParams,
+    params: PromoteParams,
+    version: str | None = None,
+    root: Path = Path("."),
+    force: str | None = None,
 ) -> Decision:
     """Decide on `version` (content id, or MLflow number), by default the one that the workspace's artifacts are.
 
+    `force`: the reason of a person who overrules gate and earlier decisions; the numbers are recorded beside it. It
+    overrules neither a deletion nor `publish.require_signature`.
+
     Raises:
-        PromoteError: no such version, or the primary metric counts no test item.
+        PromoteError: no such version, or one that may not be promoted.
+        CompareError: no fair comparison can be made.
+        SignatureError: the version is unsigned or altered, and publish.require_signature is on.
     """
     store = open_store(publishing, root)
     name = publishing.registered_model_name
-    registry = ModelRegistry(publishing.tracking_uri, name)
-    candidate = _resolve(version, registry, root)
-    manifest = read_manifest(store, candidate)
-    if manifest is None:
-        raise PromoteError(f"version {candidate} is not published in {store.uri}; `retune publish` does that")
+    registry = ModelRegistry(publishing.tracking_uri, name, root)
+    candidate = resolve(version, store, registry, name, root)
+    refuse_deleted(read_log(store, name), candidate)
+    published = _published(store, candidate, publishing)
     while True:
         log = read_log(store, name)
+        refuse_deleted(log, candidate)
         serving = champion(log)
         settled = settled_reason(log, candidate, params)
-        if settled is not None:
-            registry.project(serving)
-            return Decision("unchanged", candidate, registry.version_of(candidate), serving, serving or "", settled, {})
-        comparison = compare(store, manifest, serving, params, root)
-        refusals = [metric for metric, row in comparison.items() if not row["passed"]]
-        against = serving or "the base model"
-        reason = _reason(comparison, refusals, params, _label(serving, registry))
+        if candidate == serving or (settled is not None and force is None):
+            number, warnings = _project(store, registry, log, candidate)
+            against = serving or BASE
+            return Decision("unchanged", candidate, number, serving, against, settled or "", {}, [], warnings)
+        label = _label(serving, registry)
+        comparison, notes, unfair = _compare(store, published, serving, params, root, force)
+        failed = comparing.refusals(comparison)
+        verdict = comparing.reason(comparison, label, params.primary_metric) if comparison else unfair
+        passed = force is not None or not (failed or unfair)
+        waits = passed and force is None and params.approval == "manual"
+        kind = "proposed" if waits else "promoted" if passed else "refused"
         record = Record(
             number=len(log) + 1,
-            decision="refused" if refusals else "promoted",
+            decision=kind,
             version=candidate,
-            champion=serving if refusals else candidate,
+            champion=candidate if kind == "promoted" else serving,
             previous=serving,
-            reason=reason,
+            reason=verdict if force is None else force,
             comparison=comparison,
-            gate=params.model_dump(),
+            gate=params.gate(),
+            manifest_sha256=manifest.digest(published),
+            overruled=[] if force is None else [*failed, *filter(None, [unfair, settled])],
+            notes=notes,
         )
-        if append(store, name, record):
-            registry.project(record.champion)
-            number = registry.version_of(candidate)
-            return Decision(record.decision, candidate, number, record.champion, against, reason, comparison)
+        made = append(store, name, record)
+        if made is not None:
+            return _decided(store, registry, publishing, params, made)
         # Another promoter wrote this record first; the champion may be another one now.
 
 
-def rollback(
-    publishing: PublishParams, to: str | None = None, reason: str = "rolled back by hand", root: Path = Path(".")
-) -> Record:
-    """Make the champion before this one (or version `to`) champion again.
+def approve(
+    publishing: PublishParams,
+    params: PromoteParams,
+    version: str | None = None,
+    agreed: bool = True,
+    reason: str = "",
+    actor: str = "",
+    root: Path = Path("."),
+) -> Decision:
+    """A person's answer to the version that passed the gate and waits: it is promoted, or recorded as refused.
 
     Raises:
-        PromoteError: there is no earlier champion, or `to` never was one.
+        PromoteError: no version waits, or another one than `version`, or the champion is not the one compared with.
+        SignatureError: as for `promote`.
     """
     store = open_store(publishing, root)
     name = publishing.registered_model_name
-    registry = ModelRegistry(publishing.tracking_uri, name)
+    registry = ModelRegistry(publishing.tracking_uri, name, root)
+    while True:
+        log = read_log(store, name)
+        waiting = proposed(log)
+        wanted = resolve(version, store, registry, name, root) if version is not None else None
+        if waiting is None or wanted not in (None, waiting.version):
+            who = f"version {registry.label(waiting.version)}" if waiting else "no version"
+            raise PromoteError(
+                f"{who} waits for approval{'' if wanted is None else f', not {wanted}'}; `retune promote` decides anew "
+                "where the champion has changed since"
+            )
+        published = _published(store, waiting.version, publishing)
+        if manifest.digest(published) != waiting.manifest_sha256:
+            raise PromoteError(f"version {waiting.version} is not the one that passed: its manifest was altered")
+        serving = champion(log)
+        record = replace(
+            waiting,
+            number=len(log) + 1,
+            decision="promoted" if agreed else "refused",
+            champion=waiting.version if agreed else serving,
+            previous=serving,
+            reason=reason or (f"approved: {waiting.reason}" if agreed else "not approved"),
+            actor=actor,
+            time="",
+            proposal=waiting.number,
+        )
+        made = append(store, name, record)
+        if made is not None:
+            return _decided(store, registry, publishing, params, made)
+
+
+def rollback(
+    publishing: PublishParams,
+    params: PromoteParams,
+    to: str | None = None,
+    reason: str = "rolled back by hand",
+    root: Path = Path("."),
+) -> tuple[Record, list[str]]:
+    """Make the champion before this one (or version `to`) champion again; returns the record, and warnings.
+
+    Raises:
+        PromoteError: there is no earlier champion, or `to` never was one.
+        SignatureError: as for `promote`.
+    """
+    store = open_store(publishing, root)
+    name = publishing.registered_model_name
+    registry = ModelRegistry(publishing.tracking_uri, name, root)
     while True:
         log = read_log(store, name)
         line = champions(log)
         if to is None and len(line) < 2:
             raise PromoteError(f"{name} has no champion before the present one; `retune history` lists the decisions")
-        target = line[-2] if to is None else _resolve(to, registry, root)
+        target = line[-2] if to is None else resolve(to, store, registry, name, root)
         if target == champion(log):
             raise PromoteError(f"version {target} is the champion already")
         if target not in {record.champion for record in log}:
             raise PromoteError(f"version {target} never was champion of {name}; `retune promote` decides on it first")
-        if read_manifest(store, target) is None:
-            raise PromoteError(f"version {target} is no longer in {store.uri}")
-        record = Record(len(log) + 1, "rollback", target, target, champion(log), reason)
-        if append(store, name, record):
-            registry.project(target)
-            return read_log(store, name)[record.number - 1]
+        refuse_deleted(log, target)
+        published = _published(store, target, publishing)
+        record = Record(
+            len(log) + 1, "rollback", target, target, champion(log), reason, manifest_sha256=manifest.digest(published)
+        )
+        made = append(store, name, record)
+        if made is not None:
+            _, warnings = _project(store, registry, [*log, made], target)
+            return made, warnings + notify.tell(params.webhooks, name, made)
 
 
-def history(publishing: PublishParams, root: Path = Path(".")) -> list[Record]:
-    """Every decision, oldest first; puts the registry's alias right on the way."""
-    log = read_log(open_store(publishing, root), publishing.registered_model_name)
-    if log:
-        ModelRegistry(publishing.tracking_uri, publishing.registered_model_name).project(champion(log))
-    return log
+def set_canary(
+    publishing: PublishParams, version: str | None, reason: str = "", root: Path = Path(".")
+) -> tuple[Record, list[str]]:
+    """Make `version` the canary, or with None end the present one; returns the record, and warnings.
+
+    Raises:
+        PromoteError: the version is the champion or not published, or there is no canary to end.
+        SignatureError: as for `promote`: a canary serves people.
+    """
+    store = open_store(publishing, root)
+    name = publishing.registered_model_name
+    registry = ModelRegistry(publishing.tracking_uri, name, root)
+    while True:
+        log = read_log(store, name)
+        serving, now = champion(log), canary(log)
+        if version is None:
+            if now is None:
+                raise PromoteError(f"{name} has no canary")
+            record = Record(len(log) + 1, "canary-ended", now, serving, serving, reason or "ended by hand")
+        else:
+            target = resolve(version, store, registry, name, root)
+            if target in (serving, now):
+                raise PromoteError(f"version {target} is the {'champion' if target == serving else 'canary'} already")
+            refuse_deleted(log, target)
+            digest = manifest.digest(_published(store, target, publishing))
+            record = Record(
+                len(log) + 1, "canary", target, serving, serving, reason or "set by hand", manifest_sha256=digest
+            )
+        made = append(store, name, record)
+        if made is not None:
+            return made, _project(store, registry, [*log, made], record.version)[1]
+
+
+def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
+    """Every decision, oldest first, and warnings; puts the registry's aliases right on the way."""
+    store = open_store(publishing, root)
+    log = read_log(store, publishing.registered_model_name)
+    if not log:
+        return [], []
+    try:
+        registry = ModelRegistry(publishing.tracking_uri, publishing.registered_model_name, root)
+    except RegistryError as error:
+        return log, [str(error)]
+    return log, _project(store, registry, log, log[-1].version)[1]
 
 
 def settled_reason(log: list[Record], version: str, params: PromoteParams) -> str | None:
@@ -130,130 +245,110 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams) -> st
     serving = champion(log)
     if version == serving:
         return "it is the champion"
+    try:
+        refuse_deleted(log, version)
+    except DecisionError as error:
+        return str(error)
     if version in rolled_back(log):
         return f"it was rolled back; `retune rollback --to {version}` makes it champion again"
-    earlier = next((record for record in reversed(log) if record.version == version), None)
-    if earlier is not None and earlier.previous == serving and earlier.gate == params.model_dump():
-        return f"refused before, and champion and gate are the same: {earlier.reason}"
+    same = [r for r in log if r.version == version and r.previous == serving and r.gate == params.gate()]
+    for earlier in reversed(same):
+        if earlier.decision == "refused":
+            return f"refused before, and champion and gate are the same: {earlier.reason}"
+        if earlier.decision == "proposed" and earlier == proposed(log) and params.approval == "manual":
+            return f"it waits for approval (`retune promote --approve`): {earlier.reason}"
     return None
 
 
 def settled(publishing: PublishParams, params: PromoteParams, version: str, root: Path = Path(".")) -> str | None:
     """As `settled_reason`, for a published version; None when it is not published. Quick: asks no registry."""
     store = open_store(publishing, root)
-    if read_manifest(store, version) is None:
+    log = read_log(store, publishing.registered_model_name)
+    if read_manifest(store, version) is None and version not in {record.version for record in log}:
         return None
-    return settled_reason(read_log(store, publishing.registered_model_name), version, params)
+    return settled_reason(log, version, params)
 
 
-def compare(
-    store: ArtifactStore, candidate: Manifest, serving: str | None, params: PromoteParams, root: Path = Path(".")
-) -> dict[str, Any]:
-    """Each gating metric: both scores, the paired difference with its 95 % interval, the margin, and whether it passes.
+def resolve(version: str | None, store: ArtifactStore, registry: ModelRegistry, name: str, root: Path) -> str:
+    """The content id of a version named by number (3 or v3), id, `champion` or `canary`; None: the workspace's.
 
-    The primary metric passes when the whole interval lies above `min_improvement`; a guard metric when it lies above
-    minus its margin. Without a champion the base model that the candidate was tuned from stands in.
+    Raises:
+        RegistryError: the registry has no such number.
+        PromoteError: there is no champion, or no canary.
     """
-    if serving is None:
-        folder = root / WORK_DIR / "versions" / candidate["version"]
-        ours = pq.read_table(fetch_version(store, candidate, "parity", folder) / "items.merged.parquet")
-        theirs = pq.read_table(fetch_version(store, candidate, "evaluation", folder) / "items.base.parquet")
-    else:
-        manifest = read_manifest(store, serving)
-        if manifest is None:
-            raise PromoteError(f"the champion {serving} is no longer in {store.uri}; restore it, or roll back")
-        ours = _current_items(store, candidate, root)
-        theirs = _current_items(store, manifest, root)
-    if ours.column("id").to_pylist() != theirs.column("id").to_pylist():
-        raise PromoteError("candidate and champion answered different test items; run `retune run` to score both again")
-    margins = {params.primary_metric: None} | {
-        metric: margin for metric, margin in params.guard_metrics.items() if metric != params.primary_metric
-    }
-    result: dict[str, Any] = {}
-    groups = group_of(ours)
-    for metric, margin in margins.items():
-        a, b = metric_items(ours, metric), metric_items(theirs, metric)
-        difference = paired_difference(a, b, RESAMPLES, params.seed, groups)
-        if difference.score != difference.score:  # NaN
-            if margin is None:
-                raise PromoteError(
-                    f"promote.primary_metric is {metric}, but no test item counts for it; choose another"
-                )
-            continue
-        independent = num_groups(a, groups)
-        passed = difference.low > params.min_improvement if margin is None else difference.low >= -margin
-        if margin is None and independent < MIN_GROUPS:
-            passed = False  # an interval over a handful of items is narrower than the truth
-        result[metric] = {
-            "candidate": corpus_score(a),
-            "champion": corpus_score(b),
-            **{"difference" if key == "score" else key: value for key, value in asdict(difference).items()},
-            "margin": margin,
-            "items": num_groups(a),  # each item its own group
-            "groups": independent,
-            "passed": bool(passed),
-        }
-    return result
-
-
-def _current_items(store: ArtifactStore, manifest: Manifest, root: Path) -> pa.Table:
-    """A version's merged-model scores on the workspace's test split, measured again if what they rest on changed."""
-    folder = root / WORK_DIR / "versions" / manifest["version"]
-    wanted = read_json(root / "artifacts" / "parity" / "parity.json")["evaluation"]
-    if manifest["parity"]["evaluation"] == wanted:
-        return pq.read_table(fetch_version(store, manifest, "parity", folder) / "items.merged.parquet")
-    scored = folder / "scored"
-    if not (scored / "evaluation.json").is_file() or read_json(scored / "evaluation.json") != wanted:
-        model = fetch_version(store, manifest, "merged", folder)
-        settings = folder / "settings.json"
-        write_json(settings, wanted)
-        # A process of its own: promotion stays light, and the model's memory is returned when it ends.
-        command = python_ending_with_parent(
-            "pipeline",
-            "score",
-            str(model.resolve()),
-            "--settings",
-            str(settings.resolve()),
-            "--output",
-            str(scored.resolve()),
-        )
-        done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr)
-        if done.returncode != 0:
-            raise PromoteError(f"version {manifest['version']} could not be scored again on today's test split")
-    return pq.read_table(scored / "items.parquet")
-
-
-def _resolve(version: str | None, registry: ModelRegistry, root: Path) -> str:
     if version is None:
         return graph.version_id(root)
+    if version in ("champion", "canary"):
+        log = read_log(store, name)
+        found = champion(log) if version == "champion" else canary(log)
+        if found is None:
+            raise PromoteError(f"{name} has no {version} yet")
+        return found
     return registry.id_of(version) if version.removeprefix("v").isdigit() and len(version) < 10 else version
+
+
+def _compare(
+    store: ArtifactStore, published: Manifest, serving: str | None, params: PromoteParams, root: Path, force: str | None
+) -> tuple[dict[str, Any], list[str], str]:
+    """The comparison, its notes, and why none is fair; who forces a promotion needs none."""
+    try:
+        return *comparing.compare(store, published, serving, params, root), ""
+    except CompareError as error:
+        if force is None and not isinstance(error, UnfairError):
+            raise
+        return {}, ["no numbers: candidate and champion were not compared"], str(error)
+
+
+def _published(store: ArtifactStore, version: str, publishing: PublishParams) -> Manifest:
+    found = read_manifest(store, version)
+    if found is None:
+        raise PromoteError(f"version {version} is not published in {store.uri}; `retune publish` does that")
+    if publishing.require_signature:
+        verify.require_intact(store, found, publishing)
+    return found
+
+
+def _decided(
+    store: ArtifactStore, registry: ModelRegistry, publishing: PublishParams, params: PromoteParams, made: Record
+) -> Decision:
+    number, warnings = _project(store, registry, read_log(store, publishing.registered_model_name), made.version)
+    warnings += notify.tell(params.webhooks, publishing.registered_model_name, made)
+    return Decision(
+        made.decision,
+        made.version,
+        number,
+        made.champion,
+        made.previous or BASE,
+        made.reason,
+        made.comparison,
+        made.notes,
+        warnings,
+    )
+
+
+def _project(
+    store: ArtifactStore, registry: ModelRegistry, log: list[Record], version: str
+) -> tuple[str | None, list[str]]:
+    """Make the registry say what the log says; returns `version`'s number there, and a warning if it cannot be reached.
+
+    A version that the registry has lost is registered again from the store.
+    """
+    serving, trial = champion(log), canary(log)
+    try:
+        for wanted in {serving, trial, version} - {None}:
+            found = read_manifest(store, str(wanted))
+            if found is not None:
+                register(store, registry, found)
+        registry.project(serving, trial)
+        return registry.version_of(version), []
+    except RegistryError as error:
+        return None, [f"{error}. The decision stands; the next command sets the aliases"]
 
 
 def _label(version: str | None, registry: ModelRegistry) -> str:
     if version is None:
-        return "the base model"
-    number = registry.version_of(version)
-    return f"champion v{number}" if number else f"champion {version}"
-
-
-def _reason(comparison: dict[str, Any], refusals: list[str], params: PromoteParams, against: str) -> str:
-    def numbers(metric: str) -> str:
-        row = comparison[metric]
-        digits = 1 if metric == "bleu" else 3
-        return (
-            f"{metric} {row['candidate']:.{digits}f} against {row['champion']:.{digits}f} of {against} on "
-            f"{row['items']} test items "
-            f"(difference {row['difference']:+.{digits}f}, 95 % CI {row['low']:+.{digits}f} to "
-            f"{row['high']:+.{digits}f})"
-        )
-
-    if not refusals:
-        return numbers(params.primary_metric)
-    parts = []
-    for metric in refusals:
-        margin = comparison[metric]["margin"]
-        need = f"more than {params.min_improvement:g}" if margin is None else f"no worse than -{margin:g}"
-        if margin is None and comparison[metric]["groups"] < MIN_GROUPS:
-            need = f"at least {MIN_GROUPS} independent test items, there are {comparison[metric]['groups']}"
-        parts.append(f"{numbers(metric)}; needed: {need}")
-    return " and ".join(parts)
+        return BASE
+    try:
+        return f"champion {registry.label(version)}"
+    except RegistryError:
+        return f"champion {version}"

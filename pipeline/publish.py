@@ -4,25 +4,23 @@ Idempotent by content: publishing what is already published moves nothing and ma
 """
 
 import csv
-import json
-import platform
-import subprocess
+import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import graph
-from pipeline.allowlist import UnsafeFileError, check_file, check_names, strict_json
-from pipeline.files import read_json
+from pipeline import card, graph, signature
+from pipeline import manifest as manifests
+from pipeline.allowlist import UnsafeFileError, check_file, check_names
+from pipeline.decisions import read_log, refuse_deleted
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.params import PublishParams
-from pipeline.registry import ModelRegistry
-from pipeline.sanitise import portable
+from pipeline.registry import ModelRegistry, Registration
 from pipeline.statistics import METRICS
 from pipeline.store import ArtifactStore, StoreError, open_store
-from pipeline.transfer import check_objects, fetch, ship
+from pipeline.transfer import check_objects, fetch, ship, upload
 
-Manifest = dict[str, Any]
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
 class PublishError(RuntimeError):
@@ -35,15 +33,17 @@ class Published:
     number: str  # MLflow's version number
     created: bool  # False: it was published before
     uploaded_bytes: int
+    signed: bool
 
 
 def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     """Ship the workspace's artifacts as a version of `registered_model_name`.
 
     Raises:
-        PublishError: artifacts are stale.
-        UnsafeFileError: they hold a file that versions do not ship, or one that is not what its name says.
+        PublishError: artifacts are stale, or hold a type of file that versions do not ship (pickles among them).
         StoreError: the store cannot be written.
+        SignatureError: the signing key cannot be used; nothing of the version is visible then.
+        RegistryError: MLflow cannot be reached; the version is in the store and registered by the next publish.
     """
     stale = [stage for stage in graph.stale(root) if stage in graph.STAGES]
     if stale:
@@ -52,29 +52,51 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
         )
     version = graph.version_id(root)
     store = open_store(params, root)
+    refuse_deleted(read_log(store, params.registered_model_name), version)
     manifest = read_manifest(store, version)
     uploaded, created = 0, manifest is None
     if manifest is None:
-        manifest, uploaded = _upload(store, version, root)
+        manifest, uploaded = _upload(params, store, version, root)
     else:
         check_objects(store, manifest["files"])
-    registry = ModelRegistry(params.tracking_uri, params.registered_model_name)
-    number = registry.register(version, f"{store.uri}/versions/{version}", _tags(manifest), _run(root))
-    return Published(version, number, created, uploaded)
+    registry = ModelRegistry(params.tracking_uri, params.registered_model_name, root)
+    number = register(store, registry, manifest)
+    signed = signature.read_signature(store, version, manifests.encode(manifest)) is not None
+    return Published(version, number, created, uploaded, signed)
 
 
-def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
-    """The manifest of a version, or None while there is no such version."""
-    data = store.read(f"versions/{version}/manifest.json")
-    if data is None:
-        return None
-    try:
-        manifest: Manifest = strict_json(data)
-        if manifest["version"] != version:
-            raise ValueError(f"it names version {manifest['version']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"versions/{version}/manifest.json in {store.uri} is damaged: {error}") from None
-    return manifest
+def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
+    """Sign a version that was published unsigned, after checking every file; False when it has a signature already.
+
+    Raises:
+        PublishError: there is no such version, or no key to sign with.
+        StoreError: an object is missing or altered.
+        RegistryError: MLflow cannot be reached; the version is signed all the same.
+    """
+    store = open_store(params, root)
+    manifest = read_manifest(store, version)
+    if manifest is None:
+        raise PublishError(f"version {version} is not published in {store.uri}")
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in manifest["files"].values():
+            fetch_file(store, entry, Path(folder) / "file")
+    data = manifests.encode(manifest)
+    signed = signature.sign(params, data)
+    if signed is None:
+        raise PublishError("publish.signing_key is null; it names the private key to sign with")
+    made = store.create(signature.signature_key(version, data), signed)
+    ModelRegistry(params.tracking_uri, params.registered_model_name, root).mark(version, {"signed": "true"})
+    return made
+
+
+def register(store: ArtifactStore, registry: ModelRegistry, manifest: Manifest) -> str:
+    """The version's MLflow number; makes the entry, from the store alone, if the registry has none (any more).
+
+    Raises:
+        RegistryError: MLflow cannot be reached.
+    """
+    number = registry.version_of(manifest["version"])
+    return number if number is not None else registry.register(_registration(store, manifest))
 
 
 def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: Path) -> Path:
@@ -84,8 +106,18 @@ def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: P
         StoreError: an object is missing or altered.
         UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
     """
-    check_names(manifest["files"])
     wanted = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
+    fetch_files(store, manifest, wanted, folder)
+    return folder / part
+
+
+def fetch_files(store: ArtifactStore, manifest: Manifest, wanted: dict[str, Any], folder: Path) -> None:
+    """Download files of a version to `folder/name`; those that lie there already are checked all the same.
+
+    Raises:
+        StoreError, UnsafeFileError: as `fetch_version`.
+    """
+    check_names(manifest["files"])
     fetch(store, wanted, folder)
     for name in wanted:
         try:
@@ -93,10 +125,45 @@ def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: P
         except UnsafeFileError:
             (folder / name).unlink()
             raise
-    return folder / part
 
 
-def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
+def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> None:
+    """Bring the bytes of one file of a manifest to `target`, for hashing and parsing; nothing loads them.
+
+    Raises:
+        StoreError: an object is missing or altered.
+    """
+    fetch(store, {target.name: entry}, target.parent)
+
+
+def _upload(params: PublishParams, store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
+    moved = 0
+
+    def describe(entries: dict[str, Any]) -> bytes:
+        nonlocal moved
+        manifest = manifests.build(params, version, entries, root)
+        with tempfile.TemporaryDirectory() as folder:
+            described = {}
+            for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
+                described[name] = Path(folder) / name
+                described[name].write_text(text, encoding="utf-8")
+            more, moved = upload(store, described)
+        manifest["files"] = manifest["files"] | more | _for_mlflow(manifest)
+        data = manifests.encode(manifest)
+        # The signature first: a version that can be seen is signed already.
+        signed = signature.sign(params, data)
+        if signed is not None:
+            store.create(signature.signature_key(version, data), signed)
+        return data
+
+    uploaded = ship(store, version, _shipped_files(root), describe)
+    published = read_manifest(store, version)
+    if published is None:
+        raise StoreError(f"versions/{version}/manifest.json was written to {store.uri} but is not there")
+    return published, uploaded + moved
+
+
+def _shipped_files(root: Path) -> dict[str, Path]:
     files = {
         f"{folder.name}/{path.relative_to(folder).as_posix()}": path
         for folder in (root / out for out in graph.SHIPPED)
@@ -106,71 +173,56 @@ def _upload(store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, i
     check_names(files)
     for path in files.values():
         check_file(path)
-
-    def manifest(entries: dict[str, Any]) -> bytes:
-        tree = {"version": version, "files": entries} | portable(_lineage(root))
-        return json.dumps(tree, indent=2, ensure_ascii=False, sort_keys=True).encode()
-
-    uploaded = ship(store, version, files, manifest)
-    published = read_manifest(store, version)
-    if published is None:
-        raise StoreError(f"versions/{version}/manifest.json was written to {store.uri} but is not there")
-    return published, uploaded
+    return files
 
 
-def _lineage(root: Path) -> dict[str, Any]:
-    """Where the version comes from and what was measured of it."""
-    artifacts = root / "artifacts"
-    training = read_json(artifacts / "adapter" / "training.json")
-    data_report = read_json(artifacts / "dataset" / "report.json")
+def _for_mlflow(manifest: Manifest) -> dict[str, Any]:
+    """The tokenizer once more where MLflow's transformers flavour looks for it: other names of the same objects."""
+    merged = {name: entry for name, entry in manifest["files"].items() if name.startswith("merged/")}
+    names = {name: name.removeprefix("merged/") for name in merged}
     return {
-        "schema": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git(root),
-        "dvc_lock": graph.lock(root)["stages"],
-        "data": {"rows": data_report["rows"], "test_sha256": data_report["test_sha256"]},
-        "base_model": training["base_model"],
-        "params": {"train": training["params"]},
-        "versions": training["versions"] | {"python": platform.python_version()},
-        "hardware": training["device"],
-        "metrics": read_json(artifacts / "evaluation" / "metrics.json")
-        | read_json(artifacts / "parity" / "metrics.json"),
-        "parity": read_json(artifacts / "parity" / "parity.json"),
+        f"components/tokenizer/{short}": merged[name]
+        for name, short in names.items()
+        if short in TOKENIZER_FILES or short.endswith(".model")
     }
 
 
-def _git(root: Path) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-
-
-def _tags(manifest: Manifest) -> dict[str, str]:
-    merged = manifest["metrics"]["merged"]
-    scores = {metric: f"{merged[metric]['score']:.4f}" for metric in METRICS if merged[metric]}
-    return {
+def _registration(store: ArtifactStore, manifest: Manifest) -> Registration:
+    """What MLflow shows of a version, read from the store: tags, parameters, final scores, curves and reports."""
+    merged, git = manifest["metrics"]["merged"], manifest["git"]
+    scores = {metric: merged[metric]["score"] for metric in METRICS if merged[metric]}
+    data = manifests.encode(manifest)
+    tags = {
         "base_model": manifest["base_model"]["name_or_path"],
         "base_digest": manifest["base_model"]["digest"][:16],
-        "git_commit": manifest["git"]["commit"][:12] + ("-dirty" if manifest["git"]["dirty"] else ""),
+        "git_commit": git["commit"][:12] + ("-dirty" if git["dirty"] else ""),
+        "data": " ".join(manifest["data"]["dvc_md5"].values()),
         "test_sha256": manifest["data"]["test_sha256"][:16],
         "train_rows": str(manifest["data"]["rows"]["train"]),
-    } | scores
+        "manifest_sha256": manifests.digest(manifest),
+        "signed": str(signature.read_signature(store, manifest["version"], data) is not None).lower(),
+    } | {metric: f"{score:.4f}" for metric, score in scores.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = {}
+        for name in ("adapter/loss.csv", "evaluation/report.md", "README.md"):
+            if name in manifest["files"]:
+                fetch_file(store, manifest["files"][name], Path(folder) / name)
+                texts[Path(name).name] = (Path(folder) / name).read_text(encoding="utf-8")
+    return Registration(
+        version=manifest["version"],
+        source=f"retune-{store.uri}/versions/{manifest['version']}",
+        tags=tags,
+        params=manifest["params"]["train"],
+        metrics=scores,
+        curve=_curve(texts.pop("loss.csv", "")),
+        reports=texts,
+    )
 
 
-def _run(root: Path) -> dict[str, Any]:
-    """What MLflow shows of the training: parameters, final scores, and the loss by step."""
-    adapter = root / "artifacts" / "adapter"
-    training = read_json(adapter / "training.json")
-    merged = read_json(root / "artifacts" / "parity" / "metrics.json")["merged"]
-    with (adapter / "loss.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    curve = [
-        (key, float(row[key]), int(row["step"])) for row in rows for key in ("loss", "validation_loss") if row[key]
+def _curve(table: str) -> list[tuple[str, float, int]]:
+    return [
+        (key, float(row[key]), int(row["step"]))
+        for row in csv.DictReader(table.splitlines())
+        for key in ("loss", "validation_loss", "learning_rate", "grad_norm")
+        if row.get(key)
     ]
-    return {
-        "params": training["params"],
-        "metrics": {metric: merged[metric]["score"] for metric in METRICS if merged[metric]},
-        "curve": curve,
-    }

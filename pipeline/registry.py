@@ -1,118 +1,74 @@
-"""Versions and who is champion: MLflow holds the versions, the promotion log decides.
+"""Versions as MLflow shows them: numbers, tags, a run with curves and reports, and the aliases that follow the log.
 
-MLflow's aliases have no compare-and-swap: two promoters can both set `champion`. So a promotion is the creation of the
-next record of an append-only log in the artifact store, which exactly one of several racing promoters achieves; the
-alias is a projection of the log, put right by whoever looks next.
+Nothing is decided here and no file of a version is uploaded: an entry's source is the store, the aliases `champion`,
+`challenger` and `canary` are projections of the promotion log, put right by whoever looks next. Refused: a registry
+that cannot be reached, in one sentence.
 """
 
-import getpass
-import json
 import logging
-import socket
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
 from typing import Any
-
-from pipeline.store import ArtifactStore
-
-DECISIONS = ("promoted", "refused", "rollback")
+from urllib.parse import unquote, urlparse
 
 
 class RegistryError(RuntimeError):
-    """A version or champion that is not there, or a log that cannot be read."""
+    """A version that is not there, or a registry that cannot be reached."""
 
 
 @dataclass(frozen=True)
-class Record:
-    """One decision of the log. `champion` is the version that serves after it."""
+class Registration:
+    """What MLflow is told of a version."""
 
-    number: int  # from 1, without gaps
-    decision: str  # promoted | refused | rollback
-    version: str  # what was decided on
-    champion: str | None
-    previous: str | None  # champion before
-    reason: str
-    comparison: dict[str, Any] = field(default_factory=dict)
-    gate: dict[str, Any] = field(default_factory=dict)  # the `promote` parameters that it was decided by
-    actor: str = ""
-    time: str = ""  # UTC; for people: order is `number` alone
-
-
-def read_log(store: ArtifactStore, name: str) -> list[Record]:
-    """Every decision about the model `name`, oldest first.
-
-    Raises:
-        RegistryError: a record is missing from the sequence or cannot be read.
-    """
-    records = []
-    for number, key in enumerate(store.list(f"promotions/{name}/"), start=1):
-        try:
-            record = Record(**json.loads(store.read(key) or b""))
-            if record.decision not in DECISIONS:
-                raise ValueError(f"its decision is {record.decision!r}")
-        except (TypeError, ValueError) as error:
-            raise RegistryError(f"{key} in {store.uri} is no promotion record: {error}") from None
-        if record.number != number or key != _key(name, number):
-            raise RegistryError(f"the promotion log of {name} in {store.uri} has {key} where record {number} should be")
-        records.append(record)
-    return records
-
-
-def append(store: ArtifactStore, name: str, record: Record) -> bool:
-    """Add `record` to the log if its number is still free; False when another process took it first."""
-    stamped = asdict(record) | {
-        "actor": record.actor or f"{getpass.getuser()}@{socket.gethostname()}",
-        "time": record.time or datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    return store.create(_key(name, record.number), json.dumps(stamped, indent=2, ensure_ascii=False).encode())
-
-
-def champion(log: list[Record]) -> str | None:
-    return log[-1].champion if log else None
-
-
-def champions(log: list[Record]) -> list[str]:
-    """The versions that a rollback can go back to, oldest first; the last one is the champion."""
-    line: list[str] = []
-    for record in log:
-        if record.decision == "promoted":
-            line.append(record.version)
-        elif record.decision == "rollback":
-            while record.version in line and line[-1] != record.version:
-                line.pop()
-            line += [] if record.version in line else [record.version]
-    return line
-
-
-def rolled_back(log: list[Record]) -> set[str]:
-    """Versions that a rollback took back and no later decision made champion again."""
-    back: set[str] = set()
-    for number, record in enumerate(log):
-        if record.decision == "rollback":
-            back |= set(champions(log[:number])) - set(champions(log[: number + 1]))
-        if record.champion is not None:
-            back.discard(record.champion)
-    return back
-
-
-def _key(name: str, number: int) -> str:
-    return f"promotions/{name}/{number:08}.json"
+    version: str  # content id
+    source: str  # where `retune`'s plugin for MLflow finds the files
+    tags: dict[str, str]
+    params: dict[str, Any]
+    metrics: dict[str, float]
+    curve: list[tuple[str, float, int]]  # name, value, step
+    reports: dict[str, str]  # file name → text
 
 
 class ModelRegistry:
-    """The MLflow side: registered versions with their tags, and the `champion` and `challenger` aliases."""
+    """The MLflow side: registered versions with their tags, and the aliases."""
 
-    def __init__(self, tracking_uri: str, name: str) -> None:
+    def __init__(self, tracking_uri: str, name: str, root: Path = Path(".")) -> None:
+        self.uri, self.name, self.root = tracking_uri, name, root
+
+    @cached_property
+    def client(self) -> Any:
+        """MLflow's own client, made at its first use: a registry that is down must not stop a rollback."""
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it announces each table that it makes
-        self.client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-        self.name = name
+        uri = self.uri
+        if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+            uri = f"sqlite:///{(self.root / uri.removeprefix('sqlite:///')).resolve()}"
+        with self._reached():
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     def version_of(self, version_id: str) -> str | None:
         """MLflow's number of a published version, or None."""
-        found = self.client.search_model_versions(f"name = '{self.name}' and tags.version_id = '{version_id}'")
+        with self._reached():
+            found = self.client.search_model_versions(f"name = '{self.name}' and tags.version_id = '{version_id}'")
         return min((str(v.version) for v in found), key=int, default=None)
+
+    def numbers(self) -> dict[str, str]:
+        """MLflow's number of every version, by version id."""
+        numbers: dict[str, str] = {}
+        for version in self._versions():
+            known = numbers.setdefault(version.tags["version_id"], str(version.version))
+            numbers[version.tags["version_id"]] = min(known, str(version.version), key=int)
+        return numbers
+
+    def label(self, version_id: str | None) -> str:
+        """How people call a version: its number, or its id while the registry has none."""
+        number = self.version_of(version_id) if version_id else None
+        return f"v{number}" if number else str(version_id)
 
     def id_of(self, number: str) -> str:
         """The published version behind MLflow's `number`.
@@ -120,63 +76,126 @@ class ModelRegistry:
         Raises:
             RegistryError: there is none.
         """
-        found = self.client.search_model_versions(f"name = '{self.name}'")
+        found = self._versions()
         for version in found:
             if str(version.version) == number.removeprefix("v"):
                 return str(version.tags["version_id"])
         known = ", ".join(sorted((str(v.version) for v in found), key=int)) or "none"
         raise RegistryError(f"{self.name} has no version {number}; it has {known}")
 
-    def register(self, version_id: str, source: str, tags: dict[str, str], run: dict[str, Any]) -> str:
-        """Make a version with its run (parameters, metrics, loss curve), or find it: one for each `version_id`."""
+    def tags(self, version_id: str) -> dict[str, str] | None:
+        """What the registry says of a version, or None where it does not know it."""
+        number = self.version_of(version_id)
+        if number is None:
+            return None
+        with self._reached():
+            return dict(self.client.get_model_version(self.name, number).tags)
+
+    def register(self, version: Registration) -> str:
+        """Make the entry of a version with its run (parameters, metrics, curves, reports); returns its number.
+
+        Two publishers of one version may both make an entry; the lower number counts.
+        """
         from mlflow.exceptions import MlflowException
 
-        existing = self.version_of(version_id)
-        if existing is not None:
-            return existing
-        try:
-            self.client.create_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        run_id = self._log_run(version_id, run)
-        made = self.client.create_model_version(
-            self.name, source=source, run_id=run_id, tags=tags | {"version_id": version_id}
-        )
-        self.client.set_registered_model_alias(self.name, "challenger", made.version)
-        return str(made.version)
+        with self._reached():
+            try:
+                self.client.create_registered_model(self.name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            run_id = self._log_run(version)
+            made = self.client.create_model_version(
+                self.name, source=version.source, run_id=run_id, tags=version.tags | {"version_id": version.version}
+            )
+            self.client.set_registered_model_alias(self.name, "challenger", made.version)
+        return self.version_of(version.version) or str(made.version)
 
-    def project(self, champion_id: str | None) -> None:
+    def project(self, champion_id: str | None, canary_id: str | None = None) -> None:
         """Make the aliases say what the promotion log says."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            aliases = self.client.get_registered_model(self.name).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return  # a new registry beside an old log: publish fills it, the log decides all the same
-        number = self.version_of(champion_id) if champion_id else None
-        if number is None:
-            if "champion" in aliases:
-                self.client.delete_registered_model_alias(self.name, "champion")
-            return
-        if str(aliases.get("champion")) != number:
-            self.client.set_registered_model_alias(self.name, "champion", number)
-        if str(aliases.get("challenger")) == number:
-            self.client.delete_registered_model_alias(self.name, "challenger")
+        with self._reached():
+            try:
+                aliases = self.client.get_registered_model(self.name).aliases
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return  # a new registry beside an old log: publish fills it, the log decides all the same
+            numbers = {}
+            for alias, version_id in (("champion", champion_id), ("canary", canary_id)):
+                number = numbers[alias] = self.version_of(version_id) if version_id else None
+                if number is None:
+                    if alias in aliases:
+                        self.client.delete_registered_model_alias(self.name, alias)
+                elif str(aliases.get(alias)) != number:
+                    self.client.set_registered_model_alias(self.name, alias, number)
+            if "challenger" in aliases and str(aliases["challenger"]) == numbers["champion"]:
+                self.client.delete_registered_model_alias(self.name, "challenger")
 
-    def _log_run(self, version_id: str, run: dict[str, Any]) -> str:
+    def mark(self, version_id: str, tags: dict[str, str]) -> None:
+        """Set tags on every entry of a version."""
+        with self._reached():
+            for version in self._versions():
+                if version.tags["version_id"] == version_id:
+                    for key, value in tags.items():
+                        self.client.set_model_version_tag(self.name, version.version, key, value)
+
+    def forget(self, version_id: str) -> None:
+        """Delete the entries of a version; its run stays, as the record of a training."""
+        with self._reached():
+            for version in self._versions():
+                if version.tags["version_id"] == version_id:
+                    self.client.delete_model_version(self.name, version.version)
+
+    def _versions(self) -> list[Any]:
+        found: list[Any] = []
+        token: str | None = None
+        with self._reached():
+            while token is None or token:
+                page = self.client.search_model_versions(f"name = '{self.name}'", page_token=token)
+                found += [version for version in page if "version_id" in version.tags]
+                token = page.token or ""
+        return found
+
+    def _log_run(self, version: Registration) -> str:
         from mlflow.entities import Metric, Param
 
         experiment = self.client.get_experiment_by_name(self.name)
-        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(self.name)
-        made = self.client.create_run(experiment_id, run_name=version_id, tags={"version_id": version_id})
+        if experiment is None:
+            experiment_id = self.client.create_experiment(self.name, artifact_location=self._artifacts())
+        else:
+            experiment_id = experiment.experiment_id
+        made = self.client.create_run(experiment_id, run_name=version.version, tags={"version_id": version.version})
         now = int(datetime.now(UTC).timestamp() * 1000)
-        metrics = [Metric(key, value, now, 0) for key, value in run["metrics"].items()]
-        metrics += [Metric(key, value, now, step) for key, value, step in run["curve"]]
-        self.client.log_batch(
-            made.info.run_id, metrics=metrics, params=[Param(key, str(value)) for key, value in run["params"].items()]
-        )
+        metrics = [Metric(key, value, now, 0) for key, value in version.metrics.items()]
+        metrics += [Metric(key, value, now, step) for key, value, step in version.curve]
+        params = [Param(key, str(value)[:500]) for key, value in version.params.items()]
+        self.client.log_batch(made.info.run_id, params=params)
+        for start in range(0, len(metrics), 1000):  # more at once are refused
+            self.client.log_batch(made.info.run_id, metrics=metrics[start : start + 1000])
+        for file, text in version.reports.items():
+            self.client.log_text(made.info.run_id, text, file)
         self.client.set_terminated(made.info.run_id)
         return str(made.info.run_id)
+
+    def _artifacts(self) -> str | None:
+        """Where runs keep their reports: beside a SQLite file, else where the server says."""
+        if not self.uri.startswith("sqlite:///"):
+            return None
+        database = self.root / unquote(self.uri.removeprefix("sqlite:///"))
+        return (database.resolve().parent / "mlartifacts").as_uri()
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+            parsed = urlparse(self.uri)
+            where = f"{parsed.scheme}://{parsed.hostname}" if parsed.hostname else self.uri
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise RegistryError(f"the registry {where} (publish.tracking_uri) could not be used: {reason}") from error

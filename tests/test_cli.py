@@ -9,7 +9,20 @@ from conftest import ROOT, change_params, make_project, retune
 
 from pipeline.params import Params
 
-COMMANDS = ["run", "ingest", "stage", "publish", "promote", "rollback", "history", "gc", "up", "down", "status"]
+COMMANDS = [
+    "run",
+    "ingest",
+    "inspect",
+    "stage",
+    "publish",
+    "sign",
+    "verify",
+    "promote",
+    "rollback",
+    "canary",
+    "history",
+]
+COMMANDS += ["download", "delete", "prune", "gc", "diff-data", "plan", "up", "down", "status"]
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +101,48 @@ def test_before_the_first_run_nothing_is_there_to_promote(root: Path) -> None:
     assert "dvc.lock is missing" in sentence(root, "promote")
     assert "no champion before the present one" in sentence(root, "rollback")
     assert json.loads(retune(root, "history", "--json").stdout) == []
+    assert "has no champion yet" in sentence(root, "download", "champion", "here")
+    assert "is not published" in sentence(root, "verify", "0123456789abcdef")
+    assert "nothing to delete; publish.keep_versions is null" in retune(root, "prune").stdout
     status = json.loads(retune(root, "status", "--json").stdout)
     assert status["champion"] is None
     assert "train" in status["stale"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["promote", "v1", "--force"], "--force needs --reason"),
+        (["promote", "v1", "--force", "--reason", " "], "--force needs --reason"),
+        (["promote", "--approve", "--reject"], "exclude each other"),
+        (["promote", "--approve"], "no version waits for approval"),
+        (["canary"], "name the version, or --end"),
+        (["canary", "--end"], "has no canary"),
+        (["history", "7"], "there are 0 decisions, no number 7"),
+        (["delete", "v1", "--reason", "room"], "has no version v1; it has none"),
+    ],
+)
+def test_a_command_about_versions_says_what_it_lacks(root: Path, arguments: list[str], words: str) -> None:
+    assert words in sentence(root, *arguments)
+
+
+def test_a_version_without_a_reason_is_not_deleted(root: Path) -> None:
+    assert retune(root, "delete", "v1").returncode == 2
+
+
+def test_a_signature_that_is_required_needs_a_key_to_check_it_with(root: Path) -> None:
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("require_signature: false", "require_signature: true"))
+    assert "publish.verify_key names no key to check with" in sentence(root, "history")
+    (root / "params.yaml").write_text(text)
+
+
+def test_a_registry_address_with_a_password_in_it_is_refused(root: Path) -> None:
+    text = (root / "params.yaml").read_text()
+    changed = text.replace("tracking_uri: sqlite:///mlflow.db", "tracking_uri: https://me:secret@mlflow.example.org")
+    (root / "params.yaml").write_text(changed)
+    assert "publish.tracking_uri is" in sentence(root, "history")
+    (root / "params.yaml").write_text(text)
 
 
 def test_a_store_that_cannot_be_written_is_named(root: Path) -> None:

@@ -464,7 +464,7 @@ def test_the_tokens_are_those_of_transformers(tokenizer: PreTrainedTokenizerFast
 
 def test_a_template_travels_to_another_process(tokenizer: PreTrainedTokenizerFast) -> None:
     template = named(tokenizer, "llama3")
-    there = pickle.loads(pickle.dumps(template))  # noqa: S301
+    there = pickle.loads(pickle.dumps(template))
     assert there.encode(talk("q", "<|eot_id|>")) == template.encode(talk("q", "<|eot_id|>"))
 
 

@@ -99,12 +99,92 @@ def test_runs_on_a_server_that_is_up_are_seen_there(root: Path, tmp_path: Path) 
     assert {"metrics", "evaluation-report", "training-progress", "verdict", "version", "data-report"} <= keys
 
 
-def api(port: int, path: str) -> list[dict[str, Any]]:
+def api(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/api/{path}", data=b"{}", headers={"Content-Type": "application/json"}
+        f"http://127.0.0.1:{port}/api/{path}",
+        data=json.dumps(body or {}).encode(),
+        headers={"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request) as answer:
         return json.load(answer)
+
+
+@pytest.mark.parametrize("agrees", [False, True])
+def test_a_run_that_waits_for_approval_holds_no_lock_and_does_what_the_person_says(root: Path, agrees: bool) -> None:
+    champion = served(root)
+    change_params(root, promote={"approval": "manual"}, train=BETTER | {"seed": 7 + agrees})
+    port = int(json.loads(retune(root, "status", "--json").stdout)["dashboard"].rpartition(":")[2])
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "--json"],
+        cwd=root,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        paused: list[dict[str, Any]] = []
+        while not paused and child.poll() is None:
+            time.sleep(0.5)
+            paused = api(port, "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}})
+        assert paused, child.communicate()
+        status = json.loads(retune(root, "status", "--json").stdout)
+        assert status["stale"] == []  # the lock is free: another run could start
+        assert status["waiting"]
+        assert served(root) == champion
+        keyset = paused[0]["state"]["state_details"]["run_input_keyset"]
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{port}/api/flow_runs/{paused[0]['id']}/input/{keyset['description']}"
+        ) as answer:
+            shown = answer.read().decode()
+        assert "| rougeL |" in shown.replace("\\n", "\n")
+        answer_of_a_person = {"your_name": "Ada", "approve": agrees, "reason": "read fifty answers"}
+        api(port, f"flow_runs/{paused[0]['id']}/resume", {"run_input": answer_of_a_person})
+        output, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 0, errors
+    decision = json.loads(output.splitlines()[-1])["decision"]
+    assert decision["decision"] == ("promoted" if agrees else "refused")
+    assert served(root) == (decision["version"] if agrees else champion)
+    last = json.loads(retune(root, "history", "--json").stdout)[-1]
+    assert (last["actor"], last["reason"]) == ("Ada (dashboard)", "read fifty answers")
+    assert "Nothing to do" in retune(root, "run").stdout
+    change_params(root, promote={"approval": "auto"})
+
+
+def test_nobody_answers_and_the_proposal_stays_open(root: Path) -> None:
+    change_params(
+        root, promote={"approval": "manual", "approval_hours": 0.001}, train=BETTER | {"num_train_epochs": 20.0}
+    )
+    result = run(root)
+    assert result["decision"]["decision"] == "proposed"
+    assert json.loads(retune(root, "status", "--json").stdout)["waiting"] == result["version"]["version"]
+    again = retune(root, "run")
+    assert "it waits for approval" in again.stdout
+    rejected = retune(root, "promote", "--reject", "--reason", "too late")
+    assert rejected.returncode == 3
+    assert "refused: too late" in rejected.stdout
+    change_params(root, promote={"approval": "auto", "approval_hours": 24.0})
+
+
+def test_the_champion_is_downloaded_verified_and_looked_up(root: Path, tmp_path: Path) -> None:
+    verified = retune(root, "verify", "champion")
+    assert verified.returncode == 0, verified.stdout
+    for check in ("manifest", "id", "recorded digest", "signature", "digests", "lineage", "git commit"):
+        assert f" {check} " in verified.stdout
+    done = retune(root, "download", "champion", str(tmp_path / "all"), "--part", "all")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
+    assert manifest["time"]["train"] > 0
+    assert retune(root, "download", "v1", str(tmp_path)).returncode == 0
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    table = retune(root, "history")
+    assert "None" not in table.stdout
+    assert "none → v1" in table.stdout
+    assert "verdict" in retune(root, "history", "1").stdout
 
 
 def test_dvc_and_the_flow_see_each_others_work_as_done(root: Path) -> None:
@@ -180,7 +260,7 @@ def test_an_alias_that_a_crash_left_behind_is_put_right_by_the_next_command(root
 
 
 def test_a_champion_scored_on_another_test_split_is_scored_again(root: Path) -> None:
-    change_params(root, prepare={"test_fraction": 0.3})
+    change_params(root, prepare={"test_fraction": 0.2})
     result = run(root)
     row = result["decision"]["comparison"]["rougeL"]
     scored = root / ".retune" / "versions" / result["decision"]["against"] / "scored" / "items.parquet"

@@ -1,165 +1,89 @@
-"""The promotion log decides, one record a number; MLflow's aliases follow it."""
+"""What MLflow's own client sees of the versions: numbers, tags, runs, files, and aliases that follow the log."""
 
-import json
+import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import environment
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from conftest import environment, with_
+from versions import parameters, published, registry_lost
 
-from pipeline.registry import ModelRegistry, Record, RegistryError, append, champion, champions, read_log, rolled_back
-from pipeline.store import ArtifactStore, FileStore
+from pipeline import promote as gate
+from pipeline.manifest import read_manifest
+from pipeline.params import Params
+from pipeline.publish import register
+from pipeline.registry import ModelRegistry, Registration, RegistryError
+from pipeline.store import open_store
 
-NAME = "model"
-RECORD = Record(1, "promoted", "a", "a", None, "better")
-RUN: dict[str, Any] = {"params": {"lora_r": 8}, "metrics": {"bleu": 1.5}, "curve": [("loss", 2.0, 1), ("loss", 1.0, 2)]}
-RACE = """
-import sys
-from pathlib import Path
-from pipeline.registry import Record, append, read_log
-from pipeline.store import FileStore
-store, me, done = FileStore(Path(sys.argv[1])), sys.argv[2], 0
-print("ready", flush=True)
-sys.stdin.readline()
-while done < 10:
-    number = len(read_log(store, "model")) + 1
-    if append(store, "model", Record(number, "promoted", me, me, None, "")):
-        print(number, flush=True)
-        done += 1
-"""
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ArtifactStore:
-    return FileStore(tmp_path / "store")
-
-
-def log_file(tmp_path: Path, number: int) -> Path:
-    return tmp_path / "store" / "promotions" / NAME / f"{number:08}.json"
-
-
-def fill(store: ArtifactStore, number: int) -> None:
-    for i in range(1, number + 1):
-        assert append(store, NAME, replace(RECORD, number=i))
-
-
-def test_a_record_is_read_as_it_was_appended(store: ArtifactStore) -> None:
-    record = replace(RECORD, reason="比较好", comparison={"bleu": {"passed": True}}, actor="me", time="now")
-    assert append(store, NAME, record)
-    assert read_log(store, NAME) == [record]
-
-
-def test_a_record_says_who_and_when(store: ArtifactStore) -> None:
-    append(store, NAME, RECORD)
-    [record] = read_log(store, NAME)
-    assert "@" in record.actor
-    assert record.time.endswith("+00:00")
-
-
-def test_a_number_is_taken_once(store: ArtifactStore) -> None:
-    assert append(store, NAME, RECORD)
-    assert not append(store, NAME, replace(RECORD, version="b", champion="b"))
-    assert [record.version for record in read_log(store, NAME)] == ["a"]
-
-
-def test_racing_promoters_share_one_log_without_gaps(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RACE, str(tmp_path / "store")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    racers = [subprocess.Popen([*command, str(me)], env=environment(), **pipes) for me in range(4)]  # type: ignore[call-overload]
-    for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    wins = {int(line): str(me) for me, racer in enumerate(racers) for line in racer.communicate()[0].splitlines()}
-    log = read_log(FileStore(tmp_path / "store"), NAME)
-    assert [record.number for record in log] == list(range(1, 41))
-    assert {record.number: record.version for record in log} == wins
-
-
-def test_the_logs_of_two_models_are_apart(store: ArtifactStore) -> None:
-    append(store, "model", RECORD)
-    append(store, "model2", replace(RECORD, version="b", champion="b"))
-    assert [record.version for record in read_log(store, "model")] == ["a"]
-    assert [record.version for record in read_log(store, "model2")] == ["b"]
-    assert read_log(store, "mode") == []
-
-
-@pytest.mark.parametrize("lost", [1, 2])
-def test_a_gap_in_the_log_is_refused(store: ArtifactStore, tmp_path: Path, lost: int) -> None:
-    fill(store, 3)
-    log_file(tmp_path, lost).unlink()
-    with pytest.raises(RegistryError, match=rf"log of model in .* has .*{lost + 1}\.json where record {lost} should"):
-        read_log(store, NAME)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        b"",
-        b"{",
-        b"\xff",
-        b"[]",
-        b"null",
-        b"{}",
-        b'{"number": 2}',
-        json.dumps(vars(RECORD) | {"number": 3}).encode(),
-        json.dumps(vars(RECORD) | {"number": 2, "decision": "blessed"}).encode(),
-        json.dumps(vars(RECORD) | {"number": 2, "mood": "good"}).encode(),
-    ],
+VERSION = Registration(
+    version="abc",
+    source="retune-file:///store/versions/abc",
+    tags={"git_commit": "123"},
+    params={"lora_r": 8},
+    metrics={"bleu": 1.5},
+    curve=[("loss", 2.0, 1), ("loss", 1.0, 2)],
+    reports={"report.md": "# Evaluation"},
 )
-def test_a_record_that_is_none_is_refused_by_name(store: ArtifactStore, tmp_path: Path, change: bytes) -> None:
-    fill(store, 2)
-    log_file(tmp_path, 2).write_bytes(change)
-    with pytest.raises(RegistryError, match=r"promotions/model/00000002\.json"):
-        read_log(store, NAME)
-
-
-@settings(derandomize=True, deadline=None, max_examples=300)
-@given(st.lists(st.tuples(st.sampled_from(["promoted", "refused", "back", "to"]), st.integers(0, 2)), max_size=12))
-@example([("promoted", 0), ("promoted", 1), ("promoted", 0), ("promoted", 2), ("back", 0)])
-def test_champions_are_a_stack_of_promotions(steps: list[tuple[str, int]]) -> None:
-    stack: list[str] = []
-    log: list[Record] = []
-    for decision, which in steps:
-        version = "abc"[which]
-        if decision == "promoted" and stack[-1:] != [version]:
-            stack.append(version)
-        elif decision == "back" and len(stack) > 1:
-            stack.pop()
-            decision, version = "rollback", stack[-1]
-        elif decision == "to" and version in {r.champion for r in log} and stack[-1] != version:
-            while version in stack and stack[-1] != version:
-                stack.pop()
-            stack += [] if version in stack else [version]
-            decision = "rollback"
-        elif decision != "refused":
-            continue
-        serving = champion(log)
-        log.append(Record(len(log) + 1, decision, version, stack[-1] if stack else None, serving, ""))
-        assert champions(log) == stack
-        assert champion(log) == (stack[-1] if stack else None)
-
-
-def test_an_empty_log_has_no_champion(store: ArtifactStore) -> None:
-    assert read_log(store, NAME) == []
-    assert champion([]) is None
-    assert champions([]) == []
+NEXT = replace(VERSION, version="def")
 
 
 @pytest.fixture(scope="module")
-def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return parameters(tmp_path_factory.mktemp("mlflow")).publish.tracking_uri
 
 
-@pytest.fixture
-def registry(tracking_uri: str, request: pytest.FixtureRequest) -> ModelRegistry:
-    return ModelRegistry(tracking_uri, request.node.name)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server, with storage for artifacts of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    places = [
+        "--backend-store-uri",
+        parameters(folder).publish.tracking_uri,
+        "--artifacts-destination",
+        str(folder / "a"),
+    ]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command + places,
+            env=environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, 15)
+            process.wait(20)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(url, timeout=5)
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> ModelRegistry:
+    uri = request.getfixturevalue(request.param)
+    return ModelRegistry(uri, request.node.originalname[:60], tmp_path)
 
 
 def aliases(registry: ModelRegistry) -> dict[str, str]:
@@ -167,40 +91,52 @@ def aliases(registry: ModelRegistry) -> dict[str, str]:
     return {alias: str(number) for alias, number in found.items()}
 
 
-def test_a_version_is_registered_once(registry: ModelRegistry) -> None:
-    number = registry.register("abc", "file:///store/versions/abc", {"git_commit": "123"}, RUN)
-    assert registry.register("abc", "file:///store/versions/abc", {}, RUN) == number == "1"
-    assert registry.register("def", "file:///store/versions/def", {}, RUN) == "2"
-    [first, _] = sorted(registry.client.search_model_versions(f"name = '{registry.name}'"), key=lambda v: v.version)
-    assert (first.source, first.tags) == ("file:///store/versions/abc", {"git_commit": "123", "version_id": "abc"})
-
-
-def test_a_registered_version_shows_its_run(registry: ModelRegistry) -> None:
-    number = registry.register("abc", "file:///x", {}, RUN)
-    run_id = registry.client.get_model_version(registry.name, number).run_id
-    run = registry.client.get_run(run_id)
+def test_a_registered_version_shows_its_run_with_curve_and_report(registry: ModelRegistry, tmp_path: Path) -> None:
+    number = registry.register(VERSION)
+    made = registry.client.get_model_version(registry.name, number)
+    assert (made.source, made.tags) == (VERSION.source, {"git_commit": "123", "version_id": "abc"})
+    run = registry.client.get_run(made.run_id)
     assert (run.data.params, run.data.metrics) == ({"lora_r": "8"}, {"bleu": 1.5, "loss": 1.0})
-    assert [(m.step, m.value) for m in registry.client.get_metric_history(run_id, "loss")] == [(1, 2.0), (2, 1.0)]
+    assert [(m.step, m.value) for m in registry.client.get_metric_history(made.run_id, "loss")] == [(1, 2.0), (2, 1.0)]
     assert run.info.status == "FINISHED"
+    report = registry.client.download_artifacts(made.run_id, "report.md", str(tmp_path))
+    assert Path(report).read_text() == "# Evaluation"
+
+
+def test_a_curve_of_thousands_of_steps_is_kept_whole(sqlite: str) -> None:
+    registry = ModelRegistry(sqlite, "long")
+    number = registry.register(replace(VERSION, curve=[("loss", 1 / step, step) for step in range(1, 2501)]))
+    run_id = registry.client.get_model_version("long", number).run_id
+    assert len(registry.client.get_metric_history(run_id, "loss")) == 2500
 
 
 def test_numbers_and_ids_name_the_same_version(registry: ModelRegistry) -> None:
-    numbers = [registry.register(id, "file:///x", {}, RUN) for id in ("abc", "def")]
+    numbers = [registry.register(version) for version in (VERSION, NEXT)]
+    assert numbers == ["1", "2"]
     assert [registry.id_of(number) for number in ("1", "v2")] == ["abc", "def"]
     assert [registry.version_of(id) for id in ("abc", "def", "ghi")] == [*numbers, None]
+    assert registry.numbers() == {"abc": "1", "def": "2"}
+    assert [registry.label(id) for id in ("abc", "ghi")] == ["v1", "ghi"]
     with pytest.raises(RegistryError, match="has no version 3; it has 1, 2"):
         registry.id_of("3")
 
 
+def test_two_entries_of_one_version_count_as_the_first(registry: ModelRegistry) -> None:
+    assert [registry.register(VERSION), registry.register(VERSION)] == ["1", "1"]
+    assert registry.numbers() == {"abc": "1"}
+    registry.forget("abc")
+    assert registry.numbers() == {}
+
+
 def test_an_alias_that_strayed_from_the_log_is_put_right(registry: ModelRegistry) -> None:
-    for id in ("abc", "def"):
-        registry.register(id, "file:///x", {}, RUN)
+    for version in (VERSION, NEXT):
+        registry.register(version)
     assert aliases(registry) == {"challenger": "2"}
     registry.project("abc")
     assert aliases(registry) == {"champion": "1", "challenger": "2"}
     registry.client.set_registered_model_alias(registry.name, "champion", "2")
-    registry.project("abc")
-    assert aliases(registry) == {"champion": "1", "challenger": "2"}
+    registry.project("abc", "def")
+    assert aliases(registry) == {"champion": "1", "challenger": "2", "canary": "2"}
     registry.project("def")
     assert aliases(registry) == {"champion": "2"}
     registry.project(None)
@@ -208,29 +144,101 @@ def test_an_alias_that_strayed_from_the_log_is_put_right(registry: ModelRegistry
 
 
 def test_a_champion_that_the_registry_does_not_know_gets_no_alias(registry: ModelRegistry) -> None:
-    registry.register("abc", "file:///x", {}, RUN)
+    registry.register(VERSION)
     registry.project("abc")
     registry.project("unknown")
     assert "champion" not in aliases(registry)
 
 
-def test_a_registry_that_lost_its_model_is_no_reason_to_fail(registry: ModelRegistry) -> None:
+def test_a_registry_that_lost_its_model_is_no_reason_to_fail(sqlite: str) -> None:
+    registry = ModelRegistry(sqlite, "lost")
     registry.project("abc")
     assert registry.version_of("abc") is None
     with pytest.raises(RegistryError, match="has no version 1; it has none"):
         registry.id_of("1")
 
 
-def test_a_version_that_a_rollback_took_back_stays_named_until_it_serves_again() -> None:
-    def record(number: int, decision: str, version: str, serving: str, previous: str | None) -> Record:
-        return Record(number, decision, version, serving, previous, "")
+def test_a_server_that_is_down_is_one_sentence_without_its_address_book(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(
+        RegistryError, match=r"the registry http://127\.0\.0\.1 \(publish\.tracking_uri\) could not"
+    ) as found:
+        ModelRegistry("http://127.0.0.1:9", "any").numbers()
+    assert "\n" not in str(found.value)
 
-    log = [
-        record(1, "promoted", "a", "a", None),
-        record(2, "promoted", "b", "b", "a"),
-        record(3, "promoted", "c", "c", "b"),
-        record(4, "rollback", "a", "a", "c"),
-    ]
-    assert rolled_back(log) == {"b", "c"}
-    assert rolled_back([*log, record(5, "rollback", "c", "c", "a")]) == {"b"}
-    assert rolled_back(log[:3]) == set()
+
+@pytest.fixture
+def mlflow_free() -> Iterator[None]:
+    """MLflow keeps its addresses in the process: they are put back."""
+    import mlflow
+
+    yield
+    mlflow.set_registry_uri("")
+    mlflow.set_tracking_uri("")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def shipped(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Params]:
+    params = parameters(tmp_path)
+    if request.param == "server":
+        params = with_(params, publish={"tracking_uri": request.getfixturevalue("server")})
+    return tmp_path, with_(params, publish={"registered_model_name": request.node.originalname[:60]})
+
+
+def test_mlflows_client_downloads_the_champion_with_digests_checked(
+    shipped: tuple[Path, Params], mlflow_free: None
+) -> None:
+    import mlflow
+
+    root, params = shipped
+    version = published(root, params)
+    gate.promote(params.publish, params.promote, version, root)
+    mlflow.set_registry_uri(params.publish.tracking_uri)
+    mlflow.set_tracking_uri(params.publish.tracking_uri)
+    uri = f"models:/{params.publish.registered_model_name}@champion"
+    whole = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(root / "whole")))
+    for folder in ("merged", "adapter"):
+        for path in (root / "artifacts" / folder).iterdir():
+            assert (whole / folder / path.name).read_bytes() == path.read_bytes()
+    assert (whole / "manifest.json").read_bytes() == (root / "store/versions" / version / "manifest.json").read_bytes()
+    part = Path(mlflow.artifacts.download_artifacts(f"{uri}/merged", dst_path=str(root / "part")))
+    assert {path.name for path in part.iterdir()} == {path.name for path in (root / "artifacts/merged").iterdir()}
+    damaged = read_manifest(open_store(params.publish.artifact_store), version)["files"]["merged/model.safetensors"]
+    stored = root / "store/objects" / damaged["sha256"]
+    data = bytearray(stored.read_bytes())
+    data[7] ^= 1
+    stored.write_bytes(data)
+    with pytest.raises(Exception, match="was altered"):
+        mlflow.artifacts.download_artifacts(f"{uri}/merged", dst_path=str(root / "again"))
+
+
+def test_mlflow_loads_the_champion_as_a_pipeline(tmp_path: Path, base: Path, mlflow_free: None) -> None:
+    import mlflow
+
+    params = parameters(tmp_path)
+    version = published(tmp_path, params, model=base)
+    gate.promote(params.publish, params.promote, version, tmp_path)
+    mlflow.set_registry_uri(params.publish.tracking_uri)
+    mlflow.set_tracking_uri(params.publish.tracking_uri)
+    loaded = mlflow.transformers.load_model("models:/retune-sample@champion")
+    answer = loaded([{"role": "user", "content": "Name the colour of box 1: red"}], max_new_tokens=4)
+    assert answer[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_a_lost_registry_is_filled_again_from_the_store(tmp_path: Path) -> None:
+    params = parameters(tmp_path)
+    version = published(tmp_path, params)
+    gate.promote(params.publish, params.promote, version, tmp_path)
+    params = registry_lost(tmp_path, params)
+    shutil.rmtree(tmp_path / "artifacts")
+    _, warnings = gate.history(params.publish, tmp_path)
+    assert not warnings
+    registry = ModelRegistry(params.publish.tracking_uri, "retune-sample")
+    assert aliases(registry)["champion"] == registry.version_of(version) == "1"
+    tags = registry.tags(version)
+    assert tags is not None
+    assert {"base_model", "data", "git_commit", "manifest_sha256", "rougeL", "signed", "test_sha256"} <= set(tags)
+    found = read_manifest(open_store(params.publish.artifact_store), version)
+    assert register(open_store(params.publish.artifact_store), registry, found) == "1"

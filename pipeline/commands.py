@@ -1,0 +1,329 @@
+"""The commands about published versions: publish, verify, promote, roll back, look at, download and delete them."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Version = Annotated[str | None, typer.Argument(help="v3, 3, champion, canary or a version's id; else the workspace's.")]
+Reason = Annotated[str, typer.Option(help="Kept in the history.")]
+WIDTH = 118  # columns of tables, on a terminal and in a file
+
+
+class CommandError(ValueError):
+    """The options do not go together, or name nothing."""
+
+
+def publish(json_output: Json = False) -> None:
+    """Ship the workspace's artifacts as a version: store first, registry after."""
+    from pipeline.params import load_params
+    from pipeline.publish import publish as do
+
+    result = do(load_params().publish)
+    signed = "signed" if result.signed else "unsigned"
+    if json_output:
+        print(json.dumps(asdict(result)))
+    elif result.created:
+        megabytes = f"{result.uploaded_bytes / 1e6:.1f} MB"
+        print(f"publish: version v{result.number} ({result.version}), {megabytes} uploaded, {signed}")
+    else:
+        print(f"publish: already published as v{result.number} ({result.version}), {signed}")
+
+
+def sign(version: Version = None, json_output: Json = False) -> None:
+    """Sign a version that was published unsigned, after checking its files."""
+    from pipeline.publish import sign as do
+
+    params, _, _, target = _find(version)
+    made = do(params.publish, target)
+    if json_output:
+        print(json.dumps({"version": target, "signed": made}))
+    else:
+        print(f"sign: version {target} {'is signed' if made else 'had a signature already'}")
+
+
+def verify(version: Version = None, json_output: Json = False) -> None:
+    """Check a version's signature, the digest of every file, and its lineage; exit status 1 when one fails."""
+    from pipeline.registry import RegistryError
+    from pipeline.verify import verify as do
+
+    params, store, registry, target = _find(version)
+    try:
+        registered = registry.tags(target)
+    except RegistryError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        registered = None
+    checks = do(params.publish, store, target, registered)
+    failed = [check.name for check in checks if check.passed is False]
+    if json_output:
+        print(json.dumps({"version": target, "passed": not failed, "checks": [asdict(check) for check in checks]}))
+    else:
+        words = {True: "passed", False: "FAILED", None: "not checked"}
+        table = Table("check", "result", "detail", title=f"Version {target}", title_justify="left")
+        for check in checks:
+            table.add_row(check.name, words[check.passed], check.detail)
+        _print(table)
+        print(f"verify: {', '.join(failed)} failed" if failed else "verify: nothing failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+def promote(
+    version: Version = None,
+    force: Annotated[bool, typer.Option("--force", help="Overrule the gate; needs --reason.")] = False,
+    approve: Annotated[bool, typer.Option("--approve", help="Agree to the version that waits for approval.")] = False,
+    reject: Annotated[bool, typer.Option("--reject", help="Refuse the version that waits for approval.")] = False,
+    reason: Reason = "",
+    json_output: Json = False,
+) -> None:
+    """Make a version the champion if it is measurably better; a refusal (exit status 3) shows both numbers."""
+    from pipeline.params import load_params
+    from pipeline.promote import approve as answer
+    from pipeline.promote import promote as do
+
+    if force + approve + reject > 1:
+        raise CommandError("--force, --approve and --reject exclude each other")
+    if force and not reason.strip():
+        raise CommandError("--force needs --reason: the history keeps why the gate was overruled")
+    params = load_params()
+    if approve or reject:
+        decision = answer(params.publish, params.promote, version, approve, reason)
+    else:
+        decision = do(params.publish, params.promote, version, force=reason if force else None)
+    _say(decision, json_output)
+    if decision.decision == "proposed" and not json_output and sys.stdin.isatty():
+        agreed = typer.confirm("Make it the champion?")
+        why = reason or typer.prompt("Reason, kept in the history", default="", show_default=False)
+        decision = answer(params.publish, params.promote, decision.version, agreed, why)
+        _say(decision, json_output)
+    if decision.champion != decision.version:
+        raise typer.Exit(3)
+
+
+def rollback(
+    to: Annotated[str | None, typer.Option(help="The version to go back to; else the champion before.")] = None,
+    reason: Reason = "rolled back by hand",
+    json_output: Json = False,
+) -> None:
+    """Put the previous champion back."""
+    from pipeline.params import load_params
+    from pipeline.promote import rollback as do
+
+    params = load_params()
+    record, warnings = do(params.publish, params.promote, to, reason)
+    _warn(warnings)
+    if json_output:
+        print(json.dumps(asdict(record)))
+    else:
+        print(f"rollback: {record.champion} is champion again; it was {record.previous}")
+
+
+def canary(
+    version: Version = None,
+    end: Annotated[bool, typer.Option("--end", help="There is no canary any more.")] = False,
+    reason: Reason = "",
+    json_output: Json = False,
+) -> None:
+    """Mark a version as the canary: recorded, kept by `retune prune`, and an alias in the registry."""
+    from pipeline.params import load_params
+    from pipeline.promote import set_canary
+
+    if end == (version is not None):
+        raise CommandError("name the version, or --end the present canary")
+    record, warnings = set_canary(load_params().publish, version, reason)
+    _warn(warnings)
+    if json_output:
+        print(json.dumps(asdict(record)))
+    else:
+        print(f"canary: {record.version} {'is no canary any more' if end else 'is the canary'}")
+
+
+def history(
+    number: Annotated[int | None, typer.Argument(min=1, help="One decision, with all its numbers.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Every decision: who, when, from which champion to which, why, and with which numbers."""
+    from pipeline.params import load_params
+    from pipeline.promote import history as do
+    from pipeline.registry import ModelRegistry, RegistryError
+
+    params = load_params()
+    log, warnings = do(params.publish)
+    _warn(warnings)
+    if number is not None and number > len(log):
+        raise CommandError(f"there are {len(log)} decisions, no number {number}")
+    shown = log if number is None else [log[number - 1]]
+    if json_output:
+        print(json.dumps([asdict(record) for record in shown]))
+        return
+    if not log:
+        print("history: nothing was decided yet; `retune run` trains, publishes and decides")
+        return
+    try:
+        registered = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name).numbers()
+    except RegistryError:
+        registered = {}
+
+    def name(version: str | None) -> str:
+        return "none" if version is None else f"v{registered[version]}" if version in registered else version
+
+    table = Table("#", "when (UTC)", "who", "decision", "version", "champion", "why", title_justify="left")
+    for record in shown:
+        move = (
+            f"{name(record.previous)} → {name(record.champion)}" if record.previous != record.champion else "as before"
+        )
+        word = "forced" if record.overruled else record.decision
+        table.add_row(
+            str(record.number), record.time.removesuffix("+00:00").replace("T", " "), record.actor, word,
+            f"{name(record.version)} {record.version}", move, record.reason,
+        )  # fmt: skip
+    _print(table)
+    if number is not None:
+        _numbers(shown[0].comparison, shown[0].notes, shown[0].overruled)
+        return
+    print(f"champion: {name(log[-1].champion)}; `retune history NUMBER` shows one decision's numbers")
+
+
+def download(
+    version: Annotated[str, typer.Argument(help="v3, 3, champion, canary or a version's id.")],
+    folder: Annotated[Path, typer.Argument(help="Where to; made if it is not there.")],
+    part: Annotated[
+        Literal["merged", "adapter", "all"],
+        typer.Option(help="The model, the adapter, or everything with its signature."),
+    ] = "merged",
+    json_output: Json = False,
+) -> None:
+    """Download a version, every file checked; what is there already is kept."""
+    from pipeline import manifest as manifests
+    from pipeline import signature
+    from pipeline.manifest import read_manifest
+    from pipeline.publish import fetch_file, fetch_version
+
+    params, store, _, target = _find(version)
+    manifest = read_manifest(store, target)
+    if manifest is None:
+        raise CommandError(f"version {target} is not published in {store.uri}")
+    if params.publish.require_signature:
+        from pipeline.verify import require_intact
+
+        require_intact(store, manifest, params.publish)
+    if part == "all":
+        for name, entry in manifest["files"].items():
+            fetch_file(store, entry, folder / name)
+        data = manifests.encode(manifest)
+        signed = signature.read_signature(store, target, data)
+        (folder / "manifest.json").write_bytes(data)
+        if signed is not None:
+            (folder / "manifest.sig").write_bytes(signed)
+        path = folder
+    else:
+        path = fetch_version(store, manifest, part, folder)
+    if json_output:
+        print(json.dumps({"version": target, "path": str(path)}))
+    else:
+        print(f"download: version {target} in {path}")
+
+
+def delete(
+    version: Annotated[str, typer.Argument(help="v3, 3 or a version's id.")],
+    reason: Annotated[str, typer.Option(help="Kept in the history.")],
+    json_output: Json = False,
+) -> None:
+    """Delete a version for good; the champion, the canary and a version that waits for approval are refused."""
+    from pipeline.params import load_params
+    from pipeline.retention import delete as do
+
+    record = do(load_params().publish, version, reason)
+    if json_output:
+        print(json.dumps(asdict(record)))
+    else:
+        print(f"delete: version {record.version} is gone; `retune gc` collects the files that no other version has")
+
+
+def prune(
+    yes: Annotated[bool, typer.Option("--yes", help="Delete them; without it they are only listed.")] = False,
+    json_output: Json = False,
+) -> None:
+    """List, and with --yes delete, the versions that publish.keep_versions and keep_champions do not keep."""
+    from pipeline.params import load_params
+    from pipeline.retention import delete as do
+    from pipeline.retention import outdated
+
+    params = load_params().publish
+    versions = outdated(params)
+    if yes:
+        for version in versions:
+            do(params, version, f"older than the newest {params.keep_versions}")
+    if json_output:
+        print(json.dumps({"versions": versions, "deleted": yes}))
+    elif not versions:
+        print("prune: nothing to delete" + ("; publish.keep_versions is null" if params.keep_versions is None else ""))
+    else:
+        print("\n".join(versions))
+        done = "deleted; `retune gc` collects their files" if yes else "would be deleted; `retune prune --yes` does it"
+        print(f"prune: {len(versions)} versions {done}")
+
+
+COMMANDS: list[Callable[..., None]] = [
+    publish, sign, verify, promote, rollback, canary, history, download, delete, prune,
+]  # fmt: skip
+
+
+def _find(version: str | None) -> tuple[Any, Any, Any, str]:
+    """Parameters, store, registry, and the content id of the version that was named."""
+    from pipeline.params import load_params
+    from pipeline.promote import resolve
+    from pipeline.registry import ModelRegistry
+    from pipeline.store import open_store
+
+    params = load_params()
+    name = params.publish.registered_model_name
+    store = open_store(params.publish)
+    registry = ModelRegistry(params.publish.tracking_uri, name)
+    return params, store, registry, resolve(version, store, registry, name, Path("."))
+
+
+def _say(decision: Any, json_output: bool) -> None:
+    _warn(decision.warnings)
+    if json_output:
+        print(json.dumps(asdict(decision)))
+        return
+    name = f"v{decision.number}" if decision.number else decision.version
+    print(f"promote: {name} {decision.decision}: {decision.reason}")
+    _numbers(decision.comparison, decision.notes, [])
+    if decision.decision == "proposed":
+        print("It passes and waits for a person: `retune promote --approve`, or `--reject --reason …`.")
+
+
+def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str]) -> None:
+    if comparison:
+        _print(verdict_table(comparison))
+    for note in notes:
+        print(f"note: {note}")
+    for one in overruled:
+        print(f"overruled: {one}")
+
+
+def verdict_table(comparison: dict[str, Any]) -> Table:
+    from pipeline.compare import COLUMNS, verdict_rows
+
+    table = Table(*COLUMNS)
+    for row in verdict_rows(comparison):
+        table.add_row(*row.values())
+    return table
+
+
+def _print(table: Table) -> None:
+    Console(width=WIDTH, highlight=False).print(table)
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -1,0 +1,162 @@
+"""The manifest is checked against its published schema when it is written and when it is read."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from versions import parameters, published
+
+from pipeline import manifest as manifests
+from pipeline import timings
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.params import Params
+from pipeline.store import ArtifactStore, StoreError, open_store
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params, str]:
+    root = tmp_path_factory.mktemp("manifest")
+    params = parameters(root, price_per_hour=3.6)
+    return root, params, published(root, params, registered=False, commit=True)
+
+
+@pytest.fixture
+def store(shipped: tuple[Path, Params, str]) -> ArtifactStore:
+    return open_store(shipped[1].publish.artifact_store)
+
+
+@pytest.fixture
+def manifest(store: ArtifactStore, shipped: tuple[Path, Params, str]) -> Manifest:
+    found = read_manifest(store, shipped[2])
+    assert found is not None
+    return found
+
+
+def test_a_manifest_tells_where_the_version_comes_from(manifest: Manifest, shipped: tuple[Path, Params, str]) -> None:
+    _, params, version = shipped
+    assert manifests.version_of(manifest) == version
+    assert len(manifest["git"]["commit"]) == 40
+    assert manifest["git"]["dirty"]  # the artifacts are not committed
+    assert manifest["data"]["dvc_md5"] == {"data/instructions": "0" * 32 + ".dir"}
+    assert manifest["params"]["prepare"] == params.prepare.model_dump()
+    assert set(manifest["params"]) == {"prepare", "train", "evaluate", "merge", "publish"}
+    assert manifest["evaluation"]["signatures"]
+    assert set(manifest["metrics"]) == {"base", "adapter", "merged"}
+
+
+def test_every_file_of_the_version_is_listed_under_its_digest(
+    manifest: Manifest, shipped: tuple[Path, Params, str]
+) -> None:
+    root, _, _ = shipped
+    for name, entry in manifest["files"].items():
+        stored = root / "store" / "objects" / entry["sha256"]
+        assert stored.stat().st_size == entry["size"]
+        if name.partition("/")[0] in ("adapter", "merged", "parity", "evaluation"):
+            assert stored.read_bytes() == (root / "artifacts" / name).read_bytes()
+    assert {"README.md", "MLmodel", "components/tokenizer/tokenizer.json"} <= set(manifest["files"])
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("schema_version", 1),
+        ("version", "../../x"),
+        ("created", "yesterday"),
+        ("git.commit", "main"),
+        ("base_model.digest", ""),
+        ("metrics.merged.rougeL", {"score": 1}),
+        ("metrics.merged.rougeL.score", "high"),
+        ("parity.token_agreement", 1.5),
+        ("data.rows.train", -1),
+        ("contract.sha256", "z" * 64),
+        ("files", {}),
+        ("files", {"../evil.json": {"sha256": "0" * 64, "size": 1}}),
+        ("files", {"/etc/passwd": {"sha256": "0" * 64, "size": 1}}),
+        ("files", {"a/./b": {"sha256": "0" * 64, "size": 1}}),
+        ("files", {"a.json": {"sha256": "0" * 63, "size": 1}}),
+        ("files", {"a.json": {"sha256": "0" * 64, "size": -1}}),
+        ("mood", "good"),
+    ],
+)
+def test_what_the_schema_does_not_allow_is_neither_written_nor_read(
+    manifest: Manifest, tmp_path: Path, where: str, value: Any
+) -> None:
+    changed: Any = copy.deepcopy(manifest)
+    *path, last = where.split(".")
+    node = changed
+    for key in path:
+        node = node[key]
+    node[last] = value
+    with pytest.raises(StoreError, match=r"manifest\.schema\.json"):
+        manifests.encode(changed)
+    store = open_store(tmp_path.as_uri())
+    store.create(manifests.key_of(manifest["version"]), json.dumps(changed).encode())
+    with pytest.raises(StoreError, match="is damaged"):
+        read_manifest(store, manifest["version"])
+
+
+@pytest.mark.parametrize("key", json.loads((ROOT / "pipeline" / "manifest.schema.json").read_text())["required"])
+def test_a_manifest_lacking_a_part_is_refused(manifest: Manifest, key: str) -> None:
+    with pytest.raises(StoreError, match=f"'{key}' is a required property"):
+        manifests.encode({k: v for k, v in manifest.items() if k != key})
+
+
+def test_the_published_schema_is_itself_one() -> None:
+    from jsonschema import Draft202012Validator
+
+    Draft202012Validator.check_schema(json.loads((ROOT / "pipeline" / "manifest.schema.json").read_text()))
+
+
+def test_another_spelling_of_a_manifest_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    store = open_store(tmp_path.as_uri())
+    store.create(manifests.key_of(manifest["version"]), json.dumps(manifest).encode())
+    with pytest.raises(StoreError, match="not the ones that Retune writes"):
+        read_manifest(store, manifest["version"])
+
+
+def test_a_manifest_of_an_older_schema_says_so(manifest: Manifest, tmp_path: Path) -> None:
+    store = open_store(tmp_path.as_uri())
+    store.create(manifests.key_of("a" * 16), b'{"version": "aaaaaaaaaaaaaaaa", "schema": 1}')
+    with pytest.raises(StoreError, match="its schema is 1, this Retune reads 2"):
+        read_manifest(store, "a" * 16)
+
+
+def test_time_and_cost_count_only_for_the_output_that_was_timed(tmp_path: Path) -> None:
+    params = parameters(tmp_path, price_per_hour=3.6)
+    published(tmp_path, params, registered=False)
+    seconds = {"prepare": 10.0, "train": 980.0, "evaluate": 5.0, "merge": 5.0}
+    for stage, time in seconds.items():
+        timings.record(stage, time, 0, tmp_path)
+    built = manifests.build(params.publish, "a" * 16, {}, tmp_path)
+    assert built["time"] == seconds
+    assert built["cost"] == {"price_per_hour": 3.6, "total": 1.0}
+    marker = tmp_path / "artifacts" / timings.MARKERS["train"]
+    marker.write_text(marker.read_text() + " ")  # another adapter, restored from DVC's cache
+    built = manifests.build(params.publish, "a" * 16, {}, tmp_path)
+    assert built["time"]["train"] is None
+    assert built["cost"]["total"] is None
+
+
+def test_the_model_card_is_one_that_the_hub_reads(manifest: Manifest, shipped: tuple[Path, Params, str]) -> None:
+    root, params, _ = shipped
+    card = ModelCard((root / "store" / "objects" / manifest["files"]["README.md"]["sha256"]).read_text())
+    assert card.data.library_name == "peft"
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
+        metric: manifest["metrics"]["merged"][metric]["score"]
+        for metric in ("accuracy", "bleu", "rouge1", "rouge2", "rougeL")
+    }
+    assert card.data.model_name == params.publish.registered_model_name
+    assert card.data.base_model is None  # a folder
+    assert "90 train" in card.text
+
+
+def test_a_base_from_the_hub_stands_in_the_cards_metadata(manifest: Manifest) -> None:
+    from pipeline.card import model_card
+
+    base = {"name_or_path": "Qwen/Qwen2.5-0.5B", "revision": "a" * 40, "digest": "a" * 40}
+    card = ModelCard(model_card(manifest | {"base_model": base}))
+    assert (card.data.base_model, card.data.base_model_relation) == ("Qwen/Qwen2.5-0.5B", "adapter")

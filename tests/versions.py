@@ -1,0 +1,182 @@
+"""Workspaces as a run leaves them, made in a moment: real files and scores, no training; versions of them."""
+
+import json
+import random
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from conftest import CACHE, ROOT, with_
+from ruamel.yaml import YAML
+
+from pipeline import graph, publish
+from pipeline.files import sha256_json, write_json
+from pipeline.params import Params, load_params
+from pipeline.registry import ModelRegistry
+from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
+from pipeline.store import open_store
+
+ITEMS = 40
+
+
+def parameters(root: Path, **publishing: Any) -> Params:
+    """The project's own parameters, with store and an empty registry in `root`."""
+    if not (root / "mlflow.db").exists():
+        shutil.copy(_empty_registry(), root / "mlflow.db")
+    places = {"artifact_store": (root / "store").as_uri(), "tracking_uri": f"sqlite:///{root}/mlflow.db"}
+    return with_(load_params(ROOT / "params.yaml"), publish=places | publishing)
+
+
+def registry_lost(root: Path, params: Params) -> Params:
+    """`params` with another, empty registry (MLflow keeps a database open that is deleted under it)."""
+    shutil.copy(_empty_registry(), root / "empty.db")
+    return with_(params, publish={"tracking_uri": f"sqlite:///{root}/empty.db"})
+
+
+@cache
+def _empty_registry() -> Path:
+    """A database with MLflow's tables, which take it seconds to make."""
+    path = Path(CACHE) / "mlflow.db"
+    ModelRegistry(f"sqlite:///{path}", "none").numbers()
+    return path
+
+
+def published(root: Path, params: Params, quality: float = 0.5, registered: bool = True, **workspace: Any) -> str:
+    """Publish a version whose answers have about this ROUGE-L and accuracy; returns its id. Nothing asks DVC."""
+    make_workspace(root, params, quality, **workspace)
+    store = open_store(params.publish.artifact_store, root)
+    version = graph.version_id(root)
+    manifest, _ = publish._upload(params.publish, store, version, root)
+    if registered:
+        publish.register(
+            store, ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name), manifest
+        )
+    return version
+
+
+def make_workspace(
+    root: Path,
+    params: Params,
+    quality: float = 0.5,
+    test_fraction: float = 0.1,
+    test_split: str = "a",
+    exact: bool = True,
+    model: Path | None = None,
+    commit: bool = False,
+) -> None:
+    """Artifacts and dvc.lock in `root`. `exact`: whether test items count for accuracy; `model`: what was merged."""
+    artifacts = root / "artifacts"
+    shutil.rmtree(artifacts, ignore_errors=True)
+    contract = {
+        "model": {},
+        "chat_template_sha256": "c" * 64,
+        "tokenizer_sha256": "d" * 64,
+        "train_on": "all_responses",
+    }
+    test_sha256 = sha256_json(test_split)
+    evaluation = {
+        "test_sha256": test_sha256,
+        "params": params.evaluate.model_dump(),
+        "decoding": "greedy",
+        "signatures": dict.fromkeys(METRICS, "made for a test"),
+        "versions": {"torch": "2.13.0"},
+    }
+    if model is not None:
+        shutil.copytree(model, artifacts / "merged")
+    else:
+        write_json(artifacts / "merged" / "config.json", {"quality": quality})
+        write_json(artifacts / "merged" / "tokenizer.json", {})
+        (artifacts / "merged" / "model.safetensors").write_bytes(b"weights %.3f" % quality * 50)
+    base, merged = items(0.1, exact, test_split), items(quality, exact, test_split)
+    for folder in ("adapter", "merged"):
+        write_json(artifacts / folder / "contract.json", contract)
+    write_json(
+        artifacts / "dataset" / "report.json", {"rows": {"train": 90, "test": ITEMS}, "test_sha256": test_sha256}
+    )
+    write_json(
+        artifacts / "adapter" / "training.json",
+        {
+            "params": params.train.model_dump(),
+            "base_model": {"name_or_path": "data/base", "revision": None, "digest": "b" * 64},
+            "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+            "device": "cpu, 1 threads",
+        },
+    )
+    (artifacts / "adapter" / "loss.csv").write_text("step,loss,validation_loss\n1,2.0,\n2,1.0,1.5\n")
+    (artifacts / "adapter" / "adapter_model.safetensors").write_bytes(b"adapter %.3f" % quality)
+    scores = {"base": _scores(base), "adapter": _scores(merged)}
+    write_json(artifacts / "evaluation" / "metrics.json", scores)
+    (artifacts / "evaluation" / "report.md").write_text("# Evaluation\n")
+    pq.write_table(base, artifacts / "evaluation" / "items.base.parquet")
+    (artifacts / "parity").mkdir()
+    pq.write_table(merged, artifacts / "parity" / "items.merged.parquet")
+    write_json(artifacts / "parity" / "metrics.json", {"merged": _scores(merged)})
+    proof = {"base": "nf4", "token_agreement": 1.0, "identical_answers": 1.0, "prompts": ITEMS}
+    write_json(artifacts / "parity" / "parity.json", proof | {"evaluation": evaluation})
+    tree = params.model_dump()
+    tree["prepare"]["test_fraction"] = test_fraction
+    outs = {
+        "prepare": ["artifacts/dataset"],
+        "train": ["artifacts/adapter"],
+        "evaluate": ["artifacts/evaluation"],
+        "merge": ["artifacts/merged", "artifacts/parity"],
+    }
+    stages = {
+        stage: {
+            "cmd": f"retune stage {stage}",
+            "deps": [{"path": "data/instructions", "hash": "md5", "md5": "0" * 32 + ".dir"}],
+            "params": {"params.yaml": {stage: tree[stage]}},
+            "outs": [{"path": path, "hash": "md5", "md5": _digest(root / path)} for path in paths],
+        }
+        for stage, paths in outs.items()
+    }
+    with (root / "dvc.lock").open("w") as file:
+        YAML().dump({"schema": "2.0", "stages": stages}, file)
+    if commit:
+        for command in (["init", "-q"], ["add", "dvc.lock"], ["commit", "-qm", "start"]):
+            subprocess.run(
+                ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *command], cwd=root, check=True
+            )
+
+
+def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table:
+    """Scored answers: each item's difficulty is its own, `quality` moves all of them."""
+    draw = random.Random(test_split)
+    places = [draw.random() for _ in range(ITEMS)]
+    scores = [min(max(quality + 0.2 * (place - 0.5), 0.0), 1.0) for place in places]
+    matches = [round(10 * score) for score in scores]
+    ids = [f"{test_split}{i}" for i in range(ITEMS)]
+    return pa.table(
+        {
+            "id": ids,
+            "group": ids,
+            "accuracy": pa.array([float(s > 0.5) if exact else None for s in scores], pa.float64()),
+            "bleu": pa.array(
+                [[10.0, 10.0, n, n, n, n, 10.0, 10.0, 10.0, 10.0] for n in matches], pa.list_(pa.float64())
+            ),
+            "rouge1": scores,
+            "rouge2": scores,
+            "rougeL": scores,
+        }
+    )
+
+
+def _scores(table: pa.Table) -> dict[str, Any]:
+    result: dict[str, Any] = {"num_samples": ITEMS, "num_cut_off": 0}
+    for metric in METRICS:
+        values = metric_items(table, metric)
+        score = bootstrap(values, 100, 0, group_of(table))
+        result[metric] = score.as_dict() if score.score == score.score else None
+    return result
+
+
+def _digest(folder: Path) -> str:
+    return sha256_json({p.name: p.read_bytes().hex() for p in folder.rglob("*") if p.is_file()})[:32] + ".dir"
+
+
+def records(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted((root / "store" / "promotions").rglob("*.json"))]
