@@ -78,7 +78,7 @@ def convert_blocks(blocks: Iterable[tuple[T, Block, Recipe]]) -> Iterator[tuple[
     under_way: deque[tuple[T, Block, Recipe, Future[tuple[bytes, list[Rejected]]]]] = deque()
     # A fork would copy this process's threads and locks; spawned ones are clean.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
         for tag, block, recipe in chain(first, coming):
             under_way.append((tag, block, recipe, pool.submit(_packed_batch, block, recipe)))
@@ -100,8 +100,8 @@ def _done(tag: T, block: Block, recipe: Recipe, future: Future[tuple[bytes, list
     return tag, Batch(from_ipc(table), rejected, recipe, block.position)
 
 
-def _begin_worker() -> None:
-    end_with_parent()
+def _begin_worker(parent: int) -> None:
+    end_with_parent(parent=parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     # Rows hold no cycles. Looking for them every 700 objects, the default, is a third of the time.
     gc.freeze()
