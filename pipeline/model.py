@@ -85,8 +85,11 @@ def keep_4bit_weights_trainable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> PeftModel:
     """`base` with the adapter in `folder` on top, for inference.
+
+    Args:
+        empty: `base` has no weights; the adapter's own are put in, and nothing is computed.
 
     Raises:
         ModelError: no safetensors adapter there, or one for another architecture.
@@ -94,11 +97,18 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} holds no adapter_model.safetensors; run `dvc repro train`")
     with warnings.catch_warnings():
-        # PEFT only warns when keys are missing or left over; half an adapter must not pass for one.
-        warnings.filterwarnings("error", message=".*(missing|unexpected).*adapter keys.*", category=UserWarning)
+        # PEFT only warns when keys are missing; half an adapter must not pass for one.
+        warnings.filterwarnings("error", message=".*missing adapter keys.*", category=UserWarning)
         try:
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-        except (RuntimeError, ValueError, UserWarning) as error:
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, low_cpu_mem_usage=empty)
+            # It says nothing of weights that it has no place for; loading them once more does.
+            loaded = model.load_adapter(str(folder), "default", low_cpu_mem_usage=empty)
+        except (RuntimeError, ValueError, KeyError, UserWarning) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
+    if loaded.unexpected_keys:
+        raise ModelError(
+            f"the adapter in {folder} does not fit {base.config.name_or_path}, which has no place for "
+            f"{len(loaded.unexpected_keys)} of its weights: {', '.join(loaded.unexpected_keys)}"
+        )
     return model.eval()
