@@ -1,13 +1,13 @@
 """An adapter added to the weights of its base: from safetensors to safetensors, without the model in memory.
 
-PEFT's own layers, built on a base without weights, say what is added to which weight, and how scaled; the sum is bit for
+PEFT's own layers, built on a base without weights, say what is added to which weight and how scaled; the sum is bit for
 bit that of `merge_and_unload` on a CPU. Adapters that only PEFT can merge go through it, with the reason; those that
 cannot be merged at all (prompt and prefix tuning) are refused.
 """
 
 import warnings
-from copy import deepcopy
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,13 @@ def merge_adapter(
     return Merging("shards", None, modules)
 
 
+def empty_base(identity: Mapping[str, Any]) -> PreTrainedModel:
+    """The base with the shapes of its parameters and without their numbers: adapters can be put on it, no more."""
+    model = _empty_model(_config(identity))
+    _without_weights(model)
+    return model
+
+
 def _config(identity: Mapping[str, Any]) -> PretrainedConfig:
     """The base's configuration as transformers itself knows it."""
     name = identity["name_or_path"]
@@ -141,12 +148,20 @@ def _edits(
             raise _OnlyPeft(f"{parameter} is not stored as floating-point numbers under a name of its own")
         return names[parameter]
 
+    def written(name: str) -> torch.dtype:
+        return dtype or FLOATS[checkpoint.tensors[name].dtype]
+
     edits: dict[str, Edit] = {}
     if quantisation is not None:
         for parameter, transposed in _quantised_weights(config, quantisation).items():
             edits[stored_as(parameter)] = round_trip(quantisation, compute_dtype(), device(), transposed)
     placeholders = _without_weights(empty)
     model = load_adapter(empty, adapter, empty=True).get_base_model()
+    for path, value in model.named_parameters():
+        # Whole tensors that the adapter brings along: biases, resized embeddings, modules that were trained beside it.
+        if id(value) not in placeholders and not any(part in path for part in (".lora_A.", ".lora_B.", ".ia3_l.")):
+            name = stored_as(path.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."))
+            edits[name] = _replaced(value.data, written(name))
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for path, module in modules:
         make = {LoraLinear: _lora, IA3Linear: _ia3}.get(type(module))
@@ -154,17 +169,11 @@ def _edits(
             raise _OnlyPeft(f"{path} is a {type(module).__name__} of {type(module).__module__}")
         for parameter, change in make(module).items():
             name = stored_as(f"{path}.{parameter}")
-            out = dtype or FLOATS[checkpoint.tensors[name].dtype]
             # A bias may be zero, which a factor does not change.
-            edits[name] = _changed(change, edits.get(name), out, path, must=parameter == "weight")
+            edits[name] = _changed(change, edits.get(name), written(name), path, must=parameter == "weight")
     for path, wrapper in model.named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper) and type(wrapper) is not ModulesToSaveWrapper:
             raise _OnlyPeft(f"{path} is wrapped in {type(wrapper).__name__}")
-    for path, value in model.named_parameters():
-        # Whole tensors that the adapter brings along: biases, and modules that were trained beside it.
-        if id(value) not in placeholders and not any(part in path for part in (".lora_A.", ".lora_B.", ".ia3_l.")):
-            plain = path.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-            edits[stored_as(plain)] = _replaced(value.data)
     return edits, len(modules)
 
 
@@ -273,10 +282,10 @@ def _changed(change: _Change, before: Edit | None, out: torch.dtype, module: str
     return edit
 
 
-def _replaced(value: torch.Tensor) -> Edit:
+def _replaced(value: torch.Tensor, out: torch.dtype) -> Edit:
     def edit(blocks: Blocks) -> Blocks:
         for row, block in blocks:
-            yield row, value[row : row + len(block)]
+            yield row, value[row : row + len(block)].to(out)
 
     return edit
 
