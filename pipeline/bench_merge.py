@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pipeline.files import WORK_DIR
 from pipeline.merging import merge_adapter
 from pipeline.model import use_threads
 from pipeline.template import local_source
@@ -33,11 +34,12 @@ def main() -> None:
     if len(sys.argv) > 1:
         _child(sys.argv[1], Path(sys.argv[2]))
         return
-    # Not in /tmp, which may be memory.
-    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-merge-") as name:
+    WORK_DIR.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK_DIR, prefix="bench-merge-") as name:  # not /tmp, which may be memory
         root = Path(name)
         _run("make", root)
         rounds = [{method: _run(method, root) for method in ("peft", "shards", "nf4")} for _ in range(REPEATS)]
+        adapter = (root / "adapter" / "adapter_model.safetensors").stat().st_size / MIB
         checkpoint = open_checkpoint(root / "base")
         largest = max(tensor.size for tensor in checkpoint.tensors.values()) / MIB
         size = sum(tensor.size for tensor in checkpoint.tensors.values()) / MIB
@@ -46,7 +48,10 @@ def main() -> None:
         for key in reference:
             with safe_open(merged[key].path, "pt") as a, safe_open(reference[key].path, "pt") as b:
                 differ += not torch.equal(a.get_tensor(key), b.get_tensor(key))
-    print(f"{size:.0f} MiB in {len(checkpoint.shards)} shards, {len(reference)} tensors, the largest {largest:.0f} MiB")
+    print(
+        f"{size:.0f} MiB in {len(checkpoint.shards)} shards, {len(reference)} tensors, the largest {largest:.0f} MiB; "
+        f"an adapter of {adapter:.0f} MiB"
+    )
     print(f"tensors that differ between shards and peft: {differ}")
     print("| method | seconds | anonymous, MiB | high-water mark, MiB | time / peft | anonymous / peft |")
     print("|---|---|---|---|---|---|")

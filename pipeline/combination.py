@@ -43,11 +43,11 @@ def combine(params: CombineParams, contract: dict[str, Any], adapter: Path, fold
             )
         require_same_contract(contract, read_json(source / "contract.json"), source)
         sources.append(source)
-    torch.manual_seed(params.seed)  # DARE drops at random
     names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
     model = load_adapter(empty_base(contract["model"]), sources[0], empty=True)
     for name, source in zip(names[1:], sources[1:], strict=True):
         model.load_adapter(str(source), name, low_cpu_mem_usage=True)
+    torch.manual_seed(params.seed)  # DARE drops at random
     try:
         model.add_weighted_adapter(
             names,

@@ -1,14 +1,13 @@
 """Loading base models and adapters: quantised as they were trained, on the device there is, with threads that fit."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import psutil
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -52,15 +51,17 @@ def load_base(identity: dict[str, Any], quantisation: Quantisation | None = None
     Raises:
         ModelError: the model cannot be loaded from safetensors.
     """
-    config = None
+    # Left out, not None: that would load weights that are stored quantised as if they were not, with just a warning.
+    quantised = {}
     if quantisation is not None and quantisation["load_in_4bit"]:
         config = BitsAndBytesConfig(**quantisation, bnb_4bit_compute_dtype=compute_dtype())
+        quantised["quantization_config"] = config
     try:
         model = AutoModelForCausalLM.from_pretrained(
             identity["name_or_path"],
             revision=identity["revision"],
             trust_remote_code=identity["trust_remote_code"],
-            quantization_config=config,
+            **quantised,
             dtype=compute_dtype(),
             device_map={"": device()},
             use_safetensors=True,
@@ -96,19 +97,19 @@ def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> Pe
     """
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} holds no adapter_model.safetensors; run `dvc repro train`")
-    with warnings.catch_warnings():
-        # PEFT only warns when keys are missing; half an adapter must not pass for one.
-        warnings.filterwarnings("error", message=".*missing adapter keys.*", category=UserWarning)
-        try:
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False, low_cpu_mem_usage=empty)
-            # It says nothing of weights that it has no place for; loading them once more does.
-            loaded = model.load_adapter(str(folder), "default", low_cpu_mem_usage=empty)
-        except (RuntimeError, ValueError, KeyError, UserWarning) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
-    if loaded.unexpected_keys:
-        raise ModelError(
-            f"the adapter in {folder} does not fit {base.config.name_or_path}, which has no place for "
-            f"{len(loaded.unexpected_keys)} of its weights: {', '.join(loaded.unexpected_keys)}"
-        )
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    try:
+        model = get_peft_model(base, config, low_cpu_mem_usage=empty)
+        loaded = model.load_adapter(str(folder), "default", low_cpu_mem_usage=empty)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
+    # PEFT says nothing of either by itself; half an adapter must not pass for one.
+    for what, keys in (("lacks", loaded.missing_keys), ("has no place in it for", loaded.unexpected_keys)):
+        if keys:
+            raise ModelError(
+                f"the adapter in {folder} does not fit {base.config.name_or_path}: it {what} {len(keys)} weights: "
+                f"{', '.join(keys)}"
+            )
     return model.eval()

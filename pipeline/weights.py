@@ -24,7 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
-BLOCK = 2**20  # elements in memory at a time; they fit the processor's cache
+BLOCK = 2**18  # elements in memory at a time; they fit the processor's cache
 BLOCKSIZE = 64  # elements that share a scale in 4 bits: the default of bitsandbytes, which transformers uses
 
 Blocks = Iterator[tuple[int, torch.Tensor]]  # first row, rows (R, …)

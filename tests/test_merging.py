@@ -294,7 +294,7 @@ def test_weights_of_the_adapter_that_the_base_has_no_place_for_are_listed(
     stray = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
     held[stray] = torch.ones(4, 64)
     save_file(held, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"no place for 1 of its weights: .*layers\.7\.self_attn\.q_proj"):
+    with pytest.raises(ModelError, match=r"no place in it for 1 weights: .*layers\.7\.self_attn\.q_proj"):
         merged(base, adapter)
 
 
