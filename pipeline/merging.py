@@ -113,9 +113,12 @@ def _config(identity: Mapping[str, Any]) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(name, revision=identity["revision"], trust_remote_code=False)
         config.architectures = [type(_empty_model(config)).__name__]
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if not identity["trust_remote_code"]:
+            raise MergeError(f"{name} cannot be merged into: {reason}") from None
         raise MergeError(
             f"{name} cannot be merged into: transformers knows its architecture only by running the repository's "
-            f"Python code, which no version ships; its adapter can be used on it ({str(error).splitlines()[0]})"
+            f"Python code, which no version ships; its adapter can be used on it ({reason})"
         ) from None
     if getattr(config, "quantization_config", None) is not None:
         raise MergeError(
@@ -159,7 +162,7 @@ def _edits(
     model = load_adapter(empty, adapter, empty=True).get_base_model()
     for path, value in model.named_parameters():
         # Whole tensors that the adapter brings along: biases, resized embeddings, modules that were trained beside it.
-        if id(value) not in placeholders and not any(part in path for part in (".lora_A.", ".lora_B.", ".ia3_l.")):
+        if id(value) not in placeholders and not any(part.startswith(("lora_", "ia3_")) for part in path.split(".")):
             name = stored_as(path.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."))
             edits[name] = _replaced(value.data, written(name))
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

@@ -49,7 +49,7 @@ def load_base(identity: dict[str, Any], quantisation: Quantisation | None = None
         quantisation: None, or load_in_4bit false, loads full-precision weights.
 
     Raises:
-        ModelError: the model cannot be loaded from safetensors.
+        ModelError: the model cannot be loaded from safetensors, or a CPU cannot compute with it in 4 bits.
     """
     # Left out, not None: that would load weights that are stored quantised as if they were not, with just a warning.
     quantised = {}
@@ -69,6 +69,7 @@ def load_base(identity: dict[str, Any], quantisation: Quantisation | None = None
     except (OSError, ValueError) as error:
         raise ModelError(f"{identity['name_or_path']} cannot be loaded: {str(error).splitlines()[0]}") from None
     keep_4bit_weights_trainable(model)
+    _refuse_ragged_blocks(model, identity["name_or_path"])
     # Its sampling habits (repetition_penalty, num_beams, …) would fill every gap of `generate`'s own settings.
     tokens = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
@@ -84,6 +85,17 @@ def keep_4bit_weights_trainable(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
+    """On a CPU bitsandbytes 0.50 finds wrong scales where a row ends within a block of 64: twice the rounding error."""
+    for path, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit) and module.weight.device.type == "cpu" and module.in_features % 64:
+            raise ModelError(
+                f"{path} of {name} has rows of {module.in_features} numbers, no multiple of 64; bitsandbytes computes "
+                "wrongly with those in 4 bits on a CPU: set train.load_in_4bit to false (and merge.export to []), or "
+                "use a GPU"
+            )
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> PeftModel:

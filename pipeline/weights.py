@@ -128,7 +128,7 @@ def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch
     """What 4-bit quantisation leaves of a weight, bit for bit as the quantised model computes with it.
 
     The scales are quantised all together (double quantisation), so the 4-bit codes of the whole tensor are kept
-    between two passes: 0.5 byte an element.
+    between two passes: 0.5 byte an element. `load_base` refuses the weights that bitsandbytes gets wrong on a CPU.
 
     Args:
         quantisation: bnb_4bit_quant_type, bnb_4bit_use_double_quant.
@@ -156,16 +156,9 @@ def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch
             offset = scales.mean()
             quantised, nested = bnb.functional.quantize_blockwise(scales - offset, blocksize=256)
             scales = bnb.functional.dequantize_blockwise(quantised, nested) + offset
-        if parts[0][2].shape[-1] % BLOCKSIZE:
-            # Where a row is no multiple of a block, bitsandbytes 0.50 finds wrong scales on a CPU, and others for
-            # another number of rows; the quantised model computes with those of the whole.
-            rows = sum(state.shape[0] for _, _, state in parts)
-            whole = parts[0][2]
-            whole.shape = torch.Size((rows, *whole.shape[1:]))
-            parts = [(0, torch.cat([codes for _, codes, _ in parts]), whole)]
         done = 0
         for row, codes, state in parts:
-            count = -(-state.shape.numel() // BLOCKSIZE)
+            count = len(state.absmax)
             state.absmax = scales[done : done + count]
             done += count
             yield row, bnb.functional.dequantize_4bit(codes, state).cpu()

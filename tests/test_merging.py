@@ -187,12 +187,11 @@ def test_what_only_peft_can_merge_is_merged_by_peft_and_the_reason_recorded(
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "bloom", "gpt2", "narrow"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "bloom", "gpt2"])
 def test_the_round_trip_base_is_what_the_quantised_model_computes_with(
     make: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str, dtype: torch.dtype, kind: str
 ) -> None:
-    narrow = LlamaConfig(**WIDE | {"hidden_size": 48, "intermediate_size": 112})  # rows that end within a block
-    base, adapter = make(MODELS.get(name, narrow), dtype, LoraConfig(**LORA))
+    base, adapter = make(MODELS[name], dtype, LoraConfig(**LORA))
     quantisation = NF4 | {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": kind == "nf4"}
     merging, folder = merged(base, adapter, quantisation=quantisation)
     assert merging.method == "shards"
@@ -207,6 +206,21 @@ def test_the_round_trip_base_is_what_the_quantised_model_computes_with(
     assert found >= 8
     expected = PeftModel.from_pretrained(plain, adapter).merge_and_unload().to(dtype)
     assert_same(folder, expected, tmp_path / "peft")
+
+
+def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused_in_4_bits(
+    make: Callable[..., tuple[Path, Path]],
+) -> None:
+    base, _ = make(LlamaConfig(**WIDE | {"hidden_size": 48}), torch.float32, LoraConfig(**LORA))
+    load_base(local_source(base))
+    with pytest.raises(ModelError, match=r"q_proj of .*base has rows of 48 numbers, no multiple of 64"):
+        load_base(local_source(base), NF4)
+    errors = []
+    for width in (48, 64):  # the day bitsandbytes is mended, this fails and the refusal can go
+        weight = torch.randn(64, width)
+        codes, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        errors.append((bnb.functional.dequantize_4bit(codes, state) - weight).abs().mean())
+    assert errors[0] > 1.5 * errors[1]
 
 
 def test_peft_merges_into_the_round_trip_base_too(make: Callable[..., tuple[Path, Path]]) -> None:
@@ -271,7 +285,7 @@ def test_a_hub_repository_is_merged_from_the_cache_at_its_revision(
     shutil.move(base, tmp_path / "hub" / "models--owner--name" / "snapshots" / commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "from-hub").mkdir()
-    identity = {"name_or_path": "owner/name", "revision": commit}
+    identity = {"name_or_path": "owner/name", "revision": commit, "trust_remote_code": False}
     merge_adapter(identity, adapter, tmp_path / "from-hub")
     actual = tensors(tmp_path / "from-hub")
     assert set(actual) == set(expected)
