@@ -423,9 +423,11 @@ def _run_stage(name: str, params: Any) -> str:
         case "merge":
             from pipeline.merge import merge
 
-            merged = merge(params.merge, dataset, adapter, evaluation, ARTIFACTS / "merged", ARTIFACTS / "parity")
+            outputs = (ARTIFACTS / name for name in ("merged", "parity", "exports"))
+            merged = merge(params.merge, dataset, adapter, evaluation, *outputs)
+            peft = f", by PEFT because {merged.merging.reason}" if merged.merging.reason else ""
             return (
-                f"into the {merged.base} base; it chooses {merged.agreement:.1%} of the adapter's tokens, "
+                f"into the {merged.base} base{peft}; it chooses {merged.agreement:.1%} of the adapter's tokens, "
                 f"{merged.identical:.1%} of its answers are the same"
             )
     raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")

@@ -13,7 +13,7 @@ from pipeline.files import sha256_json
 from pipeline.process import python_ending_with_parent
 
 STAGES = ("prepare", "train", "evaluate", "merge")
-SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity")
+SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity", "artifacts/exports")
 
 
 class GraphError(RuntimeError):

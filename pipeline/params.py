@@ -191,10 +191,36 @@ class EvaluateParams(Section):
     seed: Annotated[int, Field(ge=0)]
 
 
+class CombinedAdapter(Section):
+    path: str | None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    weight: float
+
+    @model_validator(mode="after")
+    def check(self) -> "CombinedAdapter":
+        if (self.path is None) != (self.sha256 is None):
+            raise ValueError(
+                f"merge.combine has path {self.path} with sha256 {self.sha256}: an adapter from elsewhere needs the "
+                "sha256 of its adapter_model.safetensors, the one trained in this run (path: null) has none"
+            )
+        return self
+
+
+class CombineParams(Section):
+    combination_type: Literal["linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+    density: Annotated[float, Field(gt=0, le=1)]
+    seed: Annotated[int, Field(ge=0)]
+    adapters: Annotated[list[CombinedAdapter], Field(min_length=2)]
+
+
 class MergeParams(Section):
     base: Literal["auto", "full", "nf4"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     min_agreement: Annotated[float, Field(ge=0, le=1)]
+    max_logit_error: Annotated[float, Field(gt=0)]
+    max_metric_drop: Annotated[float, Field(ge=0, le=1)]
+    combine: CombineParams | None
+    export: list[Literal["bnb-4bit", "bnb-8bit"]]
 
 
 class PublishParams(Section):
