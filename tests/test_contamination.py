@@ -52,7 +52,7 @@ def test_a_row_names_the_item_of_which_it_has_most() -> None:
     items = [f"{start} {prose(draw, 10)}", f"{start} {prose(draw, 2)}"]
     [found] = contaminated([items[1]], benchmark(items), 0.5)
     assert (found.item, found.share) == (1, 1.0)
-    assert [each.item for each in contaminated([QUESTION], benchmark([SHORT, QUESTION, QUESTION]), 0.5)] == [1]
+    assert [each.item for each in contaminated([QUESTION], benchmark([SHORT, SHORT, QUESTION, QUESTION]), 0.5)] == [2]
 
 
 def test_the_benchmarks_own_phrases_tell_nothing_and_items_of_nothing_else_are_named() -> None:
