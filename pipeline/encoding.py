@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.contamination import Benchmark, benchmark, contaminated
 from pipeline.conversation import ChatTemplate
-from pipeline.files import whole_directory
+from pipeline.files import sha256_json, whole_directory
 from pipeline.filters import apply_filters
 from pipeline.fitting import Fitted, Overlong, fit_batch, fit_text
 from pipeline.formats import FormatError, Message, Rejected, Row, is_plain_text, read_rows
@@ -99,7 +98,7 @@ def rows_of(table: pa.Table) -> Iterator[Row]:
     names = ("messages", "source", "tools", "task", "group", "scoring", "repairs")
     columns = [table[name].to_pylist() for name in names]
     for messages, source, tools, task, group, scoring, repairs in zip(*columns, strict=True):
-        yield Row(orjson.loads(messages), source, tools, task, group, scoring, repairs or [])
+        yield Row(json.loads(messages), source, tools, task, group, scoring, repairs or [])
 
 
 def encode_rows(
@@ -147,7 +146,7 @@ def prompt_key(messages: list[Message], tools: str | None) -> str:
     asked = [
         [message["role"], " ".join(message["content"].casefold().split()), *_calls(message)] for message in messages
     ]
-    return hashlib.sha256(orjson.dumps([asked, tools])).hexdigest()
+    return sha256_json([asked, tools])
 
 
 def compared_text(messages: list[Message]) -> str:
@@ -158,7 +157,7 @@ def compared_text(messages: list[Message]) -> str:
 
 def _calls(message: Message) -> list[str]:
     calls = message.get("tool_calls")
-    return [orjson.dumps(calls, option=orjson.OPT_SORT_KEYS).decode()] if calls else []
+    return [json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []
 
 
 def _group(row: Row) -> str:
@@ -176,12 +175,11 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: ChatTemp
     messages, tools = piece.messages, row.tools
     keys = [prompt_key(messages[:i], tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
     answer = "\n".join([messages[-1]["content"], *_calls(messages[-1])])
-    text = orjson.dumps(messages, option=orjson.OPT_SORT_KEYS)
     record = {
         "source": row.source,
         "repairs": [*row.repairs, *piece.encoded.repairs],
-        "record": text.decode(),
-        "id": hashlib.sha256(text).hexdigest()[:16],
+        "record": json.dumps(messages, ensure_ascii=False),
+        "id": sha256_json(messages)[:16],
         "task": row.task,
         "language": language_of_row(messages),
         "split": split,

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -296,14 +295,14 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
     for repairs, source, record in zip(
         *(repaired[n].to_pylist() for n in ("repairs", "source", "record")), strict=True
     ):
-        stats.add_repaired(repairs, source, orjson.loads(record))
+        stats.add_repaired(repairs, source, json.loads(record))
 
 
 def _as_test(rows: pa.Table, numbers: NDArray[np.int64], verdicts: Verdicts) -> pa.Table:
     """Rows of the test split with the columns of TEST, and their `number`."""
     # Without any declaration every row counts for accuracy: an exact match is then a hard but honest score.
     scoring = pc.fill_null(rows["scoring"], "text" if verdicts.declared else "exact")
-    prompts = [json.dumps(orjson.loads(record)[:-1], ensure_ascii=False) for record in rows["record"].to_pylist()]
+    prompts = [json.dumps(json.loads(record)[:-1], ensure_ascii=False) for record in rows["record"].to_pylist()]
     made = {"scoring": scoring, "messages": pa.array(prompts, pa.string()), "input_ids": rows["prompt_ids"]}
     table = pa.table({name: made.get(name, rows[name] if name not in made else None) for name in TEST.names})
     return table.cast(TEST).append_column("number", pa.array(numbers, pa.int64()))
@@ -334,7 +333,7 @@ def _digest(test: pa.Table) -> str:
     digest = hashlib.sha256()
     for batch in test.select(["id", "scoring", "input_ids", "reference"]).to_batches(1024):
         for row in batch.to_pylist():
-            digest.update(orjson.dumps(list(row.values())))
+            digest.update(json.dumps(list(row.values())).encode())
     return digest.hexdigest()
 
 
@@ -346,7 +345,7 @@ def _segments(row: pa.Table, template: ChatTemplate) -> list[tuple[str, bool]]:
 
 def _dropped(stats: DataStats, rows: pa.Table, place: int, number: int, verdicts: Verdicts) -> str:
     """Count a row that is not kept; its line of `dropped.jsonl`."""
-    source, record = rows["source"][place].as_py(), orjson.loads(rows["record"][place].as_py())
+    source, record = rows["source"][place].as_py(), json.loads(rows["record"][place].as_py())
     line = {"source": source, "reason": verdicts.reason[number], "record": record}
     stats.add_dropped(line["reason"], source, record)
     if detail := rows["detail"][place].as_py():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import garbage
+from pipeline.decisions import Record, append
 from pipeline.garbage import DAY_S, Garbage, GarbageError, collect, uploading
-from pipeline.registry import Record, append
 from pipeline.store import FileStore, StoreError
 from pipeline.transfer import check_objects, fetch, ship
 

@@ -18,7 +18,7 @@ from pipeline.files import read_json, sha256_file, write_json
 from pipeline.model import load_base
 from pipeline.params import Params
 from pipeline.sanitise import portable
-from pipeline.train import QUANTISATION, TrainError, _sequences, last_checkpoint, run_key, train
+from pipeline.train import QUANTISATION, TrainError, last_checkpoint, run_key, train, training_sequences
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -98,7 +98,7 @@ def test_packed_rows_do_not_see_each_other(base: Path, dataset: Path) -> None:
 def test_a_row_longer_than_a_packed_sequence_is_trained_whole(dataset: Path, params: Params) -> None:
     rows = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()
     short = sorted(map(len, rows))[len(rows) // 2]
-    sequences = _sequences(dataset / "train.parquet", with_(params, train={"packed_length": short}).train)
+    sequences = training_sequences(dataset / "train.parquet", with_(params, train={"packed_length": short}).train)
     assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, rows))
     assert sorted(sum(sequences["input_ids"], [])) == sorted(sum(rows, []))
 
