@@ -34,6 +34,9 @@ bench: bench-stages bench-data bench-merge bench-store  ## every benchmark
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
 	@python -m pipeline.bench
 
+bench-data: $(READY)  ## ingest and prepare beside datasets.map, datasketch and rensa (about 4 minutes)
+	@python -m pipeline.bench_data
+
 bench-merge: $(READY)  ## merging shard by shard against PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
 	@python -m pipeline.bench_merge
 

@@ -12,6 +12,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 from pipeline import manifest as manifests
 from pipeline import signature
+from pipeline.allowlist import UnsafeFileError, check_file, check_names
 from pipeline.params import ParamsError, PublishParams, load_params
 from pipeline.publish import fetch_file
 from pipeline.store import StoreError, open_store
@@ -27,6 +28,7 @@ class RetuneArtifactRepository(ArtifactRepository):
         manifest = manifests.read_manifest(self.artifact_store, self.version)
         if manifest is None:
             raise StoreError(f"version {self.version} is not in {store_uri}; it may have been deleted")
+        check_names(manifest["files"])
         self.manifest = manifest
         data = manifests.encode(manifest)
         signed = signature.read_signature(self.artifact_store, self.version, data)
@@ -51,6 +53,11 @@ class RetuneArtifactRepository(ArtifactRepository):
         if entry is None:
             raise StoreError(f"version {self.version} has no file {remote_file_path}")
         fetch_file(self.artifact_store, entry, Path(local_path))
+        try:
+            check_file(Path(local_path))
+        except UnsafeFileError:
+            Path(local_path).unlink()
+            raise
 
     def log_artifact(self, *_: Any, **__: Any) -> None:
         raise StoreError("a published version never changes; `retune publish` makes a new one")
