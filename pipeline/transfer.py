@@ -6,6 +6,7 @@ alone are sent when an earlier version has the rest. Refused: a file that change
 
 import hashlib
 import json
+import re
 import threading
 import time
 import uuid
@@ -321,7 +322,7 @@ def _blocks(store: ArtifactStore, entry: Entry, block: int) -> list[tuple[bytes,
     """Digest and place of every block of a file that is in the store; empty when it has no blocks of that size."""
     try:
         return _blocks_of(store, entry["chunks"], block) if entry["block_size"] == block else []
-    except (KeyError, TypeError, StoreError):
+    except (KeyError, TypeError, ValueError):
         return []  # an older or damaged manifest: the file is sent whole
 
 
@@ -331,6 +332,8 @@ def _blocks_of(store: ArtifactStore, chunks: list[dict[str, Any]], block: int) -
     for chunk in chunks:
         name = chunk["blocks"]
         if name not in indexes:
+            if not re.fullmatch("[0-9a-f]{64}", name):
+                raise ValueError(f"{name} is no digest")
             indexes[name] = store.read(f"objects/{name}") or b""
             if hashlib.sha256(indexes[name]).hexdigest() != name:
                 return []

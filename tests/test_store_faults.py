@@ -29,6 +29,10 @@ FAULTS = ("reset", "lost", "500", "503", "stall", "cut", "twice", "409:Condition
 KILLS = ("kill", "killed")
 
 
+def long(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.faults(pytest.mark.timeout(3600)(test))
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Objects of 64 KiB, so that few bytes make many; a twentieth of the pauses between attempts."""
@@ -122,7 +126,7 @@ def test_a_fault_at_some_request_of_a_publish_changes_nothing_of_its_result(prox
     publish_with(proxy, tmp_path, calm, draw.choice(FAULTS), draw.randrange(calm.requests))
 
 
-@pytest.mark.faults
+@long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_at_any_request_of_a_publish_changes_nothing_of_its_result(
     proxy: FaultProxy, tmp_path: Path, fault: str
@@ -132,7 +136,7 @@ def test_a_fault_at_any_request_of_a_publish_changes_nothing_of_its_result(
         assert publish_with(proxy, tmp_path, calm, fault, index)
 
 
-@pytest.mark.faults
+@long
 @pytest.mark.parametrize("fault", ["reset", "lost", "500", "stall", "403:AccessDenied"])
 def test_a_fault_that_stays_is_a_clear_error_and_the_next_attempt_reaches_the_end(
     proxy: FaultProxy, tmp_path: Path, fault: str
@@ -176,7 +180,7 @@ def publish_with(proxy: FaultProxy, folder: Path, calm: Calm, fault: str, index:
     return error is None
 
 
-@pytest.mark.faults
+@long
 @pytest.mark.parametrize("how", KILLS)
 def test_a_kill_at_any_request_of_a_publish_leaves_nothing_torn(proxy: FaultProxy, tmp_path: Path, how: str) -> None:
     for index in range(Calm(proxy, tmp_path).requests):
@@ -195,12 +199,12 @@ def test_a_kill_at_any_request_of_a_publish_leaves_nothing_torn(proxy: FaultProx
         assert len(versions(store, tmp_path)) == 2
 
 
-@pytest.mark.faults
+@long
 def test_kills_at_random_times_of_a_publish_to_s3_leave_nothing_torn(proxy: FaultProxy, tmp_path: Path) -> None:
     kill_at_random(lambda prefix: s3_store(proxy, prefix), tmp_path, kills=60, seed=0)
 
 
-@pytest.mark.faults
+@long
 def test_kills_at_random_times_of_a_publish_to_a_folder_leave_nothing_torn(tmp_path: Path) -> None:
     kill_at_random(lambda prefix: FileStore(tmp_path / prefix), tmp_path, kills=1000, seed=1)
 
@@ -214,13 +218,13 @@ def kill_at_random(open_: Callable[[str], ArtifactStore], folder: Path, kills: i
     killed = finished = change = 0
     prefix = ""
     while killed < kills:
-        if change % 20 == 0:
+        if change % 6 == 0:
             prefix = uuid.uuid4().hex  # a new store now and then: its beginning is killed too
-        change = change % 20 + 1
+        change = change % 6 + 1
         some_files(folder / f"in{change}", change)
         while True:
             child = in_a_child(lambda: publish(open_(prefix), folder / f"in{change}", change))  # noqa: B023
-            time.sleep(draw.uniform(0, 1.1 * longest))
+            time.sleep(draw.uniform(0, 1.5 * longest))
             os.kill(child, signal.SIGKILL)
             status = wait_for(child)
             killed += status == -signal.SIGKILL

@@ -315,7 +315,14 @@ def test_an_object_of_the_wrong_size_is_not_built_on(tmp_path: Path, store: File
     assert store.list("versions/") == []
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"files": 3}', b'{"files": {"m": {"block_size": 2048}}}'])
+BAD_INDEX = (
+    b'{"files": {"m": {"block_size": 128, "chunks": [{"sha256": "x", "blocks": "../x", "offset": 0, "size": 9}]}}}'
+)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{}", b'{"files": 3}', b'{"files": {"m": {"block_size": 128}}}', BAD_INDEX]
+)
 def test_a_damaged_earlier_manifest_does_not_stop_an_upload(tmp_path: Path, store: FileStore, text: bytes) -> None:
     store.create("versions/v0/manifest.json", text)
     entries, _ = publish(store, "v1", {"m": write(tmp_path / "m", random.Random(7).randbytes(OBJECT_SIZE + 1))})
