@@ -137,7 +137,7 @@ def merge() -> State[Any]:
 def publish(params: Params) -> State[Any]:
     started = time.monotonic()
     published = shipping.publish(params.publish)
-    store = open_store(params.publish.artifact_store)
+    store = open_store(params.publish)
     create_link_artifact(f"{store.uri}/versions/{published.version}/manifest.json", "manifest", key="version")
     create_link_artifact(ARTIFACTS.resolve().as_uri(), "artifacts of this run", key="files")
     return _state("publish", "ran" if published.created else "cached", started, asdict(published))

@@ -65,7 +65,7 @@ def run(json_output: Json = False) -> None:
 
     params = load_params()
     with _only_run() as lock:
-        open_store(params.publish.artifact_store)  # a store that cannot be written is no news for after the training
+        open_store(params.publish).probe()  # a store that cannot be written is no news for after the training
         up = server.running()
         if up is None and not graph.stale():
             version = graph.version_id()
@@ -148,6 +148,25 @@ for command in commands.COMMANDS:
 
 
 @app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only counted.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Find objects of the store that no version needs, older than a day; delete them with --delete."""
+    from pipeline.garbage import collect
+    from pipeline.params import load_params
+    from pipeline.store import open_store
+
+    found = collect(open_store(load_params().publish), delete)
+    if json_output:
+        print(json.dumps(asdict(found)))
+        return
+    what = f"{found.objects:,} objects, {found.bytes / 1e6:,.1f} MB, and {found.unfinished:,} unfinished uploads"
+    print(f"gc: {what} {'deleted' if found.deleted else 'could be deleted (`retune gc --delete`)'}")
+    print(f"    {found.kept:,} objects stay: a version or the promotion log needs them, or they are younger than a day")
+
+
+@app.command()
 def up(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the dashboard, on loopback.")] = 4200,
     json_output: Json = False,
@@ -186,7 +205,7 @@ def status(json_output: Json = False) -> None:
         stale = list(graph.stale())
     except RunUnderWay:
         stale = ["a run is under way"]
-    log = read_log(open_store(params.publish.artifact_store), params.publish.registered_model_name)
+    log = read_log(open_store(params.publish), params.publish.registered_model_name)
     waiting = proposed(log)
     answer = {
         "dashboard": prefect.url if prefect else None,

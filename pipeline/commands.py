@@ -285,7 +285,7 @@ def _find(version: str | None) -> tuple[Any, Any, Any, str]:
 
     params = load_params()
     name = params.publish.registered_model_name
-    store = open_store(params.publish.artifact_store)
+    store = open_store(params.publish)
     registry = ModelRegistry(params.publish.tracking_uri, name)
     return params, store, registry, resolve(version, store, registry, name, Path("."))
 

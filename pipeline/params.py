@@ -100,7 +100,14 @@ class MergeParams(Section):
 
 
 class PublishParams(Section):
-    artifact_store: Annotated[str, Field(pattern=r"^file://.+")]
+    artifact_store: Annotated[str, Field(pattern=r"^(file|s3)://.+")]
+    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^?#]+$")] | None
+    region_name: str | None
+    profile_name: str | None
+    addressing_style: Literal["auto", "path", "virtual"]
+    server_side_encryption: Literal["AES256", "aws:kms"] | None
+    sse_kms_key_id: str | None
+    max_concurrency: Annotated[int, Field(ge=1, le=64)]
     tracking_uri: Annotated[str, Field(pattern=r"^(sqlite:///.+|https?://[^@]+)$")]  # no password in a file
     registered_model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     price_per_hour: Annotated[float, Field(ge=0)] | None
@@ -117,6 +124,10 @@ class PublishParams(Section):
             raise ValueError("publish.require_signature is true, but publish.verify_key names no key to check with")
         if self.signing_certificate is not None and self.signing_key is None:
             raise ValueError("publish.signing_certificate needs publish.signing_key, the certificate's private key")
+        if self.endpoint_url is not None and "@" in self.endpoint_url:
+            raise ValueError("publish.endpoint_url holds a user or password; credentials belong to boto3's own places")
+        if self.sse_kms_key_id is not None and self.server_side_encryption != "aws:kms":
+            raise ValueError("publish.sse_kms_key_id names a key, but publish.server_side_encryption is not aws:kms")
         return self
 
 

@@ -65,7 +65,7 @@ def promote(
         CompareError: no fair comparison can be made.
         SignatureError: the version is unsigned or altered, and publish.require_signature is on.
     """
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     name = publishing.registered_model_name
     registry = ModelRegistry(publishing.tracking_uri, name, root)
     candidate = resolve(version, store, registry, name, root)
@@ -121,7 +121,7 @@ def approve(
         PromoteError: no version waits, or another one than `version`, or the champion is not the one compared with.
         SignatureError: as for `promote`.
     """
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     name = publishing.registered_model_name
     registry = ModelRegistry(publishing.tracking_uri, name, root)
     while True:
@@ -167,7 +167,7 @@ def rollback(
         PromoteError: there is no earlier champion, or `to` never was one.
         SignatureError: as for `promote`.
     """
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     name = publishing.registered_model_name
     registry = ModelRegistry(publishing.tracking_uri, name, root)
     while True:
@@ -200,7 +200,7 @@ def set_canary(
         PromoteError: the version is the champion or not published, or there is no canary to end.
         SignatureError: as for `promote`: a canary serves people.
     """
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     name = publishing.registered_model_name
     registry = ModelRegistry(publishing.tracking_uri, name, root)
     while True:
@@ -226,7 +226,7 @@ def set_canary(
 
 def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
     """Every decision, oldest first, and warnings; puts the registry's aliases right on the way."""
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     log = read_log(store, publishing.registered_model_name)
     if not log:
         return [], []
@@ -262,7 +262,7 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams) -> st
 
 def settled(publishing: PublishParams, params: PromoteParams, version: str, root: Path = Path(".")) -> str | None:
     """As `settled_reason`, for a published version; None when it is not published. Quick: asks no registry."""
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     log = read_log(store, publishing.registered_model_name)
     if read_manifest(store, version) is None and version not in {record.version for record in log}:
         return None

@@ -8,17 +8,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from pipeline import card, graph, signature
 from pipeline import manifest as manifests
 from pipeline.decisions import read_log, refuse_deleted
-from pipeline.files import sha256_file
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.params import PublishParams
-from pipeline.progress import Progress
 from pipeline.registry import ModelRegistry, Registration
 from pipeline.statistics import METRICS
-from pipeline.store import ArtifactStore, fetch_object, open_store
+from pipeline.store import ArtifactStore, StoreError, open_store
+from pipeline.transfer import check_objects, fetch, ship, upload
 
 SUFFIXES = {".safetensors", ".json", ".jsonl", ".txt", ".md", ".csv", ".parquet", ".jinja", ".model"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
@@ -52,12 +52,14 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
             f"{', '.join(stale)} changed since they ran; `retune run` or `dvc repro` brings them up to date"
         )
     version = graph.version_id(root)
-    store = open_store(params.artifact_store, root)
+    store = open_store(params, root)
     refuse_deleted(read_log(store, params.registered_model_name), version)
     manifest = read_manifest(store, version)
     uploaded, created = 0, manifest is None
     if manifest is None:
         manifest, uploaded = _upload(params, store, version, root)
+    else:
+        check_objects(store, manifest["files"])
     registry = ModelRegistry(params.tracking_uri, params.registered_model_name, root)
     number = register(store, registry, manifest)
     signed = signature.read_signature(store, version, manifests.encode(manifest)) is not None
@@ -72,7 +74,7 @@ def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
         StoreError: an object is missing or altered.
         RegistryError: MLflow cannot be reached; the version is signed all the same.
     """
-    store = open_store(params.artifact_store, root)
+    store = open_store(params, root)
     manifest = read_manifest(store, version)
     if manifest is None:
         raise PublishError(f"version {version} is not published in {store.uri}")
@@ -104,9 +106,7 @@ def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: P
     Raises:
         StoreError: an object is missing or altered.
     """
-    for name, entry in manifest["files"].items():
-        if name.startswith(f"{part}/"):
-            fetch_file(store, entry, folder / name)
+    fetch(store, {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}, folder)
     return folder / part
 
 
@@ -116,29 +116,35 @@ def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> Non
     Raises:
         StoreError: an object is missing or altered.
     """
-    if not (target.is_file() and sha256_file(target) == entry["sha256"]):
-        fetch_object(store, entry["sha256"], target)
+    fetch(store, {target.name: entry}, target.parent)
 
 
 def _upload(params: PublishParams, store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
-    entries, uploaded = _upload_files(store, _shipped_files(root))
-    manifest = manifests.build(params, version, entries, root)
-    with tempfile.TemporaryDirectory() as folder:
-        described = {}
-        for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
-            described[name] = Path(folder) / name
-            described[name].write_text(text, encoding="utf-8")
-        more, moved = _upload_files(store, described)
-    manifest["files"] |= more | _for_mlflow(manifest)
-    data = manifests.encode(manifest)
-    # The signature first: a version that can be seen is signed already.
-    signed = signature.sign(params, data)
-    if signed is not None:
-        store.create(signature.signature_key(version, data), signed)
-    if not store.create(manifests.key_of(version), data):
-        # Another publisher of the same content was first; its manifest is as good.
-        return read_manifest(store, version) or manifest, uploaded + moved
-    return manifest, uploaded + moved
+    more = 0
+
+    def manifest(entries: dict[str, Any]) -> bytes:
+        nonlocal more
+        built = manifests.build(params, version, entries, root)
+        with tempfile.TemporaryDirectory() as folder:
+            described = {}
+            for name, text in {"README.md": card.model_card(built), "MLmodel": card.mlmodel(built)}.items():
+                described[name] = Path(folder) / name
+                described[name].write_text(text, encoding="utf-8")
+            added, more = upload(store, described)
+        built["files"] |= added | _for_mlflow(built)
+        data = manifests.encode(built)
+        # The signature first: a version that can be seen is signed already.
+        signed = signature.sign(params, data)
+        if signed is not None:
+            store.create(signature.signature_key(version, data), signed)
+        return data
+
+    uploaded = ship(store, version, _shipped_files(root), manifest)
+    # Another publisher of the same content may have been first; its manifest is as good.
+    published = read_manifest(store, version)
+    if published is None:
+        raise StoreError(f"{manifests.key_of(version)} was written to {store.uri} but is not there")
+    return published, uploaded + more
 
 
 def _shipped_files(root: Path) -> dict[str, Path]:
@@ -154,17 +160,6 @@ def _shipped_files(root: Path) -> dict[str, Path]:
                 f"{name} is a {path.suffix or 'nameless'} file; versions ship {', '.join(sorted(SUFFIXES))}"
             )
     return files
-
-
-def _upload_files(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Any], int]:
-    progress = Progress("publish", len(files), "files")
-    entries, uploaded = {}, 0
-    for done, (name, path) in enumerate(files.items()):
-        digest, size = sha256_file(path), path.stat().st_size
-        uploaded += size if store.upload(path, f"objects/{digest}") else 0
-        entries[name] = {"sha256": digest, "size": size}
-        progress.update(done)
-    return entries, uploaded
 
 
 def _for_mlflow(manifest: Manifest) -> dict[str, Any]:
@@ -201,13 +196,21 @@ def _registration(store: ArtifactStore, manifest: Manifest) -> Registration:
                 texts[Path(name).name] = (Path(folder) / name).read_text(encoding="utf-8")
     return Registration(
         version=manifest["version"],
-        source=f"retune-{store.uri}/versions/{manifest['version']}",
+        source=_source(store, manifest),
         tags=tags,
         params=manifest["params"]["train"],
         metrics=scores,
         curve=_curve(texts.pop("loss.csv", "")),
         reports=texts,
     )
+
+
+def _source(store: ArtifactStore, manifest: Manifest) -> str:
+    """Where MLflow's clients find the version; for S3 with what they need to know of the server, never a credential."""
+    known = manifest["params"]["publish"]
+    options = {key: known[key] for key in ("endpoint_url", "region_name", "addressing_style") if known[key]}
+    query = f"?{urlencode(options)}" if store.uri.startswith("s3:") else ""
+    return f"retune-{store.uri}/versions/{manifest['version']}{query}"
 
 
 def _curve(table: str) -> list[tuple[str, float, int]]:

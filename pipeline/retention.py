@@ -28,7 +28,7 @@ def delete(publishing: PublishParams, version: str, reason: str, root: Path = Pa
     Raises:
         RetentionError: the version serves, waits for approval, or does not exist.
     """
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     name = publishing.registered_model_name
     registry = ModelRegistry(publishing.tracking_uri, name, root)
     while True:
@@ -53,7 +53,7 @@ def outdated(publishing: PublishParams, root: Path = Path(".")) -> list[str]:
     Newest means the registry's numbers, not clocks; a version that the registry does not know is kept. Versions whose
     deletion was begun and not finished come first.
     """
-    store = open_store(publishing.artifact_store, root)
+    store = open_store(publishing, root)
     name = publishing.registered_model_name
     log = read_log(store, name)
     here = published_versions(store)

@@ -24,6 +24,12 @@ os.environ.update(
     DO_NOT_TRACK="true",
     TOKENIZERS_PARALLELISM="false",
     TRANSFORMERS_VERBOSITY="error",
+    # No test may find the user's own keys; these are the test server's.
+    AWS_ACCESS_KEY_ID="test:tester",
+    AWS_SECRET_ACCESS_KEY="testing",
+    AWS_CONFIG_FILE=f"{CACHE}/aws-config",
+    AWS_SHARED_CREDENTIALS_FILE=f"{CACHE}/aws-credentials",
+    AWS_EC2_METADATA_DISABLED="true",
 )
 
 import pytest
@@ -32,7 +38,7 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.params import Params, load_params
+from pipeline.params import Params, PublishParams, load_params
 
 ROOT = Path(__file__).parent.parent
 CHATML = (
@@ -153,6 +159,31 @@ def with_(params: Params, **sections: dict[str, Any]) -> Params:
     for section, values in sections.items():
         tree[section] |= values
     return Params.model_validate(tree)
+
+
+def publish_params(artifact_store: str, **values: Any) -> PublishParams:
+    """The project's own `publish` section with another store."""
+    own = load_params(ROOT / "params.yaml").publish.model_dump()
+    return PublishParams.model_validate(own | {"artifact_store": artifact_store} | values)
+
+
+@pytest.fixture(scope="session")
+def swift_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a real S3 server with the bucket `retune`."""
+    pytest.importorskip("swift", reason="OpenStack Swift is installed on Linux only")
+    import swift_server
+
+    with swift_server.start(tmp_path_factory.mktemp("swift")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def s3(swift_server: str) -> Iterator[str]:
+    """The same behind a proxy that lets one of several racing writes win, as AWS does and Swift does not."""
+    from fault_proxy import FaultProxy
+
+    with FaultProxy(int(swift_server.rpartition(":")[2])) as proxy:
+        yield proxy.url
 
 
 @pytest.fixture

@@ -45,7 +45,9 @@ def test_the_projects_params_load_as_they_are_written() -> None:
         ("  optim: sgd", "train.optim is 'sgd'; .*'adamw_torch' or 'paged_adamw_8bit'"),
         ("  lora_dropout: 1.0", "train.lora_dropout is 1.0; .*less than 1"),
         ("  model_revision: main", "prepare.model_revision is 'main'; .*pattern"),
-        ("  artifact_store: s3://b", "publish.artifact_store is 's3://b'; .*file"),
+        ("  artifact_store: ftp://b", "publish.artifact_store is 'ftp://b'; .*file"),
+        ("  endpoint_url: s3.example.org", "publish.endpoint_url is 's3.example.org'; .*https"),
+        ("  server_side_encryption: aws", "publish.server_side_encryption is 'aws'; .*'AES256' or 'aws:kms'"),
     ],
 )
 def test_a_wrong_value_is_named_with_key_file_and_line(tmp_path: Path, new: str, sentence: str) -> None:

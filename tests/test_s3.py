@@ -1,0 +1,239 @@
+"""The S3 store where it differs from a folder: what a server must keep, what goes wrong, what is said of it."""
+
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import publish_params
+from fault_proxy import FaultProxy
+from s3_sink import Sink
+
+from pipeline.params import PublishParams
+from pipeline.s3 import S3Store
+from pipeline.store import ArtifactStore, StoreError, open_store
+
+SECRET = "testing"
+
+
+@pytest.fixture
+def proxy(swift_server: str) -> Iterator[FaultProxy]:
+    with FaultProxy(int(swift_server.rpartition(":")[2])) as proxy:
+        yield proxy
+
+
+def store_at(endpoint: str, uri: str | None = None, **values: object) -> S3Store:
+    return S3Store(params_at(endpoint, uri, **values), read_timeout_s=2)
+
+
+def params_at(endpoint: str, uri: str | None = None, **values: object) -> PublishParams:
+    values = {"endpoint_url": endpoint, "addressing_style": "path"} | values
+    return publish_params(uri or f"s3://retune/{uuid.uuid4().hex}", **values)
+
+
+@pytest.fixture
+def store(proxy: FaultProxy) -> S3Store:
+    store = store_at(proxy.url)
+    store.probe()
+    proxy.seen.clear()
+    return store
+
+
+def once(proxy: FaultProxy, fault: str, method: str = "") -> None:
+    """The next request (of `method`) meets `fault`, later ones none."""
+    left = [fault]
+    proxy.plan = lambda number, line: left.pop() if left and line.startswith(method) else None
+
+
+def test_a_server_that_lets_two_racing_writes_both_win_is_refused(swift_server: str) -> None:
+    """Swift, as it is, does."""
+    for _ in range(3):
+        with pytest.raises(StoreError, match="lets two conditional writes .* of one key both succeed"):
+            store_at(swift_server).create("promotions/model/00000001.json", b"mine")
+
+
+def test_a_server_that_ignores_conditions_is_refused() -> None:
+    with Sink(honours_conditions=False).running() as endpoint:
+        for _ in range(2):
+            with pytest.raises(StoreError, match="two conditional writes"):
+                store_at(endpoint).probe()
+
+
+def test_a_server_that_no_longer_heeds_conditions_is_refused_from_then_on() -> None:
+    sink = Sink()
+    with sink.running() as endpoint:
+        uri = "s3://retune/x"
+        store_at(endpoint, uri).probe()
+        sink.honours_conditions = False
+        with pytest.raises(StoreError, match="ignores the condition If-None-Match"):
+            store_at(endpoint, uri).create("a", b"")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "fault", ["reset", "lost", "500", "503", "stall", "cut", "twice", "409:ConditionalRequestConflict"]
+)
+def test_a_write_that_meets_a_fault_is_done_once_and_known_as_ones_own(
+    proxy: FaultProxy, store: S3Store, fault: str
+) -> None:
+    once(proxy, fault, "PUT")
+    assert store.create("a/b", b"mine" * 1000)
+    proxy.plan = lambda number, line: None
+    assert store.read("a/b") == b"mine" * 1000
+    assert not store.create("a/b", b"mine" * 1000)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["lost", "twice"])
+def test_another_writers_object_is_never_taken_for_ones_own(proxy: FaultProxy, store: S3Store, fault: str) -> None:
+    store.create("a/b", b"the same bytes")
+    once(proxy, fault, "PUT")
+    assert not store.create("a/b", b"the same bytes")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["reset", "lost", "500", "503", "stall", "cut"])
+def test_a_read_or_listing_that_meets_a_fault_is_whole(proxy: FaultProxy, store: S3Store, fault: str) -> None:
+    data = bytes(range(256)) * 1000
+    store.create("a/b", data)
+    for use in (lambda: store.read("a/b") == data, lambda: store.read("a/b", 1000, 5000) == data[1000:6000]):
+        once(proxy, fault, "GET")
+        assert use()
+    once(proxy, fault, "GET")
+    assert store.list("a/") == ["a/b"]
+
+
+@pytest.mark.faults
+def test_racing_threads_over_a_broken_line_have_one_winner(proxy: FaultProxy, store: S3Store) -> None:
+    proxy.plan = lambda number, line: ["lost", "twice", None, "reset", None][number % 5]
+    with ThreadPoolExecutor(6) as pool:
+        for race in range(3):
+            assert sum(pool.map(lambda racer, key=f"race/{race}": store.create(key, b"same"), range(6))) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (
+            "403:AccessDenied",
+            r"the credentials may not put object in s3://retune/.* \(AccessDenied\); docs/operations.md",
+        ),
+        ("403:InvalidAccessKeyId", r"does not accept the credentials \(InvalidAccessKeyId\); renew them"),
+        ("403:SignatureDoesNotMatch", r"does not accept the credentials \(SignatureDoesNotMatch\)"),
+        ("400:ExpiredToken", r"does not accept the credentials \(ExpiredToken\)"),
+        ("403:RequestTimeTooSkewed", "this machine's clock is too far off"),
+        ("404:NoSuchBucket", r"there is no bucket retune at http://127.0.0.1:\d+; make it, or correct"),
+        ("400:AuthorizationHeaderMalformed", "bucket retune is in another region; set publish.region_name"),
+        ("501:NotImplemented", r"cannot put object the way Retune needs it \(NotImplemented\)"),
+        (
+            "500:InternalError",
+            r"failed to put object, 5 times in a row \(500 InternalError\); the same command goes on",
+        ),
+        ("400:BadDigest", r"refused to put object \(400 BadDigest\)"),
+        ("409:ConditionalRequestConflict", r"refused to put object \(409 ConditionalRequestConflict\)"),
+        (
+            "reset",
+            r"the connection to the S3 server of s3://retune/.* broke, 5 times in a row \(\w+\); the same command",
+        ),
+    ],
+)
+def test_what_the_server_refuses_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, fault: str, sentence: str
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the pauses between attempts
+    with Sink().running() as endpoint, FaultProxy(int(endpoint.rpartition(":")[2])) as proxy:
+        store = store_at(proxy.url)
+        store.probe()
+        proxy.plan = lambda number, line: fault if line.startswith("PUT") else None
+        with pytest.raises(StoreError, match=sentence) as error:
+            store.create("a", b"x")
+    assert "\n" not in str(error.value)
+    assert SECRET not in str(error.value)
+
+
+def test_a_missing_bucket_is_named(s3: str) -> None:
+    for use in (lambda store: store.probe(), lambda store: store.read("a"), lambda store: store.list("")):
+        with pytest.raises(StoreError, match=r"there is no bucket nowhere at http://127\.0\.0\.1:\d+"):
+            use(store_at(s3, "s3://nowhere/x"))
+
+
+def test_a_server_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(StoreError, match=r"no S3 server answers for s3://retune/.* at http://127\.0\.0\.1:9$"):
+        store_at("http://127.0.0.1:9").read("a")
+
+
+def test_wrong_keys_are_refused_without_showing_them(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI-planted")
+    with pytest.raises(StoreError, match=r"does not accept the credentials \(SignatureDoesNotMatch\)") as error:
+        store_at(s3).read("a")
+    assert "planted" not in str(error.value) and "test:tester" not in str(error.value)
+
+
+def test_missing_credentials_are_said_to_be_missing(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StoreError, match="there are no credentials for s3://retune/.*; boto3 looks in AWS_ACCESS_KEY"):
+        store_at(s3).read("a")
+
+
+def test_a_profile_that_is_not_there_is_named(s3: str) -> None:
+    with pytest.raises(StoreError, match=r"publish\.profile_name: .*nobody.*could not be found"):
+        store_at(s3, profile_name="nobody")
+
+
+def test_a_profile_brings_its_own_keys(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    (tmp_path / "keys").write_text("[shipping]\naws_access_key_id = test:tester\naws_secret_access_key = testing\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    assert store_at(s3, profile_name="shipping").create("a", b"")
+
+
+@pytest.mark.parametrize("uri", ["s3:///prefix", "s3://Bucket/x", "s3://b", "s3://bucket/a/../b", "s3://bucket/a?b=c"])
+def test_a_uri_that_names_no_place_is_refused(uri: str) -> None:
+    with pytest.raises(StoreError, match=r"expected s3://bucket/prefix|is no name for an object"):
+        open_store(publish_params(uri))
+
+
+def test_a_store_may_be_the_whole_bucket(s3: str) -> None:
+    store: ArtifactStore = store_at(s3, "s3://retune")
+    key = f"whole/{uuid.uuid4().hex}"
+    assert store.create(key, b"x")
+    assert store.list("whole/") == [key]
+
+
+def test_encryption_and_checksum_are_asked_for_with_every_write() -> None:
+    with Sink().running() as endpoint, FaultProxy(int(endpoint.rpartition(":")[2])) as proxy:
+        store = store_at(proxy.url, server_side_encryption="aws:kms", sse_kms_key_id="alias/models")
+        store.create("a", b"")  # Swift knows no KMS, and AWS is far: what is sent is looked at, not what comes of it
+        head = proxy.heads[-1].lower()
+    assert b"x-amz-server-side-encryption: aws:kms\r\n" in head
+    assert b"x-amz-server-side-encryption-aws-kms-key-id: alias/models\r\n" in head
+    assert b"x-amz-checksum-sha256: " in head and b"if-none-match: *\r\n" in head
+
+
+def test_an_object_that_is_not_what_its_name_says_is_refused_by_the_server(store: S3Store) -> None:
+    with pytest.raises(StoreError, match="BadDigest"):
+        store.create(f"objects/{'0' * 64}", b"other bytes")
+    assert store.list("objects/") == []
+
+
+@pytest.mark.parametrize(("number", "requests"), [(0, 1), (1000, 1), (1001, 2), (2500, 3)])
+def test_a_listing_is_whole_and_asks_once_for_each_thousand_keys(number: int, requests: int) -> None:
+    sink = Sink()
+    keys = [f"many/{each:04}" for each in range(number)]
+    sink.sizes = {f"x/{key}": 7 for key in keys} | {"x/many2": 0}
+    with sink.running() as endpoint:
+        assert store_at(endpoint, "s3://retune/x").list("many/") == keys
+    assert len(sink.requests) == requests
+
+
+def test_an_upload_that_nobody_completed_is_found_and_aborted(s3: str) -> None:
+    store = store_at(s3)
+    store._client.create_multipart_upload(Bucket="retune", Key=store._name("half"))
+    assert store.unfinished(store.now() - 60, delete=True) == []
+    [found] = store.unfinished(store.now() + 60, delete=True)
+    assert found.key.endswith("/half")
+    assert store.unfinished(store.now() + 60) == []
