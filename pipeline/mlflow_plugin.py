@@ -6,6 +6,7 @@ versions. Read only: a version never changes.
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from mlflow.entities import FileInfo
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
@@ -13,7 +14,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from pipeline import manifest as manifests
 from pipeline import signature
 from pipeline.allowlist import UnsafeFileError, check_file, check_names
-from pipeline.params import ParamsError, PublishParams, load_params
+from pipeline.params import PublishParams
 from pipeline.publish import fetch_file
 from pipeline.store import StoreError, open_store
 
@@ -23,8 +24,9 @@ class RetuneArtifactRepository(ArtifactRepository):
 
     def __init__(self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
         super().__init__(artifact_uri, tracking_uri, registry_uri)
-        store_uri, _, self.version = artifact_uri.removeprefix("retune-").rpartition("/versions/")
-        self.artifact_store = open_store(_settings(store_uri))
+        address, _, query = artifact_uri.removeprefix("retune-").partition("?")
+        store_uri, _, self.version = address.rpartition("/versions/")
+        self.artifact_store = open_store(_store_params(store_uri, dict(parse_qsl(query))))
         manifest = manifests.read_manifest(self.artifact_store, self.version)
         if manifest is None:
             raise StoreError(f"version {self.version} is not in {store_uri}; it may have been deleted")
@@ -65,20 +67,14 @@ class RetuneArtifactRepository(ArtifactRepository):
     log_artifacts = log_artifact
 
 
-def _settings(uri: str) -> PublishParams:
-    """How to reach the store: as params.yaml says where this is a project with that store; else as boto3 finds it."""
-    try:
-        params = load_params().publish
-        if params.artifact_store.rstrip("/") == uri:
-            return params
-    except ParamsError:
-        pass
+def _store_params(store_uri: str, options: dict[str, str]) -> PublishParams:
+    """What the store needs to know of a `publish` section, for clients that have none."""
     return PublishParams.model_construct(
-        artifact_store=uri,
-        endpoint_url=None,
-        region_name=None,
+        artifact_store=store_uri,
+        endpoint_url=options.get("endpoint_url"),
+        region_name=options.get("region_name"),
         profile_name=None,
-        addressing_style="auto",
+        addressing_style=options.get("addressing_style", "auto"),
         server_side_encryption=None,
         sse_kms_key_id=None,
         max_concurrency=4,

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from pipeline import card, graph, signature
 from pipeline import manifest as manifests
@@ -40,7 +41,8 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     """Ship the workspace's artifacts as a version of `registered_model_name`.
 
     Raises:
-        PublishError: artifacts are stale, or hold a type of file that versions do not ship (pickles among them).
+        PublishError: artifacts are stale.
+        UnsafeFileError: they hold a file that versions do not ship, or one that is not what its name says.
         StoreError: the store cannot be written.
         SignatureError: the signing key cannot be used; nothing of the version is visible then.
         RegistryError: MLflow cannot be reached; the version is in the store and registered by the next publish.
@@ -128,7 +130,7 @@ def fetch_files(store: ArtifactStore, manifest: Manifest, wanted: dict[str, Any]
 
 
 def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> None:
-    """Bring the bytes of one file of a manifest to `target`, for hashing and parsing; nothing loads them.
+    """Bring the bytes of one file of a manifest to `target`, to be hashed or parsed; nothing may load it.
 
     Raises:
         StoreError: an object is missing or altered.
@@ -137,30 +139,31 @@ def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> Non
 
 
 def _upload(params: PublishParams, store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
-    moved = 0
+    more = 0
 
-    def describe(entries: dict[str, Any]) -> bytes:
-        nonlocal moved
-        manifest = manifests.build(params, version, entries, root)
+    def manifest(entries: dict[str, Any]) -> bytes:
+        nonlocal more
+        built = manifests.build(params, version, entries, root)
         with tempfile.TemporaryDirectory() as folder:
             described = {}
-            for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
+            for name, text in {"README.md": card.model_card(built), "MLmodel": card.mlmodel(built)}.items():
                 described[name] = Path(folder) / name
                 described[name].write_text(text, encoding="utf-8")
-            more, moved = upload(store, described)
-        manifest["files"] = manifest["files"] | more | _for_mlflow(manifest)
-        data = manifests.encode(manifest)
+            added, more = upload(store, described)
+        built["files"] |= added | _for_mlflow(built)
+        data = manifests.encode(built)
         # The signature first: a version that can be seen is signed already.
         signed = signature.sign(params, data)
         if signed is not None:
             store.create(signature.signature_key(version, data), signed)
         return data
 
-    uploaded = ship(store, version, _shipped_files(root), describe)
+    uploaded = ship(store, version, _shipped_files(root), manifest)
+    # Another publisher of the same content may have been first; its manifest is as good.
     published = read_manifest(store, version)
     if published is None:
-        raise StoreError(f"versions/{version}/manifest.json was written to {store.uri} but is not there")
-    return published, uploaded + moved
+        raise StoreError(f"{manifests.key_of(version)} was written to {store.uri} but is not there")
+    return published, uploaded + more
 
 
 def _shipped_files(root: Path) -> dict[str, Path]:
@@ -210,13 +213,21 @@ def _registration(store: ArtifactStore, manifest: Manifest) -> Registration:
                 texts[Path(name).name] = (Path(folder) / name).read_text(encoding="utf-8")
     return Registration(
         version=manifest["version"],
-        source=f"retune-{store.uri}/versions/{manifest['version']}",
+        source=_source(store, manifest),
         tags=tags,
         params=manifest["params"]["train"],
         metrics=scores,
         curve=_curve(texts.pop("loss.csv", "")),
         reports=texts,
     )
+
+
+def _source(store: ArtifactStore, manifest: Manifest) -> str:
+    """Where MLflow's clients find the version; for S3 with what they need to know of the server, never a credential."""
+    known = manifest["params"]["publish"]
+    options = {key: known[key] for key in ("endpoint_url", "region_name", "addressing_style") if known[key]}
+    query = f"?{urlencode(options)}" if store.uri.startswith("s3:") else ""
+    return f"retune-{store.uri}/versions/{manifest['version']}{query}"
 
 
 def _curve(table: str) -> list[tuple[str, float, int]]:

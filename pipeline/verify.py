@@ -4,6 +4,8 @@ Signature, digest of every object, and lineage: the schema, the id, the git comm
 metrics in the manifest are those in the version's own files. Nothing of the version is loaded, only hashed and parsed.
 """
 
+import hashlib
+import json
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -13,13 +15,13 @@ from typing import Any
 from pipeline import manifest as manifests
 from pipeline import signature
 from pipeline.decisions import read_log
-from pipeline.files import read_json
 from pipeline.graph import GraphError
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.params import PublishParams
 from pipeline.publish import fetch_file
 from pipeline.signature import SignatureError
 from pipeline.store import ArtifactStore, StoreError
+from pipeline.transfer import OBJECT_SIZE
 
 # Manifest keys and the file of the version that must say the same.
 REPEATED = {
@@ -116,32 +118,57 @@ def _check_signature(store: ArtifactStore, params: PublishParams, manifest: Mani
 
 
 def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
-    """The digest of every object, and what the files say again that the manifest says."""
-    wrong, size = [], 0
+    """The digest of every object and every file, and what the files say again that the manifest says."""
+    wrong, texts = [], {}
+    objects = {digest for entry in manifest["files"].values() for digest in _objects(entry)}
+    sizes = {}
+    for digest in sorted(objects):
+        found, sizes[digest] = _read_digest(store, digest)
+        if found is None:
+            wrong.append(f"objects/{digest} is missing")
+        elif found != digest:
+            wrong.append(f"objects/{digest} was altered: its content has digest {found}")
+    for name, entry in manifest["files"].items():
+        if "chunks" in entry:
+            wrong += _check_whole(store, name, entry)
+        elif entry["sha256"] in sizes and sizes[entry["sha256"]] != entry["size"]:
+            wrong.append(f"{name} has {sizes[entry['sha256']]:,} bytes, the manifest says {entry['size']:,}")
+        elif name.endswith(".json"):
+            texts[name] = store.read(f"objects/{entry['sha256']}") or b""
+    size = sum(sizes.values()) / 1e6
+    said = "; ".join(wrong) or f"{len(manifest['files'])} files in {len(objects)} objects, {size:.1f} MB"
+    return [Check("digests", not wrong, said), _check_lineage(manifest, texts)]
+
+
+def _objects(entry: dict[str, Any]) -> list[str]:
+    """The objects that a file of a manifest needs: itself, or its chunks and the digests of their blocks."""
+    chunks = entry.get("chunks")
+    return [entry["sha256"]] if chunks is None else [c[key] for c in chunks for key in ("sha256", "blocks")]
+
+
+def _read_digest(store: ArtifactStore, digest: str) -> tuple[str | None, int]:
+    """SHA-256 of an object's content and its size in bytes; None when there is no such object."""
+    data = store.read(f"objects/{digest}", 0, OBJECT_SIZE + 1)  # none is bigger; one that was made so is altered
+    return (None, 0) if data is None else (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _check_whole(store: ArtifactStore, name: str, entry: dict[str, Any]) -> list[str]:
+    """What is wrong with a file of several objects once they are put together."""
     with tempfile.TemporaryDirectory() as folder:
-        kept: dict[str, Any] = {}
-        for name, entry in manifest["files"].items():
-            target = Path(folder) / "file"
-            try:
-                fetch_file(store, entry, target)
-            except StoreError as error:
-                wrong.append(f"{name}: {error}")
-                continue
-            size += target.stat().st_size
-            if target.stat().st_size != entry["size"]:
-                wrong.append(f"{name} has {target.stat().st_size:,} bytes, the manifest says {entry['size']:,}")
-            if name.endswith(".json") and entry["size"] < 2**26:
-                try:
-                    kept[name] = read_json(target)
-                except ValueError as error:
-                    wrong.append(f"{name} is no JSON: {error}")
-            target.unlink()
-    digests = Check("digests", not wrong, "; ".join(wrong) or f"{len(manifest['files'])} files, {size / 1e6:.1f} MB")
-    return [digests, _check_lineage(manifest, kept)]
+        try:
+            fetch_file(store, entry, Path(folder) / Path(name).name)
+        except StoreError as error:
+            return [f"{name}: {error}"]
+    return []
 
 
-def _check_lineage(manifest: Manifest, files: dict[str, Any]) -> Check:
-    wrong = []
+def _check_lineage(manifest: Manifest, texts: dict[str, bytes]) -> Check:
+    wrong, files = [], {}
+    for name, text in texts.items():
+        try:
+            files[name] = json.loads(text)
+        except ValueError as error:
+            wrong.append(f"{name} is no JSON: {error}")
     for part in ("adapter", "merged"):
         contract = files.get(f"{part}/contract.json")
         if contract is None or manifests.contract_digests(contract) != manifest["contract"]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from conftest import environment, publish_params
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -42,7 +42,7 @@ while done < 10:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
-    return open_store((tmp_path / "store").as_uri())
+    return open_store(publish_params((tmp_path / "store").as_uri()))
 
 
 def log_file(tmp_path: Path, number: int) -> Path:
@@ -83,7 +83,7 @@ def test_racing_promoters_share_one_log_without_gaps(tmp_path: Path) -> None:
         racer.stdin.write("go\n")
         racer.stdin.flush()
     wins = {int(line): str(me) for me, racer in enumerate(racers) for line in racer.communicate()[0].splitlines()}
-    log = read_log(open_store((tmp_path / "store").as_uri()), NAME)
+    log = read_log(open_store(publish_params((tmp_path / "store").as_uri())), NAME)
     assert [record.number for record in log] == list(range(1, 41))
     assert {record.number: record.version for record in log} == wins
 

@@ -109,11 +109,25 @@ def api(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
         return json.load(answer)
 
 
-@pytest.mark.parametrize("agrees", [False, True])
-def test_a_run_that_waits_for_approval_holds_no_lock_and_does_what_the_person_says(root: Path, agrees: bool) -> None:
-    champion = served(root)
+@pytest.fixture
+def dashboard(root: Path) -> int:
+    """The port of the project's server, which is started, and the first champion made, if no test before did that."""
+    if not (root / "mlflow.db").exists():
+        run(root)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = json.loads(retune(root, "up", "--port", str(port), "--json").stdout)["url"]  # that of the one that runs
+    return int(url.rpartition(":")[2])
+
+
+@pytest.mark.parametrize("agrees", [pytest.param(False, marks=pytest.mark.faults), True])
+def test_a_run_that_waits_for_approval_holds_no_lock_and_does_what_the_person_says(
+    root: Path, dashboard: int, agrees: bool
+) -> None:
+    champion, port = served(root), dashboard
+    before = (root / "params.yaml").read_text()
     change_params(root, promote={"approval": "manual"}, train=BETTER | {"seed": 7 + agrees})
-    port = int(json.loads(retune(root, "status", "--json").stdout)["dashboard"].rpartition(":")[2])
     child = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", "--json"],
         cwd=root,
@@ -149,11 +163,14 @@ def test_a_run_that_waits_for_approval_holds_no_lock_and_does_what_the_person_sa
     assert served(root) == (decision["version"] if agrees else champion)
     last = json.loads(retune(root, "history", "--json").stdout)[-1]
     assert (last["actor"], last["reason"]) == ("Ada (dashboard)", "read fifty answers")
-    assert "Nothing to do" in retune(root, "run").stdout
-    change_params(root, promote={"approval": "auto"})
+    if agrees:
+        assert retune(root, "rollback").returncode == 0
+    (root / "params.yaml").write_text(before)
 
 
-def test_nobody_answers_and_the_proposal_stays_open(root: Path) -> None:
+@pytest.mark.faults
+def test_nobody_answers_and_the_proposal_stays_open(root: Path, dashboard: int) -> None:
+    before = (root / "params.yaml").read_text()
     change_params(
         root, promote={"approval": "manual", "approval_hours": 0.001}, train=BETTER | {"num_train_epochs": 20.0}
     )
@@ -165,7 +182,7 @@ def test_nobody_answers_and_the_proposal_stays_open(root: Path) -> None:
     rejected = retune(root, "promote", "--reject", "--reason", "too late")
     assert rejected.returncode == 3
     assert "refused: too late" in rejected.stdout
-    change_params(root, promote={"approval": "auto", "approval_hours": 24.0})
+    (root / "params.yaml").write_text(before)
 
 
 def test_the_champion_is_downloaded_verified_and_looked_up(root: Path, tmp_path: Path) -> None:

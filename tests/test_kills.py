@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, publish_params
 from versions import parameters, published
 
 from pipeline import promote as gate
@@ -65,7 +65,7 @@ def race(store: Path, racers: int, rounds: int) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize(("racers", "rounds"), [(6, 30), pytest.param(64, 200, marks=pytest.mark.faults)])
 def test_racing_promoters_make_one_linear_history(tmp_path: Path, racers: int, rounds: int) -> None:
     attempts = race(tmp_path / "store", racers, rounds)
-    log = read_log(open_store((tmp_path / "store").as_uri()), "model")
+    log = read_log(open_store(publish_params((tmp_path / "store").as_uri())), "model")
     assert [record.number for record in log] == list(range(1, rounds + 1))
     for before, record in zip([None, *log], log, strict=False):
         assert record.previous == (before.version if before else None)  # decided knowing the champion that it replaced
@@ -127,7 +127,7 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
 
 def check_repaired(forker: Forker, root: Path) -> bool:
     """Whether the killed promotion had taken effect; the next command must leave everything right, once."""
-    store = open_store((root / "store").as_uri())
+    store = open_store(publish_params((root / "store").as_uri()))
     before = read_log(store, NAME)  # readable at once: no torn record
     done = "promoted" if len(before) == 1 else "unchanged"
     answer = forker.promote(root)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, publish_params
 from huggingface_hub import ModelCard
 from versions import parameters, published
 
@@ -26,7 +26,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params, str
 
 @pytest.fixture
 def store(shipped: tuple[Path, Params, str]) -> ArtifactStore:
-    return open_store(shipped[1].publish.artifact_store)
+    return open_store(shipped[1].publish)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_what_the_schema_does_not_allow_is_neither_written_nor_read(
     node[last] = value
     with pytest.raises(StoreError, match=r"manifest\.schema\.json"):
         manifests.encode(changed)
-    store = open_store(tmp_path.as_uri())
+    store = open_store(publish_params(tmp_path.as_uri()))
     store.create(manifests.key_of(manifest["version"]), json.dumps(changed).encode())
     with pytest.raises(StoreError, match="is damaged"):
         read_manifest(store, manifest["version"])
@@ -112,14 +112,14 @@ def test_the_published_schema_is_itself_one() -> None:
 
 
 def test_another_spelling_of_a_manifest_is_refused(manifest: Manifest, tmp_path: Path) -> None:
-    store = open_store(tmp_path.as_uri())
+    store = open_store(publish_params(tmp_path.as_uri()))
     store.create(manifests.key_of(manifest["version"]), json.dumps(manifest).encode())
     with pytest.raises(StoreError, match="not the ones that Retune writes"):
         read_manifest(store, manifest["version"])
 
 
 def test_a_manifest_of_an_older_schema_says_so(manifest: Manifest, tmp_path: Path) -> None:
-    store = open_store(tmp_path.as_uri())
+    store = open_store(publish_params(tmp_path.as_uri()))
     store.create(manifests.key_of("a" * 16), b'{"version": "aaaaaaaaaaaaaaaa", "schema": 1}')
     with pytest.raises(StoreError, match="its schema is 1, this Retune reads 2"):
         read_manifest(store, "a" * 16)

@@ -41,7 +41,7 @@ def decide(root: Path, params: Params, version: str | None = None, force: str | 
 
 def serving(root: Path, params: Params) -> str | None:
     """The champion by the log, after checking that MLflow's alias says the same."""
-    log = read_log(open_store(params.publish.artifact_store), NAME)
+    log = read_log(open_store(params.publish), NAME)
     client = ModelRegistry(params.publish.tracking_uri, NAME).client
     aliases = client.get_registered_model(NAME).aliases
     alias = client.get_model_version(NAME, aliases["champion"]).tags["version_id"] if "champion" in aliases else None
@@ -253,7 +253,7 @@ def test_the_canary_is_recorded_shown_and_ends_with_the_decision_on_it(tmp_path:
         gate.set_canary(params.publish, "champion", root=tmp_path)
     decide(tmp_path, params, "canary")
     assert serving(tmp_path, params) == second
-    assert canary(read_log(open_store(params.publish.artifact_store), NAME)) is None
+    assert canary(read_log(open_store(params.publish), NAME)) is None
     assert "canary" not in client.get_registered_model(NAME).aliases
     with pytest.raises(PromoteError, match="has no canary"):
         gate.set_canary(params.publish, None, root=tmp_path)
@@ -269,7 +269,7 @@ def test_what_serves_or_waits_is_not_deleted(tmp_path: Path, manual: Params) -> 
             delete(manual.publish, version, "room", tmp_path)
     with pytest.raises(RetentionError, match="is not published"):
         delete(manual.publish, "0" * 16, "room", tmp_path)
-    assert len(published_versions(open_store(manual.publish.artifact_store))) == 3
+    assert len(published_versions(open_store(manual.publish))) == 3
 
 
 def test_a_deleted_version_is_gone_for_good(tmp_path: Path, params: Params) -> None:
@@ -277,7 +277,7 @@ def test_a_deleted_version_is_gone_for_good(tmp_path: Path, params: Params) -> N
     decide(tmp_path, params, first)
     decide(tmp_path, params, second)
     assert delete(params.publish, "v1", "room", tmp_path).version == first
-    store = open_store(params.publish.artifact_store)
+    store = open_store(params.publish)
     assert read_manifest(store, first) is None
     assert ModelRegistry(params.publish.tracking_uri, NAME).numbers() == {second: "2"}
     with pytest.raises(PromoteError, match="no champion before the present one"):
@@ -298,7 +298,7 @@ def test_retention_keeps_the_newest_the_last_champions_and_the_canary(tmp_path: 
     for version in outdated(params.publish, tmp_path):
         delete(params.publish, version, "old", tmp_path)
     assert outdated(params.publish, tmp_path) == []
-    left = published_versions(open_store(params.publish.artifact_store))
+    left = published_versions(open_store(params.publish))
     assert set(left) == {made[1], made[2], made[3], made[6], made[7], unregistered}
 
 
@@ -399,12 +399,12 @@ def test_promoters_racing_for_one_model_agree_on_every_champion(tmp_path: Path, 
     for thread in threads:
         thread.join()
     assert not errors
-    log = read_log(open_store(params.publish.artifact_store), NAME)
+    log = read_log(open_store(params.publish), NAME)
     assert {record.version for record in log} == set(versions)
     for before, record in zip([None, *log], log, strict=False):
         assert record.previous == (before.champion if before else None)
     gate.history(params.publish, tmp_path)
-    best = read_manifest(open_store(params.publish.artifact_store), str(serving(tmp_path, params)))
+    best = read_manifest(open_store(params.publish), str(serving(tmp_path, params)))
     assert best is not None
     assert best["metrics"]["merged"]["num_samples"] == ITEMS
     assert best["metrics"]["merged"]["rougeL"]["score"] == pytest.approx(0.457, abs=0.001)

@@ -16,11 +16,14 @@ from conftest import environment, with_
 from versions import parameters, published, registry_lost
 
 from pipeline import promote as gate
-from pipeline.manifest import read_manifest
+from pipeline.garbage import collect
+from pipeline.manifest import published_versions, read_manifest
 from pipeline.params import Params
 from pipeline.publish import register
 from pipeline.registry import ModelRegistry, Registration, RegistryError
+from pipeline.retention import delete
 from pipeline.store import open_store
+from pipeline.verify import verify
 
 VERSION = Registration(
     version="abc",
@@ -205,7 +208,7 @@ def test_mlflows_client_downloads_the_champion_with_digests_checked(
     assert (whole / "manifest.json").read_bytes() == (root / "store/versions" / version / "manifest.json").read_bytes()
     part = Path(mlflow.artifacts.download_artifacts(f"{uri}/merged", dst_path=str(root / "part")))
     assert {path.name for path in part.iterdir()} == {path.name for path in (root / "artifacts/merged").iterdir()}
-    damaged = read_manifest(open_store(params.publish.artifact_store), version)["files"]["merged/model.safetensors"]
+    damaged = read_manifest(open_store(params.publish), version)["files"]["merged/model.safetensors"]
     stored = root / "store/objects" / damaged["sha256"]
     data = bytearray(stored.read_bytes())
     data[7] ^= 1
@@ -240,5 +243,38 @@ def test_a_lost_registry_is_filled_again_from_the_store(tmp_path: Path) -> None:
     tags = registry.tags(version)
     assert tags is not None
     assert {"base_model", "data", "git_commit", "manifest_sha256", "rougeL", "signed", "test_sha256"} <= set(tags)
-    found = read_manifest(open_store(params.publish.artifact_store), version)
-    assert register(open_store(params.publish.artifact_store), registry, found) == "1"
+    found = read_manifest(open_store(params.publish), version)
+    assert register(open_store(params.publish), registry, found) == "1"
+
+
+def test_a_version_in_s3_is_signed_verified_and_loaded_through_mlflow(
+    tmp_path: Path, s3: str, mlflow_free: None
+) -> None:
+    """One pass over a real S3 server: publish, sign, verify, promote, download, delete, and what gc leaves."""
+    import mlflow
+    from test_signature import make_key
+
+    make_key(tmp_path / "key.pem")
+    params = parameters(
+        tmp_path,
+        artifact_store="s3://retune/registry",
+        endpoint_url=s3,
+        region_name="us-east-1",
+        addressing_style="path",
+        signing_key=str(tmp_path / "key.pem"),
+        verify_key=str(tmp_path / "key.pub"),
+        require_signature=True,
+    )
+    first, second = published(tmp_path, params, 0.5), published(tmp_path, params, 0.6)
+    store = open_store(params.publish)
+    for version in (first, second):
+        assert gate.promote(params.publish, params.promote, version, tmp_path).decision == "promoted"
+        assert [c.name for c in verify(params.publish, store, version, None, tmp_path) if c.passed is False] == []
+    mlflow.set_registry_uri(params.publish.tracking_uri)
+    mlflow.set_tracking_uri(params.publish.tracking_uri)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/retune-sample@champion", dst_path=str(tmp_path / "all")))
+    assert (folder / "merged/config.json").read_bytes() == (tmp_path / "artifacts/merged/config.json").read_bytes()
+    assert (folder / "manifest.sig").is_file()
+    collect(store, delete=False)  # reads every manifest and signature, and the log
+    delete(params.publish, first, "room", tmp_path)
+    assert published_versions(store) == [second]

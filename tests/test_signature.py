@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -87,7 +88,7 @@ def stored(root: Path, version: str) -> tuple[bytes, bytes]:
 
 
 def failed(params: Params, root: Path, version: str) -> list[str]:
-    store = open_store(params.publish.artifact_store)
+    store = open_store(params.publish)
     return [check.name for check in verify(params.publish, store, version, None, root) if check.passed is False]
 
 
@@ -102,7 +103,7 @@ def test_openssfs_own_tool_verifies_a_downloaded_version(
     signed: tuple[Path, Params, str], keys: Path, tmp_path: Path
 ) -> None:
     root, params, version = signed
-    store = open_store(params.publish.artifact_store)
+    store = open_store(params.publish)
     manifest = manifests.read_manifest(store, version)
     assert manifest is not None
     folder = tmp_path / "version"
@@ -139,7 +140,7 @@ def test_the_signature_of_a_publish_that_was_cut_short_does_not_stand_in_the_way
     params = with_(params, publish={"artifact_store": (tmp_path / "store").as_uri()})
     data, _ = stored(root, version)
     first = manifests.encode(json.loads(data) | {"created": "2026-01-01T00:00:00+00:00"})
-    store = open_store(params.publish.artifact_store)
+    store = open_store(params.publish)
     store.create(signature.signature_key(version, first), signature.sign(params.publish, first) or b"")
     assert published(tmp_path, params, registered=False) == version
     assert failed(params, tmp_path, version) == []
@@ -221,7 +222,7 @@ def test_a_key_that_cannot_sign_leaves_no_version(tmp_path: Path, keys: Path, ke
     params = parameters(tmp_path, signing_key=str(keys / key))
     with pytest.raises(SignatureError, match="publish.signing_key .* cannot sign"):
         published(tmp_path, params, registered=False)
-    assert not manifests.published_versions(open_store(params.publish.artifact_store))
+    assert not manifests.published_versions(open_store(params.publish))
 
 
 def test_promotion_refuses_an_unsigned_version_and_takes_it_once_it_is_signed(tmp_path: Path, keys: Path) -> None:
@@ -246,7 +247,7 @@ def test_promotion_rollback_and_canary_refuse_an_altered_version(tmp_path: Path,
     gate.promote(params.publish, params.promote, first, tmp_path)
     second = published(tmp_path, params, 0.6)
     gate.promote(params.publish, params.promote, second, tmp_path)
-    manifest = manifests.read_manifest(open_store(params.publish.artifact_store), first)
+    manifest = manifests.read_manifest(open_store(params.publish), first)
     assert manifest is not None
     flip(tmp_path / "store" / "objects" / manifest["files"]["merged/model.safetensors"]["sha256"], 5, 1)
     with pytest.raises(SignatureError, match="may not serve .*was altered"):
@@ -301,7 +302,7 @@ def flip(path: Path, place: int, value: int) -> bytes:
 
 def caught(params: Params, version: str, data: bytes, sig: bytes) -> bool:
     """Whether manifest bytes and signature bytes are refused, as `verify` and `promote` read them."""
-    store = open_store(params.publish.artifact_store)
+    store = open_store(params.publish)
     key = manifests.key_of(version)
     folder = Path(store.folder)  # type: ignore[attr-defined]
     (folder / key).write_bytes(data)
@@ -357,6 +358,25 @@ def test_every_change_of_one_byte_of_manifest_and_signature_is_caught(signed: tu
         (root / "store" / manifests.key_of(version)).write_bytes(data)
     print(f"{len(data)} bytes of manifest, {len(sig)} of signature")
     assert not missed
+
+
+def test_a_changed_byte_of_any_chunk_of_a_big_file_is_caught(tmp_path: Path, base: Path) -> None:
+    """A model of three objects, and the digests of their blocks beside them."""
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    (model / "model.safetensors").write_bytes(random.Random(0).randbytes(40 * 2**20))
+    params = parameters(tmp_path)
+    version = published(tmp_path, params, registered=False, model=model)
+    assert failed(params, tmp_path, version) == []
+    manifest = manifests.read_manifest(open_store(params.publish), version)
+    assert manifest is not None
+    chunks = manifest["files"]["merged/model.safetensors"]["chunks"]
+    assert len(chunks) == 3
+    for digest in (chunks[1]["sha256"], chunks[2]["blocks"]):
+        path = tmp_path / "store" / "objects" / digest
+        before = flip(path, 123, 1)
+        assert failed(params, tmp_path, version) == ["digests"]
+        path.write_bytes(before)
 
 
 def test_a_changed_byte_of_any_object_is_caught(signed: tuple[Path, Params, str]) -> None:

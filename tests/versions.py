@@ -48,7 +48,7 @@ def _empty_registry() -> Path:
 def published(root: Path, params: Params, quality: float = 0.5, registered: bool = True, **workspace: Any) -> str:
     """Publish a version whose answers have about this ROUGE-L and accuracy; returns its id. Nothing asks DVC."""
     make_workspace(root, params, quality, **workspace)
-    store = open_store(params.publish.artifact_store, root)
+    store = open_store(params.publish, root)
     version = graph.version_id(root)
     manifest, _ = publish._upload(params.publish, store, version, root)
     if registered:
