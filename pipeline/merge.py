@@ -21,7 +21,7 @@ from pipeline.export import export
 from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import Answer, generate
 from pipeline.merging import MergeError, Merging, merge_adapter
-from pipeline.model import load_adapter, load_base, use_free_cores
+from pipeline.model import Quantisation, load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.sanitise import clean_folder, portable
 from pipeline.statistics import METRICS
@@ -47,8 +47,8 @@ def merge(
 ) -> Merged:
     """Write the merged model to `output`, its quantised forms to `exports`, and to `parity` what was measured.
 
-    `parity` holds `parity.json` (how it was merged and how far it is from the adapter), `metrics.json` (of the merged
-    model and each export), `items.merged.parquet`, and with `params.combine` the combined adapter that was merged.
+    `parity` holds `parity.json` (how it was merged, how far it is from the adapter, and the scores of the exports),
+    `metrics.json` and `items.merged.parquet`, and with `params.combine` the combined adapter that was merged.
 
     Raises:
         MergeError: a module did not change, the merged model is further from the adapter than `params` allow, or
@@ -96,23 +96,7 @@ def merge(
             adapter_metrics = summarise(score_items(test, answers)[0], evaluated)
         del quantised
 
-        mergings: dict[str, Merging] = {}
-        errors: dict[str, float] = {}
-        choices = ["full", "nf4"] if quantisation["load_in_4bit"] else ["full"]
-        dtype = None if params.dtype == "auto" else getattr(torch, params.dtype)
-        for choice in choices if params.base == "auto" else [params.base]:
-            place = folder / choice
-            place.mkdir()
-            mergings[choice] = merge_adapter(identity, adapter, place, quantisation if choice == "nf4" else None, dtype)
-            shipped = load_base(local_source(place))
-            errors[choice] = _difference(expected, _logits(shipped, prompts[:LOGIT_PROMPTS]))
-            del shipped
-        chosen = min(errors, key=lambda choice: errors[choice])
-        for path in list((folder / chosen).iterdir()):
-            path.rename(folder / path.name)
-        for choice in errors:
-            shutil.rmtree(folder / choice)
-
+        chosen, merging, errors = _merge_closest(params, identity, adapter, quantisation, folder, prompts, expected)
         shipped = load_base(local_source(folder))
         _complete(folder, template, contract, shipped.generation_config.bos_token_id)
         answers = answer(shipped, "the merged model")
@@ -130,7 +114,7 @@ def merge(
             proof / "parity.json",
             {
                 "base": chosen,
-                **asdict(mergings[chosen]),
+                **asdict(merging),
                 "mean_absolute_logit_error": errors,
                 "mean_absolute_logit_change": reach,
                 "token_agreement": agreement,
@@ -145,7 +129,7 @@ def merge(
                 "evaluation": provenance(evaluated, dataset, signatures),
             },
         )
-    return Merged(chosen, mergings[chosen], errors, agreement, identical, metrics, exported)
+    return Merged(chosen, merging, errors, agreement, identical, metrics, exported)
 
 
 def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
@@ -167,6 +151,38 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
+
+
+def _merge_closest(
+    params: MergeParams,
+    identity: dict[str, Any],
+    adapter: Path,
+    quantisation: Quantisation,
+    folder: Path,
+    prompts: list[list[int]],
+    expected: list[torch.Tensor],
+) -> tuple[str, Merging, dict[str, float]]:
+    """Merge into each base that `params` name and keep in `folder` the one whose logits are closest to `expected`.
+
+    Returns: that base (full or nf4), how it was merged, and the mean absolute logit difference by base.
+    """
+    mergings: dict[str, Merging] = {}
+    errors: dict[str, float] = {}
+    choices = ["full", "nf4"] if quantisation["load_in_4bit"] else ["full"]
+    dtype = None if params.dtype == "auto" else getattr(torch, params.dtype)
+    for choice in choices if params.base == "auto" else [params.base]:
+        place = folder / choice
+        place.mkdir()
+        mergings[choice] = merge_adapter(identity, adapter, place, quantisation if choice == "nf4" else None, dtype)
+        model = load_base(local_source(place))
+        errors[choice] = _difference(expected, _logits(model, prompts[:LOGIT_PROMPTS]))
+        del model  # one at a time
+    chosen = min(errors, key=lambda choice: errors[choice])
+    for path in list((folder / chosen).iterdir()):
+        path.rename(folder / path.name)
+    for choice in errors:
+        shutil.rmtree(folder / choice)
+    return chosen, mergings[chosen], errors
 
 
 def _refuse_merged_base(contract: dict[str, Any]) -> None:

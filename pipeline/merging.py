@@ -161,7 +161,7 @@ def _edits(
     placeholders = _without_weights(empty)
     model = load_adapter(empty, adapter, empty=True).get_base_model()
     for path, value in model.named_parameters():
-        # Whole tensors that the adapter brings along: biases, resized embeddings, modules that were trained beside it.
+        # Whole tensors that the adapter brings along: biases, and modules that were trained beside it.
         if id(value) not in placeholders and not any(part.startswith(("lora_", "ia3_")) for part in path.split(".")):
             name = stored_as(path.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."))
             edits[name] = _replaced(value.data, written(name))
