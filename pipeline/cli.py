@@ -289,11 +289,11 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
+    _quiet()
     from pipeline.params import load_params
     from pipeline.plan import describe
     from pipeline.plan import plan as do
 
-    _quiet()
     params = load_params()
     dataset = ARTIFACTS / "dataset"
     made = do(params, dataset if (dataset / "contract.json").is_file() else None, gpu)

@@ -141,7 +141,7 @@ def test_a_registry_address_with_a_password_in_it_is_refused(root: Path) -> None
     text = (root / "params.yaml").read_text()
     changed = text.replace("tracking_uri: sqlite:///mlflow.db", "tracking_uri: https://me:secret@mlflow.example.org")
     (root / "params.yaml").write_text(changed)
-    assert "publish.tracking_uri is" in sentence(root, "history")
+    assert "publish.tracking_uri holds a password" in sentence(root, "history")
     (root / "params.yaml").write_text(text)
 
 
