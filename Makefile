@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-faults check bench bench-stages sample lock clean help
+.PHONY: run test test-faults check bench bench-stages bench-data bench-merge bench-store sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,10 +29,16 @@ check: $(READY)      ## formatting, lint, types
 	@ruff check .
 	@mypy
 
-bench: bench-stages  ## every benchmark
+bench: bench-stages bench-data bench-merge bench-store  ## every benchmark
 
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
 	@python -m pipeline.bench
+
+bench-merge: $(READY)  ## merging shard by shard against PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
+	@python -m pipeline.bench_merge
+
+bench-store: $(READY)  ## the artifact store beside boto3's upload_file, and what a small change moves (about 2 minutes)
+	@PYTHONPATH=. python tests/bench_store.py
 
 sample: $(READY)     ## make the sample data and base model again (about 10 minutes)
 	python -m infra.sample.instructions

@@ -39,6 +39,8 @@ from pipeline.files import read_json
 from pipeline.params import Params, load_params
 from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
+from pipeline.redact import redact, redact_process, redacted_errors
+from pipeline.snapshot import recover
 from pipeline.statistics import METRICS
 from pipeline.store import open_store
 
@@ -94,9 +96,11 @@ class Approval(RunInput):
 
 
 @task
+@redacted_errors
 def ingest() -> State[Any]:
     """The snapshot that data.dvc names, fetched if it is not here. New data comes in by `retune ingest`."""
     started = time.monotonic()
+    recover()  # an ingest that was killed half-way
     fetched = graph.pull_data()
     return _state("ingest", "ran" if fetched else "cached", started)
 
@@ -134,6 +138,7 @@ def merge() -> State[Any]:
 
 
 @task
+@redacted_errors
 def publish(params: Params) -> State[Any]:
     started = time.monotonic()
     published = shipping.publish(params.publish)
@@ -144,6 +149,7 @@ def publish(params: Params) -> State[Any]:
 
 
 @task
+@redacted_errors
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
     decision = gate.promote(params.publish, params.promote)
@@ -220,6 +226,7 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
     lines: list[str] = []
 
     def on_line(line: str) -> None:
+        line = redact(line)
         lines.append(line)
         if not line.strip() or line.startswith(DVC_HINTS):
             return
@@ -286,12 +293,13 @@ def show(result: dict[str, Any], seconds: float) -> None:
 
 def main() -> None:
     started = time.monotonic()
+    redact_process()
     try:
         result = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"))
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith(("pipeline.", "flows.", "__main__")):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
     if "--json" in sys.argv:
         print(json.dumps(result))

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from pipeline.commands import Json
 from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
+from pipeline.redact import redact, redact_process
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,12 +35,19 @@ app = typer.Typer(
 ARTIFACTS = Path("artifacts")
 
 
+class Split(StrEnum):
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
 class RunUnderWay(RuntimeError):
     """Another process holds the project's run lock."""
 
 
 def main() -> None:
     """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
+    redact_process()
     _environment()
     try:
         app()
@@ -46,12 +55,12 @@ def main() -> None:
         # Errors that this project raises are written for people; any other is a defect and keeps its traceback.
         if not type(error).__module__.startswith(("pipeline.", "flows.")):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         sys.exit(143 if type(error).__name__ == "Interrupted" else 1)
     except OSError as error:
         if error.strerror is None:
             raise
-        print(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        print(redact(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")), file=sys.stderr)
         sys.exit(1)
 
 
@@ -61,10 +70,12 @@ def run(json_output: Json = False) -> None:
     from pipeline import graph, server
     from pipeline.params import load_params
     from pipeline.promote import history, settled
+    from pipeline.snapshot import recover
     from pipeline.store import open_store
 
     params = load_params()
     with _only_run() as lock:
+        recover()  # an ingest that was killed half-way
         open_store(params.publish).probe()  # a store that cannot be written is no news for after the training
         up = server.running()
         if up is None and not graph.stale():
@@ -95,35 +106,88 @@ def run(json_output: Json = False) -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[Path, typer.Argument(help="A .json or .jsonl file, or a folder of them.")],
-    format: Annotated[str | None, typer.Option(help="alpaca, sharegpt or messages; else params.yaml's.")] = None,
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCE]...",
+            help="Files, folders, quoted globs, hf://datasets/OWNER/NAME@COMMIT, s3://BUCKET/KEY, "
+            "https://…#sha256=…; none: ingest.sources of params.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Name the format instead of ingest.format in params.yaml.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Make the files at SOURCE the new data snapshot; `retune run` then trains on it."""
+    """Make the rows of all SOURCEs the new data snapshot; `retune run` then trains on it."""
     from pipeline import graph
     from pipeline.formats import FORMATS
     from pipeline.ingest import ingest as do
-    from pipeline.params import IngestParams, load_params
+    from pipeline.params import load_params
+    from pipeline.snapshot import recover
 
     params = load_params().ingest
     if format is not None:
-        if format not in FORMATS:
-            raise typer.BadParameter(f"{format} is not a format; expected {', '.join(FORMATS)}")
-        params = IngestParams(format=format)  # type: ignore[arg-type]
+        if format not in (*FORMATS, "auto"):
+            raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
+        params = params.model_copy(update={"format": format})
     with _only_run():
+        recover()
         graph.pull_data()  # the snapshot also holds the base model, which stays
-        result = do(params, source)
+        result = do(params, sources or ())
     if json_output:
         print(json.dumps(asdict(result)))
         return
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
+    for file in result.files[:20]:
+        rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
+        print(f"  {file['name']}: {file['format']}, {file['container']}, {file['rows']:,} rows{rejected}")
+    if len(result.files) > 20:
+        print(f"  and {len(result.files) - 20} more, in data/instructions/snapshot.json")
+    if result.left_out:
+        print(f"  {result.left_out:,} rows left out by weight and cap")
     for reason, count in result.rejected.items():
-        print(f"  {count:,} more cannot be used: a row {reason}")
+        print(f"  {count:,} cannot be used: a row {reason}")
+    if result.rejected:
+        print("  each is in data/instructions/rejected.jsonl with its line")
     if result.changed:
         print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
         print("  next: `retune run` trains on them")
     else:
         print("  the same data as before; data.dvc is unchanged")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path | None, typer.Argument(help="A data file or folder; else the prepared dataset.")] = None,
+    split: Annotated[Split, typer.Option(help="Of the dataset.")] = Split.train,
+    row: Annotated[int | None, typer.Option(min=0, help="The first row to show; 0 is the first of all.")] = None,
+    id: Annotated[str | None, typer.Option(help="The row with this id, as the reports name it.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
+    json_output: Json = False,
+) -> None:
+    """Show rows as the model sees them, token by token, trained tokens in colour; of FILE, as it would be prepared."""
+    from rich.console import Console
+
+    from pipeline.inspection import as_text, inspect_dataset, inspect_file
+    from pipeline.params import load_params
+
+    params = load_params()
+    if Path(params.prepare.model_name_or_path).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    _quiet()
+    if file is None:
+        shown = inspect_dataset(ARTIFACTS / "dataset", split.value, row, id, task, count)
+    elif id is not None:
+        raise typer.BadParameter("--id names a row of the prepared dataset; use --row with a file")
+    else:
+        shown = inspect_file(params, file, row, task, count)
+    if json_output:
+        print(json.dumps({"rows": [each.as_json() for each in shown]}, ensure_ascii=False))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for each in shown:
+        console.print(as_text(each, colour=console.is_terminal and not console.no_color))
 
 
 @app.command()
@@ -145,6 +209,36 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
 
 for command in commands.COMMANDS:
     app.command()(command)
+
+
+@app.command("diff-data")
+def diff_data(
+    old: Annotated[str | None, typer.Argument(help="A git revision; else the last with another dataset.")] = None,
+    new: Annotated[str | None, typer.Argument(help="A git revision; else the workspace.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the data report of NEW with the differences.")] = None,
+    json_output: Json = False,
+) -> None:
+    """What changed in the prepared data between two versions: rows, test items, tasks, languages, reasons, lengths."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from pipeline.data_diff import compare, previous_revision, report_at
+    from pipeline.data_pages import render
+    from pipeline.files import write_text
+
+    old = old or previous_revision()
+    report = report_at(new)
+    if html is not None and "lengths" not in report:
+        raise typer.BadParameter(f"{new} was prepared by an earlier release, which counted too little for a page")
+    diff = compare(report_at(old), report, (old, new or "workspace"))
+    if html is not None:
+        write_text(html, render(report, "report.html", diff))
+    if json_output:
+        print(json.dumps(diff))
+        return
+    Console().print(Markdown(render(report, "diff.md", diff)))
+    if html is not None:
+        print(f"diff-data: {html} shows it beside the data report")
 
 
 @app.command()
@@ -187,6 +281,23 @@ def down() -> None:
     from pipeline import server
 
     print("down: stopped" if server.down() else "down: no server was running")
+
+
+@app.command()
+def plan(
+    gpu: Annotated[str | None, typer.Option(help="A name of infra/gpus.yaml; without one, a CPU.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
+    from pipeline.params import load_params
+    from pipeline.plan import describe
+    from pipeline.plan import plan as do
+
+    _quiet()
+    params = load_params()
+    dataset = ARTIFACTS / "dataset"
+    made = do(params, dataset if (dataset / "contract.json").is_file() else None, gpu)
+    print(json.dumps(asdict(made)) if json_output else describe(made))
 
 
 @app.command()
@@ -242,9 +353,11 @@ def score(
 
 
 def _environment() -> None:
-    """Caches in the project, no telemetry, and no Hub unless a parameter names a Hub repository."""
+    """Caches in the project, no telemetry, no file that everybody may write, no Hub unless a parameter names one."""
+    os.umask(os.umask(0o077) | 0o002)
     if Path("params.yaml").exists():
-        WORK_DIR.mkdir(exist_ok=True)  # else DVC makes it, writable for everybody
+        WORK_DIR.mkdir(exist_ok=True)
+        WORK_DIR.chmod(0o700)  # logs, checkpoints and Prefect's database are nobody else's business
     work = WORK_DIR.resolve()
     defaults = {
         "HF_DATASETS_CACHE": str(work / "datasets"),
@@ -285,7 +398,7 @@ def _run_stage(name: str, params: Any) -> str:
         case "prepare":
             from pipeline.prepare import prepare
 
-            made = prepare(params.prepare, Path("data/instructions"), dataset)
+            made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared")
             reasons = ", ".join(f"{count:,} × {reason}" for reason, count in made.dropped.items())
             dropped = f", {sum(made.dropped.values()):,} dropped ({reasons})" if made.dropped else ""
             rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
@@ -310,9 +423,11 @@ def _run_stage(name: str, params: Any) -> str:
         case "merge":
             from pipeline.merge import merge
 
-            merged = merge(params.merge, dataset, adapter, evaluation, ARTIFACTS / "merged", ARTIFACTS / "parity")
+            outputs = (ARTIFACTS / name for name in ("merged", "parity", "exports"))
+            merged = merge(params.merge, dataset, adapter, evaluation, *outputs)
+            peft = f", by PEFT because {merged.merging.reason}" if merged.merging.reason else ""
             return (
-                f"into the {merged.base} base; it chooses {merged.agreement:.1%} of the adapter's tokens, "
+                f"into the {merged.base} base{peft}; it chooses {merged.agreement:.1%} of the adapter's tokens, "
                 f"{merged.identical:.1%} of its answers are the same"
             )
     raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")

@@ -204,7 +204,7 @@ def download(
     from pipeline import manifest as manifests
     from pipeline import signature
     from pipeline.manifest import read_manifest
-    from pipeline.publish import fetch_file, fetch_version
+    from pipeline.publish import fetch_files, fetch_version
 
     params, store, _, target = _find(version)
     manifest = read_manifest(store, target)
@@ -215,8 +215,7 @@ def download(
 
         require_intact(store, manifest, params.publish)
     if part == "all":
-        for name, entry in manifest["files"].items():
-            fetch_file(store, entry, folder / name)
+        fetch_files(store, manifest, manifest["files"], folder)
         data = manifests.encode(manifest)
         signed = signature.read_signature(store, target, data)
         (folder / "manifest.json").write_bytes(data)

@@ -16,6 +16,7 @@ from pipeline.files import read_json, whole_directory, write_json, write_text
 from pipeline.generate import Answer, generate
 from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams
+from pipeline.sanitise import one_line, portable
 from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
 from pipeline.template import TemplateError, differing_keys, load_contract
 
@@ -73,7 +74,7 @@ def test_items(dataset: Path, max_samples: int | None) -> pa.Table:
 
 
 def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where: Path) -> None:
-    differ = differing_keys(contract, other)
+    differ = differing_keys(portable(contract), portable(other))  # what ships names no folder of this machine
     if differ:
         raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")
 
@@ -155,7 +156,10 @@ def report(metrics: dict[str, Metrics], items: pa.Table) -> str:
     lines += ["", "## Answers", ""]
     for row in _examples(items):
         mark = {1.0: "right", 0.0: "wrong", None: f"ROUGE-L {row['rougeL']:.2f}"}[row["accuracy"]]
-        lines += [f"- **{row['task']}** ({mark}): {_short(row['prompt'])}", f"  - expected: {_short(row['reference'])}"]
+        lines += [
+            f"- **{_short(row['task'])}** ({mark}): {_short(row['prompt'])}",
+            f"  - expected: {_short(row['reference'])}",
+        ]
         lines += [f"  - answered: {_short(row['answer'])}"]
     return "\n".join([*lines, ""])
 
@@ -187,5 +191,5 @@ def _examples(items: pa.Table) -> Iterable[dict[str, Any]]:
 
 
 def _short(text: str, limit: int = 160) -> str:
-    flat = " ".join(text.split()).replace("|", "\\|")
-    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+    flat = " ".join(text.split())
+    return one_line(flat if len(flat) <= limit else flat[: limit - 1] + "…")

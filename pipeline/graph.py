@@ -13,7 +13,7 @@ from pipeline.files import sha256_json
 from pipeline.process import python_ending_with_parent
 
 STAGES = ("prepare", "train", "evaluate", "merge")
-SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity")
+SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity", "artifacts/exports")
 
 
 class GraphError(RuntimeError):
@@ -80,9 +80,9 @@ def add_data(root: Path = Path(".")) -> None:
 
 
 def _dvc(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment(), capture_output=True, text=True
-    )
+    # A `dvc add` that outlived a killed ingest would write data.dvc after it was put back.
+    command = python_ending_with_parent("dvc", *arguments)
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
     if done.returncode != 0:
         raise GraphError(f"`dvc {' '.join(arguments)}` failed: {done.stderr.strip()}")
     return done.stdout

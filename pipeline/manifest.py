@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import graph
+from pipeline.allowlist import strict_json
 from pipeline.files import read_json, sha256_json
 from pipeline.params import PublishParams
+from pipeline.sanitise import portable
 from pipeline.store import ArtifactStore, StoreError
 from pipeline.timings import stage_seconds
 
@@ -54,7 +56,7 @@ def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
     if data is None:
         return None
     try:
-        manifest: Manifest = json.loads(data)
+        manifest: Manifest = strict_json(data)
         found = manifest.get("schema_version", 1)
         if found != SCHEMA_VERSION:
             raise ValueError(f"its schema is {found}, this Retune reads {SCHEMA_VERSION}; publish the version again")
@@ -86,16 +88,15 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
     parity = read_json(artifacts / "parity" / "parity.json")
     stages = graph.lock(root)["stages"]
     seconds = stage_seconds(root)
-    return {
+    lineage = {
         "schema_version": SCHEMA_VERSION,
         "version": version,
         "name": params.registered_model_name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": files,
         "git": git_state(root),
         "dvc_lock": stages,
         "data": {
-            "dvc_md5": {d["path"]: d["md5"] for d in stages["prepare"]["deps"] if d["path"].startswith("data/")},
+            "dvc_md5": {d["path"]: d["md5"] for d in stages["prepare"]["deps"] if d["path"].split("/")[0] == "data"},
             "rows": report["rows"],
             "test_sha256": report["test_sha256"],
         },
@@ -115,6 +116,7 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
         "time": seconds,
         "cost": _cost(params.price_per_hour, list(seconds.values())),
     }
+    return portable(lineage) | {"files": files}
 
 
 def contract_digests(contract: dict[str, Any]) -> dict[str, str]:

@@ -6,118 +6,146 @@ into packed 4-bit weights. The scores that the gate reads are measured on the me
 """
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import GenerationConfig
 
+from pipeline.combination import combine
 from pipeline.evaluate import Metrics, provenance, require_same_contract, score_items, summarise, test_items
+from pipeline.export import export
 from pipeline.files import read_json, whole_directory, write_json
-from pipeline.generate import generate
-from pipeline.model import compute_dtype, load_adapter, load_base, use_free_cores
+from pipeline.generate import Answer, generate
+from pipeline.merging import MergeError, Merging, merge_adapter
+from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
-from pipeline.template import load_contract, load_shipped, local_source
+from pipeline.sanitise import clean_folder, portable
+from pipeline.statistics import METRICS
+from pipeline.template import ChatTemplate, load_contract, load_shipped, local_source
+from pipeline.weights import open_checkpoint
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
-
-
-class MergeError(ValueError):
-    """The merged model is not what was evaluated; nothing was written."""
 
 
 @dataclass(frozen=True)
 class Merged:
     base: str  # full | nf4
+    merging: Merging
     logit_error: dict[str, float]  # mean absolute difference to adapter-on-quantised-base, by base tried
     agreement: float  # fraction of the adapter's answer tokens that the merged model chooses, given the text so far
     identical: float  # fraction of test prompts with the very same answer; one close call changes all that follows it
     metrics: Metrics
+    exports: dict[str, Metrics]
 
 
-def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path) -> Merged:
-    """Write the merged model to `output`, and `parity.json`, `metrics.json` and `items.merged.parquet` to `parity`.
+def merge(
+    params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path, exports: Path
+) -> Merged:
+    """Write the merged model to `output`, its quantised forms to `exports`, and to `parity` what was measured.
+
+    `parity` holds `parity.json` (how it was merged and how far it is from the adapter), `metrics.json` (of the merged
+    model and each export), `items.merged.parquet`, and with `params.combine` the combined adapter that was merged.
 
     Raises:
-        MergeError: a module did not change, or fewer than `min_agreement` of the adapter's tokens are chosen.
+        MergeError: a module did not change, the merged model is further from the adapter than `params` allow, or
+            adapter or base are of a kind that cannot be merged.
+        WeightsError: a shard of the base is missing or damaged.
+        CombinationError: an adapter to combine is not the one that `params` name.
+        ExportError: an export failed.
         TemplateError, ModelError: the base is not the one the adapter was trained on.
     """
     contract = read_json(dataset / "contract.json")
-    template = load_contract(contract)
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
+    identity = contract["model"]
+    _refuse_merged_base(contract)
+    open_checkpoint(identity["name_or_path"], identity["revision"])  # says what is wrong where a digest only differs
+    template = load_contract(contract)
     use_free_cores()
     settings = read_json(evaluation / "evaluation.json")
     evaluated = EvaluateParams.model_validate(settings["params"])
     test = test_items(dataset, evaluated.max_samples)
     prompts = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
-    identity = contract["model"]
 
-    quantised = load_adapter(load_base(identity, quantisation), adapter)
-    expected = _logits(quantised, prompts[:LOGIT_PROMPTS])
-    round_trip = _dequantised(quantised.get_base_model()) if quantisation["load_in_4bit"] else {}
-    del quantised
-
-    choices = [params.base] if params.base != "auto" else ["full", "nf4"] if round_trip else ["full"]
-    merged: dict[str, PreTrainedModel] = {}
-    errors: dict[str, float] = {}
-    for choice in choices:
-        model = _merged(identity, adapter, round_trip if choice == "nf4" else {})
-        errors[choice] = _difference(expected, _logits(model, prompts[:LOGIT_PROMPTS]))
-        if errors[choice] == min(errors.values()):
-            merged = {choice: model}
-    [(chosen, model)] = merged.items()
-    # What was measured in compute precision is cast to what is written, and measured again from the files.
-    model = model.to(_output_dtype(identity, params.dtype))
-    # Whoever serves it stops where the evaluation stopped.
-    model.generation_config.eos_token_id = sorted(template.stop_ids)
-    model.generation_config.pad_token_id = template.tokenizer.pad_token_id
-    with whole_directory(output) as folder:
-        model.save_pretrained(str(folder), safe_serialization=True)
-        tokenizer = template.tokenizer
-        tokenizer.chat_template = template.text
-        tokenizer.save_pretrained(str(folder))
-        write_json(folder / "contract.json", contract)
-        del model, merged
-        shipped = load_base(local_source(folder))
-        answers = generate(
-            shipped,
-            template,
-            prompts,
-            evaluated.max_new_tokens,
-            evaluated.batch_size,
-            "merge",
-            system="the merged model",
+    def answer(model: Any, system: str) -> list[Answer]:
+        return generate(
+            model, template, prompts, evaluated.max_new_tokens, evaluated.batch_size, "merge", system=system
         )
-        items, signatures = score_items(test, answers)
-        expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
-        identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
+
+    def score(place: Path) -> Metrics:
+        answers = answer(load_base(local_source(place)), f"the {place.name} export")
+        return summarise(score_items(test, answers)[0], evaluated)
+
+    with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
+        if params.combine is not None:
+            adapter = combine(params.combine, contract, adapter, proof / "combined_adapter")
+        quantised = load_adapter(load_base(identity, quantisation), adapter)
+        expected = _logits(quantised, prompts[:LOGIT_PROMPTS])
+        with quantised.disable_adapter():
+            reach = _difference(expected, _logits(quantised, prompts[:LOGIT_PROMPTS]))
+        if params.combine is None:
+            expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
+            adapter_metrics = read_json(evaluation / "metrics.json")["adapter"]
+        else:
+            answers = answer(quantised, "the combined adapter")
+            expected_ids = [each.ids for each in answers]
+            adapter_metrics = summarise(score_items(test, answers)[0], evaluated)
+        del quantised
+
+        mergings: dict[str, Merging] = {}
+        errors: dict[str, float] = {}
+        choices = ["full", "nf4"] if quantisation["load_in_4bit"] else ["full"]
+        dtype = None if params.dtype == "auto" else getattr(torch, params.dtype)
+        for choice in choices if params.base == "auto" else [params.base]:
+            place = folder / choice
+            place.mkdir()
+            mergings[choice] = merge_adapter(identity, adapter, place, quantisation if choice == "nf4" else None, dtype)
+            shipped = load_base(local_source(place))
+            errors[choice] = _difference(expected, _logits(shipped, prompts[:LOGIT_PROMPTS]))
+            del shipped
+        chosen = min(errors, key=lambda choice: errors[choice])
+        for path in list((folder / chosen).iterdir()):
+            path.rename(folder / path.name)
+        for choice in errors:
+            shutil.rmtree(folder / choice)
+
+        shipped = load_base(local_source(folder))
+        _complete(folder, template, contract, shipped.generation_config.bos_token_id)
+        answers = answer(shipped, "the merged model")
         agreement = _token_agreement(shipped, prompts, expected_ids)
-        result = Merged(chosen, errors, agreement, identical, summarise(items, evaluated))
-        if agreement < params.min_agreement:
-            raise MergeError(
-                f"the merged model chooses {agreement:.2%} of the adapter's answer tokens; merge.min_agreement is "
-                f"{params.min_agreement:.2%}. Set merge.dtype to float32, or merge.base to the other base (mean logit "
-                f"errors: {', '.join(f'{base} {error:.4f}' for base, error in errors.items())})"
-            )
-        with whole_directory(parity) as proof:
-            pq.write_table(items, proof / "items.merged.parquet")
-            write_json(proof / "metrics.json", {"merged": result.metrics})
-            write_json(
-                proof / "parity.json",
-                {
-                    "base": chosen,
-                    "mean_absolute_logit_error": errors,
-                    "token_agreement": agreement,
-                    "identical_answers": identical,
-                    "prompts": len(prompts),
-                    "evaluation": provenance(evaluated, dataset, signatures),
+        del shipped
+        items, signatures = score_items(test, answers)
+        metrics = summarise(items, evaluated)
+        identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
+        differences = _metric_differences(metrics, adapter_metrics)
+        _require_parity(params, errors, chosen, reach, agreement, differences)
+        exported: dict[str, Metrics] = {kind: score(export(kind, folder, others / kind)) for kind in params.export}
+        pq.write_table(items, proof / "items.merged.parquet")
+        write_json(proof / "metrics.json", {"merged": metrics})
+        write_json(
+            proof / "parity.json",
+            {
+                "base": chosen,
+                **asdict(mergings[chosen]),
+                "mean_absolute_logit_error": errors,
+                "mean_absolute_logit_change": reach,
+                "token_agreement": agreement,
+                "identical_answers": identical,
+                "metric_difference": differences,
+                "prompts": len(prompts),
+                "exports": {
+                    kind: {"metrics": scores, "metric_difference": _metric_differences(scores, metrics)}
+                    for kind, scores in exported.items()
                 },
-            )
-    return result
+                "combined": params.combine.model_dump() if params.combine else None,
+                "evaluation": provenance(evaluated, dataset, signatures),
+            },
+        )
+    return Merged(chosen, mergings[chosen], errors, agreement, identical, metrics, exported)
 
 
 def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
@@ -141,26 +169,62 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
 
 
-def _merged(identity: dict[str, Any], adapter: Path, round_trip: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The full-precision base, or with `round_trip` weights in its place, with the adapter added to its weights."""
-    base = load_base(identity)
-    for name, weight in round_trip.items():
-        base.get_submodule(name).weight.data.copy_(weight)
-    model = load_adapter(base, adapter)
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight") and not module.get_delta_weight("default").abs().max() > 0:
-            raise MergeError(f"the adapter changes nothing in {name}; it was not trained, or is not the one evaluated")
-    return model.merge_and_unload(safe_merge=True)
+def _refuse_merged_base(contract: dict[str, Any]) -> None:
+    """A base in whose place a model merged from that very base now lies would get the adapter twice."""
+    model = contract["model"]
+    shipped = Path(model["name_or_path"]) / "contract.json"
+    if shipped.is_file() and read_json(shipped)["model"]["digest"] == model["digest"]:
+        raise MergeError(
+            f"{model['name_or_path']} already has an adapter merged into it (its contract.json names the base it came "
+            f"from, digest {model['digest'][:12]}, which is the one the adapter was trained on); put that base back"
+        )
 
 
-def _dequantised(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of every 4-bit layer as the quantised model computes with them, by module name of the plain model."""
-    weights = {}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            weights[name.removesuffix(".base_layer")] = weight.to(compute_dtype())
-    return weights
+def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bos_id: int | None) -> None:
+    """All that a server needs beside the weights; it stops where the evaluation stopped."""
+    tokenizer = template.tokenizer
+    tokenizer.chat_template = template.text
+    tokenizer.save_pretrained(str(folder))
+    GenerationConfig(
+        bos_token_id=bos_id, eos_token_id=sorted(template.stop_ids), pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(str(folder))
+    clean_folder(folder)
+    write_json(folder / "contract.json", portable(contract))
+
+
+def _metric_differences(metrics: Metrics, others: Metrics) -> dict[str, float]:
+    """How much higher each of `metrics` is than in `others`, where both count (BLEU 0-100, the others 0-1)."""
+    return {m: metrics[m]["score"] - others[m]["score"] for m in METRICS if metrics[m] and others[m]}
+
+
+def _require_parity(
+    params: MergeParams,
+    errors: dict[str, float],
+    chosen: str,
+    reach: float,
+    agreement: float,
+    differences: dict[str, float],
+) -> None:
+    advice = "Set merge.dtype to float32, or merge.base to the other base (mean logit errors: {})".format(
+        ", ".join(f"{base} {error:.4f}" for base, error in errors.items())
+    )
+    if agreement < params.min_agreement:
+        raise MergeError(
+            f"the merged model chooses {agreement:.2%} of the adapter's answer tokens; merge.min_agreement is "
+            f"{params.min_agreement:.2%}. {advice}"
+        )
+    if not errors[chosen] <= params.max_logit_error * reach:
+        raise MergeError(
+            f"the merged model's logits differ from the adapter's by {errors[chosen]:.4f} in the mean, and the adapter "
+            f"changes those of its base by {reach:.4f}; merge.max_logit_error allows {params.max_logit_error:g} of it. "
+            f"{advice}"
+        )
+    for metric, difference in differences.items():
+        if difference / (100 if metric == "bleu" else 1) < -params.max_metric_drop:
+            raise MergeError(
+                f"{metric} of the merged model is {-difference:.4f} below the adapter's; merge.max_metric_drop is "
+                f"{params.max_metric_drop:g} of the metric's range. {advice}"
+            )
 
 
 @torch.inference_mode()
@@ -187,13 +251,3 @@ def _token_agreement(model: Any, prompts: list[list[int]], answers: list[list[in
 def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
     total = sum(float((a - b).abs().sum(dtype=torch.float64)) for a, b in zip(expected, actual, strict=True))
     return total / sum(a.numel() for a in expected)
-
-
-def _output_dtype(identity: dict[str, Any], dtype: str) -> torch.dtype:
-    """The type to write: the base checkpoint's own, unless one is named."""
-    if dtype == "auto":
-        source = {"revision": identity["revision"], "trust_remote_code": identity["trust_remote_code"]}
-        config = AutoConfig.from_pretrained(identity["name_or_path"], **source)
-        return config.dtype or compute_dtype()
-    named: torch.dtype = getattr(torch, dtype)
-    return named

@@ -1,16 +1,17 @@
 """Loading base models and adapters: quantised as they were trained, on the device there is, with threads that fit."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import psutil
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
+
+from pipeline.vetting import check_adapter, check_model
 
 disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
 
@@ -50,17 +51,21 @@ def load_base(identity: dict[str, Any], quantisation: Quantisation | None = None
         quantisation: None, or load_in_4bit false, loads full-precision weights.
 
     Raises:
-        ModelError: the model cannot be loaded from safetensors.
+        ModelError: the model cannot be loaded from safetensors, or a CPU cannot compute with it in 4 bits.
+        UnsafeModelError, UnsafeFileError: its files would do more than that; see `check_model`.
     """
-    config = None
+    check_model(identity["name_or_path"], identity["revision"])
+    # Left out, not None: that would load weights that are stored quantised as if they were not, with just a warning.
+    quantised = {}
     if quantisation is not None and quantisation["load_in_4bit"]:
         config = BitsAndBytesConfig(**quantisation, bnb_4bit_compute_dtype=compute_dtype())
+        quantised["quantization_config"] = config
     try:
         model = AutoModelForCausalLM.from_pretrained(
             identity["name_or_path"],
             revision=identity["revision"],
             trust_remote_code=identity["trust_remote_code"],
-            quantization_config=config,
+            **quantised,
             dtype=compute_dtype(),
             device_map={"": device()},
             use_safetensors=True,
@@ -68,6 +73,7 @@ def load_base(identity: dict[str, Any], quantisation: Quantisation | None = None
     except (OSError, ValueError) as error:
         raise ModelError(f"{identity['name_or_path']} cannot be loaded: {str(error).splitlines()[0]}") from None
     keep_4bit_weights_trainable(model)
+    _refuse_ragged_blocks(model, identity["name_or_path"])
     # Its sampling habits (repetition_penalty, num_beams, …) would fill every gap of `generate`'s own settings.
     tokens = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
@@ -85,20 +91,43 @@ def keep_4bit_weights_trainable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+def _refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
+    """On a CPU bitsandbytes 0.50 finds wrong scales where a row ends within a block of 64: twice the rounding error."""
+    for path, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit) and module.weight.device.type == "cpu" and module.in_features % 64:
+            raise ModelError(
+                f"{path} of {name} has rows of {module.in_features} numbers, no multiple of 64; bitsandbytes computes "
+                "wrongly with those in 4 bits on a CPU: set train.load_in_4bit to false (and merge.export to []), or "
+                "use a GPU"
+            )
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> PeftModel:
     """`base` with the adapter in `folder` on top, for inference.
+
+    Args:
+        empty: `base` has no weights; the adapter's own are put in, and nothing is computed.
 
     Raises:
         ModelError: no safetensors adapter there, or one for another architecture.
+        UnsafeModelError, UnsafeFileError: it is not plain LoRA; see `check_adapter`.
     """
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} holds no adapter_model.safetensors; run `dvc repro train`")
-    with warnings.catch_warnings():
-        # PEFT only warns when keys are missing or left over; half an adapter must not pass for one.
-        warnings.filterwarnings("error", message=".*(missing|unexpected).*adapter keys.*", category=UserWarning)
-        try:
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-        except (RuntimeError, ValueError, UserWarning) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
+    check_adapter(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    try:
+        model = get_peft_model(base, config, low_cpu_mem_usage=empty)
+        loaded = model.load_adapter(str(folder), "default", low_cpu_mem_usage=empty)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
+    # PEFT says nothing of either by itself; half an adapter must not pass for one.
+    for what, keys in (("lacks", loaded.missing_keys), ("has no place in it for", loaded.unexpected_keys)):
+        if keys:
+            raise ModelError(
+                f"the adapter in {folder} does not fit {base.config.name_or_path}: it {what} {len(keys)} weights: "
+                f"{', '.join(keys)}"
+            )
     return model.eval()

@@ -5,12 +5,16 @@ range and combinations that cannot work.
 """
 
 import difflib
+import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+from pipeline.language import LANGUAGES
+from pipeline.redact import has_credentials, redact
 
 Metric = Literal["accuracy", "bleu", "rouge1", "rouge2", "rougeL"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -25,8 +29,97 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Format = Literal[
+    "auto",
+    "alpaca",
+    "belle",
+    "classification",
+    "messages",
+    "openorca",
+    "prompt-completion",
+    "self-instruct",
+    "sharegpt",
+    "text",
+    "ultrachat",
+]
+
+
+class ColumnsParams(Section):
+    """Which column of a source is what; one that is not named here is not there."""
+
+    prompt: str | None = None
+    response: str | None = None
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
+    task: str | None = None
+    group: str | None = None
+    scoring: str | None = None
+    template: str | None = None  # the prompt as text with {column} in it, instead of the prompt column
+
+    @model_validator(mode="after")
+    def check(self) -> "ColumnsParams":
+        if self.template is None:
+            if (self.prompt is None) != (self.response is None):
+                raise ValueError("ingest.columns needs prompt and response, or a template instead of prompt")
+            return self
+        if self.prompt is not None:
+            raise ValueError("ingest.columns names a prompt and a template; the template is the prompt")
+        try:
+            parts = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise ValueError(f"ingest.columns.template: {error}; write {{{{ for a brace that is meant") from None
+        if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
+            raise ValueError("ingest.columns.template takes {column} only, without ! and :; write {{ for a brace")
+        return self
+
+
+class SourceParams(Section):
+    uri: Annotated[str, Field(min_length=1)]
+    format: Format = "auto"
+    columns: ColumnsParams | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    cap: Positive | None = None
+
+
 class IngestParams(Section):
-    format: Literal["auto", "alpaca", "sharegpt", "messages"]
+    format: Format
+    columns: ColumnsParams | None
+    sources: Annotated[list[SourceParams], Field(min_length=1)] | None
+    s3_endpoint_url: Annotated[str, Field(pattern=r"^https?://[^@?#]+$")] | None
+    max_download_gib: Annotated[float, Field(gt=0)]
+
+
+class FilterParams(Section):
+    min_answer_chars: Positive | None
+    max_answer_chars: Positive | None
+    min_chars: Positive | None
+    max_chars: Positive | None
+    languages: Annotated[list[str], Field(min_length=1)] | None
+    max_repetition: Annotated[float, Field(gt=0, lt=1)] | None
+    pii: Literal["keep", "mask", "drop"]
+    links: Literal["keep", "mask", "drop"]
+    refusals: Literal["keep", "drop"]
+
+    @property
+    def any_on(self) -> bool:
+        """Whether a row could come out of the filters another than it went in."""
+        return any(value not in (None, "keep") for value in self.model_dump().values())
+
+    @model_validator(mode="after")
+    def check(self) -> "FilterParams":
+        for least, most in (("min_answer_chars", "max_answer_chars"), ("min_chars", "max_chars")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"prepare.filters.{least} is {low} and {most} {high}: no row is both")
+        for code in self.languages or []:
+            if code not in LANGUAGES:
+                meant = {"cn": "zh", "jp": "ja", "kr": "ko", "eng": "en", "chi": "zh", "zho": "zh", "cz": "cs"}.get(
+                    code
+                )
+                hint = f"did you mean {meant}?" if meant else "expected ISO 639 codes such as en, zh or de"
+                raise ValueError(f"prepare.filters.languages names {code!r}, which no row could be in; {hint}")
+        return self
 
 
 class PrepareParams(Section):
@@ -36,10 +129,15 @@ class PrepareParams(Section):
     chat_template: str | None
     train_on: Literal["all_responses", "last_response"]
     max_length: Positive
-    on_overlong: Literal["drop", "error"]
+    on_overlong: Literal["drop", "error", "truncate_prompt", "split"]
+    on_control_tokens: Literal["escape", "drop"]
+    near_duplicate_threshold: Annotated[float, Field(ge=0.3, le=1)] | None
+    decontaminate: list[str]
+    decontaminate_share: Annotated[float, Field(gt=0, le=1)]
     max_dropped_fraction: Fraction
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     validation_fraction: Fraction
+    filters: FilterParams
 
     @model_validator(mode="after")
     def check(self) -> "PrepareParams":
@@ -93,10 +191,36 @@ class EvaluateParams(Section):
     seed: Annotated[int, Field(ge=0)]
 
 
+class CombinedAdapter(Section):
+    path: str | None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    weight: float
+
+    @model_validator(mode="after")
+    def check(self) -> "CombinedAdapter":
+        if (self.path is None) != (self.sha256 is None):
+            raise ValueError(
+                f"merge.combine has path {self.path} with sha256 {self.sha256}: an adapter from elsewhere needs the "
+                "sha256 of its adapter_model.safetensors, the one trained in this run (path: null) has none"
+            )
+        return self
+
+
+class CombineParams(Section):
+    combination_type: Literal["linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+    density: Annotated[float, Field(gt=0, le=1)]
+    seed: Annotated[int, Field(ge=0)]
+    adapters: Annotated[list[CombinedAdapter], Field(min_length=2)]
+
+
 class MergeParams(Section):
     base: Literal["auto", "full", "nf4"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     min_agreement: Annotated[float, Field(ge=0, le=1)]
+    max_logit_error: Annotated[float, Field(gt=0)]
+    max_metric_drop: Annotated[float, Field(ge=0, le=1)]
+    combine: CombineParams | None
+    export: list[Literal["bnb-4bit", "bnb-8bit"]]
 
 
 class PublishParams(Section):
@@ -180,12 +304,24 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise ParamsError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
         raise ParamsError(f"{path} holds no sections; expected ingest, prepare, train, … as its keys")
+    _refuse_credentials(tree, path)
     try:
         return Params.model_validate(_plain(tree))
     except ValidationError as error:
         # An unknown key is often the missing one misspelt: it comes first.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        raise ParamsError("\n".join(_sentence(e, tree, path) for e in errors)) from None
+        raise ParamsError(redact("\n".join(_sentence(e, tree, path) for e in errors))) from None
+
+
+def _refuse_credentials(tree: Any, path: Path) -> None:
+    """params.yaml is committed, and its values go to logs, dvc.lock and manifests: no place for a secret."""
+    for section, values in tree.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if any(isinstance(v, str) and has_credentials(v) for v in (value if isinstance(value, list) else [value])):
+                raise ParamsError(
+                    f"{section}.{key} holds a password or key ({path}, line {values.lc.key(key)[0] + 1}); take it out, "
+                    "and change it if it was committed: credentials come from the environment, an AWS profile or a role"
+                )
 
 
 def _plain(node: Any) -> Any:
@@ -216,8 +352,9 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
     where = f" ({path}, line {line})" if line else f" ({path})"
     match error["type"]:
         case "extra_forbidden":
-            field = Params.model_fields.get(keys[0]) if len(keys) > 1 else None
-            known = getattr(field.annotation, "model_fields", {}) if field else Params.model_fields
+            known: dict[str, Any] = Params.model_fields
+            for section in keys[:-1]:
+                known = getattr(known[section].annotation, "model_fields", {})
             near = difflib.get_close_matches(keys[-1], [*known], 1)
             hint = f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
             return f"{key} is not a parameter{where}; {hint}"

@@ -1,30 +1,57 @@
 """prepare: instruction data in, tokenised train, validation and test splits with their template contract out.
 
 Every row gets a verdict: kept, repaired or dropped with a reason; dropped rows are kept in `dropped.jsonl`. A row's
-split follows from the hash of its group alone, so a row never moves between splits when data is added or removed, and
-nothing that is asked in the test split is answered in the training split.
+split follows from the hash of its group alone, so a row never moves between splits when data is added or removed. A row
+of the test split is dropped on no other row's account; a copy of one, near or exact, is never trained on.
 """
 
 import hashlib
 import json
+import os
+import shutil
+import signal
+import tempfile
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from pipeline.files import sha256_json, whole_directory, write_json, write_text
-from pipeline.formats import Rejected, Row, find_files, read_rows
+from pipeline.conversation import ChatTemplate
+from pipeline.conversion import read_batches
+from pipeline.data_report import DataStats, write_report
+from pipeline.encoding import ROWS, SIGNATURES, TEXT, TOKENS, encode_shard
+from pipeline.files import sha256_file, sha256_json, whole_directory, write_json
+from pipeline.formats import Rejected, find_files
 from pipeline.params import PrepareParams
+from pipeline.process import end_with_parent
 from pipeline.progress import Progress
-from pipeline.template import ChatTemplate, Encoded, RowError, load_template
+from pipeline.shards import ShardWriter, is_shard, read_rejected, read_snapshot
+from pipeline.shingles import signature_version
+from pipeline.template import load_template
+from pipeline.verdicts import SPLITS, Verdicts, decide
 
-SPLITS = ("train", "validation", "test")
-OVERLONG = "longer than prepare.max_length"
-DUPLICATE = "exact duplicate of an earlier row"
-LEAKED = "its prompt is in the test split too"
+PARALLEL_ROWS = 20_000  # fewer are encoded before a second process has imported its libraries
+COMMON = ("id", "source", "task", "language")
+TRAIN = pa.schema([*((name, pa.string()) for name in COMMON), ("input_ids", TOKENS), ("labels", TOKENS)])
+TEST = pa.schema(
+    [
+        *((name, pa.string()) for name in (*COMMON, "group", "scoring", "messages", "tools", "prompt")),
+        ("input_ids", TOKENS),
+        ("reference", pa.string()),
+    ]
+)
 
 
 class PrepareError(ValueError):
@@ -39,215 +66,294 @@ class Prepared:
     tokens: int  # of the training split
 
 
-def prepare(params: PrepareParams, data: Path, output: Path) -> Prepared:
-    """Write `train|validation|test.parquet`, `contract.json`, `report.json|md` and `dropped.jsonl` to `output`.
+@dataclass(frozen=True)
+class _Part:
+    """A canonical shard, and the file that its rows come from."""
 
-    Train and validation shards have `id, task, input_ids, labels` (labels −100 where a token carries no loss); the test
-    shard has `id, task, group, scoring, messages` (JSON), `tools, prompt` (rendered), `input_ids` (its tokens) and
-    `reference`, the expected answer. Lengths are in tokens of the base model's tokenizer.
+    shard: Path
+    file: str
+    format: str
+
+
+@dataclass(frozen=True)
+class _Data:
+    parts: list[_Part]
+    rejected: list[tuple[Rejected, str, str]]  # with file and format
+
+
+def prepare(params: PrepareParams, data: Path, output: Path, cache: Path | None = None) -> Prepared:
+    """Write `train|validation|test.parquet`, `contract.json`, `report.json|md|html` and `dropped.jsonl` to `output`.
+
+    Train and validation shards have `id, source, task, language, input_ids, labels` (labels −100 where a token carries
+    no loss); the test shard, ordered by id, has `id, source, task, language, group, scoring, messages` (JSON), `tools,
+    prompt` (rendered), `input_ids` (its tokens) and `reference`, the expected answer. Lengths are in tokens.
+    Encoded shards stay in `cache`, if one is given: the next call reads from there what has not changed.
 
     Raises:
         FormatError, TemplateError: see `read_rows` and `load_template`.
         PrepareError: too many unusable rows, an overlong row with `on_overlong: error`, or an empty split.
     """
     template, identity = load_template(params)
-    rows, dropped = _read(data)
-    total = len(rows) + len(dropped)
-    rows = _without_duplicates(rows, dropped)
-    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    split_by_row = [split_of(row, params) for row in rows]
-    test_prompts = {_prompt_key(row) for row, split in zip(rows, split_by_row, strict=True) if split == "test"}
-    declared = any(row.scoring for row in rows)
-    progress = Progress("prepare", len(rows), "rows")
-    for done, (row, split) in enumerate(zip(rows, split_by_row, strict=True)):
-        if split != "test" and not test_prompts.isdisjoint(_asked(row)):
-            dropped.append(Rejected(row.source, LEAKED, row.messages))
+    with _workspace(cache) as work:
+        found = _parts(data, work / "shards")
+        folders = _encode([part.shard for part in found.parts], params, template.contract(identity), work)
+        verdicts = decide(folders, params.near_duplicate_threshold, work)
+        _check(params, folders, verdicts, found)
+        with whole_directory(output) as folder:
+            return _write(found, folders, verdicts, template, identity, params, folder)
+
+
+@contextmanager
+def _workspace(cache: Path | None) -> Iterator[Path]:
+    if cache is not None:
+        (cache / "encoded").mkdir(parents=True, exist_ok=True)
+        yield cache
+        return
+    with tempfile.TemporaryDirectory(prefix="retune-") as folder:
+        (Path(folder) / "encoded").mkdir()
+        yield Path(folder)
+
+
+def _parts(data: Path, scratch: Path) -> _Data:
+    """The shards that `retune ingest` wrote to `data`, and those made in `scratch` of files put there by hand."""
+    notes = read_snapshot(data) if data.is_dir() else None
+    files = [file for source in (notes or {"sources": []})["sources"] for file in source["files"]]
+    origin = {shard: (file["name"], file["format"]) for file in files for shard in file["shards"]}
+    formats = {file["name"]: file["format"] for file in files}
+    parts: list[_Part] = []
+    rejected = []
+    for row in read_rejected(data) if notes else ():
+        name = row.source.rpartition(":")[0]
+        rejected.append((row, name, formats.get(name, "unknown")))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for path in find_files(data):
+        name = path.name if path == data else path.relative_to(data).as_posix()
+        if is_shard(path):
+            parts.append(_Part(path, *origin.get(path.name, (name, "messages"))))
             continue
-        try:
-            encoded = template.encode(row.messages, row.tools)
-            record = _record(row, split, encoded, template, declared)
-        except RowError as error:
-            dropped.append(Rejected(row.source, str(error), row.messages))
-            continue
-        if len(encoded.input_ids) > params.max_length:
-            if params.on_overlong == "error":
-                raise PrepareError(
-                    f"{row.source} has {len(encoded.input_ids)} tokens; prepare.max_length is {params.max_length}: "
-                    "raise it, or set prepare.on_overlong to drop"
-                )
-            dropped.append(Rejected(row.source, OVERLONG, row.messages))
-            continue
-        splits[split].append(record)
-        progress.update(done)
-    _check(params, splits, dropped, total)
-    report = _report(splits, dropped, rows, total, template)
-    with whole_directory(output) as folder:
-        for split, records in splits.items():
-            pq.write_table(pa.Table.from_pylist(records, schema=_schema(split)), folder / f"{split}.parquet")
-        write_json(folder / "contract.json", template.contract(identity) | {"max_length": params.max_length})
-        write_json(folder / "report.json", report)
-        write_text(folder / "report.md", _markdown(report))
-        lines = [json.dumps({"source": d.source, "reason": d.reason, "record": d.record}, default=str) for d in dropped]
-        write_text(folder / "dropped.jsonl", "".join(line + "\n" for line in lines))
-    return Prepared(
-        rows={split: len(records) for split, records in splits.items()},
-        dropped=report["dropped"],
-        trained_tokens=report["train_tokens"]["trained"],
-        tokens=report["train_tokens"]["total"],
-    )
+        writer, format = ShardWriter(scratch, name), "unknown"
+        for batch in read_batches(path):
+            format = batch.recipe.format
+            writer.add(batch.table)
+            rejected += [(row, name, format) for row in batch.rejected]
+        parts += [_Part(scratch / shard, name, format) for shard in writer.close()]
+    order = {shard: place for place, shard in enumerate(notes["shards"])} if notes else {}
+    return _Data(sorted(parts, key=lambda part: order.get(part.shard.name, len(order))), rejected)
 
 
-def split_of(row: Row, params: PrepareParams) -> str:
-    """The split of a row, from its group (its prompt when it names none) and the two fractions alone."""
-    place = int(hashlib.sha256(_group(row).encode()).hexdigest()[:8], 16) / 2**32
-    if place < params.test_fraction:
-        return "test"
-    return "validation" if place < params.test_fraction + params.validation_fraction else "train"
+def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any], work: Path) -> list[Path]:
+    """A folder of encoded rows for each shard, in order; what an earlier call left in `work` is used again."""
+    settings = params.model_dump(exclude={"max_dropped_fraction"})
+    benchmarks = [sha256_file(Path(name)) for name in params.decontaminate if Path(name).is_file()]
+    code = {path.name: sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+    identity = sha256_json([settings, contract, benchmarks, code, signature_version()])
+    folders = [work / "encoded" / sha256_json([identity, sha256_file(shard)])[:32] for shard in shards]
+    todo = {folder: shard for folder, shard in zip(folders, shards, strict=True) if not _is_whole(folder, params)}
+    sizes = [pq.read_metadata(shard).num_rows for shard in todo.values()]
+    progress = Progress("prepare", sum(sizes), "rows", every=2.0)
+    done = iter(np.cumsum(sizes).tolist())
+    arguments = params.model_dump_json()
+    if sum(sizes) < PARALLEL_ROWS:
+        for folder, shard in todo.items():
+            encode_shard(arguments, shard, folder)
+            progress.update(next(done))
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Not forked: threads are running, which a fork leaves half-copied.
+        with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_begin_worker) as pool:
+            for _ in pool.map(encode_shard, [arguments] * len(todo), todo.values(), todo):
+                progress.update(next(done))
+    for left_over in set((work / "encoded").iterdir()) - set(folders):
+        shutil.rmtree(left_over)
+    return folders
 
 
-def _group(row: Row) -> str:
-    return row.group if row.group is not None else _prompt_key(row)
+def _begin_worker() -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
 
 
-def _read(data: Path) -> tuple[list[Row], list[Rejected]]:
-    rows: list[Row] = []
-    dropped: list[Rejected] = []
-    for file in find_files(data):
-        for row in read_rows(file):
-            if isinstance(row, Row):
-                rows.append(row)
-            else:
-                dropped.append(replace(row, reason=f"a row {row.reason}"))
-    return rows, dropped
+def _is_whole(folder: Path, params: PrepareParams) -> bool:
+    """Whether an earlier call's rows can be used; what a full disk or a power cut left is encoded again."""
+    if not folder.is_dir():
+        return False
+    try:
+        rows = pq.read_metadata(folder / ROWS).num_rows
+        with pa.memory_map(str(folder / TEXT)) as file:
+            texts = pa.ipc.open_file(file).read_all().num_rows
+        signed = rows
+        if params.near_duplicate_threshold is not None:
+            signed = len(np.load(folder / SIGNATURES, mmap_mode="r"))
+        whole = rows == texts == signed
+    except (OSError, ValueError, pa.ArrowException):
+        whole = False
+    if not whole:
+        shutil.rmtree(folder)
+    return whole
 
 
-def _prompt_key(row: Row) -> str:
-    """What is asked, whatever the answer: everything before the last turn, spaces and case folded."""
-    asked = [[message["role"], " ".join(message["content"].casefold().split())] for message in row.messages[:-1]]
-    return sha256_json([asked, row.tools])
-
-
-def _asked(row: Row) -> set[str]:
-    """Keys of every prompt that the row answers: the whole, and each earlier turn's."""
-    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-    return {_prompt_key(replace(row, messages=row.messages[: i + 1])) for i in answers}
-
-
-def _without_duplicates(rows: list[Row], dropped: list[Rejected]) -> list[Row]:
-    seen: dict[tuple[str, str], str] = {}
-    kept = []
-    for row in rows:
-        key = (_prompt_key(row), row.messages[-1]["content"])
-        if key in seen:
-            dropped.append(Rejected(row.source, DUPLICATE, row.messages))
-        else:
-            seen[key] = row.source
-            kept.append(row)
-    return kept
-
-
-def _record(row: Row, split: str, encoded: Encoded, template: ChatTemplate, declared: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {"id": sha256_json(row.messages)[:16], "task": row.task}
-    if split != "test":
-        return record | {"input_ids": encoded.input_ids, "labels": encoded.labels}
-    prompt, prompt_ids = template.prompt(row.messages[:-1], row.tools)
-    if encoded.input_ids[: len(prompt_ids)] != prompt_ids:
-        raise RowError("its prompt has other tokens alone than before its answer")
-    return record | {
-        "group": _group(row),
-        # Without any declaration every row counts for accuracy: an exact match is then a hard but honest score.
-        "scoring": row.scoring or ("text" if declared else "exact"),
-        "messages": json.dumps(row.messages[:-1], ensure_ascii=False),
-        "tools": row.tools,
-        "prompt": prompt,
-        "input_ids": prompt_ids,
-        "reference": row.messages[-1]["content"],
-    }
-
-
-def _schema(split: str) -> pa.Schema:
-    tokens = pa.list_(pa.int32())
-    common = [("id", pa.string()), ("task", pa.string())]
-    if split == "test":
-        text = [
-            ("group", pa.string()),
-            ("scoring", pa.string()),
-            ("messages", pa.string()),
-            ("tools", pa.string()),
-            ("prompt", pa.string()),
-        ]
-        return pa.schema([*common, *text, ("input_ids", tokens), ("reference", pa.string())])
-    return pa.schema([*common, ("input_ids", tokens), ("labels", tokens)])
-
-
-def _check(params: PrepareParams, splits: dict[str, Any], dropped: list[Rejected], total: int) -> None:
-    # A duplicate or a row that is too long is no sign of a broken source; the others are.
-    unusable = [d for d in dropped if d.reason not in (OVERLONG, DUPLICATE, LEAKED)]
-    if len(unusable) > params.max_dropped_fraction * total:
-        worst = "; ".join(f"{n} × {reason}" for reason, n in Counter(d.reason for d in unusable).most_common(3))
+def _check(params: PrepareParams, folders: list[Path], verdicts: Verdicts, found: _Data) -> None:
+    total = len(verdicts.reason) + len(found.rejected)
+    overlong = verdicts.cause == "overlong"
+    if params.on_overlong == "error" and overlong.any():
+        source, detail = _first(folders, overlong)
+        raise PrepareError(f"{source} {detail}: raise it, or set prepare.on_overlong to drop, truncate_prompt or split")
+    unusable = verdicts.cause == "unusable"
+    count = int(unusable.sum()) + len(found.rejected)
+    if count > params.max_dropped_fraction * total:
+        reasons = Counter(verdicts.reason[unusable]) + Counter(f"a row {row.reason}" for row, *_ in found.rejected)
+        first = found.rejected[0][0].source if found.rejected else _first(folders, unusable)[0]
         raise PrepareError(
-            f"{len(unusable)} of {total} rows are unusable, more than prepare.max_dropped_fraction "
-            f"({params.max_dropped_fraction:g}) allows: {worst}. The first is {unusable[0].source}"
+            f"{count} of {total} rows are unusable, more than prepare.max_dropped_fraction "
+            f"({params.max_dropped_fraction:g}) allows: "
+            f"{'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(3))}. The first is {first}"
         )
-    overlong = sum(d.reason == OVERLONG for d in dropped)
-    for split in ("train", "test"):
-        if not splits[split]:
-            hint = (
-                f", {overlong} of them longer than prepare.max_length ({params.max_length} tokens)" if overlong else ""
+    for split, way_out in (("train", "add rows"), ("test", "add rows, or raise prepare.test_fraction")):
+        if not (verdicts.kept & (verdicts.split == split)).any():
+            long = f", {overlong.sum()} of them longer than prepare.max_length ({params.max_length} tokens)"
+            raise PrepareError(
+                f"the {split} split is empty: {total} rows came in{long if overlong.any() else ''}; {way_out}"
             )
-            way_out = "add rows" if split == "train" else "add rows, or raise prepare.test_fraction"
-            raise PrepareError(f"the {split} split is empty: {total} rows came in{hint}; {way_out}")
 
 
-def _report(
-    splits: dict[str, list[dict[str, Any]]],
-    dropped: list[Rejected],
-    rows: list[Row],
-    total: int,
+def _first(folders: list[Path], which: NDArray[np.bool_]) -> tuple[str, str | None]:
+    """Source and detail of the first row that `which` (N,) marks."""
+    place = int(np.argmax(which))
+    for folder in folders:
+        rows = pq.read_table(folder / ROWS, columns=["source", "detail"])
+        if place < len(rows):
+            return rows["source"][place].as_py(), rows["detail"][place].as_py()
+        place -= len(rows)
+    raise IndexError(place)
+
+
+def _write(
+    found: _Data,
+    folders: list[Path],
+    verdicts: Verdicts,
     template: ChatTemplate,
-) -> dict[str, Any]:
-    train = splits["train"]
-    lengths = sorted(len(record["input_ids"]) for record in train)
-    return {
-        "rows_in": total,
-        "rows": {split: len(records) for split, records in splits.items()},
-        "tasks": {s: dict(sorted(Counter(r["task"] for r in records).items())) for s, records in splits.items()},
-        "dropped": dict(Counter(d.reason for d in dropped).most_common()),
-        "dropped_examples": [f"{d.source}: {d.reason}" for d in dropped[:10]],
-        "repaired": dict(Counter(repair for row in rows for repair in row.repairs).most_common()),
-        "train_tokens": {
-            "total": sum(lengths),
-            "trained": sum(label != -100 for record in train for label in record["labels"]),
-            "median_per_row": lengths[len(lengths) // 2],
-            "max_per_row": lengths[-1],
-        },
-        "test_sha256": sha256_json([[r["id"], r["scoring"], r["input_ids"], r["reference"]] for r in splits["test"]]),
-        "example": template.tokenizer.decode(train[0]["input_ids"]),
-    }
-
-
-def _markdown(report: dict[str, Any]) -> str:
+    identity: dict[str, Any],
+    params: PrepareParams,
+    output: Path,
+) -> Prepared:
+    """Stream the kept rows to their split's file and the others to `dropped.jsonl`, and report on all of them."""
+    stats = DataStats()
+    test: list[pa.Table] = []
+    example: list[tuple[str, bool]] = []
+    start = 0
+    with (
+        pq.ParquetWriter(output / "train.parquet", TRAIN) as train,
+        pq.ParquetWriter(output / "validation.parquet", TRAIN) as validation,
+        (output / "dropped.jsonl").open("w", encoding="utf-8") as dropped,
+    ):
+        for rejected, file, format in found.rejected:
+            stats.add_read(format, file, 1)
+            rejected = Rejected(rejected.source, f"a row {rejected.reason}", rejected.record)
+            stats.add_dropped(rejected.reason, rejected.source, rejected.record)
+            dropped.write(json.dumps(vars(rejected), default=str) + "\n")
+        for part, folder in zip(found.parts, folders, strict=True):
+            rows = pq.read_table(folder / ROWS)
+            came = pq.read_metadata(part.shard).num_rows
+            stats.add_read(part.format, part.file, came)
+            stats.add_split(len(rows) - came)
+            numbers = np.arange(start, start + len(rows))
+            start += len(rows)
+            kept, split = verdicts.kept[numbers], verdicts.split[numbers]
+            for name in SPLITS:
+                of_split = rows.filter(pa.array(kept & (split == name)))
+                _count(stats, name, of_split)
+                if name == "test":
+                    test.append(_as_test(of_split, numbers[kept & (split == name)], verdicts))
+                else:
+                    (train if name == "train" else validation).write_table(of_split.select(TRAIN.names))
+                if name == "train" and len(of_split) and not example:
+                    example = _segments(of_split.slice(0, 1), template)
+            for place in np.nonzero(~kept)[0]:
+                dropped.write(_dropped(stats, rows, int(place), int(numbers[place]), verdicts) + "\n")
+    table = _one_group_for_near_copies(pa.concat_tables(test), verdicts)
+    pq.write_table(table.drop_columns("number"), output / "test.parquet")
+    report = stats.report(params.max_length, _digest(table), example)
+    write_report(report, output)
     tokens = report["train_tokens"]
-    lines = [
-        "# Data report",
-        "",
-        f"{report['rows_in']:,} rows came in.",
-        "",
-        "| split | rows | by task |",
-        "|---|---|---|",
-    ]
-    for split, count in report["rows"].items():
-        tasks = ", ".join(f"{task} {n}" for task, n in report["tasks"][split].items())
-        lines.append(f"| {split} | {count:,} | {tasks} |")
-    lines += [
-        "",
-        f"Training tokens: {tokens['total']:,}, of which {tokens['trained']:,} carry loss "
-        f"({tokens['trained'] / tokens['total']:.0%}); a row has {tokens['median_per_row']} at the median and "
-        f"{tokens['max_per_row']} at most.",
-        "",
-    ]
-    for what in ("dropped", "repaired"):
-        lines += [f"{what.capitalize()}: {sum(report[what].values()):,} rows.", ""]
-        lines += [f"- {count:,} × {reason}" for reason, count in report[what].items()]
-    lines += ["", "One training row as the model sees it:", "", "```", report["example"], "```", ""]
-    return "\n".join(lines)
+    known = {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
+    write_json(output / "contract.json", template.contract(identity) | known)
+    return Prepared(report["rows"], report["dropped"], tokens["trained"], tokens["total"])
+
+
+def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
+    lengths = pc.list_value_length(rows["input_ids"]).to_pylist()
+    trained: list[int] = []
+    if split == "train":
+        labels = rows["labels"].combine_chunks()
+        carries = pc.greater_equal(labels.flatten(), 0).to_numpy(zero_copy_only=False)
+        owners = pc.list_parent_indices(labels).to_numpy()
+        trained = np.bincount(owners[carries], minlength=len(rows)).tolist()
+    ids, tasks, languages = (rows[name].to_pylist() for name in ("id", "task", "language"))
+    stats.add_kept(split, ids, tasks, lengths, trained, languages)
+    repaired = rows.filter(pc.greater(pc.list_value_length(rows["repairs"]), 0))
+    for repairs, source, record in zip(
+        *(repaired[n].to_pylist() for n in ("repairs", "source", "record")), strict=True
+    ):
+        stats.add_repaired(repairs, source, orjson.loads(record))
+
+
+def _as_test(rows: pa.Table, numbers: NDArray[np.int64], verdicts: Verdicts) -> pa.Table:
+    """Rows of the test split with the columns of TEST, and their `number`."""
+    # Without any declaration every row counts for accuracy: an exact match is then a hard but honest score.
+    scoring = pc.fill_null(rows["scoring"], "text" if verdicts.declared else "exact")
+    prompts = [json.dumps(orjson.loads(record)[:-1], ensure_ascii=False) for record in rows["record"].to_pylist()]
+    made = {"scoring": scoring, "messages": pa.array(prompts, pa.string()), "input_ids": rows["prompt_ids"]}
+    table = pa.table({name: made.get(name, rows[name] if name not in made else None) for name in TEST.names})
+    return table.cast(TEST).append_column("number", pa.array(numbers, pa.int64()))
+
+
+def _one_group_for_near_copies(table: pa.Table, verdicts: Verdicts) -> pa.Table:
+    """The test split by id; near copies and all that shares a group with them are one group, as they fail together."""
+    table = table.sort_by([("id", "ascending"), ("prompt", "ascending")])
+    groups: list[str] = table["group"].to_pylist()
+    parent: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while (above := parent.get(name, name)) != name:
+            name = above
+        return name
+
+    clusters = verdicts.cluster[table["number"].to_numpy()]
+    for _, members in groupby(
+        sorted((c, g) for c, g in zip(clusters.tolist(), groups, strict=True) if c >= 0), key=lambda pair: pair[0]
+    ):
+        names = sorted({top(group) for _, group in members})
+        parent.update(dict.fromkeys(names[1:], names[0]))
+    return table.set_column(table.column_names.index("group"), "group", pa.array(map(top, groups), pa.string()))
+
+
+def _digest(test: pa.Table) -> str:
+    """Of what is asked and expected in the test split; two datasets with the same one can be compared."""
+    digest = hashlib.sha256()
+    for batch in test.select(["id", "scoring", "input_ids", "reference"]).to_batches(1024):
+        for row in batch.to_pylist():
+            digest.update(orjson.dumps(list(row.values())))
+    return digest.hexdigest()
+
+
+def _segments(row: pa.Table, template: ChatTemplate) -> list[tuple[str, bool]]:
+    ids, labels = (row[name][0].as_py() for name in ("input_ids", "labels"))
+    parts = groupby(zip(ids, labels, strict=True), key=lambda token: token[1] >= 0)
+    return [(template.tokenizer.decode([id for id, _ in tokens]), trained) for trained, tokens in parts]
+
+
+def _dropped(stats: DataStats, rows: pa.Table, place: int, number: int, verdicts: Verdicts) -> str:
+    """Count a row that is not kept; its line of `dropped.jsonl`."""
+    source, record = rows["source"][place].as_py(), orjson.loads(rows["record"][place].as_py())
+    line = {"source": source, "reason": verdicts.reason[number], "record": record}
+    stats.add_dropped(line["reason"], source, record)
+    if detail := rows["detail"][place].as_py():
+        line["detail"] = detail
+    if (original := int(verdicts.copy_of[number])) >= 0:
+        line["copy_of"] = verdicts.sources[original].as_py()
+        similarity = float(verdicts.similarity[number])
+        [text] = verdicts.texts(np.array([original]))
+        stats.add_duplicate(line["reason"], source, line["copy_of"], similarity, record, text)
+    return json.dumps(line)

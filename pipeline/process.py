@@ -12,23 +12,26 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_parent(signal_number: int = signal.SIGKILL) -> None:
+def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
     """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
 
     Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe.
+
+    Args:
+        parent: the parent's process id where it is known; it may have died before this call.
     """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number)
     if os.getppid() != parent:  # it died before the request
         os.kill(os.getpid(), signal_number)
 
 
 def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
-    """Command that runs `python -m module arguments…` as a process that dies with the one that starts it."""
+    """Command that runs `python -m module arguments…` as a child that dies with this process."""
     code = (
-        "import runpy, sys; from pipeline.process import end_with_parent; end_with_parent(); "
+        f"import runpy, sys; from pipeline.process import end_with_parent; end_with_parent(parent={os.getpid()}); "
         f"sys.argv = sys.argv[1:]; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
     return [sys.executable, "-c", code, module, *arguments]

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 from pipeline import card, graph, signature
 from pipeline import manifest as manifests
+from pipeline.allowlist import UnsafeFileError, check_file, check_names
 from pipeline.decisions import read_log, refuse_deleted
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.params import PublishParams
@@ -20,7 +21,6 @@ from pipeline.statistics import METRICS
 from pipeline.store import ArtifactStore, StoreError, open_store
 from pipeline.transfer import check_objects, fetch, ship, upload
 
-SUFFIXES = {".safetensors", ".json", ".jsonl", ".txt", ".md", ".csv", ".parquet", ".jinja", ".model"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
@@ -105,13 +105,31 @@ def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: P
 
     Raises:
         StoreError: an object is missing or altered.
+        UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
     """
-    fetch(store, {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}, folder)
+    wanted = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
+    fetch_files(store, manifest, wanted, folder)
     return folder / part
 
 
+def fetch_files(store: ArtifactStore, manifest: Manifest, wanted: dict[str, Any], folder: Path) -> None:
+    """Download files of a version to `folder/name`; those that lie there already are checked all the same.
+
+    Raises:
+        StoreError, UnsafeFileError: as `fetch_version`.
+    """
+    check_names(manifest["files"])
+    fetch(store, wanted, folder)
+    for name in wanted:
+        try:
+            check_file(folder / name)
+        except UnsafeFileError:
+            (folder / name).unlink()
+            raise
+
+
 def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> None:
-    """Bring one file of a manifest to `target`, unless it lies there already; its digest is checked either way.
+    """Bring the bytes of one file of a manifest to `target`, for hashing and parsing; nothing loads them.
 
     Raises:
         StoreError: an object is missing or altered.
@@ -120,31 +138,30 @@ def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> Non
 
 
 def _upload(params: PublishParams, store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
-    more = 0
+    moved = 0
 
-    def manifest(entries: dict[str, Any]) -> bytes:
-        nonlocal more
-        built = manifests.build(params, version, entries, root)
+    def describe(entries: dict[str, Any]) -> bytes:
+        nonlocal moved
+        manifest = manifests.build(params, version, entries, root)
         with tempfile.TemporaryDirectory() as folder:
             described = {}
-            for name, text in {"README.md": card.model_card(built), "MLmodel": card.mlmodel(built)}.items():
+            for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
                 described[name] = Path(folder) / name
                 described[name].write_text(text, encoding="utf-8")
-            added, more = upload(store, described)
-        built["files"] |= added | _for_mlflow(built)
-        data = manifests.encode(built)
+            more, moved = upload(store, described)
+        manifest["files"] = manifest["files"] | more | _for_mlflow(manifest)
+        data = manifests.encode(manifest)
         # The signature first: a version that can be seen is signed already.
         signed = signature.sign(params, data)
         if signed is not None:
             store.create(signature.signature_key(version, data), signed)
         return data
 
-    uploaded = ship(store, version, _shipped_files(root), manifest)
-    # Another publisher of the same content may have been first; its manifest is as good.
+    uploaded = ship(store, version, _shipped_files(root), describe)
     published = read_manifest(store, version)
     if published is None:
-        raise StoreError(f"{manifests.key_of(version)} was written to {store.uri} but is not there")
-    return published, uploaded + more
+        raise StoreError(f"versions/{version}/manifest.json was written to {store.uri} but is not there")
+    return published, uploaded + moved
 
 
 def _shipped_files(root: Path) -> dict[str, Path]:
@@ -154,11 +171,9 @@ def _shipped_files(root: Path) -> dict[str, Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    for name, path in files.items():
-        if path.suffix not in SUFFIXES:
-            raise PublishError(
-                f"{name} is a {path.suffix or 'nameless'} file; versions ship {', '.join(sorted(SUFFIXES))}"
-            )
+    check_names(files)
+    for path in files.values():
+        check_file(path)
     return files
 
 

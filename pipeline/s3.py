@@ -25,6 +25,7 @@ from botocore.exceptions import (
     ClientError,
     ConnectTimeoutError,
     EndpointConnectionError,
+    HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
@@ -132,7 +133,7 @@ class S3Store:
         with self._explained():
             try:
                 # An object's name is its digest: the server itself checks that the content is what the name says.
-                named = key.startswith("objects/")
+                named = re.fullmatch(r"objects/[0-9a-f]{64}", key)
                 digest = bytes.fromhex(key[8:]) if named else hashlib.sha256(data).digest()
                 self._put(key, data, digest, {"creation": token})
             except _Exists:
@@ -167,7 +168,7 @@ class S3Store:
         return [stored.key for stored in self.scan(prefix)]
 
     def scan(self, prefix: str) -> Sequence[Stored]:
-        cut = len(self.prefix) + 1 if self.prefix else 0
+        cut = len(self._name(""))
         with self._explained():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._name(prefix)
@@ -190,7 +191,7 @@ class S3Store:
 
     def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
         """Multipart uploads that nobody completed. Retune makes none; those of other tools cost money unseen."""
-        found = []
+        found, cut = [], len(self._name(""))
         with self._explained():
             for page in self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self._name("")
@@ -198,7 +199,7 @@ class S3Store:
                 for each in page.get("Uploads", []):
                     if each["Initiated"].timestamp() >= before:
                         continue
-                    found.append(Stored(each["Key"], 0, each["Initiated"].timestamp()))
+                    found.append(Stored(each["Key"][cut:], 0, each["Initiated"].timestamp()))
                     if delete:
                         self._client.abort_multipart_upload(
                             Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"]
@@ -244,10 +245,15 @@ class S3Store:
             raise StoreError(f"publish.profile_name: {error}; ~/.aws/config lists the profiles") from None
         except (EndpointConnectionError, ConnectTimeoutError) as error:
             raise StoreError(f"no S3 server answers for {self.uri} at {self._server(error)}") from None
-        except BotoCoreError as error:
+        except (HTTPClientError, IncompleteReadError) as error:
             raise StoreError(
                 f"the connection to the S3 server of {self.uri} broke, {ATTEMPTS} times in a row "
                 f"({type(error).__name__}); the same command goes on from here"
+            ) from None
+        except (BotoCoreError, ValueError) as error:  # what boto3 says itself may quote a credential
+            raise StoreError(
+                f"boto3 cannot use {self.uri} ({type(error).__name__}); correct publish.endpoint_url, "
+                "publish.region_name or publish.profile_name, or what ~/.aws/config says"
             ) from None
 
     def _server(self, error: Any) -> str:

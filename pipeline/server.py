@@ -44,6 +44,8 @@ def environment(root: Path, url: str) -> dict[str, str]:
         # Runs killed with -9 must not keep a concurrency slot; the default storage forgets leases with the server.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_CLI_COLORS": "false",
+        # A page in the user's browser can reach loopback: it may not read this server, nor send it JSON.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},{url.replace(HOST, 'localhost')}",
     }
 
 

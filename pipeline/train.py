@@ -27,7 +27,9 @@ from pipeline.files import WORK_DIR, read_json, sha256_file, sha256_json, whole_
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
 from pipeline.progress import Progress
+from pipeline.sanitise import clean_folder, portable
 from pipeline.template import load_contract
+from pipeline.vetting import STATES, UnsafeModelError, check_checkpoint
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
@@ -68,8 +70,8 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION})
     _require_modules(model, params)
     folder = checkpoints / run_key(params, dataset)
-    train_rows = _sequences(dataset / "train.parquet", params)
-    validation_rows = _sequences(dataset / "validation.parquet", params)
+    train_rows = training_sequences(dataset / "train.parquet", params)
+    validation_rows = training_sequences(dataset / "validation.parquet", params)
     watch = _Watch()
     trainer = SFTTrainer(
         model=model,
@@ -77,7 +79,7 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=template.tokenizer,
-        peft_config=_lora(params),
+        peft_config=lora_config(params),
         callbacks=[watch],
     )
     if not torch.cuda.is_available():
@@ -122,8 +124,9 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         config = read_json(whole / "adapter_config.json")
         write_json(whole / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
         template.tokenizer.save_pretrained(str(whole))
-        write_json(whole / "contract.json", contract)
-        write_json(whole / "training.json", _record(params, contract, trained, threads))
+        clean_folder(whole)
+        write_json(whole / "contract.json", portable(contract))
+        write_json(whole / "training.json", portable(_record(params, contract, trained, threads)))
         _write_curve(whole / "loss.csv", trainer.state.log_history)
     shutil.rmtree(folder, ignore_errors=True)
     return trained
@@ -143,17 +146,23 @@ def run_key(params: TrainParams, dataset: Path) -> str:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is whole; one that a kill cut short is named and passed over."""
+    """The newest checkpoint in `folder` that is whole; one that a kill cut short is named and passed over.
+
+    Raises:
+        UnsafeModelError: a whole one holds what no training saves; see `check_checkpoint`.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for checkpoint in found:
         try:
             state = read_json(checkpoint / "trainer_state.json")
             with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
                 whole = len(list(file.keys())) > 0 and state["global_step"] > 0
-            names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-            if whole and all((checkpoint / name).stat().st_size > 0 for name in names):
+            if whole and all((checkpoint / name).stat().st_size > 0 for name in STATES):
+                check_checkpoint(checkpoint)
                 return checkpoint
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except UnsafeModelError:
+            raise
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError):
             pass
         print(f"train · {checkpoint} is not whole; it is passed over", flush=True)
     return None
@@ -199,7 +208,7 @@ class _Watch(TrainerCallback):
             )
 
 
-def _sequences(path: Path, params: TrainParams) -> Dataset:
+def training_sequences(path: Path, params: TrainParams) -> Dataset:
     """Rows as training sequences: one each, or packed to `packed_length`; `seq_lengths` keeps packed rows apart.
 
     TRL's own packing would cut a row longer than the sequence; here it is a sequence of its own.
@@ -216,7 +225,7 @@ def _sequences(path: Path, params: TrainParams) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def _lora(params: TrainParams) -> LoraConfig:
+def lora_config(params: TrainParams) -> LoraConfig:
     return LoraConfig(
         r=params.lora_r,
         lora_alpha=params.lora_alpha,
@@ -254,7 +263,7 @@ def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTCo
         per_device_train_batch_size=params.per_device_train_batch_size,
         per_device_eval_batch_size=params.per_device_train_batch_size,
         gradient_accumulation_steps=params.gradient_accumulation_steps,
-        # prepare has tokenised, labelled and measured the rows, and `_sequences` has packed them.
+        # prepare has tokenised, labelled and measured the rows, and `training_sequences` has packed them.
         dataset_kwargs={"skip_prepare_dataset": True},
         padding_free=params.packing,
         max_length=None,

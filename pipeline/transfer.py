@@ -9,7 +9,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +107,11 @@ def fetch(store: ArtifactStore, entries: dict[str, Entry], folder: Path) -> None
     """Download files to `folder/name`; each appears when its digest is right. Those there already are not fetched.
 
     Raises:
-        StoreError: an object is missing or altered.
+        StoreError: an object is missing or altered, or a name leads out of the folder.
     """
+    for name in entries:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise StoreError(f"a file of the version is named {name}, which would lie outside of {folder}")
     wanted = {
         name: entry
         for name, entry in entries.items()
@@ -118,8 +121,11 @@ def fetch(store: ArtifactStore, entries: dict[str, Entry], folder: Path) -> None
     done = 0
     with ThreadPoolExecutor(store.max_concurrency) as pool:
         # All ranges are queued at once; a file is hashed while those of the next ones arrive.
-        coming = [(name, *_start_fetch(store, pool, folder / name, entry)) for name, entry in wanted.items()]
+        coming: list[tuple[str, Path, list[Future[None]]]] = []
         try:
+            for name, entry in wanted.items():
+                coming.append((name, _partial(folder / name, entry["size"]), []))
+                coming[-1][2].extend(_start_fetch(store, pool, coming[-1][1], entry))
             for name, partial, parts in coming:
                 for part in parts:
                     part.result()
@@ -138,20 +144,24 @@ def fetch(store: ArtifactStore, entries: dict[str, Entry], folder: Path) -> None
                 partial.unlink(missing_ok=True)
 
 
-def _start_fetch(
-    store: ArtifactStore, pool: ThreadPoolExecutor, target: Path, entry: Entry
-) -> tuple[Path, list["Future[None]"]]:
+def _partial(target: Path, size: int) -> Path:
+    """An empty file of `size` beside `target`, under a name of its own."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     with partial.open("wb") as file:
-        file.truncate(entry["size"])
-    parts, at = [], 0
+        file.truncate(size)
+    return partial
+
+
+def _start_fetch(
+    store: ArtifactStore, pool: ThreadPoolExecutor, partial: Path, entry: Entry
+) -> Iterator["Future[None]"]:
+    at = 0
     for chunk in _extents(entry):
         for start in range(0, chunk["size"], OBJECT_SIZE):
             size = min(OBJECT_SIZE, chunk["size"] - start)
-            parts.append(pool.submit(_fetch_part, store, chunk["sha256"], chunk["offset"] + start, size, partial, at))
+            yield pool.submit(_fetch_part, store, chunk["sha256"], chunk["offset"] + start, size, partial, at)
             at += size
-    return partial, parts
 
 
 def _fetch_part(store: ArtifactStore, digest: str, start: int, size: int, partial: Path, at: int) -> None:

@@ -9,8 +9,20 @@ from conftest import ROOT, change_params, make_project, retune
 
 from pipeline.params import Params
 
-COMMANDS = ["run", "ingest", "stage", "publish", "sign", "verify", "promote", "rollback", "canary", "history"]
-COMMANDS += ["download", "delete", "prune", "up", "down", "status"]
+COMMANDS = [
+    "run",
+    "ingest",
+    "inspect",
+    "stage",
+    "publish",
+    "sign",
+    "verify",
+    "promote",
+    "rollback",
+    "canary",
+    "history",
+]
+COMMANDS += ["download", "delete", "prune", "gc", "diff-data", "plan", "up", "down", "status"]
 
 
 @pytest.fixture(scope="module")

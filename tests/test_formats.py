@@ -9,17 +9,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.formats import FormatError, Rejected, Row, find_files, read_rows
+from pipeline.formats import FORMATS, FormatError, Rejected, Row, find_files, is_plain_text, read_rows
+from pipeline.params import ColumnsParams
 
 ALPACA = {"instruction": "Q", "input": "", "output": "A"}
 SHAREGPT = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
 MESSAGES = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
 
 
-def read(tmp_path: Path, *records: Any, format: str = "auto") -> list[Row | Rejected]:
+def read(
+    tmp_path: Path, *records: Any, format: str = "auto", columns: ColumnsParams | None = None
+) -> list[Row | Rejected]:
     path = tmp_path / "data.json"
     path.write_text(json.dumps(list(records)))
-    return list(read_rows(path, format))
+    return list(read_rows(path, format, columns))
 
 
 def row(tmp_path: Path, record: Any) -> Row:
@@ -54,22 +57,25 @@ def test_sharegpt_keeps_tool_calls_results_and_the_schema_of_the_tools(tmp_path:
         "tools": json.dumps(tools),
         "conversations": [
             {"from": "human", "value": "Time?"},
-            {"from": "function_call", "value": '{"name": "clock"}'},
+            {"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "上海"}}'},
             {"from": "observation", "value": "12:00"},
             {"from": "gpt", "value": "Noon."},
         ],
     }
     read_row = row(tmp_path, record)
     assert [role for role, _ in turns(read_row)] == ["system", "user", "assistant", "tool", "assistant"]
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "上海"}}}
+    assert read_row.messages[2] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert read_row.tools is not None
-    assert json.loads(read_row.tools) == tools
+    assert json.loads(read_row.tools) == [{"type": "function", "function": tools[0]}]
 
 
 def test_tools_as_objects_are_kept_as_json(tmp_path: Path) -> None:
-    tools = [{"name": "clock"}]
-    read_row = row(tmp_path, MESSAGES | {"tools": tools})
-    assert read_row.tools is not None
-    assert json.loads(read_row.tools) == tools
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    for offer in ({"tools": tools}, {"functions": [tools[0]["function"]]}):
+        read_row = row(tmp_path, MESSAGES | offer)
+        assert read_row.tools is not None
+        assert json.loads(read_row.tools) == tools
 
 
 @pytest.mark.parametrize("tools", ["", "[]", [], None])
@@ -79,6 +85,206 @@ def test_an_empty_offer_of_tools_is_none(tmp_path: Path, tools: Any) -> None:
 
 def test_messages_are_taken_as_they_are(tmp_path: Path) -> None:
     assert turns(row(tmp_path, MESSAGES)) == [("user", "Q"), ("assistant", "A")]
+
+
+QUESTION, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+def test_content_parts_of_text_are_joined_and_other_parts_rejected(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]
+    picture = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
+    good, bad = read(tmp_path, *({"messages": [{"role": "user", "content": c}, ANSWER]} for c in (parts, picture)))
+    assert isinstance(good, Row) and good.messages[0]["content"] == "Q?"
+    assert (
+        isinstance(bad, Rejected)
+        and bad.reason == "content has a part of type 'image_url'; only text can be trained on"
+    )
+
+
+def test_tool_calls_of_every_spelling_become_one(tmp_path: Path) -> None:
+    text, whole = '{"zone": "UTC"}', {"zone": "UTC"}
+    spellings = [
+        {"tool_calls": [{"id": "c1", "type": "function", "function": {"name": "clock", "arguments": text}}]},
+        {"tool_calls": [{"id": "c1", "function": {"name": "clock", "arguments": whole}}]},
+        {"function_call": {"name": "clock", "arguments": text}},
+    ]
+    result = {"role": "tool", "name": "clock", "tool_call_id": "c1", "content": "12:00"}
+    for spelling in spellings:
+        record = {"messages": [QUESTION, {"role": "assistant", "content": None} | spelling, result, ANSWER]}
+        messages = row(tmp_path, record).messages
+        [call] = messages[1]["tool_calls"]
+        assert call["function"] == {"name": "clock", "arguments": whole}
+        assert call.get("id", "c1") == "c1"
+        assert messages[2] == result
+    legacy = {"messages": [QUESTION, {"role": "assistant"} | spellings[2], {"role": "function"} | result, ANSWER]}
+    assert row(tmp_path, legacy).messages[2]["role"] == "tool"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "arguments is not JSON"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "arguments of 'f' are a list"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": '{"x": NaN}'}}]}, "NaN"),
+        ({"tool_calls": [{}]}, "has no function name"),
+        ({"tool_calls": 1}, "tool_calls is not a list"),
+        ({"content": "A", "weight": 0}, "has a weight of its own"),
+        ({"content": None}, "content is missing"),
+    ],
+)
+def test_a_broken_call_is_rejected_with_a_reason(tmp_path: Path, message: dict[str, Any], reason: str) -> None:
+    [broken] = read(tmp_path, {"messages": [QUESTION, {"role": "assistant"} | message]})
+    assert isinstance(broken, Rejected)
+    assert reason in broken.reason
+
+
+@pytest.mark.parametrize(
+    ("record", "format"),
+    [
+        ({"prompt": "Q", "completion": "A"}, "prompt-completion"),
+        ({"prompt": [QUESTION], "completion": [ANSWER]}, "prompt-completion"),
+        ({"system_prompt": "", "question": "Q", "response": "A", "id": "x"}, "openorca"),
+        ({"id": "1", "data": ["Q", "A"]}, "ultrachat"),
+        ({"prompt": "Q", "prompt_id": "1", "messages": [QUESTION, ANSWER]}, "messages"),
+        ({"conversations": [QUESTION, ANSWER]}, "messages"),
+        ({"instruction": "Q", "instances": [{"input": "", "output": "A"}]}, "self-instruct"),
+        ({"instruction": "Q", "input": "", "output": "A", "text": "Below is an instruction …"}, "alpaca"),
+        ({"text": "Q", "label": "A"}, "classification"),
+        ({"messages": json.dumps([QUESTION, ANSWER])}, "messages"),  # a cell of a CSV file
+    ],
+)
+def test_a_format_is_recognised_by_its_keys(tmp_path: Path, record: dict[str, Any], format: str) -> None:
+    assert turns(row(tmp_path, record)) == [("user", "Q"), ("assistant", "A")]
+    assert turns(read(tmp_path, record, format=format)[0]) == [("user", "Q"), ("assistant", "A")]  # type: ignore[arg-type]
+
+
+def test_the_system_prompt_of_openorca_is_kept(tmp_path: Path) -> None:
+    assert turns(row(tmp_path, {"system_prompt": "S", "question": "Q", "response": "A"}))[0] == ("system", "S")
+
+
+def test_an_odd_turn_of_ultrachat_is_left_out_and_reported(tmp_path: Path) -> None:
+    read_row = row(tmp_path, {"data": ["Q", "A", "Q2"]})
+    assert (len(read_row.messages), len(read_row.repairs)) == (2, 1)
+
+
+def test_every_instance_of_self_instruct_is_a_row(tmp_path: Path) -> None:
+    instances = [{"input": "I", "output": "A"}, {"input": "", "output": "B"}, {"output": ""}]
+    first, second, third = read(tmp_path, {"instruction": "Q", "instances": instances})
+    assert isinstance(first, Row) and turns(first) == [("user", "Q\nI"), ("assistant", "A")]
+    assert isinstance(second, Row) and second.source == "data.json:[0]#1"
+    assert isinstance(third, Rejected) and third.reason == "output is empty"
+
+
+DIALOGUES = [
+    {"instruction": "Human:Q1\nAssistant:A1\nHuman:Q2\nAssistant:", "input": "", "output": "A2"},
+    {"instruction": "Human: Q1\n\nAssistant: A1\n\nHuman: Q2\n\nAssistant:", "output": "A2"},
+    {"instruction": "Human:Q1\nAssistant:A1\nHuman:Q2\nAssistant:\n", "output": "A2"},
+]
+
+
+@pytest.mark.parametrize("record", DIALOGUES)
+def test_a_dialogue_written_into_one_field_becomes_its_turns(tmp_path: Path, record: dict[str, Any]) -> None:
+    expected = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")]
+    for format in ("auto", "belle", "alpaca"):
+        [read_row] = read(tmp_path, record, format=format)
+        assert isinstance(read_row, Row)
+        assert turns(read_row) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"instruction": "Human: Q\nAssistant: A", "output": "B"}, "does not end with Assistant:"),
+        ({"instruction": "Human: Q\nHuman: Q\nAssistant:", "output": "A"}, "do not alternate"),
+        ({"instruction": "Human: Q\nAssistant:", "input": "I", "output": "A"}, "there is an input beside it"),
+    ],
+)
+def test_a_dialogue_that_cannot_be_taken_apart_is_rejected(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
+    [broken] = read(tmp_path, record)
+    assert isinstance(broken, Rejected)
+    assert reason in broken.reason
+
+
+def test_an_instruction_that_only_quotes_a_dialogue_stays_whole(tmp_path: Path) -> None:
+    instruction = "Continue:\nHuman: hi\nAssistant: hello"
+    assert turns(row(tmp_path, {"instruction": instruction, "output": "A"}))[0] == ("user", instruction)
+
+
+def test_text_is_plain_text_or_the_dialogue_it_holds_and_only_when_named(tmp_path: Path) -> None:
+    plain, dialogue = read(tmp_path, {"text": "T"}, {"text": "### Human: Q\n### Assistant: A"}, format="text")
+    assert isinstance(plain, Row) and isinstance(dialogue, Row)
+    assert is_plain_text(plain.messages) and plain.task == "text"
+    assert turns(dialogue) == [("user", "Q"), ("assistant", "A")]
+    assert not is_plain_text(dialogue.messages)
+
+
+def test_classes_become_their_names_and_digits_without_names(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}
+    table = pa.table({"text": ["bad", "good", "unknown"], "label": [0, 1, -1]})
+    pq.write_table(table, tmp_path / "plain.parquet")
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "named.parquet")
+    question = ColumnsParams(template="Is it neg or pos?\n{text}")
+    first, second, third = read_rows(tmp_path / "named.parquet", "auto", question)
+    assert isinstance(first, Row) and isinstance(second, Row) and isinstance(third, Rejected)
+    assert turns(first) == [("user", "Is it neg or pos?\nbad"), ("assistant", "neg")]
+    assert (second.messages[1]["content"], second.scoring, second.task) == ("pos", "exact", "classification")
+    assert third.reason == "label is -1; the file names classes 0 to 1"
+    plain = [r.messages[1]["content"] for r in read_rows(tmp_path / "plain.parquet") if isinstance(r, Row)]
+    assert plain == ["0", "1", "-1"]
+
+
+def test_a_mapping_reads_any_other_columns(tmp_path: Path) -> None:
+    record = {"q": "Q2", "a": "A2", "s": "S", "h": [["Q1", "A1"]], "kind": "sum", "about": 7}
+    columns = ColumnsParams(prompt="q", response="a", system="s", history="h", task="kind", group="about")
+    [read_row] = read(tmp_path, record, columns=columns)
+    assert isinstance(read_row, Row)
+    assert turns(read_row) == [
+        ("system", "S"),
+        ("user", "Q1"),
+        ("assistant", "A1"),
+        ("user", "Q2"),
+        ("assistant", "A2"),
+    ]
+    assert (read_row.task, read_row.group) == ("sum", "7")
+
+
+def test_a_template_makes_the_prompt_of_columns_and_keeps_braces_that_are_meant(tmp_path: Path) -> None:
+    columns = ColumnsParams(response="text", template='Write {n} lines about "{title}" {{JSON}}')
+    [read_row] = read(tmp_path, {"title": "{n}", "n": 3, "text": "T"}, columns=columns)
+    assert isinstance(read_row, Row)
+    assert turns(read_row) == [("user", 'Write 3 lines about "{n}" {JSON}'), ("assistant", "T")]
+
+
+def test_a_mapping_to_a_column_that_is_not_there_lists_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="has no column q, s, which ingest.columns names; it has a, question"):
+        read(tmp_path, {"question": "Q", "a": "A"}, columns=ColumnsParams(prompt="q", response="a", system="s"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        ({"prompt": "q"}, "needs prompt and response"),
+        ({"response": "a"}, "needs prompt and response"),
+        ({"prompt": "q", "response": "a", "template": "{q}"}, "the template is the prompt"),
+        ({"response": "a", "template": "{q"}, "write {{ for a brace that is meant"),
+        ({"response": "a", "template": "{q.__class__!r:>9}"}, "takes {column} only"),
+        ({"response": "a", "template": "{}"}, "takes {column} only"),
+    ],
+)
+def test_a_mapping_that_cannot_work_is_refused(columns: dict[str, str], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        ColumnsParams(**columns)
+
+
+def test_a_group_that_is_no_exact_number_is_rejected_not_rounded(tmp_path: Path) -> None:
+    for group in (10**30, 1e30, float("nan")):
+        [broken] = read(tmp_path, ALPACA | {"group": group})
+        assert isinstance(broken, Rejected)
+        assert "write it as text" in broken.reason
 
 
 def test_turns_after_the_last_answer_are_left_out_and_reported(tmp_path: Path) -> None:
@@ -133,15 +339,28 @@ def test_what_is_not_json_is_refused_with_file_and_line(tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("records", "what"),
     [
-        ([{"question": "Q", "answer": "A"}], r"has \['answer', 'question'\]"),
-        ([ALPACA, SHAREGPT], "looks like alpaca and sharegpt"),
-        ([ALPACA | SHAREGPT], "has .*conversations.*instruction"),
-        ([["Q", "A"]], "has list"),
+        ([{"question": "Q", "answer": "A"}], "has answer, question; expected one of alpaca .instruction, output.; "),
+        ([ALPACA, SHAREGPT], "looks like alpaca and sharegpt; expected one of"),
+        (
+            [ALPACA | SHAREGPT],
+            "looks like alpaca and sharegpt at once, with conversations, input, instruction, output;",
+        ),
+        ([["Q", "A"]], "has list; expected one of"),
+        ([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "holds preference pairs .*response: chosen"),
+        ([{"text": "T", "id": 1}], "has text and no prompt .id, text.; .*--format text"),
     ],
 )
 def test_a_file_of_no_or_two_formats_asks_which_it_is(tmp_path: Path, records: list[Any], what: str) -> None:
-    with pytest.raises(FormatError, match=rf"{what}.*; expected Alpaca .*: name it with --format or split the file"):
+    with pytest.raises(FormatError, match=what) as error:
         read(tmp_path, *records)
+    assert "--format" in str(error.value) or "ingest.columns" in str(error.value)
+
+
+def test_another_format_late_in_a_file_stops_it_unless_a_person_named_one(tmp_path: Path) -> None:
+    records = [*[ALPACA] * 1500, SHAREGPT]
+    with pytest.raises(FormatError, match=r"looks like alpaca, but data.json:\[1500\] like sharegpt"):
+        read(tmp_path, *records)
+    assert isinstance(read(tmp_path, *records, format="alpaca")[-1], Rejected)
 
 
 def test_naming_the_format_answers_the_question(tmp_path: Path) -> None:
@@ -155,7 +374,7 @@ def test_naming_the_format_answers_the_question(tmp_path: Path) -> None:
     [
         (b"", "holds no records"),
         (b"[]", "holds no records"),
-        (json.dumps(ALPACA).encode(), "holds one dict; expected a list"),
+        (json.dumps(ALPACA).encode(), "holds one object; expected a list"),
         ('[{"instruction": "größer"}]'.encode("latin-1"), "is not UTF-8"),
     ],
 )
@@ -230,6 +449,13 @@ def turn(speaker: str, content: str) -> st.SearchStrategy[Any]:
     return JSON | st.fixed_dictionaries({}, optional={speaker: st.sampled_from(roles) | JSON, content: TEXT})
 
 
+CALL = JSON | st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": TEXT, "arguments": TEXT})})
+CALLS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["assistant", "user"]), "content": TEXT}, optional={"tool_calls": st.lists(CALL) | JSON}
+)
+PARTS = st.sampled_from(["Human:", "Assistant:", "\nHuman:", "\nAssistant:", "Q", " ", "\n"])
+DIALOGUE = st.lists(PARTS, max_size=8).map("".join)
+
 RECORDS = {
     "alpaca": st.fixed_dictionaries(
         {"instruction": TEXT, "output": TEXT},
@@ -239,9 +465,21 @@ RECORDS = {
         {"conversations": st.lists(turn("from", "value"), max_size=4) | JSON}, optional=EXTRA
     ),
     "messages": st.fixed_dictionaries(
-        {"messages": st.lists(turn("role", "content"), max_size=4) | JSON}, optional=EXTRA
+        {"messages": st.lists(turn("role", "content") | CALLS, max_size=4) | JSON}, optional=EXTRA
     ),
+    "belle": st.fixed_dictionaries({"instruction": DIALOGUE, "output": TEXT}, optional=EXTRA | {"input": TEXT}),
+    "prompt-completion": st.fixed_dictionaries(
+        {"prompt": TEXT | st.lists(turn("role", "content"), max_size=2), "completion": TEXT}, optional=EXTRA
+    ),
+    "openorca": st.fixed_dictionaries({"system_prompt": TEXT, "question": TEXT, "response": TEXT}, optional=EXTRA),
+    "ultrachat": st.fixed_dictionaries({"data": st.lists(TEXT, max_size=4) | JSON}, optional=EXTRA),
+    "text": st.fixed_dictionaries({"text": TEXT | DIALOGUE}, optional=EXTRA),
+    "classification": st.fixed_dictionaries({"text": TEXT, "label": TEXT | st.integers()}, optional=EXTRA),
 }
+
+
+def test_every_format_with_one_row_a_record_is_drawn() -> None:
+    assert set(RECORDS) == set(FORMATS) - {"self-instruct"}
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +488,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("format", RECORDS)
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(draw=st.data())
 def test_every_record_becomes_a_row_or_a_rejection(folder: Path, format: str, draw: st.DataObject) -> None:
     records = draw.draw(st.lists(RECORDS[format] | JSON, min_size=1, max_size=4))
@@ -261,11 +499,40 @@ def test_every_record_becomes_a_row_or_a_rejection(folder: Path, format: str, dr
     for each in rows:
         if isinstance(each, Row):
             assert each.messages[-1]["role"] == "assistant"
+            assert each.messages[0]["role"] != "assistant" or (format == "text" and is_plain_text(each.messages))
             for message in each.messages:
-                assert message["content"].strip()
-            json.dumps(vars(each), ensure_ascii=False).encode()  # half a surrogate would not survive this
+                assert message["content"].strip() or message["tool_calls"]
+            json.dumps(
+                vars(each), ensure_ascii=False, allow_nan=False
+            ).encode()  # half a surrogate would not survive this
         else:
             assert each.reason
+
+
+INSTANCES = st.lists(st.fixed_dictionaries({"output": TEXT}, optional={"input": TEXT}) | JSON, max_size=3) | JSON
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(st.lists(st.fixed_dictionaries({"instruction": TEXT, "instances": INSTANCES}) | JSON, min_size=1, max_size=4))
+def test_every_instance_of_self_instruct_becomes_a_row_or_a_rejection(folder: Path, records: list[Any]) -> None:
+    path = folder / "instances.json"
+    path.write_text(json.dumps(records))
+    rows = list(read_rows(path, "self-instruct"))
+    instances = [r.get("instances") if isinstance(r, dict) else None for r in records]
+    assert len(rows) == sum(len(each) if isinstance(each, list) and each else 1 for each in instances)
+    assert [r.source.split("#")[0] for r in rows] == sorted(r.source.split("#")[0] for r in rows)
+
+
+COLUMNS = ColumnsParams(response="a", template="{q}?", system="s", history="h", tools="t", task="k", group="g")
+MAPPED = st.fixed_dictionaries({"a": TEXT}, optional=dict.fromkeys("qshtkg", TEXT))
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(st.lists(MAPPED | JSON, max_size=3))
+def test_every_mapped_record_becomes_a_row_or_a_rejection(folder: Path, records: list[Any]) -> None:
+    path = folder / "mapped.json"
+    path.write_text(json.dumps([dict.fromkeys("aqshtkg", ""), *records]))  # every column is there
+    assert len(list(read_rows(path, "auto", COLUMNS))) == len(records) + 1
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -283,13 +550,19 @@ def test_arbitrary_text_is_read_or_refused_with_a_sentence(folder: Path, text: s
 
 def test_a_folder_gives_its_data_files_in_name_order(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("b.json", "a.jsonl", "sub/c.json", "readme.md"):
+    for name in ("b.json", "a.jsonl.gz", "sub/c.parquet", "readme.md", "rejected.jsonl"):
         (tmp_path / name).write_text("[]")
-    assert [p.name for p in find_files(tmp_path)] == ["a.jsonl", "b.json", "c.json"]
+    assert [p.name for p in find_files(tmp_path)] == ["a.jsonl.gz", "b.json", "rejected.jsonl", "c.parquet"]
 
 
-@pytest.mark.parametrize(("name", "what"), [("rows.csv", "ends in .csv"), ("none", "does not exist"), ("", "holds no")])
+def test_what_ingest_notes_beside_its_shards_is_no_data(tmp_path: Path) -> None:
+    for name in ("rows-0123.parquet", "snapshot.json", "rejected.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert [p.name for p in find_files(tmp_path)] == ["rows-0123.parquet"]
+
+
+@pytest.mark.parametrize(("name", "what"), [("rows.txt", "ends in .txt"), ("none", "does not exist"), ("", "holds no")])
 def test_a_path_without_data_files_is_refused(tmp_path: Path, name: str, what: str) -> None:
-    (tmp_path / "rows.csv").write_text("Q,A\n")
+    (tmp_path / "rows.txt").write_text("Q,A\n")
     with pytest.raises(FormatError, match=what):
         find_files(tmp_path / name)

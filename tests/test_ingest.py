@@ -1,18 +1,30 @@
-"""Outside data into a new snapshot; nothing else in data/ changes, and nothing at all when the data is bad."""
+"""Outside data into a new snapshot: nothing is lost unseen; bad data and kills leave the old one or the new one."""
 
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import environment, sample_rows
+from conftest import environment, make_project, retune, sample_rows
 
-from pipeline.files import sha256_file
-from pipeline.formats import FormatError
-from pipeline.ingest import ingest
-from pipeline.params import IngestParams, load_params
+from pipeline import graph, snapshot
+from pipeline.files import read_json, sha256_file
+from pipeline.formats import FormatError, Row, find_files, read_rows
+from pipeline.graph import GraphError
+from pipeline.ingest import IngestError, collect, ingest
+from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams, load_params
 from pipeline.prepare import prepare
+from pipeline.shards import read_rejected, read_snapshot
+from pipeline.snapshot import recover
 
-AUTO = IngestParams(format="auto")
+AUTO = IngestParams(format="auto", columns=None, sources=None, s3_endpoint_url=None, max_download_gib=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -20,56 +32,327 @@ def commands_of_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", environment()["PATH"])
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Path:
+    return make_project(tmp_path_factory.mktemp("ingest") / "project", base, params)
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path) -> Path:
+    """A project of its own for each test, copied: DVC takes seconds to make one."""
+    return shutil.copytree(prepared, tmp_path / "project", symlinks=True)
+
+
 def state(root: Path) -> dict[str, str]:
     files = [root / "data.dvc", *(path for path in (root / "data").rglob("*") if path.is_file())]
     return {str(path.relative_to(root)): sha256_file(path) for path in files}
 
 
-def source(folder: Path, *rows: dict[str, str]) -> Path:
+def source(folder: Path, *rows: dict[str, Any], name: str = "new.jsonl") -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+def rows_of(folder: Path) -> list[Row]:
+    files = find_files(folder)
+    rows = [row for file in files for row in read_rows(file)]
+    assert all(isinstance(row, Row) for row in rows)
+    return rows  # type: ignore[return-value]
 
 
 def test_new_data_makes_a_new_snapshot_and_the_base_stays(project: Path, tmp_path: Path) -> None:
     before = state(project)
-    new = source(tmp_path / "new", *sample_rows(20), {"instruction": "q", "output": ""})
+    new = source(tmp_path / "new", *sample_rows(20), {"instruction": "q", "output": ""}).parent
     (new / "sub").mkdir()
-    (new / "sub" / "more.json").write_text(json.dumps(sample_rows(3)))
-    result = ingest(AUTO, new, project)
+    (new / "sub" / "new.jsonl").write_text(json.dumps(sample_rows(1)[0]))
+    result = ingest(AUTO, [str(new)], project)
     after = state(project)
-    assert (result.files, result.rows, result.changed) == (["new.jsonl", "sub/more.json"], 23, True)
-    assert result.rejected == {"output is empty": 1}
+    assert (result.rows, result.changed, result.rejected) == (21, True, {"output is empty": 1})
+    assert [(file["name"], file["rows"]) for file in result.files] == [("new.jsonl", 20), ("sub/new.jsonl", 1)]
     assert after["data.dvc"] != before["data.dvc"]
     assert {name: after[name] for name in after if "/base/" in name} == {n: before[n] for n in before if "/base/" in n}
-    assert {name for name in after if "/instructions/" in name} == {
-        "data/instructions/new.jsonl",
-        "data/instructions/sub/more.json",
-    }
-    assert (project / "data/instructions/new.jsonl").read_bytes() == (new / "new.jsonl").read_bytes()
-    again = ingest(AUTO, new, project)
+    assert sorted(row.source for row in rows_of(project / "data/instructions")) == sorted(
+        ["sub/new.jsonl:1", *(f"new.jsonl:{i + 1}" for i in range(20))]
+    )
+    [rejected] = read_rejected(project / "data/instructions")
+    assert (rejected.source, rejected.reason) == ("new.jsonl:21", "output is empty")
+    assert rejected.record == {"instruction": "q", "output": ""}
+    notes = read_snapshot(project / "data/instructions")
+    assert notes is not None
+    assert (notes["records"], notes["rows"], notes["rejected"]) == (22, 21, 1)
+    again = ingest(AUTO, [str(new)], project)
     assert not again.changed
     assert state(project) == after
+    assert not graph.stale(project).get("data.dvc")
 
 
 def test_bad_data_leaves_the_snapshot_as_it_was(project: Path, tmp_path: Path) -> None:
     before = state(project)
-    bad = source(tmp_path / "bad", *sample_rows(2))
+    bad = source(tmp_path / "bad", *sample_rows(2)).parent
     for content in ('[{"instruction": "q"', "[]", '[{"question": "q"}]', '[{"instruction": "q", "output": null}]'):
         (bad / "zz.json").write_text(content)
         target = bad if "null" not in content else bad / "zz.json"
         with pytest.raises(FormatError, match=r"zz\.json"):
-            ingest(AUTO, target, project)
+            ingest(AUTO, [str(target)], project)
         assert state(project) == before
+        assert not (project / snapshot.SCRATCH).exists()
 
 
-def test_data_whose_format_a_person_named_can_be_prepared(
+def test_a_snapshot_that_dvc_cannot_record_is_taken_back(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = state(project)
+
+    def fail(root: Path) -> None:
+        (root / "data.dvc").write_text("outs:\n- md5: 0")  # as a kill in the middle of DVC's writing leaves it
+        raise GraphError("disk full")
+
+    monkeypatch.setattr(graph, "add_data", fail)
+    with pytest.raises(GraphError, match="disk full"):
+        ingest(AUTO, [str(source(tmp_path / "new", *sample_rows(5)))], project)
+    assert state(project) == before
+
+
+def test_a_named_format_and_columns_hold_for_every_source_without_its_own(tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    rows = [row | {"conversations": talk} for row in sample_rows(100)]
-    (tmp_path / "both.json").write_text(json.dumps(rows))
-    ingest(IngestParams(format="alpaca"), tmp_path / "both.json", project)
+    both = source(tmp_path / "new", *(row | {"conversations": talk} for row in sample_rows(10)), name="both.jsonl")
+    other = source(tmp_path / "new", {"q": "Q", "a": "A"}, name="other.jsonl")
+    named = AUTO.model_copy(update={"format": "alpaca"})
+    notes = collect(named, [str(both)], tmp_path / "one", tmp_path)
+    assert notes["sources"][0]["files"][0]["format"] == "alpaca"
+    mapped = AUTO.model_copy(
+        update={
+            "sources": [
+                SourceParams(uri=str(both), format="sharegpt"),
+                SourceParams(uri=str(other), columns=ColumnsParams(prompt="q", response="a")),
+            ]
+        }
+    )
+    notes = collect(mapped, (), tmp_path / "two", tmp_path)
+    assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
+    assert {row.messages[-1]["content"] for row in rows_of(tmp_path / "two")} == {"a", "A"}
+    with pytest.raises(IngestError, match="no source is named"):
+        collect(AUTO, (), tmp_path / "three", tmp_path)
+
+
+def test_a_snapshot_can_be_prepared(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ingest(AUTO, [str(source(tmp_path / "new", *sample_rows(100)))], project)
     monkeypatch.chdir(project)
     result = prepare(load_params().prepare, Path("data/instructions"), tmp_path / "dataset")
     assert sum(result.rows.values()) == 100
+
+
+def test_a_snapshot_can_be_a_source(tmp_path: Path) -> None:
+    path = source(tmp_path / "new", *sample_rows(10), {"instruction": "q", "output": ""})
+    collect(AUTO, [str(path)], tmp_path / "one", tmp_path)
+    notes = collect(AUTO, [str(tmp_path / "one")], tmp_path / "two", tmp_path)
+    assert (notes["rows"], notes["rejected"]) == (10, 0)
+    assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
+
+
+def mixture(folder: Path, sizes: dict[str, int], **knobs: tuple[float | None, int | None]) -> list[Row]:
+    """The rows kept of sources with so many rows, and a weight and a cap each."""
+    sources = []
+    for name, size in sizes.items():
+        rows = ({"instruction": f"{name} {i}", "output": "A"} for i in range(size))
+        uri = str(source(folder, *rows, name=f"{name}.jsonl"))
+        weight, cap = knobs[name]
+        sources.append(SourceParams(uri=uri, weight=weight, cap=cap))
+    notes = collect(AUTO.model_copy(update={"sources": sources}), (), folder / "snapshot", folder)
+    kept = rows_of(folder / "snapshot")
+    assert len(kept) == notes["rows"]
+    assert notes["rows"] + notes["left_out"] == notes["records"] == sum(sizes.values())
+    return kept
+
+
+def test_weights_thin_sources_to_their_proportion_and_repeat_nothing(tmp_path: Path) -> None:
+    sizes = {"a": 300, "b": 100, "c": 50, "d": 40}
+    kept = mixture(tmp_path / "mix", sizes, a=(1.0, None), b=(2.0, 80), c=(None, None), d=(None, 7))
+    names = [row.source.split(".")[0] for row in kept]
+    assert {name: names.count(name) for name in sizes} == {"a": 40, "b": 80, "c": 50, "d": 7}
+    assert len({row.source for row in kept}) == len(kept)
+
+
+def test_a_weight_beside_a_source_without_rows_is_refused(tmp_path: Path) -> None:
+    empty = source(tmp_path / "new", {"instruction": "q", "output": ""}, name="empty.jsonl")
+    full = source(tmp_path / "new", *sample_rows(5), name="full.jsonl")
+    sources = [SourceParams(uri=str(path), weight=1.0) for path in (empty, full)]
+    with pytest.raises(IngestError, match=r"empty\.jsonl has no usable row, so that its weight leaves none"):
+        collect(AUTO.model_copy(update={"sources": sources}), (), tmp_path / "snapshot", tmp_path)
+
+
+def test_what_a_cap_keeps_survives_new_rows(tmp_path: Path) -> None:
+    before, after = (
+        {row.messages[0]["content"] for row in mixture(tmp_path / str(size), {"a": size}, a=(None, 100))}
+        for size in (300, 303)
+    )
+    assert len(before) == len(after) == 100
+    assert len(before & after) >= 97
+
+
+def test_two_files_of_one_name_and_content_are_both_kept(tmp_path: Path) -> None:
+    one, two = (str(source(tmp_path / name, *sample_rows(5))) for name in "ab")
+    assert collect(AUTO, [one, two], tmp_path / "snapshot", tmp_path)["rows"] == 10
+    assert len(rows_of(tmp_path / "snapshot")) == 10
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import ingest as module
+
+    path = source(tmp_path / "new", *sample_rows(5))
+    counted = module._count
+
+    def changed(*arguments: Any) -> None:
+        with path.open("a") as file:
+            file.write("\n")
+        counted(*arguments)
+
+    monkeypatch.setattr(module, "_count", changed)
+    with pytest.raises(IngestError, match=r"new\.jsonl changed while it was read"):
+        collect(AUTO, [str(path)], tmp_path / "snapshot", tmp_path)
+
+
+@pytest.mark.parametrize("record", [float("nan"), "x" * 100_000, {"instruction": "q", "output": float("inf")}, [["q"]]])
+def test_a_rejected_record_is_kept_as_far_as_a_person_needs_it(tmp_path: Path, record: Any) -> None:
+    collect(AUTO, [str(source(tmp_path / "new", *sample_rows(3), record))], tmp_path / "snapshot", tmp_path)
+    text = (tmp_path / "snapshot" / "rejected.jsonl").read_text()
+    assert len(text) < 10_000
+    [rejected] = read_rejected(tmp_path / "snapshot")
+    assert rejected.source == "new.jsonl:4"
+    assert "NaN" not in text or isinstance(rejected.record, str)
+
+
+def test_the_notes_hold_no_time_so_that_the_same_data_is_the_same_snapshot(tmp_path: Path) -> None:
+    path = source(tmp_path / "new", *sample_rows(5))
+    for name in ("one", "two"):
+        collect(AUTO, [str(path)], tmp_path / name, tmp_path)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert set(read_json(tmp_path / "one" / "snapshot.json")["shards"]) | {"snapshot.json", "rejected.jsonl"} == {
+        *files[0]
+    }
+
+
+def test_the_command_says_what_it_recognised(project: Path, tmp_path: Path) -> None:
+    path = source(tmp_path / "new", *sample_rows(20), {"instruction": "q", "output": ""})
+    said = retune(project, "ingest", str(path)).stdout
+    assert "ingest: 20 rows from 1 file\n  new.jsonl: alpaca, JSONL, 20 rows, 1 rejected\n" in said
+    assert "1 cannot be used: a row output is empty" in said
+    assert "data.dvc names the new snapshot" in said
+
+
+# Killed at any point
+
+
+def start(root: Path, path: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "ingest", str(path)],
+        cwd=root,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def ingested(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A source, and the state of a project that has ingested it."""
+    folder = tmp_path_factory.mktemp("ingested")
+    path = source(folder, *sample_rows(200))
+    done = shutil.copytree(prepared, folder / "project", symlinks=True)
+    assert start(done, path).wait() == 0
+    return path, state(done)
+
+
+def whole(root: Path) -> bool:
+    """Whether `data/` is what `data.dvc` names, by DVC's own judgement."""
+    return graph.stale(root).get("data.dvc") is None
+
+
+@pytest.mark.parametrize("moment", ["journal", "gone", "swapped", "adding", "recorded"])
+def test_a_kill_at_each_step_leaves_the_old_or_the_new_snapshot(
+    project: Path, ingested: tuple[Path, dict[str, str]], moment: str
+) -> None:
+    """The steps of `replace_instructions`, one by one, as a kill after each of them leaves the disk."""
+    path, new = ingested
+    old = state(project)
+    code = (
+        "import os, sys; from pathlib import Path; from pipeline import graph, snapshot, ingest; "
+        "from pipeline.params import load_params\n"
+        "kill = lambda *_: os.kill(os.getpid(), 9)\n"
+        "rename, add = Path.rename, graph.add_data\n"
+        "def renamed(self, to):\n"
+        "    name = Path(to).name\n"
+        f"    if {moment!r} == 'journal' and name == 'old': kill()\n"
+        f"    if {moment!r} == 'gone' and name == 'instructions': kill()\n"
+        "    return rename(self, to)\n"
+        "Path.rename = renamed\n"
+        "def added(root):\n"
+        f"    if {moment!r} == 'swapped': kill()\n"
+        "    add(root)\n"
+        f"    if {moment!r} == 'adding': (root / 'data.dvc').write_text((root / 'data.dvc').read_text()[:40])\n"
+        "    kill()\n"
+        "graph.add_data = added\n"
+        f"ingest.ingest(load_params().ingest, [{str(path)!r}])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=project, env=environment(), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert recover(project)
+    assert state(project) == (new if moment == "recorded" else old)
+    assert not recover(project)
+
+
+def kill_at_random(project: Path, path: Path, new: dict[str, str], kills: int) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    draw = random.Random(seed)
+    old = state(project)
+    assert new != old
+    for number in range(kills):
+        child = start(project, path)
+        # What matters begins with the journal: every second kill waits for it.
+        while number % 2 and child.poll() is None and not (project / snapshot.JOURNAL).exists():
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 3))
+        child.kill()
+        child.wait()
+        recover(project)
+        assert whole(project)
+        assert state(project) in (old, new)
+        assert not [name for name in os.listdir(project / ".retune") if name.startswith("ingest")]
+        if state(project) == new:
+            subprocess.run(["git", "checkout", "-q", "data.dvc"], cwd=project, check=True)
+            assert graph.pull_data(project)  # back to the old one, for the next kill
+
+
+def test_an_ingest_killed_at_a_random_moment_is_old_or_new(
+    project: Path, ingested: tuple[Path, dict[str, str]]
+) -> None:
+    kill_at_random(project, *ingested, kills=2)
+
+
+@pytest.mark.faults
+def test_an_ingest_killed_at_many_random_moments_is_old_or_new(
+    project: Path, ingested: tuple[Path, dict[str, str]]
+) -> None:
+    kill_at_random(project, *ingested, kills=30)
+
+
+@pytest.mark.faults
+def test_an_ingest_killed_among_its_processes_leaves_none_of_them(project: Path, tmp_path: Path) -> None:
+    import psutil
+
+    rows = ({"instruction": f"{i} " + "word " * 200, "output": "A"} for i in range(60_000))
+    child = start(project, source(tmp_path / "new", *rows))
+    others: list[psutil.Process] = []
+    while len(others) < 2 and child.poll() is None:
+        others = [p for p in psutil.Process(child.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        time.sleep(0.02)
+    assert others
+    child.kill()
+    child.wait()
+    _, alive = psutil.wait_procs(others, timeout=10)
+    assert not alive
+    recover(project)
+    assert whole(project)

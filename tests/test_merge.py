@@ -7,12 +7,18 @@ import torch
 from conftest import with_
 from safetensors.torch import load_file, save_file
 from test_train import identity
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pipeline.files import read_json
-from pipeline.merge import MergeError, merge, score_model
+from pipeline.combination import CombinationError, combine
+from pipeline.files import read_json, sha256_file, write_json
+from pipeline.merge import merge, score_model
+from pipeline.merging import MergeError
 from pipeline.model import load_adapter, load_base
-from pipeline.params import Params
+from pipeline.params import CombineParams, Params
+from pipeline.template import TemplateError, load_shipped
+from pipeline.weights import WeightsError
+
+ANYTHING = {"min_agreement": 0.0, "max_logit_error": 1e9, "max_metric_drop": 1.0}  # a proof that proves nothing
 
 
 def logits(model: torch.nn.Module, dataset: Path) -> torch.Tensor:
@@ -27,7 +33,7 @@ def merged(
 ) -> Path:
     folder = tmp_path_factory.mktemp("merge")
     exact = with_(params, merge={"dtype": "float32", "min_agreement": 1.0}).merge
-    merge(exact, dataset, adapter, evaluation, folder / "merged", folder / "parity")
+    merge(exact, dataset, adapter, evaluation, folder / "merged", folder / "parity", folder / "exports")
     return folder
 
 
@@ -71,7 +77,7 @@ def test_an_adapter_that_changes_nothing_is_refused(
     zeroed = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in weights.items()}
     save_file(zeroed, idle / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MergeError, match="changes nothing"):
-        merge(params.merge, dataset, idle, evaluation, tmp_path / "merged", tmp_path / "parity")
+        merge(params.merge, dataset, idle, evaluation, tmp_path / "merged", tmp_path / "parity", tmp_path / "exports")
     assert not (tmp_path / "merged").exists()
 
 
@@ -84,7 +90,7 @@ def test_a_merged_model_that_answers_otherwise_is_refused_and_not_written(
     column = items.column_names.index("answer_ids")
     pq.write_table(items.set_column(column, "answer_ids", [[[5, 6]] * len(items)]), other / "items.adapter.parquet")
     with pytest.raises(MergeError, match=r"chooses 0.00% of the adapter's answer tokens; merge.min_agreement is 50"):
-        merge(params.merge, dataset, adapter, other, tmp_path / "merged", tmp_path / "parity")
+        merge(params.merge, dataset, adapter, other, tmp_path / "merged", tmp_path / "parity", tmp_path / "exports")
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "parity").exists()
 
@@ -100,4 +106,159 @@ def test_half_an_adapter_is_refused(
     kept = dict(list(weights.items())[: len(weights) // 2])
     save_file(kept, half / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="does not fit"):
-        merge(params.merge, dataset, half, evaluation, tmp_path / "merged", tmp_path / "parity")
+        merge(params.merge, dataset, half, evaluation, tmp_path / "merged", tmp_path / "parity", tmp_path / "exports")
+
+
+def test_what_was_merged_and_how_far_it_is_from_the_adapter_is_recorded(merged: Path) -> None:
+    parity = read_json(merged / "parity" / "parity.json")
+    assert (parity["method"], parity["reason"], parity["modules"]) == ("shards", None, 14)
+    assert parity["mean_absolute_logit_error"]["nf4"] < parity["mean_absolute_logit_change"] / 1000
+    assert set(parity["metric_difference"].values()) == {0.0}
+    assert not list((merged / "exports").iterdir())
+
+
+def test_the_merged_model_ends_its_answers_where_the_evaluation_did(merged: Path, dataset: Path) -> None:
+    contract = read_json(dataset / "contract.json")
+    config = GenerationConfig.from_pretrained(merged / "merged")
+    assert config.eos_token_id == contract["stop_ids"]
+    assert config.pad_token_id == contract["pad_id"]
+
+
+def test_a_model_too_far_from_the_adapter_is_refused(
+    tmp_path: Path, params: Params, dataset: Path, adapter: Path, evaluation: Path
+) -> None:
+    places = tmp_path / "merged", tmp_path / "parity", tmp_path / "exports"
+    strict = with_(params, merge={"base": "full", "max_logit_error": 1e-9}).merge
+    with pytest.raises(MergeError, match=r"logits differ from the adapter's by .*; merge.max_logit_error allows 1e-09"):
+        merge(strict, dataset, adapter, evaluation, *places)
+    better = tmp_path / "evaluation"
+    shutil.copytree(evaluation, better)
+    scores = read_json(better / "metrics.json")
+    scores["adapter"]["accuracy"]["score"] += 0.5
+    write_json(better / "metrics.json", scores)
+    with pytest.raises(MergeError, match=r"accuracy of the merged model is 0.5000 below the adapter's; merge.max_metr"):
+        merge(params.merge, dataset, adapter, better, *places)
+    assert not any(place.exists() for place in places)
+
+
+def moved(tmp_path: Path, base: Path, dataset: Path, adapter: Path) -> tuple[Path, Path, Path]:
+    """Copies of base, dataset and adapter, whose contracts name the copied base."""
+    copies = tuple(Path(shutil.copytree(path, tmp_path / path.name)) for path in (base, dataset, adapter))
+    for folder in copies[1:]:
+        contract = read_json(folder / "contract.json")
+        contract["model"]["name_or_path"] = str(copies[0])
+        write_json(folder / "contract.json", contract)
+    return copies  # type: ignore[return-value]
+
+
+def test_a_base_that_has_the_adapter_already_is_refused(
+    tmp_path: Path, params: Params, base: Path, dataset: Path, adapter: Path, evaluation: Path, merged: Path
+) -> None:
+    place, dataset, adapter = moved(tmp_path, base, dataset, adapter)
+    shutil.rmtree(place)
+    shutil.copytree(merged / "merged", place)
+    with pytest.raises(MergeError, match="already has an adapter merged into it"):
+        merge(params.merge, dataset, adapter, evaluation, *(tmp_path / name for name in ("out", "parity", "exports")))
+
+
+def test_another_base_and_one_cut_short_are_refused(
+    tmp_path: Path, params: Params, base: Path, dataset: Path, adapter: Path, evaluation: Path
+) -> None:
+    place, dataset, adapter = moved(tmp_path, base, dataset, adapter)
+    places = [tmp_path / name for name in ("out", "parity", "exports")]
+    weights = load_file(place / "model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TemplateError, match="is not the one the dataset was prepared for"):
+        merge(params.merge, dataset, adapter, evaluation, *places)
+    (place / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(WeightsError, match="cut short"):
+        merge(params.merge, dataset, adapter, evaluation, *places)
+    assert not any(path.exists() for path in places)
+
+
+def other_adapter(tmp_path: Path, adapter: Path) -> tuple[Path, str]:
+    """An adapter of the same base that changes other things, and its digest."""
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    torch.manual_seed(1)
+    weights = load_file(other / "adapter_model.safetensors")
+    noisy = {k: v + 0.01 * torch.randn_like(v) for k, v in weights.items()}
+    save_file(noisy, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    return other, sha256_file(other / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear", "ties", "dare_ties"])
+def test_a_combination_of_adapters_is_merged_as_peft_combines_them(
+    tmp_path: Path, params: Params, base: Path, dataset: Path, adapter: Path, evaluation: Path, kind: str
+) -> None:
+    other, digest = other_adapter(tmp_path, adapter)
+    parts = [
+        {"path": None, "sha256": None, "weight": 0.75},
+        {"path": str(other), "sha256": digest, "weight": 0.25},
+    ]
+    combined = {"combination_type": kind, "density": 0.8, "seed": 3, "adapters": parts}
+    chosen = with_(params, merge={"combine": combined, "base": "full", "dtype": "float32"} | ANYTHING)
+    merge(chosen.merge, dataset, adapter, evaluation, *(tmp_path / name for name in ("out", "parity", "exports")))
+
+    model = load_adapter(load_base(identity(base)), adapter)
+    model.load_adapter(str(other), "adapter_1")
+    torch.manual_seed(3)
+    model.add_weighted_adapter(["default", "adapter_1"], [0.75, 0.25], "both", combination_type=kind, density=0.8)
+    expected = model.merge_and_unload(adapter_names=["both"]).state_dict()
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+    if kind == "cat":  # the exact weighted sum
+        deltas = [
+            load_adapter(load_base(identity(base)), path).merge_and_unload().state_dict() for path in (adapter, other)
+        ]
+        name = "model.layers.0.self_attn.q_proj.weight"
+        torch.testing.assert_close(written[name], 0.75 * deltas[0][name] + 0.25 * deltas[1][name], rtol=0, atol=1e-6)
+    parity = read_json(tmp_path / "parity" / "parity.json")
+    assert parity["combined"] == combined
+    assert (tmp_path / "parity" / "combined_adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_to_combine_must_be_the_one_named_and_of_the_same_contract(
+    tmp_path: Path, dataset: Path, adapter: Path
+) -> None:
+    contract = read_json(dataset / "contract.json")
+    other, digest = other_adapter(tmp_path, adapter)
+
+    def parts(path: Path, sha256: str) -> CombineParams:
+        adapters = [
+            {"path": None, "sha256": None, "weight": 1.0},
+            {"path": str(path), "sha256": sha256, "weight": 1.0},
+        ]
+        return CombineParams.model_validate(
+            {"combination_type": "cat", "density": 1.0, "seed": 0, "adapters": adapters}
+        )
+
+    with pytest.raises(CombinationError, match=f"its sha256 is {digest}, not 0000"):
+        combine(parts(other, "0" * 64), contract, adapter, tmp_path / "both")
+    with pytest.raises(CombinationError, match="holds no adapter_model.safetensors"):
+        combine(parts(tmp_path / "nowhere", digest), contract, adapter, tmp_path / "both")
+    write_json(other / "contract.json", read_json(other / "contract.json") | {"chat_template": "{{ messages }}"})
+    with pytest.raises(TemplateError, match="chat_template of the template contract differ"):
+        combine(parts(other, digest), contract, adapter, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_each_export_loads_as_it_is_and_its_scores_are_recorded(
+    tmp_path: Path, params: Params, dataset: Path, adapter: Path, evaluation: Path
+) -> None:
+    chosen = with_(params, merge={"export": ["bnb-4bit", "bnb-8bit"]}).merge
+    merge(chosen, dataset, adapter, evaluation, *(tmp_path / name for name in ("out", "parity", "exports")))
+    parity = read_json(tmp_path / "parity" / "parity.json")
+    merged_scores = read_json(tmp_path / "parity" / "metrics.json")["merged"]
+    for kind, flag in (("bnb-4bit", "is_loaded_in_4bit"), ("bnb-8bit", "is_loaded_in_8bit")):
+        folder = tmp_path / "exports" / kind
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert getattr(model, flag)
+        assert load_shipped(folder)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        assert size < 0.8 * (tmp_path / "out" / "model.safetensors").stat().st_size
+        record = parity["exports"][kind]
+        assert record["metrics"]["num_samples"] == merged_scores["num_samples"]
+        score, whole = record["metrics"]["rougeL"]["score"], merged_scores["rougeL"]["score"]
+        assert record["metric_difference"]["rougeL"] == score - whole
+    assert parity["exports"]["bnb-8bit"]["metrics"]["accuracy"]["score"] > 0.5

@@ -101,11 +101,19 @@ def test_a_missing_parameter_or_section_is_named(tmp_path: Path, name: str, key:
         ({"train": {"load_in_4bit": False}, "merge": {"base": "nf4"}}, "there is no NF4 base"),
         ({"prepare": {"test_fraction": 0.5, "validation_fraction": 0.5}}, "leave no rows to train on"),
         ({"prepare": {"trust_remote_code": True}}, "set model_revision"),
+        ({"publish": {"sse_kms_key_id": "alias/key"}}, "server_side_encryption is not aws:kms"),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused(sections: dict[str, dict[str, object]], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         with_(load_params(PROJECT), **sections)
+
+
+def test_a_password_in_the_endpoint_is_refused_without_showing_it(tmp_path: Path) -> None:
+    path, _ = changed(tmp_path, "endpoint_url", "  endpoint_url: https://me:planted@s3.example.org")
+    with pytest.raises(ParamsError, match="endpoint_url holds a user or password") as error:
+        load_params(path)
+    assert "planted" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,7 @@ def test_a_combination_that_cannot_work_is_refused(sections: dict[str, dict[str,
         {"train": {"load_in_4bit": False}, "merge": {"base": "full"}},
         {"prepare": {"trust_remote_code": True, "model_revision": "a" * 40}},
         {"train": {"lora_target_modules": ["q_proj"]}},
+        {"publish": {"sse_kms_key_id": "alias/key", "server_side_encryption": "aws:kms"}},
     ],
 )
 def test_the_nearest_combination_that_works_is_accepted(sections: dict[str, dict[str, object]]) -> None:

@@ -12,13 +12,21 @@ from conftest import sample_rows, with_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.encoding import OVERLONG, split_of
 from pipeline.files import read_json
 from pipeline.formats import Row
 from pipeline.params import Params, PrepareParams
-from pipeline.prepare import DUPLICATE, LEAKED, OVERLONG, SPLITS, Prepared, PrepareError, prepare, split_of
+from pipeline.prepare import Prepared, PrepareError, prepare
 from pipeline.template import load_contract
+from pipeline.verdicts import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
 
-OUTPUTS = {f"{split}.parquet" for split in SPLITS} | {"contract.json", "report.json", "report.md", "dropped.jsonl"}
+OUTPUTS = {f"{split}.parquet" for split in SPLITS} | {
+    "contract.json",
+    "report.json",
+    "report.md",
+    "report.html",
+    "dropped.jsonl",
+}
 
 
 def run(params: Params, folder: Path, rows: list[Any], **changes: Any) -> tuple[Prepared, Path]:
@@ -163,7 +171,9 @@ def test_every_row_is_kept_or_dropped_with_a_reason(params: Params, tmp_path: Pa
         ask("not a number", "a") | {"input": float("nan")},
         sample_rows(1)[0],
     ]
-    result, output = run(params, tmp_path, [*sample_rows(100), *broken], max_dropped_fraction=0.5)
+    result, output = run(
+        params, tmp_path, [*sample_rows(100), *broken], max_dropped_fraction=0.5, on_control_tokens="drop"
+    )
     report = read_json(output / "report.json")
     assert report["rows_in"] == 108 == sum(result.rows.values()) + sum(result.dropped.values())
     assert [d["source"] for d in sorted(dropped(output), key=lambda d: d["source"])] == [
@@ -215,7 +225,9 @@ def test_rows_are_kept_up_to_max_length_answers_included(params: Params, tmp_pat
 
 def test_an_overlong_row_stops_the_stage_on_demand(params: Params, tmp_path: Path) -> None:
     rows = [*sample_rows(100), ask("q", "word " * 200)]
-    with pytest.raises(PrepareError, match=r"rows\.json:\[100\] has \d+ tokens; prepare\.max_length is 128: raise it"):
+    with pytest.raises(
+        PrepareError, match=r"rows\.json:\[100\] has \d+ tokens, more than prepare\.max_length \(128\): raise it"
+    ):
         run(params, tmp_path, rows, on_overlong="error")
 
 
@@ -249,3 +261,111 @@ def test_accuracy_counts_where_one_answer_is_right(params: Params, tmp_path: Pat
     table = pq.read_table(output / "test.parquet")
     scoring = dict(zip(table.column("task").to_pylist(), table.column("scoring").to_pylist(), strict=True))
     assert (scoring["d"], scoring["o"]) == ("exact", "text")
+
+
+def files_of(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def varied_rows(number: int, seed: int = 3) -> list[dict[str, Any]]:
+    """Rows of unlike words, so that none is a near copy of another."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(3000)]
+    return [ask(" ".join(draw.choices(words, k=8)), " ".join(draw.choices(words, k=3))) for _ in range(number)]
+
+
+def test_what_was_encoded_before_is_read_from_the_cache(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.prepare
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.json").write_text(json.dumps(varied_rows(150)))
+    cache = tmp_path / "cache"
+    prepare(params.prepare, tmp_path / "data", tmp_path / "first", cache)
+    encoded: list[Path] = []
+    encode_shard = pipeline.prepare.encode_shard
+    monkeypatch.setattr(pipeline.prepare, "encode_shard", lambda *a: (encoded.append(a[1]), encode_shard(*a)))
+    prepare(params.prepare, tmp_path / "data", tmp_path / "again", cache)
+    assert encoded == []
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "first")
+    (tmp_path / "data" / "b.json").write_text(json.dumps(varied_rows(50, seed=4)))
+    prepare(params.prepare, tmp_path / "data", tmp_path / "more", cache)
+    assert len(encoded) == 1
+    prepare(params.prepare, tmp_path / "data", tmp_path / "afresh")
+    assert files_of(tmp_path / "more") == files_of(tmp_path / "afresh")
+
+
+def test_another_parameter_encodes_afresh(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.json").write_text(json.dumps(varied_rows(150)))
+    prepare(params.prepare, tmp_path / "data", tmp_path / "long", tmp_path / "cache")
+    shorter = with_(params, prepare={"max_length": 110}).prepare
+    prepare(shorter, tmp_path / "data", tmp_path / "short", tmp_path / "cache")
+    prepare(shorter, tmp_path / "data", tmp_path / "afresh")
+    assert files_of(tmp_path / "short") == files_of(tmp_path / "afresh") != files_of(tmp_path / "long")
+
+
+def test_a_damaged_cache_is_encoded_again(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.json").write_text(json.dumps(varied_rows(150)))
+    prepare(params.prepare, tmp_path / "data", tmp_path / "first", tmp_path / "cache")
+    for path in (tmp_path / "cache" / "encoded").rglob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:100])
+    prepare(params.prepare, tmp_path / "data", tmp_path / "again", tmp_path / "cache")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "first")
+
+
+def test_worker_processes_give_the_same_bytes(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(varied_rows(100, seed=ord(name))))
+    prepare(params.prepare, tmp_path / "data", tmp_path / "one")
+    monkeypatch.setattr("pipeline.prepare.PARALLEL_ROWS", 0)
+    prepare(params.prepare, tmp_path / "data", tmp_path / "two")
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+
+
+def test_a_near_copy_of_a_test_row_is_not_trained_on(params: Params, tmp_path: Path) -> None:
+    text = "The old lighthouse keeper climbed all the narrow steps every evening to light the great lamp above the bay"
+    rows = [
+        *varied_rows(100),
+        ask(f"{text}. What did he light?", "He lit the great lamp", group=group_in("train", params)),
+        ask(f"{text}! What did he light then?", "He lit the great lamp", group=group_in("test", params)),
+    ]
+    result, output = run(params, tmp_path, rows, max_length=512)
+    assert result.dropped == {NEAR_TEST: 1}
+    [row] = dropped(output)
+    assert (row["source"], row["copy_of"]) == ("rows.json:[100]", "rows.json:[101]")
+
+
+def test_near_copies_in_the_test_split_stay_and_count_as_one_group(params: Params, tmp_path: Path) -> None:
+    names = [f"g{i}" for i in range(100)]
+    groups = [g for g in names if split_of(Row(messages=[], source="", group=g), params.prepare) == "test"][:2]
+    text = "The old lighthouse keeper climbed all the narrow steps every evening to light the great lamp above the bay"
+    rows = [*varied_rows(100), ask(f"{text}?", "Yes", group=groups[0]), ask(f"{text}!", "Yes", group=groups[1])]
+    result, output = run(params, tmp_path, rows, max_length=512)
+    assert result.dropped == {}
+    table = pq.read_table(output / "test.parquet").to_pylist()
+    assert len({row["group"] for row in table if "lighthouse" in row["prompt"]}) == 1
+    assert sum("lighthouse" in row["prompt"] for row in table) == 2
+
+
+def test_rows_for_training_leave_the_test_split_as_it_was(params: Params, tmp_path: Path) -> None:
+    rows = varied_rows(200)
+    _, before = run(params, tmp_path, rows)
+    frozen = pq.read_table(before / "test.parquet").drop_columns("source")
+    digest = read_json(before / "report.json")["test_sha256"]
+    train = [row | {"group": group_in("train", params)} for row in varied_rows(50, seed=5)]
+    random.Random(6).shuffle(rows)
+    _, after = run(params, tmp_path, [*train, *rows])
+    assert pq.read_table(after / "test.parquet").drop_columns("source").equals(frozen)
+    assert read_json(after / "report.json")["test_sha256"] == digest
+
+
+def test_near_duplicates_stay_when_the_threshold_is_null(params: Params, tmp_path: Path) -> None:
+    text = "The old lighthouse keeper climbed all the narrow steps every evening to light the great lamp above the bay"
+    group = group_in("train", params)
+    rows = [*varied_rows(100), *(ask(f"{text}{mark}", f"Yes{mark}", group=group) for mark in "?!")]
+    assert run(params, tmp_path, rows, max_length=512)[0].dropped == {NEAR_DUPLICATE: 1}
+    assert run(params, tmp_path, rows, max_length=512, near_duplicate_threshold=None)[0].dropped == {}

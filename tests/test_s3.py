@@ -1,12 +1,15 @@
 """The S3 store where it differs from a folder: what a server must keep, what goes wrong, what is said of it."""
 
+import json
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import publish_params
+from conftest import change_params, environment, publish_params, retune
 from fault_proxy import FaultProxy
 from s3_sink import Sink
 
@@ -191,6 +194,12 @@ def test_a_profile_brings_its_own_keys(s3: str, monkeypatch: pytest.MonkeyPatch,
     assert store_at(s3, profile_name="shipping").create("a", b"")
 
 
+@pytest.mark.parametrize("values", [{"endpoint_url": "http://a b"}, {"endpoint_url": "http://h", "region_name": "a b"}])
+def test_parameters_that_boto3_cannot_use_are_named(values: dict[str, str]) -> None:
+    with pytest.raises(StoreError, match=r"boto3 cannot use s3://retune/x \(\w+\); correct publish\.endpoint_url"):
+        store_at("http://h", "s3://retune/x", **values).read("a")
+
+
 @pytest.mark.parametrize("uri", ["s3:///prefix", "s3://Bucket/x", "s3://b", "s3://bucket/a/../b", "s3://bucket/a?b=c"])
 def test_a_uri_that_names_no_place_is_refused(uri: str) -> None:
     with pytest.raises(StoreError, match=r"expected s3://bucket/prefix|is no name for an object"):
@@ -235,5 +244,28 @@ def test_an_upload_that_nobody_completed_is_found_and_aborted(s3: str) -> None:
     store._client.create_multipart_upload(Bucket="retune", Key=store._name("half"))
     assert store.unfinished(store.now() - 60, delete=True) == []
     [found] = store.unfinished(store.now() + 60, delete=True)
-    assert found.key.endswith("/half")
+    assert found.key == "half"
     assert store.unfinished(store.now() + 60) == []
+
+
+@pytest.mark.integration
+def test_a_whole_project_ships_to_s3_and_promotes_there(s3: str, project: Path) -> None:
+    prefix = uuid.uuid4().hex
+    at = {"artifact_store": f"s3://retune/{prefix}", "endpoint_url": s3, "addressing_style": "path"}
+    change_params(project, publish=at)
+    for command in (["publish"], ["promote"], ["gc"], ["history"]):
+        if command == ["publish"]:
+            subprocess.run(
+                [sys.executable, "-m", "dvc", "repro", "-q"],
+                cwd=project,
+                env=environment(),
+                check=True,
+                capture_output=True,
+            )
+        done = retune(project, *command)
+        assert done.returncode == 0, done.stderr
+    again = retune(project, "publish", "--json")
+    assert json.loads(again.stdout)["uploaded_bytes"] == 0 and not json.loads(again.stdout)["created"]
+    store = store_at(s3, f"s3://retune/{prefix}")
+    assert len(store.list("versions/")) == len(store.list("promotions/")) == 1
+    assert not (project / "store").exists()

@@ -152,7 +152,12 @@ def publish_with(proxy: FaultProxy, folder: Path, calm: Calm, fault: str, index:
     publish(store, folder / "in", 1)
     first = len(proxy.seen)
     store = s3_store(proxy, store.prefix)  # as a new process would
-    proxy.plan = lambda number, line: fault if number == first + index or (lasting and number > first + index) else None
+
+    def plan(number: int, line: str) -> str | None:
+        hit = number == first + index or (lasting and number > first + index)
+        return fault if hit and (line.startswith("PUT") or "Conflict" not in fault) else None  # only writes conflict
+
+    proxy.plan = plan
     error = None
     try:
         publish(store, folder / "in", 2)

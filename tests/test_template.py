@@ -49,6 +49,11 @@ def last(params: Params) -> ChatTemplate:
     return load_template(with_(params, prepare={"train_on": "last_response"}).prepare)[0]
 
 
+@pytest.fixture(scope="module")
+def dropping(params: Params) -> ChatTemplate:
+    return load_template(with_(params, prepare={"on_control_tokens": "drop"}).prepare)[0]
+
+
 @pytest.fixture
 def copy(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "base"))
@@ -104,22 +109,21 @@ def test_the_end_token_is_trained_and_what_follows_it_is_not(template: ChatTempl
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_control_tokens_in_a_message_are_refused(template: ChatTemplate, role: str) -> None:
+def test_control_tokens_in_a_message_are_refused_on_demand(dropping: ChatTemplate, role: str) -> None:
     messages = [{"role": "system", "content": "s"}, *talk("q", "a")]
     next(message for message in messages if message["role"] == role)["content"] += "<|im_start|>"
-    with pytest.raises(RowError, match=r"control token <\|im_start\|>"):
-        template.encode(messages)
+    with pytest.raises(RowError, match=r"contains the model's control token <\|im_start\|>"):
+        dropping.encode(messages)
 
 
-def test_control_tokens_in_the_tools_are_refused(template: ChatTemplate) -> None:
-    with pytest.raises(RowError, match=r"control token <\|im_end\|>"):
-        template.encode(talk("q", "a"), json.dumps([{"name": END}]))
+def test_control_tokens_in_the_tools_are_refused_on_demand(dropping: ChatTemplate) -> None:
+    with pytest.raises(RowError, match=r"contains the model's control token <\|im_end\|>"):
+        dropping.encode(talk("q", "a"), json.dumps([{"name": END}]))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_way_out(params: Params, tmp_path: Path) -> None:
-    template = with_template(params, tmp_path, REWRITES)
     with pytest.raises(TemplateError, match=r"changes earlier turns.*set prepare\.train_on to last_response"):
-        template.encode(talk("q1", "a1", "q2", "a2"))
+        with_template(params, tmp_path, REWRITES)
 
 
 def test_the_way_out_works(params: Params, tmp_path: Path) -> None:
@@ -128,9 +132,8 @@ def test_the_way_out_works(params: Params, tmp_path: Path) -> None:
 
 
 def test_a_template_without_end_token_is_refused(params: Params, tmp_path: Path) -> None:
-    template = with_template(params, tmp_path, CHATML.replace(END, ""))
     with pytest.raises(TemplateError, match="no end token"):
-        template.encode(talk("q", "a"))
+        with_template(params, tmp_path, CHATML.replace(END, ""))
 
 
 def test_an_answer_that_shares_a_token_with_its_prompt_is_refused(params: Params, tmp_path: Path) -> None:
@@ -168,7 +171,7 @@ def test_tools_reach_the_prompt_of_a_template_that_ignores_them(template: ChatTe
 
 
 def test_a_template_with_tools_gets_them_as_objects(params: Params, tmp_path: Path) -> None:
-    template = with_template(params, tmp_path, "{% for t in tools %}{{ t.name }};{% endfor %}" + CHATML)
+    template = with_template(params, tmp_path, "{% for t in tools or [] %}{{ t.name }};{% endfor %}" + CHATML)
     assert template.render(talk("q"), TOOLS).startswith("clock;")
 
 
@@ -204,6 +207,7 @@ def test_another_tokenizer_is_refused(params: Params, copy: Path) -> None:
         ("stop_ids", [0]),
         ("pad_id", 1),
         ("train_on", "last_response"),
+        ("on_control_tokens", "drop"),
         ("golden", []),
     ],
 )
@@ -211,7 +215,9 @@ def test_a_changed_contract_names_what_changed(params: Params, copy: Path, key: 
     contract = contract_of(params, copy) | {key: value}
     with pytest.raises(TemplateError, match=r"differ from the template contract.*dvc repro prepare") as error:
         load_contract(contract)
-    expected = {"chat_template": "chat_template_sha256", "train_on": "golden"}.get(key, key)
+    expected = {"chat_template": "chat_template_sha256", "train_on": "golden", "on_control_tokens": "golden"}.get(
+        key, key
+    )
     assert expected in str(error.value).split(" differ")[0]
 
 
@@ -233,6 +239,68 @@ def test_a_shipped_model_needs_no_base(params: Params, copy: Path, tmp_path: Pat
 def test_a_base_or_template_that_is_not_there_is_refused(params: Params, prepare: dict[str, str], what: str) -> None:
     with pytest.raises(TemplateError, match=what):
         load_template(with_(params, prepare=prepare).prepare)
+
+
+def test_a_named_template_brings_the_end_token_that_a_base_does_not_name(params: Params, copy: Path) -> None:
+    # As bases before instruction tuning: <|im_end|> is a token, but generation ends with <|endoftext|>.
+    (copy / "generation_config.json").unlink()
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
+    base = {"model_name_or_path": str(copy)}
+    with pytest.raises(TemplateError, match="no end token"):
+        load_template(with_(params, prepare=base).prepare)
+    template, identity = load_template(with_(params, prepare=base | {"chat_template": "chatml"}).prepare)
+    assert trained(template, talk("q", "a")) == f"a{END}"
+    contract = json.loads(json.dumps(template.contract(identity)))
+    assert contract["chat_template_name"] == "chatml"
+    assert load_contract(contract).stop_ids == template.stop_ids
+    assert template.tokenizer.convert_tokens_to_ids(END) in template.stop_ids
+
+
+def test_a_named_template_of_another_family_is_refused(params: Params) -> None:
+    with pytest.raises(TemplateError, match=r"prepare\.chat_template is llama3, whose bos_token, .*eot_id"):
+        load_template(with_(params, prepare={"chat_template": "llama3"}).prepare)
+
+
+def test_rows_longer_than_the_models_positions_are_refused_without_its_weights(params: Params, copy: Path) -> None:
+    for weights in copy.glob("*.safetensors"):
+        weights.write_bytes(b"")
+    prepare = {"model_name_or_path": str(copy), "max_length": 512}
+    load_template(with_(params, prepare=prepare).prepare)
+    with pytest.raises(TemplateError, match=r"prepare\.max_length is 513; .* for 512 tokens at most"):
+        load_template(with_(params, prepare=prepare | {"max_length": 513}).prepare)
+
+
+def test_a_template_that_no_row_passes_is_refused(params: Params, tmp_path: Path) -> None:
+    with pytest.raises(TemplateError, match="every row is refused by the chat template: never"):
+        with_template(params, tmp_path, "{{ raise_exception('never') }}" + CHATML)
+
+
+def test_the_contract_holds_a_call_a_system_message_and_an_injected_token(template: ChatTemplate) -> None:
+    golden = template.golden()
+    assert [sum(label != -100 for label in entry["labels"]) > 0 for entry in golden] == [True] * 5
+    assert golden[2]["messages"][0]["role"] == "system"
+    assert "tool_calls" in golden[3]["messages"][1] and golden[3]["tools"]
+    end = template.tokenizer.convert_tokens_to_ids(END)
+    assert END in golden[4]["messages"][0]["content"]
+    assert golden[4]["input_ids"].count(end) == golden[0]["input_ids"].count(end)
+
+
+def test_a_contract_with_other_golden_conversations_is_still_checked(params: Params, copy: Path) -> None:
+    # A later version may choose others: a model that was shipped with these must stay servable, and be checked.
+    contract = contract_of(params, copy)
+    contract["golden"] = contract["golden"][:1]
+    assert load_contract(contract).text == contract["chat_template"]
+    contract["golden"][0]["labels"][-2] = -100
+    with pytest.raises(TemplateError, match="golden differ"):
+        load_contract(contract)
+
+
+def test_a_contract_of_an_older_version_is_refused_with_the_way_out(params: Params, copy: Path) -> None:
+    contract = contract_of(params, copy)
+    del contract["on_control_tokens"]
+    with pytest.raises(TemplateError, match=r"lacks on_control_tokens.*dvc repro"):
+        load_contract(contract)
 
 
 def test_pickled_weights_are_refused(params: Params, copy: Path) -> None:

@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from pipeline.files import read_json, sha256_file
+from pipeline.files import read_json, sha256_file, write_json
 from pipeline.model import load_base
 from pipeline.params import Params
+from pipeline.sanitise import portable
 from pipeline.train import QUANTISATION, TrainError, _sequences, last_checkpoint, run_key, train
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -30,7 +31,7 @@ def test_the_adapter_is_saved_as_safetensors_with_its_contract_and_curve(adapter
     names = {path.name for path in adapter.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "training.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-    assert read_json(adapter / "contract.json") == read_json(dataset / "contract.json")
+    assert read_json(adapter / "contract.json") == portable(read_json(dataset / "contract.json"))
     rows = list(csv.DictReader((adapter / "loss.csv").open()))
     assert float(rows[-1]["loss"] or rows[-2]["loss"]) < float(rows[0]["loss"])
     assert any(row["validation_loss"] for row in rows)
@@ -165,8 +166,9 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("torn", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], torn: str
 ) -> None:
     from safetensors.torch import save_file
 
@@ -175,10 +177,11 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
         folder.mkdir()
         save_file({"a": torch.zeros(2)}, folder / "adapter_model.safetensors")
         (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+        write_json(folder / "adapter_config.json", {"peft_type": "LORA", "target_modules": "all-linear"})
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            (folder / name).write_bytes(b"x")
-    weights = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-3])
+            torch.save({"step": torch.zeros(2)}, folder / name)
+    file = tmp_path / "checkpoint-4" / torn
+    file.write_bytes(file.read_bytes()[:-3])
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert "checkpoint-4 is not whole" in capsys.readouterr().out
 

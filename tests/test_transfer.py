@@ -299,6 +299,15 @@ def test_a_damaged_file_does_not_replace_an_older_one(tmp_path: Path, store: Fil
     assert [(path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()] == [("f", b"older")]
 
 
+@pytest.mark.parametrize("name", ["../f", "a/../../f", "/tmp/retune-escaped", "a/../../out-beside/f"])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, store: FileStore, name: str) -> None:
+    entries, _ = publish(store, "v1", {"f": write(tmp_path / "in" / "f", b"content")})
+    with pytest.raises(StoreError, match="which would lie outside of"):
+        fetch(store, {name: entries["f"]}, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} <= {"in", "store", "out"}
+    assert not Path("/tmp/retune-escaped").exists()
+
+
 def test_an_object_of_the_wrong_size_is_not_built_on(tmp_path: Path, store: FileStore) -> None:
     store.create(f"objects/{hashlib.sha256(b'content').hexdigest()}", b"conten")
     with pytest.raises(StoreError, match=r"is damaged: it has 6 bytes, expected 7"):

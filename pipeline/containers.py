@@ -1,0 +1,482 @@
+"""Files of records, whatever they are packed in: JSON, JSONL, CSV, TSV (also in gzip or zstd), Parquet and Arrow.
+
+Comes in: a path. Goes out: blocks of consecutive records, read as a stream, each small enough for another process.
+Refused, with file and line: other encodings than UTF-8, what is cut off or no JSON, oversized records, archives that
+unpack to absurd sizes, and a name that contradicts the bytes.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import charset_normalizer
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+CONTAINERS = {
+    ".json": "JSON",
+    ".jsonl": "JSONL",
+    ".ndjson": "JSONL",
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+}
+PACKINGS = {".gz": "gzip", ".zst": "zstd"}
+KNOWN = ".json, .jsonl, .csv or .tsv (also with .gz or .zst), .parquet or .arrow"
+BLOCK_BYTES = 1 << 20  # of text a block; about 1,200 Alpaca rows
+BLOCK_ROWS = 2048
+MAX_RECORD_BYTES = 32 << 20  # a longer record is no conversation, and would have to fit in memory
+MAX_UNPACKED_BYTES = 64 << 30
+MAX_RATIO = 200  # unpacked / packed; text packs 3 to 20 times, a bomb a thousand times and more
+RATIO_FROM_BYTES = 64 << 20  # small files may be as repetitive as they like
+MAGIC = {
+    b"\x1f\x8b": "gzip data; name it .gz after its own ending",
+    b"\x28\xb5\x2f\xfd": "zstd data; name it .zst after its own ending",
+    b"PAR1": "a Parquet file; name it .parquet",
+    b"ARROW1": "an Arrow file; name it .arrow",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"%PDF": "a PDF; expected records",
+    b"\x89PNG": "a picture; expected records",
+    b"SQLite format 3": "a SQLite database; export its rows",
+}
+KEY = re.compile(rb'"\s*:')  # at least as often in a record as it has keys: also inside strings, as \":
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class FormatError(ValueError):
+    """A file that cannot be read as instruction data; the message names file, line and way out."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A record whose text is whole but whose meaning is not plain, such as a key given twice."""
+
+    reason: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive records of one file: JSON lines (bytes), JSON texts, decoded records, or an Arrow table (IPC)."""
+
+    path: str
+    name: str  # of the file in `Row.source`
+    first: int  # line or index of the first record
+    lines: bytes | None = None
+    texts: list[str] | None = None
+    records: list[tuple[int, Any]] | None = None  # (line, record)
+    table: bytes | None = None
+    labels: dict[str, list[str]] = field(default_factory=dict)  # class names by column, where the file declares them
+    position: int = 0  # bytes of the file read so far, for progress
+
+
+def split_name(path: Path) -> tuple[str, str, str]:
+    """(stem, container suffix, packing suffix) of a file name; the suffixes are "" where they are not known ones."""
+    packing = path.suffix.lower() if path.suffix.lower() in PACKINGS else ""
+    inner = Path(path.name[: len(path.name) - len(packing)])
+    suffix = inner.suffix.lower()
+    if suffix not in CONTAINERS or (packing and suffix in (".parquet", ".arrow")):
+        return path.name, "", ""
+    return inner.stem, suffix, packing
+
+
+def container_of(path: Path) -> str:
+    """Name of the container for people, such as `JSONL, gzip`; "" when the file name has no known ending."""
+    _, suffix, packing = split_name(path)
+    return ", ".join(part for part in (CONTAINERS.get(suffix, ""), PACKINGS.get(packing, "")) if part)
+
+
+def read_blocks(path: Path, name: str | None = None) -> Iterator[Block]:
+    """The records of `path` in order, a block at a time.
+
+    Args:
+        name: what the file is called in `Row.source`; by default its file name.
+
+    Raises:
+        FormatError: see the module's first lines; blocks before the fault may have come out already.
+    """
+    _, suffix, packing = split_name(path)
+    name = name or path.name
+    if suffix == ".parquet":
+        yield from _parquet_blocks(path, name)
+        return
+    if suffix == ".arrow":
+        yield from _arrow_blocks(path, name)
+        return
+    if not suffix:
+        raise FormatError(f"{path} ends in {path.suffix or 'nothing'}; expected {KNOWN}")
+    with pa.OSFile(str(path)) as file:
+        head = _unpacking(path, file, packing)(BLOCK_BYTES)
+    _refuse_binary(path, head)
+    with pa.OSFile(str(path)) as file:
+        read = _unpacking(path, file, packing)
+        match CONTAINERS[suffix]:
+            case "JSON" if not _is_lines(head):
+                yield from _json_blocks(path, name, read, file)
+            case "JSON" | "JSONL":
+                yield from _line_blocks(path, name, read, file)
+            case kind:
+                yield from _csv_blocks(path, name, read, file, "," if kind == "CSV" else "\t")
+
+
+def records_of(block: Block) -> Iterator[tuple[str, Any]]:
+    """(source, record) of each record in `block`; the record is an `Unreadable` where its meaning is not plain.
+
+    Raises:
+        FormatError: a JSON line is not JSON, or not UTF-8.
+    """
+    if block.lines is not None:
+        lines = block.lines.split(b"\n")
+        for line_number, line in enumerate(lines, start=block.first):
+            if line and not line.isspace():
+                # A block's text ends with the end of a line, but for a file whose last line has none.
+                cut_off = line_number - block.first == len(lines) - 1
+                yield f"{block.name}:{line_number}", _parse(line, block.path, line_number, cut_off)
+    elif block.texts is not None:
+        for index, text in enumerate(block.texts, start=block.first):
+            yield f"{block.name}:[{index}]", _parse(text.encode(), block.path, 0, False)
+    elif block.records is not None:
+        for number, record in block.records:
+            yield f"{block.name}:{number}", record
+    elif block.table is not None:
+        try:
+            records = from_ipc(block.table).to_pylist()
+        except (UnicodeDecodeError, pa.ArrowException) as error:
+            raise FormatError(f"{block.path}, rows from {block.first} on cannot be read: {error}") from None
+        for index, record in enumerate(records, start=block.first):
+            yield f"{block.name}:[{index}]", record
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def from_ipc(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+def _unpacking(path: Path, file: Any, packing: str) -> Callable[[int], bytes]:
+    """A function that reads the next so many bytes of `file`, unpacked; b"" at its end."""
+    if not packing:
+        return file.read
+    stream = pa.CompressedInputStream(file, PACKINGS[packing])
+    done = 0
+
+    def read(size: int) -> bytes:
+        nonlocal done
+        try:
+            data: bytes = stream.read(size)
+        except (OSError, pa.ArrowException) as error:
+            what = "is cut off" if "runcated" in str(error) else "is damaged"
+            raise FormatError(f"{path} {what} or no {PACKINGS[packing]} file: {error}") from None
+        done += len(data)
+        packed = max(file.tell(), 1)
+        if done > MAX_UNPACKED_BYTES or (done > RATIO_FROM_BYTES and done > MAX_RATIO * packed):
+            raise FormatError(
+                f"{path} unpacks to {done / 1e6:,.0f} MB and more from {packed / 1e6:,.1f} MB; past {MAX_RATIO} times "
+                f"or {MAX_UNPACKED_BYTES >> 30} GiB that is no instruction data: unpack it yourself if it is"
+            )
+        return data
+
+    return read
+
+
+def _refuse_binary(path: Path, head: bytes) -> None:
+    for magic, what in MAGIC.items():
+        if head.startswith(magic):
+            raise FormatError(f"{path} is {what}")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise FormatError(f"{path} is not UTF-8 but UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")
+    if b"\x00" in head:
+        zeros = head[:4096].count(0) / len(head[:4096])
+        what = "perhaps UTF-16 or UTF-32; convert it with iconv" if 0.2 < zeros < 0.8 else "it is binary"
+        raise FormatError(f"{path} is not UTF-8 text (byte {head.index(0)} is zero): {what}")
+
+
+def _not_utf8(path: str | Path, data: bytes, line: int, byte: int) -> FormatError:
+    legacy = ["cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251", "latin_1"]
+    best = charset_normalizer.from_bytes(data[:65536], cp_isolation=legacy).best()
+    guess = f", perhaps {best.encoding}" if best is not None else ""
+    name = best.encoding if best is not None else "ITS_ENCODING"
+    return FormatError(
+        f"{path} is not UTF-8 (line {line}, byte {byte}){guess}; convert it, e.g. with `iconv -f {name} -t UTF-8`"
+    )
+
+
+def _too_long(path: Path, where: str) -> FormatError:
+    return FormatError(
+        f"{path}, {where} is longer than {MAX_RECORD_BYTES >> 20} MiB, which no conversation is; split or remove it"
+    )
+
+
+def _is_lines(head: bytes) -> bool:
+    """Whether a .json file holds one record a line: a whole object, the line's end, and more."""
+    first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    if not first.startswith(b"{") or not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _line_pieces(path: Path, read: Callable[[int], bytes]) -> Iterator[bytes]:
+    """The text without its byte order mark in pieces of whole lines; only the last may lack its line end."""
+    parts: list[bytes] = []
+    held, line = 0, 1
+    chunk = read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
+    while chunk:
+        cut = chunk.rfind(b"\n") + 1
+        if cut:
+            piece = b"".join([*parts, chunk[:cut]])
+            yield piece
+            line += piece.count(b"\n")
+            parts, held = [], 0
+        parts.append(chunk[cut:])
+        held += len(chunk) - cut
+        if held > MAX_RECORD_BYTES:
+            raise _too_long(path, f"line {line}")
+        chunk = read(BLOCK_BYTES)
+    if held:
+        yield b"".join(parts)
+
+
+def _line_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any) -> Iterator[Block]:
+    line = 1
+    for piece in _line_pieces(path, read):
+        yield Block(str(path), name, line, lines=piece, position=file.tell())
+        line += piece.count(b"\n")
+
+
+def _csv_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any, delimiter: str) -> Iterator[Block]:
+    def lines() -> Iterator[str]:
+        number = 0
+        for piece in _line_pieces(path, read):
+            for line in io.BytesIO(piece):
+                number += 1
+                try:
+                    yield line.decode()
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(path, line, number, error.start) from None
+
+    csv.field_size_limit(MAX_RECORD_BYTES)  # the library's own limit of 128 KiB is one long answer
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        twice = sorted({column for column in header if header.count(column) > 1})
+        if twice:
+            raise FormatError(f"{path} has the column {twice[0]!r} twice; rename one")
+        records: list[tuple[int, Any]] = []
+        size, line = 0, rows.line_num + 1
+        for row in rows:
+            if row:
+                records.append((line, _csv_record(header, row)))
+                size += sum(map(len, row))
+            if size > BLOCK_BYTES or len(records) >= BLOCK_ROWS:
+                yield Block(str(path), name, line, records=records, position=file.tell())
+                records, size = [], 0
+            line = rows.line_num + 1
+    except csv.Error as error:
+        what = "a quote is opened and never closed" if "unexpected end" in str(error) else str(error)
+        raise FormatError(f"{path}, line {rows.line_num}: no {'CSV' if delimiter == ',' else 'TSV'}: {what}") from None
+    if records:
+        yield Block(str(path), name, line, records=records, position=file.tell())
+
+
+def _csv_record(header: list[str], row: list[str]) -> Any:
+    if len(row) != len(header):
+        return Unreadable(f"has {len(row)} fields where the header has {len(header)}", json.dumps(row))
+    return dict(zip(header, row, strict=True))
+
+
+def _json_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any) -> Iterator[Block]:
+    """The elements of one JSON list, found by the standard library's decoder in a window that moves over the file."""
+    to_text = codecs.getincrementaldecoder("utf-8")()
+    find_end = json.JSONDecoder().raw_decode
+    text, at, line, column, ended = "", 0, 1, 1, False
+
+    def more() -> None:
+        nonlocal text, at, line, column, ended
+        data = read(max(BLOCK_BYTES, len(text) - at))
+        newlines = text.count("\n", 0, at)
+        column = at - text.rindex("\n", 0, at) if newlines else column + at
+        line += newlines
+        try:
+            text, at, ended = text[at:] + to_text.decode(data, final=not data), 0, not data
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, data, line + text.count("\n", at), error.start) from None
+
+    def skip_space() -> str:
+        """Move to the next character that is no space and return it; "" at the end."""
+        nonlocal at
+        while True:
+            at = SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty text too
+            if at < len(text) or ended:
+                return text[at : at + 1]
+            more()
+
+    def fault(message: str, position: int) -> FormatError:
+        newlines = text.count("\n", 0, position)
+        where = position - text.rindex("\n", 0, position) if newlines else column + position
+        cut_off = ended and (message.startswith("Unterminated") or not text[position:].strip())
+        hint = "the file seems cut off" if cut_off else "correct the file there"
+        return FormatError(f"{path}, line {line + newlines}, column {where}: not JSON: {message}; {hint}")
+
+    def element_end() -> int:
+        while True:
+            try:
+                _, end = find_end(text, at)
+            except json.JSONDecodeError as error:
+                if ended:
+                    raise fault(error.msg, error.pos) from None
+            except ValueError as error:  # a number with thousands of digits
+                raise FormatError(f"{path}, line {line + text.count(chr(10), 0, at)}: {error}") from None
+            except RecursionError:
+                where = line + text.count("\n", 0, at)
+                raise FormatError(f"{path}, line {where}: nested too deeply to be instruction data") from None
+            else:
+                if end + 2 < len(text) or ended:  # else a number may go on, as after 1e+
+                    return end
+            if len(text) - at > MAX_RECORD_BYTES:
+                raise _too_long(path, f"the record that begins in line {line + text.count(chr(10), 0, at)}")
+            more()
+
+    more()
+    text = text.removeprefix("\ufeff")
+    first = skip_space()
+    if not first:
+        return
+    if first != "[":
+        end = element_end()
+        what = {"{": "object", '"': "text"}.get(first, "value")
+        text, at = text[end:], 0
+        if skip_space():
+            raise FormatError(
+                f"{path} holds several {what}s in a row; expected a list of records, or one a line (.jsonl)"
+            )
+        raise FormatError(f"{path} holds one {what}; expected a list of records")
+    at += 1
+    texts: list[str] = []
+    size = done = 0
+    closed = skip_space() == "]"
+    while not closed:
+        end = element_end()
+        texts.append(text[at:end])
+        size += end - at
+        at = end
+        following = skip_space()
+        closed = following == "]"
+        if not closed and following != ",":
+            raise fault("Expecting ',' delimiter", at)
+        if size > BLOCK_BYTES or closed:
+            yield Block(str(path), name, done, texts=texts, position=file.tell())
+            done += len(texts)
+            texts, size = [], 0
+        if not closed:
+            at += 1
+            skip_space()
+    at += 1
+    if skip_space():
+        raise fault("Extra data", at)
+
+
+def _parse(raw: bytes, path: str, line: int, cut_off: bool) -> Any:
+    """One JSON text. What orjson cannot tell apart or refuses (keys given twice, NaN) goes the slow way."""
+    try:
+        record = orjson.loads(raw)
+        keys = len(KEY.findall(raw))
+        if (type(record) is dict and keys == len(record)) or keys == _number_of_keys(record):
+            return record
+    except orjson.JSONDecodeError:
+        pass
+    except RecursionError:
+        raise FormatError(f"{path}, line {line}: nested too deeply to be instruction data") from None
+    try:
+        text = raw.decode()
+        json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except _KeyTwiceError as error:
+        return Unreadable(f"gives the key {error.args[0]!r} twice", text)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, raw, line, error.start) from None
+    except json.JSONDecodeError as error:
+        hint = "the file seems cut off" if cut_off else "correct or remove that line"
+        raise FormatError(f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}; {hint}") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise FormatError(f"{path}, line {line}: {error}") from None
+    except RecursionError:
+        raise FormatError(f"{path}, line {line}: nested too deeply to be instruction data") from None
+
+
+class _KeyTwiceError(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _KeyTwiceError(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+def _number_of_keys(value: Any) -> int:
+    number = len(value) if type(value) is dict else 0
+    for each in value.values() if type(value) is dict else value if type(value) is list else ():
+        if type(each) is dict or type(each) is list:
+            number += _number_of_keys(each)
+    return number
+
+
+def _parquet_blocks(path: Path, name: str) -> Iterator[Block]:
+    try:
+        with pq.ParquetFile(path) as file:
+            labels, done = _labels(file.schema_arrow), 0
+            for batch in file.iter_batches(batch_size=BLOCK_ROWS):
+                table = pa.Table.from_batches([batch])
+                yield Block(str(path), name, done, table=to_ipc(table), labels=labels)
+                done += len(batch)
+    except (OSError, pa.ArrowException) as error:
+        raise FormatError(f"{path} is cut off or no Parquet file: {error}") from None
+
+
+def _arrow_blocks(path: Path, name: str) -> Iterator[Block]:
+    try:
+        with pa.OSFile(str(path)) as file:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+            labels, done = _labels(reader.schema), 0
+            for batch in batches:
+                for start in range(0, len(batch), BLOCK_ROWS):
+                    table = pa.Table.from_batches([batch.slice(start, BLOCK_ROWS)])
+                    yield Block(str(path), name, done, table=to_ipc(table), labels=labels, position=file.tell())
+                    done += len(table)
+    except (OSError, pa.ArrowException) as error:
+        raise FormatError(f"{path} is cut off or no Arrow file: {error}") from None
+
+
+def _labels(schema: pa.Schema) -> dict[str, list[str]]:
+    """Names of the classes that Hugging Face's `datasets` wrote into the schema, by column."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}

@@ -1,0 +1,388 @@
+"""plan: what a training will take, from parameters and the model's configuration alone: no weights, no GPU.
+
+One step runs on PyTorch's meta device with the very modules, adapter and loss that `train` uses; what is allocated is
+added up, nothing is computed. In go `params.yaml` and, for steps and time, the dataset; out come parameters, memory by
+part, FLOPs, time and cost on a named GPU. A run that cannot fit is refused, with the changes that would make it fit.
+"""
+
+import math
+import warnings
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass as checked
+from ruamel.yaml import YAML
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from pipeline.params import Params, TrainParams
+from pipeline.progress import clock
+from pipeline.train import lora_config, training_sequences
+
+GIB = 2**30
+FREE_FRACTION = 0.92  # of a GPU's memory: the rest is the CUDA context and what the allocator cannot use
+GPUS = Path(__file__).parent.parent / "infra" / "gpus.yaml"
+
+
+class PlanError(ValueError):
+    """The run cannot fit, or there is no such GPU; the message says what would do."""
+
+
+@checked(config=ConfigDict(extra="forbid", frozen=True))
+class Gpu:
+    memory_gib: float
+    bf16_tflops: float  # dense
+    usd_per_hour: float
+    utilization: float  # fraction of bf16_tflops that adapter training reaches
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment of the peak."""
+
+    weights: int  # of the frozen base, quantised or not, with the quantiser's own constants
+    adapter: int
+    optimizer: int
+    activations: int  # kept from the forward pass through the layers
+    backward: int  # gradients, loss, and what is recomputed or passes by, at the worst moment
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.adapter + self.optimizer + self.activations + self.backward
+
+
+@dataclass(frozen=True)
+class Plan:
+    trainable_parameters: int
+    parameters: int
+    sequence_length: int  # tokens of the longest sequence of a micro-batch
+    memory: Memory
+    flops_per_token: float
+    tokens: int | None  # of the whole training; None without a dataset
+    steps: int | None
+    gpu: str | None
+    seconds: float | None
+    cost_usd: float | None
+
+
+def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) -> Plan:
+    """What `train` will take with `params`, on the GPU that infra/gpus.yaml calls `gpu`, or on a CPU.
+
+    Args:
+        dataset: the prepare stage's output, for the number of steps and the true longest row; None plans a step with a
+            row of `prepare.max_length` tokens.
+
+    Raises:
+        PlanError: no such GPU, no such model, or the run cannot fit into the GPU's memory.
+    """
+    card = None if gpu is None else _gpu(gpu)
+    config = _configuration(params)
+    length, tokens, sequences = _lengths(params, dataset)
+    made = _one_step(config, params.train, length, on_gpu=card is not None)
+    steps = None
+    if sequences is not None:
+        per_step = params.train.per_device_train_batch_size * params.train.gradient_accumulation_steps
+        each = math.ceil(sequences / per_step)
+        steps = (
+            params.train.max_steps if params.train.max_steps > 0 else math.ceil(each * params.train.num_train_epochs)
+        )
+        tokens = round(tokens * steps / each)
+    seconds = cost = None
+    if card is not None and steps is not None:
+        seconds = made.flops_per_token * tokens / (card.bf16_tflops * 1e12 * card.utilization)
+        cost = seconds / 3600 * card.usd_per_hour
+    if card is not None and gpu is not None and made.memory.peak > card.memory_gib * GIB * FREE_FRACTION:
+        raise PlanError(_too_large(config, params.train, length, made.memory, gpu, card))
+    return Plan(
+        made.trainable_parameters, made.parameters, length, made.memory, made.flops_per_token,
+        tokens if steps is not None else None, steps, gpu, seconds, cost,
+    )  # fmt: skip
+
+
+def describe(plan: Plan) -> str:
+    """The plan as lines for a terminal."""
+    memory = plan.memory
+    parts = {
+        "weights of the base": memory.weights,
+        "adapter": memory.adapter,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "gradients, loss, passing by": memory.backward,
+        "peak": memory.peak,
+    }
+    share = plan.trainable_parameters / plan.parameters
+    lines = [
+        f"parameters   {plan.parameters:,}, of which {plan.trainable_parameters:,} are trained ({share:.2%})",
+        f"memory       one micro-batch with a sequence of {plan.sequence_length:,} tokens",
+        *(f"             {size / GIB:7.2f} GiB  {name}" for name, size in parts.items()),
+        f"work         {plan.flops_per_token / 1e9:,.3g} GFLOP a token",
+    ]
+    if plan.steps is None:
+        lines.append("steps        not known before there is a dataset; `dvc repro prepare` makes it")
+    else:
+        lines.append(f"steps        {plan.steps:,}, {plan.tokens:,} tokens")
+    if plan.seconds is not None:
+        lines.append(f"time         about {clock(plan.seconds)} on a {plan.gpu}, {plan.cost_usd:,.2f} USD")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Step:
+    trainable_parameters: int
+    parameters: int
+    memory: Memory
+    flops_per_token: float
+
+
+def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu: bool) -> _Step:
+    """Forward and backward of one micro-batch on the meta device, counted."""
+    dtype = torch.bfloat16 if on_gpu else torch.float32  # as model.compute_dtype
+    attention = _Attention(on_gpu)
+    AttentionInterface.register("counted", attention)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="counted")
+        model.requires_grad_(False)
+        quantised = _quantise(model) if params.load_in_4bit else []
+        weights = sum(_packed_bytes(m.weight, params) for m in quantised)
+        packed = {id(m.weight) for m in quantised}
+        weights += sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in packed)
+        weights += sum(b.numel() * b.element_size() for b in model.buffers())
+        tuned = get_peft_model(model, lora_config(params), autocast_adapter_dtype=False)
+        adapter = [p for p in tuned.parameters() if p.requires_grad]
+        # As TRL and PEFT make them; in the step itself autocast computes in `dtype` whatever they are kept in.
+        adapter_bytes = sum(p.numel() for p in adapter) * (2 if on_gpu and params.load_in_4bit else 4)
+        tuned.train()
+        if params.gradient_checkpointing:
+            # The other kind keeps as much (test_plan measures it), but its bookkeeping leaks on the meta device.
+            tuned.gradient_checkpointing_enable({"use_reentrant": True})
+            tuned.enable_input_require_grads()
+        live = _Live([*tuned.parameters(), *tuned.buffers()])
+        shape = (params.per_device_train_batch_size, length)
+        if params.packing:  # padding-free: one row of all tokens
+            shape = (1, shape[0] * shape[1])
+        inputs = {
+            "input_ids": torch.zeros(shape, dtype=torch.long),
+            "position_ids": torch.zeros(shape, dtype=torch.long),
+        }
+        activations = 0
+
+        def end_of_layers(*_: Any) -> None:
+            nonlocal activations
+            activations = live.now
+
+        model.base_model.register_forward_hook(end_of_layers)
+        with FlopCounterMode(display=False) as flops, live:
+            for _ in range(min(params.gradient_accumulation_steps, 2)):  # from the second on, gradients are there
+                hidden = tuned.get_base_model().base_model(**inputs, use_cache=False).last_hidden_state
+                head = model.get_output_embeddings()
+                _TiledLoss.apply(hidden.flatten(0, 1), head.weight, not on_gpu).backward()
+    state = {"adamw_torch": 2 * adapter_bytes, "paged_adamw_8bit": 2 * sum(p.numel() for p in adapter)}
+    passes = min(params.gradient_accumulation_steps, 2)
+    head = model.get_output_embeddings().weight.numel()
+    per_token = (flops.get_total_flops() + attention.flops) / passes / math.prod(shape) + 3 * 2 * head
+    return _Step(
+        trainable_parameters=sum(p.numel() for p in adapter),
+        parameters=sum(p.numel() for p in tuned.parameters()),
+        memory=Memory(weights, adapter_bytes, state[params.optim], activations, live.peak - activations),
+        flops_per_token=per_token,
+    )
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the bytes of all storages that live; those of `known` tensors do not count."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False  # "are these rows unpacked?", asked of a tensor without values: the mask is made
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, key)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+class _Attention:
+    """Attention as fused kernels keep it: q, k, v, the output and a sum a query; never the score matrix."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu, self.flops = on_gpu, 0.0
+
+    def __call__(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **settings: Any
+    ) -> tuple[torch.Tensor, None]:
+        groups = query.shape[1] // key.shape[1]
+        bias = None
+        if mask is not None:  # scaled_dot_product_attention then takes whole heads, and the mask as numbers
+            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+            bias = torch.empty(mask.shape, dtype=query.dtype, device=query.device)
+        scores = None
+        if settings.get("dropout") and not self.on_gpu:  # no fused kernel on a CPU: scores, dropout mask and product
+            scores = torch.empty((3, *query.shape[:3], key.shape[2]), dtype=query.dtype, device=query.device)
+        out = _FusedAttention.apply(query, key, value, bias, scores, self)
+        return out.transpose(1, 2).contiguous(), None
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, bias: Any, scores: Any, counter: _Attention) -> torch.Tensor:
+        out, sums = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, out, sums, bias, scores)
+        ctx.counter, ctx.flops = counter, 4 * q.numel() * k.shape[2]  # 2 products of 2 · T · T · d a head
+        counter.flops += ctx.flops
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        q, k, v, *_ = ctx.saved_tensors
+        ctx.counter.flops += 2.5 * ctx.flops
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None, None
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Cross-entropy from hidden states (N, D) and head (V, D) without the logits, tile by tile, as TRL 1.16 does it."""
+
+    TOKENS, VOCABULARY = 4096, 32768  # of a tile
+    COPIES = 8  # float32 copies of a tile that live at once in the backward pass where no Triton kernel works in place
+
+    @staticmethod
+    def _tile(hidden: torch.Tensor, head: torch.Tensor, copies: bool) -> list[torch.Tensor]:
+        shape = (min(len(hidden), _TiledLoss.TOKENS), _TiledLoss.VOCABULARY)
+        used = (shape[0], min(shape[1], len(head)))
+        extra = [torch.empty(used, device=hidden.device) for _ in range(_TiledLoss.COPIES)] if copies else []
+        return [torch.empty(shape, dtype=hidden.dtype, device=hidden.device), *extra]
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, copies: bool) -> torch.Tensor:
+        _TiledLoss._tile(hidden, head, copies)
+        ctx.save_for_backward(hidden)
+        ctx.head, ctx.copies = head, copies
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        [hidden] = ctx.saved_tensors
+        gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        _TiledLoss._tile(hidden, ctx.head, ctx.copies)
+        return gradient.to(hidden.dtype), None, None
+
+
+def _forward_unpacking(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+    return _UnpackedProduct.apply(x, weight, layer.bias)
+
+
+class _UnpackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        ctx.weight = weight
+        return F.linear(x, torch.empty(weight.shape, dtype=x.dtype, device=x.device), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        [gradient] = gradients
+        unpacked = torch.empty(ctx.weight.shape, dtype=gradient.dtype, device=gradient.device)
+        return gradient @ unpacked, None, None
+
+
+def _quantise(model: PreTrainedModel) -> list[torch.nn.Linear]:
+    kept = get_keys_to_not_convert(model)
+    quantised = []
+    for name, module in model.named_modules():
+        if type(module) in (torch.nn.Linear, Conv1D) and not any(name == k or name.startswith(f"{k}.") for k in kept):
+            # bitsandbytes unpacks the weight for each product
+            module.forward = MethodType(_forward_unpacking, module)
+            quantised.append(module)
+    return quantised
+
+
+def _packed_bytes(weight: torch.Tensor, params: TrainParams) -> int:
+    """Half a byte a weight, and a constant for each 64 (QLoRA, Dettmers et al. 2023, section 3)."""
+    blocks = math.ceil(weight.numel() / 64)
+    constants = blocks + 4 * math.ceil(blocks / 256) if params.bnb_4bit_use_double_quant else 4 * blocks
+    return math.ceil(weight.numel() / 2) + constants
+
+
+def _gpu(name: str) -> Gpu:
+    known = TypeAdapter(dict[str, Gpu]).validate_python(YAML(typ="safe").load(GPUS.read_text(encoding="utf-8")))
+    if name not in known:
+        raise PlanError(f"{name} is no GPU of infra/gpus.yaml; it has {', '.join(known)}: add yours there")
+    return known[name]
+
+
+def _configuration(params: Params) -> PreTrainedConfig:
+    name = params.prepare.model_name_or_path
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=params.prepare.model_revision, trust_remote_code=params.prepare.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise PlanError(f"no model configuration could be read from {name}: {str(error).splitlines()[0]}") from None
+
+
+def _lengths(params: Params, dataset: Path | None) -> tuple[int, int, int | None]:
+    """Tokens of the longest sequence, tokens of an epoch, sequences of an epoch (None: no dataset)."""
+    packed = params.train.packed_length if params.train.packing else 0
+    if dataset is None:
+        return max(packed, params.prepare.max_length), 0, None
+    lengths = [len(ids) for ids in training_sequences(dataset / "train.parquet", params.train)["input_ids"]]
+    return max(packed, *lengths), sum(lengths), len(lengths)
+
+
+def _too_large(config: PreTrainedConfig, params: TrainParams, length: int, memory: Memory, name: str, gpu: Gpu) -> str:
+    room = gpu.memory_gib * GIB * FREE_FRACTION
+    changes: list[dict[str, Any]] = [
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 1},
+        {"load_in_4bit": True},
+        {"optim": "paged_adamw_8bit"},
+    ]
+    made, would = params, []
+    for change in changes:  # one on top of the other, the cheapest in quality and time first
+        if all(getattr(made, key) == value for key, value in change.items()):
+            continue
+        made = made.model_copy(update=change)
+        would.append(", ".join(f"train.{key}: {str(value).lower()}" for key, value in change.items()))
+        peak = _one_step(config, made, length, on_gpu=True).memory.peak
+        if peak <= room:
+            return (
+                f"this training needs {memory.peak / GIB:.1f} GiB and a {name} has {room / GIB:.1f} to give; "
+                f"with {' and '.join(would)} it needs {peak / GIB:.1f}"
+            )
+    for shorter in (length // 2, length // 4, length // 8):
+        peak = _one_step(config, made, shorter, on_gpu=True).memory.peak
+        if peak <= room:
+            keys = "prepare.max_length and train.packed_length" if params.packing else "prepare.max_length"
+            return (
+                f"this training needs {memory.peak / GIB:.1f} GiB and a {name} has {room / GIB:.1f} to give; with "
+                f"{' and '.join([*would, f'{keys} of {shorter} at most'])} it needs {peak / GIB:.1f}"
+            )
+    return (
+        f"this training needs {memory.peak / GIB:.1f} GiB and a {name} has {room / GIB:.1f} to give; no setting makes "
+        f"it fit (weights alone take {memory.weights / GIB:.1f}): choose a larger GPU of infra/gpus.yaml"
+    )

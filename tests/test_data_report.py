@@ -1,0 +1,234 @@
+"""The data report: it adds up, says the same however it was counted, and nothing in the data can act in it."""
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data_pages import Histogram, render, table
+from pipeline.data_report import EXAMPLES, MOST_KEYS, OTHER, DataReportError, DataStats, Report, excerpt, write_report
+from pipeline.files import read_json
+
+HOSTILE = (
+    "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1))"
+)
+MAX_LENGTH = 64
+
+
+def row_id(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()[:16]
+
+
+def turns(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+
+
+def count(stats: DataStats, number: int) -> None:
+    """One row, whose fate follows from its number."""
+    stats.add_read(f"format{number % 2}", f"file{number % 3}", 1)
+    source = f"file{number % 3}:{number}"
+    if number % 4 == 0:
+        stats.add_dropped(f"reason {number % 8}", source, turns(f"text {number}"))
+        stats.add_duplicate("exact", source, "file0:1", 1.0, turns("a"), turns("b"))
+        return
+    if number % 7 == 0:
+        stats.add_repaired(["put right"], source, turns(f"text {number}"))
+    split = "test" if number % 5 == 0 else "train"
+    length = number % MAX_LENGTH + 1
+    stats.add_kept(split, [row_id(number)], [f"task {number % 3}"], [length], [length // 2], ["en"])
+
+
+def finished(stats: DataStats) -> Report:
+    return stats.report(MAX_LENGTH, "0" * 64, [("user says ", False), ("yes", True)])
+
+
+@pytest.fixture
+def full() -> Report:
+    """A report with everything in it, every text of it hostile."""
+    stats = DataStats()
+    stats.add_read(HOSTILE, HOSTILE, 7)
+    stats.add_kept("train", [row_id(1), row_id(2)], [HOSTILE] * 2, [10, 60], [5, 30], [HOSTILE, "en"])
+    stats.add_kept("validation", [row_id(3)], ["code"], [10], [5], ["en"])
+    stats.add_kept("test", [row_id(4)], ["code"], [10], [5], ["zh"])
+    stats.add_repaired([HOSTILE], HOSTILE, turns(HOSTILE))
+    for reason in (HOSTILE, "exact duplicate of an earlier row", "longer than prepare.max_length"):
+        stats.add_dropped(reason, HOSTILE, turns(HOSTILE + " a@b.org"))
+    stats.add_duplicate(HOSTILE, HOSTILE, HOSTILE, 0.93, turns(HOSTILE), turns(HOSTILE))
+    return stats.report(MAX_LENGTH, "0" * 64, [(f"```{HOSTILE}\n", False), ("answer", True)])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 500), min_size=60, max_size=90), st.lists(st.integers(0, 60), max_size=4))
+def test_parts_merged_in_order_say_what_one_pass_says(numbers: list[int], cuts: list[int]) -> None:
+    whole = DataStats()
+    for number in numbers:
+        count(whole, number)
+    merged = DataStats()
+    edges = [0, *sorted(cuts), len(numbers)]
+    for start, end in itertools.pairwise(edges):
+        part = DataStats()
+        for number in numbers[start:end]:
+            count(part, number)
+        merged.merge(DataStats.from_state(json.loads(json.dumps(part.state()))))
+    assert finished(merged) == finished(whole)
+
+
+def test_the_numbers_are_those_of_the_rows() -> None:
+    stats = DataStats()
+    for number in range(1, 201):
+        count(stats, number)
+    report = finished(stats)
+    kept = [number for number in range(1, 201) if number % 4]
+    train = [number for number in kept if number % 5]
+    lengths = sorted(number % MAX_LENGTH + 1 for number in train)
+    assert report["rows_in"] == 200
+    assert report["rows"] == {"train": len(train), "validation": 0, "test": len(kept) - len(train)}
+    assert sum(report["dropped"].values()) == 200 - len(kept)
+    assert report["train_tokens"] == {
+        "total": sum(lengths),
+        "trained": sum(length // 2 for length in lengths),
+        "median_per_row": lengths[len(lengths) // 2],
+        "max_per_row": lengths[-1],
+    }
+    assert sum(report["lengths"]["train"].values()) == len(train)
+    assert all(len(examples) <= EXAMPLES for examples in report["dropped_examples"].values())
+    assert list(report["dropped"].values()) == sorted(report["dropped"].values(), reverse=True)
+
+
+def test_a_row_that_is_neither_kept_nor_dropped_is_no_report() -> None:
+    stats = DataStats()
+    stats.add_read("alpaca", "rows.json", 3)
+    stats.add_kept("train", [row_id(1)], ["default"], [5], [2])
+    stats.add_dropped("a row is a list", "rows.json:[1]", [])
+    with pytest.raises(DataReportError, match="3 rows came in, but 1 are kept and 1 dropped"):
+        finished(stats)
+
+
+def test_memory_stays_bounded_whatever_the_data_calls_itself() -> None:
+    stats, other = DataStats(), DataStats()
+    for number in range(MOST_KEYS + 50):
+        stats.add_read("a", f"file {number}", 1)
+        stats.add_dropped(f"reason {number}", "f", "x" * 100_000)
+        other.add_read("a", f"another file {number}", 1)
+        other.add_dropped(f"another reason {number}", "f", "y")
+    stats.merge(other)
+    report = finished(stats)
+    assert len(report["dropped"]) == len(report["sources"]) == MOST_KEYS + 1
+    assert report["dropped"][OTHER] == MOST_KEYS + 100
+    assert sum(map(len, report["dropped_examples"].values())) <= EXAMPLES * (MOST_KEYS + 1)
+
+
+def test_the_example_and_the_excerpts_hold_no_personal_data() -> None:
+    stats = DataStats()
+    stats.add_read("a", "f", 1)
+    stats.add_dropped("reason", "f:1", turns("mail a@b.org or 13800138000 " + "word " * 500))
+    report = stats.report(MAX_LENGTH, "0" * 64, [("mail a@b.org", False)])
+    assert report["example"] == "mail <EMAIL>"
+    (example,) = report["dropped_examples"]["reason"]
+    assert example["text"].startswith("user: mail <EMAIL> or <PHONE> word")
+    assert len(example["text"]) <= 600
+
+
+@pytest.mark.parametrize("record", [None, 5, "x", [], [1], {"a": float("nan")}, [{"role": "user"}], {"a": b"\xff"},
+                                    [{"role": "user", "content": "\x00\x1b[31m\u202e"}]])  # fmt: skip
+def test_any_record_has_an_excerpt_that_a_terminal_can_show(record: Any) -> None:
+    assert all(character.isprintable() or character == "\n" for character in excerpt(record))
+
+
+def test_nothing_of_the_data_is_markup(full: Report, tmp_path: Path) -> None:
+    write_report(full, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "<img" not in page and 'onerror="' not in page
+    assert page.count("&lt;script&gt;") >= 8
+    text = (tmp_path / "report.md").read_text()
+    outside_code = re.sub(r"^````\n.*?^````$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert "````" in text and not re.search(r"(?<!\\)<(?:script|img)", outside_code)
+    assert "](javascript" not in outside_code.replace("\\]", "")
+
+
+def test_the_page_needs_nothing_from_elsewhere(full: Report) -> None:
+    page = render(full, "report.html")
+    assert "default-src 'none'" in page
+    assert not re.search(
+        r"<(?:script|link|iframe|object)\b|@import|url\(|\bsrc=|href=", re.sub("&lt;.*?&gt;", "", page)
+    )
+
+
+def test_the_same_rows_give_the_same_bytes(full: Report, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_report(full, tmp_path / folder)
+    for name in ("report.json", "report.md", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    # Read back, keys in another order, it is the same page: the diff shows the report of an earlier commit so.
+    again = read_json(tmp_path / "a" / "report.json")
+    assert render(again, "report.html") == (tmp_path / "a" / "report.html").read_text()
+
+
+def test_an_empty_dataset_has_a_page() -> None:
+    report = DataStats().report(MAX_LENGTH, "0" * 64, [])
+    assert "0 rows came in" in render(report, "report.html")
+    assert "0 rows came in" in render(report, "report.md")
+
+
+def test_the_limit_stands_where_its_tokens_are() -> None:
+    histogram = Histogram({"32": 4, "64": 2}, 64)
+    assert histogram.limit == 62.5  # the right edge of the fifth of eight bars
+    assert [tokens for tokens, _ in histogram.ticks] == [32, 64]
+    assert [bar["height"] for bar in histogram.bars if bar["rows"]] == [100, 50]
+    assert Histogram({"32": 4}, 100_000).limit is None
+    middle = Histogram({"32": 4, "1024": 1}, 181).limit
+    assert middle is not None and 50 < middle < 60
+
+
+def test_small_tasks_share_a_line() -> None:
+    lines = table({"train": {f"task {n:02}": 100 - n for n in range(20)}, "test": {"task 00": 1}})
+    assert len(lines) == 13
+    assert lines[0] == ("task 00", {"train": (100, pytest.approx(100 * 100 / 1810)), "test": (1, 100)})
+    assert lines[-1][0] == "8 more"
+    assert sum(cells["train"][0] for _, cells in lines) == 1810
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+FRAME = """<html><body><script>
+const frame = document.createElement("iframe");
+frame.style = "width: %dpx; height: 900px; border: 0";
+frame.srcdoc = %s;
+frame.onload = () => { const page = frame.contentDocument; document.title = JSON.stringify({
+  title: page.title, width: page.documentElement.scrollWidth, room: page.documentElement.clientWidth,
+  headings: [...page.querySelectorAll("h1, h2")].map(h => h.textContent.trim()),
+  bars: [...page.querySelectorAll("rect")].filter(bar => bar.getBoundingClientRect().height > 5).length,
+}); };
+document.body.append(frame);
+</script></body></html>"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_a_phone_and_runs_no_script_of_the_data(full: Report, tmp_path: Path, width: int) -> None:
+    full["rows"]["train"] = 123_456_789
+    page = render(full, "report.html").replace('http-equiv="Content-Security-Policy"', "")  # escaping has to suffice
+    literal = json.dumps(page.replace("<details>", "<details open>")).replace("</", "<\\/")
+    (tmp_path / "frame.html").write_text(FRAME % (width, literal))
+    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    command += " --disable-background-networking --disable-component-update --virtual-time-budget=3000 --dump-dom"
+    arguments = [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", f"file://{tmp_path}/frame.html"]
+    ran = subprocess.run([*command.split(), *arguments], capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>(.*?)</title>", ran.stdout)
+    assert found is not None, ran.stderr[-2000:]
+    seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert seen["title"] == "Data report"  # and not "owned"
+    assert seen["width"] <= seen["room"] <= width
+    assert seen["bars"] == 4
+    assert seen["headings"] == [
+        "Data report", "Token lengths of training rows", "Tasks", "Languages", "Dropped: 3 rows", "Repaired: 1",
+        "Duplicates", "One training row as the model sees it", "Where the rows come from",
+    ]  # fmt: skip

@@ -1,0 +1,234 @@
+"""Near duplicates against brute force on planted copies; the greedy rule, the test split's protection, and cost."""
+
+import random
+import tracemalloc
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from pipeline.duplicates import DuplicatesError, NearDuplicates, banding, near_duplicates
+from pipeline.shingles import LANES, SIGNATURE, jaccard, shingle_sets, signatures
+
+ENGLISH = [f"{a}{b}" for a in ("ba", "co", "di", "fu", "ge", "lo", "mi") for b in ("rn", "st", "lt", "nd", "mp", "ck")]
+CHINESE = [chr(code) for code in range(0x4E00, 0x4E00 + 400)]
+
+
+def written(draw: random.Random, chinese: bool, length: int) -> list[str]:
+    return draw.choices(CHINESE if chinese else ENGLISH, k=length)
+
+
+def edited(draw: random.Random, words: Sequence[str], chinese: bool, edits: int) -> list[str]:
+    """A copy with words replaced, inserted, deleted, or two parts swapped."""
+    copy = list(words)
+    for _ in range(edits):
+        at, how = draw.randrange(len(copy)), draw.choice(("replace", "replace", "insert", "delete", "reorder"))
+        if how == "replace":
+            copy[at] = written(draw, chinese, 1)[0]
+        elif how == "insert":
+            copy[at:at] = written(draw, chinese, 1)
+        elif how == "delete" and len(copy) > 5:
+            del copy[at]
+        elif how == "reorder":
+            copy = copy[at:] + copy[:at]
+    return copy
+
+
+def planted(draw: random.Random, originals: int) -> list[str]:
+    """Texts in both languages, each with up to three copies that are edited more or less."""
+    texts = []
+    for _ in range(originals):
+        chinese = draw.random() < 0.5
+        words = written(draw, chinese, draw.randint(4, 160))
+        rows = [words, *(edited(draw, words, chinese, draw.choice((0, 1, 2, 4, 9))) for _ in range(draw.randint(0, 3)))]
+        texts += [("" if chinese else " ").join(row) for row in rows]
+    draw.shuffle(texts)
+    return texts
+
+
+def search(
+    texts: Sequence[str],
+    threshold: float = 0.8,
+    rank: Sequence[int] | None = None,
+    protected: Sequence[int] = (),
+    known: np.ndarray | None = None,
+) -> NearDuplicates:
+    is_protected = np.zeros(len(texts), dtype=bool)
+    is_protected[list(protected)] = True
+
+    def text_of(rows: np.ndarray) -> list[str]:
+        assert len(rows) <= 512 and (np.diff(rows) > 0).all()
+        return [texts[row] for row in rows]
+
+    ranks = np.arange(len(texts)) if rank is None else np.array(rank)
+    return near_duplicates(signatures(texts), text_of, ranks, is_protected, threshold, known)
+
+
+def seeded() -> random.Random:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def compared() -> tuple[list[str], np.ndarray]:
+    """Texts with planted copies, and the similarity of each with each, (N, N)."""
+    texts = planted(seeded(), 300)
+    sets = shingle_sets(texts)
+    return texts, np.array(
+        [[jaccard(left, right) for right in sets[:row]] + [0.0] * (len(sets) - row) for row, left in enumerate(sets)]
+    )
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.65, 0.8, 0.9, 0.95])
+def test_planted_copies_are_found_and_nothing_else(compared: tuple[list[str], np.ndarray], threshold: float) -> None:
+    texts, similar = compared
+    copies = np.zeros(len(texts), dtype=bool)
+    for row in range(len(texts)):  # the greedy rule with every pair compared
+        copies[row] = (similar[row, :row][~copies[:row]] >= threshold).any()
+    result = search(texts, threshold)
+    found = result.duplicate_of >= 0
+    originals = result.duplicate_of[found]
+    assert (originals < np.flatnonzero(found)).all() and not found[originals].any()
+    assert (result.jaccard[found] == similar[np.flatnonzero(found), originals]).all()
+    assert (result.jaccard[found] >= threshold).all()
+    recall, precision = (copies & found).sum() / copies.sum(), (copies & found).sum() / found.sum()
+    print(f"{len(texts)} rows, {copies.sum()} copies: precision {precision:.3f}, recall {recall:.3f}")
+    assert copies.sum() > 50
+    assert precision >= 0.95 and recall >= 0.95
+
+
+@pytest.mark.parametrize("threshold", [0.3, *np.arange(50, 101, 5) / 100])
+def test_the_bands_find_95_percent_at_every_threshold(threshold: float) -> None:
+    bands, width = banding(threshold)
+    assert bands * width <= LANES
+    for near in np.linspace(threshold, 1, 20):
+        assert 1 - (1 - near**width) ** bands >= 0.95
+
+
+@pytest.mark.parametrize("threshold", [-1, 0.29, 1.01, float("nan")])
+def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
+    with pytest.raises(DuplicatesError, match="must lie within 0.3 and 1"):
+        search(["a"], threshold)
+
+
+def test_the_result_does_not_depend_on_the_order_of_the_rows() -> None:
+    draw = seeded()
+    texts = sorted(set(planted(draw, 150)))
+    protected = draw.sample(range(len(texts)), 60)
+    ranks = draw.sample(range(len(texts)), len(texts))
+    first = search(texts, rank=ranks, protected=protected)
+    moved = draw.sample(range(len(texts)), len(texts))  # the row that stands at each place
+    place = {row: at for at, row in enumerate([*moved])} | {-1: -1}
+    second = search(
+        [texts[row] for row in moved], rank=[ranks[row] for row in moved], protected=[place[row] for row in protected]
+    )
+    assert [place[row] for row in first.duplicate_of[moved].tolist()] == second.duplicate_of.tolist()
+    assert [place[row] for row in first.cluster[moved].tolist()] == second.cluster.tolist()
+
+
+def test_of_two_copies_the_row_of_lower_rank_is_kept() -> None:
+    texts = ["the same words in this row as there", "The same words in this row, as there!"]
+    assert search(texts, rank=[1, 2]).duplicate_of.tolist() == [-1, 0]
+    assert search(texts, rank=[2, 1]).duplicate_of.tolist() == [1, -1]
+
+
+def test_a_row_near_to_a_dropped_row_alone_is_kept() -> None:
+    words = [f"w{n}" for n in range(60)]
+    steps = [" ".join(words[:40]), " ".join(words[3:43]), " ".join(words[6:46])]
+    assert search(steps, 0.8).duplicate_of.tolist() == [-1, 0, -1]
+    assert search(steps, 0.7).duplicate_of.tolist() == [-1, 0, 0]
+
+
+def test_rows_of_the_test_split_stay_and_what_is_near_to_them_is_reported() -> None:
+    draw = seeded()
+    texts = planted(draw, 150)
+    protected = draw.sample(range(len(texts)), len(texts) // 4)
+    result = search(texts, rank=[-row for row in range(len(texts))], protected=protected)
+    assert (result.duplicate_of[protected] == -1).all()
+    assert np.isnan(result.jaccard[protected]).all()
+    sets = shingle_sets(texts)
+    leaks = {
+        row
+        for row in set(range(len(texts))) - set(protected)
+        if any(jaccard(sets[row], sets[other]) >= 0.8 for other in protected)
+    }
+    reported = {row for row in range(len(texts)) if result.duplicate_of[row] in set(protected)}
+    assert reported <= leaks
+    assert len(reported) >= 0.95 * len(leaks) > 20
+    assert len(leaks & set(np.flatnonzero(result.duplicate_of == -1).tolist())) <= 0.05 * len(leaks)
+
+
+def test_near_copies_within_the_test_split_share_a_cluster() -> None:
+    words = [f"w{n}" for n in range(60)]
+    chain = [" ".join(words[at : at + 40]) for at in (0, 3, 6)]
+    texts = [*chain, "something else that is in the test split", "not in the test split at all", chain[2]]
+    result = search(texts, rank=[3, 2, 1, 0, 0, 9], protected=[0, 1, 2, 3, 5])
+    assert result.cluster.tolist() == [2, 2, 2, 3, -1, 2]
+    assert (result.duplicate_of == -1).all()
+
+
+def test_what_is_known_is_not_compared_again() -> None:
+    draw = seeded()
+    texts = planted(draw, 200)
+    before = search(texts, protected=range(0, len(texts), 10))
+    again = search(texts, protected=range(0, len(texts), 10), known=before.pairs)
+    assert before.compared > 100
+    assert again.compared == 0
+    assert (again.duplicate_of == before.duplicate_of).all()
+    assert (again.pairs == before.pairs).all()
+    more = search([*texts, texts[0] + " more"], protected=range(0, len(texts), 10), known=before.pairs)
+    assert more.compared < 10
+
+
+@pytest.mark.parametrize("shape", ["equal", "near", "boilerplate", "chain", "test split"])
+def test_cost_is_linear_whatever_the_rows_are(shape: str) -> None:
+    """Comparisons a row, which are the cost that could explode, for rows of which each is a candidate for each."""
+    words = [f"w{n}" for n in range(100)]
+    shapes = {
+        "equal": lambda row: words,
+        "near": lambda row: [*words, str(row)],
+        "boilerplate": lambda row: [*words, *(f"x{row}y{n}" for n in range(16))],
+        "chain": lambda row: [f"w{row * 3 + n}" for n in range(60)],
+        "test split": lambda row: [*words, str(row)],
+    }
+    compared = []
+    for rows in (500, 2000):
+        texts = [" ".join(shapes[shape](row)) for row in range(rows)]
+        result = search(texts, protected=range(0, rows, 2) if shape == "test split" else ())
+        dropped = int((result.duplicate_of >= 0).sum())
+        if shape in ("equal", "near"):
+            assert dropped == rows - 1
+        if shape == "test split":
+            assert dropped == rows / 2 and set(result.cluster.tolist()) == {0, -1}
+        if shape == "boilerplate":
+            assert dropped == 0 and result.crowded > 0
+        compared.append(result.compared)
+    assert compared[1] <= 5 * compared[0]
+    assert compared[1] <= 32 * 2000
+
+
+def test_a_hundred_thousand_copies_of_one_row_are_found_without_reading_them() -> None:
+    rows = np.repeat(signatures(["one row that somebody pasted over and over"]), 100_000)
+    result = near_duplicates(rows, lambda _: pytest.fail("read"), np.arange(100_000)[::-1], rows["content"] == 0, 0.8)
+    assert (result.duplicate_of[:-1] == 99_999).all() and result.duplicate_of[-1] == -1
+    assert (result.jaccard[:-1] == 1).all()
+
+
+def test_the_search_takes_at_most_300_bytes_a_row() -> None:
+    draw = np.random.default_rng(0)
+    rows = np.zeros(30_000, SIGNATURE)
+    rows["content"] = np.arange(len(rows))
+    rows["minima"] = draw.integers(0, 1 << 16, rows["minima"].shape)
+    rows["minima"][: len(rows) // 2, :40] = rows["minima"][len(rows) // 2 :, :40]  # each shares buckets with another
+    tracemalloc.start()
+    near_duplicates(rows, lambda _: pytest.fail("read"), np.arange(len(rows)), rows["content"] % 10 == 0, 0.8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / len(rows) < 300
+
+
+def test_no_rows_have_no_duplicates() -> None:
+    result = search([])
+    assert result.duplicate_of.shape == result.jaccard.shape == result.cluster.shape == (0,)
+    assert search(["alone"]).duplicate_of.tolist() == [-1]

@@ -1,0 +1,135 @@
+"""`retune inspect`: what is shown is what the model sees, and every row has its verdict."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import retune, with_, write_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.formats import FormatError
+from pipeline.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
+from pipeline.params import Params
+from pipeline.template import ChatTemplate, load_template
+
+
+@pytest.fixture(scope="module")
+def template(params: Params) -> ChatTemplate:
+    return load_template(params.prepare)[0]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    records = [
+        {"instruction": "What is red?", "input": "", "output": "A colour."},
+        {"instruction": "What is <|im_end|>?", "input": "", "output": "A token.", "task": "tokens"},
+        {"instruction": "Nothing", "input": "", "output": ""},
+        {"instruction": "long " * 400, "input": "", "output": "short"},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_a_prepared_row_is_shown_with_all_its_tokens_and_what_is_trained(dataset: Path) -> None:
+    [shown] = inspect_dataset(dataset, "train", 3, None, None, 1)
+    record = pq.read_table(dataset / "train.parquet").slice(3, 1).to_pylist()[0]
+    assert [number for token in shown.tokens for number in token.ids] == record["input_ids"]
+    assert shown.trained == sum(label != -100 for label in record["labels"])
+    assert (shown.place, shown.id, shown.task, shown.length) == (
+        "train row 3", record["id"], record["task"], len(record["input_ids"])
+    )  # fmt: skip
+
+
+def test_a_test_row_is_shown_as_prompt_and_reference(dataset: Path) -> None:
+    [shown] = inspect_dataset(dataset, "test", None, None, None, 1)
+    record = pq.read_table(dataset / "test.parquet").slice(0, 1).to_pylist()[0]
+    assert "".join(token.text for token in shown.tokens) == record["prompt"]
+    assert (shown.reference, shown.trained) == (record["reference"], 0)
+    assert f"expected: {record['reference']}" in as_text(shown, colour=False).plain
+
+
+def test_a_row_is_found_by_its_id(dataset: Path) -> None:
+    wanted = pq.read_table(dataset / "train.parquet").column("id")[5].as_py()
+    [shown] = inspect_dataset(dataset, "train", None, wanted, None, 3)
+    assert (shown.id, shown.place) == (wanted, "train row 5")
+
+
+@pytest.mark.parametrize(
+    ("row", "id", "task", "what"),
+    [
+        (10**6, None, None, "there is no row 1000000 in the train split"),
+        (None, "none", None, "no row of the train split has id none"),
+        (None, None, "none", "no row of the train split has task none; it has default"),
+    ],
+)
+def test_a_row_that_is_not_there_is_an_error(
+    dataset: Path, row: int | None, id: str | None, task: str | None, what: str
+) -> None:
+    with pytest.raises(InspectionError, match=what):
+        inspect_dataset(dataset, "train", row, id, task, 1)
+
+
+def test_a_missing_dataset_names_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(InspectionError, match=r"train\.parquet does not exist; run `dvc repro prepare`, or name"):
+        inspect_dataset(tmp_path, "train", None, None, None, 1)
+
+
+def test_a_file_is_shown_as_it_would_be_prepared_with_a_verdict_on_each_row(params: Params, rows: Path) -> None:
+    kept, repaired, dropped, overlong = inspect_file(params, rows, None, None, 10)
+    assert (kept.verdict, kept.reasons) == ("kept", [])
+    assert "".join(token.text for token in kept.tokens if token.trained) == "A colour.<|im_end|>"
+    assert (repaired.verdict, repaired.reasons) == ("repaired", ["control tokens in its text escaped"])
+    assert (dropped.verdict, dropped.tokens) == ("dropped", [])
+    assert "output is empty" in dropped.reasons[0] and "output is empty" in as_text(dropped, colour=False).plain
+    assert overlong.verdict == "dropped" and "more than prepare.max_length (128)" in overlong.reasons[0]
+    cut = with_(params, prepare={"on_overlong": "truncate_prompt"})
+    assert inspect_file(cut, rows, 3, None, 1)[0].verdict == "repaired"
+
+
+def test_a_file_that_is_no_data_is_refused(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(FormatError):
+        inspect_file(params, tmp_path / "x.json", None, None, 1)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_the_tokens_texts_together_are_the_text(template: ChatTemplate, text: str) -> None:
+    ids = template.tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokens_of(template.tokenizer, ids)
+    assert "".join(token.text for token in tokens) == template.tokenizer.decode(ids)
+    assert [number for token in tokens for number in token.ids] == ids
+
+
+def test_without_colour_the_trained_tokens_stand_in_brackets(template: ChatTemplate) -> None:
+    encoded = template.encode([{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}])
+    tokens = tokens_of(template.tokenizer, encoded.input_ids, encoded.labels)
+    shown = as_text(Shown("row 0", "kept", [], "t", tokens), colour=False).plain
+    *_, start, answer, _ = shown.split("\n")
+    assert start.replace("·", "") == "<|im_start|>assistant⏎"
+    assert answer.endswith("·<|im_end|>⟧⏎") and answer.replace("·", "") == "⟦blue<|im_end|>⟧⏎"
+    coloured = as_text(Shown("row 0", "kept", [], "t", tokens), colour=True)
+    green = [coloured.plain[span.start : span.end] for span in coloured.spans if "green" in str(span.style)]
+    assert "".join(green) == "blue<|im_end|>"
+
+
+def test_text_cannot_drive_the_terminal(template: ChatTemplate) -> None:
+    hostile = "\x1b[2J\x07\x9b31m[bold]"
+    tokens = tokens_of(template.tokenizer, template.tokenizer.encode(hostile))
+    for colour in (True, False):
+        plain = as_text(Shown("row 0", "kept", [], "t", tokens, reference=hostile), colour).plain
+        assert not set(plain) & set("\x1b\x07\x9b")
+        assert "[bold]" in plain.replace("·", "")
+
+
+def test_the_command_shows_a_file_in_text_and_as_json(params: Params, rows: Path, tmp_path: Path) -> None:
+    write_params(tmp_path, params)
+    text = retune(tmp_path, "inspect", str(rows), "--count", "2")
+    assert text.returncode == 0, text.stderr
+    assert "⟦" in text.stdout and "\x1b" not in text.stdout
+    assert "repaired: control tokens in its text escaped" in text.stdout
+    answer = json.loads(retune(tmp_path, "inspect", str(rows), "--task", "tokens", "--json").stdout)
+    assert [(row["verdict"], row["task"]) for row in answer["rows"]] == [("repaired", "tokens")]

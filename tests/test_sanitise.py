@@ -1,0 +1,136 @@
+"""What ships names no code, no folder and no user of this machine."""
+
+import getpass
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import with_
+
+from pipeline.allowlist import PARTS, UnsafeFileError, check_file, check_names
+from pipeline.files import read_json, write_json
+from pipeline.merge import merge
+from pipeline.params import Params
+from pipeline.prepare import prepare
+from pipeline.sanitise import clean_folder, one_line, portable, portable_name
+from pipeline.template import load_shipped
+from pipeline.train import train
+
+MAP = {"AutoModelForCausalLM": "modeling_evil.M", "AutoConfig": "evil/repo--configuration_evil.C"}
+
+
+def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
+    tmp_path: Path, base: Path, params: Params, data: Path, evaluation: Path
+) -> None:
+    own = tmp_path / "home" / "alice" / "own-base"
+    shutil.copytree(base, own)
+    for name in ("config.json", "tokenizer_config.json"):
+        extra = {"auto_map": MAP if name == "config.json" else {"AutoTokenizer": ["t.T", None]}}
+        extra |= {"_name_or_path": str(own), "name_or_path": str(own), "custom_pipelines": {"a": {"impl": "m.M"}}}
+        write_json(own / name, read_json(own / name) | extra)
+    settings = with_(
+        params, prepare={"model_name_or_path": str(own)}, train={"max_steps": 3}, merge={"min_agreement": 0.0}
+    )
+    folders = {name: tmp_path / name for name in (*PARTS, "dataset")}
+    prepare(settings.prepare, data, folders["dataset"])
+    train(settings.train, folders["dataset"], folders["adapter"], tmp_path / "checkpoints")
+    shutil.copytree(evaluation, folders["evaluation"])
+    merge(settings.merge, *(folders[name] for name in ("dataset", "adapter", "evaluation", "merged", "parity")))
+    names = [f"{part}/{path.name}" for part in PARTS for path in folders[part].rglob("*") if path.is_file()]
+    check_names(names)
+    for name in names:
+        check_file(tmp_path / name)
+        text = (tmp_path / name).read_bytes()
+        for leak in (str(tmp_path), "/home/", "alice", '"auto_map"', "evil", "custom_pipelines", "training_args"):
+            assert leak.encode() not in text, (name, leak)
+        if f"{getpass.getuser()}@".encode() in text:
+            raise AssertionError(name)
+    assert read_json(folders["adapter"] / "adapter_config.json")["base_model_name_or_path"] == "own-base"
+    assert read_json(folders["merged"] / "contract.json")["model"]["name_or_path"] == "own-base"
+    load_shipped(folders["merged"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("/home/alice/models/x", "x"),
+        ("/home/alice/models/x/", "x"),
+        ("~/models/x", "x"),
+        ("../models/x", "x"),
+        ("C:\\Users\\alice\\x", "x"),
+        ("\\\\server\\share\\models\\x", "x"),
+        ("data/base", "data/base"),
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("file:///home/alice/store", "file://…/store"),
+        ("file://store", "file://store"),
+        ("sqlite:////home/alice/mlflow.db", "sqlite://…/mlflow.db"),
+        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
+        ("s3://bucket/prefix", "s3://bucket/prefix"),
+        ("/{{ x }}", "/{{ x }}"),
+        ("", ""),
+    ],
+)
+def test_only_paths_of_this_machine_are_shortened(name: str, expected: str) -> None:
+    assert portable_name(name) == expected
+    assert portable({"a": [{"model_name_or_path": name}]}) == {"a": [{"model_name_or_path": expected}]}
+    assert portable({"content": name, "n": 1, "none": None}) == {"content": name, "n": 1, "none": None}
+
+
+def test_cleaning_changes_nothing_else(tmp_path: Path, base: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    clean_folder(tmp_path / "base")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    assert {name for name in before if after[name] != before[name]} <= {
+        "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+    }
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads(after[name]) == json.loads(before[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a <b> & c", "a &lt;b> &amp; c"),
+        ("[x](y) ![z](w)", "\\[x\\](y) !\\[z\\](w)"),
+        ("a | b\n# c", "a \\| b # c"),
+        ("`code`", "\\`code\\`"),
+        ("中文 <|im_end|>", "中文 &lt;\\|im_end\\|>"),
+    ],
+)
+def test_foreign_text_in_a_report_is_text(text: str, shown: str) -> None:
+    assert one_line(text) == shown
+
+
+def mlmodel(**changes: Any) -> dict[str, Any]:
+    flavors: dict[str, Any] = {
+        "python_function": {"loader_module": "mlflow.transformers", "python_version": "3.11.1"},
+        "transformers": {"code": None, "components": ["tokenizer"], "model_binary": "merged"},
+    }
+    return {"artifact_path": "model", "flavors": flavors | changes}
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        mlmodel(python_function={"loader_module": "os"}),
+        mlmodel(python_function={"loader_module": "mlflow.sklearn", "model_path": "model.pkl"}),
+        mlmodel(python_function={"loader_module": "mlflow.transformers", "code": "code"}),
+        mlmodel(sklearn={"pickled_model": "model.pkl", "serialization_format": "cloudpickle"}),
+        mlmodel(transformers={"code": "code"}),
+        [1],
+    ],
+)
+def test_a_description_that_has_mlflow_import_or_unpickle_is_refused(tmp_path: Path, description: Any) -> None:
+    write_json(tmp_path / "MLmodel", mlmodel())
+    check_file(tmp_path / "MLmodel")
+    write_json(tmp_path / "MLmodel", description)
+    if isinstance(description, list):
+        check_file(tmp_path / "MLmodel")  # no flavor: MLflow itself has nothing to load
+        return
+    with pytest.raises(UnsafeFileError, match="MLmodel"):
+        check_file(tmp_path / "MLmodel")

@@ -1,0 +1,101 @@
+"""Shards follow from their rows' content: rows added at the end change the last one alone."""
+
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+
+from pipeline import shards
+from pipeline.containers import FormatError
+from pipeline.conversion import SCHEMA, read_batches
+from pipeline.formats import Rejected, Row, read_rows
+from pipeline.shards import SHARD_SCHEMA, ShardWriter, is_shard, read_shard
+
+
+def table(number: int, first: int = 0, size: int = 10) -> pa.Table:
+    records = []
+    for i in range(first, first + number):
+        text = f'[{{"role":"user","content":"Q{i}"}},{{"role":"assistant","content":"{"A" * size}"}}]'
+        content = xxhash.xxh3_64_intdigest(text.encode())
+        row = {"source": f"rows.jsonl:{i + 1}", "messages": text, "task": "default", "repairs": [], "content": content}
+        records.append(row)
+    return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def write(folder: Path, *tables: pa.Table) -> list[str]:
+    folder.mkdir()
+    writer = ShardWriter(folder, "rows.jsonl")
+    for each in tables:
+        writer.add(each)
+    names = writer.close()
+    assert sorted(names) == sorted(path.name for path in folder.iterdir())
+    return names
+
+
+def test_rows_added_at_the_end_leave_all_shards_but_the_last(tmp_path: Path) -> None:
+    old = write(tmp_path / "old", table(50_000))
+    new = write(tmp_path / "new", table(50_500))
+    assert 3 < len(old) < 12
+    assert new[: len(old) - 1] == old[:-1]
+    for name in old[:-1]:
+        assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+
+
+def test_the_way_rows_arrive_changes_no_byte(tmp_path: Path) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    draw, whole, parts, at = random.Random(seed), table(30_000), [], 0
+    while at < len(whole):
+        size = draw.choice([1, 7, 1000, 9000])
+        parts.append(whole.slice(at, size))
+        at += size
+    names = write(tmp_path / "whole", whole)
+    assert write(tmp_path / "parts", *parts) == names
+    rows = pa.concat_tables(read_shard(tmp_path / "parts" / name) for name in names)
+    assert rows.equals(whole.drop(["content"]).cast(SHARD_SCHEMA))
+
+
+def test_no_shard_passes_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_ROWS", 3000)
+    rows = [pq.read_metadata(tmp_path / "rows" / name).num_rows for name in write(tmp_path / "rows", table(20_000))]
+    assert all(shards.MIN_ROWS <= number <= 3000 for number in rows[:-1])
+    monkeypatch.setattr(shards, "MAX_BYTES", 100_000)
+    for name in write(tmp_path / "bytes", table(2000, size=1000), table(100, 2000, size=200_000)):
+        assert pq.read_metadata(tmp_path / "bytes" / name).num_rows < 100
+
+
+def test_a_shard_reads_as_the_rows_it_was_made_of(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(
+        '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": '
+        '[{"id": "1", "function": {"name": "f", "arguments": {"长": 1}}}]}, {"role": "tool", "content": "12"},'
+        '{"role": "assistant", "content": "A"}, {"role": "user", "content": "Q"}], "tools": [{"name": "f"}], '
+        '"group": 7}\n'
+        '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "scoring": "exact"}\n'
+    )
+    names = write(tmp_path / "shards", *(batch.table for batch in read_batches(source)))
+    [path] = [tmp_path / "shards" / name for name in names]
+    rows = list(read_rows(path))
+    assert all(isinstance(row, Row) for row in rows)
+    assert rows == list(read_rows(source))
+    assert is_shard(path)
+
+
+def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
+    assert not is_shard(tmp_path / "other.parquet")
+    with pytest.raises(FormatError, match="has columns text; expected a shard"):
+        read_shard(tmp_path / "other.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(FormatError, match="is damaged"):
+        read_shard(tmp_path / "broken.parquet")
+
+
+def test_a_forged_shard_is_checked_row_by_row(tmp_path: Path) -> None:
+    forged = {"source": "s", "messages": '[{"role": "assistant"}]', "task": "t", "repairs": []}
+    pq.write_table(pa.Table.from_pylist([forged], schema=SHARD_SCHEMA), tmp_path / "forged.parquet")
+    [row] = read_rows(tmp_path / "forged.parquet")
+    assert isinstance(row, Rejected)

@@ -1,0 +1,162 @@
+"""Shingles against a slow and plain definition of them, and signatures that are the same everywhere."""
+
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+import regex
+from conftest import ROOT, environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import shingles
+from pipeline.shingles import PIECE, jaccard, shingle_sets, signatures
+
+ENGLISH = "Name three primary colours and say how a painter mixes them."
+CHINESE = "请写一首关于春天的诗,不要超过四行。"
+UNSPACED = regex.compile(
+    r"[[\p{Han}\p{Bopomofo}\p{scx=Hiragana}\p{scx=Katakana}\p{lb=SA}]&&[\p{L}\p{M}\p{N}]]", flags=regex.V1
+)
+TEXTS = st.text(st.sampled_from("aB9é ß\n.,-+*今天ニャไทย한ﬁ①\u00ad\ud800🙂") | st.characters(), max_size=40)
+
+
+def plain_tokens(text: str) -> list[str]:
+    text = unicodedata.normalize("NFKC", regex.sub(r"\p{Default_Ignorable_Code_Point}", "", text)).casefold()
+    tokens, inside = [], False
+    for before, character, behind in zip(f" {text}", text, f"{text} "[1:], strict=False):
+        single = UNSPACED.match(character)
+        word = not single and regex.match(r"[\p{L}\p{M}\p{N}]", character)
+        if character in "-‐‒–−":
+            letters = [regex.match(r"[\p{L}\p{M}]", each) and not UNSPACED.match(each) for each in (before, behind)]
+            if not all(letters):
+                tokens.append("-")
+        elif word and inside:
+            tokens[-1] += character
+        elif word or single or regex.match(r"[\p{S}%&#@*/\\]", character):
+            tokens.append(character)
+        inside = bool(word)
+    return tokens or ["whole " + "".join(text.split())]
+
+
+def plain_shingles(text: str) -> set[tuple[str, ...]]:
+    tokens = plain_tokens(text)
+    widths = [5 if UNSPACED.match(token) else 3 for token in tokens]
+    found = {tuple(tokens[at : at + width]) for at, width in enumerate(widths) if at + width <= len(tokens)}
+    return found or {("short", *tokens)}
+
+
+def similarity(left: str, right: str) -> float:
+    return jaccard(*shingle_sets([left, right]))
+
+
+@settings(deadline=None)  # the first call makes the table of characters
+@given(st.lists(TEXTS, min_size=1, max_size=5))
+def test_the_similarity_of_any_two_texts_is_that_of_plainly_counted_shingles(texts: list[str]) -> None:
+    fast, plain = shingle_sets(texts), [plain_shingles(text) for text in texts]
+    for i in range(len(texts)):
+        for j in range(len(texts)):
+            assert jaccard(fast[i], fast[j]) == len(plain[i] & plain[j]) / len(plain[i] | plain[j])
+
+
+@settings(deadline=None)
+@given(st.lists(TEXTS, min_size=1, max_size=5))
+def test_a_signature_depends_on_the_text_alone(texts: list[str]) -> None:
+    together = signatures(texts)
+    assert [signatures([text])[0] for text in texts] == list(together)
+    same = [[plain_tokens(a) == plain_tokens(b) for b in texts] for a in texts]
+    assert (together["content"][:, None] == together["content"]).tolist() == same
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (ENGLISH, ENGLISH.upper().replace(" ", "\n  ")),
+        ("A well-known fact: “yes”!", "a well known fact, 'yes'"),
+        ("①  ﬁve Ｆｏｏ", "1 five foo"),
+        ("Straße", "STRASSE"),
+        ("cafe\u0301 noir", "café noir"),
+        (CHINESE, "请写一首关于春天的诗 不要超过四行"),
+        ("2019–2020 − 1", "2019-2020 - 1"),
+        ("soft\u00adware", "software"),
+    ],
+)
+def test_case_spaces_punctuation_and_unicode_forms_do_not_count(left: str, right: str) -> None:
+    assert similarity(left, right) == 1
+    assert signatures([left])["content"] == signatures([right])["content"]
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("What is 12 + 5?", "What is 12 * 5?"),
+        ("What is 12 - 5?", "What is 12 5?"),
+        ("5%", "5"),
+        ("3.14", "314"),
+        ("yes", "no"),
+        ("?", "!"),
+        ("", "?"),
+        ("你好", "您好"),
+        ("🙂", "🙁"),
+    ],
+)
+def test_short_texts_are_the_same_only_when_all_that_counts_is(left: str, right: str) -> None:
+    assert similarity(left, right) < 0.5
+    assert signatures([left])["content"] != signatures([right])["content"]
+
+
+def test_languages_without_spaces_are_compared_by_character_and_mixed_text_by_both() -> None:
+    one_character = similarity("今天天气很好我们一起去公园散步吧", "今天天气很好我们一起去公园跑步吧")
+    assert 0.3 < one_character < 0.8
+    assert similarity("用 Python 写一个函数 that sorts a list", "用 Python 写一个函数 that sorts a list 吧") > 0.7
+    assert similarity("สวัสดีครับวันนี้อากาศดีมาก", "สวัสดีครับวันนี้อากาศร้อนมาก") > 0.3
+
+
+def test_a_text_of_millions_of_characters_is_hashed_in_pieces() -> None:
+    long = "one two three four five six seven. " * (3 * PIECE // 35)
+    assert len(long) > 2.9 * PIECE
+    assert similarity(long, long + "eight nine ten") > 0.5
+    found = signatures([long, "x", long, long + "nine"])["content"]
+    assert found[0] == found[2] == signatures([long])["content"][0] != found[3]
+
+
+def test_minima_agree_as_often_as_shingles_are_shared() -> None:
+    draw = np.random.default_rng(seed := int(np.random.default_rng().integers(1 << 32)))
+    print(f"seed {seed}")
+    words = [f"w{number}" for number in range(5000)]
+    off = []
+    for _ in range(100):
+        first = draw.choice(words, 120).tolist()
+        second = first[: draw.integers(20, 110)] + draw.choice(words, 20).tolist()
+        texts = [" ".join(first), " ".join(second)]
+        minima = signatures(texts)["minima"]
+        near = similarity(*texts)
+        off.append((np.mean(minima[0] == minima[1]) - near) / np.sqrt(near * (1 - near) / len(minima[0])))
+    assert abs(np.mean(off)) < 0.45  # 4.5 standard errors
+    assert 0.65 < np.std(off) < 1.4
+
+
+def test_signatures_are_the_same_in_every_process_and_on_every_machine() -> None:
+    code = "from pipeline.shingles import signatures, signature_version\nprint(signature_version())"
+    versions = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment() | {"PYTHONHASHSEED": seed},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert versions == {shingles.signature_version()}
+    # Written down once: a change of these numbers makes every cached signature worthless, so it must be meant.
+    found = signatures([ENGLISH, CHINESE, ""])
+    assert found["content"].tolist() == [12786810973182857141, 6160134375556975081, 3820170347059440689]
+    assert found["minima"][:, 0].tolist() == [39054, 56699, 31216]
+
+
+def test_no_texts_have_no_signatures() -> None:
+    assert signatures([]).shape == (0,)
+    assert shingle_sets([]) == []

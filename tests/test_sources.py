@@ -1,0 +1,292 @@
+"""Sources of every kind: real files, a real HTTP server, a real S3 server; what is not pinned or safe is refused."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import ROOT
+
+from pipeline import sources
+from pipeline.formats import FormatError
+from pipeline.params import IngestParams, load_params
+from pipeline.sources import SourceError, fetch, public
+
+ROWS = b'{"instruction": "Q", "output": "A"}\n' * 3
+SHA256 = hashlib.sha256(ROWS).hexdigest()
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+PARAMS = load_params(ROOT / "params.yaml").ingest
+
+
+def params(**values: Any) -> IngestParams:
+    return PARAMS.model_copy(update=values)
+
+
+# Local
+
+
+def tree(folder: Path) -> Path:
+    for name in ("a/one.jsonl", "a/b/two.jsonl", "a/b/readme.md", "outside/three.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(ROWS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("uri", "names"),
+    [
+        ("a", ["b/two.jsonl", "one.jsonl"]),
+        ("a/*.jsonl", ["one.jsonl"]),
+        ("a/**/*", ["b/two.jsonl", "one.jsonl"]),
+        ("a/b/two.jsonl", ["two.jsonl"]),
+        ("outside/../a/*.jsonl", ["one.jsonl"]),
+    ],
+)
+def test_a_path_or_glob_gives_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, names: list[str]
+) -> None:
+    monkeypatch.chdir(tree(tmp_path))
+    for spelt in (uri, str(tmp_path / uri)):
+        source = fetch(spelt, PARAMS, tmp_path / "scratch")
+        assert [name for _, name in source.files] == names
+        assert all(path.read_bytes() == ROWS for path, _ in source.files)
+
+
+@pytest.mark.parametrize("uri", ["a/*/../../outside/*.jsonl", "a/*/../b/two.jsonl"])
+def test_a_glob_that_climbs_out_of_its_root_is_refused(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(FormatError, match="leaves the folder"):
+        fetch(str(tree(tmp_path) / uri), PARAMS, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("uri", ["a", "a/*", "a/**/*.jsonl"])
+@pytest.mark.parametrize("link", ["a/link.jsonl", "a/linked"])
+def test_a_link_out_of_the_root_is_refused(tmp_path: Path, uri: str, link: str) -> None:
+    target = tree(tmp_path) / "outside"
+    (tmp_path / link).symlink_to(target if link == "a/linked" else target / "three.jsonl")
+    if link == "a/linked" and uri in ("a", "a/*"):
+        files = fetch(str(tmp_path / uri), PARAMS, tmp_path / "scratch").files
+        assert "three.jsonl" not in str(files)  # a linked folder is not entered
+        return
+    with pytest.raises(FormatError, match=r"is a link out of .*three\.jsonl\); name that file itself"):
+        fetch(str(tmp_path / uri), PARAMS, tmp_path / "scratch")
+
+
+def test_a_link_that_is_named_itself_is_followed(tmp_path: Path) -> None:
+    (tree(tmp_path) / "link.jsonl").symlink_to(tmp_path / "outside" / "three.jsonl")
+    assert len(fetch(str(tmp_path / "link.jsonl"), PARAMS, tmp_path / "scratch").files) == 1
+
+
+@pytest.mark.parametrize(
+    ("uri", "what"),
+    [("nowhere.jsonl", "does not exist"), ("*.jsonl", "matches no file"), ("ftp://x/y", "begins with ftp")],
+)
+def test_a_source_that_is_not_there_is_refused(tmp_path: Path, uri: str, what: str) -> None:
+    with pytest.raises((FormatError, SourceError), match=what):
+        fetch(uri if "://" in uri else str(tmp_path / uri), PARAMS, tmp_path / "scratch")
+
+
+def test_no_credential_is_shown() -> None:
+    assert public("https://user:secret@host/rows.jsonl?token=secret#sha256=ab") == "https://host/rows.jsonl#sha256=ab"
+    assert public("data/rows?.jsonl") == "data/rows?.jsonl"
+
+
+# HTTP and the Hub
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves `files` by path, redirects /moved, and speaks as much of the Hub's protocol as a download needs."""
+
+    files: dict[str, bytes]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if path.startswith("/moved"):
+            self.answer(302, b"", Location=path.removeprefix("/moved"))
+        elif path.startswith(f"/api/datasets/own/set/tree/{REVISION}"):
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in self.files.items()
+            ]
+            self.answer(200, json.dumps(entries).encode(), **{"Content-Type": "application/json"})
+        elif path.startswith(f"/datasets/own/set/resolve/{REVISION}/"):
+            data = self.files[path.split(f"{REVISION}/")[1]]
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            self.answer(200, data, ETag=etag, **{"X-Repo-Commit": REVISION})
+        elif path in self.files:
+            self.answer(200, self.files[path])
+        else:
+            self.answer(404, b"")
+
+    def answer(self, status: int, data: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[tuple[str, dict[str, bytes]]]:
+    files: dict[str, bytes] = {"/rows.jsonl": ROWS, "/rows": ROWS}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Server,), {"files": files}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", files
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_file_is_downloaded_and_its_checksum_holds(tmp_path: Path, web: tuple[str, dict[str, bytes]]) -> None:
+    for path in ("/rows.jsonl", "/moved/rows.jsonl"):
+        source = fetch(f"{web[0]}{path}?key=secret#sha256={SHA256}", PARAMS, tmp_path / path.replace("/", "-"))
+        [(file, name)] = source.files
+        assert (file.read_bytes(), name, source.pinned) == (ROWS, "rows.jsonl", {"sha256": SHA256})
+        assert "secret" not in source.uri
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("/rows.jsonl", "has no checksum; write http"),
+        ("/rows.jsonl#sha256=123", "has no checksum"),
+        (f"/rows.jsonl#sha256={'0' * 64}", f"has the SHA-256 {SHA256}; it is not the file that was named"),
+        (f"/none.jsonl#sha256={SHA256}", "answers 404 Not Found"),
+        (f"/rows#sha256={SHA256}", "names the file 'rows'; expected one that ends in"),
+    ],
+)
+def test_a_download_that_is_not_what_was_named_is_refused(
+    tmp_path: Path, web: tuple[str, dict[str, bytes]], path: str, what: str
+) -> None:
+    with pytest.raises(SourceError, match=what):
+        fetch(web[0] + path, PARAMS, tmp_path / "scratch")
+
+
+def test_a_download_larger_than_allowed_is_refused(tmp_path: Path, web: tuple[str, dict[str, bytes]]) -> None:
+    with pytest.raises(SourceError, match="ingest.max_download_gib is"):
+        fetch(f"{web[0]}/rows.jsonl#sha256={SHA256}", params(max_download_gib=1e-8), tmp_path / "scratch")
+
+
+def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="http://127.0.0.1:9/rows.jsonl.* could not be read"):
+        fetch(f"http://127.0.0.1:9/rows.jsonl#sha256={SHA256}", PARAMS, tmp_path / "scratch")
+
+
+@pytest.fixture
+def hub(web: tuple[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", web[0])
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", web[0] + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", web[0])
+    web[1].clear()
+    return web[1]
+
+
+def test_a_hub_dataset_gives_its_data_files_at_its_revision(tmp_path: Path, hub: dict[str, bytes]) -> None:
+    hub |= {"data/train.jsonl": ROWS, "data/test.jsonl": ROWS, "README.md": b"#", "dataset_infos.json": b"{}"}
+    whole = fetch(f"hf://datasets/own/set@{REVISION}", PARAMS, tmp_path / "whole")
+    assert [name for _, name in whole.files] == ["data/test.jsonl", "data/train.jsonl"]
+    assert all(path.read_bytes() == ROWS for path, _ in whole.files)
+    assert whole.pinned == {"revision": REVISION}
+    part = fetch(f"hf://datasets/own/set@{REVISION}/data/tr*.jsonl", PARAMS, tmp_path / "part")
+    assert [name for _, name in part.files] == ["data/train.jsonl"]
+
+
+def test_a_hub_dataset_that_needs_code_is_refused(tmp_path: Path, hub: dict[str, bytes]) -> None:
+    hub |= {"set.py": b"import os", "README.md": b"#"}
+    with pytest.raises(SourceError, match=r"needs code to be read \(set\.py\), which Retune does not run"):
+        fetch(f"hf://datasets/own/set@{REVISION}", PARAMS, tmp_path / "scratch")
+    assert not [*(tmp_path / "scratch").rglob("*.py")]
+
+
+def test_a_hub_file_that_leads_out_of_its_folder_is_refused(tmp_path: Path, hub: dict[str, bytes]) -> None:
+    hub |= {"../../evil.jsonl": ROWS}
+    with pytest.raises(SourceError, match="leads out of its folder"):
+        fetch(f"hf://datasets/own/set@{REVISION}", PARAMS, tmp_path / "a" / "b")
+    assert not (tmp_path / "evil.jsonl").exists()
+
+
+@pytest.mark.parametrize("uri", ["hf://datasets/own/set", "hf://datasets/own/set@main", "hf://own/set@" + REVISION])
+def test_a_hub_dataset_without_a_commit_is_refused(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(SourceError, match="names no fixed revision"):
+        fetch(uri, PARAMS, tmp_path / "scratch")
+
+
+def test_no_hub_is_asked_offline(tmp_path: Path) -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE forbids"):
+        fetch(f"hf://datasets/own/set@{REVISION}", PARAMS, tmp_path / "scratch")
+
+
+# S3, on a real server
+
+
+@pytest.fixture
+def bucket(swift_server: str, tmp_path: Path) -> Any:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=swift_server, region_name="us-east-1")
+    client.prefix = f"{tmp_path.name}/"
+    for key in ("rows.jsonl", "sub/more.jsonl", "readme.md"):
+        client.put_object(Bucket="retune", Key=client.prefix + key, Body=ROWS)
+    return client
+
+
+def test_a_prefix_and_a_key_are_read_with_their_etags(tmp_path: Path, swift_server: str, bucket: Any) -> None:
+    own = params(s3_endpoint_url=swift_server)
+    source = fetch(f"s3://retune/{bucket.prefix}", own, tmp_path / "prefix")
+    assert [name for _, name in source.files] == ["rows.jsonl", "sub/more.jsonl"]
+    assert all(path.read_bytes() == ROWS for path, _ in source.files)
+    assert source.pinned["objects"][f"{bucket.prefix}rows.jsonl"] == {"etag": hashlib.md5(ROWS).hexdigest()}
+    one = fetch(f"s3://retune/{bucket.prefix}sub/more.jsonl", own, tmp_path / "key")
+    assert [name for _, name in one.files] == ["more.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [("delete", "vanished while it was read"), ("put", "changed while it was")]
+)
+def test_a_key_that_vanishes_or_changes_after_the_listing_is_refused(
+    tmp_path: Path, swift_server: str, bucket: Any, monkeypatch: pytest.MonkeyPatch, change: str, what: str
+) -> None:
+    listing = sources._s3_objects
+
+    def then_changed(*arguments: Any) -> Any:
+        listed = listing(*arguments)
+        key = {"Bucket": "retune", "Key": f"{bucket.prefix}sub/more.jsonl"}
+        _ = bucket.delete_object(**key) if change == "delete" else bucket.put_object(**key, Body=ROWS + ROWS)
+        return listed
+
+    monkeypatch.setattr(sources, "_s3_objects", then_changed)
+    with pytest.raises(SourceError, match=rf"s3://retune/.*sub/more\.jsonl {what}"):
+        fetch(f"s3://retune/{bucket.prefix}", params(s3_endpoint_url=swift_server), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("uri", "what"),
+    [
+        ("s3://retune/nothing/", "holds no object that ends in"),
+        ("s3://retune/nothing.jsonl", "holds no object that ends in"),
+        ("s3://no-such-bucket/a/", "names a bucket that is not there"),
+        ("s3:///a", "names no bucket"),
+    ],
+)
+def test_an_object_that_is_not_there_is_one_sentence(
+    tmp_path: Path, swift_server: str, bucket: Any, uri: str, what: str
+) -> None:
+    with pytest.raises(SourceError, match=what):
+        fetch(uri, params(s3_endpoint_url=swift_server), tmp_path / "scratch")

@@ -1,0 +1,280 @@
+"""The policies of infra/terraform, read from the HCL and evaluated as IAM does: who may do what to which key.
+
+Not shown here: that Terraform and AWS take the files as they are; neither is on this machine.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import hcl2
+import pytest
+from conftest import ROOT
+
+FOLDER = ROOT / "infra" / "terraform"
+BUCKET = "arn:aws:s3:::models"
+ROLES = ("reader", "candidate", "promoter", "collector")
+KEYS = {
+    "object": "objects/" + "0" * 64,
+    "manifest": "versions/0123456789abcdef/manifest.json",
+    "signature": "versions/0123456789abcdef/manifest.0.sig",
+    "record": "promotions/model/00000001.json",
+    "running": "running/upload-1",
+    "probe": "probe/done",
+    "else": "notes.txt",
+}
+CREATE = {"s3:if-none-match": "*", "s3:ObjectCreationOperation": "true"}
+OVERWRITE = {"s3:ObjectCreationOperation": "true"}
+PART = {"s3:ObjectCreationOperation": "false"}  # of a multipart upload; carries no condition
+
+Statement = dict[str, Any]
+
+
+def plain(node: Any) -> Any:
+    """HCL as python-hcl2 gives it, without its quotes and marks."""
+    if isinstance(node, dict):
+        return {plain(key): plain(value) for key, value in node.items() if not key.startswith("__")}
+    if isinstance(node, list):
+        return [plain(item) for item in node]
+    return node[1:-1] if isinstance(node, str) and len(node) > 1 and node[0] == node[-1] == '"' else node
+
+
+def parse(name: str) -> dict[str, Any]:
+    with (FOLDER / name).open() as file:
+        return plain(hcl2.load(file))
+
+
+def documents(kms: bool = False) -> dict[str, list[Statement]]:
+    """The statements of each policy document, with what it takes over from others."""
+    found = {}
+    for block in parse("policies.tf")["data"]:
+        for name, body in block.get("aws_iam_policy_document", {}).items():
+            statements = list(body.get("statement", []))
+            statements += [each["statement"]["content"][0] for each in body.get("dynamic", []) if kms]
+            for source in body.get("source_policy_documents", []):
+                [taken] = re.findall(r"aws_iam_policy_document\.(\w+)\.json", source)
+                statements = [*found[taken], *statements]
+            found[name] = statements
+    return found
+
+
+def resolved(text: str, prefix: str) -> str:
+    base = f"{BUCKET}/{prefix}".rstrip("/")
+    return text.replace("${local.base}", base).replace("${aws_s3_bucket.store.arn}", BUCKET)
+
+
+def matches(pattern: str, text: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), text) is not None
+
+
+def holds(condition: dict[str, Any], context: dict[str, str]) -> bool:
+    variable, values = condition["variable"], condition["values"]
+    value = context.get(variable)
+    match condition["test"]:
+        case "Null":
+            return values == [str(value is None).lower()]
+        case "Bool":
+            return value is not None and value in values
+        case "ArnNotEquals":
+            [role] = re.findall(r'if name == "(\w+)"', str(values))
+            return value != f"arn:aws:iam::1:role/models-{role}"
+    raise AssertionError(f"unknown test {condition['test']}")
+
+
+def allowed(
+    policies: dict[str, list[Statement]],
+    role: str,
+    action: str,
+    resource: str,
+    context: dict[str, str],
+    prefix: str = "",
+) -> bool:
+    """IAM's decision: no deny of the role's or the bucket's policy applies, and an allow of the role's does."""
+    context = {"aws:SecureTransport": "true", "aws:PrincipalArn": f"arn:aws:iam::1:role/models-{role}"} | context
+
+    def applies(statement: Statement) -> bool:
+        return (
+            any(matches(each, action) for each in statement["actions"])
+            and any(matches(resolved(each, prefix), resource) for each in statement["resources"])
+            and all(holds(each, context) for each in statement.get("condition", []))
+        )
+
+    both = [*policies[role], *policies["bucket"]] if role in policies else policies["bucket"]
+    if any(statement.get("effect") == "Deny" and applies(statement) for statement in both):
+        return False
+    # A role that may do anything stands for an administrator's credentials.
+    return role not in policies or any(
+        statement.get("effect", "Allow") == "Allow" and applies(statement) for statement in policies[role]
+    )
+
+
+def table() -> list[tuple[str, str, str, dict[str, str], bool]]:
+    """(role, action, key, context, expected): everything for everybody, the few that are allowed marked."""
+    may: set[tuple[str, str, str, str]] = set()
+    for role in ROLES:
+        may |= {(role, "s3:GetObject", key, "plain") for key in KEYS}
+    may |= {
+        ("candidate", "s3:PutObject", key, "create") for key in ("object", "manifest", "signature", "running", "probe")
+    }
+    may |= {
+        ("candidate", "s3:PutObject", key, "part") for key in ("object", "manifest", "signature", "running", "probe")
+    }
+    may |= {
+        ("candidate", action, "object", "plain")
+        for action in ("s3:ListMultipartUploadParts", "s3:AbortMultipartUpload")
+    }
+    may |= {("promoter", "s3:PutObject", key, "create") for key in ("record", "probe")}
+    may |= {("collector", "s3:PutObject", key, how) for key in ("running", "probe") for how in ("create", "part")}
+    may |= {
+        ("collector", "s3:DeleteObject", key, "plain")
+        for key in ("object", "manifest", "signature", "running", "probe")
+    }
+    may |= {
+        ("collector", action, "object", "plain")
+        for action in ("s3:ListMultipartUploadParts", "s3:AbortMultipartUpload")
+    }
+    # Credentials that may do anything, except for what the bucket itself forbids.
+    may |= {
+        ("administrator", "s3:PutObject", key, how) for key in KEYS if key != "record" for how in ("create", "part")
+    }
+    may |= {("administrator", "s3:GetObject", key, "plain") for key in KEYS}
+    for action in ("s3:DeleteObject", "s3:DeleteObjectVersion", "s3:PutObjectAcl"):
+        may |= {("administrator", action, key, "plain") for key in KEYS if key != "record"}
+    may |= {
+        ("administrator", a, key, "plain")
+        for a in ("s3:ListMultipartUploadParts", "s3:AbortMultipartUpload")
+        for key in KEYS
+    }
+    rows = []
+    for role in (*ROLES, "administrator"):
+        for key in KEYS:
+            for how, context in (("create", CREATE), ("overwrite", OVERWRITE), ("part", PART)):
+                rows.append((role, "s3:PutObject", key, context, (role, "s3:PutObject", key, how) in may))
+            for action in (
+                "s3:GetObject",
+                "s3:DeleteObject",
+                "s3:DeleteObjectVersion",
+                "s3:PutObjectAcl",
+                "s3:ListMultipartUploadParts",
+                "s3:AbortMultipartUpload",
+            ):
+                rows.append((role, action, key, {}, (role, action, key, "plain") in may))
+    return rows
+
+
+def wrong(policies: dict[str, list[Statement]], prefix: str = "") -> list[Any]:
+    start = f"{BUCKET}/{prefix}/" if prefix else f"{BUCKET}/"
+    answers = [
+        (role, action, key, context)
+        for role, action, key, context, expected in table()
+        if allowed(policies, role, action, start + KEYS[key], context, prefix) != expected
+    ]
+    bucket = {role: ["s3:ListBucket", "s3:GetBucketLocation"] for role in ROLES}
+    for role in ("candidate", "collector"):
+        bucket[role] = [*bucket[role], "s3:ListBucketMultipartUploads"]
+    for role in ROLES:
+        for action in (
+            "s3:ListBucket",
+            "s3:GetBucketLocation",
+            "s3:ListBucketMultipartUploads",
+            "s3:PutBucketPolicy",
+            "s3:DeleteBucket",
+            "s3:PutBucketVersioning",
+            "s3:PutLifecycleConfiguration",
+            "iam:PassRole",
+        ):
+            if allowed(policies, role, action, BUCKET, {}) != (action in bucket[role]):
+                answers.append((role, action, "bucket", {}))
+    return answers
+
+
+@pytest.mark.parametrize("prefix", ["", "team/models"])
+def test_each_role_may_do_what_it_needs_and_nothing_else(prefix: str) -> None:
+    assert wrong(documents(), prefix) == []
+
+
+def test_a_candidate_writer_can_in_no_way_move_the_champion() -> None:
+    policies = documents()
+    # Not even if somebody attaches full access to its role.
+    policies["candidate"] = [*policies["candidate"], {"actions": ["s3:*"], "resources": ["*"]}]
+    for action in ("s3:PutObject", "s3:DeleteObject", "s3:DeleteObjectVersion"):
+        for context in (CREATE, OVERWRITE, PART, {}):
+            assert not allowed(policies, "candidate", action, f"{BUCKET}/{KEYS['record']}", context)
+
+
+def test_a_promoter_creates_records_and_deletes_nothing() -> None:
+    policies = documents()
+    policies["promoter"] = [*policies["promoter"], {"actions": ["s3:*"], "resources": ["*"]}]
+    record = f"{BUCKET}/{KEYS['record']}"
+    assert allowed(policies, "promoter", "s3:PutObject", record, CREATE)
+    assert not allowed(policies, "promoter", "s3:PutObject", record, OVERWRITE)
+    assert not allowed(policies, "promoter", "s3:DeleteObject", record, {})
+    assert not [s for s in documents()["promoter"] if any("Delete" in a or a == "s3:*" for a in s["actions"])]
+
+
+@pytest.mark.parametrize("role", [*ROLES, "administrator"])
+def test_nothing_is_allowed_without_tls(role: str) -> None:
+    for action in ("s3:GetObject", "s3:PutObject", "s3:ListBucket"):
+        for resource in (BUCKET, f"{BUCKET}/{KEYS['object']}"):
+            assert not allowed(documents(), role, action, resource, CREATE | {"aws:SecureTransport": "false"})
+
+
+def test_every_statement_makes_a_difference() -> None:
+    policies = documents()
+    for name in ("bucket", *ROLES):
+        for i, statement in enumerate(policies[name]):
+            less = copy.deepcopy(policies)
+            del less[name][i]
+            if statement["sid"] == "TlsOnly":
+                context = CREATE | {"aws:SecureTransport": "false"}
+                assert allowed(less, "reader", "s3:GetObject", f"{BUCKET}/{KEYS['object']}", context)
+            elif statement["sid"] == "NeverPromote":
+                continue  # a second lock, for the day when the bucket's policy is not this one
+            elif statement["sid"] == "OnlyPromotersPromote":
+                assert allowed(less, "administrator", "s3:PutObject", f"{BUCKET}/{KEYS['record']}", CREATE)
+            else:
+                assert wrong(less), (name, statement["sid"])
+    roles = {name: policies[name] for name in ROLES} | {"bucket": []}
+    assert not allowed(roles, "candidate", "s3:PutObject", f"{BUCKET}/{KEYS['record']}", CREATE)
+
+
+def test_with_a_key_every_role_can_decrypt_and_only_writers_encrypt() -> None:
+    policies = documents(kms=True)
+    able = {name: {a for s in policies[name] for a in s["actions"] if a.startswith("kms:")} for name in ROLES}
+    both = {"kms:Decrypt", "kms:GenerateDataKey"}
+    assert able == {"reader": {"kms:Decrypt"}, "candidate": both, "promoter": both, "collector": both}
+
+
+def test_the_bucket_is_private_versioned_encrypted_and_tidy() -> None:
+    resources = {kind: body["store"] for block in parse("main.tf")["resource"] for kind, body in block.items()}
+    assert resources["aws_s3_bucket_versioning"]["versioning_configuration"][0]["status"] == "Enabled"
+    block = resources["aws_s3_bucket_public_access_block"]
+    assert [block[key] for key in block if key != "bucket"] == [True] * 4
+    assert resources["aws_s3_bucket_ownership_controls"]["rule"][0]["object_ownership"] == "BucketOwnerEnforced"
+    encryption = resources["aws_s3_bucket_server_side_encryption_configuration"]["rule"][0]
+    assert "AES256" in str(encryption) and "aws:kms" in str(encryption)
+    rules = resources["aws_s3_bucket_lifecycle_configuration"]["rule"]
+    assert rules[0]["abort_incomplete_multipart_upload"][0]["days_after_initiation"] == 7
+    assert "noncurrent_version_expiration" in rules[1]
+    assert all(
+        "expiration" not in rule or "days" not in rule["expiration"][0] for rule in rules
+    )  # nothing current goes
+    assert resources["aws_s3_bucket"]["lifecycle"][0]["prevent_destroy"] is True
+
+
+def test_every_name_that_the_files_use_is_defined() -> None:
+    text = "\n".join(path.read_text() for path in FOLDER.glob("*.tf"))
+    for path in FOLDER.glob("*.tf"):
+        parse(path.name)
+    assert set(re.findall(r"\bvar\.(\w+)", text)) == set(re.findall(r'variable "(\w+)"', text))
+    defined = {".".join(each) for each in re.findall(r'resource "(\w+)" "(\w+)"', text)}
+    assert set(re.findall(r"\b(aws_s3\w+\.\w+|aws_iam_role\.\w+)", text)) <= defined
+    data = set(re.findall(r'data "aws_iam_policy_document" "(\w+)"', text))
+    assert set(re.findall(r"data\.aws_iam_policy_document\.(\w+)", text)) == data
+
+
+def test_no_account_or_secret_stands_in_the_files() -> None:
+    text = "\n".join(path.read_text() for path in FOLDER.glob("*.tf"))
+    assert not re.search(r"\b\d{12}\b|AKIA|secret", text)
+    assert Path(FOLDER / "policies.tf").is_file()
