@@ -14,7 +14,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from pipeline import manifest as manifests
 from pipeline import signature
 from pipeline.allowlist import UnsafeFileError, check_file, check_names
-from pipeline.params import PublishParams
+from pipeline.params import ParamsError, PublishParams, load_params
 from pipeline.publish import fetch_file
 from pipeline.store import StoreError, open_store
 
@@ -26,7 +26,7 @@ class RetuneArtifactRepository(ArtifactRepository):
         super().__init__(artifact_uri, tracking_uri, registry_uri)
         address, _, query = artifact_uri.removeprefix("retune-").partition("?")
         store_uri, _, self.version = address.rpartition("/versions/")
-        self.artifact_store = open_store(_store_params(store_uri, dict(parse_qsl(query))))
+        self.artifact_store = open_store(_settings(store_uri, dict(parse_qsl(query))))
         manifest = manifests.read_manifest(self.artifact_store, self.version)
         if manifest is None:
             raise StoreError(f"version {self.version} is not in {store_uri}; it may have been deleted")
@@ -67,10 +67,16 @@ class RetuneArtifactRepository(ArtifactRepository):
     log_artifacts = log_artifact
 
 
-def _store_params(store_uri: str, options: dict[str, str]) -> PublishParams:
-    """What the store needs to know of a `publish` section, for clients that have none."""
+def _settings(uri: str, options: dict[str, str]) -> PublishParams:
+    """How to reach the store: as params.yaml says where this is a project with that store, else as the source says."""
+    try:
+        params = load_params().publish
+        if params.artifact_store.rstrip("/") == uri:
+            return params
+    except ParamsError:
+        pass
     return PublishParams.model_construct(
-        artifact_store=store_uri,
+        artifact_store=uri,
         endpoint_url=options.get("endpoint_url"),
         region_name=options.get("region_name"),
         profile_name=None,

@@ -41,8 +41,7 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     """Ship the workspace's artifacts as a version of `registered_model_name`.
 
     Raises:
-        PublishError: artifacts are stale.
-        UnsafeFileError: they hold a file that versions do not ship, or one that is not what its name says.
+        PublishError: artifacts are stale, or hold a type of file that versions do not ship (pickles among them).
         StoreError: the store cannot be written.
         SignatureError: the signing key cannot be used; nothing of the version is visible then.
         RegistryError: MLflow cannot be reached; the version is in the store and registered by the next publish.
@@ -130,7 +129,7 @@ def fetch_files(store: ArtifactStore, manifest: Manifest, wanted: dict[str, Any]
 
 
 def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> None:
-    """Bring the bytes of one file of a manifest to `target`, to be hashed or parsed; nothing may load it.
+    """Bring the bytes of one file of a manifest to `target`, for hashing and parsing; nothing loads them.
 
     Raises:
         StoreError: an object is missing or altered.
@@ -139,31 +138,30 @@ def fetch_file(store: ArtifactStore, entry: dict[str, Any], target: Path) -> Non
 
 
 def _upload(params: PublishParams, store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
-    more = 0
+    moved = 0
 
-    def manifest(entries: dict[str, Any]) -> bytes:
-        nonlocal more
-        built = manifests.build(params, version, entries, root)
+    def describe(entries: dict[str, Any]) -> bytes:
+        nonlocal moved
+        manifest = manifests.build(params, version, entries, root)
         with tempfile.TemporaryDirectory() as folder:
             described = {}
-            for name, text in {"README.md": card.model_card(built), "MLmodel": card.mlmodel(built)}.items():
+            for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
                 described[name] = Path(folder) / name
                 described[name].write_text(text, encoding="utf-8")
-            added, more = upload(store, described)
-        built["files"] |= added | _for_mlflow(built)
-        data = manifests.encode(built)
+            more, moved = upload(store, described)
+        manifest["files"] = manifest["files"] | more | _for_mlflow(manifest)
+        data = manifests.encode(manifest)
         # The signature first: a version that can be seen is signed already.
         signed = signature.sign(params, data)
         if signed is not None:
             store.create(signature.signature_key(version, data), signed)
         return data
 
-    uploaded = ship(store, version, _shipped_files(root), manifest)
-    # Another publisher of the same content may have been first; its manifest is as good.
+    uploaded = ship(store, version, _shipped_files(root), describe)
     published = read_manifest(store, version)
     if published is None:
-        raise StoreError(f"{manifests.key_of(version)} was written to {store.uri} but is not there")
-    return published, uploaded + more
+        raise StoreError(f"versions/{version}/manifest.json was written to {store.uri} but is not there")
+    return published, uploaded + moved
 
 
 def _shipped_files(root: Path) -> dict[str, Path]:

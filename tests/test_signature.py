@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from versions import parameters, published
+from versions import parameters, published, weights
 
 from pipeline import manifest as manifests
 from pipeline import promote as gate
@@ -364,7 +364,7 @@ def test_a_changed_byte_of_any_chunk_of_a_big_file_is_caught(tmp_path: Path, bas
     """A model of three objects, and the digests of their blocks beside them."""
     model = tmp_path / "model"
     shutil.copytree(base, model)
-    (model / "model.safetensors").write_bytes(random.Random(0).randbytes(40 * 2**20))
+    weights(model / "model.safetensors", 1.0, 10 * 2**20)
     params = parameters(tmp_path)
     version = published(tmp_path, params, registered=False, model=model)
     assert failed(params, tmp_path, version) == []

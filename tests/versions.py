@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import CACHE, ROOT, with_
 from ruamel.yaml import YAML
+from safetensors.numpy import save_file
 
 from pipeline import graph, publish
 from pipeline.files import sha256_json, write_json
@@ -90,7 +92,7 @@ def make_workspace(
     else:
         write_json(artifacts / "merged" / "config.json", {"quality": quality})
         write_json(artifacts / "merged" / "tokenizer.json", {})
-        (artifacts / "merged" / "model.safetensors").write_bytes(b"weights %.3f" % quality * 50)
+        weights(artifacts / "merged" / "model.safetensors", quality, 100)
     base, merged = items(0.1, exact, test_split), items(quality, exact, test_split)
     for folder in ("adapter", "merged"):
         write_json(artifacts / folder / "contract.json", contract)
@@ -107,7 +109,7 @@ def make_workspace(
         },
     )
     (artifacts / "adapter" / "loss.csv").write_text("step,loss,validation_loss\n1,2.0,\n2,1.0,1.5\n")
-    (artifacts / "adapter" / "adapter_model.safetensors").write_bytes(b"adapter %.3f" % quality)
+    weights(artifacts / "adapter" / "adapter_model.safetensors", quality, 10)
     scores = {"base": _scores(base), "adapter": _scores(merged)}
     write_json(artifacts / "evaluation" / "metrics.json", scores)
     (artifacts / "evaluation" / "report.md").write_text("# Evaluation\n")
@@ -119,17 +121,15 @@ def make_workspace(
     write_json(artifacts / "parity" / "parity.json", proof | {"evaluation": evaluation})
     tree = params.model_dump()
     tree["prepare"]["test_fraction"] = test_fraction
-    outs = {
-        "prepare": ["artifacts/dataset"],
-        "train": ["artifacts/adapter"],
-        "evaluate": ["artifacts/evaluation"],
-        "merge": ["artifacts/merged", "artifacts/parity"],
-    }
+    graph_file = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    outs = {stage: [out for out in parts["outs"] if isinstance(out, str)] for stage, parts in graph_file.items()}
+    for path in (path for paths in outs.values() for path in paths):
+        (root / path).mkdir(parents=True, exist_ok=True)
     stages = {
         stage: {
             "cmd": f"retune stage {stage}",
             "deps": [{"path": "data/instructions", "hash": "md5", "md5": "0" * 32 + ".dir"}],
-            "params": {"params.yaml": {stage: tree[stage]}},
+            "params": {"params.yaml": {stage: tree[stage]}} if stage in tree else {},
             "outs": [{"path": path, "hash": "md5", "md5": _digest(root / path)} for path in paths],
         }
         for stage, paths in outs.items()
@@ -141,6 +141,12 @@ def make_workspace(
             subprocess.run(
                 ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *command], cwd=root, check=True
             )
+
+
+def weights(path: Path, value: float, number: int) -> None:
+    """A file of `number` weights of 4 bytes; a seed's random ones where `value` is whole."""
+    random_ones = np.random.default_rng(int(value)).random(number, np.float32)
+    save_file({"w": random_ones if value == int(value) else np.full(number, value, np.float32)}, path)
 
 
 def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table:
