@@ -47,8 +47,9 @@ def merge(
 ) -> Merged:
     """Write the merged model to `output`, its quantised forms to `exports`, and to `parity` what was measured.
 
-    `parity` holds `parity.json` (how it was merged, how far it is from the adapter, and the scores of the exports),
-    `metrics.json` and `items.merged.parquet`, and with `params.combine` the combined adapter that was merged.
+    `parity` holds `parity.json` (how it was merged and how far it is from the adapter), `metrics.json` and
+    `items.merged.parquet`, and with `params.combine` the combined adapter that was merged. `exports` holds a folder for
+    each of `params.export`, and `exports.json`: their scores, and how far these are from the merged model's.
 
     Raises:
         MergeError: a module did not change, the merged model is further from the adapter than `params` allow, or
@@ -108,6 +109,13 @@ def merge(
         differences = _metric_differences(metrics, adapter_metrics)
         _require_parity(params, errors, chosen, reach, agreement, differences)
         exported: dict[str, Metrics] = {kind: score(export(kind, folder, others / kind)) for kind in params.export}
+        write_json(
+            others / "exports.json",  # always there: DVC warns of an empty folder
+            {
+                kind: {"metrics": scores, "metric_difference": _metric_differences(scores, metrics)}
+                for kind, scores in exported.items()
+            },
+        )
         pq.write_table(items, proof / "items.merged.parquet")
         write_json(proof / "metrics.json", {"merged": metrics})
         write_json(
@@ -121,10 +129,6 @@ def merge(
                 "identical_answers": identical,
                 "metric_difference": differences,
                 "prompts": len(prompts),
-                "exports": {
-                    kind: {"metrics": scores, "metric_difference": _metric_differences(scores, metrics)}
-                    for kind, scores in exported.items()
-                },
                 "combined": params.combine.model_dump() if params.combine else None,
                 "evaluation": provenance(evaluated, dataset, signatures),
             },

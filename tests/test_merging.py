@@ -419,3 +419,17 @@ def test_a_damaged_index_is_refused(make: Callable[..., tuple[Path, Path]], text
     (base / weights.INDEX).write_text(text)
     with pytest.raises(WeightsError, match="is damaged"):
         merged(base, adapter)
+
+
+def test_every_tensor_begins_at_a_multiple_of_its_elements_size(tmp_path: Path) -> None:
+    # In the order of the file, which has wide floats first, `b` would begin at byte 6.
+    stored = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([4, 5], dtype=torch.int32)}
+    stored |= {"scalar": torch.tensor(3.0), "flags": torch.tensor([True, False, True])}
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "written").mkdir()
+    written = weights.rewrite(weights.open_checkpoint(tmp_path), tmp_path / "written", {}, torch.bfloat16)
+    loaded = load_file(tmp_path / "written" / "model.safetensors")
+    for name, value in stored.items():
+        expected = value.bfloat16() if value.is_floating_point() else value
+        assert torch.equal(loaded[name], expected)
+        assert written.tensors[name].start % expected.element_size() == 0
