@@ -18,7 +18,7 @@ PARTS = ("adapter", "evaluation", "merged", "parity")
 # By suffix, what may stand before it. Letters, digits, '.', '_' and '-' only: no other spelling of a name gets past.
 NAMES = {
     ".safetensors": r"(adapter_)?model(-\d{5}-of-\d{5})?",
-    ".json": r"adapter_config|added_tokens|config|contract|evaluation|generation_config|metrics|"
+    ".json": r"adapter_config|added_tokens|config|contract|evaluation|exports|generation_config|metrics|"
     r"model\.safetensors\.index|parity|special_tokens_map|tokenizer|tokenizer_config|training|vocab",
     ".jinja": r"chat_template|additional_chat_templates/[a-z0-9][a-z0-9_-]{0,63}",
     ".model": r"tokenizer|spiece|sentencepiece\.bpe",
@@ -29,7 +29,8 @@ NAMES = {
 }
 _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
 # The card, and what MLflow's own loader looks for: its description and a second name of the tokenizer's files.
-_PATTERN = re.compile(rf"({'|'.join(PARTS)}|components/tokenizer)/({_FILE})|README\.md|MLmodel")
+_FOLDERS = "|".join((*PARTS, r"exports(/(bnb-4bit|bnb-8bit))?", "components/tokenizer"))
+_PATTERN = re.compile(rf"({_FOLDERS})/({_FILE})|README\.md|MLmodel")
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE
 )  # files of these names are devices on Windows
