@@ -422,8 +422,8 @@ def test_a_damaged_index_is_refused(make: Callable[..., tuple[Path, Path]], text
 
 
 def test_every_tensor_begins_at_a_multiple_of_its_elements_size(tmp_path: Path) -> None:
-    # In the order of the file, which has wide floats first, `b` would begin at byte 6.
-    stored = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([4, 5], dtype=torch.int32)}
+    # In the order of the file, which has wide floats first, `b` would begin at byte 10.
+    stored = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([4, 5], dtype=torch.int32)}
     stored |= {"scalar": torch.tensor(3.0), "flags": torch.tensor([True, False, True])}
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "written").mkdir()
