@@ -5,6 +5,7 @@ something else or read files from elsewhere. What the loaders refuse or ignore t
 docs/security.md says which test holds what.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,26 @@ CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "mo
 # LoRA settings that a training chooses; the rest (Megatron modules to import, initialisations that rewrite the base,
 # patterns) must be as PEFT has them by default.
 CHOSEN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "inference_mode"}
+CHOSEN |= {
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "ensure_weight_tying",
+}
+CHOSEN |= {"feedforward_modules", "init_ia3_weights"}  # IA3's
+CHOSEN |= {
+    "target_r",
+    "init_r",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "beta1",
+    "beta2",
+    "orth_reg_weight",
+    "total_step",
+}  # AdaLoRA's
 IGNORED = {"base_model_name_or_path", "revision", "peft_version"}  # of no effect: base and revision are the contract's
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # written by torch.save, so pickles
 # training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
@@ -77,16 +98,22 @@ def check_adapter(folder: Path) -> None:
     Raises:
         UnsafeModelError, UnsafeFileError: with file, key and way out.
     """
-    from peft import LoraConfig  # seconds to import; prepare needs `check_model` alone
+    from peft import AdaLoraConfig, IA3Config, LoraConfig  # seconds to import; prepare needs `check_model` alone
+
+    methods: dict[Any, Any] = {"LORA": LoraConfig, "IA3": IA3Config, "ADALORA": AdaLoraConfig}
 
     check_file(folder / "adapter_model.safetensors")
     check_file(folder / "adapter_config.json")
     config = strict_json((folder / "adapter_config.json").read_bytes())
-    plain = {key: value for key, value in LoraConfig(task_type="CAUSAL_LM").to_dict().items() if key not in IGNORED}
     where = f"{folder}: adapter_config.json"
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UnsafeModelError(f"{where} is not of a LoRA adapter; only those are loaded")
+    if not isinstance(config, dict) or config.get("peft_type") not in list(methods):
+        raise UnsafeModelError(f"{where} is not of a LoRA adapter; only those, IA3's and AdaLoRA's are loaded")
+    steps = {"total_step": 1} if config["peft_type"] == "ADALORA" else {}  # AdaLoRA's is not made without
+    made = methods[config["peft_type"]](task_type="CAUSAL_LM", **steps)
+    plain = {key: value for key, value in made.to_dict().items() if key not in IGNORED}
     for key, value in config.items():
+        if key.endswith("_pattern") and any(not re.fullmatch(r"[\w.]+", name) for name in value or {}):
+            raise UnsafeModelError(f"{where} has {key} = {value!r}; only plain module names are matched")
         if key in CHOSEN or key in IGNORED:
             continue
         if key not in plain or value != plain[key]:
@@ -150,7 +177,7 @@ def _problems(name: str, config: Any) -> list[str]:
                 found.append(f"names the shard {shard!r}; expected .safetensors files beside it")
         return found
     for key, value in _items(config):
-        if key == "quantization_config" and value is not None:
+        if key == "quantization_config" and not _is_own_export(value):
             found.append("has a quantization_config; name the full-precision model, Retune quantises it itself")
         elif key == "transformers_weights" and value is not None:
             found.append(f"has transformers_weights = {value!r}; weights are model.safetensors or its shards")
@@ -167,3 +194,8 @@ def _items(config: Any) -> list[tuple[str, Any]]:
     if not isinstance(config, dict):
         return []
     return [*config.items(), *(item for value in config.values() for item in _items(value))]
+
+
+def _is_own_export(value: Any) -> bool:
+    """Whether weights are stored as `merge.export` stores them; nothing else is read as quantised."""
+    return value is None or (isinstance(value, dict) and value.get("quant_method") == "bitsandbytes")

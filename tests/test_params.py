@@ -111,7 +111,7 @@ def test_a_combination_that_cannot_work_is_refused(sections: dict[str, dict[str,
 
 def test_a_password_in_the_endpoint_is_refused_without_showing_it(tmp_path: Path) -> None:
     path, _ = changed(tmp_path, "endpoint_url", "  endpoint_url: https://me:planted@s3.example.org")
-    with pytest.raises(ParamsError, match="endpoint_url holds a user or password") as error:
+    with pytest.raises(ParamsError, match="endpoint_url holds a (user or )?password") as error:
         load_params(path)
     assert "planted" not in str(error.value)
 

@@ -18,7 +18,7 @@ from pipeline.train import QUANTISATION, lora_config, train
 
 LLAMA = LlamaConfig(
     hidden_size=256,
-    intermediate_size=688,
+    intermediate_size=704,
     num_hidden_layers=6,
     num_attention_heads=8,
     num_key_value_heads=2,

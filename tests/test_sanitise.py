@@ -33,11 +33,13 @@ def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
     settings = with_(
         params, prepare={"model_name_or_path": str(own)}, train={"max_steps": 3}, merge={"min_agreement": 0.0}
     )
-    folders = {name: tmp_path / name for name in (*PARTS, "dataset")}
+    folders = {name: tmp_path / name for name in (*PARTS, "dataset", "exports")}
     prepare(settings.prepare, data, folders["dataset"])
     train(settings.train, folders["dataset"], folders["adapter"], tmp_path / "checkpoints")
     shutil.copytree(evaluation, folders["evaluation"])
-    merge(settings.merge, *(folders[name] for name in ("dataset", "adapter", "evaluation", "merged", "parity")))
+    merge(
+        settings.merge, *(folders[name] for name in ("dataset", "adapter", "evaluation", "merged", "parity", "exports"))
+    )
     names = [f"{part}/{path.name}" for part in PARTS for path in folders[part].rglob("*") if path.is_file()]
     check_names(names)
     for name in names:

@@ -92,13 +92,11 @@ def version(store: FileStore, files: dict[str, bytes]) -> dict[str, Any]:
     for name, data in files.items():
         scratch.write_bytes(data)
         digest = sha256_file(scratch)
-        store.upload(scratch, f"objects/{digest}")
+        store.create(f"objects/{digest}", scratch.read_bytes())
         entries[name] = {"sha256": digest, "size": len(data)}
     scratch.unlink()
-    store.create("versions/v/manifest.json", json.dumps({"version": "v", "files": entries}).encode())
-    manifest = read_manifest(store, "v")
-    assert manifest is not None
-    return manifest
+    # Not read back: the schema of manifests is another lock, and this one has to hold by itself.
+    return {"version": "v", "files": entries}
 
 
 def fetch_all(store: FileStore, manifest: dict[str, Any], folder: Path) -> None:
@@ -185,7 +183,7 @@ def test_a_link_in_the_folder_of_a_download_is_not_followed(tmp_path: Path, link
     link = tmp_path / "target" / linked
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / "elsewhere" if "." not in linked else tmp_path / "elsewhere" / "file")
-    with watching(tmp_path), pytest.raises(UnsafeFileError, match="is a link"):
+    with watching(tmp_path), pytest.raises((UnsafeFileError, StoreError), match="is a link|outside of"):
         fetch_all(store, manifest, tmp_path / "target")
     assert tree(tmp_path / "elsewhere") == set()
 
@@ -720,7 +718,7 @@ def test_a_hostile_row_stays_text(tmp_path: Path, params: Params, text: str) -> 
     (tmp_path / "data" / "rows.json").write_text(json.dumps(sample_rows(60) + rows))
     settings = with_(params, prepare={"max_dropped_fraction": 0.9})
     with watching(tmp_path):
-        prepare(settings.prepare, tmp_path / "data", tmp_path / "dataset")
+        prepare(settings.prepare, tmp_path / "data", tmp_path / "dataset", tmp_path / "cache")
     report = read_json(tmp_path / "dataset" / "report.json")
     assert sum(report["rows"].values()) + sum(report["dropped"].values()) == 80
     assert tree(tmp_path) >= {"dataset/report.md"}

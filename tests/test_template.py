@@ -9,6 +9,7 @@ import pytest
 from conftest import CHATML, make_base, with_
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from pipeline.formats import Message
@@ -264,7 +265,7 @@ def test_a_named_template_of_another_family_is_refused(params: Params) -> None:
 
 def test_rows_longer_than_the_models_positions_are_refused_without_its_weights(params: Params, copy: Path) -> None:
     for weights in copy.glob("*.safetensors"):
-        weights.write_bytes(b"")
+        save_file({}, weights)
     prepare = {"model_name_or_path": str(copy), "max_length": 512}
     load_template(with_(params, prepare=prepare).prepare)
     with pytest.raises(TemplateError, match=r"prepare\.max_length is 513; .* for 512 tokens at most"):
