@@ -31,7 +31,10 @@ def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
         extra |= {"_name_or_path": str(own), "name_or_path": str(own), "custom_pipelines": {"a": {"impl": "m.M"}}}
         write_json(own / name, read_json(own / name) | extra)
     settings = with_(
-        params, prepare={"model_name_or_path": str(own)}, train={"max_steps": 3}, merge={"min_agreement": 0.0}
+        params,
+        prepare={"model_name_or_path": str(own)},
+        train={"max_steps": 3},
+        merge={"min_agreement": 0.0, "max_metric_drop": 1.0, "max_logit_error": 1000.0},
     )
     folders = {name: tmp_path / name for name in (*PARTS, "dataset", "exports")}
     prepare(settings.prepare, data, folders["dataset"])
