@@ -17,9 +17,9 @@ run: $(READY)        ## the whole loop once: data, training, evaluation, merge, 
 	@echo "Bringing the loop up to date: about 3 minutes on 2 cores at first, seconds when nothing has changed."
 	@retune run
 
-test: $(READY)       ## all tests that need no server, browser or GPU (about 7 minutes)
-	@echo "Testing: about 7 minutes on 2 cores."
-	@python -m pytest -q tests
+test: $(READY)       ## all tests that need no browser or GPU (about 8 minutes)
+	@echo "Testing: about 8 minutes on 2 cores."
+	@python -m pytest -q -n 2 --dist worksteal tests
 
 test-faults: $(READY)  ## every kill and fault, the long form
 	@python -m pytest -q -m faults tests
@@ -32,13 +32,13 @@ check: $(READY)      ## formatting, lint, types
 bench: bench-stages bench-data bench-merge bench-store  ## every benchmark
 
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
-	@python -m pipeline.bench
+	@python -m pipeline.benchmarks.stages
 
 bench-data: $(READY)  ## ingest and prepare beside datasets.map, datasketch and rensa (about 4 minutes)
-	@python -m pipeline.bench_data
+	@python -m pipeline.benchmarks.data
 
 bench-merge: $(READY)  ## merging shard by shard against PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
-	@python -m pipeline.bench_merge
+	@python -m pipeline.benchmarks.merge
 
 bench-store: $(READY)  ## the artifact store beside boto3's upload_file, and what a small change moves (about 2 minutes)
 	@PYTHONPATH=. python tests/bench_store.py

@@ -34,15 +34,15 @@ from pipeline import graph
 from pipeline import promote as gate
 from pipeline import publish as shipping
 from pipeline.commands import verdict_table
-from pipeline.compare import verdict_rows
+from pipeline.data.snapshot import recover
 from pipeline.files import read_json
 from pipeline.params import Params, load_params
 from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
-from pipeline.redact import redact, redact_process, redacted_errors
-from pipeline.snapshot import recover
+from pipeline.security.redact import redact, redact_process, redacted_errors
 from pipeline.statistics import METRICS
-from pipeline.store import open_store
+from pipeline.store.artifact_store import open_store
+from pipeline.versions.compare import verdict_rows
 
 ARTIFACTS = Path("artifacts")
 # What DVC says after each stage, for people who type `dvc repro`.

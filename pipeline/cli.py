@@ -23,7 +23,7 @@ from pipeline.commands import Json
 from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
-from pipeline.redact import redact, redact_process
+from pipeline.security.redact import redact, redact_process
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,10 +68,10 @@ def main() -> None:
 def run(json_output: Json = False) -> None:
     """Bring everything up to date: train if something changed, publish, and promote if it is better."""
     from pipeline import graph, server
+    from pipeline.data.snapshot import recover
     from pipeline.params import load_params
     from pipeline.promote import history, settled
-    from pipeline.snapshot import recover
-    from pipeline.store import open_store
+    from pipeline.store.artifact_store import open_store
 
     params = load_params()
     with _only_run() as lock:
@@ -120,10 +120,10 @@ def ingest(
 ) -> None:
     """Make the rows of all SOURCEs the new data snapshot; `retune run` then trains on it."""
     from pipeline import graph
-    from pipeline.formats import FORMATS
+    from pipeline.data.formats import FORMATS
+    from pipeline.data.snapshot import recover
     from pipeline.ingest import ingest as do
     from pipeline.params import load_params
-    from pipeline.snapshot import recover
 
     params = load_params().ingest
     if format is not None:
@@ -169,7 +169,7 @@ def inspect(
     """Show rows as the model sees them, token by token, trained tokens in colour; of FILE, as it would be prepared."""
     from rich.console import Console
 
-    from pipeline.inspection import as_text, inspect_dataset, inspect_file
+    from pipeline.chat.inspection import as_text, inspect_dataset, inspect_file
     from pipeline.params import load_params
 
     params = load_params()
@@ -222,8 +222,8 @@ def diff_data(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from pipeline.data_diff import compare, previous_revision, report_at
-    from pipeline.data_pages import render
+    from pipeline.data.diff import compare, previous_revision, report_at
+    from pipeline.data.report_pages import render
     from pipeline.files import write_text
 
     old = old or previous_revision()
@@ -247,9 +247,9 @@ def gc(
     json_output: Json = False,
 ) -> None:
     """Find objects of the store that no version needs, older than a day; delete them with --delete."""
-    from pipeline.garbage import collect
     from pipeline.params import load_params
-    from pipeline.store import open_store
+    from pipeline.store.artifact_store import open_store
+    from pipeline.store.garbage import collect
 
     found = collect(open_store(load_params().publish), delete)
     if json_output:
@@ -304,9 +304,9 @@ def plan(
 def status(json_output: Json = False) -> None:
     """Which server runs, what is stale, who is champion."""
     from pipeline import graph, server
-    from pipeline.decisions import canary, champion, proposed, read_log
     from pipeline.params import load_params
-    from pipeline.store import open_store
+    from pipeline.store.artifact_store import open_store
+    from pipeline.versions.decisions import canary, champion, proposed, read_log
 
     params = load_params()
     prefect = server.running()

@@ -51,8 +51,8 @@ def sign(version: Version = None, json_output: Json = False) -> None:
 
 def verify(version: Version = None, json_output: Json = False) -> None:
     """Check a version's signature, the digest of every file, and its lineage; exit status 1 when one fails."""
-    from pipeline.registry import RegistryError
-    from pipeline.verify import verify as do
+    from pipeline.versions.registry import RegistryError
+    from pipeline.versions.verify import verify as do
 
     params, store, registry, target = _find(version)
     try:
@@ -152,7 +152,7 @@ def history(
     """Every decision: who, when, from which champion to which, why, and with which numbers."""
     from pipeline.params import load_params
     from pipeline.promote import history as do
-    from pipeline.registry import ModelRegistry, RegistryError
+    from pipeline.versions.registry import ModelRegistry, RegistryError
 
     params = load_params()
     log, warnings = do(params.publish)
@@ -201,17 +201,17 @@ def download(
     json_output: Json = False,
 ) -> None:
     """Download a version, every file checked; what is there already is kept."""
-    from pipeline import manifest as manifests
-    from pipeline import signature
-    from pipeline.manifest import read_manifest
     from pipeline.publish import fetch_files, fetch_version
+    from pipeline.versions import manifest as manifests
+    from pipeline.versions import signature
+    from pipeline.versions.manifest import read_manifest
 
     params, store, _, target = _find(version)
     manifest = read_manifest(store, target)
     if manifest is None:
         raise CommandError(f"version {target} is not published in {store.uri}")
     if params.publish.require_signature:
-        from pipeline.verify import require_intact
+        from pipeline.versions.verify import require_intact
 
         require_intact(store, manifest, params.publish)
     if part == "all":
@@ -237,7 +237,7 @@ def delete(
 ) -> None:
     """Delete a version for good; the champion, the canary and a version that waits for approval are refused."""
     from pipeline.params import load_params
-    from pipeline.retention import delete as do
+    from pipeline.versions.retention import delete as do
 
     record = do(load_params().publish, version, reason)
     if json_output:
@@ -252,8 +252,8 @@ def prune(
 ) -> None:
     """List, and with --yes delete, the versions that publish.keep_versions and keep_champions do not keep."""
     from pipeline.params import load_params
-    from pipeline.retention import delete as do
-    from pipeline.retention import outdated
+    from pipeline.versions.retention import delete as do
+    from pipeline.versions.retention import outdated
 
     params = load_params().publish
     versions = outdated(params)
@@ -279,8 +279,8 @@ def _find(version: str | None) -> tuple[Any, Any, Any, str]:
     """Parameters, store, registry, and the content id of the version that was named."""
     from pipeline.params import load_params
     from pipeline.promote import resolve
-    from pipeline.registry import ModelRegistry
-    from pipeline.store import open_store
+    from pipeline.store.artifact_store import open_store
+    from pipeline.versions.registry import ModelRegistry
 
     params = load_params()
     name = params.publish.registered_model_name
@@ -311,7 +311,7 @@ def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str])
 
 
 def verdict_table(comparison: dict[str, Any]) -> Table:
-    from pipeline.compare import COLUMNS, verdict_rows
+    from pipeline.versions.compare import COLUMNS, verdict_rows
 
     table = Table(*COLUMNS)
     for row in verdict_rows(comparison):

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.chat.template import TemplateError, differing_keys, load_contract
 from pipeline.files import read_json, whole_directory, write_json, write_text
 from pipeline.generate import Answer, generate
 from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams
-from pipeline.sanitise import one_line, portable
+from pipeline.security.sanitise import one_line, portable
 from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
-from pipeline.template import TemplateError, differing_keys, load_contract
 
 METRIC_FOLDER = Path(__file__).with_name("metrics")
 Metrics = dict[str, Any]  # {metric: {score, low, high}, num_samples, num_cut_off, by_task: {task: …}}

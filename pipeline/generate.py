@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from pipeline.chat.template import ChatTemplate
 from pipeline.model import ModelError
 from pipeline.progress import Progress
-from pipeline.template import ChatTemplate
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.containers import Block, container_of
-from pipeline.conversion import SCHEMA, Batch, convert_blocks
+from pipeline.data.containers import Block, container_of
+from pipeline.data.conversion import SCHEMA, Batch, convert_blocks
+from pipeline.data.formats import FormatError, Recipe, Rejected, recognised_blocks
+from pipeline.data.shards import ShardWriter
+from pipeline.data.snapshot import SCRATCH, recover, replace_instructions
+from pipeline.data.sources import Source, fetch, public
 from pipeline.files import sha256_file, write_json
-from pipeline.formats import FormatError, Recipe, Rejected, recognised_blocks
 from pipeline.params import IngestParams, SourceParams
 from pipeline.progress import Progress
-from pipeline.shards import ShardWriter
-from pipeline.snapshot import SCRATCH, recover, replace_instructions
-from pipeline.sources import Source, fetch, public
 
 RECORD_CHARACTERS = 4096  # of a rejected record that are kept
 REASONS = 20  # kept apart in the notes; the rest are counted together

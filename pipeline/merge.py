@@ -15,18 +15,18 @@ import pyarrow.parquet as pq
 import torch
 from transformers import GenerationConfig
 
-from pipeline.combination import combine
+from pipeline.chat.template import ChatTemplate, load_contract, load_shipped, local_source
 from pipeline.evaluate import Metrics, provenance, require_same_contract, score_items, summarise, test_items
-from pipeline.export import export
 from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import Answer, generate
-from pipeline.merging import MergeError, Merging, merge_adapter
 from pipeline.model import Quantisation, load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
-from pipeline.sanitise import clean_folder, portable
+from pipeline.security.sanitise import clean_folder, portable
 from pipeline.statistics import METRICS
-from pipeline.template import ChatTemplate, load_contract, load_shipped, local_source
-from pipeline.weights import open_checkpoint
+from pipeline.weights.checkpoint import open_checkpoint
+from pipeline.weights.combination import combine
+from pipeline.weights.export import export
+from pipeline.weights.merging import MergeError, Merging, merge_adapter
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
 

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.vetting import check_adapter, check_model
+from pipeline.security.vetting import check_adapter, check_model
 
 disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
 

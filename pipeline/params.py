@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.language import LANGUAGES
-from pipeline.redact import has_credentials, redact
+from pipeline.data.language import LANGUAGES
+from pipeline.security.redact import has_credentials, redact
 
 Metric = Literal["accuracy", "bleu", "rouge1", "rouge2", "rougeL"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

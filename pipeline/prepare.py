@@ -27,19 +27,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.conversation import ChatTemplate
-from pipeline.conversion import read_batches
-from pipeline.data_report import DataStats, write_report
-from pipeline.encoding import ROWS, SIGNATURES, TEXT, TOKENS, encode_shard
+from pipeline.chat.conversation import ChatTemplate
+from pipeline.chat.template import load_template
+from pipeline.data.conversion import read_batches
+from pipeline.data.encoding import ROWS, SIGNATURES, TEXT, TOKENS, encode_shard
+from pipeline.data.formats import Rejected, find_files
+from pipeline.data.report import DataStats, write_report
+from pipeline.data.shards import ShardWriter, is_shard, read_rejected, read_snapshot
+from pipeline.data.shingles import signature_version
+from pipeline.data.verdicts import SPLITS, Verdicts, decide
 from pipeline.files import sha256_file, sha256_json, whole_directory, write_json
-from pipeline.formats import Rejected, find_files
 from pipeline.params import PrepareParams
 from pipeline.process import end_with_parent
 from pipeline.progress import Progress
-from pipeline.shards import ShardWriter, is_shard, read_rejected, read_snapshot
-from pipeline.shingles import signature_version
-from pipeline.template import load_template
-from pipeline.verdicts import SPLITS, Verdicts, decide
 
 PARALLEL_ROWS = 20_000  # fewer are encoded before a second process has imported its libraries
 COMMON = ("id", "source", "task", "language")
@@ -145,7 +145,11 @@ def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any],
     """A folder of encoded rows for each shard, in order; what an earlier call left in `work` is used again."""
     settings = params.model_dump(exclude={"max_dropped_fraction"})
     benchmarks = [sha256_file(Path(name)) for name in params.decontaminate if Path(name).is_file()]
-    code = {path.name: sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+    code = [
+        sha256_file(path)
+        for folder in ("data", "chat")
+        for path in sorted(Path(__file__).with_name(folder).glob("**/*.py"))
+    ]
     identity = sha256_json([settings, contract, benchmarks, code, signature_version()])
     folders = [work / "encoded" / sha256_json([identity, sha256_file(shard)])[:32] for shard in shards]
     todo = {folder: shard for folder, shard in zip(folders, shards, strict=True) if not _is_whole(folder, params)}

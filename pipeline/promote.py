@@ -9,10 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import compare as comparing
-from pipeline import graph, manifest, notify, verify
-from pipeline.compare import BASE, CompareError, UnfairError
-from pipeline.decisions import (
+from pipeline import graph
+from pipeline.params import PromoteParams, PublishParams
+from pipeline.publish import register
+from pipeline.store.artifact_store import ArtifactStore, open_store
+from pipeline.versions import compare as comparing
+from pipeline.versions import manifest, notify, verify
+from pipeline.versions.compare import BASE, CompareError, UnfairError
+from pipeline.versions.decisions import (
     DecisionError,
     Record,
     append,
@@ -24,11 +28,8 @@ from pipeline.decisions import (
     refuse_deleted,
     rolled_back,
 )
-from pipeline.manifest import Manifest, read_manifest
-from pipeline.params import PromoteParams, PublishParams
-from pipeline.publish import register
-from pipeline.registry import ModelRegistry, RegistryError
-from pipeline.store import ArtifactStore, open_store
+from pipeline.versions.manifest import Manifest, read_manifest
+from pipeline.versions.registry import ModelRegistry, RegistryError
 
 
 class PromoteError(RuntimeError):

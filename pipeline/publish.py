@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from pipeline import card, graph, signature
-from pipeline import manifest as manifests
-from pipeline.allowlist import UnsafeFileError, check_file, check_names
-from pipeline.decisions import read_log, refuse_deleted
-from pipeline.manifest import Manifest, read_manifest
+from pipeline import graph
 from pipeline.params import PublishParams
-from pipeline.registry import ModelRegistry, Registration
+from pipeline.security.allowlist import UnsafeFileError, check_file, check_names
 from pipeline.statistics import METRICS
-from pipeline.store import ArtifactStore, StoreError, open_store
-from pipeline.transfer import check_objects, fetch, ship, upload
+from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.store.transfer import check_objects, fetch, ship, upload
+from pipeline.versions import card, signature
+from pipeline.versions import manifest as manifests
+from pipeline.versions.decisions import read_log, refuse_deleted
+from pipeline.versions.manifest import Manifest, read_manifest
+from pipeline.versions.registry import ModelRegistry, Registration
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 

@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
+from pipeline.chat.template import load_contract
 from pipeline.files import WORK_DIR, read_json, sha256_file, sha256_json, whole_directory, write_json
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
 from pipeline.progress import Progress
-from pipeline.sanitise import clean_folder, portable
-from pipeline.template import load_contract
-from pipeline.vetting import STATES, UnsafeModelError, check_checkpoint
+from pipeline.security.sanitise import clean_folder, portable
+from pipeline.security.vetting import STATES, UnsafeModelError, check_checkpoint
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import containers
-from pipeline.containers import FormatError, Unreadable, container_of, read_blocks, records_of
-from pipeline.formats import Row, read_rows
+from pipeline.data import containers
+from pipeline.data.containers import FormatError, Unreadable, container_of, read_blocks, records_of
+from pipeline.data.formats import Row, read_rows
 
 ROWS = [{"instruction": f"Frage {i}: 你好", "input": "a\nb" if i % 2 else "", "output": f"„{i}“"} for i in range(5)]
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import rendering
-from pipeline.conversation import ESCAPED, ChatTemplate, Encoded
-from pipeline.formats import Message
-from pipeline.rendering import RowError, TemplateError
-from pipeline.template import NAMED, TEMPLATES, named_ends
+from pipeline.chat import rendering
+from pipeline.chat.conversation import ESCAPED, ChatTemplate, Encoded
+from pipeline.chat.rendering import RowError, TemplateError
+from pipeline.chat.template import NAMED, TEMPLATES, named_ends
+from pipeline.data.formats import Message
 
 WORDS = ["the quick brown fox jumps over the lazy dog, hello world! philosophy " * 3, "你好，世界。再见 😀 tool call"]
 CONTROL = [

@@ -10,8 +10,8 @@ from threading import Thread
 import psutil
 import pytest
 
-from pipeline.conversion import ALONE, ConversionError, read_batches
-from pipeline.formats import FormatError, Rejected, Row, read_rows
+from pipeline.data.conversion import ALONE, ConversionError, read_batches
+from pipeline.data.formats import FormatError, Rejected, Row, read_rows
 
 
 def many(path: Path, megabytes: int, *last: str) -> Path:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, make_project, retune
 
-from pipeline.data_diff import DataDiffError, compare, previous_revision, report_at
-from pipeline.data_pages import render
-from pipeline.data_report import SKETCH, DataStats, Report, write_report
+from pipeline.data.diff import DataDiffError, compare, previous_revision, report_at
+from pipeline.data.report import SKETCH, DataStats, Report, write_report
+from pipeline.data.report_pages import render
 from pipeline.params import load_params
 
 

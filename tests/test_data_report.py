@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data_pages import Histogram, render, table
-from pipeline.data_report import EXAMPLES, MOST_KEYS, OTHER, DataReportError, DataStats, Report, excerpt, write_report
+from pipeline.data.report import EXAMPLES, MOST_KEYS, OTHER, DataReportError, DataStats, Report, excerpt, write_report
+from pipeline.data.report_pages import Histogram, render, table
 from pipeline.files import read_json
 
 HOSTILE = (

@@ -11,7 +11,8 @@ from conftest import environment, publish_params
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.decisions import (
+from pipeline.store.artifact_store import ArtifactStore, open_store
+from pipeline.versions.decisions import (
     DecisionError,
     Record,
     append,
@@ -20,15 +21,14 @@ from pipeline.decisions import (
     read_log,
     rolled_back,
 )
-from pipeline.store import ArtifactStore, open_store
 
 NAME = "model"
 RECORD = Record(1, "promoted", "a", "a", None, "better")
 RACE = """
 import sys
 from pathlib import Path
-from pipeline.decisions import Record, append, read_log
-from pipeline.store import FileStore
+from pipeline.versions.decisions import Record, append, read_log
+from pipeline.store.artifact_store import FileStore
 store, me, done = FileStore(Path(sys.argv[1])), sys.argv[2], 0
 print("ready", flush=True)
 sys.stdin.readline()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from pipeline.duplicates import DuplicatesError, NearDuplicates, banding, near_duplicates
-from pipeline.shingles import LANES, SIGNATURE, jaccard, shingle_sets, signatures
+from pipeline.data.duplicates import DuplicatesError, NearDuplicates, banding, near_duplicates
+from pipeline.data.shingles import LANES, SIGNATURE, jaccard, shingle_sets, signatures
 
 ENGLISH = [f"{a}{b}" for a in ("ba", "co", "di", "fu", "ge", "lo", "mi") for b in ("rn", "st", "lt", "nd", "mp", "ck")]
 CHINESE = [chr(code) for code in range(0x4E00, 0x4E00 + 400)]

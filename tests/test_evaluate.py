@@ -5,13 +5,13 @@ import pytest
 from conftest import with_
 from test_train import identity
 
+from pipeline.chat.template import TemplateError, load_contract
 from pipeline.evaluate import evaluate, score_items
 from pipeline.files import read_json, write_json
 from pipeline.generate import Answer, generate
 from pipeline.model import load_adapter, load_base
 from pipeline.params import Params
 from pipeline.statistics import METRICS
-from pipeline.template import TemplateError, load_contract
 
 
 def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:

@@ -8,11 +8,11 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import filters as reasons
-from pipeline.filters import apply_filters, repetition
-from pipeline.formats import Rejected, Row
+from pipeline.data import filters as reasons
+from pipeline.data.filters import apply_filters, repetition
+from pipeline.data.formats import Rejected, Row
+from pipeline.data.personal_data import find_kinds, texts_of
 from pipeline.params import FilterParams, load_params
-from pipeline.personal_data import find_kinds, texts_of
 
 OFF = load_params(ROOT / "params.yaml").prepare.filters
 

@@ -7,11 +7,11 @@ from conftest import with_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.conversation import ChatTemplate
-from pipeline.fitting import PROMPT_CUT, SPLIT, TURNS_LEFT_OUT, Overlong, fit, fit_batch
-from pipeline.formats import Message
+from pipeline.chat.conversation import ChatTemplate
+from pipeline.chat.fitting import PROMPT_CUT, SPLIT, TURNS_LEFT_OUT, Overlong, fit, fit_batch
+from pipeline.chat.template import load_template
+from pipeline.data.formats import Message
 from pipeline.params import Params
-from pipeline.template import load_template
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.formats import FORMATS, FormatError, Rejected, Row, find_files, is_plain_text, read_rows
+from pipeline.data.formats import FORMATS, FormatError, Rejected, Row, find_files, is_plain_text, read_rows
 from pipeline.params import ColumnsParams
 
 ALPACA = {"instruction": "Q", "input": "", "output": "A"}

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 from conftest import environment, make_project, retune, sample_rows
 
-from pipeline import graph, snapshot
+from pipeline import graph
+from pipeline.data import snapshot
+from pipeline.data.formats import FormatError, Row, find_files, read_rows
+from pipeline.data.shards import read_rejected, read_snapshot
+from pipeline.data.snapshot import recover
 from pipeline.files import read_json, sha256_file
-from pipeline.formats import FormatError, Row, find_files, read_rows
 from pipeline.graph import GraphError
 from pipeline.ingest import IngestError, collect, ingest
 from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams, load_params
 from pipeline.prepare import prepare
-from pipeline.shards import read_rejected, read_snapshot
-from pipeline.snapshot import recover
 
 AUTO = IngestParams(format="auto", columns=None, sources=None, s3_endpoint_url=None, max_download_gib=1.0)
 

@@ -9,10 +9,10 @@ from conftest import retune, with_, write_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.formats import FormatError
-from pipeline.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
+from pipeline.chat.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
+from pipeline.chat.template import ChatTemplate, load_template
+from pipeline.data.formats import FormatError
 from pipeline.params import Params
-from pipeline.template import ChatTemplate, load_template
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,17 @@ from conftest import ROOT, environment, publish_params
 from versions import parameters, published
 
 from pipeline import promote as gate
-from pipeline.decisions import champion, read_log
-from pipeline.registry import ModelRegistry
-from pipeline.store import open_store
+from pipeline.store.artifact_store import open_store
+from pipeline.versions.decisions import champion, read_log
+from pipeline.versions.registry import ModelRegistry
 
 NAME = "retune-sample"
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)
 RACER = """
 import json, sys, time
 from pathlib import Path
-from pipeline.decisions import Record, append, champion, read_log
-from pipeline.store import FileStore
+from pipeline.versions.decisions import Record, append, champion, read_log
+from pipeline.store.artifact_store import FileStore
 store, me, rounds = FileStore(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()

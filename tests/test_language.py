@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import environment
 
-from pipeline.language import LANGUAGES, UNDETERMINED, language_of, language_of_row
+from pipeline.data.language import LANGUAGES, UNDETERMINED, language_of, language_of_row
 
 TEXTS = [
     ("en", "Describe a process of making crepes."),
@@ -54,8 +54,8 @@ def test_the_codes_are_those_of_the_model() -> None:
 
 def test_the_model_is_loaded_only_when_a_text_needs_it() -> None:
     code = (
-        "import sys, pipeline.filters, pipeline.data_report\n"
-        "from pipeline.language import language_of\n"
+        "import sys, pipeline.data.filters, pipeline.data.report\n"
+        "from pipeline.data.language import language_of\n"
         "language_of('巴黎是法国的首都。'); language_of('42')\n"
         "print('fasttext' in sys.modules)"
     )

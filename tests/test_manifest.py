@@ -10,11 +10,11 @@ from conftest import ROOT, publish_params
 from huggingface_hub import ModelCard
 from versions import parameters, published
 
-from pipeline import manifest as manifests
 from pipeline import timings
-from pipeline.manifest import Manifest, read_manifest
 from pipeline.params import Params
-from pipeline.store import ArtifactStore, StoreError, open_store
+from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.versions import manifest as manifests
+from pipeline.versions.manifest import Manifest, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,9 @@ def test_what_the_schema_does_not_allow_is_neither_written_nor_read(
         read_manifest(store, manifest["version"])
 
 
-@pytest.mark.parametrize("key", json.loads((ROOT / "pipeline" / "manifest.schema.json").read_text())["required"])
+@pytest.mark.parametrize(
+    "key", json.loads((ROOT / "pipeline" / "versions" / "manifest.schema.json").read_text())["required"]
+)
 def test_a_manifest_lacking_a_part_is_refused(manifest: Manifest, key: str) -> None:
     with pytest.raises(StoreError, match=f"'{key}' is a required property"):
         manifests.encode({k: v for k, v in manifest.items() if k != key})
@@ -108,7 +110,7 @@ def test_a_manifest_lacking_a_part_is_refused(manifest: Manifest, key: str) -> N
 def test_the_published_schema_is_itself_one() -> None:
     from jsonschema import Draft202012Validator
 
-    Draft202012Validator.check_schema(json.loads((ROOT / "pipeline" / "manifest.schema.json").read_text()))
+    Draft202012Validator.check_schema(json.loads((ROOT / "pipeline" / "versions" / "manifest.schema.json").read_text()))
 
 
 def test_another_spelling_of_a_manifest_is_refused(manifest: Manifest, tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_the_model_card_is_one_that_the_hub_reads(manifest: Manifest, shipped: t
 
 
 def test_a_base_from_the_hub_stands_in_the_cards_metadata(manifest: Manifest) -> None:
-    from pipeline.card import model_card
+    from pipeline.versions.card import model_card
 
     base = {"name_or_path": "Qwen/Qwen2.5-0.5B", "revision": "a" * 40, "digest": "a" * 40}
     card = ModelCard(model_card(manifest | {"base_model": base}))

@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from test_train import identity
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pipeline.combination import CombinationError, combine
+from pipeline.chat.template import TemplateError, load_shipped
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.merge import merge, score_model
-from pipeline.merging import MergeError
 from pipeline.model import load_adapter, load_base
 from pipeline.params import CombineParams, Params
-from pipeline.template import TemplateError, load_shipped
-from pipeline.weights import WeightsError
+from pipeline.weights.checkpoint import WeightsError
+from pipeline.weights.combination import CombinationError, combine
+from pipeline.weights.merging import MergeError
 
 ANYTHING = {"min_agreement": 0.0, "max_logit_error": 1e9, "max_metric_drop": 1.0}  # a proof that proves nothing
 

@@ -38,11 +38,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from pipeline import weights
-from pipeline.merging import MergeError, Merging, merge_adapter
+from pipeline.chat.template import local_source
 from pipeline.model import ModelError, load_base
-from pipeline.template import local_source
-from pipeline.weights import WeightsError
+from pipeline.weights.checkpoint import WeightsError
+from pipeline.weights.checkpoint import checkpoint as weights
+from pipeline.weights.merging import MergeError, Merging, merge_adapter
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 WIDE = SIZES | {"intermediate_size": 192}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.personal_data import find_kinds, map_texts, mask_text, texts_of
+from pipeline.data.personal_data import find_kinds, map_texts, mask_text, texts_of
 
 # Published test numbers and addresses; none belongs to anybody.
 FOUND = {

@@ -12,13 +12,13 @@ from conftest import sample_rows, with_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.encoding import OVERLONG, split_of
+from pipeline.chat.template import load_contract
+from pipeline.data.encoding import OVERLONG, split_of
+from pipeline.data.formats import Row
+from pipeline.data.verdicts import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
 from pipeline.files import read_json
-from pipeline.formats import Row
 from pipeline.params import Params, PrepareParams
 from pipeline.prepare import Prepared, PrepareError, prepare
-from pipeline.template import load_contract
-from pipeline.verdicts import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
 
 OUTPUTS = {f"{split}.parquet" for split in SPLITS} | {
     "contract.json",

@@ -17,15 +17,15 @@ from conftest import environment, with_, write_params
 from versions import ITEMS, parameters, published, records, registry_lost
 
 from pipeline import promote as gate
-from pipeline.compare import verdict_rows
-from pipeline.decisions import DecisionError, canary, champion, read_log
 from pipeline.files import read_json, write_json
-from pipeline.manifest import published_versions, read_manifest
 from pipeline.params import Params
 from pipeline.promote import PromoteError
-from pipeline.registry import ModelRegistry
-from pipeline.retention import RetentionError, delete, outdated
-from pipeline.store import open_store
+from pipeline.store.artifact_store import open_store
+from pipeline.versions.compare import verdict_rows
+from pipeline.versions.decisions import DecisionError, canary, champion, read_log
+from pipeline.versions.manifest import published_versions, read_manifest
+from pipeline.versions.registry import ModelRegistry
+from pipeline.versions.retention import RetentionError, delete, outdated
 
 NAME = "retune-sample"
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from pipeline.params import Params, ParamsError, load_params
-from pipeline.redact import HIDDEN, has_credentials, redact, redacted_errors
+from pipeline.security.redact import HIDDEN, has_credentials, redact, redacted_errors
 
 # Made up, of the shape and length of real ones.
 SECRETS = {
@@ -132,7 +132,7 @@ def test_an_error_loses_its_secrets_and_keeps_its_kind(planted: None) -> None:
 
 PROGRAM = """
 import logging, os, sys
-from pipeline.redact import redact_process
+from pipeline.security.redact import redact_process
 redact_process()
 redact_process()
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)

@@ -16,14 +16,14 @@ from conftest import environment, with_
 from versions import parameters, published, registry_lost
 
 from pipeline import promote as gate
-from pipeline.garbage import collect
-from pipeline.manifest import published_versions, read_manifest
 from pipeline.params import Params
 from pipeline.publish import register
-from pipeline.registry import ModelRegistry, Registration, RegistryError
-from pipeline.retention import delete
-from pipeline.store import open_store
-from pipeline.verify import verify
+from pipeline.store.artifact_store import open_store
+from pipeline.store.garbage import collect
+from pipeline.versions.manifest import published_versions, read_manifest
+from pipeline.versions.registry import ModelRegistry, Registration, RegistryError
+from pipeline.versions.retention import delete
+from pipeline.versions.verify import verify
 
 VERSION = Registration(
     version="abc",

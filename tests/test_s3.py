@@ -14,8 +14,8 @@ from fault_proxy import FaultProxy
 from s3_sink import Sink
 
 from pipeline.params import PublishParams
-from pipeline.s3 import S3Store
-from pipeline.store import ArtifactStore, StoreError, open_store
+from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.store.s3 import S3Store
 
 SECRET = "testing"
 

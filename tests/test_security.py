@@ -24,16 +24,16 @@ from hostile import BAD_NAMES, BAD_TEMPLATES, CANARY, GOOD_NAMES, watching
 from peft import LoraConfig
 
 from pipeline import server
-from pipeline.allowlist import PARTS, UnsafeFileError, check_file, check_names
+from pipeline.chat.template import load_template, local_source
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.model import load_adapter, load_base
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.publish import fetch_version, read_manifest
-from pipeline.store import FileStore, StoreError
-from pipeline.template import load_template, local_source
+from pipeline.security.allowlist import PARTS, UnsafeFileError, check_file, check_names
+from pipeline.security.vetting import STATES, UnsafeModelError, check_adapter, check_checkpoint
+from pipeline.store.artifact_store import FileStore, StoreError
 from pipeline.train import last_checkpoint, train
-from pipeline.vetting import STATES, UnsafeModelError, check_adapter, check_checkpoint
 
 TEXTS = ("README.md", "merges.txt", "loss.csv", "chat_template.jinja")
 
@@ -133,7 +133,7 @@ def test_names_that_are_one_on_some_file_systems_are_refused(monkeypatch: pytest
     import re
 
     check_names(["adapter/README.md"])
-    monkeypatch.setattr("pipeline.allowlist._PATTERN", re.compile(".*"))  # whatever the list may hold one day
+    monkeypatch.setattr("pipeline.security.allowlist._PATTERN", re.compile(".*"))  # whatever the list may hold one day
     with pytest.raises(UnsafeFileError, match="differ in case alone"):
         check_names(["adapter/README.md", "adapter/readme.md"])
 

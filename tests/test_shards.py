@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from pipeline import shards
-from pipeline.containers import FormatError
-from pipeline.conversion import SCHEMA, read_batches
-from pipeline.formats import Rejected, Row, read_rows
-from pipeline.shards import SHARD_SCHEMA, ShardWriter, is_shard, read_shard
+from pipeline.data import shards
+from pipeline.data.containers import FormatError
+from pipeline.data.conversion import SCHEMA, read_batches
+from pipeline.data.formats import Rejected, Row, read_rows
+from pipeline.data.shards import SHARD_SCHEMA, ShardWriter, is_shard, read_shard
 
 
 def table(number: int, first: int = 0, size: int = 10) -> pa.Table:

@@ -11,8 +11,8 @@ from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import shingles
-from pipeline.shingles import PIECE, jaccard, shingle_sets, signatures
+from pipeline.data import shingles
+from pipeline.data.shingles import PIECE, jaccard, shingle_sets, signatures
 
 ENGLISH = "Name three primary colours and say how a painter mixes them."
 CHINESE = "请写一首关于春天的诗,不要超过四行。"
@@ -138,7 +138,7 @@ def test_minima_agree_as_often_as_shingles_are_shared() -> None:
 
 
 def test_signatures_are_the_same_in_every_process_and_on_every_machine() -> None:
-    code = "from pipeline.shingles import signatures, signature_version\nprint(signature_version())"
+    code = "from pipeline.data.shingles import signatures, signature_version\nprint(signature_version())"
     versions = {
         subprocess.run(
             [sys.executable, "-c", code],

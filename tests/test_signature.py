@@ -19,14 +19,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from versions import parameters, published, weights
 
-from pipeline import manifest as manifests
 from pipeline import promote as gate
-from pipeline import publish, signature
+from pipeline import publish
 from pipeline.params import Params
-from pipeline.registry import ModelRegistry
-from pipeline.signature import PASSWORD_VARIABLE, SignatureError
-from pipeline.store import StoreError, open_store
-from pipeline.verify import verify
+from pipeline.store.artifact_store import StoreError, open_store
+from pipeline.versions import manifest as manifests
+from pipeline.versions import signature
+from pipeline.versions.registry import ModelRegistry
+from pipeline.versions.signature import PASSWORD_VARIABLE, SignatureError
+from pipeline.versions.verify import verify
 
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)
 
@@ -125,7 +126,7 @@ def test_a_visible_version_has_its_signature_already(
 ) -> None:
     params = parameters(tmp_path, signing_key=str(keys / "ours.pem"), verify_key=str(keys / "ours.pub"))
     written: list[str] = []
-    from pipeline.store import FileStore
+    from pipeline.store.artifact_store import FileStore
 
     create = FileStore.create
     monkeypatch.setattr(FileStore, "create", lambda self, key, data: written.append(key) or create(self, key, data))

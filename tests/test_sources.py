@@ -13,10 +13,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import ROOT
 
-from pipeline import sources
-from pipeline.formats import FormatError
+from pipeline.data import sources
+from pipeline.data.formats import FormatError
+from pipeline.data.sources import SourceError, fetch, public
 from pipeline.params import IngestParams, load_params
-from pipeline.sources import SourceError, fetch, public
 
 ROWS = b'{"instruction": "Q", "output": "A"}\n' * 3
 SHA256 = hashlib.sha256(ROWS).hexdigest()

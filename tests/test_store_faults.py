@@ -20,10 +20,9 @@ import pytest
 from conftest import publish_params
 from fault_proxy import FaultProxy
 
-from pipeline import transfer
-from pipeline.s3 import S3Store
-from pipeline.store import ArtifactStore, FileStore, StoreError, open_store
-from pipeline.transfer import check_objects, fetch, ship
+from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, open_store, transfer
+from pipeline.store.s3 import S3Store
+from pipeline.store.transfer import check_objects, fetch, ship
 
 FAULTS = ("reset", "lost", "500", "503", "stall", "cut", "twice", "409:ConditionalRequestConflict")
 KILLS = ("kill", "killed")

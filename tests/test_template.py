@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from pipeline.formats import Message
+from pipeline.chat.template import ChatTemplate, RowError, TemplateError, load_contract, load_shipped, load_template
+from pipeline.data.formats import Message
 from pipeline.params import Params
-from pipeline.template import ChatTemplate, RowError, TemplateError, load_contract, load_shipped, load_template
 
 END = "<|im_end|>"
 TOOLS = json.dumps([{"name": "clock", "description": "时间"}], ensure_ascii=False)

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.model import load_base
 from pipeline.params import Params
-from pipeline.sanitise import portable
+from pipeline.security.sanitise import portable
 from pipeline.train import QUANTISATION, TrainError, last_checkpoint, run_key, train, training_sequences
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -117,8 +117,8 @@ def test_a_checkpoint_belongs_to_one_run_only(tmp_path: Path, params: Params, da
 
 
 def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Params, data: Path) -> None:
+    from pipeline.chat.template import TemplateError
     from pipeline.prepare import prepare
-    from pipeline.template import TemplateError
 
     own = make_base(tmp_path / "base")
     prepare(with_(params, prepare={"model_name_or_path": str(own)}).prepare, data, tmp_path / "dataset")

@@ -12,11 +12,10 @@ import pytest
 from conftest import publish_params
 from s3_sink import Sink
 
-from pipeline import transfer
 from pipeline.files import sha256_file
-from pipeline.s3 import S3Store
-from pipeline.store import ArtifactStore, FileStore, StoreError
-from pipeline.transfer import Entry, block_size, check_objects, fetch, ship, upload
+from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, transfer
+from pipeline.store.s3 import S3Store
+from pipeline.store.transfer import Entry, block_size, check_objects, fetch, ship, upload
 
 REAL_OBJECT_SIZE = transfer.OBJECT_SIZE
 OBJECT_SIZE = 2**20

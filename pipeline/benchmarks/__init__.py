@@ -1,0 +1,1 @@
+"""What `make bench` runs: figures beside a named peer on the same work."""

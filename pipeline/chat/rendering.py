@@ -1,0 +1,251 @@
+"""A chat template as a program that turns messages into text, run in transformers' sandbox within bounds.
+
+Comes in: a Jinja text and the tokenizer's named tokens. Goes out: the text of a conversation, its tools and tool calls
+written by the template itself where it can, else in a documented textual form. Refused: a template that is not Jinja,
+breaks out of the sandbox, or runs away; a conversation that it cannot carry.
+"""
+
+import json
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import _compile_jinja_template  # the sandbox of apply_chat_template
+
+from pipeline.data.formats import Message
+
+Tools = list[dict[str, Any]]
+
+SECONDS = 20.0  # of processor time that a batch of renderings may take, and SECONDS_EACH more for every one of them
+SECONDS_EACH = 0.05
+MEMORY = 1 << 30  # bytes that it may add to the process
+
+CALL_FORMAT = '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}, "required": ["probe_key"]},
+    },
+}
+_PROBE_QUESTION = {"role": "user", "content": "probe question"}
+
+
+class TemplateError(ValueError):
+    """The template, tokenizer or base model is not the one the dataset was made with, or cannot be trained with."""
+
+
+class RowError(ValueError):
+    """One conversation that this template cannot carry; the others are fine."""
+
+
+class _RanAway(BaseException):
+    """Raised by the timer inside a rendering; no `except Exception` of a library may swallow it."""
+
+
+class Renderer:
+    """A compiled template, and what it can do by itself: found by trying it, since its text does not say.
+
+    Raises:
+        TemplateError: not Jinja, or it does not end within the bounds.
+    """
+
+    def __init__(self, text: str, named_tokens: dict[str, str]) -> None:
+        self._named = named_tokens
+        try:
+            self._compiled = _compile_jinja_template(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
+        with bounded(8):
+            self._tool_shape = next((shape for shape in ("function", "bare") if self._offers(shape)), None)
+            self._arguments = next((kind for kind in ("object", "text") if self._calls(kind)), None)
+            self._takes_system = self._tries([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
+
+    def render(self, messages: list[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
+        """The text of `messages` and `tools` as `adapt` gives them."""
+        try:
+            return self._compiled.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._named,
+            )
+        except jinja2.exceptions.SecurityError as error:
+            raise TemplateError(f"the chat template does what its sandbox forbids: {error}") from None
+        except jinja2.TemplateError as error:  # what the template itself raises, e.g. for a system message
+            raise RowError(f"is refused by the chat template: {error}") from None
+        except MemoryError:
+            raise TemplateError(f"the chat template needs more than {MEMORY >> 30} GiB to render a row") from None
+        except Exception as error:  # a template is a program: it can fail in any way on values it did not expect
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise RowError(f"cannot be rendered by the chat template: {reason}") from None
+
+    def adapt(self, messages: list[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
+        """Messages and tools in the shape that the template can write, without loss.
+
+        Arguments of calls become what it expects, an object or its JSON text. A template that knows no tool calls gets
+        them as `<tool_call>` JSON in the answer, results as `<tool_response>` in a user turn, and the offer at the end
+        of the system message (before the first question, where it refuses one): the convention of Hermes and Qwen.
+        """
+        if any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            if self._arguments is None:
+                messages = _calls_as_text(messages)
+            else:
+                messages = [_with_arguments(message, self._arguments) for message in messages]
+        if not tools:
+            return messages, None
+        if self._tool_shape is not None:
+            return messages, [_shaped(tool, self._tool_shape) for tool in tools]
+        listed = json.dumps(tools, ensure_ascii=False)
+        offer = f"You can use these tools:\n{listed}\nTo use one, answer with\n{CALL_FORMAT}"
+        first = messages[0]
+        if first["role"] == "system":
+            return [first | {"content": f"{first['content']}\n\n{offer}"}, *messages[1:]], None
+        if self._takes_system or first["role"] != "user":
+            return [{"role": "system", "content": offer}, *messages], None
+        return [first | {"content": f"{offer}\n\n{first['content']}"}, *messages[1:]], None
+
+    def _tries(self, messages: list[Message], tools: Tools | None = None) -> str:
+        try:
+            return self.render(messages, tools)
+        except RowError:
+            return ""
+
+    def _offers(self, shape: str) -> bool:
+        return "probe_tool" in self._tries([_PROBE_QUESTION], [_shaped(_PROBE_TOOL, shape)])
+
+    def _calls(self, kind: str) -> bool:
+        """Whether a call with its arguments as `kind`, and its result, are written; not as Python's repr, not twice."""
+        call = {
+            "id": "probe0001",
+            "type": "function",
+            "function": {"name": "probe_tool", "arguments": {"probe_key": "probe_value"}},
+        }
+        messages = [
+            _PROBE_QUESTION,
+            _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, kind),
+            {"role": "tool", "name": "probe_tool", "tool_call_id": "probe0001", "content": "probe_result"},
+        ]
+        text = self._tries(messages, [_shaped(_PROBE_TOOL, self._tool_shape)] if self._tool_shape else None)
+        call_text = text.partition("probe question")[2] or text  # the offer may stand before it
+        written = all(word in call_text for word in ("probe_tool", "probe_key", "probe_value", "probe_result"))
+        return written and "{'probe_key'" not in text and '\\"probe_key' not in text
+
+
+@contextmanager
+def bounded(renderings: int) -> Iterator[None]:
+    """End what runs away inside: a template comes with a model, and a loop in it is a loop here.
+
+    Processor time is bounded in the main thread only (signals reach no other), memory only where /proc tells it.
+
+    Raises:
+        TemplateError: the time is over. Memory becomes `MemoryError`, which `render` turns into the same.
+    """
+    seconds = SECONDS + SECONDS_EACH * renderings
+    in_main = threading.current_thread() is threading.main_thread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _address_space() + MEMORY
+    lowered = limit > MEMORY and (soft == resource.RLIM_INFINITY or limit < soft)
+    if in_main:
+        previous = signal.signal(signal.SIGVTALRM, _run_away)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    if lowered:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    except _RanAway:
+        raise TemplateError(
+            f"the chat template did not end within {seconds:.0f} seconds of processor time; it loops, or is far too "
+            "slow to train with"
+        ) from None
+    finally:
+        if lowered:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if in_main:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, previous)
+
+
+def _run_away(number: int, frame: FrameType | None) -> None:
+    raise _RanAway
+
+
+def _address_space() -> int:
+    """Bytes of address space that this process has, 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _shaped(tool: dict[str, Any], shape: str) -> dict[str, Any]:
+    """A tool as {"type": "function", "function": …}, which most templates expect, or bare."""
+    wrapped = isinstance(tool.get("function"), dict)
+    if shape == "function":
+        return tool if wrapped else {"type": "function", "function": tool}
+    return tool["function"] if wrapped else tool
+
+
+def with_objects(messages: list[Message]) -> list[Message]:
+    """`messages` with the arguments of every call as an object, so that nothing is hidden in the escapes of JSON text.
+
+    Raises:
+        RowError: they are no JSON object.
+    """
+    if not any("tool_calls" in message for message in messages):
+        return messages
+    return [_with_arguments(message, "object") if "tool_calls" in message else message for message in messages]
+
+
+def _with_arguments(message: Message, kind: str) -> Message:
+    """`message` with text as content and the arguments of its calls as `kind`: object or text."""
+    changed = message | {"content": message.get("content") or ""}
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [
+            call | {"function": call["function"] | {"arguments": _arguments(call, kind)}}
+            for call in message["tool_calls"]
+        ]
+    else:
+        changed.pop("tool_calls", None)
+    return changed
+
+
+def _arguments(call: dict[str, Any], kind: str) -> Any:
+    value = call["function"].get("arguments")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, dict):
+        raise RowError("has a tool call whose arguments are not a JSON object")
+    return value if kind == "object" else json.dumps(value, ensure_ascii=False)
+
+
+def _calls_as_text(messages: list[Message]) -> list[Message]:
+    plain: list[Message] = []
+    for message in messages:
+        text = message.get("content") or ""
+        role = message["role"]
+        if message.get("tool_calls"):
+            calls = [
+                {"name": call["function"]["name"], "arguments": _arguments(call, "object")}
+                for call in message["tool_calls"]
+            ]
+            parts = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
+            text = "\n".join([text, *parts] if text else parts)
+        elif role == "tool":
+            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
+        # Results and what is asked after them become one turn: many templates want the roles to alternate.
+        if role == "user" and plain and plain[-1]["role"] == "user":
+            text = f"{plain.pop()['content']}\n{text}"
+        plain.append({"role": role, "content": text})
+    return plain

@@ -1,0 +1,254 @@
+"""The template contract: which chat template, tokenizer and base model belong together, and a refusal when they change.
+
+Comes in: parameters, or a contract. Goes out: the `ChatTemplate` they name, checked against model and tokenizer.
+Refused: whatever could not be trained with, or is not what the contract was made with.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from pipeline.chat.conversation import ChatTemplate as ChatTemplate
+from pipeline.chat.conversation import Encoded as Encoded
+from pipeline.chat.rendering import RowError as RowError
+from pipeline.chat.rendering import TemplateError as TemplateError
+from pipeline.files import sha256_file, sha256_json
+from pipeline.params import PrepareParams
+from pipeline.security.vetting import check_model
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a named template needs of a tokenizer. Its tokens by text, or as bos_token and eos_token."""
+
+    tokens: tuple[str, ...]  # each must be one token
+    ends: tuple[str, ...]  # those of them that end a turn
+
+
+NAMED = {
+    "chatml": Named(("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)),
+    "llama2": Named(("bos_token", "eos_token"), ("eos_token",)),
+    "llama3": Named(("bos_token", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("<|eot_id|>",)),
+    "qwen": Named(("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)),
+    # The header of the next turn ends this one, as in the family's own fine-tuning code.
+    "chatglm3": Named(
+        ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "eos_token"),
+        ("<|user|>", "<|observation|>", "eos_token"),
+    ),
+    "alpaca": Named(("eos_token",), ("eos_token",)),
+    "vicuna": Named(("eos_token",), ("eos_token",)),
+    "zephyr": Named(("eos_token",), ("eos_token",)),
+    "gemma": Named(("bos_token", "<start_of_turn>", "<end_of_turn>"), ("<end_of_turn>",)),
+    "mistral": Named(
+        (
+            *("bos_token", "eos_token", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+            *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        ),
+        ("eos_token",),
+    ),
+}
+
+
+def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
+    """The template that `params` name, and the identity of the base model it belongs to.
+
+    Raises:
+        TemplateError: there is no such model, tokenizer, template or end token, the template cannot be trained with,
+            or the model is too small for `max_length`.
+    """
+    identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
+    text, name = None, None
+    if params.chat_template in NAMED:
+        name = params.chat_template
+        text = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    elif params.chat_template is not None:
+        path = Path(params.chat_template)
+        if not path.is_file():
+            raise TemplateError(
+                f"prepare.chat_template is {path}, which does not exist; expected a Jinja file, or one of "
+                f"{', '.join(NAMED)}"
+            )
+        text = path.read_text(encoding="utf-8")
+    template = _load(identity, text, name, params.train_on, params.on_control_tokens)
+    template.require_trainable()
+    context = _context(identity)
+    if context is not None and params.max_length > context:
+        raise TemplateError(
+            f"prepare.max_length is {params.max_length}; {params.model_name_or_path} was made for {context} tokens at "
+            "most (max_position_embeddings)"
+        )
+    return template, identity
+
+
+def load_contract(contract: dict[str, Any]) -> ChatTemplate:
+    """The template of a contract, after checking that base model, tokenizer and rendering are what they were.
+
+    Raises:
+        TemplateError: any of them differs.
+    """
+    model = contract["model"]
+    identity = model_identity(model["name_or_path"], model["revision"], model["trust_remote_code"])
+    if identity != model:
+        raise TemplateError(
+            f"the base model {model['name_or_path']} is not the one the dataset was prepared for "
+            f"(digest {identity['digest'][:12]}, expected {model['digest'][:12]}); run `dvc repro`, or put it back"
+        )
+    template, differ = _of_contract(identity, contract)
+    if differ:
+        raise TemplateError(
+            f"{', '.join(differ)} differ from the template contract of the dataset; run `dvc repro prepare`"
+        )
+    return template
+
+
+def load_shipped(folder: Path) -> ChatTemplate:
+    """The template of a merged model that was written with its contract; its base model need not be here.
+
+    Raises:
+        TemplateError: tokenizer or template are not the contract's.
+    """
+    contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+    template, differ = _of_contract(local_source(folder), contract)
+    if differ:
+        raise TemplateError(f"{', '.join(differ)} in {folder} differ from the contract it was shipped with")
+    return template
+
+
+def differing_keys(contract: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Keys of `contract` that `other` lacks or has another value for, sorted."""
+    return sorted(key for key in contract if contract[key] != other.get(key))
+
+
+def local_source(folder: Path) -> dict[str, Any]:
+    """A folder that Retune wrote, as `load_base` and the tokenizer's loader take it."""
+    return {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
+
+
+def model_identity(name_or_path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What pins a base model: the commit of a Hub repository, or a digest over a local folder's files.
+
+    Raises:
+        TemplateError: not a folder and not pinned, or no safetensors weights.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if name_or_path.startswith((".", "/", "data/")) or revision is None:
+            raise TemplateError(
+                f"prepare.model_name_or_path is {name_or_path}: there is no such folder (`dvc pull` fetches the sample "
+                "base model), and as a Hub name it needs prepare.model_revision, the commit to use"
+            )
+        digest = revision
+    else:
+        files = sorted(
+            p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt", ".py"}
+        )
+        if not any(p.suffix == ".safetensors" for p in files):
+            raise TemplateError(f"{folder} has no .safetensors weights; pickled weights are not loaded, convert them")
+        digest = sha256_json({p.name: sha256_file(p) for p in files})
+    return {
+        "name_or_path": name_or_path,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "digest": digest,
+    }
+
+
+def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[ChatTemplate, list[str]]:
+    """The contract's template with the tokenizer at `source`, and the keys in which it differs from the contract."""
+    missing = {"chat_template_name", "on_control_tokens"} - set(contract)
+    if missing:
+        raise TemplateError(
+            f"the template contract lacks {', '.join(sorted(missing))}: an older Retune wrote it; run `dvc repro`"
+        )
+    template = _load(
+        source,
+        contract["chat_template"],
+        contract["chat_template_name"],
+        contract["train_on"],
+        contract["on_control_tokens"],
+    )
+    # The conversations are those of the contract, so that later versions may have others.
+    golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
+    return template, differing_keys(template.contract(contract["model"], golden), contract)
+
+
+def _load(
+    identity: dict[str, Any], text: str | None, name: str | None, train_on: str, on_control_tokens: str
+) -> ChatTemplate:
+    path = identity["name_or_path"]
+    check_model(path, identity["revision"])
+    source = {"revision": identity["revision"], "trust_remote_code": identity["trust_remote_code"]}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TemplateError(f"no tokenizer could be loaded from {path}: {reason}") from None
+    if not tokenizer.is_fast:
+        raise TemplateError(
+            f"{path} has no fast tokenizer (tokenizer.json), which is needed to find the answers' tokens"
+        )
+    text = text if text is not None else tokenizer.chat_template
+    if not isinstance(text, str):
+        raise TemplateError(
+            f"{path} has no chat template; name one with prepare.chat_template: {', '.join(NAMED)}, or a Jinja file"
+        )
+    try:
+        stops = GenerationConfig.from_pretrained(path, revision=identity["revision"]).eos_token_id
+    except OSError:
+        stops = None
+    stop_ids = {stops} if isinstance(stops, int) else set(stops or [])
+    if tokenizer.eos_token_id is not None:
+        stop_ids.add(tokenizer.eos_token_id)
+    if name is not None:
+        stop_ids |= named_ends(tokenizer, name, path)
+    if not stop_ids:
+        raise TemplateError(f"{path} names no end-of-sequence token, so a generation could never end")
+    if tokenizer.pad_token_id is None:
+        # Safe here, though not in general: labels and attention masks are built by position, never by token.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(stop_ids))
+    tokenizer.padding_side = "left"
+    return ChatTemplate(tokenizer, text, frozenset(stop_ids), train_on, on_control_tokens, name)
+
+
+def named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:
+    """The ids of the tokens that end a turn of the named template.
+
+    Raises:
+        TemplateError: one of the template's tokens is not a single token of this tokenizer.
+    """
+    ids: dict[str, int] = {}
+    lacking = []
+    for token in NAMED[name].tokens:
+        text = getattr(tokenizer, token) if token in ("bos_token", "eos_token") else token
+        found = tokenizer.encode(text, add_special_tokens=False) if text is not None else []
+        if len(found) == 1 and found[0] in tokenizer.added_tokens_decoder:
+            ids[token] = found[0]
+        else:
+            lacking.append(token if text in (None, token) else f"{token} {text}")
+    if lacking:
+        raise TemplateError(
+            f"prepare.chat_template is {name}, whose {', '.join(lacking)} the tokenizer of {path} does not have as "
+            "one token: the model would read it as ordinary text; choose the template of the model's own family, or "
+            "one that writes no control tokens but the end of the sequence (alpaca, vicuna, zephyr)"
+        )
+    return {ids[token] for token in NAMED[name].ends}
+
+
+def _context(identity: dict[str, Any]) -> int | None:
+    """Tokens that the model's positions reach, as its configuration says; weights are not read."""
+    try:
+        config = AutoConfig.from_pretrained(
+            identity["name_or_path"],
+            revision=identity["revision"],
+            trust_remote_code=identity["trust_remote_code"],
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise TemplateError(f"no model configuration could be read from {identity['name_or_path']}: {reason}") from None
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -1,0 +1,1 @@
+"""Instruction data: where it comes from, the forms it has, and what becomes of each row."""

@@ -1,0 +1,135 @@
+"""Files of instruction data as Arrow tables of validated conversations, made by all cores and given back in order.
+
+Comes in: blocks of records with their recipes. Goes out: for each block a table of the rows in it, and its rejections.
+Memory is bounded by the blocks under way; data of a few thousand rows stays in this process, where it is done sooner
+than a second one has started.
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TypeVar
+
+import orjson
+import pyarrow as pa
+import xxhash
+
+from pipeline.data.containers import Block, from_ipc, to_ipc
+from pipeline.data.formats import SHARD_COLUMNS, Recipe, Rejected, convert, recognised_blocks
+from pipeline.params import ColumnsParams
+from pipeline.process import end_with_parent
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in SHARD_COLUMNS if name != "repairs"),
+        ("repairs", pa.list_(pa.string())),
+        ("content", pa.uint64()),  # xxHash of what the row says, its source apart; shards are cut and sampled by it
+    ]
+)
+T = TypeVar("T")
+ALONE = 4  # blocks up to which no other process is started
+
+
+class ConversionError(RuntimeError):
+    """A process that converts rows ended without an answer."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What came of one block: its rows as a table of `SCHEMA`, and the records that are none, with the reason."""
+
+    table: pa.Table
+    rejected: list[Rejected]
+    recipe: Recipe
+    position: int  # bytes of the file read so far
+
+
+def read_batches(path: Path, format: str = "auto", columns: ColumnsParams | None = None) -> Iterator[Batch]:
+    """The rows of one file as tables, in order; what `read_rows` gives, faster.
+
+    Raises:
+        FormatError: as `read_rows`.
+        ConversionError: a process was killed, most likely for want of memory.
+    """
+    return (batch for _, batch in convert_blocks((path, *pair) for pair in recognised_blocks(path, format, columns)))
+
+
+def convert_blocks(blocks: Iterable[tuple[T, Block, Recipe]]) -> Iterator[tuple[T, Batch]]:
+    """Convert each block, in order; what it is tagged with comes back beside it.
+
+    Raises:
+        FormatError, ConversionError: as `read_batches`.
+    """
+    coming = iter(blocks)
+    first = list(islice(coming, ALONE + 1))
+    if len(first) <= ALONE:
+        for tag, block, recipe in first:
+            yield tag, _batch(block, recipe)
+        return
+    workers = len(os.sched_getaffinity(0))
+    under_way: deque[tuple[T, Block, Recipe, Future[tuple[bytes, list[Rejected]]]]] = deque()
+    # A fork would copy this process's threads and locks; spawned ones are clean.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
+    try:
+        for tag, block, recipe in chain(first, coming):
+            under_way.append((tag, block, recipe, pool.submit(_packed_batch, block, recipe)))
+            if len(under_way) > 3 * workers:
+                yield _done(*under_way.popleft())
+        while under_way:
+            yield _done(*under_way.popleft())
+    except BrokenProcessPool:
+        raise ConversionError(
+            "a process that converts rows was ended from outside, most likely because memory ran out; free some and "
+            "try again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _done(tag: T, block: Block, recipe: Recipe, future: Future[tuple[bytes, list[Rejected]]]) -> tuple[T, Batch]:
+    table, rejected = future.result()
+    return tag, Batch(from_ipc(table), rejected, recipe, block.position)
+
+
+def _begin_worker(parent: int) -> None:
+    end_with_parent(parent=parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    # Rows hold no cycles. Looking for them every 700 objects, the default, is a third of the time.
+    gc.freeze()
+    gc.set_threshold(100_000)
+
+
+def _packed_batch(block: Block, recipe: Recipe) -> tuple[bytes, list[Rejected]]:
+    batch = _batch(block, recipe)
+    return to_ipc(batch.table), batch.rejected
+
+
+def _batch(block: Block, recipe: Recipe) -> Batch:
+    columns: list[list[object]] = [[] for _ in SCHEMA]
+    source, messages, tools, task, group, scoring, repairs, content = (column.append for column in columns)
+    rejected = []
+    for row in convert(block, recipe):
+        if isinstance(row, Rejected):
+            rejected.append(row)
+            continue
+        text = orjson.dumps(row.messages)
+        source(row.source)
+        messages(text)
+        tools(row.tools)
+        task(row.task)
+        group(row.group)
+        scoring(row.scoring)
+        repairs(row.repairs)
+        labels = f"\0{row.tools}\0{row.task}\0{row.group}\0{row.scoring}".encode()
+        content(xxhash.xxh3_64_intdigest(text + labels))
+    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+    return Batch(pa.Table.from_arrays(arrays, schema=SCHEMA), rejected, recipe, block.position)

@@ -1,0 +1,244 @@
+"""The part of prepare that needs one row alone: conversations in, tokens, labels and the keys they are compared by out.
+
+Work goes shard by shard, in several processes, and is kept: a shard whose bytes, parameters, tokenizer and code are
+those of an earlier run is not encoded again. Nothing is left out: a row that cannot be used is a record that says why.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.chat.conversation import ChatTemplate
+from pipeline.chat.fitting import Fitted, Overlong, fit_batch, fit_text
+from pipeline.chat.rendering import RowError
+from pipeline.chat.template import load_template
+from pipeline.data.contamination import Benchmark, benchmark, contaminated
+from pipeline.data.filters import apply_filters
+from pipeline.data.formats import FormatError, Message, Rejected, Row, is_plain_text, read_rows
+from pipeline.data.language import language_of_row
+from pipeline.data.shards import read_shard
+from pipeline.data.shingles import signatures
+from pipeline.files import sha256_json, whole_directory
+from pipeline.params import PrepareParams
+
+TOKENS = pa.list_(pa.int32())
+KEY = pa.binary(16)  # the first half of a SHA-256
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("reason", pa.string()),  # null: the row can be used
+        ("cause", pa.string()),  # of the reason: unusable | overlong | filtered | contaminated
+        ("detail", pa.string()),  # what the reason leaves out, since reasons are counted: lengths, items
+        ("repairs", pa.list_(pa.string())),
+        ("record", pa.string()),  # JSON: the conversation
+        ("id", pa.string()),
+        ("task", pa.string()),
+        ("language", pa.string()),
+        ("split", pa.string()),
+        ("scoring", pa.string()),
+        ("key", KEY),  # prompt and answer
+        ("prompt_key", KEY),
+        ("asked", pa.list_(KEY)),  # the prompts of all answers of the conversation
+        ("input_ids", TOKENS),
+        ("labels", TOKENS),
+        # In the test split only:
+        ("group", pa.string()),
+        ("tools", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_ids", TOKENS),
+        ("reference", pa.string()),
+    ]
+)
+OVERLONG = "longer than prepare.max_length"
+ROWS, TEXT, SIGNATURES = "rows.parquet", "text.arrow", "signatures.npy"
+CHUNK = 1024  # rows whose tokens are Python lists at once
+
+
+def encode_shard(params_json: str, shard: Path, folder: Path) -> None:
+    """Encode a canonical shard to `folder`, which appears whole.
+
+    `rows.parquet` has `SCHEMA`; `text.arrow` (one string column, to be memory-mapped) and `signatures.npy`, row by row
+    the same, are what near duplicates are found by.
+
+    Raises:
+        FormatError, TemplateError: the shard is damaged; the template cannot be trained with.
+    """
+    params = PrepareParams.model_validate_json(params_json)
+    template = _template(params_json)
+    table = read_shard(shard)
+    with whole_directory(folder) as partial:
+        text = pa.schema([("text", pa.string())])
+        signed = []
+        with (
+            pq.ParquetWriter(partial / ROWS, SCHEMA, compression="zstd", write_statistics=False) as rows,
+            pa.OSFile(str(partial / TEXT), "wb") as file,
+            pa.ipc.new_file(file, text) as texts,
+        ):
+            for start in range(0, len(table), CHUNK):
+                chunk = table.slice(start, CHUNK)
+                records = encode_rows(rows_of(chunk), template, params, _benchmarks(params_json))
+                compared = [record.pop("text") for record in records]
+                rows.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
+                texts.write_table(pa.table({"text": compared}, schema=text))
+                if params.near_duplicate_threshold is not None:
+                    signed.append(signatures(compared))
+        if signed:
+            np.save(partial / SIGNATURES, np.concatenate(signed))
+
+
+def rows_of(table: pa.Table) -> Iterator[Row]:
+    """The rows of a shard's table."""
+    names = ("messages", "source", "tools", "task", "group", "scoring", "repairs")
+    columns = [table[name].to_pylist() for name in names]
+    for messages, source, tools, task, group, scoring, repairs in zip(*columns, strict=True):
+        yield Row(json.loads(messages), source, tools, task, group, scoring, repairs or [])
+
+
+def encode_rows(
+    rows: Iterator[Row], template: ChatTemplate, params: PrepareParams, benchmarks: dict[str, Benchmark]
+) -> list[dict[str, Any]]:
+    """Each row as a record of `SCHEMA` (several when a long one is split), with the `text` it is compared by."""
+    records: list[dict[str, Any]] = []
+    passed = [(row, apply_filters(row, params.filters) if params.filters.any_on else row) for row in rows]
+    chats = [row for _, row in passed if isinstance(row, Row) and not is_plain_text(row.messages)]
+    fitted = iter(fit_batch(template, [(r.messages, r.tools) for r in chats], params.max_length, params.on_overlong))
+    for before, row in passed:
+        if isinstance(row, Rejected):
+            records.append(_dropped(row, "filtered"))
+            continue
+        pieces = next(fitted) if not is_plain_text(row.messages) else _fit_text(template, row, params)
+        split = split_of(before, params)  # as it came: what a filter masks moves no row to another split
+        if split == "test" and is_plain_text(row.messages):
+            split = "validation"  # it has no prompt that a model could answer; its loss can be measured
+        try:
+            if isinstance(pieces, RowError):
+                raise pieces
+            records += [_record(row, before, piece, split, template) for piece in pieces]
+        except Overlong as error:
+            records.append(_dropped(Rejected(row.source, OVERLONG, row.messages), "overlong", str(error)))
+        except RowError as error:
+            records.append(_dropped(Rejected(row.source, f"a row {error}", row.messages), "unusable"))
+    for name, known in benchmarks.items():
+        usable = [record for record in records if record.get("reason") is None and record["split"] != "test"]
+        for hit in contaminated([record["text"] for record in usable], known, params.decontaminate_share):
+            reason = f"has an item of the benchmark {name}"
+            usable[hit.row].update(reason=reason, cause="contaminated", detail=f"item {hit.item + 1}")
+    return records
+
+
+def split_of(row: Row, params: PrepareParams) -> str:
+    """The split of a row, from its group (its prompt when it names none) and the two fractions alone."""
+    place = int(hashlib.sha256(_group(row).encode()).hexdigest()[:8], 16) / 2**32
+    if place < params.test_fraction:
+        return "test"
+    return "validation" if place < params.test_fraction + params.validation_fraction else "train"
+
+
+def prompt_key(messages: list[Message], tools: str | None) -> str:
+    """What is asked by `messages`, whatever the answer: a digest with spaces and case folded."""
+    asked = [
+        [message["role"], " ".join(message["content"].casefold().split()), *_calls(message)] for message in messages
+    ]
+    return sha256_json([asked, tools])
+
+
+def compared_text(messages: list[Message]) -> str:
+    """What near duplicates are looked for in: all turns but the system's, which thousands of rows may share."""
+    turns = [[message["content"], *_calls(message)] for message in messages if message["role"] != "system"]
+    return "\n".join(part for turn in turns for part in turn)
+
+
+def _calls(message: Message) -> list[str]:
+    calls = message.get("tool_calls")
+    return [json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []
+
+
+def _group(row: Row) -> str:
+    return row.group if row.group is not None else prompt_key(row.messages[:-1] or row.messages, row.tools)
+
+
+def _fit_text(template: ChatTemplate, row: Row, params: PrepareParams) -> list[Fitted] | RowError:
+    try:
+        return fit_text(template, row.messages[0]["content"], params.max_length, params.on_overlong)
+    except RowError as error:
+        return error
+
+
+def _record(row: Row, before: Row, piece: Fitted, split: str, template: ChatTemplate) -> dict[str, Any]:
+    messages, tools = piece.messages, row.tools
+    keys = [prompt_key(messages[:i], tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answer = "\n".join([messages[-1]["content"], *_calls(messages[-1])])
+    record = {
+        "source": row.source,
+        "repairs": [*row.repairs, *piece.encoded.repairs],
+        "record": json.dumps(messages, ensure_ascii=False),
+        "id": sha256_json(messages)[:16],
+        "task": row.task,
+        "language": language_of_row(messages),
+        "split": split,
+        "scoring": row.scoring,
+        "key": hashlib.sha256((keys[-1] + answer).encode()).digest()[:16],
+        "prompt_key": bytes.fromhex(keys[-1][:32]),
+        # Texts without a prompt all ask the same nothing.
+        "asked": [bytes.fromhex(key[:32]) for key in keys] if len(messages) > 1 else [],
+        "input_ids": piece.encoded.input_ids,
+        "labels": piece.encoded.labels,
+        "text": compared_text(messages),
+    }
+    if split == "test":
+        prompt, prompt_ids = template.prompt(messages[:-1], tools)
+        if piece.encoded.input_ids[: len(prompt_ids)] != prompt_ids:
+            raise RowError("has other tokens in its prompt alone than before its answer")
+        record |= {
+            "group": _group(before),
+            "tools": tools,
+            "prompt": prompt,
+            "prompt_ids": prompt_ids,
+            "reference": _reference(piece, template),
+        }
+    return record
+
+
+def _reference(piece: Fitted, template: ChatTemplate) -> str:
+    """The answer that is expected, in the words that a generation is read in."""
+    last = piece.messages[-1]
+    if not last.get("tool_calls"):
+        return str(last["content"])
+    # How a call is written is the template's affair: it is what the trained tokens of the last turn say.
+    ids, labels = piece.encoded.input_ids, piece.encoded.labels
+    start = len(labels)
+    while start and labels[start - 1] < 0:  # what the template appends after the end token
+        start -= 1
+    while start and labels[start - 1] >= 0:
+        start -= 1
+    trained = [id for id, label in zip(ids[start:], labels[start:], strict=True) if label >= 0]
+    return str(template.tokenizer.decode(trained, skip_special_tokens=True)).strip()
+
+
+def _dropped(row: Rejected, cause: str, detail: str | None = None) -> dict[str, Any]:
+    record = json.dumps(row.record, ensure_ascii=False, default=str)
+    verdict = {"reason": row.reason, "cause": cause, "detail": detail}
+    return {"source": row.source, "repairs": [], "record": record, "text": ""} | verdict
+
+
+@lru_cache(maxsize=1)
+def _template(params_json: str) -> ChatTemplate:
+    return load_template(PrepareParams.model_validate_json(params_json))[0]
+
+
+@lru_cache(maxsize=1)
+def _benchmarks(params_json: str) -> dict[str, Benchmark]:
+    found = {}
+    for name in PrepareParams.model_validate_json(params_json).decontaminate:
+        items = [compared_text(row.messages) for row in read_rows(Path(name)) if isinstance(row, Row)]
+        if not items:
+            raise FormatError(f"prepare.decontaminate names {name}, which holds no usable row")
+        found[Path(name).name] = benchmark(items)
+    return found

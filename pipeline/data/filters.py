@@ -1,0 +1,159 @@
+"""Optional filters over single rows, each off until `prepare.filters` turns it on.
+
+Comes in: a `Row`. Goes out: the row, the row with parts masked (said in its `repairs`), or a `Rejected` with one of
+a few fixed reasons, so that both can be counted. A pure function of the row: it runs in any worker, in any order.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from pipeline.data.formats import Rejected, Row
+from pipeline.data.language import UNDETERMINED, language_of_row
+from pipeline.data.personal_data import find_kinds, map_texts, mask_text, texts_of
+from pipeline.data.refusals import is_refusal
+from pipeline.files import sha256_json
+from pipeline.params import FilterParams
+
+ANSWER_SHORT = "its answer is shorter than prepare.filters.min_answer_chars"
+ANSWER_LONG = "its answer is longer than prepare.filters.max_answer_chars"
+ROW_SHORT = "shorter than prepare.filters.min_chars"
+ROW_LONG = "longer than prepare.filters.max_chars"
+LANGUAGE = "not in prepare.filters.languages"
+REPETITIVE = "its answer repeats itself more than prepare.filters.max_repetition"
+PERSONAL = "holds personal data (prepare.filters.pii)"
+LINK = "holds a link (prepare.filters.links)"
+REFUSAL = "an answer in it is a refusal (prepare.filters.refusals)"
+NESTED = "nested too deeply to be searched"
+REASONS = (NESTED, ANSWER_SHORT, ANSWER_LONG, ROW_SHORT, ROW_LONG, LANGUAGE, REPETITIVE, PERSONAL, LINK, REFUSAL)
+
+# Only characters that may stand in an address (RFC 3986): Chinese text follows one without a space.
+_LINK = re.compile(
+    r"(?:https?|ftp)://[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+"
+    r"|www\.(?<![A-Za-z0-9.@/-]....)[A-Za-z0-9-]+\.[A-Za-z0-9\-._~:/?#@!$&()*+,;=%]+"
+)
+_UNIT = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|\\w+")  # a word, or one character of Chinese or Japanese
+_EAST_ASIAN = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+
+
+def apply_filters(row: Row, filters: FilterParams) -> Row | Rejected:
+    """The verdict on `row`: itself, a masked copy that says so in `repairs`, or why it is dropped.
+
+    A dropped row's record is masked as the filters say: personal data that may not be trained on is not kept either.
+    """
+    try:
+        if filters.links == "mask":
+            row = _masked(row, _mask_links)
+        personal = filters.pii != "keep" and bool(find_kinds(_everything(row)))
+        if personal or (filters.pii != "keep" and row.group and find_kinds(row.group)):
+            row = _masked(row, mask_text)
+        reason = PERSONAL if filters.pii == "drop" and personal else _reason(row, filters)
+    except RecursionError:
+        reason = NESTED
+    return row if reason is None else Rejected(row.source, reason, row.messages)
+
+
+def repetition(text: str) -> float:
+    """The fraction of `text` that repeats itself, 0 to 1: the larger of two of the measures of Rae et al. 2021 (Gopher,
+    table A1, https://arxiv.org/abs/2112.11446): characters in lines that were there before, and characters in n-grams
+    that were there before, n = 5 words. In Chinese and Japanese n is 10 characters, about as much text.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    in_lines = _repeated([line for line in lines if line], 1) if len(lines) > 1 else 0.0
+    units = _UNIT.findall(text)
+    n = 10 if 2 * sum(map(len, _EAST_ASIAN.findall(text))) > len(units) else 5
+    return max(in_lines, _repeated(units, n))
+
+
+def _repeated(units: list[str], n: int) -> float:
+    """Characters of `units` that lie in an n-gram seen before, as a fraction of all; no character counts twice."""
+    grams = list(zip(*(units[i:] for i in range(n)), strict=False))
+    if len(set(grams)) == len(grams):  # most texts end here
+        return 0.0
+    seen: set[tuple[str, ...]] = set()
+    repeated, place = 0, 0
+    while place < len(grams):
+        if grams[place] in seen:
+            repeated += sum(map(len, grams[place]))
+            place += n
+        else:
+            seen.add(grams[place])
+            place += 1
+    return repeated / sum(map(len, units))
+
+
+def _reason(row: Row, filters: FilterParams) -> str | None:
+    """Why `row` is dropped, the cheapest test first, or None."""
+    answer = _text(row.messages[-1])
+    if filters.min_answer_chars is not None and len(answer) < filters.min_answer_chars:
+        return ANSWER_SHORT
+    if filters.max_answer_chars is not None and len(answer) > filters.max_answer_chars:
+        return ANSWER_LONG
+    if filters.min_chars is not None or filters.max_chars is not None:
+        chars = sum(len(_text(message)) for message in row.messages)
+        if filters.min_chars is not None and chars < filters.min_chars:
+            return ROW_SHORT
+        if filters.max_chars is not None and chars > filters.max_chars:
+            return ROW_LONG
+    answers = [message.get("content") or "" for message in row.messages if message["role"] == "assistant"]
+    if filters.refusals == "drop" and any(map(is_refusal, answers)):
+        return REFUSAL
+    if filters.links == "drop" and _may_link(text := _everything(row)) and _LINK.search(text):
+        return LINK
+    if filters.max_repetition is not None and any(repetition(text) > filters.max_repetition for text in answers):
+        return REPETITIVE
+    if filters.languages is not None and language_of_row(row.messages) not in (*filters.languages, UNDETERMINED):
+        return LANGUAGE
+    return None
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    return (message.get("content") or "") + (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _everything(row: Row) -> str:
+    """All text that the model would see of `row`, tool calls and tool definitions included."""
+    texts = []
+    for message in row.messages:
+        texts.append(message.get("content") or "")
+        texts += texts_of(message.get("tool_calls"))
+    return "\n".join([*texts, row.tools or ""])
+
+
+def _masked(row: Row, mask: Callable[[str], tuple[str, list[str]]]) -> Row:
+    found: list[str] = []
+    messages = []
+    for message in row.messages:
+        changed: dict[str, Any] = dict(message)
+        for key in ("content", "tool_calls"):
+            if message.get(key):
+                changed[key], kinds = map_texts(message[key], mask)
+                found += kinds
+        messages.append(changed)
+    tools, kinds = mask(row.tools) if row.tools else (row.tools, [])
+    # A group only says what belongs together: under another name it still does.
+    group = sha256_json(row.group)[:16] if row.group and mask(row.group)[1] else row.group
+    repairs = dict.fromkeys(f"{kind} masked" for kind in [*found, *kinds])
+    if not repairs and group == row.group:
+        return row
+    return replace(row, messages=messages, tools=tools, group=group, repairs=[*row.repairs, *repairs])
+
+
+def _mask_links(text: str) -> tuple[str, list[str]]:
+    masked = _LINK.sub(lambda match: f"<LINK>{match[0][len(_trimmed(match[0])) :]}", text) if _may_link(text) else text
+    return masked, ["link"] if masked != text else []
+
+
+def _may_link(text: str) -> bool:
+    return "://" in text or "www." in text
+
+
+def _trimmed(link: str) -> str:
+    """`link` without the punctuation of the sentence or the Markdown around it."""
+    opening = {")": "(", "]": "["}
+    while link and (link[-1] in ".,;:!?'*" or link.count(link[-1]) > link.count(opening.get(link[-1], link[-1]))):
+        link = link[:-1]
+    return link

@@ -1,0 +1,341 @@
+"""What became of every row: counted while `prepare` streams, merged from its workers, written as JSON, Markdown, HTML.
+
+Comes in: what each worker saw, by the `add_…` methods of `DataStats`, whose memory is bounded whatever the data. Goes
+out: `report.json` for programs and the diff, `report.md` and `report.html` for people. The same data gives the same
+bytes: the report is part of a DVC output, so it holds no time, no path and nothing of an earlier version.
+"""
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+import numpy as np
+
+from pipeline.data.personal_data import mask_text
+from pipeline.data.report_pages import BINS, SPLITS, render
+from pipeline.files import write_json, write_text
+
+EXAMPLES = 5  # kept for each reason, kind of repair and kind of duplicate
+EXCERPT = 300  # characters of an example
+MOST_KEYS = 1000  # distinct tasks, files, reasons … counted one by one; further ones count as OTHER
+OTHER = "(other)"
+SKETCH = 4096  # row ids kept a split; a diff is exact up to as many rows and within about 2 % of the rows above
+
+
+Ids = np.ndarray[Any, np.dtype[np.uint64]]  # shape [rows], ascending
+
+
+class DataReportError(RuntimeError):
+    """The counts do not add up: a defect of Retune, not of the data."""
+
+
+class Example(TypedDict):
+    source: str  # file and line
+    text: str  # excerpt, personal data masked
+
+
+class Pair(TypedDict):
+    source: str  # of the row that was dropped
+    of: str  # of the row that stays, or of the benchmark item
+    similarity: float  # 0 to 1
+    text: str
+    of_text: str
+
+
+class Tokens(TypedDict):
+    total: int
+    trained: int  # tokens that carry loss
+    median_per_row: int
+    max_per_row: int
+
+
+class Report(TypedDict):
+    """`report.json`: see the module. Counts are rows unless they say otherwise; splits are train, validation, test."""
+
+    rows_in: int
+    rows: dict[str, int]  # split → rows
+    tasks: dict[str, dict[str, int]]  # split → task → rows
+    languages: dict[str, dict[str, int]]  # split → ISO code or "und" → rows, of the rows that were looked at
+    formats: dict[str, int]  # of rows that came in
+    sources: dict[str, int]  # file → rows that came in
+    dropped: dict[str, int]  # reason → rows, most first
+    dropped_examples: dict[str, list[Example]]
+    repaired: dict[str, int]  # kind of repair → rows
+    repaired_examples: dict[str, list[Example]]
+    duplicates: dict[str, int]  # kind (exact, near, in the test split, …) → rows
+    duplicate_pairs: dict[str, list[Pair]]
+    train_tokens: Tokens
+    max_length: int  # tokens, prepare.max_length
+    lengths: dict[str, dict[str, int]]  # split → upper edge of the bin, tokens → rows
+    trained_lengths: dict[str, int]  # the same for trained tokens of training rows
+    test_sha256: str
+    example: str  # a training row as the model sees it
+    example_segments: list[tuple[str, bool]]  # the same, cut where loss begins and ends: text, carries loss
+    row_sketch: dict[str, str]  # split → the smallest row ids, see `_Sketch`
+
+
+@dataclass
+class Tally:
+    """Rows by reason, with the first few examples of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, reason: str) -> list[Any] | None:
+        """Count one row; returns the list that an example of it goes to while that is not full."""
+        name = _bounded(self.counts, reason)
+        self.counts[name] += 1
+        kept = self.examples.setdefault(name, [])
+        return kept if len(kept) < EXAMPLES else None
+
+    def merge(self, other: "Tally") -> None:
+        _add(self.counts, other.counts)
+        for reason, examples in other.examples.items():
+            name = reason if reason in self.counts else OTHER
+            kept = self.examples.setdefault(name, [])
+            kept += examples[: EXAMPLES - len(kept)]
+
+
+class DataStats:
+    """Everything the report says of the rows, from single rows or from other `DataStats`, in any number of parts.
+
+    Merging parts in the order of their rows gives what one pass over all rows gives.
+    """
+
+    def __init__(self) -> None:
+        self.formats: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
+        self.tasks: dict[str, Counter[str]] = {}
+        self.languages: dict[str, Counter[str]] = {}
+        self.lengths: dict[str, Counter[int]] = {}  # exact: at most max_length different ones
+        self.trained: Counter[int] = Counter()
+        self.dropped = Tally()
+        self.repaired = Tally()
+        self.duplicates = Tally()
+        self.sketches: dict[str, _Sketch] = {}
+        self.split = 0  # rows that came of splitting others
+
+    def add_read(self, format: str, source: str, rows: int) -> None:
+        """`rows` records, usable or not, were read from the file `source` in `format`."""
+        self.formats[_bounded(self.formats, format)] += rows
+        self.sources[_bounded(self.sources, source)] += rows
+
+    def add_split(self, more: int) -> None:
+        """Splitting long rows made so many more of them."""
+        self.split += more
+
+    def add_kept(
+        self,
+        split: str,
+        ids: Sequence[str],
+        tasks: Iterable[str],
+        lengths: Iterable[int],
+        trained: Iterable[int] = (),
+        languages: Iterable[str] = (),
+    ) -> None:
+        """Rows that go into `split`, by column: ids (hexadecimal digests), tasks, tokens, tokens with loss, languages.
+
+        `trained` is counted of the training split alone. `languages` may be of fewer rows: telling them costs time.
+        """
+        self.rows[split] += len(ids)
+        _add(self.tasks.setdefault(split, Counter()), Counter(tasks))
+        _add(self.languages.setdefault(split, Counter()), Counter(languages))
+        self.lengths.setdefault(split, Counter()).update(lengths)
+        if split == "train":
+            self.trained.update(trained)
+        self.sketches.setdefault(split, _Sketch()).add(ids)
+
+    def add_dropped(self, reason: str, source: str, record: Any) -> None:
+        """A row that goes nowhere; `record` is its messages, or the raw record."""
+        if (kept := self.dropped.add(reason)) is not None:
+            kept.append(Example(source=source, text=excerpt(record)))
+
+    def add_repaired(self, repairs: Iterable[str], source: str, record: Any) -> None:
+        """A row that was changed on its way, and how."""
+        for repair in repairs:
+            if (kept := self.repaired.add(repair)) is not None:
+                kept.append(Example(source=source, text=excerpt(record)))
+
+    def add_duplicate(self, kind: str, source: str, of: str, similarity: float, record: Any, of_record: Any) -> None:
+        """Why the row at `source` counts as a copy of the one at `of`; `add_dropped` counts it among the dropped."""
+        if (kept := self.duplicates.add(kind)) is not None:
+            kept.append(
+                Pair(source=source, of=of, similarity=similarity, text=excerpt(record), of_text=excerpt(of_record))
+            )
+
+    def merge(self, other: "DataStats") -> None:
+        for mine, theirs in ((self.formats, other.formats), (self.sources, other.sources), (self.rows, other.rows)):
+            _add(mine, theirs)
+        for split in other.rows:
+            _add(self.tasks.setdefault(split, Counter()), other.tasks[split])
+            _add(self.languages.setdefault(split, Counter()), other.languages[split])
+            self.lengths.setdefault(split, Counter()).update(other.lengths[split])
+            self.sketches.setdefault(split, _Sketch()).merge(other.sketches[split])
+        self.trained.update(other.trained)
+        self.split += other.split
+        self.dropped.merge(other.dropped)
+        self.repaired.merge(other.repaired)
+        self.duplicates.merge(other.duplicates)
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON values, for a file or another process; `from_state` reads it."""
+        tallies = {
+            name: {"counts": tally.counts, "examples": tally.examples}
+            for name, tally in (("dropped", self.dropped), ("repaired", self.repaired), ("duplicates", self.duplicates))
+        }
+        lengths = {split: sorted(counts.items()) for split, counts in self.lengths.items()}
+        sketches = {split: sketch.text() for split, sketch in self.sketches.items()}
+        plain = {name: getattr(self, name) for name in ("formats", "sources", "rows", "tasks", "languages", "split")}
+        state = plain | tallies | {"lengths": lengths, "trained": sorted(self.trained.items()), "sketches": sketches}
+        return json.loads(json.dumps(state))  # a copy that later additions do not change
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        stats = cls()
+        for name in ("formats", "sources", "rows"):
+            setattr(stats, name, Counter(state[name]))
+        for name in ("tasks", "languages"):
+            setattr(stats, name, {split: Counter(counts) for split, counts in state[name].items()})
+        for name in ("dropped", "repaired", "duplicates"):
+            setattr(stats, name, Tally(Counter(state[name]["counts"]), dict(state[name]["examples"])))
+        stats.split = state["split"]
+        stats.lengths = {split: Counter(dict(counts)) for split, counts in state["lengths"].items()}
+        stats.trained = Counter(dict(state["trained"]))
+        stats.sketches = {split: _Sketch(sketch_ids(text)) for split, text in state["sketches"].items()}
+        return stats
+
+    def report(self, max_length: int, test_sha256: str, example: Sequence[tuple[str, bool]]) -> Report:
+        """The finished report; `example` is a training row's text in parts, each with whether it carries loss.
+
+        Raises:
+            DataReportError: a row that came in is neither kept nor dropped, or is both.
+        """
+        came, kept, dropped = (sum(counts.values()) for counts in (self.formats, self.rows, self.dropped.counts))
+        if came + self.split != kept + dropped:
+            raise DataReportError(
+                f"{came} rows came in, but {kept} are kept and {dropped} dropped; a row was lost or counted twice"
+            )
+        tokens = self.lengths.get("train", Counter())
+        segments = [(mask_text(text)[0], trained) for text, trained in example]
+        return {
+            "rows_in": came,
+            "rows": {split: self.rows[split] for split in SPLITS},
+            "tasks": {split: _sorted(counts) for split, counts in self.tasks.items()},
+            "languages": {split: _ranked(counts) for split, counts in self.languages.items() if counts},
+            "formats": _ranked(self.formats),
+            "sources": _sorted(self.sources),
+            "dropped": _ranked(self.dropped.counts),
+            "dropped_examples": self.dropped.examples,
+            "repaired": _ranked(self.repaired.counts),
+            "repaired_examples": self.repaired.examples,
+            "duplicates": _ranked(self.duplicates.counts),
+            "duplicate_pairs": self.duplicates.examples,
+            "train_tokens": {
+                "total": _sum(tokens),
+                "trained": _sum(self.trained),
+                "median_per_row": _median(tokens),
+                "max_per_row": max(tokens, default=0),
+            },
+            "max_length": max_length,
+            "lengths": {split: _binned(counts) for split, counts in self.lengths.items()},
+            "trained_lengths": _binned(self.trained),
+            "test_sha256": test_sha256,
+            "example": "".join(text for text, _ in segments),
+            "example_segments": segments,
+            "row_sketch": {split: sketch.text() for split, sketch in self.sketches.items()},
+        }
+
+
+class _Sketch:
+    """The SKETCH smallest of a set of row ids, which say how much two sets have in common.
+
+    Bottom-k sketch (Cohen and Kaplan 2007, "Summarizing data using bottom-k sketches"): of two sets the ids below the
+    smaller of the two largest kept ids are all known, and are a random sample of the union.
+    """
+
+    def __init__(self, ids: Ids | Sequence[int] = ()) -> None:
+        self.ids: Ids = np.array(ids, dtype=np.uint64)
+
+    def add(self, ids: Sequence[str]) -> None:
+        self.merge(_Sketch([int(each[:12], 16) for each in ids]))
+
+    def merge(self, other: "_Sketch") -> None:
+        self.ids = np.unique(np.concatenate([self.ids, other.ids]))[:SKETCH]
+
+    def text(self) -> str:
+        return base64.b64encode(self.ids.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :6].tobytes()).decode()
+
+
+def sketch_ids(text: str) -> Ids:
+    """The row ids, in order, of one text of `row_sketch`: six bytes each, the smallest SKETCH of the split."""
+    six = np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(-1, 6)
+    return np.pad(six, ((0, 0), (0, 2))).view("<u8").reshape(-1).astype(np.uint64)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write `report.json`, `report.md` and `report.html` to `folder`."""
+    write_json(folder / "report.json", report)
+    for name in ("report.md", "report.html"):
+        write_text(folder / name, render(report, name))
+
+
+def excerpt(record: Any) -> str:
+    """The beginning of a row for people: its turns in short, personal data masked."""
+    if isinstance(record, list) and all(isinstance(turn, dict) and "role" in turn for turn in record) and record:
+        room = max(60, EXCERPT // len(record))
+        return "\n".join(f"{turn['role']}: {_short(turn.get('content') or turn, room)}" for turn in record)[
+            : 2 * EXCERPT
+        ]
+    return _short(record, EXCERPT)
+
+
+def _short(value: Any, room: int) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(mask_text(text[:2000])[0].split())
+    text = "".join(character if character.isprintable() else "�" for character in text)
+    return text if len(text) <= room else text[: room - 1] + "…"
+
+
+def _bounded(counts: Counter[str], key: str) -> str:
+    return key if key in counts or len(counts) < MOST_KEYS else OTHER
+
+
+def _add(counts: Counter[str], more: Mapping[str, int]) -> None:
+    for key, rows in more.items():
+        counts[_bounded(counts, key)] += rows
+
+
+def _ranked(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
+
+
+def _sum(counts: Counter[int]) -> int:
+    return sum(value * rows for value, rows in counts.items())
+
+
+def _median(counts: Counter[int]) -> int:
+    """The upper median of values with their counts."""
+    left = sum(counts.values()) // 2
+    for value, rows in sorted(counts.items()):
+        left -= rows
+        if left < 0:
+            return value
+    return 0
+
+
+def _binned(counts: Counter[int]) -> dict[str, int]:
+    values = np.array(sorted(counts), dtype=np.int64)
+    places = np.minimum(np.searchsorted(BINS, values), len(BINS) - 1)
+    bins: Counter[int] = Counter()
+    for place, value in zip(places, values, strict=True):
+        bins[BINS[place]] += counts[int(value)]
+    return {str(edge): bins[edge] for edge in sorted(bins)}

@@ -1,0 +1,140 @@
+"""What becomes of each row when all are known: exact and near copies, and what the test split asks or nearly says.
+
+Comes in: the encoded shards. Goes out: for every row whether it is kept, else why and on whose account. Rows of the
+test split are compared first and among themselves only: nothing but themselves decides whether they belong to it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.data.duplicates import PAIR, near_duplicates
+from pipeline.data.encoding import ROWS, SIGNATURES, TEXT
+from pipeline.data.shingles import signature_version
+
+SPLITS = ("train", "validation", "test")
+DUPLICATE = "exact duplicate of an earlier row"
+NEAR_DUPLICATE = "near duplicate of an earlier row"
+LEAKED = "its prompt is in the test split too"
+NEAR_TEST = "near copy of a test row"
+RANK = {"test": 0, "validation": 1, "train": 2}  # of two near copies the one with the lower rank stays
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """By row, in the order of the shards; N rows."""
+
+    kept: NDArray[np.bool_]  # (N,)
+    reason: NDArray[np.object_]  # (N,) str, None where the row is kept
+    cause: NDArray[np.object_]  # (N,) unusable | overlong | filtered | contaminated | duplicate | leaked; None: kept
+    split: NDArray[np.object_]  # (N,) str, None where the row could not be encoded
+    copy_of: NDArray[np.int64]  # (N,) the row that a dropped one copies or leaks; −1: none
+    similarity: NDArray[np.float64]  # (N,) Jaccard similarity of the two, 1 for exact copies; NaN where not measured
+    cluster: NDArray[np.int64]  # (N,) of a test row: the first of its near copies in the test split; −1 elsewhere
+    sources: pa.ChunkedArray  # (N,) file and line
+    texts: "Texts"
+    declared: bool  # whether any row says how its answer is scored
+
+
+class Texts:
+    """The texts of all rows by number, read from memory-mapped files: their size is no matter."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        tables = [pa.ipc.open_file(pa.memory_map(str(folder / TEXT))).read_all() for folder in folders]
+        self.chunks = [chunk for table in tables for chunk in table["text"].chunks]
+        self.starts = np.cumsum([0, *map(len, self.chunks)])
+
+    def __call__(self, numbers: NDArray[np.int64]) -> list[str]:
+        places = np.searchsorted(self.starts, numbers, side="right") - 1
+        return [self.chunks[c][int(n - self.starts[c])].as_py() for c, n in zip(places, numbers, strict=True)]
+
+
+def decide(folders: list[Path], threshold: float | None, work: Path) -> Verdicts:
+    """Compare all rows of the encoded shards in `folders`; `work` keeps what is worth knowing next time.
+
+    Args:
+        threshold: Jaccard similarity from which two rows are near copies; None looks for exact ones only.
+    """
+    columns = ["source", "reason", "cause", "split", "scoring", "key", "prompt_key", "asked"]
+    rows = pa.concat_tables(pq.read_table(folder / ROWS, columns=columns) for folder in folders)
+    reason, cause, split = (_objects(rows[name]) for name in ("reason", "cause", "split"))
+    count = len(rows)
+    verdicts = Verdicts(
+        rows["reason"].is_null().to_numpy(),
+        reason,
+        cause,
+        split,
+        copy_of=np.full(count, -1),
+        similarity=np.full(count, np.nan),
+        cluster=np.full(count, -1),
+        sources=rows["source"],
+        texts=Texts(folders),
+        declared=rows["scoring"].null_count < count,
+    )
+    test = split == "test"
+    for part in (test, ~test):
+        (numbers,) = np.nonzero(verdicts.kept & part)
+        # Codes count up in order of first appearance: a row is the first of its key where its code is a new maximum.
+        codes = _codes(rows["key"].take(pa.array(numbers)))
+        first = codes > np.maximum.accumulate(np.concatenate([[-1], codes]))[:-1]
+        _drop(verdicts, numbers[~first], DUPLICATE, "duplicate", numbers[first][codes[~first]], 1.0)
+    (tests,) = np.nonzero(verdicts.kept & test)
+    asked = rows["asked"].combine_chunks()
+    places = pc.index_in(asked.flatten(), value_set=rows["prompt_key"].take(pa.array(tests)).combine_chunks())
+    hits, owners = places.is_valid(), pc.list_parent_indices(asked)
+    leaking, which = np.unique(owners.filter(hits).to_numpy(), return_index=True)
+    leaked = tests[places.filter(hits).to_numpy()[which]]
+    other = verdicts.kept[leaking] & ~test[leaking]
+    _drop(verdicts, leaking[other], LEAKED, "leaked", leaked[other], np.nan)
+    if threshold is not None:
+        _near(verdicts, folders, threshold, work)
+    return verdicts
+
+
+def _near(verdicts: Verdicts, folders: list[Path], threshold: float, work: Path) -> None:
+    (numbers,) = np.nonzero(verdicts.kept)
+    signatures = np.concatenate([np.load(folder / SIGNATURES) for folder in folders])[numbers]
+    split = verdicts.split[numbers]
+    rank = sum(RANK[name] * (split == name) for name in RANK) * len(verdicts.reason) + numbers
+    memory = work / f"pairs-{signature_version()}.npy"
+    near = near_duplicates(
+        signatures,
+        lambda places: verdicts.texts(numbers[places]),
+        rank,
+        split == "test",
+        threshold,
+        np.load(memory) if memory.exists() else np.empty(0, PAIR),
+    )
+    np.save(memory, near.pairs)
+    (places,) = np.nonzero(near.duplicate_of >= 0)
+    originals = numbers[near.duplicate_of[places]]
+    leaks = verdicts.split[originals] == "test"
+    for which, why, kind in ((leaks, NEAR_TEST, "leaked"), (~leaks, NEAR_DUPLICATE, "duplicate")):
+        _drop(verdicts, numbers[places[which]], why, kind, originals[which], near.jaccard[places[which]])
+    protected = near.cluster >= 0
+    verdicts.cluster[numbers[protected]] = numbers[near.cluster[protected]]
+
+
+def _drop(
+    verdicts: Verdicts, numbers: NDArray[np.int64], reason: str, cause: str, of: NDArray[np.int64], similarity: Any
+) -> None:
+    verdicts.kept[numbers] = False
+    verdicts.reason[numbers], verdicts.cause[numbers] = reason, cause
+    verdicts.copy_of[numbers], verdicts.similarity[numbers] = of, similarity
+
+
+def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
+    """Strings as references to few objects: what repeats is there once."""
+    encoded = column.combine_chunks().dictionary_encode()
+    words = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
+    return words[encoded.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
+
+
+def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    return column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)

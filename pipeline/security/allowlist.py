@@ -1,0 +1,199 @@
+"""The files that a version may hold: their names, and content of the type that each name promises.
+
+Comes in: relative names, and files before they are shipped or loaded. Refused, with the reason: a name that is not on
+the list (no other can leave its folder, pass for another or run), and bytes of another type than the name says.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+
+PARTS = ("adapter", "evaluation", "merged", "parity")
+# By suffix, what may stand before it. Letters, digits, '.', '_' and '-' only: no other spelling of a name gets past.
+NAMES = {
+    ".safetensors": r"(adapter_)?model(-\d{5}-of-\d{5})?",
+    ".json": r"adapter_config|added_tokens|config|contract|evaluation|exports|generation_config|metrics|"
+    r"model\.safetensors\.index|parity|special_tokens_map|tokenizer|tokenizer_config|training|vocab",
+    ".jinja": r"chat_template|additional_chat_templates/[a-z0-9][a-z0-9_-]{0,63}",
+    ".model": r"tokenizer|spiece|sentencepiece\.bpe",
+    ".txt": "merges|vocab",
+    ".parquet": r"items\.(adapter|base|merged)",
+    ".csv": "loss",
+    ".md": "README|report",
+}
+_FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
+# The card, and what MLflow's own loader looks for: its description and a second name of the tokenizer's files.
+_FOLDERS = "|".join((*PARTS, r"exports(/(bnb-4bit|bnb-8bit))?", "components/tokenizer"))
+_PATTERN = re.compile(rf"({_FOLDERS})/({_FILE})|README\.md|MLmodel")
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE
+)  # files of these names are devices on Windows
+MAX_TEXT_BYTES = 256 * 2**20  # a JSON or text file; the largest tokenizer.json in use has 33 MB
+MAX_TABLE_BYTES = 4 * 2**30  # a Parquet table in memory
+# A pickle by protocol 2 to 5, zip (PyTorch's own), gzip, ELF, Windows and Mach-O programs, a script, HDF5.
+_PROGRAMS = re.compile(
+    rb"\x80[\x02-\x05]|PK\x03\x04|\x1f\x8b|\x7fELF|MZ|\xfe\xed\xfa[\xce\xcf]|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|#!|\x89HDF"
+)
+# A link into a content-addressed cache names its bytes by their digest: DVC's (cache.type symlink) or the Hub's.
+_CACHED = re.compile(r"files/md5/[0-9a-f]{2}/[0-9a-f]{30}|blobs/([0-9a-f]{40}|[0-9a-f]{64})")
+
+
+class UnsafeFileError(ValueError):
+    """A file that may not be shipped or loaded; the message names it and says why."""
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names (`part/file`) that versions do not ship, and two that are one on some file system.
+
+    Raises:
+        UnsafeFileError: with the first such name.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not _PATTERN.fullmatch(name) or _DEVICE.match(name.rpartition("/")[2]):
+            raise UnsafeFileError(
+                f"{name!r} is not a file that versions ship; the list is NAMES in pipeline/security/allowlist.py"
+            )
+        if seen.setdefault(name.casefold(), name) != name:
+            raise UnsafeFileError(
+                f"{name} and {seen[name.casefold()]} differ in case alone: one would replace the other"
+            )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a version's file `name` in `folder`.
+
+    Raises:
+        UnsafeFileError: the name is not allowed, or a link on the way leads elsewhere.
+    """
+    check_names([name])
+    path = folder
+    for component in name.split("/"):
+        path = path / component
+        if path.is_symlink():
+            raise UnsafeFileError(f"{path} is a link; remove it, downloads go into folders of their own")
+    return path
+
+
+def check_file(path: Path) -> None:
+    """Refuse the file `path` unless its content is what its suffix says. Reads headers of weights and tables only.
+
+    What `safe_open` checks of safetensors: header below 100 MB and valid JSON, known types, offsets that cover the file
+    without a gap or an overlap, and shapes that give the length. Nothing of it is interpreted as code.
+
+    Raises:
+        UnsafeFileError: the bytes are of another type, or too many.
+    """
+    check_link(path)
+    try:
+        match path.suffix:
+            case ".safetensors":
+                with safe_open(path, framework="np") as file:  # no torch for a header
+                    file.keys()
+            case ".json":
+                strict_json(_bounded(path))
+            case ".parquet":
+                _check_table(path)
+            case ".csv" | ".jinja" | ".md" | ".txt":
+                _check_text(_bounded(path))
+            case ".model":
+                data = _bounded(path)
+                if not data.startswith(b"\n"):  # SentencePiece begins with its first field; tiktoken's is lines of text
+                    _check_text(data)
+            case "" if path.name == "MLmodel":
+                _check_mlmodel(strict_json(_bounded(path)))
+            case suffix:
+                raise ValueError(f"files ending in {suffix or 'nothing'} are neither shipped nor loaded")
+    except (SafetensorError, pa.ArrowException, ValueError, RecursionError) as error:
+        kind = path.suffix.removeprefix(".")
+        raise UnsafeFileError(f"{path} is not a sound {kind} file: {str(error).splitlines()[0]}") from None
+
+
+def check_link(path: Path) -> None:
+    """Refuse a symbolic link, unless it leads into a cache whose files are named by their digests.
+
+    Raises:
+        UnsafeFileError: it leads to a file that nobody meant to be part of a model.
+    """
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    if not _CACHED.fullmatch("/".join(target.parts[-4:])) and not _CACHED.fullmatch("/".join(target.parts[-2:])):
+        raise UnsafeFileError(f"{path} is a link to {target}; put the file itself there, or remove it")
+
+
+def strict_json(data: bytes) -> Any:
+    """JSON in which no key comes twice, so that nobody reads another value than was checked.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or a repeated key.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise ValueError(f"the key {twice!r} comes twice")
+        return found
+
+    try:
+        return json.loads(data.decode(), object_pairs_hook=unique)  # json alone would guess UTF-16 and 32
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _bounded(path: Path) -> bytes:
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise ValueError(f"{path.stat().st_size:,} bytes; at most {MAX_TEXT_BYTES:,} are read into memory")
+    return path.read_bytes()
+
+
+def _refuse_programs(data: bytes) -> None:
+    found = _PROGRAMS.match(data)
+    if found:
+        raise ValueError(f"it begins with {found[0]!r}, as a program, an archive or a pickle does")
+
+
+def _check_text(data: bytes) -> None:
+    _refuse_programs(data)
+    if b"\x00" in data:
+        raise ValueError("it holds a NUL byte")
+    data.decode()
+
+
+def _check_mlmodel(description: Any) -> None:
+    """MLflow imports the module and unpickles the files that it names: only its transformers loader may be one."""
+    flavors = description.get("flavors", {}) if isinstance(description, dict) else {}
+    function, model = flavors.get("python_function", {}), flavors.get("transformers", {})
+    if not set(flavors) <= {"python_function", "transformers"} or not set(function) <= {
+        "loader_module",
+        "python_version",
+    }:
+        raise ValueError("it describes more than the transformers model that Retune ships")
+    if function.get("loader_module") not in (None, "mlflow.transformers") or model.get("code") is not None:
+        raise ValueError("it names code to import")
+
+
+def _check_table(path: Path) -> None:
+    try:
+        file = pq.ParquetFile(path)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(str(error)) from None  # how pyarrow says that it cannot make sense of the bytes
+    with file:
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        if size > MAX_TABLE_BYTES:
+            raise ValueError(f"its table has {size:,} bytes; at most {MAX_TABLE_BYTES:,} are read into memory")
+        # Extension types may name Python classes; an old pyarrow unpickled them.
+        for field in file.schema_arrow:
+            kind = field.type.value_type if pa.types.is_list(field.type) else field.type
+            named = b"ARROW:extension:name" in (field.metadata or {})
+            if named or not (pa.types.is_primitive(kind) or pa.types.is_string(kind)):
+                raise ValueError(f"its column {field.name!r} is of type {field.type}; expected text, numbers, or lists")

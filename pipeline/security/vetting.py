@@ -1,0 +1,201 @@
+"""Foreign models, adapters and checkpoints, looked at before any library loads them.
+
+Comes in: a folder (or a Hub name with its commit). Refused: what would make a loader run code, unpickle, fetch
+something else or read files from elsewhere. What the loaders refuse or ignore themselves is left to them;
+docs/security.md says which test holds what.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_pt_utils import safe_globals
+from transformers.utils.hub import cached_file
+
+from pipeline.security.allowlist import check_file, check_link, strict_json
+
+CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json")
+# LoRA settings that a training chooses; the rest (Megatron modules to import, initialisations that rewrite the base,
+# patterns) must be as PEFT has them by default.
+CHOSEN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "inference_mode"}
+CHOSEN |= {
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "ensure_weight_tying",
+}
+CHOSEN |= {"feedforward_modules", "init_ia3_weights"}  # IA3's
+CHOSEN |= {
+    "target_r",
+    "init_r",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "beta1",
+    "beta2",
+    "orth_reg_weight",
+    "total_step",
+}  # AdaLoRA's
+IGNORED = {"base_model_name_or_path", "revision", "peft_version"}  # of no effect: base and revision are the contract's
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # written by torch.save, so pickles
+# training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
+CHECKPOINT = {*STATES, "adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "training_args.bin"}
+CHECKPOINT |= {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+CHECKPOINT |= {
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+}
+
+
+class UnsafeModelError(ValueError):
+    """A model, adapter or checkpoint that would do more than hold weights; the message names file and key."""
+
+
+def check_model(name_or_path: str, revision: str | None) -> None:
+    """Refuse a base or merged model whose files ask for more than to be loaded as safetensors.
+
+    Of a Hub model only the configurations are looked at, at the commit `revision`; its weights are checked by
+    `use_safetensors=True` and the library itself. `auto_map` is allowed: without `trust_remote_code` it is ignored for
+    architectures that transformers has, and refused by transformers for others.
+
+    Raises:
+        UnsafeModelError, UnsafeFileError: with file, key and way out.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists():
+            raise UnsafeModelError(
+                f"{folder} holds an adapter_config.json; a base model is whole: merge the adapter first"
+            )
+        for path in sorted(folder.iterdir()):
+            check_link(path)
+            if path.suffix == ".safetensors":
+                check_file(path)
+    for name in CONFIGS:
+        found = _find(name_or_path, name, revision)
+        if found is None:
+            continue
+        try:
+            config = strict_json(found.read_bytes())
+        except ValueError as error:
+            raise UnsafeModelError(f"{name_or_path}: {name} is not sound JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UnsafeModelError(f"{name_or_path}: {name} holds a {type(config).__name__}; expected an object")
+        for problem in _problems(name, config):
+            raise UnsafeModelError(f"{name_or_path}: {name} {problem}")
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse an adapter that is not plain LoRA as `train` writes it.
+
+    Raises:
+        UnsafeModelError, UnsafeFileError: with file, key and way out.
+    """
+    from peft import AdaLoraConfig, IA3Config, LoraConfig  # seconds to import; prepare needs `check_model` alone
+
+    methods: dict[Any, Any] = {"LORA": LoraConfig, "IA3": IA3Config, "ADALORA": AdaLoraConfig}
+
+    check_file(folder / "adapter_model.safetensors")
+    check_file(folder / "adapter_config.json")
+    config = strict_json((folder / "adapter_config.json").read_bytes())
+    where = f"{folder}: adapter_config.json"
+    if not isinstance(config, dict) or config.get("peft_type") not in list(methods):
+        raise UnsafeModelError(f"{where} is not of a LoRA adapter; only those, IA3's and AdaLoRA's are loaded")
+    steps = {"total_step": 1} if config["peft_type"] == "ADALORA" else {}  # AdaLoRA's is not made without
+    made = methods[config["peft_type"]](task_type="CAUSAL_LM", **steps)
+    plain = {key: value for key, value in made.to_dict().items() if key not in IGNORED}
+    for key, value in config.items():
+        if key.endswith("_pattern") and any(not re.fullmatch(r"[\w.]+", name) for name in value or {}):
+            raise UnsafeModelError(f"{where} has {key} = {value!r}; only plain module names are matched")
+        if key in CHOSEN or key in IGNORED:
+            continue
+        if key not in plain or value != plain[key]:
+            raise UnsafeModelError(
+                f"{where} has {key} = {value!r}; adapters are loaded only with its default, or without"
+            )
+    modules = config.get("target_modules")
+    if not (modules == "all-linear" or (isinstance(modules, list) and all(isinstance(m, str) for m in modules))):
+        raise UnsafeModelError(f"{where} has target_modules = {modules!r}; expected all-linear or a list of names")
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a training checkpoint that holds anything but what the Trainer saves of an adapter.
+
+    The states are pickles; they are read here as the Trainer reads them, with torch's restricted unpickler, which knows
+    tensors, numbers and containers and calls nothing else.
+
+    Raises:
+        UnsafeModelError: there is more in it. Delete the folder to train from the start.
+        UnsafeFileError, OSError, RuntimeError, EOFError: a file is cut short, as after a kill.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name not in CHECKPOINT or path.is_symlink() or not path.is_file():
+            raise UnsafeModelError(f"{path} is nothing that a training saves; delete {folder} to train without it")
+    try:
+        check_adapter(folder)
+    except UnsafeModelError as error:
+        raise UnsafeModelError(f"{error}; delete {folder} to train without it") from None
+    for name in STATES:
+        try:
+            with safe_globals():  # NumPy's random state
+                torch.load(folder / name, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":  # its module may not be imported here
+                raise
+            raise UnsafeModelError(
+                f"{folder / name} holds more than tensors and numbers, so this training did not write it; delete "
+                f"{folder} to train without it"
+            ) from None
+
+
+def _find(name_or_path: str, name: str, revision: str | None) -> Path | None:
+    found = cached_file(
+        name_or_path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _problems(name: str, config: Any) -> list[str]:
+    """What in a configuration, at any depth, would have a loader do more than load."""
+    found = []
+    if name == "model.safetensors.index.json":
+        shards = config.get("weight_map")
+        for shard in set(shards.values()) if isinstance(shards, dict) else {None}:
+            if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+                found.append(f"names the shard {shard!r}; expected .safetensors files beside it")
+        return found
+    for key, value in _items(config):
+        if key == "quantization_config" and not _is_own_export(value):
+            found.append("has a quantization_config; name the full-precision model, Retune quantises it itself")
+        elif key == "transformers_weights" and value is not None:
+            found.append(f"has transformers_weights = {value!r}; weights are model.safetensors or its shards")
+        elif "_implementation" in key and isinstance(value, str) and "/" in value:
+            found.append(f"has {key} = {value!r}, a kernel that would be fetched and run; remove the key")
+        elif key == "fast_tokenizer_files" and any("/" in str(item) or "\\" in str(item) for item in value or []):
+            found.append(f"has {key} = {value!r}; expected names of files beside it")
+    return found
+
+
+def _items(config: Any) -> list[tuple[str, Any]]:
+    if isinstance(config, list):
+        return [item for value in config for item in _items(value)]
+    if not isinstance(config, dict):
+        return []
+    return [*config.items(), *(item for value in config.values() for item in _items(value))]
+
+
+def _is_own_export(value: Any) -> bool:
+    """Whether weights are stored as `merge.export` stores them; nothing else is read as quantised."""
+    return value is None or (isinstance(value, dict) and value.get("quant_method") == "bitsandbytes")

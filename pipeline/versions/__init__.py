@@ -1,0 +1,1 @@
+"""Published versions: what describes, signs, lists, compares and retires them."""

@@ -1,0 +1,111 @@
+"""What tells other tools about a version: its Hugging Face model card and MLflow's `MLmodel`, made from the manifest.
+
+Nothing stands here that the manifest does not hold; both files are published, and signed, with the version.
+"""
+
+import json
+from typing import Any
+
+from pipeline.statistics import METRICS
+from pipeline.versions.manifest import Manifest
+
+# What the card calls each score, in the Hub's vocabulary.
+HUB_METRICS = {"accuracy": "accuracy", "bleu": "bleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
+
+
+def model_card(manifest: Manifest) -> str:
+    """README.md of the version: YAML metadata that the Hub and its tools read, and the same for people."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    base, merged = manifest["base_model"], manifest["metrics"]["merged"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="retune",
+            dataset_name="test split",
+            dataset_split="test",
+            dataset_revision=manifest["data"]["test_sha256"],
+            metric_type=HUB_METRICS[metric],
+            metric_name=metric,
+            metric_value=merged[metric]["score"],
+        )
+        for metric in METRICS
+        if merged[metric]
+    ]
+    data = ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation",
+        # A folder is no name that the Hub could resolve.
+        base_model=base["name_or_path"] if base["revision"] else None,
+        base_model_relation="adapter" if base["revision"] else None,
+        tags=["retune", "lora", "qlora" if manifest["params"]["train"]["load_in_4bit"] else "full-precision-base"],
+        model_name=manifest["name"],
+        eval_results=results,
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest)}"))
+
+
+def mlmodel(manifest: Manifest) -> str:
+    """`MLmodel`: lets `mlflow.transformers.load_model` load the merged model where `merged/` lies."""
+    versions = manifest["packages"]["train"]
+    return json.dumps(  # JSON is YAML
+        {
+            "artifact_path": "model",
+            "flavors": {
+                "python_function": {
+                    "loader_module": "mlflow.transformers",
+                    "python_version": manifest["packages"]["publish"]["python"],
+                },
+                "transformers": {
+                    "code": None,
+                    "components": ["tokenizer"],
+                    "framework": "pt",
+                    "instance_type": "TextGenerationPipeline",
+                    "model_binary": "merged",
+                    "pipeline_model_type": "AutoModelForCausalLM",
+                    "source_model_name": manifest["base_model"]["name_or_path"],
+                    "task": "text-generation",
+                    "tokenizer_type": "AutoTokenizer",
+                    "transformers_version": versions.get("transformers", ""),
+                },
+            },
+            "utc_time_created": manifest["created"],
+        },
+        indent=2,
+        sort_keys=True,
+    )
+
+
+def _body(manifest: Manifest) -> str:
+    base, git, data = manifest["base_model"], manifest["git"], manifest["data"]
+    train, parity, cost = manifest["params"]["train"], manifest["parity"], manifest["cost"]
+    seconds = [s for s in manifest["time"].values() if s is not None]
+    rows = ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())
+    facts = {
+        "base model": f"`{base['name_or_path']}`" + (f" at `{base['revision']}`" if base["revision"] else ""),
+        "base digest": f"`{base['digest']}`",
+        "rows": rows,
+        "code": f"`{git['commit'] or 'no git commit'}`" + (" with changes" if git["dirty"] else ""),
+        "trained on": manifest["hardware"]["train"],
+        "time": f"{sum(seconds) / 60:.1f} minutes" if seconds else "not measured",
+        "cost": "not priced" if cost["total"] is None else f"{cost['total']:.2f} at {cost['price_per_hour']:g} an hour",
+        "LoRA": f"r {train['lora_r']}, alpha {train['lora_alpha']}, "
+        f"{'4-bit base' if train['load_in_4bit'] else 'full-precision base'}",
+        "merged": f"into the {parity['base']} base; it chooses {parity['token_agreement']:.1%} of the adapter's tokens",
+    }
+    lines = [f"# {manifest['name']} {manifest['version']}", "", "An adapter and the merged model, made by Retune.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
+    lines += ["", "## Scores on the test split", "", "95 % intervals; BLEU 0–100, the others 0–1.", ""]
+    lines += ["| metric | base | adapter | merged | signature |", "|---" * 5 + "|"]
+    for metric in METRICS:
+        scores = " | ".join(_score(manifest["metrics"][system][metric]) for system in ("base", "adapter", "merged"))
+        lines.append(f"| {metric} | {scores} | {manifest['evaluation']['signatures'].get(metric, '–')} |")
+    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained("merged")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("merged")', "```", ""]
+    lines += ["`manifest.json` holds the whole lineage: parameters, packages, digests of data and files.", ""]
+    return "\n".join(lines)
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    return "–" if score is None else f"{score['score']:.3g} ({score['low']:.3g} to {score['high']:.3g})"

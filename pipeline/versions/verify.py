@@ -1,0 +1,196 @@
+"""verify: a published version in; out, check by check, whether it is what was published and signed.
+
+Signature, digest of every object, and lineage: the schema, the id, the git commit, and that contract, base model and
+metrics in the manifest are those in the version's own files. Nothing of the version is loaded, only hashed and parsed.
+"""
+
+import hashlib
+import json
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.graph import GraphError
+from pipeline.params import PublishParams
+from pipeline.publish import fetch_file
+from pipeline.store.artifact_store import ArtifactStore, StoreError
+from pipeline.store.transfer import OBJECT_SIZE
+from pipeline.versions import manifest as manifests
+from pipeline.versions import signature
+from pipeline.versions.decisions import read_log
+from pipeline.versions.manifest import Manifest, read_manifest
+from pipeline.versions.signature import SignatureError
+
+# Manifest keys and the file of the version that must say the same.
+REPEATED = {
+    "base_model": ("adapter/training.json", "base_model"),
+    "parity": ("parity/parity.json", None),
+    "evaluation": ("parity/parity.json", "evaluation"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool | None  # None: not checked, `detail` says why
+    detail: str
+
+
+def verify(
+    params: PublishParams,
+    store: ArtifactStore,
+    version: str,
+    registered: dict[str, str] | None = None,
+    root: Path = Path("."),
+) -> list[Check]:
+    """Every check of a version, in the order of the module's first lines. `registered`: the registry's tags for it.
+
+    Raises:
+        StoreError: there is no such version.
+    """
+    try:
+        manifest = read_manifest(store, version)
+    except StoreError as error:
+        return [Check("manifest", False, str(error))]
+    if manifest is None:
+        raise StoreError(f"version {version} is not published in {store.uri}")
+    checks = [Check("manifest", True, "as manifest.schema.json asks for"), _check_id(manifest)]
+    checks += [_check_recorded(store, params, manifest, registered), _check_signature(store, params, manifest)]
+    checks += _check_files(store, manifest)
+    checks.append(_check_commit(manifest, root))
+    return checks
+
+
+def require_intact(store: ArtifactStore, manifest: Manifest, params: PublishParams) -> None:
+    """Refuse a version without a valid signature, or with an object that is not the one signed.
+
+    Raises:
+        SignatureError: which is wrong, and why.
+    """
+    for check in (_check_signature(store, params, manifest), *_check_files(store, manifest)):
+        if not check.passed:
+            raise SignatureError(
+                f"version {manifest['version']} may not serve (publish.require_signature): {check.name}: {check.detail}"
+            )
+
+
+def _check_id(manifest: Manifest) -> Check:
+    try:
+        found = manifests.version_of(manifest)
+    except (GraphError, KeyError, TypeError) as error:
+        return Check("id", False, f"dvc.lock in the manifest names no version: {error}")
+    return Check("id", found == manifest["version"], f"dvc.lock in the manifest gives {found}")
+
+
+def _check_recorded(
+    store: ArtifactStore, params: PublishParams, manifest: Manifest, registered: dict[str, str] | None
+) -> Check:
+    """The manifest's digest against what registry and promotion log noted of it: catches changes of unsigned ones."""
+    found = manifests.digest(manifest)
+    noted = {
+        f"record {record.number}": record.manifest_sha256
+        for record in read_log(store, params.registered_model_name)
+        if record.version == manifest["version"] and record.manifest_sha256
+    }
+    if registered and "manifest_sha256" in registered:
+        noted["the registry"] = registered["manifest_sha256"]
+    if not noted:
+        return Check("recorded digest", None, "neither registry nor promotion log knows this version")
+    wrong = [where for where, sha256 in noted.items() if sha256 != found]
+    said = f"{', '.join(wrong)} noted another manifest" if wrong else f"the one that {', '.join(noted)} noted"
+    return Check("recorded digest", not wrong, said)
+
+
+def _check_signature(store: ArtifactStore, params: PublishParams, manifest: Manifest) -> Check:
+    data = manifests.encode(manifest)
+    signed = signature.read_signature(store, manifest["version"], data)
+    if signed is None:
+        passed = False if params.require_signature else None
+        return Check("signature", passed, "the version is not signed, or its manifest was altered afterwards")
+    if params.verify_key is None:
+        return Check("signature", None, "there is one, but publish.verify_key names no key to check it with")
+    try:
+        return Check("signature", True, f"by {signature.verify(params, data, signed)}")
+    except SignatureError as error:
+        return Check("signature", False, str(error))
+
+
+def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
+    """The digest of every object and every file, and what the files say again that the manifest says."""
+    wrong, texts = [], {}
+    objects = {digest for entry in manifest["files"].values() for digest in _objects(entry)}
+    sizes = {}
+    for digest in sorted(objects):
+        found, sizes[digest] = _read_digest(store, digest)
+        if found is None:
+            wrong.append(f"objects/{digest} is missing")
+        elif found != digest:
+            wrong.append(f"objects/{digest} was altered: its content has digest {found}")
+    for name, entry in manifest["files"].items():
+        if "chunks" in entry:
+            wrong += _check_whole(store, name, entry)
+        elif entry["sha256"] in sizes and sizes[entry["sha256"]] != entry["size"]:
+            wrong.append(f"{name} has {sizes[entry['sha256']]:,} bytes, the manifest says {entry['size']:,}")
+        elif name.endswith(".json"):
+            texts[name] = store.read(f"objects/{entry['sha256']}") or b""
+    size = sum(sizes.values()) / 1e6
+    said = "; ".join(wrong) or f"{len(manifest['files'])} files in {len(objects)} objects, {size:.1f} MB"
+    return [Check("digests", not wrong, said), _check_lineage(manifest, texts)]
+
+
+def _objects(entry: dict[str, Any]) -> list[str]:
+    """The objects that a file of a manifest needs: itself, or its chunks and the digests of their blocks."""
+    chunks = entry.get("chunks")
+    return [entry["sha256"]] if chunks is None else [c[key] for c in chunks for key in ("sha256", "blocks")]
+
+
+def _read_digest(store: ArtifactStore, digest: str) -> tuple[str | None, int]:
+    """SHA-256 of an object's content and its size in bytes; None when there is no such object."""
+    data = store.read(f"objects/{digest}", 0, OBJECT_SIZE + 1)  # none is bigger; one that was made so is altered
+    return (None, 0) if data is None else (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _check_whole(store: ArtifactStore, name: str, entry: dict[str, Any]) -> list[str]:
+    """What is wrong with a file of several objects once they are put together."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fetch_file(store, entry, Path(folder) / Path(name).name)
+        except StoreError as error:
+            return [f"{name}: {error}"]
+    return []
+
+
+def _check_lineage(manifest: Manifest, texts: dict[str, bytes]) -> Check:
+    wrong, files = [], {}
+    for name, text in texts.items():
+        try:
+            files[name] = json.loads(text)
+        except ValueError as error:
+            wrong.append(f"{name} is no JSON: {error}")
+    for part in ("adapter", "merged"):
+        contract = files.get(f"{part}/contract.json")
+        if contract is None or manifests.contract_digests(contract) != manifest["contract"]:
+            wrong.append(f"contract is not that of {part}/contract.json")
+    for key, (name, inner) in REPEATED.items():
+        found = files.get(name, {})
+        expected = found.get(inner) if inner else {k: v for k, v in found.items() if k != "evaluation"}
+        if manifest[key] != expected:
+            wrong.append(f"{key} is not that of {name}")
+    scores = files.get("evaluation/metrics.json", {}) | files.get("parity/metrics.json", {})
+    if manifest["metrics"] != scores:
+        wrong.append("metrics are not those of evaluation/metrics.json and parity/metrics.json")
+    return Check("lineage", not wrong, "; ".join(wrong) or "contract, base model, metrics and parity as in the files")
+
+
+def _check_commit(manifest: Manifest, root: Path) -> Check:
+    commit = manifest["git"]["commit"]
+    if not commit:
+        return Check("git commit", None, "it was published outside a git repository")
+    if subprocess.run(["git", "rev-parse", "--git-dir"], cwd=root, capture_output=True).returncode != 0:
+        return Check("git commit", None, f"{commit[:12]}: this folder is no git repository")
+    found = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=root, capture_output=True)
+    missing = "" if found.returncode == 0 else " is not in this repository (`git fetch` may bring it)"
+    changed = ", with changes that no commit has" if manifest["git"]["dirty"] else ""
+    return Check("git commit", found.returncode == 0, f"{commit[:12]}{missing}{changed}")

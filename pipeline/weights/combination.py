@@ -1,0 +1,69 @@
+"""Several adapters of one base combined into one by PEFT, which is then merged, scored and proved like a trained one.
+
+Adapter folders and their weights come in; an adapter folder goes out. Refused: an adapter whose weights are not those
+that the parameters name by digest, or that was trained with another template contract.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.evaluate import require_same_contract
+from pipeline.files import read_json, sha256_file, write_json
+from pipeline.model import load_adapter
+from pipeline.params import CombineParams
+from pipeline.weights.merging import empty_base
+
+
+class CombinationError(ValueError):
+    """The adapters cannot be combined; the message says which and why."""
+
+
+def combine(params: CombineParams, contract: dict[str, Any], adapter: Path, folder: Path) -> Path:
+    """Write the weighted combination of `params.adapters` to `folder`, as PEFT saves an adapter, and return it.
+
+    Args:
+        adapter: the one trained in this run; a path of null stands for it.
+
+    Raises:
+        CombinationError: an adapter is missing, is not the one named, or PEFT cannot combine them (different ranks).
+        TemplateError: an adapter was trained with another contract.
+    """
+    sources = []
+    for part in params.adapters:
+        source = adapter if part.path is None else Path(part.path)
+        weights = source / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise CombinationError(f"merge.combine names {source}, which holds no adapter_model.safetensors")
+        digest = sha256_file(weights)
+        if part.sha256 not in (None, digest):
+            raise CombinationError(
+                f"{weights} is not the one that merge.combine names: its sha256 is {digest}, not {part.sha256}"
+            )
+        require_same_contract(contract, read_json(source / "contract.json"), source)
+        sources.append(source)
+    names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
+    model = load_adapter(empty_base(contract["model"]), sources[0], empty=True)
+    for name, source in zip(names[1:], sources[1:], strict=True):
+        model.load_adapter(str(source), name, low_cpu_mem_usage=True)
+    torch.manual_seed(params.seed)  # DARE drops at random
+    try:
+        model.add_weighted_adapter(
+            names,
+            [part.weight for part in params.adapters],
+            "combined",
+            combination_type=params.combination_type,
+            density=params.density,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise CombinationError(f"PEFT cannot combine these adapters: {str(error).splitlines()[0]}") from None
+    model.save_pretrained(str(folder), selected_adapters=["combined"])
+    for path in list((folder / "combined").iterdir()):
+        path.rename(folder / path.name)
+    (folder / "combined").rmdir()
+    # Sorted: PEFT writes the set of target modules in an order that changes from run to run.
+    config = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
+    write_json(folder / "contract.json", contract)
+    return folder

@@ -1,0 +1,353 @@
+"""An adapter added to the weights of its base: from safetensors to safetensors, without the model in memory.
+
+PEFT's own layers, built on a base without weights, say what is added to which weight and how scaled; the sum is bit for
+bit that of `merge_and_unload` on a CPU. Adapters that only PEFT can merge go through it, with the reason; those that
+cannot be merged at all (prompt and prefix tuning) are refused.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from peft import IA3Config, LoraConfig, PeftConfig
+from peft.tuners.ia3.layer import Linear as IA3Linear
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, transpose
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from pipeline.model import Quantisation, compute_dtype, device, load_adapter
+from pipeline.weights.checkpoint import FLOATS, Blocks, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
+
+COMMON = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out"),
+}
+UNDERSTOOD: dict[type[PeftConfig], set[str]] = {
+    LoraConfig: COMMON
+    | {"r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+    | {"layers_to_transform", "layers_pattern", "runtime_config", "loftq_config"},
+    IA3Config: COMMON | {"feedforward_modules", "init_ia3_weights"},
+}
+
+
+_Rows = Callable[[int, torch.Tensor], torch.Tensor]  # first row, rows as they were → as they are to be
+_Change = Callable[[], _Rows]  # called when its tensor is due, so that one tensor's worth is in memory
+
+
+class MergeError(ValueError):
+    """Base and adapter cannot become one model, or it is not what was evaluated; nothing was written."""
+
+
+class _OnlyPeft(Exception):
+    """Why this adapter, or this base, is merged by PEFT and not shard by shard."""
+
+
+@dataclass(frozen=True)
+class Merging:
+    method: str  # shards | peft
+    reason: str | None  # why PEFT had to do it
+    modules: int  # modules that the adapter changed: all that it targets, or MergeError
+
+
+def merge_adapter(
+    identity: Mapping[str, Any],
+    adapter: Path,
+    folder: Path,
+    quantisation: Quantisation | None = None,
+    dtype: torch.dtype | None = None,
+) -> Merging:
+    """Write the base with the adapter added to `folder`: weights in the base's own shards, and config.json.
+
+    Args:
+        identity: `model` of the template contract; its Python code is never run.
+        quantisation: adds to what the 4-bit round trip leaves of the base; None adds to the base itself.
+        dtype: of the written weights; None keeps each in the checkpoint's own type.
+
+    Raises:
+        MergeError: the adapter changes nothing in a module that it targets, holds weights for modules that the base
+            does not have, or cannot be merged; or the base is quantised or needs its repository's Python code.
+        WeightsError: the base is not whole.
+    """
+    settings = PeftConfig.from_pretrained(str(adapter))
+    if settings.is_prompt_learning:
+        raise MergeError(
+            f"{adapter} is {settings.peft_type.value} and changes no weight: it cannot be merged, and ships as the "
+            "adapter that it is, on its base"
+        )
+    config = _config(identity)
+    checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
+    try:
+        edits, modules = _edits(config, checkpoint, settings, adapter, quantisation, dtype)
+    except _OnlyPeft as why:
+        modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, quantisation, dtype)
+        return Merging("peft", str(why), modules)
+    rewrite(checkpoint, folder, edits, dtype)
+    if dtype is not None:
+        config.dtype = dtype
+    config.save_pretrained(folder)
+    return Merging("shards", None, modules)
+
+
+def empty_base(identity: Mapping[str, Any]) -> PreTrainedModel:
+    """The base with the shapes of its parameters and without their numbers: adapters can be put on it, no more."""
+    model = _empty_model(_config(identity))
+    _without_weights(model)
+    return model
+
+
+def _config(identity: Mapping[str, Any]) -> PretrainedConfig:
+    """The base's configuration as transformers itself knows it."""
+    name = identity["name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(name, revision=identity["revision"], trust_remote_code=False)
+        config.architectures = [type(_empty_model(config)).__name__]
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if not identity["trust_remote_code"]:
+            raise MergeError(f"{name} cannot be merged into: {reason}") from None
+        raise MergeError(
+            f"{name} cannot be merged into: transformers knows its architecture only by running the repository's "
+            f"Python code, which no version ships; its adapter can be used on it ({reason})"
+        ) from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise MergeError(
+            f"the weights of {name} are quantised themselves, and adding to them would round them again; set "
+            "prepare.model_name_or_path to the model that they were made from"
+        )
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # names Python files that are not shipped
+    return config
+
+
+def _edits(
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    settings: PeftConfig,
+    adapter: Path,
+    quantisation: Quantisation | None,
+    dtype: torch.dtype | None,
+) -> tuple[dict[str, Edit], int]:
+    """What is to be done to which tensor of the checkpoint, and how many modules the adapter targets."""
+    _require_understood(settings)
+    empty = _empty_model(config)
+    names = _checkpoint_names(empty, checkpoint)
+    tied = {*empty.all_tied_weights_keys, *empty.all_tied_weights_keys.values()}
+
+    def stored_as(parameter: str) -> str:
+        if parameter in tied:
+            raise _OnlyPeft(f"{parameter}, which the adapter changes, is tied to another weight")
+        if parameter not in names:
+            raise _OnlyPeft(f"{parameter} is not stored as floating-point numbers under a name of its own")
+        return names[parameter]
+
+    def written(name: str) -> torch.dtype:
+        return dtype or FLOATS[checkpoint.tensors[name].dtype]
+
+    edits: dict[str, Edit] = {}
+    if quantisation is not None:
+        for parameter, transposed in _quantised_weights(config, quantisation).items():
+            edits[stored_as(parameter)] = round_trip(quantisation, compute_dtype(), device(), transposed)
+    placeholders = _without_weights(empty)
+    model = load_adapter(empty, adapter, empty=True).get_base_model()
+    for path, value in model.named_parameters():
+        # Whole tensors that the adapter brings along: biases, and modules that were trained beside it.
+        if id(value) not in placeholders and not any(part.startswith(("lora_", "ia3_")) for part in path.split(".")):
+            name = stored_as(path.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."))
+            edits[name] = _replaced(value.data, written(name))
+    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for path, module in modules:
+        make = {LoraLinear: _lora, IA3Linear: _ia3}.get(type(module))
+        if make is None or not isinstance(module.get_base_layer(), torch.nn.Linear | Conv1D):
+            raise _OnlyPeft(f"{path} is a {type(module).__name__} of {type(module).__module__}")
+        for parameter, change in make(module).items():
+            name = stored_as(f"{path}.{parameter}")
+            # A bias may be zero, which a factor does not change.
+            edits[name] = _changed(change, edits.get(name), written(name), path, must=parameter == "weight")
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and type(wrapper) is not ModulesToSaveWrapper:
+            raise _OnlyPeft(f"{path} is wrapped in {type(wrapper).__name__}")
+    return edits, len(modules)
+
+
+def _require_understood(settings: PeftConfig) -> None:
+    understood = UNDERSTOOD.get(type(settings))
+    if understood is None:
+        raise _OnlyPeft(f"the method is {settings.peft_type.value}")
+    default = type(settings)()
+    for key, value in vars(settings).items():
+        if key not in understood and value and value != getattr(default, key, None):
+            raise _OnlyPeft(f"the adapter has {key}")
+    if getattr(settings, "init_lora_weights", True) not in (True, False, "gaussian"):
+        raise _OnlyPeft(f"init_lora_weights is {settings.init_lora_weights}, which may change the base's weights")
+
+
+def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
+    return model
+
+
+def _without_weights(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+    """Give `model` parameters that have a shape but share one number, and return them by `id`.
+
+    PEFT moves an adapter to the device of its base layer; on the meta device its weights would be lost.
+    """
+    placeholders: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            new = torch.nn.Parameter(torch.zeros(1).expand(old.shape), requires_grad=False)
+            placeholders[id(new)] = new
+            setattr(module, name, new)
+    return placeholders
+
+
+def _checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter → the tensor that transformers loads into it as it is; those that it converts are left out."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parameters = model.state_dict()
+    names = {}
+    for key, stored in checkpoint.tensors.items():
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if name not in parameters and key in parameters:
+            name, converted = key, None
+        fits = name in parameters and parameters[name].shape == stored.shape and stored.dtype in FLOATS
+        if converted is None and fits:
+            names[name] = key
+    return names
+
+
+def _quantised_weights(config: PretrainedConfig, quantisation: Quantisation) -> dict[str, bool]:
+    """Weights that loading in 4 bits quantises, and whether each is transposed for it (Conv1D)."""
+    model = _empty_model(config)
+    settings = BitsAndBytesConfig(**quantisation)
+    Bnb4BitHfQuantizer(settings, pre_quantized=False).preprocess_model(model, device_map=None)
+    return {
+        f"{name}.weight": module.source_cls is Conv1D
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }
+
+
+def _lora(layer: LoraLinear) -> dict[str, _Change]:
+    def weight() -> _Rows:
+        # As `get_delta_weight` computes it, but scaled in place. PEFT has loaded the adapter as float32.
+        delta = layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
+        delta = transpose(delta.mul_(layer.scaling["default"]), layer.fan_in_fan_out)
+        return lambda row, block: block + delta[row : row + len(block)]
+
+    return {"weight": weight}
+
+
+def _ia3(layer: IA3Linear) -> dict[str, _Change]:
+    factors = layer.ia3_l["default"].data
+    flat = factors.flatten()
+    matrix = transpose(factors, layer.fan_in_fan_out)  # (out, 1) or (1, in); of a Conv1D (1, out) or (in, 1)
+
+    def weight() -> _Rows:
+        return lambda row, block: block * (matrix if len(matrix) == 1 else matrix[row : row + len(block)])
+
+    def bias() -> _Rows:
+        return lambda row, block: block * flat[row : row + len(block)]
+
+    has_bias = not layer.is_feedforward and layer.get_base_layer().bias is not None
+    return {"weight": weight} | ({"bias": bias} if has_bias else {})
+
+
+def _changed(change: _Change, before: Edit | None, out: torch.dtype, module: str, must: bool) -> Edit:
+    """`change` as an edit to what the edit `before` leaves; where it `must`, it is an error if nothing changes."""
+
+    def edit(blocks: Blocks) -> Blocks:
+        apply, changed = change(), False
+        for row, block in before(blocks) if before else blocks:
+            new = apply(row, block).to(out)
+            if not torch.isfinite(new).all():
+                raise MergeError(_infinite(module, out))
+            changed = changed or not torch.equal(new, block.to(out))
+            yield row, new
+        if must and not changed:
+            raise MergeError(_unchanged(module, out))
+
+    return edit
+
+
+def _replaced(value: torch.Tensor, out: torch.dtype) -> Edit:
+    def edit(blocks: Blocks) -> Blocks:
+        for row, block in blocks:
+            yield row, value[row : row + len(block)].to(out)
+
+    return edit
+
+
+def _infinite(module: str, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"with the adapter, {module} is infinite or not a number in {name}; train it again, or set merge.dtype"
+
+
+def _unchanged(module: str, dtype: torch.dtype) -> str:
+    return (
+        f"the adapter changes nothing in {module}: it was not trained, is not the one evaluated, or its change is "
+        f"less than a step of {str(dtype).removeprefix('torch.')} (merge.dtype: float32 would keep it)"
+    )
+
+
+def _merge_with_peft(
+    identity: Mapping[str, Any],
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    adapter: Path,
+    folder: Path,
+    quantisation: Quantisation | None,
+    dtype: torch.dtype | None,
+) -> int:
+    """`merge_adapter` by `merge_and_unload`, with the whole model in memory; on the CPU, in the checkpoint's type."""
+    out = dtype or checkpoint.dtype
+    base = AutoModelForCausalLM.from_pretrained(
+        identity["name_or_path"],
+        revision=identity["revision"],
+        config=config,
+        dtype=out if quantisation is None else torch.promote_types(out, compute_dtype()),
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if quantisation is not None:
+        for parameter, transposed in _quantised_weights(config, quantisation).items():
+            weight = base.get_parameter(parameter).data
+            rounded = round_trip(quantisation, compute_dtype(), device(), transposed)(iter([(0, weight.clone())]))
+            for row, block in rounded:
+                weight[row : row + len(block)] = block
+    model = load_adapter(base, adapter)
+    layers = [(p, m) for p, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
+    try:
+        for path, layer in layers:
+            weights = list(layer.get_base_layer().parameters())
+            before = [weight.data.clone() for weight in weights]
+            layer.merge()  # the safe form rounds the change to the weight's type before it is added
+            if not all(torch.isfinite(weight).all() for weight in weights):
+                raise MergeError(_infinite(path, out))
+            if all(torch.equal(old, weight.data) for old, weight in zip(before, weights, strict=True)):
+                raise MergeError(_unchanged(path, out))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that they are merged already, and are no longer tied
+            merged = model.merge_and_unload()
+    except (NotImplementedError, RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, MergeError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise MergeError(f"PEFT cannot merge {adapter} ({model.peft_type}): {reason}") from None
+    merged.to(out).save_pretrained(folder)
+    return len(layers)
