@@ -1,11 +1,10 @@
 """`make bench-data`: rows a second of ingest and prepare beside their peers on the same rows in the same run.
 
-Formatting with exact duplicates beside `datasets.map` row by row, near duplicates beside datasketch and rensa, then the
-whole prepare stage with the sample's base model: first, again, and with 1 % new rows. Memory is that of all processes.
+Formatting (JSONL to shards) with exact duplicates beside `datasets.map` row by row, near duplicates beside datasketch
+and rensa, then the whole prepare stage with the sample's base model: first, again, and with 1 % new rows. Memory is
+that of all processes.
 """
 
-import json
-import random
 import sys
 import tempfile
 import threading
@@ -22,9 +21,8 @@ from pipeline.benchmarks.ingest import seconds_of_datasets_map, write_rows
 from pipeline.data.conversion import read_batches
 from pipeline.data.shards import ShardWriter
 from pipeline.params import load_params
-from pipeline.prepare import prepare
 
-SIZES = (1_000, 10_000, 100_000)
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
 
 
 def main(sizes: tuple[int, ...], prepared: int) -> None:
@@ -53,9 +51,10 @@ def _formatting(folder: Path, sizes: tuple[int, ...]) -> None:
         print(f"\nSlope of retune's time over rows from {sizes[1]:,} on, both as logarithms: {slope:.2f}")
 
 
-def _format(path: Path, shards: Path) -> int:
+def _format(path: Path, shards: Path, name: str = "rows") -> int:
+    """Write the shards of `path` as `retune ingest` does; how many different conversations it holds."""
     shards.mkdir(exist_ok=True)
-    writer, contents = ShardWriter(shards, "rows"), []
+    writer, contents = ShardWriter(shards, name), []
     for batch in read_batches(path):
         writer.add(batch.table)
         contents.append(batch.table["content"])
@@ -67,18 +66,17 @@ def _format(path: Path, shards: Path) -> int:
 def _preparing(folder: Path, rows: int) -> None:
     print("| prepare, tokenising included | rows | rows/s | of the first | peak memory of all processes |")
     print("|---|---|---|---|---|")
+    from pipeline.prepare import prepare  # here, since spawned processes import this module again, and torch with it
+
     params = load_params().prepare.model_copy(update={"max_length": 2048})
     data, cache = folder / "data", folder / "cache"
-    data.mkdir()
-    write_rows(data / "a.jsonl", rows)
+    write_rows(folder / "a.jsonl", rows)
+    _format(folder / "a.jsonl", data)
     first = 0.0
     for name in ("first", "again", "with 1 % new rows"):
         if name.startswith("with"):
-            texts = random.Random(1)
-            with (data / "b.jsonl").open("w", encoding="utf-8") as file:
-                for number in range(rows // 100):
-                    words = " ".join(f"w{texts.randrange(9999)}" for _ in range(90))
-                    file.write(json.dumps({"instruction": f"new {number} {words}", "output": words}) + "\n")
+            write_rows(folder / "b.jsonl", rows // 100, seed=1)
+            _format(folder / "b.jsonl", data, "new")
         seconds, peak = _measured(lambda: prepare(params, data, folder / "dataset", cache))
         first = first or seconds
         share = f"{seconds / first:.0%}"

@@ -12,9 +12,10 @@ from typing import Any
 from pipeline.data.conversion import read_batches
 
 # Lengths of the 52,000 Alpaca rows as GPT-4 answered them: 60 characters of instruction, 25 of input in two rows of
-# five, 700 of output at the mean; 841 bytes a line.
+# five, 700 of output at the mean; 841 bytes a line. One row in nine has a character that is not ASCII.
 MEAN_OUTPUT = 110  # words
-WORDS = "the a of to model data row word time year people world answer question write list make find good new 数据 été"
+WORDS = "the a of to model data row word time year people world answer question write list make find good new text at"
+FOREIGN = " 数据 été"
 
 
 def write_rows(path: Path, number: int, seed: int = 0) -> None:
@@ -26,6 +27,7 @@ def write_rows(path: Path, number: int, seed: int = 0) -> None:
             instruction = f"{i}: {' '.join(draw.choices(words, k=12))}"
             extra = " ".join(draw.choices(words, k=13)) if i % 5 < 2 else ""
             output = f"{draw.choice(texts)} {draw.choice(words)} {draw.choice(texts)[:200]}"
+            output += FOREIGN if i % 9 == 0 else ""
             record = {"instruction": instruction, "input": extra, "output": output}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

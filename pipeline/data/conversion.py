@@ -131,5 +131,9 @@ def _batch(block: Block, recipe: Recipe) -> Batch:
         repairs(row.repairs)
         labels = f"\0{row.tools}\0{row.task}\0{row.group}\0{row.scoring}".encode()
         content(xxhash.xxh3_64_intdigest(text + labels))
+    # orjson writes nothing but UTF-8: letting pyarrow find that out again would take longer than all the other columns.
+    texts = pa.array(columns[1], type=pa.binary()).view(pa.string())
+    columns[1] = []
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+    arrays[1] = texts
     return Batch(pa.Table.from_arrays(arrays, schema=SCHEMA), rejected, recipe, block.position)
