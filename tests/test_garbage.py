@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.store.artifact_store import FileStore, StoreError, garbage
+from pipeline.store import garbage
+from pipeline.store.artifact_store import FileStore, StoreError
 from pipeline.store.garbage import DAY_S, Garbage, GarbageError, collect, uploading
 from pipeline.store.transfer import check_objects, fetch, ship
 from pipeline.versions.decisions import Record, append

@@ -20,7 +20,8 @@ import pytest
 from conftest import publish_params
 from fault_proxy import FaultProxy
 
-from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, open_store, transfer
+from pipeline.store import transfer
+from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, open_store
 from pipeline.store.s3 import S3Store
 from pipeline.store.transfer import check_objects, fetch, ship
 

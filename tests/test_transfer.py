@@ -13,7 +13,8 @@ from conftest import publish_params
 from s3_sink import Sink
 
 from pipeline.files import sha256_file
-from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, transfer
+from pipeline.store import transfer
+from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError
 from pipeline.store.s3 import S3Store
 from pipeline.store.transfer import Entry, block_size, check_objects, fetch, ship, upload
 
