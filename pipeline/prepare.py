@@ -277,7 +277,7 @@ def _write(
                 dropped.write(_dropped(stats, rows, int(place), int(numbers[place]), verdicts) + "\n")
     table = _one_group_for_near_copies(pa.concat_tables(test), verdicts)
     pq.write_table(table.drop_columns("number"), output / "test.parquet")
-    report = stats.report(params.max_length, _digest(table), example)
+    report = stats.report(params.max_length, _digest(table), example, verdicts.crowded)
     write_report(report, output)
     tokens = report["train_tokens"]
     known = {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}

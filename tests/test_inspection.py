@@ -89,6 +89,24 @@ def test_a_file_is_shown_as_it_would_be_prepared_with_a_verdict_on_each_row(para
     assert inspect_file(cut, rows, 3, None, 1)[0].verdict == "repaired"
 
 
+def test_a_file_goes_through_the_filters_that_prepare_would_use(params: Params, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    written = [("Mail?", "Write to ada@example.org."), ("Short?", "No.")]
+    path.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in written))
+    filters = params.prepare.filters.model_dump() | {"pii": "mask", "min_answer_chars": 10}
+    masked, short = inspect_file(with_(params, prepare={"filters": filters}), path, None, None, 10)
+    assert masked.verdict == "repaired" and "ada@example.org" not in "".join(token.text for token in masked.tokens)
+    assert short.verdict == "dropped" and "answer" in short.reasons[0]
+
+
+def test_plain_text_is_shown_without_a_template(params: Params, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "The sky is blue."}) + "\n")
+    [shown] = inspect_file(with_(params, ingest={"format": "text"}), path, None, None, 1)
+    assert "<|im_start|>" not in "".join(token.text for token in shown.tokens)
+    assert "".join(token.text for token in shown.tokens if token.trained).startswith("The sky is blue.")
+
+
 def test_a_file_that_is_no_data_is_refused(params: Params, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(FormatError):

@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat.fitting import Overlong, fit_batch
+from pipeline.chat.fitting import Overlong
 from pipeline.chat.rendering import RowError
 from pipeline.chat.template import ChatTemplate, load_contract, load_template
-from pipeline.data.formats import Row, find_files, read_rows
+from pipeline.data.encoding import fit_rows
+from pipeline.data.filters import apply_filters
+from pipeline.data.formats import Rejected, Row, find_files, read_rows
 from pipeline.files import read_json
 from pipeline.params import Params
 
@@ -152,8 +154,12 @@ def _as_prepared(template: ChatTemplate, params: Params, number: int, row: Any) 
     place = f"record {number}"
     if not isinstance(row, Row):
         return [Shown(place, "dropped", [f"a row {row.reason}"], "", [], source=row.source, record=row.record)]
-    how = params.prepare.on_overlong
-    [fitted] = fit_batch(template, [(row.messages, row.tools)], params.prepare.max_length, how)
+    how, filters = params.prepare.on_overlong, params.prepare.filters
+    passed = apply_filters(row, filters) if filters.any_on else row
+    if isinstance(passed, Rejected):
+        return [Shown(place, "dropped", [passed.reason], row.task, [], source=row.source, record=passed.record)]
+    row = passed
+    [fitted] = fit_rows([row], template, params.prepare)
     if isinstance(fitted, RowError):
         reason = f"the row {fitted}"
         if isinstance(fitted, Overlong) and how == "error":

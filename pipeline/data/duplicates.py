@@ -40,9 +40,7 @@ class NearDuplicates:
     cluster: NDArray[np.int64]  # (N,) for a protected row the first row of its cluster, by rank; −1 for the others
     pairs: NDArray[np.void]  # (P,) PAIR, by key: every pair that was compared, now or as the caller knew
     compared: int  # pairs whose texts were read and compared now
-    crowded: (
-        int  # rows of which a copy may be missed: left off a full bucket's list, or not compared with all likely ones
-    )
+    crowded: int  # rows of which a copy may be missed: a bucket's list was full, or too many likely ones to compare
 
 
 def near_duplicates(

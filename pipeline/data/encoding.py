@@ -107,13 +107,12 @@ def encode_rows(
     """Each row as a record of `SCHEMA` (several when a long one is split), with the `text` it is compared by."""
     records: list[dict[str, Any]] = []
     passed = [(row, apply_filters(row, params.filters) if params.filters.any_on else row) for row in rows]
-    chats = [row for _, row in passed if isinstance(row, Row) and not is_plain_text(row.messages)]
-    fitted = iter(fit_batch(template, [(r.messages, r.tools) for r in chats], params.max_length, params.on_overlong))
+    fitted = iter(fit_rows([row for _, row in passed if isinstance(row, Row)], template, params))
     for before, row in passed:
         if isinstance(row, Rejected):
             records.append(_dropped(row, "filtered"))
             continue
-        pieces = next(fitted) if not is_plain_text(row.messages) else _fit_text(template, row, params)
+        pieces = next(fitted)
         split = split_of(before, params)  # as it came: what a filter masks moves no row to another split
         if split == "test" and is_plain_text(row.messages):
             split = "validation"  # it has no prompt that a model could answer; its loss can be measured
@@ -131,6 +130,13 @@ def encode_rows(
             reason = f"has an item of the benchmark {name}"
             usable[hit.row].update(reason=reason, cause="contaminated", detail=f"item {hit.item + 1}")
     return records
+
+
+def fit_rows(rows: list[Row], template: ChatTemplate, params: PrepareParams) -> list[list[Fitted] | RowError]:
+    """Each row in the pieces that are trained on, as `prepare.on_overlong` says, or why it cannot be."""
+    chats = [row for row in rows if not is_plain_text(row.messages)]
+    fitted = iter(fit_batch(template, [(r.messages, r.tools) for r in chats], params.max_length, params.on_overlong))
+    return [_fit_text(template, row, params) if is_plain_text(row.messages) else next(fitted) for row in rows]
 
 
 def split_of(row: Row, params: PrepareParams) -> str:

@@ -68,6 +68,7 @@ class Report(TypedDict):
     repaired_examples: dict[str, list[Example]]
     duplicates: dict[str, int]  # kind (exact, near, in the test split, …) → rows
     duplicate_pairs: dict[str, list[Pair]]
+    crowded: int  # rows with so many likely near copies that one may have been missed
     train_tokens: Tokens
     max_length: int  # tokens, prepare.max_length
     lengths: dict[str, dict[str, int]]  # split → upper edge of the bin, tokens → rows
@@ -209,7 +210,9 @@ class DataStats:
         stats.sketches = {split: _Sketch(sketch_ids(text)) for split, text in state["sketches"].items()}
         return stats
 
-    def report(self, max_length: int, test_sha256: str, example: Sequence[tuple[str, bool]]) -> Report:
+    def report(
+        self, max_length: int, test_sha256: str, example: Sequence[tuple[str, bool]], crowded: int = 0
+    ) -> Report:
         """The finished report; `example` is a training row's text in parts, each with whether it carries loss.
 
         Raises:
@@ -235,6 +238,7 @@ class DataStats:
             "repaired_examples": self.repaired.examples,
             "duplicates": _ranked(self.duplicates.counts),
             "duplicate_pairs": self.duplicates.examples,
+            "crowded": crowded,
             "train_tokens": {
                 "total": _sum(tokens),
                 "trained": _sum(self.trained),

@@ -4,7 +4,7 @@ Comes in: the encoded shards. Goes out: for every row whether it is kept, else w
 test split are compared first and among themselves only: nothing but themselves decides whether they belong to it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Verdicts:
     sources: pa.ChunkedArray  # (N,) file and line
     texts: "Texts"
     declared: bool  # whether any row says how its answer is scored
+    crowded: int = 0  # rows with so many likely copies that one may have been missed
 
 
 class Texts:
@@ -92,12 +93,13 @@ def decide(folders: list[Path], threshold: float | None, work: Path) -> Verdicts
     leaked = tests[places.filter(hits).to_numpy()[which]]
     other = verdicts.kept[leaking] & ~test[leaking]
     _drop(verdicts, leaking[other], LEAKED, "leaked", leaked[other], np.nan)
-    if threshold is not None:
-        _near(verdicts, folders, threshold, work)
-    return verdicts
+    if threshold is None:
+        return verdicts
+    return replace(verdicts, crowded=_near(verdicts, folders, threshold, work))
 
 
-def _near(verdicts: Verdicts, folders: list[Path], threshold: float, work: Path) -> None:
+def _near(verdicts: Verdicts, folders: list[Path], threshold: float, work: Path) -> int:
+    """Mark near copies; returns how many rows had too many likely ones to compare them all."""
     (numbers,) = np.nonzero(verdicts.kept)
     signatures = np.concatenate([np.load(folder / SIGNATURES) for folder in folders])[numbers]
     split = verdicts.split[numbers]
@@ -119,6 +121,7 @@ def _near(verdicts: Verdicts, folders: list[Path], threshold: float, work: Path)
         _drop(verdicts, numbers[places[which]], why, kind, originals[which], near.jaccard[places[which]])
     protected = near.cluster >= 0
     verdicts.cluster[numbers[protected]] = numbers[near.cluster[protected]]
+    return near.crowded
 
 
 def _drop(
