@@ -18,7 +18,9 @@ import pyarrow as pa
 
 from pipeline.data.containers import Block, container_of
 from pipeline.data.conversion import SCHEMA, Batch, convert_blocks
-from pipeline.data.formats import FormatError, Recipe, Rejected, recognised_blocks
+from pipeline.data.formats import Recipe, recognised_blocks
+from pipeline.data.json_text import FormatError
+from pipeline.data.records import Rejected
 from pipeline.data.shards import ShardWriter
 from pipeline.data.snapshot import SCRATCH, recover, replace_instructions
 from pipeline.data.sources import Source, fetch, public

@@ -31,7 +31,8 @@ from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.template import load_template
 from pipeline.data.conversion import read_batches
 from pipeline.data.encoding import ROWS, SIGNATURES, TEXT, TOKENS, encode_shard
-from pipeline.data.formats import Rejected, find_files
+from pipeline.data.formats import find_files
+from pipeline.data.records import Rejected
 from pipeline.data.report import DataStats, write_report
 from pipeline.data.shards import ShardWriter, is_shard, read_rejected, read_snapshot
 from pipeline.data.shingles import signature_version

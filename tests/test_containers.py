@@ -14,9 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import containers
-from pipeline.data.containers import FormatError, Unreadable, container_of, read_blocks, records_of
-from pipeline.data.formats import Row, read_rows
+from pipeline.data import containers, json_text
+from pipeline.data.containers import container_of, read_blocks, records_of
+from pipeline.data.formats import read_rows
+from pipeline.data.json_text import FormatError, Unreadable
+from pipeline.data.records import Row
 
 ROWS = [{"instruction": f"Frage {i}: 你好", "input": "a\nb" if i % 2 else "", "output": f"„{i}“"} for i in range(5)]
 
@@ -82,6 +84,7 @@ def test_blocks_of_any_size_give_the_same_records_and_places(
     whole = list(read_rows(tmp_path / name))
     for size in (1, 7, 64):
         monkeypatch.setattr(containers, "BLOCK_BYTES", size)
+        monkeypatch.setattr(json_text, "WINDOW_BYTES", size)
         assert list(read_rows(tmp_path / name)) == whole
 
 
@@ -111,8 +114,9 @@ def test_a_list_read_through_a_window_is_the_list(
     path.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(containers, "BLOCK_BYTES", size)
+        patch.setattr(json_text, "WINDOW_BYTES", size)
         # By repr: NaN equals nothing. A number too large for orjson comes back as the nearest float.
-        assert repr(records(path)) == repr([containers._parse(json.dumps(v).encode(), "", 0, False) for v in values])
+        assert repr(records(path)) == repr([json_text.parse(json.dumps(v).encode(), "", 0, False) for v in values])
 
 
 @settings(derandomize=True, deadline=None, max_examples=120)
@@ -131,6 +135,7 @@ def test_what_json_refuses_is_refused_and_the_rest_is_not(folder: Path, text: st
         value = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(containers, "BLOCK_BYTES", size)
+        patch.setattr(json_text, "WINDOW_BYTES", size)
         try:
             read = records(path)
         except FormatError:
@@ -164,7 +169,7 @@ def test_a_key_given_twice_makes_its_record_unreadable(tmp_path: Path, name: str
 )
 def test_a_record_without_a_key_twice_is_read_whatever_it_holds(record: Any, separators: tuple[str, str]) -> None:
     text = json.dumps(record, separators=separators)
-    read = containers._parse(text.encode(), "", 0, False)
+    read = json_text.parse(text.encode(), "", 0, False)
     assert not isinstance(read, Unreadable)
 
 

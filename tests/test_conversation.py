@@ -19,7 +19,7 @@ from pipeline.chat import rendering
 from pipeline.chat.conversation import ESCAPED, ChatTemplate, Encoded
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.template import NAMED, TEMPLATES, named_ends
-from pipeline.data.formats import Message
+from pipeline.data.records import Message
 
 WORDS = ["the quick brown fox jumps over the lazy dog, hello world! philosophy " * 3, "你好，世界。再见 😀 tool call"]
 CONTROL = [

@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 from pipeline.data.conversion import ALONE, ConversionError, read_batches
-from pipeline.data.formats import FormatError, Rejected, Row, read_rows
+from pipeline.data.formats import read_rows
+from pipeline.data.json_text import FormatError
+from pipeline.data.records import Rejected, Row
 
 
 def many(path: Path, megabytes: int, *last: str) -> Path:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.data import filters as reasons
 from pipeline.data.filters import apply_filters, repetition
-from pipeline.data.formats import Rejected, Row
 from pipeline.data.personal_data import find_kinds, texts_of
+from pipeline.data.records import Rejected, Row
 from pipeline.params import FilterParams, load_params
 
 OFF = load_params(ROOT / "params.yaml").prepare.filters

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.fitting import PROMPT_CUT, SPLIT, TURNS_LEFT_OUT, Overlong, fit, fit_batch
 from pipeline.chat.template import load_template
-from pipeline.data.formats import Message
+from pipeline.data.records import Message
 from pipeline.params import Params
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.formats import FORMATS, FormatError, Rejected, Row, find_files, is_plain_text, read_rows
+from pipeline.data.formats import FORMATS, find_files, read_rows
+from pipeline.data.json_text import FormatError
+from pipeline.data.records import Rejected, Row, is_plain_text
 from pipeline.params import ColumnsParams
 
 ALPACA = {"instruction": "Q", "input": "", "output": "A"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.chat.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
 from pipeline.chat.template import ChatTemplate, load_template
-from pipeline.data.formats import FormatError
+from pipeline.data.json_text import FormatError
 from pipeline.params import Params
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.chat.template import load_contract
 from pipeline.data.encoding import OVERLONG, split_of
-from pipeline.data.formats import Row
+from pipeline.data.records import Row
 from pipeline.data.verdicts import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
 from pipeline.files import read_json
 from pipeline.params import Params, PrepareParams

@@ -9,9 +9,10 @@ import pytest
 import xxhash
 
 from pipeline.data import shards
-from pipeline.data.containers import FormatError
 from pipeline.data.conversion import SCHEMA, read_batches
-from pipeline.data.formats import Rejected, Row, read_rows
+from pipeline.data.formats import read_rows
+from pipeline.data.json_text import FormatError
+from pipeline.data.records import Rejected, Row
 from pipeline.data.shards import SHARD_SCHEMA, ShardWriter, is_shard, read_shard
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from pipeline.data import sources
-from pipeline.data.formats import FormatError
+from pipeline.data.json_text import FormatError
 from pipeline.data.sources import SourceError, fetch, public
 from pipeline.params import IngestParams, load_params
 

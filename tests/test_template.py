@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from pipeline.chat.template import ChatTemplate, RowError, TemplateError, load_contract, load_shipped, load_template
-from pipeline.data.formats import Message
+from pipeline.data.records import Message
 from pipeline.params import Params
 
 END = "<|im_end|>"

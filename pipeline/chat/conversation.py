@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat.rendering import Renderer, RowError, TemplateError, Tools, bounded, with_objects
 from pipeline.chat.tokens import Text, TokenEncoder
-from pipeline.data.formats import Message
+from pipeline.data.records import Message
 from pipeline.files import sha256_json
 
 Conversation = tuple[list[Message], str | None]  # messages, and the tools on offer as JSON

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.chat.conversation import ChatTemplate, Conversation, Encoded
 from pipeline.chat.rendering import RowError
-from pipeline.data.formats import Message
+from pipeline.data.records import Message
 
 TURNS_LEFT_OUT = "oldest turns left out to fit prepare.max_length"
 PROMPT_CUT = "start of the last prompt cut to fit prepare.max_length"

@@ -23,7 +23,8 @@ from pipeline.chat.rendering import RowError
 from pipeline.chat.template import ChatTemplate, load_contract, load_template
 from pipeline.data.encoding import fit_rows
 from pipeline.data.filters import apply_filters
-from pipeline.data.formats import Rejected, Row, find_files, read_rows
+from pipeline.data.formats import find_files, read_rows
+from pipeline.data.records import Rejected, Row
 from pipeline.files import read_json
 from pipeline.params import Params
 

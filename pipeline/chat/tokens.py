@@ -21,7 +21,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat.rendering import RowError
-from pipeline.data.formats import Message
+from pipeline.data.records import Message
 
 HIDDEN, SHOWN, END = "\ufdd0", "\ufdd1", "\ufdd2"  # begin a hidden and a template's control token; end either
 NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}]")

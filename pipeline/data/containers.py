@@ -9,16 +9,15 @@ import codecs
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import charset_normalizer
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipeline.data.json_text import MAX_RECORD_BYTES, FormatError, Unreadable, list_elements, not_utf8, parse, too_long
 
 CONTAINERS = {
     ".json": "JSON",
@@ -33,7 +32,6 @@ PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 KNOWN = ".json, .jsonl, .csv or .tsv (also with .gz or .zst), .parquet or .arrow"
 BLOCK_BYTES = 1 << 20  # of text a block; about 1,200 Alpaca rows
 BLOCK_ROWS = 2048
-MAX_RECORD_BYTES = 32 << 20  # a longer record is no conversation, and would have to fit in memory
 MAX_UNPACKED_BYTES = 64 << 30
 MAX_RATIO = 200  # unpacked / packed; text packs 3 to 20 times, a bomb a thousand times and more
 RATIO_FROM_BYTES = 64 << 20  # small files may be as repetitive as they like
@@ -47,20 +45,6 @@ MAGIC = {
     b"\x89PNG": "a picture; expected records",
     b"SQLite format 3": "a SQLite database; export its rows",
 }
-KEY = re.compile(rb'"\s*:')  # at least as often in a record as it has keys: also inside strings, as \":
-SPACE = re.compile(r"[ \t\n\r]*")
-
-
-class FormatError(ValueError):
-    """A file that cannot be read as instruction data; the message names file, line and way out."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A record whose text is whole but whose meaning is not plain, such as a key given twice."""
-
-    reason: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -139,10 +123,10 @@ def records_of(block: Block) -> Iterator[tuple[str, Any]]:
             if line and not line.isspace():
                 # A block's text ends with the end of a line, but for a file whose last line has none.
                 cut_off = line_number - block.first == len(lines) - 1
-                yield f"{block.name}:{line_number}", _parse(line, block.path, line_number, cut_off)
+                yield f"{block.name}:{line_number}", parse(line, block.path, line_number, cut_off)
     elif block.texts is not None:
         for index, text in enumerate(block.texts, start=block.first):
-            yield f"{block.name}:[{index}]", _parse(text.encode(), block.path, 0, False)
+            yield f"{block.name}:[{index}]", parse(text.encode(), block.path, 0, False)
     elif block.records is not None:
         for number, record in block.records:
             yield f"{block.name}:{number}", record
@@ -204,22 +188,6 @@ def _refuse_binary(path: Path, head: bytes) -> None:
         raise FormatError(f"{path} is not UTF-8 text (byte {head.index(0)} is zero): {what}")
 
 
-def _not_utf8(path: str | Path, data: bytes, line: int, byte: int) -> FormatError:
-    legacy = ["cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251", "latin_1"]
-    best = charset_normalizer.from_bytes(data[:65536], cp_isolation=legacy).best()
-    guess = f", perhaps {best.encoding}" if best is not None else ""
-    name = best.encoding if best is not None else "ITS_ENCODING"
-    return FormatError(
-        f"{path} is not UTF-8 (line {line}, byte {byte}){guess}; convert it, e.g. with `iconv -f {name} -t UTF-8`"
-    )
-
-
-def _too_long(path: Path, where: str) -> FormatError:
-    return FormatError(
-        f"{path}, {where} is longer than {MAX_RECORD_BYTES >> 20} MiB, which no conversation is; split or remove it"
-    )
-
-
 def _is_lines(head: bytes) -> bool:
     """Whether a .json file holds one record a line: a whole object, the line's end, and more."""
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
@@ -247,7 +215,7 @@ def _line_pieces(path: Path, read: Callable[[int], bytes]) -> Iterator[bytes]:
         parts.append(chunk[cut:])
         held += len(chunk) - cut
         if held > MAX_RECORD_BYTES:
-            raise _too_long(path, f"line {line}")
+            raise too_long(path, f"line {line}")
         chunk = read(BLOCK_BYTES)
     if held:
         yield b"".join(parts)
@@ -269,7 +237,7 @@ def _csv_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any, 
                 try:
                     yield line.decode()
                 except UnicodeDecodeError as error:
-                    raise _not_utf8(path, line, number, error.start) from None
+                    raise not_utf8(path, line, number, error.start) from None
 
     csv.field_size_limit(MAX_RECORD_BYTES)  # the library's own limit of 128 KiB is one long answer
     rows = csv.reader(lines(), delimiter=delimiter, strict=True)
@@ -302,142 +270,17 @@ def _csv_record(header: list[str], row: list[str]) -> Any:
 
 
 def _json_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any) -> Iterator[Block]:
-    """The elements of one JSON list, found by the standard library's decoder in a window that moves over the file."""
-    to_text = codecs.getincrementaldecoder("utf-8")()
-    find_end = json.JSONDecoder().raw_decode
-    text, at, line, column, ended = "", 0, 1, 1, False
-
-    def more() -> None:
-        nonlocal text, at, line, column, ended
-        data = read(max(BLOCK_BYTES, len(text) - at))
-        newlines = text.count("\n", 0, at)
-        column = at - text.rindex("\n", 0, at) if newlines else column + at
-        line += newlines
-        try:
-            text, at, ended = text[at:] + to_text.decode(data, final=not data), 0, not data
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, data, line + text.count("\n", at), error.start) from None
-
-    def skip_space() -> str:
-        """Move to the next character that is no space and return it; "" at the end."""
-        nonlocal at
-        while True:
-            at = SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty text too
-            if at < len(text) or ended:
-                return text[at : at + 1]
-            more()
-
-    def fault(message: str, position: int) -> FormatError:
-        newlines = text.count("\n", 0, position)
-        where = position - text.rindex("\n", 0, position) if newlines else column + position
-        cut_off = ended and (message.startswith("Unterminated") or not text[position:].strip())
-        hint = "the file seems cut off" if cut_off else "correct the file there"
-        return FormatError(f"{path}, line {line + newlines}, column {where}: not JSON: {message}; {hint}")
-
-    def element_end() -> int:
-        while True:
-            try:
-                _, end = find_end(text, at)
-            except json.JSONDecodeError as error:
-                if ended:
-                    raise fault(error.msg, error.pos) from None
-            except ValueError as error:  # a number with thousands of digits
-                raise FormatError(f"{path}, line {line + text.count(chr(10), 0, at)}: {error}") from None
-            except RecursionError:
-                where = line + text.count("\n", 0, at)
-                raise FormatError(f"{path}, line {where}: nested too deeply to be instruction data") from None
-            else:
-                if end + 2 < len(text) or ended:  # else a number may go on, as after 1e+
-                    return end
-            if len(text) - at > MAX_RECORD_BYTES:
-                raise _too_long(path, f"the record that begins in line {line + text.count(chr(10), 0, at)}")
-            more()
-
-    more()
-    text = text.removeprefix("\ufeff")
-    first = skip_space()
-    if not first:
-        return
-    if first != "[":
-        end = element_end()
-        what = {"{": "object", '"': "text"}.get(first, "value")
-        text, at = text[end:], 0
-        if skip_space():
-            raise FormatError(
-                f"{path} holds several {what}s in a row; expected a list of records, or one a line (.jsonl)"
-            )
-        raise FormatError(f"{path} holds one {what}; expected a list of records")
-    at += 1
     texts: list[str] = []
     size = done = 0
-    closed = skip_space() == "]"
-    while not closed:
-        end = element_end()
-        texts.append(text[at:end])
-        size += end - at
-        at = end
-        following = skip_space()
-        closed = following == "]"
-        if not closed and following != ",":
-            raise fault("Expecting ',' delimiter", at)
-        if size > BLOCK_BYTES or closed:
+    for text in list_elements(path, read):
+        texts.append(text)
+        size += len(text)
+        if size > BLOCK_BYTES:
             yield Block(str(path), name, done, texts=texts, position=file.tell())
             done += len(texts)
             texts, size = [], 0
-        if not closed:
-            at += 1
-            skip_space()
-    at += 1
-    if skip_space():
-        raise fault("Extra data", at)
-
-
-def _parse(raw: bytes, path: str, line: int, cut_off: bool) -> Any:
-    """One JSON text. What orjson cannot tell apart or refuses (keys given twice, NaN) goes the slow way."""
-    try:
-        record = orjson.loads(raw)
-        keys = len(KEY.findall(raw))
-        if (type(record) is dict and keys == len(record)) or keys == _number_of_keys(record):
-            return record
-    except orjson.JSONDecodeError:
-        pass
-    except RecursionError:
-        raise FormatError(f"{path}, line {line}: nested too deeply to be instruction data") from None
-    try:
-        text = raw.decode()
-        json.loads(text)
-        return json.loads(text, object_pairs_hook=_object)
-    except _KeyTwiceError as error:
-        return Unreadable(f"gives the key {error.args[0]!r} twice", text)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, raw, line, error.start) from None
-    except json.JSONDecodeError as error:
-        hint = "the file seems cut off" if cut_off else "correct or remove that line"
-        raise FormatError(f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}; {hint}") from None
-    except ValueError as error:  # a number with thousands of digits
-        raise FormatError(f"{path}, line {line}: {error}") from None
-    except RecursionError:
-        raise FormatError(f"{path}, line {line}: nested too deeply to be instruction data") from None
-
-
-class _KeyTwiceError(Exception):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _KeyTwiceError(next(key for key in keys if keys.count(key) > 1))
-    return made
-
-
-def _number_of_keys(value: Any) -> int:
-    number = len(value) if type(value) is dict else 0
-    for each in value.values() if type(value) is dict else value if type(value) is list else ():
-        if type(each) is dict or type(each) is list:
-            number += _number_of_keys(each)
-    return number
+    if texts:
+        yield Block(str(path), name, done, texts=texts, position=file.tell())
 
 
 def _parquet_blocks(path: Path, name: str) -> Iterator[Block]:

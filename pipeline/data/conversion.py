@@ -23,7 +23,8 @@ import pyarrow as pa
 import xxhash
 
 from pipeline.data.containers import Block, from_ipc, to_ipc
-from pipeline.data.formats import SHARD_COLUMNS, Recipe, Rejected, convert, recognised_blocks
+from pipeline.data.formats import Recipe, convert, recognised_blocks
+from pipeline.data.records import SHARD_COLUMNS, Rejected
 from pipeline.params import ColumnsParams
 from pipeline.process import end_with_parent
 

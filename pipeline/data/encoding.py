@@ -21,8 +21,10 @@ from pipeline.chat.rendering import RowError
 from pipeline.chat.template import load_template
 from pipeline.data.contamination import Benchmark, benchmark, contaminated
 from pipeline.data.filters import apply_filters
-from pipeline.data.formats import FormatError, Message, Rejected, Row, is_plain_text, read_rows
+from pipeline.data.formats import read_rows
+from pipeline.data.json_text import FormatError
 from pipeline.data.language import language_of_row
+from pipeline.data.records import Message, Rejected, Row, is_plain_text
 from pipeline.data.shards import read_shard
 from pipeline.data.shingles import signatures
 from pipeline.files import sha256_json, whole_directory

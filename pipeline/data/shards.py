@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.containers import FormatError
 from pipeline.data.conversion import SCHEMA
-from pipeline.data.formats import Rejected
+from pipeline.data.json_text import FormatError
+from pipeline.data.records import Rejected
 from pipeline.files import read_json, sha256_file
 
 SHARD_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("content"))

@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pipeline.data.containers import KNOWN, split_name
-from pipeline.data.formats import FormatError, find_files
+from pipeline.data.formats import find_files
+from pipeline.data.json_text import FormatError
 from pipeline.params import IngestParams
 from pipeline.progress import Progress
 
