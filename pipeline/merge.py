@@ -22,7 +22,7 @@ from pipeline.generate import Answer, generate
 from pipeline.model import Quantisation, load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.security.sanitise import clean_folder, portable
-from pipeline.statistics import METRICS
+from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
 from pipeline.weights.export import export
@@ -213,8 +213,12 @@ def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bo
 
 
 def _metric_differences(metrics: Metrics, others: Metrics) -> dict[str, float]:
-    """How much higher each of `metrics` is than in `others`, where both count (BLEU 0-100, the others 0-1)."""
-    return {m: metrics[m]["score"] - others[m]["score"] for m in METRICS if metrics[m] and others[m]}
+    """How much higher each of `metrics` is than in `others`, where both count (bleu, chrf 0-100; the others 0-1)."""
+    return {
+        m: metrics[m]["score"] - others[m]["score"]
+        for m in METRICS
+        if m not in LOWER_IS_BETTER and metrics[m] and others[m]
+    }
 
 
 def _require_parity(
@@ -240,7 +244,7 @@ def _require_parity(
             f"{advice}"
         )
     for metric, difference in differences.items():
-        if difference / (100 if metric == "bleu" else 1) < -params.max_metric_drop:
+        if difference / (100 if metric in PERCENT else 1) < -params.max_metric_drop:
             raise MergeError(
                 f"{metric} of the merged model is {-difference:.4f} below the adapter's; merge.max_metric_drop is "
                 f"{params.max_metric_drop:g} of the metric's range. {advice}"
