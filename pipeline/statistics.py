@@ -69,14 +69,24 @@ def bootstrap(items: Items, resamples: int, seed: int, groups: Groups | None = N
     Items of one group (questions about one thing) succeed and fail together, so groups are drawn, not items; without
     `groups` each item is one. Drawing items made 29 % false promotions of 5 in a simulation with 40 groups of 10.
     """
-    groups = _counting_groups(items, groups)
-    items = _counting(items)
-    if not len(items):
-        return Score(float("nan"), float("nan"), float("nan"))
-    sums = group_sums(items, groups)
-    scores = np.concatenate([set_scores(draws @ sums) for draws in group_draws(len(sums), resamples, seed)])
-    low, high = np.quantile(scores, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Score(corpus_score(items), float(low), float(high))
+    everyone = _counting_groups(items, groups)
+    score = bootstrap_metrics({"": _counting(items)}, everyone, resamples, seed)[""]
+    return score or Score(float("nan"), float("nan"), float("nan"))
+
+
+def bootstrap_metrics(values: dict[str, Items], groups: Groups, resamples: int, seed: int) -> dict[str, Score | None]:
+    """`bootstrap` of several metrics of the same items, on the same draws; None for one that no item counts for."""
+    counting = {metric: items for metric, items in values.items() if not _missing(items).all()}
+    sums = {metric: group_sums(items, groups) for metric, items in counting.items()}
+    drawn: dict[str, list[Array]] = {metric: [] for metric in counting}
+    for draws in group_draws(len(np.unique(groups)), resamples, seed) if counting else ():
+        for metric, counts in sums.items():
+            drawn[metric].append(set_scores(draws @ counts))
+    result: dict[str, Score | None] = dict.fromkeys(values)
+    for metric, items in counting.items():
+        low, high = np.nanquantile(np.concatenate(drawn[metric]), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        result[metric] = Score(corpus_score(items), float(low), float(high))
+    return result
 
 
 def paired_difference(

@@ -21,6 +21,8 @@ from pipeline.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.promote import PromoteError
 from pipeline.store.artifact_store import open_store
+from pipeline.versions import compare as comparing
+from pipeline.versions.compare import CompareError
 from pipeline.versions.decisions import DecisionError, canary, champion, read_log
 from pipeline.versions.gate import verdict_rows
 from pipeline.versions.manifest import published_versions, read_manifest
@@ -127,6 +129,30 @@ def test_too_few_items_leave_champion_and_canary_and_are_not_asked_again(
     again = decide(tmp_path, params)
     assert again.decision == "unchanged"
     assert again.reason.startswith("not decided before, and champion, gate and test items are the same: rougeL 0.600")
+
+
+def test_scores_of_different_signatures_are_not_compared(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = published(tmp_path, params, 0.5, test_fraction=0.2)
+    decide(tmp_path, params)
+    published(tmp_path, params, 0.6, test_fraction=0.1, test_split="b")
+    scored = tmp_path / ".retune" / "versions" / first / "scored"
+    wanted = read_json(tmp_path / "artifacts" / "parity" / "parity.json")["evaluation"]
+    other = wanted["signatures"] | {"bleu": "tok:zh|version:3.0.0"}
+
+    def score_anew(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        write_json(scored / "evaluation.json", wanted | {"signatures": other})
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr("pipeline.versions.compare.subprocess.run", score_anew)
+    monkeypatch.setattr("pipeline.versions.compare.fetch_version", lambda *_: tmp_path)
+    with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
+        comparing._current_items(
+            open_store(params.publish),
+            read_manifest(open_store(params.publish), first),
+            tmp_path,  # type: ignore[arg-type]
+        )
 
 
 def test_force_promotes_what_the_gate_refuses_and_records_what_it_overruled(tmp_path: Path, params: Params) -> None:

@@ -112,4 +112,11 @@ def _current_items(store: ArtifactStore, manifest: Manifest, root: Path) -> pa.T
         done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr)
         if done.returncode != 0:
             raise CompareError(f"version {manifest['version']} could not be scored again on today's test split")
+    signatures = read_json(scored / "evaluation.json")["signatures"]
+    for metric, ours in wanted["signatures"].items():
+        if signatures.get(metric) != ours:
+            raise CompareError(
+                f"{metric} of the candidate was scored as {ours} and that of version {manifest['version']} as "
+                f"{signatures.get(metric)}: such scores are not compared. `retune run` scores the candidate anew"
+            )
     return pq.read_table(scored / "items.parquet")
