@@ -42,7 +42,7 @@ from pipeline.progress import LINE, clock
 from pipeline.security.redact import redact, redact_process, redacted_errors
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
-from pipeline.versions.compare import verdict_rows
+from pipeline.versions.gate import verdict_rows
 
 ARTIFACTS = Path("artifacts")
 # What DVC says after each stage, for people who type `dvc repro`.

@@ -311,7 +311,7 @@ def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str])
 
 
 def verdict_table(comparison: dict[str, Any]) -> Table:
-    from pipeline.versions.compare import COLUMNS, verdict_rows
+    from pipeline.versions.gate import COLUMNS, verdict_rows
 
     table = Table(*COLUMNS)
     for row in verdict_rows(comparison):

@@ -1,27 +1,22 @@
 """evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
 
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import evaluate as hf_evaluate
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.chat.template import TemplateError, differing_keys, load_contract
 from pipeline.files import read_json, whole_directory, write_json, write_text
-from pipeline.generate import Answer, generate
+from pipeline.generate import generate
+from pipeline.likelihood import reference_losses
 from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams
+from pipeline.scoring import Metrics, provenance, score_items, summarise
 from pipeline.security.sanitise import one_line, portable
-from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
-
-METRIC_FOLDER = Path(__file__).with_name("metrics")
-Metrics = dict[str, Any]  # {metric: {score, low, high}, num_samples, num_cut_off, by_task: {task: …}}
+from pipeline.statistics import METRICS
 
 
 @dataclass(frozen=True)
@@ -51,14 +46,16 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
     model = load_adapter(load_base(contract["model"], quantisation), adapter)
     decoding = (prompts, params.max_new_tokens, params.batch_size, "evaluate")
     answers = {"adapter": generate(model, template, *decoding, system="the adapter")}
+    losses = {"adapter": reference_losses(model, template, test, "evaluate", "the adapter")}
     with model.disable_adapter():
         answers["base"] = generate(model, template, *decoding, system="the base")
+        losses["base"] = reference_losses(model, template, test, "evaluate", "the base")
     metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}
     with whole_directory(output) as folder:
         for system in ("base", "adapter"):
-            items[system], signatures = score_items(test, answers[system])
+            items[system], signatures = score_items(test, answers[system], losses[system])
             pq.write_table(items[system], folder / f"items.{system}.parquet")
             metrics[system] = summarise(items[system], params)
         write_json(folder / "metrics.json", metrics)
@@ -77,65 +74,6 @@ def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where
     differ = differing_keys(portable(contract), portable(other))  # what ships names no folder of this machine
     if differ:
         raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")
-
-
-def score_items(test: pa.Table, answers: list[Answer]) -> tuple[pa.Table, dict[str, str]]:
-    """Every test item with its answer and scores, (N rows), and the signature of each metric.
-
-    Columns: `id, task, group, scoring, prompt, reference, answer, cut_off, answer_ids, accuracy` (null without one
-    right answer), `rouge1, rouge2, rougeL` and `bleu` (ten n-gram statistics).
-    """
-    predictions = [answer.text for answer in answers]
-    references = test.column("reference").to_pylist()
-    exact, bleu, rouge = (
-        hf_evaluate.load(str(METRIC_FOLDER / name), experiment_id=uuid.uuid4().hex, keep_in_memory=True).compute(
-            predictions=predictions, references=references
-        )
-        for name in ("exact_match", "bleu", "rouge")
-    )
-    scoring = test.column("scoring").to_pylist()
-    accuracy = [hit if kind == "exact" else None for hit, kind in zip(exact["items"], scoring, strict=True)]
-    items = test.select(["id", "task", "group", "scoring", "prompt", "reference"])
-    columns: dict[str, pa.Array] = {
-        "answer": pa.array(predictions, pa.string()),
-        "cut_off": pa.array([answer.cut_off for answer in answers]),
-        "answer_ids": pa.array([answer.ids for answer in answers], pa.list_(pa.int32())),
-        "accuracy": pa.array(accuracy, pa.float64()),
-        "bleu": pa.array(bleu["items"], pa.list_(pa.float64())),
-    } | {kind: pa.array(values, pa.float64()) for kind, values in rouge["items"].items()}
-    for name, column in columns.items():
-        items = items.append_column(name, column)
-    rouge_signatures = dict.fromkeys(rouge["items"], rouge["signature"])
-    return items, {"accuracy": exact["signature"], "bleu": bleu["signature"]} | rouge_signatures
-
-
-def summarise(items: pa.Table, params: EvaluateParams) -> Metrics:
-    """Scores with 95 % intervals over all items and by task. A metric that no item counts for is null."""
-    tasks = items.column("task").to_pylist()
-    masks = {task: pa.array([t == task for t in tasks]) for task in sorted(set(tasks))}
-    return _scores(items, params) | {"by_task": {t: _scores(items.filter(mask), params) for t, mask in masks.items()}}
-
-
-def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
-    scores: Metrics = {"num_samples": len(items), "num_cut_off": sum(items.column("cut_off").to_pylist())}
-    for metric in METRICS:
-        values = metric_items(items, metric)
-        if not len(values) or np.isnan(values).all():
-            scores[metric] = None
-        else:
-            scores[metric] = bootstrap(values, params.bootstrap_samples, params.seed, group_of(items)).as_dict()
-    return scores
-
-
-def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]) -> dict[str, Any]:
-    """What two sets of item scores must share to be compared."""
-    return {
-        "test_sha256": read_json(dataset / "report.json")["test_sha256"],
-        "params": params.model_dump(),
-        "decoding": "greedy",
-        "signatures": signatures,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
 
 
 def report(metrics: dict[str, Metrics], items: pa.Table) -> str:
@@ -168,7 +106,9 @@ def scores_table(metrics: dict[str, Metrics]) -> list[str]:
     lines = ["| metric | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]
     for metric in METRICS:
         lines.append(f"| {metric} | " + " | ".join(_cell(scores[metric]) for scores in metrics.values()) + " |")
-    lines.append("| cut off | " + " | ".join(str(scores["num_cut_off"]) for scores in metrics.values()) + " |")
+    for kind in ("cut_off", "empty", "failed"):
+        counts = " | ".join(str(scores[f"num_{kind}"]) for scores in metrics.values())
+        lines.append(f"| {kind.replace('_', ' ')} | {counts} |")
     lines.append("| test items | " + " | ".join(str(scores["num_samples"]) for scores in metrics.values()) + " |")
     return lines
 

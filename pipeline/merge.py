@@ -11,18 +11,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import GenerationConfig
 
 from pipeline.chat.template import ChatTemplate, load_contract, load_shipped, local_source
-from pipeline.evaluate import Metrics, provenance, require_same_contract, score_items, summarise, test_items
+from pipeline.evaluate import require_same_contract, test_items
 from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import Answer, generate
+from pipeline.likelihood import reference_losses
 from pipeline.model import Quantisation, load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
+from pipeline.scoring import Metrics, provenance, score_items, summarise
 from pipeline.security.sanitise import clean_folder, portable
-from pipeline.statistics import METRICS
+from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
 from pipeline.weights.export import export
@@ -78,8 +81,11 @@ def merge(
         )
 
     def score(place: Path) -> Metrics:
-        answers = answer(load_base(local_source(place)), f"the {place.name} export")
-        return summarise(score_items(test, answers)[0], evaluated)
+        return summarise(scored(load_base(local_source(place)), f"the {place.name} export")[0], evaluated)
+
+    def scored(model: Any, system: str, answers: list[Answer] | None = None) -> tuple[pa.Table, dict[str, str]]:
+        losses = reference_losses(model, template, test, "merge", system)
+        return score_items(test, answer(model, system) if answers is None else answers, losses)
 
     with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
         if params.combine is not None:
@@ -94,7 +100,7 @@ def merge(
         else:
             answers = answer(quantised, "the combined adapter")
             expected_ids = [each.ids for each in answers]
-            adapter_metrics = summarise(score_items(test, answers)[0], evaluated)
+            adapter_metrics = summarise(scored(quantised, "the combined adapter", answers)[0], evaluated)
         del quantised
 
         chosen, merging, errors = _merge_closest(params, identity, adapter, quantisation, folder, prompts, expected)
@@ -102,8 +108,8 @@ def merge(
         _complete(folder, template, contract, shipped.generation_config.bos_token_id)
         answers = answer(shipped, "the merged model")
         agreement = _token_agreement(shipped, prompts, expected_ids)
+        items, signatures = scored(shipped, "the merged model", answers)
         del shipped
-        items, signatures = score_items(test, answers)
         metrics = summarise(items, evaluated)
         identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
         differences = _metric_differences(metrics, adapter_metrics)
@@ -151,7 +157,8 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
     ]
     model = load_base(local_source(model_folder))
     answers = generate(model, template, prompts, params.max_new_tokens, params.batch_size, "promote", "the champion")
-    items, signatures = score_items(test, answers)
+    losses = reference_losses(model, template, test, "promote", "the champion")
+    items, signatures = score_items(test, answers, losses)
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
@@ -213,8 +220,12 @@ def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bo
 
 
 def _metric_differences(metrics: Metrics, others: Metrics) -> dict[str, float]:
-    """How much higher each of `metrics` is than in `others`, where both count (BLEU 0-100, the others 0-1)."""
-    return {m: metrics[m]["score"] - others[m]["score"] for m in METRICS if metrics[m] and others[m]}
+    """How much higher each of `metrics` is than in `others`, where both count (bleu, chrf 0-100; the others 0-1)."""
+    return {
+        m: metrics[m]["score"] - others[m]["score"]
+        for m in METRICS
+        if m not in LOWER_IS_BETTER and metrics[m] and others[m]
+    }
 
 
 def _require_parity(
@@ -240,7 +251,7 @@ def _require_parity(
             f"{advice}"
         )
     for metric, difference in differences.items():
-        if difference / (100 if metric == "bleu" else 1) < -params.max_metric_drop:
+        if difference / (100 if metric in PERCENT else 1) < -params.max_metric_drop:
             raise MergeError(
                 f"{metric} of the merged model is {-difference:.4f} below the adapter's; merge.max_metric_drop is "
                 f"{params.max_metric_drop:g} of the metric's range. {advice}"

@@ -16,7 +16,9 @@ from ruamel.yaml.error import YAMLError
 from pipeline.data.language import LANGUAGES
 from pipeline.security.redact import has_credentials, redact
 
-Metric = Literal["accuracy", "bleu", "rouge1", "rouge2", "rougeL"]
+Metric = Literal[
+    "accuracy", "macro_f1", "exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity"
+]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -258,15 +260,25 @@ class PublishParams(Section):
 class PromoteParams(Section):
     primary_metric: Metric
     min_improvement: Annotated[float, Field(ge=0)]
-    guard_metrics: dict[Metric, Annotated[float, Field(ge=0)]]
+    declared_effect: Annotated[float, Field(gt=0)]
+    guard_metrics: dict[Metric, Annotated[float, Field(gt=0)]]
     seed: Annotated[int, Field(ge=0)]
     approval: Literal["auto", "manual"]
     approval_hours: Annotated[float, Field(gt=0)]
     webhooks: list[Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]]
 
+    @model_validator(mode="after")
+    def check(self) -> "PromoteParams":
+        if self.declared_effect <= self.min_improvement:
+            raise ValueError(
+                f"promote.declared_effect is {self.declared_effect:g}, min_improvement {self.min_improvement:g}: the "
+                "effect that the gate must be able to see has to be more than the one it asks for"
+            )
+        return self
+
     def gate(self) -> dict[str, Any]:
         """What decides: two versions are not compared twice by the same gate."""
-        return self.model_dump(include={"primary_metric", "min_improvement", "guard_metrics", "seed"})
+        return self.model_dump(exclude={"approval", "approval_hours", "webhooks"})
 
 
 class Params(Section):

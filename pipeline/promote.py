@@ -1,4 +1,5 @@
-"""promote: a published version in; it becomes champion if it is measurably better, or is refused with both numbers.
+"""promote: a published version in; it becomes champion if it is measurably better, or is refused with both numbers;
+where the test items are too few to tell, nothing is decided.
 
 Every change of the champion, by the gate, by a person's approval or force, or by a rollback, is one record of the
 promotion log; the registry's aliases and the webhooks follow. Refused: versions that are not published, were deleted,
@@ -14,7 +15,7 @@ from pipeline.params import PromoteParams, PublishParams
 from pipeline.publish import register
 from pipeline.store.artifact_store import ArtifactStore, open_store
 from pipeline.versions import compare as comparing
-from pipeline.versions import manifest, notify, verify
+from pipeline.versions import gate, manifest, notify, verify
 from pipeline.versions.compare import BASE, CompareError, UnfairError
 from pipeline.versions.decisions import (
     DecisionError,
@@ -38,13 +39,13 @@ class PromoteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Decision:
-    decision: str  # promoted | refused | proposed | unchanged
+    decision: str  # promoted | refused | undecided | proposed | unchanged
     version: str
     number: str | None  # MLflow's version number; None while the registry cannot be reached
     champion: str | None  # version that serves after the decision
     against: str  # what the candidate was compared with: a version, or "the base model"
     reason: str
-    comparison: dict[str, Any]  # metric → candidate, champion, difference, low, high, margin, needed, passed
+    comparison: dict[str, Any]  # metric → candidate, champion, difference, low, high, p, verdict, …: `gate.Comparison`
     notes: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     warnings: list[str] = field(default_factory=list)  # what did not work after the decision; nothing undoes it
 
@@ -83,11 +84,12 @@ def promote(
             return Decision("unchanged", candidate, number, serving, against, settled or "", {}, [], warnings)
         label = _label(serving, registry)
         comparison, notes, unfair = _compare(store, published, serving, params, root, force)
-        failed = comparing.refusals(comparison)
-        verdict = comparing.reason(comparison, label, params.primary_metric) if comparison else unfair
-        passed = force is not None or not (failed or unfair)
+        failed = gate.refusals(comparison)
+        verdict = gate.reason(comparison, label) if comparison else unfair
+        judged = gate.decision_on(comparison) if comparison and not unfair else "refused"
+        passed = force is not None or judged == "promoted"
         waits = passed and force is None and params.approval == "manual"
-        kind = "proposed" if waits else "promoted" if passed else "refused"
+        kind = "proposed" if waits else "promoted" if passed else judged
         record = Record(
             number=len(log) + 1,
             decision=kind,
@@ -256,6 +258,8 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams) -> st
     for earlier in reversed(same):
         if earlier.decision == "refused":
             return f"refused before, and champion and gate are the same: {earlier.reason}"
+        if earlier.decision == "undecided":
+            return f"not decided before, and champion, gate and test items are the same: {earlier.reason}"
         if earlier.decision == "proposed" and earlier == proposed(log) and params.approval == "manual":
             return f"it waits for approval (`retune promote --approve`): {earlier.reason}"
     return None

@@ -192,7 +192,7 @@ def _for_mlflow(manifest: Manifest) -> dict[str, Any]:
 def _registration(store: ArtifactStore, manifest: Manifest) -> Registration:
     """What MLflow shows of a version, read from the store: tags, parameters, final scores, curves and reports."""
     merged, git = manifest["metrics"]["merged"], manifest["git"]
-    scores = {metric: merged[metric]["score"] for metric in METRICS if merged[metric]}
+    scores = {metric: merged[metric]["score"] for metric in METRICS if merged.get(metric)}
     data = manifests.encode(manifest)
     tags = {
         "base_model": manifest["base_model"]["name_or_path"],

@@ -1,17 +1,22 @@
+import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import with_
 from test_train import identity
 
 from pipeline.chat.template import TemplateError, load_contract
-from pipeline.evaluate import evaluate, score_items
+from pipeline.evaluate import evaluate
 from pipeline.files import read_json, write_json
 from pipeline.generate import Answer, generate
+from pipeline.likelihood import reference_losses
 from pipeline.model import load_adapter, load_base
 from pipeline.params import Params
-from pipeline.statistics import METRICS
+from pipeline.scoring import class_labels, length_bucket, score_items, summarise
+from pipeline.statistics import METRICS, PERCENT
 
 
 def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:
@@ -23,7 +28,13 @@ def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluat
         assert set(scores["by_task"]) == set(test.column("task").to_pylist())
         for metric in METRICS:
             assert scores[metric]["low"] <= scores[metric]["score"] <= scores[metric]["high"]
-            assert 0 <= scores[metric]["score"] <= (100 if metric == "bleu" else 1)
+            if metric == "perplexity":
+                assert scores[metric]["score"] >= 1
+            else:
+                assert 0 <= scores[metric]["score"] <= (100 if metric in PERCENT else 1)
+        assert set(scores["by_language"]) == set(test.column("language").to_pylist())
+        for slices in ("by_task", "by_language", "by_length"):
+            assert sum(part["num_samples"] for part in scores[slices].values()) == len(test)
 
 
 def test_tuning_helps(evaluation: Path) -> None:
@@ -81,10 +92,59 @@ def test_accuracy_counts_only_items_with_one_right_answer(dataset: Path) -> None
     scoring = test.column_names.index("scoring")
     test = test.set_column(scoring, "scoring", [["exact", "text"]])
     right = [Answer(text, [1], False) for text in test.column("reference").to_pylist()]
-    items, signatures = score_items(test, right)
+    items, signatures = score_items(test, right, ([1.0, 2.0], [2, 2]))
     assert items.column("accuracy").to_pylist() == [1.0, None]
     assert items.column("rougeL").to_pylist() == [1.0, 1.0]
     assert set(signatures) == set(METRICS)
+
+
+def test_failed_empty_and_cut_off_answers_are_counted_apart_and_never_scored_as_text(
+    dataset: Path, params: Params
+) -> None:
+    test = pq.read_table(dataset / "test.parquet").slice(0, 4)
+    right = test.column("reference").to_pylist()
+    answers = [Answer(right[0], [1], False), Answer(right[1], [1], True), Answer(" ", [1], False), None]
+    items, _ = score_items(test, answers, ([1.0] * 4, [2] * 4))
+    assert items.column("status").to_pylist() == ["ok", "cut_off", "empty", "failed"]
+    assert items.column("answer").to_pylist()[1] == right[1]  # kept to be read
+    for metric in ("exact_match", "accuracy", "rouge1", "rougeLsum"):
+        assert items.column(metric).to_pylist() == [1.0, 0.0, 0.0, 0.0]
+    assert [statistics[0] for statistics in items.column("bleu").to_pylist()][1:] == [0.0] * 3
+    scores = summarise(items, params.evaluate)
+    assert [scores[f"num_{state}"] for state in ("cut_off", "empty", "failed")] == [1, 1, 1]
+    assert scores["exact_match"]["score"] == 0.25
+    assert scores["length_ratio"] == 1.0  # of the answer that is one
+
+
+def test_a_task_with_few_labels_is_a_classification(dataset: Path) -> None:
+    test = pq.read_table(dataset / "test.parquet").slice(0, 1).to_pylist()[0]
+    rows = [test | {"task": "tone", "reference": word, "scoring": "exact"} for word in ["Good.", "bad"] * 10]
+    rows += [test | {"task": "name", "reference": f"name {i}", "scoring": "exact"} for i in range(20)]
+    rows += [test | {"task": "tone", "reference": "good", "scoring": "text"}]
+    labels = class_labels(pa.Table.from_pylist(rows))
+    assert labels == ["tone: good", "tone: bad"] * 10 + [None] * 21
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bucket"), [(1, "1–32 tokens"), (32, "1–32 tokens"), (33, "33–64 tokens"), (1000, "513–1024 tokens")]
+)
+def test_prompts_are_grouped_by_length(tokens: int, bucket: str) -> None:
+    assert length_bucket(tokens) == bucket
+
+
+def test_the_loss_of_a_reference_is_that_of_its_trained_tokens(base: Path, dataset: Path) -> None:
+    template = load_contract(read_json(dataset / "contract.json"))
+    test = pq.read_table(dataset / "test.parquet").slice(0, 7)
+    model = load_base(identity(base))
+    losses, counts = reference_losses(model, template, test, "test", "base")
+    for row, loss, count in zip(test.to_pylist(), losses, counts, strict=True):
+        messages = [*json.loads(row["messages"]), {"role": "assistant", "content": row["reference"]}]
+        encoded = template.encode(messages)
+        labels = torch.tensor([encoded.labels])
+        alone = model(torch.tensor([encoded.input_ids]), labels=labels)
+        assert count == sum(label != -100 for label in encoded.labels)
+        assert loss == pytest.approx(float(alone.loss) * count, rel=1e-4)
+    assert min(counts) >= 2  # the end token counts
 
 
 def test_an_answer_without_an_end_counts_as_cut_off(base: Path, dataset: Path, params: Params) -> None:

@@ -1,24 +1,33 @@
 """The local `evaluate` modules, loaded by path without a network, against the libraries they stand on."""
 
+import csv
+import json
+import math
 import random
 import string
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import evaluate
 import numpy as np
+import pyarrow as pa
 import pytest
 import sacrebleu
 from conftest import ROOT
 from rouge_score import rouge_scorer
 
-from pipeline.statistics import corpus_score
+from pipeline.metrics import tokeniser_for
+from pipeline.statistics import corpus_score, metric_items
 
-NAMES = ("exact_match", "bleu", "rouge")
+NAMES = ("exact_match", "bleu", "chrf", "rouge")
+ALL = (*NAMES, "accuracy", "macro_f1", "perplexity", "distinct_n", "length_ratio")
 
 
 @pytest.fixture(scope="module")
 def metrics() -> dict[str, Any]:
-    return {name: evaluate.load(str(ROOT / "pipeline" / "metrics" / name)) for name in NAMES}
+    return {name: evaluate.load(str(ROOT / "pipeline" / "metrics" / name)) for name in ALL}
 
 
 def text(draw: random.Random, longest: int = 12) -> str:
@@ -33,9 +42,10 @@ def pairs(seed: int, number: int) -> tuple[list[str], list[str]]:
 
 def test_identical_chinese_sentences_get_full_marks(metrics: dict[str, Any]) -> None:
     texts = ["今天北京的天气很好。", "这个产品的质量非常不错，我很满意！"]
-    scores = {name: metric.compute(predictions=texts, references=texts) for name, metric in metrics.items()}
+    scores = {name: metrics[name].compute(predictions=texts, references=texts) for name in NAMES}
     assert scores["bleu"]["score"] == pytest.approx(100)
-    assert scores["rouge"]["items"] == {kind: [1.0, 1.0] for kind in ("rouge1", "rouge2", "rougeL")}
+    assert scores["chrf"]["score"] == pytest.approx(100)
+    assert scores["rouge"]["items"] == {kind: [1.0, 1.0] for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")}
     assert scores["exact_match"]["items"] == [1.0, 1.0]
 
 
@@ -57,14 +67,19 @@ def test_rouge_of_ascii_text_is_rouge_scores_own(metrics: dict[str, Any]) -> Non
     predictions, references = pairs(0, 200)
     predictions, references = predictions + noise, references + [n.upper()[::2] for n in noise]
     items = metrics["rouge"].compute(predictions=predictions, references=references)["items"]
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=False)
     for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         expected = scorer.score(reference, prediction)
         assert {kind: items[kind][index] for kind in items} == {kind: s.fmeasure for kind, s in expected.items()}
 
 
 @pytest.mark.parametrize(
-    ("references", "tokenize"), [(pairs(1, 50)[1], "13a"), (["我爱北京。", "He said 你好 twice."], "zh")]
+    ("references", "tokenize"),
+    [
+        (pairs(1, 50)[1], "13a"),
+        (["我爱北京。", "他说 hello 两次。"], "zh"),
+        (["東京へ行きます。", "これは本です。"], "char"),
+    ],
 )
 def test_bleu_is_sacrebleus_with_the_tokeniser_of_the_references(
     metrics: dict[str, Any], references: list[str], tokenize: str
@@ -112,8 +127,158 @@ def test_exact_match_folds_spelling_and_nothing_else(
 
 def test_every_metric_scores_every_item_and_signs_it(metrics: dict[str, Any]) -> None:
     predictions, references = pairs(3, 30)
-    for metric in metrics.values():
+    for metric in (metrics[name] for name in NAMES):
         result = metric.compute(predictions=predictions, references=references)
         columns = result["items"].values() if isinstance(result["items"], dict) else [result["items"]]
         assert {len(column) for column in columns} == {30}
         assert result["signature"]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokeniser"),
+    [
+        ("Plain words.", "13a"),
+        ("Größe, Привет, 한국어 문장", "13a"),
+        ("He said 你好 twice.", "zh"),
+        ("我爱北京", "zh"),
+        ("这家店叫做优の良品，在台湾很有名。", "zh"),
+        ("東京タワーへ行きました。", "char"),
+        ("สวัสดีครับ", "char"),
+        ("", "13a"),
+    ],
+)
+def test_the_tokeniser_follows_the_reference(text: str, tokeniser: str) -> None:
+    assert tokeniser_for(text) == tokeniser
+
+
+def test_an_item_scores_the_same_whatever_the_others_are(metrics: dict[str, Any]) -> None:
+    texts = ["the cat sat on the mat", "我爱北京天安门", "東京へ行きます", "x = f(a_b); don't!"]
+    others = ["the cat sat on a mat", "我爱上海天安门", "京都へ行きます", "x = f(b); do not!"]
+    together = metrics["bleu"].compute(predictions=others, references=texts)
+    alone = [metrics["bleu"].compute(predictions=[p], references=[r]) for p, r in zip(others, texts, strict=True)]
+    assert together["items"] == [result["items"][0] for result in alone]
+    assert "tok:13a+char+zh|" in together["signature"]
+
+
+CASES = {
+    "13a": (
+        ["The cat's mat, 3.14 km-long; isn't it?", 'He said: "no".', "A\tB", ""],
+        ["The cat is on 3.14 km mats, isn't it?", 'She said "no way".', "A B", "nothing"],
+    ),
+    "zh": (["我爱北京天安门。", "今天 weather 很好，3.14！"], ["我爱上海的天安门。", "今天的 weather 很好，2.14！"]),
+    "char": (["東京へ行きます。", "これは English の本です。"], ["京都へ行きました。", "それは English 本です。"]),
+}
+
+
+@pytest.mark.parametrize("tokenize", CASES)
+def test_bleu_and_chrf_are_those_of_sacrebleus_command_line(
+    tokenize: str, metrics: dict[str, Any], tmp_path: Path
+) -> None:
+    predictions, references = CASES[tokenize]
+    (tmp_path / "hyp").write_text("".join(f"{line}\n" for line in predictions), encoding="utf-8")
+    (tmp_path / "ref").write_text("".join(f"{line}\n" for line in references), encoding="utf-8")
+    command = ["sacrebleu", str(tmp_path / "ref"), "-i", str(tmp_path / "hyp"), "-m", "bleu", "chrf", "-w", "13"]
+    shown = subprocess.run(
+        [sys.executable, "-m", *command, "-tok", tokenize], capture_output=True, text=True, check=True
+    ).stdout
+    for name, theirs in zip(("bleu", "chrf"), json.loads(shown), strict=True):
+        ours = metrics[name].compute(predictions=predictions, references=references)
+        assert f"{ours['score']:.13f}" == f"{theirs['score']:.13f}"
+        assert ours["signature"] == theirs["signature"]
+        assert 0 < ours["score"] < 100
+
+
+def test_rouge_is_that_of_rouge_scores_command_line(metrics: dict[str, Any], tmp_path: Path) -> None:
+    draw = random.Random(4)
+    words = ["the", "Cat", "sat", "on", "a", "mat", "it's", "3.14", "co-op", "end.\n", "so,\n"]
+    predictions, references = ([" ".join(draw.choices(words, k=draw.randint(3, 25))) for _ in range(40)] for _ in "ab")
+    for name, texts in (("hyp", predictions), ("ref", references)):
+        (tmp_path / name).write_text("\t".join(texts), encoding="utf-8")
+    types = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    command = [sys.executable, "-m", "rouge_score.rouge", "--noaggregate", "--delimiter=\t"]
+    command += [f"--target_filepattern={tmp_path}/ref", f"--prediction_filepattern={tmp_path}/hyp"]
+    command += [f"--rouge_types={','.join(types)}", f"--output_filename={tmp_path}/scores.csv"]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    items = metrics["rouge"].compute(predictions=predictions, references=references)["items"]
+    assert len(rows) == 40
+    for kind in types:
+        assert [f"{value:.6f}" for value in items[kind]] == [f"{float(row[f'{kind}-F']):.6f}" for row in rows]
+    assert items["rougeL"] != items["rougeLsum"]
+
+
+def test_papinenis_repeated_the_matches_twice(metrics: dict[str, Any]) -> None:
+    # Papineni et al. 2002, section 2.1.1: the modified unigram precision is 2/7.
+    result = metrics["bleu"].compute(
+        predictions=["the the the the the the the"], references=["the cat is on the mat"], tokenize="none"
+    )
+    assert (result["items"][0][2], result["items"][0][6]) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "rouge_2", "rouge_l"),
+    [("police kill the gunman", 1 / 3, 3 / 4), ("the gunman kill police", 1 / 3, 1 / 2)],
+)
+def test_lins_gunman_scores_as_in_his_paper(
+    candidate: str, rouge_2: float, rouge_l: float, metrics: dict[str, Any]
+) -> None:
+    # Lin 2004, section 3.1.
+    items = metrics["rouge"].compute(predictions=[candidate], references=["police killed the gunman"])["items"]
+    assert items["rouge2"] == [pytest.approx(rouge_2)]
+    assert items["rougeL"] == [pytest.approx(rouge_l)]
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate"),
+    [("w1 w2 w3 w4 w5", "w1 w3 w8 w9 w5\nw1 w2 w6 w7 w8"), ("甲乙丙丁戊", "甲丙辛壬戊。甲乙己庚辛。")],
+)
+def test_rouge_lsum_takes_the_union_of_lins_example(reference: str, candidate: str, metrics: dict[str, Any]) -> None:
+    # Lin 2004, section 3.2, its two sentences exchanged: the union of the longest common subsequences is w1 w2 w3 w5,
+    # its recall 4/5.
+    items = metrics["rouge"].compute(predictions=[candidate], references=[reference])["items"]
+    assert items["rougeLsum"] == [pytest.approx(2 * (4 / 5) * (4 / 10) / (4 / 5 + 4 / 10))]
+    assert items["rougeL"][0] < items["rougeLsum"][0]
+
+
+def test_macro_f1_is_scikit_learns_documented_example(metrics: dict[str, Any]) -> None:
+    result = metrics["macro_f1"].compute(predictions=list("021001"), references=list("012012"))
+    assert result["score"] == pytest.approx(0.26666666666)  # sklearn.metrics.f1_score, average="macro"
+    table = pa.table({"label": [a for a, _ in result["items"]], "predicted": [b for _, b in result["items"]]})
+    assert corpus_score(metric_items(table, "macro_f1")) == pytest.approx(result["score"])
+
+
+def test_an_answer_that_is_no_class_is_only_a_miss(metrics: dict[str, Any]) -> None:
+    result = metrics["macro_f1"].compute(predictions=["yes", "maybe", "No."], references=["yes", "yes", "no"])
+    assert result["classes"] == {"no": 1.0, "yes": pytest.approx(2 / 3)}
+
+
+def test_accuracy_counts_items_with_one_right_answer(metrics: dict[str, Any]) -> None:
+    result = metrics["accuracy"].compute(
+        predictions=["a", "b", "c"], references=["A.", "x", "c"], scoring=["exact", "exact", "text"]
+    )
+    assert (result["score"], result["items"]) == (0.5, [1.0, 0.0, None])
+
+
+def test_perplexity_of_a_uniform_guess_is_the_number_of_choices(metrics: dict[str, Any]) -> None:
+    losses, tokens = [3 * math.log(50), 7 * math.log(50)], [3, 7]
+    assert metrics["perplexity"].compute(losses=losses, tokens=tokens)["score"] == pytest.approx(50)
+    table = pa.table({"loss": [3.0, 1.0], "loss_tokens": [2, 6]})
+    assert corpus_score(metric_items(table, "perplexity")) == pytest.approx(math.exp(4 / 8))  # not the mean of two
+
+
+def test_distinct_n_and_length_ratio_count_words_and_characters(metrics: dict[str, Any]) -> None:
+    distinct = metrics["distinct_n"].compute(predictions=["a b a b", "a b c", "我爱我"], n=2)
+    assert distinct["score"] == pytest.approx(5 / 7)  # a b, b a, b c, 我爱, 爱我 of 3 + 2 + 2
+    ratio = metrics["length_ratio"].compute(predictions=["one two three", "你好"], references=["one two", "你好吗"])
+    assert ratio["items"] == [[3, 2], [2, 3]]
+    assert ratio["score"] == pytest.approx(1.0)
+
+
+def test_chrf_from_item_statistics_is_sacrebleus_corpus_score(metrics: dict[str, Any]) -> None:
+    draw = random.Random(5)
+    for seed in range(40):
+        predictions, references = pairs(seed, 1 + seed % 7)
+        items = np.array(metrics["chrf"].compute(predictions=predictions, references=references)["items"], float)
+        chosen = draw.choices(range(len(items)), k=len(items))
+        expected = sacrebleu.CHRF().corpus_score([predictions[i] for i in chosen], [[references[i] for i in chosen]])
+        assert corpus_score(items[chosen]) == pytest.approx(expected.score, abs=1e-9), f"seed {seed}"

@@ -21,8 +21,10 @@ from pipeline.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.promote import PromoteError
 from pipeline.store.artifact_store import open_store
-from pipeline.versions.compare import verdict_rows
+from pipeline.versions import compare as comparing
+from pipeline.versions.compare import CompareError
 from pipeline.versions.decisions import DecisionError, canary, champion, read_log
+from pipeline.versions.gate import verdict_rows
 from pipeline.versions.manifest import published_versions, read_manifest
 from pipeline.versions.registry import ModelRegistry
 from pipeline.versions.retention import RetentionError, delete, outdated
@@ -55,16 +57,17 @@ def test_a_better_version_is_promoted_and_a_worse_one_refused_with_its_numbers(t
     published(tmp_path, params, 0.4)
     refused = decide(tmp_path, params)
     assert (refused.decision, refused.number, refused.champion) == ("refused", "2", good)
-    assert "rougeL 0.407 against 0.507 of champion v1" in refused.reason
+    assert "rougeL 0.400 against 0.500 of champion v1" in refused.reason
     assert "needed more than 0" in refused.reason
     rows = {row["metric"]: row for row in verdict_rows(refused.comparison)}
     assert rows["rougeL"] == {
         "metric": "rougeL",
-        "candidate": "0.407",
-        "champion": "0.507",
+        "candidate": "0.400",
+        "champion": "0.500",
         "difference": "-0.100",
         "95 % CI": "-0.100 to -0.100",
         "needed": "more than 0",
+        "p (Holm)": "1.000",
         "verdict": "refused",
     }
     assert serving(tmp_path, params) == good
@@ -107,6 +110,49 @@ def test_a_smaller_test_split_is_a_fair_one_and_said(tmp_path: Path, params: Par
     decision = decide(tmp_path, params)
     assert (decision.decision, decision.champion) == ("promoted", candidate)
     assert decision.notes == ["the test split is a part of the champion's: prepare.test_fraction 0.1 instead of 0.2"]
+
+
+def test_too_few_items_leave_champion_and_canary_and_are_not_asked_again(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = published(tmp_path, params, 0.5)
+    decide(tmp_path, params)
+    better = published(tmp_path, params, 0.6)
+    gate.set_canary(params.publish, better, root=tmp_path)
+    monkeypatch.setattr("pipeline.versions.gate.MIN_GROUPS", ITEMS + 1)
+    decision = decide(tmp_path, params)
+    assert (decision.decision, decision.champion) == ("undecided", first)
+    assert f"needed at least {ITEMS + 1} independent test items, there are {ITEMS}" in decision.reason
+    assert decision.reason.endswith(" would do")
+    log = read_log(open_store(params.publish), NAME)
+    assert (log[-1].decision, canary(log), serving(tmp_path, params)) == ("undecided", better, first)
+    again = decide(tmp_path, params)
+    assert again.decision == "unchanged"
+    assert again.reason.startswith("not decided before, and champion, gate and test items are the same: rougeL 0.600")
+
+
+def test_scores_of_different_signatures_are_not_compared(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = published(tmp_path, params, 0.5, test_fraction=0.2)
+    decide(tmp_path, params)
+    published(tmp_path, params, 0.6, test_fraction=0.1, test_split="b")
+    scored = tmp_path / ".retune" / "versions" / first / "scored"
+    wanted = read_json(tmp_path / "artifacts" / "parity" / "parity.json")["evaluation"]
+    other = wanted["signatures"] | {"bleu": "tok:zh|version:3.0.0"}
+
+    def score_anew(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        write_json(scored / "evaluation.json", wanted | {"signatures": other})
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr("pipeline.versions.compare.subprocess.run", score_anew)
+    monkeypatch.setattr("pipeline.versions.compare.fetch_version", lambda *_: tmp_path)
+    with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
+        comparing._current_items(
+            open_store(params.publish),
+            read_manifest(open_store(params.publish), first),
+            tmp_path,  # type: ignore[arg-type]
+        )
 
 
 def test_force_promotes_what_the_gate_refuses_and_records_what_it_overruled(tmp_path: Path, params: Params) -> None:
@@ -356,7 +402,7 @@ def test_promotion_refusal_and_rollback_are_told_to_the_webhook(tmp_path: Path, 
     _, kind, body = Hook.got[1]
     assert kind == "application/json"
     assert body["model"] == NAME
-    assert body["comparison"]["rougeL"]["candidate"] == pytest.approx(0.407, abs=0.001)
+    assert body["comparison"]["rougeL"]["candidate"] == pytest.approx(0.400, abs=0.001)
     assert body == {"model": NAME} | records(tmp_path)[1]
 
 
@@ -407,4 +453,4 @@ def test_promoters_racing_for_one_model_agree_on_every_champion(tmp_path: Path, 
     best = read_manifest(open_store(params.publish), str(serving(tmp_path, params)))
     assert best is not None
     assert best["metrics"]["merged"]["num_samples"] == ITEMS
-    assert best["metrics"]["merged"]["rougeL"]["score"] == pytest.approx(0.457, abs=0.001)
+    assert best["metrics"]["merged"]["rougeL"]["score"] == pytest.approx(0.450, abs=0.001)

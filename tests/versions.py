@@ -22,7 +22,7 @@ from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
 from pipeline.store.artifact_store import open_store
 from pipeline.versions.registry import ModelRegistry
 
-ITEMS = 40
+ITEMS = 100
 
 
 def parameters(root: Path, **publishing: Any) -> Params:
@@ -164,6 +164,13 @@ def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table
             "bleu": pa.array(
                 [[10.0, 10.0, n, n, n, n, 10.0, 10.0, 10.0, 10.0] for n in matches], pa.list_(pa.float64())
             ),
+            "chrf": pa.array([[10.0, 10.0, n] * 6 for n in matches], pa.list_(pa.float64())),
+            "exact_match": [float(s > 0.5) for s in scores],
+            "label": pa.nulls(ITEMS, pa.string()),
+            "predicted": pa.nulls(ITEMS, pa.string()),
+            "loss": [30 * (1 - score) for score in scores],
+            "loss_tokens": [10] * ITEMS,
+            "rougeLsum": scores,
             "rouge1": scores,
             "rouge2": scores,
             "rougeL": scores,

@@ -10,7 +10,7 @@ from pipeline.statistics import METRICS
 from pipeline.versions.manifest import Manifest
 
 # What the card calls each score, in the Hub's vocabulary.
-HUB_METRICS = {"accuracy": "accuracy", "bleu": "bleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
+HUB_METRICS = {"macro_f1": "f1"} | dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), "rouge")
 
 
 def model_card(manifest: Manifest) -> str:
@@ -25,12 +25,12 @@ def model_card(manifest: Manifest) -> str:
             dataset_name="test split",
             dataset_split="test",
             dataset_revision=manifest["data"]["test_sha256"],
-            metric_type=HUB_METRICS[metric],
+            metric_type=HUB_METRICS.get(metric, metric),
             metric_name=metric,
             metric_value=merged[metric]["score"],
         )
         for metric in METRICS
-        if merged[metric]
+        if merged.get(metric)
     ]
     data = ModelCardData(
         library_name="peft",
@@ -95,10 +95,16 @@ def _body(manifest: Manifest) -> str:
     }
     lines = [f"# {manifest['name']} {manifest['version']}", "", "An adapter and the merged model, made by Retune.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
-    lines += ["", "## Scores on the test split", "", "95 % intervals; BLEU 0–100, the others 0–1.", ""]
+    lines += [
+        "",
+        "## Scores on the test split",
+        "",
+        "95 % intervals; BLEU and chrF 0–100, perplexity from 1 (lower is better), the others 0–1.",
+        "",
+    ]
     lines += ["| metric | base | adapter | merged | signature |", "|---" * 5 + "|"]
     for metric in METRICS:
-        scores = " | ".join(_score(manifest["metrics"][system][metric]) for system in ("base", "adapter", "merged"))
+        scores = " | ".join(_score(manifest["metrics"][system].get(metric)) for system in ("base", "adapter", "merged"))
         lines.append(f"| {metric} | {scores} | {manifest['evaluation']['signatures'].get(metric, '–')} |")
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("merged")']

@@ -7,9 +7,7 @@ Refused: a comparison on items that the champion may have been trained on.
 
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,17 +17,11 @@ from pipeline.files import WORK_DIR, read_json, write_json
 from pipeline.params import PromoteParams
 from pipeline.process import python_ending_with_parent
 from pipeline.publish import fetch_version
-from pipeline.statistics import corpus_score, group_of, metric_items, num_groups, paired_difference
 from pipeline.store.artifact_store import ArtifactStore
+from pipeline.versions.gate import Comparison, UnmeasuredError, claims_on, compare_claims
 from pipeline.versions.manifest import Manifest, read_manifest
 
-RESAMPLES = 2000
-MIN_GROUPS = 20  # independent test items (or groups of them) below which nothing is promoted
 BASE = "the base model"
-COLUMNS = ("metric", "candidate", "champion", "difference", "95 % CI", "needed", "verdict")
-Comparison = dict[
-    str, Any
-]  # metric → candidate, champion, difference, low, high, margin, items, groups, needed, passed
 
 
 class CompareError(RuntimeError):
@@ -45,9 +37,8 @@ def compare(
 ) -> tuple[Comparison, list[str]]:
     """Each gating metric's row, and notes that a reader of the numbers needs.
 
-    The primary metric passes when the whole interval of the paired difference lies above `min_improvement`; a guard
-    metric when it lies above minus its margin. Without a champion the base model that the candidate was tuned from
-    stands in. `passed` is None for a guard metric that no test item counts for.
+    Without a champion the base model that the candidate was tuned from stands in. What each row says, and when a metric
+    passes, is in `gate`. `passed` is None for a guard metric that no test item counts for.
 
     Raises:
         UnfairError: the champion was trained on some of the test items.
@@ -67,83 +58,14 @@ def compare(
         theirs = _current_items(store, champion, root)
     if ours.column("id").to_pylist() != theirs.column("id").to_pylist():
         raise CompareError("candidate and champion answered different test items; run `retune run` to score both again")
-    margins: dict[str, float | None] = {params.primary_metric: None} | {
-        metric: margin for metric, margin in params.guard_metrics.items() if metric != params.primary_metric
-    }
-    rows = {metric: _row(ours, theirs, metric, margin, params) for metric, margin in margins.items()}
+    try:
+        rows = compare_claims(claims_on(ours, theirs, params), params.seed)
+    except UnmeasuredError as error:
+        raise CompareError(str(error)) from None
     notes += [
         f"{metric} guards nothing here: no test item counts for it" for metric, row in rows.items() if not row["items"]
     ]
     return rows, notes
-
-
-def refusals(comparison: Comparison) -> list[str]:
-    """The metrics that speak against the candidate."""
-    return [metric for metric, row in comparison.items() if row["passed"] is False]
-
-
-def reason(comparison: Comparison, against: str, primary: str) -> str:
-    """The decision in one sentence: the primary metric's numbers, or those of every metric that refused."""
-    failed = refusals(comparison)
-    if not failed:
-        row, number = comparison[primary], _format(primary)
-        return (
-            f"{_scores(primary, row)} of {against} on {row['items']} test items "
-            f"(difference {number(row['difference'], '+')}, 95 % CI {_interval(primary, row)})"
-        )
-    parts = []
-    for metric in failed:
-        row = comparison[metric]
-        first = metric == failed[0]
-        numbers = f"{'95 % CI ' if first else ''}{_interval(metric, row)}, needed {row['needed']}"
-        parts.append(f"{_scores(metric, row)}{f' of {against}' if first else ''} ({numbers})")
-    return "; ".join(parts)
-
-
-def verdict_rows(comparison: Comparison) -> list[dict[str, str]]:
-    """The comparison as text, one dictionary with `COLUMNS` as keys for each metric."""
-    words = {True: "passed", False: "refused", None: "not measured"}
-    rows = []
-    for metric, row in comparison.items():
-        number = _format(metric)
-        measured = row["items"] > 0
-        cells = [
-            number(row["candidate"]) if measured else "–",
-            number(row["champion"]) if measured else "–",
-            number(row["difference"], "+") if measured else "–",
-            _interval(metric, row) if measured else "–",
-            row["needed"],
-            words[row["passed"]],
-        ]
-        rows.append(dict(zip(COLUMNS, [metric, *cells], strict=True)))
-    return rows
-
-
-def _row(ours: pa.Table, theirs: pa.Table, metric: str, margin: float | None, params: PromoteParams) -> dict[str, Any]:
-    a, b = metric_items(ours, metric), metric_items(theirs, metric)
-    groups = group_of(ours)
-    difference = paired_difference(a, b, RESAMPLES, params.seed, groups)
-    needed = f"more than {params.min_improvement:g}" if margin is None else f"at least -{margin:g}"
-    if difference.score != difference.score:  # NaN
-        if margin is None:
-            raise CompareError(f"promote.primary_metric is {metric}, but no test item counts for it; choose another")
-        empty = dict.fromkeys(("candidate", "champion", "difference", "low", "high"))
-        return empty | {"margin": margin, "items": 0, "groups": 0, "needed": needed, "passed": None}
-    independent = num_groups(a, groups)
-    passed = difference.low > params.min_improvement if margin is None else difference.low >= -margin
-    if margin is None and independent < MIN_GROUPS:
-        passed = False  # an interval over a handful of items is narrower than the truth
-        needed = f"at least {MIN_GROUPS} independent test items, there are {independent}"
-    return {
-        "candidate": corpus_score(a),
-        "champion": corpus_score(b),
-        **{"difference" if key == "score" else key: value for key, value in asdict(difference).items()},
-        "margin": margin,
-        "items": num_groups(a),  # each item its own group
-        "groups": independent,
-        "needed": needed,
-        "passed": bool(passed),
-    }
 
 
 def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:
@@ -190,19 +112,11 @@ def _current_items(store: ArtifactStore, manifest: Manifest, root: Path) -> pa.T
         done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr)
         if done.returncode != 0:
             raise CompareError(f"version {manifest['version']} could not be scored again on today's test split")
+    signatures = read_json(scored / "evaluation.json")["signatures"]
+    for metric, ours in wanted["signatures"].items():
+        if signatures.get(metric) != ours:
+            raise CompareError(
+                f"{metric} of the candidate was scored as {ours} and that of version {manifest['version']} as "
+                f"{signatures.get(metric)}: such scores are not compared. `retune run` scores the candidate anew"
+            )
     return pq.read_table(scored / "items.parquet")
-
-
-def _scores(metric: str, row: dict[str, Any]) -> str:
-    number = _format(metric)
-    return f"{metric} {number(row['candidate'])} against {number(row['champion'])}"
-
-
-def _interval(metric: str, row: dict[str, Any]) -> str:
-    number = _format(metric)
-    return f"{number(row['low'], '+')} to {number(row['high'], '+')}"
-
-
-def _format(metric: str) -> Any:
-    digits = 1 if metric == "bleu" else 3
-    return lambda value, sign="": f"{value:{sign}.{digits}f}"

@@ -14,9 +14,10 @@ from typing import Any
 
 from pipeline.store.artifact_store import ArtifactStore
 
-# promoted, refused, rollback: by the gate or by a person; proposed: passed the gate and waits for approval;
-# canary, canary-ended: the version that takes a part of the traffic; deleted: for good, its files may be collected.
-DECISIONS = ("promoted", "refused", "rollback", "proposed", "canary", "canary-ended", "deleted")
+# promoted, refused, rollback: by the gate or by a person; undecided: too few test items to tell; proposed: passed the
+# gate and waits for approval; canary, canary-ended: the version that takes a part of the traffic; deleted: for good,
+# its files may be collected.
+DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "canary", "canary-ended", "deleted")
 
 
 class DecisionError(RuntimeError):

@@ -1,14 +1,9 @@
 """Exact match of answers, after folding case, width, surrounding space and one final full stop."""
 
-import unicodedata
-
 import datasets
 import evaluate
 
-
-def _fold(text):
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return folded.removesuffix(".").removesuffix("。").strip()
+from pipeline.metrics import fold
 
 
 class ExactMatch(evaluate.Metric):
@@ -23,6 +18,7 @@ class ExactMatch(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        """Returns `items`, N values 0.0 or 1.0, and `signature`."""
-        items = [float(_fold(p) == _fold(r)) for p, r in zip(predictions, references, strict=True)]
-        return {"items": items, "signature": "exact-match|norm:nfkc+casefold+space+fullstop"}
+        """Returns `score` (their mean), `items`, N values 0.0 or 1.0, and `signature`."""
+        items = [float(fold(p) == fold(r)) for p, r in zip(predictions, references, strict=True)]
+        score = sum(items) / len(items) if items else None
+        return {"score": score, "items": items, "signature": "exact-match|norm:nfkc+casefold+space+fullstop"}

@@ -1,4 +1,4 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L F-measures (Lin 2004) by rouge-score, for text with or without spaces between words."""
+"""ROUGE-1, 2, L and Lsum F-measures (Lin 2004) by rouge-score, for text with or without spaces between words."""
 
 from importlib.metadata import version
 
@@ -7,18 +7,17 @@ import evaluate
 import regex
 from rouge_score import rouge_scorer
 
-# rouge-score's own tokeniser drops every character that is not ASCII: identical Chinese sentences score 0.
-# One token: a Han, kana or Hangul character, or a run of other letters and digits. ASCII text gives the same tokens
-# as rouge-score's.
-_TOKEN = regex.compile(
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]|(?:(?![\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}_])\w)+"
-)
-_TYPES = ["rouge1", "rouge2", "rougeL"]
+from pipeline.metrics import words
+
+_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+_SENTENCE_END = regex.compile(r"(?<=[。！？｡]['\"”’」』）]*)(?!['\"”’」』）\n]|$)")
 
 
 class _Tokenizer:
+    """rouge-score's own drops every character that is not ASCII: identical Chinese sentences score 0."""
+
     def tokenize(self, text):
-        return _TOKEN.findall(text.lower())
+        return words(text)
 
 
 class Rouge(evaluate.Metric):
@@ -33,11 +32,18 @@ class Rouge(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        """F-measures 0–1. Returns `items` (N values for each of rouge1, rouge2 and rougeL) and `signature`."""
+        """F-measures 0–1. ROUGE-Lsum compares sentences: lines, and what a Chinese or Japanese full stop ends.
+
+        Returns `score` (each type's mean), `items` (N values for each of rouge1, rouge2, rougeL and rougeLsum) and
+        `signature`.
+        """
         scorer = rouge_scorer.RougeScorer(_TYPES, use_stemmer=False, tokenizer=_Tokenizer())
         items = {kind: [] for kind in _TYPES}
         for prediction, reference in zip(predictions, references, strict=True):
+            prediction, reference = (_SENTENCE_END.sub("\n", text) for text in (prediction, reference))
             scores = scorer.score(reference, prediction)
             for kind in _TYPES:
                 items[kind].append(scores[kind].fmeasure)
-        return {"items": items, "signature": f"rouge-score:{version('rouge-score')}|tok:word+cjk-char|case:lc|stem:no"}
+        score = {kind: sum(values) / len(values) if values else None for kind, values in items.items()}
+        tokens = "tok:word+char-of-spaceless-scripts|case:lc|stem:no|sent:newline+cjk-stop"
+        return {"score": score, "items": items, "signature": f"rouge-score:{version('rouge-score')}|{tokens}"}

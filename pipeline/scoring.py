@@ -1,0 +1,165 @@
+"""Answers to test items in, scored items and summaries of them out: overall, by task, language and length.
+
+An answer that is empty, cut off or was never made is counted as such and scored as an empty one, whatever its text: it
+is a failure, and leaving it out would reward a model for failing on what is hard.
+"""
+
+import uuid
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import evaluate as hf_evaluate
+import pyarrow as pa
+
+from pipeline.files import read_json
+from pipeline.generate import Answer
+from pipeline.metrics import fold
+from pipeline.params import EvaluateParams
+from pipeline.statistics import METRICS, bootstrap_metrics, group_of, metric_items
+
+METRIC_FOLDER = Path(__file__).with_name("metrics")
+ITEMS_OF_A_CLASS = 10  # a task is a classification, and counts for macro-F1, with so many items a label on average
+STATUSES = ("ok", "cut_off", "empty", "failed")
+# {metric: {score, low, high}, distinct_1, distinct_2, length_ratio, num_samples, num_cut_off, num_empty, num_failed,
+#  by_task, by_language, by_length: {name: the same}}
+Metrics = dict[str, Any]
+
+
+def score_items(
+    test: pa.Table, answers: Sequence[Answer | None], losses: tuple[list[float], list[int]]
+) -> tuple[pa.Table, dict[str, str]]:
+    """Every test item with its answer and scores, (N rows), and the signature of each metric.
+
+    Args:
+        answers: None where none was made.
+        losses: of each reference, summed over its tokens in nats, and the number of these tokens.
+
+    Columns: `id, task, language, group, scoring, prompt, prompt_tokens, reference, answer, status` (of STATUSES),
+    `cut_off, answer_ids, accuracy` (null without one right answer), `label, predicted` (null outside classifications),
+    `exact_match, bleu` (ten n-gram statistics), `chrf` (18), `rouge1, rouge2, rougeL, rougeLsum, loss, loss_tokens`.
+    """
+    status = [_status(answer) for answer in answers]
+    texts = ["" if answer is None else answer.text for answer in answers]
+    counted = [text if state == "ok" else "" for text, state in zip(texts, status, strict=True)]
+    references, scoring = test.column("reference").to_pylist(), test.column("scoring").to_pylist()
+    pairs = {"predictions": counted, "references": references}
+    results = {
+        "accuracy": compute("accuracy", **pairs, scoring=scoring),
+        "exact_match": compute("exact_match", **pairs),
+        "bleu": compute("bleu", **pairs),
+        "chrf": compute("chrf", **pairs),
+        "rouge": compute("rouge", **pairs),
+        "perplexity": compute("perplexity", losses=losses[0], tokens=losses[1]),
+    }
+    labels = class_labels(test)
+    predicted = [
+        None if label is None else f"{task}: {fold(text)}"
+        for label, task, text in zip(labels, test.column("task").to_pylist(), counted, strict=True)
+    ]
+    classes = [label is not None for label in labels]
+    macro_f1 = compute("macro_f1", predictions=_where(classes, predicted), references=_where(classes, labels))
+    columns: dict[str, pa.Array] = {
+        "prompt_tokens": pa.array(map(len, test.column("input_ids").to_pylist()), pa.int32()),
+        "answer": pa.array(texts, pa.string()),
+        "status": pa.array(status, pa.string()),
+        "cut_off": pa.array([state == "cut_off" for state in status]),
+        "answer_ids": pa.array([[] if answer is None else answer.ids for answer in answers], pa.list_(pa.int32())),
+        "accuracy": pa.array(results["accuracy"]["items"], pa.float64()),
+        "label": pa.array(labels, pa.string()),
+        "predicted": pa.array(predicted, pa.string()),
+        "exact_match": pa.array(results["exact_match"]["items"], pa.float64()),
+        "bleu": pa.array(results["bleu"]["items"], pa.list_(pa.float64())),
+        "chrf": pa.array(results["chrf"]["items"], pa.list_(pa.float64())),
+    } | {kind: pa.array(values, pa.float64()) for kind, values in results["rouge"]["items"].items()}
+    columns |= {"loss": pa.array(losses[0], pa.float64()), "loss_tokens": pa.array(losses[1], pa.int32())}
+    items = test.select(["id", "task", "language", "group", "scoring", "prompt", "reference"])
+    for name, column in columns.items():
+        items = items.append_column(name, column)
+    signatures = {name: result["signature"] for name, result in results.items() if name != "rouge"}
+    signatures |= {"macro_f1": macro_f1["signature"]} | dict.fromkeys(
+        results["rouge"]["items"], results["rouge"]["signature"]
+    )
+    return items, {metric: signatures[metric] for metric in METRICS}
+
+
+def compute(name: str, **inputs: Any) -> dict[str, Any]:
+    """The result of a local `evaluate` module; concurrent runs have files of their own."""
+    module = hf_evaluate.load(str(METRIC_FOLDER / name), experiment_id=uuid.uuid4().hex, keep_in_memory=True)
+    settings = {key: value for key, value in inputs.items() if key not in module.features}
+    columns = {key: value for key, value in inputs.items() if key in module.features}
+    if not any(len(column) for column in columns.values()):
+        return dict(module._compute(**inputs))  # evaluate itself takes no empty set
+    return dict(module.compute(**columns, **settings))
+
+
+def class_labels(test: pa.Table) -> list[str | None]:
+    """Each item's class as `task: label`; None where the task is no classification."""
+    tasks, scoring = test.column("task").to_pylist(), test.column("scoring").to_pylist()
+    labels = [
+        f"{task}: {fold(reference)}" if kind == "exact" else None
+        for task, kind, reference in zip(tasks, scoring, test.column("reference").to_pylist(), strict=True)
+    ]
+    classifications = set()
+    for task in set(tasks):
+        own = [label for label, its in zip(labels, tasks, strict=True) if its == task and label is not None]
+        if 2 <= len(set(own)) <= len(own) / ITEMS_OF_A_CLASS:
+            classifications.add(task)
+    return [label if task in classifications else None for label, task in zip(labels, tasks, strict=True)]
+
+
+def summarise(items: pa.Table, params: EvaluateParams) -> Metrics:
+    """Scores with 95 % intervals over all items and of each slice. A metric that no item counts for is null."""
+    result = _scores(items, params)
+    for kind, column in (("by_task", "task"), ("by_language", "language"), ("by_length", "prompt_tokens")):
+        values = items.column(column).to_pylist()
+        name_of = {value: length_bucket(value) if kind == "by_length" else value for value in sorted(set(values))}
+        result[kind] = {}
+        for name in dict.fromkeys(name_of.values()):
+            mask = pa.array([name_of[value] == name for value in values])
+            result[kind][name] = _scores(items.filter(mask), params)
+    return result
+
+
+def length_bucket(tokens: int) -> str:
+    """The prompt's length class: 1–32 tokens, 33–64, 65–128, …"""
+    top = max(32, 1 << (tokens - 1).bit_length())
+    return f"{top // 2 + 1 if top > 32 else 1}–{top} tokens"
+
+
+def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
+    status = items.column("status").to_pylist()
+    scores: Metrics = {"num_samples": len(items)}
+    scores |= {f"num_{state}": status.count(state) for state in STATUSES if state != "ok"}
+    values = {metric: metric_items(items, metric) for metric in METRICS}
+    measured = bootstrap_metrics(values, group_of(items), params.bootstrap_samples, params.seed)
+    scores |= {metric: score.as_dict() if score else None for metric, score in measured.items()}
+    answers = [text for text, state in zip(items.column("answer").to_pylist(), status, strict=True) if state == "ok"]
+    references = [r for r, state in zip(items.column("reference").to_pylist(), status, strict=True) if state == "ok"]
+    return scores | {
+        "distinct_1": compute("distinct_n", predictions=answers, n=1)["score"],
+        "distinct_2": compute("distinct_n", predictions=answers, n=2)["score"],
+        "length_ratio": compute("length_ratio", predictions=answers, references=references)["score"],
+    }
+
+
+def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]) -> dict[str, Any]:
+    """What two sets of item scores must share to be compared."""
+    return {
+        "test_sha256": read_json(dataset / "report.json")["test_sha256"],
+        "params": params.model_dump(),
+        "decoding": "greedy",
+        "signatures": signatures,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def _status(answer: Answer | None) -> str:
+    if answer is None:
+        return "failed"
+    return "cut_off" if answer.cut_off else "ok" if answer.text.strip() else "empty"
+
+
+def _where(chosen: list[bool], values: Iterable[str | None]) -> list[str]:
+    return [value for value, is_one in zip(values, chosen, strict=True) if is_one and value is not None]

@@ -1,0 +1,258 @@
+"""The gate's rule and its tests: what is known of them by other means, and how often they err in simulations."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import ROOT, with_
+
+from pipeline.params import Params, PromoteParams, load_params
+from pipeline.statistics import Groups, Items, group_sums, resampled_differences, set_scores
+from pipeline.versions import gate
+from pipeline.versions.significance import (
+    ALPHA,
+    binary_test,
+    corpus_test,
+    design_effect,
+    exchanged_differences,
+    holm,
+    mcnemar,
+    power,
+    rows_factor,
+    score_test,
+)
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return load_params(ROOT / "params.yaml")
+
+
+@dataclass(frozen=True)
+class World:
+    """Two systems with a true difference, and items in groups whose difficulty they share."""
+
+    items: int
+    gain: float = 0.0  # of the candidate, in expected item score
+    group_size: int = 1
+
+    def table(self, seed: int) -> tuple[pa.Table, pa.Table]:
+        draw = np.random.default_rng(seed)
+        groups = np.arange(self.items) // self.group_size
+        number = int(groups[-1]) + 1
+        ease = (0.35 + 0.3 * draw.random(number))[groups]
+        # What a system knows of a group it knows of all its items; the rest is the item's luck.
+        systems = []
+        for gain in (self.gain, 0.0):
+            known = ease + 0.1 * draw.standard_normal(number)[groups] + gain
+            scores = np.clip(known + 0.1 * draw.standard_normal(self.items), 0, 1)
+            right = (draw.random(self.items) < known).astype(float)
+            matches = np.stack([np.round(12 * scores**k) for k in (1, 1.5, 2, 2.5)], axis=1)
+            bleu = np.concatenate([np.full((self.items, 2), 12.0), matches, np.full((self.items, 4), 12.0)], axis=1)
+            columns: dict[str, Any] = {"group": groups.astype(str), "rougeL": scores, "accuracy": right}
+            systems.append(pa.table(columns | {"bleu": bleu.tolist()}))
+        return systems[0], systems[1]
+
+
+def decided(world: World, seed: int, promote: PromoteParams, resamples: int = 400) -> gate.Comparison:
+    ours, theirs = world.table(seed)
+    return gate.compare_claims(gate.claims_on(ours, theirs, promote), seed, resamples)
+
+
+def decisions(world: World, number: int, promote: PromoteParams, resamples: int = 400) -> list[str]:
+    return [gate.decision_on(decided(world, seed, promote, resamples)) for seed in range(number)]
+
+
+WIDE = {"guard_metrics": {"accuracy": 0.2, "bleu": 20.0}}  # so that what errs is the primary metric
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 0), (8, 2), (10, 10), (3, 9), (60, 41)])
+def test_mcnemar_of_single_items_is_the_binomial_tail(b: int, c: int) -> None:
+    expected = sum(math.comb(b + c, k) for k in range(b, b + c + 1)) / 2 ** (b + c)
+    net = np.array([1.0] * b + [-1.0] * c + [0.0] * 20)
+    assert mcnemar(net) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mcnemar_over_groups_is_the_randomisation_of_every_sign() -> None:
+    net = np.array([3.0, -1.0, 2.0, 2.0, -4.0, 1.0, 0.0])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * len(net))).reshape(len(net), -1).T
+    expected = ((signs @ np.abs(net)) >= net.sum()).mean()
+    assert mcnemar(net) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_score_test_against_equality_is_mcnemars_statistic() -> None:
+    assert score_test(14, 5, 100, 0.0)[0] == pytest.approx((14 - 5) / math.sqrt(14 + 5))
+
+
+def test_the_score_interval_is_tangos_published_one() -> None:
+
+    tested = binary_test(np.array([1.0] * 43 + [0.0]), np.ones(44), np.arange(44), 0.1)
+    assert (tested.low, tested.high) == pytest.approx((-0.118, 0.060), abs=0.001)
+
+
+def test_few_items_without_a_difference_do_not_prove_the_guard() -> None:
+    few, many = (binary_test(np.ones(n), np.ones(n), np.arange(n), -0.05) for n in (25, 250))
+    assert few.p > ALPHA > many.p
+    bootstrapped = corpus_test(np.ones(25), np.ones(25), np.arange(25), -0.05, np.zeros(1000), seed=0)
+    assert bootstrapped.p < ALPHA  # why right or wrong items have a test of their own
+
+
+def test_dependent_items_count_less() -> None:
+    change = np.repeat(np.array([1.0, -1.0, 1.0, 0.0, -1.0, 1.0]), 5)
+    assert design_effect(change, np.arange(30)) == pytest.approx(1.0)
+    assert design_effect(change, np.repeat(np.arange(6), 5)) == pytest.approx(5.0)
+    candidate = np.repeat((np.arange(30) % 3 > 0).astype(float), 4)
+    champion = np.repeat((np.arange(30) % 3 > 1).astype(float), 4)
+    p_groups = binary_test(candidate, champion, np.repeat(np.arange(30), 4), 0.0).p
+    assert p_groups > 100 * binary_test(candidate, champion, np.arange(120), 0.0).p
+    assert p_groups == pytest.approx(0.5**10)
+
+
+def test_holm_is_his_own_example_and_keeps_the_order() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+
+
+def test_randomisation_of_few_groups_is_the_share_of_all_exchanges() -> None:
+    ours, theirs = np.array([0.9, 0.8, 0.7, 0.9, 0.4, 0.8]), np.array([0.5, 0.6, 0.8, 0.3, 0.3, 0.5])
+    gap = ours - theirs
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T
+    exact = ((signs * gap).sum(axis=1) >= gap.sum() - 1e-9).mean()
+    groups = np.arange(6)
+    drawn = exchanged_differences(group_sums(ours, groups), group_sums(theirs, groups), 20_000, seed=0)
+    assert (drawn >= gap.mean() - 1e-9).mean() == pytest.approx(exact, abs=0.005)
+
+
+def test_the_power_is_the_textbooks_for_one_metric() -> None:
+    noise = np.random.default_rng(0).standard_normal((200_000, 1))
+    # One-sided 2.5 %, standard error 1: a difference of 2.8016 is seen with a probability of 0.8.
+    assert power(noise, [1.0], [2.8016]) == pytest.approx(0.8, abs=0.003)
+    assert power(noise, [1.0], [0.0]) == pytest.approx(ALPHA, abs=0.002)
+    assert rows_factor(noise[:20_000], [2.0], [2.8016]) == pytest.approx(4.0, rel=0.03)
+    assert rows_factor(noise[:2000], [1.0], [0.0]) == math.inf
+
+
+def test_two_thousand_sentences_are_compared_in_two_seconds() -> None:
+    draw = np.random.default_rng(0)
+    items: list[Items] = []
+    for _ in range(2):
+        totals = draw.integers(5, 30, 1000)[:, None] - np.arange(4)
+        lengths = np.stack([totals[:, 0], totals[:, 0]], axis=1)
+        items.append(np.concatenate([lengths, (totals * draw.random((1000, 1))).round(), totals], axis=1).astype(float))
+    groups: Groups = np.arange(1000)
+    started = time.monotonic()
+    differences = resampled_differences(items[0], items[1], groups, 1000, seed=0)
+    corpus_test(items[0], items[1], groups, 0.0, differences, seed=0)
+    assert time.monotonic() - started < 2.0
+    assert len(differences) == 1000
+
+
+def test_large_test_sets_are_resampled_in_blocks_with_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = np.random.default_rng(0).random((2, 300))
+    groups = np.arange(300) // 3
+    whole = resampled_differences(ours, theirs, groups, 50, seed=1)
+    exchanged = exchanged_differences(group_sums(ours, groups), group_sums(theirs, groups), 50, seed=1)
+    for module in ("pipeline.statistics", "pipeline.versions.significance"):
+        monkeypatch.setattr(f"{module}.BLOCK", 700)
+    assert resampled_differences(ours, theirs, groups, 50, seed=1) == pytest.approx(whole)
+    sums = group_sums(ours, groups), group_sums(theirs, groups)
+    assert exchanged_differences(*sums, 50, seed=1) == pytest.approx(exchanged)
+
+
+def test_metrics_that_count_other_items_share_their_draws() -> None:
+    scores, groups = np.random.default_rng(0).random(60), np.arange(60)
+    some = scores.copy()
+    some[::2] = np.nan
+    zero = np.zeros(60)
+    all_items = resampled_differences(scores, zero, groups, 300, seed=0)
+    half = resampled_differences(some, np.where(np.isnan(some), np.nan, 0.0), groups, 300, seed=0)
+    assert np.corrcoef(all_items, half)[0, 1] > 0.5
+    assert set_scores(np.array([[0.0, 0.0]]))[0] != 0  # a draw without an item has no score
+
+
+def test_a_clear_gain_is_promoted_however_small_the_power_would_be(params: Params) -> None:
+    comparison = decided(World(60, gain=0.3), 0, with_(params, promote={"declared_effect": 0.001}).promote)
+    assert gate.decision_on(comparison) == "promoted"
+    assert comparison["rougeL"]["gate_power"] < 0.2
+    assert gate.reason(comparison, "champion v1").endswith("p 0.005)")  # 400 resamples say no less
+
+
+def test_too_few_items_decide_nothing_and_say_how_many_would(params: Params) -> None:
+    promote = with_(params, promote=WIDE).promote
+    comparison = decided(World(60, gain=0.02), 5, promote)
+    assert gate.decision_on(comparison) == "undecided"
+    rows = comparison["rougeL"]["gate_rows"]
+    assert 90 < rows < 300
+    reason = gate.reason(comparison, "champion v3")
+    assert f"on 60 test items, 0.8 is needed: about {rows:,} would do" in reason
+    assert "of champion v3 (95 % CI" in reason
+    enough = [decided(World(rows, gain=promote.declared_effect), seed, promote) for seed in range(40)]
+    assert np.mean([gate.decision_on(comparison) == "promoted" for comparison in enough]) > 0.6
+
+
+def test_a_clear_loss_is_refused_however_few_the_items(params: Params) -> None:
+    comparison = decided(World(40, gain=-0.3), 0, params.promote)
+    assert comparison["rougeL"]["gate_power"] < 0.8
+    assert gate.decision_on(comparison) == "refused"
+
+
+def test_no_gain_on_enough_items_is_refused_with_the_power(params: Params) -> None:
+    promote = with_(params, promote=WIDE).promote
+    everything = [decided(World(190, gain=0.02), seed, promote) for seed in range(15)]
+    open_ones = [c for c in everything if "open" in {row["verdict"] for row in c.values()}]
+    assert open_ones
+    open_ones = [c for c in open_ones if c["rougeL"]["gate_power"] >= 0.8]
+    assert {gate.decision_on(comparison) for comparison in open_ones} == {"refused"}
+    assert "would do" not in gate.reason(open_ones[0], "v1")
+    assert "passes with a probability of" in gate.reason(open_ones[0], "v1")
+
+
+def test_fewer_than_twenty_groups_decide_nothing(params: Params) -> None:
+    comparison = decided(World(190, gain=0.3, group_size=10), 0, params.promote)
+    assert gate.decision_on(comparison) == "undecided"
+    assert "needed at least 20 independent test items, there are 19" in gate.reason(comparison, "v1")
+    assert comparison["rougeL"]["gate_rows"] >= 200
+
+
+def test_a_lower_perplexity_is_better(params: Params) -> None:
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(5, 30, 200).astype(float)
+    worse = tokens * (1.5 + 0.1 * draw.random(200))
+    columns = {"group": [str(i) for i in range(200)], "loss_tokens": tokens}
+    high, low = (pa.table(columns | {"loss": loss}) for loss in (worse, worse - 0.1 * tokens))
+    promote = with_(params, promote={"primary_metric": "perplexity", "guard_metrics": {}}).promote
+    better = gate.compare_claims(gate.claims_on(low, high, promote), 0)
+    assert gate.decision_on(better) == "promoted"
+    assert better["perplexity"]["high"] < 0
+    assert gate.decision_on(gate.compare_claims(gate.claims_on(high, low, promote), 0)) == "refused"
+    guard = with_(params, promote={"primary_metric": "perplexity", "guard_metrics": {"perplexity": 0.1}}).promote
+    assert [c.metric for c in gate.claims_on(low, high, guard)] == ["perplexity"]
+
+
+def test_equal_systems_are_rarely_promoted_and_better_ones_mostly(params: Params) -> None:
+    promote = with_(params, promote=WIDE).promote
+    equal = decisions(World(160, group_size=2), 150, promote, 300)
+    assert equal.count("promoted") <= 150 * 0.05
+    better = decisions(World(400, gain=promote.declared_effect), 60, promote, 300)
+    assert better.count("promoted") >= 60 * 0.8
+
+
+@pytest.mark.faults
+def test_of_1000_equal_pairs_at_most_5_percent_are_promoted(params: Params) -> None:
+    for world in (World(160), World(200, group_size=5)):
+        for promote in (params.promote, with_(params, promote=WIDE).promote):
+            promoted = decisions(world, 1000, promote, 1000).count("promoted")
+            assert promoted <= 50, f"{promoted} of 1000 equal pairs were promoted ({world}, {promote.guard_metrics})"
+
+
+@pytest.mark.faults
+def test_the_declared_effect_is_seen_four_times_in_five_where_the_gate_says_so(params: Params) -> None:
+    pilot = [decided(World(400, params.promote.declared_effect), seed, params.promote, 1000) for seed in range(20)]
+    rows = int(np.median([comparison["rougeL"]["gate_rows"] for comparison in pilot]))
+    promoted = decisions(World(rows, params.promote.declared_effect), 500, params.promote, 1000).count("promoted")
+    assert promoted >= 0.8 * 500, f"{promoted} of 500 with {rows} rows"
