@@ -53,7 +53,7 @@ def open_run(params: TrainParams, dataset: Path, checkpoints: Path) -> Path:
         if others:
             print(f"train · {_difference(read_json(others[-1]), own)}; this training starts afresh", flush=True)
         write_json(folder / "run.json", own)
-    for path in checkpoints.iterdir():
+    for path in (found.parent for found in list(checkpoints.glob("*/run.json"))):
         if path != folder and time.time() - _last_change(path) > KEPT_DAYS * 86400:
             print(f"train · {path} was not touched for {KEPT_DAYS:.0f} days and is removed", flush=True)
             shutil.rmtree(path, ignore_errors=True)

@@ -51,8 +51,8 @@ def require_gradients(trainer: Any) -> None:
         return after
 
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not weight.requires_grad:
+        weight = module._parameters.get("weight")  # PEFT's wrappers show that of the layer within
+        if weight is not None and weight.dim() == 2 and not weight.requires_grad:
             hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
     try:
         batch = trainer._prepare_inputs(trainer.data_collator([rows[shortest]]))

@@ -175,12 +175,17 @@ class Watch(TrainerCallback):
         torch.manual_seed(number)
         self.begin_step()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        self.learning_rate = lr_scheduler.get_last_lr()[0]
+
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         step, last = state.global_step, state.global_step == state.max_steps
         if step % self.params.logging_steps == 0 or last:
-            self._log(step, last, model, others["lr_scheduler"].get_last_lr()[0])
+            self._log(step, last, model)
         elif step == self.resumed_at + 1:
             print(f"train · step {step}, loss {self.unlogged[-1]:.3f}", file=sys.stderr, flush=True)
         if self.interrupted or self.out_of_time:
@@ -225,14 +230,14 @@ class Watch(TrainerCallback):
         """Whether the last validation was the best so far."""
         return self.best is not None and self.worse == 0
 
-    def _log(self, step: int, last: bool, model: torch.nn.Module, learning_rate: float) -> None:
+    def _log(self, step: int, last: bool, model: torch.nn.Module) -> None:
         changes = weight_changes(model, self._start)
         now = time.monotonic()
         self.loss_rows.append(
             {
                 "step": step,
                 "loss": statistics.fmean(self.unlogged),
-                "learning_rate": learning_rate,
+                "learning_rate": self.learning_rate,
                 "grad_norm": self.grad_norm,
                 "weight_change": math.sqrt(sum(change**2 for change in changes.values())),
             }
