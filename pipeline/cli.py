@@ -406,7 +406,7 @@ def _run_stage(name: str, params: Any) -> str:
         case "train":
             from pipeline.train import train
 
-            trained = train(params.train, dataset, adapter)
+            trained = train(params.train, dataset, adapter, tables=ARTIFACTS / "training")
             return (
                 f"{trained.steps} steps, loss {trained.loss:.3f}, "
                 f"{trained.trainable_parameters:,} trainable parameters, {trained.tokens_per_second:,.0f} tokens/s"

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from pipeline.chat.template import ChatTemplate
 from pipeline.model import ModelError
 from pipeline.progress import Progress
+from pipeline.training.memory import OutOfMemory, free, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def generate(
 
     Raises:
         ModelError: a prompt and its answer do not fit the model's context.
+        OutOfMemory: memory ran out with a single prompt; before that, the batch is halved.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
@@ -49,15 +51,32 @@ def generate(
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: memory fails early
     progress = Progress(stage, len(prompts), f"answers of {system}")
-    for start in range(0, len(order), batch_size):
+    start = 0
+    while start < len(order):
         batch = order[start : start + batch_size]
         width = len(prompts[batch[0]])
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch], device=device)  # (B, T)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        try:
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise OutOfMemory(
+                    f"memory ran out with one prompt of {width} tokens ({str(error).splitlines()[0]}); lower "
+                    "evaluate.max_new_tokens or prepare.max_length, or take a machine with more memory"
+                ) from None
+            output = None
+        if output is None:  # outside `except`, whose traceback holds the failed attempt's tensors
+            free()
+            batch_size = (len(batch) + 1) // 2
+            print(f"{stage} · memory ran out with {len(batch)} prompts; it goes on with {batch_size}", flush=True)
+            continue
         for i, new in zip(batch, output, strict=True):
             answers[i] = _answer(new, template)
-        progress.update(start + len(batch))
+        start += len(batch)
+        progress.update(start)
     return [answer for answer in answers if answer is not None]
 
 

@@ -173,16 +173,46 @@ class TrainParams(Section):
     optim: Literal["adamw_torch", "paged_adamw_8bit"]
     logging_steps: Positive
     save_steps: Positive
+    eval_steps: Positive | None
+    early_stopping_patience: Positive | None
+    max_loss_rise: Annotated[float, Field(gt=0)] | None
+    max_hours: Annotated[float, Field(gt=0)] | None
+    strategy: Literal["single", "ddp", "fsdp", "deepspeed"]
+    num_processes: Positive
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"]
     num_threads: Literal["auto"] | Positive
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
     def check(self) -> "TrainParams":
+        self.check_strategy()
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(
                 f"train.max_steps is {self.max_steps}; expected -1 (num_train_epochs decides) or more than 0"
             )
         return self
+
+    def check_strategy(self) -> None:
+        if (self.strategy == "single") != (self.num_processes == 1):
+            raise ValueError(
+                f"train.strategy is {self.strategy} with train.num_processes {self.num_processes}; single goes with 1 "
+                "process, the others with 2 and more"
+            )
+        if self.strategy in ("fsdp", "deepspeed") and self.early_stopping_patience is not None:
+            raise ValueError(
+                f"train.early_stopping_patience keeps the best weights whole, and {self.strategy} shards them; set it "
+                "to null, or train.strategy to ddp"
+            )
+        # FSDP shards flat tensors of one dtype: 4-bit weights have to be stored in that of all others.
+        if self.strategy == "fsdp" and self.load_in_4bit and self.bnb_4bit_quant_storage == "uint8":
+            raise ValueError(
+                "train.strategy fsdp with train.load_in_4bit needs train.bnb_4bit_quant_storage bfloat16 (float32 on "
+                "CPUs): uint8 tensors cannot be sharded with the others"
+            )
+        if self.strategy == "deepspeed" and self.optim == "paged_adamw_8bit":
+            raise ValueError(
+                "train.strategy deepspeed shards the optimiser's state itself; set train.optim to adamw_torch"
+            )
 
 
 class EvaluateParams(Section):

@@ -28,7 +28,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from pipeline.params import Params, TrainParams
 from pipeline.progress import clock
-from pipeline.train import lora_config, training_sequences
+from pipeline.train import lora_config
+from pipeline.training.packing import training_sequences
 
 GIB = 2**30
 FREE_FRACTION = 0.92  # of a GPU's memory: the rest is the CUDA context and what the allocator cannot use

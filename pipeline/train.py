@@ -2,44 +2,38 @@
 
 The base is quantised to NF4 as it is loaded, on a GPU or a CPU. Loss is on the tokens that prepare labelled. A killed
 run goes on from its last checkpoint; checkpoints lie under a hash of everything that shapes the result, so a run never
-continues another one.
+continues another one. `training/` holds the parts.
 """
 
-import csv
 import math
 import shutil
-import signal
-import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, List, Value, concatenate_datasets
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from transformers import TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
 
 from pipeline.chat.template import load_contract
-from pipeline.files import WORK_DIR, read_json, sha256_file, sha256_json, whole_directory, write_json
+from pipeline.files import WORK_DIR, read_json, whole_directory, write_json
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
-from pipeline.progress import Progress
 from pipeline.security.sanitise import clean_folder, portable
-from pipeline.security.vetting import STATES, UnsafeModelError, check_checkpoint
+from pipeline.training.checkpoints import last_checkpoint, open_run, versions
+from pipeline.training.gradients import require_gradients
+from pipeline.training.launch import launch, must_launch
+from pipeline.training.packing import Collate, require_isolation, training_sequences, use_row_attention
+from pipeline.training.trainer import AdapterTrainer
+from pipeline.training.watching import TrainError, Watch
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
-class TrainError(ValueError):
-    """Training cannot start or did not finish; the message says why and what to change."""
-
-
 class Interrupted(RuntimeError):
-    """A signal ended the run after a checkpoint was saved; the same command goes on from there."""
+    """A signal or `max_hours` ended the run after a checkpoint was saved; the same command goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +46,51 @@ class Trained:
     resumed_from_step: int
 
 
-def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = WORK_DIR / "checkpoints") -> Trained:
+def train(
+    params: TrainParams,
+    dataset: Path,
+    output: Path,
+    checkpoints: Path = WORK_DIR / "checkpoints",
+    tables: Path | None = None,
+) -> Trained:
     """Train an adapter on `dataset` and write it to `output` as PEFT saves it (safetensors), with the tokenizer.
 
     Beside it: `contract.json` (copied from the dataset), `training.json` (resolved parameters, versions, final losses)
-    and `loss.csv` (step, loss in nats a token, validation loss, learning rate, gradient norm) for `dvc plots`.
+    and `loss.csv` (step, loss in nats a token, validation loss, learning rate, gradient norm, weight change) for
+    `dvc plots`. What differs between two equal runs (speed, memory, rungs taken) goes to the folder `tables`.
 
     Raises:
         TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
-        TrainError: a target module that the model lacks, a loss of NaN or infinity, or an adapter that did not change.
-        Interrupted: SIGTERM; a checkpoint was saved.
+        TrainError: a target module that the model lacks, a loss of NaN or infinity or one that jumps, a layer that
+            passes no gradient, or an adapter that did not change.
+        OutOfMemory: memory ran out with the smallest piece of a batch.
+        Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
     """
+    if must_launch(params):
+        return Trained(**launch(params, dataset, output, checkpoints, tables))
     contract = read_json(dataset / "contract.json")
     template = load_contract(contract)
     threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
-    model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION})
+    model = load_base(contract["model"], quantisation_of(params))
     _require_modules(model, params)
-    folder = checkpoints / run_key(params, dataset)
     train_rows = training_sequences(dataset / "train.parquet", params)
     validation_rows = training_sequences(dataset / "validation.parquet", params)
-    watch = _Watch()
-    trainer = SFTTrainer(
+    folder = open_run(params, dataset, checkpoints)
+    sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
+    watch = Watch(params, sources)
+    if params.packing:
+        require_isolation(model, train_rows)
+        use_row_attention(model)
+    trainer = AdapterTrainer(
         model=model,
-        args=_arguments(params, folder, has_validation=len(validation_rows) > 0),
+        args=_arguments(params, folder),
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=template.tokenizer,
+        data_collator=Collate(template.tokenizer.pad_token_id, params.packing),
         peft_config=lora_config(params),
-        callbacks=[watch],
+        watch=watch,
     )
     if not torch.cuda.is_available():
         # TRL makes adapters of quantised models bfloat16, as QLoRA does on GPUs; a CPU gains no speed by it and
@@ -90,139 +100,66 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
                 parameter.data = parameter.data.float()
     # The trainer's own printer of raw dictionaries; `watch` prints lines people read.
     trainer.pop_callback(_printer(trainer))
-    before = _adapter_norm(trainer.model)
+    require_gradients(trainer)
+    watch.remember_start(trainer.model)
     start = last_checkpoint(folder)
     resumed = int(start.name.split("-")[1]) if start else 0
     if start:
         print(f"train · going on from step {resumed} ({start})", flush=True)
-    tokens = sum(len(ids) for ids in train_rows["input_ids"])
+        trainer.go_on_from(start)
     with watch:
-        result = trainer.train(resume_from_checkpoint=str(start) if start else None)
-    if watch.interrupted:
-        raise Interrupted(f"stopped by a signal at step {trainer.state.global_step}; the next run goes on from there")
-    if not math.isfinite(result.training_loss):  # it came after the last logging step
-        raise TrainError(f"the loss became {result.training_loss}; lower train.learning_rate or train.max_grad_norm")
-    if _adapter_norm(trainer.model) == before:
+        # Killed after its last step, it has nothing left to train; the loop would take a step more.
+        if start is None or not trainer.is_finished(start):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+    step = trainer.state.global_step
+    if (watch.interrupted or watch.out_of_time) and step < trainer.state.max_steps:
+        why = "by a signal" if watch.interrupted else f"after train.max_hours ({params.max_hours})"
+        raise Interrupted(f"stopped {why} at step {step}; the next run goes on from there")
+    best = trainer.load_best()
+    if not watch.moved(trainer.model):
         raise TrainError(
-            f"the adapter did not change in {trainer.state.global_step} steps; with very few of them set "
-            "train.warmup_ratio to 0, else no gradient reached it"
+            f"the adapter did not change in {step} steps; with very few of them set train.warmup_ratio to 0, else no "
+            "gradient reached it"
         )
-    steps_here = trainer.state.global_step - resumed
-    epochs_here = trainer.state.epoch * steps_here / max(trainer.state.global_step, 1)
     trained = Trained(
-        steps=trainer.state.global_step,
-        loss=next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), result.training_loss),
-        validation_loss=next((e["eval_loss"] for e in reversed(trainer.state.log_history) if "eval_loss" in e), None),
+        steps=step,
+        loss=watch.last("loss", math.nan),
+        validation_loss=watch.last("validation_loss", None) if best is None else watch.best_loss,
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        tokens_per_second=tokens * epochs_here / max(watch.seconds, 1e-9),
+        tokens_per_second=watch.tokens / max(watch.seconds, 1e-9),
         resumed_from_step=resumed,
     )
-    with whole_directory(output) as whole:
-        trainer.save_model(str(whole))
-        (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
-        # PEFT writes the set of target modules in an order that changes from run to run, and with it the digest.
-        config = read_json(whole / "adapter_config.json")
-        write_json(whole / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
-        template.tokenizer.save_pretrained(str(whole))
-        clean_folder(whole)
-        write_json(whole / "contract.json", portable(contract))
-        write_json(whole / "training.json", portable(_record(params, contract, trained, threads)))
-        _write_curve(whole / "loss.csv", trainer.state.log_history)
-    shutil.rmtree(folder, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        record = _record(params, contract, trained, threads) | ({} if best is None else {"best_step": best})
+        with whole_directory(output) as whole:
+            _save(trainer, whole, portable(contract), portable(record))
+            watch.write_curve(whole / "loss.csv")
+        if tables is not None:
+            with whole_directory(tables) as whole:
+                watch.write_tables(whole)
+                rungs = [rung.record() for rung in trainer.rungs[1:]]
+                write_json(whole / "run.json", {"memory": rungs, "resumed_from_step": resumed})
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return trained
 
 
-def run_key(params: TrainParams, dataset: Path) -> str:
-    """Hash of data, template contract (with the base model's digest), parameters, this code and library versions."""
-    return sha256_json(
-        {
-            "data": {p.name: sha256_file(p) for p in sorted(dataset.glob("*.parquet"))},
-            "contract": read_json(dataset / "contract.json"),
-            "params": params.model_dump(),
-            "code": {p.name: sha256_file(p) for p in (Path(__file__), Path(__file__).with_name("model.py"))},
-            "versions": _versions(),
-        }
-    )[:24]
+def _save(trainer: SFTTrainer, folder: Path, contract: dict[str, Any], record: dict[str, Any]) -> None:
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
+    # PEFT writes the set of target modules in an order that changes from run to run, and with it the digest.
+    config = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
+    trainer.processing_class.save_pretrained(str(folder))
+    clean_folder(folder)
+    write_json(folder / "contract.json", contract)
+    write_json(folder / "training.json", record)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is whole; one that a kill cut short is named and passed over.
-
-    Raises:
-        UnsafeModelError: a whole one holds what no training saves; see `check_checkpoint`.
-    """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
-        try:
-            state = read_json(checkpoint / "trainer_state.json")
-            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
-                whole = len(list(file.keys())) > 0 and state["global_step"] > 0
-            if whole and all((checkpoint / name).stat().st_size > 0 for name in STATES):
-                check_checkpoint(checkpoint)
-                return checkpoint
-        except UnsafeModelError:
-            raise
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError):
-            pass
-        print(f"train · {checkpoint} is not whole; it is passed over", flush=True)
-    return None
-
-
-class _Watch(TrainerCallback):
-    """Progress lines, a stop at a loss that is no number, and a checkpoint when SIGTERM comes."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self.seconds = 0.0
-        self.progress: Progress | None = None
-
-    def __enter__(self) -> None:
-        self.previous = signal.signal(signal.SIGTERM, self._on_signal)
-        self.started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
-        self.seconds = time.monotonic() - self.started
-
-    def _on_signal(self, *_: object) -> None:
-        self.interrupted = True
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress = Progress("train", state.max_steps, "steps")
-        self.progress.resume_at(state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        assert self.progress is not None  # on_train_begin ran
-        self.progress.update(state.global_step, f"loss {losses[-1]:.3f}" if losses else "")
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not loss < float("inf"):
-            raise TrainError(
-                f"the loss is {loss} at step {state.global_step}; lower train.learning_rate or train.max_grad_norm"
-            )
-
-
-def training_sequences(path: Path, params: TrainParams) -> Dataset:
-    """Rows as training sequences: one each, or packed to `packed_length`; `seq_lengths` keeps packed rows apart.
-
-    TRL's own packing would cut a row longer than the sequence; here it is a sequence of its own.
-    """
-    rows = Dataset(pq.read_table(path, columns=["input_ids", "labels"]))
-    if not params.packing or not len(rows):
-        return rows
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    short = rows.select([i for i, n in enumerate(lengths) if n <= params.packed_length]).shuffle(seed=params.seed)
-    long = rows.select([i for i, n in enumerate(lengths) if n > params.packed_length])
-    alone = [[n] for n in lengths if n > params.packed_length]
-    parts = [pack_dataset(short, params.packed_length, "bfd")] if len(short) else []
-    parts += [long.add_column("seq_lengths", alone, feature=List(Value("int32")))] if alone else []
-    return concatenate_datasets(parts)
+def quantisation_of(params: TrainParams) -> dict[str, Any]:
+    """How the base is loaded for training; the storage dtype changes no value, so no later stage needs it."""
+    storage = {"bnb_4bit_quant_storage": params.bnb_4bit_quant_storage} if params.strategy == "fsdp" else {}
+    return {key: getattr(params, key) for key in QUANTISATION} | storage
 
 
 def lora_config(params: TrainParams) -> LoraConfig:
@@ -249,7 +186,7 @@ def _require_modules(model: torch.nn.Module, params: TrainParams) -> None:
             )
 
 
-def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTConfig:
+def _arguments(params: TrainParams, folder: Path) -> SFTConfig:
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(folder),
@@ -265,12 +202,15 @@ def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTCo
         gradient_accumulation_steps=params.gradient_accumulation_steps,
         # prepare has tokenised, labelled and measured the rows, and `training_sequences` has packed them.
         dataset_kwargs={"skip_prepare_dataset": True},
-        padding_free=params.packing,
+        remove_unused_columns=False,
+        padding_free=False,  # `Collate` does it, with the rows of a batch beside it
+        # Unpacked rows of like length share a batch, so there is little padding.
+        train_sampling_strategy="random" if params.packing else "group_by_length",
         max_length=None,
         gradient_checkpointing=params.gradient_checkpointing,
         optim=params.optim,
-        logging_steps=params.logging_steps,
-        eval_strategy="epoch" if has_validation else "no",
+        logging_strategy="no",  # `Watch` logs, and says when to validate
+        eval_strategy="no",
         save_steps=params.save_steps,
         save_total_limit=2,
         seed=params.seed,
@@ -287,40 +227,15 @@ def _printer(trainer: SFTTrainer) -> TrainerCallback:
     return next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
 
 
-def _adapter_norm(model: torch.nn.Module) -> float:
-    return sum(float(p.detach().double().norm()) for p in model.parameters() if p.requires_grad)
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")}
-
-
 def _record(params: TrainParams, contract: dict[str, Any], trained: Trained, threads: int) -> dict[str, Any]:
     return {
         "params": params.model_dump(),
         "quantisation": {key: getattr(params, key) for key in QUANTISATION},
         "base_model": contract["model"],
-        "versions": _versions(),
+        "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {threads} threads",
         "steps": trained.steps,
         "loss": trained.loss,
         "validation_loss": trained.validation_loss,
         "trainable_parameters": trained.trainable_parameters,
     }
-
-
-def _write_curve(path: Path, history: list[dict[str, Any]]) -> None:
-    columns = {
-        "loss": "loss",
-        "eval_loss": "validation_loss",
-        "learning_rate": "learning_rate",
-        "grad_norm": "grad_norm",
-    }
-    steps: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        row = steps.setdefault(entry["step"], {"step": entry["step"]})
-        row.update({columns[key]: entry[key] for key in columns if key in entry})
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["step", *columns.values()])
-        writer.writeheader()
-        writer.writerows(row for row in steps.values() if len(row) > 1)

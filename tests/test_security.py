@@ -33,7 +33,8 @@ from pipeline.publish import fetch_version, read_manifest
 from pipeline.security.allowlist import PARTS, UnsafeFileError, check_file, check_names
 from pipeline.security.vetting import STATES, UnsafeModelError, check_adapter, check_checkpoint
 from pipeline.store.artifact_store import FileStore, StoreError
-from pipeline.train import last_checkpoint, train
+from pipeline.train import train
+from pipeline.training.checkpoints import last_checkpoint, seal
 
 TEXTS = ("README.md", "merges.txt", "loss.csv", "chat_template.jinja")
 
@@ -651,6 +652,7 @@ HOSTILE_CHECKPOINTS: dict[str, Change] = {
 def test_a_hostile_checkpoint_is_refused_and_nothing_of_it_runs(tmp_path: Path, checkpoint: Path, name: str) -> None:
     shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
     HOSTILE_CHECKPOINTS[name](tmp_path / "checkpoint-2")
+    seal(tmp_path / "checkpoint-2")  # who can change a checkpoint can change its digests
     with watching(tmp_path):
         assert "delete" in str(refused(lambda: last_checkpoint(tmp_path)))
 
@@ -673,7 +675,8 @@ def test_the_trainer_itself_would_not_run_it_either(
     target = tmp_path / checkpoint.parent.name / "checkpoint-2"
     shutil.copytree(checkpoint, target)
     HOSTILE_CHECKPOINTS[name](target)
-    monkeypatch.setattr("pipeline.train.check_checkpoint", lambda folder: None)
+    seal(target)
+    monkeypatch.setattr("pipeline.training.checkpoints.check_checkpoint", lambda folder: None)
     with watching(tmp_path), pytest.raises(Exception, match="Weights only load failed"):
         train(_stopped(params), dataset, tmp_path / "adapter", tmp_path)
 

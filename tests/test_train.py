@@ -18,7 +18,9 @@ from pipeline.files import read_json, sha256_file, write_json
 from pipeline.model import load_base
 from pipeline.params import Params
 from pipeline.security.sanitise import portable
-from pipeline.train import QUANTISATION, TrainError, last_checkpoint, run_key, train, training_sequences
+from pipeline.train import QUANTISATION, TrainError, train
+from pipeline.training.checkpoints import last_checkpoint, run_key, seal
+from pipeline.training.packing import training_sequences
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -166,7 +168,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("torn", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("torn", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "digests.json"])
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], torn: str
 ) -> None:
@@ -178,8 +180,9 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
         save_file({"a": torch.zeros(2)}, folder / "adapter_model.safetensors")
         (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
         write_json(folder / "adapter_config.json", {"peft_type": "LORA", "target_modules": "all-linear"})
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        for name in ("optimizer.pt", "scheduler.pt"):
             torch.save({"step": torch.zeros(2)}, folder / name)
+        seal(folder)
     file = tmp_path / "checkpoint-4" / torn
     file.write_bytes(file.read_bytes()[:-3])
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"

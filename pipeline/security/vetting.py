@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_pt_utils import safe_globals
 from transformers.utils.hub import cached_file
 
 from pipeline.security.allowlist import check_file, check_link, strict_json
@@ -40,9 +39,10 @@ CHOSEN |= {
     "total_step",
 }  # AdaLoRA's
 IGNORED = {"base_model_name_or_path", "revision", "peft_version"}  # of no effect: base and revision are the contract's
-STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # written by torch.save, so pickles
+STATES = ("optimizer.pt", "scheduler.pt")  # written by torch.save, so pickles
 # training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
 CHECKPOINT = {*STATES, "adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "training_args.bin"}
+CHECKPOINT |= {"digests.json", "watch.json"}  # ours
 CHECKPOINT |= {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CHECKPOINT |= {
     "special_tokens_map.json",
@@ -144,8 +144,7 @@ def check_checkpoint(folder: Path) -> None:
         raise UnsafeModelError(f"{error}; delete {folder} to train without it") from None
     for name in STATES:
         try:
-            with safe_globals():  # NumPy's random state
-                torch.load(folder / name, map_location="cpu", weights_only=True)
+            torch.load(folder / name, map_location="cpu", weights_only=True)
         except Exception as error:
             if type(error).__name__ != "UnpicklingError":  # its module may not be imported here
                 raise

@@ -1,0 +1,114 @@
+"""Checkpoints of one run: kept under a hash of all that shapes its result, sealed with digests, checked before a load.
+
+A checkpoint without a seal, or with a file that its seal does not know as it is, is passed over for the one before.
+Checkpoints of another run are never continued; `say_what_changed` tells why a training starts afresh.
+"""
+
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json, sha256_file, sha256_json, write_json
+from pipeline.params import TrainParams
+from pipeline.security.vetting import check_checkpoint
+
+SEAL = "digests.json"  # {file: sha256}, written last: a checkpoint that a kill cut short has none
+WATCH = "watch.json"  # what `Watch` has to know of the steps before
+KEPT_DAYS = 30.0
+# They change when and where a run stops, not what comes out of it: a stopped run goes on with other values.
+WITHOUT_EFFECT = {"max_hours", "num_threads"}
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+Identity = dict[str, dict[str, Any]]
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+def identity(params: TrainParams, dataset: Path) -> Identity:
+    """All that shapes a training's result, by kind: data, base model and template, parameters, code, libraries."""
+    folder = Path(__file__).parent
+    code = [folder.parent / "train.py", folder.parent / "model.py", *folder.glob("*.py")]
+    return {
+        "data": {path.name: sha256_file(path) for path in sorted(dataset.glob("*.parquet"))},
+        "base model or template": read_json(dataset / "contract.json"),
+        "parameters": params.model_dump(exclude=WITHOUT_EFFECT),
+        "code": {path.name: sha256_file(path) for path in sorted(code)},
+        "libraries": versions(),
+    }
+
+
+def run_key(params: TrainParams, dataset: Path) -> str:
+    return sha256_json(identity(params, dataset))[:24]
+
+
+def open_run(params: TrainParams, dataset: Path, checkpoints: Path) -> Path:
+    """The folder of this run's checkpoints; says so when there are only those of a run that differs."""
+    own = identity(params, dataset)
+    folder = checkpoints / sha256_json(own)[:24]
+    if not folder.exists():
+        others = sorted(checkpoints.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+        if others:
+            print(f"train · {_difference(read_json(others[-1]), own)}; this training starts afresh", flush=True)
+        write_json(folder / "run.json", own)
+    for path in (found.parent for found in list(checkpoints.glob("*/run.json"))):
+        if path != folder and time.time() - _last_change(path) > KEPT_DAYS * 86400:
+            print(f"train · {path} was not touched for {KEPT_DAYS:.0f} days and is removed", flush=True)
+            shutil.rmtree(path, ignore_errors=True)
+    return folder
+
+
+def _difference(other: Identity, own: Identity) -> str:
+    changed = [kind for kind in own if other.get(kind) != own[kind]]
+    before, now = other.get("parameters", {}), own["parameters"]
+    names = ", ".join(f"train.{key}" for key in now if before.get(key) != now[key])
+    what = " and ".join(f"{kind} ({names})" if kind == "parameters" and names else kind for kind in changed)
+    return f"the last checkpoints are of a run with other {what or 'contents'}"
+
+
+def _last_change(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in [folder, *folder.iterdir()]), default=0.0)
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the digests of all files of a checkpoint that was just saved; from here on it counts."""
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(checkpoint / SEAL, {str(path.relative_to(checkpoint)): sha256_file(path) for path in files})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that is sealed and whole; each that is not is named and passed over.
+
+    Raises:
+        UnsafeModelError: a whole one holds what no training saves; see `check_checkpoint`.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for checkpoint in found:
+        problem = problem_of(checkpoint, "trainer_state.json")
+        if problem is None:
+            check_checkpoint(checkpoint)
+            return checkpoint
+        print(f"train · {checkpoint} is not whole ({problem}); it is passed over", flush=True)
+    return None
+
+
+def problem_of(checkpoint: Path, needed: str) -> str | None:
+    """What keeps a sealed folder from being used: no seal, no file `needed`, or one that is not as it was saved."""
+    try:
+        digests = read_json(checkpoint / SEAL)
+    except OSError:
+        return "it was not saved to its end"
+    except ValueError:
+        return f"{SEAL} is broken"
+    if not isinstance(digests, dict) or needed not in digests:
+        return f"{SEAL} is broken"
+    for name, digest in digests.items():
+        path = checkpoint / name
+        if ".." in Path(name).parts or not path.is_file():
+            return f"{name} is missing"
+        if sha256_file(path) != digest:
+            return f"{name} is not as it was saved"
+    return None

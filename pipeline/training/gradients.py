@@ -1,0 +1,70 @@
+"""Whether gradients get through: one row forward and backward before a training, each frozen layer looked at.
+
+A layer that takes part in the result but passes nothing back would leave all below it untrained, without a word; 4-bit
+layers of a CPU build did so after an inference (see `keep_4bit_weights_trainable`).
+"""
+
+from typing import Any
+
+import torch
+
+from pipeline.training.watching import TrainError
+
+
+def require_gradients(trainer: Any) -> None:
+    """Train on the shortest sequence without taking the step.
+
+    Raises:
+        TrainError: names the frozen layers that got a gradient from above and passed none on.
+    """
+    rows = trainer.train_dataset
+    shortest = min(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    model = trainer.model.train()
+    entered: set[str] = set()
+    reached: set[str] = set()
+    passed: set[str] = set()
+    hooks: list[Any] = []
+
+    def mark(into: set[str], name: str) -> Any:
+        def look(gradient: torch.Tensor) -> None:
+            if gradient.any():
+                into.add(name)
+
+        return look
+
+    def enter(name: str) -> Any:
+        def before(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not arguments or not isinstance(arguments[0], torch.Tensor) or not arguments[0].requires_grad:
+                return None  # the first layers: nothing below them learns
+            own: Any = arguments[0].view_as(arguments[0])  # layers share an input; each gets its own to look at
+            own.register_hook(mark(passed, name))
+            entered.add(name)
+            return own, *arguments[1:]
+
+        return before
+
+    def leave(name: str) -> Any:
+        def after(_: Any, __: Any, output: Any) -> None:
+            if name in entered and getattr(output, "requires_grad", False):
+                output.register_hook(mark(reached, name))
+
+        return after
+
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")  # PEFT's wrappers show that of the layer within
+        if weight is not None and weight.dim() == 2 and not weight.requires_grad:
+            hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
+    try:
+        batch = trainer._prepare_inputs(trainer.data_collator([rows[shortest]]))
+        trainer.compute_loss(model, batch).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    blocked = sorted(reached - passed)
+    if blocked:
+        shown = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
+        raise TrainError(
+            f"{len(blocked)} frozen layers pass no gradient back, so what lies below them cannot learn: {shown}. Was "
+            "the model used for inference before? Load it anew, or set train.load_in_4bit to false"
+        )

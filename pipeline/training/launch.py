@@ -1,0 +1,121 @@
+"""Several processes for one training, by `accelerate launch`: the same `train` in each, and one result.
+
+More than one machine: start `accelerate launch … -m pipeline stage train` on each with accelerate's own settings; a
+process that finds itself in a group joins it instead of launching one.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.files import read_json, write_json
+from pipeline.params import TrainParams
+from pipeline.process import run_forwarding_sigterm
+from pipeline.training.watching import TrainError
+
+INTERRUPTED, FAILED = 75, 1  # exit statuses of a process (75: try again, as sysexits.h has it)
+
+
+def must_launch(params: TrainParams) -> bool:
+    return params.num_processes > 1 and "LOCAL_RANK" not in os.environ
+
+
+def launch(params: TrainParams, dataset: Path, output: Path, checkpoints: Path, tables: Path | None) -> dict[str, Any]:
+    """Run `train` in `params.num_processes` processes; returns the fields of its result.
+
+    Raises:
+        TrainError: fewer GPUs than processes, or a process failed; its own message is on stderr.
+        Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
+    """
+    from pipeline.train import Interrupted
+
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and gpus < params.num_processes:
+        raise TrainError(f"train.num_processes is {params.num_processes}, and this machine has {gpus} GPUs")
+    with tempfile.TemporaryDirectory(prefix="retune-train-") as folder:
+        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        paths = {"dataset": dataset, "output": output, "checkpoints": checkpoints, "tables": tables}
+        write_json(
+            job,
+            {"params": params.model_dump_json(), "result": str(result)}
+            | {name: None if path is None else str(path.resolve()) for name, path in paths.items()},
+        )
+        status = run_forwarding_sigterm(
+            [*launcher(params), "-m", "pipeline.training.launch", str(job)], os.environ | _settings(params)
+        )
+        if result.is_file():
+            answer = read_json(result)
+            if "interrupted" in answer:
+                raise Interrupted(answer["interrupted"])
+            if status == 0:
+                return answer
+    raise TrainError(
+        f"a training in {params.num_processes} processes ended with status {status}; the first error above says why"
+    )
+
+
+def launcher(params: TrainParams) -> list[str]:
+    """The command that starts `params.num_processes` processes with `params.strategy`."""
+    number = str(params.num_processes)
+    if not torch.cuda.is_available():
+        # accelerate's own launcher wants MPI for several processes on CPUs; torchrun is what it runs on GPUs.
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", number, "--num_machines", "1"]
+    command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    match params.strategy:
+        case "fsdp":
+            return [*command, "--use_fsdp", *FSDP]
+        case "deepspeed":
+            clip = str(params.max_grad_norm)
+            return [*command, "--use_deepspeed", "--zero_stage", "2", "--gradient_clipping", clip]
+    return [*command, "--multi_gpu"]
+
+
+FSDP = (
+    *("--fsdp_version", "1"),  # 4-bit weights: FSDP 2 shards each tensor on its own, which bitsandbytes does not know
+    *("--fsdp_sharding_strategy", "FULL_SHARD"),
+    *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+    *("--fsdp_use_orig_params", "false"),
+    *("--fsdp_cpu_ram_efficient_loading", "false"),
+    *("--fsdp_state_dict_type", "FULL_STATE_DICT"),
+)
+
+
+def _settings(params: TrainParams) -> dict[str, str]:
+    return {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def main(job_file: str) -> int:
+    """One process of the group."""
+    from pipeline.train import Interrupted, train
+
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    first = os.environ.get("RANK", "0") == "0"
+    folders = {
+        key: None if job[key] is None else Path(job[key]) for key in ("dataset", "output", "checkpoints", "tables")
+    }
+    try:
+        trained = train(TrainParams.model_validate_json(job["params"]), **folders)  # type: ignore[arg-type]
+    except Interrupted as error:
+        if first:
+            write_json(Path(job["result"]), {"interrupted": str(error)})
+        return INTERRUPTED
+    except ValueError as error:
+        if first:
+            print(f"train: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    if first:
+        write_json(Path(job["result"]), asdict(trained))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,191 @@
+"""Rows as training sequences without padding: several rows share one, isolated from each other, and none is cut.
+
+A batch carries `rows`, the number of the row behind each token, so that a step can name its rows and be split between
+rows when memory runs out. `row_attention` computes attention row by row; no token can see another row's.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, List, Value, concatenate_datasets
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv
+from trl import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from pipeline.model import ModelError
+from pipeline.params import TrainParams
+
+Batch = dict[str, Any]
+ROW_ATTENTION = "row_attention"
+
+
+def training_sequences(path: Path, params: TrainParams) -> Dataset:
+    """Rows as training sequences: one each, or packed to `packed_length`; `seq_lengths` keeps packed rows apart.
+
+    TRL's own packing would cut a row longer than the sequence; here it is a sequence of its own.
+    """
+    table = pq.read_table(path, columns=["input_ids", "labels"])
+    lengths = table.column("input_ids").combine_chunks().value_lengths().to_pylist()
+    offsets = pa.array([0, *torch.tensor(lengths or [0]).cumsum(0).tolist()][: len(lengths) + 1], pa.int32())
+    numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    rows = Dataset(table.append_column("rows", pa.ListArray.from_arrays(offsets, pa.array(numbers.numpy()))))
+    if not params.packing or not len(rows):
+        return rows
+    short = rows.select([i for i, n in enumerate(lengths) if n <= params.packed_length]).shuffle(seed=params.seed)
+    long = rows.select([i for i, n in enumerate(lengths) if n > params.packed_length])
+    alone = [[n] for n in lengths if n > params.packed_length]
+    parts = [pack_dataset(short, params.packed_length, "bfd")] if len(short) else []
+    parts += [long.add_column("seq_lengths", alone, feature=List(Value("int32")))] if alone else []
+    return concatenate_datasets(parts)
+
+
+class Collate:
+    """Sequences as one batch, by TRL's collator, with `rows` beside `input_ids` (-1 at padding).
+
+    Packed, they follow each other in one line: `input_ids` is (1, T) and `cu_seq_lens_q` says where each row starts.
+    """
+
+    def __init__(self, pad_token_id: int, packed: bool) -> None:
+        self.collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=packed)
+        self.packed = packed
+
+    def __call__(self, sequences: list[Batch]) -> Batch:
+        batch = self.collate(sequences)
+        rows = [torch.tensor(sequence["rows"]) for sequence in sequences]
+        if self.packed:
+            batch["rows"] = torch.cat(rows)[None]
+        else:
+            batch["rows"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        return batch
+
+
+def rows_in(batch: Batch) -> list[int]:
+    return [row for row in batch["rows"].unique().tolist() if row >= 0]
+
+
+def tokens_in(batch: Batch) -> int:
+    return int((batch["rows"] >= 0).sum())
+
+
+def pieces(batch: Batch, number: int) -> list[Batch]:
+    """`batch` as up to `number` batches of about equal size, split between rows; their rows are those of `batch`."""
+    if number == 1:
+        return [batch]
+    if "cu_seq_lens_q" not in batch:
+        parts = torch.arange(len(batch["input_ids"])).tensor_split(number)
+        return [{key: value[part] for key, value in batch.items()} for part in parts if len(part)]
+    bounds = batch["cu_seq_lens_q"].tolist()
+    cuts = [0]
+    for k in range(1, min(number, len(bounds) - 1)):
+        wanted = bounds[-1] * k / number
+        cuts.append(max(cuts[-1] + 1, min(range(len(bounds)), key=lambda i: abs(bounds[i] - wanted))))
+    cuts = [cut for cut in cuts if cut < len(bounds) - 1] + [len(bounds) - 1]
+    return [_piece(batch, bounds, first, last) for first, last in pairwise(cuts)]
+
+
+def _piece(batch: Batch, bounds: list[int], first: int, last: int) -> Batch:
+    flat = {key: batch[key][:, bounds[first] : bounds[last]] for key in ("input_ids", "labels", "position_ids", "rows")}
+    starts = batch["cu_seq_lens_q"][first : last + 1] - bounds[first]
+    longest = int(starts.diff().max())
+    index = batch["seq_idx"][:, bounds[first] : bounds[last]] - first
+    return flat | {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": index,
+    }
+
+
+def row_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, T, width)
+    key: torch.Tensor,  # (1, key heads, T, width)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row of a packed line, on a CPU: rows side by side, as long as the longest.
+
+    A dense mask over the line computes T × T scores of which all but those within rows are thrown away.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if cu_seq_lens_q is None or max_length_q is None:
+        mask = attention_mask[:, :, :, : key.shape[-2]] if attention_mask is not None else None
+        causal = mask is None and query.shape[2] > 1
+        output = scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
+        return output.transpose(1, 2).contiguous(), None
+    lengths = cu_seq_lens_q.diff().long()
+    # The place of each token in a (rows, longest row) table; padding comes after a row's end, where causal queries
+    # do not look.
+    places = torch.arange(query.shape[2]) + (
+        torch.arange(len(lengths)) * max_length_q - cu_seq_lens_q[:-1]
+    ).long().repeat_interleave(lengths)
+    shape = (len(lengths), max_length_q)
+    q, k, v = (_side_by_side(x, places, shape) for x in (query, key, value))
+    output = scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling)  # (rows, heads, longest, width)
+    return output.transpose(1, 2).flatten(0, 1)[places][None].contiguous(), None
+
+
+def _side_by_side(x: torch.Tensor, places: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    flat = x.new_zeros(shape[0] * shape[1], x.shape[1], x.shape[3]).index_copy(0, places, x[0].transpose(0, 1))
+    return flat.view(*shape, x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def use_row_attention(model: Any) -> bool:
+    """Let a model that takes its attention from transformers' interface compute it by `row_attention`, on a CPU."""
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        return False
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None or not getattr(model, "_supports_attention_backend", False):
+        return False  # a window would need its mask
+    AttentionInterface.register(ROW_ATTENTION, row_attention)
+    AttentionMaskInterface.register(ROW_ATTENTION, AttentionMaskInterface._global_mapping["sdpa"])
+    model.set_attn_implementation(ROW_ATTENTION)
+    return True
+
+
+@torch.no_grad()
+def require_isolation(model: Any, sequences: Dataset) -> None:
+    """See that a row's logits are the same whatever its neighbour in a packed line says.
+
+    Raises:
+        ModelError: the architecture ignores where rows begin.
+    """
+    rows_by_line = [len(lengths) for lengths in sequences["seq_lengths"]]
+    first, *others = _rows_of(sequences[rows_by_line.index(max(rows_by_line))])
+    if not others:
+        return  # no line holds two rows
+    pad, vocabulary = model.config.pad_token_id or 0, model.config.get_text_config().vocab_size
+    other = {**first, "input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
+    was_training, logits = model.training, []
+    model.eval()
+    for neighbour in (first, other):
+        batch = Collate(pad, packed=True)([neighbour, others[0]])
+        del batch["rows"]
+        batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
+        logits.append(model(**batch, use_cache=False).logits[0, len(first["input_ids"]) :].float())
+    model.train(was_training)
+    error = float((logits[0] - logits[1]).abs().max())
+    if not error <= 1e-3 * float(logits[0].abs().max()):
+        raise ModelError(
+            f"{model.config.model_type} does not keep packed rows apart (logits of a row change by {error:.3g} with "
+            "its neighbour); set train.packing to false"
+        )
+
+
+def _rows_of(sequence: Batch) -> list[Batch]:
+    bounds = [0, *torch.tensor(sequence["seq_lengths"]).cumsum(0).tolist()]
+    columns = ("input_ids", "labels", "rows")
+    return [{key: sequence[key][a:b] for key in columns} | {"seq_lengths": [b - a]} for a, b in pairwise(bounds)]

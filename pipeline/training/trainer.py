@@ -1,0 +1,257 @@
+"""TRL's SFTTrainer for long jobs: the loss in chunks, batches split when memory runs out, each step watched, sealed
+checkpoints, and a validation loss that is the mean over tokens.
+
+The training loop itself, accumulation, clipping, optimiser and schedule are transformers'.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from transformers import TrainerState
+from trl import SFTTrainer
+
+from pipeline.files import read_json, write_json
+from pipeline.training.checkpoints import WATCH, problem_of, seal
+from pipeline.training.loss import add_chunked_loss, has_plain_frozen_head
+from pipeline.training.memory import OutOfMemory, Rung, free, next_rung, out_of_memory
+from pipeline.training.packing import Batch, pieces, rows_in, tokens_in
+from pipeline.training.watching import TrainError, Watch
+
+
+class AdapterTrainer(SFTTrainer):
+    """SFTTrainer over the batches of `Collate`, with a `Watch`."""
+
+    def __init__(self, *args: Any, watch: Watch, **options: Any) -> None:
+        super().__init__(*args, **options, callbacks=[watch])
+        self.watch = watch
+        self.rungs: list[Rung] = [Rung()]
+        self.window: list[Batch] = []  # the micro-batches of the step under way
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # On a GPU TRL's own fused head has kernels; on a CPU it scores every position, trained or not, and twice.
+        self.own_loss = not torch.cuda.is_available() and has_plain_frozen_head(base)
+        if self.own_loss:
+            add_chunked_loss(base)
+
+        epoch = math.ceil(
+            len(self.train_dataset)
+            / (self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes)
+        )
+        watch.eval_steps = None if self.eval_dataset is None else (watch.params.eval_steps or max(epoch, 1))
+
+    # --- loss ---
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = {key: value for key, value in inputs.items() if key != "rows"}
+        if not self.own_loss or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["labels"][:, 1:] != -100).sum()
+        # The count is that of all processes, whose gradients are averaged.
+        return model(**inputs, chunked_loss=True).loss / num_items_in_batch * self.accelerator.num_processes
+
+    # --- a step ---
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        started = time.monotonic()
+        self.window, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.watch.waited(time.monotonic() - started)
+        self.done = 0
+        return self.window, items
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.done += 1
+        return self._until_it_fits(
+            inputs,
+            lambda: self._micro_batch(model, inputs, num_items_in_batch),
+            lambda: self._again(model, num_items_in_batch),
+        )
+
+    def _micro_batch(self, model: Any, inputs: Batch, items: Any) -> torch.Tensor:
+        losses = [
+            super(AdapterTrainer, self).training_step(model, p, items) for p in pieces(inputs, self.rungs[-1].pieces)
+        ]
+        loss = torch.stack(losses).sum()
+        self.watch.add(loss, tokens_in(inputs), rows_in(inputs))
+        return loss
+
+    def _again(self, model: Any, items: Any) -> torch.Tensor:
+        """The step from its first micro-batch to this one; what a failed backward pass left in the gradients goes."""
+        model.zero_grad()
+        self.watch.begin_step()
+        return [self._micro_batch(model, batch, items) for batch in self.window[: self.done]][-1]
+
+    def _until_it_fits(self, batch: Batch, first: Callable[[], Any], again: Callable[[], Any]) -> Any:
+        attempt = first
+        while True:
+            try:
+                return attempt()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            self._lower(batch, reason)
+            attempt = again
+
+    def _lower(self, batch: Batch, reason: str) -> None:
+        step = self.state.global_step + 1
+        rung = next_rung(self.rungs[-1], step, len(rows_in(batch)))
+        if self.accelerator.num_processes > 1:
+            raise OutOfMemory(
+                f"memory ran out at step {step} ({reason}), and several processes cannot change course alone: halve "
+                "train.per_device_train_batch_size, double train.gradient_accumulation_steps, or set "
+                "train.gradient_checkpointing to true"
+            )
+        if rung is None or (rung.gradient_checkpointing and self.args.gradient_checkpointing):
+            longest = tokens_in(batch) if len(rows_in(batch)) == 1 else max(map(tokens_in, pieces(batch, 2**30)))
+            raise OutOfMemory(
+                f"memory ran out at step {step} with one row of {longest} tokens at a time and gradient checkpointing "
+                f"({reason}); lower prepare.max_length, lower train.lora_r, set train.load_in_4bit to true, or take a "
+                "machine with more memory (`retune plan` says how much)"
+            )
+        if rung.gradient_checkpointing and not self.rungs[-1].gradient_checkpointing:
+            self._checkpoint_gradients()
+        self.rungs.append(rung)
+        how = "with gradient checkpointing" if rung.gradient_checkpointing else f"in {rung.pieces} pieces"
+        print(f"train · memory ran out at step {step}; it goes on with the same batch {how}", flush=True)
+        free()
+
+    def _checkpoint_gradients(self) -> None:
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        watch, processes = self.watch, self.accelerator.num_processes
+        sums = torch.tensor(
+            [watch.step_loss / processes, watch.step_tokens, watch.interrupted, watch.time_is_up],
+            dtype=torch.float64 if self.args.device.type != "mps" else torch.float32,
+            device=self.args.device,
+        )
+        loss, tokens, interrupted, out_of_time = self.accelerator.reduce(sums, "sum").tolist()
+        value = math.nan if norm is None else float(norm)
+        problem = watch.problem(loss, 0.0 if norm is None else value)
+        if problem is not None:
+            rows = gather_object(watch.step_rows) if processes > 1 else watch.step_rows
+            raise TrainError(
+                f"{problem} at step {self.state.global_step + 1}, whose batch is {watch.name_rows(rows)}; lower "
+                "train.learning_rate or train.max_grad_norm, or look at these rows"
+            )
+        watch.finish_step(loss, value, int(tokens), interrupted > 0, out_of_time > 0)
+        return norm
+
+    # --- validation ---
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The validation loss in nats a trained token, a mean over tokens, not over batches of different sizes."""
+        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        model = self.model_wrapped
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        # Every process takes as many turns as the others, since sharded layers are gathered together.
+        for turn in range(math.ceil(len(rows) / (size * processes))):
+            start = (turn * processes + index) * size
+            idle = start >= len(rows)
+            batch = self.data_collator(
+                [rows[i] for i in range(0 if idle else start, min((0 if idle else start) + size, len(rows)))]
+            )
+            if not idle:
+                sums += self._loss_sum(model, batch)
+            elif processes > 1:
+                self._loss_sum(model, batch)
+        model.train()
+        nats, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": nats / max(tokens, 1)}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.watch.is_best and self.watch.params.early_stopping_patience is not None and self.args.should_save:
+            self._save_best()
+        return metrics
+
+    @torch.no_grad()
+    def _loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
+        """(nats, trained tokens) of a batch; in pieces when memory runs out."""
+        one = torch.tensor(1.0, device=self.args.device)
+
+        def attempt() -> torch.Tensor:
+            nats = 0.0
+            for piece in pieces(batch, self.rungs[-1].pieces):
+                inputs = self._prepare_inputs(piece)
+                with self.compute_loss_context_manager():
+                    nats += float(self.compute_loss(model, inputs, num_items_in_batch=one))
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            return torch.tensor([nats / self.accelerator.num_processes, count], dtype=torch.float64)
+
+        return self._until_it_fits(batch, attempt, attempt)
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's adds a model card each time
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            checkpoint = folder / f"checkpoint-{self.state.global_step}"
+            rungs = [rung.record() for rung in self.rungs]
+            write_json(checkpoint / WATCH, self.watch.state() | {"rungs": rungs})
+            seal(checkpoint)
+            for other in folder.glob("best-*"):
+                if self.watch.best is None or other.name != f"best-{self.watch.best[1]}":
+                    shutil.rmtree(other, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: each step draws from its own seed (`Watch.on_step_begin`), and a state would be a pickle."""
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Take over what `Watch` knew and the last rung; weights, optimiser and data order are loaded by `train`."""
+        state = read_json(checkpoint / WATCH)
+        self.watch.restore(state)
+        self.rungs = [Rung(**rung) for rung in state["rungs"]]
+        if self.rungs[-1].gradient_checkpointing:
+            self._checkpoint_gradients()
+        if self.watch.best is not None and self.watch.params.early_stopping_patience is not None:
+            best = checkpoint.with_name(f"best-{self.watch.best[1]}")
+            problem = problem_of(best, "adapter.safetensors")
+            if problem is not None:
+                print(f"train · {best} is not whole ({problem}); the best step is looked for again", flush=True)
+                self.watch.best, self.watch.worse = None, 0
+
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Whether the run had taken its last step at `checkpoint`; if so, its weights and state are loaded."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps and not self.watch.patience_is_spent:
+            return False
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        return True
+
+    def _save_best(self) -> None:
+        assert self.watch.best is not None
+        folder = Path(self.args.output_dir) / f"best-{self.watch.best[1]}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        save_file(weights, folder / "adapter.safetensors")
+        seal(folder)
+
+    def load_best(self) -> int | None:
+        """With early stopping, put the best step's weights into the model; returns the step, None if it is the last."""
+        best = self.watch.best
+        if self.watch.params.early_stopping_patience is None or best is None or best[1] == self.state.global_step:
+            return None
+        weights = load_file(Path(self.args.output_dir) / f"best-{best[1]}" / "adapter.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name])
+        return best[1]

@@ -1,0 +1,315 @@
+"""What is seen of a training while it runs, and what stops it: divergence, a signal, its time, no more progress.
+
+`Watch` gets each step's loss, gradient norm and rows; it prints the progress line, decides when to validate and save,
+and keeps the tables that become `loss.csv` (what two equal runs share), `speed.csv` and `modules.csv`. Its state is
+saved with each checkpoint, so a resumed run's tables are those of an uninterrupted one.
+"""
+
+import csv
+import math
+import random
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline.files import sha256_json
+from pipeline.params import TrainParams
+from pipeline.progress import Progress
+
+LOSS = ("step", "loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
+SPEED = ("step", "tokens_per_second", "memory_gib", "waited_for_data", "seconds")
+MODULES = ("step", "module", "weight_change")
+WINDOW = 50  # steps whose median a loss is compared with
+ENOUGH = 10  # of them; fewer say nothing yet
+MOVED_BY = 10  # steps after the warmup within which each module's adapter has to move
+
+
+class TrainError(ValueError):
+    """Training cannot start or did not finish; the message says why and what to change."""
+
+
+class Watch(TrainerCallback):
+    """Callback of one training; `sources` names the rows of the train split."""
+
+    def __init__(self, params: TrainParams, sources: list[str]) -> None:
+        self.params, self.sources = params, sources
+        self.eval_steps: int | None = None  # set by the trainer, which knows how long an epoch is
+        self.loss_rows: list[dict[str, Any]] = []
+        self.speed_rows: list[dict[str, Any]] = []
+        self.module_rows: list[dict[str, Any]] = []
+        self.recent: list[float] = []  # losses of the last WINDOW steps
+        self.unlogged: list[float] = []  # losses since the last row of loss.csv
+        self.tokens = 0  # of this process, since it started; padding not counted
+        self.best: tuple[float, int] | None = None  # validation loss, step
+        self.worse = 0  # validations since the best one
+        self.interrupted = False
+        self.out_of_time = False
+        self.seconds = 0.0
+        self.resumed_at = 0
+        self.grad_norm = math.nan
+        self._changes: dict[str, float] = {}
+        self._step_loss = torch.zeros(())
+        self.step_rows: list[int] = []
+        self.step_tokens = 0
+        self._logged_at, self._logged_tokens, self._waited = 0.0, 0, 0.0
+        self._start: dict[str, torch.Tensor] = {}
+        self._warned = False
+
+    def __enter__(self) -> "Watch":
+        self.previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self.started = self._logged_at = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.previous)
+        self.seconds = time.monotonic() - self.started
+
+    def _on_signal(self, *_: object) -> None:
+        self.interrupted = True
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know; JSON."""
+        return {
+            "loss": self.loss_rows,
+            "speed": self.speed_rows,
+            "modules": self.module_rows,
+            "recent": self.recent,
+            "unlogged": self.unlogged,
+            "best": self.best,
+            "worse": self.worse,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.loss_rows, self.speed_rows, self.module_rows = state["loss"], state["speed"], state["modules"]
+        self.recent, self.unlogged, self.worse = state["recent"], state["unlogged"], state["worse"]
+        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+
+    def last(self, column: str, otherwise: Any) -> Any:
+        """The last value in a column of loss.csv."""
+        return next((row[column] for row in reversed(self.loss_rows) if column in row), otherwise)
+
+    @property
+    def best_loss(self) -> float | None:
+        return None if self.best is None else self.best[0]
+
+    def moved(self, model: torch.nn.Module) -> bool:
+        return any(weight_changes(model, self._start).values())
+
+    def remember_start(self, model: torch.nn.Module) -> None:
+        """Keep the adapter's first weights, to say later how far each module moved. The trainer makes the same ones
+        from the same seed when a run is resumed."""
+        self._start = {name: p.detach().float().cpu().clone() for name, p in _trainable(model)}
+
+    # --- what the trainer reports of a step ---
+
+    def add(self, loss: torch.Tensor, tokens: int, rows: Iterable[int]) -> None:
+        """A micro-batch: its share of the step's loss, its tokens, its rows."""
+        self._step_loss = self._step_loss.to(loss.device) + loss
+        self.step_tokens += tokens
+        self.step_rows.extend(rows)
+
+    def begin_step(self) -> None:
+        """The step begins, or begins again."""
+        self._step_loss, self.step_rows, self.step_tokens = torch.zeros(()), [], 0
+
+    @property
+    def step_loss(self) -> float:
+        return float(self._step_loss)
+
+    @property
+    def time_is_up(self) -> bool:
+        hours = self.params.max_hours
+        return hours is not None and time.monotonic() - self.started > hours * 3600
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def problem(self, loss: float, grad_norm: float) -> str | None:
+        """What is wrong with the step, before the optimiser takes it; `loss` is that of all processes."""
+        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                return f"the {what} is {value}"
+        limit, usual = self.params.max_loss_rise, statistics.median(self.recent or [math.inf])
+        if limit is not None and len(self.recent) >= ENOUGH and loss > usual + limit:
+            return (
+                f"the loss is {loss:.2f} where the median was {usual:.2f}, a rise above train.max_loss_rise ({limit})"
+            )
+        return None
+
+    def finish_step(self, loss: float, grad_norm: float, tokens: int, interrupted: bool, out_of_time: bool) -> None:
+        """The step's sums over all processes, given by the trainer before `on_step_end`."""
+        self.recent = [*self.recent, loss][-WINDOW:]
+        self.unlogged.append(loss)
+        self.grad_norm = grad_norm
+        self.tokens += tokens
+        self.interrupted, self.out_of_time = interrupted, out_of_time
+
+    def name_rows(self, rows: Iterable[int]) -> str:
+        found = sorted(set(rows))
+        named = ", ".join(self.sources[row] for row in found[:12])
+        return f"{named} and {len(found) - 12} more rows" if len(found) > 12 else named
+
+    # --- the trainer's events ---
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress = Progress("train", state.max_steps, "steps")
+        self.progress.resume_at(state.global_step)
+        self.warmup_steps = args.get_warmup_steps(state.max_steps)
+        self.resumed_at = state.global_step
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Each step draws from a seed of its own: a resumed run needs no generator's state to go on to the bit.
+        number = int(sha256_json([self.params.seed, state.global_step, args.process_index])[:8], 16)
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        self.begin_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        self.learning_rate = lr_scheduler.get_last_lr()[0]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        step, last = state.global_step, state.global_step == state.max_steps
+        if step % self.params.logging_steps == 0 or last:
+            self._log(step, last, model)
+        elif step == self.resumed_at + 1:
+            print(f"train · step {step}, loss {self.unlogged[-1]:.3f}", file=sys.stderr, flush=True)
+        if self.interrupted or self.out_of_time:
+            control.should_save = control.should_training_stop = True
+        control.should_evaluate = self.eval_steps is not None and (step % self.eval_steps == 0 or last)
+        speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
+        validation = self.last("validation_loss", None)
+        shown = [f"loss {statistics.fmean(self.recent[-self.params.logging_steps :]):.3f}"]
+        shown += [f"validation {validation:.3f}"] if validation is not None else []
+        shown += [f"gradient {self.grad_norm:.2f}", f"{speed:,.0f} tokens/s", f"{memory_gib():.1f} GiB"]
+        self.progress.update(step, " · ".join(shown))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        loss = metrics["eval_loss"]
+        if not self.loss_rows or self.loss_rows[-1]["step"] != state.global_step:
+            self.loss_rows.append({"step": state.global_step})
+        self.loss_rows[-1]["validation_loss"] = loss
+        self._log_modules(state.global_step)
+        if not math.isfinite(loss):
+            raise TrainError(f"the validation loss is {loss} at step {state.global_step}; lower train.learning_rate")
+        if self.best is None or loss < self.best[0]:
+            self.best, self.worse = (loss, state.global_step), 0
+        else:
+            self.worse += 1
+        if self.best is not None and self.patience_is_spent and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            print(
+                f"train · the validation loss has not fallen below {self.best[0]:.4f} (step {self.best[1]}) in "
+                f"{self.worse} validations: training ends at step {state.global_step}",
+                flush=True,
+            )
+
+    @property
+    def patience_is_spent(self) -> bool:
+        patience = self.params.early_stopping_patience
+        return patience is not None and self.worse >= patience
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last validation was the best so far."""
+        return self.best is not None and self.worse == 0
+
+    def _log(self, step: int, last: bool, model: torch.nn.Module) -> None:
+        changes = weight_changes(model, self._start)
+        now = time.monotonic()
+        self.loss_rows.append(
+            {
+                "step": step,
+                "loss": statistics.fmean(self.unlogged),
+                "learning_rate": self.learning_rate,
+                "grad_norm": self.grad_norm,
+                "weight_change": math.sqrt(sum(change**2 for change in changes.values())),
+            }
+        )
+        seconds = max(now - self._logged_at, 1e-9)
+        self.speed_rows.append(
+            {
+                "step": step,
+                "tokens_per_second": round((self.tokens - self._logged_tokens) / seconds, 1),
+                "memory_gib": round(memory_gib(), 3),
+                "waited_for_data": round(self._waited / seconds, 4),  # share of the time
+                "seconds": round(now - self.started, 2),
+            }
+        )
+        self._changes = changes
+        if last:
+            self._log_modules(step)
+        self.unlogged, self._logged_at, self._logged_tokens, self._waited = [], now, self.tokens, 0.0
+        still = [name for name, change in changes.items() if change == 0]
+        if still and not self._warned and step >= self.warmup_steps + MOVED_BY:
+            self._warned = True
+            named = f"{', '.join(still[:5])}{f' and {len(still) - 5} more' if len(still) > 5 else ''}"
+            which = "no module's adapter has" if len(still) == len(changes) else f"the adapter has at {named} not"
+            print(f"train · warning: {which} moved by step {step}", flush=True)
+
+    def _log_modules(self, step: int) -> None:
+        if not self.module_rows or self.module_rows[-1]["step"] != step:
+            self.module_rows += [
+                {"step": step, "module": name, "weight_change": change} for name, change in self._changes.items()
+            ]
+
+    def write_tables(self, folder: Path) -> None:
+        """speed.csv and modules.csv: what differs from run to run, so not part of the adapter."""
+        _write(folder / "speed.csv", SPEED, self.speed_rows)
+        _write(folder / "modules.csv", MODULES, self.module_rows)
+
+    def write_curve(self, path: Path) -> None:
+        _write(path, LOSS, self.loss_rows)
+
+
+def weight_changes(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far each module's adapter is from `start`: the Euclidean norm of the difference of its weights."""
+    squares: dict[str, float] = {}
+    for name, parameter in _trainable(model):
+        if name in start and start[name].shape == parameter.shape:
+            module = _module(name)
+            distance = float((parameter.detach().float().cpu() - start[name]).norm())
+            squares[module] = squares.get(module, 0.0) + distance**2
+    return {module: math.sqrt(square) for module, square in squares.items()}
+
+
+def memory_gib() -> float:
+    """Peak memory of the GPU, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(peak, psutil.Process().memory_info().rss) / 2**30
+
+
+def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _module(name: str) -> str:
+    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` as `model.layers.0.mlp.up_proj`."""
+    for mark in (".lora_", ".ia3_", ".modules_to_save"):
+        name = name.split(mark)[0]
+    return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias")
+
+
+def _write(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,277 @@
+"""What a training does when memory runs out, when it diverges, stalls or stops learning, and what it tells meanwhile.
+
+Out of memory is injected: a wrapper round the model's output raises torch's own error for more tokens than it allows.
+"""
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import with_
+from safetensors.torch import load_file
+from transformers import LlamaModel
+
+from pipeline.files import read_json
+from pipeline.model import load_base
+from pipeline.params import Params
+from pipeline.train import TrainError, quantisation_of, train
+from pipeline.training.memory import OutOfMemory, Rung, next_rung
+
+
+@contextmanager
+def memory_for(tokens: int, after: int = 0, checkpointed: bool = False, backward: bool = False) -> Iterator[list[int]]:
+    """Let the model take `tokens` tokens at a time, from its `after`-th forward pass on; yields the passes' sizes.
+
+    checkpointed: any number with gradient checkpointing. backward: it fails half-way through the backward pass.
+    """
+    own, sizes = LlamaModel.forward, []
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fail_below(handle: Any, hidden: torch.Tensor) -> None:
+        handle.remove()
+        hidden.register_hook(fail)
+
+    def forward(self: Any, *arguments: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        sizes.append(input_ids.numel())
+        enough = input_ids.numel() <= tokens or len(sizes) <= after or (checkpointed and self.gradient_checkpointing)
+        if not enough and not backward:
+            fail()
+        if not enough:
+            # The gradient comes back from the top; below the second block it finds no memory.
+            handle = self.layers[1].register_forward_pre_hook(lambda _, inputs: fail_below(handle, inputs[0]))
+        return own(self, *arguments, input_ids=input_ids, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", forward)
+        yield sizes
+
+
+@pytest.fixture(scope="module")
+def few(params: Params) -> Params:
+    """Four steps of four lines each, without dropout: what does not depend on the pieces a batch comes in."""
+    return with_(
+        params,
+        train={
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "warmup_ratio": 0.0,
+        },
+    )
+
+
+def trained(params: Params, dataset: Path, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    train(params.train, dataset, folder / "adapter", folder / "checkpoints", folder / "tables")
+    return load_file(folder / "adapter" / "adapter_model.safetensors"), read_json(folder / "tables" / "run.json")[
+        "memory"
+    ]
+
+
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory: pytest.TempPathFactory, few: Params, dataset: Path) -> dict[str, torch.Tensor]:
+    torch.set_num_threads(1)
+    weights, rungs = trained(few, dataset, tmp_path_factory.mktemp("plenty"))
+    assert rungs == []
+    return weights
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    # Adam makes much of a gradient near zero, so single weights may differ by more than rounding.
+    assert all((a[key] - b[key]).norm() < 2e-3 * a[key].norm() for key in a)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_out_of_memory_takes_the_same_steps_in_smaller_pieces(
+    tmp_path: Path,
+    few: Params,
+    dataset: Path,
+    plenty: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    backward: bool,
+) -> None:
+    # The gradient probe and the isolation test are 3 passes; then 2 a step: it fails in the middle of step 2.
+    with memory_for(300, after=3 + 2 + 1, backward=backward) as sizes:
+        weights, rungs = trained(few, dataset, tmp_path)
+    assert max(sizes[8:]) <= 300
+    assert (rungs[0]["step"], rungs[0]["pieces"]) == (2, 2)
+    assert not rungs[-1]["gradient_checkpointing"]
+    same(weights, plenty)
+    assert "memory ran out at step 2; it goes on with the same batch in 2 pieces" in capsys.readouterr().out
+
+
+def test_gradient_checkpointing_is_the_last_rung(
+    tmp_path: Path, few: Params, dataset: Path, plenty: dict[str, torch.Tensor]
+) -> None:
+    with memory_for(3, after=4, checkpointed=True):  # no row is so short
+        weights, rungs = trained(few, dataset, tmp_path)
+    assert rungs[-1]["gradient_checkpointing"] and not rungs[-2]["gradient_checkpointing"]
+    same(weights, plenty)
+
+
+def test_below_the_last_rung_it_says_what_to_change(tmp_path: Path, few: Params, dataset: Path) -> None:
+    with (
+        memory_for(3, after=4),
+        pytest.raises(OutOfMemory, match=r"at step 1 with one row .* lower prepare.max_length"),
+    ):
+        trained(few, dataset, tmp_path)
+
+
+def test_a_padded_batch_is_split_too(tmp_path: Path, few: Params, dataset: Path) -> None:
+    padded = with_(few, train={"packing": False, "per_device_train_batch_size": 4})
+    alone, _ = trained(padded, dataset, tmp_path / "alone")
+    with memory_for(100, after=2):
+        weights, rungs = trained(padded, dataset, tmp_path / "split")
+    assert rungs and not rungs[-1]["gradient_checkpointing"]
+    same(weights, alone)
+
+
+def test_the_ladder_ends() -> None:
+    rung, seen = Rung(), []
+    while (lower := next_rung(rung, 1, rows=5)) is not None:
+        seen.append((lower.pieces, lower.gradient_checkpointing))
+        rung = lower
+    assert seen == [(2, False), (4, False), (5, False), (5, True)]
+
+
+def test_generation_halves_its_batch_when_memory_runs_out(
+    base: Path, dataset: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.chat.template import load_contract
+    from pipeline.generate import generate
+
+    template = load_contract(read_json(dataset / "contract.json"))
+    model = load_base(read_json(dataset / "contract.json")["model"], None)
+    prompts = [ids[:12] for ids in pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()[:10]]
+    plenty = generate(model, template, prompts, 4, 8, "evaluate", "base")
+    with memory_for(30):
+        assert generate(model, template, prompts, 4, 8, "evaluate", "base") == plenty
+    assert "memory ran out with 8 prompts; it goes on with 4" in capsys.readouterr().out
+    with memory_for(3), pytest.raises(OutOfMemory, match="one prompt of 12 tokens"):
+        generate(model, template, prompts, 4, 8, "evaluate", "base")
+
+
+def test_a_loss_that_is_no_number_names_step_and_rows(tmp_path: Path, params: Params, dataset: Path) -> None:
+    wild = with_(params, train={"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0})
+    with pytest.raises(TrainError, match=r"is (nan|inf) at step \d+, whose batch is rows\.json:\[\d+\], "):
+        train(wild.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+
+
+def test_a_jump_of_the_loss_stops_the_run(tmp_path: Path, params: Params, dataset: Path) -> None:
+    steady = with_(params, train={"max_loss_rise": 0.5, "learning_rate": 1e-5, "warmup_ratio": 0.0, "max_steps": 20})
+    rows = pq.read_table(dataset / "train.parquet")
+    broken = tmp_path / "dataset"
+    broken.mkdir()
+    for path in dataset.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    # One line of the data in twenty asks for nonsense: labels that the base finds most unlikely.
+    labels = rows.column("labels").to_pylist()
+    bad = [i for i in range(len(labels)) if i % 40 == 7]
+    for i in bad:
+        labels[i] = [label if label == -100 else 390 for label in labels[i]]
+    import pyarrow as pa
+
+    table = rows.set_column(
+        rows.schema.get_field_index("labels"), "labels", pa.array(labels, rows.schema.field("labels").type)
+    )
+    pq.write_table(table, broken / "train.parquet")
+    with pytest.raises(
+        TrainError, match=r"a rise above train.max_loss_rise \(0.5\) at step \d+, whose batch is"
+    ) as caught:
+        train(steady.train, broken, tmp_path / "adapter", tmp_path / "checkpoints")
+    named = str(caught.value).split("whose batch is ")[1]
+    sources = rows.column("source").to_pylist()
+    assert any(f"{sources[i]}," in named or f"{sources[i]};" in named or f"{sources[i]} " in named for i in bad)
+
+
+def test_early_stopping_keeps_the_best_step(tmp_path: Path, params: Params, dataset: Path) -> None:
+    """A rate that overshoots after its first steps: the adapter saved is that of the best validation."""
+    patient = with_(
+        params,
+        train={
+            "eval_steps": 2,
+            "early_stopping_patience": 2,
+            "max_steps": 60,
+            "learning_rate": 0.05,
+            "warmup_ratio": 0.0,
+            "lr_scheduler_type": "constant",
+            "max_loss_rise": None,
+        },
+    )
+    done = train(patient.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    rows = [row for row in csv.DictReader((tmp_path / "adapter" / "loss.csv").open()) if row["validation_loss"]]
+    best = min(rows, key=lambda row: float(row["validation_loss"]))
+    record = read_json(tmp_path / "adapter" / "training.json")
+    assert done.steps == int(rows[-1]["step"]) < 60
+    assert record["best_step"] == int(best["step"]) < done.steps
+    assert record["validation_loss"] == done.validation_loss == float(best["validation_loss"])
+    cut = with_(patient, train={"max_steps": record["best_step"], "early_stopping_patience": None})
+    again = train(cut.train, dataset, tmp_path / "again", tmp_path / "checkpoints")
+    assert again.validation_loss == done.validation_loss
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_was_watched_is_in_the_tables(tmp_path: Path, few: Params, dataset: Path) -> None:
+    watched = with_(few, train={"eval_steps": 2})
+    train(watched.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints", tmp_path / "tables")
+    curve = list(csv.DictReader((tmp_path / "adapter" / "loss.csv").open()))
+    assert [row["step"] for row in curve] == ["1", "2", "3", "4"]
+    assert [bool(row["validation_loss"]) for row in curve] == [False, True, False, True]
+    assert all(float(row[key]) > 0 for row in curve for key in ("loss", "learning_rate", "grad_norm", "weight_change"))
+    speed = list(csv.DictReader((tmp_path / "tables" / "speed.csv").open()))
+    assert all(float(row["tokens_per_second"]) > 0 and float(row["memory_gib"]) > 0 for row in speed)
+    modules = list(csv.DictReader((tmp_path / "tables" / "modules.csv").open()))
+    assert {row["step"] for row in modules} == {"2", "4"}
+    assert len({row["module"] for row in modules}) == 14  # 7 linear layers in each of 2 blocks
+    assert "model.layers.0.mlp.up_proj" in {row["module"] for row in modules}
+
+
+def test_an_adapter_that_does_not_move_is_warned_about(
+    tmp_path: Path, params: Params, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = with_(params, train={"learning_rate": 1e-30, "max_steps": 12, "logging_steps": 1, "warmup_ratio": 0.0})
+    with pytest.raises(TrainError, match="the adapter did not change in 12 steps"):
+        train(still.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert "warning: no module's adapter has moved by step 10" in capsys.readouterr().out
+
+
+def test_a_frozen_layer_that_passes_no_gradient_is_refused(
+    tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        model = load_base(*arguments)
+        layer = model.model.layers[1].mlp.down_proj
+        own = layer.forward
+        # As a repacked 4-bit layer does: the right numbers forward, nothing back.
+        layer.forward = lambda x: own(x.detach()) + 0 * x.detach().sum() * layer_bias
+        layer_bias = torch.zeros((), requires_grad=True)
+        return model
+
+    monkeypatch.setattr("pipeline.train.load_base", broken)
+    with pytest.raises(TrainError, match=r"1 frozen layers pass no gradient back.*layers\.1\.mlp\.down_proj"):
+        train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+
+
+def test_validation_during_training_lets_gradients_through(dataset: Path, params: Params, tmp_path: Path) -> None:
+    """On AVX512-BF16 CPUs bitsandbytes would repack the layers at the first validation, and the rest learn nothing."""
+    often = with_(params, train={"eval_steps": 1, "max_steps": 6, "logging_steps": 1, "warmup_ratio": 0.0})
+    never = with_(params, train={"eval_steps": 6, "max_steps": 6, "logging_steps": 1, "warmup_ratio": 0.0})
+    weights = []
+    for name, each in (("often", often), ("never", never)):
+        train(each.train, dataset, tmp_path / name, tmp_path / "checkpoints")
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_storage_of_four_bits_follows_the_strategy(params: Params) -> None:
+    sharded = with_(params, train={"strategy": "fsdp", "num_processes": 2, "bnb_4bit_quant_storage": "bfloat16"})
+    assert quantisation_of(sharded.train)["bnb_4bit_quant_storage"] == "bfloat16"
+    assert "bnb_4bit_quant_storage" not in quantisation_of(params.train)
