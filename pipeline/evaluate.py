@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.chat.template import TemplateError, differing_keys, load_contract
 from pipeline.files import read_json, whole_directory, write_json, write_text
 from pipeline.generate import Answer, generate
-from pipeline.model import load_adapter, load_base, use_free_cores
+from pipeline.model import load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams
 from pipeline.security.sanitise import one_line, portable
 from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
@@ -48,11 +48,11 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
     test = test_items(dataset, params.max_samples)
     prompts = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
-    model = load_adapter(load_base(contract["model"], quantisation), adapter)
+    model = load_tuned(contract["model"], quantisation, adapter)
     decoding = (prompts, params.max_new_tokens, params.batch_size, "evaluate")
     answers = {"adapter": generate(model, template, *decoding, system="the adapter")}
-    with model.disable_adapter():
-        answers["base"] = generate(model, template, *decoding, system="the base")
+    with untuned(model, contract["model"]) as before:
+        answers["base"] = generate(before, template, *decoding, system="the base")
     metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}

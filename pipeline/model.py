@@ -1,6 +1,8 @@
 """Loading base models and adapters: quantised as they were trained, on the device there is, with threads that fit."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from pipeline.security.vetting import check_adapter, check_model
 disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
 
 Quantisation = dict[str, Any]  # load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant
+
+
+PROMPT = "prompt_embeddings"
 
 
 class ModelError(ValueError):
@@ -97,9 +102,38 @@ def _refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
         if isinstance(module, bnb.nn.Linear4bit) and module.weight.device.type == "cpu" and module.in_features % 64:
             raise ModelError(
                 f"{path} of {name} has rows of {module.in_features} numbers, no multiple of 64; bitsandbytes computes "
-                "wrongly with those in 4 bits on a CPU: set train.load_in_4bit to false (and merge.export to []), or "
+                "wrongly with those in 4 bits on a CPU: set train.method to lora (and merge.export to []), or "
                 "use a GPU"
             )
+
+
+def load_tuned(identity: dict[str, Any], quantisation: Quantisation, folder: Path) -> Any:
+    """What `train` made in `folder`: the base with its adapter on top, or the whole model that was trained.
+
+    Raises:
+        ModelError, UnsafeModelError, UnsafeFileError: see `load_base` and `load_adapter`.
+    """
+    if is_whole(folder):
+        return load_base({"name_or_path": str(folder), "revision": None, "trust_remote_code": False}).eval()
+    return load_adapter(load_base(identity, quantisation), folder)
+
+
+@contextmanager
+def untuned(model: Any, identity: dict[str, Any]) -> Iterator[Any]:
+    """The base that `load_tuned` put `model` on, as it was before training."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield model
+        return
+    place = next(model.parameters()).device
+    model.to("cpu")
+    yield load_base(identity).eval()
+    model.to(place)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `train` left a whole model in `folder` (`train.method: full`) and not an adapter."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> PeftModel:
@@ -124,7 +158,9 @@ def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> Pe
         reason = str(error).splitlines()[0]
         raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
     # PEFT says nothing of either by itself; half an adapter must not pass for one.
-    for what, keys in (("lacks", loaded.missing_keys), ("has no place in it for", loaded.unexpected_keys)):
+    # Of prompt and prefix tuning it loads this one by itself, with its shape checked, and calls it unexpected.
+    unexpected = [key for key in loaded.unexpected_keys if not (config.is_prompt_learning and key == PROMPT)]
+    for what, keys in (("lacks", loaded.missing_keys), ("has no place in it for", unexpected)):
         if keys:
             raise ModelError(
                 f"the adapter in {folder} does not fit {base.config.name_or_path}: it {what} {len(keys)} weights: "

@@ -1,4 +1,4 @@
-"""train: a dataset and its base model in, a (Q)LoRA adapter out, through TRL's SFTTrainer.
+"""train: a dataset and its base model in, an adapter out (or a model, with `full`), through TRL's SFTTrainer.
 
 The base is quantised to NF4 as it is loaded, on a GPU or a CPU. Loss is on the tokens that prepare labelled. A killed
 run goes on from its last checkpoint; checkpoints lie under a hash of everything that shapes the result, so a run never
@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, List, Value, concatenate_datasets
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer, pack_dataset
@@ -30,6 +29,7 @@ from pipeline.params import TrainParams
 from pipeline.progress import Progress
 from pipeline.security.sanitise import clean_folder, portable
 from pipeline.security.vetting import STATES, UnsafeModelError, check_checkpoint
+from pipeline.training.methods import AllocateRanks, adapter_config, sort_sets
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
@@ -60,7 +60,8 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
 
     Raises:
         TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
-        TrainError: a target module that the model lacks, a loss of NaN or infinity, or an adapter that did not change.
+        MethodError: a target module that the model lacks.
+        TrainError: a loss of NaN or infinity, or an adapter that did not change.
         Interrupted: SIGTERM; a checkpoint was saved.
     """
     contract = read_json(dataset / "contract.json")
@@ -68,7 +69,9 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
     model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION})
-    _require_modules(model, params)
+    if params.method == "full":
+        model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
+    adapter = adapter_config(params, model)
     folder = checkpoints / run_key(params, dataset)
     train_rows = training_sequences(dataset / "train.parquet", params)
     validation_rows = training_sequences(dataset / "validation.parquet", params)
@@ -79,9 +82,11 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=template.tokenizer,
-        peft_config=lora_config(params),
+        peft_config=adapter,
         callbacks=[watch],
     )
+    if params.method == "adalora":
+        trainer.add_callback(AllocateRanks(trainer.model.base_model))
     if not torch.cuda.is_available():
         # TRL makes adapters of quantised models bfloat16, as QLoRA does on GPUs; a CPU gains no speed by it and
         # loses the small updates.
@@ -120,9 +125,8 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     with whole_directory(output) as whole:
         trainer.save_model(str(whole))
         (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
-        # PEFT writes the set of target modules in an order that changes from run to run, and with it the digest.
-        config = read_json(whole / "adapter_config.json")
-        write_json(whole / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
+        if adapter is not None:
+            sort_sets(whole / "adapter_config.json")
         template.tokenizer.save_pretrained(str(whole))
         clean_folder(whole)
         write_json(whole / "contract.json", portable(contract))
@@ -134,12 +138,14 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
 
 def run_key(params: TrainParams, dataset: Path) -> str:
     """Hash of data, template contract (with the base model's digest), parameters, this code and library versions."""
+    here = Path(__file__)
+    code = (here, here.with_name("model.py"), *sorted(here.with_name("training").glob("*.py")))
     return sha256_json(
         {
             "data": {p.name: sha256_file(p) for p in sorted(dataset.glob("*.parquet"))},
             "contract": read_json(dataset / "contract.json"),
             "params": params.model_dump(),
-            "code": {p.name: sha256_file(p) for p in (Path(__file__), Path(__file__).with_name("model.py"))},
+            "code": {p.name: sha256_file(p) for p in code},
             "versions": _versions(),
         }
     )[:24]
@@ -155,7 +161,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     for checkpoint in found:
         try:
             state = read_json(checkpoint / "trainer_state.json")
-            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
+            full = (checkpoint / "model.safetensors").exists()  # of train.method full
+            with safe_open(checkpoint / f"{'' if full else 'adapter_'}model.safetensors", framework="pt") as file:
                 whole = len(list(file.keys())) > 0 and state["global_step"] > 0
             if whole and all((checkpoint / name).stat().st_size > 0 for name in STATES):
                 check_checkpoint(checkpoint)
@@ -223,30 +230,6 @@ def training_sequences(path: Path, params: TrainParams) -> Dataset:
     parts = [pack_dataset(short, params.packed_length, "bfd")] if len(short) else []
     parts += [long.add_column("seq_lengths", alone, feature=List(Value("int32")))] if alone else []
     return concatenate_datasets(parts)
-
-
-def lora_config(params: TrainParams) -> LoraConfig:
-    return LoraConfig(
-        r=params.lora_r,
-        lora_alpha=params.lora_alpha,
-        lora_dropout=params.lora_dropout,
-        target_modules=params.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _require_modules(model: torch.nn.Module, params: TrainParams) -> None:
-    # PEFT is content when one name of the list matches, and leaves the others out without a word.
-    names = [name for name, _ in model.named_modules()]
-    for wanted in params.lora_target_modules if isinstance(params.lora_target_modules, list) else []:
-        if not any(f".{name}".endswith(f".{wanted}") for name in names):
-            linear = {
-                n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-            }
-            raise TrainError(
-                f"train.lora_target_modules names {wanted}, which the base model does not have; "
-                f"its linear layers are {', '.join(sorted(linear))}"
-            )
 
 
 def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTConfig:

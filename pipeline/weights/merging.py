@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from pipeline.model import Quantisation, compute_dtype, device, load_adapter
+from pipeline.model import Quantisation, compute_dtype, device, is_whole, load_adapter
 from pipeline.weights.checkpoint import FLOATS, Blocks, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
 
 COMMON = {
@@ -55,7 +55,7 @@ class _OnlyPeft(Exception):
 
 @dataclass(frozen=True)
 class Merging:
-    method: str  # shards | peft
+    method: str  # shards | peft | whole (no adapter: the model itself was trained)
     reason: str | None  # why PEFT had to do it
     modules: int  # modules that the adapter changed: all that it targets, or MergeError
 
@@ -79,12 +79,10 @@ def merge_adapter(
             does not have, or cannot be merged; or the base is quantised or needs its repository's Python code.
         WeightsError: the base is not whole.
     """
+    require_mergeable(adapter)
+    if is_whole(adapter):
+        return _copy_whole(adapter, folder, dtype)
     settings = PeftConfig.from_pretrained(str(adapter))
-    if settings.is_prompt_learning:
-        raise MergeError(
-            f"{adapter} is {settings.peft_type.value} and changes no weight: it cannot be merged, and ships as the "
-            "adapter that it is, on its base"
-        )
     config = _config(identity)
     checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
     try:
@@ -97,6 +95,33 @@ def merge_adapter(
         config.dtype = dtype
     config.save_pretrained(folder)
     return Merging("shards", None, modules)
+
+
+def require_mergeable(adapter: Path) -> None:
+    """Refuse what cannot become one model with its base.
+
+    Raises:
+        MergeError: prompt and prefix tuning.
+    """
+    if is_whole(adapter):
+        return
+    settings = PeftConfig.from_pretrained(str(adapter))
+    if settings.is_prompt_learning:
+        raise MergeError(
+            f"{adapter} is {settings.peft_type.value} and changes no weight: it cannot be merged, and ships as the "
+            "adapter that it is, on its base"
+        )
+
+
+def _copy_whole(trained: Path, folder: Path, dtype: torch.dtype | None) -> Merging:
+    """A model of which every weight was trained: nothing is added to it, but its numbers may become narrower."""
+    config = AutoConfig.from_pretrained(trained, trust_remote_code=False)
+    checkpoint = open_checkpoint(trained)
+    rewrite(checkpoint, folder, {}, dtype)
+    if dtype is not None:
+        config.dtype = dtype
+    config.save_pretrained(folder)
+    return Merging("whole", None, len(checkpoint.tensors))
 
 
 def empty_base(identity: Mapping[str, Any]) -> PreTrainedModel:

@@ -1,0 +1,1 @@
+"""What `train` is made of: methods and what they can be combined with, classification, starts from an adapter."""
