@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.data.language import LANGUAGES
 from pipeline.security.redact import has_credentials, redact
-from pipeline.training.combinations import conflict, in_4bit
+from pipeline.training.combinations import class_conflict, conflict, in_4bit
 
 Metric = Literal["accuracy", "bleu", "rouge1", "rouge2", "rougeL"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -300,6 +300,8 @@ class Params(Section):
                 f"merge.base is nf4, but with train.method {self.train.method} and train.load_in_4bit "
                 "false there is no NF4 base to merge into"
             )
+        if reason := class_conflict(self):
+            raise ValueError(reason)
         return self
 
 

@@ -23,12 +23,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from pipeline.chat.template import load_contract
+from pipeline.classification import class_rows, class_trainer
+from pipeline.data.classes import load_contract as load_classes
 from pipeline.files import WORK_DIR, read_json, sha256_file, sha256_json, whole_directory, write_json
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
 from pipeline.progress import Progress
 from pipeline.security.sanitise import clean_folder, portable
 from pipeline.security.vetting import STATES, UnsafeModelError, check_checkpoint
+from pipeline.training.combinations import CLASSIFICATION
 from pipeline.training.methods import AllocateRanks, adapter_config, sort_sets
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -65,23 +68,30 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         Interrupted: SIGTERM; a checkpoint was saved.
     """
     contract = read_json(dataset / "contract.json")
-    template = load_contract(contract)
+    labels = contract.get("labels")  # of sequence classification
+    if (labels is not None) != (params.task == CLASSIFICATION):
+        raise TrainError(
+            f"train.task is {params.task}, but the dataset was prepared for another task; run `dvc repro prepare`"
+        )
+    tokenizer = (load_classes if labels else load_contract)(contract).tokenizer
     threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
-    model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION})
+    model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION}, labels)
     if params.method == "full":
         model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
     adapter = adapter_config(params, model)
     folder = checkpoints / run_key(params, dataset)
-    train_rows = training_sequences(dataset / "train.parquet", params)
-    validation_rows = training_sequences(dataset / "validation.parquet", params)
+    train_rows, validation_rows = (
+        class_rows(path, labels) if labels else training_sequences(path, params)
+        for path in (dataset / "train.parquet", dataset / "validation.parquet")
+    )
     watch = _Watch()
-    trainer = SFTTrainer(
+    trainer = (class_trainer if labels else SFTTrainer)(
         model=model,
         args=_arguments(params, folder, has_validation=len(validation_rows) > 0),
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
-        processing_class=template.tokenizer,
+        processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[watch],
     )
@@ -127,7 +137,7 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
         if adapter is not None:
             sort_sets(whole / "adapter_config.json")
-        template.tokenizer.save_pretrained(str(whole))
+        tokenizer.save_pretrained(str(whole))
         clean_folder(whole)
         write_json(whole / "contract.json", portable(contract))
         write_json(whole / "training.json", portable(_record(params, contract, trained, threads)))
@@ -139,7 +149,12 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
 def run_key(params: TrainParams, dataset: Path) -> str:
     """Hash of data, template contract (with the base model's digest), parameters, this code and library versions."""
     here = Path(__file__)
-    code = (here, here.with_name("model.py"), *sorted(here.with_name("training").glob("*.py")))
+    code = (
+        here,
+        here.with_name("model.py"),
+        here.with_name("classification.py"),
+        *sorted(here.with_name("training").glob("*.py")),
+    )
     return sha256_json(
         {
             "data": {p.name: sha256_file(p) for p in sorted(dataset.glob("*.parquet"))},
@@ -266,7 +281,7 @@ def _arguments(params: TrainParams, folder: Path, has_validation: bool) -> SFTCo
     )
 
 
-def _printer(trainer: SFTTrainer) -> TrainerCallback:
+def _printer(trainer: Any) -> TrainerCallback:
     return next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
 
 

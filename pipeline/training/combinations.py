@@ -8,6 +8,7 @@ from typing import Any
 
 VIRTUAL_TOKENS = ("prefix", "prompt")  # these put trained vectors before the text and change no weight
 INIT_ADAPTER = r"none|champion|[0-9a-f]{16}|[^@\s]+@[0-9a-f]{64}"
+CLASS_METRICS = ("accuracy", "macro_f1")
 CLASSIFICATION = "sequence-classification"
 
 
@@ -64,4 +65,19 @@ def conflict(train: Any) -> str | None:
             "train.packing is true, but train.task is sequence-classification, where a sequence has one class; set "
             "train.packing to false"
         )
+    return None
+
+
+def class_conflict(params: Any) -> str | None:
+    """Why the other sections of `Params` do not go with sequence classification; None if they do, or need not."""
+    if params.train.task != CLASSIFICATION:
+        return None
+    if params.promote.primary_metric not in CLASS_METRICS:
+        return (
+            f"promote.primary_metric is {params.promote.primary_metric}, which scores texts, but train.task is "
+            f"sequence-classification; expected {' or '.join(CLASS_METRICS)}"
+        )
+    for key, empty in (("export", "[]"), ("combine", "null")):
+        if getattr(params.merge, key):
+            return f"merge.{key} is set, but train.task is sequence-classification, which has none; set it to {empty}"
     return None

@@ -30,10 +30,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.files import read_json, write_json
+from pipeline.model import HEADS
 from pipeline.params import TrainParams
 from pipeline.training.combinations import CLASSIFICATION
-
-HEADS = ("classifier", "score")  # of classification models: PEFT trains and saves them whole, whatever the method
 
 
 class MethodError(ValueError):
@@ -47,6 +46,7 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
         MethodError: `lora_target_modules` matches nothing in the model, or not on this family.
     """
     task = TaskType.SEQ_CLS if params.task == CLASSIFICATION else TaskType.CAUSAL_LM
+    new = getattr(model, "new_modules", None) or None  # beside the head, which PEFT knows
     match params.method:
         case "full":
             return None
@@ -56,12 +56,18 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
             return PromptTuningConfig(task_type=task, num_virtual_tokens=params.num_virtual_tokens)
         case "ia3":
             targets = target_modules(params, model)
-            return IA3Config(task_type=task, target_modules=targets, feedforward_modules=_feedforward(model, targets))
+            return IA3Config(
+                task_type=task,
+                target_modules=targets,
+                feedforward_modules=_feedforward(model, targets),
+                modules_to_save=new,
+            )
     lora: dict[str, Any] = {
         "task_type": task,
         "target_modules": target_modules(params, model),
         "lora_alpha": params.lora_alpha,
         "lora_dropout": params.lora_dropout,
+        "modules_to_save": new,
     }
     if params.method == "adalora":
         # It begins with half as much again and ends at lora_r in the mean; `AllocateRanks` fits it to the steps.
@@ -101,7 +107,8 @@ def linear_modules(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     """Every linear layer by its path, the output layer and the classification head left out."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and name.split(".")[0] not in HEADS:
+        outside = name.split(".")[0] in HEADS or name in getattr(model, "new_modules", ())
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not outside:
             yield name, module
 
 
