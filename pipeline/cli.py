@@ -24,6 +24,7 @@ from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
 from pipeline.security.redact import redact, redact_process
+from pipeline.training import commands as training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -207,7 +208,7 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-for command in commands.COMMANDS:
+for command in (*commands.COMMANDS, *training.COMMANDS):
     app.command()(command)
 
 
@@ -346,10 +347,12 @@ def score(
     """Score a merged model on the workspace's test split; `promote` calls this for versions scored on another one."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a shipped model is whole
     _quiet()
+    from pipeline.classification import score_merged
     from pipeline.files import read_json
     from pipeline.merge import score_model
 
-    score_model(model, ARTIFACTS / "dataset", read_json(settings), output)
+    classes = "labels" in read_json(model / "contract.json")
+    (score_merged if classes else score_model)(model, ARTIFACTS / "dataset", read_json(settings), output)
 
 
 def _environment() -> None:
@@ -393,12 +396,13 @@ def _run_stage(name: str, params: Any) -> str:
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     _quiet()
+    classes = params.train.task == "sequence-classification"
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
     match name:
         case "prepare":
             from pipeline.prepare import prepare
 
-            made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared")
+            made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared", params.train.task)
             reasons = ", ".join(f"{count:,} × {reason}" for reason, count in made.dropped.items())
             dropped = f", {sum(made.dropped.values()):,} dropped ({reasons})" if made.dropped else ""
             rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
@@ -414,6 +418,14 @@ def _run_stage(name: str, params: Any) -> str:
         case "evaluate":
             from pipeline.evaluate import evaluate
 
+            if classes:
+                from pipeline.classification import evaluate_classes
+
+                base, tuned = evaluate_classes(params.evaluate, dataset, adapter, evaluation)
+                return ", ".join(
+                    f"{metric} {base[metric]['score']:.3g} → {tuned[metric]['score']:.3g}"
+                    for metric in ("accuracy", "macro_f1")
+                )
             scored = evaluate(params.evaluate, dataset, adapter, evaluation)
             return ", ".join(
                 f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
@@ -424,6 +436,12 @@ def _run_stage(name: str, params: Any) -> str:
             from pipeline.merge import merge
 
             outputs = (ARTIFACTS / name for name in ("merged", "parity", "exports"))
+            if classes:
+                from pipeline.classification import merge_classes
+
+                made_one = merge_classes(params.merge, dataset, adapter, evaluation, *outputs)
+                same = f"{made_one.agreement:.1%} of the test texts have the adapter's class"
+                return f"into the {made_one.base} base; {same}"
             merged = merge(params.merge, dataset, adapter, evaluation, *outputs)
             peft = f", by PEFT because {merged.merging.reason}" if merged.merging.reason else ""
             return (

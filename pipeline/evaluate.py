@@ -12,7 +12,7 @@ from pipeline.chat.template import TemplateError, differing_keys, load_contract
 from pipeline.files import read_json, whole_directory, write_json, write_text
 from pipeline.generate import generate
 from pipeline.likelihood import reference_losses
-from pipeline.model import load_adapter, load_base, use_free_cores
+from pipeline.model import load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams
 from pipeline.scoring import Metrics, provenance, score_items, summarise
 from pipeline.security.sanitise import one_line, portable
@@ -43,13 +43,13 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
     test = test_items(dataset, params.max_samples)
     prompts = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
-    model = load_adapter(load_base(contract["model"], quantisation), adapter)
+    model = load_tuned(contract["model"], quantisation, adapter)
     decoding = (prompts, params.max_new_tokens, params.batch_size, "evaluate")
     answers = {"adapter": generate(model, template, *decoding, system="the adapter")}
     losses = {"adapter": reference_losses(model, template, test, "evaluate", "the adapter")}
-    with model.disable_adapter():
-        answers["base"] = generate(model, template, *decoding, system="the base")
-        losses["base"] = reference_losses(model, template, test, "evaluate", "the base")
+    with untuned(model, contract["model"]) as before:
+        answers["base"] = generate(before, template, *decoding, system="the base")
+        losses["base"] = reference_losses(before, template, test, "evaluate", "the base")
     metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}

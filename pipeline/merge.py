@@ -21,7 +21,7 @@ from pipeline.evaluate import require_same_contract, test_items
 from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import Answer, generate
 from pipeline.likelihood import reference_losses
-from pipeline.model import Quantisation, load_adapter, load_base, use_free_cores
+from pipeline.model import Quantisation, load_base, load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.scoring import Metrics, provenance, score_items, summarise
 from pipeline.security.sanitise import clean_folder, portable
@@ -29,7 +29,7 @@ from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
 from pipeline.weights.export import export
-from pipeline.weights.merging import MergeError, Merging, merge_adapter
+from pipeline.weights.merging import MergeError, Merging, merge_adapter, require_mergeable
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
 
@@ -65,6 +65,7 @@ def merge(
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     identity = contract["model"]
+    require_mergeable(adapter)
     _refuse_merged_base(contract)
     open_checkpoint(identity["name_or_path"], identity["revision"])  # says what is wrong where a digest only differs
     template = load_contract(contract)
@@ -90,10 +91,10 @@ def merge(
     with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
         if params.combine is not None:
             adapter = combine(params.combine, contract, adapter, proof / "combined_adapter")
-        quantised = load_adapter(load_base(identity, quantisation), adapter)
+        quantised = load_tuned(identity, quantisation, adapter)
         expected = _logits(quantised, prompts[:LOGIT_PROMPTS])
-        with quantised.disable_adapter():
-            reach = _difference(expected, _logits(quantised, prompts[:LOGIT_PROMPTS]))
+        with untuned(quantised, identity) as before:
+            reach = _difference(expected, _logits(before, prompts[:LOGIT_PROMPTS]))
         if params.combine is None:
             expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
             adapter_metrics = read_json(evaluation / "metrics.json")["adapter"]

@@ -5,6 +5,7 @@ range and combinations that cannot work.
 """
 
 import difflib
+import re
 import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.data.language import LANGUAGES
 from pipeline.security.redact import has_credentials, redact
+from pipeline.training.combinations import class_conflict, conflict, in_4bit
 
 Metric = Literal[
     "accuracy", "macro_f1", "exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity"
@@ -151,13 +153,17 @@ class PrepareParams(Section):
 
 
 class TrainParams(Section):
-    load_in_4bit: bool
+    task: Literal["causal-lm", "sequence-classification"]
+    method: Literal["lora", "qlora", "dora", "rslora", "ia3", "adalora", "prefix", "prompt", "full"]
+    init_adapter: str
+    load_in_4bit: bool  # `auto` in the file; see `combinations.in_4bit`
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
     bnb_4bit_use_double_quant: bool
     lora_r: Positive
     lora_alpha: Positive
     lora_dropout: Fraction
-    lora_target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    lora_target_modules: Literal["auto", "attention", "all-linear"] | Annotated[list[str], Field(min_length=1)]
+    num_virtual_tokens: Positive
     learning_rate: Annotated[float, Field(gt=0)]
     lr_scheduler_type: Literal["linear", "cosine", "constant"]
     warmup_ratio: Fraction
@@ -183,9 +189,18 @@ class TrainParams(Section):
     num_threads: Literal["auto"] | Positive
     seed: Annotated[int, Field(ge=0)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def resolve(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "load_in_4bit" in values:
+            return values | {"load_in_4bit": in_4bit(values.get("method", ""), values["load_in_4bit"])}
+        return values
+
     @model_validator(mode="after")
     def check(self) -> "TrainParams":
         self.check_strategy()
+        if reason := conflict(self):
+            raise ValueError(reason)
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(
                 f"train.max_steps is {self.max_steps}; expected -1 (num_train_epochs decides) or more than 0"
@@ -323,7 +338,12 @@ class Params(Section):
     @model_validator(mode="after")
     def check(self) -> "Params":
         if self.merge.base == "nf4" and not self.train.load_in_4bit:
-            raise ValueError("merge.base is nf4, but train.load_in_4bit is false: there is no NF4 base to merge into")
+            raise ValueError(
+                f"merge.base is nf4, but with train.method {self.train.method} and train.load_in_4bit "
+                "false there is no NF4 base to merge into"
+            )
+        if reason := class_conflict(self):
+            raise ValueError(reason)
         return self
 
 
@@ -403,6 +423,10 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
         case "missing":
             return f"{key} is missing{where}; every parameter is written out, copy it from the project's params.yaml"
         case "value_error":
-            return f"{error['ctx']['error']!s}{where}"
+            sentence = str(error["ctx"]["error"])
+            named = re.match(r"(\w+)\.(\w+) ", sentence)  # the parameter that the sentence begins with has the line
+            if named and isinstance(tree.get(named[1]), dict) and named[2] in tree[named[1]]:
+                where = f" ({path}, line {tree[named[1]].lc.key(named[2])[0] + 1})"
+            return f"{sentence}{where}"
     got = "null" if node is None else repr(node)
     return f"{key} is {got}; {error['msg'][0].lower()}{error['msg'][1:]}{where}"

@@ -28,7 +28,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from pipeline.params import Params, TrainParams
 from pipeline.progress import clock
-from pipeline.train import lora_config
+from pipeline.training.methods import adapter_config
 from pipeline.training.packing import training_sequences
 
 GIB = 2**30
@@ -155,15 +155,22 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="counted")
         model.requires_grad_(False)
+        if params.method == "full":
+            model.float()
         quantised = _quantise(model) if params.load_in_4bit else []
         weights = sum(_packed_bytes(m.weight, params) for m in quantised)
         packed = {id(m.weight) for m in quantised}
         weights += sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in packed)
         weights += sum(b.numel() * b.element_size() for b in model.buffers())
-        tuned = get_peft_model(model, lora_config(params), autocast_adapter_dtype=False)
+        settings = adapter_config(params, model)
+        tuned = get_peft_model(model, settings, autocast_adapter_dtype=False) if settings else model
+        if settings is None:
+            model.requires_grad_(True)
         adapter = [p for p in tuned.parameters() if p.requires_grad]
+        if params.method == "prompt":  # prefix's are keys and values that no layer computes
+            length += params.num_virtual_tokens
         # As TRL and PEFT make them; in the step itself autocast computes in `dtype` whatever they are kept in.
-        adapter_bytes = sum(p.numel() for p in adapter) * (2 if on_gpu and params.load_in_4bit else 4)
+        trained_bytes = sum(p.numel() for p in adapter) * (2 if on_gpu and params.load_in_4bit else 4)
         tuned.train()
         if params.gradient_checkpointing:
             # The other kind keeps as much (test_plan measures it), but its bookkeeping leaks on the meta device.
@@ -186,17 +193,19 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
         model.base_model.register_forward_hook(end_of_layers)
         with FlopCounterMode(display=False) as flops, live:
             for _ in range(min(params.gradient_accumulation_steps, 2)):  # from the second on, gradients are there
-                hidden = tuned.get_base_model().base_model(**inputs, use_cache=False).last_hidden_state
+                hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
                 head = model.get_output_embeddings()
                 _TiledLoss.apply(hidden.flatten(0, 1), head.weight, not on_gpu).backward()
-    state = {"adamw_torch": 2 * adapter_bytes, "paged_adamw_8bit": 2 * sum(p.numel() for p in adapter)}
+    state = {"adamw_torch": 2 * trained_bytes, "paged_adamw_8bit": 2 * sum(p.numel() for p in adapter)}
     passes = min(params.gradient_accumulation_steps, 2)
     head = model.get_output_embeddings().weight.numel()
     per_token = (flops.get_total_flops() + attention.flops) / passes / math.prod(shape) + 3 * 2 * head
     return _Step(
         trainable_parameters=sum(p.numel() for p in adapter),
         parameters=sum(p.numel() for p in tuned.parameters()),
-        memory=Memory(weights, adapter_bytes, state[params.optim], activations, live.peak - activations),
+        memory=Memory(
+            weights, trained_bytes if settings else 0, state[params.optim], activations, live.peak - activations
+        ),
         flops_per_token=per_token,
     )
 
@@ -360,7 +369,7 @@ def _too_large(config: PreTrainedConfig, params: TrainParams, length: int, memor
     changes: list[dict[str, Any]] = [
         {"gradient_checkpointing": True},
         {"per_device_train_batch_size": 1},
-        {"load_in_4bit": True},
+        {"method": "qlora", "load_in_4bit": True},
         {"optim": "paged_adamw_8bit"},
     ]
     made, would = params, []

@@ -27,10 +27,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.chat.conversation import ChatTemplate
-from pipeline.chat.template import load_template
+from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.conversion import read_batches
-from pipeline.data.encoding import ROWS, SIGNATURES, TEXT, TOKENS, encode_shard
+from pipeline.data.encoding import ROWS, SIGNATURES, TEXT, TOKENS, Encoder, encode_shard, load_encoding
 from pipeline.data.formats import find_files
 from pipeline.data.records import Rejected
 from pipeline.data.report import DataStats, write_report
@@ -81,22 +80,27 @@ class _Data:
     rejected: list[tuple[Rejected, str, str]]  # with file and format
 
 
-def prepare(params: PrepareParams, data: Path, output: Path, cache: Path | None = None) -> Prepared:
+def prepare(
+    params: PrepareParams, data: Path, output: Path, cache: Path | None = None, task: str = "causal-lm"
+) -> Prepared:
     """Write `train|validation|test.parquet`, `contract.json`, `report.json|md|html` and `dropped.jsonl` to `output`.
 
     Train and validation shards have `id, source, task, language, input_ids, labels` (labels −100 where a token carries
     no loss); the test shard, ordered by id, has `id, source, task, language, group, scoring, messages` (JSON), `tools,
     prompt` (rendered), `input_ids` (its tokens) and `reference`, the expected answer. Lengths are in tokens.
+    With `task` (train.task) sequence-classification no token carries loss; train and validation shards have the class
+    as `label`, the test shard as `reference`, and the contract lists the classes of the training rows as `labels`.
     Encoded shards stay in `cache`, if one is given: the next call reads from there what has not changed.
 
     Raises:
         FormatError, TemplateError: see `read_rows` and `load_template`.
         PrepareError: too many unusable rows, an overlong row with `on_overlong: error`, or an empty split.
+        ClassError: see `class_names`.
     """
-    template, identity = load_template(params)
+    template, identity = load_encoding(params, task)
     with _workspace(cache) as work:
         found = _parts(data, work / "shards")
-        folders = _encode([part.shard for part in found.parts], params, template.contract(identity), work)
+        folders = _encode([part.shard for part in found.parts], params, template.contract(identity), work, task)
         verdicts = decide(folders, params.near_duplicate_threshold, work)
         _check(params, folders, verdicts, found)
         with whole_directory(output) as folder:
@@ -142,7 +146,7 @@ def _parts(data: Path, scratch: Path) -> _Data:
     return _Data(sorted(parts, key=lambda part: order.get(part.shard.name, len(order))), rejected)
 
 
-def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any], work: Path) -> list[Path]:
+def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any], work: Path, task: str) -> list[Path]:
     """A folder of encoded rows for each shard, in order; what an earlier call left in `work` is used again."""
     settings = params.model_dump(exclude={"max_dropped_fraction"})
     benchmarks = [sha256_file(Path(name)) for name in params.decontaminate if Path(name).is_file()]
@@ -160,13 +164,13 @@ def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any],
     arguments = params.model_dump_json()
     if sum(sizes) < PARALLEL_ROWS:
         for folder, shard in todo.items():
-            encode_shard(arguments, shard, folder)
+            encode_shard(arguments, shard, folder, task)
             progress.update(next(done))
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Not forked: threads are running, which a fork leaves half-copied.
         with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_begin_worker) as pool:
-            for _ in pool.map(encode_shard, [arguments] * len(todo), todo.values(), todo):
+            for _ in pool.map(encode_shard, [arguments] * len(todo), todo.values(), todo, [task] * len(todo)):
                 progress.update(next(done))
     for left_over in set((work / "encoded").iterdir()) - set(folders):
         shutil.rmtree(left_over)
@@ -237,7 +241,7 @@ def _write(
     found: _Data,
     folders: list[Path],
     verdicts: Verdicts,
-    template: ChatTemplate,
+    template: Encoder,
     identity: dict[str, Any],
     params: PrepareParams,
     output: Path,
@@ -246,10 +250,13 @@ def _write(
     stats = DataStats()
     test: list[pa.Table] = []
     example: list[tuple[str, bool]] = []
+    seen: dict[str, set[str]] = {name: set() for name in SPLITS}  # classes
+    by_class = isinstance(template, TextEncoder)
+    schema = TRAIN.append(pa.field("label", pa.string())) if by_class else TRAIN
     start = 0
     with (
-        pq.ParquetWriter(output / "train.parquet", TRAIN) as train,
-        pq.ParquetWriter(output / "validation.parquet", TRAIN) as validation,
+        pq.ParquetWriter(output / "train.parquet", schema) as train,
+        pq.ParquetWriter(output / "validation.parquet", schema) as validation,
         (output / "dropped.jsonl").open("w", encoding="utf-8") as dropped,
     ):
         for rejected, file, format in found.rejected:
@@ -268,10 +275,14 @@ def _write(
             for name in SPLITS:
                 of_split = rows.filter(pa.array(kept & (split == name)))
                 _count(stats, name, of_split)
+                if by_class:
+                    answers = [json.loads(record)[-1]["content"] for record in of_split["record"].to_pylist()]
+                    of_split = of_split.append_column("label", pa.array(answers, pa.string()))
+                    seen[name].update(answers)
                 if name == "test":
                     test.append(_as_test(of_split, numbers[kept & (split == name)], verdicts))
                 else:
-                    (train if name == "train" else validation).write_table(of_split.select(TRAIN.names))
+                    (train if name == "train" else validation).write_table(of_split.select(schema.names))
                 if name == "train" and len(of_split) and not example:
                     example = _segments(of_split.slice(0, 1), template)
             for place in np.nonzero(~kept)[0]:
@@ -281,7 +292,9 @@ def _write(
     report = stats.report(params.max_length, _digest(table), example, verdicts.crowded)
     write_report(report, output)
     tokens = report["train_tokens"]
-    known = {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
+    known: dict[str, Any] = {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
+    if by_class:
+        known["labels"] = class_names(seen["train"], seen["validation"] | seen["test"])
     write_json(output / "contract.json", template.contract(identity) | known)
     return Prepared(report["rows"], report["dropped"], tokens["trained"], tokens["total"])
 
@@ -342,7 +355,7 @@ def _digest(test: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def _segments(row: pa.Table, template: ChatTemplate) -> list[tuple[str, bool]]:
+def _segments(row: pa.Table, template: Encoder) -> list[tuple[str, bool]]:
     ids, labels = (row[name][0].as_py() for name in ("input_ids", "labels"))
     parts = groupby(zip(ids, labels, strict=True), key=lambda token: token[1] >= 0)
     return [(template.tokenizer.decode([id for id, _ in tokens]), trained) for trained, tokens in parts]

@@ -13,18 +13,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from peft import LoraConfig
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.chat.template import load_contract
+from pipeline.data.classes import load_contract as load_classes
 from pipeline.files import WORK_DIR, read_json, whole_directory, write_json
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
 from pipeline.security.sanitise import clean_folder, portable
 from pipeline.training.checkpoints import last_checkpoint, open_run, versions
+from pipeline.training.classes import ClassCollate, ClassTrainer, class_sequences
+from pipeline.training.combinations import CLASSIFICATION
 from pipeline.training.gradients import require_gradients
 from pipeline.training.launch import launch, must_launch
+from pipeline.training.methods import AllocateRanks, adapter_config, sort_sets
 from pipeline.training.packing import Collate, require_isolation, training_sequences, use_row_attention
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.watching import TrainError, Watch
@@ -61,37 +64,49 @@ def train(
 
     Raises:
         TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
-        TrainError: a target module that the model lacks, a loss of NaN or infinity or one that jumps, a layer that
-            passes no gradient, or an adapter that did not change.
+        MethodError: a target module that the model lacks.
+        TrainError: a loss of NaN or infinity or one that jumps, a layer that passes no gradient, or an adapter that did
+            not change.
         OutOfMemory: memory ran out with the smallest piece of a batch.
         Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
     """
     if must_launch(params):
         return Trained(**launch(params, dataset, output, checkpoints, tables))
     contract = read_json(dataset / "contract.json")
-    template = load_contract(contract)
+    labels = contract.get("labels")  # of sequence classification
+    if (labels is not None) != (params.task == CLASSIFICATION):
+        raise TrainError(
+            f"train.task is {params.task}, but the dataset was prepared for another task; run `dvc repro prepare`"
+        )
+    tokenizer = (load_classes if labels else load_contract)(contract).tokenizer
     threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
-    model = load_base(contract["model"], quantisation_of(params))
-    _require_modules(model, params)
-    train_rows = training_sequences(dataset / "train.parquet", params)
-    validation_rows = training_sequences(dataset / "validation.parquet", params)
+    model = load_base(contract["model"], quantisation_of(params), labels)
+    if params.method == "full":
+        model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
+    adapter = adapter_config(params, model)
+    train_rows, validation_rows = (
+        class_sequences(path, labels) if labels else training_sequences(path, params)
+        for path in (dataset / "train.parquet", dataset / "validation.parquet")
+    )
     folder = open_run(params, dataset, checkpoints)
     sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
     watch = Watch(params, sources)
-    if params.packing:
+    if params.packing and not labels:
         require_isolation(model, train_rows)
         use_row_attention(model)
-    trainer = AdapterTrainer(
+    trainer = (ClassTrainer if labels else AdapterTrainer)(
         model=model,
         args=_arguments(params, folder),
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
-        processing_class=template.tokenizer,
-        data_collator=Collate(template.tokenizer.pad_token_id, params.packing),
-        peft_config=lora_config(params),
+        processing_class=tokenizer,
+        data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
+        peft_config=adapter,
         watch=watch,
     )
+    if params.method == "adalora":
+        trainer.add_callback(AllocateRanks(trainer.model.base_model))
     if not torch.cuda.is_available():
         # TRL makes adapters of quantised models bfloat16, as QLoRA does on GPUs; a CPU gains no speed by it and
         # loses the small updates.
@@ -147,9 +162,8 @@ def train(
 def _save(trainer: SFTTrainer, folder: Path, contract: dict[str, Any], record: dict[str, Any]) -> None:
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
-    # PEFT writes the set of target modules in an order that changes from run to run, and with it the digest.
-    config = read_json(folder / "adapter_config.json")
-    write_json(folder / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
+    if (folder / "adapter_config.json").exists():
+        sort_sets(folder / "adapter_config.json")
     trainer.processing_class.save_pretrained(str(folder))
     clean_folder(folder)
     write_json(folder / "contract.json", contract)
@@ -160,30 +174,6 @@ def quantisation_of(params: TrainParams) -> dict[str, Any]:
     """How the base is loaded for training; the storage dtype changes no value, so no later stage needs it."""
     storage = {"bnb_4bit_quant_storage": params.bnb_4bit_quant_storage} if params.strategy == "fsdp" else {}
     return {key: getattr(params, key) for key in QUANTISATION} | storage
-
-
-def lora_config(params: TrainParams) -> LoraConfig:
-    return LoraConfig(
-        r=params.lora_r,
-        lora_alpha=params.lora_alpha,
-        lora_dropout=params.lora_dropout,
-        target_modules=params.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _require_modules(model: torch.nn.Module, params: TrainParams) -> None:
-    # PEFT is content when one name of the list matches, and leaves the others out without a word.
-    names = [name for name, _ in model.named_modules()]
-    for wanted in params.lora_target_modules if isinstance(params.lora_target_modules, list) else []:
-        if not any(f".{name}".endswith(f".{wanted}") for name in names):
-            linear = {
-                n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-            }
-            raise TrainError(
-                f"train.lora_target_modules names {wanted}, which the base model does not have; "
-                f"its linear layers are {', '.join(sorted(linear))}"
-            )
 
 
 def _arguments(params: TrainParams, folder: Path) -> SFTConfig:

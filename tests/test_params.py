@@ -98,7 +98,7 @@ def test_a_missing_parameter_or_section_is_named(tmp_path: Path, name: str, key:
 @pytest.mark.parametrize(
     ("sections", "what"),
     [
-        ({"train": {"load_in_4bit": False}, "merge": {"base": "nf4"}}, "there is no NF4 base"),
+        ({"train": {"method": "lora", "load_in_4bit": False}, "merge": {"base": "nf4"}}, "there is no NF4 base"),
         ({"prepare": {"test_fraction": 0.5, "validation_fraction": 0.5}}, "leave no rows to train on"),
         ({"prepare": {"trust_remote_code": True}}, "set model_revision"),
         ({"publish": {"sse_kms_key_id": "alias/key"}}, "server_side_encryption is not aws:kms"),
@@ -119,7 +119,7 @@ def test_a_password_in_the_endpoint_is_refused_without_showing_it(tmp_path: Path
 @pytest.mark.parametrize(
     "sections",
     [
-        {"train": {"load_in_4bit": False}, "merge": {"base": "full"}},
+        {"train": {"method": "lora", "load_in_4bit": False}, "merge": {"base": "full"}},
         {"prepare": {"trust_remote_code": True, "model_revision": "a" * 40}},
         {"train": {"lora_target_modules": ["q_proj"]}},
         {"publish": {"sse_kms_key_id": "alias/key", "server_side_encryption": "aws:kms"}},
@@ -127,6 +127,59 @@ def test_a_password_in_the_endpoint_is_refused_without_showing_it(tmp_path: Path
 )
 def test_the_nearest_combination_that_works_is_accepted(sections: dict[str, dict[str, object]]) -> None:
     assert isinstance(with_(load_params(PROJECT), **sections), Params)
+
+
+@pytest.mark.parametrize(
+    ("train", "what"),
+    [
+        ({"method": "qlora", "load_in_4bit": False}, r"^train.method is qlora, .* set it to auto"),
+        ({"method": "lora", "load_in_4bit": True}, r"^train.method is lora .* that is qlora"),
+        ({"method": "full", "load_in_4bit": True}, r"^train.method is full, .* 4-bit weights take no gradient"),
+        ({"method": "full", "init_adapter": "champion"}, r"^train.init_adapter is champion, .* has no adapter"),
+        (
+            {"method": "prompt", "packing": True},
+            r"^train.packing is true, .* is prompt: .* only the first",
+        ),
+        ({"method": "prefix", "packing": True}, r"^train.packing is true, but train.method is prefix"),
+        (
+            {"method": "prefix", "packing": False, "gradient_checkpointing": True},
+            r"^train.gradient_check",
+        ),
+        ({"method": "adalora", "init_adapter": "champion"}, r"^train.init_adapter is champion, .* is adalora"),
+        ({"task": "sequence-classification"}, r"^train.packing is true, .* a sequence has one class"),
+        ({"init_adapter": "v3"}, r"^train.init_adapter is 'v3'; expected none, champion"),
+    ],
+)
+def test_a_method_that_cannot_be_combined_is_refused_with_reason_and_line(
+    tmp_path: Path, train: dict[str, object], what: str
+) -> None:
+    text = PROJECT.read_text()
+    for key, value in ({"load_in_4bit": "auto"} | train).items():
+        text = re.sub(
+            rf"(?m)^  {key}: [^ ]+", f"  {key}: {str(value).lower() if isinstance(value, bool) else value}", text
+        )
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError, match=what) as error:
+        load_params(path)
+    named = re.match(r"train\.(\w+)", str(error.value))
+    assert named is not None
+    line = next(n for n, line in enumerate(text.split("\n"), 1) if line.startswith(f"  {named[1]}:"))
+    assert str(error.value).endswith(f"({path}, line {line})")
+
+
+@pytest.mark.parametrize("method", ["dora", "rslora", "ia3", "adalora", "prefix", "prompt"])
+def test_other_methods_work_on_either_base(method: str) -> None:
+    packing = method not in ("prefix", "prompt")
+    for load_in_4bit, resolved in (("auto", False), (True, True), (False, False)):
+        train = {"method": method, "load_in_4bit": load_in_4bit, "packing": packing}
+        assert with_(load_params(PROJECT), train=train).train.load_in_4bit is resolved
+
+
+def test_qlora_is_the_method_that_puts_the_base_in_4_bits_by_itself() -> None:
+    for method in ("lora", "qlora", "full"):
+        train = with_(load_params(PROJECT), train={"method": method, "load_in_4bit": "auto"}).train
+        assert train.load_in_4bit is (method == "qlora")
 
 
 def test_a_refused_combination_names_the_file(tmp_path: Path) -> None:

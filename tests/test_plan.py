@@ -14,7 +14,8 @@ from trl.trainer.utils import add_fused_lm_head
 from pipeline.model import load_base
 from pipeline.params import Params, TrainParams
 from pipeline.plan import GIB, Plan, PlanError, _one_step, describe, plan
-from pipeline.train import QUANTISATION, lora_config, train
+from pipeline.train import QUANTISATION, train
+from pipeline.training.methods import adapter_config
 
 LLAMA = LlamaConfig(
     hidden_size=256,
@@ -49,7 +50,11 @@ def of_size(size: str, layers: int | None = None) -> LlamaConfig:
 
 
 def planned(params: Params, **changes: Any) -> TrainParams:
-    return with_(params, train={"lora_r": 16} | changes).train
+    return with_(params, train={"lora_r": 16, "method": method_of(changes)} | changes).train
+
+
+def method_of(changes: dict[str, Any]) -> str:
+    return "qlora" if changes.get("load_in_4bit", True) else "lora"
 
 
 def measured(config: PreTrainedConfig, params: TrainParams, length: int, folder: Path) -> int:
@@ -62,7 +67,7 @@ def measured(config: PreTrainedConfig, params: TrainParams, length: int, folder:
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *constants])
     model.requires_grad_(False)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    tuned = get_peft_model(model, lora_config(params)).train()
+    tuned = get_peft_model(model, adapter_config(params, model)).train()
     if params.gradient_checkpointing:
         tuned.gradient_checkpointing_enable({"use_reentrant": False})
         tuned.enable_input_require_grads()
@@ -156,7 +161,9 @@ def test_65b_fits_into_48_gb_in_4_bits_with_checkpointing_only(params: Params) -
 def big(params: Params, tmp_path: Path, size: str, **train: Any) -> Params:
     of_size(size).save_pretrained(tmp_path / size)
     return with_(
-        params, prepare={"model_name_or_path": str(tmp_path / size), "max_length": 2048}, train={"lora_r": 16} | train
+        params,
+        prepare={"model_name_or_path": str(tmp_path / size), "max_length": 2048},
+        train={"lora_r": 16, "method": method_of(train)} | train,
     )
 
 

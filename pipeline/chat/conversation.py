@@ -168,7 +168,7 @@ class ChatTemplate:
             "chat_template": self.text,
             "chat_template_name": self.name,
             "chat_template_sha256": sha256_json(self.text),
-            "tokenizer_sha256": _tokenizer_digest(self.tokenizer),
+            "tokenizer_sha256": tokenizer_digest(self.tokenizer),
             "stop_ids": sorted(self.stop_ids),
             "pad_id": self.tokenizer.pad_token_id,
             "train_on": self.train_on,
@@ -299,7 +299,7 @@ def _golden_call() -> list[Message]:
     ]
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
     # Truncation and padding are run-time settings that calls leave behind in the Rust object; they are not identity.
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)

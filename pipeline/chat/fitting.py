@@ -7,6 +7,7 @@ Refused: a conversation that fits in no way that `prepare.on_overlong` allows.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.chat.conversation import ChatTemplate, Conversation, Encoded
 from pipeline.chat.rendering import RowError
@@ -48,7 +49,7 @@ def fit(
 
 
 def fit_batch(
-    template: ChatTemplate, conversations: Sequence[Conversation], max_length: int, on_overlong: str
+    template: Any, conversations: Sequence[Conversation], max_length: int, on_overlong: str
 ) -> list[list[Fitted] | RowError]:
     """`fit` of every conversation, in order, with its `RowError` where that is raised; much faster."""
     fitted: list[list[Fitted] | RowError] = []

@@ -19,6 +19,7 @@ from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.fitting import Fitted, Overlong, fit_batch, fit_text
 from pipeline.chat.rendering import RowError
 from pipeline.chat.template import load_template
+from pipeline.data import classes
 from pipeline.data.contamination import Benchmark, benchmark, contaminated
 from pipeline.data.filters import apply_filters
 from pipeline.data.formats import read_rows
@@ -29,6 +30,7 @@ from pipeline.data.shards import read_shard
 from pipeline.data.shingles import signatures
 from pipeline.files import sha256_json, whole_directory
 from pipeline.params import PrepareParams
+from pipeline.training.combinations import CLASSIFICATION
 
 TOKENS = pa.list_(pa.int32())
 KEY = pa.binary(16)  # the first half of a SHA-256
@@ -60,11 +62,14 @@ SCHEMA = pa.schema(
 )
 OVERLONG = "longer than prepare.max_length"
 ROWS, TEXT, SIGNATURES = "rows.parquet", "text.arrow", "signatures.npy"
+Encoder = ChatTemplate | classes.TextEncoder
 CHUNK = 1024  # rows whose tokens are Python lists at once
 
 
-def encode_shard(params_json: str, shard: Path, folder: Path) -> None:
+def encode_shard(params_json: str, shard: Path, folder: Path, task: str = "causal-lm") -> None:
     """Encode a canonical shard to `folder`, which appears whole.
+
+    `task` is `train.task`: with sequence-classification a row's answer is the class of its text.
 
     `rows.parquet` has `SCHEMA`; `text.arrow` (one string column, to be memory-mapped) and `signatures.npy`, row by row
     the same, are what near duplicates are found by.
@@ -73,7 +78,7 @@ def encode_shard(params_json: str, shard: Path, folder: Path) -> None:
         FormatError, TemplateError: the shard is damaged; the template cannot be trained with.
     """
     params = PrepareParams.model_validate_json(params_json)
-    template = _template(params_json)
+    template = _template(params_json, task)
     table = read_shard(shard)
     with whole_directory(folder) as partial:
         text = pa.schema([("text", pa.string())])
@@ -95,6 +100,15 @@ def encode_shard(params_json: str, shard: Path, folder: Path) -> None:
             np.save(partial / SIGNATURES, np.concatenate(signed))
 
 
+def load_encoding(params: PrepareParams, task: str) -> tuple[Encoder, dict[str, Any]]:
+    """What rows are encoded by for `train.task`, and the identity of the base model.
+
+    Raises:
+        TemplateError: see `load_template` and `classes.load_encoder`.
+    """
+    return classes.load_encoder(params) if task == CLASSIFICATION else load_template(params)
+
+
 def rows_of(table: pa.Table) -> Iterator[Row]:
     """The rows of a shard's table."""
     names = ("messages", "source", "tools", "task", "group", "scoring", "repairs")
@@ -104,7 +118,7 @@ def rows_of(table: pa.Table) -> Iterator[Row]:
 
 
 def encode_rows(
-    rows: Iterator[Row], template: ChatTemplate, params: PrepareParams, benchmarks: dict[str, Benchmark]
+    rows: Iterator[Row], template: Encoder, params: PrepareParams, benchmarks: dict[str, Benchmark]
 ) -> list[dict[str, Any]]:
     """Each row as a record of `SCHEMA` (several when a long one is split), with the `text` it is compared by."""
     records: list[dict[str, Any]] = []
@@ -134,7 +148,7 @@ def encode_rows(
     return records
 
 
-def fit_rows(rows: list[Row], template: ChatTemplate, params: PrepareParams) -> list[list[Fitted] | RowError]:
+def fit_rows(rows: list[Row], template: Encoder, params: PrepareParams) -> list[list[Fitted] | RowError]:
     """Each row in the pieces that are trained on, as `prepare.on_overlong` says, or why it cannot be."""
     chats = [row for row in rows if not is_plain_text(row.messages)]
     fitted = iter(fit_batch(template, [(r.messages, r.tools) for r in chats], params.max_length, params.on_overlong))
@@ -172,14 +186,16 @@ def _group(row: Row) -> str:
     return row.group if row.group is not None else prompt_key(row.messages[:-1] or row.messages, row.tools)
 
 
-def _fit_text(template: ChatTemplate, row: Row, params: PrepareParams) -> list[Fitted] | RowError:
+def _fit_text(template: Encoder, row: Row, params: PrepareParams) -> list[Fitted] | RowError:
     try:
+        if isinstance(template, classes.TextEncoder):
+            raise RowError("is text without a class; train.task is sequence-classification")
         return fit_text(template, row.messages[0]["content"], params.max_length, params.on_overlong)
     except RowError as error:
         return error
 
 
-def _record(row: Row, before: Row, piece: Fitted, split: str, template: ChatTemplate) -> dict[str, Any]:
+def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder) -> dict[str, Any]:
     messages, tools = piece.messages, row.tools
     keys = [prompt_key(messages[:i], tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
     answer = "\n".join([messages[-1]["content"], *_calls(messages[-1])])
@@ -214,7 +230,7 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: ChatTemp
     return record
 
 
-def _reference(piece: Fitted, template: ChatTemplate) -> str:
+def _reference(piece: Fitted, template: Encoder) -> str:
     """The answer that is expected, in the words that a generation is read in."""
     last = piece.messages[-1]
     if not last.get("tool_calls"):
@@ -237,8 +253,8 @@ def _dropped(row: Rejected, cause: str, detail: str | None = None) -> dict[str, 
 
 
 @lru_cache(maxsize=1)
-def _template(params_json: str) -> ChatTemplate:
-    return load_template(PrepareParams.model_validate_json(params_json))[0]
+def _template(params_json: str, task: str) -> Encoder:
+    return load_encoding(PrepareParams.model_validate_json(params_json), task)[0]
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import regex  # type: ignore[import-untyped]
+import regex
 from numpy.typing import NDArray
 
 WORDS, CHARACTERS = 3, 5  # tokens of a shingle that begins with a word, with a character of an unspaced script

@@ -38,11 +38,15 @@ CHOSEN |= {
     "orth_reg_weight",
     "total_step",
 }  # AdaLoRA's
+CHOSEN |= {"num_virtual_tokens", "token_dim", "num_transformer_submodules"}  # of prefix and prompt tuning
+CHOSEN |= {"num_attention_heads", "num_layers", "encoder_hidden_size"}
+TASKS = ("CAUSAL_LM", "SEQ_CLS")
 IGNORED = {"base_model_name_or_path", "revision", "peft_version"}  # of no effect: base and revision are the contract's
 STATES = ("optimizer.pt", "scheduler.pt")  # written by torch.save, so pickles
 # training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
 CHECKPOINT = {*STATES, "adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "training_args.bin"}
 CHECKPOINT |= {"digests.json", "watch.json"}  # ours
+CHECKPOINT |= {"model.safetensors", "config.json", "generation_config.json"}  # of a whole model's training
 CHECKPOINT |= {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CHECKPOINT |= {
     "special_tokens_map.json",
@@ -93,23 +97,32 @@ def check_model(name_or_path: str, revision: str | None) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse an adapter that is not plain LoRA as `train` writes it.
+    """Refuse an adapter that is not as `train` writes one.
 
     Raises:
         UnsafeModelError, UnsafeFileError: with file, key and way out.
     """
-    from peft import AdaLoraConfig, IA3Config, LoraConfig  # seconds to import; prepare needs `check_model` alone
+    import peft  # takes seconds to import; prepare needs `check_model` alone
 
-    methods: dict[Any, Any] = {"LORA": LoraConfig, "IA3": IA3Config, "ADALORA": AdaLoraConfig}
+    methods: dict[Any, Any] = {
+        "LORA": peft.LoraConfig,
+        "IA3": peft.IA3Config,
+        "ADALORA": peft.AdaLoraConfig,
+        "PREFIX_TUNING": peft.PrefixTuningConfig,
+        "PROMPT_TUNING": peft.PromptTuningConfig,
+    }
 
     check_file(folder / "adapter_model.safetensors")
     check_file(folder / "adapter_config.json")
     config = strict_json((folder / "adapter_config.json").read_bytes())
     where = f"{folder}: adapter_config.json"
     if not isinstance(config, dict) or config.get("peft_type") not in list(methods):
-        raise UnsafeModelError(f"{where} is not of a LoRA adapter; only those, IA3's and AdaLoRA's are loaded")
+        raise UnsafeModelError(
+            f"{where} is not of a LoRA adapter; only those, IA3's, AdaLoRA's, prefix and prompt tuning's are loaded"
+        )
+    task = config.get("task_type") if config.get("task_type") in TASKS else TASKS[0]
     steps = {"total_step": 1} if config["peft_type"] == "ADALORA" else {}  # AdaLoRA's is not made without
-    made = methods[config["peft_type"]](task_type="CAUSAL_LM", **steps)
+    made = methods[config["peft_type"]](task_type=task, **steps)
     plain = {key: value for key, value in made.to_dict().items() if key not in IGNORED}
     for key, value in config.items():
         if key.endswith("_pattern") and any(not re.fullmatch(r"[\w.]+", name) for name in value or {}):
@@ -121,6 +134,8 @@ def check_adapter(folder: Path) -> None:
                 f"{where} has {key} = {value!r}; adapters are loaded only with its default, or without"
             )
     modules = config.get("target_modules")
+    if made.is_prompt_learning and modules is None:
+        return  # it has vectors of its own, in no module
     if not (modules == "all-linear" or (isinstance(modules, list) and all(isinstance(m, str) for m in modules))):
         raise UnsafeModelError(f"{where} has target_modules = {modules!r}; expected all-linear or a list of names")
 
@@ -139,7 +154,10 @@ def check_checkpoint(folder: Path) -> None:
         if path.name not in CHECKPOINT or path.is_symlink() or not path.is_file():
             raise UnsafeModelError(f"{path} is nothing that a training saves; delete {folder} to train without it")
     try:
-        check_adapter(folder)
+        if (folder / "model.safetensors").exists():
+            check_model(str(folder), None)
+        else:
+            check_adapter(folder)
     except UnsafeModelError as error:
         raise UnsafeModelError(f"{error}; delete {folder} to train without it") from None
     for name in STATES:

@@ -1,1 +1,1 @@
-"""What `train` is made of: sequences, loss, the trainer, its checkpoints, and what is watched while it runs."""
+"""What `train` is made of: methods, sequences, loss, the trainer, its checkpoints, and what is watched meanwhile."""

@@ -189,10 +189,13 @@ class AdapterTrainer(SFTTrainer):
                 inputs = self._prepare_inputs(piece)
                 with self.compute_loss_context_manager():
                     nats += float(self.compute_loss(model, inputs, num_items_in_batch=one))
-            count = int((batch["labels"][:, 1:] != -100).sum())
-            return torch.tensor([nats / self.accelerator.num_processes, count], dtype=torch.float64)
+            return torch.tensor([nats / self.accelerator.num_processes, self.scored(batch)], dtype=torch.float64)
 
         return self._until_it_fits(batch, attempt, attempt)
+
+    def scored(self, batch: Batch) -> int:
+        """What the validation loss is a mean over: the trained tokens of a batch."""
+        return int((batch["labels"][:, 1:] != -100).sum())
 
     # --- checkpoints ---
 

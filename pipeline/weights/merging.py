@@ -20,13 +20,20 @@ from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, transpose
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from pipeline.model import Quantisation, compute_dtype, device, load_adapter
+from pipeline.model import UNQUANTISED, Quantisation, class_settings, compute_dtype, device, is_whole, load_adapter
 from pipeline.weights.checkpoint import FLOATS, Blocks, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
 
 COMMON = {
@@ -55,7 +62,7 @@ class _OnlyPeft(Exception):
 
 @dataclass(frozen=True)
 class Merging:
-    method: str  # shards | peft
+    method: str  # shards | peft | whole (no adapter: the model itself was trained)
     reason: str | None  # why PEFT had to do it
     modules: int  # modules that the adapter changed: all that it targets, or MergeError
 
@@ -66,6 +73,7 @@ def merge_adapter(
     folder: Path,
     quantisation: Quantisation | None = None,
     dtype: torch.dtype | None = None,
+    labels: list[str] | None = None,
 ) -> Merging:
     """Write the base with the adapter added to `folder`: weights in the base's own shards, and config.json.
 
@@ -73,19 +81,18 @@ def merge_adapter(
         identity: `model` of the template contract; its Python code is never run.
         quantisation: adds to what the 4-bit round trip leaves of the base; None adds to the base itself.
         dtype: of the written weights; None keeps each in the checkpoint's own type.
+        labels: the classes of a sequence classification model, whose head comes from the adapter.
 
     Raises:
         MergeError: the adapter changes nothing in a module that it targets, holds weights for modules that the base
             does not have, or cannot be merged; or the base is quantised or needs its repository's Python code.
         WeightsError: the base is not whole.
     """
+    require_mergeable(adapter)
+    if is_whole(adapter):
+        return _copy_whole(adapter, folder, dtype)
     settings = PeftConfig.from_pretrained(str(adapter))
-    if settings.is_prompt_learning:
-        raise MergeError(
-            f"{adapter} is {settings.peft_type.value} and changes no weight: it cannot be merged, and ships as the "
-            "adapter that it is, on its base"
-        )
-    config = _config(identity)
+    config = _config(identity, labels)
     checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
     try:
         edits, modules = _edits(config, checkpoint, settings, adapter, quantisation, dtype)
@@ -99,6 +106,33 @@ def merge_adapter(
     return Merging("shards", None, modules)
 
 
+def require_mergeable(adapter: Path) -> None:
+    """Refuse what cannot become one model with its base.
+
+    Raises:
+        MergeError: prompt and prefix tuning.
+    """
+    if is_whole(adapter):
+        return
+    settings = PeftConfig.from_pretrained(str(adapter))
+    if settings.is_prompt_learning:
+        raise MergeError(
+            f"{adapter} is {settings.peft_type.value} and changes no weight: it cannot be merged, and ships as the "
+            "adapter that it is, on its base"
+        )
+
+
+def _copy_whole(trained: Path, folder: Path, dtype: torch.dtype | None) -> Merging:
+    """A model of which every weight was trained: nothing is added to it, but its numbers may become narrower."""
+    config = AutoConfig.from_pretrained(trained, trust_remote_code=False)
+    checkpoint = open_checkpoint(trained)
+    rewrite(checkpoint, folder, {}, dtype)
+    if dtype is not None:
+        config.dtype = dtype
+    config.save_pretrained(folder)
+    return Merging("whole", None, len(checkpoint.tensors))
+
+
 def empty_base(identity: Mapping[str, Any]) -> PreTrainedModel:
     """The base with the shapes of its parameters and without their numbers: adapters can be put on it, no more."""
     model = _empty_model(_config(identity))
@@ -106,11 +140,13 @@ def empty_base(identity: Mapping[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _config(identity: Mapping[str, Any]) -> PretrainedConfig:
+def _config(identity: Mapping[str, Any], labels: list[str] | None = None) -> PretrainedConfig:
     """The base's configuration as transformers itself knows it."""
     name = identity["name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(name, revision=identity["revision"], trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            name, revision=identity["revision"], trust_remote_code=False, **class_settings(labels)
+        )
         config.architectures = [type(_empty_model(config)).__name__]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -194,10 +230,15 @@ def _require_understood(settings: PeftConfig) -> None:
 
 def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = _auto_class(config).from_config(
             deepcopy(config), dtype=torch.float32, trust_remote_code=False
         )
     return model
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """A configuration with a problem type is of a model that classifies (`class_settings`)."""
+    return AutoModelForCausalLM if config.problem_type is None else AutoModelForSequenceClassification
 
 
 def _without_weights(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
@@ -234,7 +275,8 @@ def _checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[st
 def _quantised_weights(config: PretrainedConfig, quantisation: Quantisation) -> dict[str, bool]:
     """Weights that loading in 4 bits quantises, and whether each is transposed for it (Conv1D)."""
     model = _empty_model(config)
-    settings = BitsAndBytesConfig(**quantisation)
+    skip = None if config.problem_type is None else list(UNQUANTISED)
+    settings = BitsAndBytesConfig(**quantisation, llm_int8_skip_modules=skip)
     Bnb4BitHfQuantizer(settings, pre_quantized=False).preprocess_model(model, device_map=None)
     return {
         f"{name}.weight": module.source_cls is Conv1D
@@ -316,7 +358,7 @@ def _merge_with_peft(
 ) -> int:
     """`merge_adapter` by `merge_and_unload`, with the whole model in memory; on the CPU, in the checkpoint's type."""
     out = dtype or checkpoint.dtype
-    base = AutoModelForCausalLM.from_pretrained(
+    base = _auto_class(config).from_pretrained(
         identity["name_or_path"],
         revision=identity["revision"],
         config=config,

@@ -1,0 +1,70 @@
+"""Training on classes: texts with the number of a class, batches padded to their longest, the loss a mean over rows.
+
+All else (checkpoints, batches split when memory runs out, what is watched) is `AdapterTrainer`'s.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from pipeline.training.packing import Batch
+from pipeline.training.trainer import AdapterTrainer
+
+
+def class_sequences(path: Path, labels: Sequence[str]) -> Dataset:
+    """Rows of a split as the trainer takes them: `input_ids`, the number of the class, and `rows` as with texts."""
+    table = pq.read_table(path, columns=["input_ids", "label"])
+    number = {name: i for i, name in enumerate(labels)}
+    ids = table["input_ids"].to_pylist()
+    return Dataset(
+        pa.table(
+            {
+                "input_ids": table["input_ids"],
+                "label": pa.array([number[name] for name in table["label"].to_pylist()], pa.int64()),
+                "rows": pa.array([[row] * len(each) for row, each in enumerate(ids)], pa.list_(pa.int32())),
+            }
+        )
+    )
+
+
+class ClassCollate:
+    """`input_ids`, `attention_mask` and `rows` (B, T), `labels` (B,)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.collate = DataCollatorWithPadding(tokenizer)
+
+    def __call__(self, sequences: list[Batch]) -> Batch:
+        batch = dict(self.collate([{"input_ids": s["input_ids"], "label": s["label"]} for s in sequences]))
+        rows = [torch.tensor(sequence["rows"]) for sequence in sequences]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        batch["rows"] = padded.flip(1) if self.collate.tokenizer.padding_side == "left" else padded
+        return batch
+
+
+class ClassTrainer(AdapterTrainer):
+    """`AdapterTrainer` over the batches of `ClassCollate`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # Decoders read the class at the last token that is no padding.
+        options["model"].config.pad_token_id = options["processing_class"].pad_token_id
+        super().__init__(*args, **options)
+        self.own_loss = False
+        self.model_accepts_loss_kwargs = True  # so that the step's rows are counted, and the loss is over them all
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        rows = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+        nats = torch.nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"], reduction="sum")
+        loss = nats / rows * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def scored(self, batch: Batch) -> int:
+        return len(batch["labels"])

@@ -1,0 +1,83 @@
+"""Which training settings go together: parameters come in, a sentence about the first pair that cannot comes out.
+
+Nothing is imported that takes time: this is asked whenever params.yaml is read.
+"""
+
+import re
+from typing import Any
+
+VIRTUAL_TOKENS = ("prefix", "prompt")  # these put trained vectors before the text and change no weight
+INIT_ADAPTER = r"none|champion|[0-9a-f]{16}|[^@\s]+@[0-9a-f]{64}"
+CLASS_METRICS = ("accuracy", "macro_f1")
+CLASSIFICATION = "sequence-classification"
+
+
+def in_4bit(method: str, load_in_4bit: Any) -> Any:
+    """`train.load_in_4bit` with `auto` resolved: QLoRA is LoRA on a 4-bit base, the others take the base as it is."""
+    return method == "qlora" if load_in_4bit == "auto" else load_in_4bit
+
+
+def conflict(train: Any) -> str | None:
+    """Why the settings of a `TrainParams` cannot be trained with together; None if they can."""
+    method, virtual = train.method, train.method in VIRTUAL_TOKENS
+    if not re.fullmatch(INIT_ADAPTER, train.init_adapter):
+        return (
+            f"train.init_adapter is {train.init_adapter!r}; expected none, champion, a version's id (16 hexadecimal "
+            "digits), or PATH@SHA256 with the sha256 of PATH/adapter_model.safetensors"
+        )
+    if method == "qlora" and not train.load_in_4bit:
+        return (
+            "train.method is qlora, which is LoRA on a 4-bit base, but train.load_in_4bit is false; set it to auto, "
+            "or train.method to lora"
+        )
+    if method == "lora" and train.load_in_4bit:
+        return (
+            "train.method is lora and train.load_in_4bit true: that is qlora; set train.method to qlora, or "
+            "train.load_in_4bit to auto"
+        )
+    if method == "full" and train.load_in_4bit:
+        return (
+            "train.method is full, which trains every weight, and 4-bit weights take no gradient; set "
+            "train.load_in_4bit to auto, or train.method to qlora"
+        )
+    if method == "full" and train.init_adapter != "none":
+        return (
+            f"train.init_adapter is {train.init_adapter}, but train.method is full, which has no adapter; set it to "
+            "none (prepare.model_name_or_path can be a model that was trained before)"
+        )
+    if virtual and train.packing:
+        return (
+            f"train.packing is true, but train.method is {method}: its trained vectors stand before a sequence, so of "
+            "several rows in one only the first would have them; set train.packing to false"
+        )
+    if method == "prefix" and train.gradient_checkpointing:
+        return (
+            "train.gradient_checkpointing is true, but train.method is prefix, whose keys and values PEFT cannot "
+            "recompute; set it to false"
+        )
+    if method == "adalora" and train.init_adapter != "none":
+        return (
+            f"train.init_adapter is {train.init_adapter}, but train.method is adalora, whose ranks were settled by "
+            "the training before; set it to none, or train.method to lora"
+        )
+    if train.task == CLASSIFICATION and train.packing:
+        return (
+            "train.packing is true, but train.task is sequence-classification, where a sequence has one class; set "
+            "train.packing to false"
+        )
+    return None
+
+
+def class_conflict(params: Any) -> str | None:
+    """Why the other sections of `Params` do not go with sequence classification; None if they do, or need not."""
+    if params.train.task != CLASSIFICATION:
+        return None
+    if params.promote.primary_metric not in CLASS_METRICS:
+        return (
+            f"promote.primary_metric is {params.promote.primary_metric}, which scores texts, but train.task is "
+            f"sequence-classification; expected {' or '.join(CLASS_METRICS)}"
+        )
+    for key, empty in (("export", "[]"), ("combine", "null")):
+        if getattr(params.merge, key):
+            return f"merge.{key} is set, but train.task is sequence-classification, which has none; set it to {empty}"
+    return None

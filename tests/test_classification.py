@@ -1,0 +1,273 @@
+"""Sequence classification, from rows of text and label to a merged model, on tiny random encoders."""
+
+import csv
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import environment, make_base, make_project, retune, with_, write_params
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from pipeline.chat.rendering import TemplateError
+from pipeline.classification import classify, evaluate_classes, macro_f1, merge_classes, score_merged
+from pipeline.data.classes import ClassError
+from pipeline.files import read_json
+from pipeline.params import Params
+from pipeline.prepare import PrepareError, prepare
+from pipeline.train import TrainError, train
+
+GOOD, BAD = ["a joy", "splendid", "moving", "wise"], ["a bore", "dreadful", "clumsy", "stale"]
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def reviews(number: int) -> list[tuple[str, str]]:
+    draw = random.Random(0)
+    rows = []
+    for i in range(number):
+        label = draw.choice(["neg", "pos"])
+        words = draw.choice(GOOD if label == "pos" else BAD)
+        rows.append((f"Film {i} by director {draw.randrange(10**6)}: {words}.", label))
+    return rows
+
+
+def write_rows(folder: Path, rows: list[tuple[str, str]]) -> Path:
+    folder.mkdir()
+    with (folder / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(rows)
+    return folder
+
+
+def make_encoder(folder: Path, family: str) -> Path:
+    """A random masked language model with its tokenizer, as roberta-base and bert-base are published."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator((text for text, _ in reviews(200)), trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    names = {
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    settings = SIZES | {"vocab_size": len(tokenizer.get_vocab()), "pad_token_id": 1, "max_position_embeddings": 130}
+    model = (
+        RobertaForMaskedLM(RobertaConfig(**settings))
+        if family == "roberta"
+        else BertForMaskedLM(BertConfig(**settings))
+    )
+    teach_words(model, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def teach_words(model: Any, folder: Path) -> None:
+    """A little masked language modelling: a base whose first token has looked at the others, as published ones have."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    batch = tokenizer([text for text, _ in reviews(64)], padding=True, return_tensors="pt")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    torch.manual_seed(0)
+    for step in range(60):
+        ids = batch["input_ids"][step % 4 :: 4].clone()
+        hidden = (torch.rand(ids.shape) < 0.3) & (ids > 4)
+        labels = ids.masked_fill(~hidden, -100)
+        ids[hidden] = tokenizer.mask_token_id
+        ids[:, 0], labels[:, 0] = tokenizer.mask_token_id, ids[:, -4]  # the first token must know a word of the last
+        model(ids, attention_mask=(ids != 1).long(), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def classifying(params: Params, base: Path, method: str = "lora", **train: Any) -> Params:
+    settings = {"task": "sequence-classification", "method": method, "load_in_4bit": "auto", "packing": False}
+    settings |= {"per_device_train_batch_size": 8, "learning_rate": 0.002, "num_train_epochs": 6.0, "warmup_ratio": 0.0}
+    return with_(
+        params,
+        prepare={"model_name_or_path": str(base)},
+        train=settings | train,
+        evaluate={"bootstrap_samples": 100},
+        merge={"min_agreement": 0.9},
+        promote={"primary_metric": "accuracy"},
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("texts") / "data", reviews(240))
+
+
+def prepared(params: Params, data: Path, folder: Path) -> Path:
+    prepare(params.prepare, data, folder / "dataset", task=params.train.task)
+    return folder / "dataset"
+
+
+FAMILIES = [("roberta", "lora", True), ("bert", "qlora", True), ("llama", "lora", True)]
+FAMILIES += [(f, m, False) for f in ("roberta", "bert", "llama") for m in ("dora", "rslora", "ia3", "adalora", "full")]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(f, m, marks=[] if quick else pytest.mark.faults) for f, m, quick in FAMILIES],
+)
+def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
+    tmp_path: Path, params: Params, texts: Path, family: str, method: str
+) -> None:
+    base = make_base(tmp_path / "base") if family == "llama" else make_encoder(tmp_path / "base", family)
+    settings = classifying(params, base, method, **({"learning_rate": 0.05} if method == "ia3" else {}))
+    dataset = prepared(settings, texts, tmp_path)
+    assert read_json(dataset / "contract.json")["labels"] == ["neg", "pos"]
+    train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    untrained, tuned = evaluate_classes(settings.evaluate, dataset, tmp_path / "adapter", tmp_path / "evaluation")
+    assert tuned["accuracy"]["low"] > untrained["accuracy"]["high"] and tuned["accuracy"]["score"] > 0.9
+    assert tuned["macro_f1"]["low"] <= tuned["macro_f1"]["score"] <= tuned["macro_f1"]["high"] <= 1
+    outputs = (tmp_path / name for name in ("merged", "parity", "exports"))
+    result = merge_classes(settings.merge, dataset, tmp_path / "adapter", tmp_path / "evaluation", *outputs)
+    assert result.agreement >= (0.95 if method == "qlora" else 1)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+    good, bad = classify(
+        tmp_path / "merged", ["Film 7 by director 123456: splendid.", "Film 8 by director 54321: dreadful."]
+    )
+    assert (good.label, bad.label) == ("pos", "neg")
+    assert 0.5 < good.confidence <= 1 and sum(good.probabilities) == pytest.approx(1)
+    score_merged(
+        tmp_path / "merged", dataset, read_json(tmp_path / "evaluation" / "evaluation.json"), tmp_path / "again"
+    )
+    again = pq.read_table(tmp_path / "again" / "items.parquet")["predicted"]
+    assert again.equals(pq.read_table(tmp_path / "parity" / "items.merged.parquet")["predicted"])
+
+
+def test_a_text_is_tokenised_as_its_tokenizer_does_it_and_keeps_its_class(
+    tmp_path: Path, params: Params, texts: Path
+) -> None:
+    settings = classifying(params, make_encoder(tmp_path / "base", "roberta"))
+    dataset = prepared(settings, texts, tmp_path)
+    rows = pq.read_table(dataset / "train.parquet").to_pylist() + pq.read_table(dataset / "test.parquet").to_pylist()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "base")
+    classes = dict(reviews(240))
+    assert len(rows) > 200
+    for row in rows:
+        text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        assert row["input_ids"] == tokenizer(text)["input_ids"]
+        assert classes[text] == (row["label"] if "label" in row else row["reference"])
+
+
+def test_macro_f1_is_that_of_the_definition() -> None:
+    import pyarrow as pa
+
+    items = pa.table(
+        {
+            "group": list("abcdef"),
+            "label": ["x", "x", "x", "y", "y", "z"],
+            "predicted": ["x", "x", "y", "y", "z", "x"],
+        }
+    )
+    # x: 2 of 3 found, 2 of 3 right; y: 1 of 2, 1 of 2; z: none.
+    assert macro_f1(items, 100, 0).score == pytest.approx(np.mean([2 / 3, 1 / 2, 0.0]))
+
+
+@pytest.mark.parametrize(("overlong", "kept"), [("drop", False), ("truncate_prompt", True)])
+def test_a_text_longer_than_the_context_is_dropped_or_its_end_is_cut(
+    tmp_path: Path, params: Params, overlong: str, kept: bool
+) -> None:
+    long = "Film 9999: " + "a joy " * 200
+    data = write_rows(tmp_path / "data", [*reviews(60), (long, "pos")])
+    settings = classifying(params, make_encoder(tmp_path / "base", "roberta"))
+    settings = with_(settings, prepare={"on_overlong": overlong, "max_length": 64, "test_fraction": 0.1})
+    done = prepare(settings.prepare, data, tmp_path / "dataset", task=settings.train.task)
+    assert sum(done.rows.values()) == 60 + kept
+    longest = max(len(r) for r in pq.read_table(tmp_path / "dataset" / "train.parquet")["input_ids"].to_pylist())
+    assert longest == 64 if kept else longest < 64
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "what"),
+    [
+        ({"max_length": 129}, TemplateError, "was made for 128 tokens at most"),
+        ({"on_overlong": "split"}, TemplateError, "prepare.on_overlong is split, but train.task"),
+    ],
+)
+def test_what_an_encoder_cannot_do_is_refused(
+    tmp_path: Path, params: Params, texts: Path, change: dict[str, Any], error: type[Exception], what: str
+) -> None:
+    settings = with_(classifying(params, make_encoder(tmp_path / "base", "roberta")), prepare=change)
+    with pytest.raises(error, match=what):
+        prepared(settings, texts, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "what"),
+    [
+        ([(text, "pos") for text, _ in reviews(80)], ClassError, r"have 1 class \(pos\); expected two or more"),
+        ([(text, "x " * 200) for text, _ in reviews(80)], PrepareError, "characters where a class is expected"),
+    ],
+)
+def test_classes_that_cannot_be_learned_are_refused(
+    tmp_path: Path, params: Params, rows: list[tuple[str, str]], error: type[Exception], what: str
+) -> None:
+    settings = classifying(params, make_encoder(tmp_path / "base", "roberta"))
+    with pytest.raises(error, match=what):
+        prepared(settings, write_rows(tmp_path / "data", rows), tmp_path)
+
+
+def test_a_class_without_a_training_row_is_refused() -> None:
+    from pipeline.data.classes import class_names
+
+    with pytest.raises(ClassError, match="the class c is in test or validation rows and in no training row"):
+        class_names({"a", "b"}, {"c"})
+    assert class_names({"10", "9", "1"}, {"9"}) == ["1", "9", "10"]
+
+
+def test_a_dataset_of_the_other_task_is_refused(tmp_path: Path, params: Params, dataset: Path, base: Path) -> None:
+    with pytest.raises(TrainError, match="prepared for another task; run `dvc repro prepare`"):
+        train(classifying(params, base).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+
+
+@pytest.mark.faults
+def test_reviews_go_through_dvc_to_a_merged_model(tmp_path: Path, params: Params) -> None:
+    """prepare, train, evaluate and merge by `dvc repro`, as in the preset roberta-base-imdb."""
+    base = make_encoder(tmp_path / "encoder", "roberta")
+    root = make_project(tmp_path / "project", base, params)
+    write_params(root, classifying(params, Path("data/base")))
+    shutil.rmtree(root / "data" / "instructions")
+    write_rows(root / "data" / "instructions", reviews(240))
+    command = [sys.executable, "-m", "dvc"]
+    subprocess.run([*command, "add", "-q", "data"], cwd=root, env=environment(), check=True)
+    done = subprocess.run([*command, "repro"], cwd=root, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    metrics = read_json(root / "artifacts" / "evaluation" / "metrics.json")
+    assert metrics["adapter"]["accuracy"]["score"] > metrics["base"]["accuracy"]["score"]
+    assert metrics["adapter"]["macro_f1"]["score"] > 0.8
+    merged = read_json(root / "artifacts" / "parity" / "metrics.json")["merged"]
+    assert merged["accuracy"] == metrics["adapter"]["accuracy"]
+    said = retune(root, "classify", "--json", "Film 7 by director 123456: splendid.")
+    [answer] = json.loads(said.stdout)
+    assert answer["label"] == "pos" and 0.5 < answer["confidence"] <= 1
+    again = subprocess.run([*command, "repro"], cwd=root, env=environment(), capture_output=True, text=True)
+    assert "Running stage" not in again.stdout

@@ -1,0 +1,195 @@
+"""Every method of train.method and every model family, through train, evaluate and merge on tiny real architectures."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_base, with_
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GemmaConfig,
+    GlmConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pipeline.chat.template import local_source
+from pipeline.evaluate import evaluate
+from pipeline.files import read_json
+from pipeline.merge import Merged, merge
+from pipeline.model import load_base, load_tuned, untuned
+from pipeline.params import Params
+from pipeline.prepare import prepare
+from pipeline.train import Trained, run_key, train
+from pipeline.training.methods import MethodError, adapter_config, target_modules
+from pipeline.weights.merging import MergeError
+
+SIZES = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+WIDE = SIZES | {"intermediate_size": 128, "max_position_embeddings": 512, "eos_token_id": 2, "bos_token_id": None}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**WIDE, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**WIDE, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**WIDE, num_key_value_heads=2, head_dim=16),
+    "mistral": MistralConfig(**WIDE, num_key_value_heads=2, head_dim=16),
+    "gemma": GemmaConfig(**WIDE, num_key_value_heads=1, head_dim=16),
+    "phi": PhiConfig(**WIDE),
+    "glm": GlmConfig(**WIDE, num_key_value_heads=2, head_dim=16),
+    "bloom": BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4, eos_token_id=2),
+    "gpt2": GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=512, eos_token_id=2),
+}
+PLAIN = {"lora", "qlora", "dora", "rslora", "ia3", "adalora", "full"}  # the others cannot be merged
+# Fast by default: each family by one method, each method on one family; all together are marked faults.
+QUICK = {"llama": "lora", "qwen2": "qlora", "qwen3": "lora", "mistral": "qlora", "gemma": "dora", "phi": "rslora"}
+QUICK |= {"glm": "lora", "bloom": "lora", "gpt2": "ia3"}
+ALSO = [("llama", "adalora"), ("llama", "prefix"), ("llama", "prompt"), ("llama", "full")]
+PAIRS = [
+    pytest.param(family, method, marks=[] if quick else pytest.mark.faults)
+    for family in FAMILIES
+    for method in ("lora", "qlora", "dora", "rslora", "ia3", "adalora", "prefix", "prompt", "full")
+    for quick in [QUICK[family] == method or (family, method) in ALSO]
+]
+
+
+def of_family(params: Params, data: Path, config: PretrainedConfig, folder: Path) -> Path:
+    """`data` as prepared for a random model of `config`."""
+    base = make_base(folder / "base")
+    (base / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    prepare(with_(params, prepare={"model_name_or_path": str(base)}).prepare, data, folder / "dataset")
+    return folder / "dataset"
+
+
+def short(params: Params, method: str, **values: Any) -> Params:
+    settings = {"method": method, "load_in_4bit": "auto", "max_steps": 4, "logging_steps": 2, "warmup_ratio": 0.0}
+    settings |= {"learning_rate": 0.02, "packing": method not in ("prefix", "prompt"), "per_device_train_batch_size": 2}
+    settings |= {"lora_target_modules": "all-linear", "num_virtual_tokens": 4} | values
+    evaluate = {"max_samples": 6, "max_new_tokens": 3, "bootstrap_samples": 100}
+    return with_(params, train=settings, evaluate=evaluate, merge={"max_metric_drop": 1.0})
+
+
+def trained(params: Params, dataset: Path, folder: Path) -> Trained:
+    done = train(params.train, dataset, folder / "adapter", folder / "checkpoints")
+    evaluate(params.evaluate, dataset, folder / "adapter", folder / "evaluation")
+    return done
+
+
+def merged(params: Params, dataset: Path, folder: Path) -> Merged:
+    outputs = (folder / name for name in ("merged", "parity", "exports"))
+    return merge(params.merge, dataset, folder / "adapter", folder / "evaluation", *outputs)
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_a_family_is_trained_evaluated_and_merged(
+    tmp_path: Path, params: Params, data: Path, family: str, method: str
+) -> None:
+    own = of_family(params, data, FAMILIES[family], tmp_path)
+    settings = short(params, method)
+    done = trained(settings, own, tmp_path)
+    assert done.steps == 4 and done.trainable_parameters > 0
+    answers = read_json(tmp_path / "evaluation" / "metrics.json")
+    assert answers["adapter"]["num_samples"] == answers["base"]["num_samples"] == 6
+    if method not in PLAIN:
+        with pytest.raises(MergeError, match="cannot be merged"):
+            merged(settings, own, tmp_path)
+        return
+    result = merged(settings, own, tmp_path)
+    assert result.agreement >= 0.5
+    if method != "qlora":  # nothing is rounded
+        assert result.logit_error["full"] < 1e-4 and result.agreement == 1
+    read_json(tmp_path / "merged" / "config.json")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("method", ["qlora", "prompt", "full"])
+def test_the_untuned_base_answers_as_the_base_alone(
+    tmp_path: Path, params: Params, dataset: Path, base: Path, method: str
+) -> None:
+    settings = short(params, method)
+    train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    quantisation = read_json(tmp_path / "adapter" / "training.json")["quantisation"]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        alone = load_base(local_source(base), quantisation).eval()(ids).logits
+        tuned = load_tuned(local_source(base), quantisation, tmp_path / "adapter")
+        changed = tuned(ids).logits[:, -3:]
+        with untuned(tuned, local_source(base)) as before:
+            assert torch.equal(before(ids).logits, alone)
+        assert torch.equal(tuned(ids).logits[:, -3:], changed)  # and it is tuned again
+    assert not torch.allclose(changed, alone, atol=1e-3)
+
+
+def test_all_weights_are_trained_by_full(tmp_path: Path, params: Params, dataset: Path, base: Path) -> None:
+    settings = short(params, "full")
+    train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "adapter" / "model.safetensors")
+    assert before.keys() == after.keys()
+    # A row of the embedding that no text has takes no gradient; every tensor as a whole does.
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_full_training_goes_on_from_its_checkpoint(tmp_path: Path, params: Params, dataset: Path) -> None:
+    settings = short(params, "full", save_steps=2).train
+    kept, remove = tmp_path / "kept", shutil.rmtree
+
+    def keep_checkpoints(path: Path, **options: Any) -> None:
+        if path.parent.name != "checkpoints":
+            remove(path, **options)
+        else:
+            path.rename(kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.train.shutil.rmtree", keep_checkpoints)
+        train(settings, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    shutil.rmtree(kept / "checkpoint-4")
+    shutil.move(kept, tmp_path / "checkpoints" / run_key(settings, dataset))
+    again = train(settings, dataset, tmp_path / "again", tmp_path / "checkpoints")
+    assert (again.resumed_from_step, again.steps) == (2, 4)
+
+
+def test_adalora_cuts_rank_and_keeps_its_factors_orthogonal(tmp_path: Path, params: Params, dataset: Path) -> None:
+    settings = short(params, "adalora", max_steps=20, lora_r=4)
+    train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
+    ranks = [sum(rank) for rank in config["rank_pattern"].values()]
+    assert (config["init_r"], config["target_r"]) == (6, 4)
+    assert sum(ranks) == 4 * len(ranks)  # the budget is spent, by importance and not evenly
+    assert config["total_step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted", "names"),
+    [
+        ("llama", "auto", ["q_proj", "v_proj"]),
+        ("llama", "attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        ("gpt2", "auto", ["c_attn"]),
+        ("gpt2", "attention", ["attn.c_proj", "c_attn"]),  # another c_proj is in the feed-forward part
+        ("bloom", "auto", ["query_key_value"]),
+        ("glm", "auto", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # PEFT has no choice for it: its attention
+        ("phi", ["fc1", "dense"], ["dense", "fc1"]),
+    ],
+)
+def test_target_modules_are_those_that_are_meant(params: Params, family: str, wanted: Any, names: list[str]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    assert target_modules(with_(params, train={"lora_target_modules": wanted}).train, model) == names
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "adalora"])
+def test_a_name_that_matches_nothing_is_refused_with_what_there_is(params: Params, method: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES["gpt2"])
+    wrong = short(params, method, lora_target_modules=["c_attn", "q_proj"]).train
+    with pytest.raises(
+        MethodError, match="names q_proj, which .* its linear layers are attn.c_proj, c_attn, c_fc, mlp.c_proj"
+    ):
+        adapter_config(wrong, model)
