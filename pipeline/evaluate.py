@@ -10,13 +10,24 @@ import pyarrow.parquet as pq
 
 from pipeline.chat.template import TemplateError, differing_keys, load_contract
 from pipeline.files import read_json, whole_directory, write_json, write_text
-from pipeline.generate import generate
-from pipeline.likelihood import reference_losses
+from pipeline.general import forgetting, general_items, read_general
+from pipeline.generate import Answer, generate
+from pipeline.likelihood import reference_losses, sequence_losses
 from pipeline.model import load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams
 from pipeline.scoring import Metrics, provenance, score_items, summarise
 from pipeline.security.sanitise import one_line, portable
 from pipeline.statistics import METRICS
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one system answered."""
+
+    answers: list[Answer]  # to the test split
+    losses: tuple[list[float], list[int]]
+    prompts: list[Answer]  # to params.prompts
+    general: pa.Table | None
 
 
 @dataclass(frozen=True)
@@ -28,13 +39,15 @@ class Evaluated:
 def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path) -> Evaluated:
     """Score the adapter and the untouched base, quantised as in training, on the same test prompts.
 
-    Writes to `output`: `metrics.json` ({"base": …, "adapter": …}; BLEU 0–100, the others 0–1), `items.base.parquet` and
-    `items.adapter.parquet` (every answer with its scores), `evaluation.json` (what the scores depend on: test split,
-    decoding, signatures) and `report.md`.
+    Writes to `output`: `metrics.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
+    others 0–1), `items.base.parquet` and `items.adapter.parquet` (every answer with its scores), `prompts.json`
+    (answers to `params.prompts`), `evaluation.json` (what the scores depend on: test split, decoding, signatures) and
+    `report.md`; with `params.general` also `general.json`, `general.base.parquet` and `general.adapter.parquet`.
 
     Raises:
         TemplateError: base model or tokenizer is not what the dataset was prepared for, or the adapter was trained on.
         ModelError: the adapter is missing or does not fit the base.
+        GeneralError: `params.general` is not the file that was pinned, or has a row that cannot be used.
     """
     contract = read_json(dataset / "contract.json")
     template = load_contract(contract)
@@ -44,24 +57,51 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
     prompts = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
     model = load_tuned(contract["model"], quantisation, adapter)
-    decoding = (prompts, params.max_new_tokens, params.batch_size, "evaluate")
-    answers = {"adapter": generate(model, template, *decoding, system="the adapter")}
-    losses = {"adapter": reference_losses(model, template, test, "evaluate", "the adapter")}
+    context = getattr(model.config, "max_position_embeddings", None)
+    general = read_general(params.general, template, context) if params.general else None
+    extra = [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts]
+
+    def ask(model: Any, system: str) -> _Asked:
+        def answer(asked: list[list[int]], what: str = "") -> list[Answer]:
+            limits = (params.max_new_tokens, params.batch_size)
+            return generate(model, template, asked, *limits, "evaluate", system=f"{system}{what}")
+
+        kept = None
+        if general is not None:
+            losses = sequence_losses(model, general.sequences, template.tokenizer.pad_token_id, "evaluate", system)
+            kept = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
+        losses = reference_losses(model, template, test, "evaluate", system)
+        return _Asked(answer(prompts), losses, answer(extra, ", prompts") if extra else [], kept)
+
+    asked = {"adapter": ask(model, "the adapter")}
     with untuned(model, contract["model"]) as before:
-        answers["base"] = generate(before, template, *decoding, system="the base")
-        losses["base"] = reference_losses(before, template, test, "evaluate", "the base")
+        asked["base"] = ask(before, "the base")
     metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}
     with whole_directory(output) as folder:
         for system in ("base", "adapter"):
-            items[system], signatures = score_items(test, answers[system], losses[system])
+            items[system], signatures = score_items(test, asked[system].answers, asked[system].losses)
             pq.write_table(items[system], folder / f"items.{system}.parquet")
             metrics[system] = summarise(items[system], params)
+            if (kept := asked[system].general) is not None:
+                pq.write_table(kept, folder / f"general.{system}.parquet")
         write_json(folder / "metrics.json", metrics)
+        if asked["base"].general is not None and asked["adapter"].general is not None:
+            write_json(folder / "general.json", forgetting(asked["base"].general, asked["adapter"].general, params))
+        write_json(folder / "prompts.json", side_by_side(params.prompts, asked))
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
         write_text(folder / "report.md", report(metrics, items["adapter"]))
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
+
+
+def side_by_side(prompts: list[str], asked: dict[str, _Asked]) -> list[dict[str, Any]]:
+    """Each of the user's own prompts with the answer of every system, to be read."""
+    return [
+        {"prompt": prompt}
+        | {s: {"answer": one.prompts[i].text, "cut_off": one.prompts[i].cut_off} for s, one in asked.items()}
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def test_items(dataset: Path, max_samples: int | None) -> pa.Table:

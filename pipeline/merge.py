@@ -22,8 +22,8 @@ from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import Answer, generate
 from pipeline.likelihood import reference_losses
 from pipeline.model import Quantisation, load_base, load_tuned, untuned, use_free_cores
-from pipeline.params import EvaluateParams, MergeParams
-from pipeline.scoring import Metrics, provenance, score_items, summarise
+from pipeline.params import MergeParams
+from pipeline.scoring import Metrics, provenance, score_items, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, portable
 from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 from pipeline.weights.checkpoint import open_checkpoint
@@ -71,7 +71,7 @@ def merge(
     template = load_contract(contract)
     use_free_cores()
     settings = read_json(evaluation / "evaluation.json")
-    evaluated = EvaluateParams.model_validate(settings["params"])
+    evaluated = scoring_params(settings)
     test = test_items(dataset, evaluated.max_samples)
     prompts = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
@@ -150,7 +150,7 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
     """
     template = load_shipped(model_folder)
     use_free_cores()
-    params = EvaluateParams.model_validate(settings["params"])
+    params = scoring_params(settings)
     test = test_items(dataset, params.max_samples)
     prompts = [
         template.prompt_ids(json.loads(messages), tools)

@@ -230,11 +230,18 @@ class TrainParams(Section):
             )
 
 
+class GeneralParams(Section):
+    path: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class EvaluateParams(Section):
     max_new_tokens: Positive
     batch_size: Positive
     max_samples: Positive | None
     bootstrap_samples: Annotated[int, Field(ge=100)]
+    prompts: list[Annotated[str, Field(min_length=1)]]
+    general: GeneralParams | None
     seed: Annotated[int, Field(ge=0)]
 
 
@@ -307,6 +314,7 @@ class PromoteParams(Section):
     min_improvement: Annotated[float, Field(ge=0)]
     declared_effect: Annotated[float, Field(gt=0)]
     guard_metrics: dict[Metric, Annotated[float, Field(gt=0)]]
+    max_forgetting: dict[Literal["accuracy", "perplexity"], Annotated[float, Field(gt=0)]]
     seed: Annotated[int, Field(ge=0)]
     approval: Literal["auto", "manual"]
     approval_hours: Annotated[float, Field(gt=0)]

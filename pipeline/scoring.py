@@ -21,6 +21,7 @@ from pipeline.statistics import METRICS, bootstrap_metrics, group_of, metric_ite
 
 METRIC_FOLDER = Path(__file__).with_name("metrics")
 ITEMS_OF_A_CLASS = 10  # a task is a classification, and counts for macro-F1, with so many items a label on average
+NOT_SCORED = {"prompts", "general"}  # parameters that no score of a test item depends on
 STATUSES = ("ok", "cut_off", "empty", "failed")
 # {metric: {score, low, high}, distinct_1, distinct_2, length_ratio, num_samples, num_cut_off, num_empty, num_failed,
 #  by_task, by_language, by_length: {name: the same}}
@@ -148,11 +149,16 @@ def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]
     """What two sets of item scores must share to be compared."""
     return {
         "test_sha256": read_json(dataset / "report.json")["test_sha256"],
-        "params": params.model_dump(),
+        "params": params.model_dump(exclude=NOT_SCORED),
         "decoding": "greedy",
         "signatures": signatures,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+
+
+def scoring_params(provenance: dict[str, Any]) -> EvaluateParams:
+    """The parameters that scores were made with, from their provenance."""
+    return EvaluateParams.model_validate({"prompts": [], "general": None} | provenance["params"])
 
 
 def _status(answer: Answer | None) -> str:

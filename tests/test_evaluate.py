@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,11 +11,12 @@ from test_train import identity
 
 from pipeline.chat.template import TemplateError, load_contract
 from pipeline.evaluate import evaluate
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json, sha256_file, write_json
+from pipeline.general import GeneralError, general_items, read_general
 from pipeline.generate import Answer, generate
-from pipeline.likelihood import reference_losses
+from pipeline.likelihood import reference_losses, sequence_losses
 from pipeline.model import load_adapter, load_base
-from pipeline.params import Params
+from pipeline.params import GeneralParams, Params
 from pipeline.scoring import class_labels, length_bucket, score_items, summarise
 from pipeline.statistics import METRICS, PERCENT
 
@@ -166,3 +168,71 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(base: Path, dataset: 
 
 def test_with_changes_one_section_only(params: Params) -> None:
     assert with_(params, evaluate={"seed": 1}).train == params.train
+
+
+@pytest.fixture
+def general(tmp_path: Path) -> tuple[Path, str]:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Name the colour of box {i}: {c}"},
+                {"role": "assistant", "content": c},
+            ]
+        }
+        | {"scoring": "exact" if i < 3 else None}
+        for i, c in enumerate(["red", "blue", "green", "black"])
+    ]
+    path = tmp_path / "general.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, sha256_file(path)
+
+
+def test_forgetting_is_measured_on_rows_of_its_own_and_prompts_are_answered_side_by_side(
+    tmp_path: Path, dataset: Path, adapter: Path, params: Params, general: tuple[Path, str]
+) -> None:
+    path, digest = general
+    few = {
+        "max_samples": 2,
+        "prompts": ["Name the colour of box 7: red"],
+        "general": {"path": str(path), "sha256": digest},
+    }
+    evaluate(with_(params, evaluate=few).evaluate, dataset, adapter, tmp_path / "evaluation")
+    result = read_json(tmp_path / "evaluation" / "general.json")
+    assert result["rows"] == 4
+    for system in ("base", "adapter"):
+        table = pq.read_table(tmp_path / "evaluation" / f"general.{system}.parquet")
+        assert [hit is None for hit in table.column("accuracy").to_pylist()] == [False] * 3 + [True]
+        losses, tokens = (sum(table.column(name).to_pylist()) for name in ("loss", "loss_tokens"))
+        assert result[system]["perplexity"]["score"] == pytest.approx(math.exp(losses / tokens))
+    lost = result["base"]["accuracy"]["score"] - result["adapter"]["accuracy"]["score"]
+    assert result["lost"]["accuracy"] == pytest.approx(lost)
+    [asked] = read_json(tmp_path / "evaluation" / "prompts.json")
+    assert asked["prompt"] == few["prompts"][0]  # type: ignore[index]
+    assert asked["adapter"]["answer"] == "red"
+    assert asked["base"] != asked["adapter"]
+    assert "prompts" not in read_json(tmp_path / "evaluation" / "evaluation.json")["params"]
+
+
+def test_a_general_set_of_plain_text_has_a_perplexity_alone(tmp_path: Path, base: Path, dataset: Path) -> None:
+    path = tmp_path / "general.text.jsonl"
+    path.write_text('{"text": "Name the colour of box 1."}\n{"text": "A box is red."}\n')
+    template = load_contract(read_json(dataset / "contract.json"))
+    rows = read_general(GeneralParams(path=str(path), sha256=sha256_file(path)), template, 512)
+    assert rows.prompts == {}
+    losses = sequence_losses(load_base(identity(base)), rows.sequences, 0, "test", "base")
+    table = general_items(rows, [], losses)
+    assert table.column("accuracy").null_count == 2
+    assert min(table.column("loss").to_pylist()) > 0
+
+
+def test_a_general_set_that_is_not_the_pinned_one_or_does_not_fit_is_refused(
+    dataset: Path, general: tuple[Path, str]
+) -> None:
+    template = load_contract(read_json(dataset / "contract.json"))
+    path, digest = general
+    with pytest.raises(GeneralError, match=f"its sha256 is {digest}"):
+        read_general(GeneralParams(path=str(path), sha256="0" * 64), template, 512)
+    with pytest.raises(GeneralError, match="the model's context is 8"):
+        read_general(GeneralParams(path=str(path), sha256=digest), template, 8)
+    with pytest.raises(GeneralError, match="which is not there"):
+        read_general(GeneralParams(path=str(path) + "x", sha256=digest), template, 512)

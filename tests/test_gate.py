@@ -234,6 +234,27 @@ def test_a_lower_perplexity_is_better(params: Params) -> None:
     assert [c.metric for c in gate.claims_on(low, high, guard)] == ["perplexity"]
 
 
+def test_who_forgets_more_than_the_limit_is_refused_whatever_the_gain(params: Params) -> None:
+    ours, theirs = World(300, gain=0.3).table(0)
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(5, 30, 100).astype(float)
+    columns = {"group": [str(i) for i in range(100)], "loss_tokens": tokens, "accuracy": pa.nulls(100, pa.float64())}
+    before = pa.table(columns | {"loss": tokens * (2.0 + 0.1 * draw.random(100))})
+
+    def judged(rise: float) -> gate.Comparison:
+        after = before.set_column(3, "loss", [pa.array(before["loss"].to_numpy() + rise * tokens)])
+        claims = [*gate.claims_on(ours, theirs, params.promote), *gate.forgetting_claims(before, after, params.promote)]
+        return gate.compare_claims(claims, 0)
+
+    kept, lost = judged(0.01), judged(0.3)
+    assert gate.decision_on(kept) == "promoted"
+    assert "general_accuracy" not in kept  # no row of the set has one right answer
+    assert lost["rougeL"]["passed"]
+    assert gate.decision_on(lost) == "refused"
+    assert gate.reason(lost, "v1").startswith("general_perplexity 10.")
+    assert "needed at most +0.7" in gate.reason(lost, "v1")
+
+
 def test_equal_systems_are_rarely_promoted_and_better_ones_mostly(params: Params) -> None:
     promote = with_(params, promote=WIDE).promote
     equal = decisions(World(160, group_size=2), 150, promote, 300)

@@ -18,7 +18,7 @@ from pipeline.params import PromoteParams
 from pipeline.process import python_ending_with_parent
 from pipeline.publish import fetch_version
 from pipeline.store.artifact_store import ArtifactStore
-from pipeline.versions.gate import Comparison, UnmeasuredError, claims_on, compare_claims
+from pipeline.versions.gate import Comparison, UnmeasuredError, claims_on, compare_claims, forgetting_claims
 from pipeline.versions.manifest import Manifest, read_manifest
 
 BASE = "the base model"
@@ -58,8 +58,13 @@ def compare(
         theirs = _current_items(store, champion, root)
     if ours.column("id").to_pylist() != theirs.column("id").to_pylist():
         raise CompareError("candidate and champion answered different test items; run `retune run` to score both again")
+    general = []
+    if "evaluation/general.json" in candidate["files"]:
+        folder = fetch_version(store, candidate, "evaluation", root / WORK_DIR / "versions" / candidate["version"])
+        before, after = (pq.read_table(folder / f"general.{system}.parquet") for system in ("base", "adapter"))
+        general = forgetting_claims(before, after, params)
     try:
-        rows = compare_claims(claims_on(ours, theirs, params), params.seed)
+        rows = compare_claims([*claims_on(ours, theirs, params), *general], params.seed)
     except UnmeasuredError as error:
         raise CompareError(str(error)) from None
     notes += [

@@ -54,6 +54,7 @@ class Claim:
     needed: str
     margin: float | None  # None: the primary metric
     sign: int = 1  # -1: lower scores are better
+    kind: str = ""  # the metric as statistics knows it, where that is another name
 
 
 def claims_on(ours: pa.Table, theirs: pa.Table, params: PromoteParams) -> list[Claim]:
@@ -70,6 +71,22 @@ def claims_on(ours: pa.Table, theirs: pa.Table, params: PromoteParams) -> list[C
     falls = metric in LOWER_IS_BETTER
     primary = claim(metric, best, params.declared_effect, f"{'less than -' if falls else 'more than '}{best:g}", None)
     return [primary, *(claim(m, -margin, 0.0, _within(m, margin), margin) for m, margin in margins.items())]
+
+
+def forgetting_claims(before: pa.Table, after: pa.Table, params: PromoteParams) -> list[Claim]:
+    """The claims that the candidate lost no more of the general set than `max_forgetting`, against its own base."""
+    claims, groups = [], group_of(after)
+    for metric, limit in params.max_forgetting.items():
+        old, new = metric_items(before, metric), metric_items(after, metric)
+        if np.isnan(corpus_score(old)):
+            continue  # a set without answers to be right about has a perplexity only
+        falls = metric in LOWER_IS_BETTER
+        margin = limit * corpus_score(old) if falls else limit
+        needed = _within(metric, float(f"{margin:.3g}"))
+        claims.append(
+            Claim(f"general_{metric}", new, old, groups, -margin, 0.0, needed, margin, -1 if falls else 1, metric)
+        )
+    return claims
 
 
 def _within(metric: str, margin: float) -> str:
@@ -103,7 +120,7 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
         first, second = (claim.candidate, claim.champion)[:: claim.sign]  # so that more is better
         differences = resampled_differences(first, second, claim.groups, resamples, seed)
         drawn.append(differences)
-        if claim.metric in BINARY:
+        if (claim.kind or claim.metric) in BINARY:
             tested.append(binary_test(first, second, claim.groups, claim.bound))
         else:
             tested.append(corpus_test(first, second, claim.groups, claim.bound, differences, seed))
