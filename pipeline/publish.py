@@ -233,6 +233,6 @@ def _curve(table: str) -> list[tuple[str, float, int]]:
     return [
         (key, float(row[key]), int(row["step"]))
         for row in csv.DictReader(table.splitlines())
-        for key in ("loss", "validation_loss", "learning_rate", "grad_norm")
+        for key in ("loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
         if row.get(key)
     ]

@@ -99,6 +99,8 @@ def main(job_file: str) -> int:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what the first one says holds for all
     folders = {
         key: None if job[key] is None else Path(job[key]) for key in ("dataset", "output", "checkpoints", "tables")
     }

@@ -162,7 +162,9 @@ class Watch(TrainerCallback):
     # --- the trainer's events ---
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress = Progress("train", state.max_steps, "steps")
+        self.progress = Progress(
+            "train", state.max_steps, "steps", every=5.0 if state.is_world_process_zero else math.inf
+        )
         self.progress.resume_at(state.global_step)
         self.warmup_steps = args.get_warmup_steps(state.max_steps)
         self.resumed_at = state.global_step
@@ -186,8 +188,6 @@ class Watch(TrainerCallback):
         step, last = state.global_step, state.global_step == state.max_steps
         if step % self.params.logging_steps == 0 or last:
             self._log(step, last, model)
-        elif step == self.resumed_at + 1:
-            print(f"train · step {step}, loss {self.unlogged[-1]:.3f}", file=sys.stderr, flush=True)
         if self.interrupted or self.out_of_time:
             control.should_save = control.should_training_stop = True
         control.should_evaluate = self.eval_steps is not None and (step % self.eval_steps == 0 or last)

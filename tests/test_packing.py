@@ -1,0 +1,183 @@
+"""Packed rows stay apart, cost no padding, and have the loss of rows alone; the loss never holds all logits."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import environment
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
+from pipeline.files import read_json
+from pipeline.model import ModelError, load_base
+from pipeline.params import Params
+from pipeline.training import loss as loss_module
+from pipeline.training.loss import add_chunked_loss, chunked_loss
+from pipeline.training.packing import (
+    Collate,
+    pieces,
+    require_isolation,
+    rows_in,
+    tokens_in,
+    training_sequences,
+    use_row_attention,
+)
+
+
+@pytest.fixture
+def model(dataset: Path) -> Any:
+    return load_base(read_json(dataset / "contract.json")["model"], None).eval()
+
+
+def line(dataset: Path, numbers: list[int]) -> dict[str, Any]:
+    rows = pq.read_table(dataset / "train.parquet", columns=["input_ids", "labels"]).to_pylist()
+    chosen = [rows[number] for number in numbers]
+    return {
+        "input_ids": sum((row["input_ids"] for row in chosen), []),
+        "labels": sum((row["labels"] for row in chosen), []),
+        "rows": sum(([number] * len(rows[number]["input_ids"]) for number in numbers), []),
+        "seq_lengths": [len(row["input_ids"]) for row in chosen],
+    }
+
+
+def inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key != "rows"}
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_a_neighbour_changes_no_logit(model: Any, dataset: Path, by_row: bool) -> None:
+    if by_row:
+        assert use_row_attention(model)
+    collate, lengths = Collate(0, packed=True), line(dataset, [0, 1, 2])["seq_lengths"]
+
+    def logits(packed: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs(collate([packed])), use_cache=False).logits[0].split(packed["seq_lengths"])
+
+    row, perturbed = logits(line(dataset, [0, 1, 2]))[1], line(dataset, [0, 1, 2])
+    perturbed["input_ids"] = (
+        [(t + 7) % 300 for t in perturbed["input_ids"][: lengths[0]]]
+        + perturbed["input_ids"][lengths[0] : -lengths[2]]
+        + [5] * lengths[2]
+    )
+    torch.testing.assert_close(logits(perturbed)[1], row, rtol=0, atol=0)
+    torch.testing.assert_close(logits(line(dataset, [1]))[0], row, rtol=1e-4, atol=1e-4)
+
+
+def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: Params) -> None:
+    sequences = training_sequences(dataset / "train.parquet", params.train)
+    rows = pq.read_table(dataset / "train.parquet", columns=["input_ids", "labels"]).to_pylist()
+    alone, packed = {}, {}
+    with torch.no_grad():
+        for sequence in sequences.select(range(4)):
+            for number in sorted(set(sequence["rows"])):
+                ids, labels = (torch.tensor([rows[number][key]]) for key in ("input_ids", "labels"))
+                alone[number] = float(model(input_ids=ids, labels=labels).loss)
+        use_row_attention(model)
+        add_chunked_loss(model)
+        for sequence in sequences.select(range(4)):
+            for piece in pieces(Collate(0, packed=True)([sequence]), 1000):
+                [number] = rows_in(piece)
+                count = (piece["labels"][:, 1:] != -100).sum()
+                packed[number] = float(model(**inputs(piece), chunked_loss=True).loss / count)
+            whole = Collate(0, packed=True)([sequence])
+            total = float(model(**inputs(whole), chunked_loss=True).loss)
+            counts = {n: sum(label != -100 for label in rows[n]["labels"][1:]) for n in rows_in(whole)}
+            assert total == pytest.approx(sum(alone[n] * counts[n] for n in counts), rel=1e-5)
+    assert len(alone) > 8
+    assert packed == pytest.approx(alone, abs=1e-5)
+
+
+def test_pieces_of_a_batch_are_its_rows(dataset: Path) -> None:
+    packed = [Collate(0, packed=True)([line(dataset, [0, 1, 2]), line(dataset, [3, 4])])]
+    rows = [{key: line(dataset, [n])[key] for key in ("input_ids", "labels", "rows")} for n in range(5)]
+    padded = [Collate(0, packed=False)(rows)]
+    for [batch] in (packed, padded):
+        for number in (1, 2, 3, 5, 9):
+            parts = pieces(batch, number)
+            assert len(parts) == min(number, 5)
+            assert [row for part in parts for row in rows_in(part)] == [0, 1, 2, 3, 4]
+            assert sum(map(tokens_in, parts)) == tokens_in(batch)
+
+
+def test_nearly_every_token_is_a_real_one(dataset: Path, params: Params) -> None:
+    sequences = training_sequences(dataset / "train.parquet", params.train)
+    batches = [Collate(0, packed=True)([sequences[i], sequences[-1 - i]]) for i in range(5)]
+    assert sum(map(tokens_in, batches)) == sum(batch["input_ids"].numel() for batch in batches)
+
+
+def test_an_architecture_that_mixes_rows_is_refused(dataset: Path, params: Params) -> None:
+    class Deaf(LlamaForCausalLM):  # type: ignore[misc]
+        """Hears nothing of where rows begin."""
+
+        def forward(self, input_ids: Any = None, **_: Any) -> Any:
+            return super().forward(input_ids=input_ids, use_cache=False)
+
+    own = load_base(read_json(dataset / "contract.json")["model"], None)
+    deaf = Deaf(own.config).eval()
+    sequences = training_sequences(dataset / "train.parquet", params.train)
+    require_isolation(own, sequences)
+    with pytest.raises(ModelError, match="llama does not keep packed rows apart .* set train.packing to false"):
+        require_isolation(deaf, sequences)
+
+
+def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK", 5 * 300)  # chunks of 5 rows
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(23, 16, requires_grad=True), torch.randn(300, 16), torch.randn(300)
+    labels = torch.randint(0, 300, (23,))
+    chunked_loss(hidden, weight, bias, labels).mul(0.5).backward()
+    gradient, hidden.grad = hidden.grad, None
+    full = functional.cross_entropy(hidden @ weight.T + bias, labels, reduction="sum")
+    full.mul(0.5).backward()
+    torch.testing.assert_close(gradient, hidden.grad)
+    torch.testing.assert_close(chunked_loss(hidden, weight, bias, labels), full)
+
+
+def test_a_line_without_labels_has_no_loss_and_no_gradient(model: Any, dataset: Path) -> None:
+    add_chunked_loss(model)
+    empty = line(dataset, [0])
+    empty["labels"] = [-100] * len(empty["labels"])
+    model.get_input_embeddings().weight.requires_grad_(True)
+    output = model(**inputs(Collate(0, packed=True)([empty])), chunked_loss=True)
+    output.loss.backward()
+    assert float(output.loss) == 0 and float(model.get_input_embeddings().weight.grad.abs().sum()) == 0
+
+
+PEAK = """
+import resource, sys, torch
+from pipeline.training.loss import chunked_loss
+torch.set_num_threads(1)
+torch.manual_seed(0)
+hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(150_000, 8)
+labels = torch.randint(0, 150_000, (1024,))
+chunked_loss(hidden[:1], weight, None, labels[:1]).backward()  # what the libraries take once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "full":
+    total = torch.nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+else:
+    total = chunked_loss(hidden, weight, None, labels)
+total.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, float(total))
+"""
+
+
+def test_the_loss_takes_a_tenth_of_the_memory_at_a_vocabulary_of_150000() -> None:
+    def measured(which: str) -> tuple[float, float]:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PEAK, which],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peak, total = done.stdout.split()[-2:]
+        return float(peak), float(total)
+
+    (full, a), (chunked, b) = measured("full"), measured("chunked")
+    assert chunked * 10 <= full, (chunked, full)
+    assert a == pytest.approx(b, rel=1e-5)

@@ -1,0 +1,91 @@
+"""Several processes for one training: gloo on the CPU; GPUs run the same command with another back end."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import with_
+from safetensors.torch import load_file
+
+from pipeline.files import read_json
+from pipeline.params import Params
+from pipeline.train import Interrupted, TrainError, train
+from pipeline.training.launch import launcher
+
+
+@pytest.fixture(scope="module")
+def few(params: Params) -> Params:
+    return with_(params, train={"max_steps": 6, "logging_steps": 2, "gradient_accumulation_steps": 2, "eval_steps": 3})
+
+
+def two(params: Params, **values: object) -> Params:
+    return with_(params, train={"strategy": "ddp", "num_processes": 2, "gradient_accumulation_steps": 1, **values})
+
+
+@pytest.mark.faults
+def test_two_processes_train_as_one_with_the_same_effective_batch(tmp_path: Path, few: Params, dataset: Path) -> None:
+    one = train(few.train, dataset, tmp_path / "one", tmp_path / "checkpoints")
+    both = train(two(few).train, dataset, tmp_path / "two", tmp_path / "checkpoints")
+    assert both.loss == pytest.approx(one.loss, rel=1e-3)
+    assert both.validation_loss == pytest.approx(one.validation_loss, rel=1e-3)
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    assert all((a[key] - b[key]).norm() < 1e-2 * a[key].norm() for key in a)
+
+
+@pytest.mark.faults
+def test_two_processes_stop_together_and_go_on(tmp_path: Path, few: Params, dataset: Path) -> None:
+    with pytest.raises(Interrupted, match=r"max_hours .* at step 1"):
+        train(two(few, max_hours=1e-9).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    done = train(two(few).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert (done.resumed_from_step, done.steps) == (1, 6)
+    alone = train(two(few).train, dataset, tmp_path / "alone", tmp_path / "checkpoints")
+    assert alone.loss == done.loss
+    assert read_json(tmp_path / "alone" / "training.json") == read_json(tmp_path / "adapter" / "training.json")
+
+
+@pytest.mark.faults
+def test_what_fails_in_a_process_is_told(
+    tmp_path: Path, few: Params, dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wild = two(few, learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0, lr_scheduler_type="constant")
+    with pytest.raises(TrainError, match="2 processes ended with status"):
+        train(wild.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert "whose batch is rows.json" in capfd.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"num_processes": 2}, "strategy is single with train.num_processes 2"),
+        ({"strategy": "ddp"}, "strategy is ddp with train.num_processes 1"),
+        ({"strategy": "fsdp", "num_processes": 2}, "needs train.bnb_4bit_quant_storage bfloat16"),
+        (
+            {"strategy": "deepspeed", "num_processes": 2, "early_stopping_patience": 3},
+            "early_stopping_patience keeps the best weights whole",
+        ),
+        ({"strategy": "deepspeed", "num_processes": 2, "optim": "paged_adamw_8bit"}, "set train.optim to adamw_torch"),
+    ],
+)
+def test_a_strategy_that_cannot_work_is_refused(params: Params, values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        with_(params, train=values)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "flag"), [("ddp", "--multi_gpu"), ("fsdp", "--use_fsdp"), ("deepspeed", "--use_deepspeed")]
+)
+def test_gpus_are_launched_by_accelerate(
+    params: Params, strategy: str, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every flag is one that accelerate knows."""
+    from accelerate.commands.launch import launch_command_parser
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    command = launcher(
+        with_(params, train={"strategy": strategy, "num_processes": 2, "bnb_4bit_quant_storage": "bfloat16"}).train
+    )
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"] and flag in command
+    parsed = launch_command_parser().parse_args([*command[3:], "script.py"])
+    assert parsed.num_processes == 2
