@@ -1,0 +1,107 @@
+"""Parameter sets for known models (infra/presets): a name comes in, params.yaml with its values goes out.
+
+The user's comments and order stay. A preset sets the same parameters as all others, so that none of an earlier preset
+is left over; what no preset sets stays as it was.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.params import Params, load_params
+
+PRESETS = Path(__file__).parents[2] / "infra" / "presets"
+
+
+class PresetError(ValueError):
+    """There is no such preset, or no such variant of it."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str
+    about: str
+    gpu: str | None  # of infra/gpus.yaml, the smallest it is meant for; None: a CPU will do
+    tasks: list[str]  # of `--for`
+
+
+def available() -> list[Preset]:
+    """All presets by name, as infra/presets has them."""
+    found = ((path.stem, _read(path.stem)) for path in sorted(PRESETS.glob("*.yaml")))
+    return [Preset(name, tree["about"], tree["gpu"], list(tree["for"])) for name, tree in found]
+
+
+def apply(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any, Any]]:
+    """Write the preset's values into `path`; returns what changed: parameter → value before, value now.
+
+    Args:
+        task: of the preset's `for`: rank, alpha and target modules for classification, generation or reasoning.
+
+    Raises:
+        PresetError: no such preset or task.
+        ParamsError: `path` cannot be used as it is, or not with the preset's values.
+    """
+    load_params(path)  # a file that is wrong already is not made wrong in another way
+    sections = values(name, task)
+    yaml = _yaml()
+    tree = yaml.load(path.read_text(encoding="utf-8"))
+    changed = {}
+    for section, settings in sections.items():
+        for key, new in settings.items():
+            old = tree[section][key]
+            if old != new or type(old) is not type(new):
+                changed[f"{section}.{key}"] = (old, new)
+                tree[section][key] = new
+    changed = {key: (old, new) for key, (old, new) in changed.items() if old != new}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yaml.dump(tree, file)
+        load_params(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return changed
+
+
+def values(name: str, task: str | None = None) -> dict[str, dict[str, Any]]:
+    """What a preset sets: section → parameter → value.
+
+    Raises:
+        PresetError: no such preset or task.
+    """
+    tree = _read(name)
+    if task is not None and task not in tree["for"]:
+        raise PresetError(f"{name} has no values for {task}; it has them for {', '.join(tree['for'])}")
+    sections: dict[str, dict[str, Any]] = {key: dict(settings) for key, settings in tree["params"].items()}
+    if task is not None:
+        sections["train"] |= tree["for"][task]
+    return sections
+
+
+def with_preset(params: Params, name: str, task: str | None = None) -> Params:
+    """`params` with a preset's values, checked."""
+    tree = params.model_dump()
+    for section, settings in values(name, task).items():
+        tree[section] |= settings
+    return Params.model_validate(tree)
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = PRESETS / f"{name}.yaml"
+    if path.parent != PRESETS or not path.is_file():
+        known = ", ".join(sorted(found.stem for found in PRESETS.glob("*.yaml")))
+        raise PresetError(f"{name} is no preset; there are {known}")
+    tree: dict[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    return tree
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="rt")
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # a line stays a line
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
