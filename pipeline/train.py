@@ -33,6 +33,7 @@ from pipeline.security.sanitise import clean_folder, portable
 from pipeline.security.vetting import STATES, UnsafeModelError, check_checkpoint
 from pipeline.training.combinations import CLASSIFICATION
 from pipeline.training.methods import AllocateRanks, adapter_config, sort_sets
+from pipeline.training.warm_start import check_init, load_init
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
@@ -55,13 +56,23 @@ class Trained:
     resumed_from_step: int
 
 
-def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = WORK_DIR / "checkpoints") -> Trained:
+def train(
+    params: TrainParams,
+    dataset: Path,
+    output: Path,
+    checkpoints: Path = WORK_DIR / "checkpoints",
+    init: Path | None = None,
+) -> Trained:
     """Train an adapter on `dataset` and write it to `output` as PEFT saves it (safetensors), with the tokenizer.
 
     Beside it: `contract.json` (copied from the dataset), `training.json` (resolved parameters, versions, final losses)
     and `loss.csv` (step, loss in nats a token, validation loss, learning rate, gradient norm) for `dvc plots`.
 
+    Args:
+        init: the folder of an adapter whose weights this one starts with.
+
     Raises:
+        InitError: that adapter is of another base, method or other settings.
         TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
         MethodError: a target module that the model lacks.
         TrainError: a loss of NaN or infinity, or an adapter that did not change.
@@ -80,7 +91,9 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
     if params.method == "full":
         model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
     adapter = adapter_config(params, model)
-    folder = checkpoints / run_key(params, dataset)
+    if init is not None and adapter is not None:
+        check_init(init, contract, adapter)
+    folder = checkpoints / run_key(params, dataset, init)
     train_rows, validation_rows = (
         class_rows(path, labels) if labels else training_sequences(path, params)
         for path in (dataset / "train.parquet", dataset / "validation.parquet")
@@ -103,6 +116,9 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    if init is not None:
+        load_init(trainer.model, init)
+        print(f"train · the adapter starts from {init}", flush=True)
     # The trainer's own printer of raw dictionaries; `watch` prints lines people read.
     trainer.pop_callback(_printer(trainer))
     before = _adapter_norm(trainer.model)
@@ -140,14 +156,14 @@ def train(params: TrainParams, dataset: Path, output: Path, checkpoints: Path = 
         tokenizer.save_pretrained(str(whole))
         clean_folder(whole)
         write_json(whole / "contract.json", portable(contract))
-        write_json(whole / "training.json", portable(_record(params, contract, trained, threads)))
+        write_json(whole / "training.json", portable(_record(params, contract, trained, threads, init)))
         _write_curve(whole / "loss.csv", trainer.state.log_history)
     shutil.rmtree(folder, ignore_errors=True)
     return trained
 
 
-def run_key(params: TrainParams, dataset: Path) -> str:
-    """Hash of data, template contract (with the base model's digest), parameters, this code and library versions."""
+def run_key(params: TrainParams, dataset: Path, init: Path | None = None) -> str:
+    """Hash of data, template contract (with the base model's digest), parameters, first weights, code and versions."""
     here = Path(__file__)
     code = (
         here,
@@ -162,6 +178,7 @@ def run_key(params: TrainParams, dataset: Path) -> str:
             "params": params.model_dump(),
             "code": {p.name: sha256_file(p) for p in code},
             "versions": _versions(),
+            "init": None if init is None else sha256_file(init / "adapter_model.safetensors"),
         }
     )[:24]
 
@@ -293,11 +310,14 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")}
 
 
-def _record(params: TrainParams, contract: dict[str, Any], trained: Trained, threads: int) -> dict[str, Any]:
+def _record(
+    params: TrainParams, contract: dict[str, Any], trained: Trained, threads: int, init: Path | None
+) -> dict[str, Any]:
     return {
         "params": params.model_dump(),
         "quantisation": {key: getattr(params, key) for key in QUANTISATION},
         "base_model": contract["model"],
+        "init_adapter_sha256": None if init is None else sha256_file(init / "adapter_model.safetensors"),
         "versions": _versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {threads} threads",
         "steps": trained.steps,

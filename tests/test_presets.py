@@ -50,7 +50,14 @@ MODELS: dict[str, PreTrainedConfig] = {
     ),
     "roberta-base-imdb": RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
 }  # fmt: skip
-LARGE = {"llama-2-7b-qlora", "chatglm3-6b-lora", "qwen2.5-7b-qlora", "llama-3.1-8b-qlora"}
+LARGE = {
+    "bloomz-560m-lora",
+    "qwen2.5-0.5b-qlora",
+    "llama-2-7b-qlora",
+    "chatglm3-6b-lora",
+    "qwen2.5-7b-qlora",
+    "llama-3.1-8b-qlora",
+}
 
 
 @pytest.fixture
