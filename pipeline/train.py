@@ -32,7 +32,7 @@ from pipeline.progress import Progress
 from pipeline.security.sanitise import clean_folder, portable
 from pipeline.security.vetting import STATES, UnsafeModelError, check_checkpoint
 from pipeline.training.combinations import CLASSIFICATION
-from pipeline.training.methods import AllocateRanks, adapter_config, sort_sets
+from pipeline.training.methods import AllocateRanks, adapter_config, require_context, sort_sets
 from pipeline.training.warm_start import check_init, load_init
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -90,6 +90,7 @@ def train(
     model = load_base(contract["model"], {key: getattr(params, key) for key in QUANTISATION}, labels)
     if params.method == "full":
         model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
+    require_context(params, model.config, contract["max_length"])
     adapter = adapter_config(params, model)
     if init is not None and adapter is not None:
         check_init(init, contract, adapter)

@@ -10,10 +10,12 @@ from conftest import ROOT, with_
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_methods import short
+from versions import parameters, published
 
 from pipeline import graph
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.params import Params
+from pipeline.promote import promote
 from pipeline.train import run_key, train
 from pipeline.training import warm_start
 from pipeline.training.warm_start import InitError, check_init, fetch_init, pin_champion
@@ -94,6 +96,19 @@ def test_a_folder_is_known_by_the_digest_of_its_weights(tmp_path: Path, params: 
 def test_a_version_that_is_not_published_is_refused(tmp_path: Path, params: Params) -> None:
     with pytest.raises(InitError, match="is version 0123456789abcdef, which is not published"):
         fetch_init(with_(params, train={"init_adapter": "0123456789abcdef"}), tmp_path)
+
+
+def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(tmp_path)
+    version = published(tmp_path, params)
+    promote(params.publish, params.promote, version, tmp_path, force="the first one")
+    write_json(tmp_path / "init_adapter.json", {"version": None})
+    monkeypatch.setattr(graph, "stale", lambda root: {"train": []})
+    asked = with_(params, train={"init_adapter": "champion"})
+    assert pin_champion(asked, tmp_path) == version
+    for wanted in ("champion", version):
+        found = fetch_init(with_(params, train={"init_adapter": wanted}), tmp_path)
+        assert found is not None and digest(found) == digest(tmp_path / "artifacts" / "adapter")
 
 
 def test_without_a_champion_the_adapter_starts_afresh_and_says_so(
