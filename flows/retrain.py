@@ -42,6 +42,7 @@ from pipeline.progress import LINE, clock
 from pipeline.security.redact import redact, redact_process, redacted_errors
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
+from pipeline.training.warm_start import pin_champion
 from pipeline.versions.gate import verdict_rows
 
 ARTIFACTS = Path("artifacts")
@@ -77,7 +78,7 @@ def retrain(trigger: str = "by-hand") -> dict[str, Any]:
         [
             ingest(),
             prepare(),
-            train(),
+            train(params),
             evaluate(),
             merge(),
             publish(params),
@@ -113,7 +114,8 @@ def prepare() -> State[Any]:
 
 
 @task(retries=0)
-def train() -> State[Any]:
+def train(params: Params) -> State[Any]:
+    pin_champion(params)
     artifact = create_progress_artifact(0.0, key="training-progress", description="Training")
     assert isinstance(artifact, UUID)  # not a coroutine: this is synchronous code
     return _repro("train", artifact)

@@ -409,8 +409,9 @@ def _run_stage(name: str, params: Any) -> str:
             return f"{rows} rows{dropped}; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
         case "train":
             from pipeline.train import train
+            from pipeline.training.warm_start import fetch_init
 
-            trained = train(params.train, dataset, adapter, tables=ARTIFACTS / "training")
+            trained = train(params.train, dataset, adapter, tables=ARTIFACTS / "training", init=fetch_init(params))
             return (
                 f"{trained.steps} steps, loss {trained.loss:.3f}, "
                 f"{trained.trainable_parameters:,} trainable parameters, {trained.tokens_per_second:,.0f} tokens/s"

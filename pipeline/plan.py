@@ -22,12 +22,20 @@ from ruamel.yaml import YAML
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from pipeline.params import Params, TrainParams
 from pipeline.progress import clock
+from pipeline.training.combinations import CLASSIFICATION
 from pipeline.training.methods import adapter_config
 from pipeline.training.packing import training_sequences
 
@@ -153,7 +161,9 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
     AttentionInterface.register("counted", attention)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="counted")
+        classes = params.task == CLASSIFICATION
+        auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+        model = auto.from_config(config, dtype=dtype, attn_implementation="counted")
         model.requires_grad_(False)
         if params.method == "full":
             model.float()
@@ -193,12 +203,15 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
         model.base_model.register_forward_hook(end_of_layers)
         with FlopCounterMode(display=False) as flops, live:
             for _ in range(min(params.gradient_accumulation_steps, 2)):  # from the second on, gradients are there
+                if classes:
+                    model(**inputs).logits.sum().backward()
+                    continue
                 hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
                 head = model.get_output_embeddings()
                 _TiledLoss.apply(hidden.flatten(0, 1), head.weight, not on_gpu).backward()
     state = {"adamw_torch": 2 * trained_bytes, "paged_adamw_8bit": 2 * sum(p.numel() for p in adapter)}
     passes = min(params.gradient_accumulation_steps, 2)
-    head = model.get_output_embeddings().weight.numel()
+    head = 0 if classes else model.get_output_embeddings().weight.numel()
     per_token = (flops.get_total_flops() + attention.flops) / passes / math.prod(shape) + 3 * 2 * head
     return _Step(
         trainable_parameters=sum(p.numel() for p in adapter),

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.chat.template import load_contract
 from pipeline.data.classes import load_contract as load_classes
-from pipeline.files import WORK_DIR, read_json, whole_directory, write_json
+from pipeline.files import WORK_DIR, read_json, sha256_file, whole_directory, write_json
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
 from pipeline.security.sanitise import clean_folder, portable
@@ -27,9 +27,10 @@ from pipeline.training.classes import ClassCollate, ClassTrainer, class_sequence
 from pipeline.training.combinations import CLASSIFICATION
 from pipeline.training.gradients import require_gradients
 from pipeline.training.launch import launch, must_launch
-from pipeline.training.methods import AllocateRanks, adapter_config, sort_sets
+from pipeline.training.methods import AllocateRanks, adapter_config, require_context, sort_sets
 from pipeline.training.packing import Collate, require_isolation, training_sequences, use_row_attention
 from pipeline.training.trainer import AdapterTrainer
+from pipeline.training.warm_start import check_init, load_init
 from pipeline.training.watching import TrainError, Watch
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -55,6 +56,7 @@ def train(
     output: Path,
     checkpoints: Path = WORK_DIR / "checkpoints",
     tables: Path | None = None,
+    init: Path | None = None,
 ) -> Trained:
     """Train an adapter on `dataset` and write it to `output` as PEFT saves it (safetensors), with the tokenizer.
 
@@ -62,7 +64,11 @@ def train(
     and `loss.csv` (step, loss in nats a token, validation loss, learning rate, gradient norm, weight change) for
     `dvc plots`. What differs between two equal runs (speed, memory, rungs taken) goes to the folder `tables`.
 
+    Args:
+        init: the folder of an adapter whose weights this one starts with.
+
     Raises:
+        InitError: that adapter is of another base, method or other settings.
         TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
         MethodError: a target module that the model lacks.
         TrainError: a loss of NaN or infinity or one that jumps, a layer that passes no gradient, or an adapter that did
@@ -71,7 +77,7 @@ def train(
         Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
     """
     if must_launch(params):
-        return Trained(**launch(params, dataset, output, checkpoints, tables))
+        return Trained(**launch(params, dataset, output, checkpoints, tables, init))
     contract = read_json(dataset / "contract.json")
     labels = contract.get("labels")  # of sequence classification
     if (labels is not None) != (params.task == CLASSIFICATION):
@@ -84,12 +90,15 @@ def train(
     model = load_base(contract["model"], quantisation_of(params), labels)
     if params.method == "full":
         model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
+    require_context(params, model.config, contract["max_length"])
     adapter = adapter_config(params, model)
+    if init is not None and adapter is not None:
+        check_init(init, contract, adapter)
     train_rows, validation_rows = (
         class_sequences(path, labels) if labels else training_sequences(path, params)
         for path in (dataset / "train.parquet", dataset / "validation.parquet")
     )
-    folder = open_run(params, dataset, checkpoints)
+    folder = open_run(params, dataset, checkpoints, init)
     sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
     watch = Watch(params, sources)
     if params.packing and not labels:
@@ -113,6 +122,9 @@ def train(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    if init is not None:
+        load_init(trainer.model, init)
+        print(f"train · the adapter starts from {init}", flush=True)
     # The trainer's own printer of raw dictionaries; `watch` prints lines people read.
     trainer.pop_callback(_printer(trainer))
     require_gradients(trainer)
@@ -145,7 +157,7 @@ def train(
         resumed_from_step=resumed,
     )
     if trainer.is_world_process_zero():
-        record = _record(params, contract, trained, threads) | ({} if best is None else {"best_step": best})
+        record = _record(params, contract, trained, threads, init) | ({} if best is None else {"best_step": best})
         with whole_directory(output) as whole:
             _save(trainer, whole, portable(contract), portable(record))
             watch.write_curve(whole / "loss.csv")
@@ -217,11 +229,14 @@ def _printer(trainer: SFTTrainer) -> TrainerCallback:
     return next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
 
 
-def _record(params: TrainParams, contract: dict[str, Any], trained: Trained, threads: int) -> dict[str, Any]:
+def _record(
+    params: TrainParams, contract: dict[str, Any], trained: Trained, threads: int, init: Path | None
+) -> dict[str, Any]:
     return {
         "params": params.model_dump(),
         "quantisation": {key: getattr(params, key) for key in QUANTISATION},
         "base_model": contract["model"],
+        "init_adapter_sha256": None if init is None else sha256_file(init / "adapter_model.safetensors"),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {threads} threads",
         "steps": trained.steps,

@@ -198,7 +198,7 @@ def make_project(root: Path, base: Path, params: Params) -> Path:
     root.mkdir()
     for name in ("pipeline", "flows"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
+    for name in ("dvc.yaml", ".gitignore", ".dvcignore", "init_adapter.json"):
         shutil.copy(ROOT / name, root / name)
     write_params(root, with_(params, prepare={"model_name_or_path": "data/base"}))
     shutil.copytree(base, root / "data" / "base")

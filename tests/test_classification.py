@@ -150,16 +150,16 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     assert result.agreement >= (0.95 if method == "qlora" else 1)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.id2label == {0: "neg", 1: "pos"}
-    good, bad = classify(
-        tmp_path / "merged", ["Film 7 by director 123456: splendid.", "Film 8 by director 54321: dreadful."]
-    )
-    assert (good.label, bad.label) == ("pos", "neg")
-    assert 0.5 < good.confidence <= 1 and sum(good.probabilities) == pytest.approx(1)
+    items = pq.read_table(tmp_path / "parity" / "items.merged.parquet")
+    said = classify(tmp_path / "merged", items["prompt"].to_pylist()[:8])
+    assert [each.label for each in said] == items["predicted"].to_pylist()[:8]
+    assert [each.confidence for each in said] == pytest.approx(items["confidence"].to_pylist()[:8], abs=1e-4)
+    assert all(0.5 <= each.confidence <= 1 and sum(each.probabilities) == pytest.approx(1) for each in said)
     score_merged(
         tmp_path / "merged", dataset, read_json(tmp_path / "evaluation" / "evaluation.json"), tmp_path / "again"
     )
     again = pq.read_table(tmp_path / "again" / "items.parquet")["predicted"]
-    assert again.equals(pq.read_table(tmp_path / "parity" / "items.merged.parquet")["predicted"])
+    assert again.equals(items["predicted"])
 
 
 def test_a_text_is_tokenised_as_its_tokenizer_does_it_and_keeps_its_class(

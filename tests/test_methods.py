@@ -29,7 +29,8 @@ from pipeline.merge import Merged, merge
 from pipeline.model import load_base, load_tuned, untuned
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.train import Trained, run_key, train
+from pipeline.train import Trained, train
+from pipeline.training.checkpoints import run_key
 from pipeline.training.methods import MethodError, adapter_config, target_modules
 from pipeline.weights.merging import MergeError
 

@@ -59,7 +59,7 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
 
     Raises:
         TemplateError: there is no such model, tokenizer, template or end token, the template cannot be trained with,
-            or the model is too small for `max_length`.
+            or the model is too small for `max_length` or for its tokenizer.
     """
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     text, name = None, None
@@ -76,7 +76,10 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     template = _load(identity, text, name, params.train_on, params.on_control_tokens)
     template.require_trainable()
-    context = _context(identity)
+    config = text_config(identity)
+    require_vocabulary(config, template)
+    limit = getattr(config, "max_position_embeddings", None)
+    context = limit if isinstance(limit, int) and limit > 0 else None
     if context is not None and params.max_length > context:
         raise TemplateError(
             f"prepare.max_length is {params.max_length}; {params.model_name_or_path} was made for {context} tokens at "
@@ -239,16 +242,42 @@ def named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[
     return {ids[token] for token in NAMED[name].ends}
 
 
-def _context(identity: dict[str, Any]) -> int | None:
-    """Tokens that the model's positions reach, as its configuration says; weights are not read."""
+def text_config(identity: dict[str, Any]) -> Any:
+    """The configuration of the model's text part; weights are not read.
+
+    Raises:
+        TemplateError: there is none that transformers knows.
+    """
+    name = identity["name_or_path"]
+    source = {key: identity[key] for key in ("revision", "trust_remote_code")}
     try:
-        config = AutoConfig.from_pretrained(
-            identity["name_or_path"],
-            revision=identity["revision"],
-            trust_remote_code=identity["trust_remote_code"],
-        )
+        return AutoConfig.from_pretrained(name, **source).get_text_config()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise TemplateError(f"no model configuration could be read from {identity['name_or_path']}: {reason}") from None
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+        raise TemplateError(f"no model configuration could be read from {name}: {reason}") from None
+
+
+def require_vocabulary(config: Any, template: ChatTemplate) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for and that a row could hold.
+
+    Control tokens that the template does not write cannot come up: in people's texts they are escaped. (Some published
+    tokenizers have such beyond the model's vocabulary.)
+
+    Raises:
+        TemplateError: names the first such token.
+    """
+    tokenizer = template.tokenizer
+    used = {id for entry in template.golden() for id in entry["input_ids"] or []} | template.stop_ids
+    added = set(tokenizer.added_tokens_decoder)
+    require_rows(config, tokenizer, used | {id for id in tokenizer.get_vocab().values() if id not in added})
+
+
+def require_rows(config: Any, tokenizer: PreTrainedTokenizerBase, ids: set[int]) -> None:
+    """Refuse token ids that are no row of the model's embedding; see `require_vocabulary`."""
+    if max(ids, default=0) >= config.vocab_size:
+        first = min(id for id in ids if id >= config.vocab_size)
+        raise TemplateError(
+            f"{config.name_or_path} has an embedding for {config.vocab_size} tokens, fewer than its tokenizer knows: "
+            f"{tokenizer.convert_ids_to_tokens(first)} has the id {first}; put the model's own tokenizer back, or save "
+            "the model with its embedding resized to the tokenizer"
+        )

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.chat.conversation import Conversation, Encoded, tokenizer_digest
 from pipeline.chat.rendering import RowError, TemplateError
-from pipeline.chat.template import differing_keys, model_identity
+from pipeline.chat.template import differing_keys, model_identity, require_rows, text_config
 from pipeline.data.records import Message
 from pipeline.params import PrepareParams
 from pipeline.security.vetting import check_model
@@ -86,7 +86,9 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
         )
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     encoder = _load(identity, params.max_length if params.on_overlong == "truncate_prompt" else None)
-    limit = _context(identity, encoder.tokenizer)
+    config = text_config(identity)
+    require_rows(config, encoder.tokenizer, set(encoder.tokenizer.get_vocab().values()))
+    limit = _context(config, encoder.tokenizer)
     if limit is not None and params.max_length > limit:
         raise TemplateError(
             f"prepare.max_length is {params.max_length}; {params.model_name_or_path} was made for {limit} tokens at "
@@ -157,13 +159,7 @@ def _load(source: dict[str, Any], cut_at: int | None) -> TextEncoder:
     return TextEncoder(tokenizer, cut_at)
 
 
-def _context(identity: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    source = {key: identity[key] for key in ("revision", "trust_remote_code")}
-    try:
-        config = AutoConfig.from_pretrained(identity["name_or_path"], **source).get_text_config()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise TemplateError(f"no model configuration could be read from {identity['name_or_path']}: {reason}") from None
+def _context(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None

@@ -27,26 +27,27 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def identity(params: TrainParams, dataset: Path) -> Identity:
-    """All that shapes a training's result, by kind: data, base model and template, parameters, code, libraries."""
+def identity(params: TrainParams, dataset: Path, init: Path | None = None) -> Identity:
+    """All that shapes a training's result, by kind: data, base and template, parameters, first weights, code."""
     folder = Path(__file__).parent
     code = [folder.parent / "train.py", folder.parent / "model.py", *folder.glob("*.py")]
     return {
         "data": {path.name: sha256_file(path) for path in sorted(dataset.glob("*.parquet"))},
         "base model or template": read_json(dataset / "contract.json"),
         "parameters": params.model_dump(exclude=WITHOUT_EFFECT),
+        "first weights": {} if init is None else {"adapter": sha256_file(init / "adapter_model.safetensors")},
         "code": {path.name: sha256_file(path) for path in sorted(code)},
         "libraries": versions(),
     }
 
 
-def run_key(params: TrainParams, dataset: Path) -> str:
-    return sha256_json(identity(params, dataset))[:24]
+def run_key(params: TrainParams, dataset: Path, init: Path | None = None) -> str:
+    return sha256_json(identity(params, dataset, init))[:24]
 
 
-def open_run(params: TrainParams, dataset: Path, checkpoints: Path) -> Path:
+def open_run(params: TrainParams, dataset: Path, checkpoints: Path, init: Path | None = None) -> Path:
     """The folder of this run's checkpoints; says so when there are only those of a run that differs."""
-    own = identity(params, dataset)
+    own = identity(params, dataset, init)
     folder = checkpoints / sha256_json(own)[:24]
     if not folder.exists():
         others = sorted(checkpoints.glob("*/run.json"), key=lambda path: path.stat().st_mtime)

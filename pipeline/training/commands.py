@@ -14,6 +14,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 def preset(
     name: Annotated[str | None, typer.Argument(help="Of those that `retune preset` lists.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--for", help="Rank, alpha and modules for this task; the list names those there are.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Write the parameters for a model and task into params.yaml, comments kept; without NAME, list what there is."""
@@ -25,9 +28,9 @@ def preset(
             print(json.dumps([asdict(each) for each in found]))
             return
         for each in found:
-            print(f"{each.name:22} {each.about}")
+            print(f"{each.name:20} {each.about} (--for {', '.join(each.tasks)})")
         return
-    changed = apply(name, Path("params.yaml"))
+    changed = apply(name, Path("params.yaml"), task)
     if json_output:
         print(json.dumps({"preset": name, "changed": changed}))
         return

@@ -26,7 +26,9 @@ def must_launch(params: TrainParams) -> bool:
     return params.num_processes > 1 and "LOCAL_RANK" not in os.environ
 
 
-def launch(params: TrainParams, dataset: Path, output: Path, checkpoints: Path, tables: Path | None) -> dict[str, Any]:
+def launch(
+    params: TrainParams, dataset: Path, output: Path, checkpoints: Path, tables: Path | None, init: Path | None
+) -> dict[str, Any]:
     """Run `train` in `params.num_processes` processes; returns the fields of its result.
 
     Raises:
@@ -40,7 +42,7 @@ def launch(params: TrainParams, dataset: Path, output: Path, checkpoints: Path, 
         raise TrainError(f"train.num_processes is {params.num_processes}, and this machine has {gpus} GPUs")
     with tempfile.TemporaryDirectory(prefix="retune-train-") as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        paths = {"dataset": dataset, "output": output, "checkpoints": checkpoints, "tables": tables}
+        paths = {"dataset": dataset, "output": output, "checkpoints": checkpoints, "tables": tables, "init": init}
         write_json(
             job,
             {"params": params.model_dump_json(), "result": str(result)}
@@ -102,7 +104,8 @@ def main(job_file: str) -> int:
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what the first one says holds for all
     folders = {
-        key: None if job[key] is None else Path(job[key]) for key in ("dataset", "output", "checkpoints", "tables")
+        key: None if job[key] is None else Path(job[key])
+        for key in ("dataset", "output", "checkpoints", "tables", "init")
     }
     try:
         trained = train(TrainParams.model_validate_json(job["params"]), **folders)  # type: ignore[arg-type]

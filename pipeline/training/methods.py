@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.files import read_json, write_json
 from pipeline.model import HEADS
 from pipeline.params import TrainParams
-from pipeline.training.combinations import CLASSIFICATION
+from pipeline.training.combinations import CLASSIFICATION, VIRTUAL_TOKENS
 
 
 class MethodError(ValueError):
@@ -73,6 +73,20 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
         # It begins with half as much again and ends at lora_r in the mean; `AllocateRanks` fits it to the steps.
         return AdaLoraConfig(**lora, target_r=params.lora_r, init_r=-(-params.lora_r * 3 // 2), total_step=1 << 30)
     return LoraConfig(**lora, r=params.lora_r, use_dora=params.method == "dora", use_rslora=params.method == "rslora")
+
+
+def require_context(params: TrainParams, config: Any, max_length: int) -> None:
+    """Refuse virtual tokens that leave the longest rows no place in the model's context.
+
+    Raises:
+        MethodError: with what would fit.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if params.method in VIRTUAL_TOKENS and limit and max_length + params.num_virtual_tokens > limit:
+        raise MethodError(
+            f"train.num_virtual_tokens is {params.num_virtual_tokens} and rows have up to {max_length} tokens, "
+            f"together more than the model's {limit}; set prepare.max_length to {limit - params.num_virtual_tokens}"
+        )
 
 
 def target_modules(params: TrainParams, model: torch.nn.Module) -> str | list[str]:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from pipeline.statistics import METRICS
+from pipeline.training.combinations import CLASSIFICATION
 from pipeline.versions.manifest import Manifest
 
 # What the card calls each score, in the Hub's vocabulary.
@@ -17,10 +18,11 @@ def model_card(manifest: Manifest) -> str:
     """README.md of the version: YAML metadata that the Hub and its tools read, and the same for people."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    base, merged = manifest["base_model"], manifest["metrics"]["merged"]
+    base, merged, train = manifest["base_model"], manifest["metrics"]["merged"], manifest["params"]["train"]
+    task = "text-classification" if _classifies(train) else "text-generation"
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=task,
             dataset_type="retune",
             dataset_name="test split",
             dataset_split="test",
@@ -34,11 +36,11 @@ def model_card(manifest: Manifest) -> str:
     ]
     data = ModelCardData(
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         # A folder is no name that the Hub could resolve.
         base_model=base["name_or_path"] if base["revision"] else None,
         base_model_relation="adapter" if base["revision"] else None,
-        tags=["retune", "lora", "qlora" if manifest["params"]["train"]["load_in_4bit"] else "full-precision-base"],
+        tags=["retune", _method(train), "4-bit-base" if train["load_in_4bit"] else "full-precision-base"],
         model_name=manifest["name"],
         eval_results=results,
     )
@@ -48,6 +50,7 @@ def model_card(manifest: Manifest) -> str:
 def mlmodel(manifest: Manifest) -> str:
     """`MLmodel`: lets `mlflow.transformers.load_model` load the merged model where `merged/` lies."""
     versions = manifest["packages"]["train"]
+    classifies = _classifies(manifest["params"]["train"])
     return json.dumps(  # JSON is YAML
         {
             "artifact_path": "model",
@@ -60,11 +63,11 @@ def mlmodel(manifest: Manifest) -> str:
                     "code": None,
                     "components": ["tokenizer"],
                     "framework": "pt",
-                    "instance_type": "TextGenerationPipeline",
+                    "instance_type": f"Text{'Classification' if classifies else 'Generation'}Pipeline",
                     "model_binary": "merged",
-                    "pipeline_model_type": "AutoModelForCausalLM",
+                    "pipeline_model_type": _auto_class(manifest["params"]["train"]),
                     "source_model_name": manifest["base_model"]["name_or_path"],
-                    "task": "text-generation",
+                    "task": "text-classification" if classifies else "text-generation",
                     "tokenizer_type": "AutoTokenizer",
                     "transformers_version": versions.get("transformers", ""),
                 },
@@ -89,8 +92,7 @@ def _body(manifest: Manifest) -> str:
         "trained on": manifest["hardware"]["train"],
         "time": f"{sum(seconds) / 60:.1f} minutes" if seconds else "not measured",
         "cost": "not priced" if cost["total"] is None else f"{cost['total']:.2f} at {cost['price_per_hour']:g} an hour",
-        "LoRA": f"r {train['lora_r']}, alpha {train['lora_alpha']}, "
-        f"{'4-bit base' if train['load_in_4bit'] else 'full-precision base'}",
+        "method": _settings(train),
         "merged": f"into the {parity['base']} base; it chooses {parity['token_agreement']:.1%} of the adapter's tokens",
     }
     lines = [f"# {manifest['name']} {manifest['version']}", "", "An adapter and the merged model, made by Retune.", ""]
@@ -106,11 +108,32 @@ def _body(manifest: Manifest) -> str:
     for metric in METRICS:
         scores = " | ".join(_score(manifest["metrics"][system].get(metric)) for system in ("base", "adapter", "merged"))
         lines.append(f"| {metric} | {scores} | {manifest['evaluation']['signatures'].get(metric, '–')} |")
-    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ['model = AutoModelForCausalLM.from_pretrained("merged")']
+    auto = _auto_class(train)
+    lines += ["", "## Use", "", "```python", f"from transformers import {auto}, AutoTokenizer", ""]
+    lines += [f'model = {auto}.from_pretrained("merged")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("merged")', "```", ""]
     lines += ["`manifest.json` holds the whole lineage: parameters, packages, digests of data and files.", ""]
     return "\n".join(lines)
+
+
+def _method(train: dict[str, Any]) -> str:
+    """Of versions before there was a choice, what it was then."""
+    return str(train.get("method", "qlora" if train["load_in_4bit"] else "lora"))
+
+
+def _settings(train: dict[str, Any]) -> str:
+    method = _method(train)
+    base = "4-bit base" if train["load_in_4bit"] else "full-precision base"
+    rank = f", r {train['lora_r']}, alpha {train['lora_alpha']}"
+    return f"{method}{rank if method in ('lora', 'qlora', 'dora', 'rslora', 'adalora') else ''}, {base}"
+
+
+def _classifies(train: dict[str, Any]) -> bool:
+    return train.get("task") == CLASSIFICATION
+
+
+def _auto_class(train: dict[str, Any]) -> str:
+    return "AutoModelForSequenceClassification" if _classifies(train) else "AutoModelForCausalLM"
 
 
 def _score(score: dict[str, Any] | None) -> str:

@@ -1,0 +1,148 @@
+"""What cannot be trained: one sentence that names it and the way out, before anything is trained."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_base, sample_rows, with_
+from safetensors.torch import load_file, save_file
+from test_methods import short
+from transformers import AutoTokenizer
+
+from pipeline.files import read_json, write_json
+from pipeline.params import Params
+from pipeline.prepare import prepare
+from pipeline.train import train
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return lambda base: write_json(base / "config.json", read_json(base / "config.json") | values)
+
+
+def truncated(base: Path) -> None:
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pickled(base: Path) -> None:
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+
+
+def without_tokenizer(base: Path) -> None:
+    for path in base.glob("*token*"):
+        path.unlink()
+
+
+def shard_missing(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    names = sorted(weights)
+    files = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    first = {name: weights[name] for name in names if files[name].startswith("model-00001")}
+    save_file(first, base / "model-00001-of-00002.safetensors", {"format": "pt"})
+    (base / "model.safetensors").unlink()
+    write_json(base / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+
+
+def smaller_vocabulary(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:300].clone()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    config(vocab_size=300)(base)
+
+
+def control_token_beyond(base: Path) -> None:
+    """As when somebody adds ChatML's tokens and forgets the embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|turn|>")
+    tokenizer.save_pretrained(base)
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (shutil.rmtree, r"prepare.model_name_or_path is .*base: there is no such folder"),
+        (truncated, r"model.safetensors is not a sound safetensors file"),
+        (pickled, r"has no .safetensors weights; pickled weights are not loaded, convert them"),
+        (without_tokenizer, r"^no tokenizer could be loaded from .*base: "),
+        (
+            smaller_vocabulary,
+            r"has an embedding for 300 tokens, fewer than its tokenizer knows: .* has the id 300; put",
+        ),
+        (control_token_beyond, r"fewer than its tokenizer knows: <\|turn\|> has the id \d+; put the model's own"),
+        (config(model_type="unheard-of"), r"^no model configuration could be read from .*base: "),
+    ],
+)
+def test_a_base_model_that_cannot_be_used_is_refused_by_prepare(
+    tmp_path: Path, params: Params, data: Path, harm: Callable[[Path], None], sentence: str
+) -> None:
+    base = make_base(tmp_path / "base")
+    harm(base)
+    with pytest.raises(ValueError, match=sentence) as error:
+        prepare(with_(params, prepare={"model_name_or_path": str(base)}).prepare, data, tmp_path / "dataset")
+    assert "\n" not in str(error.value) and type(error.value).__module__.startswith("pipeline.")
+    assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (shutil.rmtree, r"there is no such folder"),
+        (config(rms_norm_eps=1e-5), r"is not the one the dataset was prepared for .*; run `dvc repro`, or put it back"),
+        (lambda base: make_base(base, seed=1), r"is not the one the dataset was prepared for \(digest "),
+    ],
+)
+def test_a_base_model_changed_since_is_refused_by_train(
+    tmp_path: Path, params: Params, data: Path, harm: Callable[[Path], None], sentence: str
+) -> None:
+    base = make_base(tmp_path / "base")
+    prepare(with_(params, prepare={"model_name_or_path": str(base)}).prepare, data, tmp_path / "dataset")
+    harm(base)
+    with pytest.raises(ValueError, match=sentence):
+        train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path, params: Params, data: Path) -> None:
+    base = make_base(tmp_path / "base")
+    shard_missing(base)
+    settings = with_(params, prepare={"model_name_or_path": str(base)})
+    prepare(settings.prepare, data, tmp_path / "dataset")
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors") as error:
+        train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
+    assert type(error.value).__module__.startswith("pipeline.")
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([], r"(no rows|holds no|0 rows)"),
+        (sample_rows(1), r"^the (train|test) split is empty: 1 rows? came in; add rows"),
+        (
+            [row | {"instruction": "word " * 400} for row in sample_rows(40)],
+            r"longer than prepare.max_length \(128 tokens\)",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_trained_are_refused(
+    tmp_path: Path, params: Params, rows: list[dict[str, str]], sentence: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=sentence) as error:
+        prepare(params.prepare, tmp_path / "data", tmp_path / "dataset")
+    assert type(error.value).__module__.startswith("pipeline.")
+
+
+def test_a_context_that_is_too_short_is_refused(tmp_path: Path, params: Params, data: Path, dataset: Path) -> None:
+    with pytest.raises(ValueError, match="prepare.max_length is 600; .* was made for 512 tokens at most"):
+        prepare(with_(params, prepare={"max_length": 600}).prepare, data, tmp_path / "dataset")
+    many = short(params, "prompt", num_virtual_tokens=500).train
+    with pytest.raises(ValueError, match="train.num_virtual_tokens is 500 .* set prepare.max_length to 12 at most"):
+        train(many, dataset, tmp_path / "adapter", tmp_path / "checkpoints")

@@ -1,0 +1,158 @@
+"""The presets: each sets the same parameters, fits its model's real architecture, and leaves the user's comments."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, retune
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    GlmConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    RobertaConfig,
+)
+
+from pipeline.chat.template import NAMED
+from pipeline.params import load_params
+from pipeline.plan import FREE_FRACTION, GIB, _gpu, _one_step
+from pipeline.training.methods import adapter_config
+from pipeline.training.presets import PRESETS, PresetError, apply, available, values, with_preset
+
+NAMES = [each.name for each in available()]
+# The published configurations, as far as memory and module names depend on them.
+MODELS: dict[str, PreTrainedConfig] = {
+    "gpt2-lora": GPT2Config(),
+    "bloomz-560m-lora": BloomConfig(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16),
+    "llama-2-7b-qlora": LlamaConfig(max_position_embeddings=4096),
+    "chatglm3-6b-lora": GlmConfig(
+        vocab_size=65024, hidden_size=4096, intermediate_size=13696, num_hidden_layers=28, num_attention_heads=32,
+        num_key_value_heads=2, head_dim=128, max_position_embeddings=8192, pad_token_id=0,
+    ),
+    "qwen2.5-0.5b-qlora": Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b-qlora": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+    "llama-3.1-8b-qlora": LlamaConfig(
+        vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072
+    ),
+    "roberta-base-imdb": RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+}  # fmt: skip
+LARGE = {
+    "bloomz-560m-lora",
+    "qwen2.5-0.5b-qlora",
+    "llama-2-7b-qlora",
+    "chatglm3-6b-lora",
+    "qwen2.5-7b-qlora",
+    "llama-3.1-8b-qlora",
+}
+
+
+@pytest.fixture
+def project_file(tmp_path: Path) -> Path:
+    return Path(shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml"))
+
+
+def comments(text: str) -> list[str]:
+    return re.findall(r"#.*", text)
+
+
+def test_the_presets_that_are_promised_are_there() -> None:
+    assert set(NAMES) == set(MODELS)
+    assert all(len(each.about) > 10 and len(each.tasks) >= 2 for each in available())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_written_with_its_values_and_keeps_every_comment(project_file: Path, name: str) -> None:
+    before = project_file.read_text()
+    for task in (None, *next(each.tasks for each in available() if each.name == name)):
+        apply(name, project_file, task)
+        assert comments(project_file.read_text()) == comments(before)
+        params = load_params(project_file).model_dump()
+        for section, settings in values(name, task).items():
+            for key, value in settings.items():
+                assert params[section][key] == value or value == "auto", f"{section}.{key}"
+
+
+def test_nothing_of_an_earlier_preset_is_left_over(project_file: Path) -> None:
+    keys = [{(section, key) for section, settings in values(name).items() for key in settings} for name in NAMES]
+    assert all(of_one == keys[0] for of_one in keys)
+    apply("gpt2-lora", project_file, "reasoning")
+    alone = load_params(project_file)
+    apply("roberta-base-imdb", project_file)
+    apply("gpt2-lora", project_file, "reasoning")
+    assert load_params(project_file) == alone
+
+
+def test_a_preset_applied_twice_changes_nothing_the_second_time(project_file: Path) -> None:
+    assert apply("gpt2-lora", project_file)
+    text = project_file.read_text()
+    assert apply("gpt2-lora", project_file) == {}
+    assert project_file.read_text() == text
+
+
+def test_the_users_comments_and_other_values_stay(project_file: Path) -> None:
+    text = project_file.read_text().replace("  lora_r: 16 ", "  lora_r: 16   # my own note; ", 1)
+    project_file.write_text(text.replace("max_new_tokens: 96", "max_new_tokens: 77"))
+    apply("qwen2.5-7b-qlora", project_file)
+    assert "# my own note; " in project_file.read_text()
+    assert load_params(project_file).evaluate.max_new_tokens == 77
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_pins_its_model_and_names_a_template_there_is(name: str) -> None:
+    prepare = values(name)["prepare"]
+    assert re.fullmatch(r"[0-9a-f]{40}", prepare["model_revision"])
+    assert prepare["chat_template"] in NAMED or values(name)["train"]["task"] == "sequence-classification"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_target_modules_are_there_in_the_real_architecture(name: str) -> None:
+    with torch.device("meta"):
+        auto: Any = AutoModelForSequenceClassification if "imdb" in name else AutoModelForCausalLM
+        model = auto.from_config(MODELS[name])
+    for task in next(each.tasks for each in available() if each.name == name):
+        params = with_preset(load_params(ROOT / "params.yaml"), name, task)
+        adapter_config(params.train, model)
+        context = getattr(MODELS[name], "max_position_embeddings", None) or 2048
+        assert params.prepare.max_length <= context
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.faults if n in LARGE else []) for n in NAMES])
+def test_a_preset_fits_the_gpu_it_names(name: str) -> None:
+    params = with_preset(load_params(ROOT / "params.yaml"), name)
+    gpu = next(each.gpu for each in available() if each.name == name)
+    length = max(params.prepare.max_length, params.train.packed_length if params.train.packing else 0)
+    peak = _one_step(MODELS[name], params.train, length, on_gpu=gpu is not None).memory.peak
+    assert peak < (16 if gpu is None else _gpu(gpu).memory_gib * FREE_FRACTION) * GIB
+
+
+def test_what_there_is_not_is_refused_with_what_there_is(project_file: Path) -> None:
+    before = project_file.read_text()
+    with pytest.raises(PresetError, match="gpt3 is no preset; there are bloomz-560m-lora, "):
+        apply("gpt3", project_file)
+    with pytest.raises(
+        PresetError, match="no values for poetry; it has them for classification, generation, reasoning"
+    ):
+        apply("gpt2-lora", project_file, "poetry")
+    assert project_file.read_text() == before
+
+
+def test_the_command_lists_and_applies(tmp_path: Path, project_file: Path) -> None:
+    listed = retune(tmp_path, "preset", "--json")
+    assert [each["name"] for each in json.loads(listed.stdout)] == sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    said = retune(tmp_path, "preset", "roberta-base-imdb")
+    assert "train.task: causal-lm → sequence-classification" in said.stdout
+    assert load_params(project_file).train.task == "sequence-classification"

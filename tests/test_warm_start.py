@@ -1,0 +1,142 @@
+"""Training that starts from an earlier adapter: the champion's as pinned, a version's, or one in a folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, with_
+from peft import LoraConfig
+from safetensors.torch import load_file
+from test_methods import short
+from versions import parameters, published
+
+from pipeline import graph
+from pipeline.files import read_json, sha256_file, write_json
+from pipeline.params import Params
+from pipeline.promote import promote
+from pipeline.train import train
+from pipeline.training import warm_start
+from pipeline.training.checkpoints import run_key
+from pipeline.training.warm_start import InitError, check_init, fetch_init, pin_champion
+
+
+def digest(adapter: Path) -> str:
+    return sha256_file(adapter / "adapter_model.safetensors")
+
+
+def frozen(params: Params, method: str = "qlora", **train: Any) -> Params:
+    """Steps that move nothing to speak of: what comes out is what the training started with."""
+    return short(params, method, learning_rate=1e-9, max_steps=1, logging_steps=1, **train)
+
+
+@pytest.mark.parametrize("method", ["qlora", "dora", "prompt"])
+def test_a_training_starts_with_the_weights_it_is_given(
+    tmp_path: Path, params: Params, dataset: Path, method: str
+) -> None:
+    train(short(params, method).train, dataset, tmp_path / "first", tmp_path / "checkpoints")
+    settings = frozen(params, method).train
+    train(settings, dataset, tmp_path / "second", tmp_path / "checkpoints", tmp_path / "first")
+    train(settings, dataset, tmp_path / "afresh", tmp_path / "checkpoints")
+    first, second, afresh = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second", "afresh")
+    )
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    assert not all(torch.allclose(first[name], afresh[name], atol=1e-4) for name in first)
+    assert read_json(tmp_path / "second" / "training.json")["init_adapter_sha256"] == digest(tmp_path / "first")
+
+
+def test_checkpoints_of_another_start_are_not_gone_on_from(params: Params, dataset: Path, adapter: Path) -> None:
+    assert run_key(params.train, dataset) != run_key(params.train, dataset, adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (LoraConfig(r=4, lora_alpha=32), "has r 8, but train.lora_r asks for 4; set it alike"),
+        (LoraConfig(r=8, lora_alpha=8), "has lora_alpha 32, but train.lora_alpha asks for 8"),
+        (LoraConfig(r=8, lora_alpha=32, use_dora=True), "has use_dora False, but train.method asks for True"),
+        (LoraConfig(r=8, lora_alpha=32, use_rslora=True), "has use_rslora False, but train.method asks for True"),
+    ],
+)
+def test_an_adapter_with_other_settings_is_refused(dataset: Path, adapter: Path, config: LoraConfig, what: str) -> None:
+    contract = read_json(dataset / "contract.json")
+    check_init(adapter, contract, LoraConfig(r=8, lora_alpha=32))
+    with pytest.raises(InitError, match=what):
+        check_init(adapter, contract, config)
+
+
+def test_an_adapter_of_another_base_is_refused_before_training(
+    tmp_path: Path, params: Params, dataset: Path, adapter: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    contract = read_json(adapter / "contract.json")
+    write_json(tmp_path / "adapter" / "contract.json", contract | {"model": contract["model"] | {"digest": "0" * 64}})
+    with pytest.raises(InitError, match=r"was trained on another base: .* \(digest 000000000000\), not "):
+        train(params.train, dataset, tmp_path / "out", tmp_path / "checkpoints", tmp_path / "adapter")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_adapter_for_other_modules_is_refused(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
+    other = frozen(params, lora_target_modules=["q_proj"], lora_r=8).train
+    with pytest.raises(InitError, match="is for other modules than train.lora_target_modules asks for"):
+        train(other, dataset, tmp_path / "out", tmp_path / "checkpoints", adapter)
+
+
+def test_a_folder_is_known_by_the_digest_of_its_weights(tmp_path: Path, params: Params, adapter: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "earlier")
+    right = with_(params, train={"init_adapter": f"earlier@{digest(adapter)}"})
+    assert fetch_init(right, tmp_path) == tmp_path / "earlier"
+    with pytest.raises(InitError, match="is not the one that train.init_adapter names: its sha256 is"):
+        fetch_init(with_(params, train={"init_adapter": f"earlier@{'0' * 64}"}), tmp_path)
+    with pytest.raises(InitError, match="names nowhere, which holds no adapter_model"):
+        fetch_init(with_(params, train={"init_adapter": f"nowhere@{'0' * 64}"}), tmp_path)
+
+
+def test_a_version_that_is_not_published_is_refused(tmp_path: Path, params: Params) -> None:
+    with pytest.raises(InitError, match="is version 0123456789abcdef, which is not published"):
+        fetch_init(with_(params, train={"init_adapter": "0123456789abcdef"}), tmp_path)
+
+
+def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(tmp_path)
+    version = published(tmp_path, params)
+    promote(params.publish, params.promote, version, tmp_path, force="the first one")
+    write_json(tmp_path / "init_adapter.json", {"version": None})
+    monkeypatch.setattr(graph, "stale", lambda root: {"train": []})
+    asked = with_(params, train={"init_adapter": "champion"})
+    assert pin_champion(asked, tmp_path) == version
+    for wanted in ("champion", version):
+        found = fetch_init(with_(params, train={"init_adapter": wanted}), tmp_path)
+        assert found is not None and digest(found) == digest(tmp_path / "artifacts" / "adapter")
+
+
+def test_without_a_champion_the_adapter_starts_afresh_and_says_so(
+    tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(ROOT / "init_adapter.json", tmp_path)
+    assert fetch_init(with_(params, train={"init_adapter": "champion"}), tmp_path) is None
+    assert "starts afresh" in capsys.readouterr().out
+    assert fetch_init(params, tmp_path) is None
+
+
+def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale: dict[str, Any] = {}
+    serving = "a" * 16
+    monkeypatch.setattr(graph, "stale", lambda root: stale)
+    monkeypatch.setattr(warm_start, "read_log", lambda store, name: [])
+    monkeypatch.setattr(warm_start, "champion", lambda log: serving)
+    write_json(tmp_path / "init_adapter.json", {"version": None})
+    asked = with_(params, train={"init_adapter": "champion"})
+    assert pin_champion(asked, tmp_path) is None  # nothing to train
+    stale["train"] = [{"changed deps": {"artifacts/dataset": "modified"}}]
+    assert pin_champion(params, tmp_path) is None  # not asked for
+    assert pin_champion(asked, tmp_path) == serving
+    assert read_json(tmp_path / "init_adapter.json") == {"version": serving}
+    stale.clear()
+    serving = "b" * 16  # promoted by this very run
+    assert pin_champion(asked, tmp_path) == "a" * 16
+    assert read_json(tmp_path / "init_adapter.json") == {"version": "a" * 16}
