@@ -414,7 +414,7 @@ def _run_stage(name: str, params: Any) -> str:
         case "evaluate":
             from pipeline.evaluate import evaluate
 
-            scored = evaluate(params.evaluate, dataset, adapter, evaluation)
+            scored = evaluate(params.evaluate, dataset, adapter, evaluation, WORK_DIR / "answers")
             return ", ".join(
                 f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
                 for metric in ("accuracy", "bleu", "rougeL")

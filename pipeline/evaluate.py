@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.chat.template import TemplateError, differing_keys, load_contract
-from pipeline.files import read_json, whole_directory, write_json, write_text
+from pipeline.files import read_json, sha256_file, whole_directory, write_json, write_text
 from pipeline.generate import Answer, generate
+from pipeline.generation.kept import forget_others, kept_file
 from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams
 from pipeline.security.sanitise import one_line, portable
@@ -30,12 +31,15 @@ class Evaluated:
     adapter: Metrics
 
 
-def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path) -> Evaluated:
+def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path, kept: Path | None = None) -> Evaluated:
     """Score the adapter and the untouched base, quantised as in training, on the same test prompts.
 
     Writes to `output`: `metrics.json` ({"base": …, "adapter": …}; BLEU 0–100, the others 0–1), `items.base.parquet` and
     `items.adapter.parquet` (every answer with its scores), `evaluation.json` (what the scores depend on: test split,
     decoding, signatures) and `report.md`.
+
+    Args:
+        kept: a folder for answers: a killed run leaves them to the next one, and so does one with other metrics.
 
     Raises:
         TemplateError: base model or tokenizer is not what the dataset was prepared for, or the adapter was trained on.
@@ -49,10 +53,23 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
     prompts = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
     model = load_adapter(load_base(contract["model"], quantisation), adapter)
-    decoding = (prompts, params.max_new_tokens, params.batch_size, "evaluate")
-    answers = {"adapter": generate(model, template, *decoding, system="the adapter")}
+    weights = sha256_file(adapter / "adapter_model.safetensors")
+    identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
+
+    files: list[Path] = []
+
+    def answer(system: str, **identifies: str) -> list[Answer]:
+        keep = None
+        if kept is not None:
+            keep = kept_file(kept, identity | identifies, prompts, params.max_new_tokens, template.stop_ids)
+            files.append(keep)
+        return generate(
+            model, template, prompts, params.max_new_tokens, params.batch_size, "evaluate", f"the {system}", keep
+        )
+
+    answers = {"adapter": answer("adapter", adapter=weights)}
     with model.disable_adapter():
-        answers["base"] = generate(model, template, *decoding, system="the base")
+        answers["base"] = answer("base")
     metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}
@@ -64,6 +81,8 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
         write_text(folder / "report.md", report(metrics, items["adapter"]))
+    if kept is not None:
+        forget_others(kept, files)
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
 
 
