@@ -37,7 +37,7 @@ bench-stages: $(READY)  ## time and peak memory by stage of the last run
 bench-data: $(READY)  ## ingest and prepare beside datasets.map, datasketch and rensa (about 4 minutes)
 	@python -m pipeline.benchmarks.data
 
-bench-evaluate: $(READY)  ## answers a second beside transformers' static and continuous batching (about 3 minutes)
+bench-evaluate: $(READY)  ## answers a second beside transformers' static and continuous batching (about 4 minutes)
 	@python -m pipeline.benchmarks.generation
 
 bench-merge: $(READY)  ## merging shard by shard against PEFT: time, peak memory (about 4 minutes, 9 GB of disk)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline import commands
+from pipeline import commands, try_commands
 from pipeline.commands import Json
 from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
@@ -207,7 +207,7 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-for command in commands.COMMANDS:
+for command in [*commands.COMMANDS, *try_commands.COMMANDS]:
     app.command()(command)
 
 

@@ -1,7 +1,6 @@
 """evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
 
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.chat.template import TemplateError, differing_keys, load_contract
-from pipeline.files import read_json, sha256_file, whole_directory, write_json, write_text
+from pipeline.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.generate import Answer, generate
 from pipeline.generation.kept import forget_others, kept_file
 from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams
-from pipeline.security.sanitise import one_line, portable
+from pipeline.report.contents import System
+from pipeline.report.evaluation_pages import write_report
+from pipeline.report.stage import stage_contents
+from pipeline.security.sanitise import portable
 from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
 
 METRIC_FOLDER = Path(__file__).with_name("metrics")
@@ -36,7 +38,7 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
 
     Writes to `output`: `metrics.json` ({"base": …, "adapter": …}; BLEU 0–100, the others 0–1), `items.base.parquet` and
     `items.adapter.parquet` (every answer with its scores), `evaluation.json` (what the scores depend on: test split,
-    decoding, signatures) and `report.md`.
+    decoding, signatures), `report.md` and `report.html`.
 
     Args:
         kept: a folder for answers: a killed run leaves them to the next one, and so does one with other metrics.
@@ -79,8 +81,13 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
             pq.write_table(items[system], folder / f"items.{system}.parquet")
             metrics[system] = summarise(items[system], params)
         write_json(folder / "metrics.json", metrics)
-        write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
-        write_text(folder / "report.md", report(metrics, items["adapter"]))
+        settings = provenance(params, dataset, signatures)
+        write_json(folder / "evaluation.json", settings)
+        base, candidate = (
+            System("base", metrics["base"], items["base"]),
+            System("candidate", metrics["adapter"], items["adapter"]),
+        )
+        write_report(stage_contents(base, candidate, settings, dataset, adapter), folder)
     if kept is not None:
         forget_others(kept, files)
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
@@ -155,60 +162,3 @@ def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]
         "signatures": signatures,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-
-
-def report(metrics: dict[str, Metrics], items: pa.Table) -> str:
-    """Markdown: the scores with their intervals, by task, and answers to look at."""
-    lines = ["# Evaluation", ""]
-    lines += scores_table(metrics)
-    lines += [
-        "",
-        "## By task",
-        "",
-        "| task | items | metric | " + " | ".join(metrics) + " |",
-        "|---" * (3 + len(metrics)) + "|",
-    ]
-    for task, scores in metrics["adapter"]["by_task"].items():
-        metric = "accuracy" if scores["accuracy"] else "rougeL"
-        cells = [_cell(metrics[system]["by_task"][task][metric]) for system in metrics]
-        lines.append(f"| {task} | {scores['num_samples']} | {metric} | " + " | ".join(cells) + " |")
-    lines += ["", "## Answers", ""]
-    for row in _examples(items):
-        mark = {1.0: "right", 0.0: "wrong", None: f"ROUGE-L {row['rougeL']:.2f}"}[row["accuracy"]]
-        lines += [
-            f"- **{_short(row['task'])}** ({mark}): {_short(row['prompt'])}",
-            f"  - expected: {_short(row['reference'])}",
-        ]
-        lines += [f"  - answered: {_short(row['answer'])}"]
-    return "\n".join([*lines, ""])
-
-
-def scores_table(metrics: dict[str, Metrics]) -> list[str]:
-    lines = ["| metric | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]
-    for metric in METRICS:
-        lines.append(f"| {metric} | " + " | ".join(_cell(scores[metric]) for scores in metrics.values()) + " |")
-    lines.append("| cut off | " + " | ".join(str(scores["num_cut_off"]) for scores in metrics.values()) + " |")
-    lines.append("| test items | " + " | ".join(str(scores["num_samples"]) for scores in metrics.values()) + " |")
-    return lines
-
-
-def _cell(score: dict[str, float] | None) -> str:
-    if score is None:
-        return "–"
-    digits = 1 if score["high"] > 1 else 3
-    return f"{score['score']:.{digits}f} ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
-
-
-def _examples(items: pa.Table) -> Iterable[dict[str, Any]]:
-    """The best and the worst answer of each task."""
-    rows = items.to_pylist()
-    for task in sorted({row["task"] for row in rows}):
-        ranked = sorted(
-            (row for row in rows if row["task"] == task), key=lambda row: (row["accuracy"] or 0, row["rougeL"])
-        )
-        yield from ranked[:1] + ranked[1:][-1:]
-
-
-def _short(text: str, limit: int = 160) -> str:
-    flat = " ".join(text.split())
-    return one_line(flat if len(flat) <= limit else flat[: limit - 1] + "…")

@@ -20,7 +20,7 @@ from pipeline.generate import in_slots
 
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 512
-PROMPTS = 192
+PROMPTS = 320
 PREFIX = 24  # tokens of a system message that all prompts begin with
 NO_STOP: frozenset[int] = frozenset()  # where a random model would stop means nothing: lengths are given
 
