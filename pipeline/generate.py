@@ -66,7 +66,7 @@ def generate(
             answers[left[place]] = ids
             kept.add(left[place], ids)
             progress.update(len(answers))
-    return [_answer(answers[i], template) for i in range(len(prompts))]
+    return [to_answer(answers[i], template) for i in range(len(prompts))]
 
 
 def new_tokens(
@@ -141,7 +141,8 @@ def _in_batches(
             yield i, new[: min(end + 1, limits[i])]
 
 
-def _answer(ids: list[int], template: ChatTemplate) -> Answer:
+def to_answer(ids: list[int], template: ChatTemplate) -> Answer:
+    """The text of new tokens, without the token that ends them."""
     ended = bool(ids) and ids[-1] in template.stop_ids
     text = template.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
     return Answer(text, ids, cut_off=not ended)

@@ -22,7 +22,20 @@ COMMANDS = [
     "canary",
     "history",
 ]
-COMMANDS += ["report", "download", "delete", "prune", "gc", "diff-data", "plan", "up", "down", "status"]
+COMMANDS += [
+    "report",
+    "chat",
+    "predict",
+    "download",
+    "delete",
+    "prune",
+    "gc",
+    "diff-data",
+    "plan",
+    "up",
+    "down",
+    "status",
+]
 
 
 @pytest.fixture(scope="module")
