@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import versions
-from conftest import environment, retune, with_, write_params
+from conftest import COLOURS, environment, retune, with_, write_params
 from safetensors.torch import load_file, save_file
 
 from pipeline import graph
@@ -23,6 +24,7 @@ from pipeline.files import read_json, write_json
 from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.serving import ServingError, Talk, adapter_folder, label_confidences, load_for_batches, read_prompts
+from pipeline.try_commands import chat, predict, report
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +117,10 @@ def test_a_conversation_on_the_command_line(there: Path, evaluation: Path) -> No
     assert "/adapter NAME" in ran.stderr
 
 
-def test_one_prompt_has_one_answer(there: Path, evaluation: Path) -> None:
+def test_one_prompt_has_one_answer(there: Path, evaluation: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question, answer = next(iter(scored(evaluation, "adapter").items()))
-    said = json.loads(retune(there, "chat", "--prompt", question, "--json").stdout)
+    chat(prompt=question, json_output=True)
+    said = json.loads(capsys.readouterr().out)
     assert said["answer"] == answer
     assert said["model"] == "champion"
     assert not said["cut_off"]
@@ -129,24 +132,27 @@ def test_a_file_is_answered_line_by_line_by_the_merged_model(there: Path, tmp_pa
     rows[3] = {"id": 3, "messages": [{"role": "user", "content": rows[3]["prompt"]}]}
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    done = retune(there, "predict", str(file), "--json")
-    assert done.returncode == 0, done.stderr
+    predict(file)
     answers = [json.loads(line) for line in (tmp_path / "questions.answers.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == list(range(len(rows)))
     assert [answer["answer"] for answer in answers] == list(tuned.values())
     assert not list((there / ".retune" / "predictions").iterdir())
 
 
-def test_classification_has_a_label_and_its_confidence(there: Path, own: Params, tmp_path: Path) -> None:
+def test_classification_has_a_label_and_its_confidence(
+    there: Path, own: Params, tmp_path: Path, evaluation: Path
+) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"prompt": "Name the colour of box 7: blue"}) + "\n")
-    ran = retune(there, "predict", str(file), "--labels", "red, blue,green")
-    assert ran.returncode == 0, ran.stderr
+    question, answer = next(
+        (question, answer) for question, answer in scored(evaluation, "adapter").items() if answer in COLOURS
+    )
+    file.write_text(json.dumps({"prompt": question}) + "\n")
+    predict(file, labels=", ".join(COLOURS))
     [row] = [json.loads(line) for line in (tmp_path / "rows.answers.jsonl").read_text().splitlines()]
-    assert row["label"] == "blue"
-    assert 1 / 3 < row["confidence"] <= 1
+    assert row["label"] == answer
+    assert 1 / len(COLOURS) < row["confidence"] <= 1
     model, template, _ = load_for_batches(own, "champion")
-    asked = [{"role": "user", "content": "Name the colour of box 7: blue"}]
+    asked = [{"role": "user", "content": question}]
     found = label_confidences(model, template, asked, None, ["red", "blue", "green"])
     assert sum(found.values()) == pytest.approx(1)
     alone = [label_confidences(model, template, asked, None, pair) for pair in (["red", "blue"], ["blue", "red"])]
@@ -154,6 +160,7 @@ def test_classification_has_a_label_and_its_confidence(there: Path, own: Params,
     assert alone[0]["blue"] / alone[0]["red"] == pytest.approx(found["blue"] / found["red"])
 
 
+@pytest.mark.faults
 def test_a_killed_prediction_goes_on_where_it_was(there: Path, tmp_path: Path) -> None:
     file = tmp_path / "many.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Name the colour of box {i}: red"}) + "\n" for i in range(400)))
@@ -230,28 +237,29 @@ def test_what_a_model_writes_cannot_move_the_cursor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("command", "words"),
     [
-        (["chat", "v9", "--prompt", "a"], "has no version v9"),
-        (["chat", "0123456789abcdef", "--prompt", "a"], "there is no version 0123456789abcdef"),
-        (["chat", "--json"], "--json needs --prompt"),
-        (["predict", "nowhere.jsonl"], "No such file or directory: nowhere.jsonl"),
-        (["predict", "params.yaml", "--labels", "one"], "--labels needs at least two"),
-        (["predict", "params.yaml"], "params.yaml, line 1: expected a JSON object"),
+        (lambda: chat(["v9"], prompt="a"), "has no version v9"),
+        (lambda: chat(["0123456789abcdef"], prompt="a"), "there is no version 0123456789abcdef"),
+        (lambda: chat(json_output=True), "--json needs --prompt"),
+        (lambda: predict(Path("params.yaml"), labels="one"), "--labels needs at least two"),
+        (lambda: predict(Path("params.yaml")), "params.yaml, line 1: expected a JSON object"),
     ],
 )
-def test_a_mistake_is_one_sentence(root: Path, arguments: list[str], words: str) -> None:
-    done = retune(root, *arguments)
-    assert done.returncode == 1
-    assert words in done.stderr.splitlines()[-1]
+def test_a_mistake_is_one_sentence(there: Path, command: Callable[[], None], words: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=words) as error:
+        command()
+    assert type(error.value).__module__.startswith("pipeline.")
+    assert "\n" not in str(error.value)
 
 
-def test_the_report_of_a_decision_is_written_beside_the_artifacts(there: Path) -> None:
-    shown: dict[str, Any] = json.loads(retune(there, "report", "v2", "--json").stdout)
-    assert shown["decision"] == "refused"
+def test_the_report_of_a_decision_is_written_beside_the_artifacts(there: Path, capsys: Any) -> None:
+    report("v2", json_output=True)
+    assert json.loads(capsys.readouterr().out)["decision"] == "refused"
     page = (there / "artifacts" / "report.html").read_text()
     for word in ("Refused", "champion", "candidate", "merged", "base", "not priced"):
         assert word in page
-    assert json.loads(retune(there, "report", "champion", "--json").stdout)["decision"] == "promoted"
+    report("champion", json_output=True)
+    assert json.loads(capsys.readouterr().out)["decision"] == "promoted"
     text = (there / "artifacts" / "report.md").read_text()
     assert text.splitlines()[2].startswith("**Promoted.**")
