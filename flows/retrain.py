@@ -39,6 +39,7 @@ from pipeline.files import read_json
 from pipeline.params import Params, load_params
 from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
+from pipeline.report.whole import report_decision
 from pipeline.security.redact import redact, redact_process, redacted_errors
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
@@ -156,6 +157,7 @@ def promote(params: Params) -> State[Any]:
     started = time.monotonic()
     decision = gate.promote(params.publish, params.promote)
     create_markdown_artifact(_verdict(asdict(decision)), key="verdict")
+    _report(params, decision)
     return _state("promote", decision.decision, started, asdict(decision))
 
 
@@ -165,7 +167,16 @@ def approve(params: Params, version: str, answer: Approval) -> State[Any]:
     actor = f"{answer.your_name} (dashboard)"
     decision = gate.approve(params.publish, params.promote, version, answer.approve, answer.reason, actor)
     create_markdown_artifact(_verdict(asdict(decision)), key="verdict")
+    _report(params, decision)
     return _state("approve", decision.decision, started, asdict(decision))
+
+
+def _report(params: Params, decision: gate.Decision) -> None:
+    """The page of this decision; that it could not be written is one more warning."""
+    decision.warnings.extend(report_decision(params.publish, decision.version, ARTIFACTS))
+    page = ARTIFACTS / "report.md"
+    if page.is_file():
+        create_markdown_artifact(page.read_text(), key="report")
 
 
 def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
@@ -290,7 +301,7 @@ def show(result: dict[str, Any], seconds: float) -> None:
         print(f"          {line}")
     if decision["decision"] == "proposed":
         print("          it waits for a person: `retune promote --approve`, or `--reject --reason …`")
-    print("Files     artifacts/merged is the model, artifacts/evaluation/report.md the report")
+    print("Files     artifacts/merged is the model, artifacts/report.html the report")
 
 
 def main() -> None:

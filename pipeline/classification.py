@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.chat.template import local_source
 from pipeline.data.classes import TextEncoder, load_contract
-from pipeline.evaluate import require_same_contract, scores_table, test_items
+from pipeline.evaluate import require_same_contract, test_items
 from pipeline.files import read_json, whole_directory, write_json, write_text
 from pipeline.model import load_base, load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
@@ -246,7 +246,7 @@ def score_merged(folder: Path, dataset: Path, settings: dict[str, Any], output: 
 
 def report(metrics: dict[str, Metrics], items: pa.Table) -> str:
     """Markdown: the scores, precision and recall by class, and the texts that were wrong with the most confidence."""
-    lines = ["# Evaluation", "", *scores_table(metrics)]
+    lines = ["# Evaluation", "", *_scores_table(metrics)]
     lines += ["", "## By class", "", "| class | texts | precision | recall | F1 |", "|---" * 5 + "|"]
     label, predicted = items["label"].to_pylist(), items["predicted"].to_pylist()
     for name in sorted({*label, *predicted}):
@@ -280,3 +280,21 @@ def _require_parity(params: MergeParams, agreement: float, error: float, reach: 
                 f"{metric} of the merged model is {-difference:.4f} below the adapter's; merge.max_metric_drop is "
                 f"{params.max_metric_drop:g}"
             )
+
+
+def _scores_table(metrics: dict[str, Metrics]) -> list[str]:
+    lines = ["| metric | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]
+    for metric in METRICS:
+        lines.append(f"| {metric} | " + " | ".join(_cell(scores[metric]) for scores in metrics.values()) + " |")
+    for kind in ("cut_off", "empty", "failed"):
+        counts = " | ".join(str(scores[f"num_{kind}"]) for scores in metrics.values())
+        lines.append(f"| {kind.replace('_', ' ')} | {counts} |")
+    lines.append("| test items | " + " | ".join(str(scores["num_samples"]) for scores in metrics.values()) + " |")
+    return lines
+
+
+def _cell(score: dict[str, float] | None) -> str:
+    if score is None:
+        return "–"
+    digits = 1 if score["high"] > 1 else 3
+    return f"{score['score']:.{digits}f} ({score['low']:.{digits}f} to {score['high']:.{digits}f})"

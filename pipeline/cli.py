@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline import commands
+from pipeline import commands, try_commands
 from pipeline.commands import Json
 from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
@@ -208,7 +208,7 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-for command in (*commands.COMMANDS, *training.COMMANDS):
+for command in (*commands.COMMANDS, *training.COMMANDS, *try_commands.COMMANDS):
     app.command()(command)
 
 
@@ -427,7 +427,7 @@ def _run_stage(name: str, params: Any) -> str:
                     f"{metric} {base[metric]['score']:.3g} → {tuned[metric]['score']:.3g}"
                     for metric in ("accuracy", "macro_f1")
                 )
-            scored = evaluate(params.evaluate, dataset, adapter, evaluation)
+            scored = evaluate(params.evaluate, dataset, adapter, evaluation, WORK_DIR / "answers")
             return ", ".join(
                 f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
                 for metric in ("accuracy", "bleu", "rougeL")

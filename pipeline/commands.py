@@ -41,7 +41,7 @@ def sign(version: Version = None, json_output: Json = False) -> None:
     """Sign a version that was published unsigned, after checking its files."""
     from pipeline.publish import sign as do
 
-    params, _, _, target = _find(version)
+    params, _, _, target = find(version)
     made = do(params.publish, target)
     if json_output:
         print(json.dumps({"version": target, "signed": made}))
@@ -54,7 +54,7 @@ def verify(version: Version = None, json_output: Json = False) -> None:
     from pipeline.versions.registry import RegistryError
     from pipeline.versions.verify import verify as do
 
-    params, store, registry, target = _find(version)
+    params, store, registry, target = find(version)
     try:
         registered = registry.tags(target)
     except RegistryError as error:
@@ -87,6 +87,7 @@ def promote(
     from pipeline.params import load_params
     from pipeline.promote import approve as answer
     from pipeline.promote import promote as do
+    from pipeline.report.whole import report_decision
 
     if force + approve + reject > 1:
         raise CommandError("--force, --approve and --reject exclude each other")
@@ -97,6 +98,7 @@ def promote(
         decision = answer(params.publish, params.promote, version, approve, reason)
     else:
         decision = do(params.publish, params.promote, version, force=reason if force else None)
+    decision.warnings.extend(report_decision(params.publish, decision.version, Path("artifacts")))
     _say(decision, json_output)
     if decision.decision == "proposed" and not json_output and sys.stdin.isatty():
         agreed = typer.confirm("Make it the champion?")
@@ -206,7 +208,7 @@ def download(
     from pipeline.versions import signature
     from pipeline.versions.manifest import read_manifest
 
-    params, store, _, target = _find(version)
+    params, store, _, target = find(version)
     manifest = read_manifest(store, target)
     if manifest is None:
         raise CommandError(f"version {target} is not published in {store.uri}")
@@ -275,7 +277,7 @@ COMMANDS: list[Callable[..., None]] = [
 ]  # fmt: skip
 
 
-def _find(version: str | None) -> tuple[Any, Any, Any, str]:
+def find(version: str | None) -> tuple[Any, Any, Any, str]:
     """Parameters, store, registry, and the content id of the version that was named."""
     from pipeline.params import load_params
     from pipeline.promote import resolve

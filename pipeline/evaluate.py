@@ -1,6 +1,5 @@
 """evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.chat.template import TemplateError, differing_keys, load_contract
-from pipeline.files import read_json, whole_directory, write_json, write_text
+from pipeline.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.general import forgetting, general_items, read_general
 from pipeline.generate import Answer, generate
+from pipeline.generation.kept import forget_others, kept_file
 from pipeline.likelihood import reference_losses, sequence_losses
 from pipeline.model import load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams
+from pipeline.report.contents import System
+from pipeline.report.evaluation_pages import write_report
+from pipeline.report.stage import stage_contents
 from pipeline.scoring import Metrics, provenance, score_items, summarise
-from pipeline.security.sanitise import one_line, portable
-from pipeline.statistics import METRICS
+from pipeline.security.sanitise import portable
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,17 @@ class Evaluated:
     adapter: Metrics
 
 
-def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path) -> Evaluated:
+def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path, kept: Path | None = None) -> Evaluated:
     """Score the adapter and the untouched base, quantised as in training, on the same test prompts.
 
     Writes to `output`: `metrics.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
     others 0–1), `items.base.parquet` and `items.adapter.parquet` (every answer with its scores), `prompts.json`
     (answers to `params.prompts`), `evaluation.json` (what the scores depend on: test split, decoding, signatures) and
-    `report.md`; with `params.general` also `general.json`, `general.base.parquet` and `general.adapter.parquet`.
+    `report.md` and `report.html`; with `params.general` also `general.json`, `general.base.parquet` and
+    `general.adapter.parquet`.
+
+    Args:
+        kept: a folder for answers: a killed run leaves them to the next one, and so does one with other metrics.
 
     Raises:
         TemplateError: base model or tokenizer is not what the dataset was prepared for, or the adapter was trained on.
@@ -60,22 +66,29 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
     context = getattr(model.config, "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else None
     extra = [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts]
+    files: list[Path] = []
 
-    def ask(model: Any, system: str) -> _Asked:
+    def ask(model: Any, system: str, **identifies: Any) -> _Asked:
         def answer(asked: list[list[int]], what: str = "") -> list[Answer]:
+            keep = None
+            if kept is not None:
+                keep = kept_file(kept, identifies, asked, params.max_new_tokens, template.stop_ids)
+                files.append(keep)
             limits = (params.max_new_tokens, params.batch_size)
-            return generate(model, template, asked, *limits, "evaluate", system=f"{system}{what}")
+            return generate(model, template, asked, *limits, "evaluate", f"{system}{what}", keep)
 
-        kept = None
+        items = None
         if general is not None:
             losses = sequence_losses(model, general.sequences, template.tokenizer.pad_token_id, "evaluate", system)
-            kept = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
+            items = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
         losses = reference_losses(model, template, test, "evaluate", system)
-        return _Asked(answer(prompts), losses, answer(extra, ", prompts") if extra else [], kept)
+        return _Asked(answer(prompts), losses, answer(extra, ", prompts") if extra else [], items)
 
-    asked = {"adapter": ask(model, "the adapter")}
+    identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
+    weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
+    asked = {"adapter": ask(model, "the adapter", **identity, adapter=weights)}
     with untuned(model, contract["model"]) as before:
-        asked["base"] = ask(before, "the base")
+        asked["base"] = ask(before, "the base", **identity)
     metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}
@@ -84,14 +97,21 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path)
             items[system], signatures = score_items(test, asked[system].answers, asked[system].losses)
             pq.write_table(items[system], folder / f"items.{system}.parquet")
             metrics[system] = summarise(items[system], params)
-            if (kept := asked[system].general) is not None:
-                pq.write_table(kept, folder / f"general.{system}.parquet")
+            if (general_answers := asked[system].general) is not None:
+                pq.write_table(general_answers, folder / f"general.{system}.parquet")
         write_json(folder / "metrics.json", metrics)
         if asked["base"].general is not None and asked["adapter"].general is not None:
             write_json(folder / "general.json", forgetting(asked["base"].general, asked["adapter"].general, params))
         write_json(folder / "prompts.json", side_by_side(params.prompts, asked))
-        write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
-        write_text(folder / "report.md", report(metrics, items["adapter"]))
+        settings = provenance(params, dataset, signatures)
+        write_json(folder / "evaluation.json", settings)
+        base, candidate = (
+            System("base", metrics["base"], items["base"]),
+            System("candidate", metrics["adapter"], items["adapter"]),
+        )
+        write_report(stage_contents(base, candidate, settings, dataset, adapter), folder)
+    if kept is not None:
+        forget_others(kept, files)
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
 
 
@@ -114,62 +134,3 @@ def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where
     differ = differing_keys(portable(contract), portable(other))  # what ships names no folder of this machine
     if differ:
         raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")
-
-
-def report(metrics: dict[str, Metrics], items: pa.Table) -> str:
-    """Markdown: the scores with their intervals, by task, and answers to look at."""
-    lines = ["# Evaluation", ""]
-    lines += scores_table(metrics)
-    lines += [
-        "",
-        "## By task",
-        "",
-        "| task | items | metric | " + " | ".join(metrics) + " |",
-        "|---" * (3 + len(metrics)) + "|",
-    ]
-    for task, scores in metrics["adapter"]["by_task"].items():
-        metric = "accuracy" if scores["accuracy"] else "rougeL"
-        cells = [_cell(metrics[system]["by_task"][task][metric]) for system in metrics]
-        lines.append(f"| {task} | {scores['num_samples']} | {metric} | " + " | ".join(cells) + " |")
-    lines += ["", "## Answers", ""]
-    for row in _examples(items):
-        mark = {1.0: "right", 0.0: "wrong", None: f"ROUGE-L {row['rougeL']:.2f}"}[row["accuracy"]]
-        lines += [
-            f"- **{_short(row['task'])}** ({mark}): {_short(row['prompt'])}",
-            f"  - expected: {_short(row['reference'])}",
-        ]
-        lines += [f"  - answered: {_short(row['answer'])}"]
-    return "\n".join([*lines, ""])
-
-
-def scores_table(metrics: dict[str, Metrics]) -> list[str]:
-    lines = ["| metric | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]
-    for metric in METRICS:
-        lines.append(f"| {metric} | " + " | ".join(_cell(scores[metric]) for scores in metrics.values()) + " |")
-    for kind in ("cut_off", "empty", "failed"):
-        counts = " | ".join(str(scores[f"num_{kind}"]) for scores in metrics.values())
-        lines.append(f"| {kind.replace('_', ' ')} | {counts} |")
-    lines.append("| test items | " + " | ".join(str(scores["num_samples"]) for scores in metrics.values()) + " |")
-    return lines
-
-
-def _cell(score: dict[str, float] | None) -> str:
-    if score is None:
-        return "–"
-    digits = 1 if score["high"] > 1 else 3
-    return f"{score['score']:.{digits}f} ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
-
-
-def _examples(items: pa.Table) -> Iterable[dict[str, Any]]:
-    """The best and the worst answer of each task."""
-    rows = items.to_pylist()
-    for task in sorted({row["task"] for row in rows}):
-        ranked = sorted(
-            (row for row in rows if row["task"] == task), key=lambda row: (row["accuracy"] or 0, row["rougeL"])
-        )
-        yield from ranked[:1] + ranked[1:][-1:]
-
-
-def _short(text: str, limit: int = 160) -> str:
-    flat = " ".join(text.split())
-    return one_line(flat if len(flat) <= limit else flat[: limit - 1] + "…")

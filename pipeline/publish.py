@@ -171,6 +171,7 @@ def _shipped_files(root: Path) -> dict[str, Path]:
         for folder in (root / out for out in graph.SHIPPED)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
+        and path.suffix != ".html"  # a page for the workspace: a version holds nothing to open in a browser
     }
     check_names(files)
     for path in files.values():

@@ -22,7 +22,20 @@ COMMANDS = [
     "canary",
     "history",
 ]
-COMMANDS += ["download", "delete", "prune", "gc", "diff-data", "plan", "up", "down", "status"]
+COMMANDS += [
+    "report",
+    "chat",
+    "predict",
+    "download",
+    "delete",
+    "prune",
+    "gc",
+    "diff-data",
+    "plan",
+    "up",
+    "down",
+    "status",
+]
 
 
 @pytest.fixture(scope="module")

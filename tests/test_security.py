@@ -729,9 +729,9 @@ def test_a_hostile_row_stays_text(tmp_path: Path, params: Params, text: str) -> 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_a_hostile_answer_is_no_markup_in_the_report(text: str) -> None:
-    from pipeline.evaluate import _short
+    from pipeline.pages.environment import cell
 
-    shown = _short(text)
+    shown = cell(text)
     assert "<" not in shown
     assert "](" not in shown.replace("\\](", "")
     assert "\n" not in shown

@@ -121,6 +121,16 @@ def make_workspace(
     write_json(artifacts / "parity" / "parity.json", proof | {"evaluation": evaluation})
     tree = params.model_dump()
     tree["prepare"]["test_fraction"] = test_fraction
+    write_lock(root, tree)
+    if commit:
+        for command in (["init", "-q"], ["add", "dvc.lock"], ["commit", "-qm", "start"]):
+            subprocess.run(
+                ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *command], cwd=root, check=True
+            )
+
+
+def write_lock(root: Path, tree: dict[str, Any]) -> None:
+    """The dvc.lock of a run with the parameters `tree` that left what lies in `root`."""
     graph_file = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     outs = {stage: [out for out in parts["outs"] if isinstance(out, str)] for stage, parts in graph_file.items()}
     for path in (path for paths in outs.values() for path in paths):
@@ -136,11 +146,6 @@ def make_workspace(
     }
     with (root / "dvc.lock").open("w") as file:
         YAML().dump({"schema": "2.0", "stages": stages}, file)
-    if commit:
-        for command in (["init", "-q"], ["add", "dvc.lock"], ["commit", "-qm", "start"]):
-            subprocess.run(
-                ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *command], cwd=root, check=True
-            )
 
 
 def weights(path: Path, value: float, number: int) -> None:

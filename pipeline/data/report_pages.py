@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pipeline.pages.environment import environment
 
 BINS = sorted({round(2 ** (k / 4)) for k in range(81)})  # upper edges of histograms, tokens: four an octave, to 2^20
 SPLITS = ("train", "validation", "test")
@@ -19,15 +19,8 @@ MOST_ROWS = 12  # of a table by task or language; the smaller ones become one
 
 def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None = None) -> str:
     """The page `name`: report.md, report.html, or diff.md (of `diff` alone)."""
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "pages"),
-        autoescape=name.endswith(".html"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    pages.filters |= {"cell": _cell, "code": _fenced, "moved": _moved, "number": "{:,}".format, "ranked": _ranked}
+    pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
+    pages.filters |= {"moved": _moved, "ranked": _ranked}
     if name == "diff.md":
         return pages.get_template("data_diff.md.jinja").render(diff=diff)
     all_tokens, trained = report["lengths"].get("train", {}), report["trained_lengths"]
@@ -132,16 +125,3 @@ def _moved(split: Mapping[str, Any], what: str) -> str:
     if split[what] is None:
         return "not known"
     return f"{'' if split['exact'] else '≈ '}{split[what]:,}"
-
-
-def _fenced(text: str) -> str:
-    """`text` as a Markdown code block that nothing in it can end."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}\n{text}\n{fence}"
-
-
-def _cell(text: str) -> str:
-    """`text` on one line of Markdown, its markup and HTML taken literally."""
-    return "".join(f"\\{c}" if c in "\\`*_[]|<>&#" else c for c in " ".join(str(text).split()))

@@ -1,0 +1,74 @@
+"""Answers kept as they are made, so that a killed evaluation goes on where it was.
+
+Comes in: a folder. Goes out: one file a set of answers, named after all that they depend on, so that no other run finds
+it by mistake. They stay after the stage, the last run's alone: another
+metric or page scores the same answers again, and does not ask for them again.
+"""
+
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+
+from pipeline.files import sha256_file, sha256_json, write_text
+
+HERE = Path(__file__).parent
+CODE = [*sorted(HERE.glob("*.py")), HERE.parent / "generate.py", HERE.parent / "model.py"]
+
+
+def kept_file(
+    folder: Path, model: dict[str, Any], prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int]
+) -> Path:
+    """Where in `folder` the answers of `model` are kept (what identifies it: digests of base and adapter, …)."""
+    name = sha256_json(
+        {
+            "model": model,
+            "prompts": prompts,
+            "max_new_tokens": max_new_tokens,
+            "stop_ids": sorted(stop_ids),
+            "code": {path.name: sha256_file(path) for path in CODE},
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        }
+    )
+    return folder / f"{name}.jsonl"
+
+
+def forget_others(folder: Path, files: Iterable[Path]) -> None:
+    """Remove the answers of earlier runs, all but `files`."""
+    for path in set(folder.glob("*")) - set(files):
+        path.unlink()
+
+
+class KeptAnswers:
+    """The tokens of answers by the place of their prompt: those in `path` already, and those that are added."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.answers: dict[int, list[int]] = {}
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "KeptAnswers":
+        if self.path is not None:
+            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0] if self.path.exists() else ""
+            for line in whole.splitlines():  # a line that a kill cut short has no end
+                place, ids = json.loads(line)
+                self.answers[place] = ids
+            write_text(self.path, f"{whole}\n" if whole else "")
+            self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def add(self, place: int, ids: list[int]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps([place, ids]) + "\n")
+            self._file.flush()  # to the kernel: enough for a kill, and quick
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()

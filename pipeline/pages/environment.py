@@ -1,0 +1,35 @@
+"""Templates of the reports. In comes a folder of them, out goes Jinja's environment with common style and filters.
+
+Nothing from the data can act in a page: Jinja escapes it in HTML, `cell` and `code` in Markdown.
+"""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def environment(folder: Path, html: bool) -> Environment:
+    """For the templates in `folder`, which may include `style.css`."""
+    made = Environment(
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"cell": cell, "code": fenced, "number": "{:,}".format}
+    return made
+
+
+def fenced(text: str) -> str:
+    """`text` as a Markdown code block that nothing in it can end."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}\n{text}\n{fence}"
+
+
+def cell(text: str) -> str:
+    """`text` on one line of Markdown, its markup and HTML taken literally."""
+    return "".join(f"\\{c}" if c in "\\`*_[]|<>&#" else c for c in " ".join(str(text).split()))

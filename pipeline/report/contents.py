@@ -1,0 +1,212 @@
+"""What the evaluation report says: scores, differences, tasks and texts, from the items that systems were scored on.
+
+Comes in: metrics and items of two to four systems on the same test items. Goes out: `Contents`, plain values in the
+order in which a reader asks for them. Texts are cut and personal data in them is masked.
+"""
+
+import csv
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.data.report import excerpt
+from pipeline.statistics import METRICS, group_of, metric_items, paired_difference
+
+Metrics = dict[str, Any]  # see pipeline/evaluate.py
+EXAMPLES = 10  # of the best differences, and of the worst
+MOST_TASKS = 20  # the largest; the others are in metrics.json
+OF_HUNDRED = {"bleu", "chrf"}  # the others go from 0 to 1
+
+
+@dataclass(frozen=True)
+class System:
+    name: str  # base | champion | candidate | merged
+    metrics: Metrics
+    items: pa.Table
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of two systems: `new` minus `old`, paired by item, with its 95 % interval."""
+
+    metric: str
+    new: float
+    old: float
+    difference: float
+    low: float
+    high: float
+    needed: str = ""
+    verdict: str = ""  # passed | refused | not measured, where a gate has decided
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two systems answered to one test item."""
+
+    task: str
+    prompt: str
+    reference: str
+    new: str
+    old: str
+    scores: list[tuple[str, float, float]]  # metric, old, new
+
+    @property
+    def most(self) -> tuple[str, float, float]:
+        """The first score that changed."""
+        return next((score for score in self.scores if score[1] != score[2]), self.scores[0])
+
+
+@dataclass(frozen=True)
+class Contents:
+    verdict: str  # one or two sentences
+    decision: str  # promoted | refused | proposed | open
+    systems: list[System]
+    new: str  # names of the two that are compared
+    old: str
+    changes: list[Change]
+    better: int  # items on which the new one is better
+    worse: int
+    best: list[Difference]
+    worst: list[Difference]
+    curve: list[dict[str, float]]  # step, and loss and validation_loss where they were measured
+    facts: dict[str, dict[str, str]]  # data, training, evaluation, template contract, cost: what, and its value
+    notes: list[str] = field(default_factory=list)
+
+    def tasks(self) -> list[tuple[str, int, str]]:
+        """Task, items and the metric that its bars show, the largest first."""
+        by_task = self.systems[-1].metrics["by_task"]
+        ranked = sorted(by_task, key=lambda task: (-by_task[task]["num_samples"], task))[:MOST_TASKS]
+        return [
+            (task, by_task[task]["num_samples"], "accuracy" if by_task[task]["accuracy"] else "rougeL")
+            for task in ranked
+        ]
+
+
+def compare_items(new: System, old: System, resamples: int, seed: int) -> list[Change]:
+    """Every metric that counts for some item, `new` against `old`."""
+    changes = []
+    for metric in METRICS:
+        if not new.metrics.get(metric) or not old.metrics.get(metric):
+            continue
+        ours, theirs = metric_items(new.items, metric), metric_items(old.items, metric)
+        score = paired_difference(ours, theirs, resamples, seed, group_of(new.items))
+        points = (new.metrics[metric]["score"], old.metrics[metric]["score"])
+        changes.append(Change(metric, *points, score.score, score.low, score.high))
+    return changes
+
+
+def gate_changes(comparison: dict[str, Any]) -> list[Change]:
+    """The gate's own rows, of those metrics that some item counts for."""
+    words = {True: "passed", False: "refused", None: "not measured"}
+    return [
+        Change(
+            metric,
+            row["candidate"],
+            row["champion"],
+            row["difference"],
+            row["low"],
+            row["high"],
+            row["needed"],
+            words[row["passed"]],
+        )
+        for metric, row in comparison.items()
+        if row["items"]
+    ]
+
+
+def differences(new: System, old: System) -> tuple[int, int, list[Difference], list[Difference]]:
+    """Items on which `new` is better and worse, and the ten that differ most each way; among equals one a task."""
+    ranked = []
+    seen: Counter[tuple[Any, str]] = Counter()
+    for place, (ours, theirs) in enumerate(zip(new.items.to_pylist(), old.items.to_pylist(), strict=True)):
+        change = ((ours["accuracy"] or 0) - (theirs["accuracy"] or 0), ours["rougeL"] - theirs["rougeL"])
+        if change != (0, 0):
+            ranked.append((change, seen[change, ours["task"]], place, ours, theirs))
+            seen[change, ours["task"]] += 1
+    better = [entry for entry in ranked if entry[0] > (0, 0)]
+    worse = [entry for entry in ranked if entry[0] < (0, 0)]
+    better.sort(key=lambda entry: (-entry[0][0], -entry[0][1], *entry[1:3]))
+    worse.sort(key=lambda entry: entry[:3])
+    best, worst = ([_difference(*entry[3:]) for entry in side[:EXAMPLES]] for side in (better, worse))
+    return len(better), len(worse), best, worst
+
+
+def read_curve(table: str) -> list[dict[str, float]]:
+    """The rows of `loss.csv`: step, and those of loss and validation_loss that were measured and are numbers."""
+    curve = []
+    for row in csv.DictReader(table.splitlines()):
+        values = {key: float(row[key]) for key in ("step", "loss", "validation_loss") if row.get(key)}
+        curve.append({key: value for key, value in values.items() if math.isfinite(value)})
+    return curve
+
+
+def data_facts(report: dict[str, Any]) -> dict[str, str]:
+    """Of the dataset's `report.json`."""
+    return {
+        "rows": ", ".join(f"{count:,} {split}" for split, count in report["rows"].items()),
+        "test split": report["test_sha256"][:16],
+    }
+
+
+def training_facts(training: dict[str, Any]) -> dict[str, str]:
+    """Of the adapter's `training.json`."""
+    params = training["params"]
+    facts = {
+        "base model": training["base_model"]["name_or_path"],
+        "base digest": str(training["base_model"]["digest"])[:16],
+        "steps": f"{training['steps']:,}",
+        "trained parameters": f"{training['trainable_parameters']:,}",
+        "trained on": training["device"],
+    }
+    return facts | {key: _plain(value) for key, value in sorted(params.items())}
+
+
+def evaluation_facts(settings: dict[str, Any]) -> dict[str, str]:
+    """Of `evaluation.json`: decoding, parameters and signatures of the metrics."""
+    facts = {"decoding": settings["decoding"]}
+    facts |= {key: _plain(value) for key, value in sorted(settings["params"].items())}
+    return facts | settings["signatures"]
+
+
+def contract_facts(contract: dict[str, Any]) -> dict[str, str]:
+    facts = {"chat template": contract.get("chat_template_name") or "the tokenizer's own"}
+    facts |= {key: contract[key][:16] for key in ("chat_template_sha256", "tokenizer_sha256") if key in contract}
+    return facts | {
+        key: _plain(contract[key])
+        for key in ("stop_ids", "train_on", "on_control_tokens", "max_length")
+        if key in contract
+    }
+
+
+def number(metric: str, value: float, sign: str = "") -> str:
+    return f"{value:{sign}.{1 if metric in OF_HUNDRED else 3}f}"
+
+
+def interval(metric: str, score: dict[str, float] | None) -> str:
+    """A score and its 95 % interval as text."""
+    if score is None:
+        return "–"
+    return f"{number(metric, score['score'])} ({number(metric, score['low'])} to {number(metric, score['high'])})"
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
+    scores = [
+        (metric, float(theirs[metric]), float(ours[metric]))
+        for metric in ("accuracy", "rougeL")
+        if ours[metric] is not None and theirs[metric] is not None
+    ]
+    return Difference(
+        task=ours["task"],
+        prompt=excerpt(ours["prompt"]),
+        reference=excerpt(ours["reference"]),
+        new=excerpt(ours["answer"]),
+        old=excerpt(theirs["answer"]),
+        scores=scores,
+    )
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

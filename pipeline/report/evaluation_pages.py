@@ -1,0 +1,131 @@
+"""The evaluation report as pages for people: Markdown, and one HTML file that needs nothing else.
+
+Comes in: `Contents`. Goes out: text. What a model or the data wrote cannot act in it: Jinja escapes it, and the HTML
+page forbids every script by its own policy.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.files import write_text
+from pipeline.pages.environment import environment
+from pipeline.report.contents import OF_HUNDRED, Change, Contents, System, interval, number
+from pipeline.statistics import METRICS
+
+LABELS = {"base": "base model", "merged": "merged model"}
+WORDS = {
+    "promoted": "Promoted",
+    "refused": "Refused",
+    "proposed": "Passes, and waits for approval",
+    "open": "Not decided yet",
+}
+
+
+def render(contents: Contents, name: str) -> str:
+    """The page `name`: report.md or report.html."""
+    pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
+    pages.filters |= {"signed": lambda change, key: number(change.metric, getattr(change, key), "+")}
+    return pages.get_template(f"evaluation.{name.removeprefix('report.')}.jinja").render(
+        report=contents,
+        word=WORDS[contents.decision],
+        score_rows=[
+            (m, [interval(m, s.metrics.get(m)) for s in contents.systems]) for m in _measured(contents.systems)
+        ],
+        cut_off=[s.metrics["num_cut_off"] for s in contents.systems],
+        items=contents.systems[-1].metrics["num_samples"],
+        forest=[(change, *_place(change, contents.changes)) for change in contents.changes],
+        tasks=[
+            (
+                task,
+                items,
+                metric,
+                [(s.name, Bar.of(metric, s.metrics["by_task"].get(task, {}).get(metric))) for s in contents.systems],
+            )
+            for task, items, metric in contents.tasks()
+        ],
+        plot=Plot.of(contents.curve),
+        number=number,
+        label=lambda name: LABELS.get(name, name),
+    )
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A score on a scale from 0 to 100, with its interval."""
+
+    text: str
+    at: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, metric: str, score: dict[str, float] | None) -> "Bar | None":
+        if score is None:
+            return None
+        scale = 1 if metric in OF_HUNDRED else 100
+        places = (min(100.0, max(0.0, scale * score[key])) for key in ("score", "low", "high"))
+        return cls(number(metric, score["score"]), *places)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Loss by step in a box of 100 × 100, y downwards; ticks as text and place."""
+
+    lines: dict[str, str]  # loss, validation_loss → points of a polyline
+    x_ticks: list[tuple[str, float]]
+    y_ticks: list[tuple[str, float]]
+    last: dict[str, str]
+
+    @classmethod
+    def of(cls, curve: list[dict[str, float]]) -> "Plot | None":
+        kinds = [kind for kind in ("loss", "validation_loss") if any(kind in row for row in curve)]
+        if not kinds:
+            return None
+        steps = [row["step"] for row in curve]
+        top = max(row[kind] for row in curve for kind in kinds if kind in row) or 1.0
+        step = _round_step(top / 4)
+        high = step * math.ceil(top / step)
+        first, width = min(steps), (max(steps) - min(steps)) or 1.0
+
+        def x(value: float) -> float:
+            return round(100 * (value - first) / width, 2)
+
+        def y(value: float) -> float:
+            return round(100 - 100 * value / high, 2)
+
+        lines = {k: " ".join(f"{x(row['step'])},{y(row[k])}" for row in curve if k in row) for k in kinds}
+        ticks = [first + width * k / 4 for k in range(5)] if len(set(steps)) > 4 else sorted(set(steps))
+        return cls(
+            lines,
+            [(f"{round(tick):,}", x(round(tick))) for tick in ticks],
+            [(f"{step * k:g}", y(step * k)) for k in range(round(high / step) + 1)],
+            {k: f"{[row[k] for row in curve if k in row][-1]:.3f}" for k in kinds},
+        )
+
+
+def _measured(systems: list[System]) -> list[str]:
+    return [metric for metric in METRICS if any(system.metrics.get(metric) for system in systems)]
+
+
+def _place(change: Change, changes: list[Change]) -> tuple[float, float, float]:
+    """Where interval and difference lie, in percent of the track; 50 is no difference, and the scale is one for all."""
+
+    def share(of: Change, value: float) -> float:
+        return value / (100 if of.metric in OF_HUNDRED else 1)
+
+    reach = max((abs(share(c, v)) for c in changes for v in (c.low, c.high, c.difference)), default=0) or 1.0
+    low, high, at = (50 + 48 * share(change, v) / reach for v in (change.low, change.high, change.difference))
+    return low, high, at
+
+
+def _round_step(value: float) -> float:
+    """1, 2, 2.5 or 5 times a power of ten, at least `value`."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= value * 0.999)
+
+
+def write_report(contents: Contents, folder: Path) -> None:
+    """`report.md` and `report.html` in `folder`."""
+    for name in ("report.md", "report.html"):
+        write_text(folder / name, render(contents, name))

@@ -1,0 +1,62 @@
+"""The report as the evaluate stage knows it: base and adapter, no verdict yet.
+
+Nothing in it differs between two runs on the same inputs (no times, no versions), since it is part of a version's name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+from pipeline.report.contents import (
+    Contents,
+    System,
+    compare_items,
+    contract_facts,
+    data_facts,
+    differences,
+    evaluation_facts,
+    number,
+    read_curve,
+    training_facts,
+)
+
+OPEN = (
+    "The gate decides at promotion, on the merged model and against the champion; artifacts/report.html then has its "
+    "decision."
+)
+
+
+def stage_contents(base: System, candidate: System, settings: dict[str, Any], dataset: Path, adapter: Path) -> Contents:
+    """The adapter against the base that it was trained on; `settings` is what `evaluation.json` holds."""
+    params = settings["params"]
+    changes = compare_items(candidate, base, params["bootstrap_samples"], params["seed"])
+    better, worse, best, worst = differences(candidate, base)
+    first = next((c for c in changes if c.metric == "rougeL"), changes[0] if changes else None)
+    verdict = (
+        ""
+        if first is None
+        else (
+            f"The adapter scores {number(first.metric, first.new)} in {first.metric} where the base has "
+            f"{number(first.metric, first.old)} (95 % CI of the difference {number(first.metric, first.low, '+')} to "
+            f"{number(first.metric, first.high, '+')}). "
+        )
+    )
+    return Contents(
+        verdict=verdict + OPEN,
+        decision="open",
+        systems=[base, candidate],
+        new=candidate.name,
+        old=base.name,
+        changes=changes,
+        better=better,
+        worse=worse,
+        best=best,
+        worst=worst,
+        curve=read_curve((adapter / "loss.csv").read_text(encoding="utf-8")),
+        facts={
+            "Data": data_facts(read_json(dataset / "report.json")),
+            "Training": training_facts(read_json(adapter / "training.json")),
+            "Evaluation": evaluation_facts(settings),
+            "Template contract": contract_facts(read_json(adapter / "contract.json")),
+        },
+    )

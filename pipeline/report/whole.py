@@ -1,0 +1,166 @@
+"""The whole report of a version: base, champion, candidate and merged model, and what the gate decided.
+
+Comes in: a published version. Goes out: `artifacts/report.html` and `.md`. It lies outside the stages' outputs, since
+no stage may read what comes after it: everything is taken from the version's manifest, its files and the promotion log.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.files import WORK_DIR, read_json
+from pipeline.graph import STAGES
+from pipeline.params import EvaluateParams, PublishParams
+from pipeline.progress import clock
+from pipeline.publish import fetch_version
+from pipeline.report.contents import (
+    Contents,
+    System,
+    compare_items,
+    contract_facts,
+    data_facts,
+    differences,
+    evaluation_facts,
+    gate_changes,
+    read_curve,
+    training_facts,
+)
+from pipeline.report.evaluation_pages import write_report
+from pipeline.store.artifact_store import ArtifactStore, open_store
+from pipeline.versions.decisions import Record, read_log
+from pipeline.versions.manifest import Manifest, read_manifest
+
+DECIDED = ("promoted", "refused", "proposed")
+
+
+class ReportError(RuntimeError):
+    """There is nothing to report on."""
+
+
+def report(params: PublishParams, version: str, folder: Path, root: Path = Path(".")) -> Contents:
+    """Write the report of the published `version` into `folder`.
+
+    Raises:
+        ReportError: the version is not published.
+        StoreError: a file of it is missing or altered.
+    """
+    store = open_store(params, root)
+    manifest = read_manifest(store, version)
+    if manifest is None:
+        raise ReportError(f"version {version} is not published in {store.uri}; `retune publish` does that")
+    log = read_log(store, params.registered_model_name)
+    decided = [record for record in log if record.version == version and record.decision in DECIDED]
+    contents = _contents(store, manifest, decided[-1] if decided else None, root)
+    write_report(contents, folder)
+    return contents
+
+
+def report_decision(params: PublishParams, version: str, folder: Path, root: Path = Path(".")) -> list[str]:
+    """`report`, for a decision that stands whatever becomes of its page; returns warnings."""
+    try:
+        report(params, version, folder, root)
+    except (RuntimeError, ValueError, OSError) as error:
+        return [f"the report could not be written: {error}"]
+    return []
+
+
+def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, root: Path) -> Contents:
+    work = root / WORK_DIR / "versions" / manifest["version"]
+    adapter, evaluation, parity = (
+        fetch_version(store, manifest, part, work) for part in ("adapter", "evaluation", "parity")
+    )
+    metrics = read_json(evaluation / "metrics.json") | read_json(parity / "metrics.json")
+    base = System("base", metrics["base"], pq.read_table(evaluation / "items.base.parquet"))
+    candidate = System("candidate", metrics["adapter"], pq.read_table(evaluation / "items.adapter.parquet"))
+    merged = System("merged", metrics["merged"], pq.read_table(parity / "items.merged.parquet"))
+    settings = manifest["evaluation"]
+    notes = list(record.notes) if record else []
+    systems, old = [base, candidate, merged], base
+    if record is not None and record.previous is not None:
+        champion = _champion(store, record.previous, settings, root)
+        if champion is None:
+            notes.append(f"The champion {record.previous} is left out: its answers to these test items are not here.")
+        else:
+            old, systems = champion, [base, champion, candidate, merged]
+    changes = gate_changes(record.comparison) if record else []
+    if not changes:
+        changes = compare_items(merged, old, settings["params"]["bootstrap_samples"], settings["params"]["seed"])
+    better, worse, best, worst = differences(merged, old)
+    training = read_json(adapter / "training.json")
+    return Contents(
+        verdict=_verdict(manifest, record),
+        decision=record.decision if record else "open",
+        systems=systems,
+        new=merged.name,
+        old=old.name,
+        changes=changes,
+        better=better,
+        worse=worse,
+        best=best,
+        worst=worst,
+        curve=read_curve((adapter / "loss.csv").read_text(encoding="utf-8")),
+        facts={
+            "Version": _version_facts(manifest, record),
+            "Data": data_facts(manifest["data"]) | manifest["data"]["dvc_md5"],
+            "Time and cost": _cost_facts(manifest),
+            "Template contract": contract_facts(read_json(adapter / "contract.json")),
+            "Training": training_facts(training),
+            "Evaluation": evaluation_facts(settings),
+        },
+        notes=notes,
+    )
+
+
+def _champion(store: ArtifactStore, version: str, settings: dict[str, Any], root: Path) -> System | None:
+    """The champion on the same items by the same settings: as published, or as the gate scored it again."""
+    manifest = read_manifest(store, version)
+    work = root / WORK_DIR / "versions" / version
+    if manifest is not None and manifest["evaluation"] == settings:
+        items = pq.read_table(fetch_version(store, manifest, "parity", work) / "items.merged.parquet")
+        return System("champion", manifest["metrics"]["merged"], items)
+    scored = work / "scored"
+    if not (scored / "evaluation.json").is_file() or read_json(scored / "evaluation.json") != settings:
+        return None
+    from pipeline.scoring import summarise  # brings torch, which a report seldom needs
+
+    items = pq.read_table(scored / "items.parquet")
+    return System("champion", summarise(items, EvaluateParams.model_validate(settings["params"])), items)
+
+
+def _verdict(manifest: Manifest, record: Record | None) -> str:
+    if record is None:
+        return f"Version {manifest['version']} is published, and the gate has not been asked: `retune promote`."
+    return f"Version {record.version}: {record.reason}"
+
+
+def _version_facts(manifest: Manifest, record: Record | None) -> dict[str, str]:
+    git = manifest["git"]
+    facts = {
+        "version": manifest["version"],
+        "name": manifest["name"],
+        "published": manifest["created"],
+        "code": (git["commit"][:12] or "no git commit") + (", with changes" if git["dirty"] else ""),
+    }
+    if record is None:
+        return facts
+    return facts | {
+        "compared with": record.previous or "the base model",
+        "decided": record.time,
+        "by": record.actor,
+        "overruled": ", ".join(record.overruled) or "nothing",
+        "gate": json.dumps(record.gate).replace('"', "").strip("{}"),
+    }
+
+
+def _cost_facts(manifest: Manifest) -> dict[str, str]:
+    times = {
+        stage: "not measured here" if seconds is None else clock(seconds)
+        for stage, seconds in sorted(manifest["time"].items(), key=lambda item: STAGES.index(item[0]))
+    }
+    cost = manifest["cost"]
+    price = "not priced: publish.price_per_hour is null"
+    if cost["total"] is not None:
+        price = f"{cost['total']:.2f} at {cost['price_per_hour']:g} an hour"
+    return times | {"cost": price}

@@ -1,0 +1,193 @@
+"""The commands that look at what was made: the report of a version, a conversation with it, answers to a file."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.commands import CommandError, Json, Version, find
+
+if TYPE_CHECKING:
+    from pipeline.serving import Talk
+
+HELP = """/adapter NAME   another model answers: base, workspace, champion, canary, v3 or a version's id
+/adapters       those that are loaded
+/system TEXT    a system message; without a text, none
+/reset          forget the conversation
+/quit           end (also Ctrl-D)"""
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Of an answer; else evaluate.max_new_tokens.")]
+
+
+def report(version: Version = None, json_output: Json = False) -> None:
+    """Write artifacts/report.html and .md: verdict, scores, tasks, texts, curves and lineage of a version."""
+    from pipeline.report.whole import report as do
+
+    params, _, _, target = find(version)
+    contents = do(params.publish, target, Path("artifacts"))
+    if json_output:
+        print(json.dumps({"version": target, "decision": contents.decision, "path": "artifacts/report.html"}))
+    else:
+        print(f"report: {contents.verdict}")
+        print("report: artifacts/report.html opens in any browser, artifacts/report.md is the same as text")
+
+
+def chat(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="base, workspace, champion, canary, v3 or a version's id; the first answers. None: the champion.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    json_output: Json = False,
+) -> None:
+    """Talk to a version or the base, with the tokens that it was trained with; /help lists what can be typed."""
+    params = _ready()
+    from pipeline.serving import Talk, default_name
+
+    if json_output and prompt is None:
+        raise CommandError("--json needs --prompt: a conversation is not one object")
+    names = list(dict.fromkeys(models or [default_name(params)]))
+    talk = Talk(params, names)
+    limit = max_new_tokens or params.evaluate.max_new_tokens
+    start = [] if system is None else [{"role": "system", "content": system}]
+    if prompt is None:
+        _converse(talk, limit, start)
+        return
+    shown = (lambda _: None) if json_output else _write
+    answer = talk.answer([*start, {"role": "user", "content": prompt}], limit, shown)
+    if json_output:
+        fields = {"model": talk.active, "answer": answer.text, "cut_off": answer.cut_off, "tokens": len(answer.ids)}
+        print(json.dumps(fields, ensure_ascii=False))
+    else:
+        print(" […]" if answer.cut_off else "")
+
+
+def predict(
+    file: Annotated[Path, typer.Argument(help="JSONL; each line has prompt, or messages that end before the answer.")],
+    model: Annotated[str | None, typer.Option(help="As for chat; none: the champion.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to; else FILE with .answers.jsonl as its ending.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classify instead: the labels, with commas between; adds label and confidence.")
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    json_output: Json = False,
+) -> None:
+    """Answer every line of FILE with the model that serves; a run that was killed goes on where it was."""
+    params = _ready()
+    from pipeline.files import WORK_DIR, write_text
+    from pipeline.generate import generate
+    from pipeline.generation.kept import kept_file
+    from pipeline.model import use_free_cores
+    from pipeline.progress import Progress
+    from pipeline.serving import default_name, label_confidences, load_for_batches, printable, read_prompts
+
+    choices = None if labels is None else [label.strip() for label in labels.split(",") if label.strip()]
+    if choices is not None and len(set(choices)) < 2:
+        raise CommandError("--labels needs at least two different labels with commas between")
+    target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
+    rows = read_prompts(file)
+    use_free_cores()
+    loaded, template, identity = load_for_batches(params, model or default_name(params))
+    results: list[dict[str, Any]] = []
+    if choices is None:
+        prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
+        limit = max_new_tokens or params.evaluate.max_new_tokens
+        keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
+        size = params.evaluate.batch_size
+        answers = generate(loaded, template, prompts, limit, size, "predict", identity["model"], keep)
+        results = [{"answer": printable(answer.text), "cut_off": answer.cut_off} for answer in answers]
+    else:
+        progress = Progress("predict", len(rows), "lines")
+        for done, (_, messages, tools) in enumerate(rows, start=1):
+            found = label_confidences(loaded, template, messages, tools, choices)
+            best = max(found, key=lambda label: found[label])
+            results.append({"label": best, "confidence": found[best]})
+            progress.update(done)
+    lines = [row | result | {"model": identity["model"]} for (row, _, _), result in zip(rows, results, strict=True)]
+    write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if choices is None:
+        keep.unlink(missing_ok=True)
+    if json_output:
+        print(json.dumps({"model": identity["model"], "rows": len(lines), "path": str(target)}))
+    else:
+        cut = sum(line.get("cut_off", False) for line in lines)
+        print(f"predict: {len(lines):,} lines in {target}" + (f", {cut:,} answers cut off" if cut else ""))
+
+
+COMMANDS: list[Callable[..., None]] = [report, chat, predict]
+
+
+def _converse(talk: "Talk", limit: int, start: list[Any]) -> None:
+    """Questions from standard input, answers to standard output, until it ends."""
+    print(f"chat: {talk.active} answers; /help lists the commands", file=sys.stderr)
+    messages = list(start)
+    while True:
+        try:
+            line = input(f"{talk.active}> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if not line.startswith("/"):
+            if line:
+                messages = _exchange(talk, limit, messages, line)
+            continue
+        if command == "/adapter" and rest.strip():
+            try:
+                talk.use(rest.strip())
+                print(f"chat: {talk.active} answers", file=sys.stderr)
+            except (ValueError, RuntimeError) as error:
+                print(f"chat: {error}", file=sys.stderr)
+        elif command == "/adapters":
+            print(
+                "chat: " + ", ".join(f"{n} (answers)" if n == talk.active else n for n in talk.names), file=sys.stderr
+            )
+        elif command == "/system":
+            messages = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
+        elif command == "/reset":
+            messages = [message for message in messages[:1] if message["role"] == "system"]
+        else:
+            print(HELP, file=sys.stderr)
+
+
+def _exchange(talk: "Talk", limit: int, messages: list[Any], question: str) -> list[Any]:
+    """The conversation after `question` and its answer; as before where there is none, or Ctrl-C cut it off."""
+    asked = [*messages, {"role": "user", "content": question}]
+    try:
+        answer = talk.answer(asked, limit, _write)
+    except (ValueError, RuntimeError) as error:
+        print(f"chat: {error}", file=sys.stderr)
+        return messages
+    except KeyboardInterrupt:
+        print()
+        return messages
+    print(" […]" if answer.cut_off else "", flush=True)
+    return [*asked, {"role": "assistant", "content": answer.text}]
+
+
+def _write(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _ready() -> Any:
+    """Parameters, after the libraries were told what `retune stage` tells them."""
+    from pipeline.params import load_params
+
+    params = load_params()
+    if Path(params.prepare.model_name_or_path).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return params

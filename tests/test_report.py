@@ -1,0 +1,195 @@
+"""The evaluation report: its numbers are the metrics', nothing in it can act, and it opens on any screen offline."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.evaluate import summarise
+from pipeline.files import read_json
+from pipeline.params import Params
+from pipeline.report.contents import EXAMPLES, Contents, System, differences, interval, read_curve
+from pipeline.report.evaluation_pages import Bar, Plot, render
+from pipeline.report.stage import stage_contents
+
+HOSTILE = (
+    "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1)) "
+)
+
+
+def system(name: str, items: pa.Table, params: Params) -> System:
+    return System(name, summarise(items, params.evaluate), items)
+
+
+def with_answers(items: pa.Table, **columns: list[Any]) -> pa.Table:
+    for name, values in columns.items():
+        items = items.set_column(items.column_names.index(name), name, [values])
+    return items
+
+
+@pytest.fixture(scope="session")
+def contents(evaluation: Path, dataset: Path, adapter: Path) -> Contents:
+    metrics = read_json(evaluation / "metrics.json")
+    base, candidate = (
+        System(name, metrics[key], pq.read_table(evaluation / f"items.{key}.parquet"))
+        for name, key in (("base", "base"), ("candidate", "adapter"))
+    )
+    return stage_contents(base, candidate, read_json(evaluation / "evaluation.json"), dataset, adapter)
+
+
+@pytest.fixture(scope="session")
+def full(contents: Contents, params: Params) -> Contents:
+    """Four systems, a verdict with a refusal in it, texts and facts that are hostile and long."""
+    items = contents.systems[1].items
+    long = [HOSTILE + "W" * 300 for _ in range(len(items))]
+    items = with_answers(items, task=long, prompt=long, reference=long)
+    answers = ["no " + HOSTILE if place % 2 else "yes" for place in range(len(items))]
+    worse = with_answers(items, answer=answers, accuracy=[float(place % 2) for place in range(len(items))])
+    better = with_answers(items, answer=answers, accuracy=[float(place % 3 > 0) for place in range(len(items))])
+    systems = [
+        system(name, table, params)
+        for name, table in (("base", worse), ("champion", worse), ("candidate", better), ("merged", better))
+    ]
+    count, fewer, best, worst = differences(systems[3], systems[1])
+    changes = [replace(change, needed="more than 0", verdict="refused") for change in contents.changes]
+    return replace(
+        contents, systems=systems, new="merged", old="champion", changes=changes, better=count, worse=fewer, best=best,
+        worst=worst, decision="refused", verdict=HOSTILE * 3, notes=[HOSTILE], facts={HOSTILE: {HOSTILE: HOSTILE}},
+    )  # fmt: skip
+
+
+def test_the_stage_writes_both_pages_with_the_numbers_of_its_metrics(evaluation: Path) -> None:
+    metrics = read_json(evaluation / "metrics.json")
+    text = (evaluation / "report.md").read_text()
+    for name in ("accuracy", "bleu", "rougeL"):
+        cells = " | ".join(interval(name, metrics[key][name]) for key in ("base", "adapter"))
+        assert f"| {name} | {cells} |" in text
+    page = (evaluation / "report.html").read_text()
+    assert "Not decided yet" in page
+    assert page.count("<polyline") == 2
+
+
+def test_the_stage_report_is_the_same_whenever_it_is_made(contents: Contents, evaluation: Path) -> None:
+    for name in ("report.md", "report.html"):
+        assert render(contents, name) == (evaluation / name).read_text()
+
+
+def test_the_verdict_comes_first(full: Contents) -> None:
+    page, text = render(full, "report.html"), render(full, "report.md")
+    assert 0 < page.index("Refused") < page.index("<h2>")
+    assert text.splitlines()[2].startswith("**Refused.**")
+
+
+def test_differences_are_the_items_that_changed_most(evaluation: Path, params: Params) -> None:
+    items = pq.read_table(evaluation / "items.adapter.parquet").slice(0, 30)
+    zeros = with_answers(items, accuracy=[0.0] * 30, rougeL=[0.5] * 30)
+    rouge = [0.5] * 30
+    rouge[3], rouge[4], rouge[5] = 0.4, 0.1, 0.9
+    changed = with_answers(zeros, accuracy=[0.0] * 28 + [1.0] * 2, rougeL=rouge)
+    better, worse, best, worst = differences(system("merged", changed, params), system("base", zeros, params))
+    assert (better, worse) == (3, 2)
+    prompts = [" ".join(prompt.split()) for prompt in items.column("prompt").to_pylist()]
+    assert [one.prompt for one in best] == [prompts[28], prompts[29], prompts[5]]
+    assert [one.prompt for one in worst] == [prompts[4], prompts[3]]
+    assert best[2].most == ("rougeL", 0.5, 0.9)
+    everything = with_answers(zeros, rougeL=[0.9] * 30)
+    assert len(differences(system("merged", everything, params), system("base", zeros, params))[2]) == EXAMPLES
+
+
+def test_nothing_that_was_written_by_a_model_is_markup(full: Contents) -> None:
+    page = render(full, "report.html")
+    assert "<script" not in page and "<img" not in page and 'onerror="' not in page
+    assert page.count("&lt;script&gt;") >= 8
+    text = render(full, "report.md")
+    assert not re.search(r"(?<!\\)<(?:script|img)", text)
+    assert "](javascript" not in text.replace("\\]", "")
+
+
+def test_the_page_needs_nothing_from_elsewhere(full: Contents) -> None:
+    page = re.sub("&lt;.*?&gt;", "", render(full, "report.html"))
+    assert "default-src 'none'" in page
+    assert not re.search(r"<(?:script|link|iframe|object)\b|@import|url\(|\bsrc=|href=", page)
+
+
+def test_the_curve_leaves_out_what_is_no_number() -> None:
+    curve = read_curve("step,loss,validation_loss\n10,4.0,\n20,nan,\n30,1.0,2.0\n")
+    assert curve == [{"step": 10, "loss": 4.0}, {"step": 20}, {"step": 30, "loss": 1.0, "validation_loss": 2.0}]
+    plot = Plot.of(curve)
+    assert plot is not None
+    assert plot.lines == {"loss": "0.0,0.0 100.0,75.0", "validation_loss": "100.0,50.0"}
+    assert plot.y_ticks[-1] == ("4", 0.0)
+    assert Plot.of([]) is None
+    assert Plot.of(read_curve("step,loss,validation_loss\n10,0.0,\n")) is not None
+
+
+def test_a_bar_stays_on_its_track() -> None:
+    assert Bar.of("bleu", {"score": 50.0, "low": 0.0, "high": 100.0}) == Bar("50.0", 50.0, 0.0, 100.0)
+    assert Bar.of("accuracy", {"score": 0.5, "low": -0.1, "high": 1.2}) == Bar("0.500", 50.0, 0.0, 100.0)
+    assert Bar.of("accuracy", None) is None
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+FRAME = """<html><body><script>
+const frame = document.createElement("iframe");
+frame.style = "width: %dpx; height: 900px; border: 0";
+frame.srcdoc = %s;
+frame.onload = () => { const page = frame.contentDocument; document.title = JSON.stringify({
+  title: page.title, width: page.documentElement.scrollWidth, room: page.documentElement.clientWidth,
+  headings: [...page.querySelectorAll("h1, h2")].map(h => h.textContent.trim()),
+  bars: [...page.querySelectorAll(".task .value")].filter(bar => bar.getBoundingClientRect().width > 5).length,
+  outside: [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll"))
+    .filter(e => e.getBoundingClientRect().right > %d).length,
+  line: page.querySelector("polyline").getBoundingClientRect().width,
+}); };
+document.body.append(frame);
+</script></body></html>"""
+
+
+def chromium(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    command += " --disable-background-networking --disable-component-update --virtual-time-budget=3000 --dump-dom"
+    return subprocess.run([*command.split(), *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp_path: Path, width: int) -> None:
+    page = render(full, "report.html").replace('http-equiv="Content-Security-Policy"', "")  # escaping has to suffice
+    literal = json.dumps(page.replace("<details>", "<details open>")).replace("</", "<\\/")
+    (tmp_path / "frame.html").write_text(FRAME % (width, literal, width))
+    ran = chromium(
+        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", f"file://{tmp_path}/frame.html"
+    )
+    found = re.search(r"<title>(.*?)</title>", ran.stdout)
+    assert found is not None, ran.stderr[-2000:]
+    seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert seen["title"] == "Evaluation report"  # and not "owned"
+    assert seen["width"] <= seen["room"] <= width
+    assert seen["outside"] == 0
+    assert seen["bars"] == 4
+    assert seen["line"] > 200
+    assert seen["headings"] == [
+        "Evaluation report", "Merged model against champion", "Scores", "By task", "Most improved answers",
+        "Most worsened answers", "Loss", "Where the numbers come from",
+    ]  # fmt: skip
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+def test_the_page_opens_offline_without_a_complaint_of_the_browser(evaluation: Path, tmp_path: Path) -> None:
+    ran = chromium(
+        f"--user-data-dir={tmp_path}",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+        f"file://{evaluation}/report.html",
+    )
+    assert "Evaluation report" in ran.stdout
+    assert "CONSOLE" not in ran.stderr
