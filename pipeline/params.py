@@ -269,6 +269,18 @@ class PromoteParams(Section):
         return self.model_dump(include={"primary_metric", "min_improvement", "guard_metrics", "seed"})
 
 
+class OperationsParams(Section):
+    services: list[Literal["cpu", "gpu", "mlflow"]]
+    prefect_port: Annotated[int, Field(ge=1, le=65535)]
+    mlflow_port: Annotated[int, Field(ge=1, le=65535)]
+
+    @model_validator(mode="after")
+    def check(self) -> "OperationsParams":
+        if self.prefect_port == self.mlflow_port:
+            raise ValueError(f"operations.prefect_port and mlflow_port are both {self.prefect_port}")
+        return self
+
+
 class Params(Section):
     ingest: IngestParams
     prepare: PrepareParams
@@ -277,6 +289,7 @@ class Params(Section):
     merge: MergeParams
     publish: PublishParams
     promote: PromoteParams
+    operations: OperationsParams
 
     @model_validator(mode="after")
     def check(self) -> "Params":
