@@ -17,6 +17,7 @@ import typer
 
 from pipeline import commands, operating
 from pipeline.commands import Json
+from pipeline.environment import set_environment
 from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
@@ -42,7 +43,7 @@ class Split(StrEnum):
 def main() -> None:
     """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
     redact_process()
-    _environment()
+    set_environment()
     try:
         app()
     except (ValueError, RuntimeError) as error:
@@ -116,10 +117,11 @@ def ingest(
     from pipeline import graph
     from pipeline.data.formats import FORMATS
     from pipeline.data.snapshot import recover
+    from pipeline.events import contents, count_new, tell_updated
     from pipeline.ingest import ingest as do
     from pipeline.params import load_params
 
-    params = load_params().ingest
+    params, operations = load_params().ingest, load_params().operations
     if format is not None:
         if format not in (*FORMATS, "auto"):
             raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
@@ -127,9 +129,12 @@ def ingest(
     with only_run():
         recover()
         graph.pull_data()  # the snapshot also holds the base model, which stays
+        before = contents()
         result = do(params, sources or ())
+        new_rows = count_new(before) if result.changed else 0
+    told = result.changed and tell_updated(new_rows, operations.min_new_rows)
     if json_output:
-        print(json.dumps(asdict(result)))
+        print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": told}))
         return
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
     for file in result.files[:20]:
@@ -145,7 +150,7 @@ def ingest(
         print("  each is in data/instructions/rejected.jsonl with its line")
     if result.changed:
         print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
-        print("  next: `retune run` trains on them")
+        print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")
     else:
         print("  the same data as before; data.dvc is unchanged")
 
@@ -284,35 +289,6 @@ def score(
     from pipeline.merge import score_model
 
     score_model(model, ARTIFACTS / "dataset", read_json(settings), output)
-
-
-def _environment() -> None:
-    """Caches in the project, no telemetry, no file that everybody may write, no Hub unless a parameter names one."""
-    os.umask(os.umask(0o077) | 0o002)
-    if Path("params.yaml").exists():
-        WORK_DIR.mkdir(exist_ok=True)
-        WORK_DIR.chmod(0o700)  # logs, checkpoints and Prefect's database are nobody else's business
-    work = WORK_DIR.resolve()
-    defaults = {
-        "HF_DATASETS_CACHE": str(work / "datasets"),
-        "HF_EVALUATE_CACHE": str(work / "evaluate"),
-        "HF_METRICS_CACHE": str(work / "metrics"),
-        "HF_MODULES_CACHE": str(work / "modules"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_DISABLE_TELEMETRY": "true",  # it does not honour DO_NOT_TRACK=1
-        "TOKENIZERS_PARALLELISM": "false",
-        # Threads that wait by spinning take the core that the others wait for: 3 times slower beside a busy process.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a registry that is down is said within a minute, not ten
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        "DVC_NO_ANALYTICS": "1",
-        "DVC_SITE_CACHE_DIR": str(work / "dvc"),
-    }
-    for key, value in defaults.items():
-        os.environ.setdefault(key, value)
 
 
 def _quiet() -> None:

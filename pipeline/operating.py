@@ -1,4 +1,4 @@
-"""The commands about servers and the machine: up, status, down."""
+"""The commands about servers and the machine: up, status, down, doctor."""
 
 import json
 import sys
@@ -83,6 +83,24 @@ def status(json_output: Json = False) -> None:
         print(f"waiting    {answer['waiting']} for approval (`retune promote --approve`)")
 
 
+def doctor(json_output: Json = False) -> None:
+    """Look at everything a run needs: one line each, in order or what to do; exit status 1 when something is not."""
+    from pipeline import doctor as diagnosis
+
+    checks = diagnosis.doctor()
+    answer = diagnosis.as_json(checks)
+    if json_output:
+        print(json.dumps(answer))
+    else:
+        for check in checks:
+            mark = {True: "ok", False: "FAILED", None: "–"}[check.passed]
+            print(f"{mark:<7}{check.name:<15} {check.detail}")
+            if check.advice:
+                print(f"{'':<23}→ {check.advice}")
+    if not answer["passed"]:
+        raise typer.Exit(1)
+
+
 def _services(known: dict[str, Any]) -> None:
     for each in known.get("services", []):
         again = f", started again {each['restarts']} times" if each["restarts"] else ""
@@ -90,4 +108,4 @@ def _services(known: dict[str, Any]) -> None:
         print(f"{each['name']:<16} {each['state']:<16} {where:<22} process {each['pid']}{again}, {each['log']}")
 
 
-COMMANDS: list[Callable[..., None]] = [up, down, status]
+COMMANDS: list[Callable[..., None]] = [up, down, status, doctor]

@@ -273,6 +273,7 @@ class OperationsParams(Section):
     services: list[Literal["cpu", "gpu", "mlflow"]]
     prefect_port: Annotated[int, Field(ge=1, le=65535)]
     mlflow_port: Annotated[int, Field(ge=1, le=65535)]
+    min_new_rows: Positive
 
     @model_validator(mode="after")
     def check(self) -> "OperationsParams":

@@ -352,18 +352,18 @@ def make_pools(url: str, params: Params) -> None:
 
 
 def deploy(root: Path) -> None:
-    """Every deployment of prefect.yaml, by Prefect's own command.
+    """Every deployment of prefect.yaml, in a process of its own: this one does not know Prefect.
 
     Raises:
         ServerError: it failed.
     """
     if not (root / "prefect.yaml").is_file():
         return
-    command = python_ending_with_parent("prefect", "--no-prompt", "deploy", "--all")
+    command = python_ending_with_parent("flows.deploy")
     with (root / LOGS / "deploy.log").open("a") as log:
         done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        raise ServerError(f"`prefect deploy --all` failed; its log is {LOGS / 'deploy.log'}")
+        raise ServerError(f"`python -m flows.deploy` failed; its log is {LOGS / 'deploy.log'}")
 
 
 def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None) -> Params:

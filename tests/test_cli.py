@@ -22,7 +22,7 @@ COMMANDS = [
     "canary",
     "history",
 ]
-COMMANDS += ["download", "delete", "prune", "gc", "diff-data", "plan", "up", "down", "status"]
+COMMANDS += ["download", "delete", "prune", "gc", "diff-data", "plan", "up", "down", "status", "doctor"]
 
 
 @pytest.fixture(scope="module")
