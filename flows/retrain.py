@@ -156,7 +156,7 @@ def publish(params: Params) -> State[Any]:
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
     decision = gate.promote(params.publish, params.promote)
-    create_markdown_artifact(_verdict(asdict(decision)), key="verdict")
+    create_markdown_artifact(verdict(asdict(decision)), key="verdict")
     _report(params, decision)
     return _state("promote", decision.decision, started, asdict(decision))
 
@@ -166,7 +166,7 @@ def approve(params: Params, version: str, answer: Approval) -> State[Any]:
     started = time.monotonic()
     actor = f"{answer.your_name} (dashboard)"
     decision = gate.approve(params.publish, params.promote, version, answer.approve, answer.reason, actor)
-    create_markdown_artifact(_verdict(asdict(decision)), key="verdict")
+    create_markdown_artifact(verdict(asdict(decision)), key="verdict")
     _report(params, decision)
     return _state("approve", decision.decision, started, asdict(decision))
 
@@ -194,7 +194,7 @@ def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
     )
     if "RETUNE_RUN_LOCK" in os.environ:  # inherited from `retune run`, and unlocked for both
         fcntl.flock(int(os.environ["RETUNE_RUN_LOCK"]), fcntl.LOCK_UN)
-    form = Approval.with_initial_data(description=_verdict(decision), approve=False)
+    form = Approval.with_initial_data(description=verdict(decision), approve=False)
     try:
         answer = pause_flow_run(form, timeout=int(params.promote.approval_hours * 3600), poll_interval=2)
     except FlowPauseTimeout:
@@ -206,7 +206,7 @@ def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
     return result | {"decision": answered.detail}
 
 
-def _verdict(decision: dict[str, Any]) -> str:
+def verdict(decision: dict[str, Any]) -> str:
     """A decision as Markdown, for people in the dashboard."""
     name = f"v{decision['number']}" if decision["number"] else decision["version"]
     lines = [f"**{decision['decision']}**: {name}: {decision['reason']}", ""]

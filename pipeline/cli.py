@@ -1,6 +1,5 @@
 """The `retune` command. Each subcommand reads its parameters, calls one function, and says what came of it."""
 
-import fcntl
 import json
 import logging
 import os
@@ -9,8 +8,6 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -18,11 +15,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline import commands, try_commands
+from pipeline import commands, operating, try_commands
 from pipeline.commands import Json
+from pipeline.environment import set_environment
 from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
+from pipeline.run_lock import only_run
 from pipeline.security.redact import redact, redact_process
 from pipeline.training import commands as training
 
@@ -42,14 +41,10 @@ class Split(StrEnum):
     test = "test"
 
 
-class RunUnderWay(RuntimeError):
-    """Another process holds the project's run lock."""
-
-
 def main() -> None:
     """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
     redact_process()
-    _environment()
+    set_environment()
     try:
         app()
     except (ValueError, RuntimeError) as error:
@@ -75,7 +70,7 @@ def run(json_output: Json = False) -> None:
     from pipeline.store.artifact_store import open_store
 
     params = load_params()
-    with _only_run() as lock:
+    with only_run() as lock:
         recover()  # an ingest that was killed half-way
         open_store(params.publish).probe()  # a store that cannot be written is no news for after the training
         up = server.running()
@@ -123,20 +118,24 @@ def ingest(
     from pipeline import graph
     from pipeline.data.formats import FORMATS
     from pipeline.data.snapshot import recover
+    from pipeline.events import contents, count_new, tell_updated
     from pipeline.ingest import ingest as do
     from pipeline.params import load_params
 
-    params = load_params().ingest
+    params, operations = load_params().ingest, load_params().operations
     if format is not None:
         if format not in (*FORMATS, "auto"):
             raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
         params = params.model_copy(update={"format": format})
-    with _only_run():
+    with only_run():
         recover()
         graph.pull_data()  # the snapshot also holds the base model, which stays
+        before = contents()
         result = do(params, sources or ())
+        new_rows = count_new(before) if result.changed else 0
+    told = result.changed and tell_updated(new_rows, operations.min_new_rows)
     if json_output:
-        print(json.dumps(asdict(result)))
+        print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": told}))
         return
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
     for file in result.files[:20]:
@@ -152,7 +151,7 @@ def ingest(
         print("  each is in data/instructions/rejected.jsonl with its line")
     if result.changed:
         print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
-        print("  next: `retune run` trains on them")
+        print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")
     else:
         print("  the same data as before; data.dvc is unchanged")
 
@@ -208,7 +207,7 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-for command in (*commands.COMMANDS, *training.COMMANDS, *try_commands.COMMANDS):
+for command in (*commands.COMMANDS, *training.COMMANDS, *try_commands.COMMANDS, *operating.COMMANDS):
     app.command()(command)
 
 
@@ -262,29 +261,6 @@ def gc(
 
 
 @app.command()
-def up(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the dashboard, on loopback.")] = 4200,
-    json_output: Json = False,
-) -> None:
-    """Start the local Prefect server with its dashboard; runs are then seen there."""
-    from pipeline import server
-    from pipeline.params import load_params
-
-    load_params()  # a server belongs to a project
-    print("up: starting the Prefect server (about 20 seconds)", file=sys.stderr)
-    started = server.up(port)
-    print(json.dumps(asdict(started)) if json_output else f"up: dashboard at {started.url}, log in {server.LOG}")
-
-
-@app.command()
-def down() -> None:
-    """Stop what `retune up` started."""
-    from pipeline import server
-
-    print("down: stopped" if server.down() else "down: no server was running")
-
-
-@app.command()
 def plan(
     gpu: Annotated[str | None, typer.Option(help="A name of infra/gpus.yaml; without one, a CPU.")] = None,
     json_output: Json = False,
@@ -299,43 +275,6 @@ def plan(
     dataset = ARTIFACTS / "dataset"
     made = do(params, dataset if (dataset / "contract.json").is_file() else None, gpu)
     print(json.dumps(asdict(made)) if json_output else describe(made))
-
-
-@app.command()
-def status(json_output: Json = False) -> None:
-    """Which server runs, what is stale, who is champion."""
-    from pipeline import graph, server
-    from pipeline.params import load_params
-    from pipeline.store.artifact_store import open_store
-    from pipeline.versions.decisions import canary, champion, proposed, read_log
-
-    params = load_params()
-    prefect = server.running()
-    try:
-        with _only_run():
-            pass  # only looked at: a run must not be turned away because somebody asked
-        stale = list(graph.stale())
-    except RunUnderWay:
-        stale = ["a run is under way"]
-    log = read_log(open_store(params.publish), params.publish.registered_model_name)
-    waiting = proposed(log)
-    answer = {
-        "dashboard": prefect.url if prefect else None,
-        "stale": stale,
-        "champion": champion(log),
-        "canary": canary(log),
-        "waiting": waiting.version if waiting else None,
-    }
-    if json_output:
-        print(json.dumps(answer))
-        return
-    print(f"dashboard  {answer['dashboard'] or 'not running (`retune up` starts it)'}")
-    print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
-    print(f"champion   {answer['champion'] or 'none yet'}")
-    if answer["canary"]:
-        print(f"canary     {answer['canary']}")
-    if answer["waiting"]:
-        print(f"waiting    {answer['waiting']} for approval (`retune promote --approve`)")
 
 
 @app.command(hidden=True)
@@ -353,35 +292,6 @@ def score(
 
     classes = "labels" in read_json(model / "contract.json")
     (score_merged if classes else score_model)(model, ARTIFACTS / "dataset", read_json(settings), output)
-
-
-def _environment() -> None:
-    """Caches in the project, no telemetry, no file that everybody may write, no Hub unless a parameter names one."""
-    os.umask(os.umask(0o077) | 0o002)
-    if Path("params.yaml").exists():
-        WORK_DIR.mkdir(exist_ok=True)
-        WORK_DIR.chmod(0o700)  # logs, checkpoints and Prefect's database are nobody else's business
-    work = WORK_DIR.resolve()
-    defaults = {
-        "HF_DATASETS_CACHE": str(work / "datasets"),
-        "HF_EVALUATE_CACHE": str(work / "evaluate"),
-        "HF_METRICS_CACHE": str(work / "metrics"),
-        "HF_MODULES_CACHE": str(work / "modules"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_DISABLE_TELEMETRY": "true",  # it does not honour DO_NOT_TRACK=1
-        "TOKENIZERS_PARALLELISM": "false",
-        # Threads that wait by spinning take the core that the others wait for: 3 times slower beside a busy process.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a registry that is down is said within a minute, not ten
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        "DVC_NO_ANALYTICS": "1",
-        "DVC_SITE_CACHE_DIR": str(work / "dvc"),
-    }
-    for key, value in defaults.items():
-        os.environ.setdefault(key, value)
 
 
 def _quiet() -> None:
@@ -450,25 +360,6 @@ def _run_stage(name: str, params: Any) -> str:
                 f"{merged.identical:.1%} of its answers are the same"
             )
     raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
-
-
-@contextmanager
-def _only_run() -> Iterator[int]:
-    """Hold the project's run lock: two runs would write the same artifacts, or read data that changes under them.
-
-    Yields the lock's file descriptor: a child that inherits it can let go of the lock for both.
-    """
-    WORK_DIR.mkdir(exist_ok=True)
-    with (WORK_DIR / "run.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RunUnderWay(f"a run is under way here (process {lock.read().strip() or '?'})") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield lock.fileno()
 
 
 def _say_nothing_to_do(version: str, reason: str, json_output: bool) -> None:

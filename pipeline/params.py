@@ -334,6 +334,19 @@ class PromoteParams(Section):
         return self.model_dump(exclude={"approval", "approval_hours", "webhooks"})
 
 
+class OperationsParams(Section):
+    services: list[Literal["cpu", "gpu", "mlflow"]]
+    prefect_port: Annotated[int, Field(ge=1, le=65535)]
+    mlflow_port: Annotated[int, Field(ge=1, le=65535)]
+    min_new_rows: Positive
+
+    @model_validator(mode="after")
+    def check(self) -> "OperationsParams":
+        if self.prefect_port == self.mlflow_port:
+            raise ValueError(f"operations.prefect_port and mlflow_port are both {self.prefect_port}")
+        return self
+
+
 class Params(Section):
     ingest: IngestParams
     prepare: PrepareParams
@@ -342,6 +355,7 @@ class Params(Section):
     merge: MergeParams
     publish: PublishParams
     promote: PromoteParams
+    operations: OperationsParams
 
     @model_validator(mode="after")
     def check(self) -> "Params":

@@ -1,11 +1,9 @@
-"""The local Prefect server: started for the length of a run, or kept up with its dashboard (`retune up`)."""
+"""The local Prefect server: found where `retune up` keeps one (`pipeline.stack`), else started for one run."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.files import WORK_DIR, read_json, write_json
+from pipeline.files import WORK_DIR, read_json
 from pipeline.process import end_group, python_ending_with_parent
 
 HOST = "127.0.0.1"
@@ -50,59 +48,24 @@ def environment(root: Path, url: str) -> dict[str, str]:
 
 
 def running(root: Path = Path(".")) -> Server | None:
-    """The server that `retune up` started here, if its process lives and answers."""
-    server = _recorded(root)
+    """The server that `retune up` started here, if its supervisor lives and it answers."""
+    process = supervisor(root)
+    try:
+        server = Server(process.pid, read_json(root / STATE)["url"]) if process is not None else None
+    except (OSError, ValueError, KeyError):
+        return None
     return server if server is not None and healthy(server.url) else None
 
 
-def _recorded(root: Path) -> Server | None:
-    """The server of `retune up` if its process lives; another process with its number does not count."""
+def supervisor(root: Path = Path(".")) -> psutil.Process | None:
+    """The process that keeps the stack of `retune up`; another process with its number does not count."""
     try:
-        state = read_json(root / STATE)
-        alive = psutil.Process(state["pid"]).create_time() == state["create_time"]
+        known = read_json(root / STATE)
+        process = psutil.Process(known["pid"])
+        alive = process.create_time() == known["create_time"] and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
         return None
-    return Server(state["pid"], state["url"]) if alive else None
-
-
-def up(port: int, root: Path = Path(".")) -> Server:
-    """Start the server in the background, or answer with the one that runs.
-
-    Raises:
-        ServerError: the port is taken, or the server did not become healthy.
-    """
-    server = running(root)
-    if server is not None:
-        return server
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            raise ServerError(f"port {port} is taken by another program; choose one with `retune up --port`") from None
-    child = _start(root, port, outlives_us=True)
-    write_json(
-        root / STATE,
-        {"pid": child.pid, "url": f"http://{HOST}:{port}", "create_time": psutil.Process(child.pid).create_time()},
-    )
-    return Server(child.pid, f"http://{HOST}:{port}")
-
-
-def down(root: Path = Path(".")) -> bool:
-    """Stop the server of `retune up` and everything it started; False when none was running."""
-    server = _recorded(root)
-    if server is None:
-        (root / STATE).unlink(missing_ok=True)
-        return False
-    leader = psutil.Process(server.pid)
-    family = [leader, *leader.children(recursive=True)]
-    os.killpg(leader.pid, signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=15)
-    for process in left:
-        process.kill()
-    psutil.wait_procs(left, timeout=5)
-    (root / STATE).unlink(missing_ok=True)
-    return True
+    return process if alive else None
 
 
 @contextmanager
@@ -115,7 +78,7 @@ def for_one_run(root: Path = Path(".")) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    child = _start(root, port, outlives_us=False)
+    child = _start(root, port)
     try:
         yield Server(child.pid, f"http://{HOST}:{port}")
     finally:
@@ -130,15 +93,14 @@ def healthy(url: str) -> bool:
         return False
 
 
-def _start(root: Path, port: int, outlives_us: bool) -> subprocess.Popen[str]:
+def _start(root: Path, port: int) -> subprocess.Popen[str]:
     log = root / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     url = f"http://{HOST}:{port}"
     arguments = ("prefect", "server", "start", "--host", HOST, "--port", str(port))
-    command = [sys.executable, "-m", *arguments] if outlives_us else python_ending_with_parent(*arguments)
     with log.open("a") as output:
         child = subprocess.Popen(
-            command,
+            python_ending_with_parent(*arguments),
             cwd=root,
             env=environment(root, url),
             stdin=subprocess.DEVNULL,

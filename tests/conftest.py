@@ -150,6 +150,7 @@ def tiny(params: Params, base: Path) -> Params:
         train={"lora_r": 8, "packed_length": 256, "num_train_epochs": 6.0, "learning_rate": 0.005, "save_steps": 10},
         evaluate={"max_new_tokens": 8, "bootstrap_samples": 200},
         merge={"min_agreement": 0.5},
+        operations={"services": []},
     )
 
 

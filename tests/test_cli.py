@@ -35,6 +35,7 @@ COMMANDS += [
     "up",
     "down",
     "status",
+    "doctor",
 ]
 
 

@@ -234,6 +234,7 @@ def test_every_parameter_is_explained() -> None:
     assert unexplained == []
 
 
-def test_the_sections_are_the_stages_in_the_order_they_run() -> None:
-    assert list(Params.model_fields) == ["ingest", "prepare", "train", "evaluate", "merge", "publish", "promote"]
+def test_the_sections_are_the_stages_in_the_order_they_run_and_the_machine() -> None:
+    stages = ["ingest", "prepare", "train", "evaluate", "merge", "publish", "promote"]
+    assert list(Params.model_fields) == [*stages, "operations"]
     assert re.findall(r"(?m)^(\w+):", PROJECT.read_text()) == list(Params.model_fields)

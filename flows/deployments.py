@@ -1,0 +1,176 @@
+"""The flows that workers run: by schedule, on an event, or by the form of the dashboard. See prefect.yaml.
+
+Each starts in the project's folder of its worker, takes the project's run lock where it writes, and ends in a state
+whose name says what came of it. A run that another one keeps from the lock ends as *Skipped*, unchanged data as
+*Unchanged*.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+import flows.retrain as story
+from pipeline import graph
+from pipeline import promote as gate
+from pipeline.data.snapshot import recover
+from pipeline.environment import set_environment
+from pipeline.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
+from pipeline.ingest import ingest
+from pipeline.params import load_params
+from pipeline.process import run_streaming
+from pipeline.run_lock import RunUnderWay, only_run
+from pipeline.security.redact import redact_process, redacted_errors
+from pipeline.settings import change_params
+from pipeline.store.artifact_store import open_store
+from pipeline.store.garbage import collect
+from pipeline.versions.decisions import champion, read_log
+from pipeline.versions.manifest import read_manifest
+from pipeline.versions.rescore import score_today
+from pipeline.versions.retention import delete, outdated
+
+
+@flow(name="retrain", flow_run_name="retrain-{trigger}")
+@redacted_errors
+def retrain(
+    trigger: str = "by-hand", sources: list[str] | None = None, changes: dict[str, Any] | None = None
+) -> State[Any]:
+    """Bring everything up to date: train if something changed, publish, and promote if it is better.
+
+    Args:
+        trigger: what started the run; part of its name and tags.
+        sources: data to ingest first, as `retune ingest` takes them.
+        changes: parameters to write to params.yaml first, such as {"train.lora_r": 32}; they stay.
+    """
+    try:
+        with _project() as lock:
+            if changes:
+                change_params(changes)
+            params = load_params()
+            if sources:
+                graph.pull_data()
+                ingest(params.ingest, sources)
+            open_store(params.publish).probe()
+            version = None if graph.stale() else graph.version_id()
+            reason = version and gate.settled(params.publish, params.promote, version)
+            if reason:
+                return Completed(name="Unchanged", message=f"nothing to do: version {version}: {reason}")
+            # A run that waits for a person lets go of the lock.
+            os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
+            result = story.retrain.fn(trigger)
+    except RunUnderWay as error:
+        return Completed(name="Skipped", message=str(error))
+    decision = result["decision"]
+    return Completed(name=decision["decision"].capitalize(), message=decision["reason"], data=result)
+
+
+@flow(name="watch")
+@redacted_errors
+def watch() -> State[Any]:
+    """Look at `ingest.sources` again; a new snapshot with enough new rows starts a retraining."""
+    try:
+        with _project():
+            params = load_params()
+            if params.ingest.sources is None:
+                return Completed(name="Skipped", message="ingest.sources is null; there is nothing to look at")
+            graph.pull_data()
+            before = contents()
+            changed = ingest(params.ingest).changed
+            new_rows = count_new(before) if changed else 0
+    except RunUnderWay as error:
+        return Completed(name="Skipped", message=str(error))
+    if not changed:
+        return Completed(name="Unchanged", message="the sources hold what the snapshot holds")
+    told = tell_updated(new_rows, params.operations.min_new_rows)
+    asked = "a retraining was asked for" if told else f"fewer than {params.operations.min_new_rows}: none is started"
+    return Completed(name="Updated", message=f"{new_rows:,} new rows; {asked}")
+
+
+@flow(name="promote", flow_run_name="promote-{version}")
+@redacted_errors
+def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
+    """Decide on a published version: v3, 3, canary or an id. Force overrules the gate; its reason is kept."""
+    with _project():
+        params = load_params()
+        if force and not reason.strip():
+            raise ValueError("force needs a reason: the history keeps why the gate was overruled")
+        decision = gate.promote(params.publish, params.promote, version, force=reason if force else None)
+    create_markdown_artifact(story.verdict(asdict(decision)), key="verdict")
+    return Completed(name=decision.decision.capitalize(), message=decision.reason, data=asdict(decision))
+
+
+@flow(name="rollback")
+@redacted_errors
+def rollback(reason: str, to: str | None = None) -> State[Any]:
+    """Put the champion before the present one back, or the version named by `to`."""
+    set_environment()
+    params = load_params()
+    record, warnings = gate.rollback(params.publish, params.promote, to, reason)
+    said = "; ".join([f"{record.champion} is champion again; it was {record.previous}", *warnings])
+    return Completed(name="Rolled back", message=said, data=asdict(record))
+
+
+@flow(name="evaluate-champion")
+@redacted_errors
+def evaluate_champion() -> State[Any]:
+    """Score the champion on today's test split; below what it was promoted with, `champion.regressed` is raised."""
+    try:
+        with _project():
+            params = load_params()
+            recover()
+            graph.pull_data()
+            store, metric = open_store(params.publish), params.promote.primary_metric
+            version = champion(read_log(store, params.publish.registered_model_name))
+            manifest = read_manifest(store, version) if version else None
+            if manifest is None:
+                return Completed(name="Skipped", message="there is no champion yet")
+            command = graph.repro_command("prepare")
+            if run_streaming(command, print, environment=graph.environment()) != 0:
+                raise story.StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
+            now = score_today(store, manifest, metric)
+    except RunUnderWay as error:
+        return Completed(name="Skipped", message=str(error))
+    then = manifest["metrics"]["merged"][metric]
+    said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
+    create_markdown_artifact(f"**{version}**: {said}", key="champion")
+    if now >= then["low"]:
+        return Completed(name="Holds", message=said)
+    emit(CHAMPION_REGRESSED, "retune.champion", {"version": version, "metric": metric, "score": now})
+    return Completed(name="Regressed", message=said)
+
+
+@flow(name="cleanup")
+@redacted_errors
+def cleanup(delete_files: bool = True) -> State[Any]:
+    """Delete versions that publish.keep_versions does not keep, then what no version needs any more."""
+    set_environment()
+    params = load_params().publish
+    versions = outdated(params) if params.keep_versions is not None else []
+    for version in versions:
+        delete(params, version, f"older than the newest {params.keep_versions}")
+    found = collect(open_store(params), delete_files)
+    said = f"{len(versions)} versions and {found.objects:,} objects, {found.bytes / 1e6:,.1f} MB"
+    return Completed(name="Cleaned", message=said, data=asdict(found))
+
+
+@contextmanager
+def _project() -> Iterator[int]:
+    """The project's folder as every command has it, and its run lock.
+
+    Raises:
+        RunUnderWay: another run holds the lock.
+    """
+    if not Path("params.yaml").is_file():
+        raise RuntimeError(f"{Path.cwd()} is no project of Retune; set RETUNE_ROOT in the worker's environment")
+    redact_process()
+    set_environment()
+    os.environ["PATH"] = graph.environment()["PATH"]
+    with only_run() as lock:
+        yield lock

@@ -1,0 +1,217 @@
+"""`retune doctor`: looks at everything a run needs, and answers with one line each: in order, or what to do.
+
+Every check is made, whatever the others found. Nothing is changed, except that an artifact store never used before is
+probed as its first use would.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+
+from pipeline import graph, server, stack
+from pipeline.params import Params, ParamsError, load_params
+from pipeline.process import python_ending_with_parent
+from pipeline.security.redact import redact
+
+DISK_GIB, MEMORY_GIB, CLOCK_SECONDS = 5.0, 2.0, 60.0
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool | None  # None: nothing wrong, and nothing there
+    detail: str
+    advice: str = ""  # what to do
+
+
+def doctor(root: Path = Path(".")) -> list[Check]:
+    """Every check, in the order in which their failures should be mended."""
+    checks = [_guarded("python", _python), _guarded("packages", _packages), _guarded("disk", lambda: _disk(root))]
+    checks += [_guarded("memory", _memory), _guarded("gpu", _gpu)]
+    try:
+        params = load_params(root / "params.yaml")
+    except ParamsError as error:
+        return [*checks, Check("parameters", False, str(error), "mend params.yaml; the checks below it need it")]
+    checks.append(Check("parameters", True, "params.yaml is valid"))
+    of_project: dict[str, Callable[[], Check]] = {
+        "git": lambda: _git(root),
+        "data": lambda: _data(root),
+        "dvc remote": lambda: _remote(root),
+        "base model": lambda: _template(params),
+        "artifact store": lambda: _store(params, root),
+        "registry": lambda: _registry(params, root),
+        "signing": lambda: _signing(params),
+        "servers": lambda: _servers(root),
+        "clock": lambda: _clock(params, root),
+    }
+    return checks + [_guarded(name, check) for name, check in of_project.items()]
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """A check that raises has failed, and its error says what to do: errors of this project are written so."""
+    try:
+        return check()
+    except Exception as error:  # whatever a broken machine comes up with, the next check is still made
+        ours = type(error).__module__.startswith("pipeline.")
+        return Check(name, False, redact(str(error) if ours else f"{type(error).__name__}: {error}"))
+
+
+def _python() -> Check:
+    return Check("python", True, f"{sys.version.split()[0]} in {sys.prefix}")
+
+
+def _packages() -> Check:
+    """What pyproject.toml asks for, against what is installed."""
+    try:
+        wanted = [Requirement(line) for line in requires("retune") or []]
+    except PackageNotFoundError:
+        return Check("packages", False, "retune itself is not installed", "`make run` installs it")
+    wrong = []
+    for requirement in (each for each in wanted if each.marker is None or each.marker.evaluate()):
+        try:
+            here = version(requirement.name)
+        except PackageNotFoundError:
+            here = "missing"
+        if here == "missing" or not requirement.specifier.contains(here, prereleases=True):
+            wrong.append(f"{requirement.name} is {here}, expected {requirement.specifier}")
+    if wrong:
+        return Check("packages", False, "; ".join(wrong), "`make clean run` installs what requirements.lock names")
+    named = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "dvc", "prefect"))
+    return Check("packages", True, named)
+
+
+def _disk(root: Path) -> Check:
+    free = shutil.disk_usage(root).free / 2**30
+    advice = "`retune prune`, `retune gc --delete`, `dvc gc --workspace` make room"
+    return Check("disk", free >= DISK_GIB, f"{free:.1f} GiB free here", "" if free >= DISK_GIB else advice)
+
+
+def _memory() -> Check:
+    free = psutil.virtual_memory().available / 2**30
+    advice = "`retune plan` says what a training takes" if free < MEMORY_GIB else ""
+    return Check("memory", free >= MEMORY_GIB, f"{free:.1f} GiB available", advice)
+
+
+def _gpu() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        cards = Path("/proc/driver/nvidia/version").exists()
+        advice = "this torch has no CUDA: install one that has, of the same version" if cards else ""
+        return Check("gpu", False if cards else None, "none; training runs on the CPU", advice)
+    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return Check("gpu", True, ", ".join(f"{each.name} with {each.total_memory / 2**30:.0f} GiB" for each in names))
+
+
+def _git(root: Path) -> Check:
+    done = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True)
+    if done.returncode != 0:
+        return Check(
+            "git", False, done.stderr.strip(), "a version's manifest names the commit it came from: `git init`"
+        )
+    changed = len(done.stdout.splitlines())
+    return Check("git", True, f"{changed} uncommitted changes" if changed else "clean")
+
+
+def _data(root: Path) -> Check:
+    if not (root / "data.dvc").exists():
+        return Check("data", False, "data.dvc is missing", "`git checkout data.dvc` restores it")
+    reasons = graph.stale(root).get("data.dvc")
+    if not reasons:
+        return Check("data", True, "data/ is the snapshot that data.dvc names")
+    if (root / "data").exists():
+        advice = "`dvc checkout --force data.dvc` puts the snapshot back, `retune ingest` makes a new one"
+        return Check("data", False, "data/ is not the snapshot that data.dvc names", advice)
+    return Check("data", None, "not here yet; a run fetches it from the DVC remote")
+
+
+def _remote(root: Path) -> Check:
+    """Asks the default remote for the data's snapshot, with the credentials that DVC finds."""
+    command = python_ending_with_parent("dvc", "remote", "list")
+    listed = subprocess.run(command, cwd=root, env=graph.environment(), capture_output=True, text=True)
+    if not listed.stdout.strip():
+        return Check("dvc remote", None, "none; data and adapters are on this machine only: `dvc remote add -d …`")
+    command = python_ending_with_parent("dvc", "status", "--cloud", "--json", "data.dvc")
+    try:
+        asked = subprocess.run(command, cwd=root, env=graph.environment(), capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return Check("dvc remote", False, "did not answer within 60 s", "check its address: `dvc remote list`")
+    if asked.returncode != 0:
+        reason = redact(asked.stderr.strip().splitlines()[-1] if asked.stderr.strip() else "it failed")
+        return Check("dvc remote", False, reason, "check address and credentials: `dvc remote list`, ~/.aws")
+    lacks = json.loads(asked.stdout or "{}")
+    detail = listed.stdout.split("\n")[0].replace("\t", " ")
+    return Check("dvc remote", not lacks, detail, "it lacks the data's snapshot: `dvc push data.dvc`" if lacks else "")
+
+
+def _template(params: Params) -> Check:
+    from pipeline.chat.template import load_template
+
+    template, identity = load_template(params.prepare)
+    del template
+    name = params.prepare.chat_template or "its own chat template"
+    return Check("base model", True, f"{identity.get('model_name_or_path', params.prepare.model_name_or_path)}, {name}")
+
+
+def _store(params: Params, root: Path) -> Check:
+    from pipeline.store.artifact_store import open_store
+    from pipeline.versions.decisions import champion, read_log
+
+    store = open_store(params.publish, root)
+    store.probe()
+    serving = champion(read_log(store, params.publish.registered_model_name))
+    return Check("artifact store", True, f"{store.uri}, champion {serving or 'none yet'}")
+
+
+def _registry(params: Params, root: Path) -> Check:
+    from pipeline.versions.registry import ModelRegistry
+
+    registry = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name, root)
+    return Check("registry", True, f"{params.publish.tracking_uri}, {len(registry.numbers())} versions")
+
+
+def _signing(params: Params) -> Check:
+    named = [params.publish.signing_key, params.publish.signing_certificate, params.publish.verify_key]
+    missing = [path for path in named if path is not None and not Path(path).is_file()]
+    if missing:
+        return Check("signing", False, f"{', '.join(missing)} is not there", "docs/operations.md, Signing")
+    on = params.publish.signing_key is not None
+    return Check("signing", True if on else None, "versions are signed" if on else "versions are not signed")
+
+
+def _servers(root: Path) -> Check:
+    if server.supervisor(root) is None:
+        return Check("servers", None, "not running; `retune up` starts them")
+    wrong = [f"{each['name']} {each['state']}, {each['log']}" for each in stack.state(root).get("services", [])
+             if each["state"] not in ("healthy", "running")]  # fmt: skip
+    detail = "; ".join(wrong) or f"dashboard at {stack.state(root)['url']}"
+    return Check("servers", not wrong, detail, "look at the log; `retune down` and `retune up`" if wrong else "")
+
+
+def _clock(params: Params, root: Path) -> Check:
+    """Against the store's clock, by which sweeps decide what is old; and against the last commit."""
+    from pipeline.store.artifact_store import open_store
+
+    off = time.time() - open_store(params.publish, root).now()
+    done = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=root, capture_output=True, text=True)
+    ahead = float(done.stdout or 0) - time.time()
+    advice = "set this machine's clock (timedatectl set-ntp true)"
+    if abs(off) > CLOCK_SECONDS:
+        return Check("clock", False, f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the store's", advice)
+    if ahead > CLOCK_SECONDS:
+        return Check("clock", False, f"the last commit is {ahead:.0f} s in the future", advice)
+    return Check("clock", True, f"within {max(abs(off), 1):.0f} s of the store's")
+
+
+def as_json(checks: list[Check]) -> dict[str, Any]:
+    return {"passed": all(each.passed is not False for each in checks), "checks": [vars(each) for each in checks]}

@@ -1,0 +1,72 @@
+"""Events for the Prefect server that is up: new data, a champion that got worse. Deployments wait for them.
+
+Without a server nobody is waiting, and nothing is sent; a server that cannot be reached undoes nothing.
+"""
+
+import json
+import os
+import urllib.request
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline import server
+
+DATASET_UPDATED = "dataset.updated"
+CHAMPION_REGRESSED = "champion.regressed"
+
+
+def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path(".")) -> bool:
+    """Post `event` about `resource` to the project's server, or the one of PREFECT_API_URL; whether it took it."""
+    up = server.running(root)
+    api = f"{up.url}/api" if up is not None else os.environ.get("PREFECT_API_URL")
+    if not api:
+        return False
+    body = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": event,
+        "resource": {"prefect.resource.id": resource},
+        "related": [],
+        "payload": payload,
+    }
+    request = urllib.request.Request(
+        f"{api}/events", json.dumps([body]).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def tell_updated(new_rows: int, min_new_rows: int, root: Path = Path(".")) -> bool:
+    """`dataset.updated`, if enough rows are new; fewer wait for the next scheduled run."""
+    payload = {"new_rows": new_rows}
+    return new_rows >= min_new_rows and emit(DATASET_UPDATED, "retune.dataset", payload, root)
+
+
+def contents(root: Path = Path(".")) -> dict[str, set[int]]:
+    """Digest of every row in the snapshot, by shard; a raw file that nobody ingested counts as none."""
+    folder = root / "data" / "instructions"
+    return {path.name: _digests(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def count_new(before: dict[str, set[int]], root: Path = Path(".")) -> int:
+    """Rows in the snapshot that say something none of `before` said."""
+    known = set().union(*before.values())
+    return sum(len(digests - known) for digests in contents(root).values())
+
+
+def _digests(shard: Path) -> set[int]:
+    # What a row says is its messages and tools; where it came from, and its line there, may change.
+    names = [name for name in ("messages", "tools") if name in pq.read_schema(shard).names]
+    columns = [pq.read_table(shard, columns=[name]).column(name) for name in names]
+    return {
+        xxhash.xxh3_64_intdigest("\0".join(str(column[row]) for column in columns).encode())
+        for row in range(len(columns[0]))
+    }

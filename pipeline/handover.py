@@ -1,0 +1,137 @@
+"""A stage run by a worker that shares no disk with us: git carries code, parameters and the lock, the DVC remote bytes.
+
+The parent makes a commit of its working tree, on no branch, and pushes it with the stage's inputs; the worker checks it
+out in a clone of its own, runs the stage, pushes outputs and run cache, and answers with a commit whose `dvc.lock` has
+the stage's entry; the parent merges that entry and fetches the outputs. Refused: an answer for other inputs than ours.
+"""
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from pipeline import graph
+from pipeline.files import write_text
+from pipeline.process import python_ending_with_parent, run_streaming
+from pipeline.security.redact import redact
+
+ASKED, ANSWERED = "refs/retune/asked", "refs/retune/answered"
+
+
+class HandoverError(RuntimeError):
+    """Inputs or outputs could not be handed over, or the answer does not belong to what was asked."""
+
+
+def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
+    """Push the working tree as a commit, and the stage's inputs; returns the commit, which a worker is to be given.
+
+    Raises:
+        HandoverError: git or DVC could not push; the message is theirs.
+    """
+    inputs = [name for name in graph.STAGES[: graph.STAGES.index(stage)] if name in graph.lock(root)["stages"]]
+    _dvc(root, "push", "data.dvc", *inputs)
+    commit = _commit(root, f"Inputs of {stage}", everything=True)
+    _git(root, "push", "--quiet", remote, f"{commit}:{ASKED}/{commit}")
+    return commit
+
+
+def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], root: Path = Path(".")) -> None:
+    """Run the stage as the commit has it, in a clone of the worker's own, and push what came of it.
+
+    The clone's working tree becomes that commit's; its checkpoints and caches stay, so that a stage which a dead worker
+    had begun goes on.
+
+    Raises:
+        HandoverError: the stage failed, or something could not be fetched or pushed.
+    """
+    _git(root, "fetch", "--quiet", remote, f"{ASKED}/{commit}")
+    _git(root, "checkout", "--quiet", "--force", "--detach", commit)
+    command = python_ending_with_parent("dvc", "repro", "--single-item", "--pull", stage)
+    status = run_streaming(command, on_line, cwd=root, environment=graph.environment())
+    if status != 0:
+        raise HandoverError(f"stage {stage} ended with status {status} on this worker; its lines are above")
+    _dvc(root, "push", "--run-cache", stage)
+    answer = _commit(root, f"{stage} has run", everything=False)
+    _git(root, "push", "--quiet", "--force", remote, f"{answer}:{ANSWERED}/{commit}")
+
+
+def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
+    """Merge the stage's entry of the answer into our `dvc.lock`, fetch its outputs, and remove both commits' names.
+
+    Raises:
+        HandoverError: there is no answer, or it was made from other inputs than ours.
+    """
+    _git(root, "fetch", "--quiet", remote, f"{ANSWERED}/{commit}")
+    yaml = YAML(typ="safe")
+    entry = yaml.load(_git(root, "show", "FETCH_HEAD:dvc.lock"))["stages"].get(stage)
+    if entry is None:
+        raise HandoverError(f"the worker's dvc.lock has no entry for {stage}")
+    path = root / "dvc.lock"
+    before = path.read_text(encoding="utf-8")
+    _write_entry(path, stage, entry)
+    try:
+        _dvc(root, "pull", stage)
+        wrong = graph.stale(root).get(stage)
+        if wrong:
+            raise HandoverError(f"the worker ran {stage} on other inputs than those here: {wrong}")
+    except BaseException:
+        write_text(path, before)
+        raise
+    _git(root, "push", "--quiet", remote, f":{ASKED}/{commit}", f":{ANSWERED}/{commit}")
+
+
+@contextmanager
+def only_on_gpu(on_wait: Callable[[str], None]) -> Iterator[Path]:
+    """Hold the machine's lock for the GPUs that this process sees, waiting for it: two pools may share a machine."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all") or "none"
+    path = Path(tempfile.gettempdir()) / f"retune-gpu-{os.getuid()}-{devices.replace(',', '-').replace('/', '_')}.lock"
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait(f"another run has the GPU ({path}); waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
+def _write_entry(path: Path, stage: str, entry: dict[str, object]) -> None:
+    yaml = YAML()
+    tree = yaml.load(path.read_text(encoding="utf-8"))
+    tree["stages"][stage] = entry
+    with tempfile.NamedTemporaryFile("w+", encoding="utf-8") as file:
+        yaml.dump(tree, file)
+        file.seek(0)
+        write_text(path, file.read())
+
+
+def _commit(root: Path, message: str, everything: bool) -> str:
+    """A commit of the working tree (or of dvc.lock alone) on top of HEAD; index, branch and working tree stay."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        _git(root, "read-tree", "HEAD", **index)
+        _git(root, "add", *(["--all"] if everything else ["dvc.lock"]), **index)
+        tree = _git(root, "write-tree", **index)
+    who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER")
+           for key, value in (("NAME", "retune"), ("EMAIL", "retune@localhost"))}  # fmt: skip
+    return _git(root, "commit-tree", tree, "-p", "HEAD", "-m", message, **who)
+
+
+def _git(root: Path, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise HandoverError(redact(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}"))
+    return done.stdout.strip()
+
+
+def _dvc(root: Path, *arguments: str) -> None:
+    command = python_ending_with_parent("dvc", *arguments, "--quiet")
+    done = subprocess.run(command, cwd=root, env=graph.environment(), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise HandoverError(redact(f"`dvc {' '.join(arguments)}` failed: {done.stderr.strip()}"))
+    print(done.stdout, end="", file=sys.stderr)

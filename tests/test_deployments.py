@@ -1,0 +1,178 @@
+"""The deployments of prefect.yaml: what they name exists, and on a real stack they do what they say."""
+
+import importlib
+import json
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, change_params, make_project, retune
+from ruamel.yaml import YAML
+from test_stack import free_port, wait_until
+
+from pipeline import stack
+from pipeline.events import contents, count_new, emit, tell_updated
+from pipeline.params import Params, ParamsError, load_params
+from pipeline.settings import change_params as change
+
+DEPLOYMENTS = YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["deployments"]
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda each: each["name"])
+def test_a_deployment_names_a_flow_that_exists_and_parameters_it_has(deployment: dict[str, Any]) -> None:
+    path, _, name = deployment["entrypoint"].partition(":")
+    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+    assert flow.name == deployment["name"] or name == deployment["name"].replace("-", "_")
+    known = set(flow.parameters.properties)
+    for asks in (*deployment.get("schedules", []), *deployment.get("triggers", []), deployment):
+        assert set(asks.get("parameters", {})) <= known
+    assert deployment["work_pool"]["name"] in ("cpu", "gpu")
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What a server at PREFECT_API_URL is told."""
+    told: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}")
+    yield told
+    server.shutdown()
+    server.server_close()
+
+
+def test_few_new_rows_are_not_told_and_enough_are(listener: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert not tell_updated(4, 5, tmp_path)
+    assert listener == []
+    assert tell_updated(5, 5, tmp_path)
+    assert [(each["event"], each["payload"]) for each in listener] == [("dataset.updated", {"new_rows": 5})]
+
+
+def test_a_server_that_is_away_undoes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}")
+    assert not emit("dataset.updated", "retune.dataset", {}, tmp_path)
+    monkeypatch.delenv("PREFECT_API_URL")
+    assert not emit("dataset.updated", "retune.dataset", {}, tmp_path)
+
+
+def test_new_rows_are_counted_by_what_they_say(tmp_path: Path) -> None:
+    def write(name: str, texts: list[str]) -> None:
+        lines = [str(i) for i in range(len(texts))]
+        path = tmp_path / "data" / "instructions" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"messages": texts, "tools": [None] * len(texts), "row": lines}), path)
+
+    assert count_new({}, tmp_path) == 0
+    write("a.parquet", ["one", "two"])
+    before = contents(tmp_path)
+    assert count_new({}, tmp_path) == 2
+    write("a.parquet", ["three", "one", "two"])  # every row has another line now
+    write("b.parquet", ["two", "four"])
+    assert count_new(before, tmp_path) == 2
+
+
+def test_a_changed_parameter_keeps_every_comment_and_a_wrong_one_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    before = (ROOT / "params.yaml").read_text()
+    path.write_text(before)
+    change({"train.lora_r": 64, "promote.guard_metrics.bleu": 3.0}, path)
+    assert (load_params(path).train.lora_r, load_params(path).promote.guard_metrics["bleu"]) == (64, 3.0)
+    changed = [(old, new) for old, new in zip(before.splitlines(), path.read_text().splitlines(), strict=True)
+               if old != new]  # fmt: skip
+    assert len(changed) == 2
+    assert all(old.split("#")[1:] == new.split("#")[1:] for old, new in changed)
+    text = path.read_text()
+    for wrong, words in (
+        ({"train.lora_r": 0}, "train.lora_r is 0"),
+        ({"train.rank": 3}, "train.rank is not a parameter"),
+        ({"lora_r": 3}, "lora_r is not a parameter"),
+    ):
+        with pytest.raises(ParamsError, match=words):
+            change(wrong, path)
+        assert path.read_text() == text
+    assert [each.name for each in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def api(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    request = urllib.request.Request(
+        f"{url}/api/{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def ended(url: str) -> dict[str, dict[str, Any]]:
+    """Runs that have ended, by name."""
+    runs = api(url, "flow_runs/filter")
+    return {run["name"]: run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")}
+
+
+def start(url: str, deployment: str, **parameters: Any) -> dict[str, Any]:
+    """Run a deployment as the dashboard does; its flow run when it has ended."""
+    with urllib.request.urlopen(f"{url}/api/deployments/name/{deployment}") as answer:
+        found = json.load(answer)
+    run = api(url, f"deployments/{found['id']}/create_flow_run", {"parameters": parameters, "state": {
+        "type": "SCHEDULED"}})  # fmt: skip
+    wait_until(lambda: run["id"] in {each["id"] for each in ended(url).values()}, 240)
+    return next(each for each in ended(url).values() if each["id"] == run["id"])
+
+
+@pytest.mark.faults
+def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params) -> None:
+    root = make_project(tmp_path / "project", base, params)
+    (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
+    change_params(root, operations={"services": ["cpu"]})
+    up = retune(root, "up", "--port", str(free_port()), "--json")
+    assert up.returncode == 0, up.stderr
+    url = json.loads(up.stdout)["url"]
+    try:
+        schedules = {each["name"]: each["schedules"] for each in api(url, "deployments/filter")}
+        assert schedules["retrain"][0]["schedule"]["cron"] == "0 3 * * *"
+        rows = [{"instruction": f"Name the colour of jar {i}: red", "input": "", "output": "red"} for i in range(300)]
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        ingested = json.loads(retune(root, "ingest", str(tmp_path / "rows.json"), "--json").stdout)
+        assert (ingested["new_rows"], ingested["told"]) == (300, True)
+        wait_until(lambda: "retrain-new-data" in ended(url), 240)
+        first = ended(url)["retrain-new-data"]
+        assert first["state_name"] in ("Promoted", "Refused"), first["state"]
+        began = time.monotonic()
+        again = start(url, "retrain/retrain", trigger="again")
+        assert again["state_name"] == "Unchanged", again["state"]
+        assert time.monotonic() - began < 60
+        changed = start(url, "retrain/retrain", trigger="changed", changes={"evaluate.seed": 5})
+        assert changed["state_name"] in ("Promoted", "Refused", "Unchanged"), changed["state"]
+        assert load_params(root / "params.yaml").evaluate.seed == 5
+        assert start(url, "evaluate-champion/evaluate-champion")["state_name"] in ("Holds", "Skipped")
+        assert start(url, "cleanup/cleanup")["state_name"] == "Cleaned"
+        assert start(url, "watch/watch")["state_name"] == "Skipped"
+        refused = start(url, "promote/promote", version="v1", force=True)
+        assert refused["state_name"] == "Failed"
+        assert "force needs a reason" in refused["state"]["message"]
+        change_params(root, train={"num_train_epochs": 5000.0})
+        with urllib.request.urlopen(f"{url}/api/deployments/name/retrain/retrain") as answer:
+            found = json.load(answer)["id"]
+        api(url, f"deployments/{found}/create_flow_run", {"parameters": {"trigger": "long"}})
+        wait_until(lambda: any("stage train" in " ".join(p.cmdline()) for p in stack.marked(root)), 120)
+        supervisor = json.loads((root / ".retune" / "server.json").read_text())["pid"]
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until(lambda: not stack.marked(root), 45)  # the training too, which a worker started
+    finally:
+        retune(root, "down")

@@ -1,0 +1,59 @@
+"""`retune doctor` finds what is broken, says what to do, and goes on to the next check."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import change_params, environment, make_project, retune
+
+from pipeline import doctor
+from pipeline.params import Params
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Path:
+    return make_project(tmp_path_factory.mktemp("doctor") / "project", base, params)
+
+
+def checks(root: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    done = retune(root, "doctor", "--json")
+    answer = json.loads(done.stdout)
+    assert answer["passed"] == (done.returncode == 0)
+    return done.returncode, {each["name"]: each for each in answer["checks"]}
+
+
+def test_a_project_in_order_passes_and_a_broken_one_names_each_fault(root: Path) -> None:
+    status, found = checks(root)
+    assert status == 0, [each for each in found.values() if each["passed"] is False]
+    assert found["packages"]["passed"] and found["base model"]["passed"] and found["clock"]["passed"]
+    assert found["dvc remote"]["passed"] is None  # a project of the tests has none
+
+    rows = root / "data" / "instructions" / "rows.json"
+    rows.unlink()
+    rows.write_text("[]")
+    change_params(root, publish={"signing_key": "lost.pem", "verify_key": "lost.pub"}, prepare={"chat_template": "no"})
+    later = {"GIT_AUTHOR_DATE": "2090-01-01T00:00:00 +0000", "GIT_COMMITTER_DATE": "2090-01-01T00:00:00 +0000"}
+    commit = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "x", "--allow-empty"]
+    subprocess.run(commit, cwd=root, check=True, env=environment() | later)
+    status, found = checks(root)
+    assert status == 1
+    failed = {name for name, each in found.items() if each["passed"] is False}
+    assert failed == {"data", "base model", "signing", "clock"}
+    assert "retune ingest" in found["data"]["advice"]
+    assert "prepare.chat_template is no" in found["base model"]["detail"]
+    assert "lost.pem, lost.pub" in found["signing"]["detail"]
+    assert "in the future" in found["clock"]["detail"]
+
+
+def test_parameters_that_are_wrong_are_a_line_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("ingest: {}\n")
+    [wrong] = [each for each in doctor.doctor(tmp_path) if each.passed is False and each.name == "parameters"]
+    assert "ingest.format is missing" in wrong.detail
+
+
+def test_a_full_disk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DISK_GIB", 10.0**6)
+    [disk] = [each for each in doctor.doctor(tmp_path) if each.name == "disk"]
+    assert disk.passed is False and "retune gc" in disk.advice

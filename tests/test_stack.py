@@ -1,0 +1,123 @@
+"""`retune up`, `status` and `down` with their real processes, which are looked for in /proc."""
+
+import json
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT, change_params, make_project, retune, with_
+
+from pipeline import stack
+from pipeline.params import Params, load_params
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Iterator[Path]:
+    folder = make_project(tmp_path_factory.mktemp("stack") / "project", base, params)
+    yield folder
+    retune(folder, "down")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def up(root: Path, *services: str) -> dict[str, Any]:
+    change_params(root, operations={"services": list(services)})
+    done = retune(root, "up", "--port", str(free_port()), "--mlflow-port", str(free_port()), "--json")
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def rows(known: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in known["services"]}
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def listening(processes: list[psutil.Process]) -> set[str]:
+    addresses = (each.laddr for process in processes for each in process.net_connections() if each.status == "LISTEN")
+    return {address.ip for address in addresses}
+
+
+def test_a_taken_port_is_one_sentence_and_leaves_nothing(root: Path) -> None:
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        done = retune(root, "up", "--port", str(taken))
+    assert done.returncode == 1
+    assert f"port {taken} of prefect-server is taken by another program" in done.stderr
+    assert stack.marked(root) == []
+    assert "nothing was running" in retune(root, "down").stdout
+
+
+def test_a_killed_supervisor_takes_every_process_with_it(root: Path) -> None:
+    known = up(root, "cpu")
+    processes = stack.marked(root)
+    assert {row["pid"] for row in known["services"]} < {process.pid for process in processes}
+    assert listening(processes) == {"127.0.0.1"}
+    shown = json.loads(retune(root, "status", "--json").stdout)
+    assert {name: row["state"] for name, row in rows(shown).items()} == {
+        "prefect-server": "healthy",
+        "cpu-worker": "running",
+    }
+    assert all((root / row["log"]).is_file() for row in shown["services"])
+    os.kill(known["pid"], signal.SIGKILL)
+    wait_until(lambda: not any(process.is_running() for process in processes), 30)
+    assert stack.marked(root) == []
+    assert json.loads(retune(root, "status", "--json").stdout)["dashboard"] is None
+
+
+@pytest.mark.faults
+def test_the_whole_stack_restarts_what_dies_and_goes_down_without_a_rest(root: Path) -> None:
+    known = up(root, "cpu", "gpu", "mlflow")
+    before = rows(known)
+    assert set(before) == {"prefect-server", "mlflow", "cpu-worker", "gpu-worker"}
+    assert listening(stack.marked(root)) == {"127.0.0.1"}
+    with urllib.request.urlopen(f"{known['url']}/api/work_pools/gpu") as answer:
+        assert json.load(answer)["concurrency_limit"] == 1
+    for victim in ("gpu-worker", "mlflow", "prefect-server"):
+        os.kill(before[victim]["pid"], signal.SIGKILL)
+        wait_until(lambda victim=victim: rows(stack.state(root))[victim]["restarts"] == 1, 30)
+    wait_until(lambda: rows(stack.state(root))["prefect-server"]["state"] == "healthy", 60)
+    assert retune(root, "up", "--json").stdout  # answers with the one that runs
+    processes = stack.marked(root)
+    assert retune(root, "down").returncode == 0
+    assert stack.marked(root) == []
+    assert not any(process.is_running() for process in processes)
+
+
+@pytest.mark.faults
+def test_supervisor_and_reaper_killed_together_leave_nothing_after_down(root: Path) -> None:
+    up(root, "cpu")
+    keepers = [process for process in stack.marked(root) if "pipeline.stack" in " ".join(process.cmdline())]
+    assert len(keepers) == 2
+    for process in keepers:
+        process.kill()
+    retune(root, "down")
+    assert stack.marked(root) == []
+
+
+def test_a_registry_elsewhere_gets_no_second_server(params: Params) -> None:
+    elsewhere = with_(
+        params, operations={"services": ["mlflow"]}, publish={"tracking_uri": "https://mlflow.example.org"}
+    )
+    assert "mlflow" not in {service.name for service in stack.services(elsewhere)}
+    assert "mlflow.example.org" in str(stack.why_no_mlflow(elsewhere))
+    assert stack.services(load_params(ROOT / "params.yaml"))[0].name == "prefect-server"
