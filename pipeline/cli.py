@@ -414,7 +414,9 @@ def _run_stage(name: str, params: Any) -> str:
         case "evaluate":
             from pipeline.evaluate import evaluate
 
-            scored = evaluate(params.evaluate, dataset, adapter, evaluation)
+            judge = params.evaluate.judge
+            key = os.environ.get(judge.api_key_variable, "") if judge and judge.api_key_variable else ""
+            scored = evaluate(params.evaluate, dataset, adapter, evaluation, key)
             return ", ".join(
                 f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
                 for metric in ("accuracy", "bleu", "rougeL")
