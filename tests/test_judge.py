@@ -50,7 +50,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 def honest(prompt: str) -> str:
     if "assistant B's answers" not in prompt:
-        answer = re.findall(r"answer\]\n(.*?)\n\[End of the assistant's", prompt, re.DOTALL)[-1]
+        between = r"\[Start of the assistant's (?:\w+ )?answer\]\n(.*?)\n\[End of the assistant's"
+        answer = re.findall(between, prompt, re.DOTALL)[-1]
         return f"It has {len(answer)} characters, [[1]] would be unfair. [[{min(10, max(1, len(answer)))}]]"
     a, b = (re.search(rf"{x}'s answers\](.*?)\[End", prompt, re.DOTALL) for x in "AB")
     assert a
