@@ -337,7 +337,9 @@ def _run_stage(name: str, params: Any) -> str:
                     f"{metric} {base[metric]['score']:.3g} → {tuned[metric]['score']:.3g}"
                     for metric in ("accuracy", "macro_f1")
                 )
-            scored = evaluate(params.evaluate, dataset, adapter, evaluation, WORK_DIR / "answers")
+            judge = params.evaluate.judge
+            key = os.environ.get(judge.api_key_variable, "") if judge and judge.api_key_variable else ""
+            scored = evaluate(params.evaluate, dataset, adapter, evaluation, WORK_DIR / "answers", key)
             return ", ".join(
                 f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
                 for metric in ("accuracy", "bleu", "rougeL")

@@ -12,9 +12,11 @@ from pipeline.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.general import forgetting, general_items, read_general
 from pipeline.generate import Answer, generate
 from pipeline.generation.kept import forget_others, kept_file
+from pipeline.judge.endpoint import Endpoint, JudgeError
+from pipeline.judge.judging import answer_turns, judge, questions, signature
 from pipeline.likelihood import reference_losses, sequence_losses
 from pipeline.model import load_tuned, untuned, use_free_cores
-from pipeline.params import EvaluateParams
+from pipeline.params import EvaluateParams, JudgeParams
 from pipeline.report.contents import System
 from pipeline.report.evaluation_pages import write_report
 from pipeline.report.stage import stage_contents
@@ -30,6 +32,7 @@ class _Asked:
     losses: tuple[list[float], list[int]]
     prompts: list[Answer]  # to params.prompts
     general: pa.Table | None
+    turns: list[tuple[Answer, Answer]]  # to the judge's questions
 
 
 @dataclass(frozen=True)
@@ -38,21 +41,30 @@ class Evaluated:
     adapter: Metrics
 
 
-def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path, kept: Path | None = None) -> Evaluated:
+def evaluate(
+    params: EvaluateParams,
+    dataset: Path,
+    adapter: Path,
+    output: Path,
+    kept: Path | None = None,
+    judge_key: str = "",
+) -> Evaluated:
     """Score the adapter and the untouched base, quantised as in training, on the same test prompts.
 
     Writes to `output`: `metrics.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
     others 0–1), `items.base.parquet` and `items.adapter.parquet` (every answer with its scores), `prompts.json`
     (answers to `params.prompts`), `evaluation.json` (what the scores depend on: test split, decoding, signatures) and
     `report.md` and `report.html`; with `params.general` also `general.json`, `general.base.parquet` and
-    `general.adapter.parquet`.
+    `general.adapter.parquet`; with `params.judge` also `judge.json` and `judge.parquet` (every reply of the judge).
 
     Args:
         kept: a folder for answers: a killed run leaves them to the next one, and so does one with other metrics.
+        judge_key: the key of the judge's endpoint.
 
     Raises:
         TemplateError: base model or tokenizer is not what the dataset was prepared for, or the adapter was trained on.
         ModelError: the adapter is missing or does not fit the base.
+        JudgeError: `params.judge` cannot be asked, or does not answer in the form that it is asked for.
         GeneralError: `params.general` is not the file that was pinned, or has a row that cannot be used.
     """
     contract = read_json(dataset / "contract.json")
@@ -65,6 +77,8 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config, "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else None
+    judge_by = endpoint(params.judge, judge_key) if params.judge else None
+    open_questions = questions(params.judge.languages) if params.judge else []
     extra = [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts]
     files: list[Path] = []
 
@@ -77,12 +91,18 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
             limits = (params.max_new_tokens, params.batch_size)
             return generate(model, template, asked, *limits, "evaluate", f"{system}{what}", keep)
 
+        def in_conversation(messages: list[list[dict[str, str]]]) -> list[Answer]:
+            turns = [template.prompt_ids(one) for one in messages]
+            longest = params.judge.max_new_tokens if params.judge else 0
+            return generate(model, template, turns, longest, params.batch_size, "evaluate", f"{system}, for the judge")
+
         items = None
         if general is not None:
             losses = sequence_losses(model, general.sequences, template.tokenizer.pad_token_id, "evaluate", system)
             items = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
         losses = reference_losses(model, template, test, "evaluate", system)
-        return _Asked(answer(prompts), losses, answer(extra, ", prompts") if extra else [], items)
+        asked_turns = answer_turns(open_questions, in_conversation) if open_questions else []
+        return _Asked(answer(prompts), losses, answer(extra, ", prompts") if extra else [], items, asked_turns)
 
     identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
@@ -102,6 +122,13 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
         write_json(folder / "metrics.json", metrics)
         if asked["base"].general is not None and asked["adapter"].general is not None:
             write_json(folder / "general.json", forgetting(asked["base"].general, asked["adapter"].general, params))
+        if params.judge is not None and judge_by is not None:
+            turns = {system: asked[system].turns for system in ("adapter", "base")}
+            limits = (params.judge.max_concurrency, params.bootstrap_samples, params.seed)
+            judged = judge(judge_by.complete, open_questions, turns, *limits)
+            signed = {"signature": signature(params.judge.model, params.judge.languages)}
+            write_json(folder / "judge.json", signed | judged.summary)
+            pq.write_table(judged.verdicts, folder / "judge.parquet")
         write_json(folder / "prompts.json", side_by_side(params.prompts, asked))
         settings = provenance(params, dataset, signatures)
         write_json(folder / "evaluation.json", settings)
@@ -113,6 +140,12 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
     if kept is not None:
         forget_others(kept, files)
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
+
+
+def endpoint(params: JudgeParams, key: str) -> Endpoint:
+    if params.api_key_variable is not None and not key:
+        raise JudgeError(f"evaluate.judge needs its key in the environment variable {params.api_key_variable}")
+    return Endpoint(params.endpoint, params.model, key, params.timeout_s, params.max_tokens)
 
 
 def side_by_side(prompts: list[str], asked: dict[str, _Asked]) -> list[dict[str, Any]]:

@@ -235,6 +235,17 @@ class GeneralParams(Section):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class JudgeParams(Section):
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^@?#]+$")]
+    model: Annotated[str, Field(min_length=1)]
+    api_key_variable: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None
+    languages: Annotated[list[Literal["en", "zh"]], Field(min_length=1)]
+    max_tokens: Positive
+    max_new_tokens: Positive
+    max_concurrency: Annotated[int, Field(ge=1, le=64)]
+    timeout_s: Annotated[float, Field(gt=0)]
+
+
 class EvaluateParams(Section):
     max_new_tokens: Positive
     batch_size: Positive
@@ -242,6 +253,7 @@ class EvaluateParams(Section):
     bootstrap_samples: Annotated[int, Field(ge=100)]
     prompts: list[Annotated[str, Field(min_length=1)]]
     general: GeneralParams | None
+    judge: JudgeParams | None
     seed: Annotated[int, Field(ge=0)]
 
 

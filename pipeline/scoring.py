@@ -21,7 +21,7 @@ from pipeline.statistics import METRICS, bootstrap_metrics, group_of, metric_ite
 
 METRIC_FOLDER = Path(__file__).with_name("metrics")
 ITEMS_OF_A_CLASS = 10  # a task is a classification, and counts for macro-F1, with so many items a label on average
-NOT_SCORED = {"prompts", "general"}  # parameters that no score of a test item depends on
+NOT_SCORED = {"prompts", "general", "judge"}  # parameters that no score of a test item depends on
 STATUSES = ("ok", "cut_off", "empty", "failed")
 # {metric: {score, low, high}, distinct_1, distinct_2, length_ratio, num_samples, num_cut_off, num_empty, num_failed,
 #  by_task, by_language, by_length: {name: the same}}
@@ -158,7 +158,7 @@ def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]
 
 def scoring_params(provenance: dict[str, Any]) -> EvaluateParams:
     """The parameters that scores were made with, from their provenance."""
-    return EvaluateParams.model_validate({"prompts": [], "general": None} | provenance["params"])
+    return EvaluateParams.model_validate({"prompts": [], "general": None, "judge": None} | provenance["params"])
 
 
 def _status(answer: Answer | None) -> str:

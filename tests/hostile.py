@@ -323,6 +323,8 @@ GOOD_NAMES = [
     "evaluation/general.json",
     "evaluation/items.adapter.parquet",
     "evaluation/items.base.parquet",
+    "evaluation/judge.json",
+    "evaluation/judge.parquet",
     "evaluation/metrics.json",
     "evaluation/prompts.json",
     "evaluation/report.md",

@@ -110,6 +110,9 @@ def test_dependent_items_count_less() -> None:
     p_groups = binary_test(candidate, champion, np.repeat(np.arange(30), 4), 0.0).p
     assert p_groups > 100 * binary_test(candidate, champion, np.arange(120), 0.0).p
     assert p_groups == pytest.approx(0.5**10)
+    grouped, single = (binary_test(candidate, champion, g, 0.2) for g in (np.repeat(np.arange(30), 4), np.arange(120)))
+    assert grouped.p > 1.5 * single.p
+    assert grouped.low < single.low
 
 
 def test_holm_is_his_own_example_and_keeps_the_order() -> None:
@@ -126,6 +129,13 @@ def test_randomisation_of_few_groups_is_the_share_of_all_exchanges() -> None:
     groups = np.arange(6)
     drawn = exchanged_differences(group_sums(ours, groups), group_sums(theirs, groups), 20_000, seed=0)
     assert (drawn >= gap.mean() - 1e-9).mean() == pytest.approx(exact, abs=0.005)
+
+
+def test_six_items_are_not_as_certain_as_their_bootstrap() -> None:
+    ours, theirs, groups = np.linspace(0.5, 0.9, 6), np.full(6, 0.4), np.arange(6)
+    differences = resampled_differences(ours, theirs, groups, 4000, seed=0)
+    assert (differences <= 0).mean() == 0.0
+    assert corpus_test(ours, theirs, groups, 0.0, differences, seed=0).p == pytest.approx(1 / 64, abs=0.006)
 
 
 def test_the_power_is_the_textbooks_for_one_metric() -> None:

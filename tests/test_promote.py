@@ -131,6 +131,18 @@ def test_too_few_items_leave_champion_and_canary_and_are_not_asked_again(
     assert again.reason.startswith("not decided before, and champion, gate and test items are the same: rougeL 0.600")
 
 
+def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Params) -> None:
+    published(tmp_path, params, 0.5, forgets=0.3)
+    refused = decide(tmp_path, params)
+    assert (refused.decision, refused.champion) == ("refused", None)
+    assert refused.reason.startswith("general_perplexity 10.")
+    assert "needed at most +0.7" in refused.reason
+    rows = {row["metric"]: row["verdict"] for row in verdict_rows(refused.comparison)}
+    assert (rows["rougeL"], rows["general_accuracy"], rows["general_perplexity"]) == ("passed", "passed", "refused")
+    published(tmp_path, params, 0.5, forgets=0.01)
+    assert decide(tmp_path, params).decision == "promoted"
+
+
 def test_scores_of_different_signatures_are_not_compared(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,8 +69,11 @@ def make_workspace(
     exact: bool = True,
     model: Path | None = None,
     commit: bool = False,
+    forgets: float | None = None,
 ) -> None:
-    """Artifacts and dvc.lock in `root`. `exact`: whether test items count for accuracy; `model`: what was merged."""
+    """Artifacts and dvc.lock in `root`. `exact`: whether test items count for accuracy; `model`: what was merged;
+    `forgets`: nats a token that a general set lost.
+    """
     artifacts = root / "artifacts"
     shutil.rmtree(artifacts, ignore_errors=True)
     contract = {
@@ -114,6 +117,12 @@ def make_workspace(
     write_json(artifacts / "evaluation" / "metrics.json", scores)
     (artifacts / "evaluation" / "report.md").write_text("# Evaluation\n")
     pq.write_table(base, artifacts / "evaluation" / "items.base.parquet")
+    if forgets is not None:
+        columns = {"id": merged["id"], "group": merged["group"], "loss_tokens": [10] * ITEMS, "accuracy": [1.0] * ITEMS}
+        for system, loss in (("base", 20.0), ("adapter", 20.0 + 10 * forgets)):
+            table = pa.table(columns | {"loss": [loss + (i % 7) / 10 for i in range(ITEMS)]})
+            pq.write_table(table, artifacts / "evaluation" / f"general.{system}.parquet")
+        write_json(artifacts / "evaluation" / "general.json", {"rows": ITEMS})
     (artifacts / "parity").mkdir()
     pq.write_table(merged, artifacts / "parity" / "items.merged.parquet")
     write_json(artifacts / "parity" / "metrics.json", {"merged": _scores(merged)})
