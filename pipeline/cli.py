@@ -316,7 +316,8 @@ def _run_stage(name: str, params: Any) -> str:
             reasons = ", ".join(f"{count:,} × {reason}" for reason, count in made.dropped.items())
             dropped = f", {sum(made.dropped.values()):,} dropped ({reasons})" if made.dropped else ""
             rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
-            return f"{rows} rows{dropped}; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
+            loss = "" if classes else f"; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
+            return f"{rows} rows{dropped}{loss}"
         case "train":
             from pipeline.train import train
             from pipeline.training.warm_start import fetch_init

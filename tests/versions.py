@@ -148,13 +148,20 @@ def write_lock(root: Path, tree: dict[str, Any]) -> None:
         stage: {
             "cmd": f"retune stage {stage}",
             "deps": [{"path": "data/instructions", "hash": "md5", "md5": "0" * 32 + ".dir"}],
-            "params": {"params.yaml": {stage: tree[stage]}} if stage in tree else {},
+            "params": {"params.yaml": {name: _value(tree, name) for name in graph_file[stage]["params"]}},
             "outs": [{"path": path, "hash": "md5", "md5": _digest(root / path)} for path in paths],
         }
         for stage, paths in outs.items()
     }
     with (root / "dvc.lock").open("w") as file:
         YAML().dump({"schema": "2.0", "stages": stages}, file)
+
+
+def _value(tree: Any, name: str) -> Any:
+    """Of a section, or of one parameter as `train.task`, as dvc.lock has them."""
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
 
 
 def weights(path: Path, value: float, number: int) -> None:

@@ -84,8 +84,8 @@ def require_context(params: TrainParams, config: Any, max_length: int) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if params.method in VIRTUAL_TOKENS and limit and max_length + params.num_virtual_tokens > limit:
         raise MethodError(
-            f"train.num_virtual_tokens is {params.num_virtual_tokens} and rows have up to {max_length} tokens, "
-            f"together more than the model's {limit}; set prepare.max_length to {limit - params.num_virtual_tokens}"
+            f"train.num_virtual_tokens is {params.num_virtual_tokens} and rows have up to {max_length} tokens, more "
+            f"than the model's {limit}; set prepare.max_length to {limit - params.num_virtual_tokens} at most"
         )
 
 

@@ -138,11 +138,11 @@ def git_state(root: Path) -> dict[str, Any]:
 
 
 def _resolved(stages: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that each stage last ran with, from dvc.lock."""
+    """The sections that each stage last ran with, from dvc.lock; single parameters (`train.task`) are in theirs."""
     sections: dict[str, Any] = {}
     for stage in stages.values():
         for values in stage.get("params", {}).values():
-            sections |= values
+            sections |= {key: value for key, value in values.items() if "." not in key}
     return sections
 
 
