@@ -19,6 +19,7 @@ from pipeline.training import loss as loss_module
 from pipeline.training.loss import add_chunked_loss, chunked_loss
 from pipeline.training.packing import (
     Collate,
+    fill_lines,
     pieces,
     require_isolation,
     rows_in,
@@ -181,3 +182,14 @@ def test_the_loss_takes_a_tenth_of_the_memory_at_a_vocabulary_of_150000() -> Non
     (full, a), (chunked, b) = measured("full"), measured("chunked")
     assert chunked * 10 <= full, (chunked, full)
     assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_every_row_is_in_one_line_and_lines_are_full(params: Params) -> None:
+    draw = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in torch.randint(5, 120, (2000,), generator=draw)] + [900, 512, 513]
+    lines = fill_lines(lengths, 512, seed=1)
+    assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
+    totals = [sum(lengths[row] for row in line) for line in lines]
+    assert all(total <= 512 or len(line) == 1 for total, line in zip(totals, lines, strict=True))
+    assert sum(totals) / len(totals) > 0.95 * 512
+    assert lines != fill_lines(lengths, 512, seed=2)

@@ -145,7 +145,7 @@ print("finished, resumed from", done.resumed_from_step, flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.faults)])
 def test_a_killed_training_goes_on_from_its_checkpoint(
     tmp_path: Path, params: Params, dataset: Path, number: signal.Signals
 ) -> None:

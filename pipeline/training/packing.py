@@ -8,14 +8,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, List, Value, concatenate_datasets
+from datasets import Dataset
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
-from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.model import ModelError
@@ -23,26 +23,58 @@ from pipeline.params import TrainParams
 
 Batch = dict[str, Any]
 ROW_ATTENTION = "row_attention"
+OPEN_LINES = 16
 
 
 def training_sequences(path: Path, params: TrainParams) -> Dataset:
     """Rows as training sequences: one each, or packed to `packed_length`; `seq_lengths` keeps packed rows apart.
 
-    TRL's own packing would cut a row longer than the sequence; here it is a sequence of its own.
+    A row longer than `packed_length` is a sequence of its own; none is cut.
     """
-    table = pq.read_table(path, columns=["input_ids", "labels"])
-    lengths = table.column("input_ids").combine_chunks().value_lengths().to_pylist()
-    offsets = pa.array([0, *torch.tensor(lengths or [0]).cumsum(0).tolist()][: len(lengths) + 1], pa.int32())
-    numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-    rows = Dataset(table.append_column("rows", pa.ListArray.from_arrays(offsets, pa.array(numbers.numpy()))))
-    if not params.packing or not len(rows):
-        return rows
-    short = rows.select([i for i, n in enumerate(lengths) if n <= params.packed_length]).shuffle(seed=params.seed)
-    long = rows.select([i for i, n in enumerate(lengths) if n > params.packed_length])
-    alone = [[n] for n in lengths if n > params.packed_length]
-    parts = [pack_dataset(short, params.packed_length, "bfd")] if len(short) else []
-    parts += [long.add_column("seq_lengths", alone, feature=List(Value("int32")))] if alone else []
-    return concatenate_datasets(parts)
+    table = pq.read_table(path, columns=["input_ids", "labels"]).combine_chunks()
+    lengths = np.asarray(table.column("input_ids").combine_chunks().value_lengths(), dtype=np.int64)
+    table = table.append_column(
+        "rows", _lists(pa.array(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)), lengths)
+    )
+    if not params.packing or not len(lengths):
+        return Dataset(table)
+    lines = fill_lines(lengths.tolist(), params.packed_length, params.seed)
+    order = np.concatenate(lines)
+    taken = table.take(pa.array(order)).combine_chunks()
+    line_lengths = np.array([lengths[line].sum() for line in lines])
+    columns = {name: _lists(taken.column(name).combine_chunks().flatten(), line_lengths) for name in taken.column_names}
+    sizes = np.array([len(line) for line in lines])
+    return Dataset(pa.table(columns | {"seq_lengths": _lists(pa.array(lengths[order].astype(np.int32)), sizes)}))
+
+
+def _lists(values: pa.Array, lengths: np.ndarray[Any, Any]) -> pa.Array:
+    return pa.LargeListArray.from_arrays(np.concatenate([[0], lengths.cumsum()]), values)
+
+
+def fill_lines(lengths: list[int], line: int, seed: int) -> list[list[int]]:
+    """Row numbers by line: each row, in random order, goes where it leaves the least room among the open lines.
+
+    TRL packs the longest rows first, which fills lines a little better, but puts rows of like length, so often of one
+    task, into one step: on the sample that cost 4 % of validation loss. Room at a line's end costs nothing here, since
+    lines are not padded.
+    """
+    filled: list[list[int]] = []
+    open_lines: list[tuple[int, list[int]]] = []  # room, rows
+    for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        fitting = [i for i, (room, _) in enumerate(open_lines) if room >= lengths[row]]
+        if fitting:
+            place = min(fitting, key=lambda i: open_lines[i][0])
+            room, rows = open_lines.pop(place)
+        else:
+            room, rows = line, []
+        rows.append(row)
+        if room > lengths[row]:
+            open_lines.append((room - lengths[row], rows))
+        else:
+            filled.append(rows)
+        if len(open_lines) > OPEN_LINES:
+            filled.append(open_lines.pop(min(range(len(open_lines)), key=lambda i: open_lines[i][0]))[1])
+    return filled + [rows for _, rows in open_lines]
 
 
 class Collate:
