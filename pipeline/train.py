@@ -81,7 +81,7 @@ def train(
     watch = Watch(params, sources)
     if params.packing:
         require_isolation(model, train_rows)
-        use_row_attention(model)
+        use_row_attention(model, train_rows)
     trainer = AdapterTrainer(
         model=model,
         args=_arguments(params, folder),

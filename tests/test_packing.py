@@ -50,9 +50,9 @@ def inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("by_row", [True, False])
-def test_a_neighbour_changes_no_logit(model: Any, dataset: Path, by_row: bool) -> None:
+def test_a_neighbour_changes_no_logit(model: Any, dataset: Path, params: Params, by_row: bool) -> None:
     if by_row:
-        assert use_row_attention(model)
+        assert use_row_attention(model, training_sequences(dataset / "train.parquet", params.train))
     collate, lengths = Collate(0, packed=True), line(dataset, [0, 1, 2])["seq_lengths"]
 
     def logits(packed: dict[str, Any]) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: P
             for number in sorted(set(sequence["rows"])):
                 ids, labels = (torch.tensor([rows[number][key]]) for key in ("input_ids", "labels"))
                 alone[number] = float(model(input_ids=ids, labels=labels).loss)
-        use_row_attention(model)
+        assert use_row_attention(model, sequences)
         add_chunked_loss(model)
         for sequence in sequences.select(range(4)):
             for piece in pieces(Collate(0, packed=True)([sequence]), 1000):
@@ -124,6 +124,30 @@ def test_an_architecture_that_mixes_rows_is_refused(dataset: Path, params: Param
     require_isolation(own, sequences)
     with pytest.raises(ModelError, match="llama does not keep packed rows apart .* set train.packing to false"):
         require_isolation(deaf, sequences)
+
+
+def test_an_architecture_with_attention_of_its_own_keeps_it(dataset: Path, params: Params) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    windowed = MistralConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    sequences = training_sequences(dataset / "train.parquet", params.train)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(windowed).eval()
+    model.set_attn_implementation("sdpa")
+    assert not use_row_attention(model, sequences)
+    assert model.config._attn_implementation == "sdpa"
+    windowed.sliding_window = None
+    model = MistralForCausalLM(windowed).eval()
+    model.set_attn_implementation("sdpa")
+    assert use_row_attention(model, sequences)
 
 
 def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:

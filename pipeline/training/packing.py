@@ -175,46 +175,65 @@ def _side_by_side(x: torch.Tensor, places: torch.Tensor, shape: tuple[int, int])
     return flat.view(*shape, x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def use_row_attention(model: Any) -> bool:
-    """Let a model that takes its attention from transformers' interface compute it by `row_attention`, on a CPU."""
+def use_row_attention(model: Any, sequences: Dataset) -> bool:
+    """Let a model that takes its attention from transformers' interface compute it by `row_attention`, on a CPU.
+
+    Only where the fullest line has the same logits either way: windows, biases or caps of an architecture rule it out.
+    """
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return False
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if window is not None or not getattr(model, "_supports_attention_backend", False):
-        return False  # a window would need its mask
+    if not getattr(model, "_supports_attention_backend", False):
+        return False
     AttentionInterface.register(ROW_ATTENTION, row_attention)
     AttentionMaskInterface.register(ROW_ATTENTION, AttentionMaskInterface._global_mapping["sdpa"])
+    rows = _rows_of(_fullest(sequences))
+    before = _logits(model, rows)
     model.set_attn_implementation(ROW_ATTENTION)
+    if _differ(_logits(model, rows), before):
+        model.set_attn_implementation("sdpa")
+        return False
     return True
 
 
-@torch.no_grad()
 def require_isolation(model: Any, sequences: Dataset) -> None:
     """See that a row's logits are the same whatever its neighbour in a packed line says.
 
     Raises:
         ModelError: the architecture ignores where rows begin.
     """
-    rows_by_line = [len(lengths) for lengths in sequences["seq_lengths"]]
-    first, *others = _rows_of(sequences[rows_by_line.index(max(rows_by_line))])
+    first, *others = _rows_of(_fullest(sequences))
     if not others:
         return  # no line holds two rows
-    pad, vocabulary = model.config.pad_token_id or 0, model.config.get_text_config().vocab_size
-    other = {**first, "input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
-    was_training, logits = model.training, []
-    model.eval()
-    for neighbour in (first, other):
-        batch = Collate(pad, packed=True)([neighbour, others[0]])
-        del batch["rows"]
-        batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
-        logits.append(model(**batch, use_cache=False).logits[0, len(first["input_ids"]) :].float())
-    model.train(was_training)
-    error = float((logits[0] - logits[1]).abs().max())
-    if not error <= 1e-3 * float(logits[0].abs().max()):
+    vocabulary = model.config.get_text_config().vocab_size
+    other = first | {"input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
+    own, changed = (_logits(model, [row, others[0]])[len(first["input_ids"]) :] for row in (first, other))
+    if _differ(own, changed):
         raise ModelError(
-            f"{model.config.model_type} does not keep packed rows apart (logits of a row change by {error:.3g} with "
-            "its neighbour); set train.packing to false"
+            f"{model.config.model_type} does not keep packed rows apart (logits of a row change by "
+            f"{float((own - changed).abs().max()):.3g} with its neighbour); set train.packing to false"
         )
+
+
+@torch.no_grad()
+def _logits(model: Any, rows: list[Batch]) -> torch.Tensor:
+    """(T, vocabulary) of `rows` in one line."""
+    batch = Collate(model.config.pad_token_id or 0, packed=True)(rows)
+    del batch["rows"]
+    batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
+    was_training = model.training
+    logits: torch.Tensor = model.eval()(**batch, use_cache=False).logits[0].float()
+    model.train(was_training)
+    return logits
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return not float((a - b).abs().max()) <= 1e-3 * float(a.abs().max())
+
+
+def _fullest(sequences: Dataset) -> Batch:
+    """The line with most rows."""
+    rows = [len(lengths) for lengths in sequences["seq_lengths"]]
+    return sequences[rows.index(max(rows))]
 
 
 def _rows_of(sequence: Batch) -> list[Batch]:
