@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-faults check bench bench-stages bench-data bench-evaluate bench-merge bench-store sample lock clean help
+.PHONY: run test test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,13 +29,16 @@ check: $(READY)      ## formatting, lint, types
 	@ruff check .
 	@mypy
 
-bench: bench-stages bench-data bench-evaluate bench-merge bench-store  ## every benchmark
+bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-store  ## every benchmark
 
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
 	@python -m pipeline.benchmarks.stages
 
 bench-data: $(READY)  ## ingest and prepare beside datasets.map, datasketch and rensa (about 4 minutes)
 	@python -m pipeline.benchmarks.data
+
+bench-train: $(READY)  ## train beside `trl sft` with its defaults, on rows of the last prepare (about 8 minutes)
+	@python -m pipeline.benchmarks.train
 
 bench-evaluate: $(READY)  ## answers a second beside transformers' static and continuous batching (about 4 minutes)
 	@python -m pipeline.benchmarks.generation

@@ -103,7 +103,7 @@ def train(
     watch = Watch(params, sources)
     if params.packing and not labels:
         require_isolation(model, train_rows)
-        use_row_attention(model)
+        use_row_attention(model, train_rows)
     trainer = (ClassTrainer if labels else AdapterTrainer)(
         model=model,
         args=_arguments(params, folder),

@@ -19,6 +19,7 @@ from pipeline.training import loss as loss_module
 from pipeline.training.loss import add_chunked_loss, chunked_loss
 from pipeline.training.packing import (
     Collate,
+    fill_lines,
     pieces,
     require_isolation,
     rows_in,
@@ -49,9 +50,9 @@ def inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("by_row", [True, False])
-def test_a_neighbour_changes_no_logit(model: Any, dataset: Path, by_row: bool) -> None:
+def test_a_neighbour_changes_no_logit(model: Any, dataset: Path, params: Params, by_row: bool) -> None:
     if by_row:
-        assert use_row_attention(model)
+        assert use_row_attention(model, training_sequences(dataset / "train.parquet", params.train))
     collate, lengths = Collate(0, packed=True), line(dataset, [0, 1, 2])["seq_lengths"]
 
     def logits(packed: dict[str, Any]) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: P
             for number in sorted(set(sequence["rows"])):
                 ids, labels = (torch.tensor([rows[number][key]]) for key in ("input_ids", "labels"))
                 alone[number] = float(model(input_ids=ids, labels=labels).loss)
-        use_row_attention(model)
+        assert use_row_attention(model, sequences)
         add_chunked_loss(model)
         for sequence in sequences.select(range(4)):
             for piece in pieces(Collate(0, packed=True)([sequence]), 1000):
@@ -123,6 +124,30 @@ def test_an_architecture_that_mixes_rows_is_refused(dataset: Path, params: Param
     require_isolation(own, sequences)
     with pytest.raises(ModelError, match="llama does not keep packed rows apart .* set train.packing to false"):
         require_isolation(deaf, sequences)
+
+
+def test_an_architecture_with_attention_of_its_own_keeps_it(dataset: Path, params: Params) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    windowed = MistralConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    sequences = training_sequences(dataset / "train.parquet", params.train)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(windowed).eval()
+    model.set_attn_implementation("sdpa")
+    assert not use_row_attention(model, sequences)
+    assert model.config._attn_implementation == "sdpa"
+    windowed.sliding_window = None
+    model = MistralForCausalLM(windowed).eval()
+    model.set_attn_implementation("sdpa")
+    assert use_row_attention(model, sequences)
 
 
 def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,3 +206,14 @@ def test_the_loss_takes_a_tenth_of_the_memory_at_a_vocabulary_of_150000() -> Non
     (full, a), (chunked, b) = measured("full"), measured("chunked")
     assert chunked * 10 <= full, (chunked, full)
     assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_every_row_is_in_one_line_and_lines_are_full(params: Params) -> None:
+    draw = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in torch.randint(5, 120, (2000,), generator=draw)] + [900, 512, 513]
+    lines = fill_lines(lengths, 512, seed=1)
+    assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
+    totals = [sum(lengths[row] for row in line) for line in lines]
+    assert all(total <= 512 or len(line) == 1 for total, line in zip(totals, lines, strict=True))
+    assert sum(totals) / len(totals) > 0.95 * 512
+    assert lines != fill_lines(lengths, 512, seed=2)

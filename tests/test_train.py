@@ -12,13 +12,14 @@ import torch
 from conftest import ROOT, environment, make_base, with_
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.model import load_base
 from pipeline.params import Params
 from pipeline.security.sanitise import portable
-from pipeline.train import QUANTISATION, TrainError, train
+from pipeline.train import QUANTISATION, Interrupted, TrainError, train
 from pipeline.training.checkpoints import last_checkpoint, run_key, seal
 from pipeline.training.packing import training_sequences
 
@@ -145,6 +146,27 @@ print("finished, resumed from", done.resumed_from_step, flush=True)
 """
 
 
+def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(
+    tmp_path: Path, params: Params, dataset: Path, adapter: Path
+) -> None:
+    """`test_resuming.py` has the kills that nobody can catch, and dropout."""
+    steps = iter(range(1000))
+    hook = register_optimizer_step_post_hook(
+        lambda *_: signal.raise_signal(signal.SIGTERM) if next(steps) == 6 else None
+    )
+    try:
+        with pytest.raises(Interrupted, match="stopped by a signal at step 7; the next run goes on from there"):
+            train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    finally:
+        hook.remove()
+    assert not (tmp_path / "adapter").exists()
+    assert train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints").resumed_from_step == 7
+    for path in adapter.iterdir():
+        assert sha256_file(tmp_path / "adapter" / path.name) == sha256_file(path), path.name
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_training_goes_on_from_its_checkpoint(
     tmp_path: Path, params: Params, dataset: Path, number: signal.Signals
