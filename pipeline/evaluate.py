@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from pipeline.chat.template import TemplateError, differing_keys, load_contract
 from pipeline.files import read_json, sha256_file, whole_directory, write_json
-from pipeline.generate import Answer, generate
+from pipeline.generate import Answer, generate, to_answer
 from pipeline.generation.kept import forget_others, kept_file
+from pipeline.generation.vllm import vllm_tokens
 from pipeline.model import load_adapter, load_base, use_free_cores
 from pipeline.params import EvaluateParams
 from pipeline.report.contents import System
@@ -46,6 +47,7 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
     Raises:
         TemplateError: base model or tokenizer is not what the dataset was prepared for, or the adapter was trained on.
         ModelError: the adapter is missing or does not fit the base.
+        BackendError: `params.backend` cannot be used here.
     """
     contract = read_json(dataset / "contract.json")
     template = load_contract(contract)
@@ -54,7 +56,6 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
     test = test_items(dataset, params.max_samples)
     prompts = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
-    model = load_adapter(load_base(contract["model"], quantisation), adapter)
     weights = sha256_file(adapter / "adapter_model.safetensors")
     identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
 
@@ -69,9 +70,15 @@ def evaluate(params: EvaluateParams, dataset: Path, adapter: Path, output: Path,
             model, template, prompts, params.max_new_tokens, params.batch_size, "evaluate", f"the {system}", keep
         )
 
-    answers = {"adapter": answer("adapter", adapter=weights)}
-    with model.disable_adapter():
-        answers["base"] = answer("base")
+    if params.backend == "vllm":
+        limit, stops = params.max_new_tokens, template.stop_ids
+        made = vllm_tokens(contract["model"], adapter, prompts, limit, stops, quantisation["load_in_4bit"])
+        answers = {system: [to_answer(ids, template) for ids in each] for system, each in made.items()}
+    else:
+        model = load_adapter(load_base(contract["model"], quantisation), adapter)
+        answers = {"adapter": answer("adapter", adapter=weights)}
+        with model.disable_adapter():
+            answers["base"] = answer("base")
     metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}

@@ -184,6 +184,7 @@ class TrainParams(Section):
 
 
 class EvaluateParams(Section):
+    backend: Literal["auto", "transformers", "vllm"]
     max_new_tokens: Positive
     batch_size: Positive
     max_samples: Positive | None
