@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 from pipeline.chat.template import TemplateError, differing_keys, load_contract
 from pipeline.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.general import forgetting, general_items, read_general
-from pipeline.generate import Answer, generate
+from pipeline.generate import Answer, generate, to_answer
 from pipeline.generation.kept import forget_others, kept_file
+from pipeline.generation.vllm import vllm_tokens
 from pipeline.judge.endpoint import Endpoint, JudgeError
 from pipeline.judge.judging import answer_turns, judge, questions, signature
 from pipeline.likelihood import reference_losses, sequence_losses
@@ -66,6 +67,7 @@ def evaluate(
         ModelError: the adapter is missing or does not fit the base.
         JudgeError: `params.judge` cannot be asked, or does not answer in the form that it is asked for.
         GeneralError: `params.general` is not the file that was pinned, or has a row that cannot be used.
+        BackendError: `params.backend` cannot be used here.
     """
     contract = read_json(dataset / "contract.json")
     template = load_contract(contract)
@@ -74,6 +76,10 @@ def evaluate(
     test = test_items(dataset, params.max_samples)
     prompts = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
+    made = {}
+    if params.backend == "vllm":  # before another copy of the base is on the GPU
+        limit, stops = params.max_new_tokens, template.stop_ids
+        made = vllm_tokens(contract["model"], adapter, prompts, limit, stops, quantisation["load_in_4bit"])
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config, "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else None
@@ -89,26 +95,31 @@ def evaluate(
                 keep = kept_file(kept, identifies, asked, params.max_new_tokens, template.stop_ids)
                 files.append(keep)
             limits = (params.max_new_tokens, params.batch_size)
-            return generate(model, template, asked, *limits, "evaluate", f"{system}{what}", keep)
+            return generate(model, template, asked, *limits, "evaluate", f"the {system}{what}", keep)
 
         def in_conversation(messages: list[list[dict[str, str]]]) -> list[Answer]:
             turns = [template.prompt_ids(one) for one in messages]
             longest = params.judge.max_new_tokens if params.judge else 0
-            return generate(model, template, turns, longest, params.batch_size, "evaluate", f"{system}, for the judge")
+            return generate(
+                model, template, turns, longest, params.batch_size, "evaluate", f"the {system}, for the judge"
+            )
 
         items = None
         if general is not None:
-            losses = sequence_losses(model, general.sequences, template.tokenizer.pad_token_id, "evaluate", system)
+            losses = sequence_losses(
+                model, general.sequences, template.tokenizer.pad_token_id, "evaluate", f"the {system}"
+            )
             items = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
-        losses = reference_losses(model, template, test, "evaluate", system)
+        losses = reference_losses(model, template, test, "evaluate", f"the {system}")
+        answers = [to_answer(ids, template) for ids in made[system]] if made else answer(prompts)
         asked_turns = answer_turns(open_questions, in_conversation) if open_questions else []
-        return _Asked(answer(prompts), losses, answer(extra, ", prompts") if extra else [], items, asked_turns)
+        return _Asked(answers, losses, answer(extra, ", prompts") if extra else [], items, asked_turns)
 
     identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
-    asked = {"adapter": ask(model, "the adapter", **identity, adapter=weights)}
+    asked = {"adapter": ask(model, "adapter", **identity, adapter=weights)}
     with untuned(model, contract["model"]) as before:
-        asked["base"] = ask(before, "the base", **identity)
+        asked["base"] = ask(before, "base", **identity)
     metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}

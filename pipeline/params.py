@@ -247,6 +247,7 @@ class JudgeParams(Section):
 
 
 class EvaluateParams(Section):
+    backend: Literal["auto", "transformers", "vllm"]
     max_new_tokens: Positive
     batch_size: Positive
     max_samples: Positive | None

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -18,10 +20,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.chat.template import load_contract
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 from pipeline.generate import common_prefix, generate, in_slots, new_tokens
 from pipeline.generation.kept import KeptAnswers, kept_file
 from pipeline.generation.slots import Slots, fits
+from pipeline.generation.vllm import BackendError, vllm_tokens
 from pipeline.model import load_base
 from pipeline.params import Params
 
@@ -206,3 +209,43 @@ def local(folder: Path) -> dict[str, Any]:
 def test_no_prompts_have_no_answers(base: Path, dataset: Path) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
     assert generate(load_base(local(base)), template, [], 8, 4, "test", "base") == []
+
+
+def test_vllm_without_its_package_or_for_a_quantised_base_is_one_sentence(
+    tmp_path: Path, dataset: Path, adapter: Path, params: Params
+) -> None:
+    from pipeline.evaluate import evaluate
+
+    vllm = params.evaluate.model_copy(update={"backend": "vllm"})
+    with pytest.raises(BackendError, match="trained on a 4-bit base"):
+        evaluate(vllm, dataset, adapter, tmp_path / "evaluation")
+    plain = tmp_path / "adapter"
+    shutil.copytree(adapter, plain)
+    training = read_json(plain / "training.json")
+    write_json(plain / "training.json", training | {"quantisation": training["quantisation"] | {"load_in_4bit": False}})
+    with pytest.raises(BackendError, match=r"cannot be imported here .*No module named 'vllm'.*pip install vllm"):
+        evaluate(vllm, dataset, plain, tmp_path / "evaluation")
+
+
+def test_vllm_is_asked_with_tokens_greedily_and_with_the_adapter(
+    monkeypatch: pytest.MonkeyPatch, base: Path, adapter: Path
+) -> None:
+    """Against a stand-in with vLLM's documented arguments: no machine of the tests has the package."""
+
+    class LLM:
+        def __init__(self, **arguments: Any) -> None:
+            assert arguments["load_format"] == "safetensors" and not arguments["trust_remote_code"]
+            assert (arguments["max_lora_rank"], arguments["max_model_len"]) == (8, 11)
+
+        def generate(self, prompts: list[dict[str, list[int]]], sampling: Any, lora_request: Any) -> list[Any]:
+            assert (sampling["temperature"], sampling["max_tokens"], sampling["stop_token_ids"]) == (0.0, 8, [2, 7])
+            last = 5 if lora_request is None else 6
+            tokens = [[*prompt["prompt_token_ids"], last] for prompt in prompts]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))]) for ids in tokens]
+
+    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=lambda **arguments: arguments)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *arguments: arguments))
+    made = vllm_tokens(local(base), adapter, [[1, 2, 3], [4]], 8, frozenset({7, 2}), quantised=False)
+    assert made == {"adapter": [[1, 2, 3, 6], [4, 6]], "base": [[1, 2, 3, 5], [4, 5]]}
