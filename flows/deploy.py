@@ -1,4 +1,4 @@
-"""The deployments of prefect.yaml, with their triggers, brought onto the server of PREFECT_API_URL.
+"""The deployments of prefect.yaml with their triggers, and the automations, onto the server of PREFECT_API_URL.
 
 `python -m flows.deploy` does what `prefect deploy --all` does; of Prefect 3.8 that command stops after its first
 deployment to a work pool, because its client asks for the pool's workers in a way that its server refuses.
@@ -15,6 +15,8 @@ from prefect.events import DeploymentEventTrigger
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from ruamel.yaml import YAML
+
+from flows import automations
 
 
 async def deploy(path: Path = Path("prefect.yaml")) -> list[str]:
@@ -44,6 +46,7 @@ async def deploy(path: Path = Path("prefect.yaml")) -> list[str]:
                 trigger = DeploymentEventTrigger.model_validate({"name": f"{each['name']}-{number}"} | wanted)
                 trigger.set_deployment_id(deployment)
                 await client.create_automation(trigger.as_automation())
+        await automations.apply(client)
     return [each["name"] for each in spec["deployments"]]
 
 

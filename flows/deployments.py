@@ -18,6 +18,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 import flows.retrain as story
+from flows.summary import tag_run
 from pipeline import graph
 from pipeline import promote as gate
 from pipeline.data.snapshot import recover
@@ -61,6 +62,7 @@ def retrain(
             version = None if graph.stale() else graph.version_id()
             reason = version and gate.settled(params.publish, params.promote, version)
             if reason:
+                tag_run(trigger, "unchanged")
                 return Completed(name="Unchanged", message=f"nothing to do: version {version}: {reason}")
             # A run that waits for a person lets go of the lock.
             os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}

@@ -30,12 +30,15 @@ from prefect.states import Completed
 from rich.console import Console
 from rich.table import Table
 
+from flows.gpu import train_on_pool
+from flows.summary import show_run
 from pipeline import graph
 from pipeline import promote as gate
 from pipeline import publish as shipping
 from pipeline.commands import verdict_table
 from pipeline.data.snapshot import recover
 from pipeline.files import read_json
+from pipeline.git_record import GitRecordError, record_version
 from pipeline.params import Params, load_params
 from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
@@ -86,6 +89,7 @@ def retrain(trigger: str = "by-hand") -> dict[str, Any]:
             promote(params),
         ]
     )
+    show_run(params, trigger, result)
     return wait_for_approval(params, result)
 
 
@@ -119,7 +123,13 @@ def train(params: Params) -> State[Any]:
     pin_champion(params)
     artifact = create_progress_artifact(0.0, key="training-progress", description="Training")
     assert isinstance(artifact, UUID)  # not a coroutine: this is synchronous code
-    return _repro("train", artifact)
+    operations = load_params().operations
+    if operations.train_pool == "local" or "train" not in graph.stale():
+        return _repro("train", artifact)
+    started = time.monotonic()
+    train_on_pool(operations)
+    update_progress_artifact(artifact_id=artifact, progress=100.0)
+    return _state("train", "ran", started)
 
 
 @task
@@ -156,9 +166,21 @@ def publish(params: Params) -> State[Any]:
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
     decision = gate.promote(params.publish, params.promote)
+    if decision.decision == "promoted" and params.operations.git_branch is not None:
+        _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)
     create_markdown_artifact(verdict(asdict(decision)), key="verdict")
     _report(params, decision)
     return _state("promote", decision.decision, started, asdict(decision))
+
+
+def _record_in_git(branch: str, model: str, decision: gate.Decision) -> None:
+    """The promotion stands, whatever git says; what it says is a line of the run."""
+    try:
+        commit = record_version(branch, model, decision.version, decision.number)
+        _say(f"promote: {branch} has commit {commit[:12]}")
+    except GitRecordError as error:
+        get_run_logger().warning(f"promote: {error}")
+        _say(f"promote: not recorded in git: {error}")
 
 
 @task
@@ -248,7 +270,7 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
         progress = LINE.match(line)
         if progress and artifact is not None:
             try:
-                update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]))
+                update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]), description=line)
             except Exception as error:  # whatever ails the server, it must not end a training
                 logger.warning(f"progress could not be shown: {error}")
 

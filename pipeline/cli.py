@@ -27,7 +27,7 @@ from pipeline.training import commands as training
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,  # `retune --install-completion`
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: boxes cut sentences in pieces
     help="Scheduled, gated retraining of LLM adapters. Run it in the project's top folder.",

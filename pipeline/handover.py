@@ -50,6 +50,11 @@ def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], r
     Raises:
         HandoverError: the stage failed, or something could not be fetched or pushed.
     """
+    if _git(root, "config", "--default", "false", "--get", "retune.worker") != "true":
+        raise HandoverError(
+            f"{root.resolve()} is not set aside for a worker, which overwrites its working tree; give the worker a "
+            "clone of its own, `git config retune.worker true` in it, and its path as RETUNE_ROOT"
+        )
     _git(root, "fetch", "--quiet", remote, f"{ASKED}/{commit}")
     _git(root, "checkout", "--quiet", "--force", "--detach", commit)
     command = python_ending_with_parent("dvc", "repro", "--single-item", "--pull", stage)
@@ -84,6 +89,19 @@ def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
         write_text(path, before)
         raise
     _git(root, "push", "--quiet", remote, f":{ASKED}/{commit}", f":{ANSWERED}/{commit}")
+
+
+def make_clone(folder: Path, remote: str, root: Path = Path(".")) -> None:
+    """A worker's own clone of the project at `folder`, which fetches from where the project pushes to.
+
+    Raises:
+        HandoverError: git could not clone, or the project has no remote of that name.
+    """
+    url = _git(root, "remote", "get-url", remote)
+    if not (folder / ".git").exists():
+        _git(root, "clone", "--quiet", "--no-hardlinks", "--origin", remote, str(root.resolve()), str(folder.resolve()))
+    _git(folder, "remote", "set-url", remote, url)
+    _git(folder, "config", "retune.worker", "true")
 
 
 @contextmanager

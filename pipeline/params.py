@@ -352,6 +352,10 @@ class OperationsParams(Section):
     prefect_port: Annotated[int, Field(ge=1, le=65535)]
     mlflow_port: Annotated[int, Field(ge=1, le=65535)]
     min_new_rows: Positive
+    train_pool: Literal["local", "gpu"]
+    git_remote: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    train_attempts: Annotated[int, Field(ge=1, le=10)]
+    git_branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] | None
 
     @model_validator(mode="after")
     def check(self) -> "OperationsParams":

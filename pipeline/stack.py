@@ -25,12 +25,14 @@ import psutil
 
 from pipeline import server
 from pipeline.files import WORK_DIR, read_json, write_json
+from pipeline.handover import HandoverError, make_clone
 from pipeline.params import Params
 from pipeline.process import end_group, python_ending_with_parent
 from pipeline.server import HOST, STATE, ServerError
 
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
 LOGS = WORK_DIR / "logs"
+CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains: it overwrites its working tree
 POOLS = {"cpu": None, "gpu": 1}  # concurrency limits
 READY_SECONDS = 180
 RESTARTS, WITHIN_SECONDS = 5, 300  # a service that dies more often is left dead, and said to be
@@ -155,6 +157,7 @@ def environment(root: Path, params: Params) -> dict[str, str]:
         MARK: project,
         "RETUNE_ROOT": project,  # where flows run; see prefect.yaml
         "PYTHONPATH": python_path,
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # by which flows.automations tells a dead worker's run
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that a registry does not need
         "RETUNE_STACK_PARAMS": params.model_dump_json(),  # the ports of the flags, which the file does not have
     }
@@ -248,6 +251,8 @@ def supervise(root: Path) -> None:
                 make_pools(known["url"], params)
                 deploy(root)
             note(doing=f"starting {service.name}")
+            if service.name == "gpu-worker" and params.operations.train_pool == "gpu":
+                make_clone(root / CLONE, params.operations.git_remote, root)
             children.append(Child(service, _start(root, service), []))
             _wait_healthy(children[-1], stopping)
         note(ready=True, doing="")
@@ -257,7 +262,7 @@ def supervise(root: Path) -> None:
                 reaper = _reaper(root)
             if _restart_dead(root, children):
                 note()
-    except (ServerError, OSError) as error:
+    except (ServerError, HandoverError, OSError) as error:
         note(error=str(error))
     finally:
         for child in reversed(children):  # workers before the server, which is told how their runs ended
@@ -305,10 +310,15 @@ def _end_orphans(root: Path) -> None:
 
 
 def _start(root: Path, service: Service) -> subprocess.Popen[str]:
+    clone = {}
+    if service.name == "gpu-worker":  # the code that it runs is its clone's, too
+        path = str((root / CLONE).resolve())
+        clone = {"RETUNE_ROOT": path, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])}
     with (root / LOGS / f"{service.name}.log").open("a") as output:
         return subprocess.Popen(
             python_ending_with_parent(*service.arguments),
             cwd=root,
+            env=os.environ | clone,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,8 @@ from conftest import ROOT, change_params, make_project, retune
 from ruamel.yaml import YAML
 from test_stack import free_port, wait_until
 
+from flows.automations import automations
+from flows.summary import page
 from pipeline import stack
 from pipeline.events import contents, count_new, emit, tell_updated
 from pipeline.params import Params, ParamsError, load_params
@@ -111,6 +114,34 @@ def test_a_changed_parameter_keeps_every_comment_and_a_wrong_one_changes_nothing
     assert [each.name for each in tmp_path.iterdir()] == ["params.yaml"]
 
 
+def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_cost() -> None:
+    score = {"score": 0.5, "low": 0.4, "high": 0.6}
+    row = {"candidate": 0.6, "champion": 0.55, "difference": 0.05, "low": 0.01, "high": 0.09, "margin": None}
+    row |= {"needed": "> 0", "passed": True, "items": 40}
+    metrics = dict.fromkeys(("accuracy", "bleu", "rouge1", "rouge2", "rougeL"), score) | {"bleu": None}
+    decision = {"decision": "promoted", "reason": "better", "notes": ["a note"], "warnings": [], "against": "abc"}
+    result = {
+        "version": {"version": "0123", "number": "4"},
+        "decision": decision | {"comparison": {"rougeL": row}},
+        "metrics": {"base": metrics, "adapter": metrics, "merged": metrics},
+        "stages": [{"stage": "train", "outcome": "cached", "seconds": 61.0}],
+    }
+    shown = page(result, {"cost": {"total": 1.5}}, "s3://bucket/models", "https://mlflow.example.org")
+    for words in ("# Promoted: v4", "better", "- a note", "| rougeL | 0.5 | 0.55 | 0.5 |", "| bleu | – | – | – |",
+                  "| train | cached | 1:01 |", "cost: 1.50", "s3://bucket/models/versions/0123/manifest.json",
+                  "](https://mlflow.example.org)"):  # fmt: skip
+        assert words in shown
+    result["decision"]["against"] = "the base model"
+    assert "| rougeL | 0.5 | – | 0.5 |" in page(result, {}, "store", "sqlite:///mlflow.db")
+
+
+def test_automations_crash_dead_runs_and_tell_whoever_was_named() -> None:
+    assert [each.name for each in automations(None)] == ["retune: crash runs whose worker died"]
+    told = automations(UUID(int=1))[1:]
+    states = [state for each in told for state in each.trigger.expect]
+    assert sorted(states) == [f"prefect.flow-run.{state}" for state in ("Crashed", "Failed", "Late", "Refused")]
+
+
 def api(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
     request = urllib.request.Request(
         f"{url}/api/{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
@@ -153,6 +184,9 @@ def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params)
         wait_until(lambda: "retrain-new-data" in ended(url), 240)
         first = ended(url)["retrain-new-data"]
         assert first["state_name"] in ("Promoted", "Refused"), first["state"]
+        assert {"trigger:new-data", "model:retune-sample-v1", "retune"} < set(first["tags"])
+        [page] = [each["data"] for each in api(url, "artifacts/filter") if each["key"] == "run"]
+        assert "| prepare | ran |" in page and "| rougeL |" in page and first["state"]["message"] in page
         began = time.monotonic()
         again = start(url, "retrain/retrain", trigger="again")
         assert again["state_name"] == "Unchanged", again["state"]

@@ -1,16 +1,22 @@
 """A stage handed to a worker in a clone of its own: only a git server and a DVC remote are shared."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import environment, make_project
+from conftest import ROOT, change_params, environment, make_project, retune
 from ruamel.yaml import YAML
+from test_deployments import api, ended
+from test_stack import free_port, wait_until
 
-from pipeline import graph, handover
+from pipeline import graph, handover, stack
 from pipeline.files import read_json
 from pipeline.params import Params
 
@@ -29,7 +35,7 @@ def places(tmp_path: Path, base: Path, params: Params) -> tuple[Path, Path]:
     run(tmp_path, "git", "init", "-q", "--bare", str(server))
     run(parent, "git", "remote", "add", "origin", str(server))
     run(parent, "git", "push", "-q", "origin", "HEAD")
-    run(tmp_path, "git", "clone", "-q", str(server), str(worker))
+    handover.make_clone(worker, "origin", parent)
     run(parent, sys.executable, "-m", "dvc", "repro", "-q", "prepare")
     return parent, worker
 
@@ -41,6 +47,8 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     assert run(parent, "git", "status", "--porcelain") == status  # index, branch and files are as they were
     assert run(parent, "git", "rev-parse", "HEAD") == head
     lines: list[str] = []
+    with pytest.raises(handover.HandoverError, match="not set aside for a worker"):
+        handover.work("train", commit, "origin", lines.append, parent)
     handover.work("train", commit, "origin", lines.append, worker)
     assert any("Running stage 'train'" in line for line in lines)
     assert not (worker / "artifacts" / "merged").exists()
@@ -61,13 +69,47 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     with pytest.raises(handover.HandoverError, match="on other inputs than those here"):
         handover.take("train", commit, "origin", parent)
     assert (parent / "dvc.lock").read_text() == before
+    with pytest.raises(handover.HandoverError, match="git push"):
+        handover.ask("train", "nowhere", parent)
     assert YAML(typ="safe").load(before)["stages"]["prepare"]
     assert read_json(parent / "artifacts" / "adapter" / "training.json")
 
 
-def test_a_remote_that_is_not_there_is_one_sentence(places: tuple[Path, Path]) -> None:
-    with pytest.raises(handover.HandoverError, match="git push"):
-        handover.ask("train", "nowhere", places[0])
+@pytest.mark.faults
+def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpoint(
+    places: tuple[Path, Path],
+) -> None:
+    root, _ = places
+    (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
+    run(root, "git", "add", "-A")
+    run(root, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "deployments")
+    change_params(
+        root,
+        operations={"services": ["cpu", "gpu"], "train_pool": "gpu"},
+        train={"num_train_epochs": 60.0, "save_steps": 20},
+    )
+    up = retune(root, "up", "--port", str(free_port()), "--json")
+    assert up.returncode == 0, up.stderr
+    known = json.loads(up.stdout)
+    clone, url = root / stack.CLONE, known["url"]
+    try:
+        with urllib.request.urlopen(f"{url}/api/deployments/name/retrain/retrain") as answer:
+            deployment = json.load(answer)["id"]
+        api(url, f"deployments/{deployment}/create_flow_run", {"parameters": {"trigger": "far"}})
+        wait_until(lambda: list(clone.glob(".retune/checkpoints/*/checkpoint-*")), 240)
+        victim = next(each["pid"] for each in known["services"] if each["name"] == "gpu-worker")
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: "retrain-far" in ended(url), 400)
+        runs = ended(url)
+        assert runs["retrain-far"]["state_name"] in ("Promoted", "Refused"), runs["retrain-far"]["state"]
+        assert sorted(each["state_name"] for name, each in runs.items() if name.startswith("train-")) == [
+            "Crashed", "Trained",
+        ]  # fmt: skip
+        log = (root / ".retune" / "logs" / "gpu-worker.log").read_text()
+        assert "going on from step" in log
+    finally:
+        retune(root, "down")
+    assert stack.marked(root) == []
 
 
 def test_one_gpu_is_held_by_one_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
