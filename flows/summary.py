@@ -13,7 +13,8 @@ from pipeline.params import Params
 from pipeline.progress import clock
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
-from pipeline.versions.compare import BASE, verdict_rows
+from pipeline.versions.compare import BASE
+from pipeline.versions.gate import verdict_rows
 from pipeline.versions.manifest import read_manifest
 
 

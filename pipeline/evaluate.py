@@ -89,28 +89,26 @@ def evaluate(
     files: list[Path] = []
 
     def ask(model: Any, system: str, **identifies: Any) -> _Asked:
+        label = f"the {system}"
+
         def answer(asked: list[list[int]], what: str = "") -> list[Answer]:
             keep = None
             if kept is not None:
                 keep = kept_file(kept, identifies, asked, params.max_new_tokens, template.stop_ids)
                 files.append(keep)
             limits = (params.max_new_tokens, params.batch_size)
-            return generate(model, template, asked, *limits, "evaluate", f"the {system}{what}", keep)
+            return generate(model, template, asked, *limits, "evaluate", f"{label}{what}", keep)
 
         def in_conversation(messages: list[list[dict[str, str]]]) -> list[Answer]:
             turns = [template.prompt_ids(one) for one in messages]
             longest = params.judge.max_new_tokens if params.judge else 0
-            return generate(
-                model, template, turns, longest, params.batch_size, "evaluate", f"the {system}, for the judge"
-            )
+            return generate(model, template, turns, longest, params.batch_size, "evaluate", f"{label}, for the judge")
 
         items = None
         if general is not None:
-            losses = sequence_losses(
-                model, general.sequences, template.tokenizer.pad_token_id, "evaluate", f"the {system}"
-            )
+            losses = sequence_losses(model, general.sequences, template.tokenizer.pad_token_id, "evaluate", label)
             items = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
-        losses = reference_losses(model, template, test, "evaluate", f"the {system}")
+        losses = reference_losses(model, template, test, "evaluate", label)
         answers = [to_answer(ids, template) for ids in made[system]] if made else answer(prompts)
         asked_turns = answer_turns(open_questions, in_conversation) if open_questions else []
         return _Asked(answers, losses, answer(extra, ", prompts") if extra else [], items, asked_turns)
@@ -141,13 +139,12 @@ def evaluate(
             write_json(folder / "judge.json", signed | judged.summary)
             pq.write_table(judged.verdicts, folder / "judge.parquet")
         write_json(folder / "prompts.json", side_by_side(params.prompts, asked))
-        settings = provenance(params, dataset, signatures)
-        write_json(folder / "evaluation.json", settings)
+        write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
         base, candidate = (
             System("base", metrics["base"], items["base"]),
             System("candidate", metrics["adapter"], items["adapter"]),
         )
-        write_report(stage_contents(base, candidate, settings, dataset, adapter), folder)
+        write_report(stage_contents(base, candidate, dataset, adapter, folder), folder)
     if kept is not None:
         forget_others(kept, files)
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])

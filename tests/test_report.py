@@ -13,9 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.evaluate import summarise
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 from pipeline.params import Params
-from pipeline.report.contents import EXAMPLES, Contents, System, differences, interval, read_curve
+from pipeline.report.contents import (
+    EXAMPLES,
+    Asked,
+    Contents,
+    System,
+    differences,
+    interval,
+    read_curve,
+    read_other_sets,
+    read_prompts,
+)
 from pipeline.report.evaluation_pages import Bar, Plot, render
 from pipeline.report.stage import stage_contents
 
@@ -41,7 +51,7 @@ def contents(evaluation: Path, dataset: Path, adapter: Path) -> Contents:
         System(name, metrics[key], pq.read_table(evaluation / f"items.{key}.parquet"))
         for name, key in (("base", "base"), ("candidate", "adapter"))
     )
-    return stage_contents(base, candidate, read_json(evaluation / "evaluation.json"), dataset, adapter)
+    return stage_contents(base, candidate, dataset, adapter, evaluation)
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +72,7 @@ def full(contents: Contents, params: Params) -> Contents:
     return replace(
         contents, systems=systems, new="merged", old="champion", changes=changes, better=count, worse=fewer, best=best,
         worst=worst, decision="refused", verdict=HOSTILE * 3, notes=[HOSTILE], facts={HOSTILE: {HOSTILE: HOSTILE}},
+        prompts=[Asked(HOSTILE, [(system.name, HOSTILE) for system in systems])], other_sets={HOSTILE: [(HOSTILE,) * 4]},
     )  # fmt: skip
 
 
@@ -116,6 +127,28 @@ def test_the_page_needs_nothing_from_elsewhere(full: Contents) -> None:
     page = re.sub("&lt;.*?&gt;", "", render(full, "report.html"))
     assert "default-src 'none'" in page
     assert not re.search(r"<(?:script|link|iframe|object)\b|@import|url\(|\bsrc=|href=", page)
+
+
+def test_what_other_sets_and_own_prompts_gave_is_in_the_report(tmp_path: Path) -> None:
+    score = {"score": 4.0, "low": 3.0, "high": 5.0}
+    general = {"base": {"perplexity": score, "accuracy": None}, "adapter": {"perplexity": score, "accuracy": None}}
+    write_json(tmp_path / "general.json", general | {"rows": 5, "lost": {"perplexity": 0.25, "accuracy": None}})
+    rating = {"rating": score, "by_language": {"en": score}, "by_category": {"writing": None}}
+    pairs = {"wins": 3, "ties": 2, "losses": 1, "win_rate": {"score": 2 / 3, "low": 0.5, "high": 0.9}}
+    write_json(tmp_path / "judge.json", {"base": rating, "adapter": rating, "pairwise": pairs})
+    sets = read_other_sets(tmp_path)
+    assert sets["General set: what was forgotten"] == [
+        ("perplexity", "4.000 (3.000 to 5.000)", "4.000 (3.000 to 5.000)", "+25.0 %")
+    ]
+    assert sets["Judge: ratings from 1 to 10"][0] == ("rating", "4.00 (3.00 to 5.00)", "4.00 (3.00 to 5.00)", "+0.00")
+    assert sets["Judge: ratings from 1 to 10"][-1][1:3] == ("3, 2, 1", "67 %")
+    said = {"base": {"answer": "blue", "cut_off": False}, "adapter": {"answer": "red", "cut_off": True}}
+    write_json(tmp_path / "prompts.json", [{"prompt": "Which colour?"} | said])
+    (tmp_path / "old").mkdir()
+    write_json(tmp_path / "old" / "prompts.json", [])
+    where = {"base": (tmp_path, "base"), "champion": (tmp_path / "old", "adapter"), "candidate": (tmp_path, "adapter")}
+    answers = [("base", "blue"), ("champion", "(was not asked)"), ("candidate", "red (cut off)")]
+    assert read_prompts(where) == [Asked("Which colour?", answers)]
 
 
 def test_the_curve_leaves_out_what_is_no_number() -> None:
@@ -177,7 +210,8 @@ def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp
     assert seen["bars"] == 4
     assert seen["line"] > 200
     assert seen["headings"] == [
-        "Evaluation report", "Merged model against champion", "Scores", "By task", "Most improved answers",
+        "Evaluation report", "Merged model against champion", "Scores", "By task", "By length of the prompt",
+        "Your prompts", HOSTILE.strip(), "Most improved answers",
         "Most worsened answers", "Loss", "Where the numbers come from",
     ]  # fmt: skip
 

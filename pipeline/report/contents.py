@@ -8,17 +8,19 @@ import csv
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.data.report import excerpt
-from pipeline.statistics import METRICS, group_of, metric_items, paired_difference
+from pipeline.files import read_json
+from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT, group_of, metric_items, paired_difference
+from pipeline.versions.gate import WORDS, verdict_of
 
 Metrics = dict[str, Any]  # see pipeline/evaluate.py
 EXAMPLES = 10  # of the best differences, and of the worst
 MOST_TASKS = 20  # the largest; the others are in metrics.json
-OF_HUNDRED = {"bleu", "chrf"}  # the others go from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,17 @@ class Change:
     low: float
     high: float
     needed: str = ""
-    verdict: str = ""  # passed | refused | not measured, where a gate has decided
+    verdict: str = ""  # one of the gate's WORDS, where it has decided
+
+    @property
+    def gain(self) -> tuple[float, float, float]:
+        """Low, difference and high as shares of the scale, where more is better; of perplexity relative to the old."""
+        values = (self.low, self.difference, self.high)
+        if self.metric.removeprefix("general_") in LOWER_IS_BETTER:
+            low, middle, high = (-value / self.old for value in reversed(values))
+        else:
+            low, middle, high = (value / (100 if self.metric in PERCENT else 1) for value in values)
+        return low, middle, high
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,17 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One of the user's own prompts (`evaluate.prompts`) and what each system answered."""
+
+    prompt: str
+    answers: list[tuple[str, str]]  # system, answer
+
+
+@dataclass(frozen=True)
 class Contents:
     verdict: str  # one or two sentences
-    decision: str  # promoted | refused | proposed | open
+    decision: str  # promoted | refused | undecided | proposed | open
     systems: list[System]
     new: str  # names of the two that are compared
     old: str
@@ -74,14 +94,16 @@ class Contents:
     curve: list[dict[str, float]]  # step, and loss and validation_loss where they were measured
     facts: dict[str, dict[str, str]]  # data, training, evaluation, template contract, cost: what, and its value
     notes: list[str] = field(default_factory=list)
+    prompts: list[Asked] = field(default_factory=list)
+    # Of sets other than the test split: heading → rows of what, old, new and difference.
+    other_sets: dict[str, list[tuple[str, str, str, str]]] = field(default_factory=dict)
 
-    def tasks(self) -> list[tuple[str, int, str]]:
-        """Task, items and the metric that its bars show, the largest first."""
-        by_task = self.systems[-1].metrics["by_task"]
-        ranked = sorted(by_task, key=lambda task: (-by_task[task]["num_samples"], task))[:MOST_TASKS]
+    def slices(self, kind: str) -> list[tuple[str, int, str]]:
+        """Of by_task, by_language or by_length: name, items and the metric that its bars show, the largest first."""
+        slices = self.systems[-1].metrics[kind]
+        ranked = sorted(slices, key=lambda name: (-slices[name]["num_samples"], name))[:MOST_TASKS]
         return [
-            (task, by_task[task]["num_samples"], "accuracy" if by_task[task]["accuracy"] else "rougeL")
-            for task in ranked
+            (name, slices[name]["num_samples"], "accuracy" if slices[name]["accuracy"] else "rougeL") for name in ranked
         ]
 
 
@@ -100,7 +122,6 @@ def compare_items(new: System, old: System, resamples: int, seed: int) -> list[C
 
 def gate_changes(comparison: dict[str, Any]) -> list[Change]:
     """The gate's own rows, of those metrics that some item counts for."""
-    words = {True: "passed", False: "refused", None: "not measured"}
     return [
         Change(
             metric,
@@ -110,7 +131,7 @@ def gate_changes(comparison: dict[str, Any]) -> list[Change]:
             row["low"],
             row["high"],
             row["needed"],
-            words[row["passed"]],
+            WORDS[verdict_of(row)],
         )
         for metric, row in comparison.items()
         if row["items"]
@@ -132,6 +153,50 @@ def differences(new: System, old: System) -> tuple[int, int, list[Difference], l
     worse.sort(key=lambda entry: entry[:3])
     best, worst = ([_difference(*entry[3:]) for entry in side[:EXAMPLES]] for side in (better, worse))
     return len(better), len(worse), best, worst
+
+
+def read_prompts(answered: dict[str, tuple[Path, str]]) -> list[Asked]:
+    """The candidate's prompts with the answers of all; of a system that was not asked one, that is said.
+
+    Args:
+        answered: of each system its evaluation folder and what it is called there (base | adapter).
+    """
+    found: dict[str, dict[str, str]] = {}
+    for system, (folder, name) in answered.items():
+        found[system] = {one["prompt"]: _said(one[name]) for one in read_json(folder / "prompts.json")}
+    return [
+        Asked(prompt, [(system, answers.get(prompt, "(was not asked)")) for system, answers in found.items()])
+        for prompt in found["candidate"]
+    ]
+
+
+def read_other_sets(evaluation: Path) -> dict[str, list[tuple[str, str, str, str]]]:
+    """Adapter against base on the general set and before the judge, where they were asked for."""
+    found: dict[str, list[tuple[str, str, str, str]]] = {}
+    if (evaluation / "general.json").is_file():
+        general = read_json(evaluation / "general.json")
+        found["General set: what was forgotten"] = [
+            (
+                metric,
+                interval(metric, general["base"][metric]),
+                interval(metric, general["adapter"][metric]),
+                f"{100 * lost:+.1f} %" if metric in LOWER_IS_BETTER else number(metric, -lost, "+"),
+            )
+            for metric, lost in general["lost"].items()
+            if lost is not None
+        ]
+    if (evaluation / "judge.json").is_file():
+        judged = read_json(evaluation / "judge.json")
+        rows = [_rated("rating", judged["base"]["rating"], judged["adapter"]["rating"])]
+        for kind in ("by_language", "by_category"):
+            rows += [
+                _rated(name, judged["base"][kind][name], rating) for name, rating in judged["adapter"][kind].items()
+            ]
+        pairs = judged["pairwise"]
+        rate = "–" if pairs["win_rate"] is None else f"{100 * pairs['win_rate']['score']:.0f} %"
+        rows.append(("the adapter wins, ties, loses", f"{pairs['wins']}, {pairs['ties']}, {pairs['losses']}", rate, ""))
+        found["Judge: ratings from 1 to 10"] = rows
+    return found
 
 
 def read_curve(table: str) -> list[dict[str, float]]:
@@ -182,7 +247,7 @@ def contract_facts(contract: dict[str, Any]) -> dict[str, str]:
 
 
 def number(metric: str, value: float, sign: str = "") -> str:
-    return f"{value:{sign}.{1 if metric in OF_HUNDRED else 3}f}"
+    return f"{value:{sign}.{1 if metric in PERCENT else 3}f}"
 
 
 def interval(metric: str, score: dict[str, float] | None) -> str:
@@ -206,6 +271,18 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
         old=excerpt(theirs["answer"]),
         scores=scores,
     )
+
+
+def _said(answer: dict[str, Any]) -> str:
+    return excerpt(answer["answer"]) + (" (cut off)" if answer["cut_off"] else "")
+
+
+def _rated(name: str, old: dict[str, float] | None, new: dict[str, float] | None) -> tuple[str, str, str, str]:
+    change = f"{new['score'] - old['score']:+.2f}" if old and new else "–"
+    before, after = (
+        f"{one['score']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "–" for one in (old, new)
+    )
+    return name, before, after, change
 
 
 def _plain(value: Any) -> str:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from pipeline.files import write_text
 from pipeline.pages.environment import environment
-from pipeline.report.contents import OF_HUNDRED, Change, Contents, System, interval, number
-from pipeline.statistics import METRICS
+from pipeline.report.contents import Change, Contents, System, interval, number
+from pipeline.statistics import METRICS, PERCENT
 
+SLICES = {"by_task": "By task", "by_language": "By language", "by_length": "By length of the prompt"}
 LABELS = {"base": "base model", "merged": "merged model"}
 WORDS = {
     "promoted": "Promoted",
     "refused": "Refused",
+    "undecided": "Undecided: too few test items to tell",
     "proposed": "Passes, and waits for approval",
     "open": "Not decided yet",
 }
@@ -32,22 +34,34 @@ def render(contents: Contents, name: str) -> str:
         score_rows=[
             (m, [interval(m, s.metrics.get(m)) for s in contents.systems]) for m in _measured(contents.systems)
         ],
-        cut_off=[s.metrics["num_cut_off"] for s in contents.systems],
+        failures=[
+            (state.replace("_", " "), [s.metrics[f"num_{state}"] for s in contents.systems])
+            for state in ("cut_off", "empty", "failed")
+        ],
         items=contents.systems[-1].metrics["num_samples"],
         forest=[(change, *_place(change, contents.changes)) for change in contents.changes],
-        tasks=[
-            (
-                task,
-                items,
-                metric,
-                [(s.name, Bar.of(metric, s.metrics["by_task"].get(task, {}).get(metric))) for s in contents.systems],
-            )
-            for task, items, metric in contents.tasks()
+        slices=[
+            (heading, _bars(contents, kind))
+            for kind, heading in SLICES.items()
+            if kind == "by_task" or len(contents.slices(kind)) > 1
         ],
         plot=Plot.of(contents.curve),
         number=number,
         label=lambda name: LABELS.get(name, name),
     )
+
+
+def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, list[tuple[str, "Bar | None"]]]]:
+    """Name, items, metric and each system's bar."""
+    return [
+        (
+            name,
+            items,
+            metric,
+            [(s.name, Bar.of(metric, s.metrics[kind].get(name, {}).get(metric))) for s in contents.systems],
+        )
+        for name, items, metric in contents.slices(kind)
+    ]
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Bar:
     def of(cls, metric: str, score: dict[str, float] | None) -> "Bar | None":
         if score is None:
             return None
-        scale = 1 if metric in OF_HUNDRED else 100
+        scale = 1 if metric in PERCENT else 100
         places = (min(100.0, max(0.0, scale * score[key])) for key in ("score", "low", "high"))
         return cls(number(metric, score["score"]), *places)
 
@@ -110,12 +124,8 @@ def _measured(systems: list[System]) -> list[str]:
 
 def _place(change: Change, changes: list[Change]) -> tuple[float, float, float]:
     """Where interval and difference lie, in percent of the track; 50 is no difference, and the scale is one for all."""
-
-    def share(of: Change, value: float) -> float:
-        return value / (100 if of.metric in OF_HUNDRED else 1)
-
-    reach = max((abs(share(c, v)) for c in changes for v in (c.low, c.high, c.difference)), default=0) or 1.0
-    low, high, at = (50 + 48 * share(change, v) / reach for v in (change.low, change.high, change.difference))
+    reach = max((abs(share) for each in changes for share in each.gain), default=0) or 1.0
+    low, at, high = (50 + 48 * share / reach for share in change.gain)
     return low, high, at
 
 

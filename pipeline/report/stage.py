@@ -4,7 +4,6 @@ Nothing in it differs between two runs on the same inputs (no times, no versions
 """
 
 from pathlib import Path
-from typing import Any
 
 from pipeline.files import read_json
 from pipeline.report.contents import (
@@ -17,6 +16,8 @@ from pipeline.report.contents import (
     evaluation_facts,
     number,
     read_curve,
+    read_other_sets,
+    read_prompts,
     training_facts,
 )
 
@@ -26,8 +27,9 @@ OPEN = (
 )
 
 
-def stage_contents(base: System, candidate: System, settings: dict[str, Any], dataset: Path, adapter: Path) -> Contents:
-    """The adapter against the base that it was trained on; `settings` is what `evaluation.json` holds."""
+def stage_contents(base: System, candidate: System, dataset: Path, adapter: Path, evaluation: Path) -> Contents:
+    """The adapter against the base that it was trained on, with the files that `evaluation` holds by now."""
+    settings = read_json(evaluation / "evaluation.json")
     params = settings["params"]
     changes = compare_items(candidate, base, params["bootstrap_samples"], params["seed"])
     better, worse, best, worst = differences(candidate, base)
@@ -59,4 +61,6 @@ def stage_contents(base: System, candidate: System, settings: dict[str, Any], da
             "Evaluation": evaluation_facts(settings),
             "Template contract": contract_facts(read_json(adapter / "contract.json")),
         },
+        prompts=read_prompts({"base": (evaluation, "base"), "candidate": (evaluation, "adapter")}),
+        other_sets=read_other_sets(evaluation),
     )

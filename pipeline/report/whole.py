@@ -25,6 +25,8 @@ from pipeline.report.contents import (
     evaluation_facts,
     gate_changes,
     read_curve,
+    read_other_sets,
+    read_prompts,
     training_facts,
 )
 from pipeline.report.evaluation_pages import write_report
@@ -32,7 +34,7 @@ from pipeline.store.artifact_store import ArtifactStore, open_store
 from pipeline.versions.decisions import Record, read_log
 from pipeline.versions.manifest import Manifest, read_manifest
 
-DECIDED = ("promoted", "refused", "proposed")
+DECIDED = ("promoted", "refused", "undecided", "proposed")
 
 
 class ReportError(RuntimeError):
@@ -78,12 +80,17 @@ def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, r
     settings = manifest["evaluation"]
     notes = list(record.notes) if record else []
     systems, old = [base, candidate, merged], base
+    answered = {"base": (evaluation, "base")}
     if record is not None and record.previous is not None:
         champion = _champion(store, record.previous, settings, root)
         if champion is None:
             notes.append(f"The champion {record.previous} is left out: its answers to these test items are not here.")
         else:
             old, systems = champion, [base, champion, candidate, merged]
+        serving = read_manifest(store, record.previous)
+        if serving is not None:
+            folder = fetch_version(store, serving, "evaluation", root / WORK_DIR / "versions" / record.previous)
+            answered["champion"] = (folder, "adapter")
     changes = gate_changes(record.comparison) if record else []
     if not changes:
         changes = compare_items(merged, old, settings["params"]["bootstrap_samples"], settings["params"]["seed"])
@@ -110,6 +117,8 @@ def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, r
             "Evaluation": evaluation_facts(settings),
         },
         notes=notes,
+        prompts=read_prompts(answered | {"candidate": (evaluation, "adapter")}),
+        other_sets=read_other_sets(evaluation),
     )
 
 

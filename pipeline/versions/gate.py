@@ -227,14 +227,14 @@ def verdict_rows(comparison: Comparison) -> list[dict[str, str]]:
             _interval(metric, row) if measured else "–",
             row["needed"],
             _p(row) if measured else "–",
-            WORDS[_verdict(row)],
+            WORDS[verdict_of(row)],
         ]
         rows.append(dict(zip(COLUMNS, [metric, *cells], strict=True)))
     return rows
 
 
-def _verdict(row: dict[str, Any]) -> str:
-    """Records of the log from before the tests know only whether a metric passed."""
+def verdict_of(row: dict[str, Any]) -> str:
+    """A key of `WORDS`. Records of the log from before the tests know only whether a metric passed."""
     return str(row.get("verdict") or {True: "passed", False: "failed", None: "unmeasured"}[row["passed"]])
 
 
