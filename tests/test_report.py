@@ -72,7 +72,8 @@ def full(contents: Contents, params: Params) -> Contents:
     return replace(
         contents, systems=systems, new="merged", old="champion", changes=changes, better=count, worse=fewer, best=best,
         worst=worst, decision="refused", verdict=HOSTILE * 3, notes=[HOSTILE], facts={HOSTILE: {HOSTILE: HOSTILE}},
-        prompts=[Asked(HOSTILE, [(system.name, HOSTILE) for system in systems])], other_sets={HOSTILE: [(HOSTILE,) * 4]},
+        prompts=[Asked(HOSTILE, [(system.name, HOSTILE) for system in systems])],
+        other_sets={HOSTILE: [(HOSTILE,) * 4]},
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.files import WORK_DIR, read_json
 from pipeline.graph import STAGES
-from pipeline.params import EvaluateParams, PublishParams
+from pipeline.params import PublishParams
 from pipeline.progress import clock
 from pipeline.publish import fetch_version
 from pipeline.report.contents import (
@@ -132,10 +132,10 @@ def _champion(store: ArtifactStore, version: str, settings: dict[str, Any], root
     scored = work / "scored"
     if not (scored / "evaluation.json").is_file() or read_json(scored / "evaluation.json") != settings:
         return None
-    from pipeline.scoring import summarise  # brings torch, which a report seldom needs
+    from pipeline.scoring import scoring_params, summarise  # brings torch, which a report seldom needs
 
     items = pq.read_table(scored / "items.parquet")
-    return System("champion", summarise(items, EvaluateParams.model_validate(settings["params"])), items)
+    return System("champion", summarise(items, scoring_params(settings)), items)
 
 
 def _verdict(manifest: Manifest, record: Record | None) -> str:
