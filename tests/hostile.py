@@ -117,7 +117,7 @@ def programs(canary: Path) -> dict[str, bytes]:
         **{f"pickle {protocol}": pickle.dumps(bad, protocol) for protocol in range(6)},
         "torch.save": torch_file.getvalue(),
         "zip": archive.getvalue(),
-        "gzip": gzip.compress(b"{}"),
+        "gzip": gzip.compress(b"{}", mtime=0),
         "elf": b"\x7fELF\x02\x01\x01" + b"\0" * 200,
         "windows": b"MZ\x90\0" + b"\0" * 200,
         "mach-o": b"\xcf\xfa\xed\xfe" + b"\0" * 200,

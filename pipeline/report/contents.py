@@ -163,7 +163,8 @@ def read_prompts(answered: dict[str, tuple[Path, str]]) -> list[Asked]:
     """
     found: dict[str, dict[str, str]] = {}
     for system, (folder, name) in answered.items():
-        found[system] = {one["prompt"]: _said(one[name]) for one in read_json(folder / "prompts.json")}
+        path = folder / "prompts.json"  # a classifier has none
+        found[system] = {one["prompt"]: _said(one[name]) for one in (read_json(path) if path.is_file() else [])}
     return [
         Asked(prompt, [(system, answers.get(prompt, "(was not asked)")) for system, answers in found.items()])
         for prompt in found["candidate"]
