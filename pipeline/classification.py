@@ -23,7 +23,7 @@ from pipeline.files import read_json, whole_directory, write_json, write_text
 from pipeline.model import load_base, load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.progress import Progress
-from pipeline.scoring import Metrics, provenance, summarise
+from pipeline.scoring import Metrics, provenance, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, one_line, portable
 from pipeline.statistics import METRICS
 from pipeline.weights.merging import MergeError, Merging, merge_adapter, require_mergeable
@@ -169,7 +169,7 @@ def merge_classes(
     require_mergeable(adapter)
     use_free_cores()
     settings = read_json(evaluation / "evaluation.json")
-    evaluated = EvaluateParams.model_validate(settings["params"])
+    evaluated = scoring_params(settings)
     test = test_items(dataset, evaluated.max_samples)
     rows = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
@@ -234,7 +234,7 @@ def score_merged(folder: Path, dataset: Path, settings: dict[str, Any], output: 
     contract = read_json(folder / "contract.json")
     encoder = load_contract(contract, local_source(folder))
     use_free_cores()
-    params = EvaluateParams.model_validate(settings["params"])
+    params = scoring_params(settings)
     test = test_items(dataset, params.max_samples)
     rows = [encoder.prompt([{"role": "user", "content": text}])[1] for text in test.column("prompt").to_pylist()]
     model = load_base(local_source(folder), None, contract["labels"])

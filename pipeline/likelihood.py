@@ -55,7 +55,8 @@ def sequence_losses(
             tokens, marks = sequences[i]
             ids[row, : len(tokens)], labels[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(marks)
             mask[row, : len(tokens)] = 1
-        logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[:, :-1]
+        logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        logits = logits[:, -width:-1]  # virtual tokens of prompt tuning come before
         target = labels[:, 1:].to(device)
         # Only labelled positions become float32: a quarter of the memory on long prompts.
         loss = torch.zeros(target.shape, device=device)

@@ -55,6 +55,7 @@ def train(
     dataset: Path,
     output: Path,
     checkpoints: Path = WORK_DIR / "checkpoints",
+    *,
     tables: Path | None = None,
     init: Path | None = None,
 ) -> Trained:

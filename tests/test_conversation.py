@@ -187,7 +187,7 @@ WITH_SYSTEM = {
 def test_every_named_template_has_a_file_and_is_installed() -> None:
     assert {path.stem for path in TEMPLATES.glob("*.jinja")} == set(NAMED)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "templates/*.jinja" in project["tool"]["setuptools"]["package-data"]["pipeline"]
+    assert "templates/*.jinja" in project["tool"]["setuptools"]["package-data"]["pipeline.chat"]
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -26,6 +26,7 @@ from pipeline import stack
 from pipeline.events import contents, count_new, emit, tell_updated
 from pipeline.params import Params, ParamsError, load_params
 from pipeline.settings import change_params as change
+from pipeline.statistics import METRICS
 
 DEPLOYMENTS = YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["deployments"]
 
@@ -118,7 +119,7 @@ def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_
     score = {"score": 0.5, "low": 0.4, "high": 0.6}
     row = {"candidate": 0.6, "champion": 0.55, "difference": 0.05, "low": 0.01, "high": 0.09, "margin": None}
     row |= {"needed": "> 0", "passed": True, "items": 40}
-    metrics = dict.fromkeys(("accuracy", "bleu", "rouge1", "rouge2", "rougeL"), score) | {"bleu": None}
+    metrics = dict.fromkeys(METRICS, score) | {"bleu": None}
     decision = {"decision": "promoted", "reason": "better", "notes": ["a note"], "warnings": [], "against": "abc"}
     result = {
         "version": {"version": "0123", "number": "4"},

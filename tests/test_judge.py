@@ -205,7 +205,7 @@ def test_evaluate_asks_the_judge_and_keeps_every_reply(
     few = with_(params, evaluate={"max_samples": 2, "judge": settings}).evaluate
     with pytest.raises(JudgeError, match="its key in the environment variable JUDGE_KEY"):
         evaluate(few, dataset, adapter, tmp_path / "evaluation")
-    evaluate(few, dataset, adapter, tmp_path / "evaluation", KEY)
+    evaluate(few, dataset, adapter, tmp_path / "evaluation", judge_key=KEY)
     result = read_json(tmp_path / "evaluation" / "judge.json")
     assert result["questions"] == 3
     assert result["signature"].startswith("judge:strong|prompts:1-")

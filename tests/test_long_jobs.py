@@ -69,7 +69,7 @@ def few(params: Params) -> Params:
 
 
 def trained(params: Params, dataset: Path, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    train(params.train, dataset, folder / "adapter", folder / "checkpoints", folder / "tables")
+    train(params.train, dataset, folder / "adapter", folder / "checkpoints", tables=folder / "tables")
     return load_file(folder / "adapter" / "adapter_model.safetensors"), read_json(folder / "tables" / "run.json")[
         "memory"
     ]
@@ -149,7 +149,7 @@ def test_generation_halves_its_batch_when_memory_runs_out(
 
     template = load_contract(read_json(dataset / "contract.json"))
     model = load_base(read_json(dataset / "contract.json")["model"], None)
-    prompts = [ids[:12] for ids in pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()[:10]]
+    prompts = [ids[-12:] for ids in pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()[:10]]
     plenty = generate(model, template, prompts, 4, 8, "evaluate", "base")
     with memory_for(30):
         assert generate(model, template, prompts, 4, 8, "evaluate", "base") == plenty
@@ -221,7 +221,7 @@ def test_early_stopping_keeps_the_best_step(tmp_path: Path, params: Params, data
 
 def test_what_was_watched_is_in_the_tables(tmp_path: Path, few: Params, dataset: Path) -> None:
     watched = with_(few, train={"eval_steps": 2})
-    train(watched.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints", tmp_path / "tables")
+    train(watched.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints", tables=tmp_path / "tables")
     curve = list(csv.DictReader((tmp_path / "adapter" / "loss.csv").open()))
     assert [row["step"] for row in curve] == ["1", "2", "3", "4"]
     assert [bool(row["validation_loss"]) for row in curve] == [False, True, False, True]

@@ -217,6 +217,7 @@ def test_a_whole_real_version_is_fetched(tmp_path: Path, adapter: Path, evaluati
         f"{part}/{path.name}": path.read_bytes()
         for part, folder in (("adapter", adapter), ("evaluation", evaluation))
         for path in folder.iterdir()
+        if path.suffix != ".html"
     }
     store = FileStore(tmp_path / "store")
     fetch_all(store, version(store, files), tmp_path / "target")
@@ -732,7 +733,7 @@ def test_a_hostile_answer_is_no_markup_in_the_report(text: str) -> None:
     from pipeline.pages.environment import cell
 
     shown = cell(text)
-    assert "<" not in shown
+    assert not re.search(r"(?<!\\)<", shown)
     assert "](" not in shown.replace("\\](", "")
     assert "\n" not in shown
 

@@ -37,7 +37,7 @@ def test_a_training_starts_with_the_weights_it_is_given(
 ) -> None:
     train(short(params, method).train, dataset, tmp_path / "first", tmp_path / "checkpoints")
     settings = frozen(params, method).train
-    train(settings, dataset, tmp_path / "second", tmp_path / "checkpoints", tmp_path / "first")
+    train(settings, dataset, tmp_path / "second", tmp_path / "checkpoints", init=tmp_path / "first")
     train(settings, dataset, tmp_path / "afresh", tmp_path / "checkpoints")
     first, second, afresh = (
         load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second", "afresh")
@@ -74,14 +74,14 @@ def test_an_adapter_of_another_base_is_refused_before_training(
     contract = read_json(adapter / "contract.json")
     write_json(tmp_path / "adapter" / "contract.json", contract | {"model": contract["model"] | {"digest": "0" * 64}})
     with pytest.raises(InitError, match=r"was trained on another base: .* \(digest 000000000000\), not "):
-        train(params.train, dataset, tmp_path / "out", tmp_path / "checkpoints", tmp_path / "adapter")
+        train(params.train, dataset, tmp_path / "out", tmp_path / "checkpoints", init=tmp_path / "adapter")
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_an_adapter_for_other_modules_is_refused(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
     other = frozen(params, lora_target_modules=["q_proj"], lora_r=8).train
     with pytest.raises(InitError, match="is for other modules than train.lora_target_modules asks for"):
-        train(other, dataset, tmp_path / "out", tmp_path / "checkpoints", adapter)
+        train(other, dataset, tmp_path / "out", tmp_path / "checkpoints", init=adapter)
 
 
 def test_a_folder_is_known_by_the_digest_of_its_weights(tmp_path: Path, params: Params, adapter: Path) -> None:

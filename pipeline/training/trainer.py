@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftType
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 from trl import SFTTrainer
@@ -35,7 +36,9 @@ class AdapterTrainer(SFTTrainer):
         self.window: list[Batch] = []  # the micro-batches of the step under way
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # On a GPU TRL's own fused head has kernels; on a CPU it scores every position, trained or not, and twice.
-        self.own_loss = not torch.cuda.is_available() and has_plain_frozen_head(base)
+        # AdaLoRA adds its orthogonality to the loss that the model returns, which has to be the mean.
+        adalora = getattr(options.get("peft_config"), "peft_type", None) == PeftType.ADALORA
+        self.own_loss = not torch.cuda.is_available() and not adalora and has_plain_frozen_head(base)
         if self.own_loss:
             add_chunked_loss(base)
 
