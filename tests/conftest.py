@@ -125,6 +125,11 @@ def teach_format(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, st
         optimizer.zero_grad()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: the tests of one process should not wait for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_flow.py")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"), steps=STEPS)
