@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store sample lock clean help
+.PHONY: run test test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,7 +29,7 @@ check: $(READY)      ## formatting, lint, types
 	@ruff check .
 	@mypy
 
-bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-store  ## every benchmark
+bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow  ## every benchmark
 
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
 	@python -m pipeline.benchmarks.stages
@@ -48,6 +48,9 @@ bench-merge: $(READY)  ## merging shard by shard against PEFT: time, peak memory
 
 bench-store: $(READY)  ## the artifact store beside boto3's upload_file, and what a small change moves (about 2 minutes)
 	@PYTHONPATH=. python tests/bench_store.py
+
+bench-flow: $(READY)  ## the flow beside dvc repro, runs with nothing to do, a dashboard of 1,000 runs (about 10 minutes)
+	@python -m pipeline.benchmarks.flow
 
 sample: $(READY)     ## make the sample data and base model again (about 10 minutes)
 	python -m infra.sample.instructions
