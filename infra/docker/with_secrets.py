@@ -1,4 +1,4 @@
-"""Starts a command with secrets of files in its environment: `{secret:NAME}` in a value is what /run/secrets/NAME holds.
+"""Starts a command with secrets in its environment: `{secret:NAME}` in a value is what /run/secrets/NAME holds.
 
 `with_secrets.py [TEMPLATE:TARGET …] -- COMMAND…`; templates are files to be filled in the same way. So no secret
 stands in compose.yaml, in an image, on a command line or in what `docker inspect` shows. Refused: a secret that is

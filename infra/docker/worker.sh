@@ -6,9 +6,10 @@
 set -eu
 : "${RETUNE_ROOT:?is the folder of the clone}" "${RETUNE_GIT_URL:?is where the project is cloned from}"
 branch="${RETUNE_GIT_BRANCH:-main}"
+mkdir -p "$RETUNE_ROOT" "$HOME"     # on Kubernetes both lie on one volume
 cd "$RETUNE_ROOT"
 
-# Not `git clone`: the folder may be a fresh volume with lost+found in it, or a clone that was broken off.
+# Not `git clone`: the folder may hold a clone that was broken off.
 if ! git rev-parse --quiet --verify HEAD > /dev/null 2>&1; then
     git init --quiet .
     git remote remove origin 2> /dev/null || true
