@@ -60,7 +60,7 @@ def run_file(name: str) -> dict[str, Any]:
 
 def test_the_compose_file_is_one_by_the_compose_specification() -> None:
     schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
-    jsonschema.Draft7Validator(schema).validate(COMPOSE)
+    jsonschema.validators.validator_for(schema)(schema).validate(COMPOSE)
 
 
 def test_every_image_has_a_version_and_prefect_and_mlflow_those_of_the_lock() -> None:

@@ -114,7 +114,7 @@ def test_a_training_gets_its_gpus_by_the_device_plugin_and_is_not_run_twice() ->
 
 
 @pytest.mark.parametrize("which", ["worker", "job"])
-def test_a_pod_runs_as_nobody_in_particular_and_writes_only_where_it_must(which: str) -> None:
+def test_a_pod_has_no_rights_and_writes_only_where_it_must(which: str) -> None:
     spec = pod(job()) if which == "job" else pod(one("Deployment", "retune-gpu-worker"))
     assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 10001
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
