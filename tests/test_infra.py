@@ -1,0 +1,379 @@
+"""infra/compose.yaml and the images: valid by the rules of compose and hadolint, closed by default, and in the words
+of the locked Prefect and MLflow.
+
+Not shown here: that Docker builds and runs them; there is none on this machine.
+"""
+
+import contextlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from conftest import ROOT
+from ruamel.yaml import YAML
+
+INFRA = ROOT / "infra"
+SECRET = re.compile(r"\{secret:(\w+)\}")
+HIDDEN = re.compile(r"PASSWORD|SECRET|TOKEN|AUTH_STRING|ACCESS_KEY")
+RAW = {"prefect-db", "redis", "mlflow-db", "store-data"}  # what no worker may reach past its server
+
+
+def interpolated(value: Any) -> Any:
+    """As compose puts the environment in, with none set but RETUNE_GIT_URL."""
+    if isinstance(value, dict):
+        return {key: interpolated(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [interpolated(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"\$\{RETUNE_GIT_URL:\?[^}]*\}", "https://git.example.org/retune.git", value)
+    value = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+    return re.sub(r"\$\{\w+:\+[^}]*\}", "", value).replace("$$", "$")
+
+
+def compose() -> dict[str, Any]:
+    read = YAML(typ="safe").load((INFRA / "compose.yaml").read_text(encoding="utf-8"))
+    return json.loads(json.dumps(interpolated(read)))
+
+
+COMPOSE = compose()
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+LOCKED = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+every_service = pytest.mark.parametrize("name", SERVICES)
+
+
+def run_file(name: str) -> dict[str, Any]:
+    """The names that a script of infra/ defines; it is no package."""
+    import runpy
+
+    return runpy.run_path(str(INFRA / name))
+
+
+def test_the_compose_file_is_one_by_the_compose_specification() -> None:
+    schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
+    jsonschema.validators.validator_for(schema)(schema).validate(COMPOSE)
+
+
+def test_every_image_has_a_version_and_prefect_and_mlflow_those_of_the_lock() -> None:
+    for name, service in SERVICES.items():
+        assert re.search(r":v?\d+(\.\d+)+", service["image"]), f"{name}: {service['image']}"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    images = {name: service["image"].rpartition(":")[2] for name, service in SERVICES.items()}
+    for name in ("prefect", "prefect-services", "prefect-migrate"):
+        assert images[name].startswith(f"{LOCKED['prefect']}-python3.11")
+    assert images["mlflow"] == f"v{LOCKED['mlflow-skinny']}-full"
+    assert {images[name] for name in ("setup", "cpu-worker", "gpu-worker")} == {version}
+    assert images["store"] == images["store-data"]
+
+
+@every_service
+def test_a_service_runs_as_nobody_in_particular_and_writes_only_where_it_must(name: str) -> None:
+    service = SERVICES[name]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"])
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"] and "cap_add" not in service and "privileged" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not [at for at in service.get("volumes", []) if at.startswith((".", "/"))]  # nothing of the host
+
+
+@every_service
+def test_a_service_says_whether_it_is_well_or_ends_and_is_waited_for(name: str) -> None:
+    service = SERVICES[name]
+    needs = [(other, on) for other, each in SERVICES.items() for what, on in each.get("depends_on", {}).items()
+             if what == name]  # fmt: skip
+    if service["healthcheck"].get("disable"):
+        assert service["restart"] == "no"
+        assert needs and {on["condition"] for _, on in needs} == {"service_completed_successfully"}
+    else:
+        assert service["restart"] == "unless-stopped"
+        assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL") and service["healthcheck"]["retries"] > 1
+        assert {on["condition"] for _, on in needs} <= {"service_healthy"}
+
+
+@every_service
+def test_ports_are_the_loopback_s_and_only_of_what_asks_for_a_password(name: str) -> None:
+    ports = SERVICES[name].get("ports", [])
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    assert bool(ports) == (name in ("prefect", "mlflow", "store"))
+
+
+def test_no_worker_reaches_a_database_or_the_bytes_of_the_store() -> None:
+    networks = {name: set(service["networks"]) for name, service in SERVICES.items()}
+    for worker in ("setup", "cpu-worker", "gpu-worker"):
+        assert networks[worker] == {"team"}
+    for name in RAW:
+        assert networks[name].isdisjoint({"team"}) and all(
+            COMPOSE["networks"][each]["internal"] for each in networks[name]
+        )
+
+
+def test_what_is_declared_is_used_and_what_is_used_is_declared() -> None:
+    for kind in ("networks", "secrets"):
+        assert {each for service in SERVICES.values() for each in service.get(kind, [])} == set(COMPOSE[kind])
+    volumes = {at.partition(":")[0] for service in SERVICES.values() for at in service.get("volumes", [])}
+    assert volumes == set(COMPOSE["volumes"])
+    configs = {each["source"] for service in SERVICES.values() for each in service.get("configs", [])}
+    assert configs == set(COMPOSE["configs"])
+    for each in COMPOSE["configs"].values():
+        assert (INFRA / each["file"]).is_file()
+    for service in SERVICES.values():
+        assert set(service.get("depends_on", {})) <= set(SERVICES)
+
+
+@every_service
+def test_a_secret_comes_from_a_file_and_only_to_who_uses_it(name: str) -> None:
+    service = SERVICES[name]
+    environment = service.get("environment", {})
+    for key, value in environment.items():
+        if key.endswith("_FILE"):
+            assert value.removeprefix("/run/secrets/") in service["secrets"]
+        elif HIDDEN.search(key):
+            assert SECRET.fullmatch(value), f"{name}: {key} is in the open"
+        in_url = re.search(r"://[^:/@]*:([^/@]+)@", value)
+        assert in_url is None or SECRET.fullmatch(in_url[1]), f"{name}: {key} has a password in the open"
+    command = json.dumps([service.get("entrypoint", []), service.get("command", [])])
+    assert "{secret:" not in command  # which `ps` and `docker inspect` show
+    used = {each for value in environment.values() for each in SECRET.findall(value)}
+    used |= set(re.findall(r"/run/secrets/(\w+)", command + json.dumps(environment)))
+    for config in service.get("configs", []):
+        if config["source"] != "with_secrets":
+            used |= set(SECRET.findall((INFRA / COMPOSE["configs"][config["source"]]["file"]).read_text()))
+    if service["image"].startswith("retune-"):
+        used |= set(re.findall(r"/run/secrets\}/(\w+)", (INFRA / "docker" / "git-askpass.sh").read_text()))
+    assert used == set(service.get("secrets", []))
+    if {each for value in environment.values() for each in SECRET.findall(value)}:  # somebody puts them in
+        assert "with_secrets.py" in command or service["image"].startswith("retune-")
+
+
+def test_every_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+    made = run_file("make_secrets.py")
+    assert set(made["MADE"]) | set(made["ASKED"]) == set(COMPOSE["secrets"])
+    folder = tmp_path / "secrets"
+    with pytest.raises(SystemExit, match="git_token"):
+        made["main"](folder)
+    (folder / "git_token").write_text("t")
+    first = {path.name: path.read_text() for path in folder.iterdir()}
+    made["main"](folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == first
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    values = [value.strip() for name, value in first.items() if name in made["MADE"]]
+    assert len(set(values)) == len(values) and min(map(len, values)) >= 20
+    for ignored in ("infra/secrets/git_token", "infra/.env"):
+        assert subprocess.run(["git", "check-ignore", "-q", ignored], cwd=ROOT).returncode == 0
+
+
+def test_secrets_are_filled_in_quoted_in_addresses_and_refused_when_missing(tmp_path: Path) -> None:
+    script = INFRA / "docker" / "with_secrets.py"
+    (tmp_path / "pw").write_text("a/b@c\n")
+    (tmp_path / "none").write_text("\n")
+    (tmp_path / "t.ini").write_text("# http://x\nplain = {secret:pw}\nuri = pg://u:{secret:pw}@h/d\n")
+    show = "import os; print(os.environ['A'], os.environ['B'])"
+
+    def run(*arguments: str, **values: str) -> "subprocess.CompletedProcess[str]":
+        environment = {"RETUNE_SECRETS": str(tmp_path), "A": "", "B": "", **values}
+        return subprocess.run(
+            [sys.executable, "-S", script, *arguments], env=environment, capture_output=True, text=True
+        )
+
+    template = f"{tmp_path / 't.ini'}:{tmp_path / 'out.ini'}"
+    done = run(template, "--", sys.executable, "-c", show, A="{secret:pw}", B="redis://:{secret:pw}@r/1")
+    assert done.stdout == "a/b@c redis://:a%2Fb%40c@r/1\n", done.stderr
+    assert (tmp_path / "out.ini").read_text() == "# http://x\nplain = a/b@c\nuri = pg://u:a%2Fb%40c@h/d\n"
+    assert stat.S_IMODE((tmp_path / "out.ini").stat().st_mode) == 0o600
+    for value, said in (("{secret:gone}", "the secret gone cannot be read"), ("{secret:none}", "is empty")):
+        done = run("--", sys.executable, "-c", show, A=value)
+        assert done.returncode == 1 and said in done.stderr and done.stdout == ""
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """What the locked Prefect is asked to do: by compose, by the worker's start, on Kubernetes."""
+    asked = [(name, service.get("command", [""])) for name, service in SERVICES.items()]
+    found = [(name, command[1:]) for name, command in asked if command[0] == "prefect"]
+    line = re.search(r"exec prefect (worker start .*)", (INFRA / "docker" / "worker.sh").read_text())
+    assert line is not None
+    words = line[1].replace('"$pool"', "gpu").replace('"$pool-$(hostname)"', "gpu-host").replace(' "$@"', "").split()
+    found.append(("worker.sh", words + SERVICES["gpu-worker"]["command"][1:]))
+    kubernetes = YAML(typ="safe").load((INFRA / "kubernetes" / "worker.yaml").read_text())
+    found.append(("kubernetes", kubernetes["spec"]["template"]["spec"]["containers"][0]["args"][1:]))
+    return found
+
+
+@pytest.mark.parametrize(("where", "words"), commands())
+def test_the_locked_prefect_takes_the_command(where: str, words: list[str]) -> None:
+    from prefect.cli._app import _app
+
+    command, _, _ = _app.parse_args(words, exit_on_error=False, print_error=False)
+    assert command.__name__ in {"start", "upgrade", "services_start", "start_services"}, command
+
+
+def test_the_locked_mlflow_takes_its_command_and_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow.environment_variables as known
+    from mlflow.cli import server
+
+    words = SERVICES["mlflow"]["command"]
+    assert words[:2] == ["mlflow", "server"]
+    environment = SERVICES["mlflow"]["environment"]
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", environment["MLFLOW_BACKEND_STORE_URI"])
+    chosen = server.make_context("server", list(words[2:])).params
+    assert chosen["app_name"] == "basic-auth" and "mlflow:5000" in chosen["allowed_hosts"].split(",")
+    assert chosen["backend_store_uri"] == environment["MLFLOW_BACKEND_STORE_URI"]
+    mine = {key for each in SERVICES.values() for key in each.get("environment", {}) if key.startswith("MLFLOW_")}
+    options = {option.envvar for option in server.params}
+    assert {key for key in mine if not hasattr(known, key) and key not in options} == set()
+
+
+def settings_of_prefect() -> set[str]:
+    from prefect.settings.legacy import _get_settings_fields
+    from prefect.settings.models.root import Settings
+    from prefect_redis.client import RedisMessagingSettings
+
+    ours = {f"PREFECT_REDIS_MESSAGING_{name}".upper() for name in RedisMessagingSettings.model_fields}
+    return ours | set(_get_settings_fields(Settings))
+
+
+def test_every_prefect_variable_is_a_setting_of_the_locked_prefect() -> None:
+    found = {key for each in SERVICES.values() for key in each.get("environment", {}) if key.startswith("PREFECT_")}
+    for dockerfile in (INFRA / "docker").glob("*.Dockerfile"):
+        found |= set(re.findall(r"\b(PREFECT_[A-Z_]+)=", dockerfile.read_text()))
+    assert found - settings_of_prefect() == set()
+
+
+def test_prefect_reads_from_them_what_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in [key for key in os.environ if key.startswith("PREFECT_")]:
+        monkeypatch.delenv(key)
+    for key, value in SERVICES["prefect"]["environment"].items():
+        monkeypatch.setenv(key, SECRET.sub("pw", value))
+    from prefect.settings.models.root import Settings
+    from prefect_redis.client import RedisMessagingSettings
+
+    server = Settings().server
+    assert (
+        server.database.connection_url.get_secret_value() == "postgresql+asyncpg://prefect:pw@prefect-db:5432/prefect"
+    )  # type: ignore[union-attr]
+    assert not server.database.migrate_on_start and not server.analytics_enabled
+    assert server.api.auth_string and server.api.auth_string.get_secret_value() == "pw"
+    assert server.ui.api_url == "http://127.0.0.1:4200/api" and server.ui.static_directory == "/tmp/ui"
+    redis = RedisMessagingSettings()
+    assert (redis.host, redis.port, redis.db, redis.password) == ("redis", 6379, 0, "pw")
+    import prefect_redis.lease_storage
+    import prefect_redis.messaging
+    import prefect_redis.ordering
+
+    assert server.events.messaging_broker == server.events.messaging_cache == prefect_redis.messaging.__name__
+    assert server.events.causal_ordering == prefect_redis.ordering.__name__
+    assert server.concurrency.lease_storage == prefect_redis.lease_storage.__name__
+    assert hasattr(prefect_redis.lease_storage, "ConcurrencyLeaseStorage")
+
+
+def test_the_registry_s_users_are_in_its_database() -> None:
+    import configparser
+
+    import mlflow.server
+
+    auth = configparser.ConfigParser()
+    auth.read(INFRA / "mlflow" / "basic_auth.ini")
+    theirs = configparser.ConfigParser()
+    theirs.read(Path(mlflow.server.__file__).parent / "auth" / "basic_auth.ini")
+    assert set(auth["mlflow"]) <= set(theirs["mlflow"]) and "admin_password" not in auth["mlflow"]
+    assert auth["mlflow"]["authorization_function"] == theirs["mlflow"]["authorization_function"]
+    assert auth["mlflow"]["database_uri"] == SERVICES["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_an_image_is_clean_by_hadolint_from_the_lock_and_starts_its_pool(kind: str) -> None:
+    path = INFRA / "docker" / f"{kind}.Dockerfile"
+    done = subprocess.run(
+        [Path(sys.executable).parent / "hadolint", "--failure-threshold", "style", path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    text = path.read_text()
+    assert "pip install --no-cache-dir -r requirements.lock" in text
+    assert re.search(r"^USER 10001:10001$", text, re.MULTILINE) and re.search(
+        rf'^CMD \["{kind}"\]$', text, re.MULTILINE
+    )
+    assert re.search(r"^HEALTHCHECK ", text, re.MULTILINE)
+    assert SERVICES[f"{kind}-worker"]["build"]["dockerfile"] == f"infra/docker/{kind}.Dockerfile"
+    assert SERVICES[f"{kind}-worker"]["user"] == "10001:10001" and SERVICES[f"{kind}-worker"]["command"][0] == kind
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().split("\n") if line.startswith("!")]
+    for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE):
+        for source in line.split()[:-1]:
+            assert (ROOT / source).exists() and any(f"{source}/".startswith(f"{each}/") for each in allowed), source
+
+
+def test_the_cuda_packages_are_pinned_and_those_of_the_locked_torch() -> None:
+    text = (INFRA / "docker" / "cuda.lock").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))
+    assert all(re.fullmatch(r"#.*|[\w-]+==[\d.]+", line) for line in text.split("\n") if line)
+    assert not set(pinned) & set(LOCKED)  # one version of each
+    assert (
+        pinned["cuda-toolkit"].startswith("13.0.")
+        and f'NVIDIA_REQUIRE_CUDA="cuda>={pinned["cuda-toolkit"][:4]}"'
+        in (INFRA / "docker" / "gpu.Dockerfile").read_text()
+    )
+    assert f"torch=={LOCKED['torch']}" in text
+
+
+def test_a_worker_starts_in_a_clone_of_its_own_and_goes_on_with_it(tmp_path: Path) -> None:
+    def git(*arguments: str, cwd: Path) -> str:
+        who = {
+            "GIT_AUTHOR_NAME": "t",
+            "GIT_AUTHOR_EMAIL": "t@t",
+            "GIT_COMMITTER_NAME": "t",
+            "GIT_COMMITTER_EMAIL": "t@t",
+        }
+        done = subprocess.run(
+            ["git", *arguments], cwd=cwd, env=os.environ | who, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    origin, root, stubs = tmp_path / "origin", tmp_path / "volume" / "retune", tmp_path / "bin"
+    (origin / ".dvc").mkdir(parents=True)
+    (origin / ".dvc" / ".gitignore").write_text("/config.local\n")
+    git("init", "-q", "-b", "main", cwd=origin)
+    git("add", "-A", cwd=origin)
+    git("commit", "-qm", "one", cwd=origin)
+    stubs.mkdir()
+    (stubs / "prefect").write_text('#!/bin/sh\necho "$@" in "$PWD"\n')
+    (stubs / "prefect").chmod(0o755)
+    environment = {
+        "PATH": f"{stubs}:{os.environ['PATH']}", "HOME": str(tmp_path / "volume" / "home"), "RETUNE_ROOT": str(root),
+        "RETUNE_GIT_URL": str(origin), "RETUNE_DVC_REMOTE": "s3://b/dvc", "AWS_ENDPOINT_URL_S3": "http://store:8333",
+    }  # fmt: skip
+
+    def start(*arguments: str, **more: str) -> str:
+        script = INFRA / "docker" / "worker.sh"
+        done = subprocess.run([script, *arguments], env=environment | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = start("gpu", "--limit", "1", RETUNE_POOL="gpu")
+    assert said.startswith("worker start --pool gpu --type process --name gpu-") and said.endswith(f"in {root}\n")
+    assert "--with-healthcheck --limit 1" in said
+    assert git("config", "retune.worker", cwd=root) == "true"
+    assert git("rev-parse", "HEAD", cwd=root) == git("rev-parse", "HEAD", cwd=origin)
+    assert git("status", "--porcelain", cwd=root) == ""  # config.local is nobody's to commit
+
+    from dvc.config import Config
+
+    config = Config(str(root / ".dvc"))
+    assert config["core"]["remote"] == "team"
+    assert [config["remote"]["team"][key] for key in ("url", "endpointurl")] == ["s3://b/dvc", "http://store:8333"]
+
+    (root / "checkpoint").write_text("kept")  # the second start finds a clone and leaves it alone
+    git("commit", "-q", "--allow-empty", "-m", "two", cwd=origin)
+    assert start("echo", "a run") == "a run\n"
+    assert (root / "checkpoint").exists() and git("log", "--format=%s", cwd=root) == "one"
+
+    other = str(tmp_path / "other")
+    start("true", RETUNE_ROOT=other)  # a cpu worker's clone is the project: nothing overwrites it
+    with contextlib.suppress(subprocess.CalledProcessError):
+        assert git("config", "retune.worker", cwd=Path(other)) != "true"

@@ -1,0 +1,178 @@
+"""infra/kubernetes: valid by Kubernetes' own schemas, and a job template that the locked Prefect can fill in.
+
+Not shown here: that a cluster runs it; there is none on this machine.
+"""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import prefect.server
+import pytest
+from conftest import ROOT
+from prefect.utilities.templating import apply_values, find_placeholders
+from ruamel.yaml import YAML
+
+FOLDER = ROOT / "infra" / "kubernetes"
+VERSIONS = ("1.32", "1.37")
+TEMPLATE = json.loads((FOLDER / "gpu-job-template.json").read_text())
+KUSTOMIZATION = YAML(typ="safe").load((FOLDER / "kustomization.yaml").read_text())
+SECRETS = runpy.run_path(str(ROOT / "infra" / "make_secrets.py"))
+MADE = set(SECRETS["MADE"]) | set(SECRETS["ASKED"])
+
+
+def objects() -> list[dict[str, Any]]:
+    return [
+        each for name in KUSTOMIZATION["resources"] for each in YAML(typ="safe").load_all((FOLDER / name).read_text())
+    ]
+
+
+def one(kind: str, name: str) -> dict[str, Any]:
+    [found] = [each for each in objects() if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def literals(name: str) -> dict[str, str]:
+    [found] = [each for each in KUSTOMIZATION["configMapGenerator"] if each["name"] == name]
+    return dict(each.split("=", 1) for each in found["literals"])
+
+
+def job(**chosen: Any) -> dict[str, Any]:
+    """The manifest as Prefect's worker fills it in, with the pool's defaults and what it adds itself."""
+    defaults = {key: each["default"] for key, each in TEMPLATE["variables"]["properties"].items() if "default" in each}
+    values = defaults | {"name": "train-1", "command": "prefect flow-run execute", "labels": {"a": "b"}} | chosen
+    manifest = apply_values(TEMPLATE["job_configuration"]["job_manifest"], values)
+    container = manifest["spec"]["template"]["spec"]["containers"][0]
+    container["args"] = container["args"].split()
+    return manifest
+
+
+def pod(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["spec"]["template"]["spec"]
+
+
+def theirs() -> dict[str, Any]:
+    """The default template for Kubernetes that the locked Prefect ships."""
+    path = (
+        Path(prefect.server.__file__).parent / "api" / "collections_data" / "views" / "aggregate-worker-metadata.json"
+    )
+    return json.loads(path.read_text())["prefect-kubernetes"]["kubernetes"]["default_base_job_configuration"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_object_is_valid_by_kubernetes_schema(version: str) -> None:
+    for each in objects():
+        kubernetes_validate.validate(each, version, strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_job_that_prefect_makes_is_valid_by_kubernetes_schema(version: str) -> None:
+    manifest = job()
+    for wrongly_there in ("parallelism", "completions"):  # Prefect demands them in the pod, where Kubernetes has none
+        assert pod(manifest).pop(wrongly_there) == 1
+    kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_the_template_has_what_prefect_s_worker_fills_in_and_nothing_it_does_not_know() -> None:
+    default = theirs()
+    assert set(TEMPLATE) == set(default)
+    # cluster_config is for a worker outside the cluster.
+    assert set(TEMPLATE["job_configuration"]) == set(default["job_configuration"]) - {"cluster_config"}
+    named = {each.name for each in find_placeholders(TEMPLATE["job_configuration"])}
+    assert named == set(TEMPLATE["variables"]["properties"])
+    changed = ("type", "enum")
+    for key, each in TEMPLATE["variables"]["properties"].items():
+        other = default["variables"]["properties"].get(key)
+        if other is not None and "type" in other and "type" in each:
+            assert [each.get(what) for what in changed] == [other.get(what) for what in changed], key
+
+    # What the worker checks before it takes the manifest: all that its bare one has, with the same values.
+    def within(part: Any, whole: Any) -> bool:
+        if isinstance(part, dict):
+            return all(key in whole and within(value, whole[key]) for key, value in part.items())
+        return part == whole
+
+    bare = {"parallelism": 1, "completions": 1, "restartPolicy": "Never"}
+    assert within({"apiVersion": "batch/v1", "kind": "Job"}, job()) and within(bare, pod(job()))
+    assert [each["name"] for each in pod(job())["containers"]] == ["prefect-job"]
+
+
+def test_a_training_gets_its_gpus_by_the_device_plugin_and_is_not_run_twice() -> None:
+    for gpus in (1, 4):
+        manifest = job(gpus=gpus, node_selector={"nvidia.com/gpu.product": "NVIDIA-L4"})
+        limits = pod(manifest)["containers"][0]["resources"]["limits"]
+        assert limits["nvidia.com/gpu"] == gpus
+        assert pod(manifest)["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-L4"}
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod(manifest)["tolerations"]
+    assert manifest["spec"]["backoffLimit"] == 0  # Prefect decides who tries again
+    assert pod(manifest)["terminationGracePeriodSeconds"] >= 120  # a training saves a checkpoint first
+
+
+@pytest.mark.parametrize("which", ["worker", "job"])
+def test_a_pod_has_no_rights_and_writes_only_where_it_must(which: str) -> None:
+    spec = pod(job()) if which == "job" else pod(one("Deployment", "retune-gpu-worker"))
+    assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 10001
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    [container] = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
+    }  # fmt: skip
+    assert re.search(r":\d+(\.\d+)+", container["image"])
+    assert "memory" in container["resources"]["limits"]
+    assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in spec["volumes"]}
+
+
+def test_a_training_may_do_nothing_in_the_cluster() -> None:
+    assert pod(job())["automountServiceAccountToken"] is False
+    assert one("ServiceAccount", pod(job())["serviceAccountName"])["automountServiceAccountToken"] is False
+    for binding in (each for each in objects() if each["kind"] == "RoleBinding"):
+        assert [each["name"] for each in binding["subjects"]] == ["retune-worker"]
+    rules = one("Role", "retune-worker")["rules"]
+    assert not [rule for rule in rules if "*" in rule["verbs"] + rule["resources"] or "secrets" in rule["resources"]]
+    assert {each["kind"] for each in objects()}.isdisjoint({"ClusterRole", "ClusterRoleBinding"})
+
+
+def test_every_name_leads_somewhere_and_no_secret_stands_here() -> None:
+    worker, training = pod(one("Deployment", "retune-gpu-worker")), pod(job())
+    one("ServiceAccount", worker["serviceAccountName"])
+    one("PersistentVolumeClaim", next(each for each in training["volumes"] if each["name"] == "cache")
+        ["persistentVolumeClaim"]["claimName"])  # fmt: skip
+    settings = literals("retune-worker")
+    for spec, config in ((worker, "retune-worker"), (training, "retune")):
+        assert [each["configMapRef"]["name"] for each in spec["containers"][0]["envFrom"]] == [config]
+    for each in worker["containers"][0]["env"]:
+        assert each["valueFrom"]["secretKeyRef"]["key"] in MADE
+    # The password reaches trainings by the same secret, not by the job's text.
+    start = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    assert (settings[f"{start}_NAME"], settings[f"{start}_KEY"]) == ("retune", "prefect_auth")
+    [volume] = [each["secret"] for each in training["volumes"] if each["name"] == "secrets"]
+    assert volume["secretName"] == "retune"
+    for each in training["containers"][0]["env"]:
+        assert set(re.findall(r"\{secret:(\w+)\}", each["value"])) <= MADE
+    hidden = re.compile(r"PASSWORD|AUTH_STRING$|ACCESS_KEY|TOKEN")
+    assert not [key for name in ("retune", "retune-worker") for key in literals(name) if hidden.search(key)]
+    assert KUSTOMIZATION["generatorOptions"]["disableNameSuffixHash"] is True  # the template names a config map
+
+
+def test_the_volume_of_a_training_holds_clone_and_home_and_its_folder_is_there_to_start_in() -> None:
+    container = pod(job())["containers"][0]
+    mounts = [each["mountPath"] for each in container["volumeMounts"]]
+    assert "/srv" in mounts and container["workingDir"] == "/srv"
+    assert {each["name"]: each["value"] for each in container["env"]}["HOME"] == "/srv/home"
+    assert "RETUNE_ROOT=/srv/retune" in (ROOT / "infra" / "docker" / "gpu.Dockerfile").read_text()
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_kustomize_builds_it() -> None:
+    built = subprocess.run(["kubectl", "kustomize", FOLDER], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    made = list(YAML(typ="safe").load_all(built.stdout))
+    assert {each["metadata"]["namespace"] for each in made} == {"retune"}
+    assert {each["metadata"]["name"] for each in made if each["kind"] == "ConfigMap"} == {"retune", "retune-worker"}
+    for each in made:
+        kubernetes_validate.validate(each, VERSIONS[0], strict=True)
