@@ -13,8 +13,8 @@ export DO_NOT_TRACK := true
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-run: $(READY)        ## the whole loop once: data, training, evaluation, merge, publish, promotion (about 3 minutes)
-	@echo "Bringing the loop up to date: about 3 minutes on 2 cores at first, seconds when nothing has changed."
+run: $(READY)        ## the whole loop once: data, training, evaluation, merge, publish, promotion (about 4 minutes)
+	@echo "Bringing the loop up to date: about 4 minutes on 2 cores at first, seconds when nothing has changed."
 	@retune run
 
 test: $(READY)       ## all tests that need no browser or GPU (about 8 minutes)

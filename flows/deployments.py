@@ -25,11 +25,10 @@ from pipeline.data.snapshot import recover
 from pipeline.environment import set_environment
 from pipeline.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
 from pipeline.ingest import ingest
-from pipeline.params import load_params
 from pipeline.process import run_streaming
 from pipeline.run_lock import RunUnderWay, only_run
 from pipeline.security.redact import redact_process, redacted_errors
-from pipeline.settings import change_params
+from pipeline.settings import change_params, load_params
 from pipeline.store.artifact_store import open_store
 from pipeline.store.garbage import collect
 from pipeline.versions.decisions import champion, read_log

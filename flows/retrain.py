@@ -39,11 +39,12 @@ from pipeline.commands import verdict_table
 from pipeline.data.snapshot import recover
 from pipeline.files import read_json
 from pipeline.git_record import GitRecordError, record_version
-from pipeline.params import Params, load_params
+from pipeline.params import Params
 from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
 from pipeline.report.whole import report_decision
 from pipeline.security.redact import redact, redact_process, redacted_errors
+from pipeline.settings import load_params
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
 from pipeline.training.warm_start import pin_champion

@@ -65,8 +65,8 @@ def run(json_output: Json = False) -> None:
     """Bring everything up to date: train if something changed, publish, and promote if it is better."""
     from pipeline import graph, server
     from pipeline.data.snapshot import recover
-    from pipeline.params import load_params
     from pipeline.promote import history, settled
+    from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
 
     params = load_params()
@@ -120,7 +120,7 @@ def ingest(
     from pipeline.data.snapshot import recover
     from pipeline.events import contents, count_new, tell_updated
     from pipeline.ingest import ingest as do
-    from pipeline.params import load_params
+    from pipeline.settings import load_params
 
     params, operations = load_params().ingest, load_params().operations
     if format is not None:
@@ -170,7 +170,7 @@ def inspect(
     from rich.console import Console
 
     from pipeline.chat.inspection import as_text, inspect_dataset, inspect_file
-    from pipeline.params import load_params
+    from pipeline.settings import load_params
 
     params = load_params()
     if Path(params.prepare.model_name_or_path).is_dir():
@@ -196,7 +196,7 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     # DVC forwards no signals: when it dies, its stage must not go on alone. SIGTERM lets a training save a checkpoint.
     end_with_parent(signal.SIGTERM)
     from pipeline import timings
-    from pipeline.params import load_params
+    from pipeline.settings import load_params
 
     params = load_params()
     started = time.monotonic()
@@ -247,7 +247,7 @@ def gc(
     json_output: Json = False,
 ) -> None:
     """Find objects of the store that no version needs, older than a day; delete them with --delete."""
-    from pipeline.params import load_params
+    from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.store.garbage import collect
 
@@ -267,9 +267,9 @@ def plan(
 ) -> None:
     """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
     _quiet()
-    from pipeline.params import load_params
     from pipeline.plan import describe
     from pipeline.plan import plan as do
+    from pipeline.settings import load_params
 
     params = load_params()
     dataset = ARTIFACTS / "dataset"

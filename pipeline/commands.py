@@ -23,8 +23,8 @@ class CommandError(ValueError):
 
 def publish(json_output: Json = False) -> None:
     """Ship the workspace's artifacts as a version: store first, registry after."""
-    from pipeline.params import load_params
     from pipeline.publish import publish as do
+    from pipeline.settings import load_params
 
     result = do(load_params().publish)
     signed = "signed" if result.signed else "unsigned"
@@ -84,10 +84,10 @@ def promote(
     json_output: Json = False,
 ) -> None:
     """Make a version the champion if it is measurably better; a refusal (exit status 3) shows both numbers."""
-    from pipeline.params import load_params
     from pipeline.promote import approve as answer
     from pipeline.promote import promote as do
     from pipeline.report.whole import report_decision
+    from pipeline.settings import load_params
 
     if force + approve + reject > 1:
         raise CommandError("--force, --approve and --reject exclude each other")
@@ -115,8 +115,8 @@ def rollback(
     json_output: Json = False,
 ) -> None:
     """Put the previous champion back."""
-    from pipeline.params import load_params
     from pipeline.promote import rollback as do
+    from pipeline.settings import load_params
 
     params = load_params()
     record, warnings = do(params.publish, params.promote, to, reason)
@@ -134,8 +134,8 @@ def canary(
     json_output: Json = False,
 ) -> None:
     """Mark a version as the canary: recorded, kept by `retune prune`, and an alias in the registry."""
-    from pipeline.params import load_params
     from pipeline.promote import set_canary
+    from pipeline.settings import load_params
 
     if end == (version is not None):
         raise CommandError("name the version, or --end the present canary")
@@ -152,8 +152,8 @@ def history(
     json_output: Json = False,
 ) -> None:
     """Every decision: who, when, from which champion to which, why, and with which numbers."""
-    from pipeline.params import load_params
     from pipeline.promote import history as do
+    from pipeline.settings import load_params
     from pipeline.versions.registry import ModelRegistry, RegistryError
 
     params = load_params()
@@ -238,7 +238,7 @@ def delete(
     json_output: Json = False,
 ) -> None:
     """Delete a version for good; the champion, the canary and a version that waits for approval are refused."""
-    from pipeline.params import load_params
+    from pipeline.settings import load_params
     from pipeline.versions.retention import delete as do
 
     record = do(load_params().publish, version, reason)
@@ -253,7 +253,7 @@ def prune(
     json_output: Json = False,
 ) -> None:
     """List, and with --yes delete, the versions that publish.keep_versions and keep_champions do not keep."""
-    from pipeline.params import load_params
+    from pipeline.settings import load_params
     from pipeline.versions.retention import delete as do
     from pipeline.versions.retention import outdated
 
@@ -279,8 +279,8 @@ COMMANDS: list[Callable[..., None]] = [
 
 def find(version: str | None) -> tuple[Any, Any, Any, str]:
     """Parameters, store, registry, and the content id of the version that was named."""
-    from pipeline.params import load_params
     from pipeline.promote import resolve
+    from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.versions.registry import ModelRegistry
 

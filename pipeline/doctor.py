@@ -19,9 +19,10 @@ import psutil
 from packaging.requirements import Requirement
 
 from pipeline import graph, server, stack
-from pipeline.params import Params, ParamsError, load_params
+from pipeline.params import Params
 from pipeline.process import python_ending_with_parent
 from pipeline.security.redact import redact
+from pipeline.settings import ParamsError, load_params
 
 DISK_GIB, MEMORY_GIB, CLOCK_SECONDS = 5.0, 2.0, 60.0
 

@@ -16,7 +16,7 @@ MlflowPort = Annotated[int | None, typer.Option(min=1, max=65535, help="Of MLflo
 def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = False) -> None:
     """Start the local stack: dashboard, work pools with workers, schedules, MLflow; on loopback, until `down`."""
     from pipeline import stack
-    from pipeline.params import load_params
+    from pipeline.settings import load_params
 
     params = stack.with_ports(load_params(), port, mlflow_port)
     known = stack.up(params, on_wait=lambda doing: print(f"up: {doing}", file=sys.stderr))
@@ -46,8 +46,8 @@ def down(json_output: Json = False) -> None:
 def status(json_output: Json = False) -> None:
     """Which servers and workers run, what is stale, who is champion."""
     from pipeline import graph, server, stack
-    from pipeline.params import load_params
     from pipeline.run_lock import RunUnderWay, only_run
+    from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.versions.decisions import canary, champion, proposed, read_log
 

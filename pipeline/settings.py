@@ -1,16 +1,56 @@
-"""Changes to `params.yaml` asked for from elsewhere: checked as a whole first, comments kept, or nothing is written."""
+"""The file `params.yaml`: read into `Params`, and changed where a form or a preset asks for it.
 
+Goes out: `Params`, or for a change the whole file, checked first, with its comments. Refused, with key, value and line:
+unknown keys, wrong types, values out of range, combinations that cannot work, and passwords.
+"""
+
+import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.files import write_text
-from pipeline.params import ParamsError, load_params
+from pipeline.params import Params
+from pipeline.security.redact import has_credentials, redact
 
 _VALUE = re.compile(r"(.*?)(\s+#.*)?")
+
+
+class ParamsError(ValueError):
+    """`params.yaml` cannot be used; the message names key, line and what was expected."""
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check every section of `path`.
+
+    Raises:
+        ParamsError: one sentence for each key that is missing, unknown, of the wrong type or out of range.
+    """
+    tree: Any
+    try:
+        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist; run this command in the project's top folder") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path} is not UTF-8 (byte {error.start})") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ParamsError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise ParamsError(f"{path} holds no sections; expected ingest, prepare, train, … as its keys")
+    _refuse_credentials(tree, path)
+    try:
+        return Params.model_validate(_plain(tree))
+    except ValidationError as error:
+        # An unknown key is often the missing one misspelt: it comes first.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise ParamsError(redact("\n".join(_sentence(e, tree, path) for e in errors))) from None
 
 
 def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> None:
@@ -44,3 +84,60 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
     finally:
         checked.unlink()
     write_text(path, text)
+
+
+def _refuse_credentials(tree: Any, path: Path) -> None:
+    """params.yaml is committed, and its values go to logs, dvc.lock and manifests: no place for a secret."""
+    for section, values in tree.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if any(isinstance(v, str) and has_credentials(v) for v in (value if isinstance(value, list) else [value])):
+                raise ParamsError(
+                    f"{section}.{key} holds a password or key ({path}, line {values.lc.key(key)[0] + 1}); take it out, "
+                    "and change it if it was committed: credentials come from the environment, an AWS profile or a role"
+                )
+
+
+def _plain(node: Any) -> Any:
+    """ruamel's round-trip nodes as plain Python values, which strict validation insists on."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _sentence(error: Any, tree: Any, path: Path) -> str:
+    # Union branches ("str", "literal[...]") end up in pydantic's location; only real keys have a line.
+    keys: list[str] = []
+    line: int | None = None
+    node: Any = tree
+    for key in error["loc"]:
+        if isinstance(node, dict) and key in node:
+            line = node.lc.key(key)[0] + 1  # type: ignore[attr-defined]  # ruamel gives its dictionaries positions
+            node = node[key]
+        elif (isinstance(node, dict) and error["type"] != "missing") or not isinstance(node, dict):
+            break
+        keys.append(str(key))
+    key = ".".join(keys)
+    where = f" ({path}, line {line})" if line else f" ({path})"
+    match error["type"]:
+        case "extra_forbidden":
+            known: dict[str, Any] = Params.model_fields
+            for section in keys[:-1]:
+                known = getattr(known[section].annotation, "model_fields", {})
+            near = difflib.get_close_matches(keys[-1], [*known], 1)
+            hint = f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
+            return f"{key} is not a parameter{where}; {hint}"
+        case "missing":
+            return f"{key} is missing{where}; every parameter is written out, copy it from the project's params.yaml"
+        case "value_error":
+            sentence = str(error["ctx"]["error"])
+            named = re.match(r"(\w+)\.(\w+) ", sentence)  # the parameter that the sentence begins with has the line
+            if named and isinstance(tree.get(named[1]), dict) and named[2] in tree[named[1]]:
+                where = f" ({path}, line {tree[named[1]].lc.key(named[2])[0] + 1})"
+            return f"{sentence}{where}"
+    got = "null" if node is None else repr(node)
+    return f"{key} is {got}; {error['msg'][0].lower()}{error['msg'][1:]}{where}"

@@ -183,7 +183,7 @@ def _write(piece: str) -> None:
 
 def _ready() -> Any:
     """Parameters, after the libraries were told what `retune stage` tells them."""
-    from pipeline.params import load_params
+    from pipeline.settings import load_params
 
     params = load_params()
     if Path(params.prepare.model_name_or_path).is_dir():

@@ -24,7 +24,7 @@ os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.dev
 
 import boto3
 
-from pipeline.params import load_params
+from pipeline.settings import load_params
 from pipeline.store.artifact_store import FileStore
 from pipeline.store.s3 import S3Store
 from pipeline.store.transfer import OBJECT_SIZE, ship, upload

@@ -38,7 +38,8 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.params import Params, PublishParams, load_params
+from pipeline.params import Params, PublishParams
+from pipeline.settings import load_params
 
 ROOT = Path(__file__).parent.parent
 CHATML = (

@@ -20,7 +20,7 @@ import sqlalchemy
 from conftest import ROOT, with_
 
 from pipeline import promote as gate
-from pipeline.params import load_params
+from pipeline.settings import load_params
 
 DIES_AT = [0]
 STEPS = [0]

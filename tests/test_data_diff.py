@@ -12,7 +12,7 @@ from conftest import ROOT, environment, make_project, retune
 from pipeline.data.diff import DataDiffError, compare, previous_revision, report_at
 from pipeline.data.report import SKETCH, DataStats, Report, write_report
 from pipeline.data.report_pages import render
-from pipeline.params import load_params
+from pipeline.settings import load_params
 
 
 def report(train: range, test: range = range(9_000_000, 9_000_010), **more: str) -> Report:

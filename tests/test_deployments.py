@@ -24,7 +24,8 @@ from flows.automations import automations
 from flows.summary import page
 from pipeline import stack
 from pipeline.events import contents, count_new, emit, tell_updated
-from pipeline.params import Params, ParamsError, load_params
+from pipeline.params import Params
+from pipeline.settings import ParamsError, load_params
 from pipeline.settings import change_params as change
 from pipeline.statistics import METRICS
 

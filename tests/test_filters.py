@@ -12,7 +12,8 @@ from pipeline.data import filters as reasons
 from pipeline.data.filters import apply_filters, repetition
 from pipeline.data.personal_data import find_kinds, texts_of
 from pipeline.data.records import Rejected, Row
-from pipeline.params import FilterParams, load_params
+from pipeline.params import FilterParams
+from pipeline.settings import load_params
 
 OFF = load_params(ROOT / "params.yaml").prepare.filters
 

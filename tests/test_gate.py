@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from conftest import ROOT, with_
 
-from pipeline.params import Params, PromoteParams, load_params
+from pipeline.params import Params, PromoteParams
+from pipeline.settings import load_params
 from pipeline.statistics import Groups, Items, group_sums, resampled_differences, set_scores
 from pipeline.versions import gate
 from pipeline.versions.significance import (

@@ -23,8 +23,9 @@ from pipeline.data.snapshot import recover
 from pipeline.files import read_json, sha256_file
 from pipeline.graph import GraphError
 from pipeline.ingest import IngestError, collect, ingest
-from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams, load_params
+from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams
 from pipeline.prepare import prepare
+from pipeline.settings import load_params
 
 AUTO = IngestParams(format="auto", columns=None, sources=None, s3_endpoint_url=None, max_download_gib=1.0)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, with_
 
-from pipeline.params import Params, ParamsError, load_params
+from pipeline.params import Params
+from pipeline.settings import ParamsError, load_params
 
 PROJECT = ROOT / "params.yaml"
 # Known to everyone who trains, or said by the comment of the line above.

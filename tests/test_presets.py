@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from pipeline.chat.template import NAMED
-from pipeline.params import load_params
 from pipeline.plan import FREE_FRACTION, GIB, _gpu, _one_step
+from pipeline.settings import load_params
 from pipeline.training.methods import adapter_config
 from pipeline.training.presets import PRESETS, PresetError, apply, available, values, with_preset
 

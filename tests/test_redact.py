@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from pipeline.params import Params, ParamsError, load_params
+from pipeline.params import Params
 from pipeline.security.redact import HIDDEN, has_credentials, redact, redacted_errors
+from pipeline.settings import ParamsError, load_params
 
 # Made up, of the shape and length of real ones.
 SECRETS = {

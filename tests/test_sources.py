@@ -16,7 +16,8 @@ from conftest import ROOT
 from pipeline.data import sources
 from pipeline.data.json_text import FormatError
 from pipeline.data.sources import SourceError, fetch, public
-from pipeline.params import IngestParams, load_params
+from pipeline.params import IngestParams
+from pipeline.settings import load_params
 
 ROWS = b'{"instruction": "Q", "output": "A"}\n' * 3
 SHA256 = hashlib.sha256(ROWS).hexdigest()

@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT, change_params, make_project, retune, with_
 
 from pipeline import stack
-from pipeline.params import Params, load_params
+from pipeline.params import Params
+from pipeline.settings import load_params
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from pipeline import graph, publish
 from pipeline.files import sha256_json, write_json
-from pipeline.params import Params, load_params
+from pipeline.params import Params
+from pipeline.settings import load_params
 from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
 from pipeline.store.artifact_store import open_store
 from pipeline.versions.registry import ModelRegistry

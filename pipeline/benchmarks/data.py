@@ -20,7 +20,7 @@ from pipeline.benchmarks import duplicates as bench_duplicates
 from pipeline.benchmarks.ingest import seconds_of_datasets_map, write_rows
 from pipeline.data.conversion import read_batches
 from pipeline.data.shards import ShardWriter
-from pipeline.params import load_params
+from pipeline.settings import load_params
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 

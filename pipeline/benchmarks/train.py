@@ -19,7 +19,8 @@ import torch
 
 from pipeline.files import read_json
 from pipeline.model import load_adapter, load_base
-from pipeline.params import TrainParams, load_params
+from pipeline.params import TrainParams
+from pipeline.settings import load_params
 from pipeline.train import quantisation_of, train
 from pipeline.training.packing import Collate, training_sequences
 

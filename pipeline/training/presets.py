@@ -11,7 +11,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.params import Params, load_params
+from pipeline.params import Params
+from pipeline.settings import load_params
 
 PRESETS = Path(__file__).parents[2] / "infra" / "presets"
 

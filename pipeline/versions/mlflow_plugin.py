@@ -11,9 +11,10 @@ from urllib.parse import parse_qsl
 from mlflow.entities import FileInfo
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
-from pipeline.params import ParamsError, PublishParams, load_params
+from pipeline.params import PublishParams
 from pipeline.publish import fetch_file
 from pipeline.security.allowlist import UnsafeFileError, check_file, check_names
+from pipeline.settings import ParamsError, load_params
 from pipeline.store.artifact_store import StoreError, open_store
 from pipeline.versions import manifest as manifests
 from pipeline.versions import signature
