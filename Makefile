@@ -19,7 +19,7 @@ run: $(READY)        ## the whole loop once: data, training, evaluation, merge, 
 
 test: $(READY)       ## all tests that need no browser or GPU (about 8 minutes)
 	@echo "Testing: about 8 minutes on 2 cores."
-	@python -m pytest -q -n 2 --dist loadgroup tests
+	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-faults: $(READY)  ## every kill and fault, the long form
 	@python -m pytest -q -m faults tests

@@ -48,7 +48,7 @@ def run(order: dict[str, Any], report: Path) -> None:
     params = Params.model_validate_json(order["params"])
     try:
         done = train(
-            params.train, Path(order["dataset"]), folder / "adapter", folder / "checkpoints", folder / "tables"
+            params.train, Path(order["dataset"]), folder / "adapter", folder / "checkpoints", tables=folder / "tables"
         )
         answer: dict[str, Any] = {"resumed": done.resumed_from_step, "steps": done.steps}
     except Interrupted as error:

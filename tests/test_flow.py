@@ -22,7 +22,6 @@ from conftest import change_params, environment, make_project, retune, with_
 
 from pipeline.params import Params
 
-pytestmark = pytest.mark.xdist_group("flow")
 WORSE = {"max_steps": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0}
 BETTER = {"max_steps": -1, "learning_rate": 0.005, "warmup_ratio": 0.05, "num_train_epochs": 7.0}
 
