@@ -29,6 +29,7 @@ from pipeline.process import run_streaming
 from pipeline.run_lock import RunUnderWay, only_run
 from pipeline.security.redact import redact_process, redacted_errors
 from pipeline.settings import change_params, load_params
+from pipeline.statistics import LOWER_IS_BETTER
 from pipeline.store.artifact_store import open_store
 from pipeline.store.garbage import collect
 from pipeline.versions.decisions import champion, read_log
@@ -141,7 +142,7 @@ def evaluate_champion() -> State[Any]:
     then = manifest["metrics"]["merged"][metric]
     said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
     create_markdown_artifact(f"**{version}**: {said}", key="champion")
-    if now >= then["low"]:
+    if now <= then["high"] if metric in LOWER_IS_BETTER else now >= then["low"]:
         return Completed(name="Holds", message=said)
     emit(CHAMPION_REGRESSED, "retune.champion", {"version": version, "metric": metric, "score": now})
     return Completed(name="Regressed", message=said)

@@ -58,9 +58,10 @@ def page(result: dict[str, Any], manifest: dict[str, Any], store: str, registry:
     lines += ["", "## Stages", "", "| stage | outcome | time |", "|---|---|---|"]
     lines += [f"| {each['stage']} | {each['outcome']} | {clock(each['seconds'])} |" for each in result["stages"]]
     lines += [f"| all | | {clock(sum(each['seconds'] for each in result['stages']))} |", ""]
-    cost = (manifest.get("cost") or {}).get("total")
+    cost = manifest.get("cost") or {"price_per_hour": None, "total": None}
     lines += ["## Cost and places", ""]
-    lines.append("- cost: " + ("publish.price_per_hour is not set" if cost is None else f"{cost:.2f}"))
+    unknown = "publish.price_per_hour is not set" if cost["price_per_hour"] is None else "a stage was not timed here"
+    lines.append("- cost: " + (unknown if cost["total"] is None else f"{cost['total']:.2f}"))
     lines.append(f"- version: `{store}/versions/{version['version']}/manifest.json`")
     link = f"[{registry}]({registry})" if registry.startswith("http") else f"`{registry}`"
     lines.append(f"- registry: {link}; the whole report is the artifact `evaluation-report`")

@@ -23,6 +23,7 @@ from pipeline.params import Params
 from pipeline.process import python_ending_with_parent
 from pipeline.security.redact import redact
 from pipeline.settings import ParamsError, load_params
+from pipeline.training.combinations import CLASSIFICATION
 
 DISK_GIB, MEMORY_GIB, CLOCK_SECONDS = 5.0, 2.0, 60.0
 
@@ -157,10 +158,10 @@ def _remote(root: Path) -> Check:
 
 def _template(params: Params) -> Check:
     from pipeline.chat.template import load_template
+    from pipeline.data.classes import load_encoder
 
-    template, identity = load_template(params.prepare)
-    del template
-    name = params.prepare.chat_template or "its own chat template"
+    _, identity = (load_encoder if params.train.task == CLASSIFICATION else load_template)(params.prepare)
+    name = "classes" if params.train.task == CLASSIFICATION else params.prepare.chat_template or "its own chat template"
     return Check("base model", True, f"{identity.get('model_name_or_path', params.prepare.model_name_or_path)}, {name}")
 
 

@@ -1,5 +1,6 @@
 """evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,11 @@ def test_items(dataset: Path, max_samples: int | None) -> pa.Table:
     return table if max_samples is None else table.sort_by("id").slice(0, max_samples)
 
 
-def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where: Path) -> None:
-    differ = differing_keys(portable(contract), portable(other))  # what ships names no folder of this machine
+def require_same_contract(
+    contract: dict[str, Any], other: dict[str, Any], where: Path, but: Sequence[str] = ()
+) -> None:
+    """Refuse a contract that differs from the dataset's in a key other than `but`."""
+    wanted = {key: value for key, value in contract.items() if key not in but}
+    differ = differing_keys(portable(wanted), portable(other))  # what ships names no folder of this machine
     if differ:
         raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")

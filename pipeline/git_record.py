@@ -1,4 +1,4 @@
-"""A promoted run as a commit: `data.dvc` and `dvc.lock` on a branch of their own, with a tag that names the version.
+"""A promoted run as a commit: the files of `RECORDED` on a branch of their own, with a tag that names the version.
 
 The checked-out branch, the index and the working tree stay as they are. Refused: a tree with other changes, whose
 commit would not be what the version was made from.
@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-RECORDED = ("data.dvc", "dvc.lock")
+RECORDED = ("data.dvc", "dvc.lock", "init_adapter.json")
 
 
 class GitRecordError(RuntimeError):
@@ -20,7 +20,7 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     """Commit on `branch` (made from HEAD if it is not there) and tag; returns the commit, also when it was there.
 
     Raises:
-        GitRecordError: files other than data.dvc and dvc.lock differ from HEAD, or the branch is checked out.
+        GitRecordError: files other than those recorded differ from HEAD, or the branch is checked out.
     """
     changed = [line[3:] for line in _git(root, "status", "--porcelain").splitlines()]
     others = [path for path in changed if path not in RECORDED]

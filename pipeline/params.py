@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.data.language import LANGUAGES
-from pipeline.training.combinations import class_conflict, conflict, in_4bit
+from pipeline.training.combinations import conflict, in_4bit, whole_conflict
 
 Metric = Literal[
     "accuracy", "macro_f1", "exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity"
@@ -365,11 +365,6 @@ class Params(Section):
 
     @model_validator(mode="after")
     def check(self) -> "Params":
-        if self.merge.base == "nf4" and not self.train.load_in_4bit:
-            raise ValueError(
-                f"merge.base is nf4, but with train.method {self.train.method} and train.load_in_4bit "
-                "false there is no NF4 base to merge into"
-            )
-        if reason := class_conflict(self):
+        if reason := whole_conflict(self):
             raise ValueError(reason)
         return self

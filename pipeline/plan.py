@@ -101,17 +101,19 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
     made = _one_step(config, params.train, length, on_gpu=card is not None)
     steps = None
     if sequences is not None:
-        per_step = params.train.per_device_train_batch_size * params.train.gradient_accumulation_steps
+        train = params.train
+        per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.num_processes
         each = math.ceil(sequences / per_step)
-        steps = (
-            params.train.max_steps if params.train.max_steps > 0 else math.ceil(each * params.train.num_train_epochs)
-        )
+        steps = train.max_steps if train.max_steps > 0 else math.ceil(each * train.num_train_epochs)
         tokens = round(tokens * steps / each)
     seconds = cost = None
     if card is not None and steps is not None:
-        seconds = made.flops_per_token * tokens / (card.bf16_tflops * 1e12 * card.utilization)
-        cost = seconds / 3600 * card.usd_per_hour
-    if card is not None and gpu is not None and made.memory.peak > card.memory_gib * GIB * FREE_FRACTION:
+        cards = params.train.num_processes
+        seconds = made.flops_per_token * tokens / (card.bf16_tflops * 1e12 * card.utilization) / cards
+        cost = seconds / 3600 * card.usd_per_hour * cards
+    sharded = params.train.strategy in ("fsdp", "deepspeed")  # of which a GPU holds a part that only they know
+    room = math.inf if card is None or sharded else card.memory_gib * GIB * FREE_FRACTION
+    if card is not None and gpu is not None and made.memory.peak > room:
         raise PlanError(_too_large(config, params.train, length, made.memory, gpu, card))
     return Plan(
         made.trainable_parameters, made.parameters, length, made.memory, made.flops_per_token,

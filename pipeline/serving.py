@@ -27,7 +27,7 @@ from pipeline.chat.template import (
 from pipeline.data.records import Message
 from pipeline.files import WORK_DIR, read_json
 from pipeline.generate import Answer, to_answer
-from pipeline.model import ModelError, load_adapter, load_base
+from pipeline.model import ModelError, is_whole, load_adapter, load_base
 from pipeline.params import Params
 from pipeline.promote import resolve
 from pipeline.publish import fetch_version
@@ -155,6 +155,11 @@ class Talk:
                 f"{name} was trained on a base in other bits ({quantisation}) than the one that is loaded "
                 f"({self.quantisation}); talk to it alone: `retune chat {name}`"
             )
+        if is_whole(folder):
+            raise ServingError(
+                f"{name} was trained as a whole (train.method full) and has no adapter to put on the base; use its "
+                "merged model: `retune predict`, or `retune download` and transformers"
+            )
         if not hasattr(self.model, "peft_config"):
             self.model = load_adapter(self.model, folder)
             return "default"
@@ -274,7 +279,11 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
         ServingError: a line is no JSON object, or has neither `prompt` nor `messages`, with its number.
     """
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other line separators
+    except UnicodeDecodeError as error:
+        raise ServingError(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

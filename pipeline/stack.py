@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -204,10 +204,16 @@ def marked(root: Path) -> list[psutil.Process]:
     return found
 
 
-def end_marked(root: Path, grace: float, keep: Sequence[int] = ()) -> None:
-    """SIGTERM to all processes of the stack but `keep`, SIGKILL after `grace` seconds, until there are none."""
+def end_marked(root: Path, grace: float, keep: Callable[[], set[int]] = set) -> None:
+    """SIGTERM to all processes of the stack but `keep`, SIGKILL after `grace` seconds, until there are none.
+
+    Args:
+        keep: asked before each signal, since the others go on starting processes meanwhile.
+    """
     for number, patience in ((signal.SIGTERM, grace), *[(signal.SIGKILL, 5.0)] * 3):
-        left = [process for process in marked(root) if process.pid not in keep]
+        found = marked(root)  # before `keep`: what starts in between belongs to it
+        kept = keep()
+        left = [process for process in found if process.pid not in kept]
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
@@ -248,7 +254,7 @@ def supervise(root: Path) -> None:
         for service in services(params):
             if service.name.endswith("-worker") and not any(c.service.name.endswith("-worker") for c in children):
                 note(doing="making the work pools and deployments")
-                make_pools(known["url"], params)
+                make_pools(known["url"])
                 deploy(root)
             note(doing=f"starting {service.name}")
             if service.name == "gpu-worker" and params.operations.train_pool == "gpu":
@@ -267,7 +273,7 @@ def supervise(root: Path) -> None:
     finally:
         for child in reversed(children):  # workers before the server, which is told how their runs ended
             end_group(child.process, grace=15)
-        end_marked(root, grace=10, keep=(reaper.pid,))
+        end_marked(root, grace=10, keep=lambda: {reaper.pid})
         reaper.kill()
 
 
@@ -305,8 +311,7 @@ def _restart_dead(root: Path, children: list[Child]) -> bool:
 def _end_orphans(root: Path) -> None:
     """Processes of the stack that no living service has started any more."""
     me = psutil.Process()
-    family = {process.pid for process in me.children(recursive=True)} | {me.pid}
-    end_marked(root, grace=10, keep=tuple(family))
+    end_marked(root, grace=10, keep=lambda: {process.pid for process in me.children(recursive=True)} | {me.pid})
 
 
 def _start(root: Path, service: Service) -> subprocess.Popen[str]:
@@ -347,9 +352,12 @@ def _reaper(root: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def make_pools(url: str, params: Params) -> None:
-    """The work pools, each with its concurrency limit; one that is there keeps what was set in the dashboard."""
-    for pool in (pool for pool in POOLS if pool in params.operations.services):
+def make_pools(url: str) -> None:
+    """The work pools, each with its concurrency limit; one that is there keeps what was set in the dashboard.
+
+    All of them, with or without a worker here: deployments name them.
+    """
+    for pool in POOLS:
         body = {"name": pool, "type": "process", "concurrency_limit": POOLS[pool]}
         request = urllib.request.Request(
             f"{url}/api/work_pools/", json.dumps(body).encode(), {"Content-Type": "application/json"}

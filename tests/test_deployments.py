@@ -128,7 +128,9 @@ def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_
         "metrics": {"base": metrics, "adapter": metrics, "merged": metrics},
         "stages": [{"stage": "train", "outcome": "cached", "seconds": 61.0}],
     }
-    shown = page(result, {"cost": {"total": 1.5}}, "s3://bucket/models", "https://mlflow.example.org")
+    shown = page(
+        result, {"cost": {"price_per_hour": 3.0, "total": 1.5}}, "s3://bucket/models", "https://mlflow.example.org"
+    )
     for words in ("# Promoted: v4", "better", "- a note", "| rougeL | 0.5 | 0.55 | 0.5 |", "| bleu | – | – | – |",
                   "| train | cached | 1:01 |", "cost: 1.50", "s3://bucket/models/versions/0123/manifest.json",
                   "](https://mlflow.example.org)"):  # fmt: skip

@@ -163,6 +163,11 @@ def model_identity(name_or_path: str, revision: str | None, trust_remote_code: b
 
 def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[ChatTemplate, list[str]]:
     """The contract's template with the tokenizer at `source`, and the keys in which it differs from the contract."""
+    if "labels" in contract:
+        raise TemplateError(
+            "the dataset is for train.task sequence-classification, which has no conversations; `retune classify TEXT` "
+            "asks its model"
+        )
     missing = {"chat_template_name", "on_control_tokens"} - set(contract)
     if missing:
         raise TemplateError(

@@ -143,7 +143,7 @@ def differences(new: System, old: System) -> tuple[int, int, list[Difference], l
     ranked = []
     seen: Counter[tuple[Any, str]] = Counter()
     for place, (ours, theirs) in enumerate(zip(new.items.to_pylist(), old.items.to_pylist(), strict=True)):
-        change = ((ours["accuracy"] or 0) - (theirs["accuracy"] or 0), ours["rougeL"] - theirs["rougeL"])
+        change = tuple((ours[metric] or 0) - (theirs[metric] or 0) for metric in ("accuracy", "rougeL"))
         if change != (0, 0):
             ranked.append((change, seen[change, ours["task"]], place, ours, theirs))
             seen[change, ours["task"]] += 1

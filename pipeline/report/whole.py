@@ -169,7 +169,9 @@ def _cost_facts(manifest: Manifest) -> dict[str, str]:
         for stage, seconds in sorted(manifest["time"].items(), key=lambda item: STAGES.index(item[0]))
     }
     cost = manifest["cost"]
-    price = "not priced: publish.price_per_hour is null"
+    price = "not priced: " + (
+        "publish.price_per_hour is null" if cost["price_per_hour"] is None else "a stage was not timed here"
+    )
     if cost["total"] is not None:
         price = f"{cost['total']:.2f} at {cost['price_per_hour']:g} an hour"
     return times | {"cost": price}

@@ -29,7 +29,7 @@ NAMES = {
 }
 _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
 # The card, and what MLflow's own loader looks for: its description and a second name of the tokenizer's files.
-_FOLDERS = "|".join((*PARTS, r"exports(/(bnb-4bit|bnb-8bit))?", "components/tokenizer"))
+_FOLDERS = "|".join((*PARTS, r"exports(/(bnb-4bit|bnb-8bit))?", "parity/combined_adapter", "components/tokenizer"))
 _PATTERN = re.compile(rf"({_FOLDERS})/({_FILE})|README\.md|MLmodel")
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE

@@ -80,4 +80,36 @@ def class_conflict(params: Any) -> str | None:
     for key, empty in (("export", "[]"), ("combine", "null")):
         if getattr(params.merge, key):
             return f"merge.{key} is set, but train.task is sequence-classification, which has none; set it to {empty}"
+    for key, nothing in (("general", "null"), ("judge", "null"), ("prompts", "[]")):
+        if getattr(params.evaluate, key):
+            return (
+                f"evaluate.{key} is set, but train.task is sequence-classification, which has none; set it to {nothing}"
+            )
+    if params.evaluate.backend == "vllm":
+        return "evaluate.backend is vllm, but train.task is sequence-classification; set it to auto"
     return None
+
+
+def whole_conflict(params: Any) -> str | None:
+    """Why sections of `Params` do not go with each other; None if they do."""
+    if params.merge.base == "nf4" and not params.train.load_in_4bit:
+        return (
+            f"merge.base is nf4, but with train.method {params.train.method} and train.load_in_4bit false there is no "
+            "NF4 base to merge into"
+        )
+    if params.merge.combine is not None and params.evaluate.general is not None:
+        return (
+            "merge.combine is set, but evaluate.general measures what the adapter forgot before it is combined; set "
+            "one of them to null"
+        )
+    store, pool, init = params.publish.artifact_store, params.operations.train_pool, params.train.init_adapter
+    if pool != "local" and init != "none" and "@" not in init and _is_own_folder(store):
+        return (
+            f"train.init_adapter is {init}, which a worker of the pool {pool} fetches from publish.artifact_store, but "
+            f"{store} lies in this folder; take a store that both reach"
+        )
+    return class_conflict(params)
+
+
+def _is_own_folder(store: str) -> bool:
+    return "://" not in store or (store.startswith("file://") and not store.startswith("file:///"))

@@ -15,6 +15,8 @@ from pipeline.model import load_adapter
 from pipeline.params import CombineParams
 from pipeline.weights.merging import empty_base
 
+OF_THE_DATA = ("trained_fraction", "max_length")  # keys of the contract in which adapters of other data may differ
+
 
 class CombinationError(ValueError):
     """The adapters cannot be combined; the message says which and why."""
@@ -41,7 +43,7 @@ def combine(params: CombineParams, contract: dict[str, Any], adapter: Path, fold
             raise CombinationError(
                 f"{weights} is not the one that merge.combine names: its sha256 is {digest}, not {part.sha256}"
             )
-        require_same_contract(contract, read_json(source / "contract.json"), source)
+        require_same_contract(contract, read_json(source / "contract.json"), source, OF_THE_DATA)
         sources.append(source)
     names = ["default", *(f"adapter_{number}" for number in range(1, len(sources)))]
     model = load_adapter(empty_base(contract["model"]), sources[0], empty=True)
