@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 from pipeline.chat.template import local_source
 from pipeline.data.classes import TextEncoder, load_contract
 from pipeline.evaluate import require_same_contract, test_items
-from pipeline.files import read_json, whole_directory, write_json, write_text
+from pipeline.files import read_json, whole_directory, write_json
 from pipeline.model import load_base, load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.progress import Progress
+from pipeline.report.contents import System
+from pipeline.report.evaluation_pages import write_report
+from pipeline.report.stage import stage_contents
 from pipeline.scoring import Metrics, provenance, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, one_line, portable
 from pipeline.statistics import METRICS
@@ -143,15 +146,22 @@ def evaluate_classes(params: EvaluateParams, dataset: Path, adapter: Path, outpu
     with untuned(model, contract["model"], labels) as before:
         logits["base"] = predict(before, encoder, rows, params.batch_size, "evaluate", "the base")
     metrics: dict[str, Metrics] = {}
+    items: dict[str, pa.Table] = {}
     with whole_directory(output) as folder:
         for system in ("base", "adapter"):
-            items = score_classes(test, predictions(logits[system], labels))
-            items = items.append_column("logits", pa.array(logits[system].tolist(), pa.list_(pa.float32())))
-            pq.write_table(items, folder / f"items.{system}.parquet")
-            metrics[system] = summarise(items, params)
+            items[system] = score_classes(test, predictions(logits[system], labels)).append_column(
+                "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
+            )
+            pq.write_table(items[system], folder / f"items.{system}.parquet")
+            metrics[system] = summarise(items[system], params)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "evaluation.json", provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"})
-        write_text(folder / "report.md", report(metrics, items))
+        base, candidate = (
+            System(name, metrics[key], items[key]) for name, key in (("base", "base"), ("candidate", "adapter"))
+        )
+        write_report(stage_contents(base, candidate, dataset, adapter, folder), folder)
+        with (folder / "report.md").open("a", encoding="utf-8") as page:
+            page.write(by_class(items["adapter"]))
     return metrics["base"], metrics["adapter"]
 
 
@@ -244,10 +254,9 @@ def score_merged(folder: Path, dataset: Path, settings: dict[str, Any], output: 
         write_json(made / "evaluation.json", provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"})
 
 
-def report(metrics: dict[str, Metrics], items: pa.Table) -> str:
-    """Markdown: the scores, precision and recall by class, and the texts that were wrong with the most confidence."""
-    lines = ["# Evaluation", "", *_scores_table(metrics)]
-    lines += ["", "## By class", "", "| class | texts | precision | recall | F1 |", "|---" * 5 + "|"]
+def by_class(items: pa.Table) -> str:
+    """Markdown: precision and recall of each class, and the texts that were wrong with the most confidence."""
+    lines = ["", "## By class", "", "| class | texts | precision | recall | F1 |", "|---" * 5 + "|"]
     label, predicted = items["label"].to_pylist(), items["predicted"].to_pylist()
     for name in sorted({*label, *predicted}):
         hits = sum(a == b == name for a, b in zip(label, predicted, strict=True))
@@ -280,21 +289,3 @@ def _require_parity(params: MergeParams, agreement: float, error: float, reach: 
                 f"{metric} of the merged model is {-difference:.4f} below the adapter's; merge.max_metric_drop is "
                 f"{params.max_metric_drop:g}"
             )
-
-
-def _scores_table(metrics: dict[str, Metrics]) -> list[str]:
-    lines = ["| metric | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]
-    for metric in METRICS:
-        lines.append(f"| {metric} | " + " | ".join(_cell(scores[metric]) for scores in metrics.values()) + " |")
-    for kind in ("cut_off", "empty", "failed"):
-        counts = " | ".join(str(scores[f"num_{kind}"]) for scores in metrics.values())
-        lines.append(f"| {kind.replace('_', ' ')} | {counts} |")
-    lines.append("| test items | " + " | ".join(str(scores["num_samples"]) for scores in metrics.values()) + " |")
-    return lines
-
-
-def _cell(score: dict[str, float] | None) -> str:
-    if score is None:
-        return "–"
-    digits = 1 if score["high"] > 1 else 3
-    return f"{score['score']:.{digits}f} ({score['low']:.{digits}f} to {score['high']:.{digits}f})"

@@ -145,6 +145,8 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     untrained, tuned = evaluate_classes(settings.evaluate, dataset, tmp_path / "adapter", tmp_path / "evaluation")
     assert tuned["accuracy"]["low"] > untrained["accuracy"]["high"] and tuned["accuracy"]["score"] > 0.85
     assert tuned["macro_f1"]["low"] <= tuned["macro_f1"]["score"] <= tuned["macro_f1"]["high"] <= 1
+    assert "macro_f1" in (tmp_path / "evaluation" / "report.html").read_text()
+    assert "## By class" in (tmp_path / "evaluation" / "report.md").read_text()
     outputs = (tmp_path / name for name in ("merged", "parity", "exports"))
     result = merge_classes(settings.merge, dataset, tmp_path / "adapter", tmp_path / "evaluation", *outputs)
     assert result.agreement >= (0.95 if method == "qlora" else 1)
@@ -235,8 +237,8 @@ def test_a_dataset_of_the_other_task_is_refused(tmp_path: Path, params: Params, 
 
 
 @pytest.mark.faults
-def test_reviews_go_through_dvc_to_a_merged_model(tmp_path: Path, params: Params) -> None:
-    """prepare, train, evaluate and merge by `dvc repro`, as in the preset roberta-base-imdb."""
+def test_reviews_go_all_the_way_to_a_champion(tmp_path: Path, params: Params) -> None:
+    """The four stages by `dvc repro`, as in the preset roberta-base-imdb; then publish, promote and the report."""
     base = make_encoder(tmp_path / "encoder", "roberta")
     root = make_project(tmp_path / "project", base, params)
     write_params(root, classifying(params, Path("data/base")))
@@ -254,5 +256,10 @@ def test_reviews_go_through_dvc_to_a_merged_model(tmp_path: Path, params: Params
     said = retune(root, "classify", "--json", "Film 7 by director 123456: splendid.")
     [answer] = json.loads(said.stdout)
     assert answer["label"] == "pos" and 0.5 < answer["confidence"] <= 1
-    again = subprocess.run([*command, "repro"], cwd=root, env=environment(), capture_output=True, text=True)
-    assert "Running stage" not in again.stdout
+    ran = retune(root, "run", "--json")
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert [s["outcome"] for s in result["stages"] if s["stage"] in ("prepare", "train", "merge")] == ["cached"] * 3
+    assert result["decision"]["decision"] == "promoted"
+    assert "Promoted" in (root / "artifacts" / "report.html").read_text()
+    assert retune(root, "doctor").returncode == 0

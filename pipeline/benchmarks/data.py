@@ -90,7 +90,7 @@ def _measured(run: Callable[[], object]) -> tuple[float, int]:
     def watch() -> None:
         nonlocal peak
         me = psutil.Process()
-        while not over.wait(0.2):
+        while not over.wait(0.5):  # adding up the pages of a process takes it some time
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:

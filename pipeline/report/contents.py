@@ -238,7 +238,10 @@ def evaluation_facts(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def contract_facts(contract: dict[str, Any]) -> dict[str, str]:
-    facts = {"chat template": contract.get("chat_template_name") or "the tokenizer's own"}
+    if "labels" in contract:
+        facts = {"classes": ", ".join(contract["labels"])}
+    else:
+        facts = {"chat template": contract.get("chat_template_name") or "the tokenizer's own"}
     facts |= {key: contract[key][:16] for key in ("chat_template_sha256", "tokenizer_sha256") if key in contract}
     return facts | {
         key: _plain(contract[key])
