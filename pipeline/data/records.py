@@ -33,7 +33,7 @@ SPEAKER = re.compile(r"(?:^|\n)[ \t]*(?:#{1,3} *)?(Human|Assistant)[ \t]*[::]")
 SHARD_COLUMNS = ("source", "messages", "tools", "task", "group", "scoring", "repairs")  # what `retune ingest` writes
 
 
-@dataclass(slots=True)  # making a frozen one takes a tenth of all the time of reading rows
+@dataclass  # making a frozen one takes a tenth of all the time of reading rows
 class Row:
     """One conversation that ends with the assistant's turn.
 
