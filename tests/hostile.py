@@ -317,6 +317,7 @@ GOOD_NAMES = [
     "adapter/tokenizer.json",
     "adapter/tokenizer_config.json",
     "adapter/training.json",
+    "parity/combined_adapter/adapter_model.safetensors",
     "evaluation/evaluation.json",
     "evaluation/general.adapter.parquet",
     "evaluation/general.base.parquet",

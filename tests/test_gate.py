@@ -264,6 +264,14 @@ def test_who_forgets_more_than_the_limit_is_refused_whatever_the_gain(params: Pa
     assert gate.decision_on(lost) == "refused"
     assert gate.reason(lost, "v1").startswith("general_perplexity 10.")
     assert "needed at most +0.7" in gate.reason(lost, "v1")
+    few = {"group": [str(i) for i in range(5000)], "loss_tokens": [9.0] * 5000, "accuracy": [None] * 5000}
+    many = pa.table(few | {"loss": [18.0 + i % 7 for i in range(5000)]})
+    claims = gate.claims_on(ours, theirs, params.promote)
+    alone, beside = (
+        gate.compare_claims([*claims, *others], 0)["rougeL"]["gate_rows"]
+        for others in ([], gate.forgetting_claims(many, many, params.promote))
+    )
+    assert beside == pytest.approx(alone, rel=0.2)  # rows of the test split, not of the general set
 
 
 def test_equal_systems_are_rarely_promoted_and_better_ones_mostly(params: Params) -> None:

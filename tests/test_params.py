@@ -13,6 +13,12 @@ PROJECT = ROOT / "params.yaml"
 # Known to everyone who trains, or said by the comment of the line above.
 OBVIOUS = {"validation_fraction", "weight_decay", "max_grad_norm", "logging_steps", "seed", "registered_model_name"}
 
+PARTS = [{"path": None, "weight": 0.5, "sha256": None}, {"path": "other", "weight": 0.5, "sha256": "0" * 64}]
+COMBINED = {"combination_type": "linear", "adapters": PARTS, "density": 0.5, "seed": 0}
+GENERAL = {"path": "general.jsonl", "sha256": "0" * 64}
+FAR = {"operations": {"train_pool": "gpu"}}
+CLASSES = {"train": {"task": "sequence-classification", "packing": False}, "promote": {"primary_metric": "accuracy"}}
+
 
 def changed(tmp_path: Path, key: str, new: str) -> tuple[Path, int]:
     """The project's file with the line of `key` (unique in it) begun by `new`, and that line's number."""
@@ -103,6 +109,10 @@ def test_a_missing_parameter_or_section_is_named(tmp_path: Path, name: str, key:
         ({"prepare": {"test_fraction": 0.5, "validation_fraction": 0.5}}, "leave no rows to train on"),
         ({"prepare": {"trust_remote_code": True}}, "set model_revision"),
         ({"publish": {"sse_kms_key_id": "alias/key"}}, "server_side_encryption is not aws:kms"),
+        ({"merge": {"combine": COMBINED}, "evaluate": {"general": GENERAL}}, "what the adapter forgot before"),
+        (FAR | {"train": {"init_adapter": "champion"}}, "lies in this folder; take a store that both reach"),
+        (CLASSES | {"evaluate": {"prompts": ["Why?"]}}, "evaluate.prompts is set, but train.task is sequence-class"),
+        (CLASSES | {"evaluate": {"backend": "vllm"}}, "evaluate.backend is vllm, but train.task"),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused(sections: dict[str, dict[str, object]], what: str) -> None:
@@ -123,6 +133,10 @@ def test_a_password_in_the_endpoint_is_refused_without_showing_it(tmp_path: Path
         {"train": {"method": "lora", "load_in_4bit": False}, "merge": {"base": "full"}},
         {"prepare": {"trust_remote_code": True, "model_revision": "a" * 40}},
         {"train": {"lora_target_modules": ["q_proj"]}},
+        {"merge": {"combine": COMBINED}},
+        FAR | {"train": {"init_adapter": "champion"}, "publish": {"artifact_store": "s3://bucket/models"}},
+        FAR | {"train": {"init_adapter": f"elsewhere@{'0' * 64}"}},
+        CLASSES | {"evaluate": {"backend": "transformers"}},
         {"publish": {"sse_kms_key_id": "alias/key", "server_side_encryption": "aws:kms"}},
     ],
 )

@@ -200,6 +200,17 @@ def test_time_and_cost_follow_from_tokens_and_price(params: Params, dataset: Pat
     assert "A100-80GB" in describe(made)
 
 
+def test_several_gpus_take_fewer_steps_in_less_time_for_the_same_money(params: Params, dataset: Path) -> None:
+    one = plan(params, dataset, gpu="A100-80GB")
+    four = plan(with_(params, train={"strategy": "ddp", "num_processes": 4}), dataset, gpu="A100-80GB")
+    assert one.steps and one.seconds and one.cost_usd and four.steps and four.seconds
+    assert (
+        one.steps / 4 <= four.steps < one.steps / 4 + params.train.num_train_epochs
+    )  # an epoch's last step may be short
+    assert four.seconds == pytest.approx(one.seconds / 4, rel=0.2)
+    assert four.cost_usd == pytest.approx(one.cost_usd, rel=0.2)
+
+
 def test_a_plan_without_a_dataset_says_what_is_missing(params: Params) -> None:
     made: Plan = plan(params)
     assert (made.steps, made.tokens, made.seconds) == (None, None, None)

@@ -230,6 +230,15 @@ def test_a_line_that_asks_nothing_is_named(tmp_path: Path, line: str) -> None:
         read_prompts(file)
 
 
+def test_a_text_may_hold_other_line_separators_and_another_encoding_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a\u2028b\x85c"}\n{"prompt": "d"}\n', encoding="utf-8")
+    assert [row["prompt"] for row, _, _ in read_prompts(file)] == ["a\u2028b\x85c", "d"]
+    file.write_bytes('{"prompt": "你好"}'.encode("gbk"))
+    with pytest.raises(ServingError, match=r"rows.jsonl is not UTF-8 text \(byte 12\)"):
+        read_prompts(file)
+
+
 def test_what_a_model_writes_cannot_move_the_cursor() -> None:
     from pipeline.serving import printable
 
