@@ -44,6 +44,20 @@ def test_a_deployment_names_a_flow_that_exists_and_parameters_it_has(deployment:
     assert deployment["work_pool"]["name"] in ("cpu", "gpu")
 
 
+def test_the_installed_sqlalchemy_takes_the_runs_that_a_schedule_makes() -> None:
+    """Prefect's scheduler inserts runs together with their state; SQLAlchemy 2.1 refuses that, in its log alone."""
+    import sqlalchemy as sa
+    from prefect.server.database.orm_models import FlowRun
+    from sqlalchemy.orm import Session
+
+    run = {"id": UUID(int=1), "flow_id": UUID(int=2), "state": {"type": "SCHEDULED"}}
+    with (
+        Session(sa.create_engine("sqlite://")) as session,
+        pytest.raises(sa.exc.OperationalError, match="no such table: flow_run"),  # so far it came
+    ):
+        session.execute(sa.insert(FlowRun), [run])
+
+
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """What a server at PREFECT_API_URL that asks for a password is told."""
