@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow sample lock clean help
+.PHONY: run test test-integration test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,6 +20,9 @@ run: $(READY)        ## the whole loop once: data, training, evaluation, merge, 
 test: $(READY)       ## all tests that need no browser or GPU (about 8 minutes)
 	@echo "Testing: about 8 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+test-integration: $(READY)  ## the servers of a team for real, without containers (needs PostgreSQL; about 10 minutes)
+	@python -m pytest -q -m integration tests
 
 test-faults: $(READY)  ## every kill and fault, the long form
 	@python -m pytest -q -m faults tests

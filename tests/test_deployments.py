@@ -1,5 +1,6 @@
 """The deployments of prefect.yaml: what they name exists, and on a real stack they do what they say."""
 
+import base64
 import importlib
 import json
 import os
@@ -43,15 +44,32 @@ def test_a_deployment_names_a_flow_that_exists_and_parameters_it_has(deployment:
     assert deployment["work_pool"]["name"] in ("cpu", "gpu")
 
 
+def test_the_installed_sqlalchemy_takes_the_runs_that_a_schedule_makes() -> None:
+    """Prefect's scheduler inserts runs together with their state; SQLAlchemy 2.1 refuses that, in its log alone."""
+    from prefect.server.database.orm_models import FlowRun
+
+    import sqlalchemy as sa
+    from sqlalchemy.orm import Session
+
+    run = {"id": UUID(int=1), "flow_id": UUID(int=2), "state": {"type": "SCHEDULED"}}
+    with (
+        Session(sa.create_engine("sqlite://")) as session,
+        pytest.raises(sa.exc.OperationalError, match="no such table: flow_run"),  # so far it came
+    ):
+        session.execute(sa.insert(FlowRun), [run])
+
+
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What a server at PREFECT_API_URL is told."""
+    """What a server at PREFECT_API_URL that asks for a password is told."""
     told: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            told.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            taken = self.headers["Authorization"] == f"Basic {base64.b64encode(b'admin:secret').decode()}"
+            told.extend(body if taken else [])
+            self.send_response(204 if taken else 401)
             self.end_headers()
 
         def log_message(self, *arguments: Any) -> None: ...
@@ -59,6 +77,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:secret")
     yield told
     server.shutdown()
     server.server_close()
@@ -69,6 +88,14 @@ def test_few_new_rows_are_not_told_and_enough_are(listener: list[dict[str, Any]]
     assert listener == []
     assert tell_updated(5, 5, tmp_path)
     assert [(each["event"], each["payload"]) for each in listener] == [("dataset.updated", {"new_rows": 5})]
+
+
+def test_an_event_without_the_server_s_password_is_not_taken(
+    listener: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:other")
+    assert not tell_updated(5, 5, tmp_path)
+    assert listener == []
 
 
 def test_a_server_that_is_away_undoes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,269 @@
+"""The servers of a team as infra/compose.yaml configures them, run without containers: no route answers without
+credentials, and a run goes over all of them from its trigger to a promotion, also when the GPU's machine dies.
+
+Real PostgreSQL, Redis, Prefect (API and services apart), MLflow with its users, S3; two workers that share no folder.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+import team_servers
+from conftest import COLOURS, ROOT, change_params, environment, make_project
+from team_servers import Team
+from test_stack import wait_until
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from pipeline import stack
+from pipeline.params import Params
+from pipeline.settings import load_params
+from pipeline.store.artifact_store import open_store
+from pipeline.versions.decisions import champion, read_log
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
+
+# What answers anybody, and why it may. Everything else must refuse.
+OPEN = {
+    "prefect": {
+        "/api/health": "probes; says true",
+        "/api/ready": "probes; says whether the database answers",
+        "/ui-settings": "the login page asks here which kind of login there is",
+        "/{file}": "the dashboard's files, the same on every server of this version",
+        "/v2/{file}": "the same of the second dashboard",
+        "/docs": "a page that shows openapi.json",
+        "/docs/oauth2-redirect": "an empty page of it",
+        "/redoc": "another page that shows it",
+        "/openapi.json": "which calls the API has: the same on every server of this version",
+    },
+    "mlflow": {
+        "/health": "probes; says OK",
+        "/static-files/<path:path>": "the pages' files, the same on every server of this version",
+        "/api/3.0/mlflow/server-info": "clients ask here what the server can do before they log in",
+        "/ajax-api/3.0/mlflow/server-info": "the same for the pages",
+    },
+}
+FEWEST = {"prefect": 150, "mlflow": 150}  # fewer routes than that, and the list is not the server's
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[Team]:
+    why = team_servers.why_not()
+    if why is not None:
+        pytest.skip(why)
+    folder = tmp_path_factory.mktemp("team")
+    with team_servers.start(folder, s3) as started:
+        yield started
+    assert stack.marked(folder) == []
+
+
+@pytest.mark.parametrize("service", ["prefect", "mlflow"])
+def test_no_http_route_answers_without_credentials(team: Team, service: str) -> None:
+    routes = [(method, path) for kind, method, path in team_servers.routes(team, service) if kind == "http"]
+    assert len(routes) > FEWEST[service]
+    answered: dict[str, str] = {}
+    lost = []
+    with httpx.Client(base_url=team.url(service), timeout=60) as anybody, team.client(service) as known:
+        for method, path in routes:
+            refused = anybody.request(method, filled(path))
+            if refused.status_code not in (401, 403):
+                answered[path] = f"{method} {refused.status_code} {refused.text[:80]}"
+            elif method == "GET" and known.get(filled(path)).status_code == 401:
+                lost.append(path)  # it refuses everybody: the refusal above says nothing
+        assert anybody.get(filled(path), auth=("admin", "wrong")).status_code in (401, 403)
+    assert {path: said for path, said in answered.items() if path not in OPEN[service]} == {}
+    assert set(OPEN[service]) <= set(answered), "what refuses after all is no exemption"
+    assert lost == []
+
+
+def filled(path: str) -> str:
+    """A path that the route takes: a number where it wants one, else an id."""
+    return re.sub(r"\{[^}]*\}|<[^>]*>", "00000000-0000-0000-0000-000000000000", re.sub(r"<int:[^>]*>", "1", path))
+
+
+def test_no_websocket_says_anything_before_it_has_seen_the_password(team: Team) -> None:
+    paths = [path for kind, _, path in team_servers.routes(team, "prefect") if kind == "websocket"]
+    assert {"/api/events/in", "/api/events/out", "/api/logs/out"} <= set(paths)
+    for path in paths:
+        url = team.url("prefect").replace("http://", "ws://") + filled(path)
+        with pytest.raises(InvalidStatus) as refused:
+            connect(url)
+        assert refused.value.response.status_code == 403
+        for first in ({"type": "auth"}, {"type": "auth", "token": "admin:wrong"}, {"type": "filter", "filter": {}}):
+            with connect(url, subprotocols=["prefect"]) as socket:  # type: ignore[list-item]
+                socket.send(json.dumps(first))
+                with pytest.raises(ConnectionClosed) as closed:
+                    socket.recv(timeout=20)
+                assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+        with connect(url, subprotocols=["prefect"]) as socket:  # type: ignore[list-item]
+            with pytest.raises(TimeoutError):
+                socket.recv(timeout=0.3)
+            socket.send(json.dumps({"type": "auth", "token": team.secret("prefect_auth")}))
+            assert json.loads(socket.recv(timeout=20)) == {"type": "auth_success"}
+
+
+def test_mlflow_has_no_websocket(team: Team) -> None:
+    assert {kind for kind, _, _ in team_servers.routes(team, "mlflow")} == {"http"}
+    for path in ("/", "/api/2.0/mlflow/experiments/search", "/gateway/x/mlflow/invocations"):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(team.url("mlflow").replace("http://", "ws://") + path)
+        assert refused.value.response.status_code == 403
+
+
+def command(root: Path, *words: str) -> str:
+    return subprocess.run(words, cwd=root, env=environment(), check=True, capture_output=True, text=True).stdout
+
+
+def ship(team: Team, s3: str, folder: Path, base: Path, params: Params, name: str, **train: Any) -> Path:
+    """A project as its people set it up before the first start: pushed to git, its snapshot in the team's remote."""
+    root = make_project(folder / "people", base, params)
+    shutil.copy(ROOT / "prefect.yaml", root)
+    change_params(
+        root,
+        publish={
+            "artifact_store": f"s3://retune/{name}",
+            "endpoint_url": s3,
+            "addressing_style": "path",
+            "tracking_uri": team.url("mlflow"),
+            "registered_model_name": name,
+        },
+        operations={"train_pool": "gpu", "services": []},
+        train=train,
+    )
+    git = folder / "project.git"
+    command(folder, "git", "init", "-q", "--bare", "-b", "main", str(git))
+    command(root, "git", "add", "-A")
+    command(root, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "for the team")
+    command(root, "git", "push", "-q", str(git), "HEAD:main")
+    dvc = (sys.executable, "-m", "dvc")
+    command(root, *dvc, "remote", "add", "--local", "team", "s3://retune/dvc")
+    command(root, *dvc, "remote", "modify", "--local", "team", "endpointurl", s3)
+    command(root, *dvc, "push", "-q", "-r", "team", "data.dvc")
+    return git
+
+
+@contextmanager
+def workers(team: Team, folder: Path, git: Path) -> Iterator[tuple[Path, Path]]:
+    """Bucket, user, pools and deployments made, and a worker of each pool; the clones of both."""
+    cpu, gpu = folder / "cpu-worker", folder / "gpu-worker"
+    values = team.worker_values("setup", cpu, git)
+    setup = [sys.executable, str(team_servers.INFRA / "docker" / "setup.py")]
+    team.run("setup", ["sh", str(team_servers.WORKER), *setup], values)
+    try:
+        team.worker("cpu", cpu, git)
+        team.worker("gpu", gpu, git)
+        yield cpu, gpu
+    finally:
+        for root in (cpu, gpu):
+            stack.end_marked(root, grace=20)
+    assert stack.marked(cpu) + stack.marked(gpu) == []
+
+
+def flow_runs(prefect: httpx.Client) -> dict[str, dict[str, Any]]:
+    """Every run that the server knows and that is due, by name."""
+    found = prefect.post("/api/flow_runs/filter", json={"sort": "START_TIME_ASC"}).raise_for_status().json()
+    return {each["name"]: each for each in found if each["state_name"] != "Scheduled"}
+
+
+def ended(prefect: httpx.Client, name: str, seconds: float) -> dict[str, Any]:
+    """The run of that name, once it has ended."""
+    over = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+    wait_until(lambda: flow_runs(prefect).get(name, {}).get("state_type") in over, seconds)
+    return flow_runs(prefect)[name]
+
+
+def trainings(prefect: httpx.Client) -> list[dict[str, Any]]:
+    """Runs on the gpu pool, in the order of their start."""
+    return [each for each in flow_runs(prefect).values() if each["work_pool_name"] == "gpu"]
+
+
+def log_lines(prefect: httpx.Client, run: dict[str, Any]) -> str:
+    """What a run that did not end well had said, for the message of a failed test."""
+    asked = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "sort": "TIMESTAMP_DESC", "limit": 60}
+    return "\n".join(each["message"] for each in reversed(prefect.post("/api/logs/filter", json=asked).json()))
+
+
+def assert_shipped(team: Team, s3: str, clone: Path, other: Path) -> None:
+    """One version is champion for the promotion log and for MLflow; bytes are in S3, none beside the clones."""
+    publish = load_params(clone / "params.yaml").publish
+    version = champion(read_log(open_store(publish), publish.registered_model_name))
+    assert version is not None
+    asked = {"name": publish.registered_model_name, "alias": "champion"}
+    as_worker = ("retune", team.secret("mlflow_worker_password"))
+    answer = httpx.get(f"{team.url('mlflow')}/api/2.0/mlflow/registered-models/alias", params=asked, auth=as_worker)
+    entry = answer.raise_for_status().json()["model_version"]
+    assert {"key": "version_id", "value": version} in entry["tags"]
+    client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1")
+    for prefix in (f"{publish.registered_model_name}/versions/{version}/manifest.json", "dvc/files/md5/", "mlflow/"):
+        assert client.list_objects_v2(Bucket="retune", Prefix=prefix)["KeyCount"] > 0, prefix
+    assert not [name for root in (clone, other) for name in ("store", "mlflow.db") if (root / name).exists()]
+    assert (other / "artifacts" / "adapter").exists() and not (other / "artifacts" / "merged").exists()
+    merged = sorted(path.name for path in (clone / "artifacts" / "merged").iterdir())
+    assert "model.safetensors" in merged
+
+
+def test_a_run_of_the_schedule_goes_from_its_trigger_to_a_promotion(
+    team: Team, s3: str, tmp_path: Path, base: Path, params: Params
+) -> None:
+    git = ship(team, s3, tmp_path, base, params, "by-schedule")
+    with workers(team, tmp_path, git) as (cpu, gpu), team.client("prefect") as prefect:
+        before = trainings(prefect)
+        deployment = prefect.get("/api/deployments/name/retrain/retrain").raise_for_status().json()["id"]
+        due = (datetime.now(UTC) + timedelta(seconds=20)).isoformat()
+        schedule = {"schedule": {"interval": 86400, "anchor_date": due}, "active": True}
+        asked = [schedule | {"parameters": {"trigger": "seconds-ahead"}}]
+        prefect.post(f"/api/deployments/{deployment}/schedules", json=asked).raise_for_status()
+        run = ended(prefect, "retrain-seconds-ahead", 600)
+        assert run["state_name"] == "Promoted", log_lines(prefect, run)
+        assert run["auto_scheduled"]
+        assert [each["state_name"] for each in trainings(prefect)[len(before) :]] == ["Trained"]
+        assert_shipped(team, s3, cpu, gpu)
+
+
+def test_a_gpu_machine_that_dies_loses_neither_the_run_nor_its_slot(
+    team: Team, s3: str, tmp_path: Path, base: Path, params: Params
+) -> None:
+    git = ship(team, s3, tmp_path, base, params, "by-event", num_train_epochs=30.0, save_steps=20)
+    colours = [COLOURS[i % 5] for i in range(300)]
+    rows = [
+        {"instruction": f"Name the colour of box {400 + i}: {colour}", "input": "", "output": colour}
+        for i, colour in enumerate(colours)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with workers(team, tmp_path, git) as (cpu, gpu), team.client("prefect") as prefect:
+        before = trainings(prefect)
+        ingest = ["sh", str(team_servers.WORKER), "retune", "ingest", str(tmp_path / "rows.json"), "--json"]
+        said = team.run("ingest", ingest, team.worker_values("cpu-worker", cpu, git))
+        assert json.loads(said.splitlines()[-1])["told"], "the event was not taken"
+        wait_until(lambda: list(gpu.glob(".retune/checkpoints/*/checkpoint-*")), 400)
+        victims = stack.marked(gpu)
+        for each in victims:  # the worker, its run, DVC, the training: a machine without power
+            each.kill()
+        died = time.monotonic()
+        assert victims and not (gpu / "artifacts" / "adapter").exists()
+        team.worker("gpu", gpu, git)
+        run = ended(prefect, "retrain-new-data", 900)
+        assert run["state_name"] == "Promoted", log_lines(prefect, run)
+        assert time.monotonic() - died > 60  # by missed heartbeats, not by luck
+        assert [each["state_name"] for each in trainings(prefect)[len(before) :]] == ["Crashed", "Trained"]
+        assert "going on from step" in team.log("gpu-worker").read_text()
+        assert_shipped(team, s3, cpu, gpu)
+
+        # Pool and deployment take one run at a time: neither counts the dead one any more.
+        deployment = prefect.get("/api/deployments/name/retrain/retrain").raise_for_status().json()["id"]
+        asked = {"parameters": {"trigger": "afterwards"}, "state": {"type": "SCHEDULED"}}
+        prefect.post(f"/api/deployments/{deployment}/create_flow_run", json=asked).raise_for_status()
+        assert ended(prefect, "retrain-afterwards", 120)["state_name"] == "Unchanged"
+        going_on = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}}
+        assert prefect.post("/api/flow_runs/filter", json=going_on).json() == []
