@@ -16,7 +16,6 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 HEARTBEAT_SECONDS = 30  # PREFECT_FLOWS_HEARTBEAT_FREQUENCY of the stack
 MISSED = 3
 FLOW_RUNS: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
-ENDED = ["Completed", "Failed", "Cancelled", "Crashed"]
 NO_HEARTBEAT = "no heartbeat: its worker died"
 BODY = "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}: {{ flow_run.state.message }}"
 
@@ -27,7 +26,7 @@ def automations(alert_block: UUID | None) -> list[AutomationCore]:
         match=FLOW_RUNS,
         posture=Posture.Proactive,  # fires when what is expected does not come
         after={"prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
+        expect={"prefect.flow-run.*"},  # an end, too: its event is named after the state, Promoted or Trained say
         for_each={"prefect.resource.id"},
         threshold=1,
         within=timedelta(seconds=MISSED * HEARTBEAT_SECONDS),

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, change_params, make_project, retune
+from prefect.events import EventTrigger
 from ruamel.yaml import YAML
 from test_stack import free_port, wait_until
 
@@ -168,6 +169,14 @@ def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_
 
 def test_automations_crash_dead_runs_and_tell_whoever_was_named() -> None:
     assert [each.name for each in automations(None)] == ["retune: crash runs whose worker died"]
+    trigger = automations(None)[0].trigger
+    assert isinstance(trigger, EventTrigger)
+    from prefect.server.events.schemas.automations import EventTrigger as OfServer
+
+    there = OfServer.model_validate(trigger.model_dump(mode="json"))
+    for state in ("Completed", "Failed", "Promoted", "Trained", "Rolled back"):  # an event is named after its state
+        assert there.expects(f"prefect.flow-run.{state}")
+    assert there.starts_after("prefect.flow-run.heartbeat") and not there.starts_after("prefect.flow-run.Promoted")
     told = automations(UUID(int=1))[1:]
     states = [state for each in told for state in each.trigger.expect]
     assert sorted(states) == [f"prefect.flow-run.{state}" for state in ("Crashed", "Failed", "Late", "Refused")]
