@@ -21,7 +21,7 @@ test: $(READY)       ## all tests that need no browser or GPU (about 8 minutes)
 	@echo "Testing: about 8 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test-integration: $(READY)  ## the servers of a team for real, without containers (needs PostgreSQL; about 10 minutes)
+test-integration: $(READY)  ## the servers of a team for real, without containers (needs PostgreSQL; about 14 minutes)
 	@python -m pytest -q -m integration tests
 
 test-faults: $(READY)  ## every kill and fault, the long form

@@ -47,9 +47,8 @@ def test_a_deployment_names_a_flow_that_exists_and_parameters_it_has(deployment:
 
 def test_the_installed_sqlalchemy_takes_the_runs_that_a_schedule_makes() -> None:
     """Prefect's scheduler inserts runs together with their state; SQLAlchemy 2.1 refuses that, in its log alone."""
-    from prefect.server.database.orm_models import FlowRun
-
     import sqlalchemy as sa
+    from prefect.server.database.orm_models import FlowRun
     from sqlalchemy.orm import Session
 
     run = {"id": UUID(int=1), "flow_id": UUID(int=2), "state": {"type": "SCHEDULED"}}
