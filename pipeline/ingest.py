@@ -69,7 +69,7 @@ def ingest(params: IngestParams, sources: Sequence[str] = (), root: Path = Path(
         FormatError: a file is unreadable, of no known format, or the sources hold no usable row.
         SourceError: a source is not pinned or cannot be had.
         IngestError: no source is named, or a file changed while it was read.
-        ConversionError: a process that converts rows was killed.
+        WorkerError: a process that converts rows was killed.
         GraphError: DVC could not record the snapshot.
         After any of them `data/` is as it was.
     """
@@ -97,7 +97,7 @@ def collect(params: IngestParams, sources: Sequence[str], new: Path, scratch: Pa
         scratch: a folder for downloads and for rows that wait.
 
     Raises:
-        FormatError, SourceError, IngestError, ConversionError: as `ingest`.
+        FormatError, SourceError, IngestError, WorkerError: as `ingest`.
     """
     wanted = [SourceParams(uri=uri) for uri in sources] or params.sources
     if not wanted:

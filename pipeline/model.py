@@ -1,6 +1,5 @@
 """Loading base models and adapters: quantised as they were trained, on the device there is, with threads that fit."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.security.vetting import check_adapter, check_model
+from pipeline.workers import available_cores
 
 disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
 
@@ -46,7 +46,7 @@ def compute_dtype() -> torch.dtype:
 
 def use_free_cores() -> int:
     """Give torch the cores that are idle now, at least one; oversubscribed threads are 10 to 40 times slower."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     busy = cores * psutil.cpu_percent(interval=0.3) / 100
     return use_threads(max(1, min(cores, round(cores - busy))))
 

@@ -9,15 +9,12 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +35,8 @@ from pipeline.data.shingles import signature_version
 from pipeline.data.verdicts import SPLITS, Verdicts, decide
 from pipeline.files import sha256_file, sha256_json, whole_directory, write_json
 from pipeline.params import PrepareParams
-from pipeline.process import end_with_parent
 from pipeline.progress import Progress
+from pipeline.workers import Workers
 
 PARALLEL_ROWS = 20_000  # fewer are encoded before a second process has imported its libraries
 COMMON = ("id", "source", "task", "language")
@@ -167,10 +164,10 @@ def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any],
             encode_shard(arguments, shard, folder, task)
             progress.update(next(done))
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Not forked: threads are running, which a fork leaves half-copied.
-        with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_begin_worker) as pool:
-            for _ in pool.map(encode_shard, [arguments] * len(todo), todo.values(), todo, [task] * len(todo)):
+        with Workers(_begin_worker) as workers:
+            calls = [workers.submit(encode_shard, arguments, shard, folder, task) for folder, shard in todo.items()]
+            for call in calls:
+                call.result()
                 progress.update(next(done))
     for left_over in set((work / "encoded").iterdir()) - set(folders):
         shutil.rmtree(left_over)
@@ -178,8 +175,6 @@ def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any],
 
 
 def _begin_worker() -> None:
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
 
 

@@ -4,16 +4,18 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import psutil
 import pytest
 
-from pipeline.data.conversion import ALONE, ConversionError, read_batches
+from pipeline.data.conversion import ALONE, read_batches
 from pipeline.data.formats import read_rows
 from pipeline.data.json_text import FormatError
 from pipeline.data.records import Rejected, Row
+from pipeline.workers import WorkerError
 
 
 def many(path: Path, megabytes: int, *last: str) -> Path:
@@ -49,19 +51,22 @@ def test_a_fault_found_by_another_process_is_the_same_sentence(tmp_path: Path) -
     assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
-def test_a_killed_process_is_an_error_and_no_hang(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after_s", [0, 0.002, 0.01, 1])  # at its start, while its pipes are being filled, at work
+def test_a_killed_process_is_an_error_and_no_hang(tmp_path: Path, after_s: float) -> None:
     path = many(tmp_path / "rows.jsonl", 64)
+    before = {child.pid for child in psutil.Process().children()}
 
     def kill() -> None:
         while True:
             for child in psutil.Process().children():
-                if "spawn_main" in " ".join(child.cmdline()):
-                    os.kill(child.pid, signal.SIGKILL)
-                    return
-            time.sleep(0.01)
+                with suppress(psutil.Error):  # one that has just ended
+                    if child.pid not in before and "spawn_main" in " ".join(child.cmdline()):
+                        time.sleep(after_s)
+                        os.kill(child.pid, signal.SIGKILL)
+                        return
 
     killer = Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(ConversionError, match="ended from outside"):
+    with pytest.raises(WorkerError, match="ended from outside"):
         list(read_batches(path))
     killer.join()

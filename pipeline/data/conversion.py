@@ -6,13 +6,9 @@ than a second one has started.
 """
 
 import gc
-import multiprocessing
-import os
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -26,7 +22,7 @@ from pipeline.data.containers import Block, from_ipc, to_ipc
 from pipeline.data.formats import Recipe, convert, recognised_blocks
 from pipeline.data.records import SHARD_COLUMNS, Rejected
 from pipeline.params import ColumnsParams
-from pipeline.process import end_with_parent
+from pipeline.workers import Workers
 
 SCHEMA = pa.schema(
     [
@@ -37,10 +33,6 @@ SCHEMA = pa.schema(
 )
 T = TypeVar("T")
 ALONE = 4  # blocks up to which no other process is started
-
-
-class ConversionError(RuntimeError):
-    """A process that converts rows ended without an answer."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ def read_batches(path: Path, format: str = "auto", columns: ColumnsParams | None
 
     Raises:
         FormatError: as `read_rows`.
-        ConversionError: a process was killed, most likely for want of memory.
+        WorkerError: a process was killed, most likely for want of memory.
     """
     return (batch for _, batch in convert_blocks((path, *pair) for pair in recognised_blocks(path, format, columns)))
 
@@ -67,7 +59,7 @@ def convert_blocks(blocks: Iterable[tuple[T, Block, Recipe]]) -> Iterator[tuple[
     """Convert each block, in order; what it is tagged with comes back beside it.
 
     Raises:
-        FormatError, ConversionError: as `read_batches`.
+        FormatError, WorkerError: as `read_batches`.
     """
     coming = iter(blocks)
     first = list(islice(coming, ALONE + 1))
@@ -75,25 +67,14 @@ def convert_blocks(blocks: Iterable[tuple[T, Block, Recipe]]) -> Iterator[tuple[
         for tag, block, recipe in first:
             yield tag, _batch(block, recipe)
         return
-    workers = len(os.sched_getaffinity(0))
     under_way: deque[tuple[T, Block, Recipe, Future[tuple[bytes, list[Rejected]]]]] = deque()
-    # A fork would copy this process's threads and locks; spawned ones are clean.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
-    try:
+    with Workers(_begin_worker) as workers:
         for tag, block, recipe in chain(first, coming):
-            under_way.append((tag, block, recipe, pool.submit(_packed_batch, block, recipe)))
-            if len(under_way) > 3 * workers:
+            under_way.append((tag, block, recipe, workers.submit(_packed_batch, block, recipe)))
+            if len(under_way) > 3 * workers.count:
                 yield _done(*under_way.popleft())
         while under_way:
             yield _done(*under_way.popleft())
-    except BrokenProcessPool:
-        raise ConversionError(
-            "a process that converts rows was ended from outside, most likely because memory ran out; free some and "
-            "try again"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _done(tag: T, block: Block, recipe: Recipe, future: Future[tuple[bytes, list[Rejected]]]) -> tuple[T, Batch]:
@@ -101,9 +82,7 @@ def _done(tag: T, block: Block, recipe: Recipe, future: Future[tuple[bytes, list
     return tag, Batch(from_ipc(table), rejected, recipe, block.position)
 
 
-def _begin_worker(parent: int) -> None:
-    end_with_parent(parent=parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+def _begin_worker() -> None:
     # Rows hold no cycles. Looking for them every 700 objects, the default, is a third of the time.
     gc.freeze()
     gc.set_threshold(100_000)

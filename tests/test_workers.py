@@ -1,0 +1,83 @@
+"""Processes that work for another: their answers and faults come back, and their end is never waited for in vain."""
+
+import os
+import signal
+import time
+from concurrent.futures import wait
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.workers import WorkerError, Workers
+
+READY = "RETUNE_TEST_READY"
+
+
+def prepare() -> None:
+    os.environ[READY] = "yes"
+
+
+def square(number: int) -> int:
+    assert os.environ[READY] == "yes"
+    return number * number
+
+
+def fail(path: Path) -> None:
+    raise ValueError(f"{path}: cannot be read")
+
+
+class KillsItsProcess:
+    """An answer whose process ends while it is being sent: more than a pipe holds is under way by then."""
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return bytes, (b"",)
+
+
+def die_before_answering() -> KillsItsProcess:
+    return KillsItsProcess()
+
+
+def answer_long() -> bytes:
+    return bytes(1 << 24)
+
+
+def test_every_call_is_answered_in_a_prepared_process() -> None:
+    with Workers(prepare, 2) as workers:
+        calls = [workers.submit(square, number) for number in range(50)]
+        assert [call.result() for call in calls] == [number * number for number in range(50)]
+        assert workers.submit(os.getpid).result() != os.getpid()
+
+
+def test_what_a_call_raises_comes_back_and_the_process_goes_on() -> None:
+    with Workers(prepare, 1) as workers:
+        with pytest.raises(ValueError, match="^rows.jsonl: cannot be read$"):
+            workers.submit(fail, Path("rows.jsonl")).result()
+        assert workers.submit(square, 3).result() == 9
+
+
+def test_a_process_that_dies_before_or_half_way_through_its_answer_is_an_error_at_once() -> None:
+    with Workers(prepare, 1) as workers, pytest.raises(WorkerError, match="ended from outside, most likely because"):
+        workers.submit(die_before_answering).result(timeout=30)
+    with Workers(prepare, 1) as workers:
+        (process,) = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+        workers.submit(square, 1).result()
+        connection = workers._idle.get()  # nobody reads: the answer fills the pipe and is stuck half-way
+        connection.send((answer_long, (), {}))
+        assert connection.poll(30)
+        process.kill()
+        workers._idle.put(connection)
+        call = workers.submit(square, 1)
+        with pytest.raises(WorkerError):
+            call.result(timeout=30)
+
+
+def test_leaving_ends_calls_under_way_and_leaves_no_process() -> None:
+    start = time.monotonic()
+    with Workers(prepare, 2) as workers:
+        calls = [workers.submit(time.sleep, 600) for _ in range(4)]
+        time.sleep(0.5)
+    assert time.monotonic() - start < 60
+    assert not wait(calls, timeout=10).not_done
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
