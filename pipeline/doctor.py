@@ -50,6 +50,7 @@ def doctor(root: Path = Path(".")) -> list[Check]:
         "data": lambda: _data(root),
         "dvc remote": lambda: _remote(root),
         "base model": lambda: _template(params),
+        "exports": lambda: _exports(params),
         "artifact store": lambda: _store(params, root),
         "registry": lambda: _registry(params, root),
         "signing": lambda: _signing(params),
@@ -163,6 +164,15 @@ def _template(params: Params) -> Check:
     _, identity = (load_encoder if params.train.task == CLASSIFICATION else load_template)(params.prepare)
     name = "classes" if params.train.task == CLASSIFICATION else params.prepare.chat_template or "its own chat template"
     return Check("base model", True, f"{identity.get('model_name_or_path', params.prepare.model_name_or_path)}, {name}")
+
+
+def _exports(params: Params) -> Check:
+    if not params.merge.export:
+        return Check("exports", None, "none asked for")
+    from pipeline.weights.export import require_programs
+
+    require_programs(params.merge.export)
+    return Check("exports", True, ", ".join(params.merge.export))
 
 
 def _store(params: Params, root: Path) -> Check:

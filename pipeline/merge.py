@@ -28,7 +28,7 @@ from pipeline.security.sanitise import clean_folder, portable
 from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
-from pipeline.weights.export import export
+from pipeline.weights.export import export, require_programs
 from pipeline.weights.merging import MergeError, Merging, merge_adapter, require_mergeable
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
@@ -48,7 +48,7 @@ class Merged:
 def merge(
     params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path, exports: Path
 ) -> Merged:
-    """Write the merged model to `output`, its quantised forms to `exports`, and to `parity` what was measured.
+    """Write the merged model to `output`, its other forms to `exports`, and to `parity` what was measured.
 
     `parity` holds `parity.json` (how it was merged and how far it is from the adapter), `metrics.json` and
     `items.merged.parquet`, and with `params.combine` the combined adapter that was merged. `exports` holds a folder for
@@ -59,13 +59,14 @@ def merge(
             adapter or base are of a kind that cannot be merged.
         WeightsError: a shard of the base is missing or damaged.
         CombinationError: an adapter to combine is not the one that `params` name.
-        ExportError: an export failed.
+        ExportError: an export failed, or needs a program that is not installed.
         TemplateError, ModelError: the base is not the one the adapter was trained on.
     """
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     identity = contract["model"]
     require_mergeable(adapter)
+    require_programs(params.export)
     _refuse_merged_base(contract)
     open_checkpoint(identity["name_or_path"], identity["revision"])  # says what is wrong where a digest only differs
     template = load_contract(contract)
@@ -81,8 +82,8 @@ def merge(
             model, template, prompts, evaluated.max_new_tokens, evaluated.batch_size, "merge", system=system
         )
 
-    def score(place: Path) -> Metrics:
-        return summarise(scored(load_base(local_source(place)), f"the {place.name} export")[0], evaluated)
+    def score(kind: str, folder: Path, place: Path) -> Metrics:
+        return summarise(scored(export(kind, folder, place), f"the {kind} export")[0], evaluated)
 
     def scored(model: Any, system: str, answers: list[Answer] | None = None) -> tuple[pa.Table, dict[str, str]]:
         losses = reference_losses(model, template, test, "merge", system)
@@ -115,7 +116,7 @@ def merge(
         identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
         differences = _metric_differences(metrics, adapter_metrics)
         _require_parity(params, errors, chosen, reach, agreement, differences)
-        exported: dict[str, Metrics] = {kind: score(export(kind, folder, others / kind)) for kind in params.export}
+        exported: dict[str, Metrics] = {kind: score(kind, folder, others / kind) for kind in params.export}
         write_json(
             others / "exports.json",  # always there: DVC warns of an empty folder
             {

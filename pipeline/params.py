@@ -276,7 +276,7 @@ class MergeParams(Section):
     max_logit_error: Annotated[float, Field(gt=0)]
     max_metric_drop: Annotated[float, Field(ge=0, le=1)]
     combine: CombineParams | None
-    export: list[Literal["bnb-4bit", "bnb-8bit"]]
+    export: list[Literal["bnb-4bit", "bnb-8bit", "gguf-f16", "gguf-bf16", "gguf-q8_0"]]
 
 
 class PublishParams(Section):

@@ -69,8 +69,8 @@ def sample_rows(number: int) -> list[dict[str, str]]:
     return rows
 
 
-def make_base(folder: Path, seed: int = 0, steps: int = 0) -> Path:
-    """A random Llama (trained for `steps`) with 2 layers, its own byte-level tokenizer and a ChatML template, saved."""
+def byte_level() -> Tokenizer:
+    """A tokenizer as GPT-2's, of the words in `sample_rows`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,7 +81,13 @@ def make_base(folder: Path, seed: int = 0, steps: int = 0) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator((row["instruction"] for row in sample_rows(200)), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return tokenizer
+
+
+def make_base(folder: Path, seed: int = 0, steps: int = 0, tokenizer: Tokenizer | None = None) -> Path:
+    """A random Llama (trained for `steps`) with 2 layers, its own tokenizer and a ChatML template, saved."""
+    tokens = tokenizer or byte_level()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
     torch.manual_seed(seed)

@@ -33,14 +33,15 @@ def test_a_project_in_order_passes_and_a_broken_one_names_each_fault(root: Path)
     rows = root / "data" / "instructions" / "rows.json"
     rows.unlink()
     rows.write_text("[]")
-    change_params(root, publish={"signing_key": "lost.pem", "verify_key": "lost.pub"}, prepare={"chat_template": "no"})
+    keys = {"signing_key": "lost.pem", "verify_key": "lost.pub"}
+    change_params(root, publish=keys, prepare={"chat_template": "no"}, merge={"export": ["gguf-f16"]})
     later = {"GIT_AUTHOR_DATE": "2090-01-01T00:00:00 +0000", "GIT_COMMITTER_DATE": "2090-01-01T00:00:00 +0000"}
     commit = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "x", "--allow-empty"]
     subprocess.run(commit, cwd=root, check=True, env=environment() | later)
     status, found = checks(root)
     assert status == 1
     failed = {name for name, each in found.items() if each["passed"] is False}
-    assert failed == {"data", "base model", "signing", "clock"}
+    assert failed == {"data", "base model", "exports", "signing", "clock"}
     assert "retune ingest" in found["data"]["advice"]
     assert "prepare.chat_template is no" in found["base model"]["detail"]
     assert "lost.pem, lost.pub" in found["signing"]["detail"]

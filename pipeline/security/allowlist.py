@@ -6,6 +6,7 @@ the list (no other can leave its folder, pass for another or run), and bytes of 
 
 import json
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ NAMES = {
     ".txt": "merges|vocab",
     ".parquet": r"(general|items)\.(adapter|base)|items\.merged|judge",
     ".csv": "loss",
+    ".gguf": "model",
     ".md": "README|report",
 }
 _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
 # The card, and what MLflow's own loader looks for: its description and a second name of the tokenizer's files.
-_FOLDERS = "|".join((*PARTS, r"exports(/(bnb-4bit|bnb-8bit))?", "parity/combined_adapter", "components/tokenizer"))
+_FOLDERS = "|".join(
+    (*PARTS, r"exports(/(bnb-4bit|bnb-8bit|gguf-(f16|bf16|q8_0)))?", "parity/combined_adapter", "components/tokenizer")
+)
 _PATTERN = re.compile(rf"({_FOLDERS})/({_FILE})|README\.md|MLmodel")
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE
@@ -100,6 +104,8 @@ def check_file(path: Path) -> None:
                 strict_json(_bounded(path))
             case ".parquet":
                 _check_table(path)
+            case ".gguf":
+                _check_gguf(path)
             case ".csv" | ".jinja" | ".md" | ".txt":
                 _check_text(_bounded(path))
             case ".model":
@@ -178,6 +184,17 @@ def _check_mlmodel(description: Any) -> None:
         raise ValueError("it describes more than the transformers model that Retune ships")
     if function.get("loader_module") not in (None, "mlflow.transformers") or model.get("code") is not None:
         raise ValueError("it names code to import")
+
+
+def _check_gguf(path: Path) -> None:
+    """Its head; the file is shipped for llama.cpp and never loaded here."""
+    with path.open("rb") as file:
+        head = file.read(24)
+    magic, version, tensors, entries = struct.unpack("<4sIQQ", head) if len(head) == 24 else (b"", 0, 0, 0)
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError("it does not begin as GGUF of version 2 or 3 does")
+    if (tensors + entries) * 8 > path.stat().st_size:
+        raise ValueError(f"it claims {tensors:,} tensors and {entries:,} entries, more than its size has room for")
 
 
 def _check_table(path: Path) -> None:
