@@ -24,8 +24,7 @@ from pipeline.model import load_base, load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.progress import Progress
 from pipeline.report.contents import System
-from pipeline.report.evaluation_pages import write_report
-from pipeline.report.stage import stage_contents
+from pipeline.report.stage import write_stage_report
 from pipeline.scoring import Metrics, provenance, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, one_line, portable
 from pipeline.statistics import METRICS
@@ -159,7 +158,7 @@ def evaluate_classes(params: EvaluateParams, dataset: Path, adapter: Path, outpu
         base, candidate = (
             System(name, metrics[key], items[key]) for name, key in (("base", "base"), ("candidate", "adapter"))
         )
-        write_report(stage_contents(base, candidate, dataset, adapter, folder), folder)
+        write_stage_report(base, candidate, dataset, adapter, folder)
         with (folder / "report.md").open("a", encoding="utf-8") as page:
             page.write(by_class(items["adapter"]))
     return metrics["base"], metrics["adapter"]

@@ -20,8 +20,7 @@ from pipeline.likelihood import reference_losses, sequence_losses
 from pipeline.model import load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams, JudgeParams
 from pipeline.report.contents import System
-from pipeline.report.evaluation_pages import write_report
-from pipeline.report.stage import stage_contents
+from pipeline.report.stage import write_stage_report
 from pipeline.scoring import Metrics, provenance, score_items, summarise
 from pipeline.security.sanitise import portable
 
@@ -145,7 +144,7 @@ def evaluate(
             System("base", metrics["base"], items["base"]),
             System("candidate", metrics["adapter"], items["adapter"]),
         )
-        write_report(stage_contents(base, candidate, dataset, adapter, folder), folder)
+        write_stage_report(base, candidate, dataset, adapter, folder)
     if kept is not None:
         forget_others(kept, files)
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])

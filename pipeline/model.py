@@ -57,7 +57,10 @@ def use_threads(threads: int) -> int:
 
 
 def load_base(
-    identity: dict[str, Any], quantisation: Quantisation | None = None, labels: list[str] | None = None
+    identity: dict[str, Any],
+    quantisation: Quantisation | None = None,
+    labels: list[str] | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The base model of a contract, frozen as it is, on `device()`; in `compute_dtype()` unless quantised to 4 bits.
 
@@ -65,6 +68,7 @@ def load_base(
         identity: `model` of the template contract (name_or_path, revision, trust_remote_code).
         quantisation: None, or load_in_4bit false, loads full-precision weights.
         labels: the classes of a sequence classification model; a head that the files lack is random, always the same.
+        attn_implementation: as in transformers; None is what it prefers.
 
     Raises:
         ModelError: the model cannot be loaded from safetensors, or a CPU cannot compute with it in 4 bits.
@@ -94,6 +98,7 @@ def load_base(
                 dtype=compute_dtype(),
                 device_map={"": device()},
                 use_safetensors=True,
+                attn_implementation=attn_implementation,
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"{identity['name_or_path']} cannot be loaded: {str(error).splitlines()[0]}") from None

@@ -165,6 +165,9 @@ class TrainParams(Section):
     packing: bool
     packed_length: Positive
     gradient_checkpointing: bool
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+    use_liger_kernel: bool
+    torch_compile: bool
     optim: Literal["adamw_torch", "paged_adamw_8bit"]
     logging_steps: Positive
     save_steps: Positive

@@ -26,6 +26,7 @@ from pipeline.training.checkpoints import last_checkpoint, open_run, versions
 from pipeline.training.classes import ClassCollate, ClassTrainer, class_sequences
 from pipeline.training.combinations import CLASSIFICATION
 from pipeline.training.gradients import require_gradients
+from pipeline.training.kernels import require_kernels
 from pipeline.training.launch import launch, must_launch
 from pipeline.training.methods import AllocateRanks, adapter_config, require_context, sort_sets
 from pipeline.training.packing import Collate, require_isolation, training_sequences, use_row_attention
@@ -70,6 +71,7 @@ def train(
 
     Raises:
         InitError: that adapter is of another base, method or other settings.
+        KernelError: a faster kernel is asked for that needs a GPU or a package that is not here.
         TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
         MethodError: a target module that the model lacks.
         TrainError: a loss of NaN or infinity or one that jumps, a layer that passes no gradient, or an adapter that did
@@ -85,10 +87,12 @@ def train(
         raise TrainError(
             f"train.task is {params.task}, but the dataset was prepared for another task; run `dvc repro prepare`"
         )
+    require_kernels(params)
     tokenizer = (load_classes if labels else load_contract)(contract).tokenizer
     threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
-    model = load_base(contract["model"], quantisation_of(params), labels)
+    attention = None if params.attn_implementation == "auto" else params.attn_implementation
+    model = load_base(contract["model"], quantisation_of(params), labels, attention)
     if params.method == "full":
         model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
     require_context(params, model.config, contract["max_length"])
@@ -211,6 +215,8 @@ def _arguments(params: TrainParams, folder: Path) -> SFTConfig:
         train_sampling_strategy="random" if params.packing else "group_by_length",
         max_length=None,
         gradient_checkpointing=params.gradient_checkpointing,
+        use_liger_kernel=params.use_liger_kernel,
+        torch_compile=params.torch_compile,
         optim=params.optim,
         logging_strategy="no",  # `Watch` logs, and says when to validate
         eval_strategy="no",

@@ -1,5 +1,6 @@
 """The evaluation report: its numbers are the metrics', nothing in it can act, and it opens on any screen offline."""
 
+import csv
 import json
 import re
 import shutil
@@ -52,6 +53,19 @@ def contents(evaluation: Path, dataset: Path, adapter: Path) -> Contents:
         for name, key in (("base", "base"), ("candidate", "adapter"))
     )
     return stage_contents(base, candidate, dataset, adapter, evaluation)
+
+
+def test_the_bars_of_dvc_plots_are_the_scores_of_metrics_json(evaluation: Path, contents: Contents) -> None:
+    metrics = read_json(evaluation / "metrics.json")
+    for file, task in (("scores.csv", None), ("tasks.csv", contents.slices("by_task")[0][0])):
+        with (evaluation / file).open(encoding="utf-8", newline="") as text:
+            bars = {row.pop("of"): {key: float(value) for key, value in row.items()} for row in csv.DictReader(text)}
+        for name, system in (("base", "base"), ("candidate", "adapter")):
+            scores = metrics[system]["by_task"][task] if task else metrics[system]
+            expected = {key: round(100 * value, 4) for key, value in scores["accuracy"].items()}
+            assert bars[f"{task or 'accuracy'}, {name}"] == expected
+    assert bars.keys() == {f"{task}, base", f"{task}, candidate"}
+    assert "bleu, candidate" in (evaluation / "scores.csv").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@
 Nothing in it differs between two runs on the same inputs (no times, no versions), since it is part of a version's name.
 """
 
+import csv
+import io
 from pathlib import Path
 
-from pipeline.files import read_json
+from pipeline.files import read_json, write_text
 from pipeline.report.contents import (
     Contents,
     System,
@@ -20,11 +22,42 @@ from pipeline.report.contents import (
     read_prompts,
     training_facts,
 )
+from pipeline.report.evaluation_pages import write_report
+from pipeline.scoring import Metrics
+from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 
 OPEN = (
     "The gate decides at promotion, on the merged model and against the champion; artifacts/report.html then has its "
     "decision."
 )
+
+
+def write_stage_report(base: System, candidate: System, dataset: Path, adapter: Path, evaluation: Path) -> None:
+    """`report.md` and `report.html` in `evaluation`, and what `dvc plots` draws: `scores.csv` and `tasks.csv`."""
+    contents = stage_contents(base, candidate, dataset, adapter, evaluation)
+    write_report(contents, evaluation)
+    measured = [metric for metric in METRICS if metric not in LOWER_IS_BETTER]
+    _write_bars(evaluation / "scores.csv", [(m, m, s.name, s.metrics) for m in measured for s in contents.systems])
+    tasks = [
+        (task, metric, s.name, s.metrics["by_task"].get(task, {}))
+        for task, _, metric in contents.slices("by_task")
+        for s in contents.systems
+    ]
+    _write_bars(evaluation / "tasks.csv", tasks)
+
+
+def _write_bars(path: Path, bars: list[tuple[str, str, str, Metrics]]) -> None:
+    """A line for each bar (what, metric, system, scores): its score and interval, from 0 to 100."""
+    with io.StringIO(newline="") as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("of", "score", "low", "high"))
+        for what, metric, system, scores in bars:
+            if score := scores.get(metric):
+                scale = 1 if metric in PERCENT else 100
+                writer.writerow(
+                    (f"{what}, {system}", *(round(scale * score[key], 4) for key in ("score", "low", "high")))
+                )
+        write_text(path, text.getvalue())
 
 
 def stage_contents(base: System, candidate: System, dataset: Path, adapter: Path, evaluation: Path) -> Contents:

@@ -25,7 +25,7 @@ NAMES = {
     ".model": r"tokenizer|spiece|sentencepiece\.bpe",
     ".txt": "merges|vocab",
     ".parquet": r"(general|items)\.(adapter|base)|items\.merged|judge",
-    ".csv": "loss",
+    ".csv": "loss|scores|tasks",
     ".gguf": "model",
     ".md": "README|report",
 }
