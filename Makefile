@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-integration test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow sample lock clean help
+.PHONY: run test test-integration test-browser test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -17,12 +17,15 @@ run: $(READY)        ## the whole loop once: data, training, evaluation, merge, 
 	@echo "Bringing the loop up to date: about 4 minutes on 2 cores at first, seconds when nothing has changed."
 	@retune run
 
-test: $(READY)       ## all tests that need no browser or GPU (about 8 minutes)
+test: $(READY)       ## all tests that need no server, browser or GPU (about 8 minutes)
 	@echo "Testing: about 8 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-integration: $(READY)  ## the servers of a team for real, without containers (needs PostgreSQL; about 14 minutes)
 	@python -m pytest -q -m integration tests
+
+test-browser: $(READY)  ## the reports and the dashboard in a real browser (needs Chromium; about 4 minutes)
+	@python -m pytest -q -m browser tests
 
 test-faults: $(READY)  ## every kill and fault, the long form
 	@python -m pytest -q -m faults tests

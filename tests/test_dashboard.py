@@ -4,31 +4,30 @@ With RETUNE_SCREENSHOTS=FOLDER the pages are kept there as pictures.
 """
 
 import json
-import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_project, retune
+from browser import CHROMIUM, Browser
+from conftest import ROOT, make_project, retune, with_
 from test_flow import api
 from test_stack import free_port
 
 from pipeline.params import Params
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
 ]
-Page = Callable[[str, str], str]
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Iterator[int]:
     """The port of a server on which one whole run was made."""
-    root = make_project(tmp_path_factory.mktemp("dashboard") / "project", base, params)
+    with_worker = with_(params, operations={"services": ["cpu"]})  # deployments come with the workers that take them
+    root = make_project(tmp_path_factory.mktemp("dashboard") / "project", base, with_worker)
+    shutil.copy(ROOT / "prefect.yaml", root)
     number = free_port()
     try:
         assert retune(root, "up", "--port", str(number)).returncode == 0
@@ -41,45 +40,49 @@ def port(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -
 
 
 @pytest.fixture
-def page(port: int, tmp_path: Path) -> Page:
-    """The page at a path as the browser shows it after its scripts have run; a picture of it under `name`."""
-
-    def shown(path: str, name: str) -> str:
-        options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --disable-background-networking"
-        options += " --disable-component-update --window-size=1280,1000 --virtual-time-budget=20000"
-        options += f" --user-data-dir={tmp_path / name}"
-        url = f"http://127.0.0.1:{port}{path}"
-        if folder := os.environ.get("RETUNE_SCREENSHOTS"):
-            picture = f"--screenshot={Path(folder).resolve() / name}.png"
-            subprocess.run(
-                [str(CHROMIUM), *options.split(), picture, url], capture_output=True, timeout=120, check=True
-            )
-        ran = subprocess.run(
-            [str(CHROMIUM), *options.split(), "--dump-dom", url], capture_output=True, text=True, timeout=120
-        )
-        return ran.stdout
-
-    return shown
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    with Browser(tmp_path / "profile") as running:
+        yield running
 
 
-def test_the_runs_are_found_by_name_trigger_model_and_decision(page: Page) -> None:
-    shown = page("/runs", "dashboard-runs")
-    for words in ("retrain-by-hand", "trigger:by-hand", "model:retune-sample-v1", "promoted", "data:"):
-        assert words in shown
+def test_the_runs_are_found_by_name_trigger_model_and_decision(browser: Browser, port: int) -> None:
+    browser.open(f"http://127.0.0.1:{port}/runs")
+    browser.see("retrain-by-hand", "trigger:by-hand", "model:retune-sample-v1", "promoted", "data:", "Completed")
+    browser.picture("dashboard-runs")
 
 
-def test_a_run_shows_which_stages_ran_and_what_they_left(page: Page, port: int) -> None:
+def test_a_run_shows_which_stages_ran_and_what_they_left(browser: Browser, port: int) -> None:
     [run] = api(port, "flow_runs/filter", {"flow_runs": {"name": {"any_": ["retrain-by-hand"]}}})
-    shown = page(f"/runs/flow-run/{run['id']}", "dashboard-run")
-    for stage in ("prepare", "train", "evaluate", "merge", "publish", "promote"):
-        assert f"{stage}-" in shown
-    shown = page(f"/runs/flow-run/{run['id']}?tab=Artifacts", "dashboard-artifacts")
-    for artifact in ("run", "training-progress", "metrics", "verdict", "evaluation-report", "data-report", "version"):
-        assert artifact in shown
+    browser.open(f"http://127.0.0.1:{port}/runs/flow-run/{run['id']}")
+    browser.see("retrain-by-hand", "Completed", "Logs", "prepare:", "train:")  # the stages' own lines, as they came
+    browser.picture("dashboard-run")
+    browser.click("Task Runs")
+    browser.see("ingest-", "prepare-", "train-", "evaluate-", "merge-", "publish-", "promote-", "Cached", "Completed")
+    browser.click("Artifacts")
+    browser.scroll_down()  # what is not in sight is not made
+    artifacts = (
+        "run",
+        "training-progress",
+        "metrics",
+        "verdict",
+        "evaluation-report",
+        "data-report",
+        "version",
+        "files",
+    )
+    browser.see(*artifacts)
+    browser.picture("dashboard-artifacts")
 
 
-def test_the_page_of_a_run_has_verdict_scores_times_and_places(page: Page, port: int) -> None:
+def test_the_page_of_a_run_has_verdict_scores_times_and_places(browser: Browser, port: int) -> None:
     [made] = api(port, "artifacts/latest/filter", {"artifacts": {"key": {"any_": ["run"]}}})
-    shown = page(f"/artifacts/artifact/{made['latest_id']}", "dashboard-verdict")
-    for words in ("Promoted: v1", "Test scores", "champion", "rougeL", "The gate", "Stages", "manifest.json", "cost"):
-        assert words in shown
+    browser.open(f"http://127.0.0.1:{port}/artifacts/artifact/{made['latest_id']}")
+    browser.see("Promoted: v1", "Test scores", "champion", "rougeL", "The gate", "Stages", "manifest.json", "cost")
+    browser.picture("dashboard-verdict")
+
+
+def test_a_deployment_can_be_started_by_hand_with_its_parameters_in_a_form(browser: Browser, port: int) -> None:
+    [deployment] = api(port, "deployments/filter", {"deployments": {"name": {"any_": ["retrain"]}}})
+    browser.open(f"http://127.0.0.1:{port}/deployments/deployment/{deployment['id']}/run")
+    browser.see("changes", "Submit")
+    browser.picture("dashboard-form")

@@ -222,10 +222,10 @@ def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp
     assert seen["title"] == "Evaluation report"  # and not "owned"
     assert seen["width"] <= seen["room"] <= width
     assert seen["outside"] == 0
-    assert seen["bars"] == 4
+    assert seen["bars"] == len(full.systems) * sum(len(full.slices(kind)) for kind in ("by_task", "by_language"))
     assert seen["line"] > 200
     assert seen["headings"] == [
-        "Evaluation report", "Merged model against champion", "Scores", "By task", "By length of the prompt",
+        "Evaluation report", "Merged model against champion", "Scores", "By task", "By language",
         "Your prompts", HOSTILE.strip(), "Most improved answers",
         "Most worsened answers", "Loss", "Where the numbers come from",
     ]  # fmt: skip
