@@ -17,11 +17,11 @@ run: $(READY)        ## the whole loop once: data, training, evaluation, merge, 
 	@echo "Bringing the loop up to date: about 4 minutes on 2 cores at first, seconds when nothing has changed."
 	@retune run
 
-test: $(READY)       ## all tests that need no server, browser or GPU (about 8 minutes)
-	@echo "Testing: about 8 minutes on 2 cores."
+test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about 9 minutes)
+	@echo "Testing: about 9 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test-integration: $(READY)  ## the servers of a team for real, without containers (needs PostgreSQL; about 14 minutes)
+test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), GGUF and a local judge (need a package index; about 16 minutes)
 	@python -m pytest -q -m integration tests
 
 test-browser: $(READY)  ## the reports and the dashboard in a real browser (needs Chromium; about 4 minutes)

@@ -36,6 +36,7 @@ from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.manifest import read_manifest
 from pipeline.versions.rescore import score_today
 from pipeline.versions.retention import delete, outdated
+from pipeline.weights.gguf import require_programs
 
 
 @flow(name="retrain", flow_run_name="retrain-{trigger}")
@@ -59,6 +60,7 @@ def retrain(
                 graph.pull_data()
                 ingest(params.ingest, sources)
             open_store(params.publish).probe()
+            require_programs(params.merge.export)
             version = None if graph.stale() else graph.version_id()
             reason = version and gate.settled(params.publish, params.promote, version)
             if reason:
@@ -66,11 +68,10 @@ def retrain(
                 return Completed(name="Unchanged", message=f"nothing to do: version {version}: {reason}")
             # A run that waits for a person lets go of the lock.
             os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
-            result = story.retrain.fn(trigger)
+            result = story.run_stages(trigger)
     except RunUnderWay as error:
         return Completed(name="Skipped", message=str(error))
-    decision = result["decision"]
-    return Completed(name=decision["decision"].capitalize(), message=decision["reason"], data=result)
+    return story.ended(result)
 
 
 @flow(name="watch")
@@ -111,8 +112,8 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
 @flow(name="rollback")
 @redacted_errors
 def rollback(reason: str, to: str | None = None) -> State[Any]:
-    """Put the champion before the present one back, or the version named by `to`."""
-    set_environment()
+    """Put the champion before the present one back, or the version named by `to`; it waits for no run."""
+    _enter()
     params = load_params()
     record, warnings = gate.rollback(params.publish, params.promote, to, reason)
     said = "; ".join([f"{record.champion} is champion again; it was {record.previous}", *warnings])
@@ -152,7 +153,7 @@ def evaluate_champion() -> State[Any]:
 @redacted_errors
 def cleanup(delete_files: bool = True) -> State[Any]:
     """Delete versions that publish.keep_versions does not keep, then what no version needs any more."""
-    set_environment()
+    _enter()
     params = load_params().publish
     versions = outdated(params) if params.keep_versions is not None else []
     for version in versions:
@@ -169,10 +170,14 @@ def _project() -> Iterator[int]:
     Raises:
         RunUnderWay: another run holds the lock.
     """
+    _enter()
+    with only_run() as lock:
+        yield lock
+
+
+def _enter() -> None:
     if not Path("params.yaml").is_file():
         raise RuntimeError(f"{Path.cwd()} is no project of Retune; set RETUNE_ROOT in the worker's environment")
     redact_process()
     set_environment()
     os.environ["PATH"] = graph.environment()["PATH"]
-    with only_run() as lock:
-        yield lock

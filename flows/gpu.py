@@ -77,7 +77,6 @@ def train(commit: str, remote: str = "origin") -> State[Any]:
             except Exception as error:  # whatever ails the server, it must not end a training
                 logger.warning(f"progress could not be shown: {error}")
 
-    with handover.only_on_gpu(logger.info):
-        handover.work("train", commit, remote, on_line)
+    handover.work("train", commit, remote, on_line)
     update_progress_artifact(artifact_id=artifact, progress=100.0)
     return Completed(name="Trained", message=f"commit {commit[:12]}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, tags, task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -77,7 +77,11 @@ class StageResult:
 
 
 @flow(name="retrain", flow_run_name="retrain-{trigger}", validate_parameters=False)
-def retrain(trigger: str = "by-hand") -> dict[str, Any]:
+def retrain(trigger: str = "by-hand") -> State[Any]:
+    return ended(run_stages(trigger))
+
+
+def run_stages(trigger: str) -> dict[str, Any]:
     params = load_params()
     result = summary(
         [
@@ -92,6 +96,12 @@ def retrain(trigger: str = "by-hand") -> dict[str, Any]:
     )
     show_run(params, trigger, result)
     return wait_for_approval(params, result)
+
+
+def ended(result: dict[str, Any]) -> State[Any]:
+    """The run's last state, named after the decision: automations wait for *Refused*."""
+    decision = result["decision"]
+    return Completed(name=decision["decision"].capitalize(), message=decision["reason"], data=result)
 
 
 class Approval(RunInput):
@@ -331,7 +341,9 @@ def main() -> None:
     started = time.monotonic()
     redact_process()
     try:
-        result = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"))
+        with tags("retune"):  # by which automations know it
+            state: State[Any] = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
+            result: dict[str, Any] = state.result()
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith(("pipeline.", "flows.", "__main__")):
             raise

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.chat.template import local_source
 from pipeline.data.classes import TextEncoder, load_contract
+from pipeline.data.records import Message
 from pipeline.evaluate import require_same_contract, test_items
 from pipeline.files import read_json, whole_directory, write_json
 from pipeline.model import load_base, load_tuned, untuned, use_free_cores
@@ -28,6 +29,7 @@ from pipeline.report.stage import write_stage_report
 from pipeline.scoring import Metrics, provenance, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, one_line, portable
 from pipeline.statistics import METRICS
+from pipeline.training.memory import in_fitting_batch
 from pipeline.weights.merging import MergeError, Merging, merge_adapter, require_mergeable
 
 SIGNATURES = {
@@ -63,14 +65,21 @@ def predict(
     logits: dict[int, Any] = {}
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     progress = Progress(stage, len(rows), f"classes of {system}")
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        width = max(len(rows[i]) for i in batch)
-        ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in batch], device=device)  # (B, T)
-        mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch], device=device)
-        found = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
-        logits.update(zip(batch, found, strict=True))
-        progress.update(start + len(batch))
+    while len(logits) < len(order):
+        left = order[len(logits) :]
+
+        def attempt(size: int, left: list[int] = left) -> NDArray[np.float32]:
+            width = len(rows[left[0]])
+            batch = [(rows[i], width - len(rows[i])) for i in left[:size]]
+            ids = torch.tensor([row + [pad] * short for row, short in batch], device=device)  # (B, T)
+            mask = torch.tensor([[1] * len(row) + [0] * short for row, short in batch], device=device)
+            found: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
+            return found
+
+        text = f"text of {len(rows[left[0]])} tokens"
+        batch_size, found = in_fitting_batch(min(batch_size, len(left)), attempt, text)
+        logits.update(zip(left[:batch_size], found, strict=True))
+        progress.update(len(logits))
     return np.stack([logits[i] for i in range(len(rows))])
 
 
@@ -81,8 +90,8 @@ def predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Pred
     return [Prediction(labels[k], float(row[k]), row.tolist()) for k, row in zip(best, probabilities, strict=True)]
 
 
-def classify(folder: Path, texts: Sequence[str], batch_size: int = 64) -> list[Prediction]:
-    """Class and confidence of each text, by the merged model in `folder`.
+def classify(folder: Path, conversations: Sequence[list[Message]], batch_size: int = 64) -> list[Prediction]:
+    """Class and confidence of each conversation (most have one message, the text), by the merged model in `folder`.
 
     Raises:
         TemplateError, ModelError: it is not whole, or no classification model.
@@ -91,7 +100,7 @@ def classify(folder: Path, texts: Sequence[str], batch_size: int = 64) -> list[P
     if "labels" not in contract:
         raise MergeError(f"{folder} answers texts and has no classes; train.task sequence-classification makes such")
     encoder = load_contract(contract, local_source(folder))
-    rows = [encoder.prompt([{"role": "user", "content": text}])[1] for text in texts]
+    rows = [encoder.prompt(messages)[1] for messages in conversations]
     model = load_base(local_source(folder), None, contract["labels"])
     return predictions(predict(model, encoder, rows, batch_size, "classify", "the model"), contract["labels"])
 

@@ -21,7 +21,7 @@ from pipeline.environment import set_environment
 from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
-from pipeline.run_lock import only_run
+from pipeline.run_lock import only_on_gpus, only_run
 from pipeline.security.redact import redact, redact_process
 from pipeline.training import commands as training
 
@@ -65,20 +65,25 @@ def run(json_output: Json = False) -> None:
     """Bring everything up to date: train if something changed, publish, and promote if it is better."""
     from pipeline import graph, server
     from pipeline.data.snapshot import recover
+    from pipeline.events import record_unchanged
     from pipeline.promote import history, settled
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
+    from pipeline.weights.gguf import require_programs
 
     params = load_params()
     with only_run() as lock:
         recover()  # an ingest that was killed half-way
-        open_store(params.publish).probe()  # a store that cannot be written is no news for after the training
+        open_store(params.publish).probe()  # a store that cannot be written is no news for after the training,
+        require_programs(params.merge.export)  # nor is a program that is not there
         up = server.running()
-        if up is None and not graph.stale():
+        if not graph.stale():
             version = graph.version_id()
             reason = settled(params.publish, params.promote, version)
             if reason is not None:
                 history(params.publish)  # puts right an alias that a crash left behind
+                if up is not None:
+                    record_unchanged(f"version {version}: {reason}")
                 _say_nothing_to_do(version, reason, json_output)
                 return
         if up is None:
@@ -319,10 +324,12 @@ def _run_stage(name: str, params: Any) -> str:
             loss = "" if classes else f"; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
             return f"{rows} rows{dropped}{loss}"
         case "train":
+            from pipeline.model import visible_gpus
             from pipeline.train import train
             from pipeline.training.warm_start import fetch_init
 
-            trained = train(params.train, dataset, adapter, tables=ARTIFACTS / "training", init=fetch_init(params))
+            with only_on_gpus(visible_gpus(), lambda line: print(f"train · {line}", flush=True)):
+                trained = train(params.train, dataset, adapter, tables=ARTIFACTS / "training", init=fetch_init(params))
             return (
                 f"{trained.steps} steps, loss {trained.loss:.3f}, "
                 f"{trained.trainable_parameters:,} trainable parameters, {trained.tokens_per_second:,.0f} tokens/s"

@@ -169,7 +169,7 @@ def _template(params: Params) -> Check:
 def _exports(params: Params) -> Check:
     if not params.merge.export:
         return Check("exports", None, "none asked for")
-    from pipeline.weights.export import require_programs
+    from pipeline.weights.gguf import require_programs
 
     require_programs(params.merge.export)
     return Check("exports", True, ", ".join(params.merge.export))

@@ -1,4 +1,6 @@
-"""Events for the Prefect server that is up: new data, a champion that got worse. Deployments wait for them.
+"""What the Prefect server that is up is told: new data, a champion that got worse, a run that had nothing to do.
+
+Deployments wait for the first two.
 
 Without a server nobody is waiting, and nothing is sent; a server that cannot be reached, or that refuses the
 credentials of PREFECT_API_AUTH_STRING, undoes nothing.
@@ -24,10 +26,6 @@ CHAMPION_REGRESSED = "champion.regressed"
 
 def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path(".")) -> bool:
     """Post `event` about `resource` to the project's server, or the one of PREFECT_API_URL; whether it took it."""
-    up = server.running(root)
-    api = f"{up.url}/api" if up is not None else os.environ.get("PREFECT_API_URL")
-    if not api:
-        return False
     body = {
         "id": str(uuid.uuid4()),
         "occurred": datetime.now(UTC).isoformat(),
@@ -36,17 +34,34 @@ def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path("
         "related": [],
         "payload": payload,
     }
+    return _post("events", [body], root) is not None
+
+
+def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
+    """A run of the flow `retrain` that found nothing to do, in the server's history; starting it would take longer."""
+    flow = _post("flows/", {"name": "retrain"}, root)
+    state = {"type": "COMPLETED", "name": "Unchanged", "message": f"nothing to do: {reason}"}
+    run = {"name": "retrain-by-hand", "state": state, "tags": ["retune", "trigger:by-hand", "unchanged"]}
+    return flow is not None and _post("flow_runs/", run | {"flow_id": flow["id"]}, root) is not None
+
+
+def _post(path: str, body: Any, root: Path) -> Any:
+    """The answer of the project's server, or the one of PREFECT_API_URL, to `body`; None if it did not take it."""
+    up = server.running(root)
+    api = f"{up.url}/api" if up is not None else os.environ.get("PREFECT_API_URL")
+    if not api:
+        return None
     request = urllib.request.Request(
-        f"{api}/events", json.dumps([body]).encode(), {"Content-Type": "application/json"}, method="POST"
+        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
     )
     credentials = os.environ.get("PREFECT_API_AUTH_STRING")
     if up is None and credentials:  # those of the team's server; ours asks for none, and no redirect gets them
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
     try:
-        with urllib.request.urlopen(request, timeout=10):
-            return True
-    except OSError:
-        return False
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.loads(answer.read() or b"{}")
+    except (OSError, ValueError):
+        return None
 
 
 def tell_updated(new_rows: int, min_new_rows: int, root: Path = Path(".")) -> bool:

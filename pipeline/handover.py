@@ -5,13 +5,11 @@ out in a clone of its own, runs the stage, pushes outputs and run cache, and ans
 the stage's entry; the parent merges that entry and fetches the outputs. Refused: an answer for other inputs than ours.
 """
 
-import fcntl
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -102,20 +100,6 @@ def make_clone(folder: Path, remote: str, root: Path = Path(".")) -> None:
         _git(root, "clone", "--quiet", "--no-hardlinks", "--origin", remote, str(root.resolve()), str(folder.resolve()))
     _git(folder, "remote", "set-url", remote, url)
     _git(folder, "config", "retune.worker", "true")
-
-
-@contextmanager
-def only_on_gpu(on_wait: Callable[[str], None]) -> Iterator[Path]:
-    """Hold the machine's lock for the GPUs that this process sees, waiting for it: two pools may share a machine."""
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all") or "none"
-    path = Path(tempfile.gettempdir()) / f"retune-gpu-{os.getuid()}-{devices.replace(',', '-').replace('/', '_')}.lock"
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait(f"another run has the GPU ({path}); waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield path
 
 
 def _write_entry(path: Path, stage: str, entry: dict[str, object]) -> None:

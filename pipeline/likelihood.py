@@ -8,7 +8,9 @@ import torch
 
 from pipeline.chat.template import ChatTemplate
 from pipeline.progress import Progress
+from pipeline.training.memory import in_fitting_batch
 
+MAX_BATCH = 64
 MAX_LOGITS = 2**27  # of a batch: half a gigabyte in float32
 
 
@@ -41,29 +43,40 @@ def sequence_losses(
 ) -> tuple[list[float], list[int]]:
     """Summed loss of each sequence's labelled tokens (labels as in training: -100 does not count), and their number."""
     model.eval()
-    device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
     losses, counts = [0.0] * len(sequences), [0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
     progress = Progress(stage, len(order), f"likelihoods of {system}")
+    largest = MAX_BATCH
     start = 0
     while start < len(order):
         width = len(sequences[order[start]][0])
-        batch = order[start : start + max(1, min(64, MAX_LOGITS // (width * vocabulary)))]
-        ids, labels, mask = (torch.full((len(batch), width), value) for value in (pad, -100, 0))  # (B, T)
-        for row, i in enumerate(batch):
-            tokens, marks = sequences[i]
-            ids[row, : len(tokens)], labels[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(marks)
-            mask[row, : len(tokens)] = 1
-        logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        logits = logits[:, -width:-1]  # virtual tokens of prompt tuning come before
-        target = labels[:, 1:].to(device)
-        # Only labelled positions become float32: a quarter of the memory on long prompts.
-        loss = torch.zeros(target.shape, device=device)
-        counted = target != -100
-        loss[counted] = torch.nn.functional.cross_entropy(logits[counted].float(), target[counted], reduction="none")
-        for i, total, number in zip(batch, loss.sum(dim=1).tolist(), counted.sum(dim=1).tolist(), strict=True):
+        most = max(1, min(largest, len(order) - start, MAX_LOGITS // (width * vocabulary)))
+
+        def attempt(size: int, start: int = start) -> tuple[list[float], list[int]]:
+            return _losses(model, [sequences[i] for i in order[start : start + size]], pad)
+
+        size, (totals, numbers) = in_fitting_batch(most, attempt, f"text of {width} tokens")
+        largest = size if size < most else largest
+        for i, total, number in zip(order[start : start + size], totals, numbers, strict=True):
             losses[i], counts[i] = total, number
-        start += len(batch)
+        start += size
         progress.update(start)
     return losses, counts
+
+
+def _losses(model: Any, batch: list[tuple[list[int], list[int]]], pad: int) -> tuple[list[float], list[int]]:
+    device = next(model.parameters()).device
+    width = max(len(tokens) for tokens, _ in batch)
+    ids, labels, mask = (torch.full((len(batch), width), value) for value in (pad, -100, 0))  # (B, T)
+    for row, (tokens, marks) in enumerate(batch):
+        ids[row, : len(tokens)], labels[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(marks)
+        mask[row, : len(tokens)] = 1
+    logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    logits = logits[:, -width:-1]  # virtual tokens of prompt tuning come before
+    target = labels[:, 1:].to(device)
+    # Only labelled positions become float32: a quarter of the memory on long prompts.
+    loss = torch.zeros(target.shape, device=device)
+    counted = target != -100
+    loss[counted] = torch.nn.functional.cross_entropy(logits[counted].float(), target[counted], reduction="none")
+    return loss.sum(dim=1).tolist(), counted.sum(dim=1).tolist()

@@ -28,7 +28,8 @@ from pipeline.security.sanitise import clean_folder, portable
 from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
-from pipeline.weights.export import export, require_programs
+from pipeline.weights.export import export
+from pipeline.weights.gguf import require_programs
 from pipeline.weights.merging import MergeError, Merging, merge_adapter, require_mergeable
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
@@ -222,11 +223,14 @@ def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bo
 
 
 def _metric_differences(metrics: Metrics, others: Metrics) -> dict[str, float]:
-    """How much higher each of `metrics` is than in `others`, where both count (bleu, chrf 0-100; the others 0-1)."""
+    """How much higher each of `metrics` is than in `others`, where both count (bleu, chrf 0-100; the others 0-1).
+
+    Perplexity, which has no range, as a fraction of the other.
+    """
     return {
-        m: metrics[m]["score"] - others[m]["score"]
+        m: (metrics[m]["score"] - others[m]["score"]) / (others[m]["score"] if m in LOWER_IS_BETTER else 1)
         for m in METRICS
-        if m not in LOWER_IS_BETTER and metrics[m] and others[m]
+        if metrics[m] and others[m]
     }
 
 
@@ -253,10 +257,14 @@ def _require_parity(
             f"{advice}"
         )
     for metric, difference in differences.items():
-        if difference / (100 if metric in PERCENT else 1) < -params.max_metric_drop:
+        if metric in LOWER_IS_BETTER:
+            worse, than = difference, f"{difference:.2%} above the adapter's"
+        else:
+            worse, than = -difference / (100 if metric in PERCENT else 1), f"{-difference:.4f} below the adapter's"
+        if worse > params.max_metric_drop:
             raise MergeError(
-                f"{metric} of the merged model is {-difference:.4f} below the adapter's; merge.max_metric_drop is "
-                f"{params.max_metric_drop:g} of the metric's range. {advice}"
+                f"{metric} of the merged model is {than}; merge.max_metric_drop is {params.max_metric_drop:g} of the "
+                f"metric's range, or of a perplexity. {advice}"
             )
 
 

@@ -39,6 +39,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def visible_gpus() -> list[str]:
+    """UUIDs of the GPUs that this process may use; none without CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
 def compute_dtype() -> torch.dtype:
     """bfloat16 where the GPU has it; float32 on a CPU, as fast at small sizes and exact enough to compare."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32

@@ -35,7 +35,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from pipeline.params import Params, TrainParams
 from pipeline.progress import clock
-from pipeline.training.combinations import CLASSIFICATION
+from pipeline.training.combinations import CLASSIFICATION, VIRTUAL_TOKENS
 from pipeline.training.methods import adapter_config
 from pipeline.training.packing import training_sequences
 
@@ -187,6 +187,8 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
         if params.gradient_checkpointing:
             # The other kind keeps as much (test_plan measures it), but its bookkeeping leaks on the meta device.
             tuned.gradient_checkpointing_enable({"use_reentrant": True})
+        if params.gradient_checkpointing or params.method in VIRTUAL_TOKENS:
+            # Virtual tokens come in before the first layer, so that every layer passes gradients back.
             tuned.enable_input_require_grads()
         live = _Live([*tuned.parameters(), *tuned.buffers()])
         shape = (params.per_device_train_batch_size, length)

@@ -134,7 +134,9 @@ def _parts(data: Path, scratch: Path) -> _Data:
             parts.append(_Part(path, *origin.get(path.name, (name, "messages"))))
             continue
         writer, format = ShardWriter(scratch, name), "unknown"
+        progress = Progress("prepare", max(path.stat().st_size >> 20, 1), f"MiB of {name}", every=2.0)
         for batch in read_batches(path):
+            progress.update(batch.position >> 20)
             format = batch.recipe.format
             writer.add(batch.table)
             rejected += [(row, name, format) for row in batch.rejected]
@@ -259,7 +261,9 @@ def _write(
             rejected = Rejected(rejected.source, f"a row {rejected.reason}", rejected.record)
             stats.add_dropped(rejected.reason, rejected.source, rejected.record)
             dropped.write(json.dumps(vars(rejected), default=str) + "\n")
+        progress = Progress("prepare", len(verdicts.reason), "rows written", every=2.0)
         for part, folder in zip(found.parts, folders, strict=True):
+            progress.update(start)
             rows = pq.read_table(folder / ROWS)
             came = pq.read_metadata(part.shard).num_rows
             stats.add_read(part.format, part.file, came)

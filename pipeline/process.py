@@ -37,6 +37,15 @@ def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, module, *arguments]
 
 
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """`command` as a child that dies with this process, whatever program it is."""
+    code = (
+        "import os, sys; from pipeline.process import end_with_parent; "
+        f"end_with_parent(parent={os.getpid()}); os.execvp(sys.argv[1], sys.argv[1:])"  # the wish outlives the exec
+    )
+    return [sys.executable, "-c", code, *command]
+
+
 def run_streaming(
     command: list[str],
     on_line: Callable[[str], None],

@@ -1,9 +1,13 @@
-"""The project's run lock: one run, ingest or look at what is stale at a time, held by the kernel for a process."""
+"""Locks that the kernel holds for a process: the project's (one run, ingest or look at what is stale at a time), and a
+machine's for each of its GPUs.
+"""
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from pipeline.files import WORK_DIR
 
@@ -29,3 +33,25 @@ def only_run() -> Iterator[int]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield lock.fileno()
+
+
+@contextmanager
+def only_on_gpus(gpus: Iterable[str], on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Hold this machine's lock for each of `gpus` (their UUIDs), waiting for it: whoever trains there is alone.
+
+    Any project, worker and user of the machine takes the same locks, in the same order.
+    """
+    with ExitStack() as held:
+        for gpu in sorted(gpus):
+            path = Path(tempfile.gettempdir()) / f"retune-gpu-{gpu}.lock"
+            try:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except PermissionError:  # another user's; reading is enough to lock
+                lock = os.open(path, os.O_RDONLY)
+            held.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait(f"another training has the GPU {gpu} ({path}); waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -219,6 +219,21 @@ def adapter_folder(params: Params, name: str, root: Path = Path(".")) -> Path:
     return folder / "combined_adapter" if part == "parity" else folder
 
 
+def merged_folder(params: Params, name: str, root: Path = Path(".")) -> tuple[Path, str]:
+    """Where the merged model of `name` lies, fetched if it is a version's, and the id under which it is known.
+
+    Raises:
+        ServingError: there is none.
+    """
+    if name == WORKSPACE:
+        folder = root / "artifacts" / "merged"
+        if not (folder / "contract.json").is_file():
+            raise ServingError(f"{folder} holds no merged model; `retune run` or `dvc repro merge` makes one")
+        return folder, name
+    manifest = _manifest(params, name, root)
+    return _fetch(params, manifest, "merged", root), manifest["version"]
+
+
 def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple[Any, ChatTemplate, dict[str, Any]]:
     """Model, template and identity of `name`: of a version, or the workspace, the merged model, which is what serves.
 
@@ -229,14 +244,7 @@ def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple
     if name == BASE:
         template, identity = load_template(params.prepare)
         return load_base(identity), template, {"model": BASE, "digest": identity["digest"]}
-    if name == WORKSPACE:
-        folder = root / "artifacts" / "merged"
-        if not (folder / "contract.json").is_file():
-            raise ServingError(f"{folder} holds no merged model; `retune run` or `dvc repro merge` makes one")
-    else:
-        manifest = _manifest(params, name, root)
-        folder = _fetch(params, manifest, "merged", root)
-        name = manifest["version"]
+    folder, name = merged_folder(params, name, root)
     template = load_shipped(folder)
     digest = model_identity(str(folder), None, False)["digest"]
     return load_base(local_source(folder)), template, {"model": name, "digest": digest}
@@ -276,7 +284,7 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
     """Each line of a JSONL file: the row, its conversation up to the answer, and its tools as JSON.
 
     Raises:
-        ServingError: a line is no JSON object, or has neither `prompt` nor `messages`, with its number.
+        ServingError: a line is no JSON object, or has neither `prompt`, `text` nor `messages`, with its number.
     """
     prompts = []
     try:
@@ -290,15 +298,15 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
             row = json.loads(line)
             messages = row.get("messages")
             if messages is None:
-                messages = [{"role": "user", "content": row["prompt"]}]
+                messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
             if not messages or any(not isinstance(m, dict) or not isinstance(m.get("role"), str) for m in messages):
                 raise TypeError
             if not all(isinstance(m.get("content"), str) for m in messages if "tool_calls" not in m):
                 raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ServingError(
-                f"{file}, line {number}: expected a JSON object with prompt (a text) or messages (a list of role and "
-                "content that ends before the answer)"
+                f"{file}, line {number}: expected a JSON object with prompt or text, or messages (a list of role "
+                "and content that ends before the answer)"
             ) from None
         tools = row.get("tools")
         prompts.append((row, messages, tools if tools is None or isinstance(tools, str) else json.dumps(tools)))

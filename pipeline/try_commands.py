@@ -74,7 +74,9 @@ def chat(
 
 
 def predict(
-    file: Annotated[Path, typer.Argument(help="JSONL; each line has prompt, or messages that end before the answer.")],
+    file: Annotated[
+        Path, typer.Argument(help="JSONL; each line has prompt or text, or messages that end before the answer.")
+    ],
     model: Annotated[str | None, typer.Option(help="As for chat; none: the champion.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="Where to; else FILE with .answers.jsonl as its ending.")] = None,
     labels: Annotated[
@@ -83,14 +85,27 @@ def predict(
     max_new_tokens: MaxNewTokens = None,
     json_output: Json = False,
 ) -> None:
-    """Answer every line of FILE with the model that serves; a run that was killed goes on where it was."""
+    """Answer every line of FILE with the model that serves; a run that was killed goes on where it was.
+
+    A model trained with train.task sequence-classification gives each line its label and confidence.
+    """
     params = _ready()
-    from pipeline.files import WORK_DIR, write_text
+    from pipeline.classification import classify
+    from pipeline.files import WORK_DIR
     from pipeline.generate import generate
     from pipeline.generation.kept import kept_file
     from pipeline.model import use_free_cores
     from pipeline.progress import Progress
-    from pipeline.serving import default_name, label_confidences, load_for_batches, printable, read_prompts
+    from pipeline.serving import (
+        BASE,
+        default_name,
+        label_confidences,
+        load_for_batches,
+        merged_folder,
+        printable,
+        read_prompts,
+    )
+    from pipeline.training.combinations import CLASSIFICATION
 
     choices = None if labels is None else [label.strip() for label in labels.split(",") if label.strip()]
     if choices is not None and len(set(choices)) < 2:
@@ -98,8 +113,17 @@ def predict(
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
     rows = read_prompts(file)
     use_free_cores()
-    loaded, template, identity = load_for_batches(params, model or default_name(params))
     results: list[dict[str, Any]] = []
+    name = model or default_name(params)
+    if params.train.task == CLASSIFICATION:
+        if choices is not None or name == BASE:
+            raise CommandError("a classifier has its own labels: leave out --labels, and name no base")
+        folder, name = merged_folder(params, name)
+        classes = classify(folder, [messages for _, messages, _ in rows], params.evaluate.batch_size)
+        results = [{"label": each.label, "confidence": each.confidence} for each in classes]
+        _write_answers(target, rows, results, name, json_output)
+        return
+    loaded, template, identity = load_for_batches(params, name)
     if choices is None:
         prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
         limit = max_new_tokens or params.evaluate.max_new_tokens
@@ -114,12 +138,18 @@ def predict(
             best = max(found, key=lambda label: found[label])
             results.append({"label": best, "confidence": found[best]})
             progress.update(done)
-    lines = [row | result | {"model": identity["model"]} for (row, _, _), result in zip(rows, results, strict=True)]
-    write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write_answers(target, rows, results, identity["model"], json_output)
     if choices is None:
         keep.unlink(missing_ok=True)
+
+
+def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]], model: str, json_output: bool) -> None:
+    from pipeline.files import write_text
+
+    lines = [row | result | {"model": model} for (row, _, _), result in zip(rows, results, strict=True)]
+    write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if json_output:
-        print(json.dumps({"model": identity["model"], "rows": len(lines), "path": str(target)}))
+        print(json.dumps({"model": model, "rows": len(lines), "path": str(target)}))
     else:
         cut = sum(line.get("cut_off", False) for line in lines)
         print(f"predict: {len(lines):,} lines in {target}" + (f", {cut:,} answers cut off" if cut else ""))

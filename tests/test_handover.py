@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
+import uuid
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from test_stack import free_port, wait_until
 from pipeline import graph, handover, stack
 from pipeline.files import read_json
 from pipeline.params import Params
+from pipeline.run_lock import only_on_gpus
 
 
 def run(root: Path, *command: str) -> str:
@@ -112,20 +115,21 @@ def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpo
     assert stack.marked(root) == []
 
 
-def test_one_gpu_is_held_by_one_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"test-{tmp_path.name}")
+def test_one_gpu_is_held_by_one_training_whatever_others_each_has() -> None:
     order: list[str] = []
+    gpu, other = f"test-{uuid.uuid4()}", f"test-{uuid.uuid4()}"
 
     def second() -> None:
-        with handover.only_on_gpu(lambda _: order.append("waits")):
+        with only_on_gpus([gpu], lambda _: order.append("waits")):
             order.append("second")
 
-    with handover.only_on_gpu(lambda _: order.append("never")) as path:
+    with only_on_gpus([other, gpu], lambda _: order.append("never")):
         thread = threading.Thread(target=second)
         thread.start()
         while "waits" not in order:
             time.sleep(0.01)
         order.append("first")
     thread.join(10)
-    path.unlink()
+    for name in (gpu, other):
+        (Path(tempfile.gettempdir()) / f"retune-gpu-{name}.lock").unlink()
     assert order == ["waits", "first", "second"]

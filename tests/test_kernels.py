@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import with_
 
+from pipeline.chat.template import local_source
+from pipeline.model import load_base
 from pipeline.params import Params
-from pipeline.train import train
+from pipeline.train import _arguments, train
 from pipeline.training.kernels import KernelError, require_kernels
 
 ASKED: list[tuple[dict[str, Any], str, str]] = [
@@ -44,6 +46,15 @@ def test_train_says_it_before_it_loads_the_base(tmp_path: Path, params: Params, 
     with pytest.raises(KernelError, match="needs a GPU and the Python package liger_kernel; set it to false"):
         train(asked, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_what_is_asked_for_reaches_model_and_trainer(tmp_path: Path, params: Params, base: Path) -> None:
+    for name in ("sdpa", "eager"):
+        assert load_base(local_source(base), None, None, name).config._attn_implementation == name
+    asked = with_(params, train={"use_liger_kernel": True, "torch_compile": True}).train
+    arguments = _arguments(asked, tmp_path)
+    assert arguments.use_liger_kernel
+    assert arguments.torch_compile
 
 
 def test_the_loss_is_the_same_whichever_attention_computes_it(tmp_path: Path, params: Params, dataset: Path) -> None:

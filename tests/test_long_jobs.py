@@ -158,6 +158,22 @@ def test_generation_halves_its_batch_when_memory_runs_out(
         generate(model, template, prompts, 4, 8, "evaluate", "base")
 
 
+def test_likelihoods_halve_their_batch_when_memory_runs_out(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.likelihood import sequence_losses
+
+    model = load_base(read_json(dataset / "contract.json")["model"], None)
+    sequences = [(list(range(5, 15)), [-100] * 5 + list(range(10, 15))) for _ in range(8)]
+    plenty = sequence_losses(model, sequences, 0, "evaluate", "base")
+    with memory_for(45):
+        losses, counts = sequence_losses(model, sequences, 0, "evaluate", "base")
+    assert losses == pytest.approx(plenty[0], abs=1e-4)
+    assert counts == plenty[1]
+    said = capsys.readouterr().out
+    assert said.count("memory ran out with 8 of a text of 10 tokens at once; it goes on with 4") == 1
+    with memory_for(3), pytest.raises(OutOfMemory, match="one text of 10 tokens"):
+        sequence_losses(model, sequences, 0, "evaluate", "base")
+
+
 def test_a_loss_that_is_no_number_names_step_and_rows(tmp_path: Path, params: Params, dataset: Path) -> None:
     wild = with_(params, train={"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0})
     with pytest.raises(TrainError, match=r"is (nan|inf) at step \d+, whose batch is rows\.json:\[\d+\], "):

@@ -118,6 +118,7 @@ def test_what_was_merged_and_how_far_it_is_from_the_adapter_is_recorded(merged: 
     parity = read_json(merged / "parity" / "parity.json")
     assert (parity["method"], parity["reason"], parity["modules"]) == ("shards", None, 14)
     assert parity["mean_absolute_logit_error"]["nf4"] < parity["mean_absolute_logit_change"] / 1000
+    assert abs(parity["metric_difference"].pop("perplexity")) < 1e-3
     assert set(parity["metric_difference"].values()) == {0.0}
     assert [path.name for path in (merged / "exports").iterdir()] == ["exports.json"]
 
@@ -142,6 +143,11 @@ def test_a_model_too_far_from_the_adapter_is_refused(
     scores["adapter"]["accuracy"]["score"] += 0.5
     write_json(better / "metrics.json", scores)
     with pytest.raises(MergeError, match=r"accuracy of the merged model is 0.5000 below the adapter's; merge.max_metr"):
+        merge(params.merge, dataset, adapter, better, *places)
+    scores = read_json(evaluation / "metrics.json")
+    scores["adapter"]["perplexity"]["score"] *= 0.9
+    write_json(better / "metrics.json", scores)
+    with pytest.raises(MergeError, match=r"perplexity of the merged model is 1\d.\d\d% above the adapter's"):
         merge(params.merge, dataset, adapter, better, *places)
     assert not any(place.exists() for place in places)
 

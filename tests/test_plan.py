@@ -215,3 +215,23 @@ def test_a_plan_without_a_dataset_says_what_is_missing(params: Params) -> None:
     made: Plan = plan(params)
     assert (made.steps, made.tokens, made.seconds) == (None, None, None)
     assert "dvc repro prepare" in describe(made)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "rslora", "ia3", "adalora", "prefix", "prompt", "full"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_every_method_is_planned_with_the_parameters_that_it_trains(params: Params, method: str, on_gpu: bool) -> None:
+    settings = {"method": method, "load_in_4bit": "auto", "packing": method not in ("prefix", "prompt")}
+    chosen = with_(params, train=settings).train
+    step = _one_step(LLAMA, chosen, 64, on_gpu=on_gpu)
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    peft_config = adapter_config(chosen, model)
+    trained = get_peft_model(model, peft_config) if peft_config else model
+    counted = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    assert step.trainable_parameters == pytest.approx(counted, rel=1e-3)  # AdaLoRA's rank counters are none on a GPU
+    assert min(step.memory.weights, step.memory.activations, step.memory.backward, step.flops_per_token) > 0
+
+
+def test_a_classifier_is_planned(params: Params) -> None:
+    settings = {"task": "sequence-classification", "packing": False}
+    chosen = with_(params, train=settings, promote={"primary_metric": "accuracy", "guard_metrics": {}}).train
+    assert _one_step(LLAMA, chosen, 64, on_gpu=False).memory.peak > 0

@@ -23,8 +23,13 @@ from pipeline.chat.template import TemplateError
 from pipeline.files import read_json, write_json
 from pipeline.merge import merge
 from pipeline.params import Params
+from pipeline.report.contents import read_prompts as read_own_prompts
 from pipeline.serving import ServingError, Talk, adapter_folder, label_confidences, load_for_batches, read_prompts
+from pipeline.store.artifact_store import open_store
 from pipeline.try_commands import chat, predict, report
+from pipeline.versions.decisions import champion, read_log
+from pipeline.versions.manifest import read_manifest
+from pipeline.versions.rescore import answer_prompts, score_today
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +277,35 @@ def test_the_report_of_a_decision_is_written_beside_the_artifacts(there: Path, c
     assert json.loads(capsys.readouterr().out)["decision"] == "promoted"
     text = (there / "artifacts" / "report.md").read_text()
     assert text.splitlines()[2].startswith("**Promoted.**")
+
+
+def test_a_version_is_scored_again_on_another_test_split(there: Path, own: Params) -> None:
+    store = open_store(own.publish, there)
+    serving = champion(read_log(store, own.publish.registered_model_name))
+    manifest = read_manifest(store, str(serving))
+    assert manifest is not None
+    published = manifest["metrics"]["merged"]["accuracy"]["score"]
+    assert score_today(store, manifest, "accuracy", there) == published
+    assert not (there / ".retune" / "versions" / str(serving) / "today").exists()  # the same split: nothing to compute
+    report_file = there / "artifacts" / "dataset" / "report.json"
+    before = report_file.read_bytes()
+    try:
+        write_json(report_file, read_json(report_file) | {"test_sha256": "0" * 64})
+        assert score_today(store, manifest, "accuracy", there) == pytest.approx(published)
+    finally:
+        report_file.write_bytes(before)
+    assert (there / ".retune" / "versions" / str(serving) / "today" / "items.parquet").is_file()
+
+
+def test_a_version_answers_prompts_that_it_was_not_asked_when_it_was_published(
+    there: Path, own: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = str(champion(read_log(open_store(own.publish, there), own.publish.registered_model_name)))
+    prompts = ["Name the colour of box 7: red", "Name the colour of box 8: blue"]
+    folder = answer_prompts(serving, prompts, 8, there)
+    ours = [{"prompt": prompt, "adapter": {"answer": "x", "cut_off": False}} for prompt in prompts]
+    write_json(there / "prompts.json", ours)
+    shown = read_own_prompts({"champion": (folder, "merged"), "candidate": (there, "adapter")})
+    assert [dict(one.answers)["champion"] for one in shown] == ["red", "blue"]
+    monkeypatch.setattr("subprocess.run", None)  # it is not asked twice
+    assert answer_prompts(serving, prompts, 8, there) == folder

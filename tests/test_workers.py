@@ -39,6 +39,10 @@ def die_before_answering() -> KillsItsProcess:
     return KillsItsProcess()
 
 
+def answer_with_what_cannot_be_sent() -> object:
+    return lambda: None
+
+
 def answer_long() -> bytes:
     return bytes(1 << 24)
 
@@ -52,8 +56,16 @@ def test_every_call_is_answered_in_a_prepared_process() -> None:
 
 def test_what_a_call_raises_comes_back_and_the_process_goes_on() -> None:
     with Workers(prepare, 1) as workers:
-        with pytest.raises(ValueError, match="^rows.jsonl: cannot be read$"):
+        with pytest.raises(ValueError, match="^rows.jsonl: cannot be read") as raised:
             workers.submit(fail, Path("rows.jsonl")).result()
+        assert "in fail" in raised.value.__notes__[0]
+        assert workers.submit(square, 3).result() == 9
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_and_no_death() -> None:
+    with Workers(prepare, 1) as workers:
+        with pytest.raises(WorkerError, match="answer_with_what_cannot_be_sent answered what cannot be sent: "):
+            workers.submit(answer_with_what_cannot_be_sent).result(timeout=30)
         assert workers.submit(square, 3).result() == 9
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.shingles import LANES, Hashes, jaccard, shingle_sets
+from pipeline.progress import Progress
 
 RECALL = 0.98  # the share that the bands find, on average, of pairs at the very threshold; above it they find more
 DOUBT = 4.0  # standard deviations by which a signature may underrate a pair that is compared all the same
@@ -154,7 +155,9 @@ class _Search:
     def run(self) -> Iterator[Match]:
         """Every duplicate, by place; protected places that are near join their clusters."""
         active = np.flatnonzero((self.bucket >= 0).any(axis=0))
+        progress = Progress("prepare", len(active), "rows compared", every=2.0)
         for at in range(0, len(active), BLOCK):
+            progress.update(at)
             yield from self._settle(active[at : at + BLOCK], 0)
 
     def pairs(self) -> NDArray[np.void]:

@@ -33,6 +33,7 @@ from pipeline.report.evaluation_pages import write_report
 from pipeline.store.artifact_store import ArtifactStore, open_store
 from pipeline.versions.decisions import Record, read_log
 from pipeline.versions.manifest import Manifest, read_manifest
+from pipeline.versions.rescore import RescoreError, answer_prompts
 
 DECIDED = ("promoted", "refused", "undecided", "proposed")
 
@@ -91,6 +92,14 @@ def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, r
         if serving is not None:
             folder = fetch_version(store, serving, "evaluation", root / WORK_DIR / "versions" / record.previous)
             answered["champion"] = (folder, "adapter")
+            asked = [one.prompt for one in read_prompts({"candidate": (evaluation, "adapter")})]
+            known = {one.prompt for one in read_prompts({"candidate": (folder, "adapter")})}
+            if set(asked) - known:
+                try:
+                    limit = settings["params"]["max_new_tokens"]
+                    answered["champion"] = (answer_prompts(record.previous, asked, limit, root), "merged")
+                except RescoreError as error:
+                    notes.append(str(error))
     changes = gate_changes(record.comparison) if record else []
     if not changes:
         changes = compare_items(merged, old, settings["params"]["bootstrap_samples"], settings["params"]["seed"])

@@ -26,7 +26,6 @@ NAMES = {
     ".txt": "merges|vocab",
     ".parquet": r"(general|items)\.(adapter|base)|items\.merged|judge",
     ".csv": "loss|scores|tasks",
-    ".gguf": "model",
     ".md": "README|report",
 }
 _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
@@ -34,7 +33,7 @@ _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.item
 _FOLDERS = "|".join(
     (*PARTS, r"exports(/(bnb-4bit|bnb-8bit|gguf-(f16|bf16|q8_0)))?", "parity/combined_adapter", "components/tokenizer")
 )
-_PATTERN = re.compile(rf"({_FOLDERS})/({_FILE})|README\.md|MLmodel")
+_PATTERN = re.compile(rf"({_FOLDERS})/({_FILE})|exports/gguf-(f16|bf16|q8_0)/model\.gguf|README\.md|MLmodel")
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE
 )  # files of these names are devices on Windows

@@ -60,6 +60,11 @@ def conflict(train: Any) -> str | None:
             f"train.init_adapter is {train.init_adapter}, but train.method is adalora, whose ranks were settled by "
             "the training before; set it to none, or train.method to lora"
         )
+    if train.task == CLASSIFICATION and virtual:
+        return (
+            f"train.method is {method}, which changes no weight, but train.task is sequence-classification, whose "
+            "models ship merged; set train.method to lora"
+        )
     if train.task == CLASSIFICATION and train.packing:
         return (
             "train.packing is true, but train.task is sequence-classification, where a sequence has one class; set "

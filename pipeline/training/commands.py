@@ -50,7 +50,7 @@ def classify(
 
     if not (model / "contract.json").is_file():
         raise typer.BadParameter(f"{model} holds no merged model; `dvc repro` makes artifacts/merged")
-    found = do(model, texts)
+    found = do(model, [[{"role": "user", "content": text}] for text in texts])
     if json_output:
         print(json.dumps([asdict(each) for each in found]))
         return

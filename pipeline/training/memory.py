@@ -4,11 +4,14 @@ The effective batch and the scale of the loss stay as they are, since a piece's 
 whole step. Each rung is taken from the step that failed on, and recorded.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+T = TypeVar("T")
 
 
 class OutOfMemory(RuntimeError):
@@ -36,6 +39,28 @@ def out_of_memory(error: BaseException) -> bool:
 def free() -> None:
     """Give back what the failed attempt still holds. Call it outside the `except` block, whose traceback holds more."""
     clear_device_cache(garbage_collection=True)
+
+
+def in_fitting_batch(size: int, attempt: Callable[[int], T], of: str) -> tuple[int, T]:
+    """The result of `attempt(size)`, or of half as much, and half of that, until it fits; and the size that did.
+
+    Raises:
+        OutOfMemory: one does not fit; `of` says what it is one of.
+    """
+    while True:
+        try:
+            return size, attempt(size)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        free()
+        if size == 1:
+            raise OutOfMemory(
+                f"memory ran out with one {of} ({reason}); lower prepare.max_length, or take a machine with more memory"
+            )
+        size, failed = (size + 1) // 2, size
+        print(f"memory ran out with {failed} of a {of} at once; it goes on with {size}", flush=True)
 
 
 def next_rung(rung: Rung, step: int, rows: int) -> Rung | None:

