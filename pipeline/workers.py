@@ -7,7 +7,6 @@ so that its end is seen whatever it was doing.
 
 import multiprocessing
 import os
-import pickle
 import signal
 import traceback
 from collections.abc import Callable
@@ -107,5 +106,7 @@ def _serve(connection: Connection, prepare: Callable[[], None], parent: int) -> 
             answer = None, error
         try:
             connection.send(answer)
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
+        except OSError:
+            raise  # the parent is gone
+        except Exception as error:
             connection.send((None, WorkerError(f"{function.__name__} answered what cannot be sent: {error}")))
