@@ -264,7 +264,7 @@ def test_a_better_candidate_is_promoted_and_a_rollback_restores_the_one_before(r
 
 def test_a_rolled_back_version_stays_back(root: Path) -> None:
     champion = served(root)
-    assert run(root)["decision"]["decision"] == "unchanged"
+    assert "it was rolled back" in run(root)["reason"]
     assert served(root) == champion
 
 
@@ -351,7 +351,7 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
         for process in [child, *started]:
             if process.pid and psutil.pid_exists(process.pid):
                 process.kill()
-    if (victim, number) in {("stage", signal.SIGTERM), ("retune", signal.SIGKILL)}:
+    if (victim, number) in {("stage", signal.SIGKILL), ("retune", signal.SIGKILL)}:
         change_params(copy, train={"num_train_epochs": 6.0})
         assert run(copy)["decision"]["version"]
 
