@@ -66,7 +66,7 @@ def run(json_output: Json = False) -> None:
     from pipeline import graph, server
     from pipeline.data.snapshot import recover
     from pipeline.events import record_unchanged
-    from pipeline.promote import history, settled
+    from pipeline.promote import repair, settled
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.weights.gguf import require_programs
@@ -81,7 +81,7 @@ def run(json_output: Json = False) -> None:
             version = graph.version_id()
             reason = settled(params.publish, params.promote, version)
             if reason is not None:
-                history(params.publish)  # puts right an alias that a crash left behind
+                repair(params.publish)  # an alias that a crash left behind
                 if up is not None:
                     record_unchanged(f"version {version}: {reason}")
                 _say_nothing_to_do(version, reason, json_output)

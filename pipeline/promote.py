@@ -6,11 +6,13 @@ promotion log; the registry's aliases and the webhooks follow. Refused: versions
 or, where `publish.require_signature` is on, are not signed by a trusted key for what is stored.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import graph
+from pipeline.files import WORK_DIR, read_json, write_json
 from pipeline.params import PromoteParams, PublishParams
 from pipeline.publish import register
 from pipeline.store.artifact_store import ArtifactStore, open_store
@@ -238,6 +240,29 @@ def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Rec
     except RegistryError as error:
         return log, [str(error)]
     return log, _project(store, registry, log, log[-1].version)[1]
+
+
+def repair(publishing: PublishParams, root: Path = Path(".")) -> None:
+    """Put the registry's aliases right as `history` does, but ask no registry that is a file as the last call left it.
+
+    A run with nothing to do would take a second longer by loading MLflow.
+    """
+    database = root / publishing.tracking_uri.removeprefix("sqlite:///")
+    if not publishing.tracking_uri.startswith("sqlite:///") or not database.is_file():
+        history(publishing, root)
+        return
+    marker = root / WORK_DIR / "aliases.json"
+
+    def state() -> list[Any]:
+        log = read_log(open_store(publishing, root), publishing.registered_model_name)
+        files = [database, *database.parent.glob(f"{database.name}-*")]  # SQLite's journals
+        return [len(log), log[-1].version if log else None, *sorted((f.name, f.stat().st_mtime_ns) for f in files)]
+
+    if marker.is_file() and read_json(marker) == json.loads(json.dumps(state())):
+        return
+    _, warnings = history(publishing, root)
+    if not warnings:
+        write_json(marker, state())
 
 
 def settled_reason(log: list[Record], version: str, params: PromoteParams) -> str | None:

@@ -277,6 +277,10 @@ def test_an_alias_that_a_crash_left_behind_is_put_right_by_the_next_command(root
     assert served(root) != champion
     assert retune(root, "history").returncode == 0
     assert served(root) == champion
+    run(root)  # it has seen the registry as it is now
+    MlflowClient(uri, uri).set_registered_model_alias("retune-sample", "champion", "2")
+    run(root)
+    assert served(root) == champion
 
 
 @pytest.mark.faults

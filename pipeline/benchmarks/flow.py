@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.error import HTTPError
 
 import psutil
 from rich.console import Console
@@ -105,7 +106,15 @@ def record_runs(url: str, number: int) -> None:
     progress = Progress("bench-flow", number, "runs recorded")
     for i in range(number):
         state = {"type": "COMPLETED", "name": "Completed"}
-        ask(url, "flow_runs/", {"flow_id": flow, "name": f"recorded-{i}", "state": state, "tags": ["trigger:bench"]})
+        run = {"flow_id": flow, "name": f"recorded-{i}", "state": state, "tags": ["trigger:bench"]}
+        while True:
+            try:
+                ask(url, "flow_runs/", run)
+                break
+            except HTTPError as error:
+                if error.code != 503:  # SQLite is busy; Prefect's own client waits and asks again
+                    raise
+                time.sleep(0.5)
         progress.update(i + 1)
 
 
