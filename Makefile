@@ -55,7 +55,7 @@ bench-merge: $(READY)  ## merging shard by shard against PEFT: time, peak memory
 bench-store: $(READY)  ## the artifact store beside boto3's upload_file, and what a small change moves (about 2 minutes)
 	@PYTHONPATH=. python tests/bench_store.py
 
-bench-flow: $(READY)  ## the flow beside dvc repro, runs with nothing to do, a dashboard of 1,000 runs (about 10 minutes)
+bench-flow: $(READY)  ## the flow beside dvc repro, runs with nothing to do, a dashboard of 1,000 runs (about 15 minutes)
 	@python -m pipeline.benchmarks.flow
 
 sample: $(READY)     ## make the sample data and base model again (about 10 minutes)

@@ -121,7 +121,7 @@ def record_runs(url: str, number: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="jobs by dvc and by the flow, each")
-    parser.add_argument("--no-ops", type=int, default=40, help="runs with nothing to do")
+    parser.add_argument("--no-ops", type=int, default=200, help="runs with nothing to do")
     parser.add_argument("--recorded", type=int, default=1000, help="runs in the dashboard's history")
     asked = parser.parse_args()
     table = Table("what", "measured", "bar", title="The flow beside dvc repro", title_justify="left")
