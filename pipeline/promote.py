@@ -6,7 +6,6 @@ promotion log; the registry's aliases and the webhooks follow. Refused: versions
 or, where `publish.require_signature` is on, are not signed by a trusted key for what is stored.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -256,9 +255,9 @@ def repair(publishing: PublishParams, root: Path = Path(".")) -> None:
     def state() -> list[Any]:
         log = read_log(open_store(publishing, root), publishing.registered_model_name)
         files = [database, *database.parent.glob(f"{database.name}-*")]  # SQLite's journals
-        return [len(log), log[-1].version if log else None, *sorted((f.name, f.stat().st_mtime_ns) for f in files)]
+        return [len(log), log[-1].version if log else None, *sorted([f.name, f.stat().st_mtime_ns] for f in files)]
 
-    if marker.is_file() and read_json(marker) == json.loads(json.dumps(state())):
+    if marker.is_file() and read_json(marker) == state():
         return
     _, warnings = history(publishing, root)
     if not warnings:

@@ -209,10 +209,7 @@ def adapter_folder(params: Params, name: str, root: Path = Path(".")) -> Path:
         ServingError: there is none.
     """
     if name == WORKSPACE:
-        folder = root / "artifacts" / "adapter"
-        if not (folder / "contract.json").is_file():
-            raise ServingError(f"{folder} holds no adapter; `retune run` or `dvc repro train` makes one")
-        return folder
+        return _made_here(root / "artifacts" / "adapter", "adapter", "train")
     manifest = _manifest(params, name, root)
     part = "parity" if manifest["parity"].get("combined") else "adapter"
     folder = _fetch(params, manifest, part, root)
@@ -226,10 +223,7 @@ def merged_folder(params: Params, name: str, root: Path = Path(".")) -> tuple[Pa
         ServingError: there is none.
     """
     if name == WORKSPACE:
-        folder = root / "artifacts" / "merged"
-        if not (folder / "contract.json").is_file():
-            raise ServingError(f"{folder} holds no merged model; `retune run` or `dvc repro merge` makes one")
-        return folder, name
+        return _made_here(root / "artifacts" / "merged", "merged model", "merge"), name
     manifest = _manifest(params, name, root)
     return _fetch(params, manifest, "merged", root), manifest["version"]
 
@@ -311,6 +305,12 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
         tools = row.get("tools")
         prompts.append((row, messages, tools if tools is None or isinstance(tools, str) else json.dumps(tools)))
     return prompts
+
+
+def _made_here(folder: Path, what: str, stage: str) -> Path:
+    if not (folder / "contract.json").is_file():
+        raise ServingError(f"{folder} holds no {what}; `retune run` or `dvc repro {stage}` makes one")
+    return folder
 
 
 def _manifest(params: Params, name: str, root: Path) -> Manifest:

@@ -17,16 +17,23 @@ from websockets.sync.client import connect
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --window-size=1280,1000 --remote-debugging-port=0"
+    "--disable-background-networking --disable-component-update"
 )
 PATIENCE_S = 60.0
+
+
+def dump_dom(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What a page has become after its scripts have run, once, as HTML on standard output."""
+    command = [str(CHROMIUM), *OPTIONS.split(), "--virtual-time-budget=3000", "--dump-dom", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 class Browser:
     """One page. With RETUNE_SCREENSHOTS=FOLDER `picture` keeps what it shows there."""
 
     def __init__(self, profile: Path) -> None:
-        command = [str(CHROMIUM), *OPTIONS.split(), f"--user-data-dir={profile}", "about:blank"]
+        window = ["--window-size=1280,1000", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
+        command = [str(CHROMIUM), *OPTIONS.split(), *window, "about:blank"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         assert self._process.stderr is not None
         said = (re.search(r"ws://([^/]+)/devtools/browser", line) for line in self._process.stderr)

@@ -4,12 +4,11 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, dump_dom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,7 +195,6 @@ def test_small_tasks_share_a_line() -> None:
     assert sum(cells["train"][0] for _, cells in lines) == 1810
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 FRAME = """<html><body><script>
 const frame = document.createElement("iframe");
 frame.style = "width: %dpx; height: 900px; border: 0";
@@ -218,10 +216,8 @@ def test_the_page_fits_a_phone_and_runs_no_script_of_the_data(full: Report, tmp_
     page = render(full, "report.html").replace('http-equiv="Content-Security-Policy"', "")  # escaping has to suffice
     literal = json.dumps(page.replace("<details>", "<details open>")).replace("</", "<\\/")
     (tmp_path / "frame.html").write_text(FRAME % (width, literal))
-    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    command += " --disable-background-networking --disable-component-update --virtual-time-budget=3000 --dump-dom"
     arguments = [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", f"file://{tmp_path}/frame.html"]
-    ran = subprocess.run([*command.split(), *arguments], capture_output=True, text=True, timeout=120)
+    ran = dump_dom(*arguments)
     found = re.search(r"<title>(.*?)</title>", ran.stdout)
     assert found is not None, ran.stderr[-2000:]
     seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))

@@ -1,13 +1,11 @@
 """GGUF, written by llama.cpp's own converter: one file for llama.cpp, scored like every other form."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import STEPS, make_base, sample_rows, with_
+from conftest import STEPS, install, make_base, sample_rows, with_
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoModelForCausalLM
 
@@ -42,8 +40,7 @@ def byte_fallback() -> Tokenizer:
 def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """llama.cpp's converter on the PATH, installed as a user would who does not want it among Retune's packages."""
     folder = tmp_path / "llama.cpp"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(folder), *PACKAGES], check=True)
+    install(folder, *PACKAGES)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.syspath_prepend(folder)
     return folder

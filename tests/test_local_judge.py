@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_base
+from conftest import install, make_base
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from pipeline.generate import Answer
@@ -67,8 +67,7 @@ def judge_model(tmp_path: Path) -> Path:
 @pytest.fixture
 def served(judge_model: Path, tmp_path: Path) -> Iterator[str]:
     packages = tmp_path / "packages"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(packages), *PACKAGES], check=True)
+    install(packages, *PACKAGES)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -153,12 +153,11 @@ def test_scores_of_different_signatures_are_not_compared(
     wanted = read_json(tmp_path / "artifacts" / "parity" / "parity.json")["evaluation"]
     other = wanted["signatures"] | {"bleu": "tok:zh|version:3.0.0"}
 
-    def score_anew(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+    def score_anew(*_: object) -> bool:
         write_json(scored / "evaluation.json", wanted | {"signatures": other})
-        return subprocess.CompletedProcess([], 0)
+        return True
 
-    monkeypatch.setattr("pipeline.versions.compare.subprocess.run", score_anew)
-    monkeypatch.setattr("pipeline.versions.compare.fetch_version", lambda *_: tmp_path)
+    monkeypatch.setattr("pipeline.versions.compare.score_again", score_anew)
     with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
         comparing._current_items(
             open_store(params.publish),

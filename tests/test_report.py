@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import CHROMIUM, dump_dom
 
 from pipeline.evaluate import summarise
 from pipeline.files import read_json, write_json
@@ -183,7 +182,6 @@ def test_a_bar_stays_on_its_track() -> None:
     assert Bar.of("accuracy", None) is None
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 FRAME = """<html><body><script>
 const frame = document.createElement("iframe");
 frame.style = "width: %dpx; height: 900px; border: 0";
@@ -200,12 +198,6 @@ document.body.append(frame);
 </script></body></html>"""
 
 
-def chromium(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    command += " --disable-background-networking --disable-component-update --virtual-time-budget=3000 --dump-dom"
-    return subprocess.run([*command.split(), *arguments], capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
@@ -213,7 +205,7 @@ def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp
     page = render(full, "report.html").replace('http-equiv="Content-Security-Policy"', "")  # escaping has to suffice
     literal = json.dumps(page.replace("<details>", "<details open>")).replace("</", "<\\/")
     (tmp_path / "frame.html").write_text(FRAME % (width, literal, width))
-    ran = chromium(
+    ran = dump_dom(
         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", f"file://{tmp_path}/frame.html"
     )
     found = re.search(r"<title>(.*?)</title>", ran.stdout)
@@ -234,7 +226,7 @@ def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 def test_the_page_opens_offline_without_a_complaint_of_the_browser(evaluation: Path, tmp_path: Path) -> None:
-    ran = chromium(
+    ran = dump_dom(
         f"--user-data-dir={tmp_path}",
         "--host-resolver-rules=MAP * ~NOTFOUND",
         "--enable-logging=stderr",

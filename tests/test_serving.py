@@ -301,7 +301,8 @@ def test_a_version_answers_prompts_that_it_was_not_asked_when_it_was_published(
     there: Path, own: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serving = str(champion(read_log(open_store(own.publish, there), own.publish.registered_model_name)))
-    prompts = ["Name the colour of box 7: red", "Name the colour of box 8: blue"]
+    # The second has a line separator that is none in JSONL.
+    prompts = ["Name the colour of box 7: red", "Name the\u2028colour of box 8: blue"]
     folder = answer_prompts(serving, prompts, 8, there)
     ours = [{"prompt": prompt, "adapter": {"answer": "x", "cut_off": False}} for prompt in prompts]
     write_json(there / "prompts.json", ours)

@@ -30,10 +30,9 @@ NAMES = {
 }
 _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
 # The card, and what MLflow's own loader looks for: its description and a second name of the tokenizer's files.
-_FOLDERS = "|".join(
-    (*PARTS, r"exports(/(bnb-4bit|bnb-8bit|gguf-(f16|bf16|q8_0)))?", "parity/combined_adapter", "components/tokenizer")
-)
-_PATTERN = re.compile(rf"({_FOLDERS})/({_FILE})|exports/gguf-(f16|bf16|q8_0)/model\.gguf|README\.md|MLmodel")
+_GGUF = "exports/gguf-(f16|bf16|q8_0)"
+_FOLDERS = "|".join((*PARTS, r"exports(/bnb-[48]bit)?", _GGUF, "parity/combined_adapter", "components/tokenizer"))
+_PATTERN = re.compile(rf"({_FOLDERS})/({_FILE})|{_GGUF}/model\.gguf|README\.md|MLmodel")
 _DEVICE = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE
 )  # files of these names are devices on Windows

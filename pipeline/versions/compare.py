@@ -5,21 +5,18 @@ split, decoding, metric signatures and library versions are today's; else the ve
 Refused: a comparison on items that the champion may have been trained on.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import graph
-from pipeline.files import WORK_DIR, read_json, write_json
+from pipeline.files import WORK_DIR, read_json
 from pipeline.params import PromoteParams
-from pipeline.process import python_ending_with_parent
 from pipeline.publish import fetch_version
 from pipeline.store.artifact_store import ArtifactStore
 from pipeline.versions.gate import Comparison, UnmeasuredError, claims_on, compare_claims, forgetting_claims
 from pipeline.versions.manifest import Manifest, read_manifest
+from pipeline.versions.rescore import score_again
 
 BASE = "the base model"
 
@@ -100,23 +97,9 @@ def _current_items(store: ArtifactStore, manifest: Manifest, root: Path) -> pa.T
     if manifest["evaluation"] == wanted:
         return pq.read_table(fetch_version(store, manifest, "parity", folder) / "items.merged.parquet")
     scored = folder / "scored"
-    if not (scored / "evaluation.json").is_file() or read_json(scored / "evaluation.json") != wanted:
-        model = fetch_version(store, manifest, "merged", folder)
-        settings = folder / "settings.json"
-        write_json(settings, wanted)
-        # A process of its own: promotion stays light, and the model's memory is returned when it ends.
-        command = python_ending_with_parent(
-            "pipeline",
-            "score",
-            str(model.resolve()),
-            "--settings",
-            str(settings.resolve()),
-            "--output",
-            str(scored.resolve()),
-        )
-        done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr)
-        if done.returncode != 0:
-            raise CompareError(f"version {manifest['version']} could not be scored again on today's test split")
+    kept = (scored / "evaluation.json").is_file() and read_json(scored / "evaluation.json") == wanted
+    if not kept and not score_again(store, manifest, wanted, scored, root):
+        raise CompareError(f"version {manifest['version']} could not be scored again on today's test split")
     signatures = read_json(scored / "evaluation.json")["signatures"]
     for metric, ours in wanted["signatures"].items():
         if signatures.get(metric) != ours:

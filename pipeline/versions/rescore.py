@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -31,19 +32,27 @@ def score_today(store: ArtifactStore, manifest: Manifest, metric: str, root: Pat
     test = read_json(root / "artifacts" / "dataset" / "report.json")["test_sha256"]
     if manifest["evaluation"]["test_sha256"] == test:
         return float(manifest["metrics"]["merged"][metric]["score"])
-    folder = root / WORK_DIR / "versions" / manifest["version"]
-    model = fetch_version(store, manifest, "merged", folder)
-    settings, scored = folder / "settings.json", folder / "today"
-    write_json(settings, manifest["evaluation"])
-    places = ("--settings", str(settings.resolve()), "--output", str(scored.resolve()))
-    command = python_ending_with_parent("pipeline", "score", str(model.resolve()), *places)
-    done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr)
-    if done.returncode != 0:
+    scored = root / WORK_DIR / "versions" / manifest["version"] / "today"
+    if not score_again(store, manifest, manifest["evaluation"], scored, root):
         raise RescoreError(f"version {manifest['version']} could not be scored on today's test split")
     items = metric_items(pq.read_table(scored / "items.parquet"), metric)
     if not num_groups(items):
         raise RescoreError(f"no item of today's test split counts for {metric}")
     return corpus_score(items)
+
+
+def score_again(
+    store: ArtifactStore, manifest: Manifest, settings: dict[str, Any], output: Path, root: Path = Path(".")
+) -> bool:
+    """Score the version's merged model on the workspace's test split as `settings` (an `evaluation.json`) say.
+
+    Returns: whether `output` now holds `items.parquet` and `evaluation.json`; if not, the reason has been printed.
+    """
+    folder = root / WORK_DIR / "versions" / manifest["version"]
+    model = fetch_version(store, manifest, "merged", folder)
+    asked = folder / "settings.json"
+    write_json(asked, settings)
+    return _retune(root, "score", model, "--settings", asked, "--output", output)
 
 
 def answer_prompts(version: str, prompts: list[str], max_new_tokens: int, root: Path = Path(".")) -> Path:
@@ -59,12 +68,18 @@ def answer_prompts(version: str, prompts: list[str], max_new_tokens: int, root: 
     folder.mkdir(parents=True, exist_ok=True)
     questions, answers = folder / "prompts.jsonl", folder / "answers.jsonl"
     questions.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
-    places = ("--model", version, "--output", str(answers.resolve()), "--max-new-tokens", str(max_new_tokens))
-    command = python_ending_with_parent("pipeline", "predict", str(questions.resolve()), *places)
-    done = subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr)
-    if done.returncode != 0:
+    limit = str(max_new_tokens)
+    if not _retune(root, "predict", questions, "--model", version, "--output", answers, "--max-new-tokens", limit):
         raise RescoreError(f"version {version} could not be asked evaluate.prompts; `retune chat {version}` says why")
-    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines: an answer may hold other line separators.
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
     said = [{"prompt": row["prompt"], "merged": {key: row[key] for key in ("answer", "cut_off")}} for row in rows]
     write_json(kept, said)
     return folder
+
+
+def _retune(root: Path, *arguments: str | Path) -> bool:
+    """Whether a command of ours succeeded, in a process of its own: a model's memory is returned when it ends."""
+    words = (str(word.resolve()) if isinstance(word, Path) else word for word in arguments)
+    command = python_ending_with_parent("pipeline", *words)
+    return subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr).returncode == 0
