@@ -5,6 +5,7 @@ work as done. Training is never retried: a second attempt is a person's decision
 """
 
 import fcntl
+import gc
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, get_run_logger, tags, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.gpu import train_on_pool
-from flows.summary import show_run
+from flows.summary import show_run, tag_run
 from pipeline import graph
 from pipeline import promote as gate
 from pipeline import publish as shipping
@@ -47,7 +48,7 @@ from pipeline.security.redact import redact, redact_process, redacted_errors
 from pipeline.settings import load_params
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
-from pipeline.training.warm_start import pin_champion
+from pipeline.training.pin import pin_champion
 from pipeline.versions.gate import verdict_rows
 
 ARTIFACTS = Path("artifacts")
@@ -82,6 +83,7 @@ def retrain(trigger: str = "by-hand") -> State[Any]:
 
 
 def run_stages(trigger: str) -> dict[str, Any]:
+    tag_run(trigger)
     params = load_params()
     result = summary(
         [
@@ -341,9 +343,8 @@ def main() -> None:
     started = time.monotonic()
     redact_process()
     try:
-        with tags("retune"):  # by which automations know it
-            state: State[Any] = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
-            result: dict[str, Any] = state.result()
+        state: State[Any] = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
+        result: dict[str, Any] = state.result()
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith(("pipeline.", "flows.", "__main__")):
             raise
@@ -353,6 +354,7 @@ def main() -> None:
         print(json.dumps(result))
     else:
         show(result, time.monotonic() - started)
+    gc.freeze()  # Python's last collection would look at all of Prefect and MLflow for a second
 
 
 if __name__ == "__main__":

@@ -29,12 +29,15 @@ def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:
 
 
 def tag_run(trigger: str, *more: str) -> None:
-    """Tags on the present flow run, beside those it has."""
+    """Tags on the present flow run: those it had at its start, `retune` for the automations, its trigger and data.
+
+    By request, not by Prefect's `tags`: each of those costs every task a request for its concurrency limit.
+    """
     context: Any = get_run_context()
     run = getattr(context, "flow_run", None)
     if run is None:
         return
-    tags = {*run.tags, f"trigger:{trigger}", *filter(None, [_data_tag()]), *more}
+    tags = {*run.tags, "retune", f"trigger:{trigger}", *filter(None, [_data_tag()]), *more}
     with get_client(sync_client=True) as client:
         client.update_flow_run(run.id, tags=sorted(tags))
 

@@ -17,9 +17,10 @@ from pipeline.files import read_json, sha256_file, write_json
 from pipeline.params import Params
 from pipeline.promote import promote
 from pipeline.train import train
-from pipeline.training import warm_start
+from pipeline.training import pin
 from pipeline.training.checkpoints import run_key
-from pipeline.training.warm_start import InitError, check_init, fetch_init, pin_champion
+from pipeline.training.pin import pin_champion
+from pipeline.training.warm_start import InitError, check_init, fetch_init
 
 
 def digest(adapter: Path) -> str:
@@ -127,8 +128,8 @@ def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
     stale: dict[str, Any] = {}
     serving = "a" * 16
     monkeypatch.setattr(graph, "stale", lambda root: stale)
-    monkeypatch.setattr(warm_start, "read_log", lambda store, name: [])
-    monkeypatch.setattr(warm_start, "champion", lambda log: serving)
+    monkeypatch.setattr(pin, "read_log", lambda store, name: [])
+    monkeypatch.setattr(pin, "champion", lambda log: serving)
     write_json(tmp_path / "init_adapter.json", {"version": None})
     asked = with_(params, train={"init_adapter": "champion"})
     assert pin_champion(asked, tmp_path) is None  # nothing to train

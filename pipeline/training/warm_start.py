@@ -1,8 +1,7 @@
 """Where an adapter starts: afresh, from the champion's, from a published version's, or from one in a folder.
 
-`train.init_adapter` says which. What `champion` means is pinned in init_adapter.json, which DVC hashes: the pin moves
-when `retune run` is about to train for another reason, never by itself, so a promotion alone trains nothing again.
-Refused: an adapter of another base, another method or other settings, or whose bytes are not those named.
+`train.init_adapter` says which; what `champion` means is pinned (`pin.py`). Refused: an adapter of another base,
+another method or other settings, or whose bytes are not those named.
 """
 
 from pathlib import Path
@@ -10,18 +9,16 @@ from typing import Any
 
 from peft import PeftConfig
 
-from pipeline import graph
-from pipeline.files import WORK_DIR, read_json, sha256_file, write_json
+from pipeline.files import WORK_DIR, read_json, sha256_file
 from pipeline.model import PROMPT, is_whole
 from pipeline.params import Params
 from pipeline.publish import fetch_version
 from pipeline.security.vetting import check_adapter
 from pipeline.store.artifact_store import open_store
+from pipeline.training.pin import PIN
 from pipeline.versions import verify
-from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.manifest import read_manifest
 
-PIN = "init_adapter.json"  # {"version": id or null}
 # What must be the same for the weights to mean the same; which modules there are, their names say.
 SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens", "feedforward_modules")
 NAMES = {"r": "train.lora_r", "lora_alpha": "train.lora_alpha", "num_virtual_tokens": "train.num_virtual_tokens"}
@@ -29,22 +26,6 @@ NAMES = {"r": "train.lora_r", "lora_alpha": "train.lora_alpha", "num_virtual_tok
 
 class InitError(ValueError):
     """The adapter to start from cannot be used; the message says why and what to change."""
-
-
-def pin_champion(params: Params, root: Path = Path(".")) -> str | None:
-    """Before a run trains: pin today's champion, if that is what `init_adapter` asks for. Returns the pinned version.
-
-    Nothing moves while the train stage is up to date, or the champion is the one pinned.
-    """
-    if params.train.init_adapter != "champion":
-        return None
-    pinned: str | None = read_json(root / PIN)["version"]
-    if "train" not in graph.stale(root):
-        return pinned
-    serving = champion(read_log(open_store(params.publish, root), params.publish.registered_model_name))
-    if serving != pinned:
-        write_json(root / PIN, {"version": serving})
-    return serving
 
 
 def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
