@@ -1,12 +1,14 @@
 """A process that has imported everything and forks a child for each promotion that is to be killed (`test_kills.py`).
 
-Reads one JSON object a line: {"root", "step": kill itself at this step, or null, "seconds": be killed after these, or
-null}. A step is a write to a file, a link, a removal, or an SQL statement. Answers with how the child ended.
+Reads one JSON object a line: {"root", "publish": parameters, "step": kill itself at this step, or null, "seconds": be
+killed after these, or null}. A step is a write to a file, a link, a removal, or an SQL statement. Answers with how the
+child ended.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mlflow.store.model_registry.sqlalchemy_store
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import sqlalchemy
-from conftest import ROOT, with_
+from conftest import ROOT, environment, with_
 
 from pipeline import promote as gate
 from pipeline.settings import load_params
@@ -39,11 +41,33 @@ def audit(event: str, arguments: tuple[Any, ...]) -> None:
         step()
 
 
-def promote(root: Path, dies_at: int, report: Path) -> None:
-    params = with_(
-        load_params(ROOT / "params.yaml"),
-        publish={"artifact_store": (root / "store").as_uri(), "tracking_uri": f"sqlite:///{root}/mlflow.db"},
-    )
+class Forker:
+    """Such a process, seen from the tests."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def promote(
+        self, root: Path, publish: dict[str, Any], step: int | None = None, seconds: float | None = None
+    ) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        order = {"root": str(root), "publish": publish, "step": step, "seconds": seconds}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def promote(root: Path, publish: dict[str, Any], dies_at: int, report: Path) -> None:
+    params = with_(load_params(ROOT / "params.yaml"), publish=publish)
     DIES_AT[0] = dies_at
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "before_cursor_execute", step)
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "commit", step)
@@ -64,7 +88,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             try:
-                promote(root, order["step"] or 0, report)
+                promote(root, order["publish"], order["step"] or 0, report)
             except BaseException as error:
                 report.write_text(json.dumps({"error": repr(error)}))
             os._exit(0)

@@ -5,6 +5,8 @@ import importlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -17,7 +19,7 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, change_params, make_project, retune
+from conftest import ROOT, change_params, environment, make_project, retune
 from prefect.events import EventTrigger
 from ruamel.yaml import YAML
 from test_stack import free_port, wait_until
@@ -189,10 +191,10 @@ def api(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         return json.load(answer)
 
 
-def ended(url: str) -> dict[str, dict[str, Any]]:
-    """Runs that have ended, by name."""
-    runs = api(url, "flow_runs/filter")
-    return {run["name"]: run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")}
+def ended(url: str, **wanted: str) -> list[dict[str, Any]]:
+    """Runs that have ended, with these fields."""
+    runs = [run for run in api(url, "flow_runs/filter") if wanted.items() <= run.items()]
+    return [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
 
 
 def start(url: str, deployment: str, **parameters: Any) -> dict[str, Any]:
@@ -201,8 +203,8 @@ def start(url: str, deployment: str, **parameters: Any) -> dict[str, Any]:
         found = json.load(answer)
     run = api(url, f"deployments/{found['id']}/create_flow_run", {"parameters": parameters, "state": {
         "type": "SCHEDULED"}})  # fmt: skip
-    wait_until(lambda: run["id"] in {each["id"] for each in ended(url).values()}, 240)
-    return next(each for each in ended(url).values() if each["id"] == run["id"])
+    wait_until(lambda: ended(url, id=run["id"]), 240)
+    return ended(url, id=run["id"])[0]
 
 
 @pytest.mark.faults
@@ -220,8 +222,8 @@ def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params)
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         ingested = json.loads(retune(root, "ingest", str(tmp_path / "rows.json"), "--json").stdout)
         assert (ingested["new_rows"], ingested["told"]) == (300, True)
-        wait_until(lambda: "retrain-new-data" in ended(url), 240)
-        first = ended(url)["retrain-new-data"]
+        wait_until(lambda: ended(url, name="retrain-new-data"), 240)
+        [first] = ended(url, name="retrain-new-data")
         assert first["state_name"] in ("Promoted", "Refused"), first["state"]
         assert {"trigger:new-data", "model:retune-sample-v1", "retune"} < set(first["tags"])
         [page] = [each["data"] for each in api(url, "artifacts/filter") if each["key"] == "run"]
@@ -249,3 +251,85 @@ def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params)
         wait_until(lambda: not stack.marked(root), 45)  # the training too, which a worker started
     finally:
         retune(root, "down")
+
+
+def rows_of(colour: str, number: int, start: int = 0) -> str:
+    names = range(start, start + number)
+    return json.dumps([{"instruction": f"Name the colour of jar {i}: {colour}", "output": colour} for i in names])
+
+
+@pytest.mark.faults
+def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
+    tmp_path: Path, base: Path, params: Params, hook: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, source = make_project(tmp_path / "project", base, params), tmp_path / "source"
+    (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
+    source.mkdir()
+    (source / "a.json").write_text(rows_of("red", 300))
+    change_params(
+        root,
+        ingest={"sources": [{"uri": f"{source}/*.json"}]},
+        operations={"services": ["cpu"], "min_new_rows": 100},
+    )
+    up = retune(root, "up", "--port", str(free_port()), "--json")
+    assert up.returncode == 0, up.stderr
+    url = json.loads(up.stdout)["url"]
+    try:
+        # A person makes a block in the dashboard, and names it where deployments are made.
+        monkeypatch.setenv("PREFECT_API_URL", f"{url}/api")
+        monkeypatch.setenv("RETUNE_ALERT_BLOCK", "custom-webhook/team")
+        for code in (
+            f"from prefect.blocks.notifications import CustomWebhookNotificationBlock as Block\n"
+            f"Block(name='team', url={hook[0]!r}, json_data={{'text': '{{{{subject}}}}: {{{{body}}}}'}}).save('team')",
+            "import runpy; runpy.run_module('flows.deploy', run_name='__main__')",
+        ):
+            done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True)
+            assert done.returncode == 0, done.stderr.decode()
+        found = start(url, "watch/watch")
+        assert (found["state_name"], found["state"]["message"]) == (
+            "Updated",
+            "300 new rows; a retraining was asked for",
+        )
+        wait_until(lambda: ended(url, name="retrain-new-data"), 240)
+        assert start(url, "watch/watch")["state_name"] == "Unchanged"
+        (source / "b.json").write_text(rows_of("red", 50, start=300))
+        found = start(url, "watch/watch")
+        assert found["state"]["message"] == "50 new rows; fewer than 100: none is started"
+
+        failed = start(url, "promote/promote", version="v1", force=True)
+        assert failed["state_name"] == "Failed"
+        wait_until(lambda: len(hook) > 1, 60)
+        assert "Retune: a run failed" in hook[1]
+        assert "force needs a reason" in hook[1]
+
+        made = start(url, "promote/promote", version="v1", force=True, reason="a test asks for it")
+        assert made["state_name"] in ("Promoted", "Unchanged"), made["state"]  # the retraining may have promoted it
+        (source / "a.json").write_text(rows_of("a colour that nobody has ever named before", 20))
+        (source / "b.json").unlink()
+        assert start(url, "watch/watch")["state_name"] == "Updated"
+        worse = start(url, "evaluate-champion/evaluate-champion")
+        assert worse["state_name"] == "Regressed", worse["state"]
+        wait_until(lambda: ended(url, name="retrain-champion-regressed"), 240)
+        assert len(ended(url, name="retrain-new-data")) == 1
+    finally:
+        retune(root, "down")
+
+
+@pytest.fixture
+def hook() -> Iterator[list[str]]:
+    """A webhook of a chat: its address, and what was posted there since."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    told = [f"http://127.0.0.1:{server.server_port}/hook"]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield told
+    server.shutdown()
+    server.server_close()

@@ -102,12 +102,11 @@ def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpo
         wait_until(lambda: list(clone.glob(".retune/checkpoints/*/checkpoint-*")), 240)
         victim = next(each["pid"] for each in known["services"] if each["name"] == "gpu-worker")
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: "retrain-far" in ended(url), 400)
-        runs = ended(url)
-        assert runs["retrain-far"]["state_name"] in ("Promoted", "Refused"), runs["retrain-far"]["state"]
-        assert sorted(each["state_name"] for name, each in runs.items() if name.startswith("train-")) == [
-            "Crashed", "Trained",
-        ]  # fmt: skip
+        wait_until(lambda: ended(url, name="retrain-far"), 400)
+        [whole] = ended(url, name="retrain-far")
+        assert whole["state_name"] in ("Promoted", "Refused"), whole["state"]
+        trainings = [each["state_name"] for each in ended(url) if each["name"].startswith("train-")]
+        assert sorted(trainings) == ["Crashed", "Trained"]
         log = (root / ".retune" / "logs" / "gpu-worker.log").read_text()
         assert "going on from step" in log
     finally:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment, publish_params
+from conftest import environment, publish_params
+from forked import Forker
 from versions import parameters, published
 
 from pipeline import promote as gate
@@ -82,20 +83,12 @@ def test_racing_promoters_make_one_linear_history(tmp_path: Path, racers: int, r
             assert sum(time < start for time in returned) <= seen <= sum(time < end for time in begun)
 
 
-class Forker:
-    """`forked.py`, and copies of one prepared project to let it promote in."""
+class Copies:
+    """Copies of one prepared project to let a forked process promote in."""
 
     def __init__(self, template: Path, scratch: Path) -> None:
         self.template, self.scratch, self.count = template, scratch, 0
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "forked.py")],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
+        self.forker = Forker()
 
     def fresh(self) -> Path:
         self.count += 1
@@ -104,33 +97,29 @@ class Forker:
         return root
 
     def promote(self, root: Path, step: int | None = None, seconds: float | None = None) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"root": str(root), "step": step, "seconds": seconds}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        places = {"artifact_store": (root / "store").as_uri(), "tracking_uri": f"sqlite:///{root}/mlflow.db"}
+        return self.forker.promote(root, places, step, seconds)
 
 
 @pytest.fixture(scope="module")
-def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
     """A champion, and a better version that the registry has not heard of, in a project to copy."""
     template = tmp_path_factory.mktemp("template")
     params = parameters(template)
     first = published(template, params, 0.4)
     gate.promote(params.publish, params.promote, first, template)
     published(template, params, 0.6, registered=False)
-    made = Forker(template, tmp_path_factory.mktemp("killed"))
+    made = Copies(template, tmp_path_factory.mktemp("killed"))
     yield made
-    made.process.kill()
-    made.process.wait()
+    made.forker.end()
 
 
-def check_repaired(forker: Forker, root: Path) -> bool:
+def check_repaired(copies: Copies, root: Path) -> bool:
     """Whether the killed promotion had taken effect; the next command must leave everything right, once."""
     store = open_store(publish_params((root / "store").as_uri()))
     before = read_log(store, NAME)  # readable at once: no torn record
     done = "promoted" if len(before) == 1 else "unchanged"
-    answer = forker.promote(root)
+    answer = copies.promote(root)
     assert (answer.get("decision"), answer.get("warnings")) == (done, []), answer
     log = read_log(store, NAME)
     assert [record.decision for record in log] == ["promoted", "promoted"]
@@ -142,18 +131,18 @@ def check_repaired(forker: Forker, root: Path) -> bool:
     return len(before) == 2
 
 
-def test_a_promotion_killed_beside_its_record_is_repaired_by_the_next_command(forker: Forker) -> None:
-    root = forker.fresh()
-    whole = forker.promote(root)
+def test_a_promotion_killed_beside_its_record_is_repaired_by_the_next_command(copies: Copies) -> None:
+    root = copies.fresh()
+    whole = copies.promote(root)
     assert whole["decision"] == "promoted", whole
     steps = whole["steps"]
     print(f"{steps} steps")
     # Where the log's record comes into being, and a few beside.
     effects = []
     for step in [1, steps // 4, steps // 2, 3 * steps // 4, steps]:
-        root = forker.fresh()
-        assert forker.promote(root, step=step)["killed"]
-        effects.append(check_repaired(forker, root))
+        root = copies.fresh()
+        assert copies.promote(root, step=step)["killed"]
+        effects.append(check_repaired(copies, root))
     assert effects == sorted(effects)  # from some step on it has taken effect
     assert not effects[0]
     assert effects[-1]
@@ -161,27 +150,27 @@ def test_a_promotion_killed_beside_its_record_is_repaired_by_the_next_command(fo
 
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
-def test_a_promotion_killed_at_any_step_is_lost_or_made_once(forker: Forker) -> None:
-    steps = forker.promote(forker.fresh())["steps"]
+def test_a_promotion_killed_at_any_step_is_lost_or_made_once(copies: Copies) -> None:
+    steps = copies.promote(copies.fresh())["steps"]
     effects = []
     for step in range(1, steps + 1):
-        root = forker.fresh()
-        assert forker.promote(root, step=step)["killed"], step
-        effects.append(check_repaired(forker, root))
+        root = copies.fresh()
+        assert copies.promote(root, step=step)["killed"], step
+        effects.append(check_repaired(copies, root))
     print(f"killed at each of {steps} steps: {effects.count(False)} before, {effects.count(True)} after the record")
     assert effects == sorted(effects)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
-def test_a_promotion_killed_at_any_time_is_lost_or_made_once(forker: Forker) -> None:
+def test_a_promotion_killed_at_any_time_is_lost_or_made_once(copies: Copies) -> None:
     print(f"RETUNE_TEST_SEED={SEED}")
     draw = random.Random(SEED)
-    duration = max(forker.promote(forker.fresh())["seconds"] for _ in range(3))
+    duration = max(copies.promote(copies.fresh())["seconds"] for _ in range(3))
     effects = []
     for _ in range(200):
-        root = forker.fresh()
-        forker.promote(root, seconds=draw.uniform(0, duration * 1.2))
-        effects.append(check_repaired(forker, root))
+        root = copies.fresh()
+        copies.promote(root, seconds=draw.uniform(0, duration * 1.2))
+        effects.append(check_repaired(copies, root))
     print(f"200 kills within {duration:.2f} s: {effects.count(False)} before, {effects.count(True)} after the record")
     assert 0 < effects.count(True) < 200
