@@ -2,41 +2,19 @@
 
 import fcntl
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from conftest import ROOT, change_params, make_project, retune
 
+from pipeline.cli import app
 from pipeline.params import Params
+from pipeline.settings import load_params
 
-COMMANDS = [
-    "run",
-    "ingest",
-    "inspect",
-    "stage",
-    "publish",
-    "sign",
-    "verify",
-    "promote",
-    "rollback",
-    "canary",
-    "history",
-]
-COMMANDS += [
-    "report",
-    "chat",
-    "predict",
-    "download",
-    "delete",
-    "prune",
-    "gc",
-    "diff-data",
-    "plan",
-    "up",
-    "down",
-    "status",
-    "doctor",
-]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +32,57 @@ def sentence(root: Path, *arguments: str) -> str:
 
 def test_every_command_explains_itself(tmp_path: Path) -> None:
     overview = retune(tmp_path, "--help").stdout
-    for command in COMMANDS:
-        assert f" {command} " in overview
-        assert "--help" in retune(tmp_path, command, "--help").stdout
+    for name, command in COMMANDS.items():
+        assert command.hidden == (f" {name} " not in overview)
+        assert "--help" in retune(tmp_path, name, "--help").stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_every_command_of_the_readme_exists() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()
-    named = {line.split()[1] for line in lines if line.startswith("retune ") and not line.startswith("retune --")}
-    assert named
-    assert named <= set(COMMANDS)
+def written(pattern: str) -> set[str]:
+    """What stands in README and docs as code: lines of blocks, and between backticks."""
+    found: set[str] = set()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text()
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+        lines = [line for block in blocks for line in block.splitlines()] + [" ".join(code.split()) for code in inline]
+        found |= {line.split("  #")[0].strip() for line in lines if re.match(pattern, line)}
+    return found
+
+
+def test_every_command_of_the_docs_exists_with_its_options() -> None:
+    lines = written(r"retune( |$)")
+    assert len(lines) > 50
+    for line in lines:
+        words = line.replace("…", "").replace("|", " ").split()[1:]
+        if not words or words[0].startswith(("-", "stage")):
+            continue
+        options = [word.split("=")[0] for word in words if word.startswith("--")]
+        for name in [word for word in words if word in COMMANDS] if "|" in line else words[:1]:
+            assert name in COMMANDS, line
+            known = {option for each in COMMANDS[name].params for option in (*each.opts, *each.secondary_opts)} | {
+                "--help"
+            }
+            assert set(options) <= known, line
+
+
+def test_every_make_target_of_the_docs_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+|\$\(READY\)):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {word for line in written(r"make ") for word in line.split("&&")[0].split()[1:2]} - {".venv/.ready"}
+    assert len(named) > 8
+    assert named <= targets
+
+
+def test_every_parameter_of_the_docs_exists() -> None:
+    tree = load_params(ROOT / "params.yaml").model_dump()
+    lines = written(rf"({'|'.join(tree)})\.[a-z_]+(\.[a-z_]+)?(:.*)?$")
+    assert len(lines) > 50
+    for line in lines:
+        value: Any = tree
+        for part in line.split(":")[0].split("."):
+            assert isinstance(value, dict), line
+            assert part in value, line
+            value = value[part]
 
 
 def test_outside_a_project_the_way_in_is_named(tmp_path: Path) -> None:
