@@ -14,6 +14,9 @@ MARKERS = {
 
 
 def record(stage: str, seconds: float, peak_memory_bytes: int, root: Path = Path(".")) -> None:
+    """Keep what the process that ended a stage needed; a resumed training also took the time until its checkpoint."""
+    if stage == "train":
+        seconds += read_json(root / "artifacts" / "training" / "run.json")["earlier_seconds"]
     marker = sha256_file(root / "artifacts" / MARKERS[stage])
     path = root / WORK_DIR / "stages" / f"{stage}.json"
     write_json(path, {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes, "output_sha256": marker})

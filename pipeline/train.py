@@ -170,7 +170,8 @@ def train(
             with whole_directory(tables) as whole:
                 watch.write_tables(whole)
                 rungs = [rung.record() for rung in trainer.rungs[1:]]
-                write_json(whole / "run.json", {"memory": rungs, "resumed_from_step": resumed})
+                resumption = {"resumed_from_step": resumed, "earlier_seconds": watch.earlier_seconds}
+                write_json(whole / "run.json", {"memory": rungs} | resumption)
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return trained

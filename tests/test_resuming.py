@@ -137,4 +137,9 @@ def test_a_spent_time_limit_saves_a_checkpoint_and_the_next_run_goes_on(
     [run] = (tmp_path / "checkpoints").iterdir()
     found = last_checkpoint(run)
     assert found is not None and found.name == "checkpoint-1"
-    assert read_json(found / "watch.json")["recent"]
+    kept = read_json(found / "watch.json")
+    assert kept["recent"]
+    train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints", tables=tmp_path / "training")
+    told = read_json(tmp_path / "training" / "run.json")
+    assert (told["resumed_from_step"], told["earlier_seconds"]) == (1, kept["seconds"])
+    assert kept["seconds"] > 0

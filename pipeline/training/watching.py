@@ -54,7 +54,8 @@ class Watch(TrainerCallback):
         self.worse = 0  # validations since the best one
         self.interrupted = False
         self.out_of_time = False
-        self.seconds = 0.0
+        self.seconds = 0.0  # of this process
+        self.earlier_seconds = 0.0  # of those before, until their checkpoint
         self.resumed_at = 0
         self.grad_norm = math.nan
         self._changes: dict[str, float] = {}
@@ -87,12 +88,14 @@ class Watch(TrainerCallback):
             "unlogged": self.unlogged,
             "best": self.best,
             "worse": self.worse,
+            "seconds": self.earlier_seconds + time.monotonic() - self.started,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.loss_rows, self.speed_rows, self.module_rows = state["loss"], state["speed"], state["modules"]
         self.recent, self.unlogged, self.worse = state["recent"], state["unlogged"], state["worse"]
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        self.earlier_seconds = state.get("seconds", 0.0)  # older checkpoints have none
 
     def last(self, column: str, otherwise: Any) -> Any:
         """The last value in a column of loss.csv."""
