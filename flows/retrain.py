@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_client, get_run_logger, task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -24,10 +24,11 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.client.schemas.objects import State
+from prefect.context import get_run_context
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
-from prefect.states import Completed
+from prefect.states import Completed, Running
 from rich.console import Console
 from rich.table import Table
 
@@ -236,6 +237,9 @@ def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
         _say(
             f"promote: nobody answered in {params.promote.approval_hours:g} hours; `retune promote --approve` still can"
         )
+        context: Any = get_run_context()
+        with get_client(sync_client=True) as client:  # from Paused the server would let it end as Failed only
+            client.set_flow_run_state(context.flow_run.id, Running(), force=True)
         return result
     answered: StageResult = approve(params, decision["version"], answer).result()
     return result | {"decision": answered.detail}

@@ -179,6 +179,8 @@ def test_nobody_answers_and_the_proposal_stays_open(root: Path, dashboard: int) 
     )
     result = run(root)
     assert result["decision"]["decision"] == "proposed"
+    newest = api(dashboard, "flow_runs/filter", {"sort": "START_TIME_DESC"})[0]
+    assert (newest["state_type"], newest["state_name"]) == ("COMPLETED", "Proposed")
     assert json.loads(retune(root, "status", "--json").stdout)["waiting"] == result["version"]["version"]
     again = retune(root, "run")
     assert "it waits for approval" in again.stdout

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import sleep  # not the quicker one of `quick`
 
 import pytest
 from conftest import publish_params
@@ -37,7 +38,6 @@ def long(test: Callable[..., None]) -> Callable[..., None]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Objects of 64 KiB, so that few bytes make many; a twentieth of the pauses between attempts."""
     monkeypatch.setattr(transfer, "OBJECT_SIZE", 2**16)
-    sleep = time.sleep
     monkeypatch.setattr("botocore.endpoint.time.sleep", lambda seconds: sleep(seconds / 20))
 
 
@@ -226,7 +226,7 @@ def kill_at_random(open_: Callable[[str], ArtifactStore], folder: Path, kills: i
         some_files(folder / f"in{change}", change)
         while True:
             child = in_a_child(lambda: publish(open_(prefix), folder / f"in{change}", change))  # noqa: B023
-            time.sleep(draw.uniform(0, 1.2 * longest))
+            sleep(draw.uniform(0, 1.2 * longest))
             os.kill(child, signal.SIGKILL)
             status = wait_for(child)
             killed += status == -signal.SIGKILL
@@ -241,6 +241,7 @@ def kill_at_random(open_: Callable[[str], ArtifactStore], folder: Path, kills: i
             if len(seen) == change:
                 break
     print("killed", killed, "finished first", finished)
+    assert finished  # so the last moments were among those killed
 
 
 @pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.faults)])
