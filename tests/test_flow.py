@@ -112,10 +112,15 @@ def api(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
 
 
 @pytest.fixture
-def dashboard(root: Path) -> int:
-    """The port of the project's server, which is started, and the first champion made, if no test before did that."""
+def defended(root: Path) -> None:
+    """There is a champion: made now, if no test before did that."""
     if not (root / "mlflow.db").exists():
         run(root)
+
+
+@pytest.fixture
+def dashboard(root: Path, defended: None) -> int:
+    """The port of the project's server, which is started if no test before did that."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -286,7 +291,7 @@ def test_an_alias_that_a_crash_left_behind_is_put_right_by_the_next_command(root
 
 
 @pytest.mark.faults
-def test_a_champion_scored_on_another_test_split_is_scored_again(root: Path) -> None:
+def test_a_champion_scored_on_another_test_split_is_scored_again(root: Path, defended: None) -> None:
     change_params(root, prepare={"test_fraction": 0.2})
     result = run(root)
     row = result["decision"]["comparison"]["rougeL"]
