@@ -27,8 +27,8 @@ test-integration: $(READY)  ## the servers of a team without containers (needs P
 test-browser: $(READY)  ## the reports and the dashboard in a real browser (needs Chromium; about 4 minutes)
 	@python -m pytest -q -m browser tests
 
-test-faults: $(READY)  ## every kill and fault, the long form
-	@python -m pytest -q -m faults tests
+test-faults: $(READY)  ## every kill and fault, the long form (about an hour and a half)
+	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m faults tests
 
 check: $(READY)      ## formatting, lint, types
 	@ruff format --check .

@@ -220,7 +220,8 @@ def test_a_run_of_the_schedule_goes_from_its_trigger_to_a_promotion(
     with workers(team, tmp_path, git) as (cpu, gpu), team.client("prefect") as prefect:
         before = trainings(prefect)
         deployment = prefect.get("/api/deployments/name/retrain/retrain").raise_for_status().json()["id"]
-        due = (datetime.now(UTC) + timedelta(seconds=20)).isoformat()
+        # Prefect looks at new schedules for a few seconds, and each minute at all: sooner, a busy machine could miss it.
+        due = (datetime.now(UTC) + timedelta(seconds=90)).isoformat()
         schedule = {"schedule": {"interval": 86400, "anchor_date": due}, "active": True}
         asked = [schedule | {"parameters": {"trigger": "seconds-ahead"}}]
         prefect.post(f"/api/deployments/{deployment}/schedules", json=asked).raise_for_status()
