@@ -220,7 +220,7 @@ def test_a_run_of_the_schedule_goes_from_its_trigger_to_a_promotion(
     with workers(team, tmp_path, git) as (cpu, gpu), team.client("prefect") as prefect:
         before = trainings(prefect)
         deployment = prefect.get("/api/deployments/name/retrain/retrain").raise_for_status().json()["id"]
-        # Prefect looks at new schedules for a few seconds, and each minute at all: sooner, a busy machine could miss it.
+        # Prefect looks at new schedules for a few seconds, each minute at all: a busy machine could miss one sooner.
         due = (datetime.now(UTC) + timedelta(seconds=90)).isoformat()
         schedule = {"schedule": {"interval": 86400, "anchor_date": due}, "active": True}
         asked = [schedule | {"parameters": {"trigger": "seconds-ahead"}}]
