@@ -22,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 ERROR = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
+FAULTS = ("reset", "lost", "500", "503", "stall", "cut", "twice", "409:ConditionalRequestConflict")
+KILLS = ("kill", "killed")
 
 
 @dataclass

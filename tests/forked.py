@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks a child for each promotion that is to be killed (`test_kills.py`).
+"""A process that has imported everything and forks a child for each promotion that is to be killed.
 
 Reads one JSON object a line: {"root", "publish": parameters, "step": kill itself at this step, or null, "seconds": be
 killed after these, or null}. A step is a write to a file, a link, a removal, or an SQL statement. Answers with how the

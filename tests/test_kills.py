@@ -16,6 +16,7 @@ from forked import Forker
 from versions import parameters, published
 
 from pipeline import promote as gate
+from pipeline.params import PublishParams
 from pipeline.store.artifact_store import open_store
 from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.registry import ModelRegistry
@@ -24,10 +25,10 @@ NAME = "retune-sample"
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)
 RACER = """
 import json, sys, time
-from pathlib import Path
 from pipeline.versions.decisions import Record, append, champion, read_log
-from pipeline.store.artifact_store import FileStore
-store, me, rounds = FileStore(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+from pipeline.params import PublishParams
+from pipeline.store.artifact_store import open_store
+store, me, rounds = open_store(PublishParams.model_validate_json(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()
 events = []
@@ -45,9 +46,12 @@ print(json.dumps(events), flush=True)
 """
 
 
-def race(store: Path, racers: int, rounds: int) -> dict[str, list[list[int]]]:
-    """Let `racers` processes promote themselves as often as they can; every process's attempts."""
-    command = [sys.executable, "-c", RACER, str(store)]
+def race(params: PublishParams, racers: int, rounds: int) -> dict[str, list[list[int]]]:
+    """Let `racers` processes promote themselves as often as they can, and check the history that they make.
+
+    Returns: every process's attempts.
+    """
+    command = [sys.executable, "-c", RACER, params.model_dump_json()]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     children = [subprocess.Popen([*command, str(me), str(rounds)], env=environment(), **pipes) for me in range(racers)]
     try:
@@ -56,17 +60,11 @@ def race(store: Path, racers: int, rounds: int) -> dict[str, list[list[int]]]:
         for child in children:
             child.stdin.write("go\n")  # type: ignore[union-attr]
             child.stdin.flush()  # type: ignore[union-attr]
-        return {str(me): json.loads(child.communicate()[0]) for me, child in enumerate(children)}
+        attempts = {str(me): json.loads(child.communicate()[0]) for me, child in enumerate(children)}
     finally:
         for child in children:
             child.kill()
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("racers", "rounds"), [(6, 30), pytest.param(64, 200, marks=pytest.mark.faults)])
-def test_racing_promoters_make_one_linear_history(tmp_path: Path, racers: int, rounds: int) -> None:
-    attempts = race(tmp_path / "store", racers, rounds)
-    log = read_log(open_store(publish_params((tmp_path / "store").as_uri())), "model")
+    log = read_log(open_store(params), "model")
     assert [record.number for record in log] == list(range(1, rounds + 1))
     for before, record in zip([None, *log], log, strict=False):
         assert record.previous == (before.version if before else None)  # decided knowing the champion that it replaced
@@ -75,6 +73,13 @@ def test_racing_promoters_make_one_linear_history(tmp_path: Path, racers: int, r
     lost = sum(not event[5] for events in attempts.values() for event in events)
     print(f"{rounds} promotions, {lost} attempts lost to another process")
     assert lost > 0
+    return attempts
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("racers", "rounds"), [(6, 30), pytest.param(64, 200, marks=pytest.mark.faults)])
+def test_racing_promoters_make_one_linear_history(tmp_path: Path, racers: int, rounds: int) -> None:
+    attempts = race(publish_params((tmp_path / "store").as_uri()), racers, rounds)
     # Linearisable: a read sees every record whose creation had returned when it began, and none that was not begun.
     returned = sorted(event[4] for events in attempts.values() for event in events if event[5])
     begun = sorted(event[3] for events in attempts.values() for event in events if event[5])

@@ -3,20 +3,18 @@
 As `test_kills.py` for a folder. The server is Swift behind a proxy that keeps conditional writes apart, as AWS does.
 """
 
-import json
 import random
 import shutil
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import environment, publish_params, with_
-from fault_proxy import FaultProxy
+from conftest import publish_params, with_
+from fault_proxy import FAULTS, KILLS, FaultProxy
 from forked import Forker
+from test_kills import race
 from versions import parameters, published
 
 from pipeline import promote as gate
@@ -25,24 +23,6 @@ from pipeline.store.artifact_store import open_store
 from pipeline.store.s3 import S3Store
 from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.registry import ModelRegistry
-
-FAULTS = ("reset", "lost", "500", "503", "stall", "cut", "twice", "409:ConditionalRequestConflict")
-KILLS = ("kill", "killed")
-RACER = """
-import json, sys
-from pipeline.params import PublishParams
-from pipeline.store.artifact_store import open_store
-from pipeline.versions.decisions import Record, append, champion, read_log
-store, me, rounds = open_store(PublishParams.model_validate_json(sys.argv[1])), sys.argv[2], int(sys.argv[3])
-won, lost = [], 0
-while len(log := read_log(store, "model")) < rounds:
-    record = Record(len(log) + 1, "promoted", me, me, champion(log), "", actor=me)
-    if append(store, "model", record) is None:
-        lost += 1
-    else:
-        won.append(record.number)
-print(json.dumps([won, lost]))
-"""
 
 
 class Arena:
@@ -186,23 +166,4 @@ def kill_at(arena: Arena, forker: Forker, index: int, how: str) -> list[str]:
 @pytest.mark.parametrize(("racers", "rounds"), [(4, 6), pytest.param(16, 60, marks=pytest.mark.faults)])
 def test_racing_promoters_make_one_linear_history_in_s3(s3: str, racers: int, rounds: int) -> None:
     params = publish_params(f"s3://retune/{uuid.uuid4().hex}", endpoint_url=s3, addressing_style="path")
-    command = [sys.executable, "-c", RACER, params.model_dump_json()]
-    children = [
-        subprocess.Popen([*command, str(me), str(rounds)], env=environment(), stdout=subprocess.PIPE, text=True)
-        for me in range(racers)
-    ]
-    try:
-        ends = [json.loads(child.communicate()[0]) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    log = read_log(open_store(params), "model")
-    assert [record.number for record in log] == list(range(1, rounds + 1))
-    for before, record in zip([None, *log], log, strict=False):
-        assert record.previous == (before.version if before else None)
-    assert {number: str(me) for me, (won, _) in enumerate(ends) for number in won} == {
-        record.number: record.version for record in log
-    }
-    lost = sum(lost for _, lost in ends)
-    print(f"{rounds} promotions, {lost} attempts lost to another process")
-    assert lost > 0
+    race(params, racers, rounds)

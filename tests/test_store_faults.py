@@ -19,15 +19,12 @@ from time import sleep  # not the quicker one of `quick`
 
 import pytest
 from conftest import publish_params
-from fault_proxy import FaultProxy
+from fault_proxy import FAULTS, KILLS, FaultProxy
 
 from pipeline.store import transfer
 from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, open_store
 from pipeline.store.s3 import S3Store
 from pipeline.store.transfer import check_objects, fetch, ship
-
-FAULTS = ("reset", "lost", "500", "503", "stall", "cut", "twice", "409:ConditionalRequestConflict")
-KILLS = ("kill", "killed")
 
 
 def long(test: Callable[..., None]) -> Callable[..., None]:
