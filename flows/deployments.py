@@ -25,7 +25,7 @@ from pipeline.data.snapshot import recover
 from pipeline.environment import set_environment
 from pipeline.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
 from pipeline.ingest import ingest
-from pipeline.process import run_streaming
+from pipeline.process import environment
 from pipeline.run_lock import RunUnderWay, only_run
 from pipeline.security.redact import redact_process, redacted_errors
 from pipeline.settings import change_params, load_params
@@ -134,8 +134,7 @@ def evaluate_champion() -> State[Any]:
             manifest = read_manifest(store, version) if version else None
             if manifest is None:
                 return Completed(name="Skipped", message="there is no champion yet")
-            command = graph.repro_command("prepare")
-            if run_streaming(command, print, environment=graph.environment()) != 0:
+            if graph.repro("prepare", print) != 0:
                 raise story.StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
             now = score_today(store, manifest, metric)
     except RunUnderWay as error:
@@ -180,4 +179,4 @@ def _enter() -> None:
         raise RuntimeError(f"{Path.cwd()} is no project of Retune; set RETUNE_ROOT in the worker's environment")
     redact_process()
     set_environment()
-    os.environ["PATH"] = graph.environment()["PATH"]
+    os.environ["PATH"] = environment()["PATH"]

@@ -1,6 +1,6 @@
 """The whole story: a data snapshot in, a new champion or a reasoned refusal out. One line a stage.
 
-Each DVC stage runs as `dvc repro` of that stage in a child process, so `dvc repro` and this flow see each other's
+Each DVC stage runs as `dvc repro` of that stage in one child process, so `dvc repro` and this flow see each other's
 work as done. Training is never retried: a second attempt is a person's decision, and goes on from the last checkpoint.
 """
 
@@ -42,7 +42,6 @@ from pipeline.data.snapshot import recover
 from pipeline.files import read_json
 from pipeline.git_record import GitRecordError, record_version
 from pipeline.params import Params
-from pipeline.process import run_streaming
 from pipeline.progress import LINE, clock
 from pipeline.report.whole import report_decision
 from pipeline.security.redact import redact, redact_process, redacted_errors
@@ -84,19 +83,20 @@ def retrain(trigger: str = "by-hand") -> State[Any]:
 
 
 def run_stages(trigger: str) -> dict[str, Any]:
-    tag_run(trigger)
-    params = load_params()
-    result = summary(
-        [
-            ingest(),
-            prepare(),
-            train(params),
-            evaluate(),
-            merge(),
-            publish(params),
-            promote(params),
-        ]
-    )
+    with graph.dvc_loaded():
+        tag_run(trigger)
+        params = load_params()
+        result = summary(
+            [
+                ingest(),
+                prepare(),
+                train(params),
+                evaluate(),
+                merge(),
+                publish(params),
+                promote(params),
+            ]
+        )
     show_run(params, trigger, result)
     return wait_for_approval(params, result)
 
@@ -291,7 +291,7 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
             except Exception as error:  # whatever ails the server, it must not end a training
                 logger.warning(f"progress could not be shown: {error}")
 
-    status = run_streaming(graph.repro_command(stage), on_line, environment=graph.environment())
+    status = graph.repro(stage, on_line)
     if status != 0:
         raise StageFailed(f"stage {stage} ended with status {status}; `dvc repro {stage}` shows it alone")
     if artifact is not None:

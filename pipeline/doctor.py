@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from pipeline import graph, server, stack
 from pipeline.params import Params
-from pipeline.process import python_ending_with_parent
+from pipeline.process import environment, python_ending_with_parent
 from pipeline.security.redact import redact
 from pipeline.settings import ParamsError, load_params
 from pipeline.training.combinations import CLASSIFICATION
@@ -141,12 +141,12 @@ def _data(root: Path) -> Check:
 def _remote(root: Path) -> Check:
     """Asks the default remote for the data's snapshot, with the credentials that DVC finds."""
     command = python_ending_with_parent("dvc", "remote", "list")
-    listed = subprocess.run(command, cwd=root, env=graph.environment(), capture_output=True, text=True)
+    listed = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
     if not listed.stdout.strip():
         return Check("dvc remote", None, "none; data and adapters are on this machine only: `dvc remote add -d …`")
     command = python_ending_with_parent("dvc", "status", "--cloud", "--json", "data.dvc")
     try:
-        asked = subprocess.run(command, cwd=root, env=graph.environment(), capture_output=True, text=True, timeout=60)
+        asked = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return Check("dvc remote", False, "did not answer within 60 s", "check its address: `dvc remote list`")
     if asked.returncode != 0:

@@ -1,33 +1,49 @@
 """The stage graph of `dvc.yaml`, asked and run through DVC, so that every driver sees the others' work as done."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline.dvc_process import DvcError, DvcProcess
 from pipeline.files import sha256_json
-from pipeline.process import python_ending_with_parent
 
 STAGES = ("prepare", "train", "evaluate", "merge")
 SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity", "artifacts/exports")
+
+
+_loaded: DvcProcess | None = None
 
 
 class GraphError(RuntimeError):
     """DVC could not answer, or the workspace is not what dvc.lock records."""
 
 
-def environment() -> dict[str, str]:
-    """This process's environment with `retune` and DVC of this interpreter first on the PATH, for stage commands."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+@contextmanager
+def dvc_loaded() -> Iterator[None]:
+    """DVC is loaded once for everything that is asked of the graph of this folder meanwhile, and loads already."""
+    global _loaded
+    with DvcProcess() as dvc:
+        dvc.start()
+        _loaded = dvc
+        try:
+            yield
+        finally:
+            _loaded = None
 
 
-def repro_command(stage: str) -> list[str]:
-    """Runs `stage` alone if its dependencies changed; dies with its parent and takes the stage's process with it."""
-    return python_ending_with_parent("dvc", "repro", "--single-item", stage)
+def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pull: bool = False) -> int:
+    """Run `stage` alone if its dependencies changed; returns the exit status of `dvc repro`.
+
+    Args:
+        on_line: gets each line that DVC and the stage print. An error in it, like a cancellation, ends them.
+        pull: fetch what the stage needs and is not here.
+    """
+    with _dvc(root) as dvc:
+        return dvc.run(["repro", "--single-item", *(["--pull"] if pull else []), stage], on_line)
 
 
 def outcome(lines: list[str], stage: str) -> str:
@@ -43,7 +59,7 @@ def stale(root: Path = Path(".")) -> dict[str, Any]:
     Raises:
         GraphError: `dvc status` fails.
     """
-    changed: dict[str, Any] = json.loads(_dvc(root, "status", "--json"))
+    changed: dict[str, Any] = json.loads(ask(root, "status", "--json"))
     return changed
 
 
@@ -55,13 +71,13 @@ def pull_data(root: Path = Path(".")) -> bool:
     """
     if not (root / "data.dvc").exists():
         raise GraphError("data.dvc is missing; `git checkout data.dvc` restores it")
-    reasons = json.loads(_dvc(root, "status", "--json", "data.dvc")).get("data.dvc", [])
+    reasons = json.loads(ask(root, "status", "--json", "data.dvc")).get("data.dvc", [])
     if not reasons:
         return False
-    _dvc(root, "fetch", "--quiet", "data.dvc")
+    ask(root, "fetch", "data.dvc")
     try:
         # Without --force DVC replaces data that is a snapshot (data.dvc was changed by git), and no other.
-        _dvc(root, "checkout", "--quiet", "data.dvc")
+        ask(root, "checkout", "data.dvc")
     except GraphError:
         raise GraphError(
             "data/ was changed by hand or by an ingest cut short, and no snapshot records it; `dvc checkout --force "
@@ -76,16 +92,30 @@ def add_data(root: Path = Path(".")) -> None:
     Raises:
         GraphError: DVC could not.
     """
-    _dvc(root, "add", "--quiet", "data")
+    ask(root, "add", "data")
 
 
-def _dvc(root: Path, *arguments: str) -> str:
-    # A `dvc add` that outlived a killed ingest would write data.dvc after it was put back.
-    command = python_ending_with_parent("dvc", *arguments)
-    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise GraphError(f"`dvc {' '.join(arguments)}` failed: {done.stderr.strip()}")
-    return done.stdout
+@contextmanager
+def _dvc(root: Path) -> Iterator[DvcProcess]:
+    """The loaded process, or one for this command alone: it ends with us, and writes nothing after a killed ingest."""
+    if _loaded is not None and _loaded.root == root.resolve():
+        yield _loaded
+        return
+    with DvcProcess(root) as dvc:
+        yield dvc
+
+
+def ask(root: Path, *arguments: str) -> str:
+    """What a command of DVC prints.
+
+    Raises:
+        GraphError: it failed.
+    """
+    try:
+        with _dvc(root) as dvc:
+            return dvc.ask(*arguments)
+    except DvcError as error:
+        raise GraphError(str(error)) from None
 
 
 def lock(root: Path = Path(".")) -> dict[str, Any]:

@@ -7,7 +7,6 @@ the stage's entry; the parent merges that entry and fetches the outputs. Refused
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from ruamel.yaml import YAML
 
 from pipeline import graph
 from pipeline.files import write_text
-from pipeline.process import python_ending_with_parent, run_streaming
 from pipeline.security.redact import redact
 
 ASKED, ANSWERED = "refs/retune/asked", "refs/retune/answered"
@@ -55,8 +53,7 @@ def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], r
         )
     _git(root, "fetch", "--quiet", remote, f"{ASKED}/{commit}")
     _git(root, "checkout", "--quiet", "--force", "--detach", commit)
-    command = python_ending_with_parent("dvc", "repro", "--single-item", "--pull", stage)
-    status = run_streaming(command, on_line, cwd=root, environment=graph.environment())
+    status = graph.repro(stage, on_line, root, pull=True)
     if status != 0:
         raise HandoverError(f"stage {stage} ended with status {status} on this worker; its lines are above")
     _dvc(root, "push", "--run-cache", stage)
@@ -132,8 +129,7 @@ def _git(root: Path, *arguments: str, **environment: str) -> str:
 
 
 def _dvc(root: Path, *arguments: str) -> None:
-    command = python_ending_with_parent("dvc", *arguments, "--quiet")
-    done = subprocess.run(command, cwd=root, env=graph.environment(), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise HandoverError(redact(f"`dvc {' '.join(arguments)}` failed: {done.stderr.strip()}"))
-    print(done.stdout, end="", file=sys.stderr)
+    try:
+        graph.ask(root, *arguments)
+    except graph.GraphError as error:
+        raise HandoverError(redact(str(error))) from None

@@ -6,10 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the programs beside its interpreter first on the PATH, for stage commands."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
@@ -44,39 +49,6 @@ def ending_with_parent(command: Sequence[str]) -> list[str]:
         f"end_with_parent(parent={os.getpid()}); os.execvp(sys.argv[1], sys.argv[1:])"  # the wish outlives the exec
     )
     return [sys.executable, "-c", code, *command]
-
-
-def run_streaming(
-    command: list[str],
-    on_line: Callable[[str], None],
-    cwd: Path = Path("."),
-    environment: Mapping[str, str] | None = None,
-    grace: float = 30.0,
-) -> int:
-    """Run `command` as a process group of its own and pass each line it prints to `on_line`; returns its exit status.
-
-    When this call is left early (cancellation, Ctrl-C, an error in `on_line`) the whole group gets SIGTERM, and SIGKILL
-    after `grace` seconds.
-    """
-    child = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=None if environment is None else dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    assert child.stdout is not None
-    try:
-        for line in child.stdout:
-            on_line(line.rstrip("\n"))
-        return child.wait()
-    finally:
-        end_group(child, grace)
-        child.stdout.close()
 
 
 def run_forwarding_sigterm(command: list[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> int:

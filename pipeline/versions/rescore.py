@@ -8,9 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline import graph
 from pipeline.files import WORK_DIR, read_json, write_json
-from pipeline.process import python_ending_with_parent
+from pipeline.process import environment, python_ending_with_parent
 from pipeline.publish import fetch_version
 from pipeline.statistics import corpus_score, metric_items, num_groups
 from pipeline.store.artifact_store import ArtifactStore
@@ -82,4 +81,4 @@ def _retune(root: Path, *arguments: str | Path) -> bool:
     """Whether a command of ours succeeded, in a process of its own: a model's memory is returned when it ends."""
     words = (str(word.resolve()) if isinstance(word, Path) else word for word in arguments)
     command = python_ending_with_parent("pipeline", *words)
-    return subprocess.run(command, cwd=root, env=graph.environment(), stdout=sys.stderr).returncode == 0
+    return subprocess.run(command, cwd=root, env=environment(), stdout=sys.stderr).returncode == 0
