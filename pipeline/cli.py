@@ -10,6 +10,7 @@ import time
 import warnings
 from dataclasses import asdict
 from enum import StrEnum
+from gc import freeze
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,8 @@ def main() -> None:
             raise
         print(redact(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")), file=sys.stderr)
         sys.exit(1)
+    finally:
+        freeze()  # Python's last collection would look at all of PyTorch for three seconds
 
 
 @app.command()
