@@ -1,5 +1,6 @@
 """The `retune` command. Each subcommand reads its parameters, calls one function, and says what came of it."""
 
+import gc
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import time
 import warnings
 from dataclasses import asdict
 from enum import StrEnum
-from gc import freeze
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,13 @@ app = typer.Typer(
     help="Scheduled, gated retraining of LLM adapters. Run it in the project's top folder.",
 )
 ARTIFACTS = Path("artifacts")
+
+
+class Stage(StrEnum):
+    prepare = "prepare"
+    train = "train"
+    evaluate = "evaluate"
+    merge = "merge"
 
 
 class Split(StrEnum):
@@ -60,7 +68,7 @@ def main() -> None:
         print(redact(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")), file=sys.stderr)
         sys.exit(1)
     finally:
-        freeze()  # Python's last collection would look at all of PyTorch for three seconds
+        gc.freeze()  # Python's last collection would look at all of PyTorch for three seconds
 
 
 @app.command()
@@ -69,7 +77,8 @@ def run(json_output: Json = False) -> None:
     from pipeline import graph, server
     from pipeline.data.snapshot import recover
     from pipeline.events import record_unchanged
-    from pipeline.promote import repair, settled
+    from pipeline.promote import history as decisions
+    from pipeline.promote import settled
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.weights.gguf import require_programs
@@ -84,7 +93,7 @@ def run(json_output: Json = False) -> None:
             version = graph.version_id()
             reason = settled(params.publish, params.promote, version)
             if reason is not None:
-                repair(params.publish)  # an alias that a crash left behind
+                decisions(params.publish)  # puts an alias right that a crash left behind
                 if up is not None:
                     record_unchanged(f"version {version}: {reason}")
                 _say_nothing_to_do(version, reason, json_output)
@@ -199,7 +208,7 @@ def inspect(
 
 
 @app.command()
-def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or merge.")]) -> None:
+def stage(name: Annotated[Stage, typer.Argument(metavar="STAGE", help="prepare, train, evaluate or merge.")]) -> None:
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
     # DVC forwards no signals: when it dies, its stage must not go on alone. SIGTERM lets a training save a checkpoint.
     end_with_parent(signal.SIGTERM)
@@ -208,6 +217,11 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
 
     params = load_params()
     started = time.monotonic()
+    # While PyTorch and its like load, Python's collector would look at them again and again for nearly two seconds.
+    gc.disable()
+    import_module(f"pipeline.{name}")
+    gc.freeze()
+    gc.enable()
     summary = _run_stage(name, params)
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -249,8 +263,8 @@ def diff_data(
         print(f"diff-data: {html} shows it beside the data report")
 
 
-@app.command()
-def gc(
+@app.command("gc")
+def collect_garbage(
     delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only counted.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -309,15 +323,15 @@ def _quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def _run_stage(name: str, params: Any) -> str:
+def _run_stage(stage: Stage, params: Any) -> str:
     """Run one stage on the project's own folders; returns what came of it in a few words."""
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     _quiet()
     classes = params.train.task == "sequence-classification"
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
-    match name:
-        case "prepare":
+    match stage:
+        case Stage.prepare:
             from pipeline.prepare import prepare
 
             made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared", params.train.task)
@@ -326,7 +340,7 @@ def _run_stage(name: str, params: Any) -> str:
             rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
             loss = "" if classes else f"; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
             return f"{rows} rows{dropped}{loss}"
-        case "train":
+        case Stage.train:
             from pipeline.model import visible_gpus
             from pipeline.train import train
             from pipeline.training.warm_start import fetch_init
@@ -337,7 +351,7 @@ def _run_stage(name: str, params: Any) -> str:
                 f"{trained.steps} steps, loss {trained.loss:.3f}, "
                 f"{trained.trainable_parameters:,} trainable parameters, {trained.tokens_per_second:,.0f} tokens/s"
             )
-        case "evaluate":
+        case Stage.evaluate:
             from pipeline.evaluate import evaluate
 
             if classes:
@@ -356,7 +370,7 @@ def _run_stage(name: str, params: Any) -> str:
                 for metric in ("accuracy", "bleu", "rougeL")
                 if scored.base[metric]
             )
-        case "merge":
+        case Stage.merge:
             from pipeline.merge import merge
 
             outputs = (ARTIFACTS / name for name in ("merged", "parity", "exports"))
@@ -372,7 +386,6 @@ def _run_stage(name: str, params: Any) -> str:
                 f"into the {merged.base} base{peft}; it chooses {merged.agreement:.1%} of the adapter's tokens, "
                 f"{merged.identical:.1%} of its answers are the same"
             )
-    raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
 
 
 def _say_nothing_to_do(version: str, reason: str, json_output: bool) -> None:

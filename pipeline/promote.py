@@ -229,39 +229,33 @@ def set_canary(
 
 
 def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
-    """Every decision, oldest first, and warnings; puts the registry's aliases right on the way."""
-    store = open_store(publishing, root)
-    log = read_log(store, publishing.registered_model_name)
-    if not log:
-        return [], []
+    """Every decision, oldest first, and warnings; puts the registry's aliases right on the way.
+
+    A registry that is a file as the last call left it is not asked: loading MLflow takes two seconds.
+    """
+    store, name = open_store(publishing, root), publishing.registered_model_name
+    log = read_log(store, name)
+    marker = root / WORK_DIR / "aliases.json"
+    if not log or (marker.is_file() and read_json(marker) == _state_of_aliases(log, publishing, root)):
+        return log, []
     try:
-        registry = ModelRegistry(publishing.tracking_uri, publishing.registered_model_name, root)
+        registry = ModelRegistry(publishing.tracking_uri, name, root)
     except RegistryError as error:
         return log, [str(error)]
-    return log, _project(store, registry, log, log[-1].version)[1]
+    warnings = _project(store, registry, log, log[-1].version)[1]
+    state = _state_of_aliases(log, publishing, root)
+    if state is not None and not warnings:
+        write_json(marker, state)
+    return log, warnings
 
 
-def repair(publishing: PublishParams, root: Path = Path(".")) -> None:
-    """Put the registry's aliases right as `history` does, but ask no registry that is a file as the last call left it.
-
-    A run with nothing to do would take a second longer by loading MLflow.
-    """
+def _state_of_aliases(log: list[Record], publishing: PublishParams, root: Path) -> list[Any] | None:
+    """What the aliases follow from and where they are kept; None for a registry that is no file."""
     database = root / publishing.tracking_uri.removeprefix("sqlite:///")
     if not publishing.tracking_uri.startswith("sqlite:///") or not database.is_file():
-        history(publishing, root)
-        return
-    marker = root / WORK_DIR / "aliases.json"
-
-    def state() -> list[Any]:
-        log = read_log(open_store(publishing, root), publishing.registered_model_name)
-        files = [database, *database.parent.glob(f"{database.name}-*")]  # SQLite's journals
-        return [len(log), log[-1].version if log else None, *sorted([f.name, f.stat().st_mtime_ns] for f in files)]
-
-    if marker.is_file() and read_json(marker) == state():
-        return
-    _, warnings = history(publishing, root)
-    if not warnings:
-        write_json(marker, state())
+        return None
+    files = [database, *database.parent.glob(f"{database.name}-*")]  # SQLite's journals
+    return [len(log), log[-1].version, *sorted([file.name, file.stat().st_mtime_ns] for file in files)]
 
 
 def settled_reason(log: list[Record], version: str, params: PromoteParams) -> str | None:

@@ -1,5 +1,6 @@
 """A tiny real base model and data that the tests make themselves; no network, none of the user's caches."""
 
+import gc
 import json
 import os
 import random
@@ -52,6 +53,7 @@ COLOURS = ["red", "blue", "green", "black", "white"]
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +137,15 @@ def teach_format(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, st
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: the tests of one process should not wait for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_flow.py")
+
+
+def pytest_collection() -> None:
+    gc.disable()  # while PyTorch and its like load; no collection looks at them again, a third of a second each time
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def install(folder: Path, *packages: str) -> None:

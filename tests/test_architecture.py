@@ -46,6 +46,7 @@ def test_the_pipeline_runs_without_prefect() -> None:
     code = (
         "import importlib, sys\n"
         f"for name in {MODULES!r}: importlib.import_module(name)\n"
+        "import gc; gc.freeze()\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'prefect', 'flows'}))"
     )
     ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)

@@ -342,7 +342,7 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
     copy = tmp_path / "project"
     shutil.copytree(root, copy, symlinks=True)
     (copy / ".retune" / "server.json").unlink(missing_ok=True)  # this run starts its own server
-    change_params(copy, train={"num_train_epochs": 5000.0, "save_steps": 20}, prepare={"test_fraction": 0.2})
+    change_params(copy, train={"num_train_epochs": 5000.0, "save_steps": 20})
     command = [sys.executable, "-m", "pipeline", "run"]
     child = subprocess.Popen(command, cwd=copy, env=environment(), stdout=subprocess.PIPE, text=True)
     started: list[psutil.Process] = []

@@ -112,6 +112,8 @@ class Server(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path.startswith("/moved"):
             self.answer(302, b"", Location=path.removeprefix("/moved"))
+        elif path == "/api/datasets/own/set/revision/main":
+            self.answer(200, json.dumps({"id": "own/set", "sha": REVISION}).encode())
         elif path.startswith(f"/api/datasets/own/set/tree/{REVISION}"):
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -222,9 +224,20 @@ def test_a_hub_file_that_leads_out_of_its_folder_is_refused(tmp_path: Path, hub:
     assert not (tmp_path / "evil.jsonl").exists()
 
 
-@pytest.mark.parametrize("uri", ["hf://datasets/own/set", "hf://datasets/own/set@main", "hf://own/set@" + REVISION])
-def test_a_hub_dataset_without_a_commit_is_refused(tmp_path: Path, uri: str) -> None:
-    with pytest.raises(SourceError, match="names no fixed revision"):
+def test_a_branch_of_the_hub_is_read_at_its_newest_commit_which_is_recorded(
+    tmp_path: Path, hub: dict[str, bytes]
+) -> None:
+    hub |= {"train.jsonl": ROWS}
+    source = fetch("hf://datasets/own/set@main/train.jsonl", PARAMS, tmp_path / "scratch")
+    assert [(path.read_bytes(), name) for path, name in source.files] == [(ROWS, "train.jsonl")]
+    assert source.pinned == {"branch": "main", "revision": REVISION}
+    with pytest.raises(SourceError, match="hf://datasets/own/set@lost could not be read: .*404"):
+        fetch("hf://datasets/own/set@lost", PARAMS, tmp_path / "lost")
+
+
+@pytest.mark.parametrize("uri", ["hf://datasets/own/set", "hf://own/set@" + REVISION])
+def test_a_hub_dataset_without_a_revision_is_refused(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(SourceError, match="names no revision"):
         fetch(uri, PARAMS, tmp_path / "scratch")
 
 

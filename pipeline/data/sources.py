@@ -1,7 +1,7 @@
 """Where data comes from: files, folders and globs, Hub datasets, S3 and HTTP, as local files with a pinned identity.
 
-Comes in: a URI. Goes out: files, and the revision, digests or ETags that say which bytes they were. Refused: what names
-no fixed revision or checksum, leaves its own root, changes while it is read, or needs code to be read.
+Comes in: a URI. Goes out: files, and the commit, digests or ETags that say which bytes they were. Refused: what names
+no revision or checksum, leaves its own root, changes while it is read, or needs code to be read.
 """
 
 import glob
@@ -20,7 +20,8 @@ from pipeline.data.json_text import FormatError
 from pipeline.params import IngestParams
 from pipeline.progress import Progress
 
-HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[0-9a-f]{40})(?:/(?P<pattern>.+))?")
+HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w.-]+)(?:/(?P<pattern>.+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_NOTES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 CHUNK = 1 << 20
 TIMEOUT = 60.0  # seconds without a byte
@@ -224,11 +225,17 @@ def _hub(uri: str, folder: Path, limit: int) -> Source:
     named = HUB.fullmatch(uri)
     if named is None:
         raise SourceError(
-            f"{uri} names no fixed revision of a dataset; expected hf://datasets/OWNER/NAME@COMMIT, optionally with "
-            "/PATH or a glob; COMMIT has 40 hex digits and stands on the dataset's page under Files, History"
+            f"{uri} names no revision of a dataset; expected hf://datasets/OWNER/NAME@COMMIT, optionally with /PATH or "
+            "a glob; COMMIT has 40 hex digits and stands on the dataset's page under Files, History. @BRANCH follows "
+            "a branch: each ingest takes its newest commit"
         )
     repo, revision, pattern = named["repo"], named["revision"], named["pattern"]
+    pinned = {"revision": revision}
     try:
+        if not COMMIT.fullmatch(revision):
+            # All files are then read at one commit, whatever is pushed meanwhile.
+            pinned = {"branch": revision, "revision": _commit_of(repo, revision)}
+            revision = pinned["revision"]
         tree = HfApi().list_repo_tree(repo, revision=revision, repo_type="dataset", recursive=True)
         sizes = {each.path: each.size for each in tree if isinstance(each, RepoFile)}
         wanted = [
@@ -262,7 +269,17 @@ def _hub(uri: str, folder: Path, limit: int) -> Source:
         raise SourceError(f"{uri} is on the Hub, and HF_HUB_OFFLINE forbids to ask it; unset it") from None
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise SourceError(f"{uri} could not be read: {str(error).splitlines()[0]}") from None
-    return Source(uri, files, {"revision": revision})
+    return Source(uri, files, pinned)
+
+
+def _commit_of(repo: str, branch: str) -> str:
+    """The newest commit of a branch of a Hub dataset, or that of a tag."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().dataset_info(repo, revision=branch).sha or ""
+    if not COMMIT.fullmatch(found):
+        raise SourceError(f"the Hub names no commit for {branch} of {repo}; name one yourself, in 40 hex digits")
+    return found
 
 
 def _refuse_large(shown: str, size: int, limit: int) -> None:
