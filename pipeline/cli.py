@@ -217,11 +217,6 @@ def stage(name: Annotated[Stage, typer.Argument(metavar="STAGE", help="prepare, 
 
     params = load_params()
     started = time.monotonic()
-    # While PyTorch and its like load, Python's collector would look at them again and again for nearly two seconds.
-    gc.disable()
-    import_module(f"pipeline.{name}")
-    gc.freeze()
-    gc.enable()
     summary = _run_stage(name, params)
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -328,6 +323,11 @@ def _run_stage(stage: Stage, params: Any) -> str:
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     _quiet()
+    # While PyTorch and its like load, Python's collector would look at them again and again for nearly two seconds.
+    gc.disable()
+    import_module(f"pipeline.{stage}")
+    gc.freeze()
+    gc.enable()
     classes = params.train.task == "sequence-classification"
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
     match stage:
