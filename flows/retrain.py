@@ -5,8 +5,6 @@ work as done. Training is never retried: a second attempt is a person's decision
 """
 
 import fcntl
-import gc
-import json
 import os
 import sys
 import time
@@ -44,7 +42,7 @@ from pipeline.git_record import GitRecordError, record_version
 from pipeline.params import Params
 from pipeline.progress import LINE, clock
 from pipeline.report.whole import report_decision
-from pipeline.security.redact import redact, redact_process, redacted_errors
+from pipeline.security.redact import redact, redacted_errors
 from pipeline.settings import load_params
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
@@ -341,25 +339,3 @@ def show(result: dict[str, Any], seconds: float) -> None:
     if decision["decision"] == "proposed":
         print("          it waits for a person: `retune promote --approve`, or `--reject --reason …`")
     print("Files     artifacts/merged is the model, artifacts/report.html the report")
-
-
-def main() -> None:
-    started = time.monotonic()
-    redact_process()
-    try:
-        state: State[Any] = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
-        result: dict[str, Any] = state.result()
-    except (ValueError, RuntimeError) as error:
-        if not type(error).__module__.startswith(("pipeline.", "flows.", "__main__")):
-            raise
-        print(redact(f"error: {error}"), file=sys.stderr)
-        sys.exit(1)
-    if "--json" in sys.argv:
-        print(json.dumps(result))
-    else:
-        show(result, time.monotonic() - started)
-    gc.freeze()  # Python's last collection would look at all of Prefect and MLflow for a second
-
-
-if __name__ == "__main__":
-    main()

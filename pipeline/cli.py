@@ -102,7 +102,7 @@ def run(json_output: Json = False) -> None:
             print("run: starting the Prefect server (about 10 seconds)", file=sys.stderr, flush=True)
         with server.for_one_run() as prefect:
             status = run_forwarding_sigterm(
-                python_ending_with_parent("flows.retrain", *(["--json"] if json_output else [])),
+                python_ending_with_parent("flows", *(["--json"] if json_output else [])),
                 env=server.environment(Path("."), prefect.url)
                 | {
                     # The flow prints its own lines; Prefect's go to the server.

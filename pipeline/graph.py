@@ -22,17 +22,24 @@ class GraphError(RuntimeError):
     """DVC could not answer, or the workspace is not what dvc.lock records."""
 
 
+def load_dvc() -> None:
+    """Have DVC load for the `dvc_loaded` to come."""
+    global _loaded
+    _loaded = _loaded or DvcProcess()
+    _loaded.start()
+
+
 @contextmanager
 def dvc_loaded() -> Iterator[None]:
-    """DVC is loaded once for everything that is asked of the graph of this folder meanwhile, and loads already."""
+    """DVC is loaded once for everything that is asked of the graph of this folder meanwhile."""
     global _loaded
-    with DvcProcess() as dvc:
-        dvc.start()
-        _loaded = dvc
-        try:
-            yield
-        finally:
-            _loaded = None
+    load_dvc()
+    try:
+        yield
+    finally:
+        if _loaded is not None:
+            _loaded.close()
+        _loaded = None
 
 
 def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pull: bool = False) -> int:

@@ -372,7 +372,7 @@ def victims(retune_pid: int, family: list[psutil.Process]) -> dict[str, int]:
     found = {"retune": retune_pid}
     for process in family:
         words = " ".join(process.cmdline())
-        if "flows.retrain" in words:
+        if " flows" in words:
             found["flow"] = process.pid
         elif "retune stage train" in words and "sh -c" not in words:
             found["stage"] = process.pid

@@ -1,0 +1,40 @@
+"""`python -m flows`: one run of the retrain flow in a process of its own, as `retune run` starts it."""
+
+import gc
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from pipeline import graph
+from pipeline.security.redact import redact, redact_process
+
+
+def main() -> None:
+    """Run the flow; an error of this project becomes one sentence and exit status 1."""
+    started = time.monotonic()
+    redact_process()
+    graph.load_dvc()  # while Prefect loads too, and without Python's collector, which would look at it again and again
+    gc.disable()
+    from flows.retrain import retrain, show
+
+    gc.freeze()
+    gc.enable()
+    try:
+        state: Any = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
+        result: dict[str, Any] = state.result()
+    except (ValueError, RuntimeError) as error:
+        if not type(error).__module__.startswith(("pipeline.", "flows.")):
+            raise
+        print(redact(f"error: {error}"), file=sys.stderr)
+        sys.exit(1)
+    if "--json" in sys.argv:
+        print(json.dumps(result))
+    else:
+        show(result, time.monotonic() - started)
+    gc.freeze()  # its last collection would look at all of Prefect and MLflow for a second
+
+
+if __name__ == "__main__":
+    main()
