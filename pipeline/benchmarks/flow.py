@@ -26,7 +26,7 @@ from pipeline import server
 from pipeline.progress import Progress, clock
 from pipeline.settings import change_params
 
-STEPS = 120  # of the job's training
+STEPS = 140  # of the job's training
 REMADE = ("train", "evaluate", "merge")
 SHIPPING = ("publish", "promote")  # stages of the flow that `dvc repro` does not have
 # What the dashboard asks for when its pages are opened: the runs, their number, the newest of them.
