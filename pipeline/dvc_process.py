@@ -5,7 +5,6 @@ on the list of who is at work on which path; what only the dead are at work on i
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -49,7 +48,7 @@ class DvcProcess:
         """Have it load while other work is done."""
         if self._child is not None and self._child.poll() is None:
             return
-        forget_the_dead(self.root)
+        self.close()  # of one that was killed, its group may live
         self._end = secrets.token_hex(16)
         self._child = subprocess.Popen(
             python_ending_with_parent("pipeline.dvc_process", self._end),
@@ -69,7 +68,9 @@ class DvcProcess:
         When this call is left early (cancellation, Ctrl-C, an error in `on_line`) every process of it gets SIGTERM, and
         SIGKILL after half a minute.
         """
-        return int(self._do(arguments, False, on_line)["status"])
+        status = int(self._do(arguments, False, on_line)["status"])
+        self._end_leftovers()
+        return status
 
     def ask(self, *arguments: str) -> str:
         """What one command prints to its standard output.
@@ -87,7 +88,6 @@ class DvcProcess:
             if time.monotonic() > deadline or not any(words in said for words in BUSY):
                 raise DvcError(f"`dvc {' '.join(arguments)}` failed: {said.strip()}")
             time.sleep(0.2)
-            forget_the_dead(self.root)
 
     def close(self) -> None:
         """End it, and whatever it started that still runs."""
@@ -97,6 +97,20 @@ class DvcProcess:
                 with contextlib.suppress(OSError):  # a command that it did not take any more
                     stream.close()  # type: ignore[union-attr]
             self._child = None
+
+    def _end_leftovers(self) -> None:
+        """End what a stage left running: the next one may need its memory."""
+        if self._child is None:
+            return
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.pid != self._child.pid and os.getpgid(process.pid) == self._child.pid:
+                    process.terminate()
+                    left.append(process)
+        for process in psutil.wait_procs(left, timeout=5)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _do(self, arguments: list[str], captured: bool, on_line: Callable[[str], None]) -> dict[str, Any]:
         self.start()
@@ -117,7 +131,9 @@ class DvcProcess:
                     on_line(text)
                 found: dict[str, Any] = json.loads(answer)
                 return found
-            return {"status": child.wait(), "output": ""}
+            status = child.wait()
+            self.close()
+            return {"status": status, "output": ""}
         except BaseException:
             self.close()  # what it would say next is of this command
             raise
@@ -130,36 +146,47 @@ def forget_the_dead(root: Path) -> None:
     nobody asks for its status (in a container without an init), for one that another process has been given since
     (after a restart), and for a list that a kill cut short.
     """
+    from dvc.config import Config
+    from dvc.lock import LockError, make_lock
+
     path = root / ".dvc" / "tmp" / "rwlock"
     if not path.exists():
         return
-    with path.with_name("rwlock.lock").open("a") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        text, written = path.read_text(encoding="utf-8"), path.stat().st_mtime
+    hardlink = Config(str(root / ".dvc"))["core"].get("hardlink_lock", False)
+    guard = make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), hardlink_lock=hardlink)
+    with contextlib.suppress(LockError), guard:  # who cannot have it in three seconds leaves the list as it is
+        written = path.stat().st_mtime
         try:
-            held = json.loads(text)
-        except ValueError:
-            held = None
-        left = {
-            "write": {name: one for name, one in (held or {}).get("write", {}).items() if _lives(one["pid"], written)},
-            "read": {
-                name: living
-                for name, all_of_it in (held or {}).get("read", {}).items()
-                if (living := [one for one in all_of_it if _lives(one["pid"], written)])
-            },
-        }
+            held = json.loads(path.read_bytes())
+            left = {
+                "write": {name: one for name, one in held.get("write", {}).items() if _lives(one["pid"], written)},
+                "read": {
+                    name: living
+                    for name, readers in held.get("read", {}).items()
+                    if (living := [one for one in readers if _lives(one["pid"], written)])
+                },
+            }
+        except (ValueError, TypeError, KeyError, AttributeError):
+            held, left = None, {}
         left = {mode: names for mode, names in left.items() if names}
         if left != held:
             path.write_text(json.dumps(left), encoding="utf-8")
 
 
 def _lives(pid: int, written: float) -> bool:
-    """Whether the process that was `pid` when the list was written, in seconds since 1970, still is."""
+    """Whether the process that was `pid` when the list was written, in seconds since 1970, may still be it.
+
+    Another one is younger than the list, and no DVC: clocks alone can be set.
+    """
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < written + 5  # clocks of a second
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return process.create_time() < written + 5 or "dvc" in " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:
+        return True
 
 
 def main() -> None:
@@ -171,15 +198,19 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(line_buffering=True)  # DVC's lines and its stage's come in their order
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     from dvc.cli import main as dvc
 
     for line in commands:
         asked = json.loads(line)
+        forget_the_dead(Path.cwd())
         sys.argv = ["dvc", *asked["arguments"]]  # what DVC says of itself to others who wait for it
         output: list[str] = []
         with _kept_in(output) if asked["captured"] else contextlib.nullcontext():
             status = dvc(asked["arguments"])
-        print(f"{end}{json.dumps({'status': status, 'output': ''.join(output)})}", flush=True)
+        sys.stdout.flush()
+        os.dup2(answers.fileno(), 1)  # DVC throws its output away once a pipe of its own, to a remote, broke
+        print(f"{end}{json.dumps({'status': status, 'output': ''.join(output)})}", file=answers, flush=True)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """DVC loaded once answers as DVC loaded anew does, and what the dead were at work on is free."""
 
+import fcntl
 import json
 import os
 import random
@@ -158,12 +159,67 @@ def test_a_zombie_holds_no_path(project: Path, loaded: DvcProcess, mode: str) ->
 
 
 def test_a_process_that_has_the_number_of_a_dead_one_holds_no_path(project: Path) -> None:
-    path = holders(project, os.getpid())
-    forget_the_dead(project)
-    assert str(os.getpid()) in path.read_text()
-    os.utime(path, (1, psutil.Process().create_time() - 60))  # the list is older than this process
+    other = subprocess.Popen(["sleep", "600"])
+    dvc = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "dvc"])
+    try:
+        for process, older, stays in ((other, False, True), (other, True, False), (dvc, True, True)):
+            path = holders(project, process.pid)
+            if older:  # than the process
+                os.utime(path, (1, psutil.Process(process.pid).create_time() - 60))
+            forget_the_dead(project)
+            assert (str(process.pid) in path.read_text()) == stays
+    finally:
+        for process in (other, dvc):
+            process.kill()
+            process.wait()
+
+
+def test_the_list_is_left_alone_while_another_has_it_and_with_locks_by_links(project: Path) -> None:
+    lock = project / ".dvc" / "tmp" / "rwlock.lock"
+    path = holders(project, 2**22 + 1)  # nobody's number
+    with lock.open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        forget_the_dead(project)
+        assert "pid" in path.read_text()
+    lock.unlink()
+    subprocess.run([sys.executable, "-m", "dvc", "config", "core.hardlink_lock", "true"], cwd=project, check=True)
     forget_the_dead(project)
     assert json.loads(path.read_text()) == {}
+    assert not lock.exists()
+
+
+def test_what_a_stage_leaves_running_ends_with_it(project: Path, loaded: DvcProcess) -> None:
+    (project / "dvc.yaml").write_text("stages:\n  leaver:\n    cmd: sleep 600 & echo pid $!\n")
+    lines: list[str] = []
+    assert loaded.run(["repro"], lines.append) == 0
+    [left] = [int(line.split()[1]) for line in lines if line.startswith("pid ")]
+    assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_pipe_that_breaks_within_dvc_ends_its_command_only(project: Path) -> None:
+    code = (
+        "import sys, dvc.cli, pipeline.dvc_process as own; parse = dvc.cli.parse_args\n"
+        "sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__\n"  # importing DVC wraps them
+        "def broken(argv):\n"
+        "    if 'repro' in argv: raise BrokenPipeError\n"
+        "    return parse(argv)\n"
+        "dvc.cli.parse_args = broken; own.main()"
+    )
+    commands = [{"arguments": ["repro"], "captured": False}, {"arguments": ["status", "--json"], "captured": True}]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "END"],
+        cwd=project,
+        env=environment(),
+        input="".join(json.dumps(command) + "\n" for command in commands),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("END") == 2, done.stderr
+    first, second = (
+        json.loads(line.removeprefix("END")) for line in done.stdout.splitlines() if line.startswith("END")
+    )
+    assert (first["status"], second["status"]) == (141, 0)
+    assert set(json.loads(second["output"])) == {"first", "second"}
 
 
 def test_a_list_cut_short_by_a_kill_is_begun_anew(project: Path, loaded: DvcProcess) -> None:
