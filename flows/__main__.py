@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from pipeline import graph
+from pipeline.environment import quick_imports
 from pipeline.security.redact import redact, redact_process
 
 
@@ -15,12 +16,9 @@ def main() -> None:
     """Run the flow; an error of this project becomes one sentence and exit status 1."""
     started = time.monotonic()
     redact_process()
-    graph.load_dvc()  # while Prefect loads too, and without Python's collector, which would look at it again and again
-    gc.disable()
-    from flows.retrain import retrain, show
-
-    gc.freeze()
-    gc.enable()
+    graph.load_dvc()  # while Prefect loads too
+    with quick_imports():
+        from flows.retrain import retrain, show
     try:
         state: Any = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
         result: dict[str, Any] = state.result()

@@ -19,7 +19,7 @@ import typer
 
 from pipeline import commands, operating, try_commands
 from pipeline.commands import Json
-from pipeline.environment import set_environment
+from pipeline.environment import quick_imports, set_environment
 from pipeline.files import WORK_DIR
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
@@ -35,13 +35,6 @@ app = typer.Typer(
     help="Scheduled, gated retraining of LLM adapters. Run it in the project's top folder.",
 )
 ARTIFACTS = Path("artifacts")
-
-
-class Stage(StrEnum):
-    prepare = "prepare"
-    train = "train"
-    evaluate = "evaluate"
-    merge = "merge"
 
 
 class Split(StrEnum):
@@ -77,8 +70,7 @@ def run(json_output: Json = False) -> None:
     from pipeline import graph, server
     from pipeline.data.snapshot import recover
     from pipeline.events import record_unchanged
-    from pipeline.promote import history as decisions
-    from pipeline.promote import settled
+    from pipeline.promote import history, settled
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.weights.gguf import require_programs
@@ -93,7 +85,7 @@ def run(json_output: Json = False) -> None:
             version = graph.version_id()
             reason = settled(params.publish, params.promote, version)
             if reason is not None:
-                decisions(params.publish)  # puts an alias right that a crash left behind
+                history(params.publish)  # puts an alias right that a crash left behind
                 if up is not None:
                     record_unchanged(f"version {version}: {reason}")
                 _say_nothing_to_do(version, reason, json_output)
@@ -208,7 +200,7 @@ def inspect(
 
 
 @app.command()
-def stage(name: Annotated[Stage, typer.Argument(metavar="STAGE", help="prepare, train, evaluate or merge.")]) -> None:
+def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or merge.")]) -> None:
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
     # DVC forwards no signals: when it dies, its stage must not go on alone. SIGTERM lets a training save a checkpoint.
     end_with_parent(signal.SIGTERM)
@@ -318,20 +310,20 @@ def _quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def _run_stage(stage: Stage, params: Any) -> str:
+def _run_stage(name: str, params: Any) -> str:
     """Run one stage on the project's own folders; returns what came of it in a few words."""
+    from pipeline.graph import STAGES
+
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     _quiet()
-    # While PyTorch and its like load, Python's collector would look at them again and again for nearly two seconds.
-    gc.disable()
-    import_module(f"pipeline.{stage}")
-    gc.freeze()
-    gc.enable()
+    if name in STAGES:
+        with quick_imports():
+            import_module(f"pipeline.{name}")
     classes = params.train.task == "sequence-classification"
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
-    match stage:
-        case Stage.prepare:
+    match name:
+        case "prepare":
             from pipeline.prepare import prepare
 
             made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared", params.train.task)
@@ -340,7 +332,7 @@ def _run_stage(stage: Stage, params: Any) -> str:
             rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
             loss = "" if classes else f"; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
             return f"{rows} rows{dropped}{loss}"
-        case Stage.train:
+        case "train":
             from pipeline.model import visible_gpus
             from pipeline.train import train
             from pipeline.training.warm_start import fetch_init
@@ -351,7 +343,7 @@ def _run_stage(stage: Stage, params: Any) -> str:
                 f"{trained.steps} steps, loss {trained.loss:.3f}, "
                 f"{trained.trainable_parameters:,} trainable parameters, {trained.tokens_per_second:,.0f} tokens/s"
             )
-        case Stage.evaluate:
+        case "evaluate":
             from pipeline.evaluate import evaluate
 
             if classes:
@@ -370,7 +362,7 @@ def _run_stage(stage: Stage, params: Any) -> str:
                 for metric in ("accuracy", "bleu", "rougeL")
                 if scored.base[metric]
             )
-        case Stage.merge:
+        case "merge":
             from pipeline.merge import merge
 
             outputs = (ARTIFACTS / name for name in ("merged", "parity", "exports"))
@@ -386,6 +378,7 @@ def _run_stage(stage: Stage, params: Any) -> str:
                 f"into the {merged.base} base{peft}; it chooses {merged.agreement:.1%} of the adapter's tokens, "
                 f"{merged.identical:.1%} of its answers are the same"
             )
+    raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
 
 
 def _say_nothing_to_do(version: str, reason: str, json_output: bool) -> None:

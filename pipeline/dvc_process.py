@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -205,29 +205,15 @@ def main() -> None:
         asked = json.loads(line)
         forget_the_dead(Path.cwd())
         sys.argv = ["dvc", *asked["arguments"]]  # what DVC says of itself to others who wait for it
-        output: list[str] = []
-        with _kept_in(output) if asked["captured"] else contextlib.nullcontext():
+        # By its descriptor: DVC restores sys.stdout for some lines, and drops all output once a pipe broke in it.
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as kept:
+            if asked["captured"]:
+                os.dup2(kept.fileno(), 1)
             status = dvc(asked["arguments"])
-        sys.stdout.flush()
-        os.dup2(answers.fileno(), 1)  # DVC throws its output away once a pipe of its own, to a remote, broke
-        print(f"{end}{json.dumps({'status': status, 'output': ''.join(output)})}", file=answers, flush=True)
-
-
-@contextlib.contextmanager
-def _kept_in(kept: list[str]) -> Iterator[None]:
-    """What goes to standard output meanwhile; by its descriptor, since DVC puts sys.stdout back for some lines."""
-    shown = os.dup(1)
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-        sys.stdout.flush()
-        os.dup2(file.fileno(), 1)
-        try:
-            yield
-        finally:
             sys.stdout.flush()
-            os.dup2(shown, 1)
-            os.close(shown)
-            file.seek(0)
-            kept.append(file.read())
+            os.dup2(answers.fileno(), 1)
+            kept.seek(0)
+            print(f"{end}{json.dumps({'status': status, 'output': kept.read()})}", file=answers, flush=True)
 
 
 if __name__ == "__main__":

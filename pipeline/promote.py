@@ -235,8 +235,10 @@ def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Rec
     """
     store, name = open_store(publishing, root), publishing.registered_model_name
     log = read_log(store, name)
+    if not log:
+        return [], []
     marker, before = root / WORK_DIR / "aliases.json", _state_of_aliases(log, publishing, root)
-    if not log or (marker.is_file() and read_json(marker) == before):
+    if marker.is_file() and read_json(marker) == before:
         return log, []
     try:
         registry = ModelRegistry(publishing.tracking_uri, name, root)
@@ -255,7 +257,7 @@ def _state_of_aliases(log: list[Record], publishing: PublishParams, root: Path) 
     if not publishing.tracking_uri.startswith("sqlite:///") or not database.is_file():
         return None
     files = [database, *database.parent.glob(f"{database.name}-*")]  # SQLite's journals
-    return [len(log), log[-1].version if log else None, *sorted([file.name, file.stat().st_mtime_ns] for file in files)]
+    return [len(log), log[-1].version, *sorted([file.name, file.stat().st_mtime_ns] for file in files)]
 
 
 def settled_reason(log: list[Record], version: str, params: PromoteParams) -> str | None:

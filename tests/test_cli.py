@@ -189,4 +189,4 @@ def test_a_store_that_cannot_be_written_is_named(root: Path) -> None:
 def test_a_stage_that_is_none_is_a_usage_error(root: Path) -> None:
     done = retune(root, "stage", "deploy")
     assert done.returncode == 2
-    assert "is not one of 'prepare', 'train', 'evaluate', 'merge'" in done.stderr
+    assert "expected prepare, train, evaluate or merge" in done.stderr
