@@ -127,19 +127,22 @@ def evaluate_champion() -> State[Any]:
     try:
         with _project():
             params = load_params()
-            recover()
-            graph.pull_data()
             store, metric = open_store(params.publish), params.promote.primary_metric
             version = champion(read_log(store, params.publish.registered_model_name))
             manifest = read_manifest(store, version) if version else None
             if manifest is None:
                 return Completed(name="Skipped", message="there is no champion yet")
+            then = manifest["metrics"]["merged"].get(metric)
+            if then is None:
+                said = f"{metric} (promote.primary_metric) was not measured when champion {version} was published"
+                return Completed(name="Skipped", message=f"{said}, so there is no score to compare today's with")
+            recover()
+            graph.pull_data()
             if graph.repro("prepare", print) != 0:
                 raise story.StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
-            now = score_today(store, manifest, metric)
+            now = score_today(params.publish, manifest, metric)
     except RunUnderWay as error:
         return Completed(name="Skipped", message=str(error))
-    then = manifest["metrics"]["merged"][metric]
     said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
     create_markdown_artifact(f"**{version}**: {said}", key="champion")
     if now <= then["high"] if metric in LOWER_IS_BETTER else now >= then["low"]:

@@ -207,15 +207,13 @@ def download(
     from pipeline.versions import manifest as manifests
     from pipeline.versions import signature
     from pipeline.versions.manifest import read_manifest
+    from pipeline.versions.verify import require_signed
 
     params, store, _, target = find(version)
     manifest = read_manifest(store, target)
     if manifest is None:
         raise CommandError(f"version {target} is not published in {store.uri}")
-    if params.publish.require_signature:
-        from pipeline.versions.verify import require_intact
-
-        require_intact(store, manifest, params.publish)
+    require_signed(store, manifest, params.publish)
     if part == "all":
         fetch_files(store, manifest, manifest["files"], folder)
         data = manifests.encode(manifest)

@@ -84,7 +84,7 @@ def promote(
             against = serving or BASE
             return Decision("unchanged", candidate, number, serving, against, settled or "", {}, [], warnings)
         label = _label(serving, registry)
-        comparison, notes, unfair = _compare(store, published, serving, params, root, force)
+        comparison, notes, unfair = _compare(publishing, published, serving, params, root, force)
         failed = gate.refusals(comparison)
         verdict = gate.reason(comparison, label) if comparison else unfair
         judged = gate.decision_on(comparison) if comparison and not unfair else "refused"
@@ -313,11 +313,16 @@ def resolve(version: str | None, store: ArtifactStore, registry: ModelRegistry, 
 
 
 def _compare(
-    store: ArtifactStore, published: Manifest, serving: str | None, params: PromoteParams, root: Path, force: str | None
+    publishing: PublishParams,
+    published: Manifest,
+    serving: str | None,
+    params: PromoteParams,
+    root: Path,
+    force: str | None,
 ) -> tuple[dict[str, Any], list[str], str]:
     """The comparison, its notes, and why none is fair; who forces a promotion needs none."""
     try:
-        return *comparing.compare(store, published, serving, params, root), ""
+        return *comparing.compare(publishing, published, serving, params, root), ""
     except CompareError as error:
         if force is None and not isinstance(error, UnfairError):
             raise
@@ -328,8 +333,7 @@ def _published(store: ArtifactStore, version: str, publishing: PublishParams) ->
     found = read_manifest(store, version)
     if found is None:
         raise PromoteError(f"version {version} is not published in {store.uri}; `retune publish` does that")
-    if publishing.require_signature:
-        verify.require_intact(store, found, publishing)
+    verify.require_intact(store, found, publishing)
     return found
 
 

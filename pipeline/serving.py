@@ -30,14 +30,13 @@ from pipeline.generate import Answer, to_answer
 from pipeline.model import ModelError, is_whole, load_adapter, load_base
 from pipeline.params import Params
 from pipeline.promote import resolve
-from pipeline.publish import fetch_version
 from pipeline.security.sanitise import portable
 from pipeline.security.vetting import check_adapter
 from pipeline.store.artifact_store import open_store
 from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.manifest import Manifest, read_manifest
 from pipeline.versions.registry import ModelRegistry
-from pipeline.versions.verify import require_intact
+from pipeline.versions.verify import fetch_signed
 
 BASE, WORKSPACE = "base", "workspace"
 # What must be the same for two adapters to answer on one base; other keys tell of the data they were trained on.
@@ -324,11 +323,9 @@ def _manifest(params: Params, name: str, root: Path) -> Manifest:
             f"there is no version {name} in {store.uri}; expected {BASE}, {WORKSPACE}, champion, canary, v3 or an id "
             "that `retune history` shows"
         )
-    if params.publish.require_signature:
-        require_intact(store, manifest, params.publish)
     return manifest
 
 
 def _fetch(params: Params, manifest: Manifest, part: str, root: Path) -> Path:
     folder = root / WORK_DIR / "versions" / manifest["version"]
-    return fetch_version(open_store(params.publish, root), manifest, part, folder)
+    return fetch_signed(params.publish, manifest, part, folder, root)

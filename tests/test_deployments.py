@@ -19,19 +19,25 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, change_params, environment, make_project, retune
+from conftest import ROOT, change_params, environment, make_project, retune, with_, write_params
 from prefect.events import EventTrigger
 from ruamel.yaml import YAML
 from test_stack import free_port, wait_until
+from versions import parameters, published
 
 from flows.automations import automations
+from flows.deployments import evaluate_champion
 from flows.summary import page
+from pipeline import promote as gate
 from pipeline import stack
 from pipeline.events import contents, count_new, emit, tell_updated
 from pipeline.params import Params
 from pipeline.settings import ParamsError, load_params
 from pipeline.settings import change_params as change
 from pipeline.statistics import METRICS
+from pipeline.store.artifact_store import open_store
+from pipeline.versions.manifest import read_manifest
+from pipeline.versions.rescore import RescoreError, score_today
 
 DEPLOYMENTS = YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["deployments"]
 
@@ -166,6 +172,30 @@ def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_
         assert words in shown
     result["decision"]["against"] = "the base model"
     assert "| rougeL | 0.5 | – | 0.5 |" in page(result, {}, "store", "sqlite:///mlflow.db")
+
+
+@pytest.mark.parametrize("primary", ["macro_f1", "accuracy"])
+def test_the_nightly_evaluation_is_skipped_where_the_primary_metric_was_never_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, primary: str
+) -> None:
+    params = parameters(tmp_path)
+    version = published(tmp_path, params, exact=False)
+    gate.promote(params.publish, params.promote, version, tmp_path)
+    write_params(tmp_path, with_(params, promote={"primary_metric": primary, "guard_metrics": {}}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flows.deployments._enter", lambda: None)
+    state = evaluate_champion.fn()
+    assert (state.name, state.type.value) == ("Skipped", "COMPLETED")
+    assert primary in state.message and version in state.message
+
+
+def test_a_metric_that_was_never_measured_is_no_score(tmp_path: Path) -> None:
+    params = parameters(tmp_path)
+    version = published(tmp_path, params, exact=False)
+    manifest = read_manifest(open_store(params.publish), version)
+    assert manifest is not None
+    with pytest.raises(RescoreError, match="accuracy"):
+        score_today(params.publish, manifest, "accuracy", tmp_path)
 
 
 def test_automations_crash_dead_runs_and_tell_whoever_was_named() -> None:

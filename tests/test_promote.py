@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -143,6 +144,25 @@ def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Param
     assert decide(tmp_path, params).decision == "promoted"
 
 
+def test_a_fresh_clone_promotes_by_the_scores_that_versions_were_published_with(tmp_path: Path, params: Params) -> None:
+    first, second = published(tmp_path, params, 0.5), published(tmp_path, params, 0.6)
+    for folder in ("artifacts", ".retune"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    assert decide(tmp_path, params, first).decision == "promoted"
+    decision = decide(tmp_path, params, second)
+    assert (decision.decision, decision.champion) == ("promoted", second)
+    assert decision.comparison["rougeL"]["candidate"] == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_fresh_clone_without_the_test_items_says_how_to_get_them(tmp_path: Path, params: Params) -> None:
+    first = published(tmp_path, params, 0.5, test_fraction=0.2)
+    decide(tmp_path, params)
+    second = published(tmp_path, params, 0.6, test_split="b")
+    shutil.rmtree(tmp_path / "artifacts")
+    with pytest.raises(CompareError, match=f"{first}.*dvc repro prepare"):
+        decide(tmp_path, params, second)
+
+
 def test_scores_of_different_signatures_are_not_compared(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,9 +180,10 @@ def test_scores_of_different_signatures_are_not_compared(
     monkeypatch.setattr("pipeline.versions.compare.score_again", score_anew)
     with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
         comparing._current_items(
-            open_store(params.publish),
-            read_manifest(open_store(params.publish), first),
-            tmp_path,  # type: ignore[arg-type]
+            params.publish,
+            read_manifest(open_store(params.publish), first),  # type: ignore[arg-type]
+            wanted,
+            tmp_path,
         )
 
 

@@ -285,13 +285,13 @@ def test_a_version_is_scored_again_on_another_test_split(there: Path, own: Param
     manifest = read_manifest(store, str(serving))
     assert manifest is not None
     published = manifest["metrics"]["merged"]["accuracy"]["score"]
-    assert score_today(store, manifest, "accuracy", there) == published
+    assert score_today(own.publish, manifest, "accuracy", there) == published
     assert not (there / ".retune" / "versions" / str(serving) / "today").exists()  # the same split: nothing to compute
     report_file = there / "artifacts" / "dataset" / "report.json"
     before = report_file.read_bytes()
     try:
         write_json(report_file, read_json(report_file) | {"test_sha256": "0" * 64})
-        assert score_today(store, manifest, "accuracy", there) == pytest.approx(published)
+        assert score_today(own.publish, manifest, "accuracy", there) == pytest.approx(published)
     finally:
         report_file.write_bytes(before)
     assert (there / ".retune" / "versions" / str(serving) / "today" / "items.parquet").is_file()

@@ -21,11 +21,13 @@ from versions import parameters, published, weights
 
 from pipeline import promote as gate
 from pipeline import publish
+from pipeline.files import write_json
 from pipeline.params import Params
-from pipeline.store.artifact_store import StoreError, open_store
+from pipeline.store.artifact_store import FileStore, StoreError, open_store
 from pipeline.versions import manifest as manifests
 from pipeline.versions import signature
 from pipeline.versions.registry import ModelRegistry
+from pipeline.versions.rescore import score_again, score_today
 from pipeline.versions.signature import PASSWORD_VARIABLE, SignatureError
 from pipeline.versions.verify import verify
 
@@ -397,3 +399,80 @@ def test_a_changed_byte_of_any_object_is_caught(signed: tuple[Path, Params, str]
         path.write_bytes(before + b"\n")
         assert "digests" in failed(params, root, version)
         path.write_bytes(before)
+
+
+@pytest.fixture
+def unsigned(tmp_path: Path, keys: Path) -> tuple[Params, manifests.Manifest]:
+    """A champion from before publish.require_signature was turned on, and what asks for a signature now."""
+    params = parameters(tmp_path)
+    version = published(tmp_path, params, 0.5)
+    gate.promote(params.publish, params.promote, version, tmp_path)
+    manifest = manifests.read_manifest(open_store(params.publish), version)
+    assert manifest is not None
+    return with_(params, publish={"require_signature": True, "verify_key": str(keys / "ours.pub")}), manifest
+
+
+def test_no_command_loads_a_version_that_is_not_signed(
+    tmp_path: Path, unsigned: tuple[Params, manifests.Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.serving import adapter_folder, merged_folder
+    from pipeline.training.warm_start import fetch_init
+
+    strict, manifest = unsigned
+    version = manifest["version"]
+    started: list[Any] = []
+    monkeypatch.setattr("pipeline.versions.rescore._retune", lambda *command: started.append(command))
+    write_json(tmp_path / "artifacts" / "dataset" / "report.json", {"test_sha256": "another split"})
+    warm = with_(strict, train={"init_adapter": version})
+    for load in (
+        lambda: score_today(strict.publish, manifest, "rougeL", tmp_path),
+        lambda: score_again(strict.publish, manifest, manifest["evaluation"], tmp_path / "scored", tmp_path),
+        lambda: adapter_folder(strict, "champion", tmp_path),
+        lambda: merged_folder(strict, version, tmp_path),
+        lambda: fetch_init(warm, tmp_path),
+    ):
+        with pytest.raises(SignatureError, match=f"{version}.*not signed"):
+            load()
+    assert started == []
+    assert not list((tmp_path / ".retune").rglob("*.safetensors"))
+
+
+def test_the_gate_does_not_load_a_champion_that_is_not_signed_to_score_it_again(
+    tmp_path: Path, unsigned: tuple[Params, manifests.Manifest], keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict, manifest = unsigned
+    started: list[Any] = []
+    monkeypatch.setattr("pipeline.versions.rescore._retune", lambda *command: started.append(command))
+    strict = with_(strict, publish={"signing_key": str(keys / "ours.pem")})
+    candidate = published(tmp_path, strict, 0.6, test_split="b")
+    with pytest.raises(SignatureError, match=f"{manifest['version']}.*not signed"):
+        gate.promote(strict.publish, strict.promote, candidate, tmp_path)
+    assert started == []
+
+
+def test_a_version_that_has_to_be_signed_is_read_once(
+    tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.serving import merged_folder
+
+    params = parameters(
+        tmp_path, signing_key=str(keys / "ours.pem"), verify_key=str(keys / "ours.pub"), require_signature=True
+    )
+    version = published(tmp_path, params)
+    manifest = manifests.read_manifest(open_store(params.publish), version)
+    assert manifest is not None
+    read: list[str] = []
+    own = FileStore.read
+
+    def counting(store: FileStore, key: str, start: int = 0, size: int | None = None) -> bytes | None:
+        read.append(key)
+        return own(store, key, start, size)
+
+    monkeypatch.setattr(FileStore, "read", counting)
+    merged_folder(params, version, tmp_path)
+    wanted = {e["sha256"] for name, e in manifest["files"].items() if name.startswith("merged/")}
+    assert sorted(key.removeprefix("objects/") for key in read if key.startswith("objects/")) == sorted(wanted)
+    flip(tmp_path / "store" / "objects" / manifest["files"]["merged/model.safetensors"]["sha256"], 5, 1)
+    shutil.rmtree(tmp_path / ".retune")
+    with pytest.raises(StoreError, match="was altered"):
+        merged_folder(params, version, tmp_path)

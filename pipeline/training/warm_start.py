@@ -12,12 +12,11 @@ from peft import PeftConfig
 from pipeline.files import WORK_DIR, read_json, sha256_file
 from pipeline.model import PROMPT, is_whole
 from pipeline.params import Params
-from pipeline.publish import fetch_version
 from pipeline.security.vetting import check_adapter
 from pipeline.store.artifact_store import open_store
 from pipeline.training.pin import PIN
-from pipeline.versions import verify
 from pipeline.versions.manifest import read_manifest
+from pipeline.versions.verify import fetch_signed
 
 # What must be the same for the weights to mean the same; which modules there are, their names say.
 SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens", "feedforward_modules")
@@ -59,9 +58,7 @@ def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
             f"train.init_adapter is version {wanted}, which is not published in {store.uri}; `retune history` lists "
             "the versions there are"
         )
-    if params.publish.require_signature:
-        verify.require_intact(store, manifest, params.publish)
-    return fetch_version(store, manifest, "adapter", root / WORK_DIR / "init" / wanted)
+    return fetch_signed(params.publish, manifest, "adapter", root / WORK_DIR / "init" / wanted, root)
 
 
 def check_init(folder: Path, contract: dict[str, Any], wanted: PeftConfig) -> None:

@@ -6,14 +6,15 @@ Refused: a comparison on items that the champion may have been trained on.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.files import WORK_DIR, read_json
-from pipeline.params import PromoteParams
+from pipeline.params import PromoteParams, PublishParams
 from pipeline.publish import fetch_version
-from pipeline.store.artifact_store import ArtifactStore
+from pipeline.store.artifact_store import open_store
 from pipeline.versions.gate import Comparison, UnmeasuredError, claims_on, compare_claims, forgetting_claims
 from pipeline.versions.manifest import Manifest, read_manifest
 from pipeline.versions.rescore import score_again
@@ -30,7 +31,7 @@ class UnfairError(CompareError):
 
 
 def compare(
-    store: ArtifactStore, candidate: Manifest, serving: str | None, params: PromoteParams, root: Path = Path(".")
+    publishing: PublishParams, candidate: Manifest, serving: str | None, params: PromoteParams, root: Path = Path(".")
 ) -> tuple[Comparison, list[str]]:
     """Each gating metric's row, and notes that a reader of the numbers needs.
 
@@ -40,8 +41,10 @@ def compare(
     Raises:
         UnfairError: the champion was trained on some of the test items.
         CompareError: the systems answered different items, or no item counts for the primary metric.
+        SignatureError: one has to be loaded to be scored, and publish.require_signature does not let it.
     """
     notes: list[str] = []
+    store = open_store(publishing, root)
     if serving is None:
         folder = root / WORK_DIR / "versions" / candidate["version"]
         ours = pq.read_table(fetch_version(store, candidate, "parity", folder) / "items.merged.parquet")
@@ -51,8 +54,9 @@ def compare(
         if champion is None:
             raise CompareError(f"the champion {serving} is no longer in {store.uri}; restore its manifest and objects")
         notes += _split_notes(candidate, champion)
-        ours = _current_items(store, candidate, root)
-        theirs = _current_items(store, champion, root)
+        settings = _settings(candidate, root)
+        ours = _current_items(publishing, candidate, settings, root)
+        theirs = _current_items(publishing, champion, settings, root)
     if ours.column("id").to_pylist() != theirs.column("id").to_pylist():
         raise CompareError("candidate and champion answered different test items; run `retune run` to score both again")
     general = []
@@ -90,18 +94,36 @@ def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:
     return ["the test split is not the champion's (rows or their preparation changed); the champion was scored again"]
 
 
-def _current_items(store: ArtifactStore, manifest: Manifest, root: Path) -> pa.Table:
-    """A version's merged-model scores on the workspace's test split, measured again if what they rest on changed."""
+def _settings(candidate: Manifest, root: Path) -> dict[str, Any]:
+    """How both are scored, and on which test items: as the workspace's artifacts were; without any, as the candidate.
+
+    A fresh clone has no artifacts, and needs none to compare versions that were scored alike.
+    """
+    proof = root / "artifacts" / "parity" / "parity.json"
+    settings: dict[str, Any] = read_json(proof)["evaluation"] if proof.is_file() else candidate["evaluation"]
+    return settings
+
+
+def _current_items(publishing: PublishParams, manifest: Manifest, settings: dict[str, Any], root: Path) -> pa.Table:
+    """A version's merged-model scores on the test split of `settings`, measured again where it was scored otherwise."""
     folder = root / WORK_DIR / "versions" / manifest["version"]
-    wanted = read_json(root / "artifacts" / "parity" / "parity.json")["evaluation"]
-    if manifest["evaluation"] == wanted:
-        return pq.read_table(fetch_version(store, manifest, "parity", folder) / "items.merged.parquet")
+    if manifest["evaluation"] == settings:
+        return pq.read_table(
+            fetch_version(open_store(publishing, root), manifest, "parity", folder) / "items.merged.parquet"
+        )
     scored = folder / "scored"
-    kept = (scored / "evaluation.json").is_file() and read_json(scored / "evaluation.json") == wanted
-    if not kept and not score_again(store, manifest, wanted, scored, root):
-        raise CompareError(f"version {manifest['version']} could not be scored again on today's test split")
+    kept = (scored / "evaluation.json").is_file() and read_json(scored / "evaluation.json") == settings
+    if not kept:
+        dataset = root / "artifacts" / "dataset" / "report.json"
+        if not dataset.is_file() or read_json(dataset)["test_sha256"] != settings["test_sha256"]:
+            raise CompareError(
+                f"version {manifest['version']} was scored on other test items or otherwise, and the test items to "
+                "score it on are not here; `dvc repro prepare` makes them, `dvc pull` fetches all artifacts"
+            )
+        if not score_again(publishing, manifest, settings, scored, root):
+            raise CompareError(f"version {manifest['version']} could not be scored again on today's test split")
     signatures = read_json(scored / "evaluation.json")["signatures"]
-    for metric, ours in wanted["signatures"].items():
+    for metric, ours in settings["signatures"].items():
         if signatures.get(metric) != ours:
             raise CompareError(
                 f"{metric} of the candidate was scored as {ours} and that of version {manifest['version']} as "

@@ -9,30 +9,34 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.files import WORK_DIR, read_json, write_json
+from pipeline.params import PublishParams
 from pipeline.process import environment, python_ending_with_parent
-from pipeline.publish import fetch_version
 from pipeline.statistics import corpus_score, metric_items, num_groups
-from pipeline.store.artifact_store import ArtifactStore
 from pipeline.versions.manifest import Manifest
+from pipeline.versions.verify import fetch_signed
 
 
 class RescoreError(RuntimeError):
     """The version could not be scored, or no test item counts for the metric."""
 
 
-def score_today(store: ArtifactStore, manifest: Manifest, metric: str, root: Path = Path(".")) -> float:
+def score_today(params: PublishParams, manifest: Manifest, metric: str, root: Path = Path(".")) -> float:
     """`metric` of the version's merged model on the prepared test split, decoded as when it was published.
 
     On the very split it was published with, that is the score of then, and nothing is computed.
 
     Raises:
         RescoreError: it could not be scored, or no test item counts for the metric.
+        SignatureError: see `score_again`.
     """
     test = read_json(root / "artifacts" / "dataset" / "report.json")["test_sha256"]
     if manifest["evaluation"]["test_sha256"] == test:
-        return float(manifest["metrics"]["merged"][metric]["score"])
+        published = manifest["metrics"]["merged"].get(metric)
+        if published is None:
+            raise RescoreError(f"{metric} was not measured when version {manifest['version']} was published")
+        return float(published["score"])
     scored = root / WORK_DIR / "versions" / manifest["version"] / "today"
-    if not score_again(store, manifest, manifest["evaluation"], scored, root):
+    if not score_again(params, manifest, manifest["evaluation"], scored, root):
         raise RescoreError(f"version {manifest['version']} could not be scored on today's test split")
     items = metric_items(pq.read_table(scored / "items.parquet"), metric)
     if not num_groups(items):
@@ -41,14 +45,17 @@ def score_today(store: ArtifactStore, manifest: Manifest, metric: str, root: Pat
 
 
 def score_again(
-    store: ArtifactStore, manifest: Manifest, settings: dict[str, Any], output: Path, root: Path = Path(".")
+    params: PublishParams, manifest: Manifest, settings: dict[str, Any], output: Path, root: Path = Path(".")
 ) -> bool:
     """Score the version's merged model on the workspace's test split as `settings` (an `evaluation.json`) say.
 
     Returns: whether `output` now holds `items.parquet` and `evaluation.json`; if not, the reason has been printed.
+
+    Raises:
+        SignatureError: `publish.require_signature` is on, and the version is not signed.
     """
     folder = root / WORK_DIR / "versions" / manifest["version"]
-    model = fetch_version(store, manifest, "merged", folder)
+    model = fetch_signed(params, manifest, "merged", folder, root)
     asked = folder / "settings.json"
     write_json(asked, settings)
     return _retune(root, "score", model, "--settings", asked, "--output", output)

@@ -14,8 +14,8 @@ from typing import Any
 
 from pipeline.graph import GraphError
 from pipeline.params import PublishParams
-from pipeline.publish import fetch_file
-from pipeline.store.artifact_store import ArtifactStore, StoreError
+from pipeline.publish import fetch_file, fetch_version
+from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
 from pipeline.store.transfer import OBJECT_SIZE
 from pipeline.versions import manifest as manifests
 from pipeline.versions import signature
@@ -64,16 +64,43 @@ def verify(
 
 
 def require_intact(store: ArtifactStore, manifest: Manifest, params: PublishParams) -> None:
-    """Refuse a version without a valid signature, or with an object that is not the one signed.
+    """Where `require_signature` is on: refuse a version that is not signed, or has an object that was altered since.
 
     Raises:
         SignatureError: which is wrong, and why.
     """
-    for check in (_check_signature(store, params, manifest), *_check_files(store, manifest)):
+    require_signed(store, manifest, params)
+    for check in _check_files(store, manifest) if params.require_signature else ():
         if not check.passed:
-            raise SignatureError(
-                f"version {manifest['version']} may not serve (publish.require_signature): {check.name}: {check.detail}"
-            )
+            raise SignatureError(_may_not_serve(manifest, check))
+
+
+def require_signed(store: ArtifactStore, manifest: Manifest, params: PublishParams) -> None:
+    """As `require_intact`, without reading the files: enough before a download, which checks each against the manifest.
+
+    Raises:
+        SignatureError: there is no signature of a trusted key for this manifest.
+    """
+    if params.require_signature:
+        check = _check_signature(store, params, manifest)
+        if not check.passed:
+            raise SignatureError(_may_not_serve(manifest, check))
+
+
+def fetch_signed(params: PublishParams, manifest: Manifest, part: str, folder: Path, root: Path = Path(".")) -> Path:
+    """Download the part of a version that is going to be loaded; every loader of a published model takes it from here.
+
+    Raises:
+        SignatureError: `require_signature` is on, and the version is not signed.
+        StoreError, UnsafeFileError: as `fetch_version`.
+    """
+    store = open_store(params, root)
+    require_signed(store, manifest, params)
+    return fetch_version(store, manifest, part, folder)
+
+
+def _may_not_serve(manifest: Manifest, check: Check) -> str:
+    return f"version {manifest['version']} may not serve (publish.require_signature): {check.name}: {check.detail}"
 
 
 def _check_id(manifest: Manifest) -> Check:
