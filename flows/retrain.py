@@ -37,14 +37,13 @@ from pipeline import promote as gate
 from pipeline import publish as shipping
 from pipeline.commands import verdict_table
 from pipeline.data.snapshot import recover
-from pipeline.files import read_json
 from pipeline.git_record import GitRecordError, record_version
 from pipeline.params import Params
 from pipeline.progress import LINE, clock
 from pipeline.report.whole import report_decision
 from pipeline.security.redact import redact, redacted_errors
 from pipeline.settings import load_params
-from pipeline.statistics import METRICS
+from pipeline.statistics import METRICS, read_scores
 from pipeline.store.artifact_store import open_store
 from pipeline.training.pin import pin_champion
 from pipeline.versions.gate import verdict_rows
@@ -147,7 +146,7 @@ def train(params: Params) -> State[Any]:
 @task
 def evaluate() -> State[Any]:
     result = _repro("evaluate")
-    metrics = read_json(ARTIFACTS / "evaluation" / "metrics.json")
+    metrics = read_scores(ARTIFACTS / "evaluation")
     rows = [
         {"metric": metric} | {system: _interval(scores[metric]) for system, scores in metrics.items()}
         for metric in METRICS
@@ -257,7 +256,7 @@ def verdict(decision: dict[str, Any]) -> str:
 
 def summary(states: list[State[Any]]) -> dict[str, Any]:
     stages: list[StageResult] = [state.result() for state in states]
-    metrics = read_json(ARTIFACTS / "evaluation" / "metrics.json") | read_json(ARTIFACTS / "parity" / "metrics.json")
+    metrics = read_scores(ARTIFACTS / "evaluation") | read_scores(ARTIFACTS / "parity")
     return {
         "changed": any(stage.outcome not in ("cached", "unchanged") for stage in stages),
         "stages": [{"stage": s.stage, "outcome": s.outcome, "seconds": s.seconds} for s in stages],

@@ -28,7 +28,7 @@ from pipeline.report.contents import System
 from pipeline.report.stage import write_stage_report
 from pipeline.scoring import Metrics, provenance, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, one_line, portable
-from pipeline.statistics import METRICS
+from pipeline.statistics import METRICS, headline, read_scores
 from pipeline.training.memory import in_fitting_batch
 from pipeline.weights.merging import MergeError, Merging, merge_adapter, require_mergeable
 
@@ -162,7 +162,7 @@ def evaluate_classes(params: EvaluateParams, dataset: Path, adapter: Path, outpu
             )
             pq.write_table(items[system], folder / f"items.{system}.parquet")
             metrics[system] = summarise(items[system], params)
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "scores.json", metrics)
         write_json(folder / "evaluation.json", provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"})
         base, candidate = (
             System(name, metrics[key], items[key]) for name, key in (("base", "base"), ("candidate", "adapter"))
@@ -222,13 +222,13 @@ def merge_classes(
         items = score_classes(test, predictions(logits[chosen], labels))
         metrics = summarise(items, evaluated)
         agreement = float((logits[chosen].argmax(axis=1) == expected.argmax(axis=1)).mean())
-        drop = {
-            m: metrics[m]["score"] - read_json(evaluation / "metrics.json")["adapter"][m]["score"] for m in SIGNATURES
-        }
+        scores = read_scores(evaluation)
+        drop = {m: metrics[m]["score"] - scores["adapter"][m]["score"] for m in SIGNATURES}
         _require_parity(params, agreement, errors[chosen], reach, drop)
         write_json(others / "exports.json", {})
         pq.write_table(items, proof / "items.merged.parquet")
-        write_json(proof / "metrics.json", {"merged": metrics})
+        write_json(proof / "scores.json", {"merged": metrics})
+        write_json(proof / "metrics.json", headline(metrics, scores["base"]))
         write_json(
             proof / "parity.json",
             {

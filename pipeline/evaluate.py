@@ -52,7 +52,7 @@ def evaluate(
 ) -> Evaluated:
     """Score the adapter and the untouched base, quantised as in training, on the same test prompts.
 
-    Writes to `output`: `metrics.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
+    Writes to `output`: `scores.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
     others 0–1), `items.base.parquet` and `items.adapter.parquet` (every answer with its scores), `prompts.json`
     (answers to `params.prompts`), `evaluation.json` (what the scores depend on: test split, decoding, signatures) and
     `report.md` and `report.html`; with `params.general` also `general.json`, `general.base.parquet` and
@@ -128,7 +128,7 @@ def evaluate(
             metrics[system] = summarise(items[system], params)
             if (general_answers := asked[system].general) is not None:
                 pq.write_table(general_answers, folder / f"general.{system}.parquet")
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "scores.json", metrics)
         if asked["base"].general is not None and asked["adapter"].general is not None:
             write_json(folder / "general.json", forgetting(asked["base"].general, asked["adapter"].general, params))
         if params.judge is not None and judge_by is not None:

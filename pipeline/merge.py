@@ -25,7 +25,7 @@ from pipeline.model import Quantisation, load_base, load_tuned, untuned, use_fre
 from pipeline.params import MergeParams
 from pipeline.scoring import Metrics, provenance, score_items, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, portable
-from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
+from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT, headline, read_scores
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
 from pipeline.weights.export import export
@@ -51,9 +51,10 @@ def merge(
 ) -> Merged:
     """Write the merged model to `output`, its other forms to `exports`, and to `parity` what was measured.
 
-    `parity` holds `parity.json` (how it was merged and how far it is from the adapter), `metrics.json` and
-    `items.merged.parquet`, and with `params.combine` the combined adapter that was merged. `exports` holds a folder for
-    each of `params.export`, and `exports.json`: their scores, and how far these are from the merged model's.
+    `parity` holds `parity.json` (how it was merged and how far it is from the adapter), `scores.json`, `metrics.json`
+    (what `dvc metrics` shows of them), `items.merged.parquet`, and with `params.combine` the combined adapter that was
+    merged. `exports` holds a folder for each of `params.export`, and `exports.json`: their scores, and how far these
+    are from the merged model's.
 
     Raises:
         MergeError: a module did not change, the merged model is further from the adapter than `params` allow, or
@@ -99,7 +100,7 @@ def merge(
             reach = _difference(expected, _logits(before, prompts[:LOGIT_PROMPTS]))
         if params.combine is None:
             expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
-            adapter_metrics = read_json(evaluation / "metrics.json")["adapter"]
+            adapter_metrics = read_scores(evaluation)["adapter"]
         else:
             answers = answer(quantised, "the combined adapter")
             expected_ids = [each.ids for each in answers]
@@ -126,7 +127,8 @@ def merge(
             },
         )
         pq.write_table(items, proof / "items.merged.parquet")
-        write_json(proof / "metrics.json", {"merged": metrics})
+        write_json(proof / "scores.json", {"merged": metrics})
+        write_json(proof / "metrics.json", headline(metrics, read_scores(evaluation)["base"]))
         write_json(
             proof / "parity.json",
             {

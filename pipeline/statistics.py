@@ -7,11 +7,14 @@ hard item does to both cancels out.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from pipeline.files import read_json
 
 METRICS = (
     *("accuracy", "macro_f1", "exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity"),
@@ -39,6 +42,23 @@ class Score:
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Scores of each system with intervals and slices: `scores.json` of an evaluation or a parity folder.
+
+    Versions published before it was called so have them in `metrics.json`.
+    """
+    path = folder / "scores.json"
+    scores: dict[str, Any] = read_json(path if path.is_file() else folder / "metrics.json")
+    return scores
+
+
+def headline(merged: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """What `dvc metrics` shows: each metric of the merged model, and of the base the two that say how far it came."""
+    numbers = {metric: merged[metric]["score"] for metric in METRICS if merged[metric]}
+    beside = {metric: base[metric]["score"] for metric in ("accuracy", "rougeL") if base[metric]}
+    return numbers | {"base": beside}
 
 
 def metric_items(items: pa.Table, metric: str) -> Items:

@@ -8,7 +8,7 @@ from pipeline.files import WORK_DIR, read_json, sha256_file, write_json
 MARKERS = {
     "prepare": "dataset/report.json",
     "train": "adapter/training.json",
-    "evaluate": "evaluation/metrics.json",
+    "evaluate": "evaluation/scores.json",
     "merge": "parity/parity.json",
 }
 

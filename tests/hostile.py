@@ -327,6 +327,7 @@ GOOD_NAMES = [
     "evaluation/judge.json",
     "evaluation/judge.parquet",
     "evaluation/metrics.json",
+    "evaluation/scores.json",
     "evaluation/prompts.json",
     "evaluation/report.md",
     "merged/added_tokens.json",
@@ -347,6 +348,7 @@ GOOD_NAMES = [
     "merged/vocab.txt",
     "parity/items.merged.parquet",
     "parity/metrics.json",
+    "parity/scores.json",
     "parity/parity.json",
 ]
 

@@ -274,10 +274,10 @@ def test_reviews_go_all_the_way_to_a_champion(tmp_path: Path, params: Params) ->
     subprocess.run([*command, "add", "-q", "data"], cwd=root, env=environment(), check=True)
     done = subprocess.run([*command, "repro"], cwd=root, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
-    metrics = read_json(root / "artifacts" / "evaluation" / "metrics.json")
+    metrics = read_json(root / "artifacts" / "evaluation" / "scores.json")
     assert metrics["adapter"]["accuracy"]["score"] > metrics["base"]["accuracy"]["score"]
     assert metrics["adapter"]["macro_f1"]["score"] > 0.8
-    merged = read_json(root / "artifacts" / "parity" / "metrics.json")["merged"]
+    merged = read_json(root / "artifacts" / "parity" / "scores.json")["merged"]
     assert merged["accuracy"] == metrics["adapter"]["accuracy"]
     said = retune(root, "classify", "--json", "Film 7 by director 123456: splendid.")
     [answer] = json.loads(said.stdout)

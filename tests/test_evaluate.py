@@ -22,7 +22,7 @@ from pipeline.statistics import METRICS, PERCENT
 
 
 def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:
-    metrics = read_json(evaluation / "metrics.json")
+    metrics = read_json(evaluation / "scores.json")
     assert list(metrics) == ["adapter", "base"]
     test = pq.read_table(dataset / "test.parquet")
     for scores in metrics.values():
@@ -40,7 +40,7 @@ def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluat
 
 
 def test_tuning_helps(evaluation: Path) -> None:
-    metrics = read_json(evaluation / "metrics.json")
+    metrics = read_json(evaluation / "scores.json")
     assert metrics["adapter"]["rougeL"]["low"] > metrics["base"]["rougeL"]["high"]
 
 

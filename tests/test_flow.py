@@ -20,6 +20,7 @@ import psutil
 import pytest
 from conftest import change_params, environment, make_project, retune, with_
 
+from pipeline.files import read_json
 from pipeline.params import Params
 
 WORSE = {"max_steps": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0}
@@ -225,10 +226,17 @@ def test_dvc_and_the_flow_see_each_others_work_as_done(root: Path) -> None:
     assert {stages[stage] for stage in ("prepare", "train", "evaluate", "merge")} == {"cached"}
 
 
-def test_dvc_shows_the_metrics(root: Path) -> None:
-    shown = json.loads(dvc(root, "metrics", "show", "--json"))
-    files = shown[""]["data"]
-    assert files["artifacts/evaluation/metrics.json"]["data"]["adapter"]["rougeL"]["score"] > 0
+def test_dvcs_own_commands_show_a_dozen_scores(root: Path) -> None:
+    [(path, shown)] = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"].items()
+    scores = read_json(root / "artifacts" / "parity" / "scores.json")["merged"]
+    assert path == "artifacts/parity/metrics.json"
+    assert {name: shown["data"].pop(name) for name in ["rougeL", "bleu"]} == {
+        name: scores[name]["score"] for name in ["rougeL", "bleu"]
+    }
+    assert len(shown["data"]) + len(shown["data"]["base"]) <= 12
+    assert len(dvc(root, "metrics", "diff").splitlines()) <= 13
+    [header, *_] = dvc(root, "exp", "show", "--only-changed", "--csv").splitlines()
+    assert "rougeL" in header and len(header.split(",")) < 40
 
 
 def test_a_worse_candidate_is_refused_with_both_numbers(root: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_gguf_file_says_what_the_merged_model_says_and_its_scores_are_recorded
     merge(chosen.merge, *inputs, *(tmp_path / name for name in OUTPUTS))
 
     records = read_json(tmp_path / "exports" / "exports.json")
-    merged_scores = read_json(tmp_path / "parity" / "metrics.json")["merged"]
+    merged_scores = read_json(tmp_path / "parity" / "scores.json")["merged"]
     assert merged_scores["accuracy"]["score"] > 0.5  # or any model would agree with it
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.arange(5, 45)[None]

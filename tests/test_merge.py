@@ -57,8 +57,8 @@ def test_the_base_that_is_measured_closer_is_chosen_and_both_errors_recorded(mer
 
 
 def test_merged_scores_are_the_adapters(merged: Path, evaluation: Path) -> None:
-    adapter_scores = read_json(evaluation / "metrics.json")["adapter"]
-    merged_scores = read_json(merged / "parity" / "metrics.json")["merged"]
+    adapter_scores = read_json(evaluation / "scores.json")["adapter"]
+    merged_scores = read_json(merged / "parity" / "scores.json")["merged"]
     assert merged_scores["perplexity"]["score"] == pytest.approx(adapter_scores["perplexity"]["score"], rel=0.01)
     assert {m: merged_scores[m] for m in METRICS if m != "perplexity"} == {
         m: adapter_scores[m] for m in METRICS if m != "perplexity"
@@ -139,14 +139,14 @@ def test_a_model_too_far_from_the_adapter_is_refused(
         merge(strict, dataset, adapter, evaluation, *places)
     better = tmp_path / "evaluation"
     shutil.copytree(evaluation, better)
-    scores = read_json(better / "metrics.json")
+    scores = read_json(better / "scores.json")
     scores["adapter"]["accuracy"]["score"] += 0.5
-    write_json(better / "metrics.json", scores)
+    write_json(better / "scores.json", scores)
     with pytest.raises(MergeError, match=r"accuracy of the merged model is 0.5000 below the adapter's; merge.max_metr"):
         merge(params.merge, dataset, adapter, better, *places)
-    scores = read_json(evaluation / "metrics.json")
+    scores = read_json(evaluation / "scores.json")
     scores["adapter"]["perplexity"]["score"] *= 0.9
-    write_json(better / "metrics.json", scores)
+    write_json(better / "scores.json", scores)
     with pytest.raises(MergeError, match=r"perplexity of the merged model is 1\d.\d\d% above the adapter's"):
         merge(params.merge, dataset, adapter, better, *places)
     assert not any(place.exists() for place in places)
@@ -260,7 +260,7 @@ def test_each_export_loads_as_it_is_and_its_scores_are_recorded(
     chosen = with_(params, merge={"export": ["bnb-4bit", "bnb-8bit"]}).merge
     merge(chosen, dataset, adapter, evaluation, *(tmp_path / name for name in ("out", "parity", "exports")))
     records = read_json(tmp_path / "exports" / "exports.json")
-    merged_scores = read_json(tmp_path / "parity" / "metrics.json")["merged"]
+    merged_scores = read_json(tmp_path / "parity" / "scores.json")["merged"]
     for kind, flag in (("bnb-4bit", "is_loaded_in_4bit"), ("bnb-8bit", "is_loaded_in_8bit")):
         folder = tmp_path / "exports" / kind
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -273,3 +273,11 @@ def test_each_export_loads_as_it_is_and_its_scores_are_recorded(
         score, whole = record["metrics"]["rougeL"]["score"], merged_scores["rougeL"]["score"]
         assert record["metric_difference"]["rougeL"] == score - whole
     assert records["bnb-8bit"]["metrics"]["accuracy"]["score"] > 0.5
+
+
+def test_dvcs_metrics_are_the_merged_scores_and_two_of_the_base(merged: Path, evaluation: Path) -> None:
+    shown = read_json(merged / "parity" / "metrics.json")
+    scores = read_json(merged / "parity" / "scores.json")["merged"]
+    base = read_json(evaluation / "scores.json")["base"]
+    assert shown.pop("base") == {metric: base[metric]["score"] for metric in ("accuracy", "rougeL") if base[metric]}
+    assert shown == {metric: scores[metric]["score"] for metric in METRICS if scores[metric]}

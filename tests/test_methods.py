@@ -98,7 +98,7 @@ def test_a_family_is_trained_evaluated_and_merged(
     settings = short(params, method, **UNPACKED.get(family, {}))
     done = trained(settings, own, tmp_path)
     assert done.steps == 4 and done.trainable_parameters > 0
-    answers = read_json(tmp_path / "evaluation" / "metrics.json")
+    answers = read_json(tmp_path / "evaluation" / "scores.json")
     assert answers["adapter"]["num_samples"] == answers["base"]["num_samples"] == 6
     if method not in PLAIN:
         with pytest.raises(MergeError, match="cannot be merged"):

@@ -46,7 +46,7 @@ def with_answers(items: pa.Table, **columns: list[Any]) -> pa.Table:
 
 @pytest.fixture(scope="session")
 def contents(evaluation: Path, dataset: Path, adapter: Path) -> Contents:
-    metrics = read_json(evaluation / "metrics.json")
+    metrics = read_json(evaluation / "scores.json")
     base, candidate = (
         System(name, metrics[key], pq.read_table(evaluation / f"items.{key}.parquet"))
         for name, key in (("base", "base"), ("candidate", "adapter"))
@@ -54,8 +54,8 @@ def contents(evaluation: Path, dataset: Path, adapter: Path) -> Contents:
     return stage_contents(base, candidate, dataset, adapter, evaluation)
 
 
-def test_the_bars_of_dvc_plots_are_the_scores_of_metrics_json(evaluation: Path, contents: Contents) -> None:
-    metrics = read_json(evaluation / "metrics.json")
+def test_the_bars_of_dvc_plots_are_the_scores_of_scores_json(evaluation: Path, contents: Contents) -> None:
+    metrics = read_json(evaluation / "scores.json")
     for file, task in (("scores.csv", None), ("tasks.csv", contents.slices("by_task")[0][0])):
         with (evaluation / file).open(encoding="utf-8", newline="") as text:
             bars = {row.pop("of"): {key: float(value) for key, value in row.items()} for row in csv.DictReader(text)}
@@ -91,7 +91,7 @@ def full(contents: Contents, params: Params) -> Contents:
 
 
 def test_the_stage_writes_both_pages_with_the_numbers_of_its_metrics(evaluation: Path) -> None:
-    metrics = read_json(evaluation / "metrics.json")
+    metrics = read_json(evaluation / "scores.json")
     text = (evaluation / "report.md").read_text()
     for name in ("accuracy", "bleu", "rougeL"):
         cells = " | ".join(interval(name, metrics[key][name]) for key in ("base", "adapter"))

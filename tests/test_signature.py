@@ -17,10 +17,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from versions import parameters, published, weights
+from versions import make_workspace, parameters, published, weights, write_lock
 
+from pipeline import graph, publish
 from pipeline import promote as gate
-from pipeline import publish
 from pipeline.files import write_json
 from pipeline.params import Params
 from pipeline.store.artifact_store import FileStore, StoreError, open_store
@@ -100,6 +100,18 @@ def test_a_signed_version_passes_every_check(signed: tuple[Path, Params, str]) -
     assert failed(params, root, version) == []
     data, sig = stored(root, version)
     assert signature.verify(params.publish, data, sig).startswith("key ")
+
+
+def test_a_version_of_an_earlier_release_with_its_scores_in_metrics_json_passes_every_check(tmp_path: Path) -> None:
+    params = parameters(tmp_path)
+    make_workspace(tmp_path, params)
+    for folder in ("evaluation", "parity"):
+        (tmp_path / "artifacts" / folder / "scores.json").rename(tmp_path / "artifacts" / folder / "metrics.json")
+    write_lock(tmp_path, params.model_dump())
+    version = graph.version_id(tmp_path)
+    manifest, _ = publish._upload(params.publish, open_store(params.publish, tmp_path), version, tmp_path)
+    assert {"evaluation/metrics.json", "parity/metrics.json"} <= set(manifest["files"])
+    assert failed(params, tmp_path, version) == []
 
 
 def test_openssfs_own_tool_verifies_a_downloaded_version(

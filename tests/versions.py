@@ -115,7 +115,7 @@ def make_workspace(
     (artifacts / "adapter" / "loss.csv").write_text("step,loss,validation_loss\n1,2.0,\n2,1.0,1.5\n")
     weights(artifacts / "adapter" / "adapter_model.safetensors", quality, 10)
     scores = {"base": _scores(base), "adapter": _scores(merged)}
-    write_json(artifacts / "evaluation" / "metrics.json", scores)
+    write_json(artifacts / "evaluation" / "scores.json", scores)
     (artifacts / "evaluation" / "report.md").write_text("# Evaluation\n")
     pq.write_table(base, artifacts / "evaluation" / "items.base.parquet")
     if forgets is not None:
@@ -126,7 +126,7 @@ def make_workspace(
         write_json(artifacts / "evaluation" / "general.json", {"rows": ITEMS})
     (artifacts / "parity").mkdir()
     pq.write_table(merged, artifacts / "parity" / "items.merged.parquet")
-    write_json(artifacts / "parity" / "metrics.json", {"merged": _scores(merged)})
+    write_json(artifacts / "parity" / "scores.json", {"merged": _scores(merged)})
     proof = {"base": "nf4", "token_agreement": 1.0, "identical_answers": 1.0, "prompts": ITEMS}
     write_json(artifacts / "parity" / "parity.json", proof | {"evaluation": evaluation})
     tree = params.model_dump()

@@ -20,7 +20,7 @@ from pipeline.versions.gate import WORDS, verdict_of
 
 Metrics = dict[str, Any]  # see pipeline/evaluate.py
 EXAMPLES = 10  # of the best differences, and of the worst
-MOST_TASKS = 20  # the largest; the others are in metrics.json
+MOST_TASKS = 20  # the largest; the others are in scores.json
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pipeline.report.contents import (
     training_facts,
 )
 from pipeline.report.evaluation_pages import write_report
+from pipeline.statistics import read_scores
 from pipeline.store.artifact_store import ArtifactStore, open_store
 from pipeline.versions.decisions import Record, read_log
 from pipeline.versions.manifest import Manifest, read_manifest
@@ -74,7 +75,7 @@ def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, r
     adapter, evaluation, parity = (
         fetch_version(store, manifest, part, work) for part in ("adapter", "evaluation", "parity")
     )
-    metrics = read_json(evaluation / "metrics.json") | read_json(parity / "metrics.json")
+    metrics = read_scores(evaluation) | read_scores(parity)
     base = System("base", metrics["base"], pq.read_table(evaluation / "items.base.parquet"))
     candidate = System("candidate", metrics["adapter"], pq.read_table(evaluation / "items.adapter.parquet"))
     merged = System("merged", metrics["merged"], pq.read_table(parity / "items.merged.parquet"))

@@ -20,7 +20,7 @@ PARTS = ("adapter", "evaluation", "merged", "parity")
 NAMES = {
     ".safetensors": r"(adapter_)?model(-\d{5}-of-\d{5})?",
     ".json": r"adapter_config|added_tokens|config|contract|evaluation|exports|general|generation_config|"
-    r"judge|metrics|model\.safetensors\.index|parity|prompts|special_tokens_map|tokenizer|tokenizer_config|training|vocab",
+    r"judge|metrics|model\.safetensors\.index|parity|prompts|scores|special_tokens_map|tokenizer|tokenizer_config|training|vocab",
     ".jinja": r"chat_template|additional_chat_templates/[a-z0-9][a-z0-9_-]{0,63}",
     ".model": r"tokenizer|spiece|sentencepiece\.bpe",
     ".txt": "merges|vocab",

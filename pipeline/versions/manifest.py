@@ -20,6 +20,7 @@ from pipeline.files import read_json, sha256_json
 from pipeline.params import PublishParams
 from pipeline.security.allowlist import strict_json
 from pipeline.security.sanitise import portable
+from pipeline.statistics import read_scores
 from pipeline.store.artifact_store import ArtifactStore, StoreError
 from pipeline.timings import stage_seconds
 
@@ -108,8 +109,7 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
             "publish": {"python": platform.python_version(), "retune": _retune_version()},
         },
         "contract": contract_digests(contract),
-        "metrics": read_json(artifacts / "evaluation" / "metrics.json")
-        | read_json(artifacts / "parity" / "metrics.json"),
+        "metrics": read_scores(artifacts / "evaluation") | read_scores(artifacts / "parity"),
         "evaluation": parity["evaluation"],
         "parity": {key: value for key, value in parity.items() if key != "evaluation"},
         "hardware": {"train": training["device"], "publish": f"{platform.machine()} {platform.system()}"},

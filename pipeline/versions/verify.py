@@ -205,10 +205,16 @@ def _check_lineage(manifest: Manifest, texts: dict[str, bytes]) -> Check:
         expected = found.get(inner) if inner else {k: v for k, v in found.items() if k != "evaluation"}
         if manifest[key] != expected:
             wrong.append(f"{key} is not that of {name}")
-    scores = files.get("evaluation/metrics.json", {}) | files.get("parity/metrics.json", {})
+    scores = _scores(files, "evaluation") | _scores(files, "parity")
     if manifest["metrics"] != scores:
-        wrong.append("metrics are not those of evaluation/metrics.json and parity/metrics.json")
+        wrong.append("metrics are not those of evaluation/scores.json and parity/scores.json")
     return Check("lineage", not wrong, "; ".join(wrong) or "contract, base model, metrics and parity as in the files")
+
+
+def _scores(files: dict[str, Any], folder: str) -> dict[str, Any]:
+    """As `statistics.read_scores`, of a version's parsed files."""
+    scores: dict[str, Any] = files.get(f"{folder}/scores.json", files.get(f"{folder}/metrics.json", {}))
+    return scores
 
 
 def _check_commit(manifest: Manifest, root: Path) -> Check:
