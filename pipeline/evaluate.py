@@ -74,7 +74,7 @@ def evaluate(
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     use_free_cores()
     test = test_items(dataset, params.max_samples)
-    prompts = test.column("input_ids").to_pylist()
+    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
     quantisation = read_json(adapter / "training.json")["quantisation"]
     made = {}
     if params.backend == "vllm":  # before another copy of the base is on the GPU
@@ -91,13 +91,13 @@ def evaluate(
     def ask(model: Any, system: str, **identifies: Any) -> _Asked:
         label = f"the {system}"
 
-        def answer(asked: list[list[int]], what: str = "") -> list[Answer]:
+        def answer(asked: list[list[int]], what: str = "", tools: list[str | None] | None = None) -> list[Answer]:
             keep = None
             if kept is not None:
                 keep = kept_file(kept, identifies, asked, params.max_new_tokens, template.stop_ids)
                 files.append(keep)
             limits = (params.max_new_tokens, params.batch_size)
-            return generate(model, template, asked, *limits, "evaluate", f"{label}{what}", keep)
+            return generate(model, template, asked, *limits, "evaluate", f"{label}{what}", keep, tools)
 
         def in_conversation(messages: list[list[dict[str, str]]]) -> list[Answer]:
             turns = [template.prompt_ids(one) for one in messages]
@@ -109,7 +109,11 @@ def evaluate(
             losses = sequence_losses(model, general.sequences, template.tokenizer.pad_token_id, "evaluate", label)
             items = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
         losses = reference_losses(model, template, test, "evaluate", label)
-        answers = [to_answer(ids, template) for ids in made[system]] if made else answer(prompts)
+        if made:
+            rows = zip(made[system], prompts, tools, strict=True)
+            answers = [to_answer(ids, template, prompt, offered) for ids, prompt, offered in rows]
+        else:
+            answers = answer(prompts, tools=tools)
         asked_turns = answer_turns(open_questions, in_conversation) if open_questions else []
         return _Asked(answers, losses, answer(extra, ", prompts") if extra else [], items, asked_turns)
 

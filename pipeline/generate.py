@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from pipeline.chat.responses import ToolCall, as_calls, read_response
 from pipeline.chat.template import ChatTemplate
+from pipeline.data.records import Message
 from pipeline.generation.kept import KeptAnswers
 from pipeline.generation.slots import Slots, fits
 from pipeline.model import ModelError
@@ -25,9 +27,18 @@ MIN_PREFIX = 8  # tokens that all prompts begin with; below, computing them once
 
 @dataclass(frozen=True)
 class Answer:
-    text: str
+    text: str  # without thinking and calls
     ids: list[int]  # new tokens, the end token included
-    cut_off: bool  # max_new_tokens came before the end token
+    cut_off: bool  # max_new_tokens came before the end token, or the thinking never ended
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def message(self) -> Message:
+        """As a turn of a conversation: the template decides what of it later turns see."""
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        return message | ({"tool_calls": as_calls(self.tool_calls)} if self.tool_calls else {})
 
 
 @torch.inference_mode()
@@ -40,11 +51,13 @@ def generate(
     stage: str,
     system: str,
     keep: Path | None = None,
+    tools: Sequence[str | None] | None = None,
 ) -> list[Answer]:
     """Answers to `prompts` (token ids), in their order. Greedy, so the same artifact always gives the same answers.
 
     Args:
         keep: file of answers, named after all that they depend on (`kept_file`): those in it are not made again.
+        tools: those on offer in each prompt, as JSON.
 
     Raises:
         ModelError: a prompt and its answer do not fit the model's context.
@@ -68,7 +81,8 @@ def generate(
             answers[left[place]] = ids
             kept.add(left[place], ids)
             progress.update(len(answers))
-    return [to_answer(answers[i], template) for i in range(len(prompts))]
+    offered = tools or [None] * len(prompts)
+    return [to_answer(answers[i], template, prompts[i], offered[i]) for i in range(len(prompts))]
 
 
 def new_tokens(
@@ -164,8 +178,8 @@ def _in_batches(
             yield i, new[: min(end + 1, limits[i])]
 
 
-def to_answer(ids: list[int], template: ChatTemplate) -> Answer:
-    """The text of new tokens, without the token that ends them."""
+def to_answer(ids: list[int], template: ChatTemplate, prompt: Sequence[int], tools: str | None = None) -> Answer:
+    """New tokens after `prompt` as thinking, text and calls."""
+    response = read_response(template, prompt, ids, tools)
     ended = bool(ids) and ids[-1] in template.stop_ids
-    text = template.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
-    return Answer(text, ids, cut_off=not ended)
+    return Answer(response.content, ids, not (ended and response.finished), response.reasoning, response.tool_calls)

@@ -76,13 +76,12 @@ def merge(
     settings = read_json(evaluation / "evaluation.json")
     evaluated = scoring_params(settings)
     test = test_items(dataset, evaluated.max_samples)
-    prompts = test.column("input_ids").to_pylist()
+    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
     quantisation = read_json(adapter / "training.json")["quantisation"]
 
     def answer(model: Any, system: str) -> list[Answer]:
-        return generate(
-            model, template, prompts, evaluated.max_new_tokens, evaluated.batch_size, "merge", system=system
-        )
+        limits = (evaluated.max_new_tokens, evaluated.batch_size)
+        return generate(model, template, prompts, *limits, "merge", system, tools=tools)
 
     def score(kind: str, folder: Path, place: Path) -> Metrics:
         return summarise(scored(export(kind, folder, place), f"the {kind} export")[0], evaluated)
@@ -156,12 +155,11 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
     use_free_cores()
     params = scoring_params(settings)
     test = test_items(dataset, params.max_samples)
-    prompts = [
-        template.prompt_ids(json.loads(messages), tools)
-        for messages, tools in zip(test.column("messages").to_pylist(), test.column("tools").to_pylist(), strict=True)
-    ]
+    messages, tools = (test.column(name).to_pylist() for name in ("messages", "tools"))
+    prompts = [template.prompt_ids(json.loads(m), offered) for m, offered in zip(messages, tools, strict=True)]
     model = load_base(local_source(model_folder))
-    answers = generate(model, template, prompts, params.max_new_tokens, params.batch_size, "promote", "the champion")
+    limits = (params.max_new_tokens, params.batch_size)
+    answers = generate(model, template, prompts, *limits, "promote", "the champion", tools=tools)
     losses = reference_losses(model, template, test, "promote", "the champion")
     items, signatures = score_items(test, answers, losses)
     with whole_directory(output) as folder:

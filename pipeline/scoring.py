@@ -150,7 +150,7 @@ def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]
     return {
         "test_sha256": read_json(dataset / "report.json")["test_sha256"],
         "params": params.model_dump(exclude=NOT_SCORED),
-        "decoding": "greedy",
+        "decoding": "greedy, scored without the thinking",
         "signatures": signatures,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }

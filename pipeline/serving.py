@@ -6,14 +6,17 @@ adapter that cannot share the base that is loaded.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from pipeline.chat.rendering import RowError
+from pipeline.chat.responses import read_response
 from pipeline.chat.template import (
     ChatTemplate,
     TemplateError,
@@ -102,9 +105,13 @@ class Talk:
 
     @torch.inference_mode()
     def answer(
-        self, messages: list[Message], max_new_tokens: int, on_text: Callable[[str], None] = lambda _: None
+        self,
+        messages: list[Message],
+        max_new_tokens: int,
+        on_text: Callable[[str], None] = lambda _: None,
+        on_reasoning: Callable[[str], None] = lambda _: None,
     ) -> Answer:
-        """The active model's greedy answer; `on_text` gets it piece by piece as it is made.
+        """The active model's greedy answer; `on_text` and `on_reasoning` get its parts piece by piece as they are made.
 
         Raises:
             RowError: the template refuses the conversation.
@@ -128,14 +135,14 @@ class Talk:
             "input_ids": tokens,
             "attention_mask": torch.ones_like(tokens),
             "generation_config": config,
-            "streamer": _Pieces(self.template, on_text),
+            "streamer": _Pieces(self.template, ids, on_text, on_reasoning),
         }
         if self._adapters[self.active] is None and hasattr(self.model, "disable_adapter"):
             with self.model.disable_adapter():
                 output = self.model.generate(**arguments)
         else:
             output = self.model.generate(**arguments)
-        return to_answer(output[0, len(ids) :].tolist(), self.template)
+        return to_answer(output[0, len(ids) :].tolist(), self.template, ids)
 
     def _load(self, name: str) -> str:
         folder = adapter_folder(self.params, name, self.root)
@@ -179,15 +186,39 @@ class Talk:
             )
 
 
-class _Pieces(TextStreamer):
-    """Hands on finished words, without what could move a terminal's cursor."""
+class _Pieces(BaseStreamer):
+    """Hands on thinking and text as they grow, without what could move a terminal's cursor."""
 
-    def __init__(self, template: ChatTemplate, on_text: Callable[[str], None]) -> None:
-        super().__init__(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+    def __init__(
+        self,
+        template: ChatTemplate,
+        prompt: list[int],
+        on_text: Callable[[str], None],
+        on_reasoning: Callable[[str], None],
+    ) -> None:
+        self.template, self.prompt = template, prompt
+        self.ids: list[int] | None = None  # the first that comes is the prompt
+        self.hands = {"reasoning": on_reasoning, "content": on_text}
+        self.shown = dict.fromkeys(self.hands, "")
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.on_text(printable(text))
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += value.flatten().tolist()
+        self._show(r"[<\[]\S*$|\ufffd$")  # what may be the beginning of a control token or of a character waits
+
+    def end(self) -> None:
+        self._show("(?!)")
+
+    def _show(self, waits: str) -> None:
+        response = read_response(self.template, self.prompt, self.ids or [])
+        for part, hand in self.hands.items():
+            text = printable(re.sub(waits, "", getattr(response, part) or "").rstrip())
+            more = text.removeprefix(self.shown[part])
+            if more and len(text) > len(self.shown[part]):
+                hand(more if len(more) < len(text) or not self.shown[part] else f"\n{text}")
+                self.shown[part] = text
 
 
 def printable(text: str) -> str:

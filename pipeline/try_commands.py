@@ -14,6 +14,7 @@ import typer
 from pipeline.commands import CommandError, Json, Version, find
 
 if TYPE_CHECKING:
+    from pipeline.generate import Answer
     from pipeline.serving import Talk
 
 HELP = """/adapter NAME   another model answers: base, workspace, champion, canary, v3 or a version's id
@@ -64,13 +65,13 @@ def chat(
     if prompt is None:
         _converse(talk, limit, start)
         return
-    shown = (lambda _: None) if json_output else _write
-    answer = talk.answer([*start, {"role": "user", "content": prompt}], limit, shown)
+    messages = [*start, {"role": "user", "content": prompt}]
     if json_output:
-        fields = {"model": talk.active, "answer": answer.text, "cut_off": answer.cut_off, "tokens": len(answer.ids)}
+        answer = talk.answer(messages, limit)
+        fields = {"model": talk.active} | _fields(answer) | {"tokens": len(answer.ids)}
         print(json.dumps(fields, ensure_ascii=False))
     else:
-        print(" […]" if answer.cut_off else "")
+        _show(talk, messages, limit)
 
 
 def predict(
@@ -102,7 +103,6 @@ def predict(
         label_confidences,
         load_for_batches,
         merged_folder,
-        printable,
         read_prompts,
     )
     from pipeline.training.combinations import CLASSIFICATION
@@ -129,8 +129,9 @@ def predict(
         limit = max_new_tokens or params.evaluate.max_new_tokens
         keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
         size = params.evaluate.batch_size
-        answers = generate(loaded, template, prompts, limit, size, "predict", identity["model"], keep)
-        results = [{"answer": printable(answer.text), "cut_off": answer.cut_off} for answer in answers]
+        offered = [tools for *_, tools in rows]
+        answers = generate(loaded, template, prompts, limit, size, "predict", identity["model"], keep, offered)
+        results = [_fields(answer) for answer in answers]
     else:
         progress = Progress("predict", len(rows), "lines")
         for done, (_, messages, tools) in enumerate(rows, start=1):
@@ -196,19 +197,49 @@ def _exchange(talk: "Talk", limit: int, messages: list[Any], question: str) -> l
     """The conversation after `question` and its answer; as before where there is none, or Ctrl-C cut it off."""
     asked = [*messages, {"role": "user", "content": question}]
     try:
-        answer = talk.answer(asked, limit, _write)
+        answer = _show(talk, asked, limit)
     except (ValueError, RuntimeError) as error:
         print(f"chat: {error}", file=sys.stderr)
         return messages
     except KeyboardInterrupt:
         print()
         return messages
+    return [*asked, answer.message()]
+
+
+def _show(talk: "Talk", messages: list[Any], limit: int) -> "Answer":
+    """Write the answer as it is made; its thinking dimmed before it, where a person looks on and not in a pipe."""
+    dim, plain, thinking = "\033[2m", "\033[0m", False
+
+    def reasoning(piece: str) -> None:
+        nonlocal thinking
+        if sys.stdout.isatty():
+            print(piece if thinking else f"{dim}{piece}", end="", flush=True)
+            thinking = True
+
+    def text(piece: str) -> None:
+        nonlocal thinking
+        print(f"{plain}\n\n{piece}" if thinking else piece, end="", flush=True)
+        thinking = False
+
+    try:
+        answer = talk.answer(messages, limit, text, reasoning)
+    finally:
+        print(plain if thinking else "", end="", flush=True)
     print(" […]" if answer.cut_off else "", flush=True)
-    return [*asked, {"role": "assistant", "content": answer.text}]
+    return answer
 
 
-def _write(piece: str) -> None:
-    print(piece, end="", flush=True)
+def _fields(answer: "Answer") -> dict[str, Any]:
+    """What programs are told of an answer; `reasoning` and `tool_calls` where there are any."""
+    from pipeline.serving import printable
+
+    fields: dict[str, Any] = {"answer": printable(answer.text), "cut_off": answer.cut_off}
+    if answer.reasoning is not None:
+        fields["reasoning"] = printable(answer.reasoning)
+    if answer.tool_calls:
+        fields["tool_calls"] = list(answer.tool_calls)
+    return fields
 
 
 def _ready() -> Any:
