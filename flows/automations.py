@@ -1,7 +1,7 @@
 """Automations as code: a run whose heartbeats stop is marked Crashed; failures, refusals and late runs are told.
 
 Whoever is to be told is a notification block of Prefect (Slack, e-mail, webhook), made once in the dashboard and named
-by RETUNE_ALERT_BLOCK, for example `slack-webhook/team`, where `python -m flows.deploy` runs.
+by RETUNE_ALERT_BLOCK, for example `slack-webhook/team`, where `python -m flows.setup` runs.
 """
 
 import os

@@ -10,6 +10,7 @@ from prefect.context import get_run_context
 from ruamel.yaml import YAML
 
 from pipeline.params import Params
+from pipeline.process import identity
 from pipeline.progress import clock
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
@@ -37,9 +38,10 @@ def tag_run(trigger: str, *more: str) -> None:
     run = getattr(context, "flow_run", None)
     if run is None:
         return
+    process = None if run.deployment_id else identity()  # a worker says it of its own
     tags = {*run.tags, "retune", f"trigger:{trigger}", *filter(None, [_data_tag()]), *more}
     with get_client(sync_client=True) as client:
-        client.update_flow_run(run.id, tags=sorted(tags))
+        client.update_flow_run(run.id, tags=sorted(tags), infrastructure_pid=process)
 
 
 def page(result: dict[str, Any], manifest: dict[str, Any], store: str, registry: str) -> str:

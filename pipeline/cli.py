@@ -70,6 +70,7 @@ def run(json_output: Json = False) -> None:
     from pipeline import graph, server
     from pipeline.data.snapshot import recover
     from pipeline.events import record_unchanged
+    from pipeline.flow_runs import close_lost_runs
     from pipeline.promote import history, settled
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
@@ -93,6 +94,7 @@ def run(json_output: Json = False) -> None:
         if up is None:
             print("run: starting the Prefect server (about 10 seconds)", file=sys.stderr, flush=True)
         with server.for_one_run() as prefect:
+            close_lost_runs(prefect.url)
             status = run_forwarding_sigterm(
                 python_ending_with_parent("flows", *(["--json"] if json_output else [])),
                 env=server.environment(Path("."), prefect.url)

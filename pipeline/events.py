@@ -6,10 +6,7 @@ Without a server nobody is waiting, and nothing is sent; a server that cannot be
 credentials of PREFECT_API_AUTH_STRING, undoes nothing.
 """
 
-import base64
-import json
 import os
-import urllib.request
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,20 +45,10 @@ def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
 def _post(path: str, body: Any, root: Path) -> Any:
     """The answer of the project's server, or the one of PREFECT_API_URL, to `body`; None if it did not take it."""
     up = server.running(root)
-    api = f"{up.url}/api" if up is not None else os.environ.get("PREFECT_API_URL")
-    if not api:
-        return None
-    request = urllib.request.Request(
-        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
-    credentials = os.environ.get("PREFECT_API_AUTH_STRING")
-    if up is None and credentials:  # those of the team's server; ours asks for none, and no redirect gets them
-        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.loads(answer.read() or b"{}")
-    except (OSError, ValueError):
-        return None
+    if up is not None:
+        return server.post(up.url, path, body)
+    url = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    return server.post(url, path, body, os.environ.get("PREFECT_API_AUTH_STRING")) if url else None
 
 
 def tell_updated(new_rows: int, min_new_rows: int, root: Path = Path(".")) -> bool:

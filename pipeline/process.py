@@ -9,12 +9,29 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def environment() -> dict[str, str]:
     """This process's environment with the programs beside its interpreter first on the PATH, for stage commands."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def identity(pid: int | None = None) -> str:
+    """What names this process, or the one with `pid`, and no later one that is given the same number."""
+    process = psutil.Process(pid)
+    return f"{process.pid}:{process.create_time()}"
+
+
+def lives(named: str | None) -> bool:
+    """Whether the process that `identity` named still runs."""
+    try:
+        pid = int((named or "").partition(":")[0])
+        return identity(pid) == named and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (ValueError, psutil.NoSuchProcess):
+        return False
 
 
 def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """The local Prefect server: found where `retune up` keeps one (`pipeline.stack`), else started for one run."""
 
+import base64
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -34,17 +36,23 @@ class Server:
 
 def environment(root: Path, url: str) -> dict[str, str]:
     """This process's environment with Prefect pointed at the server at `url`, its home in the project, no telemetry."""
-    return os.environ | {
-        "PREFECT_HOME": str((root / WORK_DIR / "prefect").resolve()),
-        "PREFECT_API_URL": f"{url}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "true",
-        # Runs killed with -9 must not keep a concurrency slot; the default storage forgets leases with the server.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        "PREFECT_CLI_COLORS": "false",
-        # A page in the user's browser can reach loopback: it may not read this server, nor send it JSON.
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},{url.replace(HOST, 'localhost')}",
-    }
+    password = own_password()
+    return (
+        os.environ
+        | ({"PREFECT_API_AUTH_STRING": password} if password else {})
+        | {
+            "PREFECT_HOME": str((root / WORK_DIR / "prefect").resolve()),
+            "PREFECT_API_URL": f"{url}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "true",
+            # Runs killed with -9 must not keep a concurrency slot; the default storage forgets leases with the server.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+            "PREFECT_CLI_COLORS": "false",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # by which flows.automations tells a dead worker's run
+            # A page in the user's browser can reach loopback: it may not read this server, nor send it JSON.
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},{url.replace(HOST, 'localhost')}",
+        }
+    )
 
 
 def running(root: Path = Path(".")) -> Server | None:
@@ -73,6 +81,11 @@ def for_one_run(root: Path = Path(".")) -> Iterator[Server]:
     """The server that is up, or one that lives as long as this block and dies with this process, kill -9 included."""
     server = running(root)
     if server is not None:
+        if post(server.url, "flow_runs/count", {}) is None:
+            raise ServerError(
+                f"the server at {server.url} does not take this project's requests; set PREFECT_API_AUTH_STRING to the "
+                "user:password that it was started with (PREFECT_SERVER_API_AUTH_STRING)"
+            )
         yield server
         return
     with socket.socket() as probe:
@@ -91,6 +104,29 @@ def healthy(url: str) -> bool:
             return bool(json.load(answer) is True)
     except (OSError, ValueError):
         return False
+
+
+def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
+    """What the Prefect server at `url` answers to `body`; None if it cannot be reached or does not take it.
+
+    Args:
+        password: `user:password`; without one, that of the local server.
+    """
+    request = urllib.request.Request(
+        f"{url}/api/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    if password := password or own_password():  # no redirect gets it
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(password.encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.loads(answer.read() or b"{}")
+    except (OSError, ValueError):
+        return None
+
+
+def own_password() -> str | None:
+    """`user:password` that the local server asks for, if it asks: the first variable is the one it was started with."""
+    return os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING")
 
 
 def _start(root: Path, port: int) -> subprocess.Popen[str]:

@@ -6,14 +6,12 @@ supervisor's death, find all of them, also those that a worker started. Refused:
 """
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +23,11 @@ import psutil
 
 from pipeline import server
 from pipeline.files import WORK_DIR, read_json, write_json
+from pipeline.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs
 from pipeline.handover import HandoverError, make_clone
 from pipeline.params import Params
 from pipeline.process import end_group, python_ending_with_parent
+from pipeline.run_lock import RunUnderWay, only_run
 from pipeline.server import HOST, STATE, ServerError
 
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
@@ -35,7 +35,7 @@ LOGS = WORK_DIR / "logs"
 CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains: it overwrites its working tree
 POOLS = {"cpu": None, "gpu": 1}  # concurrency limits
 READY_SECONDS = 180
-RESTARTS, WITHIN_SECONDS = 5, 300  # a service that dies more often is left dead, and said to be
+RESTARTS, WITHIN_SECONDS = 5, 300  # a service that dies more often is not started again until the next `retune up`
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Child:
     service: Service
     process: subprocess.Popen[str]
     deaths: list[float]
+    given_up: bool = False
 
 
 def services(params: Params) -> list[Service]:
@@ -157,7 +158,6 @@ def environment(root: Path, params: Params) -> dict[str, str]:
         MARK: project,
         "RETUNE_ROOT": project,  # where flows run; see prefect.yaml
         "PYTHONPATH": python_path,
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # by which flows.automations tells a dead worker's run
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that a registry does not need
         "RETUNE_STACK_PARAMS": params.model_dump_json(),  # the ports of the flags, which the file does not have
     }
@@ -171,7 +171,7 @@ def state(root: Path = Path(".")) -> dict[str, Any]:
         return {}
     for each in known.get("services", []):
         if not psutil.pid_exists(each["pid"]):
-            each["state"] = "dead"
+            each["state"] = "given up" if each["state"] == "given up" else "dead"
         elif each["health"] is not None and each["state"] == "running":
             each["state"] = "healthy" if _answers(each["health"]) else "does not answer"
     return known
@@ -181,6 +181,8 @@ def down(root: Path = Path(".")) -> bool:
     """Stop the stack and everything it started, runs that its workers have under way included; False if none ran."""
     process = server.supervisor(root)
     found = process is not None or bool(marked(root))
+    if (up := server.running(root)) is not None:
+        cancel_stack_runs(up.url, "`retune down` stopped it")
     if process is not None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGTERM)
@@ -252,15 +254,17 @@ def supervise(root: Path) -> None:
 
     try:
         for service in services(params):
-            if service.name.endswith("-worker") and not any(c.service.name.endswith("-worker") for c in children):
-                note(doing="making the work pools and deployments")
-                make_pools(known["url"])
-                deploy(root)
             note(doing=f"starting {service.name}")
             if service.name == "gpu-worker" and params.operations.train_pool == "gpu":
                 make_clone(root / CLONE, params.operations.git_remote, root)
             children.append(Child(service, _start(root, service), []))
             _wait_healthy(children[-1], stopping)
+            if service.name == "prefect-server" and not stopping:
+                note(doing="making the work pools and deployments")
+                close_stack_runs(known["url"])
+                with contextlib.suppress(RunUnderWay), only_run():  # whoever holds the lock does it
+                    close_lost_runs(known["url"])
+                set_up(root)
         note(ready=True, doing="")
         while not stopping:
             time.sleep(0.5)
@@ -284,26 +288,36 @@ def _row(child: Child, ready: bool) -> dict[str, Any]:
         "pid": child.process.pid,
         "url": service.url,
         "health": service.health,
-        "state": "failed" if child.process.poll() is not None else "running" if ready else "starting",
+        "state": _state_of(child, ready),
         "restarts": len(child.deaths),
         "log": str(LOGS / f"{service.name}.log"),
     }
+
+
+def _state_of(child: Child, ready: bool) -> str:
+    if child.given_up:
+        return "given up"
+    if child.process.poll() is not None:
+        return "failed"
+    return "running" if ready else "starting"
 
 
 def _restart_dead(root: Path, children: list[Child]) -> bool:
     """Start again what died, unless it dies again and again; returns whether anything changed."""
     changed = False
     for child in children:
-        recent = [death for death in child.deaths if time.monotonic() - death < WITHIN_SECONDS]
-        if child.process.poll() is None or len(recent) > RESTARTS:
+        if child.process.poll() is None or child.given_up:
             continue
-        child.deaths.append(time.monotonic())
+        recent = [death for death in child.deaths if time.monotonic() - death < WITHIN_SECONDS]
+        child.given_up = len(recent) >= RESTARTS
         changed = True
         # Whatever it had started (a run on a killed worker, say) must not go on beside its successor.
         end_group(child.process, grace=5)
         _end_orphans(root)
-        if len(recent) < RESTARTS:
-            print(f"{child.service.name} ended with status {child.process.returncode}; it is started again", flush=True)
+        next_step = "it is not started again until the next `retune up`" if child.given_up else "it is started again"
+        print(f"{child.service.name} ended with status {child.process.returncode}; {next_step}", flush=True)
+        if not child.given_up:
+            child.deaths.append(time.monotonic())
             child.process = _start(root, child.service)
     return changed
 
@@ -352,36 +366,19 @@ def _reaper(root: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def make_pools(url: str) -> None:
-    """The work pools, each with its concurrency limit; one that is there keeps what was set in the dashboard.
+def set_up(root: Path) -> None:
+    """Work pools, automations and deployments, in a process of its own: this one does not know Prefect.
 
-    All of them, with or without a worker here: deployments name them.
-    """
-    for pool in POOLS:
-        body = {"name": pool, "type": "process", "concurrency_limit": POOLS[pool]}
-        request = urllib.request.Request(
-            f"{url}/api/work_pools/", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            urllib.request.urlopen(request, timeout=30).close()
-        except urllib.error.HTTPError as error:
-            if error.code != 409:  # it is there
-                raise ServerError(f"the work pool {pool} could not be made: {error}") from None
-
-
-def deploy(root: Path) -> None:
-    """Every deployment of prefect.yaml, in a process of its own: this one does not know Prefect.
+    All pools, with or without a worker here: deployments name them.
 
     Raises:
         ServerError: it failed.
     """
-    if not (root / "prefect.yaml").is_file():
-        return
-    command = python_ending_with_parent("flows.deploy")
-    with (root / LOGS / "deploy.log").open("a") as log:
+    command = python_ending_with_parent("flows.setup")
+    with (root / LOGS / "setup.log").open("a") as log:
         done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        raise ServerError(f"`python -m flows.deploy` failed; its log is {LOGS / 'deploy.log'}")
+        raise ServerError(f"`python -m flows.setup` failed; its log is {LOGS / 'setup.log'}")
 
 
 def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None) -> Params:

@@ -311,7 +311,7 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
         for code in (
             f"from prefect.blocks.notifications import CustomWebhookNotificationBlock as Block\n"
             f"Block(name='team', url={hook[0]!r}, json_data={{'text': '{{{{subject}}}}: {{{{body}}}}'}}).save('team')",
-            "import runpy; runpy.run_module('flows.deploy', run_name='__main__')",
+            "import runpy; runpy.run_module('flows.setup', run_name='__main__')",
         ):
             done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True)
             assert done.returncode == 0, done.stderr.decode()

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -113,6 +114,30 @@ def test_supervisor_and_reaper_killed_together_leave_nothing_after_down(root: Pa
         process.kill()
     retune(root, "down")
     assert stack.marked(root) == []
+
+
+def test_a_service_that_dies_again_and_again_is_given_up_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[stack.Service] = []
+
+    def start(root: Path, service: stack.Service) -> subprocess.Popen[str]:
+        started.append(service)
+        process = subprocess.Popen(["false"], text=True, start_new_session=True)
+        process.wait()
+        return process
+
+    monkeypatch.setattr(stack, "_start", start)
+    monkeypatch.setattr(stack, "WITHIN_SECONDS", 3)
+    service = stack.Service("cpu-worker", ())
+    child = stack.Child(service, start(tmp_path, service), [])
+    while stack._restart_dead(tmp_path, [child]):
+        pass
+    assert len(started) == 1 + stack.RESTARTS
+    assert stack._row(child, ready=True)["state"] == "given up"
+    time.sleep(3)  # its deaths are no longer recent
+    assert not stack._restart_dead(tmp_path, [child])
+    assert len(started) == 1 + stack.RESTARTS
 
 
 def test_a_registry_elsewhere_gets_no_second_server(params: Params) -> None:

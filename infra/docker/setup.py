@@ -4,7 +4,6 @@ What is there already stays. Run by `worker.sh setup` in a clone of the project,
 the environment; it fails if one of them refuses.
 """
 
-import asyncio
 import base64
 import json
 import os
@@ -12,8 +11,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-
-POOLS = {"cpu": None, "gpu": 1}  # concurrency limits, as pipeline.stack has them
 
 
 def bucket() -> None:
@@ -44,21 +41,7 @@ def registry_user() -> None:
             sys.exit(f"MLflow's user {user} could not be made: {error}: {answer}")
 
 
-async def pools() -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists
-
-    async with get_client() as client:
-        for name, limit in POOLS.items():
-            try:
-                await client.create_work_pool(WorkPoolCreate(name=name, type="process", concurrency_limit=limit))
-            except ObjectAlreadyExists:
-                print(f"the pool {name} is there; it stays as it is")
-
-
 if __name__ == "__main__":
     bucket()
     registry_user()
-    asyncio.run(pools())
-    subprocess.run([sys.executable, "-m", "flows.deploy"], check=True)
+    subprocess.run([sys.executable, "-m", "flows.setup"], check=True)

@@ -1,0 +1,131 @@
+"""A real Prefect server that asks for a password: our own requests are taken, and runs that nobody runs are closed."""
+
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT
+from test_stack import free_port
+
+from pipeline import flow_runs, server
+from pipeline.events import emit, record_unchanged
+from pipeline.files import write_json
+from pipeline.process import end_group, identity, lives
+
+PASSWORD = "admin:secret"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder whose server is up; for its supervisor stands this process."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_SERVER_API_AUTH_STRING", PASSWORD)
+        patch.delenv("PREFECT_API_URL", raising=False)
+        child = server._start(folder, port)
+        me = psutil.Process()
+        known = {"pid": me.pid, "create_time": me.create_time(), "url": f"http://{server.HOST}:{port}"}
+        write_json(folder / server.STATE, known)
+        yield folder
+        end_group(child, grace=10)
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> str:
+    up = server.running(root)
+    assert up is not None
+    return up.url
+
+
+def prefect(url: str, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=server.environment(root, url), capture_output=True, text=True)
+
+
+def begin(url: str, state: str, process: str | None, deployment: str | None = None) -> str:
+    flow = server.post(url, "flows/", {"name": "retrain"})["id"]
+    run = server.post(url, "flow_runs/", {"flow_id": flow, "deployment_id": deployment, "state": {"type": state}})
+    request = urllib.request.Request(
+        f"{url}/api/flow_runs/{run['id']}", f'{{"infrastructure_pid": "{process}"}}'.encode(), method="PATCH"
+    )
+    request.add_header("Content-Type", "application/json")
+    request.add_header("Authorization", "Basic YWRtaW46c2VjcmV0")
+    if process is not None:
+        urllib.request.urlopen(request).close()
+    return str(run["id"])
+
+
+def states(url: str) -> dict[str, str]:
+    return {run["id"]: run["state_name"] for run in server.post(url, "flow_runs/filter", {})}
+
+
+def test_our_own_requests_carry_the_password_of_the_server(
+    root: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert emit("dataset.updated", "retune.dataset", {}, root)
+    assert record_unchanged("version v1", root)
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "team:other")  # of another server
+    assert server.environment(root, url)["PREFECT_API_AUTH_STRING"] == PASSWORD
+    with server.for_one_run(root) as found:
+        assert found.url == url
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING")  # now another shell's
+    assert not emit("dataset.updated", "retune.dataset", {}, root)
+    with pytest.raises(server.ServerError, match="PREFECT_API_AUTH_STRING"), server.for_one_run(root):
+        pass
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", PASSWORD)
+    assert emit("dataset.updated", "retune.dataset", {}, root)
+
+
+def test_pools_automations_and_deployments_are_made_once_and_prefect_lists_them(root: Path, url: str) -> None:
+    for _ in range(2):
+        done = prefect(url, root, "flows.setup")
+        assert done.returncode == 0, done.stdout + done.stderr
+    deployments = server.post(url, "deployments/filter", {})
+    assert len(deployments) == 7
+    assert all("RETUNE_ROOT" in str(each["pull_steps"]) for each in deployments)  # the worker's, not this machine's
+    names = [each["name"] for each in server.post(url, "automations/filter", {})]
+    assert len(names) == len(set(names)) == 3
+    pools = {each["name"]: each["concurrency_limit"] for each in server.post(url, "work_pools/filter", {})}
+    assert pools == {"cpu": None, "gpu": 1}
+    for kind in ("deployment", "work-pool"):  # newer FastAPIs answer them 422
+        listed = prefect(url, root, "prefect", kind, "ls")
+        assert listed.returncode == 0, listed.stdout + listed.stderr
+
+
+def test_runs_whose_process_is_gone_are_closed_and_living_and_waiting_ones_stay(root: Path, url: str) -> None:
+    killed = subprocess.Popen(["sleep", "60"])
+    gone, later = identity(killed.pid), f"{os.getpid()}:1.5"
+    killed.kill()
+    killed.wait()
+    assert not lives(gone) and not lives(later) and not lives(None) and lives(identity())
+    deployment = server.post(url, "deployments/filter", {})[0]["id"]
+    lost = [begin(url, "RUNNING", gone), begin(url, "RUNNING", later), begin(url, "PENDING", None)]
+    mine, waiting = begin(url, "RUNNING", identity()), begin(url, "PAUSED", gone)
+    deployed = [begin(url, state, "1", deployment) for state in ("RUNNING", "PENDING", "PAUSED")]
+    flow_runs.close_lost_runs(url)
+    found = states(url)
+    assert [found[run] for run in lost] == ["Crashed"] * 3
+    assert (found[mine], found[waiting]) == ("Running", "Paused")
+    assert [found[run] for run in deployed] == ["Running", "Pending", "Paused"]
+    flow_runs.close_stack_runs(url)
+    found = states(url)
+    assert [found[run] for run in deployed] == ["Crashed"] * 3
+    assert found[mine] == "Running"
+
+
+def test_runs_of_a_stack_that_goes_down_are_cancelled_with_the_reason(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow_runs, "KILL_SECONDS", 1)  # no worker is there to end it
+    deployment = server.post(url, "deployments/filter", {})[0]["id"]
+    run, ended = begin(url, "RUNNING", "1", deployment), begin(url, "COMPLETED", "1", deployment)
+    flow_runs.cancel_stack_runs(url, "somebody said so")
+    found: dict[str, Any] = {each["id"]: each["state"] for each in server.post(url, "flow_runs/filter", {})}
+    assert (found[run]["type"], found[run]["message"]) == ("CANCELLED", "somebody said so")
+    assert found[ended]["type"] == "COMPLETED"
