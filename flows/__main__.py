@@ -18,7 +18,8 @@ def main() -> None:
     redact_process()
     graph.load_dvc()  # while Prefect loads too
     with quick_imports():
-        from flows.retrain import retrain, show
+        from flows.retrain import retrain
+        from flows.summary import show
     try:
         state: Any = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
         result: dict[str, Any] = state.result()

@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 import flows.retrain as story
-from flows.summary import tag_run
+from flows.summary import tag_run, verdict
 from pipeline import graph
 from pipeline import promote as gate
 from pipeline.data.snapshot import recover
@@ -105,8 +105,8 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
         if force and not reason.strip():
             raise ValueError("force needs a reason: the history keeps why the gate was overruled")
         decision = gate.promote(params.publish, params.promote, version, force=reason if force else None)
-    create_markdown_artifact(story.verdict(asdict(decision)), key="verdict")
-    return Completed(name=decision.decision.capitalize(), message=decision.reason, data=asdict(decision))
+    create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
+    return Completed(name=decision.word.capitalize(), message=decision.reason, data=asdict(decision))
 
 
 @flow(name="rollback")
@@ -144,7 +144,9 @@ def evaluate_champion() -> State[Any]:
     except RunUnderWay as error:
         return Completed(name="Skipped", message=str(error))
     said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
-    create_markdown_artifact(f"**{version}**: {said}", key="champion")
+    create_markdown_artifact(
+        f"**{version}**: {said}", key="champion", description="The champion scored on today's test split"
+    )
     if now <= then["high"] if metric in LOWER_IS_BETTER else now >= then["low"]:
         return Completed(name="Holds", message=said)
     emit(CHAMPION_REGRESSED, "retune.champion", {"version": version, "metric": metric, "score": now})

@@ -27,26 +27,23 @@ from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed, Running
-from rich.console import Console
-from rich.table import Table
 
 from flows.gpu import train_on_pool
-from flows.summary import show_run, tag_run
+from flows.summary import show_run, tag_run, verdict
 from pipeline import graph
 from pipeline import promote as gate
 from pipeline import publish as shipping
-from pipeline.commands import verdict_table
 from pipeline.data.snapshot import recover
 from pipeline.git_record import GitRecordError, record_version
 from pipeline.params import Params
 from pipeline.progress import LINE, clock
+from pipeline.report.tables import score_rows
 from pipeline.report.whole import report_decision
 from pipeline.security.redact import redact, redacted_errors
 from pipeline.settings import load_params
 from pipeline.statistics import METRICS, read_scores
 from pipeline.store.artifact_store import open_store
 from pipeline.training.pin import pin_champion
-from pipeline.versions.gate import verdict_rows
 
 ARTIFACTS = Path("artifacts")
 # What DVC says after each stage, for people who type `dvc repro`.
@@ -125,7 +122,8 @@ def ingest() -> State[Any]:
 @task
 def prepare() -> State[Any]:
     result = _repro("prepare")
-    create_markdown_artifact((ARTIFACTS / "dataset" / "report.md").read_text(), key="data-report")
+    report = (ARTIFACTS / "dataset" / "report.md").read_text()
+    create_markdown_artifact(report, key="data-report", description="What became of every row of the data")
     return result
 
 
@@ -147,12 +145,9 @@ def train(params: Params) -> State[Any]:
 def evaluate() -> State[Any]:
     result = _repro("evaluate")
     metrics = read_scores(ARTIFACTS / "evaluation")
-    rows = [
-        {"metric": metric} | {system: _interval(scores[metric]) for system, scores in metrics.items()}
-        for metric in METRICS
-    ]
-    create_table_artifact(rows, key="metrics", description="Test scores with 95 % intervals")
-    create_markdown_artifact((ARTIFACTS / "evaluation" / "report.md").read_text(), key="evaluation-report")
+    create_table_artifact(score_rows(metrics), key="metrics", description="Test scores with 95 % intervals")
+    report = (ARTIFACTS / "evaluation" / "report.md").read_text()
+    create_markdown_artifact(report, key="evaluation-report", description="The candidate before merge against the base")
     return result
 
 
@@ -167,8 +162,10 @@ def publish(params: Params) -> State[Any]:
     started = time.monotonic()
     published = shipping.publish(params.publish)
     store = open_store(params.publish)
-    create_link_artifact(f"{store.uri}/versions/{published.version}/manifest.json", "manifest", key="version")
-    create_link_artifact(ARTIFACTS.resolve().as_uri(), "artifacts of this run", key="files")
+    link = f"{store.uri}/versions/{published.version}/manifest.json"
+    create_link_artifact(link, "manifest", key="version", description="The published version: its files and lineage")
+    folder = ARTIFACTS.resolve().as_uri()
+    create_link_artifact(folder, "artifacts of this run", key="files", description="The workspace's files")
     return _state("publish", "ran" if published.created else "cached", started, asdict(published))
 
 
@@ -179,7 +176,7 @@ def promote(params: Params) -> State[Any]:
     decision = gate.promote(params.publish, params.promote)
     if decision.decision == "promoted" and params.operations.git_branch is not None:
         _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)
-    create_markdown_artifact(verdict(asdict(decision)), key="verdict")
+    create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
     _report(params, decision)
     return _state("promote", decision.decision, started, asdict(decision))
 
@@ -199,7 +196,7 @@ def approve(params: Params, version: str, answer: Approval) -> State[Any]:
     started = time.monotonic()
     actor = f"{answer.your_name} (dashboard)"
     decision = gate.approve(params.publish, params.promote, version, answer.approve, answer.reason, actor)
-    create_markdown_artifact(verdict(asdict(decision)), key="verdict")
+    create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
     _report(params, decision)
     return _state("approve", decision.decision, started, asdict(decision))
 
@@ -209,7 +206,9 @@ def _report(params: Params, decision: gate.Decision) -> None:
     decision.warnings.extend(report_decision(params.publish, decision.version, ARTIFACTS))
     page = ARTIFACTS / "report.md"
     if page.is_file():
-        create_markdown_artifact(page.read_text(), key="report")
+        create_markdown_artifact(
+            page.read_text(), key="report", description="The whole evaluation report of the version"
+        )
 
 
 def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
@@ -240,18 +239,6 @@ def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
         return result
     answered: StageResult = approve(params, decision["version"], answer).result()
     return result | {"decision": answered.detail}
-
-
-def verdict(decision: dict[str, Any]) -> str:
-    """A decision as Markdown, for people in the dashboard."""
-    name = f"v{decision['number']}" if decision["number"] else decision["version"]
-    lines = [f"**{decision['decision']}**: {name}: {decision['reason']}", ""]
-    rows = verdict_rows(decision["comparison"])
-    if rows:
-        lines += ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-        lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    lines += ["", *(f"- {note}" for note in [*decision["notes"], *decision["warnings"]])]
-    return "\n".join(lines)
 
 
 def summary(states: list[State[Any]]) -> dict[str, Any]:
@@ -301,40 +288,5 @@ def _state(stage: str, outcome: str, started: float, detail: Any = None) -> Stat
     return Completed(name=outcome.capitalize(), message=f"{stage} {outcome} in {clock(result.seconds)}", data=result)
 
 
-def _interval(score: dict[str, float] | None) -> str:
-    return "–" if score is None else f"{score['score']:.3g} ({score['low']:.3g} to {score['high']:.3g})"
-
-
 def _say(line: str) -> None:
     print(line, flush=True, file=sys.stderr if "--json" in sys.argv else sys.stdout)
-
-
-def show(result: dict[str, Any], seconds: float) -> None:
-    """What a person wants to know at the end, in the order they ask it."""
-    if not result["changed"]:
-        print("Nothing to do: data, parameters and code are those of the last run.")
-    console = Console(width=110)
-    metrics = result["metrics"]
-    table = Table("metric", *metrics, title="Test scores (95 % interval)", title_justify="left")
-    for metric in METRICS:
-        table.add_row(metric, *(_interval(scores[metric]) for scores in metrics.values()))
-    console.print(table)
-    table = Table("stage", "outcome", "time", title="Stages", title_justify="left")
-    for stage in result["stages"]:
-        table.add_row(stage["stage"], stage["outcome"], clock(stage["seconds"]))
-    table.add_row("all", "", clock(seconds))
-    console.print(table)
-    version, decision = result["version"], result["decision"]
-    alias = " (champion)" if decision["champion"] == version["version"] else ""
-    print(
-        f"Version   v{version['number']} {version['version']}{alias}"
-        + ("" if version["created"] else ", published before")
-    )
-    print(f"Verdict   {decision['decision']}: {decision['reason']}")
-    if decision["comparison"]:
-        console.print(verdict_table(decision["comparison"]))
-    for line in [*decision["notes"], *decision["warnings"]]:
-        print(f"          {line}")
-    if decision["decision"] == "proposed":
-        print("          it waits for a person: `retune promote --approve`, or `--reject --reason …`")
-    print("Files     artifacts/merged is the model, artifacts/report.html the report")

@@ -7,23 +7,27 @@ from typing import Any
 from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import get_run_context
+from rich.console import Console
 from ruamel.yaml import YAML
 
+from pipeline.commands import WIDTH, verdict_lines, verdict_table
 from pipeline.params import Params
 from pipeline.process import identity
 from pipeline.progress import clock
-from pipeline.statistics import METRICS
+from pipeline.report.tables import markdown, score_rows, terminal
 from pipeline.store.artifact_store import open_store
 from pipeline.versions.compare import BASE
-from pipeline.versions.gate import verdict_rows
+from pipeline.versions.decisions import name_of
 from pipeline.versions.manifest import read_manifest
+from pipeline.versions.verdict import P_NOTE, verdict_rows
 
 
 def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:
     """The page of a whole run as artifact `run`, and its tags: trigger, data, model, decision."""
     store = open_store(params.publish)
     manifest = read_manifest(store, result["version"]["version"]) or {}
-    create_markdown_artifact(page(result, manifest, store.uri, params.publish.tracking_uri), key="run")
+    text = page(result, manifest, store.uri, params.publish.tracking_uri)
+    create_markdown_artifact(text, key="run", description=result["decision"]["title"])
     version = result["version"]
     model = f"{params.publish.registered_model_name}-v{version['number']}" if version["number"] else version["version"]
     tag_run(trigger, f"model:{model}", result["decision"]["decision"])
@@ -44,22 +48,21 @@ def tag_run(trigger: str, *more: str) -> None:
         client.update_flow_run(run.id, tags=sorted(tags), infrastructure_pid=process)
 
 
+def verdict(decision: dict[str, Any]) -> str:
+    """A decision as Markdown: three lines for a person, then the gate's numbers."""
+    lines = [f"**{decision['title']}.**", "", f"{decision['reason']}."]
+    lines += ["", f"Next: {decision['next']}."] if decision["next"] else []
+    if rows := verdict_rows(decision["comparison"]):
+        lines += ["", *markdown(rows), "", P_NOTE]
+    return "\n".join([*lines, "", *(f"- {note}" for note in [*decision["notes"], *decision["warnings"]])])
+
+
 def page(result: dict[str, Any], manifest: dict[str, Any], store: str, registry: str) -> str:
     """Markdown: verdict, scores of base, champion and candidate, stages, cost, and where everything lies."""
     version, decision = result["version"], result["decision"]
-    name = f"v{version['number']}" if version["number"] else version["version"]
-    lines = [f"# {decision['decision'].capitalize()}: {name}", "", decision["reason"], ""]
-    lines += [f"- {note}" for note in [*decision["notes"], *decision["warnings"]]]
-    lines += ["", "## Test scores", "", "| metric | base | champion | candidate |", "|---|---|---|---|"]
-    serving = decision["comparison"] if decision["against"] != BASE else {}
-    for metric in METRICS:
-        base, candidate = (result["metrics"][system][metric] for system in ("base", "merged"))
-        champion = serving.get(metric, {}).get("champion")
-        cells = [_score(base and base["score"]), _score(champion), _score(candidate and candidate["score"])]
-        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-    if rows := verdict_rows(decision["comparison"]):
-        lines += ["", "## The gate", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-        lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    name = name_of(version["version"], version["number"])
+    lines = [f"# {decision['decision'].capitalize()}: {name}", "", verdict(decision)]
+    lines += ["", "## Test scores", "", *markdown(score_rows(_systems(result)))]
     lines += ["", "## Stages", "", "| stage | outcome | time |", "|---|---|---|"]
     lines += [f"| {each['stage']} | {each['outcome']} | {clock(each['seconds'])} |" for each in result["stages"]]
     lines += [f"| all | | {clock(sum(each['seconds'] for each in result['stages']))} |", ""]
@@ -69,12 +72,38 @@ def page(result: dict[str, Any], manifest: dict[str, Any], store: str, registry:
     lines.append("- cost: " + (unknown if cost["total"] is None else f"{cost['total']:.2f}"))
     lines.append(f"- version: `{store}/versions/{version['version']}/manifest.json`")
     link = f"[{registry}]({registry})" if registry.startswith("http") else f"`{registry}`"
-    lines.append(f"- registry: {link}; the whole report is the artifact `evaluation-report`")
+    lines.append(f"- registry: {link}; the whole report is the artifact `report`")
     return "\n".join(lines) + "\n"
 
 
-def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def _systems(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of each system; of a champion those that the gate compared, without intervals."""
+    metrics, decision = result["metrics"], result["decision"]
+    compared = decision["comparison"] if decision["against"] != BASE else {}
+    scores = {metric: {"score": row["champion"]} for metric, row in compared.items() if row["champion"] is not None}
+    champion = {"champion": scores} if scores else {}
+    return {"base": metrics["base"], **champion, "adapter": metrics["adapter"], "merged": metrics["merged"]}
+
+
+def show(result: dict[str, Any], seconds: float) -> None:
+    """What a person wants to know at the end, on the terminal: the verdict first, then the numbers."""
+    version, decision = result["version"], result["decision"]
+    if not result["changed"]:
+        print("Nothing to do: data, parameters and code are those of the last run.")
+    print("\n".join(verdict_lines(decision["title"], decision["reason"], decision["next"])))
+    for line in [*decision["notes"], *decision["warnings"]]:
+        print(f"         {line}.")
+    console = Console(width=WIDTH, highlight=False)
+    if decision["comparison"]:
+        console.print(verdict_table(decision["comparison"]))
+        print(P_NOTE)
+    console.print(terminal(score_rows(_systems(result)), "Test scores (95 % interval)"))
+    stages = [{"stage": s["stage"], "outcome": s["outcome"], "time": clock(s["seconds"])} for s in result["stages"]]
+    console.print(terminal([*stages, {"stage": "all", "outcome": "", "time": clock(seconds)}], "Stages"))
+    alias = " (champion)" if decision["champion"] == version["version"] else ""
+    before = "" if version["created"] else ", published before"
+    print(f"Version  {name_of(version['version'], version['number'])}{alias}{before}, id {version['version']}")
+    print("Files    artifacts/merged is the model, artifacts/report.html the report")
 
 
 def _data_tag() -> str | None:

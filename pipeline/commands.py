@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.versions.decisions import name_of
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Version = Annotated[str | None, typer.Argument(help="v3, 3, champion, canary or a version's id; else the workspace's.")]
 Reason = Annotated[str, typer.Option(help="Kept in the history.")]
@@ -32,21 +34,21 @@ def publish(json_output: Json = False) -> None:
         print(json.dumps(asdict(result)))
     elif result.created:
         megabytes = f"{result.uploaded_bytes / 1e6:.1f} MB"
-        print(f"publish: version v{result.number} ({result.version}), {megabytes} uploaded, {signed}")
+        print(f"publish: version {name_of(result.version, result.number)}, {megabytes} uploaded, {signed}")
     else:
-        print(f"publish: already published as v{result.number} ({result.version}), {signed}")
+        print(f"publish: already published as {name_of(result.version, result.number)}, {signed}")
 
 
 def sign(version: Version = None, json_output: Json = False) -> None:
     """Sign a version that was published unsigned, after checking its files."""
     from pipeline.publish import sign as do
 
-    params, _, _, target = find(version)
+    params, _, registry, target = find(version)
     made = do(params.publish, target)
     if json_output:
         print(json.dumps({"version": target, "signed": made}))
     else:
-        print(f"sign: version {target} {'is signed' if made else 'had a signature already'}")
+        print(f"sign: version {registry.label(target)} {'is signed' if made else 'had a signature already'}")
 
 
 def verify(version: Version = None, json_output: Json = False) -> None:
@@ -66,7 +68,9 @@ def verify(version: Version = None, json_output: Json = False) -> None:
         print(json.dumps({"version": target, "passed": not failed, "checks": [asdict(check) for check in checks]}))
     else:
         words = {True: "passed", False: "FAILED", None: "not checked"}
-        table = Table("check", "result", "detail", title=f"Version {target}", title_justify="left")
+        table = Table(
+            "check", "result", "detail", title=f"Version {registry.label(target)}, id {target}", title_justify="left"
+        )
         for check in checks:
             table.add_row(check.name, words[check.passed], check.detail)
         _print(table)
@@ -124,7 +128,8 @@ def rollback(
     if json_output:
         print(json.dumps(asdict(record)))
     else:
-        print(f"rollback: {record.champion} is champion again; it was {record.previous}")
+        label = _registry(params).label
+        print(f"rollback: {label(record.champion)} is champion again; it was {label(record.previous)}")
 
 
 def canary(
@@ -139,12 +144,14 @@ def canary(
 
     if end == (version is not None):
         raise CommandError("name the version, or --end the present canary")
-    record, warnings = set_canary(load_params().publish, version, reason)
+    params = load_params()
+    record, warnings = set_canary(params.publish, version, reason)
     _warn(warnings)
     if json_output:
         print(json.dumps(asdict(record)))
     else:
-        print(f"canary: {record.version} {'is no canary any more' if end else 'is the canary'}")
+        said = "is no longer the canary" if end else "is the canary"
+        print(f"canary: {_registry(params).label(record.version)} {said}")
 
 
 def history(
@@ -154,6 +161,7 @@ def history(
     """Every decision: who, when, from which champion to which, why, and with which numbers."""
     from pipeline.promote import history as do
     from pipeline.settings import load_params
+    from pipeline.versions.decisions import word_of
     from pipeline.versions.registry import ModelRegistry, RegistryError
 
     params = load_params()
@@ -174,17 +182,16 @@ def history(
         registered = {}
 
     def name(version: str | None) -> str:
-        return "none" if version is None else f"v{registered[version]}" if version in registered else version
+        return "none" if version is None else name_of(version, registered.get(version))
 
     table = Table("#", "when (UTC)", "who", "decision", "version", "champion", "why", title_justify="left")
     for record in shown:
         move = (
             f"{name(record.previous)} → {name(record.champion)}" if record.previous != record.champion else "as before"
         )
-        word = "forced" if record.overruled else record.decision
         table.add_row(
-            str(record.number), record.time.removesuffix("+00:00").replace("T", " "), record.actor, word,
-            f"{name(record.version)} {record.version}", move, record.reason,
+            str(record.number), record.time.removesuffix("+00:00").replace("T", " "), record.actor, word_of(record),
+            name(record.version), move, record.reason,
         )  # fmt: skip
     _print(table)
     if number is not None:
@@ -209,7 +216,7 @@ def download(
     from pipeline.versions.manifest import read_manifest
     from pipeline.versions.verify import require_signed
 
-    params, store, _, target = find(version)
+    params, store, registry, target = find(version)
     manifest = read_manifest(store, target)
     if manifest is None:
         raise CommandError(f"version {target} is not published in {store.uri}")
@@ -227,7 +234,7 @@ def download(
     if json_output:
         print(json.dumps({"version": target, "path": str(path)}))
     else:
-        print(f"download: version {target} in {path}")
+        print(f"download: version {registry.label(target)} in {path}")
 
 
 def delete(
@@ -280,13 +287,18 @@ def find(version: str | None) -> tuple[Any, Any, Any, str]:
     from pipeline.promote import resolve
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
-    from pipeline.versions.registry import ModelRegistry
 
     params = load_params()
     name = params.publish.registered_model_name
     store = open_store(params.publish)
-    registry = ModelRegistry(params.publish.tracking_uri, name)
+    registry = _registry(params)
     return params, store, registry, resolve(version, store, registry, name, Path("."))
+
+
+def _registry(params: Any) -> Any:
+    from pipeline.versions.registry import ModelRegistry
+
+    return ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name)
 
 
 def _say(decision: Any, json_output: bool) -> None:
@@ -294,16 +306,21 @@ def _say(decision: Any, json_output: bool) -> None:
     if json_output:
         print(json.dumps(asdict(decision)))
         return
-    name = f"v{decision.number}" if decision.number else decision.version
-    print(f"promote: {name} {decision.decision}: {decision.reason}")
+    print("\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
     _numbers(decision.comparison, decision.notes, [])
-    if decision.decision == "proposed":
-        print("It passes and waits for a person: `retune promote --approve`, or `--reject --reason …`.")
+
+
+def verdict_lines(title: str, why: str, todo: str) -> list[str]:
+    """What was decided, why, and what to do next."""
+    return [f"Verdict  {title}.", f"Why      {why}.", *([f"Next     {todo}."] if todo else [])]
 
 
 def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str]) -> None:
     if comparison:
+        from pipeline.versions.verdict import P_NOTE
+
         _print(verdict_table(comparison))
+        print(P_NOTE)
     for note in notes:
         print(f"note: {note}")
     for one in overruled:
@@ -311,12 +328,10 @@ def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str])
 
 
 def verdict_table(comparison: dict[str, Any]) -> Table:
-    from pipeline.versions.gate import COLUMNS, verdict_rows
+    from pipeline.report.tables import terminal
+    from pipeline.versions.verdict import verdict_rows
 
-    table = Table(*COLUMNS)
-    for row in verdict_rows(comparison):
-        table.add_row(*row.values())
-    return table
+    return terminal(verdict_rows(comparison))
 
 
 def _print(table: Table) -> None:

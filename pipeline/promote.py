@@ -16,7 +16,7 @@ from pipeline.params import PromoteParams, PublishParams
 from pipeline.publish import register
 from pipeline.store.artifact_store import ArtifactStore, open_store
 from pipeline.versions import compare as comparing
-from pipeline.versions import gate, manifest, notify, verify
+from pipeline.versions import gate, manifest, notify, verdict, verify
 from pipeline.versions.compare import BASE, CompareError, UnfairError
 from pipeline.versions.decisions import (
     DecisionError,
@@ -25,10 +25,12 @@ from pipeline.versions.decisions import (
     canary,
     champion,
     champions,
+    name_of,
     proposed,
     read_log,
     refuse_deleted,
     rolled_back,
+    word_of,
 )
 from pipeline.versions.manifest import Manifest, read_manifest
 from pipeline.versions.registry import ModelRegistry, RegistryError
@@ -46,6 +48,9 @@ class Decision:
     champion: str | None  # version that serves after the decision
     against: str  # what the candidate was compared with: a version, or "the base model"
     reason: str
+    word: str  # the decision as people call it: also forced
+    title: str  # what was decided, in a sentence
+    next: str  # what to do now; empty where there is nothing
     comparison: dict[str, Any]  # metric → candidate, champion, difference, low, high, p, verdict, …: `gate.Comparison`
     notes: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     warnings: list[str] = field(default_factory=list)  # what did not work after the decision; nothing undoes it
@@ -80,13 +85,11 @@ def promote(
         serving = champion(log)
         settled = settled_reason(log, candidate, params)
         if candidate == serving or (settled is not None and force is None):
-            number, warnings = _project(store, registry, log, candidate)
-            against = serving or BASE
-            return Decision("unchanged", candidate, number, serving, against, settled or "", {}, [], warnings)
-        label = _label(serving, registry)
+            return _unchanged(store, registry, published, log, settled or "")
+        against = f"champion {registry.label(serving)}" if serving else BASE
         comparison, notes, unfair = _compare(publishing, published, serving, params, root, force)
         failed = gate.refusals(comparison)
-        verdict = gate.reason(comparison, label) if comparison else unfair
+        reason = verdict.why(comparison, against) if comparison else unfair
         judged = gate.decision_on(comparison) if comparison and not unfair else "refused"
         passed = force is not None or judged == "promoted"
         waits = passed and force is None and params.approval == "manual"
@@ -97,7 +100,7 @@ def promote(
             version=candidate,
             champion=candidate if kind == "promoted" else serving,
             previous=serving,
-            reason=verdict if force is None else force,
+            reason=reason if force is None else force,
             comparison=comparison,
             gate=params.gate(),
             manifest_sha256=manifest.digest(published),
@@ -106,7 +109,7 @@ def promote(
         )
         made = append(store, name, record)
         if made is not None:
-            return _decided(store, registry, publishing, params, made)
+            return _decided(store, registry, publishing, params, published, made)
         # Another promoter wrote this record first; the champion may be another one now.
 
 
@@ -155,7 +158,7 @@ def approve(
         )
         made = append(store, name, record)
         if made is not None:
-            return _decided(store, registry, publishing, params, made)
+            return _decided(store, registry, publishing, params, published, made)
 
 
 def rollback(
@@ -338,10 +341,16 @@ def _published(store: ArtifactStore, version: str, publishing: PublishParams) ->
 
 
 def _decided(
-    store: ArtifactStore, registry: ModelRegistry, publishing: PublishParams, params: PromoteParams, made: Record
+    store: ArtifactStore,
+    registry: ModelRegistry,
+    publishing: PublishParams,
+    params: PromoteParams,
+    published: Manifest,
+    made: Record,
 ) -> Decision:
     number, warnings = _project(store, registry, read_log(store, publishing.registered_model_name), made.version)
     warnings += notify.tell(params.webhooks, publishing.registered_model_name, made)
+    word, name = word_of(made), name_of(made.version, number)
     return Decision(
         made.decision,
         made.version,
@@ -349,10 +358,31 @@ def _decided(
         made.champion,
         made.previous or BASE,
         made.reason,
+        word,
+        verdict.title(word, name, registry.label(made.champion) if made.champion else None),
+        next_step(made, published, number),
         made.comparison,
         made.notes,
         warnings,
     )
+
+
+def _unchanged(
+    store: ArtifactStore, registry: ModelRegistry, published: Manifest, log: list[Record], reason: str
+) -> Decision:
+    version, serving = published["version"], champion(log)
+    number, warnings = _project(store, registry, log, version)
+    earlier = [record for record in log if record.version == version and version != serving]
+    todo = next_step(earlier[-1], published, number) if earlier else ""
+    said = verdict.title("unchanged", name_of(version, number), None)
+    against = serving or BASE
+    return Decision("unchanged", version, number, serving, against, reason, "unchanged", said, todo, {}, [], warnings)
+
+
+def next_step(record: Record, published: Manifest, number: str | None) -> str:
+    """What a person can do after the decision of `record` on the version `published`."""
+    name = f"v{number}" if number else record.version
+    return verdict.next_step(word_of(record), name, record.comparison, published, record.previous is None)
 
 
 def _project(
@@ -372,12 +402,3 @@ def _project(
         return registry.version_of(version), []
     except RegistryError as error:
         return None, [f"{error}. The decision stands; the next command sets the aliases"]
-
-
-def _label(version: str | None, registry: ModelRegistry) -> str:
-    if version is None:
-        return BASE
-    try:
-        return f"champion {registry.label(version)}"
-    except RegistryError:
-        return f"champion {version}"

@@ -38,6 +38,7 @@ from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import open_store
 from pipeline.versions.manifest import read_manifest
 from pipeline.versions.rescore import RescoreError, score_today
+from pipeline.versions.verdict import P_NOTE
 
 DEPLOYMENTS = YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["deployments"]
 
@@ -157,6 +158,7 @@ def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_
     row |= {"needed": "> 0", "passed": True, "items": 40}
     metrics = dict.fromkeys(METRICS, score) | {"bleu": None}
     decision = {"decision": "promoted", "reason": "better", "notes": ["a note"], "warnings": [], "against": "abc"}
+    decision |= {"title": "v4 is the champion now", "next": "talk to it"}
     result = {
         "version": {"version": "0123", "number": "4"},
         "decision": decision | {"comparison": {"rougeL": row}},
@@ -166,12 +168,16 @@ def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_
     shown = page(
         result, {"cost": {"price_per_hour": 3.0, "total": 1.5}}, "s3://bucket/models", "https://mlflow.example.org"
     )
-    for words in ("# Promoted: v4", "better", "- a note", "| rougeL | 0.5 | 0.55 | 0.5 |", "| bleu | – | – | – |",
+    scored = "0.500 (0.400 to 0.600)"
+    for words in ("# Promoted: v4 (0123…)", "**v4 is the champion now.**", "better.", "Next: talk to it.", "- a note",
+                  f"| rougeL | {scored} | 0.550 | {scored} | {scored} |", P_NOTE,
+                  "| metric | base | champion | candidate before merge | candidate (merged) |",
                   "| train | cached | 1:01 |", "cost: 1.50", "s3://bucket/models/versions/0123/manifest.json",
                   "](https://mlflow.example.org)"):  # fmt: skip
         assert words in shown
     result["decision"]["against"] = "the base model"
-    assert "| rougeL | 0.5 | – | 0.5 |" in page(result, {}, "store", "sqlite:///mlflow.db")
+    assert "| bleu |" not in shown  # nobody has a score
+    assert f"| rougeL | {scored} | {scored} | {scored} |" in page(result, {}, "store", "sqlite:///mlflow.db")
 
 
 @pytest.mark.parametrize("primary", ["macro_f1", "accuracy"])

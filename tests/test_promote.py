@@ -25,10 +25,10 @@ from pipeline.store.artifact_store import open_store
 from pipeline.versions import compare as comparing
 from pipeline.versions.compare import CompareError
 from pipeline.versions.decisions import DecisionError, canary, champion, read_log
-from pipeline.versions.gate import verdict_rows
 from pipeline.versions.manifest import published_versions, read_manifest
 from pipeline.versions.registry import ModelRegistry
 from pipeline.versions.retention import RetentionError, delete, outdated
+from pipeline.versions.verdict import verdict_rows
 
 NAME = "retune-sample"
 
@@ -58,17 +58,19 @@ def test_a_better_version_is_promoted_and_a_worse_one_refused_with_its_numbers(t
     published(tmp_path, params, 0.4)
     refused = decide(tmp_path, params)
     assert (refused.decision, refused.number, refused.champion) == ("refused", "2", good)
-    assert "rougeL 0.400 against 0.500 of champion v1" in refused.reason
-    assert "needed more than 0" in refused.reason
+    assert f"0.100 worse than that of champion v1 ({good[:6]}…) (0.400 against 0.500 on 100" in refused.reason
+    assert "more than 0 is needed" in refused.reason
+    assert (refused.word, f"v1 ({good[:6]}…) stays champion" in refused.title) == ("refused", True)
+    assert "retune promote v2 --force" in refused.next
     rows = {row["metric"]: row for row in verdict_rows(refused.comparison)}
     assert rows["rougeL"] == {
         "metric": "rougeL",
         "candidate": "0.400",
         "champion": "0.500",
         "difference": "-0.100",
-        "95 % CI": "-0.100 to -0.100",
+        "95 % interval": "-0.100 to -0.100",
         "needed": "more than 0",
-        "p (Holm)": "1.000",
+        "p": "1.000",
         "verdict": "refused",
     }
     assert serving(tmp_path, params) == good
@@ -124,20 +126,24 @@ def test_too_few_items_leave_champion_and_canary_and_are_not_asked_again(
     decision = decide(tmp_path, params)
     assert (decision.decision, decision.champion) == ("undecided", first)
     assert f"needed at least {ITEMS + 1} independent test items, there are {ITEMS}" in decision.reason
-    assert decision.reason.endswith(" would do")
+    assert decision.next.startswith("Add about ")
+    assert "test_fraction" not in decision.next  # the champion was trained on what would become test items
     log = read_log(open_store(params.publish), NAME)
     assert (log[-1].decision, canary(log), serving(tmp_path, params)) == ("undecided", better, first)
     again = decide(tmp_path, params)
     assert again.decision == "unchanged"
-    assert again.reason.startswith("not decided before, and champion, gate and test items are the same: rougeL 0.600")
+    assert again.reason.startswith(
+        "not decided before, and champion, gate and test items are the same: rougeL is 0.100 better"
+    )
+    assert again.next == decision.next
 
 
 def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Params) -> None:
     published(tmp_path, params, 0.5, forgets=0.3)
     refused = decide(tmp_path, params)
     assert (refused.decision, refused.champion) == ("refused", None)
-    assert refused.reason.startswith("general_perplexity 10.")
-    assert "needed at most +0.7" in refused.reason
+    assert refused.reason.startswith("general_perplexity is ")
+    assert "at most +0.7" in refused.reason
     rows = {row["metric"]: row["verdict"] for row in verdict_rows(refused.comparison)}
     assert (rows["rougeL"], rows["general_accuracy"], rows["general_perplexity"]) == ("passed", "passed", "refused")
     published(tmp_path, params, 0.5, forgets=0.01)
@@ -187,6 +193,14 @@ def test_scores_of_different_signatures_are_not_compared(
         )
 
 
+def test_a_guard_that_both_sides_miss_everywhere_is_noted(tmp_path: Path, params: Params) -> None:
+    strict = with_(params, promote={"guard_metrics": {"accuracy": 0.05}})
+    published(tmp_path, strict, 0.35)  # no answer of the candidate or of the base is right
+    decision = decide(tmp_path, strict)
+    assert (decision.decision, decision.comparison["accuracy"]["verdict"]) == ("promoted", "uninformative")
+    assert decision.notes == [f"accuracy guards nothing here: both score 0 on all {ITEMS} test items that count for it"]
+
+
 def test_force_promotes_what_the_gate_refuses_and_records_what_it_overruled(tmp_path: Path, params: Params) -> None:
     published(tmp_path, params, 0.5)
     decide(tmp_path, params)
@@ -195,6 +209,10 @@ def test_force_promotes_what_the_gate_refuses_and_records_what_it_overruled(tmp_
     assert decide(tmp_path, params).decision == "unchanged"
     forced = decide(tmp_path, params, force="legal asked for it")
     assert (forced.decision, forced.reason, serving(tmp_path, params)) == ("promoted", "legal asked for it", worse)
+    assert (forced.word, forced.title) == (
+        "forced",
+        f"Forced: v2 ({worse[:6]}…) is the champion now, against the gate",
+    )
     record = records(tmp_path)[-1]
     assert record["overruled"][:3] == ["rougeL", "accuracy", "bleu"]
     assert record["overruled"][3].startswith("refused before")
@@ -224,7 +242,7 @@ def test_a_registry_that_is_lost_gives_no_version_called_none(tmp_path: Path, pa
     version = published(tmp_path, params, 0.6, registered=False)
     decision = decide(tmp_path, params, version)
     assert (decision.decision, decision.warnings) == ("promoted", [])
-    assert f"of champion {first}" in decision.reason  # it had no number then
+    assert f"that of champion {first}" in decision.reason  # it had no number then
     assert decision.number in ("1", "2")
     assert serving(tmp_path, params) == version
 
@@ -313,7 +331,7 @@ def test_an_approval_counts_only_for_the_champion_that_was_compared_with(tmp_pat
     with pytest.raises(PromoteError, match="no version waits for approval"):
         gate.approve(manual.publish, manual.promote, first, root=tmp_path)
     decide(tmp_path, manual, published(tmp_path, manual, 0.7))
-    with pytest.raises(PromoteError, match=f"v3 waits for approval, not {first}"):
+    with pytest.raises(PromoteError, match=rf"v3 \(.*\) waits for approval, not {first}"):
         gate.approve(manual.publish, manual.promote, first, root=tmp_path)
     assert serving(tmp_path, manual) == second
 

@@ -21,13 +21,13 @@ from pipeline.report.contents import (
     Contents,
     System,
     differences,
-    interval,
     read_curve,
     read_other_sets,
     read_prompts,
 )
 from pipeline.report.evaluation_pages import Bar, Plot, render
 from pipeline.report.stage import stage_contents
+from pipeline.report.tables import interval
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1)) "

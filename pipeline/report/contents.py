@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from pipeline.data.report import excerpt
 from pipeline.files import read_json
+from pipeline.report.tables import interval, number
 from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT, group_of, metric_items, paired_difference
-from pipeline.versions.gate import WORDS, verdict_of
+from pipeline.versions.verdict import WORDS, verdict_of
 
 Metrics = dict[str, Any]  # see pipeline/evaluate.py
 EXAMPLES = 10  # of the best differences, and of the worst
@@ -248,17 +249,6 @@ def contract_facts(contract: dict[str, Any]) -> dict[str, str]:
         for key in ("stop_ids", "train_on", "on_control_tokens", "max_length")
         if key in contract
     }
-
-
-def number(metric: str, value: float, sign: str = "") -> str:
-    return f"{value:{sign}.{1 if metric in PERCENT else 3}f}"
-
-
-def interval(metric: str, score: dict[str, float] | None) -> str:
-    """A score and its 95 % interval as text."""
-    if score is None:
-        return "–"
-    return f"{number(metric, score['score'])} ({number(metric, score['low'])} to {number(metric, score['high'])})"
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pipeline.files import write_text
 from pipeline.pages.environment import environment
-from pipeline.report.contents import Change, Contents, System, interval, number
+from pipeline.report.contents import Change, Contents, System
+from pipeline.report.tables import interval, number
 from pipeline.statistics import METRICS, PERCENT
 
 SLICES = {"by_task": "By task", "by_language": "By language", "by_length": "By length of the prompt"}

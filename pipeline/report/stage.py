@@ -16,13 +16,13 @@ from pipeline.report.contents import (
     data_facts,
     differences,
     evaluation_facts,
-    number,
     read_curve,
     read_other_sets,
     read_prompts,
     training_facts,
 )
 from pipeline.report.evaluation_pages import write_report
+from pipeline.report.tables import number
 from pipeline.scoring import Metrics
 from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 

@@ -68,10 +68,13 @@ def compare(
         rows = compare_claims([*claims_on(ours, theirs, params), *general], params.seed)
     except UnmeasuredError as error:
         raise CompareError(str(error)) from None
-    notes += [
-        f"{metric} guards nothing here: no test item counts for it" for metric, row in rows.items() if not row["items"]
-    ]
-    return rows, notes
+    return rows, notes + [_guards_nothing(metric, row) for metric, row in rows.items() if row["passed"] is None]
+
+
+def _guards_nothing(metric: str, row: dict[str, Any]) -> str:
+    if row["items"]:
+        return f"{metric} guards nothing here: both score 0 on all {row['items']:,} test items that count for it"
+    return f"{metric} guards nothing here: no test item counts for it"
 
 
 def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:

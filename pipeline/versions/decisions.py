@@ -44,6 +44,16 @@ class Record:
     proposal: int | None = None  # record that this approval or rejection answers
 
 
+def name_of(version: str | None, number: str | None) -> str:
+    """What people call a version: `v4 (295a1c…)`, or its id while the registry has no number for it."""
+    return str(version) if number is None else f"v{number} ({str(version)[:6]}…)"
+
+
+def word_of(record: Record) -> str:
+    """What people call the decision: `forced` where a person overruled the gate."""
+    return "forced" if record.decision == "promoted" and record.overruled else record.decision
+
+
 def read_log(store: ArtifactStore, name: str) -> list[Record]:
     """Every decision about the model `name`, oldest first.
 

@@ -16,7 +16,6 @@ from pipeline.params import PromoteParams
 from pipeline.statistics import (
     BINARY,
     LOWER_IS_BETTER,
-    PERCENT,
     Groups,
     Items,
     corpus_score,
@@ -30,10 +29,9 @@ from pipeline.versions.significance import ALPHA, POWER, binary_test, corpus_tes
 
 RESAMPLES = 2000
 MIN_GROUPS = 20  # independent test items (or groups of them) below which nothing is decided
-COLUMNS = ("metric", "candidate", "champion", "difference", "95 % CI", "needed", "p (Holm)", "verdict")
-WORDS = {"passed": "passed", "failed": "refused", "open": "not shown", "unmeasured": "not measured"}
 # metric → candidate, champion, difference, low, high, margin, items, groups, needed, test, p, p_adjusted, power,
-# verdict (a key of WORDS), passed; the primary metric's row also has the whole gate's gate_power and gate_rows
+# verdict (passed | failed | open | unmeasured | uninformative), passed; the primary metric's row also has the whole
+# gate's gate_power and gate_rows
 Comparison = dict[str, Any]
 
 
@@ -104,17 +102,17 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
     measured = []
     for claim in claims:
         require_same_items(claim.candidate, claim.champion)
-        if corpus_score(claim.candidate) != corpus_score(claim.candidate):  # NaN
-            if claim.margin is None:
+        scores = corpus_score(claim.candidate), corpus_score(claim.champion)
+        if claim.margin is None:
+            if math.isnan(scores[0]):
                 raise UnmeasuredError(
                     f"promote.primary_metric is {claim.metric}, but no test item counts for it; choose another"
                 )
-            empty = dict.fromkeys(("candidate", "champion", "difference", "low", "high", "p", "p_adjusted", "power"))
-            rows[claim.metric] = empty | {"margin": claim.margin, "items": 0, "groups": 0, "needed": claim.needed}
-            rows[claim.metric] |= {"test": None, "verdict": "unmeasured", "passed": None}
-        else:
-            rows[claim.metric] = {}
-            measured.append(claim)
+        elif math.isnan(scores[0]) or scores == (0.0, 0.0):
+            rows[claim.metric] = _untested(claim, *scores)
+            continue
+        rows[claim.metric] = {}
+        measured.append(claim)
     tested, drawn = [], []
     for claim in measured:
         first, second = (claim.candidate, claim.champion)[:: claim.sign]  # so that more is better
@@ -163,6 +161,18 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
     return rows
 
 
+def _untested(claim: Claim, candidate: float, champion: float) -> dict[str, Any]:
+    """The row of a guard that guards nothing: no item counts for it, or both systems score 0 everywhere."""
+    row: dict[str, Any] = dict.fromkeys(("candidate", "champion", "difference", "low", "high", "p", "p_adjusted"))
+    verdict = "unmeasured"
+    if not math.isnan(candidate):
+        verdict = "uninformative"
+        row |= {"candidate": candidate, "champion": champion, "difference": 0.0, "low": 0.0, "high": 0.0}
+    row |= {"power": None, "margin": claim.margin, "needed": claim.needed, "test": None}
+    groups = num_groups(claim.candidate, claim.groups)
+    return row | {"items": num_groups(claim.candidate), "groups": groups, "verdict": verdict, "passed": None}
+
+
 def decision_on(comparison: Comparison) -> str:
     """promoted, refused or undecided.
 
@@ -182,77 +192,3 @@ def decision_on(comparison: Comparison) -> str:
 def refusals(comparison: Comparison) -> list[str]:
     """The metrics on which what the gate asks for was not shown."""
     return [metric for metric, row in comparison.items() if row["passed"] is False]
-
-
-def reason(comparison: Comparison, against: str) -> str:
-    """The decision in a sentence: the primary metric's numbers, or those of every metric in the way, and why."""
-    made = decision_on(comparison)
-    metric, primary = next(iter(comparison.items()))
-    if made == "promoted":
-        number = _format(metric)
-        return (
-            f"{_scores(metric, primary)} of {against} on {primary['items']} test items (difference "
-            f"{number(primary['difference'], '+')}, 95 % CI {_interval(metric, primary)}, p {_p(primary)})"
-        )
-    parts: list[str] = []
-    refused = any(row["verdict"] == "failed" for row in comparison.values())
-    for metric, row in comparison.items():
-        if row["verdict"] != ("failed" if refused else "open"):
-            continue
-        first = not parts
-        numbers = f"{'95 % CI ' if first else ''}{_interval(metric, row)}, needed {row['needed']}, p {_p(row)}"
-        parts.append(f"{_scores(metric, row)}{f' of {against}' if first else ''} ({numbers})")
-    numbers = "; ".join(parts)
-    if refused:
-        return numbers
-    rows = primary["gate_rows"]
-    would = "no number of rows would do with these margins" if rows is None else f"about {rows:,} would do"
-    seen = (
-        f"a candidate {primary['declared']:g} better and no worse on the guards passes with a probability of "
-        f"{primary['gate_power']:.2f} on {primary['items']:,} test items"
-    )
-    return f"{numbers}; {seen}" + ("" if made == "refused" else f", {POWER:g} is needed: {would}")
-
-
-def verdict_rows(comparison: Comparison) -> list[dict[str, str]]:
-    """The comparison as text, one dictionary with `COLUMNS` as keys for each metric."""
-    rows = []
-    for metric, row in comparison.items():
-        number = _format(metric)
-        measured = row["items"] > 0
-        cells = [
-            number(row["candidate"]) if measured else "–",
-            number(row["champion"]) if measured else "–",
-            number(row["difference"], "+") if measured else "–",
-            _interval(metric, row) if measured else "–",
-            row["needed"],
-            _p(row) if measured else "–",
-            WORDS[verdict_of(row)],
-        ]
-        rows.append(dict(zip(COLUMNS, [metric, *cells], strict=True)))
-    return rows
-
-
-def verdict_of(row: dict[str, Any]) -> str:
-    """A key of `WORDS`. Records of the log from before the tests know only whether a metric passed."""
-    return str(row.get("verdict") or {True: "passed", False: "failed", None: "unmeasured"}[row["passed"]])
-
-
-def _scores(metric: str, row: dict[str, Any]) -> str:
-    number = _format(metric)
-    return f"{metric} {number(row['candidate'])} against {number(row['champion'])}"
-
-
-def _interval(metric: str, row: dict[str, Any]) -> str:
-    number = _format(metric)
-    return f"{number(row['low'], '+')} to {number(row['high'], '+')}"
-
-
-def _p(row: dict[str, Any]) -> str:
-    p = row.get("p_adjusted")
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _format(metric: str) -> Any:
-    digits = 1 if metric in PERCENT else 3
-    return lambda value, sign="": f"{value:{sign}.{digits}f}"

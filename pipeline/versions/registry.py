@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from pipeline.versions.decisions import name_of
+
 
 class RegistryError(RuntimeError):
     """A version that is not there, or a registry that cannot be reached."""
@@ -66,9 +68,11 @@ class ModelRegistry:
         return numbers
 
     def label(self, version_id: str | None) -> str:
-        """How people call a version: its number, or its id while the registry has none."""
-        number = self.version_of(version_id) if version_id else None
-        return f"v{number}" if number else str(version_id)
+        """How people call a version; by its id alone while the registry has no number for it or cannot be reached."""
+        try:
+            return name_of(version_id, self.version_of(version_id) if version_id else None)
+        except RegistryError:
+            return str(version_id)
 
     def id_of(self, number: str) -> str:
         """The published version behind MLflow's `number`.

@@ -1,0 +1,66 @@
+"""Tables of scores as people read them: the one place for terminal, dashboard and reports.
+
+In come the metrics of systems on the same test items; out go rows of text, one for each metric that was measured.
+"""
+
+from typing import Any
+
+from rich.table import Table
+
+from pipeline.statistics import METRICS, PERCENT
+
+# Keys of metrics.json, and what people call these systems.
+SYSTEMS = {
+    "base": "base",
+    "champion": "champion",
+    "adapter": "candidate before merge",
+    "merged": "candidate (merged)",
+}
+Row = dict[str, str]
+
+
+def score_rows(systems: dict[str, dict[str, Any]], counts: dict[str, int] | None = None, items: int = 0) -> list[Row]:
+    """A row for each metric that some system has: `metric`, then the name of each system and its score.
+
+    Args:
+        systems: by key of SYSTEMS: the metrics.
+        counts: how many of the `items` each metric counts, where that is known; said where it is not all of them.
+    """
+    measured = [metric for metric in METRICS if any(scores.get(metric) for scores in systems.values())]
+    return [
+        {"metric": metric + _few((counts or {}).get(metric, items), items)}
+        | {SYSTEMS[system]: interval(metric, scores.get(metric)) for system, scores in systems.items()}
+        for metric in measured
+    ]
+
+
+def _few(count: int, items: int) -> str:
+    return f" ({count:,} of {items:,} items)" if count < items else ""
+
+
+def number(metric: str, value: float, sign: str = "") -> str:
+    return f"{value:{sign}.{1 if metric in PERCENT else 3}f}"
+
+
+def interval(metric: str, score: dict[str, float] | None) -> str:
+    """A score and its 95 % interval as text; the score alone where there is no interval."""
+    if score is None:
+        return "–"
+    if "low" not in score:
+        return number(metric, score["score"])
+    return f"{number(metric, score['score'])} ({number(metric, score['low'])} to {number(metric, score['high'])})"
+
+
+def markdown(rows: list[Row]) -> list[str]:
+    """Lines of a Markdown table; none without rows."""
+    if not rows:
+        return []
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def terminal(rows: list[Row], title: str | None = None) -> Table:
+    table = Table(*(rows[0] if rows else ()), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
