@@ -25,6 +25,7 @@ from pipeline.data.snapshot import recover
 from pipeline.environment import set_environment
 from pipeline.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
 from pipeline.ingest import ingest
+from pipeline.preflight import require_ready
 from pipeline.process import environment
 from pipeline.run_lock import RunUnderWay, only_run
 from pipeline.security.redact import redact_process, redacted_errors
@@ -36,7 +37,6 @@ from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.manifest import read_manifest
 from pipeline.versions.rescore import score_today
 from pipeline.versions.retention import delete, outdated
-from pipeline.weights.gguf import require_programs
 
 
 @flow(name="retrain", flow_run_name="retrain-{trigger}")
@@ -59,8 +59,7 @@ def retrain(
             if sources:
                 graph.pull_data()
                 ingest(params.ingest, sources)
-            open_store(params.publish).probe()
-            require_programs(params.merge.export)
+            require_ready(params)
             version = None if graph.stale() else graph.version_id()
             reason = version and gate.settled(params.publish, params.promote, version)
             if reason:

@@ -71,16 +71,14 @@ def run(json_output: Json = False) -> None:
     from pipeline.data.snapshot import recover
     from pipeline.events import record_unchanged
     from pipeline.flow_runs import close_lost_runs
+    from pipeline.preflight import require_ready
     from pipeline.promote import history, settled
     from pipeline.settings import load_params
-    from pipeline.store.artifact_store import open_store
-    from pipeline.weights.gguf import require_programs
 
     params = load_params()
     with only_run() as lock:
         recover()  # an ingest that was killed half-way
-        open_store(params.publish).probe()  # a store that cannot be written is no news for after the training,
-        require_programs(params.merge.export)  # nor is a program that is not there
+        require_ready(params)
         up = server.running()
         if not graph.stale():
             version = graph.version_id()

@@ -134,10 +134,14 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
         case "missing":
             return f"{key} is missing{where}; every parameter is written out, copy it from the project's params.yaml"
         case "value_error":
-            sentence = str(error["ctx"]["error"])
-            named = re.match(r"(\w+)\.(\w+) ", sentence)  # the parameter that the sentence begins with has the line
-            if named and isinstance(tree.get(named[1]), dict) and named[2] in tree[named[1]]:
-                where = f" ({path}, line {tree[named[1]].lc.key(named[2])[0] + 1})"
-            return f"{sentence}{where}"
+            return "\n".join(f"{s}{_line_of(s, tree, path, where)}" for s in str(error["ctx"]["error"]).split("\n"))
     got = "null" if node is None else repr(node)
     return f"{key} is {got}; {error['msg'][0].lower()}{error['msg'][1:]}{where}"
+
+
+def _line_of(sentence: str, tree: Any, path: Path, where: str) -> str:
+    """The place of the parameter that `sentence` begins with; `where` if there is none, nothing after a command."""
+    named = re.match(r"(\w+)\.(\w+) ", sentence)
+    if named and isinstance(tree.get(named[1]), dict) and named[2] in tree[named[1]]:
+        return f" ({path}, line {tree[named[1]].lc.key(named[2])[0] + 1})"
+    return "" if sentence.startswith("`") else where

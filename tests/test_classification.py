@@ -223,7 +223,6 @@ def test_a_text_longer_than_the_context_is_dropped_or_its_end_is_cut(
     ("change", "error", "what"),
     [
         ({"max_length": 129}, TemplateError, "was made for 128 tokens at most"),
-        ({"on_overlong": "split"}, TemplateError, "prepare.on_overlong is split, but train.task"),
     ],
 )
 def test_what_an_encoder_cannot_do_is_refused(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,25 @@ def test_a_manifest_tells_where_the_version_comes_from(manifest: Manifest, shipp
     assert set(manifest["params"]) == {"prepare", "train", "evaluate", "merge", "publish"}
     assert manifest["evaluation"]["signatures"]
     assert set(manifest["metrics"]) == {"base", "adapter", "merged"}
+
+
+def test_what_a_run_writes_itself_is_no_change_of_the_code(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        own = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", *own, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("dvc.lock", "init_adapter.json", "params.yaml"):
+        (tmp_path / name).write_text("before")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        git(*command)
+    for name in ("dvc.lock", "init_adapter.json"):
+        (tmp_path / name).write_text("as a run left it")
+    assert not manifests.git_state(tmp_path)["dirty"]
+    (tmp_path / "new.py").write_text("")
+    assert manifests.git_state(tmp_path)["dirty"]
+    (tmp_path / "new.py").unlink()
+    (tmp_path / "params.yaml").write_text("changed by a person")
+    assert manifests.git_state(tmp_path)["dirty"]
 
 
 def test_every_file_of_the_version_is_listed_under_its_digest(

@@ -144,6 +144,37 @@ def test_the_nearest_combination_that_works_is_accepted(sections: dict[str, dict
     assert isinstance(with_(load_params(PROJECT), **sections), Params)
 
 
+def test_everything_that_does_not_go_with_another_task_is_named_at_once_with_the_preset_that_sets_it(
+    tmp_path: Path,
+) -> None:
+    text = PROJECT.read_text()
+    for old, new in (
+        ("task: causal-lm", "task: sequence-classification"),
+        ("method: qlora", "method: prompt"),
+        ("on_overlong: drop", "on_overlong: split"),
+        ("export: []", "export: [bnb-8bit]"),
+        ("prompts: []", "prompts: [Who?]"),
+        ("packing: true", "packing: false"),
+    ):
+        assert f"  {old}" in text
+        text = text.replace(f"  {old}", f"  {new}", 1)
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    *sentences, preset = str(error.value).split("\n")
+    named = ["train.method", "prepare.on_overlong", "promote.primary_metric", "merge.export", "evaluate.prompts"]
+    assert [sentence.split()[0] for sentence in sentences] == named
+    for sentence, parameter in zip(sentences, named, strict=True):
+        section, key = parameter.split(".")
+        lines = text.split("\n")
+        line = lines.index(next(x for x in lines[lines.index(f"{section}:") :] if x.startswith(f"  {key}:"))) + 1
+        assert sentence.endswith(f"({path}, line {line})")
+    name = re.search(r"retune preset ([\w.-]+)", preset)
+    assert name is not None
+    assert (ROOT / "infra" / "presets" / f"{name[1]}.yaml").is_file()
+
+
 @pytest.mark.parametrize(
     ("train", "what"),
     [
@@ -161,7 +192,6 @@ def test_the_nearest_combination_that_works_is_accepted(sections: dict[str, dict
             r"^train.gradient_check",
         ),
         ({"method": "adalora", "init_adapter": "champion"}, r"^train.init_adapter is champion, .* is adalora"),
-        ({"task": "sequence-classification"}, r"^train.packing is true, .* a sequence has one class"),
         ({"init_adapter": "v3"}, r"^train.init_adapter is 'v3'; expected none, champion"),
     ],
 )

@@ -20,6 +20,7 @@ from versions import ITEMS, parameters, published, records, registry_lost
 from pipeline import promote as gate
 from pipeline.files import read_json, write_json
 from pipeline.params import Params
+from pipeline.preflight import PreflightError, require_ready
 from pipeline.promote import PromoteError
 from pipeline.store.artifact_store import open_store
 from pipeline.versions import compare as comparing
@@ -191,6 +192,21 @@ def test_scores_of_different_signatures_are_not_compared(
             wanted,
             tmp_path,
         )
+
+
+def test_another_kind_of_model_under_the_champions_name_is_said_before_training(tmp_path: Path, params: Params) -> None:
+    require_ready(params, tmp_path)  # nothing serves yet
+    version = published(tmp_path, params)
+    decide(tmp_path, params)
+    require_ready(params, tmp_path)
+    changes = {
+        "train": {"task": "sequence-classification", "packing": False},
+        "promote": {"primary_metric": "accuracy"},
+    }
+    other = with_(params, **changes)
+    with pytest.raises(PreflightError, match=f"{version}.*causal-lm.*publish.registered_model_name"):
+        require_ready(other, tmp_path)
+    require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
 
 
 def test_a_guard_that_both_sides_miss_everywhere_is_noted(tmp_path: Path, params: Params) -> None:

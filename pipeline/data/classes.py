@@ -79,11 +79,6 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
         TemplateError: there is no such model or tokenizer, it is too small for `max_length`, or `params` ask for
             something that only conversations have.
     """
-    if params.on_overlong == "split":
-        raise TemplateError(
-            "prepare.on_overlong is split, but train.task is sequence-classification: a class is of the whole text; "
-            "expected drop, error, or truncate_prompt, which cuts the end of the text"
-        )
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     encoder = _load(identity, params.max_length if params.on_overlong == "truncate_prompt" else None)
     config = text_config(identity)

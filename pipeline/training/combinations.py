@@ -1,4 +1,4 @@
-"""Which training settings go together: parameters come in, a sentence about the first pair that cannot comes out.
+"""Which training settings go together: parameters come in, sentences about those that cannot come out.
 
 Nothing is imported that takes time: this is asked whenever params.yaml is read.
 """
@@ -10,6 +10,7 @@ VIRTUAL_TOKENS = ("prefix", "prompt")  # these put trained vectors before the te
 INIT_ADAPTER = r"none|champion|[0-9a-f]{16}|[^@\s]+@[0-9a-f]{64}"
 CLASS_METRICS = ("accuracy", "macro_f1")
 CLASSIFICATION = "sequence-classification"
+CLASS_PRESET = "`retune preset roberta-base-imdb` sets every parameter for a classifier, its base model among them"
 
 
 def in_4bit(method: str, load_in_4bit: Any) -> Any:
@@ -60,39 +61,43 @@ def conflict(train: Any) -> str | None:
             f"train.init_adapter is {train.init_adapter}, but train.method is adalora, whose ranks were settled by "
             "the training before; set it to none, or train.method to lora"
         )
-    if train.task == CLASSIFICATION and virtual:
-        return (
-            f"train.method is {method}, which changes no weight, but train.task is sequence-classification, whose "
-            "models ship merged; set train.method to lora"
-        )
-    if train.task == CLASSIFICATION and train.packing:
-        return (
-            "train.packing is true, but train.task is sequence-classification, where a sequence has one class; set "
-            "train.packing to false"
-        )
     return None
 
 
-def class_conflict(params: Any) -> str | None:
-    """Why the other sections of `Params` do not go with sequence classification; None if they do, or need not."""
+def class_conflicts(params: Any) -> list[str]:
+    """Every parameter that does not go with sequence classification, a sentence each, and what sets them all."""
     if params.train.task != CLASSIFICATION:
-        return None
-    if params.promote.primary_metric not in CLASS_METRICS:
-        return (
-            f"promote.primary_metric is {params.promote.primary_metric}, which scores texts, but train.task is "
-            f"sequence-classification; expected {' or '.join(CLASS_METRICS)}"
+        return []
+    because, train = "but train.task is sequence-classification", params.train
+    found = []
+    if train.method in VIRTUAL_TOKENS:
+        found.append(
+            f"train.method is {train.method}, which changes no weight, {because}, whose models ship merged; set it to "
+            "lora"
         )
-    for key, empty in (("export", "[]"), ("combine", "null")):
-        if getattr(params.merge, key):
-            return f"merge.{key} is set, but train.task is sequence-classification, which has none; set it to {empty}"
-    for key, nothing in (("general", "null"), ("judge", "null"), ("prompts", "[]")):
-        if getattr(params.evaluate, key):
-            return (
-                f"evaluate.{key} is set, but train.task is sequence-classification, which has none; set it to {nothing}"
-            )
+    if train.packing:
+        found.append(f"train.packing is true, {because}, where a sequence has one class; set it to false")
+    if params.prepare.on_overlong == "split":
+        found.append(
+            f"prepare.on_overlong is split, {because}: a class is of the whole text; set it to drop, "
+            "error or truncate_prompt"
+        )
+    if params.promote.primary_metric not in CLASS_METRICS:
+        expected = " or ".join(CLASS_METRICS)
+        found.append(
+            f"promote.primary_metric is {params.promote.primary_metric}, which scores texts, {because}; set it to "
+            f"{expected}"
+        )
+    settings = (
+        *(("merge", key, nothing) for key, nothing in (("export", "[]"), ("combine", "null"))),
+        *(("evaluate", key, nothing) for key, nothing in (("general", "null"), ("judge", "null"), ("prompts", "[]"))),
+    )
+    for section, key, nothing in settings:
+        if getattr(getattr(params, section), key):
+            found.append(f"{section}.{key} is set, {because}, which has none; set it to {nothing}")
     if params.evaluate.backend == "vllm":
-        return "evaluate.backend is vllm, but train.task is sequence-classification; set it to auto"
-    return None
+        found.append(f"evaluate.backend is vllm, {because}; set it to auto")
+    return [*found, CLASS_PRESET] if found else []
 
 
 def whole_conflict(params: Any) -> str | None:
@@ -113,7 +118,7 @@ def whole_conflict(params: Any) -> str | None:
             f"train.init_adapter is {init}, which a worker of the pool {pool} fetches from publish.artifact_store, but "
             f"{store} lies in this folder; take a store that both reach"
         )
-    return class_conflict(params)
+    return "\n".join(class_conflicts(params)) or None
 
 
 def _is_own_folder(store: str) -> bool:

@@ -25,6 +25,7 @@ from pipeline.store.artifact_store import ArtifactStore, StoreError
 from pipeline.timings import stage_seconds
 
 SCHEMA_VERSION = 2
+WRITTEN_BY_RUNS = ("dvc.lock", "init_adapter.json")  # no change of a person's, and what they say is in the manifest
 Manifest = dict[str, Any]
 
 
@@ -134,7 +135,8 @@ def git_state(root: Path) -> dict[str, Any]:
         result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
         return result.stdout.strip() if result.returncode == 0 else ""
 
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    own = [f":(exclude){name}" for name in WRITTEN_BY_RUNS]
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ":/", *own))}
 
 
 def _resolved(stages: dict[str, Any]) -> dict[str, Any]:
