@@ -7,20 +7,15 @@ part, FLOPs, time and cost on a named GPU. A run that cannot fit is refused, wit
 
 import math
 import warnings
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
 from ruamel.yaml import YAML
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AttentionInterface,
@@ -28,14 +23,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
-    PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pipeline.params import Params, TrainParams
 from pipeline.progress import clock
 from pipeline.training.combinations import CLASSIFICATION, VIRTUAL_TOKENS
+from pipeline.training.counting import Attention, Live, TiledLoss, experts, fold_adapters, packed_bytes, quantise
 from pipeline.training.methods import adapter_config
 from pipeline.training.packing import training_sequences
 
@@ -157,20 +151,36 @@ class _Step:
 
 
 def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu: bool) -> _Step:
-    """Forward and backward of one micro-batch on the meta device, counted."""
+    """Forward and backward of one micro-batch on the meta device, counted.
+
+    Raises:
+        PlanError: the architecture computes with what the meta device does not have, such as numbers.
+        MethodError: an adapter that the model cannot have.
+    """
+    try:
+        return _counted(config, params, length, on_gpu)
+    except (RuntimeError, TypeError) as error:
+        raise PlanError(
+            f"a step of {config.model_type} cannot be counted without its weights ({str(error).splitlines()[0]}); "
+            "train without a plan: what does not fit is retried in smaller pieces"
+        ) from None
+
+
+def _counted(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu: bool) -> _Step:
     dtype = torch.bfloat16 if on_gpu else torch.float32  # as model.compute_dtype
-    attention = _Attention(on_gpu)
+    attention = Attention(on_gpu)
     AttentionInterface.register("counted", attention)
+    ALL_EXPERTS_FUNCTIONS.register("counted", experts)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         classes = params.task == CLASSIFICATION
         auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-        model = auto.from_config(config, dtype=dtype, attn_implementation="counted")
+        model = auto.from_config(config, dtype=dtype, attn_implementation="counted", experts_implementation="counted")
         model.requires_grad_(False)
         if params.method == "full":
             model.float()
-        quantised = _quantise(model) if params.load_in_4bit else []
-        weights = sum(_packed_bytes(m.weight, params) for m in quantised)
+        quantised = quantise(model) if params.load_in_4bit else []
+        weights = sum(packed_bytes(m.weight, params) for m in quantised)
         packed = {id(m.weight) for m in quantised}
         weights += sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in packed)
         weights += sum(b.numel() * b.element_size() for b in model.buffers())
@@ -183,6 +193,7 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
             length += params.num_virtual_tokens
         # As TRL and PEFT make them; in the step itself autocast computes in `dtype` whatever they are kept in.
         trained_bytes = sum(p.numel() for p in adapter) * (2 if on_gpu and params.load_in_4bit else 4)
+        fold_adapters(tuned)
         tuned.train()
         if params.gradient_checkpointing:
             # The other kind keeps as much (test_plan measures it), but its bookkeeping leaks on the meta device.
@@ -190,7 +201,7 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
         if params.gradient_checkpointing or params.method in VIRTUAL_TOKENS:
             # Virtual tokens come in before the first layer, so that every layer passes gradients back.
             tuned.enable_input_require_grads()
-        live = _Live([*tuned.parameters(), *tuned.buffers()])
+        live = Live([*tuned.parameters(), *tuned.buffers()])
         shape = (params.per_device_train_batch_size, length)
         if params.packing:  # padding-free: one row of all tokens
             shape = (1, shape[0] * shape[1])
@@ -212,7 +223,7 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
                     continue
                 hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
                 head = model.get_output_embeddings()
-                _TiledLoss.apply(hidden.flatten(0, 1), head.weight, not on_gpu).backward()
+                TiledLoss.apply(hidden.flatten(0, 1), head.weight, not on_gpu).backward()
     state = {"adamw_torch": 2 * trained_bytes, "paged_adamw_8bit": 2 * sum(p.numel() for p in adapter)}
     passes = min(params.gradient_accumulation_steps, 2)
     head = 0 if classes else model.get_output_embeddings().weight.numel()
@@ -225,134 +236,6 @@ def _one_step(config: PreTrainedConfig, params: TrainParams, length: int, on_gpu
         ),
         flops_per_token=per_token,
     )
-
-
-class _Live(TorchDispatchMode):
-    """Adds up the bytes of all storages that live; those of `known` tensors do not count."""
-
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.sizes = {t.untyped_storage()._cdata: 0 for t in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return False  # "are these rows unpacked?", asked of a tensor without values: the mask is made
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.sizes:
-                    self.sizes[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._free, key)
-        return out
-
-    def _free(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
-
-
-class _Attention:
-    """Attention as fused kernels keep it: q, k, v, the output and a sum a query; never the score matrix."""
-
-    def __init__(self, on_gpu: bool) -> None:
-        self.on_gpu, self.flops = on_gpu, 0.0
-
-    def __call__(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **settings: Any
-    ) -> tuple[torch.Tensor, None]:
-        groups = query.shape[1] // key.shape[1]
-        bias = None
-        if mask is not None:  # scaled_dot_product_attention then takes whole heads, and the mask as numbers
-            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-            bias = torch.empty(mask.shape, dtype=query.dtype, device=query.device)
-        scores = None
-        if settings.get("dropout") and not self.on_gpu:  # no fused kernel on a CPU: scores, dropout mask and product
-            scores = torch.empty((3, *query.shape[:3], key.shape[2]), dtype=query.dtype, device=query.device)
-        out = _FusedAttention.apply(query, key, value, bias, scores, self)
-        return out.transpose(1, 2).contiguous(), None
-
-
-class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, bias: Any, scores: Any, counter: _Attention) -> torch.Tensor:
-        out, sums = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-        ctx.save_for_backward(q, k, v, out, sums, bias, scores)
-        ctx.counter, ctx.flops = counter, 4 * q.numel() * k.shape[2]  # 2 products of 2 · T · T · d a head
-        counter.flops += ctx.flops
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        q, k, v, *_ = ctx.saved_tensors
-        ctx.counter.flops += 2.5 * ctx.flops
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None, None
-
-
-class _TiledLoss(torch.autograd.Function):
-    """Cross-entropy from hidden states (N, D) and head (V, D) without the logits, tile by tile, as TRL 1.16 does it."""
-
-    TOKENS, VOCABULARY = 4096, 32768  # of a tile
-    COPIES = 8  # float32 copies of a tile that live at once in the backward pass where no Triton kernel works in place
-
-    @staticmethod
-    def _tile(hidden: torch.Tensor, head: torch.Tensor, copies: bool) -> list[torch.Tensor]:
-        shape = (min(len(hidden), _TiledLoss.TOKENS), _TiledLoss.VOCABULARY)
-        used = (shape[0], min(shape[1], len(head)))
-        extra = [torch.empty(used, device=hidden.device) for _ in range(_TiledLoss.COPIES)] if copies else []
-        return [torch.empty(shape, dtype=hidden.dtype, device=hidden.device), *extra]
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, copies: bool) -> torch.Tensor:
-        _TiledLoss._tile(hidden, head, copies)
-        ctx.save_for_backward(hidden)
-        ctx.head, ctx.copies = head, copies
-        return hidden.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        [hidden] = ctx.saved_tensors
-        gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        _TiledLoss._tile(hidden, ctx.head, ctx.copies)
-        return gradient.to(hidden.dtype), None, None
-
-
-def _forward_unpacking(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-    return _UnpackedProduct.apply(x, weight, layer.bias)
-
-
-class _UnpackedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
-        ctx.weight = weight
-        return F.linear(x, torch.empty(weight.shape, dtype=x.dtype, device=x.device), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        [gradient] = gradients
-        unpacked = torch.empty(ctx.weight.shape, dtype=gradient.dtype, device=gradient.device)
-        return gradient @ unpacked, None, None
-
-
-def _quantise(model: PreTrainedModel) -> list[torch.nn.Linear]:
-    kept = get_keys_to_not_convert(model)
-    quantised = []
-    for name, module in model.named_modules():
-        if type(module) in (torch.nn.Linear, Conv1D) and not any(name == k or name.startswith(f"{k}.") for k in kept):
-            # bitsandbytes unpacks the weight for each product
-            module.forward = MethodType(_forward_unpacking, module)
-            quantised.append(module)
-    return quantised
-
-
-def _packed_bytes(weight: torch.Tensor, params: TrainParams) -> int:
-    """Half a byte a weight, and a constant for each 64 (QLoRA, Dettmers et al. 2023, section 3)."""
-    blocks = math.ceil(weight.numel() / 64)
-    constants = blocks + 4 * math.ceil(blocks / 256) if params.bnb_4bit_use_double_quant else 4 * blocks
-    return math.ceil(weight.numel() / 2) + constants
 
 
 def _gpu(name: str) -> Gpu:

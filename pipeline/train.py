@@ -22,14 +22,16 @@ from pipeline.files import WORK_DIR, read_json, sha256_file, whole_directory, wr
 from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
 from pipeline.params import TrainParams
 from pipeline.security.sanitise import clean_folder, portable
+from pipeline.security.vetting import check_settings
 from pipeline.training.checkpoints import last_checkpoint, open_run, versions
 from pipeline.training.classes import ClassCollate, ClassTrainer, class_sequences
 from pipeline.training.combinations import CLASSIFICATION
 from pipeline.training.gradients import require_gradients
 from pipeline.training.kernels import require_kernels
 from pipeline.training.launch import launch, must_launch
-from pipeline.training.methods import AllocateRanks, adapter_config, require_context, sort_sets
+from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of, sort_sets
 from pipeline.training.packing import Collate, require_isolation, training_sequences, use_row_attention
+from pipeline.training.targets import describe_experts
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.warm_start import check_init, load_init
 from pipeline.training.watching import TrainError, Watch
@@ -97,6 +99,8 @@ def train(
         model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
     require_context(params, model.config, contract["max_length"])
     adapter = adapter_config(params, model)
+    for line in describe_experts(params, model):
+        print(f"train · {line}", flush=True)
     if init is not None and adapter is not None:
         check_init(init, contract, adapter)
     train_rows, validation_rows = (
@@ -119,6 +123,8 @@ def train(
         peft_config=adapter,
         watch=watch,
     )
+    if adapter is not None:
+        check_settings(settings_of(trainer.model), "this training's adapter")
     if params.method == "adalora":
         trainer.add_callback(AllocateRanks(trainer.model.base_model))
     if not torch.cuda.is_available():

@@ -7,19 +7,23 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_base, with_
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
     GemmaConfig,
     GlmConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from pipeline.chat.template import local_source
@@ -29,9 +33,11 @@ from pipeline.merge import Merged, merge
 from pipeline.model import load_base, load_tuned, untuned
 from pipeline.params import Params
 from pipeline.prepare import prepare
+from pipeline.security.vetting import CHOSEN, UnsafeModelError, check_settings
 from pipeline.train import Trained, train
 from pipeline.training.checkpoints import run_key
-from pipeline.training.methods import MethodError, adapter_config, target_modules
+from pipeline.training.methods import adapter_config, settings_of
+from pipeline.training.targets import MethodError, target_modules
 from pipeline.weights.merging import MergeError
 
 SIZES = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -44,14 +50,42 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "gemma": GemmaConfig(**WIDE, num_key_value_heads=1, head_dim=16),
     "phi": PhiConfig(**WIDE),
     "glm": GlmConfig(**WIDE, num_key_value_heads=2, head_dim=16),
+    "mixtral": MixtralConfig(**WIDE, num_key_value_heads=2, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(
+        **WIDE, num_key_value_heads=2, head_dim=16, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2
+    ),
+    "deepseek_v3": DeepseekV3Config(  # its first layer has no experts, the second shared ones as well
+        **WIDE,
+        num_key_value_heads=4,
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=64,
+        q_lora_rank=64,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
     "bloom": BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4, eos_token_id=2),
     "gpt2": GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=512, eos_token_id=2),
 }
 UNPACKED = {"bloom": {"packing": False}}  # its ALiBi counts positions over the whole line
+EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
+LINEAR_ONLY = ("dora", "ia3", "adalora")  # these have nothing for experts
 PLAIN = {"lora", "qlora", "dora", "rslora", "ia3", "adalora", "full"}  # the others cannot be merged
 # Fast by default: each family by one method, each method on one family; all together are marked faults.
 QUICK = {"llama": "lora", "qwen2": "qlora", "qwen3": "lora", "mistral": "qlora", "gemma": "dora", "phi": "rslora"}
-QUICK |= {"glm": "lora", "bloom": "lora", "gpt2": "ia3"}
+QUICK |= {
+    "mixtral": "qlora",
+    "qwen3_moe": "lora",
+    "deepseek_v3": "rslora",
+    "glm": "lora",
+    "bloom": "lora",
+    "gpt2": "ia3",
+}
 ALSO = [("llama", "adalora"), ("llama", "prefix"), ("llama", "prompt"), ("llama", "full")]
 PAIRS = [
     pytest.param(family, method, marks=[] if quick else pytest.mark.faults)
@@ -95,7 +129,8 @@ def test_a_family_is_trained_evaluated_and_merged(
     tmp_path: Path, params: Params, data: Path, family: str, method: str
 ) -> None:
     own = of_family(params, data, FAMILIES[family], tmp_path)
-    settings = short(params, method, **UNPACKED.get(family, {}))
+    attention = {"lora_target_modules": "attention"} if family in EXPERTS and method in LINEAR_ONLY else {}
+    settings = short(params, method, **UNPACKED.get(family, {}), **attention)
     done = trained(settings, own, tmp_path)
     assert done.steps == 4 and done.trainable_parameters > 0
     answers = read_json(tmp_path / "evaluation" / "scores.json")
@@ -178,6 +213,8 @@ def test_adalora_cuts_rank_and_keeps_its_factors_orthogonal(tmp_path: Path, para
         ("bloom", "auto", ["query_key_value"]),
         ("glm", "auto", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # PEFT has no choice for it: its attention
         ("phi", ["fc1", "dense"], ["dense", "fc1"]),
+        ("mixtral", "all-linear", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # and its experts, but not its router
+        ("deepseek_v3", "attention", ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]),
     ],
 )
 def test_target_modules_are_those_that_are_meant(params: Params, family: str, wanted: Any, names: list[str]) -> None:
@@ -195,3 +232,60 @@ def test_a_name_that_matches_nothing_is_refused_with_what_there_is(params: Param
         MethodError, match="names q_proj, which .* its linear layers are attn.c_proj, c_attn, c_fc, mlp.c_proj"
     ):
         adapter_config(wrong, model)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "reason"),
+    [
+        ("llama", "lm_head", "lm_head, the output layer, which stays frozen"),
+        ("gpt2", "lm_head", "lm_head, the output layer, which stays frozen"),
+        ("llama", "embed_tokens", "embed_tokens, a Embedding and no linear layer"),
+        ("mixtral", "gate", "gate, which chooses the experts of a token and stays frozen"),
+        ("deepseek_v3", "gate_proj", "gate_proj, which PEFT takes for the experts"),
+        ("qwen3_moe", "gate_proj", "gate_proj, which the base model does not have"),
+    ],
+)
+def test_a_module_that_cannot_be_trained_is_refused_with_the_reason(
+    params: Params, family: str, name: str, reason: str
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    with pytest.raises(MethodError, match=reason):
+        adapter_config(
+            short(params, "lora", lora_target_modules=["o_proj" if family != "gpt2" else "c_attn", name]).train, model
+        )
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_targets_of_all_linear_and_by_name_and_routers_are_not(params: Params, family: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    whole = adapter_config(short(params, "lora").train, model)
+    assert whole.target_parameters == ["experts.down_proj", "experts.gate_up_proj"]
+    named = short(params, "lora", lora_target_modules=["o_proj", "experts.down_proj"]).train
+    assert adapter_config(named, model).target_parameters == ["experts.down_proj"]
+    tuned = get_peft_model(model, whole)
+    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert any(".experts." in name for name in trained) and not any(".gate." in name for name in trained)
+    settings = settings_of(tuned)
+    assert not settings["rank_pattern"] and not settings["alpha_pattern"]
+    check_settings(settings, "here")
+
+
+@pytest.mark.parametrize("change", [{"method": m} for m in LINEAR_ONLY] + [{"lora_dropout": 0.05}])
+def test_what_experts_cannot_be_trained_with_is_refused(params: Params, change: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES["mixtral"])
+    key = next(iter(change))
+    with pytest.raises(MethodError, match=rf"train\.{key} is .*experts\.down_proj"):
+        adapter_config(short(params, change.pop("method", "lora"), **change).train, model)
+    adapter_config(short(params, "lora", lora_target_modules="attention", **change).train, model)
+
+
+def test_settings_that_loading_refuses_are_refused_before_the_first_step(
+    tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.security.vetting.CHOSEN", CHOSEN - {"lora_alpha"})
+    monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("a batch was trained on"))
+    with pytest.raises(UnsafeModelError, match="lora_alpha = "):
+        train(short(params, "lora").train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")

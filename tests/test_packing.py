@@ -5,12 +5,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import environment
+from conftest import environment, with_
+from datasets import Dataset
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+)
 
 from pipeline.files import read_json
 from pipeline.model import ModelError, load_base
@@ -126,28 +135,51 @@ def test_an_architecture_that_mixes_rows_is_refused(dataset: Path, params: Param
         require_isolation(deaf, sequences)
 
 
-def test_an_architecture_with_attention_of_its_own_keeps_it(dataset: Path, params: Params) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+SMALL = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+SMALL |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WINDOWED: dict[str, PretrainedConfig] = {
+    "mistral": MistralConfig(**SMALL, sliding_window=16),
+    "gemma3": Gemma3TextConfig(**SMALL, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+}
+CHUNKED = Llama4TextConfig(
+    **SMALL, intermediate_size_mlp=128, num_local_experts=2, moe_layers=[], attention_chunk_size=16,
+    layer_types=["chunked_attention"] * 2, use_qk_norm=False,
+)  # fmt: skip
 
-    windowed = MistralConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
-    sequences = training_sequences(dataset / "train.parquet", params.train)
+
+def short_and_long_rows(params: Params, folder: Path) -> Dataset:
+    """A line of many rows of 8 tokens, and one whose row of 100 is longer than any window here."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = [8] * 30 + [100, 90]
+    rows = [torch.randint(3, 400, (length,), generator=draw).tolist() for length in lengths]
+    pq.write_table(pa.table({"input_ids": rows, "labels": rows}), folder / "rows.parquet")
+    return training_sequences(folder / "rows.parquet", with_(params, train={"packed_length": 100}).train)
+
+
+def random_model(config: PretrainedConfig) -> Any:
     torch.manual_seed(0)
-    model = MistralForCausalLM(windowed).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     model.set_attn_implementation("sdpa")
+    return model
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_rows_longer_than_a_sliding_window_keep_to_it(params: Params, tmp_path: Path, name: str) -> None:
+    sequences = short_and_long_rows(params, tmp_path)
+    model = random_model(WINDOWED[name])
+    batches = [inputs(Collate(0, packed=True)([sequence])) for sequence in sequences]
+    with torch.no_grad():
+        expected = [model(**batch, use_cache=False).logits for batch in batches]
+        assert use_row_attention(model, sequences)
+        for batch, logits in zip(batches, expected, strict=True):
+            torch.testing.assert_close(model(**batch, use_cache=False).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_architecture_with_a_mask_of_its_own_keeps_it(params: Params, tmp_path: Path) -> None:
+    sequences = short_and_long_rows(params, tmp_path)
+    model = random_model(CHUNKED)
     assert not use_row_attention(model, sequences)
     assert model.config._attn_implementation == "sdpa"
-    windowed.sliding_window = None
-    model = MistralForCausalLM(windowed).eval()
-    model.set_attn_implementation("sdpa")
-    assert use_row_attention(model, sequences)
 
 
 def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:

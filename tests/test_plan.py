@@ -8,7 +8,15 @@ import torch
 from conftest import with_
 from peft import get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from pipeline.model import load_base
@@ -35,6 +43,34 @@ QWEN2 = Qwen2Config(
     tie_word_embeddings=True,
 )
 GPT2 = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=4000, n_positions=1024)
+MIXTRAL = MixtralConfig(
+    hidden_size=256,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=4000,
+    num_local_experts=4,
+)
+DEEPSEEK = DeepseekV3Config(
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    vocab_size=4000,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    first_k_dense_replace=1,
+    kv_lora_rank=64,
+    q_lora_rank=64,
+    qk_rope_head_dim=16,
+    qk_nope_head_dim=16,
+    v_head_dim=16,
+)
 SIZES = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40), "65B": (8192, 22016, 80, 64)}
 
 
@@ -91,6 +127,8 @@ def measured(config: PreTrainedConfig, params: TrainParams, length: int, folder:
             (LLAMA, [(True, False), (False, True)]),
             (QWEN2, [(True, True)]),
             (GPT2, [(True, False)]),
+            (MIXTRAL, [(True, False)]),
+            (DEEPSEEK, [(False, True)]),
         )
         for load_in_4bit in (False, True)
         for again in (False, True)
@@ -235,3 +273,12 @@ def test_a_classifier_is_planned(params: Params) -> None:
     settings = {"task": "sequence-classification", "packing": False}
     chosen = with_(params, train=settings, promote={"primary_metric": "accuracy", "guard_metrics": {}}).train
     assert _one_step(LLAMA, chosen, 64, on_gpu=False).memory.peak > 0
+
+
+def test_a_step_that_cannot_be_counted_is_refused_by_name(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks_at_values(*_: Any) -> torch.Tensor:
+        return torch.zeros(2, device="meta").nonzero()
+
+    monkeypatch.setattr("pipeline.plan.experts", looks_at_values)
+    with pytest.raises(PlanError, match="mixtral"):
+        _one_step(MIXTRAL, planned(params), 64, on_gpu=True)

@@ -102,6 +102,17 @@ def check_adapter(folder: Path) -> None:
     Raises:
         UnsafeModelError, UnsafeFileError: with file, key and way out.
     """
+    check_file(folder / "adapter_model.safetensors")
+    check_file(folder / "adapter_config.json")
+    check_settings(strict_json((folder / "adapter_config.json").read_bytes()), f"{folder}: adapter_config.json")
+
+
+def check_settings(config: Any, where: str) -> None:
+    """Refuse an adapter's settings (an adapter_config.json) that training may not write: the one list for both.
+
+    Raises:
+        UnsafeModelError: with the key, its value and what is expected.
+    """
     import peft  # takes seconds to import; prepare needs `check_model` alone
 
     methods: dict[Any, Any] = {
@@ -111,11 +122,6 @@ def check_adapter(folder: Path) -> None:
         "PREFIX_TUNING": peft.PrefixTuningConfig,
         "PROMPT_TUNING": peft.PromptTuningConfig,
     }
-
-    check_file(folder / "adapter_model.safetensors")
-    check_file(folder / "adapter_config.json")
-    config = strict_json((folder / "adapter_config.json").read_bytes())
-    where = f"{folder}: adapter_config.json"
     if not isinstance(config, dict) or config.get("peft_type") not in list(methods):
         raise UnsafeModelError(
             f"{where} is not of a LoRA adapter; only those, IA3's, AdaLoRA's, prefix and prompt tuning's are loaded"
@@ -136,8 +142,15 @@ def check_adapter(folder: Path) -> None:
     modules = config.get("target_modules")
     if made.is_prompt_learning and modules is None:
         return  # it has vectors of its own, in no module
-    if not (modules == "all-linear" or (isinstance(modules, list) and all(isinstance(m, str) for m in modules))):
+    if not (modules == "all-linear" or _are_names(modules)):
         raise UnsafeModelError(f"{where} has target_modules = {modules!r}; expected all-linear or a list of names")
+    parameters = config.get("target_parameters")
+    if not (parameters is None or _are_names(parameters)):
+        raise UnsafeModelError(f"{where} has target_parameters = {parameters!r}; expected a list of names")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -1,9 +1,8 @@
 """The methods of `train.method` as PEFT has them: parameters and a base model in, the adapter's configuration out.
 
-Which modules are trained is found by looking at the model; a name that matches none is refused with those there are.
+`targets.py` says which modules it is put on.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,14 @@ from peft import (
     PromptTuningConfig,
     TaskType,
 )
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING as ADALORA_MODULES,
-)
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_MODULES,
-)
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_MODULES,
-)
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.files import read_json, write_json
-from pipeline.model import HEADS
 from pipeline.params import TrainParams
 from pipeline.training.combinations import CLASSIFICATION, VIRTUAL_TOKENS
+from pipeline.training.targets import MethodError, feedforward, target_modules, target_parameters
 
-
-class MethodError(ValueError):
-    """The method cannot be used on this model; the message says what the model has."""
+SETS = ("target_modules", "target_parameters", "feedforward_modules", "modules_to_save")
 
 
 def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | None:
@@ -59,9 +46,10 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
             return IA3Config(
                 task_type=task,
                 target_modules=targets,
-                feedforward_modules=_feedforward(model, targets),
+                feedforward_modules=feedforward(model, targets),
                 modules_to_save=new,
             )
+    experts = target_parameters(params, model)
     lora: dict[str, Any] = {
         "task_type": task,
         "target_modules": target_modules(params, model),
@@ -72,7 +60,13 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
     if params.method == "adalora":
         # It begins with half as much again and ends at lora_r in the mean; `AllocateRanks` fits it to the steps.
         return AdaLoraConfig(**lora, target_r=params.lora_r, init_r=-(-params.lora_r * 3 // 2), total_step=1 << 30)
-    return LoraConfig(**lora, r=params.lora_r, use_dora=params.method == "dora", use_rslora=params.method == "rslora")
+    return LoraConfig(
+        **lora,
+        r=params.lora_r,
+        use_dora=params.method == "dora",
+        use_rslora=params.method == "rslora",
+        target_parameters=experts or None,
+    )
 
 
 def require_context(params: TrainParams, config: Any, max_length: int) -> None:
@@ -89,68 +83,16 @@ def require_context(params: TrainParams, config: Any, max_length: int) -> None:
         )
 
 
-def target_modules(params: TrainParams, model: torch.nn.Module) -> str | list[str]:
-    """`all-linear` for PEFT to resolve, or names of which each matches a module of `model`, sorted.
-
-    Raises:
-        MethodError: a name matches nothing, or `auto` is asked of a family that PEFT has no choice for.
-    """
-    wanted = params.lora_target_modules
-    linear = dict(linear_modules(model))
-    if wanted == "all-linear":
-        # PEFT knows the shorthand for LoRA alone, and with IA3 the feed-forward modules must be told apart.
-        return "all-linear" if params.method != "ia3" else sorted({_short(name, linear) for name in linear})
-    if wanted == "attention":
-        return sorted({_short(name, linear) for name in linear if _in_attention(name)})
-    if wanted == "auto":
-        family = str(getattr(getattr(model, "config", None), "model_type", ""))
-        known = {"ia3": IA3_MODULES, "adalora": ADALORA_MODULES}.get(params.method, LORA_MODULES).get(family)
-        if not isinstance(known, list):  # one family has a pattern, which is loaded from nowhere else
-            return sorted({_short(name, linear) for name in linear if _in_attention(name)})
-        wanted = known
-    for name in wanted:
-        if not any(f".{path}".endswith(f".{name}") for path in linear):
-            raise MethodError(
-                f"train.lora_target_modules names {name}, which the base model does not have; "
-                f"its linear layers are {', '.join(sorted({_short(path, linear) for path in linear}))}"
-            )
-    return sorted(wanted)
-
-
-def linear_modules(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Every linear layer by its path, the output layer and the classification head left out."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for name, module in model.named_modules():
-        outside = name.split(".")[0] in HEADS or name in getattr(model, "new_modules", ())
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not outside:
-            yield name, module
-
-
-def _in_attention(name: str) -> bool:
-    return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
-
-
-def _short(name: str, linear: dict[str, torch.nn.Module]) -> str:
-    """The end of a path that tells its module from those of other parts: `q_proj`, but `attention.output.dense`."""
-    parts = name.split(".")
-    for length in range(1, len(parts)):
-        end = ".".join(parts[-length:])
-        same = [other for other in linear if f".{other}".endswith(f".{end}")]
-        if end.split(".")[0].isdigit() or all(_in_attention(other) == _in_attention(name) for other in same):
-            return end
-    return name
-
-
-def _feedforward(model: torch.nn.Module, targets: str | list[str]) -> list[str]:
-    """Those of IA3's targets that (also) lie outside attention: their inputs are scaled, of the others the outputs."""
-    outside = [f".{name}" for name, _ in linear_modules(model) if not _in_attention(name)]
-    return [target for target in targets if any(name.endswith(f".{target}") for name in outside)]
+def settings_of(model: Any) -> dict[str, Any]:
+    """What the adapter on `model` will be saved with; PEFT may have made other names of those that were asked for."""
+    saved: dict[str, Any] = model.peft_config[model.active_adapter].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in saved.items()}
 
 
 def sort_sets(path: Path) -> None:
     """Give an adapter_config.json one order of its module names: PEFT writes sets, which change it from run to run."""
     config = read_json(path)
-    names = {key: config.get(key) for key in ("target_modules", "feedforward_modules", "modules_to_save")}
+    names = {key: config.get(key) for key in SETS}
     write_json(path, config | {key: sorted(value) for key, value in names.items() if isinstance(value, list)})
 
 

@@ -145,11 +145,15 @@ def row_attention(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row of a packed line, on a CPU: rows side by side, as long as the longest.
 
     A dense mask over the line computes T × T scores of which all but those within rows are thrown away.
+
+    Args:
+        sliding_window: tokens that a query looks back on, itself among them; None looks back to the row's start.
     """
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -166,7 +170,11 @@ def row_attention(
     ).long().repeat_interleave(lengths)
     shape = (len(lengths), max_length_q)
     q, k, v = (_side_by_side(x, places, shape) for x in (query, key, value))
-    output = scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling)  # (rows, heads, longest, width)
+    window = None
+    if sliding_window is not None and sliding_window < max_length_q:
+        window = torch.ones(max_length_q, max_length_q, dtype=torch.bool).tril().triu(1 - sliding_window)
+    # (rows, heads, longest, width)
+    output = scaled_dot_product_attention(q, k, v, window, dropout, window is None, scale=scaling)
     return output.transpose(1, 2).flatten(0, 1)[places][None].contiguous(), None
 
 
@@ -178,7 +186,8 @@ def _side_by_side(x: torch.Tensor, places: torch.Tensor, shape: tuple[int, int])
 def use_row_attention(model: Any, sequences: Dataset) -> bool:
     """Let a model that takes its attention from transformers' interface compute it by `row_attention`, on a CPU.
 
-    Only where the fullest line has the same logits either way: windows, biases or caps of an architecture rule it out.
+    Only where the line with most rows and that with the longest row have the same logits either way: biases and caps
+    of an architecture rule it out, and masks of its own such as chunks.
     """
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return False
@@ -186,10 +195,10 @@ def use_row_attention(model: Any, sequences: Dataset) -> bool:
         return False
     AttentionInterface.register(ROW_ATTENTION, row_attention)
     AttentionMaskInterface.register(ROW_ATTENTION, AttentionMaskInterface._global_mapping["sdpa"])
-    rows = _rows_of(_fullest(sequences))
-    before = _logits(model, rows)
+    lines = [_rows_of(line) for line in (_fullest(sequences), _with_longest_row(sequences))]
+    before = [_logits(model, rows) for rows in lines]
     model.set_attn_implementation(ROW_ATTENTION)
-    if _differ(_logits(model, rows), before):
+    if any(_differ(_logits(model, rows), logits) for rows, logits in zip(lines, before, strict=True)):
         model.set_attn_implementation("sdpa")
         return False
     return True
@@ -234,6 +243,12 @@ def _fullest(sequences: Dataset) -> Batch:
     """The line with most rows."""
     rows = [len(lengths) for lengths in sequences["seq_lengths"]]
     return sequences[rows.index(max(rows))]
+
+
+def _with_longest_row(sequences: Dataset) -> Batch:
+    """What depends on distance (windows, chunks, positions) shows on long rows alone."""
+    longest = [max(lengths) for lengths in sequences["seq_lengths"]]
+    return sequences[longest.index(max(longest))]
 
 
 def _rows_of(sequence: Batch) -> list[Batch]:

@@ -1,0 +1,197 @@
+"""Which modules an adapter is put on: `train.lora_target_modules` and a base model come in, names for PEFT go out.
+
+Output layers, classification heads and the routers of mixtures of experts are never targets. Refused: a name that the
+adapter cannot be put on, with the reason and the names there are.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING as ADALORA_MODULES
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_MODULES
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_MODULES
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.model import HEADS
+from pipeline.params import TrainParams
+
+ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose the experts of a token
+UNTARGETED = ("full", "prefix", "prompt")  # these are put on no module
+PLAIN_LORA = ("lora", "qlora", "rslora")  # the methods that PEFT has for experts
+
+
+class MethodError(ValueError):
+    """The method cannot be used on this model; the message says what the model has."""
+
+
+def target_modules(params: TrainParams, model: Any) -> str | list[str]:
+    """`all-linear` for PEFT to resolve, or names of which each matches a linear layer of `model`, sorted.
+
+    Raises:
+        MethodError: a name matches nothing, or nothing that can be trained.
+    """
+    wanted, experts = params.lora_target_modules, target_parameters(params, model)
+    linear = dict(linear_modules(model))
+    short = sorted({_short(name, linear) for name in linear})
+    if wanted == "all-linear":
+        if experts or any(_is_router(name) for name, _ in model.named_modules()):
+            return sorted(_taken_as_named(short, params, model))
+        # PEFT knows the shorthand for LoRA alone, and with IA3 the feed-forward modules must be told apart.
+        return "all-linear" if params.method != "ia3" else short
+    if wanted == "attention":
+        return sorted({_short(name, linear) for name in linear if _in_attention(name)})
+    if wanted == "auto":
+        family = str(getattr(getattr(model, "config", None), "model_type", ""))
+        known = {"ia3": IA3_MODULES, "adalora": ADALORA_MODULES}.get(params.method, LORA_MODULES).get(family)
+        # One family has a pattern, which is loaded from nowhere else; some have names of transformers 4.
+        if isinstance(known, list) and _all_linear(known, linear) and _taken_as_named(known, params, model) == {*known}:
+            return sorted(known)
+        return sorted({_short(name, linear) for name in linear if _in_attention(name)})
+    names = sorted(set(wanted) - set(experts))
+    for name in names:
+        if not _all_linear([name], linear):
+            raise MethodError(f"train.lora_target_modules names {name}, {_why_not(name, model, params)}")
+    for name in sorted(set(names) - _taken_as_named(names, params, model)):
+        raise MethodError(
+            f"train.lora_target_modules names {name}, which PEFT takes for the experts of this model; name "
+            f"{' and '.join(_experts(model))} for those, or leave it out"
+        )
+    return names
+
+
+def target_parameters(params: TrainParams, model: Any) -> list[str]:
+    """Stacked weights of experts that LoRA is put on, as PEFT's `target_parameters` names them.
+
+    Raises:
+        MethodError: they are asked for, and the method has nothing for them.
+    """
+    experts = _experts(model)
+    wanted = params.lora_target_modules
+    chosen = experts if wanted == "all-linear" else [name for name in experts if name in wanted]
+    if not chosen:
+        return []
+    if params.method not in PLAIN_LORA:
+        raise MethodError(
+            f"train.method is {params.method}, which cannot train experts ({', '.join(chosen)}); set it to lora or "
+            "qlora, or train.lora_target_modules to attention"
+        )
+    if params.lora_dropout:
+        raise MethodError(
+            f"train.lora_dropout is {params.lora_dropout:g}, but LoRA on experts ({', '.join(chosen)}) has no dropout; "
+            "set it to 0.0, or train.lora_target_modules to attention"
+        )
+    return chosen
+
+
+def describe_experts(params: TrainParams, model: Any) -> list[str]:
+    """Sentences on what training a mixture of experts does not do, though its parameters might seem to say so."""
+    experts = dict(expert_parameters(model))
+    if not experts or params.method in UNTARGETED:
+        return []
+    sentences, targets = [], target_modules(params, model)
+    linear = dict(linear_modules(model))
+    missed = sorted({_short(name, linear) for name in linear} - set(targets))
+    if params.lora_target_modules == "all-linear" and missed:
+        sentences.append(
+            f"{', '.join(missed)} of layers without experts and of shared experts are not trained: PEFT takes these "
+            "names for the experts' own"
+        )
+    if params.load_in_4bit:
+        share = sum(p.numel() for p in experts.values()) / model.num_parameters()
+        sentences.append(
+            f"the experts ({share:.0%} of the parameters) stay in {next(iter(experts.values())).dtype}: bitsandbytes "
+            "quantises linear layers alone"
+        )
+    return sentences
+
+
+def linear_modules(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every linear layer by its path; the output layer, the classification head and routers left out."""
+    head = _head(model)
+    for name, module in model.named_modules():
+        outside = name.split(".")[0] in HEADS or name in getattr(model, "new_modules", ())
+        if isinstance(module, torch.nn.Linear | Conv1D) and not (module is head or outside or _is_router(name)):
+            yield name, module
+
+
+def expert_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The weights of mixtures of experts by path, (experts, out, in) or (experts, in, out) each."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if path.split(".")[-1] == "experts" and parameter.dim() == 3:
+                yield f"{path}.{name}", parameter
+
+
+def feedforward(model: torch.nn.Module, targets: str | list[str]) -> list[str]:
+    """Those of IA3's targets that (also) lie outside attention: their inputs are scaled, of the others the outputs."""
+    outside = [f".{name}" for name, _ in linear_modules(model) if not _in_attention(name)]
+    return [target for target in targets if any(name.endswith(f".{target}") for name in outside)]
+
+
+def _experts(model: Any) -> list[str]:
+    return sorted({".".join(path.split(".")[-2:]) for path, _ in expert_parameters(model)})
+
+
+def _taken_as_named(names: list[str], params: TrainParams, model: Any) -> set[str]:
+    """The `names` that stay modules when PEFT translates an adapter of transformers 4, whose experts were modules.
+
+    It does so with every LoRA adapter of these families, at training and wherever the adapter is loaded.
+    """
+    if params.method in ("ia3", "adalora"):
+        return set(names)
+    trial = LoraConfig(target_modules=names)
+    try:
+        convert_peft_config_for_transformers(trial, model, None)
+    except ValueError:  # one of two modules that are one weight now
+        return {name for name in names if _taken_as_named([name], params, model)} if len(names) > 1 else set()
+    return set(trial.target_modules or ())
+
+
+def _all_linear(names: list[str], linear: dict[str, torch.nn.Module]) -> bool:
+    return all(any(f".{path}".endswith(f".{name}") for path in linear) for name in names)
+
+
+def _why_not(name: str, model: Any, params: TrainParams) -> str:
+    linear = dict(linear_modules(model))
+    there = sorted({_short(path, linear) for path in linear} | set(_experts(model)))
+    choice = f"it can be {', '.join(there)}"
+    for path, module in model.named_modules():
+        if not f".{path}".endswith(f".{name}"):
+            continue
+        if module is _head(model):
+            return (
+                "the output layer, which stays frozen: the loss passes it in pieces, and models may share it with "
+                f"their embeddings; {choice}"
+            )
+        if path.split(".")[0] in HEADS or path in getattr(model, "new_modules", ()):
+            return f"which is new and trained whole in any case; leave it out ({choice})"
+        if _is_router(path):
+            return f"which chooses the experts of a token and stays frozen; {choice}"
+        return f"a {type(module).__name__} and no linear layer; {choice}"
+    return f"which the base model does not have; its linear layers are {', '.join(there)}"
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _is_router(name: str) -> bool:
+    return name.split(".")[-1] in ROUTERS
+
+
+def _in_attention(name: str) -> bool:
+    return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
+
+
+def _short(name: str, linear: dict[str, torch.nn.Module]) -> str:
+    """The end of a path that tells its module from those of other parts: `q_proj`, but `attention.output.dense`."""
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        end = ".".join(parts[-length:])
+        same = [other for other in linear if f".{other}".endswith(f".{end}")]
+        if end.split(".")[0].isdigit() or all(_in_attention(other) == _in_attention(name) for other in same):
+            return end
+    return name
