@@ -149,15 +149,18 @@ def ingest(
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
     for file in result.files[:20]:
         rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
-        print(f"  {file['name']}: {file['format']}, {file['container']}, {file['rows']:,} rows{rejected}")
+        unused = f"; not used: {', '.join(file['not_used'])}" if file["not_used"] else ""
+        print(f"  {file['name']}: {file['format']}, {file['container']}, {file['rows']:,} rows{rejected}{unused}")
     if len(result.files) > 20:
         print(f"  and {len(result.files) - 20} more, in data/instructions/snapshot.json")
     if result.left_out:
         print(f"  {result.left_out:,} rows left out by weight and cap")
     for reason, count in result.rejected.items():
         print(f"  {count:,} cannot be used: a row {reason}")
+    for repair, count in result.repaired.items():
+        print(f"  {count:,} repaired: {repair}")
     if result.rejected:
-        print("  each is in data/instructions/rejected.jsonl with its line")
+        print("  the records that cannot be used are in data/instructions/rejected.jsonl with their lines")
     if result.changed:
         print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
         print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")

@@ -41,6 +41,7 @@ class Ingested:
     files: list[dict[str, Any]]  # name, container, format, rows, rejected: as in snapshot.json
     rows: int
     rejected: dict[str, int]  # reason → records; prepare counts them against its own limit
+    repaired: dict[str, int]  # repair → rows
     left_out: int  # rows that a weight or a cap keeps out
     changed: bool  # whether data.dvc now names another snapshot
 
@@ -55,6 +56,8 @@ class _File:
     format: str = ""
     rows: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+    unused: set[str] = field(default_factory=set)  # columns and message keys that say something and were not read
     shards: list[str] = field(default_factory=list)
 
 
@@ -80,11 +83,14 @@ def ingest(params: IngestParams, sources: Sequence[str] = (), root: Path = Path(
         changed = replace_instructions(scratch / "new", root)
     finally:
         recover(root)
-    rejected = sum((Counter(source["rejected"]) for source in notes["sources"]), Counter[str]())
+    rejected, repaired = (
+        sum((Counter(source[key]) for source in notes["sources"]), Counter[str]()) for key in ("rejected", "repaired")
+    )
     return Ingested(
         files=[file for source in notes["sources"] for file in source["files"]],
         rows=notes["rows"],
         rejected=dict(rejected.most_common()),
+        repaired=dict(repaired.most_common()),
         left_out=notes["left_out"],
         changed=changed,
     )
@@ -231,6 +237,8 @@ def _kept(wanted: list[SourceParams], contents: dict[int, np.ndarray[Any, Any]])
 def _count(file: _File, batch: Batch, rejections: IO[str]) -> None:
     file.format = batch.recipe.format
     file.rows += len(batch.table)
+    file.repaired.update(batch.table["repairs"].combine_chunks().flatten().to_pylist())
+    file.unused |= batch.unused
     for row in batch.rejected:
         file.rejected[row.reason] += 1
         rejections.write(_rejection(row) + "\n")
@@ -266,6 +274,7 @@ def _notes(
                 "rows": sum(file.rows for file in own) - left_out[number],
                 "left_out": left_out[number],
                 "rejected": _counts(sum((file.rejected for file in own), Counter[str]())),
+                "repaired": dict(sum((file.repaired for file in own), Counter[str]()).most_common()),
                 "files": [
                     {
                         "name": file.name,
@@ -274,6 +283,7 @@ def _notes(
                         "format": file.format,
                         "rows": file.rows,
                         "rejected": file.rejected.total(),
+                        "not_used": sorted(file.unused),
                         "shards": file.shards,
                     }
                     for file in own

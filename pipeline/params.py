@@ -27,12 +27,16 @@ Format = Literal[
     "alpaca",
     "belle",
     "classification",
+    "dolly",
     "messages",
+    "openassistant",
     "openorca",
     "prompt-completion",
+    "question-answer",
     "self-instruct",
     "sharegpt",
     "text",
+    "turn-pairs",
     "ultrachat",
 ]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.formats import FORMATS, find_files, read_rows
+from pipeline.data.formats import FORMATS, UnclearFormatError, find_files, read_rows
 from pipeline.data.json_text import FormatError
 from pipeline.data.records import Rejected, Row, is_plain_text
 from pipeline.params import ColumnsParams
@@ -130,7 +130,6 @@ def test_tool_calls_of_every_spelling_become_one(tmp_path: Path) -> None:
         ({"tool_calls": [{"function": {"name": "f", "arguments": '{"x": NaN}'}}]}, "NaN"),
         ({"tool_calls": [{}]}, "has no function name"),
         ({"tool_calls": 1}, "tool_calls is not a list"),
-        ({"content": "A", "weight": 0}, "has a weight of its own"),
         ({"content": None}, "content is missing"),
     ],
 )
@@ -153,11 +152,80 @@ def test_a_broken_call_is_rejected_with_a_reason(tmp_path: Path, message: dict[s
         ({"instruction": "Q", "input": "", "output": "A", "text": "Below is an instruction …"}, "alpaca"),
         ({"text": "Q", "label": "A"}, "classification"),
         ({"messages": json.dumps([QUESTION, ANSWER])}, "messages"),  # a cell of a CSV file
+        ({"conversation": [QUESTION, ANSWER]}, "messages"),
+        ({"conversation": [{"human": "Q", "assistant": "A"}]}, "turn-pairs"),
+        ({"conversations": [{"input": "Q", "output": "A"}]}, "turn-pairs"),
+        ({"conversations": ["Q", "A"]}, "ultrachat"),
+        ({"messages": json.dumps(["Q", "A"])}, "ultrachat"),
+        ({"conversation": SHAREGPT["conversations"]}, "sharegpt"),
+        ({"instruction": "Q", "context": "", "response": "A", "category": "x"}, "dolly"),
+        ({"question": "Q", "answer": "A"}, "question-answer"),
+        ({"prompt": "Q", "response": "A"}, "question-answer"),
+        ({"prompt": [QUESTION], "response": "A"}, "question-answer"),
+        ({"query": "Q", "response": "A", "type": "x"}, "question-answer"),
     ],
 )
 def test_a_format_is_recognised_by_its_keys(tmp_path: Path, record: dict[str, Any], format: str) -> None:
     assert turns(row(tmp_path, record)) == [("user", "Q"), ("assistant", "A")]
     assert turns(read(tmp_path, record, format=format)[0]) == [("user", "Q"), ("assistant", "A")]  # type: ignore[arg-type]
+
+
+def test_the_context_of_dolly_stands_below_the_instruction(tmp_path: Path) -> None:
+    assert turns(row(tmp_path, {"instruction": "Q", "context": "C", "response": "A"}))[0] == ("user", "Q\nC")
+
+
+def test_a_question_about_a_text_in_another_column_asks_for_a_template(tmp_path: Path) -> None:
+    record = {"question": "Q", "context": "A long text.", "answer": "A"}
+    with pytest.raises(UnclearFormatError) as error:
+        read(tmp_path, record)
+    [read_row] = read(tmp_path, record, columns=error.value.columns)
+    assert isinstance(read_row, Row) and turns(read_row) == [("user", "Q\nA long text."), ("assistant", "A")]
+
+
+def test_a_number_as_an_answer_becomes_its_text_where_it_is_exact(tmp_path: Path) -> None:
+    whole, broken = read(tmp_path, {"question": "1+1?", "answer": 2}, {"question": "1/2?", "answer": 0.5})
+    assert isinstance(whole, Row) and turns(whole)[-1] == ("assistant", "2")
+    assert isinstance(broken, Rejected) and "answer is float" in broken.reason
+
+
+def tree(*messages: tuple[str, str | None, float | None, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of OpenAssistant by (id, parent, rank); a letter Q or A says whose they are."""
+    return [
+        {"message_id": id, "parent_id": parent, "rank": rank, "text": id, "message_tree_id": "t", "lang": "en"}
+        | {"role": "prompter" if id.startswith("Q") else "assistant"}
+        | others
+        for id, parent, rank, others in messages
+    ]
+
+
+def test_the_best_path_of_each_message_tree_is_a_row_whatever_the_order(tmp_path: Path) -> None:
+    messages = tree(
+        ("Q1", None, None, {}),
+        ("A1", "Q1", 1.0, {}),
+        ("A2", "Q1", 0.0, {}),
+        ("A3", "Q1", -1.0, {"deleted": True}),
+        ("Q2", "A2", None, {}),
+        ("A4", "Q2", None, {}),
+        ("Q9", None, None, {}),
+        ("A9", "Q9", None, {}),
+        ("A8", "lost", None, {}),
+    )
+    for records in (messages, messages[::-1]):
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        rows = list(read_rows(path))
+        by_size = sorted((r for r in rows if isinstance(r, Row)), key=lambda each: len(each.messages))
+        assert [[m["content"] for m in each.messages] for each in by_size] == [["Q9", "A9"], ["Q1", "A2", "Q2", "A4"]]
+        assert [len(each.repairs) for each in by_size] == [0, 1]
+        [rejected] = [r for r in rows if isinstance(r, Rejected)]
+        assert json.loads(rejected.record)["message_id"] == "A8"
+        assert {r.source for r in rows} == {f"data.jsonl:{records.index(messages[i]) + 1}" for i in (0, 6, 8)}
+
+
+def test_a_message_tree_that_runs_in_a_circle_ends(tmp_path: Path) -> None:
+    records = tree(("Q1", None, None, {}), ("A1", "Q1", None, {}), ("A2", "A3", None, {}), ("A3", "A2", None, {}))
+    rows = read(tmp_path, *records)
+    assert [type(each) for each in rows] == [Row, Rejected, Rejected]
 
 
 def test_the_system_prompt_of_openorca_is_kept(tmp_path: Path) -> None:
@@ -341,21 +409,22 @@ def test_what_is_not_json_is_refused_with_file_and_line(tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("records", "what"),
     [
-        ([{"question": "Q", "answer": "A"}], "has answer, question; expected one of alpaca .instruction, output.; "),
-        ([ALPACA, SHAREGPT], "looks like alpaca and sharegpt; expected one of"),
+        ([{"ask": "Q", "say": "A"}], "has ask, say, which is none of .*--columns prompt=ask,response=say .*: alpaca "),
+        ([ALPACA, SHAREGPT], "looks like alpaca and sharegpt; "),
         (
             [ALPACA | SHAREGPT],
             "looks like alpaca and sharegpt at once, with conversations, input, instruction, output;",
         ),
-        ([["Q", "A"]], "has list; expected one of"),
-        ([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "holds preference pairs .*response: chosen"),
+        ([["Q", "A"]], "has list, which is none"),
+        ([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "holds preference pairs .*response=chosen"),
+        ([ALPACA | {"chosen": "A", "rejected": "B"}], "holds preference pairs .*response=chosen"),
         ([{"text": "T", "id": 1}], "has text and no prompt .id, text.; .*--format text"),
     ],
 )
 def test_a_file_of_no_or_two_formats_asks_which_it_is(tmp_path: Path, records: list[Any], what: str) -> None:
     with pytest.raises(FormatError, match=what) as error:
         read(tmp_path, *records)
-    assert "--format" in str(error.value) or "ingest.columns" in str(error.value)
+    assert "--format" in str(error.value) or "--columns" in str(error.value)
 
 
 def test_another_format_late_in_a_file_stops_it_unless_a_person_named_one(tmp_path: Path) -> None:
@@ -427,7 +496,8 @@ def test_a_broken_record_is_rejected_with_a_reason(tmp_path: Path, change: dict[
         ([{"from": "gpt", "value": "A"}], "begins with an answer to nothing"),
         ([{"from": "narrator", "value": "Q"}], "a turn is from 'narrator'"),
         ([{"from": ["gpt"], "value": "Q"}], "a turn is from"),
-        (["Q", "A"], "a turn is from 'Q'"),
+        ([SHAREGPT["conversations"][0], "A"], "a turn is from 'A'"),
+        (["Q", " "], "conversations is empty"),
         ([{"from": "human", "value": None}, {"from": "gpt", "value": "A"}], "value is missing"),
     ],
 )
@@ -446,9 +516,14 @@ TEXT = st.sampled_from(["Q", "A", "", "\ud83d"]) | JSON
 EXTRA = {"system": TEXT, "tools": TEXT, "task": JSON, "group": JSON, "scoring": st.sampled_from(["exact", "text", 1])}
 
 
+THOUGHTS = st.lists(st.sampled_from(["<think>", "</think>", "\n", "A"]), max_size=5).map("".join)
+
+
 def turn(speaker: str, content: str) -> st.SearchStrategy[Any]:
     roles = ["human", "gpt", "user", "assistant", "system", "tool"]
-    return JSON | st.fixed_dictionaries({}, optional={speaker: st.sampled_from(roles) | JSON, content: TEXT})
+    flags = dict.fromkeys(("weight", "train", "loss_weight"), st.sampled_from([0, 1, True, False]) | JSON)
+    optional = {speaker: st.sampled_from(roles) | JSON, content: TEXT | THOUGHTS, "thinking": TEXT} | flags
+    return JSON | st.fixed_dictionaries({}, optional=optional)
 
 
 CALL = JSON | st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": TEXT, "arguments": TEXT})})
@@ -477,11 +552,17 @@ RECORDS = {
     "ultrachat": st.fixed_dictionaries({"data": st.lists(TEXT, max_size=4) | JSON}, optional=EXTRA),
     "text": st.fixed_dictionaries({"text": TEXT | DIALOGUE}, optional=EXTRA),
     "classification": st.fixed_dictionaries({"text": TEXT, "label": TEXT | st.integers()}, optional=EXTRA),
+    "dolly": st.fixed_dictionaries({"instruction": TEXT, "response": TEXT}, optional=EXTRA | {"context": TEXT}),
+    "question-answer": st.fixed_dictionaries({"question": TEXT, "answer": TEXT | st.integers()}, optional=EXTRA),
+    "turn-pairs": st.fixed_dictionaries(
+        {"conversation": st.lists(st.fixed_dictionaries({"human": TEXT, "assistant": TEXT}) | JSON, max_size=2) | JSON},
+        optional=EXTRA,
+    ),
 }
 
 
 def test_every_format_with_one_row_a_record_is_drawn() -> None:
-    assert set(RECORDS) == set(FORMATS) - {"self-instruct"}
+    assert set(RECORDS) == set(FORMATS) - {"self-instruct", "openassistant"}
 
 
 @pytest.fixture(scope="module")

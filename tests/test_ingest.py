@@ -140,6 +140,15 @@ def test_a_named_format_and_columns_hold_for_every_source_without_its_own(tmp_pa
         collect(AUTO, (), tmp_path / "three", tmp_path)
 
 
+def test_what_was_not_used_and_what_was_repaired_is_noted_by_file(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": "x", "id": 1} for role in ("user", "user", "assistant")]
+    one = source(tmp_path / "new", {"messages": talk, "lang": "en"}, {"messages": talk[1:]}, name="one.jsonl")
+    two = source(tmp_path / "new", *sample_rows(3), name="two.jsonl")
+    notes = collect(AUTO, [str(one), str(two)], tmp_path / "snapshot", tmp_path)
+    assert [file["not_used"] for each in notes["sources"] for file in each["files"]] == [["lang", "messages[].id"], []]
+    assert [each["repaired"] for each in notes["sources"]] == [{"consecutive user turns joined": 1}, {}]
+
+
 def test_a_snapshot_can_be_prepared(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ingest(AUTO, [str(source(tmp_path / "new", *sample_rows(100)))], project)
     monkeypatch.chdir(project)
@@ -239,9 +248,9 @@ def test_the_notes_hold_no_time_so_that_the_same_data_is_the_same_snapshot(tmp_p
 
 
 def test_the_command_says_what_it_recognised(project: Path, tmp_path: Path) -> None:
-    path = source(tmp_path / "new", *sample_rows(20), {"instruction": "q", "output": ""})
+    path = source(tmp_path / "new", *(row | {"id": 7} for row in sample_rows(20)), {"instruction": "q", "output": ""})
     said = retune(project, "ingest", str(path)).stdout
-    assert "ingest: 20 rows from 1 file\n  new.jsonl: alpaca, JSONL, 20 rows, 1 rejected\n" in said
+    assert "ingest: 20 rows from 1 file\n  new.jsonl: alpaca, JSONL, 20 rows, 1 rejected; not used: id\n" in said
     assert "1 cannot be used: a row output is empty" in said
     assert "data.dvc names the new snapshot" in said
 

@@ -9,7 +9,7 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Block:
     first: int  # line or index of the first record
     lines: bytes | None = None
     texts: list[str] | None = None
-    records: list[tuple[int, Any]] | None = None  # (line, record)
+    records: Sequence[tuple[int | str, Any]] | None = None  # (line or [index], record)
     table: bytes | None = None
     labels: dict[str, list[str]] = field(default_factory=dict)  # class names by column, where the file declares them
     position: int = 0  # bytes of the file read so far, for progress
@@ -132,11 +132,30 @@ def records_of(block: Block) -> Iterator[tuple[str, Any]]:
             yield f"{block.name}:{number}", record
     elif block.table is not None:
         try:
-            records = from_ipc(block.table).to_pylist()
+            table = from_ipc(block.table)
+            records = table.to_pylist()
+            if any(_has_fields(column.type) for column in table.schema):
+                records = [{key: _without_nulls(value) for key, value in record.items()} for record in records]
         except (UnicodeDecodeError, pa.ArrowException) as error:
             raise FormatError(f"{block.path}, rows from {block.first} on cannot be read: {error}") from None
         for index, record in enumerate(records, start=block.first):
             yield f"{block.name}:[{index}]", record
+
+
+def _has_fields(type: pa.DataType) -> bool:
+    if pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type):
+        return _has_fields(type.value_type)
+    return bool(pa.types.is_struct(type))
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the null keys of its objects: a table gives every object the keys of all others in its column.
+
+    So a null that was written in the row is lost, too; the table does not tell the two apart.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def to_ipc(table: pa.Table) -> bytes:

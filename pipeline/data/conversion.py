@@ -18,9 +18,10 @@ import orjson
 import pyarrow as pa
 import xxhash
 
+from pipeline.data.columns import SHARD_COLUMNS
 from pipeline.data.containers import Block, from_ipc, to_ipc
 from pipeline.data.formats import Recipe, convert, recognised_blocks
-from pipeline.data.records import SHARD_COLUMNS, Rejected
+from pipeline.data.records import Rejected
 from pipeline.params import ColumnsParams
 from pipeline.workers import Workers
 
@@ -32,6 +33,7 @@ SCHEMA = pa.schema(
     ]
 )
 T = TypeVar("T")
+Packed = tuple[bytes, list[Rejected], frozenset[str]]
 ALONE = 4  # blocks up to which no other process is started
 
 
@@ -43,6 +45,7 @@ class Batch:
     rejected: list[Rejected]
     recipe: Recipe
     position: int  # bytes of the file read so far
+    unused: frozenset[str]  # columns and message keys that say something and were not read
 
 
 def read_batches(path: Path, format: str = "auto", columns: ColumnsParams | None = None) -> Iterator[Batch]:
@@ -67,7 +70,7 @@ def convert_blocks(blocks: Iterable[tuple[T, Block, Recipe]]) -> Iterator[tuple[
         for tag, block, recipe in first:
             yield tag, _batch(block, recipe)
         return
-    under_way: deque[tuple[T, Block, Recipe, Future[tuple[bytes, list[Rejected]]]]] = deque()
+    under_way: deque[tuple[T, Block, Recipe, Future[Packed]]] = deque()
     with Workers(_begin_worker) as workers:
         for tag, block, recipe in chain(first, coming):
             under_way.append((tag, block, recipe, workers.submit(_packed_batch, block, recipe)))
@@ -77,9 +80,9 @@ def convert_blocks(blocks: Iterable[tuple[T, Block, Recipe]]) -> Iterator[tuple[
             yield _done(*under_way.popleft())
 
 
-def _done(tag: T, block: Block, recipe: Recipe, future: Future[tuple[bytes, list[Rejected]]]) -> tuple[T, Batch]:
-    table, rejected = future.result()
-    return tag, Batch(from_ipc(table), rejected, recipe, block.position)
+def _done(tag: T, block: Block, recipe: Recipe, future: Future[Packed]) -> tuple[T, Batch]:
+    table, rejected, unused = future.result()
+    return tag, Batch(from_ipc(table), rejected, recipe, block.position, unused)
 
 
 def _begin_worker() -> None:
@@ -88,16 +91,17 @@ def _begin_worker() -> None:
     gc.set_threshold(100_000)
 
 
-def _packed_batch(block: Block, recipe: Recipe) -> tuple[bytes, list[Rejected]]:
+def _packed_batch(block: Block, recipe: Recipe) -> Packed:
     batch = _batch(block, recipe)
-    return to_ipc(batch.table), batch.rejected
+    return to_ipc(batch.table), batch.rejected, batch.unused
 
 
 def _batch(block: Block, recipe: Recipe) -> Batch:
     columns: list[list[object]] = [[] for _ in SCHEMA]
     source, messages, tools, task, group, scoring, repairs, content = (column.append for column in columns)
     rejected = []
-    for row in convert(block, recipe):
+    unused: set[str] = set()
+    for row in convert(block, recipe, unused):
         if isinstance(row, Rejected):
             rejected.append(row)
             continue
@@ -116,4 +120,4 @@ def _batch(block: Block, recipe: Recipe) -> Batch:
     columns[1] = []
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     arrays[1] = texts
-    return Batch(pa.Table.from_arrays(arrays, schema=SCHEMA), rejected, recipe, block.position)
+    return Batch(pa.Table.from_arrays(arrays, schema=SCHEMA), rejected, recipe, block.position, frozenset(unused))

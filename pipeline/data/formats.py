@@ -4,19 +4,46 @@ Comes in: records of a file (see `containers`). Goes out: for every record a `Ro
 file that fits no format, or two, is refused with a question that lists what was seen: a wrong guess is worse.
 """
 
-import string
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.data import trees
+from pipeline.data.columns import (
+    CONVERSATIONS,
+    PAIRS,
+    SHARD_COLUMNS,
+    TURN_PAIRS,
+    as_option,
+    as_yaml,
+    columns_read,
+    guess_columns,
+    has_context,
+    named_columns,
+    note_unread,
+)
 from pipeline.data.containers import CONTAINERS, KNOWN, Block, read_blocks, records_of, split_name
 from pipeline.data.json_text import FormatError, Unreadable
-from pipeline.data.records import SHARD_COLUMNS, Rejected, Row, converter, is_dialogue
+from pipeline.data.records import Rejected, Row, converter, is_dialogue
 from pipeline.params import ColumnsParams
 
 SAMPLE = 1000  # records at the start of a file by which its format is recognised
+MAPPED = ("columns", "classification", "text")  # formats of which a person, or the task, says which columns count
+
+
+class UnclearFormatError(FormatError):
+    """A file fits no format or several: a person has to say which, or which of its columns is what."""
+
+    def __init__(self, what: str, formats: list[str], columns: ColumnsParams | None) -> None:
+        super().__init__(what)
+        self.formats = formats  # those that it could be; empty: any
+        self.columns = columns  # a guess, where there are texts to guess from
+
+
+Ask = Callable[[UnclearFormatError], tuple[str, ColumnsParams | None]]  # the format and columns that a person names
 
 
 @dataclass(frozen=True)
@@ -28,37 +55,58 @@ class Recipe:
     guessed: bool = False  # whether nobody named the format: a record of another one then stops the file
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+def _turns_kind(record: dict[str, Any]) -> str | None:
+    """The format of a record's conversation, by its first turn; None where it has none."""
+    for key in CONVERSATIONS:
+        turns = record.get(key)
+        if isinstance(turns, str) and turns.lstrip()[:1] == "[":  # a cell of a CSV file
+            try:
+                turns = json.loads(turns)
+            except (ValueError, RecursionError):
+                return "sharegpt" if '"from"' in turns else "messages"
+        if isinstance(turns, list):
+            first = turns[0] if turns else None
+            if isinstance(first, str):
+                return "ultrachat"
+            if isinstance(first, dict):
+                if "from" in first or "role" in first:
+                    return "sharegpt" if "from" in first else "messages"
+                if any(one in first and two in first for one, two in TURN_PAIRS):
+                    return "turn-pairs"
+            return "sharegpt" if key == "conversations" else "messages"
+    return None
 
 
-def _turns_have(record: dict[str, Any], key: str, part: str) -> bool:
-    turns = record.get(key)
-    if isinstance(turns, str):
-        return f'"{part}"' in turns
-    return isinstance(turns, list) and (not turns or not isinstance(turns[0], dict) or part in turns[0])
+def _is_pair(record: dict[str, Any]) -> bool:
+    pairs = [pair for pair in PAIRS if pair[0] in record and pair[1] in record]
+    return len(pairs) == 1 and "system_prompt" not in record and not has_context(record)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(turn, str) for turn in value)
 
 
 SIGNATURES: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
     "alpaca": ("instruction, output", lambda r: "instruction" in r and "output" in r),
-    "self-instruct": ("instruction, instances", lambda r: "instruction" in r and _is_list(r.get("instances"))),
-    "sharegpt": (
-        "conversations with from and value",
-        lambda r: _is_list(r.get("conversations")) and _turns_have(r, "conversations", "from"),
+    "dolly": (
+        "instruction, context, response",
+        lambda r: "instruction" in r and "response" in r and "output" not in r,
     ),
-    "messages": (
-        "messages with role and content",
-        lambda r: (
-            _is_list(r.get("messages"))
-            or (_turns_have(r, "conversations", "role") and not _turns_have(r, "conversations", "from"))
-        ),
+    "self-instruct": (
+        "instruction, instances",
+        lambda r: "instruction" in r and isinstance(r.get("instances"), list | str),
     ),
-    "prompt-completion": ("prompt, completion", lambda r: "prompt" in r and "completion" in r),
-    "openorca": ("system_prompt, question, response", lambda r: {"system_prompt", "question", "response"} <= r.keys()),
+    "sharegpt": ("conversations with from and value", lambda r: _turns_kind(r) == "sharegpt"),
+    "messages": ("messages with role and content", lambda r: _turns_kind(r) == "messages"),
+    "turn-pairs": ("conversation with human and assistant", lambda r: _turns_kind(r) == "turn-pairs"),
     "ultrachat": (
-        "data, a list of texts",
-        lambda r: isinstance(r.get("data"), list) and all(isinstance(turn, str) for turn in r["data"]),
+        "data or conversations, a list of texts",
+        lambda r: _is_texts(r.get("data")) or _turns_kind(r) == "ultrachat",
     ),
+    "openassistant": (", ".join(sorted(trees.KEYS)), lambda r: r.keys() >= trees.KEYS),
+    "prompt-completion": ("prompt, completion", lambda r: "prompt" in r and "completion" in r),
+    "question-answer": (" or ".join(", ".join(pair) for pair in PAIRS), _is_pair),
+    "openorca": ("system_prompt, question, response", lambda r: {"system_prompt", "question", "response"} <= r.keys()),
     "classification": ("text, label", lambda r: "text" in r and "label" in r),
     "preference": ("chosen, rejected", lambda r: "chosen" in r and "rejected" in r),
 }
@@ -100,39 +148,58 @@ def find_files(path: Path) -> list[Path]:
     return files
 
 
-def read_rows(path: Path, format: str = "auto", columns: ColumnsParams | None = None) -> Iterator[Row | Rejected]:
+def read_rows(
+    path: Path, format: str = "auto", columns: ColumnsParams | None = None, ask: Ask | None = None
+) -> Iterator[Row | Rejected]:
     """Every record of the file `path`, in order, as a `Row` or a `Rejected`: none is left out.
 
     Raises:
         FormatError: the file is unreadable (see `containers`), empty, of no known format or of two, or lacks a column
             that `columns` names.
     """
-    for block, recipe in recognised_blocks(path, format, columns):
+    for block, recipe in recognised_blocks(path, format, columns, ask=ask):
         yield from convert(block, recipe)
 
 
 def recognised_blocks(
-    path: Path, format: str = "auto", columns: ColumnsParams | None = None, name: str | None = None
+    path: Path,
+    format: str = "auto",
+    columns: ColumnsParams | None = None,
+    name: str | None = None,
+    ask: Ask | None = None,
 ) -> Iterator[tuple[Block, Recipe]]:
     """The blocks of `path`, each with the recipe by which `convert` makes rows of it.
+
+    Args:
+        ask: answers what an `UnclearFormatError` asks.
 
     Raises:
         FormatError: as `read_rows`; a block's own faults show when it is converted.
     """
     stem = split_name(path)[0]
     _, dot, marked = stem.rpartition(".")
-    if format == "auto" and dot and marked in FORMATS:
+    if format == "auto" and dot and marked in FORMATS and not maps(columns):
         format = marked
-    recipe: Recipe | None = None
-    for block in read_blocks(path, name):
-        if recipe is None:
-            records = [record for _, record in islice(records_of(block), SAMPLE)]
-            if not records:
-                continue
+    blocks = read_blocks(path, name)
+    for block in blocks:
+        records = [record for _, record in islice(records_of(block), SAMPLE)]
+        if not records:
+            continue
+        try:
             recipe = recognise(path, records, format, columns)
-        yield block, recipe
-    if recipe is None:
-        raise FormatError(f"{path} holds no records")
+        except UnclearFormatError as error:
+            if ask is None:
+                raise
+            recipe = recognise(path, records, *ask(error))
+        rest = chain([block], blocks)
+        yield from ((each, recipe) for each in (trees.best_paths(rest) if recipe.format == "openassistant" else rest))
+        return
+    raise FormatError(f"{path} holds no records")
+
+
+def maps(columns: ColumnsParams | None) -> bool:
+    """Whether `columns` says by itself how records are read, so that no format is needed."""
+    return columns is not None and columns.response is not None
 
 
 def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParams | None) -> Recipe:
@@ -144,17 +211,18 @@ def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParam
     seen = sorted({key for record in records if isinstance(record, dict) for key in record})
     if split_name(path)[1] == ".parquet" and sorted(SHARD_COLUMNS) == seen:
         return Recipe("shard")
-    guessed = format == "auto" and (columns is None or columns.response is None)
+    guessed = format == "auto" and not maps(columns)
     if columns is not None:
-        missing = sorted({name for name in _named(columns) if name not in seen})
+        missing = sorted({name for name in named_columns(columns) if name not in seen})
         if missing:
-            raise FormatError(
-                f"{path} has no column {', '.join(missing)}, which ingest.columns names; "
-                f"it has {', '.join(seen) or 'none'}"
-            )
+            what = f"has no column {', '.join(missing)}, which ingest.columns names; it has {', '.join(seen) or 'none'}"
+            raise _unclear(f"{path} {what}", records)
         if columns.response is not None:
             if format not in ("auto", "classification"):
-                raise FormatError(f"ingest.columns names a response, so ingest.format must be auto; it is {format}")
+                raise FormatError(
+                    f"{path} has a mapping of columns and the format {format}; expected one of them: with a mapping "
+                    "the format is auto, or classification"
+                )
             return Recipe("classification" if format == "classification" else "columns", columns)
     if guessed:
         format = _guess(path, records, seen)
@@ -170,40 +238,55 @@ def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParam
 
 
 def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
-    named = {name for record in records for name in [detect_format(record)] if name}
-    if named == {"preference"}:
+    found = [_formats_of(record) for record in records]
+    if any("preference" in formats for formats in found):
         raise FormatError(
-            f"{path} holds preference pairs (chosen, rejected); Retune trains on single answers: take one with "
-            "ingest.columns, e.g. {prompt: prompt, response: chosen}"
+            f"{path} holds preference pairs (chosen, rejected); Retune trains on single answers: take the chosen ones "
+            "with --columns prompt=prompt,response=chosen (texts), or write them to a file of messages"
         )
+    named = {formats[0] for formats in found if len(formats) == 1}
     if named == {"text"}:
-        raise FormatError(
+        raise UnclearFormatError(
             f"{path} has text and no prompt ({', '.join(seen)}); expected prompts with answers: --format text trains "
-            "on it as plain text, ingest.columns with a template and response: text gives it a prompt"
+            "on it as plain text, ingest.columns with a template and response: text gives it a prompt",
+            ["text"],
+            guess_columns(records),
         )
     if len(named) == 1:
         return named.pop()
+    both = next((formats for formats in found if len(formats) > 1), [])
     if named:
         what = f"looks like {' and '.join(sorted(named))}"
-    elif both := next((found for record in records if len(found := _formats_of(record)) > 1), None):
+    elif both:
         what = f"looks like {' and '.join(both)} at once, with {', '.join(seen)}"
     else:
         readable = next((r for r in records if not isinstance(r, Unreadable)), records[0])
-        what = f"has {', '.join(seen) if seen else type(readable).__name__}"
+        what = f"has {', '.join(seen) if seen else type(readable).__name__}, which is none of the known formats"
+    raise _unclear(f"{path} {what}", records, sorted(named) or both)
+
+
+def _unclear(what: str, records: list[Any], formats: list[str] | None = None) -> UnclearFormatError:
+    """The question which format or columns are meant, with a mapping that could be."""
+    columns = guess_columns(records)
+    if columns is not None:
+        what += f"; map its columns, perhaps --columns {as_option(columns)} (params.yaml: ingest.columns: "
+        what += f"{as_yaml(columns)})"
     known = "; ".join(f"{name} ({keys})" for name, (keys, _) in SIGNATURES.items() if name != "preference")
-    raise FormatError(
-        f"{path} {what}; expected one of {known}: name it with --format, map its columns in ingest.columns of "
-        "params.yaml, or split the file"
-    )
+    return UnclearFormatError(f"{what}; or name its format with --format: {known}", formats or [], columns)
 
 
-def convert(block: Block, recipe: Recipe) -> Iterator[Row | Rejected]:
+def convert(block: Block, recipe: Recipe, unused: set[str] | None = None) -> Iterator[Row | Rejected]:
     """Every record of `block` as rows or rejections (one record of self-instruct can be several).
+
+    Args:
+        unused: takes up the columns and message keys that say something and are not read.
 
     Raises:
         FormatError: a line is not JSON, or a guessed format turns out to be one of two.
     """
     make = converter(recipe.format, recipe.columns, block.labels)
+    reads, mapped = columns_read(recipe.format, recipe.columns), recipe.format in MAPPED
+    unused = set() if unused is None else unused
     for source, record in records_of(block):
         try:
             if not isinstance(record, dict):
@@ -211,7 +294,9 @@ def convert(block: Block, recipe: Recipe) -> Iterator[Row | Rejected]:
                     yield Rejected(source, record.reason, record.text)
                     continue
                 raise ValueError(f"is a {type(record).__name__}, not an object")
-            made = make(record, source)
+            if not reads.issuperset(record):
+                note_unread(record, record.keys() - reads, mapped, unused)
+            made = make(record, source, unused)
         except ValueError as error:
             other = detect_format(record) if recipe.guessed else None
             if other not in (None, "text", "alpaca" if recipe.format == "belle" else recipe.format):
@@ -225,9 +310,3 @@ def convert(block: Block, recipe: Recipe) -> Iterator[Row | Rejected]:
             yield from made
         else:
             yield made
-
-
-def _named(columns: ColumnsParams) -> list[str]:
-    """The columns that a mapping reads."""
-    names = [value for key, value in columns.model_dump().items() if key != "template" and value is not None]
-    return names + [name for _, name, _, _ in string.Formatter().parse(columns.template or "") if name]

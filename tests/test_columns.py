@@ -1,0 +1,131 @@
+"""Columns: none is left unread without a word, none that changes the meaning is passed over, a mapping is guessed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from pipeline.data.columns import ColumnsError, as_option, as_yaml, guess_columns, parse_columns
+from pipeline.data.conversion import read_batches
+from pipeline.data.formats import UnclearFormatError, read_rows
+from pipeline.data.records import Rejected, Row
+from pipeline.params import ColumnsParams
+
+TALK = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+def write(folder: Path, *records: Any) -> Path:
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+@pytest.mark.parametrize(
+    ("record", "unused"),
+    [
+        ({"instruction": "Q", "context": "", "response": "A", "category": "x"}, {"category"}),
+        ({"instruction": "Q", "output": "A", "id": None, "extra": "", "tags": []}, set()),
+        ({"messages": [TALK[0] | {"name": "Ada", "id": 3}, TALK[1]]}, {"messages[].name", "messages[].id"}),
+        ({"messages": [TALK[0] | {"thinking": "T"}, TALK[1]]}, {"messages[].thinking"}),
+        ({"messages": TALK, "conversations": [{"role": "user", "content": "Q"}]}, {"conversations"}),
+        (
+            {"conversations": [{"from": "human", "value": "Q", "n": 1}, {"from": "gpt", "value": "A"}]},
+            {"conversations[].n"},
+        ),
+        ({"prompt": "Q", "response": "A", "source": "x", "label": 1}, {"source", "label"}),
+        ({"conversation": [{"human": "Q", "assistant": "A", "turn": 1}]}, {"conversation[].turn"}),
+        (
+            {"instruction": "Q", "instances": [{"input": "", "output": "A", "id": 1}], "id": "x"},
+            {"instances[].id", "id"},
+        ),
+        ({"text": "Q", "label": "A", "id": 1}, {"id"}),
+        ({"messages": TALK, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, {"functions"}),
+    ],
+)
+def test_what_is_not_read_is_named(tmp_path: Path, record: dict[str, Any], unused: set[str]) -> None:
+    [batch] = read_batches(write(tmp_path, record))
+    assert (batch.unused, batch.rejected, len(batch.table)) == (unused, [], 1)
+
+
+def test_a_mapping_names_what_it_does_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, {"q": "Q", "a": "A", "task": "t", "images": ["x.png"], "label": False})
+    [batch] = read_batches(path, "auto", ColumnsParams(template="{q}?", response="a"))
+    assert (batch.unused, len(batch.table)) == ({"images", "label"}, 1)
+
+
+@pytest.mark.parametrize("value", [True, False, "true", "FALSE"])
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_unpaired_preference_is_refused_and_not_trained_as_good(tmp_path: Path, key: str, value: Any) -> None:
+    for record in ({"messages": TALK}, {"prompt": "Q", "completion": "A"}, {"question": "Q", "answer": "A"}):
+        [rejected] = read_rows(write(tmp_path, record | {key: value}))
+        assert isinstance(rejected, Rejected) and f"says in {key} " in rejected.reason
+
+
+@pytest.mark.parametrize("key", ["image", "images", "audios", "video"])
+def test_rows_with_pictures_or_sound_are_refused_and_those_without_are_not(tmp_path: Path, key: str) -> None:
+    one, two = read_rows(write(tmp_path, {"messages": TALK, key: ["x"]}, {"messages": TALK, key: []}))
+    assert isinstance(one, Rejected) and f"has {key}, and only text" in one.reason
+    assert isinstance(two, Row)
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        (
+            {"id": "1", "customer_question": "Q?", "agent_answer": "A"},
+            {"prompt": "customer_question", "response": "agent_answer"},
+        ),
+        ({"a": "Q", "b": "A much longer text"}, {"prompt": "a", "response": "b"}),
+        ({"passage": "P", "query": "Q", "reply": "A"}, {"template": "{query}\n{passage}", "response": "reply"}),
+        ({"title": "T", "summary": "S", "url": "https://example.org"}, {"prompt": "title", "response": "summary"}),
+        ({"prompt one": "Q", "yes": "A", "n": 3}, {"prompt": "prompt one", "response": "yes"}),
+    ],
+)
+def test_the_question_about_unknown_columns_holds_a_mapping_that_works(
+    tmp_path: Path, record: dict[str, Any], columns: dict[str, str]
+) -> None:
+    path = write(tmp_path, record)
+    with pytest.raises(UnclearFormatError) as error:
+        list(read_rows(path))
+    guess = error.value.columns
+    assert guess is not None and guess.model_dump(exclude_none=True) == columns
+    assert as_option(guess) in str(error.value) and as_yaml(guess) in str(error.value)
+    assert all(isinstance(each, Row) for each in read_rows(path, "auto", guess))
+
+
+NAME = (
+    st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="=,\\"), min_size=1, max_size=8)
+    .map(str.strip)
+    .filter(bool)
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(NAME, NAME)
+def test_a_guessed_mapping_is_read_back_from_both_of_its_forms(prompt: str, response: str) -> None:
+    import shlex
+
+    columns = ColumnsParams(prompt=prompt, response=response)
+    [option] = shlex.split(as_option(columns))
+    assert parse_columns(option) == columns
+    assert ColumnsParams.model_validate(YAML(typ="safe").load(as_yaml(columns))) == columns
+
+
+def test_a_template_on_the_command_line_has_commas_and_line_ends() -> None:
+    columns = parse_columns("template=Title, {title}\\n{body},response=answer")
+    assert columns == ColumnsParams(template="Title, {title}\n{body}", response="answer")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "question", "prompt=", "question=prompt,response=x", "prompt=q", "template={,response=a"]
+)
+def test_a_mapping_on_the_command_line_that_cannot_work_is_refused(text: str) -> None:
+    with pytest.raises(ColumnsError):
+        parse_columns(text)
+
+
+def test_one_text_column_gives_no_guess() -> None:
+    assert guess_columns([{"text": "T", "n": 1}, 3]) is None
