@@ -327,6 +327,7 @@ def _run_stage(name: str, params: Any) -> str:
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
     match name:
         case "prepare":
+            from pipeline.data.default_scoring import sentence
             from pipeline.prepare import prepare
 
             made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared", params.train.task)
@@ -334,7 +335,8 @@ def _run_stage(name: str, params: Any) -> str:
             dropped = f", {sum(made.dropped.values()):,} dropped ({reasons})" if made.dropped else ""
             rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
             loss = "" if classes else f"; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
-            return f"{rows} rows{dropped}{loss}"
+            scoring = sentence(made.scoring, params.prepare.default_scoring)
+            return f"{rows} rows{dropped}{loss}" + (f"; {scoring}" if scoring and not classes else "")
         case "train":
             from pipeline.model import visible_gpus
             from pipeline.train import train

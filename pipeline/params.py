@@ -132,6 +132,7 @@ class PrepareParams(Section):
     decontaminate: list[str]
     decontaminate_share: Annotated[float, Field(gt=0, le=1)]
     max_dropped_fraction: Fraction
+    default_scoring: Literal["auto", "exact", "text"]
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     validation_fraction: Fraction
     filters: FilterParams

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.conversion import read_batches
+from pipeline.data.default_scoring import Choice, choose_scoring
 from pipeline.data.encoding import ROWS, SIGNATURES, TEXT, TOKENS, Encoder, encode_shard, load_encoding
 from pipeline.data.formats import find_files
 from pipeline.data.records import Rejected
@@ -60,6 +61,7 @@ class Prepared:
     dropped: dict[str, int]  # reason → rows
     trained_tokens: int  # of the training split: tokens that carry loss
     tokens: int  # of the training split
+    scoring: dict[str, Choice]  # task → how its rows are scored that do not say it
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _parts(data: Path, scratch: Path) -> _Data:
 
 def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any], work: Path, task: str) -> list[Path]:
     """A folder of encoded rows for each shard, in order; what an earlier call left in `work` is used again."""
-    settings = params.model_dump(exclude={"max_dropped_fraction"})
+    settings = params.model_dump(exclude={"max_dropped_fraction", "default_scoring"})
     benchmarks = [sha256_file(Path(name)) for name in params.decontaminate if Path(name).is_file()]
     code = [
         sha256_file(path)
@@ -245,6 +247,8 @@ def _write(
 ) -> Prepared:
     """Stream the kept rows to their split's file and the others to `dropped.jsonl`, and report on all of them."""
     stats = DataStats()
+    default = "exact" if isinstance(template, TextEncoder) else params.default_scoring
+    scoring = choose_scoring(folders, ROWS, verdicts.kept, default)
     test: list[pa.Table] = []
     example: list[tuple[str, bool]] = []
     seen: dict[str, set[str]] = {name: set() for name in SPLITS}  # classes
@@ -279,7 +283,7 @@ def _write(
                     of_split = of_split.append_column("label", pa.array(answers, pa.string()))
                     seen[name].update(answers)
                 if name == "test":
-                    test.append(_as_test(of_split, numbers[kept & (split == name)], verdicts))
+                    test.append(_as_test(of_split, numbers[kept & (split == name)], scoring))
                 else:
                     (train if name == "train" else validation).write_table(of_split.select(schema.names))
                 if name == "train" and len(of_split) and not example:
@@ -288,14 +292,14 @@ def _write(
                 dropped.write(_dropped(stats, rows, int(place), int(numbers[place]), verdicts) + "\n")
     table = _one_group_for_near_copies(pa.concat_tables(test), verdicts)
     pq.write_table(table.drop_columns("number"), output / "test.parquet")
-    report = stats.report(params.max_length, _digest(table), example, verdicts.crowded)
+    report = stats.report(params.max_length, _digest(table), example, verdicts.crowded, scoring)
     write_report(report, output)
     tokens = report["train_tokens"]
     known: dict[str, Any] = {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
     if by_class:
         known["labels"] = class_names(seen["train"], seen["validation"] | seen["test"])
     write_json(output / "contract.json", template.contract(identity) | known)
-    return Prepared(report["rows"], report["dropped"], tokens["trained"], tokens["total"])
+    return Prepared(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
 
 
 def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
@@ -315,10 +319,10 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
         stats.add_repaired(repairs, source, json.loads(record))
 
 
-def _as_test(rows: pa.Table, numbers: NDArray[np.int64], verdicts: Verdicts) -> pa.Table:
+def _as_test(rows: pa.Table, numbers: NDArray[np.int64], choices: dict[str, Choice]) -> pa.Table:
     """Rows of the test split with the columns of TEST, and their `number`."""
-    # Without any declaration every row counts for accuracy: an exact match is then a hard but honest score.
-    scoring = pc.fill_null(rows["scoring"], "text" if verdicts.declared else "exact")
+    own = zip(rows["scoring"].to_pylist(), rows["task"].to_pylist(), strict=True)
+    scoring = pa.array([said or choices[task]["scoring"] for said, task in own], pa.string())
     prompts = [json.dumps(json.loads(record)[:-1], ensure_ascii=False) for record in rows["record"].to_pylist()]
     made = {"scoring": scoring, "messages": pa.array(prompts, pa.string()), "input_ids": rows["prompt_ids"]}
     table = pa.table({name: made.get(name, rows[name] if name not in made else None) for name in TEST.names})

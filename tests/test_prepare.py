@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.chat.template import load_contract
+from pipeline.data.default_scoring import reason, sentence
 from pipeline.data.encoding import OVERLONG, split_of
 from pipeline.data.records import Row
 from pipeline.data.verdicts import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
@@ -260,7 +261,54 @@ def test_accuracy_counts_where_one_answer_is_right(params: Params, tmp_path: Pat
     _, output = run(params, tmp_path, rows)
     table = pq.read_table(output / "test.parquet")
     scoring = dict(zip(table.column("task").to_pylist(), table.column("scoring").to_pylist(), strict=True))
-    assert (scoring["d"], scoring["o"]) == ("exact", "text")
+    assert (scoring["d"], scoring["o"], scoring["default"]) == ("exact", "text", "exact")
+
+
+LABELS = ["yes", "No.", "no", "YES"]  # two, as they are compared
+
+
+@pytest.mark.parametrize(
+    ("answers", "scoring", "choice"),
+    [
+        ([LABELS[i % 4] for i in range(200)], "exact", {"rows": 200, "short": 200, "answers": 2}),
+        ([f"{i // 5}" for i in range(200)], "exact", {"rows": 200, "short": 200, "answers": 40}),
+        ([f"{i // 4}" for i in range(200)], "text", {"rows": 200, "short": 200, "answers": 50}),
+        ([f"It depends on a, b and {i}, and on the weather." for i in range(200)], "text", {"short": 0}),
+        (["yes, because the weather is good and so is the box" if i % 10 == 0 else "no" for i in range(200)], "text",
+         {"short": 180}),
+        (["a\nb"] * 200, "text", {"short": 0}),
+    ],
+)  # fmt: skip
+def test_rows_without_a_scoring_are_scored_by_what_their_answers_look_like(
+    answers: list[str], scoring: str, choice: dict[str, int], params: Params, tmp_path: Path
+) -> None:
+    rows = [ask(f"{word}?", answer) for word, answer in zip(unlike_words(len(answers)), answers, strict=True)]
+    made, output = run(params, tmp_path, rows)
+    assert set(pq.read_table(output / "test.parquet").column("scoring").to_pylist()) == {scoring}
+    assert made.scoring == read_json(output / "report.json")["scoring"]
+    assert choice.items() <= made.scoring["default"].items()
+    assert made.scoring["default"]["scoring"] == scoring
+    assert scoring in sentence(made.scoring, "auto")
+    assert reason(made.scoring["default"]) in (output / "report.md").read_text()
+
+
+def test_the_parameter_and_a_rows_own_scoring_overrule(params: Params, tmp_path: Path) -> None:
+    test = group_in("test", params)
+    rows = [*sample_rows(100), ask("own", "red", group=test, task="o", scoring="text")]
+    for default in ("text", "exact"):
+        made, output = run(params, tmp_path, rows, default_scoring=default)
+        table = pq.read_table(output / "test.parquet")
+        scoring = dict(zip(table.column("task").to_pylist(), table.column("scoring").to_pylist(), strict=True))
+        assert scoring == {"default": default, "o": "text"}
+        assert set(made.scoring) == {"default"}
+        assert "prepare.default_scoring" in sentence(made.scoring, default)
+    assert sentence({}, "auto") == ""
+
+
+def unlike_words(number: int) -> list[str]:
+    """Texts that are no near copies of each other."""
+    draw = random.Random(5)
+    return [" ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(4)) for _ in range(number)]
 
 
 def files_of(output: Path) -> dict[str, bytes]:

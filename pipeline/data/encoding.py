@@ -21,6 +21,7 @@ from pipeline.chat.rendering import RowError
 from pipeline.chat.template import load_template
 from pipeline.data import classes
 from pipeline.data.contamination import Benchmark, benchmark, contaminated
+from pipeline.data.default_scoring import short_answer
 from pipeline.data.filters import apply_filters
 from pipeline.data.formats import read_rows
 from pipeline.data.json_text import FormatError
@@ -46,7 +47,8 @@ SCHEMA = pa.schema(
         ("task", pa.string()),
         ("language", pa.string()),
         ("split", pa.string()),
-        ("scoring", pa.string()),
+        ("scoring", pa.string()),  # null: as its task's answers say
+        ("short_answer", pa.string()),  # null: longer than a label
         ("key", KEY),  # prompt and answer
         ("prompt_key", KEY),
         ("asked", pa.list_(KEY)),  # the prompts of all answers of the conversation
@@ -208,6 +210,7 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder)
         "language": language_of_row(messages),
         "split": split,
         "scoring": row.scoring,
+        "short_answer": short_answer(messages[-1]),
         "key": hashlib.sha256((keys[-1] + answer).encode()).digest()[:16],
         "prompt_key": bytes.fromhex(keys[-1][:32]),
         # Texts without a prompt all ask the same nothing.

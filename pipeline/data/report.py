@@ -15,6 +15,7 @@ from typing import Any, Self, TypedDict
 
 import numpy as np
 
+from pipeline.data.default_scoring import Choice
 from pipeline.data.personal_data import mask_text
 from pipeline.data.report_pages import BINS, SPLITS, render
 from pipeline.files import write_json, write_text
@@ -73,6 +74,7 @@ class Report(TypedDict):
     max_length: int  # tokens, prepare.max_length
     lengths: dict[str, dict[str, int]]  # split → upper edge of the bin, tokens → rows
     trained_lengths: dict[str, int]  # the same for trained tokens of training rows
+    scoring: dict[str, Choice]  # task → how its rows are scored that do not say it, and by what
     test_sha256: str
     example: str  # a training row as the model sees it
     example_segments: list[tuple[str, bool]]  # the same, cut where loss begins and ends: text, carries loss
@@ -211,7 +213,12 @@ class DataStats:
         return stats
 
     def report(
-        self, max_length: int, test_sha256: str, example: Sequence[tuple[str, bool]], crowded: int = 0
+        self,
+        max_length: int,
+        test_sha256: str,
+        example: Sequence[tuple[str, bool]],
+        crowded: int = 0,
+        scoring: dict[str, Choice] | None = None,
     ) -> Report:
         """The finished report; `example` is a training row's text in parts, each with whether it carries loss.
 
@@ -248,6 +255,7 @@ class DataStats:
             "max_length": max_length,
             "lengths": {split: _binned(counts) for split, counts in self.lengths.items()},
             "trained_lengths": _binned(self.trained),
+            "scoring": scoring or {},
             "test_sha256": test_sha256,
             "example": "".join(text for text, _ in segments),
             "example_segments": segments,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.default_scoring import reason
 from pipeline.pages.environment import environment
 
 BINS = sorted({round(2 ** (k / 4)) for k in range(81)})  # upper edges of histograms, tokens: four an octave, to 2^20
@@ -20,13 +21,13 @@ MOST_ROWS = 12  # of a table by task or language; the smaller ones become one
 def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None = None) -> str:
     """The page `name`: report.md, report.html, or diff.md (of `diff` alone)."""
     pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
-    pages.filters |= {"moved": _moved, "ranked": _ranked}
+    pages.filters |= {"moved": _moved, "ranked": _ranked, "reason": reason}
     if name == "diff.md":
         return pages.get_template("data_diff.md.jinja").render(diff=diff)
     all_tokens, trained = report["lengths"].get("train", {}), report["trained_lengths"]
     languages = _ranked(_over_splits(report["languages"]))
     return pages.get_template(f"data_{name}.jinja").render(
-        report=report,
+        report={"scoring": {}} | dict(report),  # an earlier release wrote none
         diff=diff,
         rows_of=_in_order(report["rows"]),
         verdict=verdict(report),

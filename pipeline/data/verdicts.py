@@ -39,7 +39,6 @@ class Verdicts:
     cluster: NDArray[np.int64]  # (N,) of a test row: the first of its near copies in the test split; −1 elsewhere
     sources: pa.ChunkedArray  # (N,) file and line
     texts: "Texts"
-    declared: bool  # whether any row says how its answer is scored
     crowded: int = 0  # rows with so many likely copies that one may have been missed
 
 
@@ -62,7 +61,7 @@ def decide(folders: list[Path], threshold: float | None, work: Path) -> Verdicts
     Args:
         threshold: Jaccard similarity from which two rows are near copies; None looks for exact ones only.
     """
-    columns = ["source", "reason", "cause", "split", "scoring", "key", "prompt_key", "asked"]
+    columns = ["source", "reason", "cause", "split", "key", "prompt_key", "asked"]
     rows = pa.concat_tables(pq.read_table(folder / ROWS, columns=columns) for folder in folders)
     reason, cause, split = (_objects(rows[name]) for name in ("reason", "cause", "split"))
     count = len(rows)
@@ -76,7 +75,6 @@ def decide(folders: list[Path], threshold: float | None, work: Path) -> Verdicts
         cluster=np.full(count, -1),
         sources=rows["source"],
         texts=Texts(folders),
-        declared=rows["scoring"].null_count < count,
     )
     test = split == "test"
     for part in (test, ~test):
