@@ -1,4 +1,4 @@
-# Retune. `make run` and `make test` each work as the first command on a fresh clone; Python 3.11+ and make are enough.
+# Retune. `make run` and `make test` each work as the first command on a fresh clone; Python 3.11+, git and make are enough.
 # Everything they make lies in this folder.
 PYTHON ?= python3
 VENV := .venv
@@ -62,7 +62,8 @@ sample: $(READY)     ## make the sample data and base model again (about 10 minu
 	python -m infra.sample.instructions
 	python -m infra.sample.pretrain
 	dvc add data
-	dvc push data.dvc
+	grep -q 'remote: sample' data.dvc || echo '  remote: sample' >> data.dvc
+	dvc push --remote sample data.dvc
 
 lock:                ## resolve requirements.lock again (needs uv, and UV_FIND_LINKS naming a CPU build of torch)
 	uv pip compile pyproject.toml --group dev --python-version 3.11 --no-header -q | sed 's/+cpu$$//' > requirements.lock
@@ -74,6 +75,7 @@ clean:               ## remove outputs, caches, servers' state and the environme
 # Remade when the lock changes. Stock pip, one go; no cache outside this folder is written.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: Retune needs 3.11 or newer (make PYTHON=python3.12 …)")'
+	@command -v git >/dev/null || { echo "git is not installed, and DVC needs it: apt-get install git, brew install git, …"; exit 1; }
 	@echo "Installing the locked packages into $(VENV): about 2 minutes and 2.2 GB, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements.lock

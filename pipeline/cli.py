@@ -21,6 +21,7 @@ from pipeline import commands, operating, try_commands
 from pipeline.commands import Json
 from pipeline.environment import quick_imports, set_environment
 from pipeline.files import WORK_DIR
+from pipeline.in_project import ProjectCommand, as_typed, enter_project
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
 from pipeline.run_lock import only_on_gpus, only_run
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=True,  # `retune --install-completion`
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: boxes cut sentences in pieces
-    help="Scheduled, gated retraining of LLM adapters. Run it in the project's top folder.",
+    help="Scheduled, gated retraining of LLM adapters. Works in every folder of a project.",
 )
 ARTIFACTS = Path("artifacts")
 
@@ -46,6 +47,7 @@ class Split(StrEnum):
 def main() -> None:
     """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
     redact_process()
+    enter_project()
     set_environment()
     try:
         app()
@@ -64,7 +66,7 @@ def main() -> None:
         gc.freeze()  # Python's last collection would look at all of PyTorch for three seconds
 
 
-@app.command()
+@app.command(cls=ProjectCommand)
 def run(json_output: Json = False) -> None:
     """Bring everything up to date: train if something changed, publish, and promote if it is better."""
     from pipeline import graph, server
@@ -109,7 +111,7 @@ def run(json_output: Json = False) -> None:
     raise typer.Exit(status)
 
 
-@app.command()
+@app.command(cls=ProjectCommand)
 def ingest(
     sources: Annotated[
         list[str] | None,
@@ -138,14 +140,16 @@ def ingest(
         params = params.model_copy(update={"format": format})
     with only_run():
         recover()
-        graph.pull_data()  # the snapshot also holds the base model, which stays
+        base_from = _pull_base(load_params().prepare.model_name_or_path)
         before = contents()
-        result = do(params, sources or ())
+        result = do(params, [as_typed(source) for source in sources or ()])
         new_rows = count_new(before) if result.changed else 0
     told = result.changed and tell_updated(new_rows, operations.min_new_rows)
     if json_output:
-        print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": told}))
+        print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": told, "remote": graph.team_remote()}))
         return
+    if base_from is not None:
+        print(f"ingest: the snapshot of data.dvc is lost; data/base is the base model of commit {base_from[:12]}")
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
     for file in result.files[:20]:
         rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
@@ -164,11 +168,41 @@ def ingest(
     if result.changed:
         print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
         print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")
+        print(_how_to_share(graph.team_remote()))
     else:
         print("  the same data as before; data.dvc is unchanged")
 
 
-@app.command()
+def _pull_base(model: str) -> str | None:
+    """Have `data/` here before its rows are replaced; where the old rows are lost, the base model alone.
+
+    Returns: the commit that the base model came from, if it had to be looked for.
+    """
+    from pipeline import graph
+
+    try:
+        graph.pull_data()
+    except graph.SnapshotMissing:
+        commit = graph.restore_base()
+        if Path(model).parts[:1] == ("data",) and not Path(model).exists():
+            raise
+        return commit
+    return None
+
+
+def _how_to_share(remote: str | None) -> str:
+    """What a colleague needs besides the commit of `data.dvc`."""
+    if remote is not None:
+        return f"  to share them: commit data.dvc, then `dvc push data.dvc` sends the rows to the DVC remote {remote}"
+    return (
+        "  only this machine has the rows: a colleague's clone cannot train on them before a DVC remote has them:\n"
+        "    dvc remote add -d team s3://BUCKET/PATH    # or ssh://, gs://, azure://, a folder that both of you reach\n"
+        '    git add .dvc/config data.dvc && git commit -m "New data"\n'
+        "    dvc push data.dvc"
+    )
+
+
+@app.command(cls=ProjectCommand)
 def inspect(
     file: Annotated[Path | None, typer.Argument(help="A data file or folder; else the prepared dataset.")] = None,
     split: Annotated[Split, typer.Option(help="Of the dataset.")] = Split.train,
@@ -202,7 +236,7 @@ def inspect(
         console.print(as_text(each, colour=console.is_terminal and not console.no_color))
 
 
-@app.command()
+@app.command(cls=ProjectCommand)
 def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or merge.")]) -> None:
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
     # DVC forwards no signals: when it dies, its stage must not go on alone. SIGTERM lets a training save a checkpoint.
@@ -220,10 +254,10 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
 
 
 for command in (*commands.COMMANDS, *training.COMMANDS, *try_commands.COMMANDS, *operating.COMMANDS):
-    app.command()(command)
+    app.command(cls=ProjectCommand)(command)
 
 
-@app.command("diff-data")
+@app.command("diff-data", cls=ProjectCommand)
 def diff_data(
     old: Annotated[str | None, typer.Argument(help="A git revision; else the last with another dataset.")] = None,
     new: Annotated[str | None, typer.Argument(help="A git revision; else the workspace.")] = None,
@@ -253,7 +287,7 @@ def diff_data(
         print(f"diff-data: {html} shows it beside the data report")
 
 
-@app.command("gc")
+@app.command("gc", cls=ProjectCommand)
 def collect_garbage(
     delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only counted.")] = False,
     json_output: Json = False,
@@ -272,7 +306,7 @@ def collect_garbage(
     print(f"    {found.kept:,} objects stay: a version or the promotion log needs them, or they are younger than a day")
 
 
-@app.command()
+@app.command(cls=ProjectCommand)
 def plan(
     gpu: Annotated[str | None, typer.Option(help="A name of infra/gpus.yaml; without one, a CPU.")] = None,
     json_output: Json = False,
@@ -289,7 +323,7 @@ def plan(
     print(json.dumps(asdict(made)) if json_output else describe(made))
 
 
-@app.command(hidden=True)
+@app.command(hidden=True, cls=ProjectCommand)
 def score(
     model: Path,
     settings: Annotated[Path, typer.Option()],

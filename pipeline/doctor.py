@@ -26,6 +26,11 @@ from pipeline.settings import ParamsError, load_params
 from pipeline.training.combinations import CLASSIFICATION
 
 DISK_GIB, MEMORY_GIB, CLOCK_SECONDS = 5.0, 2.0, 60.0
+REMOTE_SECONDS = 60.0
+
+
+class CheckError(RuntimeError):
+    """A check could not be made; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,8 @@ def _gpu() -> Check:
 
 
 def _git(root: Path) -> Check:
+    if shutil.which("git") is None:
+        return Check("git", False, "not installed, and DVC needs it", "apt-get install git, brew install git, …")
     done = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True)
     if done.returncode != 0:
         return Check(
@@ -129,32 +136,45 @@ def _git(root: Path) -> Check:
 def _data(root: Path) -> Check:
     if not (root / "data.dvc").exists():
         return Check("data", False, "data.dvc is missing", "`git checkout data.dvc` restores it")
-    reasons = graph.stale(root).get("data.dvc")
-    if not reasons:
-        return Check("data", True, "data/ is the snapshot that data.dvc names")
+    named = f"snapshot {graph.snapshot(root)['md5'][:8]}"
+    if "data.dvc" not in graph.stale(root):
+        return Check("data", True, f"data/ is {named}, as data.dvc says")
+    lacking = json.loads(_dvc(root, "data", "status", "--json", "--not-in-remote", "data"))
+    if lacking.get("not_in_cache"):
+        if lacking.get("not_in_remote") or graph.sharing_remote(root) is None:
+            return Check("data", False, graph.missing_snapshot(root))
+        return Check("data", None, f"{named} is not here yet; a run fetches it from {graph.sharing_remote(root)}")
     if (root / "data").exists():
         advice = "`dvc checkout --force data.dvc` puts the snapshot back, `retune ingest` makes a new one"
-        return Check("data", False, "data/ is not the snapshot that data.dvc names", advice)
-    return Check("data", None, "not here yet; a run fetches it from the DVC remote")
+        return Check("data", False, f"data/ is not the {named} that data.dvc names", advice)
+    return Check("data", None, f"{named} is in DVC's cache; a run checks it out")
 
 
 def _remote(root: Path) -> Check:
-    """Asks the default remote for the data's snapshot, with the credentials that DVC finds."""
-    command = python_ending_with_parent("dvc", "remote", "list")
-    listed = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
-    if not listed.stdout.strip():
-        return Check("dvc remote", None, "none; data and adapters are on this machine only: `dvc remote add -d …`")
-    command = python_ending_with_parent("dvc", "status", "--cloud", "--json", "data.dvc")
+    """Asks the remote of the data's snapshot for it, with the credentials that DVC finds."""
+    remote = graph.sharing_remote(root) if (root / "data.dvc").exists() else graph.team_remote(root)
+    if remote is None:
+        advice = "`dvc remote add -d team s3://BUCKET/PATH`, commit .dvc/config, `dvc push`"
+        return Check("dvc remote", None, "none for your own data: it is on this machine only", advice)
+    lacks = json.loads(_dvc(root, "status", "--cloud", "--json", "data.dvc"))
+    address = _dvc(root, "config", f"remote.{remote}.url").strip()
+    advice = f"it lacks the data's snapshot: `dvc push --remote {remote} data.dvc` sends it" if lacks else ""
+    return Check("dvc remote", not lacks, f"{remote} {redact(address)}", advice)
+
+
+def _dvc(root: Path, *arguments: str) -> str:
+    """What a DVC command prints; a remote that does not answer fails the check, not the whole command."""
+    command = python_ending_with_parent("dvc", *arguments)
     try:
-        asked = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=root, env=environment(), capture_output=True, text=True, timeout=REMOTE_SECONDS
+        )
     except subprocess.TimeoutExpired:
-        return Check("dvc remote", False, "did not answer within 60 s", "check its address: `dvc remote list`")
-    if asked.returncode != 0:
-        reason = redact(asked.stderr.strip().splitlines()[-1] if asked.stderr.strip() else "it failed")
-        return Check("dvc remote", False, reason, "check address and credentials: `dvc remote list`, ~/.aws")
-    lacks = json.loads(asked.stdout or "{}")
-    detail = listed.stdout.split("\n")[0].replace("\t", " ")
-    return Check("dvc remote", not lacks, detail, "it lacks the data's snapshot: `dvc push data.dvc`" if lacks else "")
+        raise CheckError(f"no answer within {REMOTE_SECONDS} s; check its address: `dvc remote list`") from None
+    if done.returncode != 0:
+        reason = next(iter(done.stderr.strip().splitlines()), "it failed").removeprefix("ERROR: ")
+        raise CheckError(f"{reason}; check address and credentials: `dvc remote list`, ~/.aws")
+    return done.stdout
 
 
 def _template(params: Params) -> Check:
@@ -163,7 +183,7 @@ def _template(params: Params) -> Check:
 
     _, identity = (load_encoder if params.train.task == CLASSIFICATION else load_template)(params.prepare)
     name = "classes" if params.train.task == CLASSIFICATION else params.prepare.chat_template or "its own chat template"
-    return Check("base model", True, f"{identity.get('model_name_or_path', params.prepare.model_name_or_path)}, {name}")
+    return Check("base model", True, f"{identity['name_or_path']} (digest {identity['digest'][:12]}), {name}")
 
 
 def _exports(params: Params) -> Check:

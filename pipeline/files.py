@@ -51,6 +51,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
+def conflict_line(path: Path) -> int | None:
+    """The first line where git left conflict markers, counted from 1; None in a file without any."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return next((number for number, line in enumerate(lines, 1) if line.startswith("<<<<<<< ")), None)
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-RECORDED = ("data.dvc", "dvc.lock", "init_adapter.json")
+RECORDED = ("data.dvc", "dvc.lock", "init_adapter.json", "params.yaml")  # params.yaml: of a run with `changes`
 
 
 class GitRecordError(RuntimeError):

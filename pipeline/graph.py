@@ -1,6 +1,8 @@
 """The stage graph of `dvc.yaml`, asked and run through DVC, so that every driver sees the others' work as done."""
 
 import json
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline.dvc_process import DvcError, DvcProcess
-from pipeline.files import sha256_json
+from pipeline.files import conflict_line, sha256_json, write_text
 
 STAGES = ("prepare", "train", "evaluate", "merge")
+SAMPLE_REMOTE = "sample"  # in .dvc/config: a folder of this git repository, for the sample's bytes and no others
+SAMPLE_FOLDER = Path("infra/sample-remote")
 SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity", "artifacts/exports")
 
 
@@ -20,6 +24,10 @@ _loaded: DvcProcess | None = None
 
 class GraphError(RuntimeError):
     """DVC could not answer, or the workspace is not what dvc.lock records."""
+
+
+class SnapshotMissing(GraphError):
+    """The bytes of the data snapshot are neither here nor in the DVC remote."""
 
 
 def load_dvc() -> None:
@@ -74,14 +82,18 @@ def pull_data(root: Path = Path(".")) -> bool:
     """Put the snapshot that `data.dvc` names into `data/` when another or none is there; returns whether it was so.
 
     Raises:
-        GraphError: no remote has it, or `data/` holds changes that no snapshot records.
+        SnapshotMissing: neither this machine nor the DVC remote has it.
+        GraphError: the remote cannot be asked, or `data/` holds changes that no snapshot records.
     """
     if not (root / "data.dvc").exists():
         raise GraphError("data.dvc is missing; `git checkout data.dvc` restores it")
     reasons = json.loads(ask(root, "status", "--json", "data.dvc")).get("data.dvc", [])
     if not reasons:
         return False
-    ask(root, "fetch", "data.dvc")
+    if sharing_remote(root) is not None:
+        ask(root, "fetch", "data.dvc")
+    if json.loads(ask(root, "data", "status", "--json", "data")).get("not_in_cache"):
+        raise SnapshotMissing(missing_snapshot(root))
     try:
         # Without --force DVC replaces data that is a snapshot (data.dvc was changed by git), and no other.
         ask(root, "checkout", "data.dvc")
@@ -93,13 +105,71 @@ def pull_data(root: Path = Path(".")) -> bool:
     return True
 
 
+def missing_snapshot(root: Path) -> str:
+    """Which snapshot is lacking, where it should be, and what to do."""
+    named = snapshot(root)
+    size = f"{named['nfiles']} files, {named['size'] / 1e6:,.1f} MB"
+    remote = sharing_remote(root)
+    where = f"nor in the DVC remote {remote}" if remote else "and there is no DVC remote"
+    how = "" if remote else "`dvc remote add -d team s3://BUCKET/PATH`, commits .dvc/config and runs "
+    return (
+        f"the data snapshot {named['md5'][:8]} of data.dvc ({size}) is not on this machine, {where}: whoever ingested "
+        f"it runs {how}`dvc push data.dvc`; or `retune ingest` the rows again here"
+    )
+
+
+def snapshot(root: Path = Path(".")) -> dict[str, Any]:
+    """What `data.dvc` says of the snapshot: md5, size in bytes, nfiles, and its remote if it has one of its own."""
+    named: dict[str, Any] = YAML(typ="safe").load((root / "data.dvc").read_text(encoding="utf-8"))["outs"][0]
+    return named
+
+
+def team_remote(root: Path = Path(".")) -> str | None:
+    """Name of DVC's default remote, where people share what is theirs; the sample's is none."""
+    default = ask(root, "config", "core.remote").strip()
+    return None if default in ("", SAMPLE_REMOTE) else default
+
+
+def sharing_remote(root: Path = Path(".")) -> str | None:
+    """Name of the remote that has, or should have, the snapshot of `data.dvc`."""
+    return snapshot(root).get("remote") or team_remote(root)
+
+
+def restore_base(root: Path = Path(".")) -> str | None:
+    """Put `data/base` back from the newest earlier snapshot whose bytes can be had; returns the commit that names it.
+
+    The rows of a snapshot may be lost; the base model is the same in each until somebody changes it.
+    """
+    if (root / "data" / "base").exists():
+        return None
+    for commit in _git(root, "log", "--format=%H", "-n", "20", "--", "data.dvc").split():
+        of_sample = f"  remote: {SAMPLE_REMOTE}\n" in _git(root, "show", f"{commit}:data.dvc")
+        url = f"url={(root / SAMPLE_FOLDER).resolve()}"  # its relative path leads nowhere from a commit
+        remote = ["--remote", SAMPLE_REMOTE, "--remote-config", url] if of_sample else []
+        try:
+            ask(root, "get", ".", "data/base", "--rev", commit, "-o", "data/base", *remote)
+            return commit
+        except GraphError:
+            shutil.rmtree(root / "data" / "base", ignore_errors=True)
+    return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout
+
+
 def add_data(root: Path = Path(".")) -> None:
-    """Record what `data/` holds now as the snapshot that `data.dvc` names.
+    """Record what `data/` holds now as the snapshot of `data.dvc`; other rows than the sample's leave its remote.
 
     Raises:
         GraphError: DVC could not.
     """
+    path = root / "data.dvc"
+    before = snapshot(root) if path.exists() else {}
     ask(root, "add", "data")
+    if snapshot(root)["md5"] != before.get("md5") and before.get("remote") == SAMPLE_REMOTE:
+        text = path.read_text(encoding="utf-8")
+        write_text(path, text.replace(f"  remote: {SAMPLE_REMOTE}\n", ""))
 
 
 @contextmanager
@@ -118,6 +188,7 @@ def ask(root: Path, *arguments: str) -> str:
     Raises:
         GraphError: it failed.
     """
+    _refuse_conflicts(root)
     try:
         with _dvc(root) as dvc:
             return dvc.ask(*arguments)
@@ -125,12 +196,23 @@ def ask(root: Path, *arguments: str) -> str:
         raise GraphError(str(error)) from None
 
 
+def _refuse_conflicts(root: Path) -> None:
+    """Either side of a merge will do for DVC's records: a stage that it does not describe runs again."""
+    for name in ("dvc.lock", "data.dvc", "dvc.yaml"):
+        if line := conflict_line(root / name):
+            raise GraphError(
+                f"{name}, line {line}, has git's conflict markers; `git checkout --ours {name}` keeps this branch's "
+                "(--theirs the other's), then `git add` it and `retune run`"
+            )
+
+
 def lock(root: Path = Path(".")) -> dict[str, Any]:
     """`dvc.lock` as plain data.
 
     Raises:
-        GraphError: there is none, because no stage has run here.
+        GraphError: there is none, because no stage has run here, or a merge left its conflict in it.
     """
+    _refuse_conflicts(root)
     path = root / "dvc.lock"
     if not path.exists():
         raise GraphError("dvc.lock is missing: no stage has run here; `retune run` or `dvc repro` runs them")

@@ -281,7 +281,7 @@ def _too_large(config: PreTrainedConfig, params: TrainParams, length: int, memor
         peak = _one_step(config, made, length, on_gpu=True).memory.peak
         if peak <= room:
             return (
-                f"this training needs {memory.peak / GIB:.1f} GiB and a {name} has {room / GIB:.1f} to give; "
+                f"this training needs {memory.peak / GIB:.1f} GiB; the {name} has {room / GIB:.1f} GiB available; "
                 f"with {' and '.join(would)} it needs {peak / GIB:.1f}"
             )
     for shorter in (length // 2, length // 4, length // 8):
@@ -289,10 +289,11 @@ def _too_large(config: PreTrainedConfig, params: TrainParams, length: int, memor
         if peak <= room:
             keys = "prepare.max_length and train.packed_length" if params.packing else "prepare.max_length"
             return (
-                f"this training needs {memory.peak / GIB:.1f} GiB and a {name} has {room / GIB:.1f} to give; with "
+                f"this training needs {memory.peak / GIB:.1f} GiB; the {name} has {room / GIB:.1f} GiB available; with "
                 f"{' and '.join([*would, f'{keys} of {shorter} at most'])} it needs {peak / GIB:.1f}"
             )
     return (
-        f"this training needs {memory.peak / GIB:.1f} GiB and a {name} has {room / GIB:.1f} to give; no setting makes "
-        f"it fit (weights alone take {memory.weights / GIB:.1f}): choose a larger GPU of infra/gpus.yaml"
+        f"this training needs {memory.peak / GIB:.1f} GiB; the {name} has {room / GIB:.1f} GiB available; "
+        f"no setting makes it fit (weights alone take {memory.weights / GIB:.1f}): choose a larger GPU of "
+        "infra/gpus.yaml"
     )

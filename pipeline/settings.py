@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.files import write_text
+from pipeline.files import conflict_line, write_text
 from pipeline.params import Params
 from pipeline.security.redact import has_credentials, redact
 
@@ -35,10 +35,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ParamsError(f"{path} does not exist; run this command in the project's top folder") from None
+        raise ParamsError(f"{path} does not exist here or above: {Path.cwd()} is not in a Retune project") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 (byte {error.start})") from None
     except YAMLError as error:
+        if line := conflict_line(path):
+            raise ParamsError(f"{path}, line {line}, has git's conflict markers; settle the conflict there") from None
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ParamsError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None

@@ -35,6 +35,8 @@ os.environ.update(
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # two threads that wait for each other beside a busy process take minutes for seconds of work
 from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -58,7 +60,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # again: code under test sets it
 
 
 def sample_rows(number: int) -> list[dict[str, str]]:

@@ -3,12 +3,15 @@
 import fcntl
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from conftest import ROOT, change_params, make_project, retune
+from conftest import ROOT, change_params, environment, make_project, retune
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -29,6 +32,28 @@ def sentence(root: Path, *arguments: str) -> str:
     assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
+
+
+def test_the_overview_shows_whole_summaries_at_80_columns(tmp_path: Path) -> None:
+    overview = subprocess.run(
+        [sys.executable, "-m", "pipeline", "--help"], cwd=tmp_path, env=environment() | {"COLUMNS": "80"},
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert max(map(len, overview.splitlines())) <= 80
+    for command in COMMANDS.values():
+        assert command.hidden or " ".join(command.help.split("\n\n")[0].split()) in " ".join(overview.split())
+
+
+def test_a_command_works_from_a_folder_below_with_paths_as_typed(root: Path) -> None:
+    below = root / "notes"
+    below.mkdir()
+    (below / "rows.jsonl").write_text('{"prompt": "What is one plus one?", "completion": "two"}\n')
+    shown = [retune(below, "inspect", name, "--json") for name in ("rows.jsonl", str(below / "rows.jsonl"))]
+    assert [done.returncode for done in shown] == [0, 0], shown[0].stderr
+    assert "one plus one" in shown[0].stdout
+    above = retune(root, "inspect", "notes/rows.jsonl", "--json")
+    assert json.loads(above.stdout) == json.loads(shown[0].stdout)
+    shutil.rmtree(below)
 
 
 def test_every_command_explains_itself(tmp_path: Path) -> None:
@@ -89,7 +114,7 @@ def test_every_parameter_of_the_docs_exists() -> None:
 
 
 def test_outside_a_project_the_way_in_is_named(tmp_path: Path) -> None:
-    assert "run this command in the project's top folder" in sentence(tmp_path, "run")
+    assert str(tmp_path) in sentence(tmp_path, "run")
     assert not (tmp_path / ".retune").exists()
 
 

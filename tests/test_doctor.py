@@ -9,6 +9,7 @@ import pytest
 from conftest import change_params, environment, make_project, retune
 
 from pipeline import doctor
+from pipeline.chat.template import load_template
 from pipeline.params import Params
 
 
@@ -24,9 +25,11 @@ def checks(root: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return done.returncode, {each["name"]: each for each in answer["checks"]}
 
 
-def test_a_project_in_order_passes_and_a_broken_one_names_each_fault(root: Path) -> None:
+def test_a_project_in_order_passes_and_a_broken_one_names_each_fault(root: Path, params: Params) -> None:
     status, found = checks(root)
     assert status == 0, [each for each in found.values() if each["passed"] is False]
+    _, identity = load_template(params.prepare)
+    assert identity["digest"][:12] in found["base model"]["detail"]
     assert found["packages"]["passed"] and found["base model"]["passed"] and found["clock"]["passed"]
     assert found["dvc remote"]["passed"] is None  # a project of the tests has none
 

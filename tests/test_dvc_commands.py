@@ -10,7 +10,10 @@ import pytest
 from browser import CHROMIUM, dump_dom
 from conftest import ROOT, environment
 
+from pipeline import graph
 from pipeline.files import write_text
+from pipeline.graph import GraphError
+from pipeline.settings import ParamsError, load_params
 
 
 @pytest.fixture
@@ -37,3 +40,18 @@ def test_the_plots_load_nothing_from_elsewhere(plots: Path) -> None:
 def test_a_browser_without_network_draws_the_plots(plots: Path, tmp_path: Path) -> None:
     shown = dump_dom("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'browser'}", plots.as_uri())
     assert re.search(r"<canvas|<svg[^>]*marks", shown.stdout), shown.stderr
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "data.dvc", "dvc.yaml"])
+def test_a_record_with_gits_conflict_markers_is_one_sentence_with_the_way_out(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "schema: '2.0'\n<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> other\n")
+    with pytest.raises(GraphError) as error:
+        graph.stale(tmp_path)
+    assert f"{name}, line 2" in str(error.value) and f"git checkout --ours {name}" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_parameters_with_gits_conflict_markers_say_so(tmp_path: Path) -> None:
+    write_text(tmp_path / "params.yaml", "a: 1\n<<<<<<< HEAD\nb: 1\n=======\nb: 2\n>>>>>>> other\n")
+    with pytest.raises(ParamsError, match="line 2"):
+        load_params(tmp_path / "params.yaml")

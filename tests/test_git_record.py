@@ -44,8 +44,14 @@ def test_each_version_is_a_commit_and_a_tag_and_the_checkout_stays(root: Path) -
 def test_a_dirty_tree_and_the_checked_out_branch_are_refused(root: Path) -> None:
     with pytest.raises(GitRecordError, match="which is checked out"):
         record_version("main", "model", "abc", "1", root)
-    (root / "params.yaml").write_text("changed\n")
-    with pytest.raises(GitRecordError, match=r"params\.yaml differ from the commit"):
+    (root / "dvc.yaml").write_text("changed\n")
+    with pytest.raises(GitRecordError, match=r"dvc\.yaml differ from the commit"):
         record_version("retune/champions", "model", "abc", "1", root)
     assert git(root, "tag") == ""
     assert git(root, "branch", "--format=%(refname:short)") == "main"
+
+
+def test_parameters_that_a_run_was_started_with_are_in_the_commit(root: Path) -> None:
+    (root / "params.yaml").write_text("changed\n")
+    record_version("retune/champions", "model", "abc", "1", root)
+    assert git(root, "show", "model/v1:params.yaml") == "changed"

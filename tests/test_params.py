@@ -259,7 +259,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
-    with pytest.raises(ParamsError, match="does not exist; run this command in the project's top folder"):
+    with pytest.raises(ParamsError, match="is not in a Retune project"):
         load_params(tmp_path / "params.yaml")
 
 

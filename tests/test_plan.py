@@ -208,7 +208,7 @@ def big(params: Params, tmp_path: Path, size: str, **train: Any) -> Params:
 def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(params: Params, tmp_path: Path) -> None:
     tried = big(params, tmp_path, "7B", load_in_4bit=False, per_device_train_batch_size=1)
     with pytest.raises(
-        PlanError, match=r"needs \d+\.\d GiB and a L4 has 20\.2 to give; with train\.gradient_checkp"
+        PlanError, match=r"needs \d+\.\d GiB; the L4 has 20\.2 GiB available; with train\.gradient_checkp"
     ) as e:
         plan(tried, gpu="L4")
     assert "train.gradient_checkpointing: true" in str(e.value)

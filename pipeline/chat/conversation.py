@@ -258,7 +258,7 @@ class ChatTemplate:
             # Tokenizers that drop spaces have no token at some places.
             first = next((k for place in range(start, end) if (k := encoding.char_to_token(place)) is not None), None)
             if first is None or (encoding.token_to_chars(first) or (0, 0))[0] < start:
-                return RowError("one token spans the prompt's end and the answer's beginning")
+                return RowError("has one token that spans the prompt's end and the answer's beginning")
             last = next(
                 k for place in range(end - 1, start - 1, -1) if (k := encoding.char_to_token(place)) is not None
             )

@@ -71,5 +71,5 @@ def _recorded(root: Path) -> str | None:
 
 
 def _is_whole(text: str | None) -> bool:
-    """Whether DVC wrote `data.dvc` to its end: it does so in place, and the path comes last."""
+    """Whether DVC wrote `data.dvc` to its end, in place, with the path last; one that still has its remote is not."""
     return bool(text and re.search(r"md5: [0-9a-f]{32}\.dir\n", text) and text.endswith("path: data\n"))
