@@ -3,10 +3,11 @@
 Refused: unknown keys, wrong types, values out of range and combinations that cannot work.
 """
 
+import datetime
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.data.language import LANGUAGES
 from pipeline.training.combinations import conflict, in_4bit, whole_conflict
@@ -124,6 +125,10 @@ class PrepareParams(Section):
     model_revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
     trust_remote_code: bool
     chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+    chat_template_date: str
+    reasoning: Literal["drop", "inline", "refuse"]
+    on_left_out: Literal["drop", "keep"]
     train_on: Literal["all_responses", "last_response"]
     max_length: Positive
     on_overlong: Literal["drop", "error", "truncate_prompt", "split"]
@@ -137,8 +142,25 @@ class PrepareParams(Section):
     validation_fraction: Fraction
     filters: FilterParams
 
+    @field_validator("chat_template_date", mode="before")
+    @classmethod
+    def check_date(cls, value: Any) -> Any:
+        date = value.isoformat() if isinstance(value, datetime.date) else value  # YAML reads 2026-01-31 as a date
+        try:
+            known = date == "today" or len(datetime.date.fromisoformat(date).isoformat()) == len(date)
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(f"is {value}; expected today, or a date as 2026-01-31")
+        return date
+
     @model_validator(mode="after")
     def check(self) -> "PrepareParams":
+        taken = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"} & set(
+            self.chat_template_kwargs
+        )
+        if taken:
+            raise ValueError(f"chat_template_kwargs sets {', '.join(sorted(taken))}, which every rendering sets itself")
         if self.test_fraction + self.validation_fraction >= 1:
             raise ValueError("test_fraction and validation_fraction together leave no rows to train on")
         if self.trust_remote_code and self.model_revision is None:

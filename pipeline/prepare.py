@@ -276,7 +276,7 @@ def _write(
             start += len(rows)
             kept, split = verdicts.kept[numbers], verdicts.split[numbers]
             for name in SPLITS:
-                of_split = rows.filter(pa.array(kept & (split == name)))
+                of_split = _by_answer(rows.filter(pa.array(kept & (split == name))), name, stats)
                 _count(stats, name, of_split)
                 if by_class:
                     answers = [json.loads(record)[-1]["content"] for record in of_split["record"].to_pylist()]
@@ -300,6 +300,24 @@ def _write(
         known["labels"] = class_names(seen["train"], seen["validation"] | seen["test"])
     write_json(output / "contract.json", template.contract(identity) | known)
     return Prepared(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
+
+
+def _by_answer(rows: pa.Table, split: str, stats: DataStats) -> pa.Table:
+    """`rows` with one more for each earlier answer of a conversation whose template rewrites earlier turns.
+
+    A test item asks for the last answer alone, whatever the template.
+    """
+    more = pc.list_value_length(rows["earlier_ids"])
+    if split == "test" or not pc.any(pc.greater(more, 0)).as_py():
+        return rows
+    stats.add_rewritten(pc.sum(pc.greater(more, 0)).as_py(), pc.sum(more).as_py())
+    parts = []
+    for row in rows.to_pylist():
+        earlier = zip(row["earlier_ids"], row["earlier_labels"], strict=True)
+        for number, (ids, labels) in enumerate(earlier, start=1):
+            parts.append(row | {"id": f"{row['id']}.{number}", "input_ids": ids, "labels": labels, "repairs": []})
+        parts.append(row)
+    return pa.Table.from_pylist(parts, schema=rows.schema)
 
 
 def _count(stats: DataStats, split: str, rows: pa.Table) -> None:

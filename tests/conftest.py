@@ -24,6 +24,7 @@ os.environ.update(
     DVC_SITE_CACHE_DIR=f"{CACHE}/dvc",
     DO_NOT_TRACK="true",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # session fixtures train before `one_thread`; two threads beside a busy process stand still
     TRANSFORMERS_VERBOSITY="error",
     # No test may find the user's own keys; these are the test server's.
     AWS_ACCESS_KEY_ID="test:tester",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import sample_rows, with_
+from conftest import CHATML, sample_rows, with_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +131,35 @@ def test_a_group_stays_together(params: Params, tmp_path: Path, name: type) -> N
     by_group = splits_by(output, "task")
     assert len(by_group) == 20
     assert {group: splits for group, splits in by_group.items() if len(splits) > 1} == {}
+
+
+def test_a_template_that_rewrites_gets_a_row_an_answer_in_one_split_and_the_report_says_so(
+    params: Params, tmp_path: Path
+) -> None:
+    text = CHATML.replace("{{ message['content'] }}", "{{ '' if loop.last else ' ' }}{{ message['content'] }}")
+    (tmp_path / "rewrites.jinja").write_text(text)
+    talks = [[f"question {i}", f"answer {i}", f"and then {i}", f"then that {i}"] for i in range(60)]
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(x)]} for x in talks
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = with_(
+        params, prepare={"chat_template": str(tmp_path / "rewrites.jinja"), "near_duplicate_threshold": None}
+    )
+    made = prepare(settings.prepare, tmp_path / "rows.jsonl", tmp_path / "dataset")
+    report = json.loads((tmp_path / "dataset" / "report.json").read_text())
+    tests = report["rows"]["test"]
+    trained = made.rows["train"] + made.rows["validation"]
+    assert trained == 2 * (60 - tests)
+    assert report["rewritten_conversations"] == report["more_rows"] == 60 - tests
+    sources = {
+        split: pq.read_table(tmp_path / "dataset" / f"{split}.parquet")["source"].to_pylist()
+        for split in report["rows"]
+    }
+    assert not set(sources["train"]) & set(sources["validation"])
+    assert len(set(sources["test"])) == tests
+    ids = pq.read_table(tmp_path / "dataset" / "train.parquet")["id"].to_pylist()
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_prompt_of_the_test_split_is_not_trained_on(params: Params, tmp_path: Path) -> None:

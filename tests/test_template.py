@@ -1,5 +1,6 @@
 """The chat template as a contract: what is trained, what is refused, and what a later stage finds unchanged."""
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from pipeline.chat.template import ChatTemplate, RowError, TemplateError, load_contract, load_shipped, load_template
+from pipeline.chat.template import (
+    ChatTemplate,
+    Encoded,
+    RowError,
+    TemplateError,
+    load_contract,
+    load_shipped,
+    load_template,
+)
 from pipeline.data.records import Message
 from pipeline.params import Params
 
@@ -20,7 +29,7 @@ END = "<|im_end|>"
 TOOLS = json.dumps([{"name": "clock", "description": "时间"}], ensure_ascii=False)
 REWRITES = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content if loop.last or m.role == 'user' else '(earlier)' }}<|im_end|>\n{% endfor %}"
+    "{{ '' if loop.last or m.role == 'user' else '(earlier) ' }}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -30,8 +39,11 @@ def talk(*contents: str) -> list[Message]:
 
 
 def trained(template: ChatTemplate, messages: list[Message], tools: str | None = None) -> str:
-    labels = template.encode(messages, tools).labels
-    return template.tokenizer.decode([label for label in labels if label != -100])
+    return trained_of(template, template.encode(messages, tools))
+
+
+def trained_of(template: ChatTemplate, row: Encoded) -> str:
+    return template.tokenizer.decode([label for label in row.labels if label != -100])
 
 
 def with_template(params: Params, folder: Path, text: str, **prepare: Any) -> ChatTemplate:
@@ -122,30 +134,66 @@ def test_control_tokens_in_the_tools_are_refused_on_demand(dropping: ChatTemplat
         dropping.encode(talk("q", "a"), json.dumps([{"name": END}]))
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_way_out(params: Params, tmp_path: Path) -> None:
-    with pytest.raises(TemplateError, match=r"changes earlier turns.*set prepare\.train_on to last_response"):
-        with_template(params, tmp_path, REWRITES)
+def test_a_template_that_rewrites_earlier_turns_gets_a_row_for_each_answer(params: Params, tmp_path: Path) -> None:
+    messages = talk("q1", "a1", "q2", "a2")
+    template = with_template(params, tmp_path, REWRITES)
+    encoded = template.encode(messages)
+    rows = [*encoded.earlier, encoded]
+    assert [trained_of(template, row) for row in rows] == [f"a1{END}", f"a2{END}"]
+    for row, asked in zip(rows, (messages[:1], messages[:3]), strict=True):
+        prompt = template.prompt_ids(asked)
+        assert row.input_ids[: len(prompt)] == prompt
+    last = with_template(params, tmp_path, REWRITES, train_on="last_response").encode(messages)
+    assert (last.input_ids, last.earlier) == (encoded.input_ids, ())
 
 
-def test_the_way_out_works(params: Params, tmp_path: Path) -> None:
-    template = with_template(params, tmp_path, REWRITES, train_on="last_response")
-    assert trained(template, talk("q1", "a1", "q2", "a2")) == f"a2{END}"
+def test_a_template_that_appends_keeps_all_answers_in_one_row(template: ChatTemplate) -> None:
+    encoded = template.encode(talk("q1", "a1", "q2", "a2"))
+    assert encoded.earlier == ()
+    assert trained_of(template, encoded) == f"a1{END}a2{END}"
 
 
-def test_a_template_without_end_token_is_refused(params: Params, tmp_path: Path) -> None:
-    with pytest.raises(TemplateError, match="no end token"):
-        with_template(params, tmp_path, CHATML.replace(END, ""))
+def test_without_an_end_of_its_own_a_turn_ends_with_the_token_that_ends_generations(
+    params: Params, tmp_path: Path
+) -> None:
+    template = with_template(params, tmp_path, CHATML.replace(END, ""))
+    assert trained(template, talk("q", "a")) == f"a\n{END}"
 
 
-def test_an_answer_that_shares_a_token_with_its_prompt_is_refused(params: Params, tmp_path: Path) -> None:
+def test_a_turn_that_the_next_header_ends_is_trained_with_that_header(params: Params, tmp_path: Path) -> None:
+    glm = (
+        "{% for m in messages %}{{ '<|im_end|>' if m.role == 'user' else '<|im_start|>' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    encoded = with_template(params, tmp_path, glm).encode(talk("q1", "a1", "q2", "a2"))
+    assert encoded.earlier == ()
+    assert trained_of(with_template(params, tmp_path, glm), encoded) == f"a1{END}a2{END}"
+
+
+def test_an_answer_is_tokenised_by_itself_and_not_across_its_prompts_end(params: Params, tmp_path: Path) -> None:
     text = (
         "{% for m in messages %}{{ '<|im_start|>Name the co' if m.role == 'assistant' }}{{ m.content }}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>Name the co{% endif %}"
     )
     template = with_template(params, tmp_path, text)
-    assert trained(template, talk("q", "!")) == f"!{END}"
-    with pytest.raises(RowError, match="spans the prompt's end"):
-        template.encode(talk("q", "lour"))
+    messages = talk("q", "lour", "q", "!")
+    assert len(template.tokenizer.encode("colour")) < len(template.tokenizer.encode("co")) + len("lour")
+    encoded = template.encode(messages)
+    # The second prompt has the word as one text, so the first answer stands in a row of its own.
+    rows = [*encoded.earlier, encoded]
+    assert [trained_of(template, row) for row in rows] == [f"lour{END}", f"!{END}"]
+    for row, asked in zip(rows, (messages[:1], messages[:3]), strict=True):
+        prompt = template.prompt_ids(asked)
+        assert row.input_ids[: len(prompt)] == prompt
+
+
+def test_answers_marked_as_not_trained_are_not(params: Params, template: ChatTemplate) -> None:
+    messages = talk("q1", "bad", "q2", "good")
+    messages[1]["weight"] = 0
+    assert trained_of(template, template.encode(messages)) == f"good{END}"
+    messages[3]["weight"] = 0
+    with pytest.raises(RowError):
+        template.encode(messages)
 
 
 def test_a_row_that_the_template_cannot_carry_does_not_condemn_the_others(params: Params, tmp_path: Path) -> None:
@@ -248,8 +296,8 @@ def test_a_named_template_brings_the_end_token_that_a_base_does_not_name(params:
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
     base = {"model_name_or_path": str(copy)}
-    with pytest.raises(TemplateError, match="no end token"):
-        load_template(with_(params, prepare=base).prepare)
+    own, _ = load_template(with_(params, prepare=base).prepare)
+    assert trained(own, talk("q", "a")) == f"a{END}"
     template, identity = load_template(with_(params, prepare=base | {"chat_template": "chatml"}).prepare)
     assert trained(template, talk("q", "a")) == f"a{END}"
     contract = json.loads(json.dumps(template.contract(identity)))
@@ -270,11 +318,6 @@ def test_rows_longer_than_the_models_positions_are_refused_without_its_weights(p
     load_template(with_(params, prepare=prepare).prepare)
     with pytest.raises(TemplateError, match=r"prepare\.max_length is 513; .* for 512 tokens at most"):
         load_template(with_(params, prepare=prepare | {"max_length": 513}).prepare)
-
-
-def test_a_template_that_no_row_passes_is_refused(params: Params, tmp_path: Path) -> None:
-    with pytest.raises(TemplateError, match="every row is refused by the chat template: never"):
-        with_template(params, tmp_path, "{{ raise_exception('never') }}" + CHATML)
 
 
 def test_the_contract_holds_a_call_a_system_message_and_an_injected_token(template: ChatTemplate) -> None:
@@ -329,3 +372,39 @@ def test_a_base_without_end_token_is_refused(params: Params, copy: Path) -> None
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
     with pytest.raises(TemplateError, match="names no end-of-sequence token"):
         contract_of(params, copy)
+
+
+def test_a_dataset_of_yesterday_is_the_contracts_today(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dated.jinja").write_text("{{ 'Today: ' + strftime_now('%d %b %Y') }}" + CHATML)
+    settings = with_(params, prepare={"chat_template": str(tmp_path / "dated.jinja")}).prepare
+
+    class Yesterday(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2025, 12, 31)
+
+    monkeypatch.setattr("pipeline.chat.template.datetime.date", Yesterday)
+    template, identity = load_template(settings)
+    contract = json.loads(json.dumps(template.contract(identity)))
+    monkeypatch.undo()
+    assert contract["chat_template_date"] == "2025-12-31"
+    loaded = load_contract(contract)
+    assert loaded.render(talk("q")) == template.render(talk("q"))
+    assert loaded.render(talk("q")).startswith("Today: 31 Dec 2025")
+    today = load_template(settings)[0]
+    assert today.date == datetime.date.today().isoformat()
+    fixed = with_(params, prepare=settings.model_dump() | {"chat_template_date": "2026-01-31"}).prepare
+    assert load_template(fixed)[0].date == "2026-01-31"
+
+
+def test_a_template_without_a_date_has_none_in_its_contract(template: ChatTemplate) -> None:
+    assert template.date is None
+
+
+def test_a_contract_of_an_earlier_version_is_still_read(params: Params, copy: Path) -> None:
+    contract = contract_of(params, copy)
+    for key in ("chat_template_kwargs", "chat_template_date", "reasoning", "on_left_out"):
+        del contract[key]
+    assert load_contract(contract).date is None

@@ -1,31 +1,27 @@
 """Conversations to tokens and labels, by one chat template for training, evaluation and serving alike.
 
-Comes in: messages and tools. Goes out: token ids, and labels that carry loss on answers and their end tokens alone.
-Each answer is found by rendering the conversation up to it: what the generation prompt ends with is where it begins.
-That holds for any template that only appends; one that rewrites earlier turns is refused, with the way out.
+Each trained answer stands behind the tokens of the prompt that a server would send, and is tokenised by itself, as a
+model writes it. A template that rewrites earlier turns makes several rows of one conversation: one an answer.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat.rendering import Renderer, RowError, TemplateError, Tools, bounded, with_objects
+from pipeline.chat.rendering import Renderer, RowError, Tools, bounded, with_objects
 from pipeline.chat.tokens import Text, TokenEncoder
+from pipeline.chat.turns import PLACE, Turn, TurnWriter, left_out
 from pipeline.data.records import Message
 from pipeline.files import sha256_json
 
 Conversation = tuple[list[Message], str | None]  # messages, and the tools on offer as JSON
 
 ESCAPED = "control tokens in its text escaped"
-NOT_APPENDING = (
-    "the chat template changes earlier turns when later ones follow, so what is trained is not what is served; set "
-    "prepare.train_on to last_response, or prepare.chat_template to one that appends"
-)
+LEFT_OUT = "a part of it left out by the chat template"
 
 _CALL = {
     "id": "call00001",
@@ -43,12 +39,19 @@ class Encoded:
     input_ids: list[int]  # (T,)
     labels: list[int]  # (T,) the token where it is trained, -100 where it is not
     repairs: tuple[str, ...] = ()  # what was done to the row, in the words of the data report
+    earlier: tuple["Encoded", ...] = ()  # rows of the answers before, where the template rewrites earlier turns
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.input_ids) for row in (self, *self.earlier))
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    text: Text
-    spans: list[tuple[int, int]]  # of the trained turns, in characters of text.marked
+    rows: list[list[Turn]]  # in each, every turn's prompt begins with all that stands before it in the row
+    escaped: bool
+    repairs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class ChatTemplate:
     train_on: str = "all_responses"
     on_control_tokens: str = "escape"
     name: str | None = None  # of a named template
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    date: str | None = None  # YYYY-MM-DD, of a template that prints it
+    reasoning: str = "drop"  # drop | inline | refuse reasoning that the template has no place for
+    on_left_out: str = "drop"  # drop | keep a row of which the template leaves out a part
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # a compiled template stays here
@@ -81,10 +88,7 @@ class ChatTemplate:
         with bounded(1):
             ready, offered, escaped = self._ready(messages, tools)
             text = self._show(self._renderer.render(ready, offered, add_generation_prompt=True), escaped)
-        [tokens] = self._encoder.encode_batch([text])
-        if isinstance(tokens, RowError):
-            raise tokens
-        return text.text, tokens[0]
+        return text.text, self._ids(text)
 
     def prompt_ids(self, messages: list[Message], tools: str | None = None) -> list[int]:
         return self.prompt(messages, tools)[1]
@@ -92,13 +96,13 @@ class ChatTemplate:
     def encode(self, messages: list[Message], tools: str | None = None) -> Encoded:
         """Tokens of a conversation and the labels of its trained turns, each turn's end token included.
 
-        Tool calls are answers and trained; tool results are not. A control token of the model in somebody's text is
-        tokenised as text, or refused, as `on_control_tokens` says.
+        Tool calls are answers and trained; tool results are not, nor are answers with a `weight` of 0. A control token
+        of the model in somebody's text is tokenised as text, or refused, as `on_control_tokens` says.
 
         Raises:
-            RowError: nothing to train on, an answer that does not begin on a token of its own, tools that are not a
-                list of objects, something the template refuses, or (with `drop`) control tokens in a text.
-            TemplateError: the template rewrites earlier turns or never ends a turn.
+            RowError: nothing to train on, tools that are not a list of objects, something the template refuses or (with
+                `on_left_out: drop`) leaves out, or (with `drop`) control tokens in a text.
+            TemplateError: the template breaks out of its sandbox or runs away.
         """
         [encoded] = self.encode_batch([(messages, tools)])
         if isinstance(encoded, RowError):
@@ -107,10 +111,14 @@ class ChatTemplate:
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
         """`encode` of every conversation, in order, with its `RowError` where that is raised; much faster."""
-        with bounded(sum(len(messages) for messages, _ in conversations)):
+        with bounded(3 * sum(len(messages) for messages, _ in conversations)):
             rendered = [self._rendered(messages, tools) for messages, tools in conversations]
-        tokens = iter(self._encoder.encode_batch([r.text for r in rendered if isinstance(r, _Rendered)]))
-        return [r if isinstance(r, RowError) else self._labelled(r, next(tokens)) for r in rendered]
+        texts: list[Text] = []
+        for conversation in rendered:
+            if isinstance(conversation, _Rendered):
+                texts += [text for row in conversation.rows for text in self._texts(row, conversation.escaped)]
+        tokens = iter(self._encoder.encode_batch(texts))
+        return [r if isinstance(r, RowError) else self._encoded(r, tokens) for r in rendered]
 
     def encode_text(self, text: str) -> Encoded:
         """Tokens of plain text, without any template around it, and the end token; all of them trained.
@@ -122,39 +130,27 @@ class ChatTemplate:
         escaped = hidden != text
         if escaped and self.on_control_tokens == "drop":
             raise RowError(f"contains the model's control token {self._encoder.first_hidden(hidden)}")
-        [tokens] = self._encoder.encode_batch([self._show(hidden, escaped)])
-        if isinstance(tokens, RowError):
-            raise tokens
-        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else min(self.stop_ids)
-        ids = [*tokens[0], end]
+        ids = [*self._ids(self._show(hidden, escaped)), self.end_id]
         return Encoded(ids, list(ids), (ESCAPED,) if escaped else ())
-
-    def require_trainable(self) -> None:
-        """Refuse what would make every row useless.
-
-        Raises:
-            TemplateError: the template does not append, ends no turn, or refuses a plain question with its answer.
-        """
-        golden = self.golden()
-        if golden[0]["input_ids"] is None:
-            try:
-                self.encode(golden[0]["messages"])
-            except RowError as error:
-                raise TemplateError(f"with this chat template, every row {error}") from None
 
     def golden(self, conversations: Sequence[Conversation] | None = None) -> list[dict[str, Any]]:
         """Tokens and labels of fixed conversations: the contract's fingerprint of rendering and tokenising.
 
         Without `conversations`: one turn, two turns, a system message, tools with a call, and an injected control
-        token. Of those that the template refuses, `input_ids` and `labels` are null.
+        token. Of those that the template refuses, `input_ids` and `labels` are null. `earlier` has the rows of earlier
+        answers, where the template rewrites them.
         """
         if conversations is None:
             conversations = [(messages, None) for messages in self._golden_messages()]
             conversations.insert(3, (_golden_call(), json.dumps([_TOOL])))
         golden: list[dict[str, Any]] = []
         for (messages, tools), encoded in zip(conversations, self.encode_batch(conversations), strict=True):
-            tokens = (None, None) if isinstance(encoded, RowError) else (encoded.input_ids, encoded.labels)
-            golden.append({"messages": messages, "tools": tools, "input_ids": tokens[0], "labels": tokens[1]})
+            entry: dict[str, Any] = {"messages": messages, "tools": tools, "input_ids": None, "labels": None}
+            if isinstance(encoded, Encoded):
+                entry |= {"input_ids": encoded.input_ids, "labels": encoded.labels}
+                if encoded.earlier:
+                    entry["earlier"] = [[row.input_ids, row.labels] for row in encoded.earlier]
+            golden.append(entry)
         return golden
 
     def contract(self, model: dict[str, Any], golden: Sequence[Conversation] | None = None) -> dict[str, Any]:
@@ -173,20 +169,63 @@ class ChatTemplate:
             "pad_id": self.tokenizer.pad_token_id,
             "train_on": self.train_on,
             "on_control_tokens": self.on_control_tokens,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "chat_template_date": self.date,
+            "reasoning": self.reasoning,
+            "on_left_out": self.on_left_out,
             "golden": self.golden(golden),
         }
 
     @cached_property
     def _renderer(self) -> Renderer:
-        return Renderer(self.text, self.tokenizer.special_tokens_map)
+        return Renderer(self.text, self.tokenizer.special_tokens_map, self.chat_template_kwargs, self.date)
 
     @cached_property
     def _encoder(self) -> TokenEncoder:
-        return TokenEncoder(self.tokenizer, self.text)
+        return TokenEncoder(self.tokenizer, self.text, self.stop_ids)
+
+    @cached_property
+    def _writer(self) -> TurnWriter:
+        return TurnWriter(self._renderer, self._stops, self._token(self.end_id), self.reasoning)
 
     @cached_property
     def _stops(self) -> tuple[str, ...]:
-        return tuple(map(str, self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))))
+        return tuple(map(self._token, sorted(self.stop_ids)))
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a text of which no template says how it ends."""
+        end = self.tokenizer.eos_token_id
+        return int(end) if end is not None else min(self.stop_ids)
+
+    def written_ends(self) -> set[int]:
+        """The control token that the template writes right behind an answer: it ends a turn, though a base that was
+        never tuned may not name it."""
+        try:
+            rendered = self.render(_talk("Hello", PLACE))
+        except RowError:
+            return set()
+        rest = rendered.partition(PLACE)[2].strip()
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        return {id for id, token in tokens if token.special and str(token) and rest.startswith(str(token))}
+
+    @cached_property
+    def _cue(self) -> str:
+        """What prompts mostly end with, from its last added token on; empty if there is none."""
+        try:
+            prompt = self.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        except RowError:
+            return ""
+        return self._encoder.since_last_added(prompt) or ""
+
+    def _token(self, id: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(id))
+
+    def _ids(self, text: Text) -> list[int]:
+        [ids] = self._encoder.encode_batch([text])
+        if isinstance(ids, RowError):
+            raise ids
+        return ids
 
     def _golden_messages(self) -> list[list[Message]]:
         return [
@@ -215,64 +254,101 @@ class ChatTemplate:
     def _rendered(self, messages: list[Message], tools: str | None) -> _Rendered | RowError:
         try:
             ready, offered, escaped = self._ready(messages, tools)
-            answers = [i for i, message in enumerate(ready) if message["role"] == "assistant"]
-            if not answers:
-                raise RowError("has no answer to train on")
-            whole = self._renderer.render(ready, offered)
-            spans = []
-            for i in answers if self.train_on == "all_responses" else answers[-1:]:
-                start = self._renderer.render(ready[:i], offered, add_generation_prompt=True)
-                end = whole if i == len(ready) - 1 else self._renderer.render(ready[: i + 1], offered)
-                place = self._end(whole, end)
-                if place is None or not whole.startswith(start):
-                    raise TemplateError(NOT_APPENDING)
-                spans.append((len(start), place))
-            if escaped:  # marks have another length
-                spans = [(self._marked_length(whole[:a]), self._marked_length(whole[:b])) for a, b in spans]
-            return _Rendered(self._show(whole, escaped), spans)
+            turns = [self._writer.turn(ready, offered, index) for index in self._trained(messages, ready)]
+            last = turns[-1]
+            lost = left_out(ready[: last.index + 1], last.prompt + last.answer)
+            if lost is not None and self.on_left_out == "drop":
+                raise RowError(f"has {lost} that the chat template leaves out (prepare.on_left_out)")
+            rows: list[list[Turn]] = []
+            for turn in turns:
+                before = self._writer.as_continued(rows[-1][-1], turn.prompt) if rows else None
+                rows = [*rows[:-1], [*rows[-1][:-1], before, turn]] if before else [*rows, [turn]]
+            repairs = dict.fromkeys(repair for turn in turns for repair in turn.repairs)
+            marks = [ESCAPED] * escaped + ([LEFT_OUT] if lost is not None else [])
+            return _Rendered(rows, escaped, (*marks, *repairs))
         except RowError as error:
             return error
 
-    def _marked_length(self, rendered: str) -> int:
-        return len(self._encoder.show(rendered).marked)
+    def _trained(self, messages: list[Message], ready: list[Message]) -> list[int]:
+        """The places in `ready` of the answers that carry loss."""
+        weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        places = [i for i, message in enumerate(ready) if message["role"] == "assistant"]
+        if self.train_on == "last_response":
+            weights[:-1] = [0] * len(weights[:-1])
+        trained = [place for place, weight in zip(places, weights, strict=True) if weight]
+        if not trained:
+            raise RowError("has no answer to train on")
+        return trained
 
-    def _end(self, whole: str, end: str) -> int | None:
-        """Where in `whole` the turn is over that `end`, a rendering of its own, ends with; None if it is not there.
+    def _texts(self, row: list[Turn], escaped: bool) -> Iterator[Text]:
+        """Of each turn what is new in its prompt, behind the end of the turn before, and its answer behind the cue."""
+        for before, turn in zip([None, *row], row, strict=False):
+            prompt = turn.prompt
+            if before is not None:
+                end = len(before.prompt) + len(before.answer)
+                prompt = self._end_of(before.answer) + prompt[end:]
+            yield self._show(prompt, escaped)
+            yield self._show(self._tail(turn) + turn.answer, escaped)
 
-        A template may close the last turn with an end token and let the next header close the others (ChatGLM3).
+    def _encoded(self, conversation: _Rendered, tokens: Iterator[list[int] | RowError]) -> Encoded | RowError:
+        """One row of tokens for each row of text, or more: a turn starts another row where its prompt as a whole has
+        other tokens than what is trained before it."""
+        done: list[Encoded] = []
+        failed: RowError | None = None
+        for row in conversation.rows:
+            ids: list[int] = []
+            labels: list[int] = []
+            for number, turn in enumerate(row):
+                prompt, joined = next(tokens), next(tokens)
+                try:
+                    answer, alike = self._answer_ids(turn, joined, conversation.escaped)
+                    if isinstance(prompt, RowError):
+                        raise prompt
+                    if ids:
+                        prompt = prompt[1:]  # the end of the turn before
+                    elif number:
+                        prompt = self._ids(self._show(turn.prompt, conversation.escaped))
+                except RowError as error:
+                    failed = error
+                    continue
+                ids += [*prompt, *answer]
+                labels += [*([-100] * len(prompt)), *answer]
+                if not alike or number + 1 == len(row):
+                    rest = self._rest_ids(turn)
+                    done.append(Encoded([*ids, *rest], [*labels, *([-100] * len(rest))]))
+                    ids, labels = [], []
+        if failed is not None:
+            return failed
+        return replace(done[-1], repairs=conversation.repairs, earlier=tuple(done[:-1]))
+
+    def _answer_ids(self, turn: Turn, joined: list[int] | RowError, escaped: bool) -> tuple[list[int], bool]:
+        """The tokens of an answer as a model writes them, and whether they are those of prompt and answer as one text.
+
+        `joined` are the tokens of the answer behind the prompt's tail.
         """
-        if whole.startswith(end):
-            return len(end)
-        for stop in self._stops:
-            body = len(end) - len(stop)
-            if end.endswith(stop) and whole.startswith(end[:body]):
-                return next((body + len(header) for header in self._stops if whole.startswith(header, body)), None)
-        return None
+        if isinstance(joined, RowError):
+            raise joined
+        tail = self._ids(self._show(self._tail(turn), escaped))
+        alike = joined[: len(tail)] == tail
+        answer = joined[len(tail) :] if alike else self._encoder.continuation(self._show(turn.answer, escaped))
+        if isinstance(answer, RowError):
+            raise answer
+        if not answer or answer[-1] not in self.stop_ids:
+            raise RowError("has an answer that does not end with an end token of its own")
+        return answer, alike
 
-    def _labelled(self, row: _Rendered, tokens: tuple[list[int], Encoding] | RowError) -> Encoded | RowError:
-        if isinstance(tokens, RowError):
-            return tokens
-        ids, encoding = tokens
-        labels = [-100] * len(ids)
-        for start, end in row.spans:
-            # Tokenizers that drop spaces have no token at some places.
-            first = next((k for place in range(start, end) if (k := encoding.char_to_token(place)) is not None), None)
-            if first is None or (encoding.token_to_chars(first) or (0, 0))[0] < start:
-                return RowError("has one token that spans the prompt's end and the answer's beginning")
-            last = next(
-                k for place in range(end - 1, start - 1, -1) if (k := encoding.char_to_token(place)) is not None
-            )
-            # What the template appends after the end token is not generated, so not trained.
-            while last >= first and ids[last] not in self.stop_ids:
-                last -= 1
-            if last < first:
-                raise TemplateError(
-                    "the chat template ends the assistant's turn with no end token, so the model would never learn to "
-                    f"stop (end tokens: {list(self._stops)}); set prepare.chat_template to one that ends with one of "
-                    "them"
-                )
-            labels[first : last + 1] = ids[first : last + 1]
-        return Encoded(ids, labels, (ESCAPED,) if row.text.escaped else ())
+    def _rest_ids(self, turn: Turn) -> list[int]:
+        if not turn.rest:
+            return []
+        [ids] = self._encoder.encode_batch([self._show(self._end_of(turn.answer) + turn.rest, True)])
+        return [] if isinstance(ids, RowError) else ids[1:]
+
+    def _tail(self, turn: Turn) -> str:
+        """The end of a prompt, from an added token on: nothing before that decides how an answer is tokenised."""
+        return self._cue if self._cue and turn.prompt.endswith(self._cue) else turn.prompt
+
+    def _end_of(self, answer: str) -> str:
+        return max((stop for stop in self._stops if answer.endswith(stop)), key=len)
 
 
 def _parsed(tools: str) -> Tools:

@@ -6,7 +6,7 @@ Refused: a conversation that fits in no way that `prepare.on_overlong` allows.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.chat.conversation import ChatTemplate, Conversation, Encoded
@@ -56,7 +56,7 @@ def fit_batch(
     for (messages, tools), encoded in zip(conversations, template.encode_batch(conversations), strict=True):
         if isinstance(encoded, RowError):
             fitted.append(encoded)
-        elif len(encoded.input_ids) <= max_length:
+        elif encoded.length <= max_length:
             fitted.append([Fitted(messages, encoded)])
         else:
             try:
@@ -73,7 +73,7 @@ class _Overlong:
     max_length: int
 
     def made_to_fit(self, messages: list[Message], encoded: Encoded, how: str) -> list[Fitted]:
-        length = len(encoded.input_ids)
+        length = encoded.length
         system = [message for message in messages[:1] if message["role"] == "system"]
         exchanges = _exchanges(messages[len(system) :])
         if how == "split" and self.template.train_on == "all_responses":
@@ -132,7 +132,7 @@ class _Overlong:
 
     def _encoded(self, messages: list[Message]) -> Encoded | None:
         encoded = self.template.encode(messages, self.tools)
-        return encoded if len(encoded.input_ids) <= self.max_length else None
+        return encoded if encoded.length <= self.max_length else None
 
 
 def _exchanges(messages: list[Message]) -> list[list[Message]]:
@@ -149,7 +149,7 @@ def _exchanges(messages: list[Message]) -> list[list[Message]]:
 
 
 def _repaired(encoded: Encoded, *repairs: str) -> Encoded:
-    return Encoded(encoded.input_ids, encoded.labels, (*encoded.repairs, *repairs))
+    return replace(encoded, repairs=(*encoded.repairs, *repairs))
 
 
 def fit_text(template: ChatTemplate, text: str, max_length: int, on_overlong: str) -> list[Fitted]:

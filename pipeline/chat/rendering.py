@@ -9,8 +9,9 @@ import json
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from types import FrameType
 from typing import Any
 
@@ -56,15 +57,24 @@ class Renderer:
         TemplateError: not Jinja, or it does not end within the bounds.
     """
 
-    def __init__(self, text: str, named_tokens: dict[str, str]) -> None:
-        self._named = named_tokens
+    def __init__(
+        self,
+        text: str,
+        named_tokens: dict[str, str],
+        chat_template_kwargs: dict[str, Any] | None = None,
+        date: str | None = None,
+    ) -> None:
+        self._variables = named_tokens | (chat_template_kwargs or {})
+        if date is not None:
+            self._variables |= {"strftime_now": _clock(date)}
         try:
             self._compiled = _compile_jinja_template(text)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
         with bounded(8):
             self._tool_shape = next((shape for shape in ("function", "bare") if self._offers(shape)), None)
-            self._arguments = next((kind for kind in ("object", "text") if self._calls(kind)), None)
+            kinds = [(kind, empty) for empty in ("", None) for kind in ("object", "text")]
+            self._arguments = next((kind for kind in kinds if self._calls(*kind)), None)
             self._takes_system = self._tries([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
 
     def render(self, messages: list[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
@@ -75,7 +85,7 @@ class Renderer:
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._named,
+                **self._variables,
             )
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"the chat template does what its sandbox forbids: {error}") from None
@@ -90,15 +100,18 @@ class Renderer:
     def adapt(self, messages: list[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
         """Messages and tools in the shape that the template can write, without loss.
 
-        Arguments of calls become what it expects, an object or its JSON text. A template that knows no tool calls gets
+        Reasoning gets every name that templates read it by, as transformers gives it. Arguments of calls become what
+        the template expects, an object or its JSON text. A template that knows no tool calls gets
         them as `<tool_call>` JSON in the answer, results as `<tool_response>` in a user turn, and the offer at the end
         of the system message (before the first question, where it refuses one): the convention of Hermes and Qwen.
         """
+        if any(len(message) > 2 for message in messages):
+            messages = [_as_served(message) for message in messages]
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
             if self._arguments is None:
                 messages = _calls_as_text(messages)
             else:
-                messages = [_with_arguments(message, self._arguments) for message in messages]
+                messages = [_with_arguments(message, *self._arguments) for message in messages]
         if not tools:
             return messages, None
         if self._tool_shape is not None:
@@ -121,7 +134,7 @@ class Renderer:
     def _offers(self, shape: str) -> bool:
         return "probe_tool" in self._tries([_PROBE_QUESTION], [_shaped(_PROBE_TOOL, shape)])
 
-    def _calls(self, kind: str) -> bool:
+    def _calls(self, kind: str, empty: str | None) -> bool:
         """Whether a call with its arguments as `kind`, and its result, are written; not as Python's repr, not twice."""
         call = {
             "id": "probe0001",
@@ -130,13 +143,26 @@ class Renderer:
         }
         messages = [
             _PROBE_QUESTION,
-            _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, kind),
+            _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, kind, empty),
             {"role": "tool", "name": "probe_tool", "tool_call_id": "probe0001", "content": "probe_result"},
         ]
         text = self._tries(messages, [_shaped(_PROBE_TOOL, self._tool_shape)] if self._tool_shape else None)
         call_text = text.partition("probe question")[2] or text  # the offer may stand before it
         written = all(word in call_text for word in ("probe_tool", "probe_key", "probe_value", "probe_result"))
         return written and "{'probe_key'" not in text and '\\"probe_key' not in text
+
+
+def _clock(date: str) -> Callable[[str], str]:
+    """`strftime_now` of templates that print the date, at `date` (YYYY-MM-DD) for ever."""
+    day = datetime.fromisoformat(date)
+    return lambda format: day.strftime(format)
+
+
+def _as_served(message: Message) -> Message:
+    """`message` without what is for training only, and with its reasoning under the names that templates read."""
+    message = {key: value for key, value in message.items() if key != "weight"}
+    reasoning = message.get("reasoning_content")
+    return message if not reasoning else message | {"reasoning": reasoning, "thinking": reasoning}
 
 
 @contextmanager
@@ -205,10 +231,11 @@ def with_objects(messages: list[Message]) -> list[Message]:
     return [_with_arguments(message, "object") if "tool_calls" in message else message for message in messages]
 
 
-def _with_arguments(message: Message, kind: str) -> Message:
-    """`message` with text as content and the arguments of its calls as `kind`: object or text."""
+def _with_arguments(message: Message, kind: str, empty: str | None = "") -> Message:
+    """`message` with the arguments of its calls as `kind`, object or text, and `empty` as content where it has none."""
     changed = message | {"content": message.get("content") or ""}
     if message.get("tool_calls"):
+        changed["content"] = changed["content"] or empty
         changed["tool_calls"] = [
             call | {"function": call["function"] | {"arguments": _arguments(call, kind)}}
             for call in message["tool_calls"]

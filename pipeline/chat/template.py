@@ -4,8 +4,9 @@ Comes in: parameters, or a contract. Goes out: the `ChatTemplate` they name, che
 Refused: whatever could not be trained with, or is not what the contract was made with.
 """
 
+import datetime
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from pipeline.files import sha256_file, sha256_json
 from pipeline.params import PrepareParams
 from pipeline.security.vetting import check_model
 
+# What contracts of earlier versions do not say.
+SINCE_THEN: dict[str, Any] = {
+    "chat_template_kwargs": {},
+    "chat_template_date": None,
+    "reasoning": "drop",
+    "on_left_out": "keep",
+}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -74,8 +82,17 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
                 f"{', '.join(NAMED)}"
             )
         text = path.read_text(encoding="utf-8")
-    template = _load(identity, text, name, params.train_on, params.on_control_tokens)
-    template.require_trainable()
+    template = _load(
+        identity,
+        text,
+        name,
+        train_on=params.train_on,
+        on_control_tokens=params.on_control_tokens,
+        chat_template_kwargs=params.chat_template_kwargs,
+        date=params.chat_template_date,
+        reasoning=params.reasoning,
+        on_left_out=params.on_left_out,
+    )
     config = text_config(identity)
     require_vocabulary(config, template)
     limit = getattr(config, "max_position_embeddings", None)
@@ -173,12 +190,17 @@ def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[Chat
         raise TemplateError(
             f"the template contract lacks {', '.join(sorted(missing))}: an older Retune wrote it; run `dvc repro`"
         )
+    contract = SINCE_THEN | contract
     template = _load(
         source,
         contract["chat_template"],
         contract["chat_template_name"],
-        contract["train_on"],
-        contract["on_control_tokens"],
+        train_on=contract["train_on"],
+        on_control_tokens=contract["on_control_tokens"],
+        chat_template_kwargs=contract["chat_template_kwargs"],
+        date=contract["chat_template_date"],
+        reasoning=contract["reasoning"],
+        on_left_out=contract["on_left_out"],
     )
     # The conversations are those of the contract, so that later versions may have others.
     golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
@@ -186,7 +208,7 @@ def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[Chat
 
 
 def _load(
-    identity: dict[str, Any], text: str | None, name: str | None, train_on: str, on_control_tokens: str
+    identity: dict[str, Any], text: str | None, name: str | None, date: str | None, **settings: Any
 ) -> ChatTemplate:
     path = identity["name_or_path"]
     check_model(path, identity["revision"])
@@ -220,7 +242,12 @@ def _load(
         # Safe here, though not in general: labels and attention masks are built by position, never by token.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(stop_ids))
     tokenizer.padding_side = "left"
-    return ChatTemplate(tokenizer, text, frozenset(stop_ids), train_on, on_control_tokens, name)
+    if "strftime_now" not in text:
+        date = None
+    elif date == "today":
+        date = datetime.date.today().isoformat()
+    template = ChatTemplate(tokenizer, text, frozenset(stop_ids), name=name, date=date, **settings)
+    return replace(template, stop_ids=template.stop_ids | template.written_ends())
 
 
 def named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:

@@ -12,19 +12,20 @@ is split and merged exactly as ever. Marks are made of noncharacters, which Unic
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat.rendering import RowError
+from pipeline.chat.turns import PLACE
 from pipeline.data.records import Message
 
 HIDDEN, SHOWN, END = "\ufdd0", "\ufdd1", "\ufdd2"  # begin a hidden and a template's control token; end either
-NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}]")
+NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}{PLACE}]")
 HIDDEN_TOKEN = re.compile(f"{HIDDEN}([0-9]+){END}")
 
 
@@ -40,10 +41,10 @@ class Text:
 class TokenEncoder:
     """The fast tokenizer without what moves tokens or places (special tokens added, truncation, padding)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, stop_ids: Set[int]) -> None:
         added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
         # Not all_special_tokens: that lacks those that tokenizer.json marks as special and no role names.
-        special = {str(token): number for number, token in added.items() if token.special}
+        special = {str(token): number for number, token in added.items() if token.special or number in stop_ids}
         # Tokens like <tool_call> are ordinary in an answer, which the model writes itself, and control elsewhere.
         written = {str(token): number for number, token in added.items() if str(token) in template}
         self._special = _any_of(special)
@@ -59,9 +60,24 @@ class TokenEncoder:
         state |= {"truncation": None, "padding": None, "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(state))
 
+        self._added = _any_of({str(token): number for number, token in added.items()})
+
     @cached_property
     def _marked(self) -> tuple[Tokenizer, dict[int, int]]:
         return _known_by_marks(json.loads(self._plain.to_str()), self._id)
+
+    @cached_property
+    def _continued(self) -> Tokenizer:
+        return Tokenizer.from_str(json.dumps(_without_prefix(json.loads(self._plain.to_str()))))
+
+    @cached_property
+    def _marked_continued(self) -> tuple[Tokenizer, dict[int, int]]:
+        return _known_by_marks(_without_prefix(json.loads(self._plain.to_str())), self._id)
+
+    def since_last_added(self, text: str) -> str | None:
+        """`text` from its last added token on, which tokenizers split off first: what stands before has no effect."""
+        places = [match.start() for match in self._added.finditer(text)]
+        return text[places[-1] :] if places else None
 
     def hide(self, value: Any, answer: bool = False) -> Any:
         """`value` (text, or lists and objects of it) with every control token in it hidden; itself if there is none.
@@ -120,22 +136,40 @@ class TokenEncoder:
             raise RowError("contains a control token that the chat template rewrites")
         return Text(text, marked, escaped=True)
 
-    def encode_batch(self, texts: Sequence[Text]) -> list[tuple[list[int], Encoding] | RowError]:
-        """For each text its token ids (T,), and the encoding whose places are characters of `marked`."""
+    def encode_batch(self, texts: Sequence[Text]) -> list[list[int] | RowError]:
+        """For each text its token ids (T,)."""
         plain = iter(self._plain.encode_batch([t.marked for t in texts if not t.escaped], add_special_tokens=False))
-        return [self._by_marks(t) if t.escaped else _with_ids(next(plain)) for t in texts]
+        return [self._by_marks(t, *self._marked) if t.escaped else next(plain).ids for t in texts]
 
-    def _by_marks(self, text: Text) -> tuple[list[int], Encoding] | RowError:
-        tokenizer, original = self._marked
+    def continuation(self, text: Text) -> list[int] | RowError:
+        """Token ids (T,) of a text that others stand before: without the space that tokenizers put at a beginning."""
+        if text.escaped:
+            return self._by_marks(text, *self._marked_continued)
+        return list(self._continued.encode(text.marked, add_special_tokens=False).ids)
+
+    def _by_marks(self, text: Text, tokenizer: Tokenizer, original: dict[int, int]) -> list[int] | RowError:
         encoding = tokenizer.encode(text.marked, add_special_tokens=False)
         ids = [original.get(number, number) for number in encoding.ids]
         if sum(number in self._text and number != self._unknown for number in ids) != text.marked.count(SHOWN):
             return RowError("contains a control token that this tokenizer cannot write as ordinary text")
-        return ids, encoding
+        return ids
 
 
-def _with_ids(encoding: Encoding) -> tuple[list[int], Encoding]:
-    return encoding.ids, encoding
+def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer's `state` with nothing put before a text: no "▁" of SentencePiece, no space of GPT-2."""
+    for name, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        part = state.get(name)
+        if part is None:
+            continue
+        members = part[parts] if part["type"] == "Sequence" else [part]
+        members = [member for member in members if member["type"] != "Prepend"]
+        for member in members:
+            if "prepend_scheme" in member:
+                member["prepend_scheme"] = "never"
+            if "add_prefix_space" in member:
+                member["add_prefix_space"] = False
+        state[name] = {"type": "Sequence", parts: members} if members else None
+    return state
 
 
 def _any_of(tokens: dict[str, int]) -> re.Pattern[str]:

@@ -54,6 +54,8 @@ SCHEMA = pa.schema(
         ("asked", pa.list_(KEY)),  # the prompts of all answers of the conversation
         ("input_ids", TOKENS),
         ("labels", TOKENS),
+        ("earlier_ids", pa.list_(TOKENS)),  # rows of the answers before, where the template rewrites earlier turns
+        ("earlier_labels", pa.list_(TOKENS)),
         # In the test split only:
         ("group", pa.string()),
         ("tools", pa.string()),
@@ -175,13 +177,19 @@ def prompt_key(messages: list[Message], tools: str | None) -> str:
 
 def compared_text(messages: list[Message]) -> str:
     """What near duplicates are looked for in: all turns but the system's, which thousands of rows may share."""
-    turns = [[message["content"], *_calls(message)] for message in messages if message["role"] != "system"]
+    turns = [[message["content"], *_written(message)] for message in messages if message["role"] != "system"]
     return "\n".join(part for turn in turns for part in turn)
 
 
 def _calls(message: Message) -> list[str]:
     calls = message.get("tool_calls")
     return [json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []
+
+
+def _written(message: Message) -> list[str]:
+    """What a message says beside its content."""
+    reasoning = message.get("reasoning_content")
+    return [*([reasoning] if reasoning else []), *_calls(message)]
 
 
 def _group(row: Row) -> str:
@@ -200,7 +208,7 @@ def _fit_text(template: Encoder, row: Row, params: PrepareParams) -> list[Fitted
 def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder) -> dict[str, Any]:
     messages, tools = piece.messages, row.tools
     keys = [prompt_key(messages[:i], tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
-    answer = "\n".join([messages[-1]["content"], *_calls(messages[-1])])
+    answer = "\n".join([messages[-1]["content"], *_written(messages[-1])])
     record = {
         "source": row.source,
         "repairs": [*row.repairs, *piece.encoded.repairs],
@@ -217,6 +225,8 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder)
         "asked": [bytes.fromhex(key[:32]) for key in keys] if len(messages) > 1 else [],
         "input_ids": piece.encoded.input_ids,
         "labels": piece.encoded.labels,
+        "earlier_ids": [row.input_ids for row in piece.encoded.earlier],
+        "earlier_labels": [row.labels for row in piece.encoded.earlier],
         "text": compared_text(messages),
     }
     if split == "test":

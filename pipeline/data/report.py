@@ -59,6 +59,8 @@ class Report(TypedDict):
 
     rows_in: int
     rows: dict[str, int]  # split → rows
+    rewritten_conversations: int  # conversations with a row for each answer: the template rewrites earlier turns
+    more_rows: int  # rows that came of these conversations and of splitting long ones
     tasks: dict[str, dict[str, int]]  # split → task → rows
     languages: dict[str, dict[str, int]]  # split → ISO code or "und" → rows, of the rows that were looked at
     formats: dict[str, int]  # of rows that came in
@@ -122,6 +124,7 @@ class DataStats:
         self.duplicates = Tally()
         self.sketches: dict[str, _Sketch] = {}
         self.split = 0  # rows that came of splitting others
+        self.rewritten = 0  # conversations of which the template makes a row an answer, since it rewrites earlier turns
 
     def add_read(self, format: str, source: str, rows: int) -> None:
         """`rows` records, usable or not, were read from the file `source` in `format`."""
@@ -130,6 +133,11 @@ class DataStats:
 
     def add_split(self, more: int) -> None:
         """Splitting long rows made so many more of them."""
+        self.split += more
+
+    def add_rewritten(self, conversations: int, more: int) -> None:
+        """So many conversations became `more` rows more: one an answer."""
+        self.rewritten += conversations
         self.split += more
 
     def add_kept(
@@ -181,6 +189,7 @@ class DataStats:
             self.sketches.setdefault(split, _Sketch()).merge(other.sketches[split])
         self.trained.update(other.trained)
         self.split += other.split
+        self.rewritten += other.rewritten
         self.dropped.merge(other.dropped)
         self.repaired.merge(other.repaired)
         self.duplicates.merge(other.duplicates)
@@ -193,7 +202,8 @@ class DataStats:
         }
         lengths = {split: sorted(counts.items()) for split, counts in self.lengths.items()}
         sketches = {split: sketch.text() for split, sketch in self.sketches.items()}
-        plain = {name: getattr(self, name) for name in ("formats", "sources", "rows", "tasks", "languages", "split")}
+        plain = {name: getattr(self, name) for name in ("formats", "sources", "rows", "tasks", "languages")}
+        plain |= {"split": self.split, "rewritten": self.rewritten}
         state = plain | tallies | {"lengths": lengths, "trained": sorted(self.trained.items()), "sketches": sketches}
         return json.loads(json.dumps(state))  # a copy that later additions do not change
 
@@ -206,7 +216,7 @@ class DataStats:
             setattr(stats, name, {split: Counter(counts) for split, counts in state[name].items()})
         for name in ("dropped", "repaired", "duplicates"):
             setattr(stats, name, Tally(Counter(state[name]["counts"]), dict(state[name]["examples"])))
-        stats.split = state["split"]
+        stats.split, stats.rewritten = state["split"], state["rewritten"]
         stats.lengths = {split: Counter(dict(counts)) for split, counts in state["lengths"].items()}
         stats.trained = Counter(dict(state["trained"]))
         stats.sketches = {split: _Sketch(sketch_ids(text)) for split, text in state["sketches"].items()}
@@ -235,6 +245,8 @@ class DataStats:
         return {
             "rows_in": came,
             "rows": {split: self.rows[split] for split in SPLITS},
+            "rewritten_conversations": self.rewritten,
+            "more_rows": self.split,
             "tasks": {split: _sorted(counts) for split, counts in self.tasks.items()},
             "languages": {split: _ranked(counts) for split, counts in self.languages.items() if counts},
             "formats": _ranked(self.formats),

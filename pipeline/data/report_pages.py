@@ -46,6 +46,11 @@ def verdict(report: Mapping[str, Any]) -> str:
     rows, dropped = report["rows"], sum(report["dropped"].values())
     splits = ", ".join(f"{count:,} {split}" for split, count in _in_order(rows).items())
     sentence = f"{report['rows_in']:,} rows came in, {sum(rows.values()):,} go on ({splits})"
+    if conversations := report.get("rewritten_conversations", 0):
+        sentence += (
+            f", {conversations:,} conversation{'s' * (conversations != 1)} with a row for each answer, since the chat "
+            "template rewrites earlier turns"
+        )
     if repaired := sum(report["repaired"].values()):
         sentence += f" with {repaired:,} repair{'s' * (repaired != 1)}"
     if not dropped:
