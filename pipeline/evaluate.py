@@ -81,7 +81,7 @@ def evaluate(
         limit, stops = params.max_new_tokens, template.stop_ids
         made = vllm_tokens(contract["model"], adapter, prompts, limit, stops, quantisation["load_in_4bit"])
     model = load_tuned(contract["model"], quantisation, adapter)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else None
     judge_by = endpoint(params.judge, judge_key) if params.judge else None
     open_questions = questions(params.judge.languages) if params.judge else []

@@ -63,7 +63,7 @@ def generate(
         ModelError: a prompt and its answer do not fit the model's context.
         OutOfMemory: memory ran out with a single prompt; before that, the batch is halved.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise ModelError(

@@ -118,7 +118,7 @@ class Talk:
             ModelError: it does not fit the model's context.
         """
         ids = self.template.prompt_ids(messages)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise ModelError(
                 f"the conversation has {len(ids)} tokens; with {max_new_tokens} for the answer that is more than the "

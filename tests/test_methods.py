@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GlmConfig,
     GPT2Config,
@@ -24,6 +26,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SiglipVisionConfig,
 )
 
 from pipeline.chat.template import local_source
@@ -69,6 +72,18 @@ FAMILIES: dict[str, PretrainedConfig] = {
         qk_nope_head_dim=16,
         v_head_dim=16,
     ),
+    "gemma3": Gemma3Config(  # with a part for pictures, whose layers have the same names
+        text_config=Gemma3TextConfig(**WIDE, num_key_value_heads=2, head_dim=16, sliding_window=16),
+        vision_config=SiglipVisionConfig(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        ),
+        mm_tokens_per_image=4,
+    ),
     "bloom": BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4, eos_token_id=2),
     "gpt2": GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=512, eos_token_id=2),
 }
@@ -82,6 +97,7 @@ QUICK |= {
     "mixtral": "qlora",
     "qwen3_moe": "lora",
     "deepseek_v3": "rslora",
+    "gemma3": "qlora",
     "glm": "lora",
     "bloom": "lora",
     "gpt2": "ia3",
@@ -270,6 +286,18 @@ def test_experts_are_targets_of_all_linear_and_by_name_and_routers_are_not(param
     settings = settings_of(tuned)
     assert not settings["rank_pattern"] and not settings["alpha_pattern"]
     check_settings(settings, "here")
+
+
+@pytest.mark.parametrize("wanted", ["all-linear", "attention", "auto", ["q_proj", "up_proj"]])
+def test_only_what_texts_pass_is_trained_of_a_model_that_sees_pictures(params: Params, wanted: Any) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES["gemma3"])
+    for method in ("lora", "ia3"):
+        chosen = target_modules(short(params, method, lora_target_modules=wanted).train, model)
+        assert all(path.startswith("model.language_model.layers.") for path in chosen)
+        assert ("model.language_model.layers.1.self_attn.q_proj" in chosen) and len(chosen) in (14, 8, 4)
+    with pytest.raises(MethodError, match="fc1, which texts do not pass"):
+        target_modules(short(params, "lora", lora_target_modules=["fc1"]).train, model)
 
 
 @pytest.mark.parametrize("change", [{"method": m} for m in LINEAR_ONLY] + [{"lora_dropout": 0.05}])

@@ -75,7 +75,7 @@ def require_context(params: TrainParams, config: Any, max_length: int) -> None:
     Raises:
         MethodError: with what would fit.
     """
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if params.method in VIRTUAL_TOKENS and limit and max_length + params.num_virtual_tokens > limit:
         raise MethodError(
             f"train.num_virtual_tokens is {params.num_virtual_tokens} and rows have up to {max_length} tokens, more "

@@ -226,7 +226,7 @@ def require_isolation(model: Any, sequences: Dataset) -> None:
 @torch.no_grad()
 def _logits(model: Any, rows: list[Batch]) -> torch.Tensor:
     """(T, vocabulary) of `rows` in one line."""
-    batch = Collate(model.config.pad_token_id or 0, packed=True)(rows)
+    batch = Collate(0, packed=True)(rows)  # nothing is padded
     del batch["rows"]
     batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
     was_training = model.training

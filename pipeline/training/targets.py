@@ -4,7 +4,7 @@ Output layers, classification heads and the routers of mixtures of experts are n
 adapter cannot be put on, with the reason and the names there are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,33 +33,15 @@ def target_modules(params: TrainParams, model: Any) -> str | list[str]:
     Raises:
         MethodError: a name matches nothing, or nothing that can be trained.
     """
-    wanted, experts = params.lora_target_modules, target_parameters(params, model)
-    linear = dict(linear_modules(model))
-    short = sorted({_short(name, linear) for name in linear})
-    if wanted == "all-linear":
-        if experts or any(_is_router(name) for name, _ in model.named_modules()):
-            return sorted(_taken_as_named(short, params, model))
-        # PEFT knows the shorthand for LoRA alone, and with IA3 the feed-forward modules must be told apart.
-        return "all-linear" if params.method != "ia3" else short
-    if wanted == "attention":
-        return sorted({_short(name, linear) for name in linear if _in_attention(name)})
-    if wanted == "auto":
-        family = str(getattr(getattr(model, "config", None), "model_type", ""))
-        known = {"ia3": IA3_MODULES, "adalora": ADALORA_MODULES}.get(params.method, LORA_MODULES).get(family)
-        # One family has a pattern, which is loaded from nowhere else; some have names of transformers 4.
-        if isinstance(known, list) and _all_linear(known, linear) and _taken_as_named(known, params, model) == {*known}:
-            return sorted(known)
-        return sorted({_short(name, linear) for name in linear if _in_attention(name)})
-    names = sorted(set(wanted) - set(experts))
-    for name in names:
-        if not _all_linear([name], linear):
-            raise MethodError(f"train.lora_target_modules names {name}, {_why_not(name, model, params)}")
-    for name in sorted(set(names) - _taken_as_named(names, params, model)):
-        raise MethodError(
-            f"train.lora_target_modules names {name}, which PEFT takes for the experts of this model; name "
-            f"{' and '.join(_experts(model))} for those, or leave it out"
-        )
-    return names
+    wanted = params.lora_target_modules
+    experts, linear, text = target_parameters(params, model), dict(linear_modules(model)), _language_model(model)
+    routed = bool(experts) or any(_is_router(name) for name, _ in model.named_modules())
+    if wanted == "all-linear" and params.method != "ia3" and not (routed or text):
+        return "all-linear"  # PEFT knows the shorthand for LoRA alone; with IA3 feed-forward modules are told apart
+    names = _chosen(params, model, linear, experts)
+    if text:  # the parts for pictures and sound have layers of the same names
+        names = [path for path in linear if any(_matches(name, [path]) for name in names)]
+    return sorted(names)
 
 
 def target_parameters(params: TrainParams, model: Any) -> list[str]:
@@ -93,7 +75,7 @@ def describe_experts(params: TrainParams, model: Any) -> list[str]:
         return []
     sentences, targets = [], target_modules(params, model)
     linear = dict(linear_modules(model))
-    missed = sorted({_short(name, linear) for name in linear} - set(targets))
+    missed = sorted({_short(path, linear) for path in linear if not any(_matches(name, [path]) for name in targets)})
     if params.lora_target_modules == "all-linear" and missed:
         sentences.append(
             f"{', '.join(missed)} of layers without experts and of shared experts are not trained: PEFT takes these "
@@ -109,10 +91,11 @@ def describe_experts(params: TrainParams, model: Any) -> list[str]:
 
 
 def linear_modules(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Every linear layer by its path; the output layer, the classification head and routers left out."""
-    head = _head(model)
+    """Every linear layer by its path; the output layer, the classification head, routers and what texts do not pass
+    (parts for pictures and sound) left out."""
+    head, text = _head(model), _language_model(model)
     for name, module in model.named_modules():
-        outside = name.split(".")[0] in HEADS or name in getattr(model, "new_modules", ())
+        outside = name.split(".")[0] in HEADS or name in getattr(model, "new_modules", ()) or not name.startswith(text)
         if isinstance(module, torch.nn.Linear | Conv1D) and not (module is head or outside or _is_router(name)):
             yield name, module
 
@@ -150,11 +133,37 @@ def _taken_as_named(names: list[str], params: TrainParams, model: Any) -> set[st
     return set(trial.target_modules or ())
 
 
-def _all_linear(names: list[str], linear: dict[str, torch.nn.Module]) -> bool:
-    return all(any(f".{path}".endswith(f".{name}") for path in linear) for name in names)
+def _chosen(params: TrainParams, model: Any, linear: dict[str, torch.nn.Module], experts: list[str]) -> list[str]:
+    """Names, as short as they can be, of the linear layers that `lora_target_modules` means."""
+    wanted = params.lora_target_modules
+    if wanted == "all-linear":
+        return list(_taken_as_named(sorted({_short(name, linear) for name in linear}), params, model))
+    in_attention = sorted({_short(name, linear) for name in linear if _in_attention(name)})
+    if wanted == "attention":
+        return in_attention
+    if wanted == "auto":
+        family = str(getattr(getattr(model, "config", None), "model_type", ""))
+        known = {"ia3": IA3_MODULES, "adalora": ADALORA_MODULES}.get(params.method, LORA_MODULES).get(family)
+        # One family has a pattern, which is loaded from nowhere else; some have names of transformers 4.
+        whole = isinstance(known, list) and all(_matches(name, linear) for name in known)
+        return known if whole and _taken_as_named(known, params, model) == {*known} else in_attention
+    names = sorted(set(wanted) - set(experts))
+    for name in names:
+        if not _matches(name, linear):
+            raise MethodError(f"train.lora_target_modules names {name}, {_why_not(name, model)}")
+    for name in sorted(set(names) - _taken_as_named(names, params, model)):
+        raise MethodError(
+            f"train.lora_target_modules names {name}, which PEFT takes for the experts of this model; name "
+            f"{' and '.join(_experts(model))} for those, or leave it out"
+        )
+    return names
 
 
-def _why_not(name: str, model: Any, params: TrainParams) -> str:
+def _matches(name: str, paths: Iterable[str]) -> bool:
+    return any(f".{path}".endswith(f".{name}") for path in paths)
+
+
+def _why_not(name: str, model: Any) -> str:
     linear = dict(linear_modules(model))
     there = sorted({_short(path, linear) for path in linear} | set(_experts(model)))
     choice = f"it can be {', '.join(there)}"
@@ -168,10 +177,21 @@ def _why_not(name: str, model: Any, params: TrainParams) -> str:
             )
         if path.split(".")[0] in HEADS or path in getattr(model, "new_modules", ()):
             return f"which is new and trained whole in any case; leave it out ({choice})"
+        if isinstance(module, torch.nn.Linear) and not path.startswith(_language_model(model)):
+            return f"which texts do not pass; {choice}"
         if _is_router(path):
             return f"which chooses the experts of a token and stays frozen; {choice}"
         return f"a {type(module).__name__} and no linear layer; {choice}"
     return f"which the base model does not have; its linear layers are {', '.join(there)}"
+
+
+def _language_model(model: Any) -> str:
+    """Where the layers lie that texts pass, in a model that has others; empty: everywhere."""
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config(decoder=True) is config:
+        return ""
+    decoder = model.get_decoder()
+    return next(f"{path}." for path, module in model.named_modules() if module is decoder)
 
 
 def _head(model: Any) -> Any:
