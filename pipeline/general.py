@@ -41,7 +41,7 @@ class General:
 
 
 def read_general(params: GeneralParams, template: ChatTemplate, context: int | None) -> General:
-    """The rows of the file, tokenised. A row with `scoring: exact` is also answered.
+    """The rows of the file, tokenised. A row with `scoring: exact` is also answered, calls excepted.
 
     Raises:
         GeneralError: no such file, another one than the pinned one, an unusable row, or a row longer than `context`.
@@ -71,7 +71,7 @@ def read_general(params: GeneralParams, template: ChatTemplate, context: int | N
         except RowError as error:
             raise GeneralError(f"{row.source}: {error}") from None
         labels = [-100] * len(prompt) + encoded.labels[len(prompt) :]
-        if prompt and row.scoring == "exact":
+        if prompt and row.scoring == "exact" and not row.messages[-1].get("tool_calls"):
             general.prompts[number] = prompt
         if context is not None and len(encoded.input_ids) > context:
             raise GeneralError(

@@ -6,7 +6,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from pipeline.chat.responses import as_calls
 from pipeline.chat.template import ChatTemplate
+from pipeline.data.records import TOOL_CALLS, Message
 from pipeline.progress import Progress
 from pipeline.training.memory import in_fitting_batch
 
@@ -24,7 +26,8 @@ def reference_losses(
     """
     columns = [test.column(name).to_pylist() for name in ("messages", "tools", "reference", "input_ids")]
     rows = list(zip(*columns, strict=True))
-    answers = [{"role": "assistant", "content": reference} for _, _, reference, _ in rows]
+    scoring = test.column("scoring").to_pylist()
+    answers = [expected_answer(row[2], kind) for row, kind in zip(rows, scoring, strict=True)]
     encoded = template.encode_batch(
         [([*json.loads(row[0]), answer], row[1]) for row, answer in zip(rows, answers, strict=True)]
     )
@@ -35,6 +38,13 @@ def reference_losses(
         labels = [-100] * min(len(prompt), len(item.labels)) + item.labels[len(prompt) :]
         sequences.append((item.input_ids, labels))
     return sequence_losses(model, sequences, template.tokenizer.pad_token_id, stage, system)
+
+
+def expected_answer(reference: str, scoring: str) -> Message:
+    """A test item's reference as the turn that it was read from."""
+    if scoring == TOOL_CALLS:
+        return {"role": "assistant", "content": "", "tool_calls": as_calls(json.loads(reference))}
+    return {"role": "assistant", "content": reference}
 
 
 @torch.inference_mode()

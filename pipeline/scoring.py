@@ -13,6 +13,8 @@ from typing import Any
 import evaluate as hf_evaluate
 import pyarrow as pa
 
+from pipeline.chat.responses import canonical_calls
+from pipeline.data.records import TOOL_CALLS
 from pipeline.files import read_json
 from pipeline.generate import Answer
 from pipeline.metrics import fold
@@ -39,15 +41,20 @@ def score_items(
 
     Columns: `id, task, language, group, scoring, prompt, prompt_tokens, reference, answer, status` (of STATUSES),
     `cut_off, answer_ids, accuracy` (null without one right answer), `label, predicted` (null outside classifications),
-    `exact_match, bleu` (ten n-gram statistics), `chrf` (18), `rouge1, rouge2, rougeL, rougeLsum, loss, loss_tokens`.
+    `exact_match, bleu` (ten n-gram statistics), `chrf` (18), `rouge1, rouge2, rougeL, rougeLsum` (null where the answer
+    is calls), `loss, loss_tokens`.
     """
     status = [_status(answer) for answer in answers]
-    texts = ["" if answer is None else answer.text for answer in answers]
-    counted = [text if state == "ok" else "" for text, state in zip(texts, status, strict=True)]
     references, scoring = test.column("reference").to_pylist(), test.column("scoring").to_pylist()
-    pairs = {"predictions": counted, "references": references}
+    texts = [_said(answer, kind) for answer, kind in zip(answers, scoring, strict=True)]
+    counted = [
+        text if state == "ok" and (kind != TOOL_CALLS or (answer is not None and answer.tool_calls)) else ""
+        for text, state, kind, answer in zip(texts, status, scoring, answers, strict=True)
+    ]
+    is_text = [kind != TOOL_CALLS for kind in scoring]
+    pairs = {"predictions": _where(is_text, counted), "references": _where(is_text, references)}
     results = {
-        "accuracy": compute("accuracy", **pairs, scoring=scoring),
+        "accuracy": compute("accuracy", predictions=counted, references=references, scoring=scoring),
         "exact_match": compute("exact_match", **pairs),
         "bleu": compute("bleu", **pairs),
         "chrf": compute("chrf", **pairs),
@@ -70,10 +77,12 @@ def score_items(
         "accuracy": pa.array(results["accuracy"]["items"], pa.float64()),
         "label": pa.array(labels, pa.string()),
         "predicted": pa.array(predicted, pa.string()),
-        "exact_match": pa.array(results["exact_match"]["items"], pa.float64()),
-        "bleu": pa.array(results["bleu"]["items"], pa.list_(pa.float64())),
-        "chrf": pa.array(results["chrf"]["items"], pa.list_(pa.float64())),
-    } | {kind: pa.array(values, pa.float64()) for kind, values in results["rouge"]["items"].items()}
+        "exact_match": pa.array(_scattered(is_text, results["exact_match"]["items"]), pa.float64()),
+        "bleu": pa.array(_scattered(is_text, results["bleu"]["items"]), pa.list_(pa.float64())),
+        "chrf": pa.array(_scattered(is_text, results["chrf"]["items"]), pa.list_(pa.float64())),
+    } | {
+        kind: pa.array(_scattered(is_text, values), pa.float64()) for kind, values in results["rouge"]["items"].items()
+    }
     columns |= {"loss": pa.array(losses[0], pa.float64()), "loss_tokens": pa.array(losses[1], pa.int32())}
     items = test.select(["id", "task", "language", "group", "scoring", "prompt", "reference"])
     for name, column in columns.items():
@@ -136,8 +145,9 @@ def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
     values = {metric: metric_items(items, metric) for metric in METRICS}
     measured = bootstrap_metrics(values, group_of(items), params.bootstrap_samples, params.seed)
     scores |= {metric: score.as_dict() if score else None for metric, score in measured.items()}
-    answers = [text for text, state in zip(items.column("answer").to_pylist(), status, strict=True) if state == "ok"]
-    references = [r for r, state in zip(items.column("reference").to_pylist(), status, strict=True) if state == "ok"]
+    kinds = items.column("scoring").to_pylist()
+    texts = [state == "ok" and kind != TOOL_CALLS for state, kind in zip(status, kinds, strict=True)]
+    answers, references = (_where(texts, items.column(name).to_pylist()) for name in ("answer", "reference"))
     return scores | {
         "distinct_1": compute("distinct_n", predictions=answers, n=1)["score"],
         "distinct_2": compute("distinct_n", predictions=answers, n=2)["score"],
@@ -164,7 +174,20 @@ def scoring_params(provenance: dict[str, Any]) -> EvaluateParams:
 def _status(answer: Answer | None) -> str:
     if answer is None:
         return "failed"
-    return "cut_off" if answer.cut_off else "ok" if answer.text.strip() else "empty"
+    return "cut_off" if answer.cut_off else "ok" if answer.text.strip() or answer.tool_calls else "empty"
+
+
+def _said(answer: Answer | None, scoring: str) -> str:
+    """What is scored of an answer: its calls where calls are expected and it has some, else its text."""
+    if answer is None:
+        return ""
+    return canonical_calls(answer.tool_calls) if scoring == TOOL_CALLS and answer.tool_calls else answer.text
+
+
+def _scattered(chosen: list[bool], values: Sequence[Any]) -> list[Any]:
+    """`values`, one for each that is chosen, and None for the others."""
+    each = iter(values)
+    return [next(each) if is_one else None for is_one in chosen]
 
 
 def _where(chosen: list[bool], values: Iterable[str | None]) -> list[str]:

@@ -69,7 +69,9 @@ def metric_items(items: pa.Table, metric: str) -> Items:
         columns = [items.column(name).to_numpy(zero_copy_only=False) for name in ("loss", "loss_tokens")]
         return np.stack(columns, axis=1).astype(np.float64)
     values = items.column(metric).to_pylist()
-    return np.array([float("nan") if v is None else v for v in values], dtype=np.float64)
+    some = next((value for value in values if value is not None), 0.0)
+    missing = [float("nan")] * len(some) if isinstance(some, list) else float("nan")
+    return np.array([missing if value is None else value for value in values], dtype=np.float64)
 
 
 def group_of(items: pa.Table) -> Groups:

@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl import chat_template_utils as trl
 
 from pipeline.chat.conversation import ChatTemplate
 
@@ -63,15 +63,12 @@ def _of_trl(template: dict[str, Any]) -> Field:
     return field | {"open_pattern": field["open_pattern"].replace(r"<name>\w+)", r"<name>[\w.-]+)")}
 
 
-BARE = _of_trl(trl.llama3_template)  # JSON without a mark around it; a call only if it names a tool on offer
+MAY_CALL = re.compile(r'tool.?call|functions\.|\[TOOL_CALLS\]|<\|START_ACTION\|>|invoke name=|"parameters"')
+BARE = '"parameters"'  # JSON without a mark around it; a call only if it names a tool on offer
+
+
 # What an answer with calls contains, what its template then contains, and how its calls are read; the first counts.
-CALLS: tuple[tuple[str, str, Field], ...] = (
-    ("<tool_call>", "<arg_key>", _of_trl(trl.glm4moe_template)),
-    ("<tool_call>", "<function=", _of_trl(trl.qwen3_5_template)),
-    ("<tool_call>", "", trl.qwen3_template["fields"]["tool_calls"]),  # what templates without calls are given, too
-    ("<|tool_call>", "", _of_trl(trl.gemma4_template)),
-    ("<|tool_call_start|>", "", _of_trl(trl.lfm2_2_5_template)),
-    ('"parameters"', '"parameters"', BARE),
+OTHER_CALLS: tuple[tuple[str, str, Field], ...] = (
     (  # gpt-oss, as its template writes calls and as the model itself does
         "to=functions.",
         "",
@@ -128,6 +125,24 @@ CALLS: tuple[tuple[str, str, Field], ...] = (
         ),
     ),
 )
+
+
+@cache
+def _call_fields() -> tuple[tuple[str, str, Field], ...]:
+    """`OTHER_CALLS` and those that TRL has; its import takes seconds, and PyTorch with it."""
+    from trl import chat_template_utils as trl
+
+    return (
+        ("<tool_call>", "<arg_key>", _of_trl(trl.glm4moe_template)),
+        ("<tool_call>", "<function=", _of_trl(trl.qwen3_5_template)),
+        ("<tool_call>", "", trl.qwen3_template["fields"]["tool_calls"]),  # what templates without calls are given, too
+        ("<|tool_call>", "", _of_trl(trl.gemma4_template)),
+        ("<|tool_call_start|>", "", _of_trl(trl.lfm2_2_5_template)),
+        *OTHER_CALLS,
+        (BARE, BARE, _of_trl(trl.llama3_template)),
+    )
+
+
 # Answers whose text stands in a frame of its own; what is outside of it is no text.
 FRAMES: tuple[tuple[str, Field], ...] = (
     (
@@ -211,7 +226,7 @@ def _answer(
 ) -> tuple[str, tuple[ToolCall, ...]]:
     """Content and calls of an answer without its thinking; all of `text` is content where nothing else is in it."""
     frame = next((field for mark, field in FRAMES if mark in text), None)
-    call = next((field for mark, hint, field in CALLS if mark in text and hint in template.text), None)
+    mark, call = next(((m, field) for m, hint, field in _marked(text) if hint in template.text), ("", None))
     offered = json.loads(tools) if tools is not None else None
     if call is not None and call["content"] == "xml-inline" and not offered:
         parser = call["content_args"]["value_parser"]
@@ -226,12 +241,16 @@ def _answer(
             calls = tuple(_call(item) for item in _flat(parsed.get("tool_calls", [])))
         except (ValueError, KeyError, TypeError):  # it began as a call and is none
             continue
-        if calls and call is BARE:
+        if calls and mark == BARE:
             asked = str(template.tokenizer.decode(list(prompt)))
             calls = calls if all(c["name"] in asked for c in calls) else ()
         if calls or frame:
             return str(parsed.get("content", "")), calls
     return text, ()
+
+
+def _marked(text: str) -> list[tuple[str, str, Field]]:
+    return [entry for entry in _call_fields() if entry[0] in text] if MAY_CALL.search(text) else []
 
 
 def _flat(calls: list[Any]) -> list[Any]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.fitting import Fitted, Overlong, fit_batch, fit_text
 from pipeline.chat.rendering import RowError
+from pipeline.chat.responses import canonical_calls, read_response
 from pipeline.chat.template import load_template
 from pipeline.data import classes
 from pipeline.data.contamination import Benchmark, benchmark, contaminated
@@ -26,7 +27,7 @@ from pipeline.data.filters import apply_filters
 from pipeline.data.formats import read_rows
 from pipeline.data.json_text import FormatError
 from pipeline.data.language import language_of_row
-from pipeline.data.records import Message, Rejected, Row, is_plain_text
+from pipeline.data.records import TOOL_CALLS, Message, Rejected, Row, is_plain_text
 from pipeline.data.shards import read_shard
 from pipeline.data.shingles import signatures
 from pipeline.files import sha256_json, whole_directory
@@ -217,7 +218,7 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder)
         "task": row.task,
         "language": language_of_row(messages),
         "split": split,
-        "scoring": row.scoring,
+        "scoring": TOOL_CALLS if messages[-1].get("tool_calls") else row.scoring,
         "short_answer": short_answer(messages[-1]),
         "key": hashlib.sha256((keys[-1] + answer).encode()).digest()[:16],
         "prompt_key": bytes.fromhex(keys[-1][:32]),
@@ -238,16 +239,16 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder)
             "tools": tools,
             "prompt": prompt,
             "prompt_ids": prompt_ids,
-            "reference": _reference(piece, template),
+            **_reference(piece, template, tools),
         }
     return record
 
 
-def _reference(piece: Fitted, template: Encoder) -> str:
-    """The answer that is expected, in the words that a generation is read in."""
+def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str, str]:
+    """The `reference`, in the words that a generation is read in; of calls that cannot be read back their text."""
     last = piece.messages[-1]
-    if not last.get("tool_calls"):
-        return str(last["content"])
+    if not last.get("tool_calls") or not isinstance(template, ChatTemplate):
+        return {"reference": str(last["content"])}
     # How a call is written is the template's affair: it is what the trained tokens of the last turn say.
     ids, labels = piece.encoded.input_ids, piece.encoded.labels
     start = len(labels)
@@ -256,7 +257,10 @@ def _reference(piece: Fitted, template: Encoder) -> str:
     while start and labels[start - 1] >= 0:
         start -= 1
     trained = [id for id, label in zip(ids[start:], labels[start:], strict=True) if label >= 0]
-    return str(template.tokenizer.decode(trained, skip_special_tokens=True)).strip()
+    response = read_response(template, ids[:start], trained, tools)
+    if response.tool_calls:
+        return {"reference": canonical_calls(response.tool_calls)}
+    return {"reference": response.content, "scoring": "text"}
 
 
 def _dropped(row: Rejected, cause: str, detail: str | None = None) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from pipeline.data.messages import chat_messages, join_turns, sharegpt_messages,
 from pipeline.data.values import checked, label_of, list_of, scalar_of, short, text_of
 from pipeline.params import ColumnsParams
 
-SCORINGS = ("exact", "text")
+SCORINGS = ("exact", "text")  # what a row may say
+TOOL_CALLS = "tool_calls"  # of a row whose answer calls tools
 # A dialogue in one text, as BELLE's multi-turn rows, Anthropic's and Guanaco's have it.
 SPEAKER = re.compile("(?:^|\n)[ \t]*(?:#{1,3} *)?(Human|Assistant)[ \t]*[:\uff1a]")
 TRAILING = "turns after the last answer left out"

@@ -11,19 +11,23 @@ class Accuracy(evaluate.Metric):
         return evaluate.MetricInfo(
             description=__doc__,
             citation="",
-            inputs_description="predictions and references: one string each an item; scoring: `exact` where it counts",
+            inputs_description="predictions and references: one string each an item; scoring: `exact` or `tool_calls`",
             features=datasets.Features({n: datasets.Value("string") for n in ("predictions", "references", "scoring")}),
         )
 
     def _compute(self, predictions, references, scoring):
-        """Returns `score`, `items` (N values 0.0 or 1.0, None where `scoring` is not `exact`) and `signature`."""
+        """Returns `score`, `items` (N values 0.0 or 1.0, None where `scoring` is another) and `signature`.
+
+        With `tool_calls` both are canonical JSON of calls (`canonical_calls`), compared as it is.
+        """
+        equal = {"exact": lambda p, r: fold(p) == fold(r), "tool_calls": lambda p, r: p == r}
         items = [
-            float(fold(p) == fold(r)) if kind == "exact" else None
+            float(equal[kind](p, r)) if kind in equal else None
             for p, r, kind in zip(predictions, references, scoring, strict=True)
         ]
         counting = [item for item in items if item is not None]
         return {
             "score": sum(counting) / len(counting) if counting else None,
             "items": items,
-            "signature": "accuracy|items:exact|norm:nfkc+casefold+space+fullstop",
+            "signature": "accuracy|items:exact+tool_calls|norm:nfkc+casefold+space+fullstop",
         }

@@ -22,9 +22,10 @@ class Chrf(evaluate.Metric):
         Returns `score`, `items` (N × [answer, reference, match] for 1 to 6 characters) and `signature`, sacrebleu's.
         """
         metric = sacrebleu.CHRF()
-        score = metric.corpus_score(list(predictions), [list(references)]).score
+        # The signature counts references.
+        score = metric.corpus_score(list(predictions) or ["a"], [list(references) or ["a"]]).score
         items = [
             metric._extract_corpus_statistics([prediction], [[reference]])[0]
             for prediction, reference in zip(predictions, references, strict=True)
         ]
-        return {"score": score, "items": items, "signature": str(metric.get_signature())}
+        return {"score": score if references else None, "items": items, "signature": str(metric.get_signature())}

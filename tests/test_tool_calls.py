@@ -1,0 +1,134 @@
+"""Rows whose answer is a call: expected, generated and compared as calls, from the data to the scores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, make_base, sample_rows, tiny
+
+from pipeline.chat.responses import as_calls, canonical_calls, read_response
+from pipeline.chat.template import ChatTemplate, load_contract
+from pipeline.files import read_json
+from pipeline.generate import Answer, to_answer
+from pipeline.likelihood import reference_losses
+from pipeline.model import load_base
+from pipeline.params import Params
+from pipeline.prepare import prepare
+from pipeline.scoring import score_items, summarise
+from pipeline.settings import load_params
+
+TOOLS = [{"type": "function", "function": {"name": "move", "parameters": {"type": "object", "properties": {}}}}]
+TEXTS = ("exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def call_row(i: int) -> dict[str, Any]:
+    calls = as_calls(
+        [{"name": "move", "arguments": {"box": i, "to": "red"}}, {"name": "stop", "arguments": {}}][: 1 + i % 2]
+    )
+    messages = [
+        {"role": "user", "content": f"Move the box {i * 7919} to red"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ]
+    return {"messages": messages, "tools": TOOLS, "task": "calls"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Params:
+    return tiny(load_params(ROOT / "params.yaml"), make_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, settings: Params) -> Path:
+    data = tmp_path_factory.mktemp("data")
+    (data / "calls.jsonl").write_text("\n".join(json.dumps(call_row(i)) for i in range(60)))
+    (data / "rows.json").write_text(json.dumps(sample_rows(60)))
+    output = tmp_path_factory.mktemp("prepared") / "dataset"
+    wide = settings.prepare.model_copy(update={"max_length": 400, "near_duplicate_threshold": None})
+    prepare(wide, data, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def template(dataset: Path) -> ChatTemplate:
+    return load_contract(read_json(dataset / "contract.json"))
+
+
+def of_calls(dataset: Path) -> Any:
+    test = pq.read_table(dataset / "test.parquet")
+    return test.filter([task == "calls" for task in test["task"].to_pylist()])
+
+
+def test_the_reference_of_a_call_is_its_calls(dataset: Path) -> None:
+    test = of_calls(dataset)
+    assert len(test) > 5
+    assert set(test["scoring"].to_pylist()) == {"tool_calls"}
+    for item in test.to_pylist():
+        number = int(json.loads(item["messages"])[-1]["content"].split()[3]) // 7919
+        calls = [call["function"] for call in call_row(number)["messages"][-1]["tool_calls"]]
+        assert item["reference"] == canonical_calls(calls)
+    assert "calls" not in read_json(dataset / "report.json")["scoring"]  # nothing had to be chosen
+
+
+def test_what_is_trained_is_read_as_the_reference(dataset: Path, template: ChatTemplate) -> None:
+    for item in of_calls(dataset).to_pylist():
+        answer = {"role": "assistant", "content": "", "tool_calls": as_calls(json.loads(item["reference"]))}
+        ids = template.encode([*json.loads(item["messages"]), answer], item["tools"]).input_ids
+        written = ids[len(item["input_ids"]) :]
+        while written[-1] not in template.stop_ids:
+            written.pop()
+        response = read_response(template, item["input_ids"], written, item["tools"])
+        assert canonical_calls(response.tool_calls) == item["reference"]
+        assert not to_answer(written, template, item["input_ids"], item["tools"]).cut_off
+
+
+def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path, settings: Params) -> None:
+    test = of_calls(dataset).slice(0, 5)
+    expected = [json.loads(reference) for reference in test["reference"].to_pylist()]
+    swapped = [dict(reversed(call.items())) for call in reversed(expected[1])]
+    other = [call | {"arguments": {"box": -1}} for call in expected[2]]
+    answers = [
+        Answer("", [1], False, None, tuple(expected[0])),
+        Answer("I move it.", [1], False, "Which?", tuple(swapped)),
+        Answer("", [1], False, None, tuple(other)),
+        Answer(test["reference"][3].as_py(), [1], False),  # the same words, but no call
+        Answer("", [1], True, None, tuple(expected[4])),
+    ]
+    items, _ = score_items(test, answers, ([1.0] * 5, [2] * 5))
+    assert items["status"].to_pylist() == ["ok"] * 4 + ["cut_off"]
+    assert items["accuracy"].to_pylist() == [1, 1, 0, 0, 0]
+    for metric in TEXTS:
+        assert items[metric].to_pylist() == [None] * 5
+    scores = summarise(items, settings.evaluate)
+    assert scores["accuracy"]["score"] == pytest.approx(0.4)
+    assert [scores[metric] for metric in TEXTS] == [None] * len(TEXTS)
+
+
+def test_texts_beside_calls_are_scored_as_without_them(dataset: Path, settings: Params) -> None:
+    test = pq.read_table(dataset / "test.parquet")
+    texts = test.filter([kind != "tool_calls" for kind in test["scoring"].to_pylist()])
+    assert 0 < len(texts) < len(test)
+
+    def scored(table: Any) -> Any:
+        answers = [Answer(f"{text[:4]} or so", [1], False) for text in table["reference"].to_pylist()]
+        return summarise(score_items(table, answers, ([1.0] * len(table), [2] * len(table)))[0], settings.evaluate)
+
+    whole, alone = scored(test), scored(texts)
+    for metric in TEXTS:
+        assert whole[metric]["score"] == alone[metric]["score"]
+    assert whole["distinct_2"] == alone["distinct_2"]
+    assert whole["length_ratio"] == alone["length_ratio"]
+
+
+def test_the_likelihood_of_a_call_is_that_of_its_tokens(
+    dataset: Path, template: ChatTemplate, settings: Params
+) -> None:
+    test = of_calls(dataset).slice(0, 4)
+    model = load_base(
+        {"name_or_path": settings.prepare.model_name_or_path, "revision": None, "trust_remote_code": False}
+    )
+    _, counts = reference_losses(model, template, test, "test", "base")
+    for item, count in zip(test.to_pylist(), counts, strict=True):
+        calls = "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in json.loads(item["reference"]))
+        assert count == len(template.tokenizer.encode(calls, add_special_tokens=False)) + 1
