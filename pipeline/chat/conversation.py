@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat.rendering import Renderer, RowError, Tools, bounded, with_objects
-from pipeline.chat.tokens import Text, TokenEncoder
+from pipeline.chat.tokens import HIDDEN, Text, TokenEncoder
 from pipeline.chat.turns import PLACE, Turn, TurnWriter, left_out
 from pipeline.data.records import Message
 from pipeline.files import sha256_json
@@ -21,6 +21,7 @@ from pipeline.files import sha256_json
 Conversation = tuple[list[Message], str | None]  # messages, and the tools on offer as JSON
 
 ESCAPED = "control tokens in its text escaped"
+LONGEST_CUE = 100  # characters of a text between contents that is worth remembering
 LEFT_OUT = "a part of it left out by the chat template"
 
 _CALL = {
@@ -328,7 +329,7 @@ class ChatTemplate:
         """
         if isinstance(joined, RowError):
             raise joined
-        tail = self._ids(self._show(self._tail(turn), escaped))
+        tail = self._tail_ids(self._tail(turn))
         alike = joined[: len(tail)] == tail
         answer = joined[len(tail) :] if alike else self._encoder.continuation(self._show(turn.answer, escaped))
         if isinstance(answer, RowError):
@@ -340,8 +341,20 @@ class ChatTemplate:
     def _rest_ids(self, turn: Turn) -> list[int]:
         if not turn.rest:
             return []
-        [ids] = self._encoder.encode_batch([self._show(self._end_of(turn.answer) + turn.rest, True)])
-        return [] if isinstance(ids, RowError) else ids[1:]
+        return self._tail_ids(self._end_of(turn.answer) + turn.rest)[1:]
+
+    def _tail_ids(self, text: str) -> list[int]:
+        """Tokens of what the template writes between contents: mostly the same few texts."""
+        if text not in self._known:
+            ids = self._ids(self._show(text, HIDDEN in text))
+            if len(text) > LONGEST_CUE:
+                return ids
+            self._known[text] = ids
+        return self._known[text]
+
+    @cached_property
+    def _known(self) -> dict[str, list[int]]:
+        return {}
 
     def _tail(self, turn: Turn) -> str:
         """The end of a prompt, from an added token on: nothing before that decides how an answer is tokenised."""
