@@ -2,26 +2,23 @@
 
 import gc
 import json
-import logging
 import os
 import resource
 import signal
 import sys
 import time
-import warnings
 from dataclasses import asdict
-from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline import commands, operating, try_commands
+from pipeline import commands, data_commands, operating, try_commands
 from pipeline.commands import Json
-from pipeline.environment import quick_imports, set_environment
+from pipeline.environment import quick_imports, quiet_libraries, set_environment
 from pipeline.files import WORK_DIR
-from pipeline.in_project import ProjectCommand, as_typed, enter_project
+from pipeline.in_project import ProjectCommand, enter_project
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
 from pipeline.run_lock import only_on_gpus, only_run
@@ -36,12 +33,6 @@ app = typer.Typer(
     help="Scheduled, gated retraining of LLM adapters. Works in every folder of a project.",
 )
 ARTIFACTS = Path("artifacts")
-
-
-class Split(StrEnum):
-    train = "train"
-    validation = "validation"
-    test = "test"
 
 
 def main() -> None:
@@ -112,131 +103,6 @@ def run(json_output: Json = False) -> None:
 
 
 @app.command(cls=ProjectCommand)
-def ingest(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SOURCE]...",
-            help="Files, folders, quoted globs, hf://datasets/OWNER/NAME@COMMIT, s3://BUCKET/KEY, "
-            "https://…#sha256=…; none: ingest.sources of params.yaml.",
-            show_default=False,
-        ),
-    ] = None,
-    format: Annotated[str | None, typer.Option(help="Name the format instead of ingest.format in params.yaml.")] = None,
-    json_output: Json = False,
-) -> None:
-    """Make the rows of all SOURCEs the new data snapshot; `retune run` then trains on it."""
-    from pipeline import graph
-    from pipeline.data.formats import FORMATS
-    from pipeline.data.snapshot import recover
-    from pipeline.events import contents, count_new, tell_updated
-    from pipeline.ingest import ingest as do
-    from pipeline.settings import load_params
-
-    params, operations = load_params().ingest, load_params().operations
-    if format is not None:
-        if format not in (*FORMATS, "auto"):
-            raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
-        params = params.model_copy(update={"format": format})
-    with only_run():
-        recover()
-        base_from = _pull_base(load_params().prepare.model_name_or_path)
-        before = contents()
-        result = do(params, [as_typed(source) for source in sources or ()])
-        new_rows = count_new(before) if result.changed else 0
-    told = result.changed and tell_updated(new_rows, operations.min_new_rows)
-    if json_output:
-        print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": told, "remote": graph.team_remote()}))
-        return
-    if base_from is not None:
-        print(f"ingest: the snapshot of data.dvc is lost; data/base is the base model of commit {base_from[:12]}")
-    print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
-    for file in result.files[:20]:
-        rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
-        unused = f"; not used: {', '.join(file['not_used'])}" if file["not_used"] else ""
-        print(f"  {file['name']}: {file['format']}, {file['container']}, {file['rows']:,} rows{rejected}{unused}")
-    if len(result.files) > 20:
-        print(f"  and {len(result.files) - 20} more, in data/instructions/snapshot.json")
-    if result.left_out:
-        print(f"  {result.left_out:,} rows left out by weight and cap")
-    for reason, count in result.rejected.items():
-        print(f"  {count:,} cannot be used: a row {reason}")
-    for repair, count in result.repaired.items():
-        print(f"  {count:,} repaired: {repair}")
-    if result.rejected:
-        print("  the records that cannot be used are in data/instructions/rejected.jsonl with their lines")
-    if result.changed:
-        print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
-        print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")
-        print(_how_to_share(graph.team_remote()))
-    else:
-        print("  the same data as before; data.dvc is unchanged")
-
-
-def _pull_base(model: str) -> str | None:
-    """Have `data/` here before its rows are replaced; where the old rows are lost, the base model alone.
-
-    Returns: the commit that the base model came from, if it had to be looked for.
-    """
-    from pipeline import graph
-
-    try:
-        graph.pull_data()
-    except graph.SnapshotMissing:
-        commit = graph.restore_base()
-        if Path(model).parts[:1] == ("data",) and not Path(model).exists():
-            raise
-        return commit
-    return None
-
-
-def _how_to_share(remote: str | None) -> str:
-    """What a colleague needs besides the commit of `data.dvc`."""
-    if remote is not None:
-        return f"  to share them: commit data.dvc, then `dvc push data.dvc` sends the rows to the DVC remote {remote}"
-    return (
-        "  only this machine has the rows: a colleague's clone cannot train on them before a DVC remote has them:\n"
-        "    dvc remote add -d team s3://BUCKET/PATH    # or ssh://, gs://, azure://, a folder that both of you reach\n"
-        '    git add .dvc/config data.dvc && git commit -m "New data"\n'
-        "    dvc push data.dvc"
-    )
-
-
-@app.command(cls=ProjectCommand)
-def inspect(
-    file: Annotated[Path | None, typer.Argument(help="A data file or folder; else the prepared dataset.")] = None,
-    split: Annotated[Split, typer.Option(help="Of the dataset.")] = Split.train,
-    row: Annotated[int | None, typer.Option(min=0, help="The first row to show; 0 is the first of all.")] = None,
-    id: Annotated[str | None, typer.Option(help="The row with this id, as the reports name it.")] = None,
-    task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
-    json_output: Json = False,
-) -> None:
-    """Show rows as the model sees them, token by token, trained tokens in colour; of FILE, as it would be prepared."""
-    from rich.console import Console
-
-    from pipeline.chat.inspection import as_text, inspect_dataset, inspect_file
-    from pipeline.settings import load_params
-
-    params = load_params()
-    if Path(params.prepare.model_name_or_path).is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    _quiet()
-    if file is None:
-        shown = inspect_dataset(ARTIFACTS / "dataset", split.value, row, id, task, count)
-    elif id is not None:
-        raise typer.BadParameter("--id names a row of the prepared dataset; use --row with a file")
-    else:
-        shown = inspect_file(params, file, row, task, count)
-    if json_output:
-        print(json.dumps({"rows": [each.as_json() for each in shown]}, ensure_ascii=False))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    for each in shown:
-        console.print(as_text(each, colour=console.is_terminal and not console.no_color))
-
-
-@app.command(cls=ProjectCommand)
 def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or merge.")]) -> None:
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
     # DVC forwards no signals: when it dies, its stage must not go on alone. SIGTERM lets a training save a checkpoint.
@@ -253,7 +119,13 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-for command in (*commands.COMMANDS, *training.COMMANDS, *try_commands.COMMANDS, *operating.COMMANDS):
+for command in (
+    *data_commands.COMMANDS,
+    *commands.COMMANDS,
+    *training.COMMANDS,
+    *try_commands.COMMANDS,
+    *operating.COMMANDS,
+):
     app.command(cls=ProjectCommand)(command)
 
 
@@ -312,7 +184,7 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
-    _quiet()
+    quiet_libraries()
     from pipeline.plan import describe
     from pipeline.plan import plan as do
     from pipeline.settings import load_params
@@ -331,7 +203,7 @@ def score(
 ) -> None:
     """Score a merged model on the workspace's test split; `promote` calls this for versions scored on another one."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a shipped model is whole
-    _quiet()
+    quiet_libraries()
     from pipeline.classification import score_merged
     from pipeline.files import read_json
     from pipeline.merge import score_model
@@ -340,20 +212,13 @@ def score(
     (score_merged if classes else score_model)(model, ARTIFACTS / "dataset", read_json(settings), output)
 
 
-def _quiet() -> None:
-    """Renamed arguments that TRL still passes, a kernel package that only speeds up: nothing a user can act on."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for library in ("bitsandbytes", "trl"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-
-
 def _run_stage(name: str, params: Any) -> str:
     """Run one stage on the project's own folders; returns what came of it in a few words."""
     from pipeline.graph import STAGES
 
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    _quiet()
+    quiet_libraries()
     if name in STAGES:
         with quick_imports():
             import_module(f"pipeline.{name}")

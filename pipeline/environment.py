@@ -1,7 +1,9 @@
 """What every process of a run begins with: caches in the project, no telemetry, few spinning threads, quick imports."""
 
 import gc
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,3 +53,10 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def quiet_libraries() -> None:
+    """Renamed arguments that TRL still passes, a kernel package that only speeds up: nothing a user can act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for library in ("bitsandbytes", "trl"):
+        logging.getLogger(library).setLevel(logging.ERROR)

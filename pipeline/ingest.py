@@ -18,17 +18,19 @@ import pyarrow as pa
 
 from pipeline.data.containers import Block, container_of
 from pipeline.data.conversion import SCHEMA, Batch, convert_blocks
-from pipeline.data.formats import Recipe, recognised_blocks
+from pipeline.data.formats import Ask, Recipe, maps, recognised_blocks
 from pipeline.data.json_text import FormatError
 from pipeline.data.records import Rejected
-from pipeline.data.shards import ShardWriter
-from pipeline.data.snapshot import SCRATCH, recover, replace_instructions
+from pipeline.data.shards import ShardWriter, read_rejected, read_snapshot
+from pipeline.data.snapshot import INSTRUCTIONS, SCRATCH, recover, replace_instructions
 from pipeline.data.sources import Source, fetch, public
 from pipeline.files import sha256_file, write_json
 from pipeline.params import IngestParams, SourceParams
 from pipeline.progress import Progress
 
 RECORD_CHARACTERS = 4096  # of a rejected record that are kept
+CLASSES = ("auto", "classification")  # formats beside which columns can be named
+LEAST_SHARE = 0.5  # of the rows before; fewer are taken for a mistake
 REASONS = 20  # kept apart in the notes; the rest are counted together
 
 
@@ -61,17 +63,26 @@ class _File:
     shards: list[str] = field(default_factory=list)
 
 
-def ingest(params: IngestParams, sources: Sequence[str] = (), root: Path = Path(".")) -> Ingested:
+def ingest(
+    params: IngestParams,
+    sources: Sequence[str] = (),
+    root: Path = Path("."),
+    replace: bool = False,
+    ask: Ask | None = None,
+) -> Ingested:
     """Replace `data/instructions` by what `sources` hold and record the snapshot in `data.dvc`.
 
     Args:
         sources: URIs, read with `params.format` and `params.columns`; none: those of `params.sources`.
         root: the project's top folder.
+        replace: also where so many records are rejected, or so few rows come, that something seems wrong.
+        ask: answers which format or columns a file has that fits none or several.
 
     Raises:
         FormatError: a file is unreadable, of no known format, or the sources hold no usable row.
         SourceError: a source is not pinned or cannot be had.
-        IngestError: no source is named, or a file changed while it was read.
+        IngestError: no source is named, a file changed while it was read, too many records are rejected, or far fewer
+            rows come than there were.
         WorkerError: a process that converts rows was killed.
         GraphError: DVC could not record the snapshot.
         After any of them `data/` is as it was.
@@ -79,7 +90,9 @@ def ingest(params: IngestParams, sources: Sequence[str] = (), root: Path = Path(
     recover(root)
     scratch = root / SCRATCH
     try:
-        notes = collect(params, sources, scratch / "new", scratch)
+        notes = collect(params, sources, scratch / "new", scratch, ask)
+        if not replace:
+            _require_plausible(notes, params.max_rejected_fraction, scratch / "new", root)
         changed = replace_instructions(scratch / "new", root)
     finally:
         recover(root)
@@ -96,7 +109,27 @@ def ingest(params: IngestParams, sources: Sequence[str] = (), root: Path = Path(
     )
 
 
-def collect(params: IngestParams, sources: Sequence[str], new: Path, scratch: Path) -> dict[str, Any]:
+def _require_plausible(notes: dict[str, Any], most: float, new: Path, root: Path) -> None:
+    rejected = sum((Counter(source["rejected"]) for source in notes["sources"]), Counter[str]())
+    if notes["rejected"] > most * notes["records"]:
+        first = next(read_rejected(new)).source
+        reasons = "; ".join(f"{count:,} × a row {reason}" for reason, count in rejected.most_common(3))
+        raise IngestError(
+            f"{notes['rejected']:,} of {notes['records']:,} records cannot be used, more than "
+            f"ingest.max_rejected_fraction ({most:g}) allows: {reasons}. The first is {first}; `retune inspect` shows "
+            "each. Nothing was changed: mend the files, or insist with --replace"
+        )
+    before = (read_snapshot(root / INSTRUCTIONS) or {"rows": 0})["rows"]
+    if notes["rows"] < LEAST_SHARE * before:
+        raise IngestError(
+            f"the sources hold {notes['rows']:,} rows and would replace {before:,}. Nothing was changed: name all "
+            "sources at once, or insist with --replace"
+        )
+
+
+def collect(
+    params: IngestParams, sources: Sequence[str], new: Path, scratch: Path, ask: Ask | None = None
+) -> dict[str, Any]:
     """Write shards, `rejected.jsonl` and `snapshot.json` to the folder `new`; returns what `snapshot.json` holds.
 
     Args:
@@ -111,8 +144,9 @@ def collect(params: IngestParams, sources: Sequence[str], new: Path, scratch: Pa
     wanted = [
         source.model_copy(
             update={
-                "format": params.format if source.format == "auto" else source.format,
-                "columns": source.columns or params.columns,
+                # What a source says itself is not mixed with what is said for all.
+                "format": params.format if source.format == "auto" and not maps(source.columns) else source.format,
+                "columns": source.columns or (params.columns if source.format in CLASSES else None),
             }
         )
         for source in wanted
@@ -121,7 +155,7 @@ def collect(params: IngestParams, sources: Sequence[str], new: Path, scratch: Pa
     new.mkdir(parents=True)
     files = _files(fetched)
     states = [_state(file.path) for file in files]
-    left_out = _write_rows(files, wanted, new, scratch)
+    left_out = _write_rows(files, wanted, new, scratch, ask)
     if not any(file.rows for file in files):
         reason, count = (rejected := sum((file.rejected for file in files), Counter[str]())).most_common(1)[0]
         uris = ", ".join(source.uri for source in fetched)
@@ -153,14 +187,14 @@ def _state(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _write_rows(files: list[_File], wanted: list[SourceParams], new: Path, scratch: Path) -> list[int]:
+def _write_rows(files: list[_File], wanted: list[SourceParams], new: Path, scratch: Path, ask: Ask | None) -> list[int]:
     """Write all shards and `rejected.jsonl`; returns how many rows of each source its weight or cap keeps out."""
     thinned = {i for i, source in enumerate(wanted) if source.weight is not None or source.cap is not None}
     contents: dict[int, list[np.ndarray[Any, Any]]] = {i: [] for i in thinned}
     spools: list[tuple[_File, Path]] = []
     with (new / "rejected.jsonl").open("w", encoding="utf-8") as rejections:
         by_name = {file.name: file for file in files}
-        for name, batches in groupby(_converted(files, wanted), key=lambda pair: pair[0].name):
+        for name, batches in groupby(_converted(files, wanted, ask), key=lambda pair: pair[0].name):
             file = by_name[name]
             spool = scratch / f"{len(spools)}.arrow" if file.source in thinned else None
             if spool is None:
@@ -193,7 +227,7 @@ def _write_rows(files: list[_File], wanted: list[SourceParams], new: Path, scrat
     return left_out
 
 
-def _converted(files: list[_File], wanted: list[SourceParams]) -> Iterator[tuple[_File, Batch]]:
+def _converted(files: list[_File], wanted: list[SourceParams], ask: Ask | None) -> Iterator[tuple[_File, Batch]]:
     """The batches of all files in order, with a line of progress every two seconds."""
     sizes = [max(file.path.stat().st_size, 1) for file in files]
     progress = Progress("ingest", max(sum(sizes) >> 20, 1), "MiB", every=2.0)
@@ -202,7 +236,7 @@ def _converted(files: list[_File], wanted: list[SourceParams]) -> Iterator[tuple
     def blocks() -> Iterator[tuple[_File, Block, Recipe]]:
         for file in files:
             source = wanted[file.source]
-            for pair in recognised_blocks(file.path, source.format, source.columns, file.name):
+            for pair in recognised_blocks(file.path, source.format, source.columns, file.name, ask):
                 yield file, *pair
 
     rows = 0

@@ -86,6 +86,7 @@ class IngestParams(Section):
     sources: Annotated[list[SourceParams], Field(min_length=1)] | None
     s3_endpoint_url: Annotated[str, Field(pattern=r"^https?://[^@?#]+$")] | None
     max_download_gib: Annotated[float, Field(gt=0)]
+    max_rejected_fraction: Fraction
 
 
 class FilterParams(Section):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.benchmark_files import read_benchmark_files
 from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.conversion import read_batches
 from pipeline.data.default_scoring import Choice, choose_scoring
-from pipeline.data.encoding import ROWS, SIGNATURES, TEXT, TOKENS, Encoder, encode_shard, load_encoding
+from pipeline.data.encoding import ROWS, SIGNATURES, TEXT, TOKENS, Encoder, compared_text, encode_shard, load_encoding
 from pipeline.data.formats import find_files
 from pipeline.data.records import Rejected
 from pipeline.data.report import DataStats, write_report
@@ -103,6 +105,7 @@ def prepare(
         verdicts = decide(folders, params.near_duplicate_threshold, work)
         _check(params, folders, verdicts, found)
         with whole_directory(output) as folder:
+            _note_benchmarks(params, folder)
             return _write(found, folders, verdicts, template, identity, params, folder)
 
 
@@ -217,12 +220,22 @@ def _check(params: PrepareParams, folders: list[Path], verdicts: Verdicts, found
             f"({params.max_dropped_fraction:g}) allows: "
             f"{'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(3))}. The first is {first}"
         )
+    too_long = int(overlong.sum())
     for split, way_out in (("train", "add rows"), ("test", "add rows, or raise prepare.test_fraction")):
         if not (verdicts.kept & (verdicts.split == split)).any():
-            long = f", {overlong.sum()} of them longer than prepare.max_length ({params.max_length} tokens)"
-            raise PrepareError(
-                f"the {split} split is empty: {total} rows came in{long if overlong.any() else ''}; {way_out}"
-            )
+            long = f", {too_long} of them longer than prepare.max_length ({params.max_length} tokens)"
+            if 2 * too_long > total:
+                way_out = "raise it, or set prepare.on_overlong to truncate_prompt or split"
+            raise PrepareError(f"the {split} split is empty: {total} rows came in{long if too_long else ''}; {way_out}")
+
+
+def _note_benchmarks(params: PrepareParams, output: Path) -> None:
+    """Say, and write to `benchmarks.json`, which items of the benchmarks could not be searched for."""
+    files = read_benchmark_files(params.decontaminate, compared_text)
+    for line in (line for file in files for line in file.warnings()):
+        print(f"prepare: {line}", file=sys.stderr, flush=True)
+    if files:
+        write_json(output / "benchmarks.json", {file.name: file.as_json() for file in files})
 
 
 def _first(folders: list[Path], which: NDArray[np.bool_]) -> tuple[str, str | None]:

@@ -312,7 +312,7 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
     """
     prompts = []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other line separators
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
     except UnicodeDecodeError as error:
         raise ServingError(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
     for number, line in enumerate(lines, start=1):

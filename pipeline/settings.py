@@ -88,15 +88,18 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
     write_text(path, text)
 
 
-def _refuse_credentials(tree: Any, path: Path) -> None:
+def _refuse_credentials(tree: Any, path: Path, above: str = "") -> None:
     """params.yaml is committed, and its values go to logs, dvc.lock and manifests: no place for a secret."""
-    for section, values in tree.items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if any(isinstance(v, str) and has_credentials(v) for v in (value if isinstance(value, list) else [value])):
-                raise ParamsError(
-                    f"{section}.{key} holds a password or key ({path}, line {values.lc.key(key)[0] + 1}); take it out, "
-                    "and change it if it was committed: credentials come from the environment, an AWS profile or a role"
-                )
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        name = f"{above}[{key}]" if isinstance(tree, list) else f"{above}.{key}".lstrip(".")
+        if isinstance(value, dict | list):
+            _refuse_credentials(value, path, name)
+        elif isinstance(value, str) and has_credentials(value):
+            line = (tree.lc.item(key) if isinstance(tree, list) else tree.lc.key(key))[0] + 1  # type: ignore[attr-defined]
+            raise ParamsError(
+                f"{name} holds a password or key ({path}, line {line}); take it out, and change it if it was "
+                "committed: credentials come from the environment, an AWS profile or a role"
+            )
 
 
 def _plain(node: Any) -> Any:

@@ -126,7 +126,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path, params: Params, data: 
         (sample_rows(1), r"^the (train|test) split is empty: 1 rows? came in; add rows"),
         (
             [row | {"instruction": "word " * 400} for row in sample_rows(40)],
-            r"longer than prepare.max_length \(128 tokens\)",
+            r"longer than prepare.max_length \(128 tokens\); raise it, or set prepare.on_overlong to ",
         ),
     ],
 )

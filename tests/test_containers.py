@@ -196,7 +196,10 @@ def test_a_record_without_a_key_twice_is_read_whatever_it_holds(record: Any, sep
         ("rows.parquet", as_parquet()[:-20], "is cut off or no Parquet file"),
         ("rows.parquet", b"", "is cut off or no Parquet file"),
         ("file.arrow", as_arrow(pa.ipc.new_file)[:-300], "is cut off or no Arrow file"),
-        ("rows.csv", b'instruction,output\nQ,A\nQ,"A', "line 3: no CSV: a quote is opened and never closed"),
+        ("rows.csv", b'instruction,output\nQ,A\nQ,"A', "line 3: not CSV .*: a quote is opened and never closed"),
+        ("rows.csv", b'instruction,output\nQ,A\n"Q, cut ', "line 3: not CSV .*: a quote is opened and never closed"),
+        ("rows.csv", b'instruction,output\nQ,A\n"he said ""', "line 3: not CSV .*: a quote is opened and never closed"),
+        ("rows.csv", b'instruction,output\nQ,A\n"he said "', "line 3: not CSV .*: the last record lacks fields"),
         ("rows.csv", b"output,output\nQ,A\n", "has the column 'output' twice"),
         ("rows.json", b'{"a": 1}\n{"a": 2', "holds several objects|not JSON"),
         ("rows.txt", b"Q", r"ends in \.txt; expected \.json"),
@@ -218,6 +221,33 @@ def test_a_row_of_another_width_than_the_header_is_unreadable_alone(tmp_path: Pa
     assert (one, two, three) == ("rows.csv:2", "rows.csv:4", "rows.csv:6")
     assert isinstance(wide, Unreadable) and wide.reason == "has 3 fields where the header has 2"
     assert (first["output"], last["output"]) == ("A", "B")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.csv.gz"])
+def test_the_delimiter_is_recognised_whatever_the_file_is_called(tmp_path: Path, delimiter: str, name: str) -> None:
+    data = b"\xef\xbb\xbf" + as_csv(delimiter)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    expected = [vars(row) | {"source": ""} for row in read_rows(write_jsonl(tmp_path))]
+    assert [vars(row) | {"source": ""} for row in read_rows(tmp_path / name)] == expected
+
+
+def write_jsonl(folder: Path) -> Path:
+    (folder / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder / "plain.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "answers"),
+    [
+        ("instruction;output\nName two, please;A, B\nOne;C\n", ["A, B", "C"]),
+        ('instruction,output\n"a;b;c",d;e\nq,"x|y|z"\n', ["d;e", "x|y|z"]),
+        ("instruction\toutput\na;b,c\td\n", ["d"]),
+    ],
+)
+def test_delimiters_inside_of_texts_divide_nothing(tmp_path: Path, text: str, answers: list[str]) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    assert [row.messages[-1]["content"] for row in read_rows(tmp_path / "rows.csv") if isinstance(row, Row)] == answers
 
 
 def test_a_cell_longer_than_the_csv_librarys_own_limit_is_read(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment, make_project, retune, sample_rows
+from conftest import change_params, environment, make_project, retune, sample_rows
 
 from pipeline import graph
 from pipeline.data import snapshot
-from pipeline.data.formats import find_files, read_rows
+from pipeline.data.formats import UnclearFormatError, find_files, read_rows
 from pipeline.data.json_text import FormatError
 from pipeline.data.records import Row
 from pipeline.data.shards import read_rejected, read_snapshot
@@ -28,7 +28,9 @@ from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams
 from pipeline.prepare import prepare
 from pipeline.settings import load_params
 
-AUTO = IngestParams(format="auto", columns=None, sources=None, s3_endpoint_url=None, max_download_gib=1.0)
+AUTO = IngestParams(
+    format="auto", columns=None, sources=None, s3_endpoint_url=None, max_download_gib=1.0, max_rejected_fraction=0.05
+)
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,27 @@ def test_bad_data_leaves_the_snapshot_as_it_was(project: Path, tmp_path: Path) -
         assert not (project / snapshot.SCRATCH).exists()
 
 
+def test_too_many_rejected_records_stop_an_ingest_that_does_not_insist(project: Path, tmp_path: Path) -> None:
+    before = state(project)
+    path = source(tmp_path / "new", *sample_rows(37), *({"instruction": "q", "output": ""} for _ in range(3)))
+    with pytest.raises(IngestError, match=r"3 of 40 .*0.05.*3 × a row output is empty.*new.jsonl:38.*--replace"):
+        ingest(AUTO, [str(path)], project)
+    assert state(project) == before
+    assert ingest(AUTO.model_copy(update={"max_rejected_fraction": 0.1}), [str(path)], project).rows == 37
+    assert ingest(AUTO, [str(path)], project, replace=True).rows == 37
+
+
+def test_far_fewer_rows_than_before_stop_an_ingest_that_does_not_insist(project: Path, tmp_path: Path) -> None:
+    many, few = (source(tmp_path / "new", *sample_rows(n), name=f"{n}.jsonl") for n in (50, 24))
+    ingest(AUTO, [str(many)], project)
+    before = state(project)
+    with pytest.raises(IngestError, match=r"hold 24 rows and would replace 50.*--replace"):
+        ingest(AUTO, [str(few)], project)
+    assert state(project) == before
+    assert ingest(AUTO, [str(few)], project, replace=True).rows == 24
+    assert ingest(AUTO, [str(many)], project).rows == 50
+
+
 def test_a_snapshot_that_dvc_cannot_record_is_taken_back(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +161,26 @@ def test_a_named_format_and_columns_hold_for_every_source_without_its_own(tmp_pa
     assert {row.messages[-1]["content"] for row in rows_of(tmp_path / "two")} == {"a", "A"}
     with pytest.raises(IngestError, match="no source is named"):
         collect(AUTO, (), tmp_path / "three", tmp_path)
+    # What is said for all does not mix with what a source says itself.
+    for everywhere in ({"format": "alpaca"}, {"columns": ColumnsParams(prompt="x", response="y")}):
+        notes = collect(mapped.model_copy(update=everywhere), (), tmp_path / str(everywhere), tmp_path)
+        assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
+
+
+def test_what_a_file_is_can_be_answered_while_it_is_read(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    both = source(tmp_path / "new", *(row | {"conversations": talk} for row in sample_rows(10)), name="both.jsonl")
+    other = source(tmp_path / "new", {"customer question": "Q", "agent": "A"}, name="other.jsonl")
+    asked = []
+
+    def ask(error: UnclearFormatError) -> tuple[str, ColumnsParams | None]:
+        asked.append(error.formats)
+        return ("auto", ColumnsParams(prompt="absent", response="agent")) if len(asked) == 2 else answers[len(asked)]
+
+    answers = {1: ("sharegpt", None), 3: ("auto", ColumnsParams(prompt="customer question", response="agent"))}
+    notes = collect(AUTO, [str(both), str(other)], tmp_path / "one", tmp_path, ask)
+    assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
+    assert asked == [["alpaca", "sharegpt"], [], []]
 
 
 def test_what_was_not_used_and_what_was_repaired_is_noted_by_file(tmp_path: Path) -> None:
@@ -253,6 +296,35 @@ def test_the_command_says_what_it_recognised(project: Path, tmp_path: Path) -> N
     assert "ingest: 20 rows from 1 file\n  new.jsonl: alpaca, JSONL, 20 rows, 1 rejected; not used: id\n" in said
     assert "1 cannot be used: a row output is empty" in said
     assert "data.dvc names the new snapshot" in said
+
+
+def test_the_command_takes_columns_and_a_format_that_overrules_them(project: Path, tmp_path: Path) -> None:
+    change_params(project, ingest={"columns": {"prompt": "question", "response": "answer"}})
+    alpaca = source(tmp_path / "new", *sample_rows(20), name="alpaca.jsonl")
+    refused = retune(project, "ingest", str(alpaca))
+    assert refused.returncode == 1 and "has no column answer, question" in refused.stderr
+    assert "alpaca.jsonl: alpaca" in retune(project, "ingest", str(alpaca), "--format", "alpaca").stdout
+    rows = ({"q": f"Q{i}", "customer": "A"} for i in range(20))
+    other = source(tmp_path / "new", *rows, name="other.jsonl")
+    for command in ("ingest", "inspect"):
+        answer = retune(project, command, str(other), "--columns", "prompt=q,response=customer", "--json")
+        assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["rows"][0]["verdict"] == "kept"
+    unknown = retune(project, "inspect", str(other), "--columns", "q=prompt")
+    assert unknown.returncode == 1 and "prompt=question,response=answer" in unknown.stderr
+
+
+def test_a_terminal_is_asked_what_a_file_is(project: Path, tmp_path: Path) -> None:
+    rows = ({"ask": f"Q{i}", "say": f"A{i}"} for i in range(20))
+    path = source(tmp_path / "new", *rows, name="other.jsonl")
+    code = f"import pty, sys; sys.exit(pty.spawn([{sys.executable!r}, '-m', 'pipeline', 'ingest', {str(path)!r}]) >> 8)"
+    answers = "nonsense\n\n"  # the second takes the guess
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=answers, cwd=project, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "nonsense is not a format" in done.stdout and "[prompt=ask,response=say]" in done.stdout
+    assert "other.jsonl: columns, JSONL, 20 rows" in done.stdout
 
 
 # Killed at any point

@@ -8,11 +8,13 @@ import pytest
 from conftest import retune, with_, write_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_classification import classifying, make_encoder
 
 from pipeline.chat.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
 from pipeline.chat.template import ChatTemplate, load_template
 from pipeline.data.json_text import FormatError
 from pipeline.params import Params
+from pipeline.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,31 @@ def test_a_file_goes_through_the_filters_that_prepare_would_use(params: Params, 
     masked, short = inspect_file(with_(params, prepare={"filters": filters}), path, None, None, 10)
     assert masked.verdict == "repaired" and "ada@example.org" not in "".join(token.text for token in masked.tokens)
     assert short.verdict == "dropped" and "answer" in short.reasons[0]
+
+
+def test_a_text_and_its_class_are_shown_from_a_file_and_from_the_dataset(params: Params, tmp_path: Path) -> None:
+    settings = classifying(params, make_encoder(tmp_path / "base", "bert"))
+    path = tmp_path / "data" / "rows.jsonl"
+    path.parent.mkdir()
+    rows = ({"text": f"film {i} is {('good', 'bad')[i % 2]}", "label": ("pos", "neg")[i % 2]} for i in range(60))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + json.dumps({"text": "x", "label": ""}) + "\n")
+    first, *_, last = inspect_file(settings, path, None, None, 61)
+    assert (first.verdict, first.label, first.trained, last.verdict) == ("kept", "pos", 0, "dropped")
+    assert "class: pos" in as_text(first, colour=False).plain
+    prepare(settings.prepare, path.parent, tmp_path / "dataset", task=settings.train.task)
+    [shown] = inspect_dataset(tmp_path / "dataset", "train", 0, None, None, 1)
+    assert shown.label in ("pos", "neg") and shown.as_json()["label"] == shown.label
+    assert "good" in "".join(token.text for token in shown.tokens) or shown.label == "neg"
+
+
+def test_a_file_is_read_by_the_mapping_as_ingest_reads_it(params: Params, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"q": "What is red?", "a": "A colour."}) + "\n")
+    mapped = with_(params, ingest={"columns": {"prompt": "q", "response": "a"}})
+    [shown] = inspect_file(mapped, path, None, None, 1)
+    assert "".join(token.text for token in shown.tokens if token.trained) == "A colour.<|im_end|>"
+    with pytest.raises(FormatError, match="--columns prompt=q,response=a"):
+        inspect_file(params, path, None, None, 1)
 
 
 def test_plain_text_is_shown_without_a_template(params: Params, tmp_path: Path) -> None:

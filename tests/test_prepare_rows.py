@@ -12,6 +12,8 @@ from test_prepare import ask, dropped, group_in, read, run
 
 from pipeline.chat.template import load_contract
 from pipeline.data import verdicts
+from pipeline.data.benchmark_files import read_benchmark_files
+from pipeline.data.contamination import COMMON
 from pipeline.data.conversion import read_batches
 from pipeline.data.shards import ShardWriter
 from pipeline.data.verdicts import SPLITS
@@ -110,6 +112,40 @@ def test_rows_that_hold_a_benchmarks_item_are_not_trained_on(params: Params, tmp
     _, output = run(params, tmp_path, rows, decontaminate=[str(bench)], max_length=256)
     [found] = [each for each in dropped(output) if "benchmark" in each["reason"]]
     assert found["reason"] == "has an item of the benchmark bench.jsonl" and "bridges" in json.dumps(found["record"])
+
+
+def test_benchmarks_of_one_file_name_are_all_searched_and_what_cannot_be_is_named(
+    params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = (
+        "seven bridges over the old river were built before the mill",
+        "nine towers of the city fell in the storm",
+    )
+    names, rows = [], sample_rows(100)
+    for number, place in enumerate(places):
+        item = f"Tell me in one short sentence which of the {place} that the great winter of that year brought?"
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        records = [ask(item, "The third one."), {"instruction": "nothing", "output": ""}]
+        (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        names.append(str(folder / "test.jsonl"))
+        rows.append(ask(f"Please: {item}", "The third.") | {"group": group_in("train", params)})
+    _, output = run(params, tmp_path, rows, decontaminate=names, max_length=256)
+    assert sorted(each["reason"] for each in dropped(output)) == [f"has an item of the benchmark {n}" for n in names]
+    notes = read_json(output / "benchmarks.json")
+    unusable = {"test.jsonl:2": "output is empty"}
+    assert notes == {name: {"items": 1, "unsearchable": [], "unusable": unusable} for name in names}
+    assert capsys.readouterr().err.count("1 records are not conversations") == 2
+
+
+def test_items_without_a_phrase_of_their_own_are_named(tmp_path: Path) -> None:
+    phrase = "Choose the right answer to the following question from the four options below."
+    texts = [*(f"{phrase} {' '.join(f'w{n}x{word}' for word in range(20))}" for n in range(COMMON + 1)), phrase]
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text("".join(json.dumps(ask(text, "A")) + "\n" for text in texts))
+    [file] = read_benchmark_files([str(bench)], lambda messages: str(messages[0]["content"]))
+    assert file.unsearchable == [f"bench.jsonl:{COMMON + 2}"]
+    assert file.warnings()[0].startswith(f"bench.jsonl: 1 of {COMMON + 2} items")
 
 
 def test_rows_with_more_likely_copies_than_are_compared_are_reported(

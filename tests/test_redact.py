@@ -192,6 +192,16 @@ def test_credentials_in_params_are_refused_with_line_and_way_out_and_not_shown(
     assert clean(str(caught.value))
 
 
+@pytest.mark.parametrize(
+    "uri", ["https://user:plantedpass@example.org/rows.csv", "s3://b/k?X-Amz-Signature=plantedpass"]
+)
+def test_credentials_deep_inside_of_params_are_refused_too(tmp_path: Path, uri: str) -> None:
+    path = params_with(tmp_path, "ingest", "sources", [{"uri": "rows.csv"}, {"uri": uri}])  # type: ignore[arg-type]
+    with pytest.raises(ParamsError, match=r"ingest\.sources\[1\]\.uri holds a password .*line \d+") as caught:
+        load_params(path)
+    assert clean(str(caught.value))
+
+
 def test_the_projects_own_params_hold_no_credentials() -> None:
     load_params(ROOT / "params.yaml")
 

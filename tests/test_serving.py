@@ -239,6 +239,8 @@ def test_a_text_may_hold_other_line_separators_and_another_encoding_is_named(tmp
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a\u2028b\x85c"}\n{"prompt": "d"}\n', encoding="utf-8")
     assert [row["prompt"] for row, _, _ in read_prompts(file)] == ["a\u2028b\x85c", "d"]
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a byte order mark, as Windows writes it
+    assert [row["prompt"] for row, _, _ in read_prompts(file)] == ["a\u2028b\x85c", "d"]
     file.write_bytes('{"prompt": "你好"}'.encode("gbk"))
     with pytest.raises(ServingError, match=r"rows.jsonl is not UTF-8 text \(byte 12\)"):
         read_prompts(file)

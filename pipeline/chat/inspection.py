@@ -20,13 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat.fitting import Overlong
 from pipeline.chat.rendering import RowError
-from pipeline.chat.template import ChatTemplate, load_contract, load_template
-from pipeline.data.encoding import fit_rows
+from pipeline.chat.template import load_contract
+from pipeline.data import classes
+from pipeline.data.encoding import Encoder, fit_rows, load_encoding
 from pipeline.data.filters import apply_filters
-from pipeline.data.formats import find_files, read_rows
+from pipeline.data.formats import Ask, find_files, read_rows
 from pipeline.data.records import Rejected, Row
 from pipeline.files import read_json
 from pipeline.params import Params
+from pipeline.training.combinations import CLASSIFICATION
 
 BYTES = "\ufffd"  # what a tokenizer decodes the part of a character to
 LONGEST_CHARACTER = 8  # tokens; a character has at most 4 bytes, some tokenizers put a token before it
@@ -59,6 +61,7 @@ class Shown:
     id: str | None = None
     source: str | None = None
     reference: str | None = None  # of a test row, whose tokens are the prompt
+    label: str | None = None  # the class of the text, with train.task sequence-classification
     record: Any = None  # of a row that never became tokens
 
     @property
@@ -79,7 +82,8 @@ class Shown:
             "trained": self.trained,
             "tokens": [{"text": t.text, "ids": t.ids, "trained": t.trained} for t in self.tokens],
         }
-        rest = {"id": self.id, "source": self.source, "reference": self.reference, "record": self.record}
+        rest = {"id": self.id, "source": self.source, "reference": self.reference, "label": self.label}
+        rest["record"] = self.record
         return answer | {key: value for key, value in rest.items() if value is not None}
 
 
@@ -109,7 +113,9 @@ def inspect_dataset(
         raise InspectionError(
             f"there is no row {row} in the {split} split, which has {names.num_rows} (0 is the first)"
         )
-    tokenizer = load_contract(read_json(dataset / "contract.json")).tokenizer
+    contract = read_json(dataset / "contract.json")
+    load = classes.load_contract if contract.get("task") == CLASSIFICATION else load_contract
+    tokenizer = load(contract).tokenizer
     records = pads.dataset(file).take(pa.array(places)).to_pylist()
     return [
         Shown(
@@ -121,22 +127,26 @@ def inspect_dataset(
             id=record["id"],
             source=record.get("source"),
             reference=record.get("reference"),
+            label=record.get("label"),
         )
         for place, record in zip(places, records, strict=True)
     ]
 
 
-def inspect_file(params: Params, path: Path, row: int | None, task: str | None, count: int) -> list[Shown]:
+def inspect_file(
+    params: Params, path: Path, row: int | None, task: str | None, count: int, ask: Ask | None = None
+) -> list[Shown]:
     """Up to `count` records of a data file or folder as they would be prepared, from number `row` on, or of one task.
 
+    It is read by `ingest.format` and `ingest.columns`, as `retune ingest` does; `ask` as there.
     What only the whole data can tell (duplicates, leaks into the test split, the split itself) is not looked at.
 
     Raises:
-        FormatError, TemplateError: see `read_rows` and `load_template`.
+        FormatError, TemplateError: see `read_rows` and `load_encoding`.
         InspectionError: no such row.
     """
-    template, _ = load_template(params.prepare)
-    chosen = islice(_records(params, path, row or 0, task), count)
+    template, _ = load_encoding(params.prepare, params.train.task)
+    chosen = islice(_records(params, path, row or 0, task, ask), count)
     shown = [each for number, record in chosen for each in _as_prepared(template, params, number, record)]
     if not shown:
         what = f"no row of task {task}" if task is not None else f"no row {row}"
@@ -144,14 +154,15 @@ def inspect_file(params: Params, path: Path, row: int | None, task: str | None, 
     return shown
 
 
-def _records(params: Params, path: Path, first: int, task: str | None) -> Iterator[tuple[int, Any]]:
-    everything = (record for file in find_files(path) for record in read_rows(file, params.ingest.format))
+def _records(params: Params, path: Path, first: int, task: str | None, ask: Ask | None) -> Iterator[tuple[int, Any]]:
+    format, columns = params.ingest.format, params.ingest.columns
+    everything = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))
     for number, record in enumerate(everything):
         if number >= first and (task is None or (isinstance(record, Row) and record.task == task)):
             yield number, record
 
 
-def _as_prepared(template: ChatTemplate, params: Params, number: int, row: Any) -> list[Shown]:
+def _as_prepared(template: Encoder, params: Params, number: int, row: Any) -> list[Shown]:
     place = f"record {number}"
     if not isinstance(row, Row):
         return [Shown(place, "dropped", [f"a row {row.reason}"], "", [], source=row.source, record=row.record)]
@@ -174,6 +185,7 @@ def _as_prepared(template: ChatTemplate, params: Params, number: int, row: Any) 
             task=row.task,
             tokens=tokens_of(template.tokenizer, each.encoded.input_ids, each.encoded.labels),
             source=row.source,
+            label=each.messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,
         )
         for part, each in enumerate(fitted, start=1)
     ]
@@ -203,7 +215,7 @@ def as_text(shown: Shown, colour: bool) -> Text:
     head += [shown.source or "", shown.verdict if shown.verdict != "prepared" else ""]
     if shown.tokens:
         trained = "a prompt, nothing trained" if shown.reference is not None else f"{shown.trained} trained"
-        head.append(f"{shown.length} tokens, {trained}")
+        head.append(f"{shown.length} tokens" if shown.label is not None else f"{shown.length} tokens, {trained}")
     text = Text()
     text.append(" · ".join(part for part in head if part) + "\n", "bold" if colour else "")
     for reason in shown.reasons:
@@ -225,9 +237,10 @@ def as_text(shown: Shown, colour: bool) -> Text:
         text.append("⟧")
     if shown.tokens and not text.plain.endswith("\n"):
         text.append("\n")
-    if shown.reference is not None:
-        text.append("expected: ", "bold" if colour else "")
-        text.append(_visible(shown.reference) + "\n")
+    for name, value in (("expected", shown.reference), ("class", shown.label)):
+        if value is not None:
+            text.append(f"{name}: ", "bold" if colour else "")
+            text.append(_visible(value) + "\n")
     return text
 
 

@@ -95,7 +95,7 @@ def has_context(record: dict[str, Any]) -> bool:
 
 
 def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
-    """A mapping that could be meant: by the names of text columns, else by the length of their texts."""
+    """A mapping that could be meant: by the names of text columns, else by question marks and lengths."""
     texts: dict[str, list[str]] = {}
     for record in records:
         for key, value in record.items() if isinstance(record, dict) else ():
@@ -105,10 +105,13 @@ def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
         return None
     by_length = [*reversed(texts)]  # of equal ones the last is the likelier answer
     by_length.sort(key=lambda key: -sum(map(len, texts[key])) / len(texts[key]))
-    unlike = [key for key in by_length if _named_like([key], PROMPT_NAMES) is None]
+    asking = [
+        key for key in by_length if 2 * sum(text.rstrip()[-1] in "?\uff1f" for text in texts[key]) > len(texts[key])
+    ]
+    unlike = [key for key in by_length if key not in asking and _named_like([key], PROMPT_NAMES) is None]
     response = _named_like(texts, ANSWER_NAMES) or (unlike or by_length)[0]
     others = [key for key in texts if key != response]
-    prompt = _named_like(others, PROMPT_NAMES) or next(key for key in by_length if key != response)
+    prompt = _named_like(others, PROMPT_NAMES) or next(key for key in (*asking, *by_length) if key != response)
     context = _named_like([key for key in others if key != prompt], CONTEXT_NAMES)
     if context is None:
         return ColumnsParams(prompt=prompt, response=response)
@@ -128,10 +131,15 @@ def as_yaml(columns: ColumnsParams) -> str:
     return f"{{{', '.join(values)}}}"
 
 
-def as_option(columns: ColumnsParams) -> str:
-    """The value of `--columns` that `parse_columns` reads."""
+def as_pairs(columns: ColumnsParams) -> str:
+    """What `parse_columns` reads."""
     text = ",".join(f"{key}={value}" for key, value in columns.model_dump(exclude_none=True).items())
-    return shlex.quote(text.replace("\n", "\\n"))
+    return text.replace("\n", "\\n")
+
+
+def as_option(columns: ColumnsParams) -> str:
+    """The value of `--columns`, as a shell takes it."""
+    return shlex.quote(as_pairs(columns))
 
 
 def parse_columns(text: str) -> ColumnsParams:

@@ -6,8 +6,6 @@ unpack to absurd sizes, and a name that contradicts the bytes.
 """
 
 import codecs
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.json_text import MAX_RECORD_BYTES, FormatError, Unreadable, list_elements, not_utf8, parse, too_long
+from pipeline.data.csv_text import csv_records, delimiter_of
+from pipeline.data.json_text import MAX_RECORD_BYTES, FormatError, list_elements, parse, too_long
 
 CONTAINERS = {
     ".json": "JSON",
@@ -108,7 +107,8 @@ def read_blocks(path: Path, name: str | None = None) -> Iterator[Block]:
             case "JSON" | "JSONL":
                 yield from _line_blocks(path, name, read, file)
             case kind:
-                yield from _csv_blocks(path, name, read, file, "," if kind == "CSV" else "\t")
+                delimiter = delimiter_of(head, "," if kind == "CSV" else "\t")
+                yield from _csv_blocks(path, name, read, file, delimiter)
 
 
 def records_of(block: Block) -> Iterator[tuple[str, Any]]:
@@ -248,44 +248,17 @@ def _line_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any)
 
 
 def _csv_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any, delimiter: str) -> Iterator[Block]:
-    def lines() -> Iterator[str]:
-        number = 0
-        for piece in _line_pieces(path, read):
-            for line in io.BytesIO(piece):
-                number += 1
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError as error:
-                    raise not_utf8(path, line, number, error.start) from None
-
-    csv.field_size_limit(MAX_RECORD_BYTES)  # the library's own limit of 128 KiB is one long answer
-    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
-    try:
-        header = next(rows, [])
-        twice = sorted({column for column in header if header.count(column) > 1})
-        if twice:
-            raise FormatError(f"{path} has the column {twice[0]!r} twice; rename one")
-        records: list[tuple[int, Any]] = []
-        size, line = 0, rows.line_num + 1
-        for row in rows:
-            if row:
-                records.append((line, _csv_record(header, row)))
-                size += sum(map(len, row))
-            if size > BLOCK_BYTES or len(records) >= BLOCK_ROWS:
-                yield Block(str(path), name, line, records=records, position=file.tell())
-                records, size = [], 0
-            line = rows.line_num + 1
-    except csv.Error as error:
-        what = "a quote is opened and never closed" if "unexpected end" in str(error) else str(error)
-        raise FormatError(f"{path}, line {rows.line_num}: no {'CSV' if delimiter == ',' else 'TSV'}: {what}") from None
+    records: list[tuple[int | str, Any]] = []
+    size = first = 0
+    for line, fields, record in csv_records(path, _line_pieces(path, read), delimiter):
+        first = first or line
+        records.append((line, record))
+        size += fields
+        if size > BLOCK_BYTES or len(records) >= BLOCK_ROWS:
+            yield Block(str(path), name, first, records=records, position=file.tell())
+            records, size, first = [], 0, 0
     if records:
-        yield Block(str(path), name, line, records=records, position=file.tell())
-
-
-def _csv_record(header: list[str], row: list[str]) -> Any:
-    if len(row) != len(header):
-        return Unreadable(f"has {len(row)} fields where the header has {len(header)}", json.dumps(row))
-    return dict(zip(header, row, strict=True))
+        yield Block(str(path), name, first, records=records, position=file.tell())
 
 
 def _json_blocks(path: Path, name: str, read: Callable[[int], bytes], file: Any) -> Iterator[Block]:

@@ -21,11 +21,10 @@ from pipeline.chat.rendering import RowError
 from pipeline.chat.responses import canonical_calls, read_response
 from pipeline.chat.template import load_template
 from pipeline.data import classes
-from pipeline.data.contamination import Benchmark, benchmark, contaminated
+from pipeline.data.benchmark_files import read_benchmark_files
+from pipeline.data.contamination import Benchmark, contaminated
 from pipeline.data.default_scoring import short_answer
 from pipeline.data.filters import apply_filters
-from pipeline.data.formats import read_rows
-from pipeline.data.json_text import FormatError
 from pipeline.data.language import language_of_row
 from pipeline.data.records import TOOL_CALLS, Message, Rejected, Row, is_plain_text
 from pipeline.data.shards import read_shard
@@ -276,10 +275,5 @@ def _template(params_json: str, task: str) -> Encoder:
 
 @lru_cache(maxsize=1)
 def _benchmarks(params_json: str) -> dict[str, Benchmark]:
-    found = {}
-    for name in PrepareParams.model_validate_json(params_json).decontaminate:
-        items = [compared_text(row.messages) for row in read_rows(Path(name)) if isinstance(row, Row)]
-        if not items:
-            raise FormatError(f"prepare.decontaminate names {name}, which holds no usable row")
-        found[Path(name).name] = benchmark(items)
-    return found
+    names = PrepareParams.model_validate_json(params_json).decontaminate
+    return {file.name: file.known for file in read_benchmark_files(names, compared_text)}

@@ -185,12 +185,14 @@ def recognised_blocks(
         records = [record for _, record in islice(records_of(block), SAMPLE)]
         if not records:
             continue
-        try:
-            recipe = recognise(path, records, format, columns)
-        except UnclearFormatError as error:
-            if ask is None:
-                raise
-            recipe = recognise(path, records, *ask(error))
+        recipe: Recipe | None = None
+        while recipe is None:
+            try:
+                recipe = recognise(path, records, format, columns)
+            except UnclearFormatError as error:
+                if ask is None:
+                    raise
+                format, columns = ask(error)
         rest = chain([block], blocks)
         yield from ((each, recipe) for each in (trees.best_paths(rest) if recipe.format == "openassistant" else rest))
         return
