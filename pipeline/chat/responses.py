@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat.conversation import ChatTemplate
+from pipeline.chat.turns import opened_thinking
 
 Field = dict[str, Any]  # of a response template, as transformers documents it
 ToolCall = dict[str, Any]  # {"name": str, "arguments": object}
@@ -202,7 +203,8 @@ def as_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
 def _thinking(template: ChatTemplate, asked: str, text: str) -> tuple[list[str], str | None]:
     """The thoughts that `text` begins with, and what follows them; None if they never end."""
     thoughts: list[str] = []
-    start, pair = 0, next((pair for pair in THINKING if asked.rstrip().endswith(pair[0])), None)
+    opened = opened_thinking(asked)
+    start, pair = 0, None if opened is None else ("", opened.closer)
     if pair is None:  # a template may leave the opening out that its model was trained with
         ends = (pair for pair in TAGS if pair[1] in template.text and pair[1] in text)
         pair = next((pair for pair in ends if pair[0] not in text.partition(pair[1])[0]), None)
