@@ -5,7 +5,7 @@ unknown keys, wrong types, values out of range, combinations that cannot work, a
 """
 
 import difflib
-import json
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -63,20 +63,7 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
     """
     text = path.read_text(encoding="utf-8")
     for key, value in changes.items():
-        *sections, last = key.split(".")
-        node: Any = YAML(typ="rt").load(text)
-        for section in sections:
-            node = node.get(section) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last not in node:
-            raise ParamsError(f"{key} is not a parameter of {path}; expected a name such as train.lora_r")
-        line, column = node.lc.value(last)  # type: ignore[attr-defined]  # ruamel gives its dictionaries positions
-        if line != node.lc.key(last)[0]:  # type: ignore[attr-defined]
-            raise ParamsError(f"{key} spans several lines of {path}; change it there by hand, or one key in it")
-        lines = text.split("\n")
-        old, comment = _VALUE.fullmatch(lines[line][column:]).groups()  # type: ignore[union-attr]  # it takes any line
-        new = json.dumps(value, ensure_ascii=False).ljust(len(old) if comment else 0)
-        lines[line] = lines[line][:column] + new + (comment or "")
-        text = "\n".join(lines)
+        text = _changed(text, key, value, path)
     checked = path.with_name(f".{path.name}.checked")
     write_text(checked, text)
     try:
@@ -86,6 +73,55 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
     finally:
         checked.unlink()
     write_text(path, text)
+
+
+def yaml_text(value: Any) -> str:
+    """`value` as it stands in one line of YAML."""
+    yaml: Any = YAML(typ="safe", pure=True)
+    stream = io.StringIO()
+    yaml.default_flow_style, yaml.width, yaml.allow_unicode = True, 2**16, True
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(value, stream)
+    return stream.getvalue().removesuffix("...\n").strip()
+
+
+def _changed(text: str, key: str, value: Any, path: Path) -> str:
+    """`text` with another value for `key`: one line differs, or the lines of a block if it is one."""
+    *sections, last = key.split(".")
+    node: Any = YAML(typ="rt").load(text)
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node:
+        raise ParamsError(f"{key} is not a parameter of {path}; expected a name such as train.lora_r")
+    old: Any = node[last]
+    keys: Any = node.lc  # type: ignore[attr-defined]  # ruamel gives its dictionaries positions
+    block = hasattr(old, "fa") and not old.fa.flow_style()
+    if block and isinstance(old, dict) and isinstance(value, dict) and value.keys() == old.keys():
+        for inner in value:
+            text = _changed(text, f"{key}.{inner}", value[inner], path)
+        return text
+    lines = text.split("\n")
+    first, (start, column) = keys.key(last)[0], keys.value(last)
+    if start != first:  # below its key
+        if not block:
+            raise ParamsError(f"{key} spans several lines of {path}; change it there by hand, or one key in it")
+        del lines[start : _last_line(old) + 1]
+        column = lines[first].index(":", keys.key(last)[1]) + 2
+        lines[first] = lines[first].replace(":", ": ", 1)
+    before, comment = _VALUE.fullmatch(lines[first][column:]).groups()  # type: ignore[union-attr]  # it takes any line
+    new = yaml_text(value).ljust(len(before) if comment else 0)
+    lines[first] = lines[first][:column] + new + (comment or "")
+    return "\n".join(lines)
+
+
+def _last_line(block: Any) -> int:
+    """Of a mapping or list written as a block."""
+    positions = block.lc
+    where = positions.value if isinstance(block, dict) else positions.item
+    return max(
+        _last_line(inner) if isinstance(inner, dict | list) and inner else where(key)[0]
+        for key, inner in (block.items() if isinstance(block, dict) else enumerate(block))
+    )
 
 
 def _refuse_credentials(tree: Any, path: Path, above: str = "") -> None:

@@ -3,27 +3,35 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, retune
+from ruamel.yaml import YAML
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    Glm4Config,
     GlmConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
+    SiglipVisionConfig,
 )
 
 from pipeline.chat.template import NAMED
 from pipeline.plan import FREE_FRACTION, GIB, _gpu, _one_step
-from pipeline.settings import load_params
+from pipeline.settings import change_params, load_params, yaml_text
 from pipeline.training.methods import adapter_config
 from pipeline.training.presets import PRESETS, PresetError, apply, available, values, with_preset
 
@@ -48,6 +56,36 @@ MODELS: dict[str, PreTrainedConfig] = {
     "llama-3.1-8b-qlora": LlamaConfig(
         vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072
     ),
+    "qwen3-0.6b-qlora": Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=True,
+    ),
+    "qwen3-8b-qlora": Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
+    ),
+    "llama-3.2-3b-qlora": LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=True,
+    ),
+    "gemma-3-4b-qlora": Gemma3Config(
+        text_config=Gemma3TextConfig(
+            vocab_size=262208, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8,
+            num_key_value_heads=4, head_dim=256, sliding_window=1024, max_position_embeddings=131072,
+        ),
+        vision_config=SiglipVisionConfig(
+            hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=896,
+            patch_size=14,
+        ),
+    ),
+    "glm-4-9b-qlora": Glm4Config(
+        vocab_size=151552, hidden_size=4096, intermediate_size=13696, num_hidden_layers=40, num_attention_heads=32,
+        num_key_value_heads=2, head_dim=128, max_position_embeddings=32768, pad_token_id=151329,
+    ),
+    "gpt-oss-20b-lora": GptOssConfig(
+        vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=64, num_local_experts=32, max_position_embeddings=131072, pad_token_id=199999,
+    ),
     "roberta-base-imdb": RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
 }  # fmt: skip
 LARGE = {
@@ -57,6 +95,11 @@ LARGE = {
     "chatglm3-6b-lora",
     "qwen2.5-7b-qlora",
     "llama-3.1-8b-qlora",
+    "qwen3-8b-qlora",
+    "llama-3.2-3b-qlora",
+    "gemma-3-4b-qlora",
+    "glm-4-9b-qlora",
+    "gpt-oss-20b-lora",
 }
 
 
@@ -115,7 +158,7 @@ def test_the_users_comments_and_other_values_stay(project_file: Path) -> None:
 def test_a_preset_pins_its_model_and_names_a_template_there_is(name: str) -> None:
     prepare = values(name)["prepare"]
     assert re.fullmatch(r"[0-9a-f]{40}", prepare["model_revision"])
-    assert prepare["chat_template"] in NAMED or values(name)["train"]["task"] == "sequence-classification"
+    assert prepare["chat_template"] in {*NAMED, None}  # null: the tokenizer's own
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +169,7 @@ def test_the_target_modules_are_there_in_the_real_architecture(name: str) -> Non
     for task in next(each.tasks for each in available() if each.name == name):
         params = with_preset(load_params(ROOT / "params.yaml"), name, task)
         adapter_config(params.train, model)
-        context = getattr(MODELS[name], "max_position_embeddings", None) or 2048
+        context = getattr(MODELS[name].get_text_config(), "max_position_embeddings", None) or 2048
         assert params.prepare.max_length <= context
 
 
@@ -137,6 +180,39 @@ def test_a_preset_fits_the_gpu_it_names(name: str) -> None:
     length = max(params.prepare.max_length, params.train.packed_length if params.train.packing else 0)
     peak = _one_step(MODELS[name], params.train, length, on_gpu=gpu is not None).memory.peak
     assert peak < (16 if gpu is None else _gpu(gpu).memory_gib * FREE_FRACTION) * GIB
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_changes_the_lines_it_must_and_no_other(project_file: Path, name: str) -> None:
+    text = "# A line of my own,   oddly   spaced\n" + project_file.read_text().replace("merge:", "\n\nmerge:   # mine")
+    project_file.write_text(text)
+    changed = apply(name, project_file)
+    before, after = Counter(text.split("\n")), Counter(project_file.read_text().split("\n"))
+    keys = {key.rpartition(".")[2] for key in changed} | {"accuracy", "bleu"}  # those of the guard metrics
+    assert {line.split(":")[0].strip() for line in (before - after) + (after - before)} <= keys
+
+
+def test_a_block_becomes_one_line_when_its_keys_change(tmp_path: Path) -> None:
+    file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+    block = "  export:   # forms\n    - bnb-4bit   # half\n    - bnb-8bit\n"
+    file.write_text(re.sub(r"  export: \[\] .*\n(    .*\n)*", block, file.read_text()))
+    assert load_params(file).merge.export == ["bnb-4bit", "bnb-8bit"]
+    before = file.read_text()
+    change_params({"merge.export": [], "promote.guard_metrics": {"chrf": 1.0}}, file)
+    now = load_params(file)
+    assert (now.merge.export, now.promote.guard_metrics) == ([], {"chrf": 1.0})
+    assert comments(file.read_text()) == [each for each in comments(before) if each != "# half"]
+    lost = Counter(before.split("\n")) - Counter(file.read_text().split("\n"))
+    assert lost.total() == 6  # two keys, two items, two metrics
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0.0002, 5e-05, "null", "a: b", "0123", "颜色 # x", ["q"], {"a": [1, {"b": None}]}, [], ""]
+)
+def test_a_value_is_written_as_yaml_that_reads_back(value: Any) -> None:
+    text = yaml_text(value)
+    again = YAML(typ="safe").load(text)
+    assert again == value and type(again) is type(value) and "\n" not in text
 
 
 def test_what_there_is_not_is_refused_with_what_there_is(project_file: Path) -> None:
@@ -155,4 +231,7 @@ def test_the_command_lists_and_applies(tmp_path: Path, project_file: Path) -> No
     assert [each["name"] for each in json.loads(listed.stdout)] == sorted(p.stem for p in PRESETS.glob("*.yaml"))
     said = retune(tmp_path, "preset", "roberta-base-imdb")
     assert "train.task: causal-lm → sequence-classification" in said.stdout
+    assert "prepare.model_revision: null → " in said.stdout and "None" not in said.stdout
     assert load_params(project_file).train.task == "sequence-classification"
+    first = retune(tmp_path, "preset", "chatglm3-6b-lora")
+    assert first.stdout.split("first: ")[1].startswith("convert zai-org/chatglm3-6b")

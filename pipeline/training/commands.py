@@ -20,6 +20,7 @@ def preset(
     json_output: Json = False,
 ) -> None:
     """Write the parameters for a model and task into params.yaml, comments kept; without NAME, list what there is."""
+    from pipeline.settings import yaml_text
     from pipeline.training.presets import apply, available
 
     if name is None:
@@ -31,12 +32,15 @@ def preset(
             print(f"{each.name:20} {each.about} (--for {', '.join(each.tasks)})")
         return
     changed = apply(name, Path("params.yaml"), task)
+    chosen = next(each for each in available() if each.name == name)
     if json_output:
-        print(json.dumps({"preset": name, "changed": changed}))
+        print(json.dumps({"preset": name, "changed": changed, "first": chosen.first}))
         return
     for key, (old, new) in changed.items():
-        print(f"  {key}: {old} → {new}")
+        print(f"  {key}: {yaml_text(old)} → {yaml_text(new)}")
     print(f"preset: {name} is in params.yaml, {len(changed)} values changed; `git diff params.yaml` shows them")
+    if chosen.first is not None:
+        print(f"first: {chosen.first}")
 
 
 def classify(

@@ -4,7 +4,6 @@ The user's comments and order stay. A preset sets the same parameters as all oth
 is left over; what no preset sets stays as it was.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline.params import Params
-from pipeline.settings import load_params
+from pipeline.settings import change_params, load_params
 
 PRESETS = Path(__file__).parents[2] / "infra" / "presets"
 
@@ -27,16 +26,17 @@ class Preset:
     about: str
     gpu: str | None  # of infra/gpus.yaml, the smallest it is meant for; None: a CPU will do
     tasks: list[str]  # of `--for`
+    first: str | None  # what to do before it can be used
 
 
 def available() -> list[Preset]:
     """All presets by name, as infra/presets has them."""
     found = ((path.stem, _read(path.stem)) for path in sorted(PRESETS.glob("*.yaml")))
-    return [Preset(name, tree["about"], tree["gpu"], list(tree["for"])) for name, tree in found]
+    return [Preset(name, tree["about"], tree["gpu"], list(tree["for"]), tree["first"]) for name, tree in found]
 
 
 def apply(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any, Any]]:
-    """Write the preset's values into `path`; returns what changed: parameter → value before, value now.
+    """Write the preset's values into `path`, and nothing else; returns what changed: parameter → value before, now.
 
     Args:
         task: of the preset's `for`: rank, alpha and target modules for classification, generation or reasoning.
@@ -46,25 +46,14 @@ def apply(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any
         ParamsError: `path` cannot be used as it is, or not with the preset's values.
     """
     load_params(path)  # a file that is wrong already is not made wrong in another way
-    sections = values(name, task)
-    yaml = _yaml()
-    tree = yaml.load(path.read_text(encoding="utf-8"))
-    changed = {}
-    for section, settings in sections.items():
-        for key, new in settings.items():
-            old = tree[section][key]
-            if old != new or type(old) is not type(new):
-                changed[f"{section}.{key}"] = (old, new)
-                tree[section][key] = new
-    changed = {key: (old, new) for key, (old, new) in changed.items() if old != new}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            yaml.dump(tree, file)
-        load_params(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    before: dict[str, dict[str, Any]] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    changed = {
+        f"{section}.{key}": (before[section][key], new)
+        for section, settings in values(name, task).items()
+        for key, new in settings.items()
+        if before[section][key] != new or isinstance(new, bool) != isinstance(before[section][key], bool)
+    }
+    change_params({key: new for key, (_, new) in changed.items()}, path)
     return changed
 
 
@@ -98,11 +87,3 @@ def _read(name: str) -> dict[str, Any]:
         raise PresetError(f"{name} is no preset; there are {known}")
     tree: dict[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     return tree
-
-
-def _yaml() -> YAML:
-    yaml = YAML(typ="rt")
-    yaml.preserve_quotes = True
-    yaml.width = 4096  # a line stays a line
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    return yaml
