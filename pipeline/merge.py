@@ -213,7 +213,7 @@ def _refuse_merged_base(contract: dict[str, Any]) -> None:
 def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bos_id: int | None) -> None:
     """All that a server needs beside the weights; it stops where the evaluation stopped."""
     tokenizer = template.tokenizer
-    tokenizer.chat_template = template.text
+    tokenizer.chat_template = template.served_text()
     tokenizer.save_pretrained(str(folder))
     GenerationConfig(
         bos_token_id=bos_id, eos_token_id=sorted(template.stop_ids), pad_token_id=tokenizer.pad_token_id

@@ -201,3 +201,17 @@ def test_a_system_message_that_the_template_drops_is_noticed_and_one_that_it_mov
     with pytest.raises(RowError):
         template_of("gptoss").encode(later)
     assert template_of("deepseek_r1_distill").encode(later).repairs == ()
+
+
+@pytest.mark.parametrize("name", ["gptoss", "llama3_2", "muse_glimmer", "qwen3", "nemotron_3_nano", "llama3"])
+@pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}, {"reasoning_effort": "low"}])
+def test_the_template_that_ships_renders_what_was_trained_without_being_told_arguments_or_date(
+    name: str, kwargs: dict[str, Any]
+) -> None:
+    template = template_of(name, date="2024-02-29" if name in DATED else None, chat_template_kwargs=kwargs)
+    shipped = template.served_text()
+    for messages in CONVERSATIONS.values():
+        served = template.tokenizer.apply_chat_template(
+            messages[:-1], chat_template=shipped, add_generation_prompt=True, tokenize=False
+        )
+        assert served == template.prompt(messages[:-1])[0]

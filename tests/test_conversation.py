@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.chat import rendering
 from pipeline.chat.conversation import ESCAPED, ChatTemplate, Encoded
 from pipeline.chat.rendering import RowError, TemplateError
-from pipeline.chat.template import NAMED, TEMPLATES, named_ends
+from pipeline.chat.template import FROM_TRL, NAMED, TEMPLATES, named_ends, named_text
 from pipeline.data.records import Message
 
 WORDS = ["the quick brown fox jumps over the lazy dog, hello world! philosophy " * 3, "你好，世界。再见 😀 tool call"]
@@ -118,7 +118,7 @@ def kind(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def named(tokenizer: PreTrainedTokenizerFast, name: str, **fields: Any) -> ChatTemplate:
-    text = (TEMPLATES / f"{name}.jinja").read_text()
+    text = named_text(name)
     return ChatTemplate(tokenizer, text, frozenset(named_ends(tokenizer, name, "the test")), name=name, **fields)
 
 
@@ -185,7 +185,8 @@ WITH_SYSTEM = {
 
 
 def test_every_named_template_has_a_file_and_is_installed() -> None:
-    assert {path.stem for path in TEMPLATES.glob("*.jinja")} == set(NAMED)
+    assert {path.stem for path in TEMPLATES.glob("*.jinja")} | set(FROM_TRL) == set(NAMED)
+    assert all(map(named_text, NAMED))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "templates/*.jinja" in project["tool"]["setuptools"]["package-data"]["pipeline.chat"]
 

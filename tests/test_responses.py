@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline import try_commands
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.responses import Response, as_calls, canonical_calls, read_response
-from pipeline.chat.template import NAMED, TEMPLATES
+from pipeline.chat.template import NAMED, named_text
 from pipeline.generate import Answer, to_answer
 from pipeline.scoring import score_items
 from pipeline.serving import _Pieces
@@ -58,7 +58,7 @@ NO_CALLS = ("cohere", "cohere2", "deepseek_r1_distill", "gemma", "gemma3", "lfm2
 @cache
 def template_of(name: str) -> ChatTemplate:
     """The template with a tokenizer that has its control tokens."""
-    text = ((TEMPLATES if name in NAMED else FOLDER) / f"{name}.jinja").read_text(encoding="utf-8")
+    text = named_text(name) if name in NAMED else (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     stops = next((stops for part, stops in STOPS.items() if part in name), ["<|im_end|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token=stops[0], bos_token="<s>")
     tokenizer.add_special_tokens({"additional_special_tokens": sorted({*CONTROL.findall(text), *stops})})

@@ -4,7 +4,9 @@ Each trained answer stands behind the tokens of the prompt that a server would s
 model writes it. A template that rewrites earlier turns makes several rows of one conversation: one an answer.
 """
 
+import datetime
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -21,6 +23,7 @@ from pipeline.files import sha256_json
 Conversation = tuple[list[Message], str | None]  # messages, and the tools on offer as JSON
 
 ESCAPED = "control tokens in its text escaped"
+CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 LONGEST_CUE = 100  # characters of a text between contents that is worth remembering
 LEFT_OUT = "a part of it left out by the chat template"
 
@@ -72,6 +75,15 @@ class ChatTemplate:
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # a compiled template stays here
+
+    def served_text(self) -> str:
+        """The template as it ships: with its arguments and its date inside, so that every server renders what was
+        trained without being told them."""
+        values = "".join(f"{{%- set {key} = {value!r} -%}}" for key, value in self.chat_template_kwargs.items())
+        if self.date is None:
+            return values + self.text
+        day = datetime.date.fromisoformat(self.date)
+        return values + CLOCK.sub(lambda match: json.dumps(day.strftime(match[2])), self.text)
 
     def render(self, messages: list[Message], tools: str | None = None, add_generation_prompt: bool = False) -> str:
         """`messages` as the model reads them.

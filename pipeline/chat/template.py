@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import trl
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.chat.conversation import ChatTemplate as ChatTemplate
@@ -28,6 +29,7 @@ SINCE_THEN: dict[str, Any] = {
     "on_left_out": "keep",
 }
 TEMPLATES = Path(__file__).parent / "templates"
+FROM_TRL = {"qwen": "qwen2_5", "gemma": "gemma3"}  # named templates that TRL has as the families publish them
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
     text, name = None, None
     if params.chat_template in NAMED:
         name = params.chat_template
-        text = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+        text = named_text(name)
     elif params.chat_template is not None:
         path = Path(params.chat_template)
         if not path.is_file():
@@ -103,6 +105,12 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             "most (max_position_embeddings)"
         )
     return template, identity
+
+
+def named_text(name: str) -> str:
+    """The Jinja text of a named template."""
+    folder = Path(trl.__file__).parent / "chat_templates" if name in FROM_TRL else TEMPLATES
+    return (folder / f"{FROM_TRL.get(name, name)}.jinja").read_text(encoding="utf-8")
 
 
 def load_contract(contract: dict[str, Any]) -> ChatTemplate:
