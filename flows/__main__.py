@@ -22,7 +22,8 @@ def main() -> None:
         from flows.summary import show
     try:
         state: Any = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
-        result: dict[str, Any] = state.result()
+        # A refusal is no error, though its state is not green.
+        result: dict[str, Any] = state.result(raise_on_failure=not (state.is_cancelled() and state.data))
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith(("pipeline.", "flows.")):
             raise

@@ -6,11 +6,12 @@ whose name says what came of it. A run that another one keeps from the lock ends
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
@@ -18,12 +19,13 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 import flows.retrain as story
-from flows.summary import tag_run, verdict
+from flows.summary import describe_run, state_of, verdict
 from pipeline import graph
 from pipeline import promote as gate
 from pipeline.data.snapshot import recover
 from pipeline.environment import set_environment
 from pipeline.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
+from pipeline.files import write_text
 from pipeline.ingest import ingest
 from pipeline.preflight import require_ready
 from pipeline.process import environment
@@ -32,15 +34,31 @@ from pipeline.security.redact import redact_process, redacted_errors
 from pipeline.settings import change_params, load_params
 from pipeline.statistics import LOWER_IS_BETTER
 from pipeline.store.artifact_store import open_store
-from pipeline.store.garbage import collect
+from pipeline.store.garbage import UploadUnderWay, collect
 from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.manifest import read_manifest
 from pipeline.versions.rescore import score_today
 from pipeline.versions.retention import delete, outdated
 
+P = ParamSpec("P")
+
+
+def skipped_when_busy(run: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
+    """A run that another one keeps from its work ends as *Skipped*, which alerts nobody."""
+
+    @wraps(run)
+    def skipping(*args: P.args, **kwargs: P.kwargs) -> State[Any]:
+        try:
+            return run(*args, **kwargs)
+        except (RunUnderWay, UploadUnderWay) as error:
+            return Completed(name="Skipped", message=str(error))
+
+    return skipping
+
 
 @flow(name="retrain", flow_run_name="retrain-{trigger}")
 @redacted_errors
+@skipped_when_busy
 def retrain(
     trigger: str = "by-hand", sources: list[str] | None = None, changes: dict[str, Any] | None = None
 ) -> State[Any]:
@@ -49,45 +67,43 @@ def retrain(
     Args:
         trigger: what started the run; part of its name and tags.
         sources: data to ingest first, as `retune ingest` takes them.
-        changes: parameters to write to params.yaml first, such as {"train.lora_r": 32}; they stay.
+        changes: parameters to write to params.yaml first, such as {"train.lora_r": 32}; they stay if the version that
+            they make is promoted or waits for approval, else params.yaml is put back.
     """
-    try:
-        with _project() as lock:
-            if changes:
-                change_params(changes)
-            params = load_params()
-            if sources:
-                graph.pull_data()
-                ingest(params.ingest, sources)
-            require_ready(params)
-            version = None if graph.stale() else graph.version_id()
-            reason = version and gate.settled(params.publish, params.promote, version)
-            if reason:
-                tag_run(trigger, "unchanged")
-                return Completed(name="Unchanged", message=f"nothing to do: version {version}: {reason}")
-            # A run that waits for a person lets go of the lock.
-            os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
-            result = story.run_stages(trigger)
-    except RunUnderWay as error:
-        return Completed(name="Skipped", message=str(error))
-    return story.ended(result)
+    with _project() as lock, _tried(changes) as trial:
+        params = load_params()
+        if sources:
+            graph.pull_data()
+            ingest(params.ingest, sources)
+        require_ready(params)
+        version = None if graph.stale() else graph.version_id()
+        reason = version and gate.settled(params.publish, params.promote, version)
+        if version and reason:
+            describe_run(trigger, "unchanged")
+            trial.stays = version == champion(
+                read_log(open_store(params.publish), params.publish.registered_model_name)
+            )
+            return Completed(name="Unchanged", message=f"nothing to do: version {version}: {reason}")
+        # A run that waits for a person lets go of the lock.
+        os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
+        result = story.run_stages(trigger)
+        trial.stays = result["decision"]["decision"] in ("promoted", "proposed", "unchanged")
+    return state_of(result["decision"]["decision"], result["decision"]["reason"])
 
 
 @flow(name="watch")
 @redacted_errors
+@skipped_when_busy
 def watch() -> State[Any]:
     """Look at `ingest.sources` again; a new snapshot with enough new rows starts a retraining."""
-    try:
-        with _project():
-            params = load_params()
-            if params.ingest.sources is None:
-                return Completed(name="Skipped", message="ingest.sources is null; there is nothing to look at")
-            graph.pull_data()
-            before = contents()
-            changed = ingest(params.ingest).changed
-            new_rows = count_new(before) if changed else 0
-    except RunUnderWay as error:
-        return Completed(name="Skipped", message=str(error))
+    with _project():
+        params = load_params()
+        if params.ingest.sources is None:
+            return Completed(name="Skipped", message="ingest.sources is null; there is nothing to look at")
+        graph.pull_data()
+        before = contents()
+        changed = ingest(params.ingest).changed
+        new_rows = count_new(before) if changed else 0
     if not changed:
         return Completed(name="Unchanged", message="the sources hold what the snapshot holds")
     told = tell_updated(new_rows, params.operations.min_new_rows)
@@ -97,6 +113,7 @@ def watch() -> State[Any]:
 
 @flow(name="promote", flow_run_name="promote-{version}")
 @redacted_errors
+@skipped_when_busy
 def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
     """Decide on a published version: v3, 3, canary or an id. Force overrules the gate; its reason is kept."""
     with _project():
@@ -105,11 +122,12 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
             raise ValueError("force needs a reason: the history keeps why the gate was overruled")
         decision = gate.promote(params.publish, params.promote, version, force=reason if force else None)
     create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
-    return Completed(name=decision.word.capitalize(), message=decision.reason, data=asdict(decision))
+    return state_of(decision.word, decision.reason)
 
 
 @flow(name="rollback")
 @redacted_errors
+@skipped_when_busy
 def rollback(reason: str, to: str | None = None) -> State[Any]:
     """Put the champion before the present one back, or the version named by `to`; it waits for no run."""
     _enter()
@@ -121,27 +139,25 @@ def rollback(reason: str, to: str | None = None) -> State[Any]:
 
 @flow(name="evaluate-champion")
 @redacted_errors
+@skipped_when_busy
 def evaluate_champion() -> State[Any]:
     """Score the champion on today's test split; below what it was promoted with, `champion.regressed` is raised."""
-    try:
-        with _project():
-            params = load_params()
-            store, metric = open_store(params.publish), params.promote.primary_metric
-            version = champion(read_log(store, params.publish.registered_model_name))
-            manifest = read_manifest(store, version) if version else None
-            if manifest is None:
-                return Completed(name="Skipped", message="there is no champion yet")
-            then = manifest["metrics"]["merged"].get(metric)
-            if then is None:
-                said = f"{metric} (promote.primary_metric) was not measured when champion {version} was published"
-                return Completed(name="Skipped", message=f"{said}, so there is no score to compare today's with")
-            recover()
-            graph.pull_data()
-            if graph.repro("prepare", print) != 0:
-                raise story.StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
-            now = score_today(params.publish, manifest, metric)
-    except RunUnderWay as error:
-        return Completed(name="Skipped", message=str(error))
+    with _project():
+        params = load_params()
+        store, metric = open_store(params.publish), params.promote.primary_metric
+        version = champion(read_log(store, params.publish.registered_model_name))
+        manifest = read_manifest(store, version) if version else None
+        if manifest is None:
+            return Completed(name="Skipped", message="there is no champion yet")
+        then = manifest["metrics"]["merged"].get(metric)
+        if then is None:
+            said = f"{metric} (promote.primary_metric) was not measured when champion {version} was published"
+            return Completed(name="Skipped", message=f"{said}, so there is no score to compare today's with")
+        recover()
+        graph.pull_data()
+        if graph.repro("prepare", print) != 0:
+            raise story.StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
+        now = score_today(params.publish, manifest, metric)
     said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
     create_markdown_artifact(
         f"**{version}**: {said}", key="champion", description="The champion scored on today's test split"
@@ -149,11 +165,12 @@ def evaluate_champion() -> State[Any]:
     if now <= then["high"] if metric in LOWER_IS_BETTER else now >= then["low"]:
         return Completed(name="Holds", message=said)
     emit(CHAMPION_REGRESSED, "retune.champion", {"version": version, "metric": metric, "score": now})
-    return Completed(name="Regressed", message=said)
+    return state_of("regressed", said)
 
 
 @flow(name="cleanup")
 @redacted_errors
+@skipped_when_busy
 def cleanup(delete_files: bool = True) -> State[Any]:
     """Delete versions that publish.keep_versions does not keep, then what no version needs any more."""
     _enter()
@@ -164,6 +181,25 @@ def cleanup(delete_files: bool = True) -> State[Any]:
     found = collect(open_store(params), delete_files)
     said = f"{len(versions)} versions and {found.objects:,} objects, {found.bytes / 1e6:,.1f} MB"
     return Completed(name="Cleaned", message=said, data=asdict(found))
+
+
+@dataclass
+class Trial:
+    stays: bool = False
+
+
+@contextmanager
+def _tried(changes: dict[str, Any] | None) -> Iterator[Trial]:
+    """params.yaml with `changes`; put back at the end unless they are said to stay, or somebody edited the file."""
+    path, trial = Path("params.yaml"), Trial()
+    before = path.read_text(encoding="utf-8")
+    change_params(changes or {})
+    changed = path.read_text(encoding="utf-8")
+    try:
+        yield trial
+    finally:
+        if not trial.stays and changed != before and path.read_text(encoding="utf-8") == changed:
+            write_text(path, before)
 
 
 @contextmanager

@@ -5,54 +5,112 @@ of `flows.automations` marks Crashed; its slot of the pool is then free, and the
 """
 
 import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_client
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    WorkerFilter,
+    WorkerFilterStatus,
+)
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
-from prefect.states import Completed
+from prefect.states import Cancelled, Cancelling, Completed
 
+from flows.lines import shown
 from pipeline import handover
 from pipeline.environment import set_environment
 from pipeline.params import OperationsParams
-from pipeline.progress import LINE
-from pipeline.security.redact import redact, redact_process, redacted_errors
+from pipeline.security.redact import redact_process, redacted_errors
+
+POOL = "gpu"
+POLL_SECONDS = 2.0
+ONLINE = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
 
 
 class TrainingFailed(RuntimeError):
     """The worker's training failed or its workers died too often; nothing was taken over."""
 
 
-def train_on_pool(params: OperationsParams) -> None:
-    """Have a worker of the gpu pool run the stage `train`, and take over what it made.
+def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> None:
+    """Have a worker of the gpu pool run the stage `train`, and take over what it made; `on_line` gets its progress.
 
     Raises:
-        TrainingFailed: the training failed, or workers died at each of `operations.train_attempts`.
+        TrainingFailed: no worker came, the training failed, or workers died at each of `operations.train_attempts`.
         HandoverError: inputs or outputs could not be handed over.
     """
     if os.environ.get("RETUNE_DASHBOARD") == "":
         raise TrainingFailed(
             "operations.train_pool is gpu, but no server with a gpu worker is up; `retune up` starts it"
         )
-    logger = get_run_logger()
     commit = handover.ask("train", params.git_remote)
-    for attempt in range(1, params.train_attempts + 1):
-        logger.info(f"train: asked the gpu pool for {commit[:12]}, attempt {attempt}")
-        run: Any = run_deployment(
-            "train/train",
-            parameters={"commit": commit, "remote": params.git_remote},
-            flow_run_name=f"train-{commit[:12]}-{attempt}",
-            poll_interval=2,
+    try:
+        for attempt in range(1, params.train_attempts + 1):
+            on_line(f"train: asked the gpu pool for {commit[:12]}, attempt {attempt}")
+            asked: Any = run_deployment(
+                "train/train",
+                parameters={"commit": commit, "remote": params.git_remote},
+                flow_run_name=f"train-{commit[:12]}-{attempt}",
+                timeout=0,  # not waited for there: nobody would be told that no worker comes
+            )
+            run = _wait(asked.id, params.worker_wait_minutes, on_line)
+            if run.state.is_completed():
+                handover.take("train", commit, params.git_remote)
+                return
+            if not run.state.is_crashed():
+                raise TrainingFailed(f"the gpu worker's run {run.name} ended as {run.state.name}: {run.state.message}")
+            on_line(f"train: the worker of {run.name} died")
+        raise TrainingFailed(
+            f"the workers of {params.train_attempts} attempts died; `retune doctor` on the gpu machine"
         )
-        if run.state.is_completed():
-            handover.take("train", commit, params.git_remote)
-            return
-        if not run.state.is_crashed():
-            raise TrainingFailed(f"the gpu worker's run {run.name} ended as {run.state.name}: {run.state.message}")
-        logger.warning(f"train: the worker of {run.name} died")
-    raise TrainingFailed(f"the workers of {params.train_attempts} attempts died; `retune doctor` on the gpu machine")
+    finally:
+        handover.forget(commit, params.git_remote)
+
+
+def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
+    """The flow run once it has ended; it is cancelled when this process stops waiting.
+
+    Raises:
+        TrainingFailed: for so many minutes no worker was there to begin it.
+    """
+    artifacts = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+    said, deserted_since = "", None
+    with get_client(sync_client=True) as client:
+        try:
+            while not (run := client.read_flow_run(run_id)).state.is_final():  # type: ignore[union-attr]
+                line = ""
+                if run.state.is_running():  # type: ignore[union-attr]
+                    line = next(
+                        (each.description or "" for each in client.read_artifacts(artifact_filter=artifacts)), ""
+                    )
+                elif client.read_workers_for_work_pool(POOL, ONLINE):
+                    deserted_since = None
+                else:
+                    deserted_since = deserted_since or time.monotonic()
+                    line = f"train: no worker polls the work pool {POOL}; waiting {minutes:g} minutes for one"
+                    if time.monotonic() - deserted_since > 60 * minutes:
+                        raise TrainingFailed(
+                            f"no worker polled the work pool {POOL} for operations.worker_wait_minutes, {minutes:g}; "
+                            "start one (`retune up`, or see docs/operations.md, Training on another machine), or set "
+                            "operations.train_pool to local"
+                        )
+                if line and line != said:
+                    on_line(line)
+                said = line
+                time.sleep(POLL_SECONDS)
+            return run
+        except BaseException:
+            with suppress(Exception):  # what went wrong first is what matters
+                now: Any = client.read_flow_run(run_id).state
+                state = Cancelling if now.is_running() else Cancelled  # a worker is to end what it has begun
+                client.set_flow_run_state(run_id, state(message="the run that asked for it has ended"), force=True)
+            raise
 
 
 @flow(name="train", retries=0)
@@ -61,22 +119,8 @@ def train(commit: str, remote: str = "origin") -> State[Any]:
     """Run the stage `train` as `commit` has it, in this worker's clone."""
     redact_process()
     set_environment()
-    logger = get_run_logger()
     artifact = create_progress_artifact(0.0, key="training-progress", description="Training")
     assert isinstance(artifact, UUID)  # not a coroutine: this is synchronous code
-
-    def on_line(line: str) -> None:
-        line = redact(line)
-        if not line.strip():
-            return
-        logger.info(line)
-        progress = LINE.match(line)
-        if progress:
-            try:
-                update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]), description=line)
-            except Exception as error:  # whatever ails the server, it must not end a training
-                logger.warning(f"progress could not be shown: {error}")
-
-    handover.work("train", commit, remote, on_line)
+    handover.work("train", commit, remote, shown("train", artifact))
     update_progress_artifact(artifact_id=artifact, progress=100.0)
     return Completed(name="Trained", message=f"commit {commit[:12]}")

@@ -6,7 +6,6 @@ work as done. Training is never retried: a second attempt is a person's decision
 
 import fcntl
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,34 +28,25 @@ from prefect.input import RunInput
 from prefect.states import Completed, Running
 
 from flows.gpu import train_on_pool
-from flows.summary import show_run, tag_run, verdict
+from flows.lines import say, shown
+from flows.summary import describe_run, show_run, state_of, verdict
 from pipeline import graph
 from pipeline import promote as gate
 from pipeline import publish as shipping
 from pipeline.data.snapshot import recover
 from pipeline.git_record import GitRecordError, record_version
 from pipeline.params import Params
-from pipeline.progress import LINE, clock
+from pipeline.progress import clock
 from pipeline.report.tables import score_rows
 from pipeline.report.whole import report_decision
-from pipeline.security.redact import redact, redacted_errors
+from pipeline.security.redact import redacted_errors
 from pipeline.settings import load_params
 from pipeline.statistics import METRICS, read_scores
 from pipeline.store.artifact_store import open_store
 from pipeline.training.pin import pin_champion
+from pipeline.under_way import tell, told
 
 ARTIFACTS = Path("artifacts")
-# What DVC says after each stage, for people who type `dvc repro`.
-DVC_HINTS = (
-    "Use `dvc push`",
-    "To track the changes",
-    "\tgit add",
-    "> ",
-    "To enable auto staging",
-    "\tdvc config",
-    "Updating lock file",
-    "Data and pipelines are up to date",
-)
 
 
 class StageFailed(RuntimeError):
@@ -77,8 +67,8 @@ def retrain(trigger: str = "by-hand") -> State[Any]:
 
 
 def run_stages(trigger: str) -> dict[str, Any]:
-    with graph.dvc_loaded():
-        tag_run(trigger)
+    with graph.dvc_loaded(), told(trigger):
+        describe_run(trigger)
         params = load_params()
         result = summary(
             [
@@ -91,14 +81,13 @@ def run_stages(trigger: str) -> dict[str, Any]:
                 promote(params),
             ]
         )
-    show_run(params, trigger, result)
-    return wait_for_approval(params, result)
+        show_run(params, trigger, result)
+        return wait_for_approval(params, trigger, result)
 
 
 def ended(result: dict[str, Any]) -> State[Any]:
     """The run's last state, named after the decision: automations wait for *Refused*."""
-    decision = result["decision"]
-    return Completed(name=decision["decision"].capitalize(), message=decision["reason"], data=result)
+    return state_of(result["decision"]["decision"], result["decision"]["reason"], result)
 
 
 class Approval(RunInput):
@@ -136,7 +125,7 @@ def train(params: Params) -> State[Any]:
     if operations.train_pool == "local" or "train" not in graph.stale():
         return _repro("train", artifact)
     started = time.monotonic()
-    train_on_pool(operations)
+    train_on_pool(operations, shown("train", artifact))
     update_progress_artifact(artifact_id=artifact, progress=100.0)
     return _state("train", "ran", started)
 
@@ -160,6 +149,7 @@ def merge() -> State[Any]:
 @redacted_errors
 def publish(params: Params) -> State[Any]:
     started = time.monotonic()
+    tell("publish")
     published = shipping.publish(params.publish)
     store = open_store(params.publish)
     link = f"{store.uri}/versions/{published.version}/manifest.json"
@@ -173,6 +163,7 @@ def publish(params: Params) -> State[Any]:
 @redacted_errors
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
+    tell("promote")
     decision = gate.promote(params.publish, params.promote)
     if decision.decision == "promoted" and params.operations.git_branch is not None:
         _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)
@@ -185,10 +176,10 @@ def _record_in_git(branch: str, model: str, decision: gate.Decision) -> None:
     """The promotion stands, whatever git says; what it says is a line of the run."""
     try:
         commit = record_version(branch, model, decision.version, decision.number)
-        _say(f"promote: {branch} has commit {commit[:12]}")
+        say(f"promote: {branch} has commit {commit[:12]}")
     except GitRecordError as error:
         get_run_logger().warning(f"promote: {error}")
-        _say(f"promote: not recorded in git: {error}")
+        say(f"promote: not recorded in git: {error}")
 
 
 @task
@@ -211,7 +202,7 @@ def _report(params: Params, decision: gate.Decision) -> None:
         )
 
 
-def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
+def wait_for_approval(params: Params, trigger: str, result: dict[str, Any]) -> dict[str, Any]:
     """Where `promote.approval` is manual: pause until a person, who sees the numbers, resumes the run.
 
     Nothing is held meanwhile: the stages' processes have ended, and the project's run lock is let go of. A run on a
@@ -221,16 +212,15 @@ def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
     decision = result["decision"]
     if decision["decision"] != "proposed" or os.environ.get("RETUNE_DASHBOARD") == "":
         return result
-    _say(
-        f"promote: version {decision['version']} passes and waits for approval in the dashboard: resume this run there"
-    )
+    say(f"promote: version {decision['version']} passes and waits for approval in the dashboard: resume this run there")
+    tell("approval")
     if "RETUNE_RUN_LOCK" in os.environ:  # inherited from `retune run`, and unlocked for both
         fcntl.flock(int(os.environ["RETUNE_RUN_LOCK"]), fcntl.LOCK_UN)
     form = Approval.with_initial_data(description=verdict(decision), approve=False)
     try:
         answer = pause_flow_run(form, timeout=int(params.promote.approval_hours * 3600), poll_interval=2)
     except FlowPauseTimeout:
-        _say(
+        say(
             f"promote: nobody answered in {params.promote.approval_hours:g} hours; `retune promote --approve` still can"
         )
         context: Any = get_run_context()
@@ -238,7 +228,9 @@ def wait_for_approval(params: Params, result: dict[str, Any]) -> dict[str, Any]:
             client.set_flow_run_state(context.flow_run.id, Running(), force=True)
         return result
     answered: StageResult = approve(params, decision["version"], answer).result()
-    return result | {"decision": answered.detail}
+    result |= {"decision": answered.detail}
+    show_run(params, trigger, result)
+    return result
 
 
 def summary(states: list[State[Any]]) -> dict[str, Any]:
@@ -257,23 +249,13 @@ def summary(states: list[State[Any]]) -> dict[str, Any]:
 
 def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
     """Run one DVC stage, its lines streamed to the terminal and to Prefect, its progress to `artifact`."""
-    logger = get_run_logger()
     started = time.monotonic()
     lines: list[str] = []
+    show = shown(stage, artifact)
 
     def on_line(line: str) -> None:
-        line = redact(line)
         lines.append(line)
-        if not line.strip() or line.startswith(DVC_HINTS):
-            return
-        logger.info(line)
-        _say(line)
-        progress = LINE.match(line)
-        if progress and artifact is not None:
-            try:
-                update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]), description=line)
-            except Exception as error:  # whatever ails the server, it must not end a training
-                logger.warning(f"progress could not be shown: {error}")
+        show(line)
 
     status = graph.repro(stage, on_line)
     if status != 0:
@@ -286,7 +268,3 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
 def _state(stage: str, outcome: str, started: float, detail: Any = None) -> State[Any]:
     result = StageResult(stage, outcome, time.monotonic() - started, detail)
     return Completed(name=outcome.capitalize(), message=f"{stage} {outcome} in {clock(result.seconds)}", data=result)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True, file=sys.stderr if "--json" in sys.argv else sys.stdout)

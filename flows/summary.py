@@ -6,7 +6,9 @@ from typing import Any
 
 from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
+from prefect.states import Cancelled, Completed
 from rich.console import Console
 from ruamel.yaml import YAML
 
@@ -30,11 +32,17 @@ def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:
     create_markdown_artifact(text, key="run", description=result["decision"]["title"])
     version = result["version"]
     model = f"{params.publish.registered_model_name}-v{version['number']}" if version["number"] else version["version"]
-    tag_run(trigger, f"model:{model}", result["decision"]["decision"])
+    describe_run(trigger, result["decision"]["decision"], model)
 
 
-def tag_run(trigger: str, *more: str) -> None:
-    """Tags on the present flow run: those it had at its start, `retune` for the automations, its trigger and data.
+def state_of(decision: str, message: str, data: Any = None) -> State[Any]:
+    """A run's last state, named after what was decided; what a person should look at is not green in the dashboard."""
+    state = Cancelled if decision in ("refused", "undecided", "regressed") else Completed
+    return state(name=decision.capitalize(), message=message, data=data)
+
+
+def describe_run(trigger: str, decision: str | None = None, model: str | None = None) -> None:
+    """Tags on the present flow run (`retune` for the automations, trigger, data, model); its name says what it decided.
 
     By request, not by Prefect's `tags`: each of those costs every task a request for its concurrency limit.
     """
@@ -43,9 +51,11 @@ def tag_run(trigger: str, *more: str) -> None:
     if run is None:
         return
     process = None if run.deployment_id else identity()  # a worker says it of its own
-    tags = {*run.tags, "retune", f"trigger:{trigger}", *filter(None, [_data_tag()]), *more}
+    tags = {*run.tags, "retune", f"trigger:{trigger}", *filter(None, [_data_tag(), decision])}
+    tags |= {f"model:{model}"} if model else set()
+    name = "-".join(["retrain", trigger, *filter(None, [decision, model])])
     with get_client(sync_client=True) as client:
-        client.update_flow_run(run.id, tags=sorted(tags), infrastructure_pid=process)
+        client.update_flow_run(run.id, name=name, tags=sorted(tags), infrastructure_pid=process)
 
 
 def verdict(decision: dict[str, Any]) -> str:

@@ -20,7 +20,8 @@ from pipeline.chat.template import local_source
 from pipeline.data.classes import TextEncoder, load_contract
 from pipeline.data.records import Message
 from pipeline.evaluate import require_same_contract, test_items
-from pipeline.files import read_json, whole_directory, write_json
+from pipeline.files import read_json, sha256_file, whole_directory, write_json
+from pipeline.generation.kept import KeptAnswers, kept_file
 from pipeline.model import load_base, load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.progress import Progress
@@ -56,17 +57,34 @@ class MergedClasses:
 
 @torch.inference_mode()
 def predict(
-    model: Any, encoder: TextEncoder, rows: Sequence[list[int]], batch_size: int, stage: str, system: str
+    model: Any,
+    encoder: TextEncoder,
+    rows: Sequence[list[int]],
+    batch_size: int,
+    stage: str,
+    system: str,
+    keep: Path | None = None,
 ) -> NDArray[np.float32]:
-    """Logits (N, K) for `rows` of token ids, in their order."""
+    """Logits (N, K) for `rows` of token ids, in their order; those in the file `keep` are not computed again."""
+    with KeptAnswers(keep) as kept:
+        return _logits(model, encoder, rows, batch_size, Progress(stage, len(rows), f"classes of {system}"), kept)
+
+
+def _logits(
+    model: Any,
+    encoder: TextEncoder,
+    rows: Sequence[list[int]],
+    batch_size: int,
+    progress: Progress,
+    kept: KeptAnswers,
+) -> NDArray[np.float32]:
     model.eval()
     model.config.pad_token_id = pad = encoder.tokenizer.pad_token_id
     device = next(model.parameters()).device
-    logits: dict[int, Any] = {}
+    logits = {place: np.array(answer, dtype=np.float32) for place, answer in kept.answers.items()}
+    progress.resume_at(len(logits))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    progress = Progress(stage, len(rows), f"classes of {system}")
-    while len(logits) < len(order):
-        left = order[len(logits) :]
+    while left := [i for i in order if i not in logits]:
 
         def attempt(size: int, left: list[int] = left) -> NDArray[np.float32]:
             width = len(rows[left[0]])
@@ -78,7 +96,9 @@ def predict(
 
         text = f"text of {len(rows[left[0]])} tokens"
         batch_size, found = in_fitting_batch(min(batch_size, len(left)), attempt, text)
-        logits.update(zip(left[:batch_size], found, strict=True))
+        for place, row in zip(left[:batch_size], found, strict=True):
+            logits[place] = row
+            kept.add(place, row.tolist())
         progress.update(len(logits))
     return np.stack([logits[i] for i in range(len(rows))])
 
@@ -90,8 +110,13 @@ def predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Pred
     return [Prediction(labels[k], float(row[k]), row.tolist()) for k, row in zip(best, probabilities, strict=True)]
 
 
-def classify(folder: Path, conversations: Sequence[list[Message]], batch_size: int = 64) -> list[Prediction]:
+def classify(
+    folder: Path, conversations: Sequence[list[Message]], batch_size: int = 64, keep_in: Path | None = None
+) -> list[Prediction]:
     """Class and confidence of each conversation (most have one message, the text), by the merged model in `folder`.
+
+    Args:
+        keep_in: folder of a file of what is done, so that the same call after a kill continues there.
 
     Raises:
         TemplateError, ModelError: it is not whole, or no classification model.
@@ -102,7 +127,12 @@ def classify(folder: Path, conversations: Sequence[list[Message]], batch_size: i
     encoder = load_contract(contract, local_source(folder))
     rows = [encoder.prompt(messages)[1] for messages in conversations]
     model = load_base(local_source(folder), None, contract["labels"])
-    return predictions(predict(model, encoder, rows, batch_size, "classify", "the model"), contract["labels"])
+    identity = {"weights": [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))], "contract": contract}
+    keep = kept_file(keep_in, identity, rows, 0, frozenset()) if keep_in is not None else None
+    logits = predict(model, encoder, rows, batch_size, "classify", "the model", keep)
+    if keep is not None:
+        keep.unlink(missing_ok=True)
+    return predictions(logits, contract["labels"])
 
 
 def score_classes(test: pa.Table, found: list[Prediction]) -> pa.Table:

@@ -51,7 +51,10 @@ def main() -> None:
     except OSError as error:
         if error.strerror is None:
             raise
-        print(redact(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")), file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        if isinstance(error, PermissionError) and WORK_DIR.exists() and not os.access(WORK_DIR, os.W_OK | os.X_OK):
+            where += f"; this project is used by {WORK_DIR.owner()}, clone it to a folder of your own"
+        print(redact(f"error: {error.strerror}{where}"), file=sys.stderr)
         sys.exit(1)
     finally:
         gc.freeze()  # Python's last collection would look at all of PyTorch for three seconds

@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.files import WORK_DIR
@@ -15,8 +15,9 @@ def set_environment() -> None:
     """Caches in the project, no telemetry, no file that everybody may write, no Hub unless a parameter names one."""
     os.umask(os.umask(0o077) | 0o002)
     if Path("params.yaml").exists():
-        WORK_DIR.mkdir(exist_ok=True)
-        WORK_DIR.chmod(0o700)  # logs, checkpoints and Prefect's database are nobody else's business
+        with suppress(PermissionError):  # another user's: `--help` works there, and what needs it says why it cannot
+            WORK_DIR.mkdir(exist_ok=True)
+            WORK_DIR.chmod(0o700)  # logs, checkpoints and Prefect's database are nobody else's business
     work = WORK_DIR.resolve()
     defaults = {
         "HF_DATASETS_CACHE": str(work / "datasets"),

@@ -38,7 +38,7 @@ def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
     """A run of the flow `retrain` that found nothing to do, in the server's history; starting it would take longer."""
     flow = _post("flows/", {"name": "retrain"}, root)
     state = {"type": "COMPLETED", "name": "Unchanged", "message": f"nothing to do: {reason}"}
-    run = {"name": "retrain-by-hand", "state": state, "tags": ["retune", "trigger:by-hand", "unchanged"]}
+    run = {"name": "retrain-by-hand-unchanged", "state": state, "tags": ["retune", "trigger:by-hand", "unchanged"]}
     return flow is not None and _post("flow_runs/", run | {"flow_id": flow["id"]}, root) is not None
 
 

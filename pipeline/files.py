@@ -1,42 +1,63 @@
 """Files that appear whole or not at all, and the digests they are known by."""
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.process import identity, lives
+
 WORK_DIR = Path(".retune")  # git-ignored: Prefect database, logs, checkpoints, timings; may be deleted between runs
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
 def whole_directory(target: Path, scratch: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder that replaces `target` when the block ends without an error; else nothing changes.
 
-    The folder is made in `scratch`, by default beside `target`; both must be on one file system, where a rename is
-    atomic. What a killed run left there is removed.
+    The folder is made in `scratch`, by default next to `target`; both must be on one file system, where a rename is
+    atomic. Several processes may make one target: the last stays. What a killed one left there is removed.
     """
     scratch = scratch or target.parent
-    partial = scratch / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    for left in scratch.glob(f".{target.name}.*.partial"):
+        if not lives(left.name.split(".", 2)[2].removesuffix(".partial")):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = scratch / f".{target.name}.{identity()}.partial"
+    partial.mkdir()
     try:
         yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if target.exists():
-        old = scratch / f".{target.name}.replaced"
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        with suppress(OSError):  # another process was quicker
+            partial.rename(target)
+            return
+    _exchange(partial, target)
+    shutil.rmtree(partial)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders, on Linux in one step; elsewhere a kill between the two renames leaves no `old`."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
+            return
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):  # a kernel or file system without it
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    aside = new.with_name(f"{new.name}.aside")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
 
 
 def write_text(path: Path, text: str) -> None:

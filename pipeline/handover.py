@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from pipeline import graph
 from pipeline.files import write_text
+from pipeline.git_record import RECORDED
 from pipeline.security.redact import redact
 
 ASKED, ANSWERED = "refs/retune/asked", "refs/retune/answered"
@@ -32,7 +33,8 @@ def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
     """
     inputs = [name for name in graph.STAGES[: graph.STAGES.index(stage)] if name in graph.lock(root)["stages"]]
     _dvc(root, "push", "data.dvc", *inputs)
-    commit = _commit(root, f"Inputs of {stage}", everything=True)
+    _refuse_untracked(stage, root)
+    commit = _commit(root, f"Inputs of {stage}", changes=True)
     _git(root, "push", "--quiet", remote, f"{commit}:{ASKED}/{commit}")
     return commit
 
@@ -57,12 +59,12 @@ def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], r
     if status != 0:
         raise HandoverError(f"stage {stage} ended with status {status} on this worker; its lines are above")
     _dvc(root, "push", "--run-cache", stage)
-    answer = _commit(root, f"{stage} has run", everything=False)
+    answer = _commit(root, f"{stage} has run", changes=False)
     _git(root, "push", "--quiet", "--force", remote, f"{answer}:{ANSWERED}/{commit}")
 
 
 def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
-    """Merge the stage's entry of the answer into our `dvc.lock`, fetch its outputs, and remove both commits' names.
+    """Merge the stage's entry of the answer into our `dvc.lock`, and fetch its outputs.
 
     Raises:
         HandoverError: there is no answer, or it was made from other inputs than ours.
@@ -83,7 +85,14 @@ def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
     except BaseException:
         write_text(path, before)
         raise
-    _git(root, "push", "--quiet", remote, f":{ASKED}/{commit}", f":{ANSWERED}/{commit}")
+
+
+def forget(commit: str, remote: str, root: Path = Path(".")) -> None:
+    """Remove the names that the remote has for what was asked and answered; without them it may forget both commits."""
+    named = _git(root, "ls-remote", remote, f"{ASKED}/{commit}", f"{ANSWERED}/{commit}").split("\n")
+    refs = [line.split("\t")[1] for line in named if line]
+    if refs:
+        _git(root, "push", "--quiet", remote, *(f":{ref}" for ref in refs))
 
 
 def make_clone(folder: Path, remote: str, root: Path = Path(".")) -> None:
@@ -109,12 +118,28 @@ def _write_entry(path: Path, stage: str, entry: dict[str, object]) -> None:
         write_text(path, file.read())
 
 
-def _commit(root: Path, message: str, everything: bool) -> str:
-    """A commit of the working tree (or of dvc.lock alone) on top of HEAD; index, branch and working tree stay."""
+def _refuse_untracked(stage: str, root: Path) -> None:
+    """Files that the stage depends on travel by git only if git knows them."""
+    deps = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    unknown = _git(root, "ls-files", "--others", "--exclude-standard", "--", *deps).splitlines()
+    lost = [path for path in unknown if path not in RECORDED]
+    if lost:
+        raise HandoverError(
+            f"{stage} depends on {lost[0]}, which git does not know, so a worker lacks it; `git add` it"
+        )
+
+
+def _commit(root: Path, message: str, changes: bool) -> str:
+    """A commit, on top of HEAD, of what runs write; with `changes` also of every other file that git knows.
+
+    Index, branch and working tree stay. Files that git does not know are nobody else's business.
+    """
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         _git(root, "read-tree", "HEAD", **index)
-        _git(root, "add", *(["--all"] if everything else ["dvc.lock"]), **index)
+        if changes:
+            _git(root, "add", "--update", **index)
+        _git(root, "add", "--", *(name for name in RECORDED if (root / name).exists()), **index)
         tree = _git(root, "write-tree", **index)
     who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER")
            for key, value in (("NAME", "retune"), ("EMAIL", "retune@localhost"))}  # fmt: skip

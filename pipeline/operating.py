@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -44,8 +45,8 @@ def down(json_output: Json = False) -> None:
 
 
 def status(json_output: Json = False) -> None:
-    """Which servers and workers run, what is stale, who is champion."""
-    from pipeline import graph, server, stack
+    """Which servers and workers run, how far a run is and who started it, what is stale, who is champion."""
+    from pipeline import graph, server, stack, under_way
     from pipeline.run_lock import RunUnderWay, only_run
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
@@ -61,7 +62,9 @@ def status(json_output: Json = False) -> None:
         stale = ["a run is under way"]
     log = read_log(open_store(params.publish), params.publish.registered_model_name)
     waiting = proposed(log)
+    run = under_way.look()
     answer = {
+        "run": run,
         "dashboard": known.get("url") if known.get("ready") else None,
         "services": known.get("services", []),
         "stale": stale,
@@ -75,6 +78,10 @@ def status(json_output: Json = False) -> None:
     print(f"dashboard  {answer['dashboard'] or 'not running (`retune up` starts it)'}")
     if known:
         _services(known)
+    if run is not None:
+        since = time.strftime("%H:%M", time.localtime(run["since"]))
+        started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
+        print(f"run        {run['line'] or run['stage'] or 'begins'}; {started}")
     print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
     print(f"champion   {answer['champion'] or 'none yet'}")
     if answer["canary"]:

@@ -375,6 +375,7 @@ class OperationsParams(Section):
     train_pool: Literal["local", "gpu"]
     git_remote: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     train_attempts: Annotated[int, Field(ge=1, le=10)]
+    worker_wait_minutes: Annotated[float, Field(gt=0)]
     git_branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] | None
 
     @model_validator(mode="after")

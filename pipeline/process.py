@@ -37,7 +37,9 @@ def lives(named: str | None) -> bool:
 def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
     """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
 
-    Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe.
+    Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe. To the kernel the
+    parent is the *thread* that started this process: start such children from the main thread, or from one that lives
+    as long as they should.
 
     Args:
         parent: the parent's process id where it is known; it may have died before this call.
@@ -51,7 +53,7 @@ def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
 
 
 def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
-    """Command that runs `python -m module arguments…` as a child that dies with this process."""
+    """Command that runs `python -m module arguments…` as a child that dies with the thread that starts it."""
     code = (
         f"import runpy, sys; from pipeline.process import end_with_parent; end_with_parent(parent={os.getpid()}); "
         f"sys.argv = sys.argv[1:]; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
@@ -60,7 +62,7 @@ def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
 
 
 def ending_with_parent(command: Sequence[str]) -> list[str]:
-    """`command` as a child that dies with this process, whatever program it is."""
+    """`command` as a child that dies with the thread that starts it, whatever program it is."""
     code = (
         "import os, sys; from pipeline.process import end_with_parent; "
         f"end_with_parent(parent={os.getpid()}); os.execvp(sys.argv[1], sys.argv[1:])"  # the wish outlives the exec

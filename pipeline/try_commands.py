@@ -96,11 +96,9 @@ def predict(
     from pipeline.generate import generate
     from pipeline.generation.kept import kept_file
     from pipeline.model import use_free_cores
-    from pipeline.progress import Progress
     from pipeline.serving import (
         BASE,
         default_name,
-        label_confidences,
         load_for_batches,
         merged_folder,
         read_prompts,
@@ -119,29 +117,43 @@ def predict(
         if choices is not None or name == BASE:
             raise CommandError("a classifier has its own labels: leave out --labels, and name no base")
         folder, name = merged_folder(params, name)
-        classes = classify(folder, [messages for _, messages, _ in rows], params.evaluate.batch_size)
+        texts = [messages for _, messages, _ in rows]
+        classes = classify(folder, texts, params.evaluate.batch_size, WORK_DIR / "predictions")
         results = [{"label": each.label, "confidence": each.confidence} for each in classes]
         _write_answers(target, rows, results, name, json_output)
         return
     loaded, template, identity = load_for_batches(params, name)
+    prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
+    limit = 0 if choices else max_new_tokens or params.evaluate.max_new_tokens
+    keep = kept_file(WORK_DIR / "predictions", identity | {"labels": choices}, prompts, limit, template.stop_ids)
     if choices is None:
-        prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
-        limit = max_new_tokens or params.evaluate.max_new_tokens
-        keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
         size = params.evaluate.batch_size
         offered = [tools for *_, tools in rows]
         answers = generate(loaded, template, prompts, limit, size, "predict", identity["model"], keep, offered)
         results = [_fields(answer) for answer in answers]
     else:
-        progress = Progress("predict", len(rows), "lines")
-        for done, (_, messages, tools) in enumerate(rows, start=1):
-            found = label_confidences(loaded, template, messages, tools, choices)
-            best = max(found, key=lambda label: found[label])
-            results.append({"label": best, "confidence": found[best]})
-            progress.update(done)
+        results = _labelled(loaded, template, rows, choices, keep)
     _write_answers(target, rows, results, identity["model"], json_output)
-    if choices is None:
-        keep.unlink(missing_ok=True)
+    keep.unlink(missing_ok=True)
+
+
+def _labelled(model: Any, template: Any, rows: list[Any], labels: list[str], keep: Path) -> list[dict[str, Any]]:
+    """The most likely of `labels` for each row, with its confidence; rows that `keep` has are not done again."""
+    from pipeline.generation.kept import KeptAnswers
+    from pipeline.progress import Progress
+    from pipeline.serving import label_confidences
+
+    progress = Progress("predict", len(rows), "lines")
+    with KeptAnswers(keep) as kept:
+        results = list(kept.answers.values())
+        progress.resume_at(len(results))
+        for _, messages, tools in rows[len(results) :]:
+            found = label_confidences(model, template, messages, tools, labels)
+            best = max(found, key=lambda label: found[label])
+            kept.add(len(results), {"label": best, "confidence": found[best]})
+            results.append({"label": best, "confidence": found[best]})
+            progress.update(len(results))
+    return results
 
 
 def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]], model: str, json_output: bool) -> None:

@@ -52,7 +52,7 @@ def test_the_runs_are_found_by_name_trigger_model_and_decision(browser: Browser,
 
 
 def test_a_run_shows_which_stages_ran_and_what_they_left(browser: Browser, port: int) -> None:
-    [run] = api(port, "flow_runs/filter", {"flow_runs": {"name": {"any_": ["retrain-by-hand"]}}})
+    [run] = api(port, "flow_runs/filter", {"flow_runs": {"name": {"like_": "retrain-by-hand"}}})
     browser.open(f"http://127.0.0.1:{port}/runs/flow-run/{run['id']}")
     browser.see("retrain-by-hand", "Promoted", "Logs", "prepare:", "train:")  # the stages' own lines, as they came
     browser.picture("dashboard-run")

@@ -25,13 +25,15 @@ from ruamel.yaml import YAML
 from test_stack import free_port, wait_until
 from versions import parameters, published
 
+from flows import deployments
 from flows.automations import automations
 from flows.deployments import evaluate_champion
-from flows.summary import page
+from flows.summary import page, state_of
 from pipeline import promote as gate
 from pipeline import stack
 from pipeline.events import contents, count_new, emit, tell_updated
 from pipeline.params import Params
+from pipeline.run_lock import only_run
 from pipeline.settings import ParamsError, load_params
 from pipeline.settings import change_params as change
 from pipeline.statistics import METRICS
@@ -152,6 +154,55 @@ def test_a_changed_parameter_keeps_every_comment_and_a_wrong_one_changes_nothing
     assert [each.name for each in tmp_path.iterdir()] == ["params.yaml"]
 
 
+@pytest.mark.parametrize(("run", "arguments"), [
+    (deployments.retrain, {}), (deployments.watch, {}), (deployments.promote, {"version": "v1"}),
+    (deployments.evaluate_champion, {}),
+])  # fmt: skip
+def test_a_deployment_ends_as_skipped_while_another_run_holds_the_lock(
+    run: Any, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    with only_run():
+        state = run.fn(**arguments)
+    assert (state.type.value, state.name) == ("COMPLETED", "Skipped")
+    assert "a run is under way here" in state.message
+
+
+def test_parameters_of_a_trial_are_put_back_unless_they_stay_or_somebody_edits_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "params.yaml"
+    before = (ROOT / "params.yaml").read_text()
+    path.write_text(before)
+    with deployments._tried({"train.lora_r": 64}):
+        assert load_params(path).train.lora_r == 64
+    assert path.read_text() == before
+    with pytest.raises(RuntimeError, match="diverged"), deployments._tried({"train.lora_r": 64}):
+        raise RuntimeError("diverged")
+    assert path.read_text() == before
+    with deployments._tried({"train.lora_r": 64}):
+        path.write_text(path.read_text() + "# a person's note\n")
+    assert load_params(path).train.lora_r == 64
+    path.write_text(before)
+    with deployments._tried({"train.lora_r": 64}) as trial:
+        trial.stays = True
+    assert load_params(path).train.lora_r == 64
+    with deployments._tried(None):
+        pass
+    assert load_params(path).train.lora_r == 64
+
+
+def test_what_a_person_should_look_at_is_not_green() -> None:
+    for decision in ("refused", "undecided", "regressed"):
+        state = state_of(decision, "why", {"a": 1})
+        assert (state.type.value, state.name) == ("CANCELLED", decision.capitalize())
+        assert state.result(raise_on_failure=False) == {"a": 1}
+    assert {state_of(each, "").type.value for each in ("promoted", "proposed", "unchanged")} == {"COMPLETED"}
+
+
 def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_cost() -> None:
     score = {"score": 0.5, "low": 0.4, "high": 0.6}
     row = {"candidate": 0.6, "champion": 0.55, "difference": 0.05, "low": 0.01, "high": 0.09, "margin": None}
@@ -228,8 +279,9 @@ def api(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def ended(url: str, **wanted: str) -> list[dict[str, Any]]:
-    """Runs that have ended, with these fields."""
-    runs = [run for run in api(url, "flow_runs/filter") if wanted.items() <= run.items()]
+    """Runs that have ended, whose fields begin so: to the name is added what was decided."""
+    runs = api(url, "flow_runs/filter")
+    runs = [run for run in runs if all(run[key].startswith(value) for key, value in wanted.items())]
     return [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
 
 
@@ -270,7 +322,7 @@ def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params)
         assert time.monotonic() - began < 60
         changed = start(url, "retrain/retrain", trigger="changed", changes={"evaluate.seed": 5})
         assert changed["state_name"] in ("Promoted", "Refused", "Unchanged"), changed["state"]
-        assert load_params(root / "params.yaml").evaluate.seed == 5
+        assert load_params(root / "params.yaml").evaluate.seed == (5 if changed["state_name"] == "Promoted" else 42)
         assert start(url, "evaluate-champion/evaluate-champion")["state_name"] in ("Holds", "Skipped")
         assert start(url, "cleanup/cleanup")["state_name"] == "Cleaned"
         assert start(url, "watch/watch")["state_name"] == "Skipped"

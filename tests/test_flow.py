@@ -3,11 +3,14 @@
 The tests follow each other: each leaves the project up to date for the next.
 """
 
+import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -360,11 +363,16 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
             if line.startswith("train ") and "steps" in line:
                 break
         started = psutil.Process(child.pid).children(recursive=True)
+        told = json.loads(retune(copy, "status", "--json").stdout)["run"]
+        assert (told["stage"], told["trigger"], told["by"]) == ("train", "by-hand", getpass.getuser())
+        assert 0 <= told["percent"] < 100 and re.fullmatch(r"[\d:]+", told["eta"])
+        assert int(told["process"].partition(":")[0]) in {process.pid for process in started}
         os.kill(victims(child.pid, started)[victim], number)
         child.wait(timeout=60)
         assert child.returncode != 0
         _, left = psutil.wait_procs(started, timeout=45)
         assert not left, [process.cmdline() for process in left]
+        assert json.loads(retune(copy, "status", "--json").stdout)["run"] is None
         assert not (copy / "artifacts" / "adapter" / "adapter_model.safetensors").exists()
     finally:
         for process in [child, *started]:
@@ -373,6 +381,9 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
     if (victim, number) in {("stage", signal.SIGKILL), ("retune", signal.SIGKILL)}:
         change_params(copy, train={"num_train_epochs": 6.0})
         assert run(copy)["decision"]["version"]
+        with sqlite3.connect(copy / ".retune" / "prefect" / "prefect.db") as database:
+            states = {state for (state,) in database.execute("select state_type from flow_run")}
+        assert "RUNNING" not in states and "CRASHED" in states  # the killed run does not stay for ever
 
 
 def victims(retune_pid: int, family: list[psutil.Process]) -> dict[str, int]:

@@ -3,16 +3,20 @@
 import os
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
 from conftest import ROOT
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from test_stack import free_port
 
+from flows import gpu
 from pipeline import flow_runs, server
 from pipeline.events import emit, record_unchanged
 from pipeline.files import write_json
@@ -96,6 +100,31 @@ def test_pools_automations_and_deployments_are_made_once_and_prefect_lists_them(
     for kind in ("deployment", "work-pool"):  # newer FastAPIs answer them 422
         listed = prefect(url, root, "prefect", kind, "ls")
         assert listed.returncode == 0, listed.stdout + listed.stderr
+
+
+def test_a_training_that_no_worker_takes_is_said_at_once_and_given_up(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "POLL_SECONDS", 0.2)
+    lines: list[str] = []
+
+    def asked() -> str:
+        [train] = [each["id"] for each in server.post(url, "deployments/filter", {}) if each["name"] == "train"]
+        body = {"state": {"type": "SCHEDULED"}, "parameters": {"commit": "0" * 40}}
+        return str(server.post(url, f"deployments/{train}/create_flow_run", body)["id"])
+
+    with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_API_AUTH_STRING: PASSWORD}):
+        run = asked()
+        with pytest.raises(gpu.TrainingFailed, match="worker_wait_minutes, 0.02;"):
+            gpu._wait(UUID(run), 0.02, lines.append)
+        assert len(lines) == 1 and "no worker polls the work pool gpu; waiting 0.02 minutes" in lines[0]
+        assert states(url)[run] == "Cancelled"  # no worker that comes later begins it
+        server.post(url, "work_pools/gpu/workers/heartbeat", {"name": "busy"})  # there is one, with other work
+        run, state = asked(), {"type": "COMPLETED", "name": "Trained"}
+        path, body = f"flow_runs/{run}/set_state", {"state": state, "force": True}
+        threading.Timer(3, lambda: server.post(url, path, body)).start()
+        assert gpu._wait(UUID(run), 0.02, lines.append).state.name == "Trained"  # after more than 1.2 seconds
+    assert len(lines) == 1
 
 
 def test_runs_whose_process_is_gone_are_closed_and_living_and_waiting_ones_stay(root: Path, url: str) -> None:

@@ -50,6 +50,17 @@ def test_only_old_objects_that_nothing_names_go(store: FileStore) -> None:
     assert len(store.list("versions/")) == 2 and len(store.list("promotions/")) == 1
 
 
+def test_files_of_other_programs_in_folders_of_the_same_names_stay(store: FileStore) -> None:
+    theirs = ["objects/report.pdf", f"objects/{DIGESTS[0]}/part", "running/job-1", "probe/report", "backup/a"]
+    for key in theirs:
+        store.create(key, b"theirs")
+    put(store, DIGESTS[1])
+    age(store)
+    found = collect(store, delete=True)
+    assert (found.objects, found.kept) == (1, 0)
+    assert set(theirs) <= set(store.list(""))
+
+
 def test_every_extent_and_index_of_a_big_file_stays(
     store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,11 @@ def places(tmp_path: Path, base: Path, params: Params) -> tuple[Path, Path]:
 def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places: tuple[Path, Path]) -> None:
     parent, worker = places
     status, head = run(parent, "git", "status", "--porcelain"), run(parent, "git", "rev-parse", "HEAD")
+    (parent / "notes.txt").write_text("nobody else's business")
+    status = run(parent, "git", "status", "--porcelain")
     commit = handover.ask("train", "origin", parent)
+    assert "notes.txt" not in run(parent, "git", "ls-tree", "--name-only", commit)
+    assert "dvc.lock" in run(parent, "git", "ls-tree", "--name-only", commit)  # git does not know it yet
     assert run(parent, "git", "status", "--porcelain") == status  # index, branch and files are as they were
     assert run(parent, "git", "rev-parse", "HEAD") == head
     lines: list[str] = []
@@ -59,6 +63,9 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     assert (parent / "artifacts" / "adapter" / "adapter_model.safetensors").exists()
     assert "train" not in graph.stale(parent)
     assert "Running stage" not in run(parent, sys.executable, "-m", "dvc", "repro", "--single-item", "train")
+    assert "retune" in run(parent, "git", "ls-remote", "origin")
+    for _ in range(2):
+        handover.forget(commit, "origin", parent)
     assert "retune" not in run(parent, "git", "ls-remote", "origin")
     before = (parent / "dvc.lock").read_text()
 
@@ -74,6 +81,9 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     assert (parent / "dvc.lock").read_text() == before
     with pytest.raises(handover.HandoverError, match="git push"):
         handover.ask("train", "nowhere", parent)
+    (parent / "pipeline" / "training" / "own_loss.py").touch()
+    with pytest.raises(handover.HandoverError, match="pipeline/training/own_loss.py"):
+        handover.ask("train", "origin", parent)
     assert YAML(typ="safe").load(before)["stages"]["prepare"]
     assert read_json(parent / "artifacts" / "adapter" / "training.json")
 

@@ -248,6 +248,18 @@ def test_an_upload_that_nobody_completed_is_found_and_aborted(s3: str) -> None:
     assert store.unfinished(store.now() + 60) == []
 
 
+def test_in_a_bucket_without_a_prefix_the_uploads_of_other_programs_are_theirs(s3: str) -> None:
+    store = store_at(s3, "s3://retune")
+    client = store._client
+    made = {
+        key: client.create_multipart_upload(Bucket="retune", Key=key)["UploadId"] for key in ("backup/a", "objects/b")
+    }
+    assert [each.key for each in store.unfinished(store.now() + 60, delete=True)] == ["objects/b"]
+    left = client.list_multipart_uploads(Bucket="retune", Prefix="backup/")["Uploads"]
+    assert [each["Key"] for each in left] == ["backup/a"]
+    client.abort_multipart_upload(Bucket="retune", Key="backup/a", UploadId=made["backup/a"])
+
+
 @pytest.mark.integration
 def test_a_whole_project_ships_to_s3_and_promotes_there(s3: str, project: Path) -> None:
     prefix = uuid.uuid4().hex

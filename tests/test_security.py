@@ -31,7 +31,7 @@ from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.publish import fetch_version, read_manifest
 from pipeline.security.allowlist import PARTS, UnsafeFileError, check_file, check_names
-from pipeline.security.vetting import STATES, UnsafeModelError, check_adapter, check_checkpoint
+from pipeline.security.vetting import STATES, UnsafeModelError, check_adapter, check_checkpoint, check_model
 from pipeline.store.artifact_store import FileStore, StoreError
 from pipeline.train import train
 from pipeline.training.checkpoints import last_checkpoint, seal
@@ -485,6 +485,23 @@ def test_a_hub_model_in_the_cache_is_looked_at_as_well(
     changed(snapshot / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(UnsafeModelError, match="evil/repo: config.json has a quantization_config"):
         load_base(identity)
+
+
+def test_a_file_that_the_hub_did_not_answer_for_is_not_taken_for_absent(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "b" * 40
+    folder = tmp_path / "models--evil--repo"
+    shutil.copytree(base, folder / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    check_model("evil/repo", commit)  # offline: what is not in the cache, no loader gets
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UnsafeModelError, match="evil/repo: .* model.safetensors.index.json"):
+        check_model("evil/repo", commit)
+    (folder / ".no_exist" / commit).mkdir(parents=True)
+    (folder / ".no_exist" / commit / "model.safetensors.index.json").touch()  # the Hub said so once
+    check_model("evil/repo", commit)
 
 
 # --- an adapter -----------------------------------------------------------------------------------------------------

@@ -177,10 +177,16 @@ def flow_runs(prefect: httpx.Client) -> dict[str, dict[str, Any]]:
 
 
 def ended(prefect: httpx.Client, name: str, seconds: float) -> dict[str, Any]:
-    """The run of that name, once it has ended."""
+    """The run whose name begins so, once it has ended: to the name is added what was decided."""
     over = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-    wait_until(lambda: flow_runs(prefect).get(name, {}).get("state_type") in over, seconds)
-    return flow_runs(prefect)[name]
+
+    def found() -> list[dict[str, Any]]:
+        return [
+            run for known, run in flow_runs(prefect).items() if known.startswith(name) and run["state_type"] in over
+        ]
+
+    wait_until(found, seconds)
+    return found()[0]
 
 
 def trainings(prefect: httpx.Client) -> list[dict[str, Any]]:

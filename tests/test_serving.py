@@ -165,6 +165,33 @@ def test_classification_has_a_label_and_its_confidence(
     assert alone[0]["blue"] / alone[0]["red"] == pytest.approx(found["blue"] / found["red"])
 
 
+@pytest.mark.parametrize("cut", [1, 3])
+def test_labels_of_a_killed_prediction_are_not_made_again(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    asked: list[str] = []
+
+    def counted(model: Any, template: Any, messages: Any, tools: Any, labels: list[str]) -> dict[str, float]:
+        if len(asked) == cut:
+            raise KeyboardInterrupt
+        asked.append(messages[0]["content"])
+        return {"red": 0.9, "blue": 0.1}
+
+    monkeypatch.setattr("pipeline.serving.label_confidences", counted)
+    file = tmp_path / f"labels{cut}.jsonl"
+    questions = [f"Name the colour of box {i}: red" for i in range(4)]
+    file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
+    with pytest.raises(KeyboardInterrupt):
+        predict(file, labels="red, blue")
+    first, asked[:] = list(asked), []
+    cut = -1
+    predict(file, labels="red, blue")
+    assert first + asked == questions
+    rows = [json.loads(line) for line in file.with_name(f"{file.stem}.answers.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["label"]) for row in rows] == [(question, "red") for question in questions]
+    assert not list((there / ".retune" / "predictions").iterdir())
+
+
 @pytest.mark.faults
 def test_a_killed_prediction_goes_on_where_it_was(there: Path, tmp_path: Path) -> None:
     file = tmp_path / "many.jsonl"

@@ -45,11 +45,11 @@ def forget_others(folder: Path, files: Iterable[Path]) -> None:
 
 
 class KeptAnswers:
-    """The tokens of answers by the place of their prompt: those in `path` already, and those that are added."""
+    """Answers by the place of their prompt (tokens, or what else JSON holds): those in `path`, and those added."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.answers: dict[int, list[int]] = {}
+        self.answers: dict[int, Any] = {}
         self._file: TextIO | None = None
 
     def __enter__(self) -> "KeptAnswers":
@@ -62,9 +62,9 @@ class KeptAnswers:
             self._file = self.path.open("a", encoding="utf-8")
         return self
 
-    def add(self, place: int, ids: list[int]) -> None:
+    def add(self, place: int, answer: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps([place, ids]) + "\n")
+            self._file.write(json.dumps([place, answer]) + "\n")
             self._file.flush()  # to the kernel: enough for a kill, and quick
 
     def __exit__(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from transformers.utils.hub import cached_file
 
 from pipeline.security.allowlist import check_file, check_link, strict_json
@@ -194,7 +195,15 @@ def _find(name_or_path: str, name: str, revision: str | None) -> Path | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if found is None else Path(found)
+    if found is not None:
+        return Path(found)
+    known = Path(name_or_path).is_dir() or try_to_load_from_cache(name_or_path, name, revision=revision)
+    if not known and not is_offline_mode():  # offline no loader can fetch it either
+        raise UnsafeModelError(
+            f"{name_or_path}: the Hub did not say whether there is a {name}, so it could not be looked at; try again "
+            "when the Hub answers, or set HF_HUB_OFFLINE=1 to use what is in the cache"
+        )
+    return None
 
 
 def _problems(name: str, config: Any) -> list[str]:

@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlparse
 
 from pipeline.params import PublishParams
 
+FOLDERS = ("objects/", "versions/", "promotions/", "running/", "probe/")
+
 
 class StoreError(RuntimeError):
     """The store cannot be used, or holds something else than it should."""

@@ -28,10 +28,17 @@ DAY_S = 24 * 3600
 # How long a `running/` object counts when its process was killed. Both ends stop well before: no clock is that wrong.
 LIFETIME_S = {"upload": DAY_S, "sweep": 3600}
 POLL_S = 5.0
+# In a bucket without a prefix other programs may have folders of these names: only our own keys are ours to delete.
+OBJECT = re.compile(r"objects/[0-9a-f]{64}")
+ENDED = re.compile(r"running/(upload|sweep)-[0-9a-f]{32}(\.done)?|probe/[0-9a-f]{32}.*")
 
 
 class GarbageError(RuntimeError):
     """Nothing may be deleted now; nothing was."""
+
+
+class UploadUnderWay(GarbageError):
+    """A sweep must wait until an upload has ended."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ def collect(store: ArtifactStore, delete: bool) -> Garbage:
         return _collect(store, None)
     with _running(store, "sweep") as deadline:
         for other in _alive(store, "upload"):
-            raise GarbageError(
+            raise UploadUnderWay(
                 f"somebody uploads to {store.uri} ({_who(store, other)}); run this again when that is done. "
                 "An upload that was killed counts for a day"
             )
@@ -84,11 +91,11 @@ def uploading(store: ArtifactStore) -> Iterator[Callable[[], None]]:
 
 def _collect(store: ArtifactStore, deadline: float | None) -> Garbage:
     yesterday = store.now() - DAY_S
-    objects = store.scan("objects/")
+    objects = [stored for stored in store.scan("objects/") if OBJECT.fullmatch(stored.key)]
     needed = _needed(store)
     old = [stored for stored in objects if stored.modified < yesterday and stored.key[8:] not in needed]
-    ended = [*store.scan("running/"), *(stored for stored in store.scan("probe/") if stored.key != "probe/done")]
-    ended = [stored for stored in ended if stored.modified < yesterday]
+    ended = [*store.scan("running/"), *store.scan("probe/")]
+    ended = [stored for stored in ended if stored.modified < yesterday and ENDED.fullmatch(stored.key)]
     unfinished = store.unfinished(yesterday, delete=deadline is not None)
     if deadline is not None:
         with ThreadPoolExecutor(store.max_concurrency) as pool:

@@ -35,7 +35,7 @@ from botocore.exceptions import (
 )
 
 from pipeline.params import PublishParams
-from pipeline.store.artifact_store import Stored, StoreError, check_key
+from pipeline.store.artifact_store import FOLDERS, Stored, StoreError, check_key
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
@@ -197,7 +197,9 @@ class S3Store:
                 Bucket=self.bucket, Prefix=self._name("")
             ):
                 for each in page.get("Uploads", []):
-                    if each["Initiated"].timestamp() >= before:
+                    # Without a prefix the bucket may be shared with other programs, whose uploads are theirs.
+                    ours = self.prefix or each["Key"].startswith(FOLDERS)
+                    if not ours or each["Initiated"].timestamp() >= before:
                         continue
                     found.append(Stored(each["Key"][cut:], 0, each["Initiated"].timestamp()))
                     if delete:

@@ -1,8 +1,10 @@
 """A published version asked again: scored on the test split of now, and answering the prompts of now."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,9 @@ def score_again(
     """
     folder = root / WORK_DIR / "versions" / manifest["version"]
     model = fetch_signed(params, manifest, "merged", folder, root)
-    asked = folder / "settings.json"
-    write_json(asked, settings)
-    return _retune(root, "score", model, "--settings", asked, "--output", output)
+    with tempfile.TemporaryDirectory(dir=folder) as asked:  # another process may score it with other settings
+        write_json(Path(asked) / "settings.json", settings)
+        return _retune(root, "score", model, "--settings", Path(asked) / "settings.json", "--output", output)
 
 
 def answer_prompts(version: str, prompts: list[str], max_new_tokens: int, root: Path = Path(".")) -> Path:
@@ -72,7 +74,7 @@ def answer_prompts(version: str, prompts: list[str], max_new_tokens: int, root: 
     if kept.is_file() and [one["prompt"] for one in read_json(kept)] == prompts:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    questions, answers = folder / "prompts.jsonl", folder / "answers.jsonl"
+    questions, answers = (folder / f"{name}.{os.getpid()}.jsonl" for name in ("prompts", "answers"))
     questions.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
     limit = str(max_new_tokens)
     if not _retune(root, "predict", questions, "--model", version, "--output", answers, "--max-new-tokens", limit):

@@ -1,0 +1,51 @@
+"""What a stage prints, shown wherever somebody looks: terminal, Prefect's log and progress, `retune status`."""
+
+import sys
+from collections.abc import Callable
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import update_progress_artifact
+
+from pipeline.progress import LINE
+from pipeline.security.redact import redact
+from pipeline.under_way import tell
+
+# What DVC says after each stage, for people who type `dvc repro`.
+DVC_HINTS = (
+    "Use `dvc push`",
+    "To track the changes",
+    "\tgit add",
+    "> ",
+    "To enable auto staging",
+    "\tdvc config",
+    "Updating lock file",
+    "Data and pipelines are up to date",
+)
+
+
+def shown(stage: str, artifact: UUID | None = None) -> Callable[[str], None]:
+    """What is to be called with each line of `stage`; `artifact` is the progress artifact that its progress goes to."""
+    logger = get_run_logger()
+    tell(stage)
+
+    def on_line(line: str) -> None:
+        line = redact(line)
+        if not line.strip() or line.startswith(DVC_HINTS):
+            return
+        logger.info(line)
+        say(line)
+        if not (progress := LINE.match(line)):
+            return
+        tell(stage, line)
+        if artifact is not None:
+            try:
+                update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]), description=line)
+            except Exception as error:  # whatever ails the server, it must not end a training
+                logger.warning(f"progress could not be shown: {error}")
+
+    return on_line
+
+
+def say(line: str) -> None:
+    print(line, flush=True, file=sys.stderr if "--json" in sys.argv else sys.stdout)
