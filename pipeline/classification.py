@@ -195,7 +195,7 @@ def evaluate_classes(params: EvaluateParams, dataset: Path, adapter: Path, outpu
         write_json(folder / "scores.json", metrics)
         write_json(folder / "evaluation.json", provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"})
         base, candidate = (
-            System(name, metrics[key], items[key]) for name, key in (("base", "base"), ("candidate", "adapter"))
+            System(name, metrics[key], items[key]) for name, key in (("base", "base"), ("adapter", "adapter"))
         )
         write_stage_report(base, candidate, dataset, adapter, folder)
         with (folder / "report.md").open("a", encoding="utf-8") as page:

@@ -21,6 +21,7 @@ from pipeline.files import WORK_DIR
 from pipeline.in_project import ProjectCommand, enter_project
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.progress import clock
+from pipeline.report import commands as report
 from pipeline.run_lock import only_on_gpus, only_run
 from pipeline.security.redact import redact, redact_process
 from pipeline.training import commands as training
@@ -81,6 +82,11 @@ def run(json_output: Json = False) -> None:
             reason = settled(params.publish, params.promote, version)
             if reason is not None:
                 history(params.publish)  # puts an alias right that a crash left behind
+                if not (ARTIFACTS / "report.html").is_file():
+                    from pipeline.report.whole import report_decision
+
+                    for warning in report_decision(params.publish, version, ARTIFACTS):
+                        print(f"warning: {warning}", file=sys.stderr)
                 if up is not None:
                     record_unchanged(f"version {version}: {reason}")
                 _say_nothing_to_do(version, reason, json_output)
@@ -126,6 +132,7 @@ for command in (
     *data_commands.COMMANDS,
     *commands.COMMANDS,
     *training.COMMANDS,
+    *report.COMMANDS,
     *try_commands.COMMANDS,
     *operating.COMMANDS,
 ):

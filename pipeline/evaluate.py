@@ -146,7 +146,7 @@ def evaluate(
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
         base, candidate = (
             System("base", metrics["base"], items["base"]),
-            System("candidate", metrics["adapter"], items["adapter"]),
+            System("adapter", metrics["adapter"], items["adapter"]),
         )
         write_stage_report(base, candidate, dataset, adapter, folder)
     if kept is not None:

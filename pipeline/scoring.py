@@ -19,7 +19,7 @@ from pipeline.files import read_json
 from pipeline.generate import Answer
 from pipeline.metrics import fold
 from pipeline.params import EvaluateParams
-from pipeline.statistics import METRICS, bootstrap_metrics, group_of, metric_items
+from pipeline.statistics import METRICS, bootstrap_metrics, group_of, metric_items, slices_of
 
 METRIC_FOLDER = Path(__file__).with_name("metrics")
 ITEMS_OF_A_CLASS = 10  # a task is a classification, and counts for macro-F1, with so many items a label on average
@@ -39,10 +39,10 @@ def score_items(
         answers: None where none was made.
         losses: of each reference, summed over its tokens in nats, and the number of these tokens.
 
-    Columns: `id, task, language, group, scoring, prompt, prompt_tokens, reference, answer, status` (of STATUSES),
-    `cut_off, answer_ids, accuracy` (null without one right answer), `label, predicted` (null outside classifications),
-    `exact_match, bleu` (ten n-gram statistics), `chrf` (18), `rouge1, rouge2, rougeL, rougeLsum` (null where the answer
-    is calls), `loss, loss_tokens`.
+    Columns: `id, task, language, group, scoring, messages, prompt, prompt_tokens, reference, answer, status` (of
+    STATUSES), `cut_off, answer_ids, accuracy` (null without one right answer), `label, predicted` (null outside
+    classifications), `exact_match, bleu` (ten n-gram statistics), `chrf` (18), `rouge1, rouge2, rougeL, rougeLsum` (null
+    where the answer is calls), `loss, loss_tokens`.
     """
     status = [_status(answer) for answer in answers]
     references, scoring = test.column("reference").to_pylist(), test.column("scoring").to_pylist()
@@ -84,7 +84,7 @@ def score_items(
         kind: pa.array(_scattered(is_text, values), pa.float64()) for kind, values in results["rouge"]["items"].items()
     }
     columns |= {"loss": pa.array(losses[0], pa.float64()), "loss_tokens": pa.array(losses[1], pa.int32())}
-    items = test.select(["id", "task", "language", "group", "scoring", "prompt", "reference"])
+    items = test.select(["id", "task", "language", "group", "scoring", "messages", "prompt", "reference"])
     for name, column in columns.items():
         items = items.append_column(name, column)
     signatures = {name: result["signature"] for name, result in results.items() if name != "rouge"}
@@ -122,20 +122,9 @@ def class_labels(test: pa.Table) -> list[str | None]:
 def summarise(items: pa.Table, params: EvaluateParams) -> Metrics:
     """Scores with 95 % intervals over all items and of each slice. A metric that no item counts for is null."""
     result = _scores(items, params)
-    for kind, column in (("by_task", "task"), ("by_language", "language"), ("by_length", "prompt_tokens")):
-        values = items.column(column).to_pylist()
-        name_of = {value: length_bucket(value) if kind == "by_length" else value for value in sorted(set(values))}
-        result[kind] = {}
-        for name in dict.fromkeys(name_of.values()):
-            mask = pa.array([name_of[value] == name for value in values])
-            result[kind][name] = _scores(items.filter(mask), params)
+    for kind in ("by_task", "by_language", "by_length"):
+        result[kind] = {name: _scores(part, params) for name, part in slices_of(items, kind).items()}
     return result
-
-
-def length_bucket(tokens: int) -> str:
-    """The prompt's length class: 1–32 tokens, 33–64, 65–128, …"""
-    top = max(32, 1 << (tokens - 1).bit_length())
-    return f"{top // 2 + 1 if top > 32 else 1}–{top} tokens"
 
 
 def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:

@@ -61,6 +61,27 @@ def headline(merged: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     return numbers | {"base": beside}
 
 
+def length_bucket(tokens: int) -> str:
+    """The prompt's length class: 1–32 tokens, 33–64, 65–128, …"""
+    top = max(32, 1 << (tokens - 1).bit_length())
+    return f"{top // 2 + 1 if top > 32 else 1}–{top} tokens"
+
+
+def slices_of(items: pa.Table, kind: str) -> dict[str, pa.Table]:
+    """The items of each slice of `kind`: by_task, by_language or by_length."""
+    values = items.column(
+        {"by_task": "task", "by_language": "language", "by_length": "prompt_tokens"}[kind]
+    ).to_pylist()
+    name_of = {value: length_bucket(value) if kind == "by_length" else value for value in sorted(set(values))}
+    names = dict.fromkeys(name_of.values())
+    return {name: items.filter(pa.array([name_of[value] == name for value in values])) for name in names}
+
+
+def num_counting(items: pa.Table) -> dict[str, int]:
+    """How many of the items each metric counts."""
+    return {metric: num_groups(metric_items(items, metric)) for metric in METRICS}
+
+
 def metric_items(items: pa.Table, metric: str) -> Items:
     """One metric's item scores as numbers, (N,) or (N, K); NaN where an item does not count."""
     if metric == "macro_f1":

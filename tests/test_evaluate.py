@@ -17,8 +17,8 @@ from pipeline.generate import Answer, generate
 from pipeline.likelihood import reference_losses, sequence_losses
 from pipeline.model import load_adapter, load_base
 from pipeline.params import GeneralParams, Params
-from pipeline.scoring import class_labels, length_bucket, score_items, summarise
-from pipeline.statistics import METRICS, PERCENT
+from pipeline.scoring import class_labels, score_items, summarise
+from pipeline.statistics import METRICS, PERCENT, length_bucket
 
 
 def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:

@@ -186,7 +186,7 @@ def test_scores_of_different_signatures_are_not_compared(
 
     monkeypatch.setattr("pipeline.versions.compare.score_again", score_anew)
     with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
-        comparing._current_items(
+        comparing.current_items(
             params.publish,
             read_manifest(open_store(params.publish), first),  # type: ignore[arg-type]
             wanted,

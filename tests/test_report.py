@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import CHROMIUM, dump_dom
+from conftest import make_base, with_
 
-from pipeline.evaluate import summarise
 from pipeline.files import read_json, write_json
+from pipeline.generate import Answer
 from pipeline.params import Params
+from pipeline.prepare import prepare
 from pipeline.report.contents import (
     EXAMPLES,
     Asked,
@@ -26,8 +28,9 @@ from pipeline.report.contents import (
     read_prompts,
 )
 from pipeline.report.evaluation_pages import Bar, Plot, render
-from pipeline.report.stage import stage_contents
+from pipeline.report.stage import stage_contents, write_stage_report
 from pipeline.report.tables import interval
+from pipeline.scoring import provenance, score_items, summarise
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1)) "
@@ -44,12 +47,51 @@ def with_answers(items: pa.Table, **columns: list[Any]) -> pa.Table:
     return items
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, params: Params, data: Path) -> Path:
+    """A prepared dataset of a base that knows nothing: no page depends on what a model can."""
+    folder = tmp_path_factory.mktemp("report")
+    prepare(with_(params, prepare={"model_name_or_path": str(make_base(folder / "base"))}).prepare, data, folder / "d")
+    return folder / "d"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path) -> Path:
+    """What the pages read of a trained adapter."""
+    folder = tmp_path_factory.mktemp("adapter")
+    training = {"params": params.train.model_dump(), "steps": 20, "trainable_parameters": 1000, "device": "cpu"}
+    training["base_model"] = {"name_or_path": "data/base", "digest": "b" * 64}
+    write_json(folder / "training.json", training)
+    write_json(folder / "contract.json", read_json(dataset / "contract.json"))
+    (folder / "loss.csv").write_text("step,loss,validation_loss\n10,2.0,\n20,1.0,1.5\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path, adapter: Path) -> Path:
+    """The stage's files of answers that are made up and really scored: the base says red, the adapter copies."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    test = pq.read_table(dataset / "test.parquet")
+    references, losses = test.column("reference").to_pylist(), ([2.0] * len(test), [2] * len(test))
+    said = {"base": ["red"] * len(test), "adapter": references[:-5] + ["no idea"] * 5}
+    systems = {}
+    for name, answers in said.items():
+        items, signatures = score_items(test, [Answer(text, [1, 2], False) for text in answers], losses)
+        pq.write_table(items, folder / f"items.{name}.parquet")
+        systems[name] = system(name, items, params)
+    write_json(folder / "scores.json", {name: one.metrics for name, one in systems.items()})
+    write_json(folder / "evaluation.json", provenance(params.evaluate, dataset, signatures))
+    write_json(folder / "prompts.json", [])
+    write_stage_report(systems["base"], systems["adapter"], dataset, adapter, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def contents(evaluation: Path, dataset: Path, adapter: Path) -> Contents:
     metrics = read_json(evaluation / "scores.json")
     base, candidate = (
         System(name, metrics[key], pq.read_table(evaluation / f"items.{key}.parquet"))
-        for name, key in (("base", "base"), ("candidate", "adapter"))
+        for name, key in (("base", "base"), ("adapter", "adapter"))
     )
     return stage_contents(base, candidate, dataset, adapter, evaluation)
 
@@ -59,34 +101,36 @@ def test_the_bars_of_dvc_plots_are_the_scores_of_scores_json(evaluation: Path, c
     for file, task in (("scores.csv", None), ("tasks.csv", contents.slices("by_task")[0][0])):
         with (evaluation / file).open(encoding="utf-8", newline="") as text:
             bars = {row.pop("of"): {key: float(value) for key, value in row.items()} for row in csv.DictReader(text)}
-        for name, system in (("base", "base"), ("candidate", "adapter")):
+        for name, system in (("base", "base"), ("adapter", "adapter")):
             scores = metrics[system]["by_task"][task] if task else metrics[system]
             expected = {key: round(100 * value, 4) for key, value in scores["accuracy"].items()}
             assert bars[f"{task or 'accuracy'}, {name}"] == expected
-    assert bars.keys() == {f"{task}, base", f"{task}, candidate"}
-    assert "bleu, candidate" in (evaluation / "scores.csv").read_text()
+    assert bars.keys() == {f"{task}, base", f"{task}, adapter"}
+    assert "bleu, adapter" in (evaluation / "scores.csv").read_text()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def full(contents: Contents, params: Params) -> Contents:
     """Four systems, a verdict with a refusal in it, texts and facts that are hostile and long."""
     items = contents.systems[1].items
     long = [HOSTILE + "W" * 300 for _ in range(len(items))]
-    items = with_answers(items, task=long, prompt=long, reference=long)
+    said = [json.dumps([{"role": "user", "content": text}]) for text in long]
+    items = with_answers(items, task=long, prompt=long, messages=said, reference=long)
     answers = ["no " + HOSTILE if place % 2 else "yes" for place in range(len(items))]
     worse = with_answers(items, answer=answers, accuracy=[float(place % 2) for place in range(len(items))])
     better = with_answers(items, answer=answers, accuracy=[float(place % 3 > 0) for place in range(len(items))])
     systems = [
         system(name, table, params)
-        for name, table in (("base", worse), ("champion", worse), ("candidate", better), ("merged", better))
+        for name, table in (("base", worse), ("champion", worse), ("adapter", better), ("merged", better))
     ]
     count, fewer, best, worst = differences(systems[3], systems[1])
     changes = [replace(change, needed="more than 0", verdict="refused") for change in contents.changes]
     return replace(
         contents, systems=systems, new="merged", old="champion", changes=changes, better=count, worse=fewer, best=best,
-        worst=worst, decision="refused", verdict=HOSTILE * 3, notes=[HOSTILE], facts={HOSTILE: {HOSTILE: HOSTILE}},
+        worst=worst, decision="refused", verdict=HOSTILE * 3, title=HOSTILE, about={"model": HOSTILE}, next="go on",
+        notes=[HOSTILE], facts={HOSTILE: {HOSTILE: HOSTILE}},
         prompts=[Asked(HOSTILE, [(system.name, HOSTILE) for system in systems])],
-        other_sets={HOSTILE: [(HOSTILE,) * 4]},
+        tables={HOSTILE: [dict.fromkeys(("", "base", HOSTILE), HOSTILE)]},
     )  # fmt: skip
 
 
@@ -107,9 +151,12 @@ def test_the_stage_report_is_the_same_whenever_it_is_made(contents: Contents, ev
 
 
 def test_the_verdict_comes_first(full: Contents) -> None:
-    page, text = render(full, "report.html"), render(full, "report.md")
-    assert 0 < page.index("Refused") < page.index("<h2>")
-    assert text.splitlines()[2].startswith("**Refused.**")
+    refused = replace(full, title="Refused: v4 (295a1c…)", about={"model": "mine", "version": "v4", "decided": "today"})
+    page, text = render(refused, "report.html"), render(refused, "report.md")
+    assert 0 < page.index("<b>v4</b>") < page.index("Refused: v4") < page.index("Next: go on") < page.index("<h2>")
+    assert text.splitlines()[0] == "# Evaluation: model mine, version v4, decided today"
+    assert text.splitlines()[2].startswith("**Refused: v4 (295a1c…).**")
+    assert page.index(">candidate (merged)</th>") < page.index(">champion</th>")  # what ships stands first
 
 
 def test_differences_are_the_items_that_changed_most(evaluation: Path, params: Params) -> None:
@@ -120,12 +167,49 @@ def test_differences_are_the_items_that_changed_most(evaluation: Path, params: P
     changed = with_answers(zeros, accuracy=[0.0] * 28 + [1.0] * 2, rougeL=rouge)
     better, worse, best, worst = differences(system("merged", changed, params), system("base", zeros, params))
     assert (better, worse) == (3, 2)
-    prompts = [" ".join(prompt.split()) for prompt in items.column("prompt").to_pylist()]
+    prompts = [" ".join(json.loads(m)[-1]["content"].split()) for m in items.column("messages").to_pylist()]
     assert [one.prompt for one in best] == [prompts[28], prompts[29], prompts[5]]
     assert [one.prompt for one in worst] == [prompts[4], prompts[3]]
     assert best[2].most == ("rougeL", 0.5, 0.9)
     everything = with_answers(zeros, rougeL=[0.9] * 30)
     assert len(differences(system("merged", everything, params), system("base", zeros, params))[2]) == EXAMPLES
+
+
+def test_a_prompt_is_its_turns_and_not_a_line_of_control_tokens(contents: Contents) -> None:
+    first = contents.best[0]
+    assert [who for who, _ in first.turns] == ["user"]
+    assert first.prompt.startswith("Name the colour of box")
+    page = render(contents, "report.html")
+    assert "<b>user</b>" in page
+    assert "&lt;|im_start|&gt;" not in page.split("<h2>Where the numbers")[0]
+
+
+def test_every_item_is_better_worse_or_the_same(full: Contents) -> None:
+    assert full.better + full.worse + full.same == len(full.systems[0].items)
+    assert f"{full.same} the same" in render(full, "report.md")
+
+
+def test_a_slice_shows_the_metric_that_says_something(contents: Contents, params: Params) -> None:
+    items = contents.systems[1].items
+    number = len(items)
+
+    def shown(accuracy: list[float | None], label: str | None = None) -> tuple[str, int]:
+        table = with_answers(items, accuracy=accuracy, task=["t"] * number, label=[label] * number)
+        [(_, _, metric, counting)] = replace(contents, systems=[system("merged", table, params)]).slices("by_task")
+        return metric, counting
+
+    assert shown([0.0] * (number - 1) + [1.0]) == ("accuracy", number)
+    assert shown([0.0] * number) == ("rougeL", number)  # zeros of free texts say nothing
+    assert shown([0.0] * number, "t: red") == ("accuracy", number)  # of classes they say that none is right
+    assert shown([1.0] * 3 + [None] * (number - 3)) == ("rougeL", number)  # three items are not the slice
+
+
+def test_a_metric_that_counts_few_items_says_how_few(contents: Contents, params: Params) -> None:
+    items = contents.systems[1].items
+    few = with_answers(items, accuracy=[1.0] * 3 + [None] * (len(items) - 3))
+    shown = replace(contents, systems=[contents.systems[0], system("adapter", few, params)])
+    assert f"| accuracy (3 of {len(items)} items) |" in render(shown, "report.md")
+    assert f"3 of {len(items)} items" in render(shown, "report.html")
 
 
 def test_nothing_that_was_written_by_a_model_is_markup(full: Contents) -> None:
@@ -151,17 +235,19 @@ def test_what_other_sets_and_own_prompts_gave_is_in_the_report(tmp_path: Path) -
     pairs = {"wins": 3, "ties": 2, "losses": 1, "win_rate": {"score": 2 / 3, "low": 0.5, "high": 0.9}}
     write_json(tmp_path / "judge.json", {"base": rating, "adapter": rating, "pairwise": pairs})
     sets = read_other_sets(tmp_path)
-    assert sets["General set: what was forgotten"] == [
-        ("perplexity", "4.000 (3.000 to 5.000)", "4.000 (3.000 to 5.000)", "+25.0 %")
-    ]
-    assert sets["Judge: ratings from 1 to 10"][0] == ("rating", "4.00 (3.00 to 5.00)", "4.00 (3.00 to 5.00)", "+0.00")
-    assert sets["Judge: ratings from 1 to 10"][-1][1:3] == ("3, 2, 1", "67 %")
+    forgotten, judged = (
+        [list(row.values()) for row in sets[name]]
+        for name in ("General set: what was forgotten", "Judge: ratings from 1 to 10")
+    )
+    assert forgotten == [["perplexity", "4.000 (3.000 to 5.000)", "4.000 (3.000 to 5.000)", "+25.0 %"]]
+    assert judged[0] == ["rating", "4.00 (3.00 to 5.00)", "4.00 (3.00 to 5.00)", "+0.00"]
+    assert judged[-1][1:3] == ["3, 2, 1", "67 %"]
     said = {"base": {"answer": "blue", "cut_off": False}, "adapter": {"answer": "red", "cut_off": True}}
     write_json(tmp_path / "prompts.json", [{"prompt": "Which colour?"} | said])
     (tmp_path / "old").mkdir()
     write_json(tmp_path / "old" / "prompts.json", [])
-    where = {"base": (tmp_path, "base"), "champion": (tmp_path / "old", "adapter"), "candidate": (tmp_path, "adapter")}
-    answers = [("base", "blue"), ("champion", "(was not asked)"), ("candidate", "red (cut off)")]
+    where = {"base": (tmp_path, "base"), "champion": (tmp_path / "old", "adapter"), "adapter": (tmp_path, "adapter")}
+    answers = [("base", "blue"), ("champion", "(was not asked)"), ("adapter", "red (cut off)")]
     assert read_prompts(where) == [Asked("Which colour?", answers)]
 
 
@@ -211,13 +297,13 @@ def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp
     found = re.search(r"<title>(.*?)</title>", ran.stdout)
     assert found is not None, ran.stderr[-2000:]
     seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert seen["title"] == "Evaluation report"  # and not "owned"
+    assert seen["title"].startswith("Evaluation report")  # and not "owned"
     assert seen["width"] <= seen["room"] <= width
     assert seen["outside"] == 0
     assert seen["bars"] == len(full.systems) * sum(len(full.slices(kind)) for kind in ("by_task", "by_language"))
     assert seen["line"] > 200
     assert seen["headings"] == [
-        "Evaluation report", "Merged model against champion", "Scores", "By task", "By language",
+        "Evaluation report", "Difference: candidate (merged) against champion", "Scores", "By task", "By language",
         "Your prompts", HOSTILE.strip(), "Most improved answers",
         "Most worsened answers", "Loss", "Where the numbers come from",
     ]  # fmt: skip

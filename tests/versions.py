@@ -182,6 +182,14 @@ def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table
         {
             "id": ids,
             "group": ids,
+            "task": ["colours"] * ITEMS,
+            "language": ["en"] * ITEMS,
+            "prompt_tokens": [8] * ITEMS,
+            "messages": [json.dumps([{"role": "user", "content": f"Which colour has box {i}?"}]) for i in ids],
+            "prompt": [f"<|user|>Which colour has box {i}?" for i in ids],
+            "reference": ["red"] * ITEMS,
+            "status": ["ok"] * ITEMS,
+            "answer": [f"red to {score:.2f}" for score in scores],
             "accuracy": pa.array([float(s > 0.5) if exact else None for s in scores], pa.float64()),
             "bleu": pa.array(
                 [[10.0, 10.0, n, n, n, n, 10.0, 10.0, 10.0, 10.0] for n in matches], pa.list_(pa.float64())
@@ -201,7 +209,7 @@ def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table
 
 
 def _scores(table: pa.Table) -> dict[str, Any]:
-    result: dict[str, Any] = {"num_samples": ITEMS, "num_cut_off": 0}
+    result: dict[str, Any] = {"num_samples": ITEMS, "num_cut_off": 0, "num_empty": 0, "num_failed": 0}
     for metric in METRICS:
         values = metric_items(table, metric)
         score = bootstrap(values, 100, 0, group_of(table))

@@ -5,18 +5,31 @@ order in which a reader asks for them. Texts are cut and personal data in them i
 """
 
 import csv
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.data.report import excerpt
 from pipeline.files import read_json
-from pipeline.report.tables import interval, number
-from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT, group_of, metric_items, paired_difference
+from pipeline.report.tables import SYSTEMS, Row, interval, number
+from pipeline.statistics import (
+    BINARY,
+    LOWER_IS_BETTER,
+    METRICS,
+    PERCENT,
+    group_of,
+    metric_items,
+    num_groups,
+    paired_difference,
+    slices_of,
+)
+from pipeline.versions.significance import binary_test
 from pipeline.versions.verdict import WORDS, verdict_of
 
 Metrics = dict[str, Any]  # see pipeline/evaluate.py
@@ -26,7 +39,7 @@ MOST_TASKS = 20  # the largest; the others are in scores.json
 
 @dataclass(frozen=True)
 class System:
-    name: str  # base | champion | candidate | merged
+    name: str  # a key of tables.SYSTEMS, or what a version is called
     metrics: Metrics
     items: pa.Table
 
@@ -54,17 +67,28 @@ class Change:
             low, middle, high = (value / (100 if self.metric in PERCENT else 1) for value in values)
         return low, middle, high
 
+    @property
+    def words(self) -> str:
+        """Whether the interval shows a change."""
+        low, _, high = self.gain
+        return "better" if low > 0 else "worse" if high < 0 else "not clearly different"
+
 
 @dataclass(frozen=True)
 class Difference:
     """What two systems answered to one test item."""
 
     task: str
-    prompt: str
+    turns: list[tuple[str, str]]  # of the prompt: who, and what they say
     reference: str
     new: str
     old: str
     scores: list[tuple[str, float, float]]  # metric, old, new
+
+    @property
+    def prompt(self) -> str:
+        """What the last turn asks."""
+        return self.turns[-1][1]
 
     @property
     def most(self) -> tuple[str, float, float]:
@@ -82,8 +106,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Contents:
-    verdict: str  # one or two sentences
-    decision: str  # promoted | refused | undecided | proposed | open
+    about: dict[str, str]  # model, version, date: what the page is about
+    title: str  # what was decided
+    verdict: str  # why, in one or two sentences
+    decision: str  # promoted | forced | refused | undecided | proposed | open | compared
     systems: list[System]
     new: str  # names of the two that are compared
     old: str
@@ -94,18 +120,44 @@ class Contents:
     worst: list[Difference]
     curve: list[dict[str, float]]  # step, and loss and validation_loss where they were measured
     facts: dict[str, dict[str, str]]  # data, training, evaluation, template contract, cost: what, and its value
+    next: str = ""  # what to do now
     notes: list[str] = field(default_factory=list)
     prompts: list[Asked] = field(default_factory=list)
-    # Of sets other than the test split: heading → rows of what, old, new and difference.
-    other_sets: dict[str, list[tuple[str, str, str, str]]] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)  # what systems are called, where tables.SYSTEMS does not say
+    tables: dict[str, list[Row]] = field(default_factory=dict)  # heading → more rows, of other sets than the test split
 
-    def slices(self, kind: str) -> list[tuple[str, int, str]]:
-        """Of by_task, by_language or by_length: name, items and the metric that its bars show, the largest first."""
-        slices = self.systems[-1].metrics[kind]
-        ranked = sorted(slices, key=lambda name: (-slices[name]["num_samples"], name))[:MOST_TASKS]
-        return [
-            (name, slices[name]["num_samples"], "accuracy" if slices[name]["accuracy"] else "rougeL") for name in ranked
-        ]
+    @property
+    def same(self) -> int:
+        """Items on which both score the same."""
+        return int(self.systems[-1].metrics["num_samples"]) - self.better - self.worse
+
+    def slices(self, kind: str) -> list[tuple[str, int, str, int]]:
+        """Of by_task, by_language or by_length, the largest first: name, items, and the metric that its bars show with
+        the items that it counts.
+
+        Accuracy where most items have one right answer and some system finds one; else rougeL, since zeros against
+        zeros of answers in free text say nothing.
+        """
+        shown = self.systems[-1]
+        scores = shown.metrics.get(kind, {})  # versions of before there were slices have none
+        ranked = sorted(scores, key=lambda name: (-scores[name]["num_samples"], name))
+        parts = slices_of(shown.items, kind) if ranked else {}
+        result = []
+        for name in ranked[:MOST_TASKS]:
+            items, exact = len(parts[name]), num_groups(metric_items(parts[name], "accuracy"))
+            found = any(
+                (s.metrics.get(kind, {}).get(name, {}).get("accuracy") or {"score": 0})["score"] for s in self.systems
+            )
+            speaks = found or kind_of(parts[name]) == "classification"
+            texts = num_groups(metric_items(parts[name], "rougeL"))  # none where the answers are calls
+            accuracy = exact and (not texts or (2 * exact >= items and speaks))
+            result.append((name, items, "accuracy", exact) if accuracy else (name, items, "rougeL", texts))
+        return result
+
+
+def kind_of(items: pa.Table) -> str:
+    """`classification` where every item has a label, whose rougeL would say nothing more."""
+    return "classification" if items.column("label").null_count == 0 else "answers"
 
 
 def compare_items(new: System, old: System, resamples: int, seed: int) -> list[Change]:
@@ -115,9 +167,15 @@ def compare_items(new: System, old: System, resamples: int, seed: int) -> list[C
         if not new.metrics.get(metric) or not old.metrics.get(metric):
             continue
         ours, theirs = metric_items(new.items, metric), metric_items(old.items, metric)
-        score = paired_difference(ours, theirs, resamples, seed, group_of(new.items))
+        groups = group_of(new.items)
+        score = paired_difference(ours, theirs, resamples, seed, groups)
+        low, high = score.low, score.high
+        if metric in BINARY:  # the interval by which the gate judges right or wrong items
+            counting = ~np.isnan(ours)
+            tested = binary_test(ours[counting], theirs[counting], groups[counting], 0.0)
+            low, high = tested.low, tested.high
         points = (new.metrics[metric]["score"], old.metrics[metric]["score"])
-        changes.append(Change(metric, *points, score.score, score.low, score.high))
+        changes.append(Change(metric, *points, score.score, low, high))
     return changes
 
 
@@ -157,7 +215,7 @@ def differences(new: System, old: System) -> tuple[int, int, list[Difference], l
 
 
 def read_prompts(answered: dict[str, tuple[Path, str]]) -> list[Asked]:
-    """The candidate's prompts with the answers of all; of a system that was not asked one, that is said.
+    """The candidate's prompts (of `adapter`) with the answers of all; of a system that was not asked one, that is said.
 
     Args:
         answered: of each system its evaluation folder and what it is called there (base | adapter).
@@ -168,17 +226,17 @@ def read_prompts(answered: dict[str, tuple[Path, str]]) -> list[Asked]:
         found[system] = {one["prompt"]: _said(one[name]) for one in (read_json(path) if path.is_file() else [])}
     return [
         Asked(prompt, [(system, answers.get(prompt, "(was not asked)")) for system, answers in found.items()])
-        for prompt in found["candidate"]
+        for prompt in found["adapter"]
     ]
 
 
-def read_other_sets(evaluation: Path) -> dict[str, list[tuple[str, str, str, str]]]:
-    """Adapter against base on the general set and before the judge, where they were asked for."""
-    found: dict[str, list[tuple[str, str, str, str]]] = {}
+def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
+    """Candidate before merge against base on the general set and before the judge, where they were asked for."""
+    found: dict[str, list[Row]] = {}
     if (evaluation / "general.json").is_file():
         general = read_json(evaluation / "general.json")
         found["General set: what was forgotten"] = [
-            (
+            _of_set(
                 metric,
                 interval(metric, general["base"][metric]),
                 interval(metric, general["adapter"][metric]),
@@ -196,7 +254,8 @@ def read_other_sets(evaluation: Path) -> dict[str, list[tuple[str, str, str, str
             ]
         pairs = judged["pairwise"]
         rate = "–" if pairs["win_rate"] is None else f"{100 * pairs['win_rate']['score']:.0f} %"
-        rows.append(("the adapter wins, ties, loses", f"{pairs['wins']}, {pairs['ties']}, {pairs['losses']}", rate, ""))
+        counts = f"{pairs['wins']}, {pairs['ties']}, {pairs['losses']}"
+        rows.append(_of_set("the candidate wins, ties, loses", counts, rate, ""))
         found["Judge: ratings from 1 to 10"] = rows
     return found
 
@@ -259,7 +318,7 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
     ]
     return Difference(
         task=ours["task"],
-        prompt=excerpt(ours["prompt"]),
+        turns=_turns(ours),
         reference=excerpt(ours["reference"]),
         new=excerpt(ours["answer"]),
         old=excerpt(theirs["answer"]),
@@ -267,16 +326,28 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
     )
 
 
+def _turns(item: dict[str, Any]) -> list[tuple[str, str]]:
+    """The turns of the prompt; of items scored before they kept them, the prompt's text with its control tokens."""
+    messages = json.loads(item["messages"]) if item.get("messages") else None
+    if not messages:
+        return [("prompt", excerpt(item["prompt"]))]
+    return [(str(turn["role"]), excerpt(turn.get("content") or turn.get("tool_calls") or "")) for turn in messages]
+
+
 def _said(answer: dict[str, Any]) -> str:
     return excerpt(answer["answer"]) + (" (cut off)" if answer["cut_off"] else "")
 
 
-def _rated(name: str, old: dict[str, float] | None, new: dict[str, float] | None) -> tuple[str, str, str, str]:
+def _rated(name: str, old: dict[str, float] | None, new: dict[str, float] | None) -> Row:
     change = f"{new['score'] - old['score']:+.2f}" if old and new else "–"
     before, after = (
         f"{one['score']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "–" for one in (old, new)
     )
-    return name, before, after, change
+    return _of_set(name, before, after, change)
+
+
+def _of_set(what: str, base: str, candidate: str, difference: str) -> Row:
+    return {"": what, SYSTEMS["base"]: base, SYSTEMS["adapter"]: candidate, "difference": difference}
 
 
 def _plain(value: Any) -> str:

@@ -10,31 +10,26 @@ from pathlib import Path
 
 from pipeline.files import write_text
 from pipeline.pages.environment import environment
-from pipeline.report.contents import Change, Contents, System
-from pipeline.report.tables import interval, number
-from pipeline.statistics import METRICS, PERCENT
+from pipeline.report.contents import Change, Contents
+from pipeline.report.tables import SYSTEMS, markdown, number, score_rows
+from pipeline.statistics import PERCENT, num_counting
 
 SLICES = {"by_task": "By task", "by_language": "By language", "by_length": "By length of the prompt"}
-LABELS = {"base": "base model", "merged": "merged model"}
-WORDS = {
-    "promoted": "Promoted",
-    "refused": "Refused",
-    "undecided": "Undecided: too few test items to tell",
-    "proposed": "Passes, and waits for approval",
-    "open": "Not decided yet",
-}
 
 
 def render(contents: Contents, name: str) -> str:
     """The page `name`: report.md or report.html."""
+    names = SYSTEMS | contents.labels
     pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
     pages.filters |= {"signed": lambda change, key: number(change.metric, getattr(change, key), "+")}
     return pages.get_template(f"evaluation.{name.removeprefix('report.')}.jinja").render(
         report=contents,
-        word=WORDS[contents.decision],
-        score_rows=[
-            (m, [interval(m, s.metrics.get(m)) for s in contents.systems]) for m in _measured(contents.systems)
-        ],
+        score_rows=score_rows(
+            {s.name: s.metrics for s in contents.systems},
+            num_counting(contents.systems[-1].items),
+            contents.systems[-1].metrics["num_samples"],
+            names,
+        ),
         failures=[
             (state.replace("_", " "), [s.metrics[f"num_{state}"] for s in contents.systems])
             for state in ("cut_off", "empty", "failed")
@@ -44,24 +39,26 @@ def render(contents: Contents, name: str) -> str:
         slices=[
             (heading, _bars(contents, kind))
             for kind, heading in SLICES.items()
-            if kind == "by_task" or len(contents.slices(kind)) > 1
+            if len(contents.slices(kind)) > (kind != "by_task")
         ],
         plot=Plot.of(contents.curve),
         number=number,
-        label=lambda name: LABELS.get(name, name),
+        label=lambda name: names.get(name, name),
+        markdown=markdown,
     )
 
 
-def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, list[tuple[str, "Bar | None"]]]]:
-    """Name, items, metric and each system's bar."""
+def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, int, list[tuple[str, "Bar | None"]]]]:
+    """Name, items, metric, the items that it counts, and each system's bar."""
     return [
         (
             name,
             items,
             metric,
-            [(s.name, Bar.of(metric, s.metrics[kind].get(name, {}).get(metric))) for s in contents.systems],
+            counting,
+            [(s.name, Bar.of(metric, s.metrics.get(kind, {}).get(name, {}).get(metric))) for s in contents.systems],
         )
-        for name, items, metric in contents.slices(kind)
+        for name, items, metric, counting in contents.slices(kind)
     ]
 
 
@@ -117,10 +114,6 @@ class Plot:
             [(f"{step * k:g}", y(step * k)) for k in range(round(high / step) + 1)],
             {k: f"{[row[k] for row in curve if k in row][-1]:.3f}" for k in kinds},
         )
-
-
-def _measured(systems: list[System]) -> list[str]:
-    return [metric for metric in METRICS if any(system.metrics.get(metric) for system in systems)]
 
 
 def _place(change: Change, changes: list[Change]) -> tuple[float, float, float]:

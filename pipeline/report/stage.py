@@ -40,7 +40,7 @@ def write_stage_report(base: System, candidate: System, dataset: Path, adapter: 
     _write_bars(evaluation / "scores.csv", [(m, m, s.name, s.metrics) for m in measured for s in contents.systems])
     tasks = [
         (task, metric, s.name, s.metrics["by_task"].get(task, {}))
-        for task, _, metric in contents.slices("by_task")
+        for task, _, metric, _ in contents.slices("by_task")
         for s in contents.systems
     ]
     _write_bars(evaluation / "tasks.csv", tasks)
@@ -66,17 +66,20 @@ def stage_contents(base: System, candidate: System, dataset: Path, adapter: Path
     params = settings["params"]
     changes = compare_items(candidate, base, params["bootstrap_samples"], params["seed"])
     better, worse, best, worst = differences(candidate, base)
+    training = read_json(adapter / "training.json")
     first = next((c for c in changes if c.metric == "rougeL"), changes[0] if changes else None)
     verdict = (
         ""
         if first is None
         else (
-            f"The adapter scores {number(first.metric, first.new)} in {first.metric} where the base has "
+            f"Before merge, the candidate scores {number(first.metric, first.new)} in {first.metric}, the base "
             f"{number(first.metric, first.old)} (95 % CI of the difference {number(first.metric, first.low, '+')} to "
             f"{number(first.metric, first.high, '+')}). "
         )
     )
     return Contents(
+        about={"base model": training["base_model"]["name_or_path"], "state": "evaluated, not published"},
+        title="Not decided yet",
         verdict=verdict + OPEN,
         decision="open",
         systems=[base, candidate],
@@ -90,10 +93,10 @@ def stage_contents(base: System, candidate: System, dataset: Path, adapter: Path
         curve=read_curve((adapter / "loss.csv").read_text(encoding="utf-8")),
         facts={
             "Data": data_facts(read_json(dataset / "report.json")),
-            "Training": training_facts(read_json(adapter / "training.json")),
+            "Training": training_facts(training),
             "Evaluation": evaluation_facts(settings),
             "Template contract": contract_facts(read_json(adapter / "contract.json")),
         },
-        prompts=read_prompts({"base": (evaluation, "base"), "candidate": (evaluation, "adapter")}),
-        other_sets=read_other_sets(evaluation),
+        prompts=read_prompts({"base": (evaluation, "base"), "adapter": (evaluation, "adapter")}),
+        tables=read_other_sets(evaluation),
     )

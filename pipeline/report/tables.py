@@ -19,17 +19,22 @@ SYSTEMS = {
 Row = dict[str, str]
 
 
-def score_rows(systems: dict[str, dict[str, Any]], counts: dict[str, int] | None = None, items: int = 0) -> list[Row]:
+def score_rows(
+    systems: dict[str, dict[str, Any]],
+    counts: dict[str, int] | None = None,
+    items: int = 0,
+    names: dict[str, str] = SYSTEMS,
+) -> list[Row]:
     """A row for each metric that some system has: `metric`, then the name of each system and its score.
 
     Args:
-        systems: by key of SYSTEMS: the metrics.
+        systems: by key of `names`: the metrics.
         counts: how many of the `items` each metric counts, where that is known; said where it is not all of them.
     """
     measured = [metric for metric in METRICS if any(scores.get(metric) for scores in systems.values())]
     return [
         {"metric": metric + _few((counts or {}).get(metric, items), items)}
-        | {SYSTEMS[system]: interval(metric, scores.get(metric)) for system, scores in systems.items()}
+        | {names[system]: interval(metric, scores.get(metric)) for system, scores in systems.items()}
         for metric in measured
     ]
 

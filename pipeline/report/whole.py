@@ -32,9 +32,11 @@ from pipeline.report.contents import (
 from pipeline.report.evaluation_pages import write_report
 from pipeline.statistics import read_scores
 from pipeline.store.artifact_store import ArtifactStore, open_store
-from pipeline.versions.decisions import Record, read_log
+from pipeline.versions.decisions import Record, read_log, word_of
 from pipeline.versions.manifest import Manifest, read_manifest
+from pipeline.versions.registry import ModelRegistry
 from pipeline.versions.rescore import RescoreError, answer_prompts
+from pipeline.versions.verdict import next_step, title
 
 DECIDED = ("promoted", "refused", "undecided", "proposed")
 
@@ -56,7 +58,8 @@ def report(params: PublishParams, version: str, folder: Path, root: Path = Path(
         raise ReportError(f"version {version} is not published in {store.uri}; `retune publish` does that")
     log = read_log(store, params.registered_model_name)
     decided = [record for record in log if record.version == version and record.decision in DECIDED]
-    contents = _contents(store, manifest, decided[-1] if decided else None, root)
+    registry = ModelRegistry(params.tracking_uri, params.registered_model_name, root)
+    contents = _contents(store, manifest, decided[-1] if decided else None, registry, root)
     write_report(contents, folder)
     return contents
 
@@ -70,14 +73,16 @@ def report_decision(params: PublishParams, version: str, folder: Path, root: Pat
     return []
 
 
-def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, root: Path) -> Contents:
+def _contents(
+    store: ArtifactStore, manifest: Manifest, record: Record | None, registry: ModelRegistry, root: Path
+) -> Contents:
     work = root / WORK_DIR / "versions" / manifest["version"]
     adapter, evaluation, parity = (
         fetch_version(store, manifest, part, work) for part in ("adapter", "evaluation", "parity")
     )
     metrics = read_scores(evaluation) | read_scores(parity)
     base = System("base", metrics["base"], pq.read_table(evaluation / "items.base.parquet"))
-    candidate = System("candidate", metrics["adapter"], pq.read_table(evaluation / "items.adapter.parquet"))
+    candidate = System("adapter", metrics["adapter"], pq.read_table(evaluation / "items.adapter.parquet"))
     merged = System("merged", metrics["merged"], pq.read_table(parity / "items.merged.parquet"))
     settings = manifest["evaluation"]
     notes = list(record.notes) if record else []
@@ -86,15 +91,16 @@ def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, r
     if record is not None and record.previous is not None:
         champion = _champion(store, record.previous, settings, root)
         if champion is None:
-            notes.append(f"The champion {record.previous} is left out: its answers to these test items are not here.")
+            champion_name = registry.label(record.previous)
+            notes.append(f"Champion {champion_name} is left out: its answers to these test items are not here.")
         else:
             old, systems = champion, [base, champion, candidate, merged]
         serving = read_manifest(store, record.previous)
         if serving is not None:
             folder = fetch_version(store, serving, "evaluation", root / WORK_DIR / "versions" / record.previous)
             answered["champion"] = (folder, "adapter")
-            asked = [one.prompt for one in read_prompts({"candidate": (evaluation, "adapter")})]
-            known = {one.prompt for one in read_prompts({"candidate": (folder, "adapter")})}
+            asked = [one.prompt for one in read_prompts({"adapter": (evaluation, "adapter")})]
+            known = {one.prompt for one in read_prompts({"adapter": (folder, "adapter")})}
             if set(asked) - known:
                 try:
                     limit = settings["params"]["max_new_tokens"]
@@ -106,9 +112,16 @@ def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, r
         changes = compare_items(merged, old, settings["params"]["bootstrap_samples"], settings["params"]["seed"])
     better, worse, best, worst = differences(merged, old)
     training = read_json(adapter / "training.json")
+    version, word = manifest["version"], word_of(record) if record else "open"
+    label, serving_now = registry.label(version), record.champion if record else None
+    command = label.split(" ")[0]  # v4, or the id
     return Contents(
-        verdict=_verdict(manifest, record),
-        decision=record.decision if record else "open",
+        about={"model": manifest["name"], "version": label, "published": manifest["created"][:10]}
+        | ({"decided": record.time[:10]} if record else {}),
+        title=title(word, label, registry.label(serving_now) if serving_now else None),
+        verdict=record.reason if record else "",
+        next=next_step(word, command, record.comparison if record else {}, manifest, not (record and record.previous)),
+        decision=word,
         systems=systems,
         new=merged.name,
         old=old.name,
@@ -127,8 +140,8 @@ def _contents(store: ArtifactStore, manifest: Manifest, record: Record | None, r
             "Evaluation": evaluation_facts(settings),
         },
         notes=notes,
-        prompts=read_prompts(answered | {"candidate": (evaluation, "adapter")}),
-        other_sets=read_other_sets(evaluation),
+        prompts=read_prompts(answered | {"adapter": (evaluation, "adapter")}),
+        tables=read_other_sets(evaluation),
     )
 
 
@@ -146,12 +159,6 @@ def _champion(store: ArtifactStore, version: str, settings: dict[str, Any], root
 
     items = pq.read_table(scored / "items.parquet")
     return System("champion", summarise(items, scoring_params(settings)), items)
-
-
-def _verdict(manifest: Manifest, record: Record | None) -> str:
-    if record is None:
-        return f"Version {manifest['version']} is published, and the gate has not been asked: `retune promote`."
-    return f"Version {record.version}: {record.reason}"
 
 
 def _version_facts(manifest: Manifest, record: Record | None) -> dict[str, str]:

@@ -54,9 +54,9 @@ def compare(
         if champion is None:
             raise CompareError(f"the champion {serving} is no longer in {store.uri}; restore its manifest and objects")
         notes += _split_notes(candidate, champion)
-        settings = _settings(candidate, root)
-        ours = _current_items(publishing, candidate, settings, root)
-        theirs = _current_items(publishing, champion, settings, root)
+        settings = settings_of(candidate, root)
+        ours = current_items(publishing, candidate, settings, root)
+        theirs = current_items(publishing, champion, settings, root)
     if ours.column("id").to_pylist() != theirs.column("id").to_pylist():
         raise CompareError("candidate and champion answered different test items; run `retune run` to score both again")
     general = []
@@ -97,7 +97,7 @@ def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:
     return ["the test split is not the champion's (rows or their preparation changed); the champion was scored again"]
 
 
-def _settings(candidate: Manifest, root: Path) -> dict[str, Any]:
+def settings_of(candidate: Manifest, root: Path) -> dict[str, Any]:
     """How both are scored, and on which test items: as the workspace's artifacts were; without any, as the candidate.
 
     A fresh clone has no artifacts, and needs none to compare versions that were scored alike.
@@ -107,7 +107,7 @@ def _settings(candidate: Manifest, root: Path) -> dict[str, Any]:
     return settings
 
 
-def _current_items(publishing: PublishParams, manifest: Manifest, settings: dict[str, Any], root: Path) -> pa.Table:
+def current_items(publishing: PublishParams, manifest: Manifest, settings: dict[str, Any], root: Path) -> pa.Table:
     """A version's merged-model scores on the test split of `settings`, measured again where it was scored otherwise."""
     folder = root / WORK_DIR / "versions" / manifest["version"]
     if manifest["evaluation"] == settings:

@@ -1,0 +1,95 @@
+"""Two versions next to each other: what differs is named with its numbers, and nothing else is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import with_, write_params
+from versions import ITEMS, make_workspace, parameters, published
+
+from pipeline import graph
+from pipeline.files import read_json, write_json
+from pipeline.params import Params
+from pipeline.promote import promote
+from pipeline.report.commands import compare
+from pipeline.report.versus import as_json, compare_versions
+from pipeline.store.artifact_store import open_store
+from pipeline.versions.compare import CompareError
+from pipeline.versions.decisions import read_log
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Params:
+    """Of a project with v1, the champion; v2 is better, of another rank and seed."""
+    params = parameters(tmp_path)
+    published(tmp_path, params, 0.5)
+    promote(params.publish, params.promote, root=tmp_path)
+    published(tmp_path, with_(params, train={"lora_r": 32, "seed": 7}), 0.6)
+    return params
+
+
+def test_scores_differences_parameters_and_texts_of_two_versions(tmp_path: Path, params: Params) -> None:
+    contents = compare_versions(params, "v1", "v2", tmp_path)
+    told = as_json(contents)
+    assert told["old"].startswith("v1 (") and told["new"].startswith("v2 (")
+    rouge = told["metrics"]["rougeL"]
+    assert rouge["difference"] == pytest.approx(rouge["new"] - rouge["old"]) == pytest.approx(0.1, abs=0.001)
+    assert rouge["low"] - 1e-9 <= rouge["difference"] <= rouge["high"] + 1e-9
+    assert (told["better"] + told["worse"] + told["same"], told["better"]) == (ITEMS, ITEMS)
+    rows = {row["parameter"]: list(row.values())[1:] for row in told["tables"]["Parameters that differ"]}
+    assert rows == {"train.lora_r": ["16", "32"], "train.seed": ["42", "7"]}
+    assert told["tables"]["Data and code that differ"] == []
+    first = told["texts"]["improved"][0]
+    assert first["prompt"].startswith("Which colour has box") and first["old"] != first["new"]
+    back = as_json(compare_versions(params, "v2", "champion", tmp_path))
+    assert back["metrics"]["rougeL"]["difference"] == pytest.approx(-0.1, abs=0.001)
+
+
+def test_the_workspace_is_compared_without_being_published(tmp_path: Path, params: Params) -> None:
+    make_workspace(tmp_path, params, 0.7)
+    number = len(read_log(open_store(params.publish), params.publish.registered_model_name))
+    told = as_json(compare_versions(params, "champion", "workspace", tmp_path))
+    assert told["new"] == "workspace"
+    assert told["metrics"]["rougeL"]["difference"] == pytest.approx(0.2, abs=0.01)
+    assert not (tmp_path / "store" / "versions" / graph.version_id(tmp_path)).exists()
+    assert len(read_log(open_store(params.publish), params.publish.registered_model_name)) == number
+
+
+def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, params: Params) -> None:
+    with pytest.raises(CompareError, match="both version"):
+        compare_versions(params, "v1", "champion", tmp_path)
+    with pytest.raises(CompareError, match="0000000000000000 is not published"):
+        compare_versions(params, "v1", "0" * 16, tmp_path)
+    shutil.rmtree(tmp_path / "artifacts")
+    with pytest.raises(CompareError, match="workspace holds no scored model"):
+        compare_versions(params, "v1", "workspace", tmp_path)
+    assert as_json(compare_versions(params, "v1", "v2", tmp_path))["better"] == ITEMS  # needs no artifacts
+
+
+def test_versions_of_different_test_items_say_so(tmp_path: Path, params: Params) -> None:
+    third = published(tmp_path, with_(params, train={"seed": 9}), 0.6, test_split="b", test_fraction=0.05)
+    scored = tmp_path / ".retune" / "versions" / third / "scored"
+    shutil.copytree(tmp_path / "artifacts" / "parity", scored)
+    published(tmp_path, params, 0.5)  # the workspace has the items of v1 again
+    wanted = read_json(tmp_path / "artifacts" / "parity" / "parity.json")["evaluation"]
+    write_json(scored / "evaluation.json", wanted)
+    (scored / "items.parquet").write_bytes((tmp_path / "artifacts" / "evaluation" / "items.base.parquet").read_bytes())
+    notes = compare_versions(params, "v1", third, tmp_path).notes
+    assert any(note.startswith("v3 (") and "scored again" in note for note in notes)
+    assert any("prepare.test_fraction" in note for note in notes)
+
+
+def test_the_command_prints_a_page_and_json(
+    tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_params(tmp_path, params)
+    compare("v1", "v2", tmp_path / "page.html")
+    shown = capsys.readouterr().out
+    for words in ("rougeL is better", f"{ITEMS} better, 0 worse, 0 the same", "train.lora_r", "Which colour has box"):
+        assert words in shown
+    page = (tmp_path / "page.html").read_text()
+    assert "<h1>Comparison</h1>" in page and "train.lora_r" in page and "default-src" in page
+    compare("v1", "v2", json_output=True)
+    assert json.loads(capsys.readouterr().out)["test_items"] == ITEMS
