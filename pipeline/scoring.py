@@ -41,8 +41,8 @@ def score_items(
 
     Columns: `id, task, language, group, scoring, messages, prompt, prompt_tokens, reference, answer, status` (of
     STATUSES), `cut_off, answer_ids, accuracy` (null without one right answer), `label, predicted` (null outside
-    classifications), `exact_match, bleu` (ten n-gram statistics), `chrf` (18), `rouge1, rouge2, rougeL, rougeLsum` (null
-    where the answer is calls), `loss, loss_tokens`.
+    classifications), `exact_match, bleu` (ten n-gram statistics), `chrf` (18), `rouge1, rouge2, rougeL,
+    rougeLsum` (null where the answer is calls), `loss, loss_tokens`.
     """
     status = [_status(answer) for answer in answers]
     references, scoring = test.column("reference").to_pylist(), test.column("scoring").to_pylist()
