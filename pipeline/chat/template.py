@@ -7,10 +7,10 @@ Refused: whatever could not be trained with, or is not what the contract was mad
 import datetime
 import json
 from dataclasses import dataclass, replace
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-import trl
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.chat.conversation import ChatTemplate as ChatTemplate
@@ -109,8 +109,10 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
 
 def named_text(name: str) -> str:
     """The Jinja text of a named template."""
-    folder = Path(trl.__file__).parent / "chat_templates" if name in FROM_TRL else TEMPLATES
-    return (folder / f"{FROM_TRL.get(name, name)}.jinja").read_text(encoding="utf-8")
+    if name not in FROM_TRL:
+        return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    trl = distribution("trl")  # importing it would take seconds
+    return Path(str(trl.locate_file(f"trl/chat_templates/{FROM_TRL[name]}.jinja"))).read_text(encoding="utf-8")
 
 
 def load_contract(contract: dict[str, Any]) -> ChatTemplate:
