@@ -1,5 +1,6 @@
 """What a stage prints, shown wherever somebody looks: terminal, Prefect's log and progress, `retune status`."""
 
+import re
 import sys
 from collections.abc import Callable
 from uuid import UUID
@@ -21,6 +22,7 @@ DVC_HINTS = (
     "\tdvc config",
     "Updating lock file",
     "Data and pipelines are up to date",
+    "ERROR: failed to reproduce",  # the run's last line has the reason
 )
 
 
@@ -49,3 +51,11 @@ def shown(stage: str, artifact: UUID | None = None) -> Callable[[str], None]:
 
 def say(line: str) -> None:
     print(line, flush=True, file=sys.stderr if "--json" in sys.argv else sys.stdout)
+
+
+def why_failed(lines: list[str]) -> str | None:
+    """The reason among the lines of a stage that failed: its own error, else that of Python or DVC."""
+    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    python = [line for line in lines if re.match(r"[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
+    dvc = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return next((each[-1] for each in (own, python, dvc) if each), None)

@@ -28,7 +28,7 @@ from prefect.input import RunInput
 from prefect.states import Completed, Running
 
 from flows.gpu import train_on_pool
-from flows.lines import say, shown
+from flows.lines import say, shown, why_failed
 from flows.summary import describe_run, show_run, state_of, verdict
 from pipeline import graph
 from pipeline import promote as gate
@@ -259,7 +259,7 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
 
     status = graph.repro(stage, on_line)
     if status != 0:
-        raise StageFailed(f"stage {stage} ended with status {status}; `dvc repro {stage}` shows it alone")
+        raise StageFailed(f"{stage} failed: {why_failed(lines) or f'it ended with status {status}'}")
     if artifact is not None:
         update_progress_artifact(artifact_id=artifact, progress=100.0)
     return _state(stage, graph.outcome(lines, stage), started)

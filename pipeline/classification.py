@@ -22,7 +22,7 @@ from pipeline.data.records import Message
 from pipeline.evaluate import require_same_contract, test_items
 from pipeline.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.generation.kept import KeptAnswers, kept_file
-from pipeline.model import load_base, load_tuned, untuned, use_free_cores
+from pipeline.model import load_base, load_tuned, record_dtype, untuned, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.progress import Progress
 from pipeline.report.contents import System
@@ -247,6 +247,7 @@ def merge_classes(
         for choice in errors:
             shutil.rmtree(folder / choice)
         encoder.tokenizer.save_pretrained(str(folder))
+        record_dtype(folder)
         clean_folder(folder)
         write_json(folder / "contract.json", portable(contract))
         items = score_classes(test, predictions(logits[chosen], labels))

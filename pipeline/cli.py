@@ -16,7 +16,7 @@ import typer
 
 from pipeline import commands, data_commands, operating, try_commands
 from pipeline.commands import Json
-from pipeline.environment import quick_imports, quiet_libraries, set_environment
+from pipeline.environment import quick_imports, set_environment
 from pipeline.files import WORK_DIR
 from pipeline.in_project import ProjectCommand, enter_project
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
@@ -194,7 +194,6 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
-    quiet_libraries()
     from pipeline.plan import describe
     from pipeline.plan import plan as do
     from pipeline.settings import load_params
@@ -213,7 +212,6 @@ def score(
 ) -> None:
     """Score a merged model on the workspace's test split; `promote` calls this for versions scored on another one."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a shipped model is whole
-    quiet_libraries()
     from pipeline.classification import score_merged
     from pipeline.files import read_json
     from pipeline.merge import score_model
@@ -228,7 +226,6 @@ def _run_stage(name: str, params: Any) -> str:
 
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    quiet_libraries()
     if name in STAGES:
         with quick_imports():
             import_module(f"pipeline.{name}")

@@ -209,10 +209,11 @@ def download(
     ] = "merged",
     json_output: Json = False,
 ) -> None:
-    """Download a version, every file checked; what is there already is kept."""
-    from pipeline.publish import fetch_files, fetch_version
+    """Put a version's model into FOLDER, every file checked; what is there already is kept."""
+    from pipeline.publish import fetch_files
     from pipeline.versions import manifest as manifests
     from pipeline.versions import signature
+    from pipeline.versions.card import auto_class
     from pipeline.versions.manifest import read_manifest
     from pipeline.versions.verify import require_signed
 
@@ -228,13 +229,15 @@ def download(
         (folder / "manifest.json").write_bytes(data)
         if signed is not None:
             (folder / "manifest.sig").write_bytes(signed)
-        path = folder
     else:
-        path = fetch_version(store, manifest, part, folder)
+        files = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
+        fetch_files(store, manifest, {name.removeprefix(f"{part}/"): entry for name, entry in files.items()}, folder)
     if json_output:
-        print(json.dumps({"version": target, "path": str(path)}))
+        print(json.dumps({"version": target, "path": str(folder)}))
     else:
-        print(f"download: version {registry.label(target)} in {path}")
+        print(f"download: version {registry.label(target)} in {folder}")
+        if part == "merged":
+            print(f'  {auto_class(manifest["params"]["train"])}.from_pretrained("{folder}") loads it as it was scored')
 
 
 def delete(

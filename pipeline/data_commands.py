@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands import CommandError, Json
-from pipeline.environment import quiet_libraries
 from pipeline.in_project import as_typed
 from pipeline.run_lock import only_run
 
@@ -98,7 +97,6 @@ def inspect(
     params = load_params()
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    quiet_libraries()
     if file is None:
         if format is not None or columns is not None:
             raise CommandError("--format and --columns say how a file is read; name the file")

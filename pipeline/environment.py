@@ -39,6 +39,21 @@ def set_environment() -> None:
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
+    _quiet()
+
+
+def _quiet() -> None:
+    """What libraries say to their own developers, and nobody here can act on: it looks like an error and is none.
+
+    Renamed arguments that TRL still passes, the folder of a base model, a kernel package that only speeds up, retries
+    before an error that is said in a sentence.
+    """
+    for library in ("transformers", "trl", "peft", "torch", "accelerate"):
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=library)
+    warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+    for library in ("bitsandbytes", "trl", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -54,10 +69,3 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def quiet_libraries() -> None:
-    """Renamed arguments that TRL still passes, a kernel package that only speeds up: nothing a user can act on."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for library in ("bitsandbytes", "trl"):
-        logging.getLogger(library).setLevel(logging.ERROR)

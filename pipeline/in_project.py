@@ -33,7 +33,7 @@ class ProjectCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         for param in self.params:
-            kind = getattr(getattr(param, "type", None), "name", None)
-            if kind in ("path", "file", "directory") and ctx.params.get(param.name) is not None:
-                ctx.params[param.name] = as_typed(str(ctx.params[param.name]))
+            annotation = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+            if annotation is Path and ctx.params.get(param.name) is not None:
+                ctx.params[param.name] = Path(as_typed(str(ctx.params[param.name])))
         return super().invoke(ctx)

@@ -21,7 +21,7 @@ from pipeline.evaluate import require_same_contract, test_items
 from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import Answer, generate
 from pipeline.likelihood import reference_losses
-from pipeline.model import Quantisation, load_base, load_tuned, untuned, use_free_cores
+from pipeline.model import Quantisation, load_base, load_tuned, record_dtype, untuned, use_free_cores
 from pipeline.params import MergeParams
 from pipeline.scoring import Metrics, provenance, score_items, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, portable
@@ -218,6 +218,7 @@ def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bo
     GenerationConfig(
         bos_token_id=bos_id, eos_token_id=sorted(template.stop_ids), pad_token_id=tokenizer.pad_token_id
     ).save_pretrained(str(folder))
+    record_dtype(folder)
     clean_folder(folder)
     write_json(folder / "contract.json", portable(contract))
 

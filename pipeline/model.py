@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.files import read_json, write_json
 from pipeline.security.vetting import check_adapter, check_model
 from pipeline.workers import available_cores
 
@@ -61,6 +62,12 @@ def use_free_cores() -> int:
 def use_threads(threads: int) -> int:
     torch.set_num_threads(threads)
     return threads
+
+
+def record_dtype(folder: Path) -> None:
+    """Have a plain `from_pretrained` of the model in `folder` compute as it was scored: in `compute_dtype()`."""
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"dtype": str(compute_dtype()).removeprefix("torch.")})
 
 
 def load_base(

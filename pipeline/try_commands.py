@@ -1,10 +1,8 @@
 """The commands that look at what was made: the report of a version, a conversation with it, answers to a file."""
 
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -255,12 +253,10 @@ def _fields(answer: "Answer") -> dict[str, Any]:
 
 
 def _ready() -> Any:
-    """Parameters, after the libraries were told what `retune stage` tells them."""
+    """Parameters; with a base model of this machine no library asks the Hub."""
     from pipeline.settings import load_params
 
     params = load_params()
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return params

@@ -208,10 +208,10 @@ def test_the_champion_is_downloaded_verified_and_looked_up(root: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
     assert manifest["time"]["train"] > 0
-    assert retune(root, "download", "v1", str(tmp_path)).returncode == 0
+    assert retune(root, "download", "v1", str(tmp_path / "model")).returncode == 0
     from transformers import AutoModelForCausalLM
 
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     table = retune(root, "history")
     assert "None" not in table.stdout
     assert "none → v1" in table.stdout

@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from test_stack import free_port
 
 from flows import gpu
+from flows.lines import why_failed
 from pipeline import flow_runs, server
 from pipeline.events import emit, record_unchanged
 from pipeline.files import write_json
@@ -158,3 +159,13 @@ def test_runs_of_a_stack_that_goes_down_are_cancelled_with_the_reason(
     found: dict[str, Any] = {each["id"]: each["state"] for each in server.post(url, "flow_runs/filter", {})}
     assert (found[run]["type"], found[run]["message"]) == ("CANCELLED", "somebody said so")
     assert found[ended]["type"] == "COMPLETED"
+
+
+def test_the_reason_of_a_failed_stage_is_its_own_error_before_pythons_and_dvcs() -> None:
+    dvc = "ERROR: failed to reproduce 'train': failed to run: retune stage train, exited with 1"
+    assert why_failed(["train 5%", "error: the loss is nan at step 3", dvc]) == "the loss is nan at step 3"
+    assert why_failed(["Traceback (most recent call last):", "torch.OutOfMemoryError: CUDA out of memory", dvc]) == (
+        "torch.OutOfMemoryError: CUDA out of memory"
+    )
+    assert why_failed([dvc]) == dvc.removeprefix("ERROR: ")
+    assert why_failed(["killed"]) is None

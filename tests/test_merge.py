@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from pipeline.chat.template import TemplateError, load_shipped
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.merge import merge, score_model
-from pipeline.model import load_adapter, load_base
+from pipeline.model import compute_dtype, load_adapter, load_base, record_dtype
 from pipeline.params import CombineParams, Params
 from pipeline.statistics import METRICS
+from pipeline.versions import card
 from pipeline.weights.checkpoint import WeightsError
 from pipeline.weights.combination import CombinationError, combine
 from pipeline.weights.merging import MergeError
@@ -121,6 +123,28 @@ def test_what_was_merged_and_how_far_it_is_from_the_adapter_is_recorded(merged: 
     assert abs(parity["metric_difference"].pop("perplexity")) < 1e-3
     assert set(parity["metric_difference"].values()) == {0.0}
     assert [path.name for path in (merged / "exports").iterdir()] == ["exports.json"]
+
+
+def test_a_plain_load_computes_in_the_type_that_the_scores_were_made_in(base: Path, tmp_path: Path) -> None:
+    model = load_base({"name_or_path": str(base), "revision": None, "trust_remote_code": False})
+    model.to(torch.float16).save_pretrained(tmp_path)
+    record_dtype(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == compute_dtype()
+
+
+def test_the_model_cards_own_code_gives_the_answers_that_were_scored(
+    merged: Path, dataset: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = {"params": params.evaluate.model_dump()}
+    manifest = {"name": "m", "params": {"train": params.train.model_dump()}, "evaluation": evaluation}
+    code, _, _ = card.use(manifest).partition("# Or")
+    test = pq.read_table(dataset / "test.parquet")
+    scored = pq.read_table(merged / "parity" / "items.merged.parquet")
+    monkeypatch.chdir(merged)
+    for row in range(3):
+        messages = json.loads(test["messages"][row].as_py())
+        exec(code.replace('"A question"', repr(messages[0]["content"])), {})
+        assert capsys.readouterr().out.strip() == scored["answer"][row].as_py().strip()
 
 
 def test_the_merged_model_ends_its_answers_where_the_evaluation_did(merged: Path, dataset: Path) -> None:

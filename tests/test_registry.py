@@ -226,8 +226,12 @@ def test_mlflow_loads_the_champion_as_a_pipeline(tmp_path: Path, base: Path, mlf
     mlflow.set_registry_uri(params.publish.tracking_uri)
     mlflow.set_tracking_uri(params.publish.tracking_uri)
     loaded = mlflow.transformers.load_model("models:/retune-sample@champion")
-    answer = loaded([{"role": "user", "content": "Name the colour of box 1: red"}], max_new_tokens=4)
+    question = [{"role": "user", "content": "Name the colour of box 1: red"}]
+    answer = loaded(question, max_new_tokens=4)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
+    served = mlflow.pyfunc.load_model("models:/retune-sample@champion")
+    [told] = served.predict({"messages": question, "max_tokens": 4})
+    assert told["choices"][0]["message"]["content"] == answer[0]["generated_text"][-1]["content"]
 
 
 def test_a_lost_registry_is_filled_again_from_the_store(tmp_path: Path) -> None:

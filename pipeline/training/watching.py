@@ -195,9 +195,9 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
         control.should_evaluate = self.eval_steps is not None and (step % self.eval_steps == 0 or last)
         speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
-        validation = self.last("validation_loss", None)
+        measured = next((row for row in reversed(self.loss_rows) if "validation_loss" in row), None)
         shown = [f"loss {statistics.fmean(self.recent[-self.params.logging_steps :]):.3f}"]
-        shown += [f"validation {validation:.3f}"] if validation is not None else []
+        shown += [f"validation {measured['validation_loss']:.3f} at step {measured['step']}"] if measured else []
         shown += [f"gradient {self.grad_norm:.2f}", f"{speed:,.0f} tokens/s", f"{memory_gib():.1f} GiB"]
         self.progress.update(step, " · ".join(shown))
 

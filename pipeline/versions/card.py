@@ -10,6 +10,7 @@ from pipeline.statistics import METRICS
 from pipeline.training.combinations import CLASSIFICATION
 from pipeline.versions.manifest import Manifest
 
+CHAT = "llm/v1/chat"  # MLflow's name for answering messages
 # What the card calls each score, in the Hub's vocabulary.
 HUB_METRICS = {"macro_f1": "f1"} | dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), "rouge")
 
@@ -65,13 +66,16 @@ def mlmodel(manifest: Manifest) -> str:
                     "framework": "pt",
                     "instance_type": f"Text{'Classification' if classifies else 'Generation'}Pipeline",
                     "model_binary": "merged",
-                    "pipeline_model_type": _auto_class(manifest["params"]["train"]),
+                    "pipeline_model_type": auto_class(manifest["params"]["train"]),
                     "source_model_name": manifest["base_model"]["name_or_path"],
                     "task": "text-classification" if classifies else "text-generation",
+                    # pyfunc then takes {"messages": […], "max_tokens": …} and renders them by the model's template
+                    **({} if classifies else {"inference_task": CHAT}),
                     "tokenizer_type": "AutoTokenizer",
                     "transformers_version": versions.get("transformers", ""),
                 },
             },
+            **({} if classifies else {"metadata": {"task": CHAT}}),
             "utc_time_created": manifest["created"],
         },
         indent=2,
@@ -108,12 +112,29 @@ def _body(manifest: Manifest) -> str:
     for metric in METRICS:
         scores = " | ".join(_score(manifest["metrics"][system].get(metric)) for system in ("base", "adapter", "merged"))
         lines.append(f"| {metric} | {scores} | {manifest['evaluation']['signatures'].get(metric, '–')} |")
-    auto = _auto_class(train)
-    lines += ["", "## Use", "", "```python", f"from transformers import {auto}, AutoTokenizer", ""]
-    lines += [f'model = {auto}.from_pretrained("merged")']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("merged")', "```", ""]
+    lines += ["", "## Use", "", "```python", use(manifest), "```", ""]
+    lines += ["The dtype is that of `merged/config.json`, in which the scores above were measured.", ""]
     lines += ["`manifest.json` holds the whole lineage: parameters, packages, digests of data and files.", ""]
     return "\n".join(lines)
+
+
+def use(manifest: Manifest) -> str:
+    """The loading and the call that give the answers that were scored."""
+    auto = auto_class(manifest["params"]["train"])
+    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    lines += [f'model = {auto}.from_pretrained("merged")', 'tokenizer = AutoTokenizer.from_pretrained("merged")']
+    if _classifies(manifest["params"]["train"]):
+        lines += ['logits = model(**tokenizer("A text", return_tensors="pt")).logits']
+        return "\n".join([*lines, "print(model.config.id2label[int(logits.argmax())])"])
+    longest = manifest["evaluation"]["params"]["max_new_tokens"]
+    lines += ['messages = [{"role": "user", "content": "A question"}]']
+    lines += ["inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,"]
+    lines += ['                                       return_tensors="pt")']
+    lines += [f"answer = model.generate(**inputs, max_new_tokens={longest}, do_sample=False)[0]"]
+    lines += ['print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))', ""]
+    lines += ["# Or from the registry, with Retune installed:", "import mlflow", ""]
+    lines += [f'model = mlflow.pyfunc.load_model("models:/{manifest["name"]}@champion")']
+    return "\n".join([*lines, f'model.predict({{"messages": messages, "max_tokens": {longest}}})'])
 
 
 def _method(train: dict[str, Any]) -> str:
@@ -132,7 +153,7 @@ def _classifies(train: dict[str, Any]) -> bool:
     return train.get("task") == CLASSIFICATION
 
 
-def _auto_class(train: dict[str, Any]) -> str:
+def auto_class(train: dict[str, Any]) -> str:
     return "AutoModelForSequenceClassification" if _classifies(train) else "AutoModelForCausalLM"
 
 
