@@ -189,6 +189,7 @@ def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table
             "prompt": [f"<|user|>Which colour has box {i}?" for i in ids],
             "reference": ["red"] * ITEMS,
             "status": ["ok"] * ITEMS,
+            "scoring": ["exact" if exact else "text"] * ITEMS,
             "answer": [f"red to {score:.2f}" for score in scores],
             "accuracy": pa.array([float(s > 0.5) if exact else None for s in scores], pa.float64()),
             "bleu": pa.array(
