@@ -343,6 +343,7 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
         trained = np.bincount(owners[carries], minlength=len(rows)).tolist()
     ids, tasks, languages = (rows[name].to_pylist() for name in ("id", "task", "language"))
     stats.add_kept(split, ids, tasks, lengths, trained, languages)
+    stats.untrained += pc.sum(pc.count_substring(rows["record"], '"weight": 0')).as_py() or 0
     repaired = rows.filter(pc.greater(pc.list_value_length(rows["repairs"]), 0))
     for repairs, source, record in zip(
         *(repaired[n].to_pylist() for n in ("repairs", "source", "record")), strict=True

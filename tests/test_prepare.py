@@ -162,6 +162,25 @@ def test_a_template_that_rewrites_gets_a_row_an_answer_in_one_split_and_the_repo
     assert len(set(ids)) == len(ids)
 
 
+def test_answers_marked_as_not_trained_are_counted_and_never_a_reference(params: Params, tmp_path: Path) -> None:
+    rows = []
+    for i in range(60):
+        turns = [("user", f"question {i}"), ("assistant", f"good {i}"), ("user", "again"), ("assistant", f"bad {i}")]
+        messages: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in turns]
+        messages[1 if i % 2 else 3]["weight"] = 0
+        rows.append({"messages": messages})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = with_(params, prepare={"near_duplicate_threshold": None})
+    prepare(changed.prepare, tmp_path / "rows.jsonl", tmp_path / "dataset")
+    test = pq.read_table(tmp_path / "dataset" / "test.parquet").to_pylist()
+    assert test
+    for row in test:
+        number = int(row["source"].rpartition(":")[2]) - 1
+        assert row["reference"] == (f"bad {number}" if number % 2 else f"good {number}")
+    report = json.loads((tmp_path / "dataset" / "report.json").read_text())
+    assert report["untrained_answers"] == 30
+
+
 def test_a_prompt_of_the_test_split_is_not_trained_on(params: Params, tmp_path: Path) -> None:
     rows = [
         *sample_rows(100),

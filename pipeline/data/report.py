@@ -60,6 +60,7 @@ class Report(TypedDict):
     rows_in: int
     rows: dict[str, int]  # split → rows
     rewritten_conversations: int  # conversations with a row for each answer: the template rewrites earlier turns
+    untrained_answers: int  # answers of kept rows that are marked as not trained (weight 0)
     more_rows: int  # rows that came of these conversations and of splitting long ones
     tasks: dict[str, dict[str, int]]  # split → task → rows
     languages: dict[str, dict[str, int]]  # split → ISO code or "und" → rows, of the rows that were looked at
@@ -124,6 +125,7 @@ class DataStats:
         self.duplicates = Tally()
         self.sketches: dict[str, _Sketch] = {}
         self.split = 0  # rows that came of splitting others
+        self.untrained = 0  # answers that their rows mark as not trained
         self.rewritten = 0  # conversations of which the template makes a row an answer, since it rewrites earlier turns
 
     def add_read(self, format: str, source: str, rows: int) -> None:
@@ -190,6 +192,7 @@ class DataStats:
         self.trained.update(other.trained)
         self.split += other.split
         self.rewritten += other.rewritten
+        self.untrained += other.untrained
         self.dropped.merge(other.dropped)
         self.repaired.merge(other.repaired)
         self.duplicates.merge(other.duplicates)
@@ -203,7 +206,7 @@ class DataStats:
         lengths = {split: sorted(counts.items()) for split, counts in self.lengths.items()}
         sketches = {split: sketch.text() for split, sketch in self.sketches.items()}
         plain = {name: getattr(self, name) for name in ("formats", "sources", "rows", "tasks", "languages")}
-        plain |= {"split": self.split, "rewritten": self.rewritten}
+        plain |= {"split": self.split, "rewritten": self.rewritten, "untrained": self.untrained}
         state = plain | tallies | {"lengths": lengths, "trained": sorted(self.trained.items()), "sketches": sketches}
         return json.loads(json.dumps(state))  # a copy that later additions do not change
 
@@ -216,7 +219,7 @@ class DataStats:
             setattr(stats, name, {split: Counter(counts) for split, counts in state[name].items()})
         for name in ("dropped", "repaired", "duplicates"):
             setattr(stats, name, Tally(Counter(state[name]["counts"]), dict(state[name]["examples"])))
-        stats.split, stats.rewritten = state["split"], state["rewritten"]
+        stats.split, stats.rewritten, stats.untrained = state["split"], state["rewritten"], state["untrained"]
         stats.lengths = {split: Counter(dict(counts)) for split, counts in state["lengths"].items()}
         stats.trained = Counter(dict(state["trained"]))
         stats.sketches = {split: _Sketch(sketch_ids(text)) for split, text in state["sketches"].items()}
@@ -246,6 +249,7 @@ class DataStats:
             "rows_in": came,
             "rows": {split: self.rows[split] for split in SPLITS},
             "rewritten_conversations": self.rewritten,
+            "untrained_answers": self.untrained,
             "more_rows": self.split,
             "tasks": {split: _sorted(counts) for split, counts in self.tasks.items()},
             "languages": {split: _ranked(counts) for split, counts in self.languages.items() if counts},

@@ -51,6 +51,8 @@ def verdict(report: Mapping[str, Any]) -> str:
             f", {conversations:,} conversation{'s' * (conversations != 1)} with a row for each answer, since the chat "
             "template rewrites earlier turns"
         )
+    if untrained := report.get("untrained_answers", 0):
+        sentence += f", {untrained:,} answer{'s' * (untrained != 1)} marked as not trained"
     if repaired := sum(report["repaired"].values()):
         sentence += f" with {repaired:,} repair{'s' * (repaired != 1)}"
     if not dropped:
