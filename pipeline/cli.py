@@ -150,10 +150,16 @@ def diff_data(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from pipeline.data.diff import compare, previous_revision, report_at
+    from pipeline.data.diff import compare, data_is_newer, previous_revision, report_at
     from pipeline.data.report_pages import render
     from pipeline.files import write_text
 
+    if new is None and data_is_newer():
+        print(
+            "diff-data: data/ is newer than the prepared dataset, which is compared; `dvc repro prepare` brings "
+            "it up to date",
+            file=sys.stderr,
+        )
     old = old or previous_revision()
     report = report_at(new)
     if html is not None and "lengths" not in report:

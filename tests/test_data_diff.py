@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment, make_project, retune
+from ruamel.yaml import YAML
 
 from pipeline.data.diff import DataDiffError, compare, previous_revision, report_at
 from pipeline.data.report import SKETCH, DataStats, Report, write_report
@@ -125,6 +126,13 @@ def test_versions_are_read_by_their_git_revisions(tmp_path: Path) -> None:
         ["train", "40", "50", "40", "10", "0"]
     ]
     assert "What changed" in (root / "diff.html").read_text()
+    assert "newer" not in said.stderr
+
+    lock = YAML(typ="safe").load((root / "dvc.lock").read_text())
+    lock["stages"]["prepare"]["deps"] = [{"path": "data", "md5": "0" * 32 + ".dir"}]
+    with (root / "dvc.lock").open("w") as file:
+        YAML().dump(lock, file)
+    assert "data/ is newer than the prepared dataset" in retune(root, "diff-data").stderr
 
     commit(root)
     assert compare(report_at("HEAD", root), report_at(None, root))["same"]

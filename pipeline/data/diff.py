@@ -111,6 +111,13 @@ def previous_revision(root: Path = Path(".")) -> str:
     )
 
 
+def data_is_newer(root: Path = Path(".")) -> bool:
+    """Whether rows were ingested that the workspace's dataset does not hold."""
+    deps = graph.lock(root).get("stages", {}).get("prepare", {}).get("deps", [])
+    prepared = next((dep["md5"] for dep in deps if dep["path"] == "data"), None)
+    return prepared is not None and prepared != graph.snapshot(root)["md5"]
+
+
 _LENGTHS = ("median tokens of a training row", "mean", "longest", "training tokens", "fraction that carries loss")
 
 
