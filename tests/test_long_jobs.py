@@ -22,6 +22,8 @@ from pipeline.params import Params
 from pipeline.train import TrainError, quantisation_of, train
 from pipeline.training.memory import OutOfMemory, Rung, next_rung
 
+CHECKS = 7  # forward passes before the first step: 2 for isolation, 4 for row attention, 1 for gradients
+
 
 @contextmanager
 def memory_for(tokens: int, after: int = 0, checkpointed: bool = False, backward: bool = False) -> Iterator[list[int]]:
@@ -97,10 +99,10 @@ def test_out_of_memory_takes_the_same_steps_in_smaller_pieces(
     capsys: pytest.CaptureFixture[str],
     backward: bool,
 ) -> None:
-    # Two passes each see to isolation and row attention, one to gradients; then 2 a step: it fails within step 2.
-    with memory_for(300, after=5 + 2 + 1, backward=backward) as sizes:
+    # Then 2 passes a step: it fails within step 2.
+    with memory_for(300, after=CHECKS + 2 + 1, backward=backward) as sizes:
         weights, rungs = trained(few, dataset, tmp_path)
-    assert max(sizes[10:]) <= 300
+    assert max(sizes[CHECKS + 5 :]) <= 300
     assert (rungs[0]["step"], rungs[0]["pieces"]) == (2, 2)
     assert not rungs[-1]["gradient_checkpointing"]
     same(weights, plenty)
@@ -110,7 +112,7 @@ def test_out_of_memory_takes_the_same_steps_in_smaller_pieces(
 def test_gradient_checkpointing_is_the_last_rung(
     tmp_path: Path, few: Params, dataset: Path, plenty: dict[str, torch.Tensor]
 ) -> None:
-    with memory_for(3, after=5, checkpointed=True):  # no row is so short
+    with memory_for(3, after=CHECKS, checkpointed=True):  # no row is so short
         weights, rungs = trained(few, dataset, tmp_path)
     assert rungs[-1]["gradient_checkpointing"] and not rungs[-2]["gradient_checkpointing"]
     same(weights, plenty)
@@ -118,7 +120,7 @@ def test_gradient_checkpointing_is_the_last_rung(
 
 def test_below_the_last_rung_it_says_what_to_change(tmp_path: Path, few: Params, dataset: Path) -> None:
     with (
-        memory_for(3, after=5),
+        memory_for(3, after=CHECKS),
         pytest.raises(OutOfMemory, match=r"at step 1 with one row .* lower prepare.max_length"),
     ):
         trained(few, dataset, tmp_path)
@@ -274,6 +276,25 @@ def test_a_frozen_layer_that_passes_no_gradient_is_refused(
     monkeypatch.setattr("pipeline.train.load_base", broken)
     with pytest.raises(TrainError, match=r"1 frozen layers pass no gradient back.*layers\.1\.mlp\.down_proj"):
         train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+
+
+def test_the_check_of_gradients_takes_one_short_row_and_the_checkpointing_of_the_training(
+    tmp_path: Path, few: Params, dataset: Path
+) -> None:
+    shortest = min(map(len, pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()))
+    checkpointed = []
+    own = LlamaModel.forward
+
+    def forward(self: Any, *arguments: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        checkpointed.append((input_ids.numel(), self.gradient_checkpointing and self.training))
+        return own(self, *arguments, input_ids=input_ids, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", forward)
+        short = with_(few, train={"gradient_checkpointing": True, "max_steps": 1})
+        train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert checkpointed[CHECKS - 1] == (shortest, True)
+    assert all(length > shortest for length, _ in checkpointed[CHECKS : CHECKS + 2])
 
 
 def test_validation_during_training_lets_gradients_through(dataset: Path, params: Params, tmp_path: Path) -> None:

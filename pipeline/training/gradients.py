@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
+from pipeline.training.packing import shortest_row
 from pipeline.training.watching import TrainError
 
 
 def require_gradients(trainer: Any) -> None:
-    """Train on the shortest sequence without taking the step.
+    """Train on the shortest row without taking the step, with no more memory than a step takes.
 
     Raises:
         TrainError: names the frozen layers that got a gradient from above and passed none on.
     """
-    rows = trainer.train_dataset
-    shortest = min(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     model = trainer.model.train()
+    if trainer.args.gradient_checkpointing:  # as the training itself, which turns it on only as it starts
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     entered: set[str] = set()
     reached: set[str] = set()
     passed: set[str] = set()
@@ -55,7 +56,7 @@ def require_gradients(trainer: Any) -> None:
         if weight is not None and weight.dim() == 2 and not weight.requires_grad:
             hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
     try:
-        batch = trainer._prepare_inputs(trainer.data_collator([rows[shortest]]))
+        batch = trainer._prepare_inputs(trainer.data_collator([shortest_row(trainer.train_dataset)]))
         trainer.compute_loss(model, batch).backward()
     finally:
         for hook in hooks:

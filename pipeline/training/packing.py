@@ -251,6 +251,19 @@ def _with_longest_row(sequences: Dataset) -> Batch:
     return sequences[longest.index(max(longest))]
 
 
+def shortest_row(sequences: Dataset) -> Batch:
+    """The shortest row of all lines, of those that have some context if there are any."""
+
+    def rank(length: int) -> tuple[bool, int]:
+        return length < 16, length
+
+    if "seq_lengths" not in sequences.column_names:
+        return sequences[min(range(len(sequences)), key=lambda i: rank(len(sequences[i]["input_ids"])))]
+    lines = sequences["seq_lengths"]
+    line = min(range(len(lines)), key=lambda i: min(map(rank, lines[i])))
+    return min(_rows_of(sequences[line]), key=lambda row: rank(len(row["input_ids"])))
+
+
 def _rows_of(sequence: Batch) -> list[Batch]:
     bounds = [0, *torch.tensor(sequence["seq_lengths"]).cumsum(0).tolist()]
     columns = ("input_ids", "labels", "rows")
