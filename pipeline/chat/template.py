@@ -169,8 +169,8 @@ def model_identity(name_or_path: str, revision: str | None, trust_remote_code: b
     if not folder.is_dir():
         if name_or_path.startswith((".", "/", "data/")) or revision is None:
             raise TemplateError(
-                f"prepare.model_name_or_path is {name_or_path}: there is no such folder (`dvc pull` fetches the sample "
-                "base model), and as a Hub name it needs prepare.model_revision, the commit to use"
+                f"prepare.model_name_or_path is {name_or_path}: there is no such folder (`dvc pull data.dvc` fetches "
+                "the sample base model), and as a Hub name it needs prepare.model_revision, the commit to use"
             )
         digest = revision
     else:
