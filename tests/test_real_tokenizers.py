@@ -39,13 +39,17 @@ LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 64, "q_lora_rank": 64, "qk_r
 LATENT |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1, "moe_intermediate_size": 64}
 LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 # Package, configuration, its settings, what stands in params.yaml for it.
-MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any], dict[str, Any]]] = {
-    "llama2": (LlamaConfig, {}, {"chat_template": "llama2"}),  # comes without a pad token and without a template
+MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "llama2": (
+        LlamaConfig,
+        {},
+        {"prepare": {"chat_template": "llama2"}},
+    ),  # comes without a pad token and without a template
     "llama3_1": (LlamaConfig, {}, {}),  # no pad token
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}, {}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 16}, {}),  # rows are longer than its window
     "deepseek_v3": (DeepseekV3Config, LATENT, {}),  # its pad token is the one that ends a turn
-    "gptoss": (GptOssConfig, {"num_local_experts": 4, "sliding_window": 16}, {}),  # its template is a file of its own
+    "gptoss": (GptOssConfig, {"num_local_experts": 4, "sliding_window": 16}, {"train": {"packing": False}}),
 }
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # the original ones, as its README says
 COLOURS = ["red", "blue", "green", "black"]
@@ -114,7 +118,7 @@ def test_a_real_tokenizer_goes_from_ingest_to_an_answer(tmp_path: Path, paramete
         return result.stdout
 
     base = random_base(name, fetch(name, tmp_path), tmp_path / "base")
-    root = make_project(tmp_path / "project", base, with_(parameters, prepare=MODELS[name][2]))
+    root = make_project(tmp_path / "project", base, with_(parameters, **MODELS[name][2]))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in conversations()), encoding="utf-8")
     done("ingest", str(rows), "--replace")
