@@ -52,7 +52,8 @@ def test_a_command_works_from_a_folder_below_with_paths_as_typed(root: Path) -> 
     (below / "rows.jsonl").write_text('{"prompt": "What is one plus one?", "completion": "two"}\n')
     shown = [retune(below, "inspect", name, "--json") for name in ("rows.jsonl", str(below / "rows.jsonl"))]
     assert [done.returncode for done in shown] == [0, 0], shown[0].stderr
-    assert "one plus one" in shown[0].stdout
+    [row] = json.loads(shown[0].stdout)["rows"]
+    assert "one plus one" in "".join(token["text"] for token in row["tokens"])
     above = retune(root, "inspect", "notes/rows.jsonl", "--json")
     assert json.loads(above.stdout) == json.loads(shown[0].stdout)
     shutil.rmtree(below)
