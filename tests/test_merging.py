@@ -215,6 +215,8 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused_in_4_bits(
     load_base(local_source(base))
     with pytest.raises(ModelError, match=r"q_proj of .*base has rows of 48 numbers, no multiple of 64"):
         load_base(local_source(base), NF4)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return  # other processors take other kernels, which get these rows right
     errors = []
     for width in (48, 64):  # the day bitsandbytes is mended, this fails and the refusal can go
         weight = torch.randn(64, width)
