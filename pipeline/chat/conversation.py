@@ -332,6 +332,8 @@ class ChatTemplate:
                     ids, labels = [], []
         if failed is not None:
             return failed
+        if len(done) == 1 and not conversation.repairs:
+            return done[0]
         return replace(done[-1], repairs=conversation.repairs, earlier=tuple(done[:-1]))
 
     def _answer_ids(self, turn: Turn, joined: list[int] | RowError, escaped: bool) -> tuple[list[int], bool]:

@@ -202,7 +202,9 @@ def left_out(messages: list[Message], text: str) -> str | None:
 def _end_of(part: str, text: str, start: int) -> int:
     """Where `part` ends in `text` from `start` on, as it is, as JSON writes it, or with other white space; else −1."""
     stripped = part.strip()
-    for form in (stripped, json.dumps(stripped, ensure_ascii=False)[1:-1], json.dumps(stripped)[1:-1]):
+    if (place := text.find(stripped, start)) >= 0:  # nearly always
+        return place + len(stripped)
+    for form in (json.dumps(stripped, ensure_ascii=False)[1:-1], json.dumps(stripped)[1:-1]):
         if (place := text.find(form, start)) >= 0:
             return place + len(form)
     pattern = re.compile(r"\s+".join(map(re.escape, stripped.split())))
