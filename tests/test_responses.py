@@ -238,6 +238,7 @@ def test_a_thinking_model_is_scored_by_its_contents_alone(name: str) -> None:
     references = ["good", "good", "It is a box of 12 blue balls.", "x", "a blue box"]
     prompt = tokens(template, render(template, QUESTION, True))
     texts = {name: pa.array(references) for name in ("id", "task", "language", "group", "prompt", "reference")}
+    texts["messages"] = pa.array([QUESTION] * 5)
     test = pa.table(texts | {"scoring": ["exact"] * 5, "input_ids": [prompt] * 5, "tools": pa.nulls(5, pa.string())})
     losses = ([1.0] * 5, [2] * 5)
     thinking = [to_answer(tokens(template, before + content + after), template, prompt) for content in contents]

@@ -305,7 +305,7 @@ def test_the_report_of_a_decision_is_written_beside_the_artifacts(there: Path, c
     report("champion", json_output=True)
     assert json.loads(capsys.readouterr().out)["decision"] == "promoted"
     text = (there / "artifacts" / "report.md").read_text()
-    assert text.splitlines()[2].startswith("**Promoted.**")
+    assert text.splitlines()[2].startswith("**Promoted: v1 ")
 
 
 def test_a_version_is_scored_again_on_another_test_split(there: Path, own: Params) -> None:
@@ -335,7 +335,7 @@ def test_a_version_answers_prompts_that_it_was_not_asked_when_it_was_published(
     folder = answer_prompts(serving, prompts, 8, there)
     ours = [{"prompt": prompt, "adapter": {"answer": "x", "cut_off": False}} for prompt in prompts]
     write_json(there / "prompts.json", ours)
-    shown = read_own_prompts({"champion": (folder, "merged"), "candidate": (there, "adapter")})
+    shown = read_own_prompts({"champion": (folder, "merged"), "adapter": (there, "adapter")})
     assert [dict(one.answers)["champion"] for one in shown] == ["red", "blue"]
     monkeypatch.setattr("subprocess.run", None)  # it is not asked twice
     assert answer_prompts(serving, prompts, 8, there) == folder
