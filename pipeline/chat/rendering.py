@@ -69,6 +69,7 @@ class Renderer:
             self._variables |= {"strftime_now": _clock(date)}
         try:
             self._compiled = _compile_jinja_template(text)
+            self._compiled.globals = dict(self._compiled.globals)  # copied for every rendering: a ChainMap takes longer
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
         with bounded(8):
