@@ -62,7 +62,7 @@ def verdict(decision: dict[str, Any]) -> str:
     """A decision as Markdown: three lines for a person, then the gate's numbers."""
     lines = [f"**{decision['title']}.**", "", f"{decision['reason']}."]
     lines += ["", f"Next: {decision['next']}."] if decision["next"] else []
-    if rows := verdict_rows(decision["comparison"]):
+    if rows := verdict_rows(decision["comparison"], decision["against"] == BASE):
         lines += ["", *markdown(rows), "", P_NOTE]
     return "\n".join([*lines, "", *(f"- {note}" for note in [*decision["notes"], *decision["warnings"]])])
 
@@ -105,7 +105,7 @@ def show(result: dict[str, Any], seconds: float) -> None:
         print(f"         {line}.")
     console = Console(width=WIDTH, highlight=False)
     if decision["comparison"]:
-        console.print(verdict_table(decision["comparison"]))
+        console.print(verdict_table(decision["comparison"], decision["against"] == BASE))
         print(P_NOTE)
     console.print(terminal(score_rows(_systems(result)), "Test scores (95 % interval)"))
     stages = [{"stage": s["stage"], "outcome": s["outcome"], "time": clock(s["seconds"])} for s in result["stages"]]

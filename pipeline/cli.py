@@ -71,6 +71,7 @@ def run(json_output: Json = False) -> None:
     from pipeline.preflight import require_ready
     from pipeline.promote import history, settled
     from pipeline.settings import load_params
+    from pipeline.versions.registry import ModelRegistry
 
     params = load_params()
     with only_run() as lock:
@@ -82,14 +83,16 @@ def run(json_output: Json = False) -> None:
             reason = settled(params.publish, params.promote, version)
             if reason is not None:
                 history(params.publish)  # puts an alias right that a crash left behind
+                registry = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name)
+                name = registry.remembered(version)
                 if not (ARTIFACTS / "report.html").is_file():
                     from pipeline.report.whole import report_decision
 
                     for warning in report_decision(params.publish, version, ARTIFACTS):
                         print(f"warning: {warning}", file=sys.stderr)
                 if up is not None:
-                    record_unchanged(f"version {version}: {reason}")
-                _say_nothing_to_do(version, reason, json_output)
+                    record_unchanged(f"version {name}: {reason}")
+                _say_nothing_to_do(version, name, reason, json_output)
                 return
         if up is None:
             print("run: starting the Prefect server (about 10 seconds)", file=sys.stderr, flush=True)
@@ -298,9 +301,9 @@ def _run_stage(name: str, params: Any) -> str:
     raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
 
 
-def _say_nothing_to_do(version: str, reason: str, json_output: bool) -> None:
+def _say_nothing_to_do(version: str, name: str, reason: str, json_output: bool) -> None:
     if json_output:
         print(json.dumps({"changed": False, "version": version, "reason": reason}))
     else:
         print("Nothing to do: data, parameters and code are those of the last run.")
-        print(f"Version {version}: {reason}.")
+        print(f"Version {name}: {reason}.")

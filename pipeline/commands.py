@@ -195,7 +195,7 @@ def history(
         )  # fmt: skip
     _print(table)
     if number is not None:
-        _numbers(shown[0].comparison, shown[0].notes, shown[0].overruled)
+        _numbers(shown[0].comparison, shown[0].notes, shown[0].overruled, shown[0].previous is None)
         return
     print(f"champion: {name(log[-1].champion)}; `retune history NUMBER` shows one decision's numbers")
 
@@ -309,8 +309,10 @@ def _say(decision: Any, json_output: bool) -> None:
     if json_output:
         print(json.dumps(asdict(decision)))
         return
+    from pipeline.versions.compare import BASE
+
     print("\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
-    _numbers(decision.comparison, decision.notes, [])
+    _numbers(decision.comparison, decision.notes, [], decision.against == BASE)
 
 
 def verdict_lines(title: str, why: str, todo: str) -> list[str]:
@@ -318,11 +320,11 @@ def verdict_lines(title: str, why: str, todo: str) -> list[str]:
     return [f"Verdict  {title}.", f"Why      {why}.", *([f"Next     {todo}."] if todo else [])]
 
 
-def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str]) -> None:
+def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str], first: bool) -> None:
     if comparison:
         from pipeline.versions.verdict import P_NOTE
 
-        _print(verdict_table(comparison))
+        _print(verdict_table(comparison, first))
         print(P_NOTE)
     for note in notes:
         print(f"note: {note}")
@@ -330,11 +332,11 @@ def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str])
         print(f"overruled: {one}")
 
 
-def verdict_table(comparison: dict[str, Any]) -> Table:
+def verdict_table(comparison: dict[str, Any], first: bool) -> Table:
     from pipeline.report.tables import terminal
     from pipeline.versions.verdict import verdict_rows
 
-    return terminal(verdict_rows(comparison))
+    return terminal(verdict_rows(comparison, first))
 
 
 def _print(table: Table) -> None:

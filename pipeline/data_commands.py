@@ -95,7 +95,11 @@ def inspect(
     from pipeline.settings import load_params
 
     params = load_params()
-    if Path(params.prepare.model_name_or_path).is_dir():
+    model = Path(params.prepare.model_name_or_path)
+    if file is not None and model.parts[:1] == ("data",) and not model.exists():  # a fresh clone
+        with only_run():
+            _pull_base(str(model))
+    if model.is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     if file is None:
         if format is not None or columns is not None:

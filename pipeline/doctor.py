@@ -198,11 +198,14 @@ def _exports(params: Params) -> Check:
 def _store(params: Params, root: Path) -> Check:
     from pipeline.store.artifact_store import open_store
     from pipeline.versions.decisions import champion, read_log
+    from pipeline.versions.registry import ModelRegistry
 
     store = open_store(params.publish, root)
     store.probe()
-    serving = champion(read_log(store, params.publish.registered_model_name))
-    return Check("artifact store", True, f"{store.uri}, champion {serving or 'none yet'}")
+    model = params.publish.registered_model_name
+    serving = champion(read_log(store, model))
+    name = ModelRegistry(params.publish.tracking_uri, model, root).remembered(serving) if serving else "none yet"
+    return Check("artifact store", True, f"{store.uri}, champion {name}")
 
 
 def _registry(params: Params, root: Path) -> Check:

@@ -51,6 +51,7 @@ def status(json_output: Json = False) -> None:
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.versions.decisions import canary, champion, proposed, read_log
+    from pipeline.versions.registry import ModelRegistry
 
     params = load_params()
     known = stack.state() if server.supervisor() is not None else {}
@@ -60,7 +61,8 @@ def status(json_output: Json = False) -> None:
         stale = list(graph.stale())
     except RunUnderWay:
         stale = ["a run is under way"]
-    log = read_log(open_store(params.publish), params.publish.registered_model_name)
+    model = params.publish.registered_model_name
+    log, registry = read_log(open_store(params.publish), model), ModelRegistry(params.publish.tracking_uri, model)
     waiting = proposed(log)
     run = under_way.look()
     answer = {
@@ -83,11 +85,11 @@ def status(json_output: Json = False) -> None:
         started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
         print(f"run        {run['line'] or run['stage'] or 'begins'}; {started}")
     print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
-    print(f"champion   {answer['champion'] or 'none yet'}")
+    print(f"champion   {registry.remembered(answer['champion']) if answer['champion'] else 'none yet'}")
     if answer["canary"]:
-        print(f"canary     {answer['canary']}")
+        print(f"canary     {registry.remembered(answer['canary'])}")
     if answer["waiting"]:
-        print(f"waiting    {answer['waiting']} for approval (`retune promote --approve`)")
+        print(f"waiting    {registry.remembered(answer['waiting'])} for approval (`retune promote --approve`)")
 
 
 def doctor(json_output: Json = False) -> None:

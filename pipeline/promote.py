@@ -399,6 +399,6 @@ def _project(
             if found is not None:
                 register(store, registry, found)
         registry.project(serving, trial)
-        return registry.version_of(version), []
+        return registry.numbers().get(version), []
     except RegistryError as error:
         return None, [f"{error}. The decision stands; the next command sets the aliases"]

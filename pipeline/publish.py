@@ -5,7 +5,9 @@ Idempotent by content: publishing what is already published moves nothing and ma
 
 import csv
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -94,11 +96,21 @@ def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
 def register(store: ArtifactStore, registry: ModelRegistry, manifest: Manifest) -> str:
     """The version's MLflow number; makes the entry, from the store alone, if the registry has none (any more).
 
+    Versions that were decided on before it come first, so that the registries of two clones number them alike.
+
     Raises:
         RegistryError: MLflow cannot be reached.
     """
     number = registry.version_of(manifest["version"])
-    return number if number is not None else registry.register(_registration(store, manifest))
+    if number is not None:
+        return number
+    known, decided = registry.numbers(), dict.fromkeys(each.version for each in read_log(store, manifest["name"]))
+    for version in takewhile(lambda each: each != manifest["version"], decided):
+        with suppress(StoreError):  # one that is damaged has no number here
+            earlier = read_manifest(store, version) if version not in known else None
+            if earlier is not None:
+                registry.register(_registration(store, earlier))
+    return registry.register(_registration(store, manifest))
 
 
 def fetch_version(store: ArtifactStore, manifest: Manifest, part: str, folder: Path) -> Path:

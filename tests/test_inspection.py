@@ -1,6 +1,7 @@
 """`retune inspect`: what is shown is what the model sees, and every row has its verdict."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -178,3 +179,10 @@ def test_the_command_shows_a_file_in_text_and_as_json(params: Params, rows: Path
     assert "repaired: control tokens in its text escaped" in text.stdout
     answer = json.loads(retune(tmp_path, "inspect", str(rows), "--task", "tokens", "--json").stdout)
     assert [(row["verdict"], row["task"]) for row in answer["rows"]] == [("repaired", "tokens")]
+
+
+def test_a_clone_that_has_not_run_yet_fetches_the_base_model_to_show_a_file(project: Path, rows: Path) -> None:
+    shutil.rmtree(project / "data")
+    done = retune(project, "inspect", str(rows), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"]

@@ -251,6 +251,29 @@ def test_a_lost_registry_is_filled_again_from_the_store(tmp_path: Path) -> None:
     assert register(open_store(params.publish), registry, found) == "1"
 
 
+def test_a_second_registry_of_one_store_numbers_the_versions_as_the_first(tmp_path: Path) -> None:
+    params = parameters(tmp_path)
+    versions = []
+    for quality in (0.4, 0.5, 0.6):
+        versions.append(published(tmp_path, params, quality))
+        gate.promote(params.publish, params.promote, versions[-1], tmp_path)
+    other = registry_lost(tmp_path, params).publish
+    assert not gate.history(other, tmp_path)[1]  # asks for the champion, the last of them, alone
+    registry = ModelRegistry(other.tracking_uri, "retune-sample", tmp_path)
+    assert registry.numbers() == {version: str(number) for number, version in enumerate(versions, 1)}
+    assert aliases(registry) == {"champion": "3"}
+
+
+def test_a_version_is_called_by_its_number_without_asking_the_registry(tmp_path: Path) -> None:
+    params = parameters(tmp_path)
+    version = published(tmp_path, params)
+    asked = ModelRegistry(params.publish.tracking_uri, "retune-sample", tmp_path)
+    assert asked.remembered(version) == version
+    gate.promote(params.publish, params.promote, version, tmp_path)
+    called = [ModelRegistry(asked.uri, name, tmp_path).remembered(version) for name in ("retune-sample", "other")]
+    assert called == [f"v1 ({version[:6]}…)", version]
+
+
 def test_a_version_in_s3_is_signed_verified_and_loaded_through_mlflow(
     tmp_path: Path, s3: str, mlflow_free: None
 ) -> None:

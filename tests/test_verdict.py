@@ -109,3 +109,12 @@ def test_one_table_of_scores_leaves_out_what_nobody_has_and_says_which_metrics_c
     with console.capture() as shown:
         console.print(terminal(rows, "Scores"))
     assert "0.500 (0.400 to 0.600)" in shown.get()
+
+
+def test_a_first_version_is_next_to_the_base_model_and_has_no_champion_to_go_back_to() -> None:
+    comparison = {"rougeL": row("passed", 0.1)}
+    assert "champion" not in verdict_rows(comparison, first=True)[0]
+    assert verdict_rows(comparison, first=True)[0]["base"] == verdict_rows(comparison)[0]["champion"] == "0.400"
+    for word in ("promoted", "forced"):
+        assert "rollback" not in next_step(word, "v1", comparison, MANIFEST, first=True)
+        assert "rollback" in next_step(word, "v2", comparison, MANIFEST)

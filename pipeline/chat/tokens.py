@@ -138,7 +138,9 @@ class TokenEncoder:
 
     def encode_batch(self, texts: Sequence[Text]) -> list[list[int] | RowError]:
         """For each text its token ids (T,)."""
-        plain = iter(self._plain.encode_batch_fast([t.marked for t in texts if not t.escaped], add_special_tokens=False))
+        plain = iter(
+            self._plain.encode_batch_fast([t.marked for t in texts if not t.escaped], add_special_tokens=False)
+        )
         return [self._by_marks(t, *self._marked) if t.escaped else next(plain).ids for t in texts]
 
     def continuation(self, text: Text) -> list[int] | RowError:

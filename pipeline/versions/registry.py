@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from pipeline.files import WORK_DIR, read_json, write_json
 from pipeline.versions.decisions import name_of
 
 
@@ -65,7 +66,18 @@ class ModelRegistry:
         for version in self._versions():
             known = numbers.setdefault(version.tags["version_id"], str(version.version))
             numbers[version.tags["version_id"]] = min(known, str(version.version), key=int)
+        write_json(self._remembered, {"registry": self.uri, "name": self.name, "numbers": numbers})
         return numbers
+
+    def remembered(self, version_id: str) -> str:
+        """As `label`, by the numbers that `numbers` found last; asks nobody, since loading MLflow takes seconds."""
+        kept = read_json(self._remembered) if self._remembered.is_file() else {}
+        same = (kept.get("registry"), kept.get("name")) == (self.uri, self.name)
+        return name_of(version_id, kept["numbers"].get(version_id) if same else None)
+
+    @property
+    def _remembered(self) -> Path:
+        return self.root / WORK_DIR / "numbers.json"
 
     def label(self, version_id: str | None) -> str:
         """How people call a version; by its id alone while the registry has no number for it or cannot be reached."""

@@ -82,7 +82,8 @@ def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest |
     overrule = f"overrule the gate: {FORCE.format(name)}"
     match word:
         case "promoted" | "forced":
-            return "Talk to it with `retune chat`; `retune rollback` puts the champion before it back"
+            back = "" if first else "; `retune rollback` puts the champion before it back"
+            return f"Talk to it with `retune chat`{back}"
         case "proposed":
             return 'Agree with `retune promote --approve`, or refuse with `retune promote --reject --reason "…"`'
         case "refused":
@@ -95,8 +96,9 @@ def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest |
     return ""
 
 
-def verdict_rows(comparison: Comparison) -> list[dict[str, str]]:
-    """The comparison as text, one dictionary with `COLUMNS` as keys for each metric."""
+def verdict_rows(comparison: Comparison, first: bool = False) -> list[dict[str, str]]:
+    """The comparison as text, one dictionary with `COLUMNS` as keys for each metric; `first` as for `next_step`."""
+    columns = ["base" if first and column == "champion" else column for column in COLUMNS]
     rows = []
     for metric, row in comparison.items():
         number = _format(metric)
@@ -111,7 +113,7 @@ def verdict_rows(comparison: Comparison) -> list[dict[str, str]]:
             _p(row) if tested else "–",
             WORDS[verdict],
         ]
-        rows.append(dict(zip(COLUMNS, [metric, *cells], strict=True)))
+        rows.append(dict(zip(columns, [metric, *cells], strict=True)))
     return rows
 
 
