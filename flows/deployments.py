@@ -115,7 +115,7 @@ def watch() -> State[Any]:
 @redacted_errors
 @skipped_when_busy
 def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
-    """Decide on a published version: v3, 3, canary or an id. Force overrules the gate; its reason is kept."""
+    """Decide on a published version: v3, 3 or an id. Force overrules the gate; its reason is kept."""
     with _project():
         params = load_params()
         if force and not reason.strip():

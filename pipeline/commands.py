@@ -14,7 +14,7 @@ from rich.table import Table
 from pipeline.versions.decisions import name_of
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Version = Annotated[str | None, typer.Argument(help="v3, 3, champion, canary or a version's id; else the workspace's.")]
+Version = Annotated[str | None, typer.Argument(help="v3, 3, champion or a version's id; else the workspace's.")]
 Reason = Annotated[str, typer.Option(help="Kept in the history.")]
 WIDTH = 118  # columns of tables, on a terminal and in a file
 
@@ -132,28 +132,6 @@ def rollback(
         print(f"rollback: {label(record.champion)} is champion again; it was {label(record.previous)}")
 
 
-def canary(
-    version: Version = None,
-    end: Annotated[bool, typer.Option("--end", help="There is no canary any more.")] = False,
-    reason: Reason = "",
-    json_output: Json = False,
-) -> None:
-    """Mark a version as the canary: recorded, kept by `retune prune`, and an alias in the registry."""
-    from pipeline.promote import set_canary
-    from pipeline.settings import load_params
-
-    if end == (version is not None):
-        raise CommandError("name the version, or --end the present canary")
-    params = load_params()
-    record, warnings = set_canary(params.publish, version, reason)
-    _warn(warnings)
-    if json_output:
-        print(json.dumps(asdict(record)))
-    else:
-        said = "is no longer the canary" if end else "is the canary"
-        print(f"canary: {_registry(params).label(record.version)} {said}")
-
-
 def history(
     number: Annotated[int | None, typer.Argument(min=1, help="One decision, with all its numbers.")] = None,
     json_output: Json = False,
@@ -201,7 +179,7 @@ def history(
 
 
 def download(
-    version: Annotated[str, typer.Argument(help="v3, 3, champion, canary or a version's id.")],
+    version: Annotated[str, typer.Argument(help="v3, 3, champion or a version's id.")],
     folder: Annotated[Path, typer.Argument(help="Where to; made if it is not there.")],
     part: Annotated[
         Literal["merged", "adapter", "all"],
@@ -245,7 +223,7 @@ def delete(
     reason: Annotated[str, typer.Option(help="Kept in the history.")],
     json_output: Json = False,
 ) -> None:
-    """Delete a version for good; the champion, the canary and a version that waits for approval are refused."""
+    """Delete a version for good; the champion and a version that waits for approval are refused."""
     from pipeline.settings import load_params
     from pipeline.versions.retention import delete as do
 
@@ -281,7 +259,7 @@ def prune(
 
 
 COMMANDS: list[Callable[..., None]] = [
-    publish, sign, verify, promote, rollback, canary, history, download, delete, prune,
+    publish, sign, verify, promote, rollback, history, download, delete, prune,
 ]  # fmt: skip
 
 

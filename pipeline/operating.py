@@ -50,7 +50,7 @@ def status(json_output: Json = False) -> None:
     from pipeline.run_lock import RunUnderWay, only_run
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
-    from pipeline.versions.decisions import canary, champion, proposed, read_log
+    from pipeline.versions.decisions import champion, proposed, read_log
     from pipeline.versions.registry import ModelRegistry
 
     params = load_params()
@@ -71,7 +71,6 @@ def status(json_output: Json = False) -> None:
         "services": known.get("services", []),
         "stale": stale,
         "champion": champion(log),
-        "canary": canary(log),
         "waiting": waiting.version if waiting else None,
     }
     if json_output:
@@ -86,8 +85,6 @@ def status(json_output: Json = False) -> None:
         print(f"run        {run['line'] or run['stage'] or 'begins'}; {started}")
     print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
     print(f"champion   {registry.remembered(answer['champion']) if answer['champion'] else 'none yet'}")
-    if answer["canary"]:
-        print(f"canary     {registry.remembered(answer['canary'])}")
     if answer["waiting"]:
         print(f"waiting    {registry.remembered(answer['waiting'])} for approval (`retune promote --approve`)")
 

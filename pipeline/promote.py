@@ -22,7 +22,6 @@ from pipeline.versions.decisions import (
     DecisionError,
     Record,
     append,
-    canary,
     champion,
     champions,
     name_of,
@@ -198,39 +197,6 @@ def rollback(
             return made, warnings + notify.tell(params.webhooks, name, made)
 
 
-def set_canary(
-    publishing: PublishParams, version: str | None, reason: str = "", root: Path = Path(".")
-) -> tuple[Record, list[str]]:
-    """Make `version` the canary, or with None end the present one; returns the record, and warnings.
-
-    Raises:
-        PromoteError: the version is the champion or not published, or there is no canary to end.
-        SignatureError: as for `promote`: a canary serves people.
-    """
-    store = open_store(publishing, root)
-    name = publishing.registered_model_name
-    registry = ModelRegistry(publishing.tracking_uri, name, root)
-    while True:
-        log = read_log(store, name)
-        serving, now = champion(log), canary(log)
-        if version is None:
-            if now is None:
-                raise PromoteError(f"{name} has no canary")
-            record = Record(len(log) + 1, "canary-ended", now, serving, serving, reason or "ended by hand")
-        else:
-            target = resolve(version, store, registry, name, root)
-            if target in (serving, now):
-                raise PromoteError(f"version {target} is the {'champion' if target == serving else 'canary'} already")
-            refuse_deleted(log, target)
-            digest = manifest.digest(_published(store, target, publishing))
-            record = Record(
-                len(log) + 1, "canary", target, serving, serving, reason or "set by hand", manifest_sha256=digest
-            )
-        made = append(store, name, record)
-        if made is not None:
-            return made, _project(store, registry, [*log, made], record.version)[1]
-
-
 def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
     """Every decision, oldest first, and warnings; puts the registry's aliases right on the way.
 
@@ -298,20 +264,19 @@ def settled(publishing: PublishParams, params: PromoteParams, version: str, root
 
 
 def resolve(version: str | None, store: ArtifactStore, registry: ModelRegistry, name: str, root: Path) -> str:
-    """The content id of a version named by number (3 or v3), id, `champion` or `canary`; None: the workspace's.
+    """The content id of a version named by number (3 or v3), id, or `champion`; None: the workspace's.
 
     Raises:
         RegistryError: the registry has no such number.
-        PromoteError: there is no champion, or no canary.
+        PromoteError: there is no champion.
     """
     if version is None:
         return graph.version_id(root)
-    if version in ("champion", "canary"):
-        log = read_log(store, name)
-        found = champion(log) if version == "champion" else canary(log)
-        if found is None:
-            raise PromoteError(f"{name} has no {version} yet")
-        return found
+    if version == "champion":
+        serving = champion(read_log(store, name))
+        if serving is None:
+            raise PromoteError(f"{name} has no champion yet")
+        return serving
     return registry.id_of(version) if version.removeprefix("v").isdigit() and len(version) < 10 else version
 
 
@@ -392,13 +357,13 @@ def _project(
 
     A version that the registry has lost is registered again from the store.
     """
-    serving, trial = champion(log), canary(log)
+    serving = champion(log)
     try:
-        for wanted in {serving, trial, version} - {None}:
+        for wanted in {serving, version} - {None}:
             found = read_manifest(store, str(wanted))
             if found is not None:
                 register(store, registry, found)
-        registry.project(serving, trial)
+        registry.project(serving)
         return registry.numbers().get(version), []
     except RegistryError as error:
         return None, [f"{error}. The decision stands; the next command sets the aliases"]

@@ -351,7 +351,7 @@ def _manifest(params: Params, name: str, root: Path) -> Manifest:
     manifest = read_manifest(store, version)
     if manifest is None:
         raise ServingError(
-            f"there is no version {name} in {store.uri}; expected {BASE}, {WORKSPACE}, champion, canary, v3 or an id "
+            f"there is no version {name} in {store.uri}; expected {BASE}, {WORKSPACE}, champion, v3 or an id "
             "that `retune history` shows"
         )
     return manifest

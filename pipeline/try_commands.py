@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.generate import Answer
     from pipeline.serving import Talk
 
-HELP = """/adapter NAME   another model answers: base, workspace, champion, canary, v3 or a version's id
+HELP = """/adapter NAME   another model answers: base, workspace, champion, v3 or a version's id
 /adapters       those that are loaded
 /system TEXT    a system message; without a text, none
 /reset          forget the conversation
@@ -41,7 +41,7 @@ def chat(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="base, workspace, champion, canary, v3 or a version's id; the first answers. None: the champion.",
+            help="base, workspace, champion, v3 or a version's id; the first answers. None: the champion.",
             show_default=False,
         ),
     ] = None,

@@ -179,8 +179,6 @@ def test_before_the_first_run_nothing_is_there_to_promote(root: Path) -> None:
         (["promote", "v1", "--force", "--reason", " "], "--force needs --reason"),
         (["promote", "--approve", "--reject"], "exclude each other"),
         (["promote", "--approve"], "no version waits for approval"),
-        (["canary"], "name the version, or --end"),
-        (["canary", "--end"], "has no canary"),
         (["history", "7"], "there are 0 decisions, no number 7"),
         (["delete", "v1", "--reason", "room"], "has no version v1; it has none"),
     ],

@@ -25,7 +25,7 @@ from pipeline.promote import PromoteError
 from pipeline.store.artifact_store import open_store
 from pipeline.versions import compare as comparing
 from pipeline.versions.compare import CompareError
-from pipeline.versions.decisions import DecisionError, canary, champion, read_log
+from pipeline.versions.decisions import DecisionError, champion, read_log
 from pipeline.versions.manifest import published_versions, read_manifest
 from pipeline.versions.registry import ModelRegistry
 from pipeline.versions.retention import RetentionError, delete, outdated
@@ -116,13 +116,12 @@ def test_a_smaller_test_split_is_a_fair_one_and_said(tmp_path: Path, params: Par
     assert decision.notes == ["the test split is a part of the champion's: prepare.test_fraction 0.1 instead of 0.2"]
 
 
-def test_too_few_items_leave_champion_and_canary_and_are_not_asked_again(
+def test_too_few_items_leave_the_champion_and_are_not_asked_again(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = published(tmp_path, params, 0.5)
     decide(tmp_path, params)
-    better = published(tmp_path, params, 0.6)
-    gate.set_canary(params.publish, better, root=tmp_path)
+    published(tmp_path, params, 0.6)
     monkeypatch.setattr("pipeline.versions.gate.MIN_GROUPS", ITEMS + 1)
     decision = decide(tmp_path, params)
     assert (decision.decision, decision.champion) == ("undecided", first)
@@ -130,7 +129,7 @@ def test_too_few_items_leave_champion_and_canary_and_are_not_asked_again(
     assert decision.next.startswith("Add about ")
     assert "test_fraction" not in decision.next  # the champion was trained on what would become test items
     log = read_log(open_store(params.publish), NAME)
-    assert (log[-1].decision, canary(log), serving(tmp_path, params)) == ("undecided", better, first)
+    assert (log[-1].decision, serving(tmp_path, params)) == ("undecided", first)
     again = decide(tmp_path, params)
     assert again.decision == "unchanged"
     assert again.reason.startswith(
@@ -246,8 +245,6 @@ def test_what_is_not_published_or_was_deleted_is_not_promoted_even_by_force(tmp_
         decide(tmp_path, params, first, force="x")
     with pytest.raises(DecisionError, match="was deleted"):
         gate.rollback(params.publish, params.promote, first, root=tmp_path)
-    with pytest.raises(DecisionError, match="was deleted"):
-        gate.set_canary(params.publish, first, root=tmp_path)
 
 
 def test_a_registry_that_is_lost_gives_no_version_called_none(tmp_path: Path, params: Params) -> None:
@@ -352,36 +349,16 @@ def test_an_approval_counts_only_for_the_champion_that_was_compared_with(tmp_pat
     assert serving(tmp_path, manual) == second
 
 
-def test_the_canary_is_recorded_shown_and_ends_with_the_decision_on_it(tmp_path: Path, params: Params) -> None:
-    first, second = published(tmp_path, params, 0.5), published(tmp_path, params, 0.6)
-    decide(tmp_path, params, first)
-    gate.set_canary(params.publish, second, "5 % of the traffic", tmp_path)
-    client = ModelRegistry(params.publish.tracking_uri, NAME).client
-    assert str(client.get_model_version_by_alias(NAME, "canary").tags["version_id"]) == second
-    assert serving(tmp_path, params) == first
-    with pytest.raises(PromoteError, match="is the canary already"):
-        gate.set_canary(params.publish, second, root=tmp_path)
-    with pytest.raises(PromoteError, match="is the champion already"):
-        gate.set_canary(params.publish, "champion", root=tmp_path)
-    decide(tmp_path, params, "canary")
-    assert serving(tmp_path, params) == second
-    assert canary(read_log(open_store(params.publish), NAME)) is None
-    assert "canary" not in client.get_registered_model(NAME).aliases
-    with pytest.raises(PromoteError, match="has no canary"):
-        gate.set_canary(params.publish, None, root=tmp_path)
-
-
 def test_what_serves_or_waits_is_not_deleted(tmp_path: Path, manual: Params) -> None:
-    first, second, third = (published(tmp_path, manual, quality) for quality in (0.5, 0.6, 0.7))
+    first, third = (published(tmp_path, manual, quality) for quality in (0.5, 0.7))
     decide(tmp_path, manual, first, force="the first")
-    gate.set_canary(manual.publish, second, root=tmp_path)
     assert decide(tmp_path, manual, third).decision == "proposed"
-    for version, why in ((first, "is the champion"), (second, "is the canary"), (third, "is waiting for approval")):
+    for version, why in ((first, "is the champion"), (third, "is waiting for approval")):
         with pytest.raises(RetentionError, match=why):
             delete(manual.publish, version, "room", tmp_path)
     with pytest.raises(RetentionError, match="is not published"):
         delete(manual.publish, "0" * 16, "room", tmp_path)
-    assert len(published_versions(open_store(manual.publish))) == 3
+    assert len(published_versions(open_store(manual.publish))) == 2
 
 
 def test_a_deleted_version_is_gone_for_good(tmp_path: Path, params: Params) -> None:
@@ -398,20 +375,19 @@ def test_a_deleted_version_is_gone_for_good(tmp_path: Path, params: Params) -> N
     assert [r["decision"] for r in records(tmp_path)] == ["promoted", "promoted", "deleted"]
 
 
-def test_retention_keeps_the_newest_the_last_champions_and_the_canary(tmp_path: Path, params: Params) -> None:
+def test_retention_keeps_the_newest_and_the_last_champions(tmp_path: Path, params: Params) -> None:
     params = with_(params, publish={"keep_versions": 2, "keep_champions": 2})
     made = [published(tmp_path, params, 0.30 + 0.05 * i) for i in range(8)]
     for number in (0, 2, 3):
         decide(tmp_path, params, made[number])
-    gate.set_canary(params.publish, made[1], root=tmp_path)
     unregistered = published(tmp_path, params, 0.9, registered=False)
-    assert outdated(params.publish, tmp_path) == [made[0], made[4], made[5]]
+    assert outdated(params.publish, tmp_path) == [made[0], made[1], made[4], made[5]]
     assert outdated(with_(params, publish={"keep_versions": None}).publish, tmp_path) == []
     for version in outdated(params.publish, tmp_path):
         delete(params.publish, version, "old", tmp_path)
     assert outdated(params.publish, tmp_path) == []
     left = published_versions(open_store(params.publish))
-    assert set(left) == {made[1], made[2], made[3], made[6], made[7], unregistered}
+    assert set(left) == {made[2], made[3], made[6], made[7], unregistered}
 
 
 def test_a_deletion_that_was_cut_short_is_finished_by_prune(tmp_path: Path, params: Params) -> None:

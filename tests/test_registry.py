@@ -138,8 +138,8 @@ def test_an_alias_that_strayed_from_the_log_is_put_right(registry: ModelRegistry
     registry.project("abc")
     assert aliases(registry) == {"champion": "1", "challenger": "2"}
     registry.client.set_registered_model_alias(registry.name, "champion", "2")
-    registry.project("abc", "def")
-    assert aliases(registry) == {"champion": "1", "challenger": "2", "canary": "2"}
+    registry.project("abc")
+    assert aliases(registry) == {"champion": "1", "challenger": "2"}
     registry.project("def")
     assert aliases(registry) == {"champion": "2"}
     registry.project(None)

@@ -254,7 +254,7 @@ def test_promotion_refuses_an_unsigned_version_and_takes_it_once_it_is_signed(tm
     assert gate.promote(strict.publish, strict.promote, version, tmp_path).decision == "promoted"
 
 
-def test_promotion_rollback_and_canary_refuse_an_altered_version(tmp_path: Path, keys: Path) -> None:
+def test_promotion_and_rollback_refuse_an_altered_version(tmp_path: Path, keys: Path) -> None:
     params = parameters(
         tmp_path, signing_key=str(keys / "ours.pem"), verify_key=str(keys / "ours.pub"), require_signature=True
     )
@@ -267,8 +267,6 @@ def test_promotion_rollback_and_canary_refuse_an_altered_version(tmp_path: Path,
     flip(tmp_path / "store" / "objects" / manifest["files"]["merged/model.safetensors"]["sha256"], 5, 1)
     with pytest.raises(SignatureError, match="may not serve .*was altered"):
         gate.rollback(params.publish, params.promote, first, root=tmp_path)
-    with pytest.raises(SignatureError, match="may not serve"):
-        gate.set_canary(params.publish, first, root=tmp_path)
     with pytest.raises(SignatureError, match="may not serve"):
         gate.promote(params.publish, params.promote, first, tmp_path, "I know better")
 

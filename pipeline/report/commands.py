@@ -16,7 +16,7 @@ SHOWN = 3  # texts of each side on the terminal; the page has more
 
 
 def compare(
-    old: Annotated[str, typer.Argument(help="v3, 3, champion, canary, workspace or a version's id.")] = "champion",
+    old: Annotated[str, typer.Argument(help="v3, 3, champion, workspace or a version's id.")] = "champion",
     new: Annotated[str, typer.Argument(help="The one that is compared with it.")] = "workspace",
     html: Annotated[Path | None, typer.Option(help="Also write it as a page, with every text.")] = None,
     json_output: Json = False,

@@ -37,7 +37,7 @@ class Side:
 
 
 def compare_versions(params: Params, old: str, new: str, root: Path = Path(".")) -> Contents:
-    """`new` against `old`: v3, an id, champion, canary or workspace.
+    """`new` against `old`: v3, an id, champion or workspace.
 
     Raises:
         CompareError: one is not there, both are one, or they answered different test items.

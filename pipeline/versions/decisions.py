@@ -15,8 +15,7 @@ from typing import Any
 from pipeline.store.artifact_store import ArtifactStore
 
 # promoted, refused, rollback: by the gate or by a person; undecided: too few test items to tell; proposed: passed the
-# gate and waits for approval; canary, canary-ended: the version that takes a part of the traffic; deleted: for good,
-# its files may be collected.
+# gate and waits for approval; deleted: for good, its files may be collected; canary, canary-ended: only in old logs.
 DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "canary", "canary-ended", "deleted")
 
 
@@ -112,17 +111,6 @@ def rolled_back(log: list[Record]) -> set[str]:
         if record.champion is not None:
             back.discard(record.champion)
     return back
-
-
-def canary(log: list[Record]) -> str | None:
-    """The version that takes a part of the traffic: until it is decided on, replaced or ended."""
-    version: str | None = None
-    for record in log:
-        if record.decision == "canary":
-            version = record.version
-        elif record.decision in ("promoted", "refused", "rollback", "canary-ended") and record.version == version:
-            version = None
-    return version
 
 
 def proposed(log: list[Record]) -> Record | None:

@@ -1,8 +1,7 @@
 """Versions as MLflow shows them: numbers, tags, a run with curves and reports, and the aliases that follow the log.
 
-Nothing is decided here and no file of a version is uploaded: an entry's source is the store, the aliases `champion`,
-`challenger` and `canary` are projections of the promotion log, put right by whoever looks next. Refused: a registry
-that cannot be reached, in one sentence.
+Nothing is decided here and no file of a version is uploaded: an entry's source is the store, the aliases `champion`
+and `challenger` are projections of the promotion log, put right by whoever looks next.
 """
 
 import logging
@@ -127,7 +126,7 @@ class ModelRegistry:
             self.client.set_registered_model_alias(self.name, "challenger", made.version)
         return self.version_of(version.version) or str(made.version)
 
-    def project(self, champion_id: str | None, canary_id: str | None = None) -> None:
+    def project(self, champion_id: str | None) -> None:
         """Make the aliases say what the promotion log says."""
         from mlflow.exceptions import MlflowException
 
@@ -138,15 +137,13 @@ class ModelRegistry:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 return  # a new registry beside an old log: publish fills it, the log decides all the same
-            numbers = {}
-            for alias, version_id in (("champion", champion_id), ("canary", canary_id)):
-                number = numbers[alias] = self.version_of(version_id) if version_id else None
-                if number is None:
-                    if alias in aliases:
-                        self.client.delete_registered_model_alias(self.name, alias)
-                elif str(aliases.get(alias)) != number:
-                    self.client.set_registered_model_alias(self.name, alias, number)
-            if "challenger" in aliases and str(aliases["challenger"]) == numbers["champion"]:
+            number = self.version_of(champion_id) if champion_id else None
+            if number is None:
+                if "champion" in aliases:
+                    self.client.delete_registered_model_alias(self.name, "champion")
+            elif str(aliases.get("champion")) != number:
+                self.client.set_registered_model_alias(self.name, "champion", number)
+            if "challenger" in aliases and str(aliases["challenger"]) == number:
                 self.client.delete_registered_model_alias(self.name, "challenger")
 
     def mark(self, version_id: str, tags: dict[str, str]) -> None:

@@ -1,8 +1,8 @@
 """Which versions stay: deleting one by hand, and the policy for old ones.
 
 A deletion is a record of the promotion log first and the loss of the manifest afterwards, so it races fairly with every
-promotion; objects that no manifest names any more are `retune gc`'s. Refused: the champion, the canary and a version
-that waits for approval.
+promotion; objects that no manifest names any more are `retune gc`'s. The champion and a version that waits for
+approval are refused.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from pipeline.params import PublishParams
 from pipeline.promote import resolve
 from pipeline.store.artifact_store import open_store
 from pipeline.versions import manifest as manifests
-from pipeline.versions.decisions import Record, append, canary, champion, champions, deleted, proposed, read_log
+from pipeline.versions.decisions import Record, append, champion, champions, deleted, proposed, read_log
 from pipeline.versions.manifest import published_versions
 from pipeline.versions.registry import ModelRegistry
 
@@ -68,14 +68,13 @@ def outdated(publishing: PublishParams, root: Path = Path(".")) -> list[str]:
 
 def _used(log: list[Record]) -> set[str]:
     waiting = proposed(log)
-    return {v for v in (champion(log), canary(log), waiting.version if waiting else None) if v is not None}
+    return {v for v in (champion(log), waiting.version if waiting else None) if v is not None}
 
 
 def _refuse_used(log: list[Record], version: str) -> None:
     waiting = proposed(log)
     for used, what in (
         (champion(log), "the champion; `retune rollback` or a promotion puts another one in its place first"),
-        (canary(log), "the canary; `retune canary --end` ends that first"),
         (waiting.version if waiting else None, "waiting for approval; `retune promote --reject` answers that first"),
     ):
         if version == used:
