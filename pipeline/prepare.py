@@ -102,7 +102,7 @@ def prepare(
     with _workspace(cache) as work:
         found = _parts(data, work / "shards")
         folders = _encode([part.shard for part in found.parts], params, template.contract(identity), work, task)
-        verdicts = decide(folders, params.near_duplicate_threshold, work)
+        verdicts = decide(folders, params.near_duplicate_threshold)
         _check(params, folders, verdicts, found)
         with whole_directory(output) as folder:
             _note_benchmarks(params, folder)
@@ -406,6 +406,6 @@ def _dropped(stats: DataStats, rows: pa.Table, place: int, number: int, verdicts
     if (original := int(verdicts.copy_of[number])) >= 0:
         line["copy_of"] = verdicts.sources[original].as_py()
         similarity = float(verdicts.similarity[number])
-        [text] = verdicts.texts(np.array([original]))
+        text = verdicts.texts(original)
         stats.add_duplicate(line["reason"], source, line["copy_of"], similarity, record, text)
     return json.dumps(line)

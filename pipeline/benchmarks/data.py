@@ -1,7 +1,7 @@
 """`make bench-data`: rows a second of ingest and prepare beside their peers on the same rows in the same run.
 
-Formatting (JSONL to shards) with exact duplicates beside `datasets.map` row by row, near duplicates beside datasketch
-and rensa, then the whole prepare stage with the sample's base model: first, again, and with 1 % new rows. Memory is
+Formatting (JSONL to shards) with exact duplicates beside `datasets.map` row by row, near duplicates beside
+datasketch, then the whole prepare stage with the sample's base model: first, again, and with 1 % new rows. Memory is
 that of all processes.
 """
 

@@ -1,4 +1,4 @@
-"""`make bench-data`, the part on near duplicates: rows a second beside datasketch and rensa, on the same made-up rows.
+"""`make bench-data`, the part on near duplicates: rows a second beside datasketch, on the same made-up rows.
 
 Rows have the lengths of Alpaca's (median 85 words, mean 128), words as frequent as those of a language, and every tenth
 is a copy of an earlier row with 0 to 10 % of its words changed. Needs the development dependencies.
@@ -7,16 +7,15 @@ is a copy of an earlier row with 0 to 10 % of its words changed. Needs the devel
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.duplicates import near_duplicates
-from pipeline.data.shingles import LANES, SIGNATURE, WORDS, signature_version, signatures
+from pipeline.data.shingles import LANES, WORDS, Signatures, signature_version, signatures
 
 THRESHOLD = 0.8
 BATCH = 2000  # rows signed at once
@@ -42,17 +41,15 @@ def made_up_rows(count: int, seed: int = 42) -> list[str]:
 
 def with_retune(rows: list[str], workers: ProcessPoolExecutor) -> tuple[int, float]:
     """Duplicates found, and CPU seconds of the workers, which make the signatures."""
-    signed = np.empty(len(rows), SIGNATURE)
+    signed = np.empty((len(rows), LANES), np.uint16)
     busy = 0.0
     batches = (rows[at : at + BATCH] for at in range(0, len(rows), BATCH))
     for place, (batch, seconds) in enumerate(workers.map(_signed, batches)):
         signed[place * BATCH : place * BATCH + len(batch)] = batch
         busy += seconds
 
-    def text_of(indices: NDArray[np.int64]) -> list[str]:
-        return [rows[index] for index in indices.tolist()]
-
-    found = near_duplicates(signed, text_of, np.arange(len(rows)), np.zeros(len(rows), dtype=bool), THRESHOLD)
+    unprotected = np.zeros(len(rows), dtype=bool)
+    found = near_duplicates(signed, rows.__getitem__, np.arange(len(rows)), unprotected, THRESHOLD)
     return int((found.duplicate_of >= 0).sum()), busy
 
 
@@ -61,22 +58,11 @@ def with_datasketch(rows: list[str]) -> tuple[int, float]:
 
     index = MinHashLSH(threshold=THRESHOLD, num_perm=LANES)
     found = 0
-    for row, shingles in enumerate(_plain_shingles(rows)):
+    for row, text in enumerate(rows):
+        words = text.lower().split()
+        runs = [words[at : at + WORDS] for at in range(max(1, len(words) - WORDS + 1))]
         sketch = MinHash(num_perm=LANES)
-        sketch.update_batch([shingle.encode() for shingle in shingles])
-        if index.query(sketch):
-            found += 1
-        else:
-            index.insert(row, sketch)
-    return found, 0.0
-
-
-def with_rensa(rows: list[str]) -> tuple[int, float]:
-    from rensa import RMinHash, RMinHashLSH  # type: ignore[import-untyped]
-
-    index = RMinHashLSH(threshold=THRESHOLD, num_perm=LANES, num_bands=16)
-    found = 0
-    for row, sketch in enumerate(RMinHash.from_token_sets(list(_plain_shingles(rows)), LANES, 42)):
+        sketch.update_batch([" ".join(run).encode() for run in runs])
         if index.query(sketch):
             found += 1
         else:
@@ -93,7 +79,6 @@ def main() -> None:
         few = rows[:PEER_ROWS]
         print("| near duplicates | rows | rows/s | CPU µs a row | found |\n|---|---|---|---|---|")
         _line("datasketch, 1 process", few, with_datasketch)
-        _line("rensa, 1 process", few, with_rensa)
         retune = partial(with_retune, workers=workers)
         took = [_line("retune, 2 processes", rows[:size], retune) for size in sizes]
     slope = np.polyfit(np.log(sizes), np.log(took), 1)[0]
@@ -110,13 +95,7 @@ def _line(name: str, rows: list[str], run: Callable[[list[str]], tuple[int, floa
     return cpu
 
 
-def _plain_shingles(rows: list[str]) -> Iterator[list[str]]:
-    for row in rows:
-        words = row.lower().split()
-        yield [" ".join(words[at : at + WORDS]) for at in range(max(1, len(words) - WORDS + 1))]
-
-
-def _signed(rows: list[str]) -> tuple[NDArray[np.void], float]:
+def _signed(rows: list[str]) -> tuple[Signatures, float]:
     start = time.process_time()
     return signatures(rows), time.process_time() - start
 

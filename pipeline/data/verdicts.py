@@ -14,9 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.duplicates import PAIR, near_duplicates
+from pipeline.data.duplicates import near_duplicates
 from pipeline.data.encoding import ROWS, SIGNATURES, TEXT
-from pipeline.data.shingles import signature_version
 
 SPLITS = ("train", "validation", "test")
 DUPLICATE = "exact duplicate of an earlier row"
@@ -50,13 +49,13 @@ class Texts:
         self.chunks = [chunk for table in tables for chunk in table["text"].chunks]
         self.starts = np.cumsum([0, *map(len, self.chunks)])
 
-    def __call__(self, numbers: NDArray[np.int64]) -> list[str]:
-        places = np.searchsorted(self.starts, numbers, side="right") - 1
-        return [self.chunks[c][int(n - self.starts[c])].as_py() for c, n in zip(places, numbers, strict=True)]
+    def __call__(self, number: int) -> str:
+        chunk = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.chunks[chunk][number - int(self.starts[chunk])].as_py()
 
 
-def decide(folders: list[Path], threshold: float | None, work: Path) -> Verdicts:
-    """Compare all rows of the encoded shards in `folders`; `work` keeps what is worth knowing next time.
+def decide(folders: list[Path], threshold: float | None) -> Verdicts:
+    """Compare all rows of the encoded shards in `folders`.
 
     Args:
         threshold: Jaccard similarity from which two rows are near copies; None looks for exact ones only.
@@ -93,25 +92,18 @@ def decide(folders: list[Path], threshold: float | None, work: Path) -> Verdicts
     _drop(verdicts, leaking[other], LEAKED, "leaked", leaked[other], np.nan)
     if threshold is None:
         return verdicts
-    return replace(verdicts, crowded=_near(verdicts, folders, threshold, work))
+    return replace(verdicts, crowded=_near(verdicts, folders, threshold))
 
 
-def _near(verdicts: Verdicts, folders: list[Path], threshold: float, work: Path) -> int:
+def _near(verdicts: Verdicts, folders: list[Path], threshold: float) -> int:
     """Mark near copies; returns how many rows had too many likely ones to compare them all."""
     (numbers,) = np.nonzero(verdicts.kept)
     signatures = np.concatenate([np.load(folder / SIGNATURES) for folder in folders])[numbers]
     split = verdicts.split[numbers]
     rank = sum(RANK[name] * (split == name) for name in RANK) * len(verdicts.reason) + numbers
-    memory = work / f"pairs-{signature_version()}.npy"
     near = near_duplicates(
-        signatures,
-        lambda places: verdicts.texts(numbers[places]),
-        rank,
-        split == "test",
-        threshold,
-        np.load(memory) if memory.exists() else np.empty(0, PAIR),
+        signatures, lambda place: verdicts.texts(int(numbers[place])), rank, split == "test", threshold
     )
-    np.save(memory, near.pairs)
     (places,) = np.nonzero(near.duplicate_of >= 0)
     originals = numbers[near.duplicate_of[places]]
     leaks = verdicts.split[originals] == "test"
