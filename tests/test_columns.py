@@ -82,6 +82,11 @@ def test_rows_with_pictures_or_sound_are_refused_and_those_without_are_not(tmp_p
         ({"passage": "P", "query": "Q", "reply": "A"}, {"template": "{query}\n{passage}", "response": "reply"}),
         ({"title": "T", "summary": "S", "url": "https://example.org"}, {"prompt": "title", "response": "summary"}),
         ({"prompt one": "Q", "yes": "A", "n": 3}, {"prompt": "prompt one", "response": "yes"}),
+        (
+            {"Eingang": "2026-10-01", "Nr": "5000", "Betreff": "Rechnung 12?", "Abteilung": "Technik"},
+            {"prompt": "Betreff", "response": "Abteilung"},
+        ),
+        ({"left": "1", "right": "2"}, {"prompt": "left", "response": "right"}),
     ],
 )
 def test_the_question_about_unknown_columns_holds_a_mapping_that_works(
@@ -125,6 +130,27 @@ def test_a_template_on_the_command_line_has_commas_and_line_ends() -> None:
 def test_a_mapping_on_the_command_line_that_cannot_work_is_refused(text: str) -> None:
     with pytest.raises(ColumnsError):
         parse_columns(text)
+
+
+@pytest.mark.parametrize(
+    ("columns", "meant"),
+    [
+        ({"prompt": "Betref", "response": "team"}, {"prompt": "Betreff", "response": "Team"}),
+        ({"prompt": "subject", "response": "Team"}, {"prompt": "Betreff", "response": "More"}),  # none is like it
+    ],
+)
+def test_a_misspelt_column_is_answered_with_the_one_that_it_is_most_like(
+    tmp_path: Path, columns: dict[str, str], meant: dict[str, str]
+) -> None:
+    path = write(tmp_path, {"Team": "Sales", "Betreff": "Ist das Angebot von gestern noch gut?", "More": "Much longer"})
+    with pytest.raises(UnclearFormatError) as error:
+        list(read_rows(path, "auto", ColumnsParams(**columns)))
+    assert error.value.columns == ColumnsParams(**meant)
+
+
+def test_of_two_columns_the_one_that_repeats_itself_is_the_answer() -> None:
+    records = [{"Betreff": f"Please look at number {n}", "Abteilung": "AB"[n % 2] * 30} for n in range(8)]
+    assert guess_columns(records) == ColumnsParams(prompt="Betreff", response="Abteilung")
 
 
 def test_one_text_column_gives_no_guess() -> None:

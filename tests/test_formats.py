@@ -330,7 +330,7 @@ def test_a_template_makes_the_prompt_of_columns_and_keeps_braces_that_are_meant(
 
 
 def test_a_mapping_to_a_column_that_is_not_there_lists_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="has no column q, s, which ingest.columns names; it has a, question"):
+    with pytest.raises(FormatError, match="has no column q, s, which the mapping names; it has a, question"):
         read(tmp_path, {"question": "Q", "a": "A"}, columns=ColumnsParams(prompt="q", response="a", system="s"))
 
 

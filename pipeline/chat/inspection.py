@@ -145,8 +145,8 @@ def inspect_file(
         FormatError, TemplateError: see `read_rows` and `load_encoding`.
         InspectionError: no such row.
     """
+    chosen = list(islice(_records(params, path, row or 0, task, ask), count))  # a question about the file comes first
     template, _ = load_encoding(params.prepare, params.train.task)
-    chosen = islice(_records(params, path, row or 0, task, ask), count)
     shown = [each for number, record in chosen for each in _as_prepared(template, params, number, record)]
     if not shown:
         what = f"no row of task {task}" if task is not None else f"no row {row}"

@@ -3,6 +3,7 @@
 A column that says something and is not read is noted by its name; one that changes what the others mean is refused.
 """
 
+import difflib
 import json
 import re
 import shlex
@@ -43,6 +44,7 @@ PROMPT_NAMES = ("question", "prompt", "query", "instruction", "request", "user",
 ANSWER_NAMES = ("answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution")
 CONTEXT_NAMES = ("context", "passage", "document", "paragraph", "background", "evidence", "input")
 NOT_TEXT = re.compile(r"(^|_)(uu)?(id|date|time|url|lang|language)$", re.IGNORECASE)
+LETTERS = re.compile(r"[^\W\d_]{2}|[\u2e80-\U0003ffff]")  # two of them, or one that is a word
 WORDS_OF_YAML = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 
 
@@ -95,12 +97,14 @@ def has_context(record: dict[str, Any]) -> bool:
 
 
 def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
-    """A mapping that could be meant: by the names of text columns, else by question marks and lengths."""
+    """A mapping that could be meant: by the names of text columns, else by question marks, repetition and lengths."""
     texts: dict[str, list[str]] = {}
     for record in records:
         for key, value in record.items() if isinstance(record, dict) else ():
             if isinstance(value, str) and value.strip() and not NOT_TEXT.search(key):
                 texts.setdefault(key, []).append(value)
+    worded = {key: values for key, values in texts.items() if any(map(LETTERS.search, values))}
+    texts = worded if len(worded) > 1 else texts  # numbers and dates in a CSV are texts too
     if len(texts) < 2:
         return None
     by_length = [*reversed(texts)]  # of equal ones the last is the likelier answer
@@ -109,6 +113,9 @@ def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
         key for key in by_length if 2 * sum(text.rstrip()[-1] in "?\uff1f" for text in texts[key]) > len(texts[key])
     ]
     unlike = [key for key in by_length if key not in asking and _named_like([key], PROMPT_NAMES) is None]
+    repeated = [key for key in texts if 2 * len(set(texts[key])) <= len(texts[key])]  # labels, as in classification
+    if len(texts) == 2 and len(repeated) == 1:
+        unlike = repeated
     response = _named_like(texts, ANSWER_NAMES) or (unlike or by_length)[0]
     others = [key for key in texts if key != response]
     prompt = _named_like(others, PROMPT_NAMES) or next(key for key in (*asking, *by_length) if key != response)
@@ -118,6 +125,19 @@ def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
     if any(brace in prompt + context for brace in "{}"):
         return None
     return ColumnsParams(template=f"{{{prompt}}}\n{{{context}}}", response=response)
+
+
+def corrected(columns: ColumnsParams, seen: Iterable[str]) -> ColumnsParams | None:
+    """`columns` with names that are not in `seen` replaced by those they are most like; None where one is like none."""
+    alike = {name.casefold(): name for name in seen}
+    changes: dict[str, str] = {}
+    for key, name in columns.model_dump(exclude={"template"}, exclude_none=True).items():
+        near = difflib.get_close_matches(name.casefold(), [*alike], 1)
+        if not near:
+            return None
+        changes[key] = name if name in alike.values() else alike[near[0]]
+    fixed = columns.model_copy(update=changes)
+    return fixed if set(named_columns(fixed)) <= set(alike.values()) else None
 
 
 def as_yaml(columns: ColumnsParams) -> str:
@@ -159,7 +179,8 @@ def parse_columns(text: str) -> ColumnsParams:
     try:
         return ColumnsParams.model_validate(pairs)
     except ValidationError as error:
-        raise ColumnsError("; ".join(str(each["ctx"]["error"]) for each in error.errors())) from None
+        faults = "; ".join(str(each["ctx"]["error"]) for each in error.errors())
+        raise ColumnsError(f"--columns is {text!r}; {faults}") from None
 
 
 def _named_like(keys: Iterable[str], names: Iterable[str]) -> str | None:

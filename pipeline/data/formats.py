@@ -20,6 +20,7 @@ from pipeline.data.columns import (
     as_option,
     as_yaml,
     columns_read,
+    corrected,
     guess_columns,
     has_context,
     named_columns,
@@ -217,8 +218,8 @@ def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParam
     if columns is not None:
         missing = sorted({name for name in named_columns(columns) if name not in seen})
         if missing:
-            what = f"has no column {', '.join(missing)}, which ingest.columns names; it has {', '.join(seen) or 'none'}"
-            raise _unclear(f"{path} {what}", records)
+            what = f"has no column {', '.join(missing)}, which the mapping names; it has {', '.join(seen) or 'none'}"
+            raise _unclear(f"{path} {what}", records, columns=corrected(columns, seen))
         if columns.response is not None:
             if format not in ("auto", "classification"):
                 raise FormatError(
@@ -267,9 +268,11 @@ def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
     raise _unclear(f"{path} {what}", records, sorted(named) or both)
 
 
-def _unclear(what: str, records: list[Any], formats: list[str] | None = None) -> UnclearFormatError:
-    """The question which format or columns are meant, with a mapping that could be."""
-    columns = guess_columns(records)
+def _unclear(
+    what: str, records: list[Any], formats: list[str] | None = None, columns: ColumnsParams | None = None
+) -> UnclearFormatError:
+    """The question which format or columns are meant, with a mapping that could be: `columns`, else a guess."""
+    columns = columns or guess_columns(records)
     if columns is not None:
         what += f"; map its columns, perhaps --columns {as_option(columns)} (params.yaml: ingest.columns: "
         what += f"{as_yaml(columns)})"
