@@ -97,6 +97,13 @@ def test_an_answer_is_read_without_what_surrounds_it(name: str) -> None:
     assert read(template, prompt, written) == Response(ANSWER)
 
 
+@pytest.mark.parametrize("name", [*TRL, *NAMED])
+def test_the_indentation_of_an_answer_is_kept_where_the_template_keeps_it(name: str) -> None:
+    template, code = template_of(name), "    return 20\n\n  # dry"
+    prompt, written = served(template, {"role": "assistant", "content": code})
+    assert read(template, prompt, written).content == (code if code in written else code.strip())
+
+
 @pytest.mark.parametrize("name", [name for name in TRL if name not in NO_REASONING])
 def test_thinking_is_read_apart_from_the_answer(name: str) -> None:
     template = template_of(name)

@@ -9,6 +9,7 @@ and nothing else happens to it.
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat.conversation import ChatTemplate
-from pipeline.chat.turns import opened_thinking
+from pipeline.chat.rendering import RowError, TemplateError
+from pipeline.chat.turns import PLACE, opened_thinking
 
 Field = dict[str, Any]  # of a response template, as transformers documents it
 ToolCall = dict[str, Any]  # {"name": str, "arguments": object}
@@ -159,7 +161,7 @@ FRAMES: tuple[tuple[str, Field], ...] = (
 
 @dataclass(frozen=True)
 class Response:
-    content: str  # without control tokens and surrounding space
+    content: str  # without control tokens, and without the space around it that is not part of it
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     finished: bool = True  # False: the thinking never ended
@@ -179,15 +181,16 @@ def read_response(
     ended = bool(ids) and ids[-1] in template.stop_ids
     text = str(tokenizer.decode(list(ids)))
     thoughts, rest = _thinking(template, str(tokenizer.decode(list(prompt[-TAIL:]))), text)
-    reasoning = _without_tokens(tokenizer, "\n".join(thoughts)) or None
+    reasoning = _without_tokens(tokenizer, "\n".join(thoughts)).strip() or None
     if rest is None:
         return Response("", reasoning, finished=False)
     stop = str(tokenizer.decode(ids[-1:])) if ended else ""
     content, calls = _answer(template, prompt, rest, stop, tools)
     if content == text:
-        answer = str(tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True)).strip()
-        return Response(answer, reasoning, calls)
-    return Response(_without_tokens(tokenizer, content.rstrip().removesuffix(stop)), reasoning, calls)
+        answer = str(tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True))
+    else:
+        answer = _without_tokens(tokenizer, content.rstrip().removesuffix(stop))
+    return Response(_unframed(template, answer), reasoning, calls)
 
 
 def canonical_calls(calls: Sequence[ToolCall]) -> str:
@@ -211,10 +214,12 @@ def _thinking(template: ChatTemplate, asked: str, text: str) -> tuple[list[str],
     rest = text
     while True:
         if pair is None:
-            start = len(rest) - len(HEADER.sub("", rest, count=1))
+            header = HEADER.match(rest)
+            assert header is not None  # it may be empty
+            start = header.end()
             pair = next((pair for pair in THINKING if rest.startswith(pair[0], start)), None)
             if pair is None:
-                return thoughts, rest[start:] if thoughts else rest
+                return thoughts, rest[start:] if thoughts and header[0].strip() else rest
             start += len(pair[0])
         thought, end, rest = rest[start:].partition(pair[1])
         thoughts.append(thought.strip())
@@ -234,7 +239,7 @@ def _answer(
         parser = call["content_args"]["value_parser"]
         parser = LENIENT if parser["name"] == "text" else parser
         call = call | {"content_args": call["content_args"] | {"value_parser": parser}}
-    fields = {"content": frame or {}}
+    fields = {"content": (frame or {}) | {"content": "text", "content_args": {"strip": False}}}
     for tried in ([fields | {"tool_calls": call}] if call else []) + ([fields] if frame else []):
         try:
             parsed = template.tokenizer.parse_response(
@@ -281,4 +286,17 @@ def _plain(value: Any) -> Any:
 
 def _without_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.sub("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)", "", text).strip()
+    return re.sub("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)", "", text)
+
+
+def _unframed(template: ChatTemplate, text: str) -> str:
+    """`text` without the space that stands around an answer; its first line keeps the indentation that it has."""
+    text = text.rstrip()
+    if not text[:1].isspace():
+        return text
+    lead = ""
+    with suppress(RowError, TemplateError):
+        before = template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}])
+        before = before.partition(PLACE)[0]
+        lead = before[len(before.rstrip()) :]
+    return re.sub(r"\A(?:\s*\n| (?! ))", "", text.removeprefix(lead))
