@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from pipeline import graph, server, stack
 from pipeline.params import Params
 from pipeline.process import environment, python_ending_with_parent
+from pipeline.run_lock import RunUnderWay, only_run
 from pipeline.security.redact import redact
 from pipeline.settings import ParamsError, load_params
 from pipeline.training.combinations import CLASSIFICATION
@@ -137,6 +138,11 @@ def _data(root: Path) -> Check:
     if not (root / "data.dvc").exists():
         return Check("data", False, "data.dvc is missing", "`git checkout data.dvc` restores it")
     named = f"snapshot {graph.snapshot(root)['md5'][:8]}"
+    try:
+        with only_run(root):
+            pass  # only looked at, as by `retune status`: DVC does not answer while a stage writes
+    except RunUnderWay as error:
+        return Check("data", None, f"{named}; {error}")
     if "data.dvc" not in graph.stale(root):
         return Check("data", True, f"data/ is {named}, as data.dvc says")
     lacking = json.loads(_dvc(root, "data", "status", "--json", "--not-in-remote", "data"))
@@ -198,20 +204,19 @@ def _exports(params: Params) -> Check:
 def _store(params: Params, root: Path) -> Check:
     from pipeline.store.artifact_store import open_store
     from pipeline.versions.decisions import champion, read_log
-    from pipeline.versions.registry import ModelRegistry
+    from pipeline.versions.registry import open_registry
 
     store = open_store(params.publish, root)
     store.probe()
-    model = params.publish.registered_model_name
-    serving = champion(read_log(store, model))
-    name = ModelRegistry(params.publish.tracking_uri, model, root).remembered(serving) if serving else "none yet"
+    serving = champion(read_log(store, params.publish.registered_model_name))
+    name = open_registry(params.publish, root).remembered(serving) if serving else "none yet"
     return Check("artifact store", True, f"{store.uri}, champion {name}")
 
 
 def _registry(params: Params, root: Path) -> Check:
-    from pipeline.versions.registry import ModelRegistry
+    from pipeline.versions.registry import open_registry
 
-    registry = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name, root)
+    registry = open_registry(params.publish, root)
     return Check("registry", True, f"{params.publish.tracking_uri}, {len(registry.numbers())} versions")
 
 

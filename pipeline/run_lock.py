@@ -17,18 +17,21 @@ class RunUnderWay(RuntimeError):
 
 
 @contextmanager
-def only_run() -> Iterator[int]:
+def only_run(root: Path = Path(".")) -> Iterator[int]:
     """Hold the project's run lock: two runs would write the same artifacts, or read data that changes under them.
 
     Yields the lock's file descriptor: a child that inherits it can let go of the lock for both.
     """
-    WORK_DIR.mkdir(exist_ok=True)
-    with (WORK_DIR / "run.lock").open("a+") as lock:
+    (root / WORK_DIR).mkdir(exist_ok=True)
+    with (root / WORK_DIR / "run.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise RunUnderWay(f"a run is under way here (process {lock.read().strip() or '?'})") from None
+            holder = lock.read().strip() or "?"
+            raise RunUnderWay(
+                f"a run is under way here (process {holder}); `retune status` says how far it is"
+            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

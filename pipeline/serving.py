@@ -327,6 +327,8 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
                 raise TypeError
             if not all(isinstance(m.get("content"), str) for m in messages if "tool_calls" not in m):
                 raise TypeError
+            if messages[-1]["role"] == "assistant":  # a training row: its answer would be answered
+                raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ServingError(
                 f"{file}, line {number}: expected a JSON object with prompt or text, or messages (a list of role "

@@ -58,6 +58,8 @@ def chat(
         raise CommandError("--json needs --prompt: a conversation is not one object")
     names = list(dict.fromkeys(models or [default_name(params)]))
     talk = Talk(params, names)
+    if not models and prompt is not None:
+        _say_who(names[0], "chat")
     limit = max_new_tokens or params.evaluate.max_new_tokens
     start = [] if system is None else [{"role": "system", "content": system}]
     if prompt is None:
@@ -111,6 +113,8 @@ def predict(
     use_free_cores()
     results: list[dict[str, Any]] = []
     name = model or default_name(params)
+    if model is None:
+        _say_who(name, "predict")
     if params.train.task == CLASSIFICATION:
         if choices is not None or name == BASE:
             raise CommandError("a classifier has its own labels: leave out --labels, and name no base")
@@ -250,6 +254,12 @@ def _fields(answer: "Answer") -> dict[str, Any]:
     if answer.tool_calls:
         fields["tool_calls"] = list(answer.tool_calls)
     return fields
+
+
+def _say_who(name: str, command: str) -> None:
+    """Where nobody named a model and there is no champion, another one answers."""
+    if name != "champion":
+        print(f"{command}: there is no champion yet; {name} answers", file=sys.stderr)
 
 
 def _ready() -> Any:

@@ -141,3 +141,9 @@ def test_versions_are_read_by_their_git_revisions(tmp_path: Path) -> None:
             file.unlink()
     with pytest.raises(DataDiffError, match="dvc fetch artifacts/dataset --all-commits"):
         report_at("HEAD~1", root)
+    subprocess.run(
+        ["dvc", "remote", "add", "--default", "team", str(tmp_path / "team")], cwd=root, check=True, env=environment()
+    )
+    commit(root)
+    with pytest.raises(DataDiffError, match="dvc fetch artifacts/dataset --all-commits"):
+        report_at("HEAD~2", root)

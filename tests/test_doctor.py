@@ -11,6 +11,7 @@ from conftest import change_params, environment, make_project, retune
 from pipeline import doctor
 from pipeline.chat.template import load_template
 from pipeline.params import Params
+from pipeline.run_lock import only_run
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,12 @@ def test_a_project_in_order_passes_and_a_broken_one_names_each_fault(root: Path,
     assert "prepare.chat_template is no" in found["base model"]["detail"]
     assert "lost.pem, lost.pub" in found["signing"]["detail"]
     assert "in the future" in found["clock"]["detail"]
+
+
+def test_data_is_not_looked_at_while_a_run_writes(root: Path) -> None:
+    with only_run(root):
+        _, found = checks(root)
+    assert found["data"]["passed"] is None and "retune status" in found["data"]["detail"]
 
 
 def test_parameters_that_are_wrong_are_a_line_of_their_own(tmp_path: Path) -> None:

@@ -81,8 +81,17 @@ def test_a_second_run_is_a_quick_no_op_that_rewrites_nothing(root: Path) -> None
     done = retune(root, "run")
     assert done.returncode == 0
     assert done.stdout.startswith("Nothing to do")
+    assert f"Version v1 ({str(served(root))[:6]}…)" in done.stdout
     assert time.monotonic() - started < 15
     assert state() == before
+
+
+def test_a_run_with_nothing_to_do_writes_a_report_that_is_missing(root: Path) -> None:
+    page = root / "artifacts" / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert "Nothing to do" in retune(root, "run").stdout
+    assert page.read_bytes() == before
 
 
 def test_runs_on_a_server_that_is_up_are_seen_there(root: Path, tmp_path: Path) -> None:
@@ -216,6 +225,10 @@ def test_the_champion_is_downloaded_verified_and_looked_up(root: Path, tmp_path:
     assert "None" not in table.stdout
     assert "none → v1" in table.stdout
     assert "verdict" in retune(root, "history", "1").stdout
+    name = f"v1 ({str(served(root))[:6]}…)"
+    for command in (["status"], ["doctor"], ["delete", "v1", "--reason", "any"]):
+        said = retune(root, *command)
+        assert name in said.stdout + said.stderr
 
 
 def test_dvc_and_the_flow_see_each_others_work_as_done(root: Path) -> None:

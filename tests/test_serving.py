@@ -253,8 +253,11 @@ def test_adapters_of_a_base_in_other_bits_do_not_share_it(there: Path, own: Para
 
 @pytest.mark.parametrize(
     "line",
-    ["[1]", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages": [{"role": "user"}]}', "{", '{"messages": 3}'],
-)
+    [
+        "[1]", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages": [{"role": "user"}]}', "{", '{"messages": 3}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+    ],
+)  # fmt: skip
 def test_a_line_that_asks_nothing_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a"}\n\n' + line + "\n")

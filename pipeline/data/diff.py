@@ -83,14 +83,16 @@ def report_at(revision: str | None, root: Path = Path(".")) -> Report:
         return read_json(root / REPORT)
     import dvc.api
     from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
 
     _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", say=f"{revision} is no git revision here")
     try:
         return json.loads(dvc.api.read(REPORT, repo=str(root), rev=revision))
-    except (DvcException, OSError) as error:
+    except (DvcException, DataIndexDirError, OSError) as error:
         raise DataDiffError(
-            f"{REPORT} of {revision} cannot be had ({error}); `dvc fetch {DATASET} --all-commits` brings what a remote "
-            "has, and `git checkout` with `dvc repro prepare` makes it again"
+            f"the dataset of commit {revision} is neither on this machine nor in a DVC remote ({error}); `dvc fetch "
+            f"{DATASET} --all-commits` brings what a remote has, and `git checkout {revision}` with `dvc repro "
+            "prepare` makes it again"
         ) from None
 
 

@@ -55,7 +55,7 @@ def report(params: PublishParams, version: str, folder: Path, root: Path = Path(
     store = open_store(params, root)
     manifest = read_manifest(store, version)
     if manifest is None:
-        raise ReportError(f"version {version} is not published in {store.uri}; `retune publish` does that")
+        raise ReportError(f"version {version} is not published in {store.uri}; `retune run` makes and publishes one")
     log = read_log(store, params.registered_model_name)
     decided = [record for record in log if record.version == version and record.decision in DECIDED]
     registry = ModelRegistry(params.tracking_uri, params.registered_model_name, root)
