@@ -37,6 +37,7 @@ from pipeline.store.artifact_store import open_store
 from pipeline.store.garbage import UploadUnderWay, collect
 from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.manifest import read_manifest
+from pipeline.versions.registry import open_registry
 from pipeline.versions.rescore import score_today
 from pipeline.versions.retention import delete, outdated
 
@@ -83,7 +84,8 @@ def retrain(
             trial.stays = version == champion(
                 read_log(open_store(params.publish), params.publish.registered_model_name)
             )
-            return Completed(name="Unchanged", message=f"nothing to do: version {version}: {reason}")
+            name = open_registry(params.publish).label(version)
+            return Completed(name="Unchanged", message=f"nothing to do: version {name}: {reason}")
         # A run that waits for a person lets go of the lock.
         os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
         result = story.run_stages(trigger)
@@ -133,7 +135,8 @@ def rollback(reason: str, to: str | None = None) -> State[Any]:
     _enter()
     params = load_params()
     record, warnings = gate.rollback(params.publish, params.promote, to, reason)
-    said = "; ".join([f"{record.champion} is champion again; it was {record.previous}", *warnings])
+    label = open_registry(params.publish).label
+    said = "; ".join([f"{label(record.champion)} is champion again; it was {label(record.previous)}", *warnings])
     return Completed(name="Rolled back", message=said, data=asdict(record))
 
 
@@ -149,9 +152,10 @@ def evaluate_champion() -> State[Any]:
         manifest = read_manifest(store, version) if version else None
         if manifest is None:
             return Completed(name="Skipped", message="there is no champion yet")
+        name = open_registry(params.publish).label(version)
         then = manifest["metrics"]["merged"].get(metric)
         if then is None:
-            said = f"{metric} (promote.primary_metric) was not measured when champion {version} was published"
+            said = f"{metric} (promote.primary_metric) was not measured when champion {name} was published"
             return Completed(name="Skipped", message=f"{said}, so there is no score to compare today's with")
         recover()
         graph.pull_data()
@@ -160,7 +164,7 @@ def evaluate_champion() -> State[Any]:
         now = score_today(params.publish, manifest, metric)
     said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
     create_markdown_artifact(
-        f"**{version}**: {said}", key="champion", description="The champion scored on today's test split"
+        f"**{name}**: {said}", key="champion", description="The champion scored on today's test split"
     )
     if now <= then["high"] if metric in LOWER_IS_BETTER else now >= then["low"]:
         return Completed(name="Holds", message=said)

@@ -45,6 +45,7 @@ from pipeline.statistics import METRICS, read_scores
 from pipeline.store.artifact_store import open_store
 from pipeline.training.pin import pin_champion
 from pipeline.under_way import tell, told
+from pipeline.versions.decisions import name_of
 
 ARTIFACTS = Path("artifacts")
 
@@ -212,7 +213,8 @@ def wait_for_approval(params: Params, trigger: str, result: dict[str, Any]) -> d
     decision = result["decision"]
     if decision["decision"] != "proposed" or os.environ.get("RETUNE_DASHBOARD") == "":
         return result
-    say(f"promote: version {decision['version']} passes and waits for approval in the dashboard: resume this run there")
+    name = name_of(decision["version"], decision["number"])
+    say(f"promote: version {name} passes and waits for approval in the dashboard: resume this run there")
     tell("approval")
     if "RETUNE_RUN_LOCK" in os.environ:  # inherited from `retune run`, and unlocked for both
         fcntl.flock(int(os.environ["RETUNE_RUN_LOCK"]), fcntl.LOCK_UN)

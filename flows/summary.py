@@ -8,6 +8,7 @@ from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
+from prefect.exceptions import Abort
 from prefect.states import Cancelled, Completed
 from rich.console import Console
 from ruamel.yaml import YAML
@@ -36,9 +37,13 @@ def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:
 
 
 def state_of(decision: str, message: str, data: Any = None) -> State[Any]:
-    """A run's last state, named after what was decided; what a person should look at is not green in the dashboard."""
-    state = Cancelled if decision in ("refused", "undecided", "regressed") else Completed
-    return state(name=decision.capitalize(), message=message, data=data)
+    """A run's last state, named after what was decided; what a person should look at is not green in the dashboard.
+
+    Prefect's engine raises what a cancelled run holds. An Abort ends a worker's run quietly, all else with a traceback.
+    """
+    if decision not in ("refused", "undecided", "regressed"):
+        return Completed(name=decision.capitalize(), message=message, data=data)
+    return Cancelled(name=decision.capitalize(), message=message, data=Abort(message) if data is None else data)
 
 
 def describe_run(trigger: str, decision: str | None = None, model: str | None = None) -> None:

@@ -71,7 +71,7 @@ def run(json_output: Json = False) -> None:
     from pipeline.preflight import require_ready
     from pipeline.promote import history, settled
     from pipeline.settings import load_params
-    from pipeline.versions.registry import ModelRegistry
+    from pipeline.versions.registry import open_registry
 
     params = load_params()
     with only_run() as lock:
@@ -83,8 +83,7 @@ def run(json_output: Json = False) -> None:
             reason = settled(params.publish, params.promote, version)
             if reason is not None:
                 history(params.publish)  # puts an alias right that a crash left behind
-                registry = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name)
-                name = registry.remembered(version)
+                name = open_registry(params.publish).remembered(version)
                 if not (ARTIFACTS / "report.html").is_file():
                     from pipeline.report.whole import report_decision
 

@@ -140,7 +140,7 @@ def history(
     from pipeline.promote import history as do
     from pipeline.settings import load_params
     from pipeline.versions.decisions import word_of
-    from pipeline.versions.registry import ModelRegistry, RegistryError
+    from pipeline.versions.registry import RegistryError
 
     params = load_params()
     log, warnings = do(params.publish)
@@ -155,7 +155,7 @@ def history(
         print("history: nothing was decided yet; `retune run` trains, publishes and decides")
         return
     try:
-        registered = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name).numbers()
+        registered = _registry(params).numbers()
     except RegistryError:
         registered = {}
 
@@ -224,14 +224,15 @@ def delete(
     json_output: Json = False,
 ) -> None:
     """Delete a version for good; the champion and a version that waits for approval are refused."""
-    from pipeline.settings import load_params
     from pipeline.versions.retention import delete as do
 
-    record = do(load_params().publish, version, reason)
+    params, _, registry, target = find(version)
+    name = registry.label(target)  # while it has one
+    record = do(params.publish, target, reason)
     if json_output:
         print(json.dumps(asdict(record)))
     else:
-        print(f"delete: version {record.version} is gone; `retune gc` collects the files that no other version has")
+        print(f"delete: version {name} is gone; `retune gc` collects the files that no other version has")
 
 
 def prune(
@@ -243,17 +244,18 @@ def prune(
     from pipeline.versions.retention import delete as do
     from pipeline.versions.retention import outdated
 
-    params = load_params().publish
-    versions = outdated(params)
+    params = load_params()
+    keep, versions = params.publish.keep_versions, outdated(params.publish)
+    names = [_registry(params).label(version) for version in versions]  # while they have them
     if yes:
         for version in versions:
-            do(params, version, f"older than the newest {params.keep_versions}")
+            do(params.publish, version, f"older than the newest {keep}")
     if json_output:
         print(json.dumps({"versions": versions, "deleted": yes}))
     elif not versions:
-        print("prune: nothing to delete" + ("; publish.keep_versions is null" if params.keep_versions is None else ""))
+        print("prune: nothing to delete" + ("; publish.keep_versions is null" if keep is None else ""))
     else:
-        print("\n".join(versions))
+        print("\n".join(names))
         done = "deleted; `retune gc` collects their files" if yes else "would be deleted; `retune prune --yes` does it"
         print(f"prune: {len(versions)} versions {done}")
 
@@ -277,9 +279,9 @@ def find(version: str | None) -> tuple[Any, Any, Any, str]:
 
 
 def _registry(params: Any) -> Any:
-    from pipeline.versions.registry import ModelRegistry
+    from pipeline.versions.registry import open_registry
 
-    return ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name)
+    return open_registry(params.publish)
 
 
 def _say(decision: Any, json_output: bool) -> None:

@@ -51,7 +51,7 @@ def status(json_output: Json = False) -> None:
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.versions.decisions import champion, proposed, read_log
-    from pipeline.versions.registry import ModelRegistry
+    from pipeline.versions.registry import open_registry
 
     params = load_params()
     known = stack.state() if server.supervisor() is not None else {}
@@ -61,8 +61,8 @@ def status(json_output: Json = False) -> None:
         stale = list(graph.stale())
     except RunUnderWay:
         stale = ["a run is under way"]
-    model = params.publish.registered_model_name
-    log, registry = read_log(open_store(params.publish), model), ModelRegistry(params.publish.tracking_uri, model)
+    log = read_log(open_store(params.publish), params.publish.registered_model_name)
+    registry = open_registry(params.publish)
     waiting = proposed(log)
     run = under_way.look()
     answer = {

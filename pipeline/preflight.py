@@ -6,6 +6,7 @@ from pipeline.params import Params
 from pipeline.store.artifact_store import open_store
 from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.manifest import read_manifest
+from pipeline.versions.registry import open_registry
 from pipeline.weights.gguf import require_programs
 
 
@@ -27,8 +28,9 @@ def require_ready(params: Params, root: Path = Path(".")) -> None:
     manifest = read_manifest(store, version) if version else None
     task = manifest["params"]["train"].get("task", "causal-lm") if manifest else params.train.task
     if task != params.train.task:
+        label = open_registry(params.publish, root).label(version)
         raise PreflightError(
-            f"train.task is {params.train.task}, but version {version}, the champion of {name}, is a {task} model, and "
+            f"train.task is {params.train.task}, but version {label}, the champion of {name}, is a {task} model, and "
             "the scores of two kinds of models cannot be compared; set publish.registered_model_name to another name "
             f"for this one, such as {name}-{'classifier' if 'classification' in params.train.task else 'chat'}"
         )

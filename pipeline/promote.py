@@ -136,13 +136,15 @@ def approve(
         wanted = resolve(version, store, registry, name, root) if version is not None else None
         if waiting is None or wanted not in (None, waiting.version):
             who = f"version {registry.label(waiting.version)}" if waiting else "no version"
+            other = "" if wanted is None else f", not {registry.label(wanted)}"
             raise PromoteError(
-                f"{who} waits for approval{'' if wanted is None else f', not {wanted}'}; `retune promote` decides anew "
-                "where the champion has changed since"
+                f"{who} waits for approval{other}; `retune promote` decides anew where the champion has changed since"
             )
         published = _published(store, waiting.version, publishing)
         if manifest.digest(published) != waiting.manifest_sha256:
-            raise PromoteError(f"version {waiting.version} is not the one that passed: its manifest was altered")
+            raise PromoteError(
+                f"version {registry.label(waiting.version)} is not the one that passed: its manifest was altered"
+            )
         serving = champion(log)
         record = replace(
             waiting,
@@ -183,9 +185,11 @@ def rollback(
             raise PromoteError(f"{name} has no champion before the present one; `retune history` lists the decisions")
         target = line[-2] if to is None else resolve(to, store, registry, name, root)
         if target == champion(log):
-            raise PromoteError(f"version {target} is the champion already")
+            raise PromoteError(f"version {registry.label(target)} is the champion already")
         if target not in {record.champion for record in log}:
-            raise PromoteError(f"version {target} never was champion of {name}; `retune promote` decides on it first")
+            raise PromoteError(
+                f"version {registry.label(target)} never was champion of {name}; `retune promote` decides on it first"
+            )
         refuse_deleted(log, target)
         published = _published(store, target, publishing)
         record = Record(

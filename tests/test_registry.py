@@ -120,7 +120,7 @@ def test_numbers_and_ids_name_the_same_version(registry: ModelRegistry) -> None:
     assert [registry.version_of(id) for id in ("abc", "def", "ghi")] == [*numbers, None]
     assert registry.numbers() == {"abc": "1", "def": "2"}
     assert [registry.label(id) for id in ("abc", "ghi")] == ["v1 (abc…)", "ghi"]
-    with pytest.raises(RegistryError, match="has no version 3; it has 1, 2"):
+    with pytest.raises(RegistryError, match="has no version 3; it has v1, v2"):
         registry.id_of("3")
 
 

@@ -108,7 +108,7 @@ def _body(manifest: Manifest) -> str:
         "95 % intervals; BLEU and chrF 0–100, perplexity from 1 (lower is better), the others 0–1.",
         "",
     ]
-    lines += ["| metric | base | adapter | merged | signature |", "|---" * 5 + "|"]
+    lines += ["| metric | base | candidate before merge | candidate (merged) | signature |", "|---" * 5 + "|"]
     for metric in METRICS:
         scores = " | ".join(_score(manifest["metrics"][system].get(metric)) for system in ("base", "adapter", "merged"))
         lines.append(f"| {metric} | {scores} | {manifest['evaluation']['signatures'].get(metric, '–')} |")

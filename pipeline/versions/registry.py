@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from pipeline.files import WORK_DIR, read_json, write_json
+from pipeline.params import PublishParams
 from pipeline.versions.decisions import name_of
 
 
@@ -33,6 +34,11 @@ class Registration:
     metrics: dict[str, float]
     curve: list[tuple[str, float, int]]  # name, value, step
     reports: dict[str, str]  # file name → text
+
+
+def open_registry(params: PublishParams, root: Path = Path(".")) -> "ModelRegistry":
+    """The registry of publish.tracking_uri, for the model publish.registered_model_name."""
+    return ModelRegistry(params.tracking_uri, params.registered_model_name, root)
 
 
 class ModelRegistry:
@@ -95,7 +101,7 @@ class ModelRegistry:
         for version in found:
             if str(version.version) == number.removeprefix("v"):
                 return str(version.tags["version_id"])
-        known = ", ".join(sorted((str(v.version) for v in found), key=int)) or "none"
+        known = ", ".join(f"v{number}" for number in sorted(int(v.version) for v in found)) or "none"
         raise RegistryError(f"{self.name} has no version {number}; it has {known}")
 
     def tags(self, version_id: str) -> dict[str, str] | None:

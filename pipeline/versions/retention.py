@@ -36,7 +36,7 @@ def delete(publishing: PublishParams, version: str, reason: str, root: Path = Pa
         target = resolve(version, store, registry, name, root)
         made = deleted(log).get(target)
         if made is None:
-            _refuse_used(log, target)
+            _refuse_used(log, target, registry)
             if store.read(manifests.key_of(target)) is None:
                 raise RetentionError(f"version {target} is not published in {store.uri}")
             serving = champion(log)
@@ -71,11 +71,11 @@ def _used(log: list[Record]) -> set[str]:
     return {v for v in (champion(log), waiting.version if waiting else None) if v is not None}
 
 
-def _refuse_used(log: list[Record], version: str) -> None:
+def _refuse_used(log: list[Record], version: str, registry: ModelRegistry) -> None:
     waiting = proposed(log)
     for used, what in (
         (champion(log), "the champion; `retune rollback` or a promotion puts another one in its place first"),
         (waiting.version if waiting else None, "waiting for approval; `retune promote --reject` answers that first"),
     ):
         if version == used:
-            raise RetentionError(f"version {version} is {what}")
+            raise RetentionError(f"version {registry.label(version)} is {what}")
