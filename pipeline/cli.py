@@ -152,7 +152,7 @@ def diff_data(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from pipeline.data.diff import compare, data_is_newer, previous_revision, report_at
+    from pipeline.data.diff import compare, data_is_newer, dataset_at, previous_revision
     from pipeline.data.report_pages import render
     from pipeline.files import write_text
 
@@ -163,16 +163,14 @@ def diff_data(
             file=sys.stderr,
         )
     old = old or previous_revision()
-    report = report_at(new)
-    if html is not None and "lengths" not in report:
-        raise typer.BadParameter(f"{new} was prepared by an earlier release, which counted too little for a page")
-    diff = compare(report_at(old), report, (old, new or "workspace"))
+    now = dataset_at(new)
+    diff = compare(dataset_at(old), now, (old, new or "workspace"))
     if html is not None:
-        write_text(html, render(report, "report.html", diff))
+        write_text(html, render(now.report, "report.html", diff))
     if json_output:
         print(json.dumps(diff))
         return
-    Console().print(Markdown(render(report, "diff.md", diff)))
+    Console().print(Markdown(render(now.report, "diff.md", diff)))
     if html is not None:
         print(f"diff-data: {html} shows it beside the data report")
 

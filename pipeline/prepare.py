@@ -341,8 +341,7 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
         carries = pc.greater_equal(labels.flatten(), 0).to_numpy(zero_copy_only=False)
         owners = pc.list_parent_indices(labels).to_numpy()
         trained = np.bincount(owners[carries], minlength=len(rows)).tolist()
-    ids, tasks, languages = (rows[name].to_pylist() for name in ("id", "task", "language"))
-    stats.add_kept(split, ids, tasks, lengths, trained, languages)
+    stats.add_kept(split, rows["task"].to_pylist(), lengths, trained, rows["language"].to_pylist())
     stats.untrained += pc.sum(pc.count_substring(rows["record"], '"weight": 0')).as_py() or 0
     repaired = rows.filter(pc.greater(pc.list_value_length(rows["repairs"]), 0))
     for repairs, source, record in zip(

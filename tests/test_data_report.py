@@ -1,7 +1,5 @@
 """The data report: it adds up, says the same however it was counted, and nothing in the data can act in it."""
 
-import hashlib
-import itertools
 import json
 import re
 from pathlib import Path
@@ -9,8 +7,6 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, dump_dom
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.data.report import EXAMPLES, MOST_KEYS, OTHER, DataReportError, DataStats, Report, excerpt, write_report
 from pipeline.data.report_pages import Histogram, render, table
@@ -20,10 +16,6 @@ HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1))"
 )
 MAX_LENGTH = 64
-
-
-def row_id(number: int) -> str:
-    return hashlib.sha256(str(number).encode()).hexdigest()[:16]
 
 
 def turns(text: str) -> list[dict[str, str]]:
@@ -42,7 +34,7 @@ def count(stats: DataStats, number: int) -> None:
         stats.add_repaired(["put right"], source, turns(f"text {number}"))
     split = "test" if number % 5 == 0 else "train"
     length = number % MAX_LENGTH + 1
-    stats.add_kept(split, [row_id(number)], [f"task {number % 3}"], [length], [length // 2], ["en"])
+    stats.add_kept(split, [f"task {number % 3}"], [length], [length // 2], ["en"])
 
 
 def finished(stats: DataStats) -> Report:
@@ -54,30 +46,14 @@ def full() -> Report:
     """A report with everything in it, every text of it hostile."""
     stats = DataStats()
     stats.add_read(HOSTILE, HOSTILE, 7)
-    stats.add_kept("train", [row_id(1), row_id(2)], [HOSTILE] * 2, [10, 60], [5, 30], [HOSTILE, "en"])
-    stats.add_kept("validation", [row_id(3)], ["code"], [10], [5], ["en"])
-    stats.add_kept("test", [row_id(4)], ["code"], [10], [5], ["zh"])
+    stats.add_kept("train", [HOSTILE] * 2, [10, 60], [5, 30], [HOSTILE, "en"])
+    stats.add_kept("validation", ["code"], [10], [5], ["en"])
+    stats.add_kept("test", ["code"], [10], [5], ["zh"])
     stats.add_repaired([HOSTILE], HOSTILE, turns(HOSTILE))
     for reason in (HOSTILE, "exact duplicate of an earlier row", "longer than prepare.max_length"):
         stats.add_dropped(reason, HOSTILE, turns(HOSTILE + " a@b.org"))
     stats.add_duplicate(HOSTILE, HOSTILE, HOSTILE, 0.93, turns(HOSTILE), turns(HOSTILE))
     return stats.report(MAX_LENGTH, "0" * 64, [(f"```{HOSTILE}\n", False), ("answer", True)])
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 500), min_size=60, max_size=90), st.lists(st.integers(0, 60), max_size=4))
-def test_parts_merged_in_order_say_what_one_pass_says(numbers: list[int], cuts: list[int]) -> None:
-    whole = DataStats()
-    for number in numbers:
-        count(whole, number)
-    merged = DataStats()
-    edges = [0, *sorted(cuts), len(numbers)]
-    for start, end in itertools.pairwise(edges):
-        part = DataStats()
-        for number in numbers[start:end]:
-            count(part, number)
-        merged.merge(DataStats.from_state(json.loads(json.dumps(part.state()))))
-    assert finished(merged) == finished(whole)
 
 
 def test_the_numbers_are_those_of_the_rows() -> None:
@@ -105,23 +81,20 @@ def test_the_numbers_are_those_of_the_rows() -> None:
 def test_a_row_that_is_neither_kept_nor_dropped_is_no_report() -> None:
     stats = DataStats()
     stats.add_read("alpaca", "rows.json", 3)
-    stats.add_kept("train", [row_id(1)], ["default"], [5], [2])
+    stats.add_kept("train", ["default"], [5], [2])
     stats.add_dropped("a row is a list", "rows.json:[1]", [])
     with pytest.raises(DataReportError, match="3 rows came in, but 1 are kept and 1 dropped"):
         finished(stats)
 
 
 def test_memory_stays_bounded_whatever_the_data_calls_itself() -> None:
-    stats, other = DataStats(), DataStats()
-    for number in range(MOST_KEYS + 50):
+    stats = DataStats()
+    for number in range(MOST_KEYS + 100):
         stats.add_read("a", f"file {number}", 1)
         stats.add_dropped(f"reason {number}", "f", "x" * 100_000)
-        other.add_read("a", f"another file {number}", 1)
-        other.add_dropped(f"another reason {number}", "f", "y")
-    stats.merge(other)
     report = finished(stats)
     assert len(report["dropped"]) == len(report["sources"]) == MOST_KEYS + 1
-    assert report["dropped"][OTHER] == MOST_KEYS + 100
+    assert report["dropped"][OTHER] == 100
     assert sum(map(len, report["dropped_examples"].values())) <= EXAMPLES * (MOST_KEYS + 1)
 
 

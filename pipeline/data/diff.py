@@ -1,26 +1,26 @@
 """What changed between two versions of the dataset: rows, test items, tasks, languages, reasons, lengths.
 
-Comes in: two reports of `prepare`, by the git revisions whose `dvc.lock` records them, or the workspace's. Goes out:
-the differences. It stands apart from the stage, whose output may not depend on what was there before: the same data
-would have another digest, and be trained on again.
+A version is the dataset that a git revision's `dvc.lock` records, or the workspace's. This is not part of the stage,
+whose output may not depend on what was there before: the same data would have another digest, and train again.
 """
 
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
 from pipeline import graph
-from pipeline.data.report import SKETCH, Report, sketch_ids
+from pipeline.data.report import Report
 from pipeline.data.report_pages import SPLITS
-from pipeline.files import read_json
 
-REPORT = "artifacts/dataset/report.json"
 DATASET = "artifacts/dataset"
 MOST_LINES = 12  # of changes by task, language or reason
 
@@ -29,14 +29,19 @@ class DataDiffError(RuntimeError):
     """A version's report cannot be read; the message says which, and where to look."""
 
 
+@dataclass(frozen=True)
+class Dataset:
+    report: Report
+    ids: dict[str, pa.ChunkedArray]  # split → row ids
+
+
 class SplitDiff(TypedDict):
     split: str
     before: int  # rows
     after: int
-    stayed: int | None  # rows that both versions have in this split; None where a report holds no row ids
-    added: int | None
-    removed: int | None
-    exact: bool  # False: stayed, added and removed are estimates, see `data_report.SKETCH`
+    stayed: int  # rows that both versions have in this split
+    added: int
+    removed: int
 
 
 class Diff(TypedDict):
@@ -49,9 +54,10 @@ class Diff(TypedDict):
     lengths: list[tuple[str, float, float]]  # what, before, after
 
 
-def compare(old: Report, new: Report, names: tuple[str, str] = ("before", "now")) -> Diff:
-    """The differences of two reports; `names` are what people call the two versions."""
-    splits = [_split(split, old, new) for split in SPLITS]
+def compare(before: Dataset, now: Dataset, names: tuple[str, str] = ("before", "now")) -> Diff:
+    """The differences of two versions; `names` are what people call them."""
+    old, new = before.report, now.report
+    splits = [_split(split, before.ids[split], now.ids[split]) for split in SPLITS]
     same_test = old["test_sha256"] == new["test_sha256"]
     counts = {
         "task": _changed(_over_splits(old, "tasks"), _over_splits(new, "tasks")),
@@ -71,29 +77,39 @@ def compare(old: Report, new: Report, names: tuple[str, str] = ("before", "now")
     )
 
 
-def report_at(revision: str | None, root: Path = Path(".")) -> Report:
-    """The report of the dataset that git `revision` records, from DVC's cache or remote; None: the workspace's.
+def dataset_at(revision: str | None, root: Path = Path(".")) -> Dataset:
+    """The dataset that git `revision` records, from DVC's cache or remote; None: the workspace's.
 
     Raises:
-        DataDiffError: there is no such revision, it records no dataset, or its report is nowhere to be had.
+        DataDiffError: there is no such revision, it records no dataset, or its files cannot be found.
     """
     if revision is None:
-        if not (root / REPORT).exists():
-            raise DataDiffError(f"{REPORT} does not exist; `dvc repro prepare` makes it")
-        return read_json(root / REPORT)
-    import dvc.api
+        if not (root / DATASET / "report.json").exists():
+            raise DataDiffError(f"{DATASET}/report.json does not exist; `dvc repro prepare` makes it")
+        return _read(lambda name: (root / DATASET / name).open("rb"))
+    from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
 
     _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", say=f"{revision} is no git revision here")
     try:
-        return json.loads(dvc.api.read(REPORT, repo=str(root), rev=revision))
+        files = DVCFileSystem(str(root), rev=revision)
+        return _read(lambda name: files.open(f"{DATASET}/{name}", "rb"))
     except (DvcException, DataIndexDirError, OSError) as error:
         raise DataDiffError(
             f"the dataset of commit {revision} is neither on this machine nor in a DVC remote ({error}); `dvc fetch "
             f"{DATASET} --all-commits` brings what a remote has, and `git checkout {revision}` with `dvc repro "
             "prepare` makes it again"
         ) from None
+
+
+def _read(open_file: Callable[[str], BinaryIO]) -> Dataset:
+    ids = {}
+    for split in SPLITS:
+        with open_file(f"{split}.parquet") as file:
+            ids[split] = pq.read_table(file, columns=["id"])["id"]
+    with open_file("report.json") as file:
+        return Dataset(json.load(file), ids)
 
 
 def previous_revision(root: Path = Path(".")) -> str:
@@ -134,21 +150,16 @@ def _lengths(report: Report) -> tuple[float, ...]:
     )
 
 
-def _split(split: str, old: Report, new: Report) -> SplitDiff:
-    before, after = old["rows"].get(split, 0), new["rows"].get(split, 0)
-    found = SplitDiff(split=split, before=before, after=after, stayed=None, added=None, removed=None, exact=True)
-    if "row_sketch" not in old or "row_sketch" not in new:  # a report of an earlier release
-        return found
-    ids = [sketch_ids(report["row_sketch"].get(split, "")) for report in (old, new)]
-    # Below the smaller of the two largest ids that were kept, both sides are known completely.
-    ends = [each[-1] for each, rows in zip(ids, (before, after), strict=True) if len(each) == SKETCH < rows]
-    if not ends:
-        added = len(np.setdiff1d(ids[1], ids[0]))
-        return found | {"stayed": after - added, "added": added, "removed": len(np.setdiff1d(ids[0], ids[1]))}
-    known_old, known_new = (each[each <= min(ends)] for each in ids)
-    alike = len(np.intersect1d(known_old, known_new)) / len(np.union1d(known_old, known_new))  # Jaccard similarity
-    stayed = min(before, after, round(alike * (before + after) / (1 + alike)))
-    return found | {"stayed": stayed, "added": after - stayed, "removed": before - stayed, "exact": False}
+def _split(split: str, old: pa.ChunkedArray, new: pa.ChunkedArray) -> SplitDiff:
+    stayed, still_there = (pc.sum(pc.is_in(a, value_set=b)).as_py() or 0 for a, b in ((new, old), (old, new)))
+    return SplitDiff(
+        split=split,
+        before=len(old),
+        after=len(new),
+        stayed=stayed,
+        added=len(new) - stayed,
+        removed=len(old) - still_there,
+    )
 
 
 def _over_splits(report: Report, key: str) -> Counter[str]:

@@ -1,17 +1,15 @@
-"""What became of every row: counted while `prepare` streams, merged from its workers, written as JSON, Markdown, HTML.
+"""What became of every row: counted while `prepare` streams, written as JSON, Markdown and HTML.
 
-Comes in: what each worker saw, by the `add_…` methods of `DataStats`, whose memory is bounded whatever the data. Goes
-out: `report.json` for programs and the diff, `report.md` and `report.html` for people. The same data gives the same
-bytes: the report is part of a DVC output, so it holds no time, no path and nothing of an earlier version.
+Memory is bounded whatever the data. The same data gives the same bytes: the report is part of a DVC output, so it holds
+no time, no path and nothing of an earlier version.
 """
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -24,10 +22,6 @@ EXAMPLES = 5  # kept for each reason, kind of repair and kind of duplicate
 EXCERPT = 300  # characters of an example
 MOST_KEYS = 1000  # distinct tasks, files, reasons … counted one by one; further ones count as OTHER
 OTHER = "(other)"
-SKETCH = 4096  # row ids kept a split; a diff is exact up to as many rows and within about 2 % of the rows above
-
-
-Ids = np.ndarray[Any, np.dtype[np.uint64]]  # shape [rows], ascending
 
 
 class DataReportError(RuntimeError):
@@ -81,7 +75,6 @@ class Report(TypedDict):
     test_sha256: str
     example: str  # a training row as the model sees it
     example_segments: list[tuple[str, bool]]  # the same, cut where loss begins and ends: text, carries loss
-    row_sketch: dict[str, str]  # split → the smallest row ids, see `_Sketch`
 
 
 @dataclass
@@ -98,19 +91,9 @@ class Tally:
         kept = self.examples.setdefault(name, [])
         return kept if len(kept) < EXAMPLES else None
 
-    def merge(self, other: "Tally") -> None:
-        _add(self.counts, other.counts)
-        for reason, examples in other.examples.items():
-            name = reason if reason in self.counts else OTHER
-            kept = self.examples.setdefault(name, [])
-            kept += examples[: EXAMPLES - len(kept)]
-
 
 class DataStats:
-    """Everything the report says of the rows, from single rows or from other `DataStats`, in any number of parts.
-
-    Merging parts in the order of their rows gives what one pass over all rows gives.
-    """
+    """Everything the report says of the rows, counted one by one."""
 
     def __init__(self) -> None:
         self.formats: Counter[str] = Counter()
@@ -123,7 +106,6 @@ class DataStats:
         self.dropped = Tally()
         self.repaired = Tally()
         self.duplicates = Tally()
-        self.sketches: dict[str, _Sketch] = {}
         self.split = 0  # rows that came of splitting others
         self.untrained = 0  # answers that their rows mark as not trained
         self.rewritten = 0  # conversations of which the template makes a row an answer, since it rewrites earlier turns
@@ -145,23 +127,21 @@ class DataStats:
     def add_kept(
         self,
         split: str,
-        ids: Sequence[str],
-        tasks: Iterable[str],
+        tasks: Sequence[str],
         lengths: Iterable[int],
         trained: Iterable[int] = (),
         languages: Iterable[str] = (),
     ) -> None:
-        """Rows that go into `split`, by column: ids (hexadecimal digests), tasks, tokens, tokens with loss, languages.
+        """Rows that go into `split`, by column: tasks, tokens, tokens with loss, languages.
 
         `trained` is counted of the training split alone. `languages` may be of fewer rows: telling them costs time.
         """
-        self.rows[split] += len(ids)
+        self.rows[split] += len(tasks)
         _add(self.tasks.setdefault(split, Counter()), Counter(tasks))
         _add(self.languages.setdefault(split, Counter()), Counter(languages))
         self.lengths.setdefault(split, Counter()).update(lengths)
         if split == "train":
             self.trained.update(trained)
-        self.sketches.setdefault(split, _Sketch()).add(ids)
 
     def add_dropped(self, reason: str, source: str, record: Any) -> None:
         """A row that goes nowhere; `record` is its messages, or the raw record."""
@@ -180,50 +160,6 @@ class DataStats:
             kept.append(
                 Pair(source=source, of=of, similarity=similarity, text=excerpt(record), of_text=excerpt(of_record))
             )
-
-    def merge(self, other: "DataStats") -> None:
-        for mine, theirs in ((self.formats, other.formats), (self.sources, other.sources), (self.rows, other.rows)):
-            _add(mine, theirs)
-        for split in other.rows:
-            _add(self.tasks.setdefault(split, Counter()), other.tasks[split])
-            _add(self.languages.setdefault(split, Counter()), other.languages[split])
-            self.lengths.setdefault(split, Counter()).update(other.lengths[split])
-            self.sketches.setdefault(split, _Sketch()).merge(other.sketches[split])
-        self.trained.update(other.trained)
-        self.split += other.split
-        self.rewritten += other.rewritten
-        self.untrained += other.untrained
-        self.dropped.merge(other.dropped)
-        self.repaired.merge(other.repaired)
-        self.duplicates.merge(other.duplicates)
-
-    def state(self) -> dict[str, Any]:
-        """All of it as JSON values, for a file or another process; `from_state` reads it."""
-        tallies = {
-            name: {"counts": tally.counts, "examples": tally.examples}
-            for name, tally in (("dropped", self.dropped), ("repaired", self.repaired), ("duplicates", self.duplicates))
-        }
-        lengths = {split: sorted(counts.items()) for split, counts in self.lengths.items()}
-        sketches = {split: sketch.text() for split, sketch in self.sketches.items()}
-        plain = {name: getattr(self, name) for name in ("formats", "sources", "rows", "tasks", "languages")}
-        plain |= {"split": self.split, "rewritten": self.rewritten, "untrained": self.untrained}
-        state = plain | tallies | {"lengths": lengths, "trained": sorted(self.trained.items()), "sketches": sketches}
-        return json.loads(json.dumps(state))  # a copy that later additions do not change
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        stats = cls()
-        for name in ("formats", "sources", "rows"):
-            setattr(stats, name, Counter(state[name]))
-        for name in ("tasks", "languages"):
-            setattr(stats, name, {split: Counter(counts) for split, counts in state[name].items()})
-        for name in ("dropped", "repaired", "duplicates"):
-            setattr(stats, name, Tally(Counter(state[name]["counts"]), dict(state[name]["examples"])))
-        stats.split, stats.rewritten, stats.untrained = state["split"], state["rewritten"], state["untrained"]
-        stats.lengths = {split: Counter(dict(counts)) for split, counts in state["lengths"].items()}
-        stats.trained = Counter(dict(state["trained"]))
-        stats.sketches = {split: _Sketch(sketch_ids(text)) for split, text in state["sketches"].items()}
-        return stats
 
     def report(
         self,
@@ -275,34 +211,7 @@ class DataStats:
             "test_sha256": test_sha256,
             "example": "".join(text for text, _ in segments),
             "example_segments": segments,
-            "row_sketch": {split: sketch.text() for split, sketch in self.sketches.items()},
         }
-
-
-class _Sketch:
-    """The SKETCH smallest of a set of row ids, which say how much two sets have in common.
-
-    Bottom-k sketch (Cohen and Kaplan 2007, "Summarizing data using bottom-k sketches"): of two sets the ids below the
-    smaller of the two largest kept ids are all known, and are a random sample of the union.
-    """
-
-    def __init__(self, ids: Ids | Sequence[int] = ()) -> None:
-        self.ids: Ids = np.array(ids, dtype=np.uint64)
-
-    def add(self, ids: Sequence[str]) -> None:
-        self.merge(_Sketch([int(each[:12], 16) for each in ids]))
-
-    def merge(self, other: "_Sketch") -> None:
-        self.ids = np.unique(np.concatenate([self.ids, other.ids]))[:SKETCH]
-
-    def text(self) -> str:
-        return base64.b64encode(self.ids.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :6].tobytes()).decode()
-
-
-def sketch_ids(text: str) -> Ids:
-    """The row ids, in order, of one text of `row_sketch`: six bytes each, the smallest SKETCH of the split."""
-    six = np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(-1, 6)
-    return np.pad(six, ((0, 0), (0, 2))).view("<u8").reshape(-1).astype(np.uint64)
 
 
 def write_report(report: Report, folder: Path) -> None:

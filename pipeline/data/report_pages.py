@@ -21,7 +21,7 @@ MOST_ROWS = 12  # of a table by task or language; the smaller ones become one
 def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None = None) -> str:
     """The page `name`: report.md, report.html, or diff.md (of `diff` alone)."""
     pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
-    pages.filters |= {"moved": _moved, "ranked": _ranked, "reason": reason}
+    pages.filters |= {"ranked": _ranked, "reason": reason}
     if name == "diff.md":
         return pages.get_template("data_diff.md.jinja").render(diff=diff)
     all_tokens, trained = report["lengths"].get("train", {}), report["trained_lengths"]
@@ -127,9 +127,3 @@ def _over_splits(counts: Mapping[str, Mapping[str, int]]) -> Counter[str]:
 
 def _ranked(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-
-
-def _moved(split: Mapping[str, Any], what: str) -> str:
-    if split[what] is None:
-        return "not known"
-    return f"{'' if split['exact'] else '≈ '}{split[what]:,}"
