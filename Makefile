@@ -38,25 +38,25 @@ check: $(READY)      ## formatting, lint, types
 bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow  ## every benchmark
 
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
-	@python -m pipeline.benchmarks.stages
+	@python -m tests.bench.stages
 
 bench-data: $(READY)  ## ingest and prepare beside datasets.map, datasketch and rensa (about 4 minutes)
-	@python -m pipeline.benchmarks.data
+	@python -m tests.bench.data
 
 bench-train: $(READY)  ## train beside `trl sft` with its defaults, on rows of the last prepare (about 8 minutes)
-	@python -m pipeline.benchmarks.train
+	@python -m tests.bench.train
 
 bench-evaluate: $(READY)  ## answers a second beside transformers' static and continuous batching (about 4 minutes)
-	@python -m pipeline.benchmarks.generation
+	@python -m tests.bench.generation
 
 bench-merge: $(READY)  ## merging shard by shard against PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
-	@python -m pipeline.benchmarks.merge
+	@python -m tests.bench.merge
 
-bench-store: $(READY)  ## the artifact store beside boto3's upload_file, and what a small change moves (about 2 minutes)
-	@PYTHONPATH=. python tests/bench_store.py
+bench-store: $(READY)  ## the artifact store beside boto3's upload_file (about 1 minute)
+	@python -m tests.bench.store
 
 bench-flow: $(READY)  ## the flow beside dvc repro, runs with nothing to do, a dashboard of 1,000 runs (about 15 minutes)
-	@python -m pipeline.benchmarks.flow
+	@python -m tests.bench.flow
 
 sample: $(READY)     ## make the sample data and base model again (about 10 minutes)
 	python -m infra.sample.instructions

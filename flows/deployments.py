@@ -34,7 +34,7 @@ from pipeline.security.redact import redact_process, redacted_errors
 from pipeline.settings import change_params, load_params
 from pipeline.statistics import LOWER_IS_BETTER
 from pipeline.store.artifact_store import open_store
-from pipeline.store.garbage import UploadUnderWay, collect
+from pipeline.store.garbage import collect
 from pipeline.versions.decisions import champion, read_log
 from pipeline.versions.manifest import read_manifest
 from pipeline.versions.registry import open_registry
@@ -51,7 +51,7 @@ def skipped_when_busy(run: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
     def skipping(*args: P.args, **kwargs: P.kwargs) -> State[Any]:
         try:
             return run(*args, **kwargs)
-        except (RunUnderWay, UploadUnderWay) as error:
+        except RunUnderWay as error:
             return Completed(name="Skipped", message=str(error))
 
     return skipping

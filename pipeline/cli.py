@@ -180,7 +180,7 @@ def collect_garbage(
     delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only counted.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Find objects of the store that no version needs, older than a day; delete them with --delete."""
+    """Find objects of the store that no version needs, older than seven days; delete them with --delete."""
     from pipeline.settings import load_params
     from pipeline.store.artifact_store import open_store
     from pipeline.store.garbage import collect
@@ -191,7 +191,7 @@ def collect_garbage(
         return
     what = f"{found.objects:,} objects, {found.bytes / 1e6:,.1f} MB, and {found.unfinished:,} unfinished uploads"
     print(f"gc: {what} {'deleted' if found.deleted else 'could be deleted (`retune gc --delete`)'}")
-    print(f"    {found.kept:,} objects stay: a version or the promotion log needs them, or they are younger than a day")
+    print(f"    {found.kept:,} objects stay: needed by a version or the promotion log, or younger than seven days")
 
 
 @app.command(cls=ProjectCommand)

@@ -62,7 +62,11 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     if manifest is None:
         manifest, uploaded = _upload(params, store, version, root)
     else:
-        check_objects(store, manifest["files"])
+        try:
+            check_objects(store, manifest["files"])
+        except StoreError:  # the store lost one; the workspace has it
+            _, uploaded = upload(store, _shipped_files(root))
+            check_objects(store, manifest["files"])
     registry = ModelRegistry(params.tracking_uri, params.registered_model_name, root)
     number = register(store, registry, manifest)
     signed = signature.read_signature(store, version, manifests.encode(manifest)) is not None

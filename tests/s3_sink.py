@@ -1,17 +1,16 @@
 """The fastest S3 server there can be, for benchmarks and long listings: keeps names and sizes, but only small bodies.
 
 It speaks what an upload needs, checks no signature, and honours conditional writes unless told not to. As a program it
-prints its port and serves loopback until its input ends.
+prints its endpoint and serves loopback until its input ends.
 """
 
 import base64
 import os
-import socket
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 RECEIVE = 2**20  # bytes at once; bodies up to this size are kept
@@ -25,67 +24,31 @@ class Sink:
         self.requests: list[tuple[str, str, int]] = []  # method, key or query, bytes of the body
         self.lock = threading.Lock()
 
-    def serve(self, connection: socket.socket) -> None:
-        with connection:
-            self.converse(connection)
-
-    def converse(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        buffer = memoryview(bytearray(RECEIVE))
-        left = b""
-        while True:
-            while b"\r\n\r\n" not in left:
-                more = connection.recv(65536)
-                if not more:
-                    return
-                left += more
-            head, _, left = left.partition(b"\r\n\r\n")
-            first, *lines = head.decode("latin-1").split("\r\n")
-            method, target, _ = first.split(" ")
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-            length = int(headers.get("content-length", 0))
-            if headers.get("expect") == "100-continue":
-                connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body, left = left[:length], left[length:]
-            remaining = length - len(body)
-            while remaining:
-                got = connection.recv_into(buffer, min(RECEIVE, remaining))
-                if not got:
-                    return
-                remaining -= got
-                if length <= RECEIVE:
-                    body += bytes(buffer[:got])
-            connection.sendall(self.answer(method, target, headers, length, body))
-            if headers.get("connection") == "close":
-                return
-
-    def answer(self, method: str, target: str, headers: dict[str, str], length: int, body: bytes) -> bytes:
+    def answer(self, method: str, target: str, condition: str | None, length: int, body: bytes) -> tuple[int, bytes]:
         parts = urlsplit(target)
         key, query = unquote(parts.path).lstrip("/").partition("/")[2], parse_qs(parts.query, keep_blank_values=True)
-        status, data, extra = "200 OK", b"", ""
         with self.lock:
             self.requests.append((method, key or parts.query, length))
             if method == "PUT":
-                if headers.get("if-none-match") == "*" and key in self.sizes and self.honours_conditions:
-                    status, data = "412 Precondition Failed", b"<Error><Code>PreconditionFailed</Code></Error>"
-                elif "partNumber" not in query:
-                    self.sizes[key] = length
-                    self.bodies[key] = body if length <= RECEIVE else b""
-                extra = 'ETag: "0"\r\n'
-            elif method == "POST":
-                begins = "uploads" in query
-                data = b"<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>"
-                data = (
-                    data if begins else b"<CompleteMultipartUploadResult><ETag>0</ETag></CompleteMultipartUploadResult>"
-                )
-            elif "list-type" in query:
-                data = self.listing(query["prefix"][0], query.get("continuation-token", [""])[0])
-            elif key in self.sizes:
-                data = self.bodies[key]
-            else:
-                status, data = "404 Not Found", b"<Error><Code>NoSuchKey</Code></Error>"
-        head = f"HTTP/1.1 {status}\r\nDate: {formatdate(usegmt=True)}\r\nContent-Length: {len(data)}\r\n{extra}\r\n"
-        return head.encode() + (b"" if method == "HEAD" else data)
+                if condition == "*" and key in self.sizes and self.honours_conditions:
+                    return 412, b"<Error><Code>PreconditionFailed</Code></Error>"
+                if "partNumber" not in query:
+                    self.sizes[key], self.bodies[key] = length, body
+                return 200, b""
+            if method == "POST":
+                if "uploads" in query:
+                    return 200, b"<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>"
+                return 200, b"<CompleteMultipartUploadResult><ETag>0</ETag></CompleteMultipartUploadResult>"
+            if method == "DELETE":
+                self.sizes.pop(key, None)
+                return 204, b""
+            if "uploads" in query:
+                return 200, b"<ListMultipartUploadsResult/>"
+            if "list-type" in query:
+                return 200, self.listing(query["prefix"][0], query.get("continuation-token", [""])[0])
+            if key in self.sizes:
+                return 200, self.bodies[key]
+            return 404, b"<Error><Code>NoSuchKey</Code></Error>"
 
     def listing(self, prefix: str, token: str) -> bytes:
         start = base64.b64decode(token).decode()
@@ -103,18 +66,38 @@ class Sink:
     @contextmanager
     def running(self) -> Iterator[str]:
         """Serve in threads of this process; yields the endpoint."""
-        with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
-            threading.Thread(target=self.accept, args=(server,), daemon=True).start()
-            yield f"http://127.0.0.1:{server.getsockname()[1]}"
-            server.shutdown(socket.SHUT_RDWR)
+        handler = type("Bound", (Handler,), {"sink": self})
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
 
-    def accept(self, server: socket.socket) -> None:
-        try:
-            while True:
-                connection, _ = server.accept()
-                threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
-        except OSError:
-            pass  # closed
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    sink: Sink
+
+    def respond(self) -> None:
+        length = int(self.headers.get("content-length", 0))
+        body, buffer = b"", memoryview(bytearray(RECEIVE))
+        if length <= RECEIVE:
+            body = self.rfile.read(length)
+        else:
+            left = length
+            while left:
+                left -= self.rfile.readinto(buffer[: min(left, RECEIVE)])
+        status, data = self.sink.answer(self.command, self.path, self.headers.get("if-none-match"), length, body)
+        self.send_response(status)
+        self.send_header("ETag", '"0"')
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else data)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = respond
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def main() -> None:

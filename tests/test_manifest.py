@@ -11,8 +11,8 @@ from conftest import ROOT, publish_params
 from huggingface_hub import ModelCard
 from versions import parameters, published
 
-from pipeline import timings
-from pipeline.files import write_json
+from pipeline import graph, publish, timings
+from pipeline.files import sha256_file, write_json
 from pipeline.params import Params
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
@@ -80,6 +80,22 @@ def test_every_file_of_the_version_is_listed_under_its_digest(
         if name.partition("/")[0] in ("adapter", "merged", "parity", "evaluation"):
             assert stored.read_bytes() == (root / "artifacts" / name).read_bytes()
     assert {"README.md", "MLmodel", "components/tokenizer/tokenizer.json"} <= set(manifest["files"])
+
+
+def test_publishing_again_restores_an_object_that_the_store_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a sweep took what an upload found there, in the moment before its manifest was written."""
+    params = parameters(tmp_path)
+    published(tmp_path, params)
+    monkeypatch.setattr(graph, "stale", lambda root: {})
+    assert publish.publish(params.publish, tmp_path).uploaded_bytes == 0
+    path = tmp_path / "artifacts/merged/config.json"
+    lost = tmp_path / "store/objects" / sha256_file(path)
+    lost.unlink()
+    again = publish.publish(params.publish, tmp_path)
+    assert (again.created, again.uploaded_bytes) == (False, path.stat().st_size)
+    assert lost.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from s3_sink import Sink
 from pipeline.params import PublishParams
 from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
 from pipeline.store.s3 import S3Store
+from pipeline.store.transfer import upload
 
 SECRET = "testing"
 
@@ -52,7 +53,7 @@ def once(proxy: FaultProxy, fault: str, method: str = "") -> None:
 def test_a_server_that_lets_two_racing_writes_both_win_is_refused(swift_server: str) -> None:
     """Swift, as it is, does."""
     for _ in range(3):
-        with pytest.raises(StoreError, match="lets two conditional writes .* of one key both succeed"):
+        with pytest.raises(StoreError, match="two conditional writes"):
             store_at(swift_server).create("promotions/model/00000001.json", b"mine")
 
 
@@ -100,11 +101,9 @@ def test_another_writers_object_is_never_taken_for_ones_own(proxy: FaultProxy, s
 def test_a_read_or_listing_that_meets_a_fault_is_whole(proxy: FaultProxy, store: S3Store, fault: str) -> None:
     data = bytes(range(256)) * 1000
     store.create("a/b", data)
-    for use in (lambda: store.read("a/b") == data, lambda: store.read("a/b", 1000, 5000) == data[1000:6000]):
+    for use in (lambda: store.read("a/b") == data, lambda: store.list("a/") == ["a/b"]):
         once(proxy, fault, "GET")
         assert use()
-    once(proxy, fault, "GET")
-    assert store.list("a/") == ["a/b"]
 
 
 @pytest.mark.faults
@@ -116,41 +115,33 @@ def test_racing_threads_over_a_broken_line_have_one_winner(proxy: FaultProxy, st
 
 
 @pytest.mark.parametrize(
-    ("fault", "sentence"),
+    ("fault", "word"),
     [
-        (
-            "403:AccessDenied",
-            r"the credentials may not put object in s3://retune/.* \(AccessDenied\); docs/operations.md",
-        ),
-        ("403:InvalidAccessKeyId", r"does not accept the credentials \(InvalidAccessKeyId\); renew them"),
-        ("403:SignatureDoesNotMatch", r"does not accept the credentials \(SignatureDoesNotMatch\)"),
-        ("400:ExpiredToken", r"does not accept the credentials \(ExpiredToken\)"),
-        ("403:RequestTimeTooSkewed", "this machine's clock is too far off"),
-        ("404:NoSuchBucket", r"there is no bucket retune at http://127.0.0.1:\d+; make it, or correct"),
-        ("400:AuthorizationHeaderMalformed", "bucket retune is in another region; set publish.region_name"),
-        ("501:NotImplemented", r"cannot put object the way Retune needs it \(NotImplemented\)"),
-        (
-            "500:InternalError",
-            r"failed to put object, 5 times in a row \(500 InternalError\); the same command goes on",
-        ),
-        ("400:BadDigest", r"refused to put object \(400 BadDigest\)"),
-        ("409:ConditionalRequestConflict", r"refused to put object \(409 ConditionalRequestConflict\)"),
-        (
-            "reset",
-            r"the connection to the S3 server of s3://retune/.* broke, 5 times in a row \(\w+\); the same command",
-        ),
+        ("403:AccessDenied", r"\(AccessDenied\); docs/operations.md"),
+        ("403:InvalidAccessKeyId", "credentials .*InvalidAccessKeyId"),
+        ("400:ExpiredToken", "credentials .*ExpiredToken"),
+        ("403:RequestTimeTooSkewed", "clock"),
+        ("404:NoSuchBucket", r"no bucket retune at http://127.0.0.1:\d+"),
+        ("400:AuthorizationHeaderMalformed", "publish.region_name"),
+        ("501:NotImplemented", "put object .*NotImplemented.* another server"),
+        ("500:InternalError", "5 times in a row .*500 InternalError"),
+        ("400:BadDigest", "put object .*400 BadDigest"),
+        ("409:ConditionalRequestConflict", "409 ConditionalRequestConflict"),
+        ("reset", "broke, 5 times in a row"),
     ],
 )
+@pytest.mark.parametrize("how", ["create", "upload"])
 def test_what_the_server_refuses_is_said_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, fault: str, sentence: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, word: str, how: str
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the pauses between attempts
+    (tmp_path / "f").write_bytes(b"x")
     with Sink().running() as endpoint, FaultProxy(int(endpoint.rpartition(":")[2])) as proxy:
         store = store_at(proxy.url)
         store.probe()
         proxy.plan = lambda number, line: fault if line.startswith("PUT") else None
-        with pytest.raises(StoreError, match=sentence) as error:
-            store.create("a", b"x")
+        with pytest.raises(StoreError, match=word) as error:
+            store.create("a", b"x") if how == "create" else upload(store, {"f": tmp_path / "f"})
     assert "\n" not in str(error.value)
     assert SECRET not in str(error.value)
 
@@ -163,27 +154,26 @@ def test_a_missing_bucket_is_named(s3: str) -> None:
 
 def test_a_server_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(StoreError, match=r"no S3 server answers for s3://retune/.* at http://127\.0\.0\.1:9$"):
+    with pytest.raises(StoreError, match=r"s3://retune/.* at http://127\.0\.0\.1:9$"):
         store_at("http://127.0.0.1:9").read("a")
 
 
-def test_wrong_keys_are_refused_without_showing_them(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI-planted")
-    with pytest.raises(StoreError, match=r"does not accept the credentials \(SignatureDoesNotMatch\)") as error:
-        store_at(s3).read("a")
+@pytest.mark.parametrize(
+    ("keys", "profile", "word"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI-planted"}, None, "SignatureDoesNotMatch"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, None, "no credentials for s3://retune/"),
+        ({}, "nobody", r"publish\.profile_name: .*nobody"),
+    ],
+)
+def test_wrong_or_missing_keys_are_named_without_being_shown(
+    s3: str, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], profile: str | None, word: str
+) -> None:
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    with pytest.raises(StoreError, match=word) as error:
+        store_at(s3, profile_name=profile).read("a")
     assert "planted" not in str(error.value) and "test:tester" not in str(error.value)
-
-
-def test_missing_credentials_are_said_to_be_missing(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(StoreError, match="there are no credentials for s3://retune/.*; boto3 looks in AWS_ACCESS_KEY"):
-        store_at(s3).read("a")
-
-
-def test_a_profile_that_is_not_there_is_named(s3: str) -> None:
-    with pytest.raises(StoreError, match=r"publish\.profile_name: .*nobody.*could not be found"):
-        store_at(s3, profile_name="nobody")
 
 
 def test_a_profile_brings_its_own_keys(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -202,7 +192,7 @@ def test_parameters_that_boto3_cannot_use_are_named(values: dict[str, str]) -> N
 
 @pytest.mark.parametrize("uri", ["s3:///prefix", "s3://Bucket/x", "s3://b", "s3://bucket/a/../b", "s3://bucket/a?b=c"])
 def test_a_uri_that_names_no_place_is_refused(uri: str) -> None:
-    with pytest.raises(StoreError, match=r"expected s3://bucket/prefix|is no name for an object"):
+    with pytest.raises(StoreError, match=r"s3://bucket/prefix|is not a name"):
         open_store(publish_params(uri))
 
 
@@ -213,19 +203,34 @@ def test_a_store_may_be_the_whole_bucket(s3: str) -> None:
     assert store.list("whole/") == [key]
 
 
-def test_encryption_and_checksum_are_asked_for_with_every_write() -> None:
+@pytest.mark.parametrize("size", [1, 5 * 2**20 + 1])
+def test_encryption_checksum_and_condition_are_asked_for_with_every_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int
+) -> None:
+    """Swift knows no KMS, and AWS is far: what is sent is looked at, not what comes of it."""
+    monkeypatch.setattr("pipeline.store.s3.PART_SIZE", 5 * 2**20)
+    (tmp_path / "f").write_bytes(bytes(size))
     with Sink().running() as endpoint, FaultProxy(int(endpoint.rpartition(":")[2])) as proxy:
         store = store_at(proxy.url, server_side_encryption="aws:kms", sse_kms_key_id="alias/models")
-        store.create("a", b"")  # Swift knows no KMS, and AWS is far: what is sent is looked at, not what comes of it
-        head = proxy.heads[-1].lower()
-    assert b"x-amz-server-side-encryption: aws:kms\r\n" in head
-    assert b"x-amz-server-side-encryption-aws-kms-key-id: alias/models\r\n" in head
-    assert b"x-amz-checksum-sha256: " in head and b"if-none-match: *\r\n" in head
+        store.create("a", b"")
+        upload(store, {"f": tmp_path / "f"})
+        heads = [head.lower() for head in proxy.heads if head.startswith((b"PUT", b"POST"))]
+    assert len(heads) == (6 if size == 1 else 9)
+    for head in heads:
+        part, begins, ends = (
+            b"partnumber=" in head,
+            b"?uploads " in head,
+            head.startswith(b"post") and b"uploadid" in head,
+        )
+        assert part or ends or b"aws-kms-key-id: alias/models\r\n" in head
+        assert begins or ends or b"x-amz-checksum-" in head
+        assert part or begins or b"if-none-match: *\r\n" in head
 
 
-def test_an_object_that_is_not_what_its_name_says_is_refused_by_the_server(store: S3Store) -> None:
+def test_an_object_that_is_not_what_its_name_says_is_refused_by_the_server(store: S3Store, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"other bytes")
     with pytest.raises(StoreError, match="BadDigest"):
-        store.create(f"objects/{'0' * 64}", b"other bytes")
+        store.upload([(f"objects/{'0' * 64}", tmp_path / "f")], lambda size: None)
     assert store.list("objects/") == []
 
 
@@ -239,25 +244,19 @@ def test_a_listing_is_whole_and_asks_once_for_each_thousand_keys(number: int, re
     assert len(sink.requests) == requests
 
 
-def test_an_upload_that_nobody_completed_is_found_and_aborted(s3: str) -> None:
-    store = store_at(s3)
-    store._client.create_multipart_upload(Bucket="retune", Key=store._name("half"))
-    assert store.unfinished(store.now() - 60, delete=True) == []
-    [found] = store.unfinished(store.now() + 60, delete=True)
-    assert found.key == "half"
-    assert store.unfinished(store.now() + 60) == []
-
-
-def test_in_a_bucket_without_a_prefix_the_uploads_of_other_programs_are_theirs(s3: str) -> None:
-    store = store_at(s3, "s3://retune")
-    client = store._client
+@pytest.mark.parametrize("prefix", ["", uuid.uuid4().hex])
+def test_an_objects_upload_that_nobody_completed_is_aborted_and_those_of_others_are_not(s3: str, prefix: str) -> None:
+    store = store_at(s3, f"s3://retune/{prefix}".rstrip("/"))
+    ours, theirs = f"objects/{'1' * 64}", ("backup/a", "objects/report")
     made = {
-        key: client.create_multipart_upload(Bucket="retune", Key=key)["UploadId"] for key in ("backup/a", "objects/b")
+        key: store._client.create_multipart_upload(Bucket="retune", Key=store._name(key))["UploadId"]
+        for key in (ours, *theirs)
     }
-    assert [each.key for each in store.unfinished(store.now() + 60, delete=True)] == ["objects/b"]
-    left = client.list_multipart_uploads(Bucket="retune", Prefix="backup/")["Uploads"]
-    assert [each["Key"] for each in left] == ["backup/a"]
-    client.abort_multipart_upload(Bucket="retune", Key="backup/a", UploadId=made["backup/a"])
+    assert store.unfinished(store.now() - 60, delete=True) == []
+    assert [each.key for each in store.unfinished(store.now() + 60, delete=True)] == [ours]
+    assert store.unfinished(store.now() + 60) == []
+    for key in theirs:  # they are still there
+        store._client.abort_multipart_upload(Bucket="retune", Key=store._name(key), UploadId=made[key])
 
 
 @pytest.mark.integration

@@ -1,6 +1,5 @@
 """The artifact store, as a folder and on a real S3 server: exclusive creation, whole objects, safe names."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ import pytest
 from conftest import environment, publish_params
 
 from pipeline.params import PublishParams
-from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, open_store
+from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
 
 RACE = """
 import sys
@@ -64,13 +63,6 @@ def test_of_eight_racing_processes_exactly_one_creates_a_key(params: PublishPara
     assert len(store.list("race/")) == rounds
 
 
-def test_an_existing_object_is_never_replaced(store: ArtifactStore) -> None:
-    assert store.create("a/b", b"first")
-    assert not store.create("a/b", b"other")
-    assert not store.create("a/b", b"first")
-    assert store.read("a/b") == b"first"
-
-
 def test_a_reader_sees_a_whole_object_or_none(store: ArtifactStore) -> None:
     size = 2_000_000
     writer = threading.Thread(target=lambda: [store.create(f"big/{i}", bytes([i]) * size) for i in range(15)])
@@ -96,42 +88,32 @@ def test_a_key_that_could_leave_the_store_is_refused(store: ArtifactStore, tmp_p
         lambda: store.delete(key),
     ]
     for use in uses:
-        with pytest.raises(StoreError, match="is no name for an object"):
+        with pytest.raises(StoreError, match="is not a name for an object"):
             use()
     assert {path.name for path in tmp_path.iterdir()} <= {"store"}
 
 
-def test_a_range_is_read_as_from_a_file(store: ArtifactStore) -> None:
-    store.create("a", b"0123456789")
-    assert store.read("a", 2, 3) == b"234"
-    assert store.read("a", 8, 5) == b"89"
-    assert store.read("a", 10, 5) == b""
-    assert store.read("a", 4) == b"456789"
-    assert store.read("none", 2, 3) is None
-
-
-def test_a_list_holds_the_keys_with_a_prefix_in_order(store: ArtifactStore) -> None:
-    for key in ("log/b/2", "log/b/10", "log/bc/1", "other/1", "log/a"):
-        store.create(key, b"")
+def test_keys_with_a_prefix_are_listed_in_order_with_sizes_and_times_by_the_stores_clock(store: ArtifactStore) -> None:
+    before = store.now()
+    keys = ["log/b/2", "log/b/10", "log/bc/1", "other/1", "log/a"]
+    for size, key in enumerate(keys):
+        store.create(key, b"x" * size)
     assert store.list("log/b/") == ["log/b/10", "log/b/2"]
     assert store.list("log/b") == ["log/b/10", "log/b/2", "log/bc/1"]
     assert store.list("none/") == []
-    assert len([key for key in store.list("") if not key.startswith("probe/")]) == 5
-
-
-def test_a_scan_tells_sizes_and_times_by_the_clock_of_the_store(store: ArtifactStore) -> None:
-    before = store.now()
-    store.create("a/1", b"x" * 1234)
-    store.create("a/2", b"")
-    assert [(stored.key, stored.size) for stored in store.scan("a/")] == [("a/1", 1234), ("a/2", 0)]
-    for stored in store.scan("a/"):
+    assert [key for key in store.list("") if not key.startswith("probe/")] == sorted(keys)
+    assert [(stored.key, stored.size) for stored in store.scan("log/b/")] == [("log/b/10", 1), ("log/b/2", 0)]
+    for stored in store.scan("log/"):
         assert before - 2 <= stored.modified <= store.now() + 2  # S3 tells whole seconds
 
 
-def test_a_deleted_object_is_gone_and_its_name_is_free(store: ArtifactStore) -> None:
-    store.create("a/b", b"first")
-    store.delete("a/b")
-    store.delete("a/b")
+def test_an_existing_object_is_never_replaced_and_a_deleted_ones_name_is_free(store: ArtifactStore) -> None:
+    assert store.create("a/b", b"first")
+    assert not store.create("a/b", b"other")
+    assert not store.create("a/b", b"first")
+    assert store.read("a/b") == b"first"
+    for _ in range(2):
+        store.delete("a/b")
     assert store.read("a/b") is None
     assert store.create("a/b", b"second")
 
@@ -156,22 +138,6 @@ def test_two_stores_in_one_bucket_or_folder_do_not_meet(params: PublishParams) -
 # The folder.
 
 
-def test_what_a_killed_writer_left_is_not_listed_and_is_found_when_it_is_old(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "store")
-    store.create("log/1", b"")
-    partial = tmp_path / "store" / "log" / ".2.abc.partial"
-    partial.write_bytes(b"half")
-    assert store.list("log/") == ["log/1"]
-    assert store.unfinished(store.now() - 60, delete=True) == []
-    os.utime(partial, (0, 0))
-    [found] = store.unfinished(store.now() - 60)
-    assert (found.key, found.size) == ("log/.2.abc.partial", 4)
-    assert partial.exists()
-    store.unfinished(store.now() - 60, delete=True)
-    assert not partial.exists()
-    assert store.list("") == ["log/1"]
-
-
 @pytest.mark.parametrize("name", ["store", "deep/er/store", "Store_A.b", "with%20space"])
 def test_a_relative_store_is_a_folder_of_the_project(tmp_path: Path, name: str) -> None:
     store = open_store(publish_params(f"file://{name}"), tmp_path)
@@ -192,12 +158,5 @@ def test_an_absolute_store_is_the_same_from_every_project(tmp_path: Path) -> Non
 @pytest.mark.parametrize("path", ["file", "file/below"])
 def test_a_store_that_cannot_be_made_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"the artifact store .*file.* cannot be made: "):
+    with pytest.raises(StoreError, match=r"the artifact store .*file.* cannot be created: "):
         open_store(publish_params(f"file://{path}"), tmp_path)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
-def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir(mode=0o500)
-    with pytest.raises(StoreError, match="is not writable"):
-        open_store(publish_params("file://store"), tmp_path)

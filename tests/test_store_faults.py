@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,10 +20,11 @@ import pytest
 from conftest import publish_params
 from fault_proxy import FAULTS, KILLS, FaultProxy
 
-from pipeline.store import transfer
 from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, open_store
 from pipeline.store.s3 import S3Store
 from pipeline.store.transfer import check_objects, fetch, ship
+
+PART_SIZE = 5 * 2**20
 
 
 def long(test: Callable[..., None]) -> Callable[..., None]:
@@ -33,8 +33,8 @@ def long(test: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Objects of 64 KiB, so that few bytes make many; a twentieth of the pauses between attempts."""
-    monkeypatch.setattr(transfer, "OBJECT_SIZE", 2**16)
+    """Parts of the least size that S3 takes; a twentieth of the pauses between attempts."""
+    monkeypatch.setattr("pipeline.store.s3.PART_SIZE", PART_SIZE)
     monkeypatch.setattr("botocore.endpoint.time.sleep", lambda seconds: sleep(seconds / 20))
 
 
@@ -49,13 +49,11 @@ def s3_store(proxy: FaultProxy, prefix: str) -> S3Store:
     return S3Store(params, read_timeout_s=1)
 
 
-def some_files(folder: Path, change: int) -> dict[str, Path]:
-    """A small file, one twice, and a big one of which each version changes a little."""
+def some_files(folder: Path, change: int, size: int = 200_000) -> dict[str, Path]:
+    """A small file, one twice, and a bigger one of `size`; each version has another one of that size."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = bytearray(random.Random(1).randbytes(200_000))
-    model[change * 9_000] ^= change
     content = {"adapter/config.json": b"{}" * change, "evaluation/a": b"same", "evaluation/b": b"same"}
-    content["merged/model.safetensors"] = bytes(model)
+    content["merged/model.safetensors"] = random.Random(change).randbytes(size)
     for name, data in content.items():
         path = folder / name.replace("/", "-")
         if not path.exists() or path.read_bytes() != data:
@@ -63,11 +61,11 @@ def some_files(folder: Path, change: int) -> dict[str, Path]:
     return {name: folder / name.replace("/", "-") for name in content}
 
 
-def publish(store: ArtifactStore, folder: Path, change: int) -> None:
-    ship(store, f"v{change}", some_files(folder, change), lambda entries: json.dumps({"files": entries}).encode())
+def publish(store: ArtifactStore, folder: Path, change: int, size: int = 200_000) -> None:
+    ship(store, f"v{change}", some_files(folder, change, size), lambda entries: json.dumps({"files": entries}).encode())
 
 
-def versions(store: ArtifactStore, folder: Path) -> dict[str, bytes]:
+def versions(store: ArtifactStore, folder: Path, size: int = 200_000) -> dict[str, bytes]:
     """The manifest of every version that can be seen; each is whole, down to the last byte."""
     found = {}
     for key in store.list("versions/"):
@@ -76,7 +74,7 @@ def versions(store: ArtifactStore, folder: Path) -> dict[str, bytes]:
         check_objects(store, entries)
         out = folder / uuid.uuid4().hex
         fetch(store, entries, out)
-        files = some_files(folder / "expected" / key.split("/")[1], int(key.split("/")[1][1:]))
+        files = some_files(folder / "expected" / key.split("/")[1], int(key.split("/")[1][1:]), size)
         assert all((out / name).read_bytes() == files[name].read_bytes() for name in files)
         found[key] = text
     return found
@@ -103,16 +101,49 @@ def wait_for(child: int) -> int:
 class Calm:
     """What a publish of the second version comes to when nothing goes wrong."""
 
-    def __init__(self, proxy: FaultProxy, folder: Path) -> None:
-        proxy.plan = lambda number, line: None
-        store = s3_store(proxy, uuid.uuid4().hex)
-        publish(store, folder / "in", 1)
-        first = len(proxy.seen)
-        publish(s3_store(proxy, store.prefix), folder / "in", 2)
-        self.requests = len(proxy.seen) - first
-        self.versions = versions(store, folder)
+    def __init__(self, proxy: FaultProxy, folder: Path, size: int = 200_000) -> None:
+        self.proxy, self.folder, self.size = proxy, folder, size
+        store, before = self.second_version()
+        publish(store, folder / "in", 2, size)
+        self.requests = len(proxy.seen) - before
+        self.versions = versions(store, folder, size)
         self.objects = store.list("objects/")
-        assert self.requests > 12
+        assert self.requests > 8
+
+    def second_version(self) -> tuple[S3Store, int]:
+        """A store with the first version, as a new process opens it; the number of requests so far."""
+        self.proxy.plan = lambda number, line: None
+        store = s3_store(self.proxy, uuid.uuid4().hex)
+        publish(store, self.folder / "in", 1, self.size)
+        return s3_store(self.proxy, store.prefix), len(self.proxy.seen)
+
+
+def publish_with(calm: Calm, fault: str, index: int, lasting: bool = False) -> bool:
+    """The second version meets a fault at its request `index`, or from there on; the end is as without.
+
+    Returns whether it came to its end at the first attempt.
+    """
+    store, first = calm.second_version()
+
+    def plan(number: int, line: str) -> str | None:
+        hit = number == first + index or (lasting and number > first + index)
+        return fault if hit and (line.startswith("PUT") or "Conflict" not in fault) else None  # only writes conflict
+
+    calm.proxy.plan = plan
+    error = None
+    try:
+        publish(store, calm.folder / "in", 2, calm.size)
+    except StoreError as raised:
+        error = raised
+    print(fault, index, error)
+    assert "\n" not in str(error)
+    calm.proxy.plan = lambda number, line: None
+    assert versions(store, calm.folder, calm.size).items() <= calm.versions.items()
+    if error is not None:
+        publish(store, calm.folder / "in", 2, calm.size)
+    assert versions(store, calm.folder, calm.size) == calm.versions
+    assert store.list("objects/") == calm.objects
+    return error is None
 
 
 def test_a_fault_at_some_request_of_a_publish_changes_nothing_of_its_result(proxy: FaultProxy, tmp_path: Path) -> None:
@@ -120,17 +151,19 @@ def test_a_fault_at_some_request_of_a_publish_changes_nothing_of_its_result(prox
     print("seed", seed)
     draw = random.Random(seed)
     calm = Calm(proxy, tmp_path)
-    publish_with(proxy, tmp_path, calm, draw.choice(FAULTS), draw.randrange(calm.requests))
+    publish_with(calm, draw.choice(FAULTS), draw.randrange(calm.requests))
 
 
 @long
+@pytest.mark.parametrize("size", [200_000, PART_SIZE + 1])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_at_any_request_of_a_publish_changes_nothing_of_its_result(
-    proxy: FaultProxy, tmp_path: Path, fault: str
+    proxy: FaultProxy, tmp_path: Path, fault: str, size: int
 ) -> None:
-    calm = Calm(proxy, tmp_path)
-    for index in range(calm.requests):
-        assert publish_with(proxy, tmp_path, calm, fault, index)
+    calm = Calm(proxy, tmp_path, size)
+    failed = [index for index in range(calm.requests) if not publish_with(calm, fault, index)]
+    print("not at the first attempt:", failed)
+    assert len(failed) <= (size > PART_SIZE)  # the completion of an upload in parts, as its server repeats it or not
 
 
 @long
@@ -140,70 +173,37 @@ def test_a_fault_that_stays_is_a_clear_error_and_the_next_attempt_reaches_the_en
 ) -> None:
     calm = Calm(proxy, tmp_path)
     for index in range(0, calm.requests - 3, 2):  # without the last two, a publish is done
-        assert not publish_with(proxy, tmp_path, calm, fault, index, lasting=True)
-
-
-def publish_with(proxy: FaultProxy, folder: Path, calm: Calm, fault: str, index: int, lasting: bool = False) -> bool:
-    """The second version meets a fault at its request `index`, or from there on; the end is as without.
-
-    Returns whether it came to its end at the first attempt.
-    """
-    proxy.plan = lambda number, line: None
-    store = s3_store(proxy, uuid.uuid4().hex)
-    publish(store, folder / "in", 1)
-    first = len(proxy.seen)
-    store = s3_store(proxy, store.prefix)  # as a new process would
-
-    def plan(number: int, line: str) -> str | None:
-        hit = number == first + index or (lasting and number > first + index)
-        return fault if hit and (line.startswith("PUT") or "Conflict" not in fault) else None  # only writes conflict
-
-    proxy.plan = plan
-    error = None
-    try:
-        publish(store, folder / "in", 2)
-    except StoreError as raised:
-        error = raised
-    print(fault, index, error)
-    assert "\n" not in str(error)
-    proxy.plan = lambda number, line: None
-    seen = versions(store, folder)
-    assert seen.items() <= calm.versions.items()
-    if error is not None:
-        publish(store, folder / "in", 2)
-        seen = versions(store, folder)
-    assert seen == calm.versions
-    assert store.list("objects/") == calm.objects
-    return error is None
+        assert not publish_with(calm, fault, index, lasting=True)
 
 
 @long
+@pytest.mark.parametrize("size", [200_000, PART_SIZE + 1])
 @pytest.mark.parametrize("how", KILLS)
-def test_a_kill_at_any_request_of_a_publish_leaves_nothing_torn(proxy: FaultProxy, tmp_path: Path, how: str) -> None:
-    for index in range(Calm(proxy, tmp_path).requests):
-        proxy.plan = lambda number, line: None
-        prefix = uuid.uuid4().hex
-        publish(s3_store(proxy, prefix), tmp_path / "in", 1)
-        first = len(proxy.seen)
+def test_a_kill_at_any_request_of_a_publish_leaves_nothing_torn(
+    proxy: FaultProxy, tmp_path: Path, how: str, size: int
+) -> None:
+    calm = Calm(proxy, tmp_path, size)
+    for index in range(calm.requests):
+        store, first = calm.second_version()
         proxy.plan = lambda number, line, at=first + index: how if number == at else None  # type: ignore[misc]
-        child = in_a_child(lambda prefix=prefix: publish(s3_store(proxy, prefix), tmp_path / "in", 2))  # type: ignore[misc]
+        child = in_a_child(lambda prefix=store.prefix: publish(s3_store(proxy, prefix), tmp_path / "in", 2, size))  # type: ignore[misc]
         proxy.on_kill = lambda child=child: os.kill(child, signal.SIGKILL)  # type: ignore[misc]
         assert wait_for(child) == -signal.SIGKILL
         proxy.plan = lambda number, line: None
-        store = s3_store(proxy, prefix)
-        versions(store, tmp_path)
-        publish(store, tmp_path / "in", 2)
-        assert len(versions(store, tmp_path)) == 2
+        versions(store, tmp_path, size)
+        publish(store, tmp_path / "in", 2, size)
+        assert versions(store, tmp_path, size) == calm.versions
 
 
 @long
-def test_kills_at_random_times_of_a_publish_to_s3_leave_nothing_torn(proxy: FaultProxy, tmp_path: Path) -> None:
-    kill_at_random(lambda prefix: s3_store(proxy, prefix), tmp_path, kills=60, seed=0)
+@pytest.mark.parametrize(("kind", "kills"), [("s3", 60), ("folder", 1000)])
+def test_kills_at_random_times_of_a_publish_leave_nothing_torn(
+    proxy: FaultProxy, tmp_path: Path, kind: str, kills: int
+) -> None:
+    def open_(prefix: str) -> ArtifactStore:
+        return s3_store(proxy, prefix) if kind == "s3" else FileStore(tmp_path / prefix)
 
-
-@long
-def test_kills_at_random_times_of_a_publish_to_a_folder_leave_nothing_torn(tmp_path: Path) -> None:
-    kill_at_random(lambda prefix: FileStore(tmp_path / prefix), tmp_path, kills=1000, seed=1)
+    kill_at_random(open_, tmp_path, kills, seed=kills)
 
 
 def kill_at_random(open_: Callable[[str], ArtifactStore], folder: Path, kills: int, seed: int) -> None:
@@ -256,7 +256,7 @@ def test_a_kill_at_any_step_of_a_publish_to_a_folder_leaves_nothing_torn(tmp_pat
 
         def work() -> None:
             sys.addaudithook(count)  # of the child alone
-            publish(FileStore(folder, max_concurrency=1), tmp_path / "in", 1)
+            publish(FileStore(folder), tmp_path / "in", 1)
 
         return wait_for(in_a_child(work))
 
@@ -271,10 +271,10 @@ def test_a_kill_at_any_step_of_a_publish_to_a_folder_leaves_nothing_torn(tmp_pat
         if status == 0:
             break
         assert status == -signal.SIGKILL
-    assert 40 < step < 999
+    assert 25 < step < 999
 
 
-@pytest.mark.parametrize("limit", [0, 3, 1000, 2**16 - 1])
+@pytest.mark.parametrize("limit", [0, 3, 199_999])
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
     """No file may grow beyond `limit`: the kernel's answer differs from a full disk's by its number alone."""
     some_files(tmp_path / "in", 1)
@@ -296,25 +296,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, limit: int) -> 
     assert store.unfinished(float("inf")) == []
     publish(store, tmp_path / "in", 1)
     assert len(versions(store, tmp_path)) == 1
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system of 1 MB")
-def test_a_file_system_that_is_full_is_named_and_publishing_goes_on_when_there_is_room(tmp_path: Path) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        store = FileStore(folder)
-        with pytest.raises(StoreError, match=r"written in file://.*small: No space left on device"):
-            publish(store, tmp_path / "in", 1)
-        assert store.list("versions/") == []
-        subprocess.run(["mount", "-o", "remount,size=2m", str(folder)], check=True)
-        publish(store, tmp_path / "in", 1)
-        assert len(versions(store, tmp_path)) == 1
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_folder_that_may_not_be_written_is_named() -> None:
@@ -347,13 +328,3 @@ def test_a_folder_that_may_not_be_written_is_named() -> None:
     ]
     os.close(reader)
     os.close(writer)
-
-
-def test_clocks_that_run_backwards_change_nothing(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "store")
-    for change in range(1, 6):
-        publish(store, tmp_path / "in", change)
-        for key in store.list(""):
-            if f"v{change}" in key:
-                os.utime(store.folder / key, (1e9 - change, 1e9 - change))
-    assert len(versions(store, tmp_path)) == 5

@@ -20,7 +20,6 @@ KEYS = {
     "manifest": "versions/0123456789abcdef/manifest.json",
     "signature": "versions/0123456789abcdef/manifest.0.sig",
     "record": "promotions/model/00000001.json",
-    "running": "running/upload-1",
     "probe": "probe/done",
     "else": "notes.txt",
 }
@@ -114,22 +113,14 @@ def table() -> list[tuple[str, str, str, dict[str, str], bool]]:
     may: set[tuple[str, str, str, str]] = set()
     for role in ROLES:
         may |= {(role, "s3:GetObject", key, "plain") for key in KEYS}
-    may |= {
-        ("candidate", "s3:PutObject", key, "create") for key in ("object", "manifest", "signature", "running", "probe")
-    }
-    may |= {
-        ("candidate", "s3:PutObject", key, "part") for key in ("object", "manifest", "signature", "running", "probe")
-    }
+    may |= {("candidate", "s3:PutObject", key, "create") for key in ("object", "manifest", "signature", "probe")}
+    may |= {("candidate", "s3:PutObject", key, "part") for key in ("object", "manifest", "signature", "probe")}
     may |= {
         ("candidate", action, "object", "plain")
         for action in ("s3:ListMultipartUploadParts", "s3:AbortMultipartUpload")
     }
     may |= {("promoter", "s3:PutObject", key, "create") for key in ("record", "probe")}
-    may |= {("collector", "s3:PutObject", key, how) for key in ("running", "probe") for how in ("create", "part")}
-    may |= {
-        ("collector", "s3:DeleteObject", key, "plain")
-        for key in ("object", "manifest", "signature", "running", "probe")
-    }
+    may |= {("collector", "s3:DeleteObject", key, "plain") for key in ("object", "manifest", "signature", "probe")}
     may |= {
         ("collector", action, "object", "plain")
         for action in ("s3:ListMultipartUploadParts", "s3:AbortMultipartUpload")
@@ -243,7 +234,7 @@ def test_with_a_key_every_role_can_decrypt_and_only_writers_encrypt() -> None:
     policies = documents(kms=True)
     able = {name: {a for s in policies[name] for a in s["actions"] if a.startswith("kms:")} for name in ROLES}
     both = {"kms:Decrypt", "kms:GenerateDataKey"}
-    assert able == {"reader": {"kms:Decrypt"}, "candidate": both, "promoter": both, "collector": both}
+    assert able == {"reader": {"kms:Decrypt"}, "candidate": both, "promoter": both, "collector": {"kms:Decrypt"}}
 
 
 def test_the_bucket_is_private_versioned_encrypted_and_tidy() -> None:

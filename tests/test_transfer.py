@@ -1,31 +1,25 @@
-"""Files to objects and back: nothing is sent twice, changed blocks alone, nothing unchecked is ever used."""
+"""Files to objects and back: nothing is sent twice, nothing unchecked is ever used."""
 
 import hashlib
 import json
 import os
 import random
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import publish_params
 from s3_sink import Sink
 
+from pipeline import progress
 from pipeline.files import sha256_file
-from pipeline.store import transfer
+from pipeline.store import s3 as s3_module
 from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError
 from pipeline.store.s3 import S3Store
-from pipeline.store.transfer import Entry, block_size, check_objects, fetch, ship, upload
+from pipeline.store.transfer import Entry, check_objects, fetch, ship, upload
 
-REAL_OBJECT_SIZE = transfer.OBJECT_SIZE
-OBJECT_SIZE = 2**20
-
-
-@pytest.fixture(autouse=True)
-def small_objects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that is about 16 MiB is about 1 MiB here, for speed."""
-    monkeypatch.setattr(transfer, "OBJECT_SIZE", OBJECT_SIZE)
+PART_SIZE = 5 * 2**20  # the least that S3 servers take
 
 
 @pytest.fixture
@@ -33,12 +27,8 @@ def store(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "store")
 
 
-def manifest(entries: dict[str, Entry]) -> bytes:
-    return json.dumps({"files": entries}).encode()
-
-
 def publish(store: ArtifactStore, version: str, files: dict[str, Path]) -> tuple[dict[str, Entry], int]:
-    sent = ship(store, version, files, manifest)
+    sent = ship(store, version, files, lambda entries: json.dumps({"files": entries}).encode())
     return json.loads(store.read(f"versions/{version}/manifest.json") or b"")["files"], sent
 
 
@@ -48,12 +38,11 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-def some_files(folder: Path) -> dict[str, Path]:
-    """One of each kind: empty, small, exactly one object, one byte more, and one of three objects."""
+def some_files(folder: Path, big: int = 100_000) -> dict[str, Path]:
     draw = random.Random(1)
-    sizes = {"a/empty.txt": 0, "a/small.json": 999, "m/one.bin": OBJECT_SIZE, "m/two.bin": OBJECT_SIZE + 1}
-    sizes["m/big.safetensors"] = 2 * OBJECT_SIZE + 4321
-    return {name: write(folder / name, draw.randbytes(size)) for name, size in sizes.items()}
+    sizes = {"a/empty.txt": 0, "a/small.json": 999, "m/big.safetensors": big}
+    files = {name: write(folder / name, draw.randbytes(size)) for name, size in sizes.items()}
+    return files | {"a/same.json": write(folder / "a/same.json", files["a/small.json"].read_bytes())}
 
 
 def same(folder: Path, files: dict[str, Path]) -> bool:
@@ -62,29 +51,25 @@ def same(folder: Path, files: dict[str, Path]) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["file", "s3"])
-def test_files_come_back_as_they_went_in(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+def test_files_come_back_as_they_went_in_and_are_neither_sent_nor_fetched_again(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    monkeypatch.setattr(s3_module, "PART_SIZE", PART_SIZE)
     store: ArtifactStore = FileStore(tmp_path / "store")
     if kind == "s3":
         at = {"endpoint_url": request.getfixturevalue("s3"), "addressing_style": "path"}
         store = S3Store(publish_params(f"s3://retune/{uuid.uuid4().hex}", **at))
-    files = some_files(tmp_path / "in")
+    files = some_files(tmp_path / "in", 2 * PART_SIZE + 4321)
     entries, sent = publish(store, "v1", files)
-    assert {name: (entry["sha256"], entry["size"]) for name, entry in entries.items()} == {
-        name: (sha256_file(path), path.stat().st_size) for name, path in files.items()
-    }
-    total = sum(path.stat().st_size for path in files.values())
-    assert total <= sent <= total * 1.15  # the digests of blocks, which are small here
-    fetch(store, entries, tmp_path / "out")
-    assert same(tmp_path / "out", files)
-
-
-def test_what_is_there_is_neither_sent_nor_fetched_again(tmp_path: Path, store: FileStore) -> None:
-    files = some_files(tmp_path / "in")
-    entries, _ = publish(store, "v1", files)
+    digests = {name: sha256_file(path) for name, path in files.items()}
+    assert entries == {name: {"sha256": digests[name], "size": path.stat().st_size} for name, path in files.items()}
+    assert store.list("objects/") == sorted(f"objects/{digest}" for digest in set(digests.values()))
+    assert sent == 2 * PART_SIZE + 4321 + 999
     assert publish(store, "v2", files) == (entries, 0)
     fetch(store, entries, tmp_path / "out")
-    for path in (tmp_path / "store" / "objects").iterdir():
-        path.unlink()
+    assert same(tmp_path / "out", files)
+    for key in store.list("objects/"):
+        store.delete(key)
     fetch(store, entries, tmp_path / "out")
     assert same(tmp_path / "out", files)
 
@@ -94,257 +79,136 @@ def test_an_unchanged_upload_asks_one_listing_for_each_thousand_objects_and_send
     files = {f"f/{number:04}.json": write(tmp_path / f"{number}", str(number).encode()) for number in range(300)}
     with sink.running() as endpoint:
         store = S3Store(publish_params("s3://retune/x", endpoint_url=endpoint, addressing_style="path"))
-        for number in range(2000):  # as if an earlier version had left them
-            sink.sizes[f"x/objects/{number:064}"] = 1
+        sink.sizes |= {f"x/objects/{number:064}": 1 for number in range(2000)}  # as if an earlier version had left them
         upload(store, files)
         sink.requests.clear()
         assert upload(store, files)[1] == 0
-    assert [length for _, _, length in sink.requests] == [0] * len(sink.requests)
-    assert sum("objects" in what for method, what, _ in sink.requests) == 3
-    assert len(sink.requests) == 4  # and one for the newest version
+    assert [(method, length) for method, _, length in sink.requests] == [("GET", 0)] * 3
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 12))])
-def test_a_change_of_one_percent_sends_at_most_1_05_percent(
-    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch, seed: int
+def test_a_version_in_chunks_as_published_before_is_read_and_one_that_lost_an_object_is_not(
+    tmp_path: Path, store: FileStore
 ) -> None:
-    print("seed", seed)
-    monkeypatch.setattr(transfer, "OBJECT_SIZE", REAL_OBJECT_SIZE)
-    draw = random.Random(seed)
-    size = draw.randrange(REAL_OBJECT_SIZE + 1, (2 if seed == 0 else 8) * REAL_OBJECT_SIZE)
-    data = bytearray(draw.randbytes(size))
-    path = write(tmp_path / "model.safetensors", data)
-    publish(store, "v1", {"m": path})
-    changed = size // 100
-    start = draw.randrange(size - changed)
-    data[start : start + changed] = draw.randbytes(changed)
-    path.write_bytes(data)
-    entries, sent = publish(store, "v2", {"m": path})
-    assert changed <= sent <= 0.0105 * size
-    fetch(store, entries, tmp_path / "out")
-    assert (tmp_path / "out" / "m").read_bytes() == data
+    first, second = b"0123456789", b"abcdef"
+    keys = [hashlib.sha256(data).hexdigest() for data in (first, second)]
+    content = first[2:7] + second + first[:2]
+    chunks = [{"sha256": keys[0], "offset": 2, "size": 5}, {"sha256": keys[1], "offset": 0, "size": 6}]
+    chunks = [each | {"blocks": "0" * 64} for each in [*chunks, {"sha256": keys[0], "offset": 0, "size": 2}]]
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "block_size": 4, "chunks": chunks}
+    for key, data in zip(keys, (first, second), strict=True):
+        store.create(f"objects/{key}", data)
+    check_objects(store, {"m/model": entry})
+    fetch(store, {"m/model": entry}, tmp_path / "out")
+    assert (tmp_path / "out/m/model").read_bytes() == content
+    store.delete(f"objects/{keys[1]}")
+    for use in (lambda: check_objects(store, {"m": entry}), lambda: fetch(store, {"m": entry}, tmp_path / "other")):
+        with pytest.raises(StoreError, match=keys[1]):
+            use()
 
 
-def test_a_chain_of_small_changes_is_read_back_right(tmp_path: Path, store: FileStore) -> None:
-    draw = random.Random(3)
-    data = bytearray(draw.randbytes(OBJECT_SIZE) + bytes(OBJECT_SIZE))  # half of it zeros: blocks that are all alike
-    path = tmp_path / "model.safetensors"
-    versions = []
-    for number in range(5):
-        write(path, data)
-        versions.append((publish(store, f"v{number}", {"m": path}), bytes(data)))
-        for _ in range(3):
-            start, length = draw.randrange(len(data)), draw.randrange(1, 50_000)
-            data[start : start + length] = draw.randbytes(len(data[start : start + length]))
-    for number, ((entries, sent), content) in enumerate(versions):
-        assert sent < 200_000 or number == 0
-        fetch(store, entries, tmp_path / f"out{number}")
-        assert (tmp_path / f"out{number}" / "m").read_bytes() == content
+class WatchedStore(FileStore):
+    """Calls `before` with each key that is to be written; the write is left out when it returns False."""
+
+    before: Callable[[str], bool] = staticmethod(lambda key: True)
+
+    def _create(self, key: str, write: Callable[[Path], object]) -> bool:
+        return super()._create(key, write) if self.before(key) else True
 
 
-@pytest.mark.parametrize("how", ["mostly new", "scattered", "another length", "index lost"])
-def test_a_file_that_shares_too_little_is_sent_whole(tmp_path: Path, store: FileStore, how: str) -> None:
-    size = 2 * OBJECT_SIZE
-    data = bytearray(random.Random(4).randbytes(size))
-    path = write(tmp_path / "m", data)
-    entries, _ = publish(store, "v1", {"m": path})
-    if how == "mostly new":
-        data[: size * 6 // 10] = random.Random(5).randbytes(size * 6 // 10)
-    elif how == "scattered":
-        block = block_size(size)
-        for number in range(0, size // block, 4):
-            data[number * block] ^= 1
-    elif how == "another length":
-        data += random.Random(6).randbytes(size)  # its blocks are twice as long
-    else:
-        data[0] ^= 1
-        for chunk in entries["m"]["chunks"]:
-            (tmp_path / "store" / "objects" / chunk["blocks"]).write_bytes(b"")
-            store.delete(f"objects/{chunk['blocks']}")
-    path.write_bytes(data)
-    entries, sent = publish(store, "v2", {"m": path})
-    unchanged = {"mostly new": 0, "scattered": 0, "another length": size, "index lost": OBJECT_SIZE}[how]
-    assert sent >= len(data) - unchanged - OBJECT_SIZE  # whole objects that are the same are not sent again
-    assert all(chunk["offset"] == 0 for chunk in entries["m"]["chunks"])
-    fetch(store, entries, tmp_path / "out")
-    assert (tmp_path / "out" / "m").read_bytes() == data
-
-
-def test_the_same_file_becomes_the_same_objects_everywhere(tmp_path: Path) -> None:
+def test_an_upload_that_broke_off_shows_no_version_and_continues_where_it_stopped(tmp_path: Path) -> None:
     files = some_files(tmp_path / "in")
-    one, other = (publish(FileStore(tmp_path / name, workers), "v", files)[0] for name, workers in (("1", 1), ("2", 7)))
-    assert one == other
-    assert FileStore(tmp_path / "1").list("objects/") == FileStore(tmp_path / "2").list("objects/")
+    store = WatchedStore(tmp_path / "store")
+    total = sent = 0
+    for allowed in range(1, 30):
+        left = [allowed]
 
-
-@pytest.mark.parametrize("size", [REAL_OBJECT_SIZE + 1, 10**8, 2**30, 14 * 2**30, 2**36])
-def test_blocks_are_small_enough_for_a_change_of_one_percent(size: int) -> None:
-    assert 2 * block_size(size) <= size * 0.00025
-    assert REAL_OBJECT_SIZE % block_size(size) == 0
-
-
-class FailingStore(FileStore):
-    """Fails at the n-th creation, counted from 0."""
-
-    left = 0
-
-    def create(self, key: str, data: bytes) -> bool:
-        if key.startswith(("objects/", "versions/")):
-            self.left -= 1
-            if self.left < 0:
+        def before(key: str, left: list[int] = left) -> bool:
+            left[0] -= key.startswith(("objects/", "versions/"))
+            if left[0] < 0:
                 raise StoreError("the line broke")
-        return super().create(key, data)
+            return True
 
-
-def test_an_upload_that_broke_off_shows_no_version_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    files = some_files(tmp_path / "in")
-    total = sum(path.stat().st_size for path in files.values())
-    store = FailingStore(tmp_path / "store", max_concurrency=1)
-    sent_before = 0
-    for left in range(30):
-        store.left = left
+        store.before = before
         try:
-            _, sent = publish(store, "v1", files)
+            entries, sent = publish(store, "v1", files)
             break
         except StoreError:
-            pass
-        assert store.list("versions/") == []
-        there = sum(stored.size for stored in store.scan("objects/"))
-        assert there >= sent_before
-        sent_before = there
-    assert left > 3
-    assert sent_before + sent <= total * 1.15
-    fetch(store, publish(store, "v1", files)[0], tmp_path / "out")
+            assert store.list("versions/") == []
+            there = sum(stored.size for stored in store.scan("objects/"))
+            assert there >= total
+            total = there
+    assert allowed > 2 and sent == 0  # the last attempt wrote the manifest alone
+    fetch(store, entries, tmp_path / "out")
     assert same(tmp_path / "out", files)
 
 
-class LosingStore(FileStore):
-    """Says that it stored an object, and has not."""
-
-    lost = ""
-
-    def create(self, key: str, data: bytes) -> bool:
-        return True if key == self.lost else super().create(key, data)
-
-
-def test_a_version_whose_object_did_not_arrive_never_appears(tmp_path: Path) -> None:
-    store = LosingStore(tmp_path / "store")
+@pytest.mark.parametrize("what", ["an object", "the manifest", "the file changed"])
+def test_a_version_of_which_something_did_not_arrive_never_appears(tmp_path: Path, what: str) -> None:
     path = write(tmp_path / "f", b"content")
-    store.lost = f"objects/{sha256_file(path)}"
-    with pytest.raises(StoreError, match=r"has lost objects/[0-9a-f]{64}, a part of f"):
+    lost = "versions/v1/manifest.json" if what == "the manifest" else f"objects/{sha256_file(path)}"
+
+    def before(key: str) -> bool:
+        if what == "the file changed":
+            path.write_bytes(b"other")
+        return what == "the file changed" or key != lost
+
+    store = WatchedStore(tmp_path / "store")
+    store.before = before
+    with pytest.raises(StoreError, match=str(path) if what == "the file changed" else lost):
         publish(store, "v1", {"f": path})
     assert store.list("versions/") == []
-    store.lost = "versions/v1/manifest.json"
-    with pytest.raises(StoreError, match=r"versions/v1/manifest.json was written to file://.*, but reads otherwise"):
-        publish(store, "v1", {"f": path})
 
 
 def test_of_two_publishers_of_a_version_the_firsts_manifest_stands(tmp_path: Path, store: FileStore) -> None:
     path = write(tmp_path / "f", b"content")
-    ship(store, "v1", {"f": path}, lambda entries: json.dumps({"files": entries, "by": "first"}).encode())
-    ship(store, "v1", {"f": path}, lambda entries: json.dumps({"files": entries, "by": "second"}).encode())
+    for who in ("first", "second"):
+        ship(store, "v1", {"f": path}, lambda entries, who=who: json.dumps({"files": entries, "by": who}).encode())  # type: ignore[misc]
     assert json.loads(store.read("versions/v1/manifest.json") or b"")["by"] == "first"
 
 
-def test_a_file_that_changes_while_it_is_uploaded_is_refused(tmp_path: Path, store: FileStore) -> None:
-    path = write(tmp_path / "f", b"content")
-
-    class Writer(FileStore):
-        def create(self, key: str, data: bytes) -> bool:
-            path.write_bytes(b"other")
-            return super().create(key, data)
-
-    with pytest.raises(StoreError, match=r"/f changed while it was uploaded"):
-        publish(Writer(tmp_path / "store"), "v1", {"f": path})
-    assert store.list("versions/") == []
-
-
-def damage(path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["missing", "shorter", "one bit"])
+def test_a_damaged_object_is_noticed_and_replaces_nothing(tmp_path: Path, store: FileStore, how: str) -> None:
+    files = some_files(tmp_path / "in")
+    entries, _ = publish(store, "v1", files)
+    path = tmp_path / "store/objects" / entries["m/big.safetensors"]["sha256"]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
     if how == "missing":
         path.unlink()
     elif how == "shorter":
-        os.truncate(path, path.stat().st_size - 1)
+        os.truncate(path, len(data) - 1)
     else:
-        with path.open("rb+") as file:
-            file.seek(path.stat().st_size // 2)
-            byte = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte[0] ^ 1]))
-
-
-@pytest.mark.parametrize("name", ["a/small.json", "m/big.safetensors"])
-@pytest.mark.parametrize("how", ["missing", "shorter", "one bit"])
-def test_a_damaged_object_is_noticed_and_nothing_of_it_appears(
-    tmp_path: Path, store: FileStore, name: str, how: str
-) -> None:
-    files = some_files(tmp_path / "in")
-    entries, _ = publish(store, "v1", files)
-    digest = entries[name].get("chunks", [entries[name]])[-1]["sha256"]
-    damage(tmp_path / "store" / "objects" / digest, how)
-    with pytest.raises(StoreError, match=r"was altered|has no objects/"):
+        path.write_bytes(data)
+    write(tmp_path / "out/m/big.safetensors", b"older")
+    with pytest.raises(StoreError, match=r"objects/\w{64}|big\.safetensors"):
         fetch(store, entries, tmp_path / "out")
+    assert (tmp_path / "out/m/big.safetensors").read_bytes() == b"older"
     left = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert left <= set(files) - {name}
+    assert left <= set(files)
     if how != "one bit":  # that needs the content to be read
-        with pytest.raises(StoreError, match="has lost objects/|has .* bytes; expected"):
+        with pytest.raises(StoreError, match=path.name):
             check_objects(store, entries)
-
-
-def test_a_damaged_file_does_not_replace_an_older_one(tmp_path: Path, store: FileStore) -> None:
-    entries, _ = publish(store, "v1", {"f": write(tmp_path / "f", b"content")})
-    damage(tmp_path / "store" / "objects" / entries["f"]["sha256"], "one bit")
-    write(tmp_path / "out" / "f", b"older")
-    with pytest.raises(StoreError, match="f in file://.* was altered: its content has digest"):
-        fetch(store, entries, tmp_path / "out")
-    assert [(path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()] == [("f", b"older")]
+        if how == "shorter":  # it cannot be replaced
+            with pytest.raises(StoreError, match=path.name):
+                publish(store, "v2", files)
+            assert store.list("versions/") == ["versions/v1/manifest.json"]
 
 
 @pytest.mark.parametrize("name", ["../f", "a/../../f", "/tmp/retune-escaped", "a/../../out-beside/f"])
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, store: FileStore, name: str) -> None:
     entries, _ = publish(store, "v1", {"f": write(tmp_path / "in" / "f", b"content")})
-    with pytest.raises(StoreError, match="which would lie outside of"):
+    with pytest.raises(StoreError, match=name):
         fetch(store, {name: entries["f"]}, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} <= {"in", "store", "out"}
     assert not Path("/tmp/retune-escaped").exists()
 
 
-def test_an_object_of_the_wrong_size_is_not_built_on(tmp_path: Path, store: FileStore) -> None:
-    store.create(f"objects/{hashlib.sha256(b'content').hexdigest()}", b"conten")
-    with pytest.raises(StoreError, match=r"is damaged: it has 6 bytes, expected 7"):
-        publish(store, "v1", {"f": write(tmp_path / "f", b"content")})
-    assert store.list("versions/") == []
-
-
-BAD_INDEX = (
-    b'{"files": {"m": {"block_size": 128, "chunks": [{"sha256": "x", "blocks": "../x", "offset": 0, "size": 9}]}}}'
-)
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"[]", b"{}", b'{"files": 3}', b'{"files": {"m": {"block_size": 128}}}', BAD_INDEX]
-)
-def test_a_damaged_earlier_manifest_does_not_stop_an_upload(tmp_path: Path, store: FileStore, text: bytes) -> None:
-    store.create("versions/v0/manifest.json", text)
-    entries, _ = publish(store, "v1", {"m": write(tmp_path / "m", random.Random(7).randbytes(OBJECT_SIZE + 1))})
-    fetch(store, entries, tmp_path / "out")
-    assert sha256_file(tmp_path / "out" / "m") == sha256_file(tmp_path / "m")
-
-
-def test_what_is_under_way_is_said_with_rate_and_time_left(
+def test_progress_is_told_with_rate_and_time_left(
     tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline import progress
-
-    clock: list[float] = [0.0]
-
-    def monotonic() -> float:
-        clock[0] += 3
-        return clock[0]
-
-    monkeypatch.setattr(progress.time, "monotonic", monotonic)
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     upload(store, some_files(tmp_path / "in"))
-    lines: list[Any] = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines
-    for line in lines:
-        assert progress.LINE.match(line)
-        assert " MB · " in line and " MB/s · ETA " in line
+    assert all(progress.LINE.match(line) and " MB · " in line and " MB/s · ETA " in line for line in lines)

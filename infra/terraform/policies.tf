@@ -2,7 +2,7 @@
 #   objects/<sha256>                       candidate creates, collector deletes
 #   versions/<id>/manifest.json, .sig      candidate creates, collector deletes
 #   promotions/<model>/<number>.json       promoter creates, nobody deletes or overwrites: who is champion stands here
-#   running/…, probe/…                     candidate and collector (promoter: probe/) create, collector deletes
+#   probe/…                                candidate and promoter create, collector deletes
 # Every write is a creation (If-None-Match: *). What a role may not do it cannot do to versions that others made either.
 
 # On the bucket, for everybody, the account's administrators included (they can change this policy, and that is logged).
@@ -117,7 +117,6 @@ data "aws_iam_policy_document" "candidate" {
     resources = [
       "${local.base}/objects/*",
       "${local.base}/versions/*",
-      "${local.base}/running/*",
       "${local.base}/probe/*",
     ]
   }
@@ -185,7 +184,7 @@ data "aws_iam_policy_document" "promoter" {
   }
 }
 
-# `retune gc --delete`: takes away what no version needs. It creates no version and no record.
+# `retune gc --delete`: takes away what no version needs. It creates nothing.
 data "aws_iam_policy_document" "collector" {
   source_policy_documents = [data.aws_iam_policy_document.reader.json]
 
@@ -195,15 +194,8 @@ data "aws_iam_policy_document" "collector" {
     resources = [
       "${local.base}/objects/*",
       "${local.base}/versions/*",
-      "${local.base}/running/*",
       "${local.base}/probe/*",
     ]
-  }
-
-  statement {
-    sid       = "SayThatItRuns"
-    actions   = ["s3:PutObject"]
-    resources = ["${local.base}/running/*", "${local.base}/probe/*"]
   }
 
   statement {
@@ -216,16 +208,6 @@ data "aws_iam_policy_document" "collector" {
     sid       = "FindUploads"
     actions   = ["s3:ListBucketMultipartUploads"]
     resources = [aws_s3_bucket.store.arn]
-  }
-
-  dynamic "statement" {
-    for_each = var.kms_key_arn == null ? [] : [var.kms_key_arn]
-
-    content {
-      sid       = "Encrypt"
-      actions   = ["kms:GenerateDataKey"]
-      resources = [statement.value]
-    }
   }
 }
 

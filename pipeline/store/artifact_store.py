@@ -1,15 +1,15 @@
 """The artifact store: immutable objects by name, each created once or not at all. The interface, and the folder kind.
 
 Layout: `objects/<sha256>`, `versions/<version>/manifest.json` (written last: a version without one does not exist),
-`promotions/<model>/<number>.json`, the promotion log, `running/`, who uploads or sweeps (`garbage`), `probe/`.
-Refused: names that could leave the store, and a store that does not create exclusively.
+`promotions/<model>/<number>.json`, the promotion log, and `probe/`, by which a store shows that it creates exclusively.
 """
 
 import os
 import re
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from urllib.parse import unquote, urlparse
 
 from pipeline.params import PublishParams
 
-FOLDERS = ("objects/", "versions/", "promotions/", "running/", "probe/")
+OBJECT = re.compile(r"objects/[0-9a-f]{64}")  # in a shared bucket others may have a folder `objects/` too
 
 
 class StoreError(RuntimeError):
-    """The store cannot be used, or holds something else than it should."""
+    """The store cannot be used, or its content is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,11 @@ class Stored:
 class ArtifactStore(Protocol):
     """What Retune needs of a store. Keys are `/`-separated names; all writes are conditional creations.
 
-    Every method raises StoreError, in a sentence, when the store cannot do it; after a failed `create` the key is
+    Every method raises StoreError, in a sentence, when the store cannot do it; after a failed creation the key is
     either absent or whole.
     """
 
     uri: str
-    max_concurrency: int  # transfers that it is worth running at once
 
     def probe(self) -> None:
         """Check that the store can be written and honours the condition that creations rest on."""
@@ -48,8 +47,14 @@ class ArtifactStore(Protocol):
     def create(self, key: str, data: bytes) -> bool:
         """Write `data` at `key` whole, unless the key exists: then nothing changes and the answer is False."""
 
-    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes | None:
-        """The object's bytes, or `size` (at least 1) of them from `start`, fewer at its end; None: there is none."""
+    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        """Create `objects/<sha256>` keys from files of that content; those that exist stay as they are."""
+
+    def read(self, key: str) -> bytes | None:
+        """The object's bytes; None if there is no such object."""
+
+    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        """Write objects to files, each whole; `progress` is told bytes as they arrive, from any thread."""
 
     def list(self, prefix: str) -> list[str]:
         """Keys that begin with `prefix`, sorted."""
@@ -74,53 +79,41 @@ def check_key(key: str) -> str:
         StoreError: it is not.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", key):
-        raise StoreError(f"{key!r} is no name for an object: letters, digits, '.', '_' and '-' between slashes")
+        raise StoreError(f"{key!r} is not a name for an object: letters, digits, '.', '_' and '-' between slashes")
     return key
 
 
 class FileStore:
     """A store in a folder, for one machine or a shared disk; creation is atomic and exclusive through a hard link."""
 
-    def __init__(self, folder: Path, max_concurrency: int = 4) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.uri = folder.resolve().as_uri()
-        self.max_concurrency = max_concurrency
 
     def probe(self) -> None:
         self.create("probe/done", b"")
         if self.create("probe/done", b""):
-            raise StoreError(f"{self.uri} lies on a file system that replaces files when they are hard-linked again")
+            raise StoreError(f"{self.uri} is on a file system that replaces files when they are hard-linked again")
 
     def create(self, key: str, data: bytes) -> bool:
-        target = self.folder / check_key(key)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-        with self._explained(key, "written"):
-            if target.exists():
-                return False
-            _make_folder(target.parent)
-            try:
-                with partial.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.link(partial, target)
-                # A name outlives a power cut only when its folder is on disk: a manifest must not precede its objects.
-                _sync_folder(target.parent)
-            except FileExistsError:
-                return False
-            finally:
-                partial.unlink(missing_ok=True)
-        return True
+        return self._create(key, lambda partial: partial.write_bytes(data))
 
-    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes | None:
-        path = self.folder / check_key(key)
+    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        for key, path in files:
+            self._create(key, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
+            progress(path.stat().st_size)
+
+    def read(self, key: str) -> bytes | None:
         with self._explained(key, "read"):
             try:
-                with path.open("rb") as file:
-                    file.seek(start)
-                    return file.read(size)
+                return (self.folder / check_key(key)).read_bytes()
             except FileNotFoundError:
                 return None
+
+    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        for key, path in files:
+            with self._explained(key, "read"):
+                progress(shutil.copyfile(self.folder / check_key(key), path).stat().st_size)
 
     def list(self, prefix: str) -> list[str]:
         return [stored.key for stored in self.scan(prefix)]
@@ -147,12 +140,14 @@ class FileStore:
             return os.fstat(file.fileno()).st_mtime  # of the server, when the folder is a mounted one
 
     def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
-        found = [stored for stored in self._files("") if stored.key.endswith(".partial") and stored.modified < before]
+        partials = [
+            stored for stored in self._files("") if stored.key.endswith(".partial") and stored.modified < before
+        ]
         if delete:
-            for stored in found:
+            for stored in partials:
                 with self._explained(stored.key, "deleted"):
                     (self.folder / stored.key).unlink(missing_ok=True)
-        return found
+        return partials
 
     def _files(self, prefix: str) -> Iterator[Stored]:
         for folder, _, names in os.walk(self.folder / prefix.rpartition("/")[0]):
@@ -163,6 +158,27 @@ class FileStore:
                 except FileNotFoundError:
                     continue  # a partial file that became whole, or was swept
                 yield Stored(path.relative_to(self.folder).as_posix(), stat.st_size, stat.st_mtime)
+
+    def _create(self, key: str, write: Callable[[Path], object]) -> bool:
+        target = self.folder / check_key(key)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        with self._explained(key, "written"):
+            if target.exists():
+                return False
+            if not target.parent.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _sync(target.parent.parent)
+            try:
+                write(partial)
+                _sync(partial)
+                os.link(partial, target)
+                # A name outlives a power cut only when its folder is on disk: a manifest must not precede its objects.
+                _sync(target.parent)
+            except FileExistsError:
+                return False
+            finally:
+                partial.unlink(missing_ok=True)
+        return True
 
     @contextmanager
     def _explained(self, key: str, done: str) -> Iterator[None]:
@@ -178,7 +194,7 @@ def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
     Nothing is asked of an S3 server yet; `probe` does that, and every first write.
 
     Raises:
-        StoreError: the folder cannot be made or written, or the URI names no bucket.
+        StoreError: the folder cannot be created or written, or the URI names no bucket.
     """
     parsed = urlparse(params.artifact_store)
     if parsed.scheme == "s3":
@@ -189,20 +205,14 @@ def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"the artifact store {folder} cannot be made: {error.strerror}") from None
+        raise StoreError(f"the artifact store {folder} cannot be created: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise StoreError(f"the artifact store {folder} is not writable")
-    return FileStore(folder, params.max_concurrency)
+    return FileStore(folder)
 
 
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

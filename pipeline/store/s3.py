@@ -1,7 +1,7 @@
 """The artifact store in an S3 bucket, on AWS or any server that honours conditional writes, through boto3.
 
 Credentials come from boto3's own chain alone. Refused: a server that ignores `If-None-Match: *`, on which two writers
-could both believe that they were first. What fails is said in a sentence that holds no secret.
+could both believe that they were first. Errors are sentences without secrets.
 """
 
 import base64
@@ -11,14 +11,16 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import boto3
+from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -33,17 +35,40 @@ from botocore.exceptions import (
     ReadTimeoutError,
     ResponseStreamingError,
 )
+from s3transfer.exceptions import RetriesExceededError
 
 from pipeline.params import PublishParams
-from pipeline.store.artifact_store import FOLDERS, Stored, StoreError, check_key
+from pipeline.store.artifact_store import OBJECT, Stored, StoreError, check_key
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
 ATTEMPTS = 5  # of every request, with growing pauses; also of a download whose body breaks off
 CONFLICTS = 8  # attempts while S3 answers that another conditional write of the same key is under way
+PART_SIZE = 32 * 2**20  # bytes; a bigger file is sent and fetched in parts of this size
 PROBE = b"Retune writes this on condition that it is not there, to see that the server heeds the condition.\n"
 PROBE_HOLD_S = 2.0  # how long one write of the probe waits for the other
 BROKEN_BODY = (IncompleteReadError, ResponseStreamingError, ReadTimeoutError)
+NO_KEYS = "the S3 server of {uri} does not accept the credentials ({code}); renew them, or choose others"
+OTHER_REGION = "bucket {bucket} is in another region; set publish.region_name to it"
+UNABLE = "the S3 server of {uri} cannot {action} the way Retune needs it ({code}); use another server"
+ERRORS = {  # by S3's code, else by status
+    "InvalidAccessKeyId": NO_KEYS,
+    "SignatureDoesNotMatch": NO_KEYS,
+    "ExpiredToken": NO_KEYS,
+    "InvalidToken": NO_KEYS,
+    "TokenRefreshRequired": NO_KEYS,
+    "PermanentRedirect": OTHER_REGION,
+    "AuthorizationHeaderMalformed": OTHER_REGION,
+    "IllegalLocationConstraintException": OTHER_REGION,
+    "301": OTHER_REGION,
+    "NotImplemented": UNABLE,
+    "MethodNotAllowed": UNABLE,
+    "NoSuchBucket": "there is no bucket {bucket} at {server}; create it, or correct publish.artifact_store",
+    "RequestTimeTooSkewed": "this machine's clock is too far off for the S3 server of {uri}; set it right",
+    "403": "the credentials may not {action} in {uri} ({code}); docs/operations.md lists what is needed",
+    "5": "the S3 server of {uri} failed to {action}, {attempts} times in a row ({status} {code}); try again later",
+    "4": "the S3 server of {uri} refused to {action} ({status} {code})",
+}
 
 
 class S3Store:
@@ -58,16 +83,14 @@ class S3Store:
             check_key(self.prefix)
         self.uri = f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
         self.endpoint = params.endpoint_url
-        self.max_concurrency = params.max_concurrency
-        self._encryption = {
-            name: value
-            for name, value in (
-                ("ServerSideEncryption", params.server_side_encryption),
-                ("SSEKMSKeyId", params.sse_kms_key_id),
-            )
-            if value is not None
-        }
-        self._probing = threading.Lock()
+        self._transfers = TransferConfig(
+            multipart_threshold=PART_SIZE,
+            multipart_chunksize=PART_SIZE,
+            max_concurrency=params.max_concurrency,
+            preferred_transfer_client="classic",  # the other one, awscrt, would write without our condition
+        )
+        encryption = {"ServerSideEncryption": params.server_side_encryption, "SSEKMSKeyId": params.sse_kms_key_id}
+        self._encryption = {name: value for name, value in encryption.items() if value is not None}
         self._probed = False
         with self._explained():
             session = boto3.Session(profile_name=params.profile_name, region_name=params.region_name)
@@ -78,26 +101,27 @@ class S3Store:
                     connect_timeout=CONNECT_TIMEOUT_S,
                     read_timeout=read_timeout_s,
                     retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-                    max_pool_connections=params.max_concurrency + 1,
+                    max_pool_connections=max(10, params.max_concurrency + 1),
                     tcp_keepalive=True,
-                    # Every write names its SHA-256 in a signed header; hashing the body once more would add nothing.
-                    request_checksum_calculation="when_required",
                     s3={"addressing_style": params.addressing_style, "payload_signing_enabled": False},
                 ),
             )
+        for operation in ("PutObject", "CompleteMultipartUpload"):
+            self._client.meta.events.register(f"provide-client-params.s3.{operation}", _only_create)
+            self._client.meta.events.register(f"needs-retry.s3.{operation}", _pause_at_conflict)
 
     def probe(self) -> None:
         """See that the server keeps conditional writes apart: at the first use of a store a race, later one refusal.
 
         The verdict is kept in the store, so that later probes cost two requests and nothing accumulates.
         """
-        with self._probing, self._explained():
-            if self._probed:
-                return
+        if self._probed:
+            return
+        with self._explained():
             if self.read("probe/done") is None:
                 self._race(f"probe/{uuid.uuid4().hex}")
-                self._won("probe/done", PROBE)
-            if self._won("probe/done", PROBE):
+                self._put("probe/done", PROBE)
+            if self._put("probe/done", PROBE):
                 raise StoreError(
                     f"the S3 server of {self.uri} ignores the condition If-None-Match, so that two promoters could "
                     "both win; use AWS S3 or another server that has conditional writes"
@@ -109,9 +133,9 @@ class S3Store:
         when a write begins, and not when it ends, lets both succeed: OpenStack Swift does."""
         body = _HeldBody(PROBE)
         with ThreadPoolExecutor(1) as other:
-            first = other.submit(self._won, key, body)
+            first = other.submit(self._put, key, PROBE, body=body)
             body.begun.wait(PROBE_HOLD_S)
-            second = self._won(key, PROBE)
+            second = self._put(key, PROBE)
             body.released.set()
             if first.result() and second:
                 raise StoreError(
@@ -119,42 +143,42 @@ class S3Store:
                     "so that two promoters could both win; use AWS S3 or another server that lets one win"
                 )
 
-    def _won(self, key: str, body: "bytes | _HeldBody") -> bool:
-        try:
-            self._put(key, body, hashlib.sha256(PROBE).digest(), {})
-        except _Exists:
-            return False
-        return True
-
     def create(self, key: str, data: bytes) -> bool:
         check_key(key)
         self.probe()
         token = uuid.uuid4().hex
         with self._explained():
-            try:
-                # An object's name is its digest: the server itself checks that the content is what the name says.
-                named = re.fullmatch(r"objects/[0-9a-f]{64}", key)
-                digest = bytes.fromhex(key[8:]) if named else hashlib.sha256(data).digest()
-                self._put(key, data, digest, {"creation": token})
-            except _Exists:
-                # Maybe this very write: its acknowledgement was lost and it was sent again, or delivered twice.
-                head = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
-                return head["Metadata"].get("creation") == token
-        return True
+            if self._put(key, data, {"creation": token}):
+                return True
+            # Maybe this very write: its acknowledgement was lost and it was sent again, or delivered twice.
+            head = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
+            return head["Metadata"].get("creation") == token
 
-    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes | None:
-        whole = start == 0 and size is None
-        span = {} if whole else {"Range": f"bytes={start}-{'' if size is None else start + size - 1}"}
+    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        self.probe()
+        with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
+            subscribers, sending = [ProgressCallbackInvoker(progress)], []
+            for key, path in files:
+                # Here the server checks that the content is what the name says; of a file in parts, each part's CRC.
+                whole = path.stat().st_size < PART_SIZE
+                extra = self._encryption | ({"ChecksumSHA256": _base64(bytes.fromhex(key[8:]))} if whole else {})
+                sending.append(manager.upload(str(path), self.bucket, self._name(key), extra, subscribers))
+            for future in sending:
+                try:
+                    future.result()
+                except ClientError as error:
+                    if _status(error) != 412:  # 412: another publisher has just created it
+                        raise
+
+    def read(self, key: str) -> bytes | None:
         with self._explained():
             attempt = 1
             while True:
                 try:
-                    answer = self._client.get_object(Bucket=self.bucket, Key=self._name(check_key(key)), **span)
+                    answer = self._client.get_object(Bucket=self.bucket, Key=self._name(check_key(key)))
                 except ClientError as error:
                     if _status(error) == 404 and _code(error) != "NoSuchBucket":
                         return None
-                    if _status(error) == 416:
-                        return b""
                     raise
                 try:
                     return answer["Body"].read()
@@ -163,6 +187,21 @@ class S3Store:
                         raise
                     attempt += 1
                     time.sleep(0.05 * 2**attempt)
+
+    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
+            subscribers = [ProgressCallbackInvoker(progress)]
+            coming = {
+                path: manager.download(self.bucket, self._name(check_key(key)), str(path), None, subscribers)
+                for key, path in files
+            }
+            for key, path in files:
+                try:
+                    coming[path].result()
+                except ClientError as error:
+                    if _status(error) == 404:
+                        raise StoreError(f"{self.uri} has no {key}") from None
+                    raise
 
     def list(self, prefix: str) -> list[str]:
         return [stored.key for stored in self.scan(prefix)]
@@ -173,12 +212,9 @@ class S3Store:
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._name(prefix)
             )
-            found = [
-                Stored(each["Key"][cut:], each["Size"], each["LastModified"].timestamp())
-                for page in pages
-                for each in page.get("Contents", [])
-            ]
-        return sorted(found, key=lambda stored: stored.key)
+            objects = [each for page in pages for each in page.get("Contents", [])]
+        objects.sort(key=lambda each: each["Key"])
+        return [Stored(each["Key"][cut:], each["Size"], each["LastModified"].timestamp()) for each in objects]
 
     def delete(self, key: str) -> None:
         with self._explained():
@@ -190,47 +226,43 @@ class S3Store:
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
-        """Multipart uploads that nobody completed. Retune makes none; those of other tools cost money unseen."""
-        found, cut = [], len(self._name(""))
+        """Multipart uploads of objects that nobody completed; they cost money unseen."""
+        cut = len(self._name(""))
         with self._explained():
-            for page in self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=self._name("")
-            ):
-                for each in page.get("Uploads", []):
-                    # Without a prefix the bucket may be shared with other programs, whose uploads are theirs.
-                    ours = self.prefix or each["Key"].startswith(FOLDERS)
-                    if not ours or each["Initiated"].timestamp() >= before:
-                        continue
-                    found.append(Stored(each["Key"][cut:], 0, each["Initiated"].timestamp()))
-                    if delete:
-                        self._client.abort_multipart_upload(
-                            Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"]
-                        )
-        return found
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self._name("objects/")
+            )
+            uploads = [
+                each
+                for page in pages
+                for each in page.get("Uploads", [])
+                if OBJECT.fullmatch(each["Key"][cut:]) and each["Initiated"].timestamp() < before
+            ]
+            for each in uploads if delete else ():
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"])
+        return [Stored(each["Key"][cut:], 0, each["Initiated"].timestamp()) for each in uploads]
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _put(self, key: str, data: "bytes | _HeldBody", digest: bytes, metadata: dict[str, str]) -> None:
-        """Create the object, or raise _Exists."""
-        for attempt in range(1, CONFLICTS + 1):
-            try:
-                self._client.put_object(
-                    Bucket=self.bucket,
-                    Key=self._name(key),
-                    Body=data,
-                    IfNoneMatch="*",
-                    ChecksumSHA256=base64.b64encode(digest).decode(),
-                    Metadata=metadata,
-                    **self._encryption,
-                )
-                return
-            except ClientError as error:
-                if _status(error) == 412:
-                    raise _Exists from None
-                if _status(error) != 409 or attempt == CONFLICTS:
-                    raise
-                time.sleep(0.05 * 2**attempt)
+    def _put(
+        self, key: str, data: bytes, metadata: dict[str, str] | None = None, body: "_HeldBody | None" = None
+    ) -> bool:
+        """Create the object; False if the key exists. `body` gives `data` at its own pace."""
+        try:
+            self._client.put_object(
+                Bucket=self.bucket,
+                Key=self._name(key),
+                Body=body or data,
+                ChecksumSHA256=_base64(hashlib.sha256(data).digest()),
+                Metadata=metadata or {},
+                **self._encryption,
+            )
+        except ClientError as error:
+            if _status(error) == 412:
+                return False
+            raise
+        return True
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -246,11 +278,12 @@ class S3Store:
         except ProfileNotFound as error:
             raise StoreError(f"publish.profile_name: {error}; ~/.aws/config lists the profiles") from None
         except (EndpointConnectionError, ConnectTimeoutError) as error:
-            raise StoreError(f"no S3 server answers for {self.uri} at {self._server(error)}") from None
-        except (HTTPClientError, IncompleteReadError) as error:
+            server = self.endpoint or error.kwargs.get("endpoint_url", "AWS")
+            raise StoreError(f"no S3 server answers for {self.uri} at {server}") from None
+        except (HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
             raise StoreError(
                 f"the connection to the S3 server of {self.uri} broke, {ATTEMPTS} times in a row "
-                f"({type(error).__name__}); the same command goes on from here"
+                f"({type(error).__name__}); the same command continues from here"
             ) from None
         except (BotoCoreError, ValueError) as error:  # what boto3 says itself may quote a credential
             raise StoreError(
@@ -258,45 +291,13 @@ class S3Store:
                 "publish.region_name or publish.profile_name, or what ~/.aws/config says"
             ) from None
 
-    def _server(self, error: Any) -> str:
-        return self.endpoint or str(error.kwargs.get("endpoint_url", "AWS"))
-
     def _sentence(self, error: ClientError) -> str:
-        code, status, doing = _code(error), _status(error), _words(error.operation_name)
-        if code == "NoSuchBucket":
-            return (
-                f"there is no bucket {self.bucket} at {self.endpoint or 'AWS'}; "
-                "make it, or correct publish.artifact_store"
-            )
-        if code in (
-            "InvalidAccessKeyId",
-            "SignatureDoesNotMatch",
-            "ExpiredToken",
-            "InvalidToken",
-            "TokenRefreshRequired",
-        ):
-            return f"the S3 server of {self.uri} does not accept the credentials ({code}); renew them, or choose others"
-        if code == "RequestTimeTooSkewed":
-            return f"this machine's clock is too far off for the S3 server of {self.uri}; set it right"
-        if (
-            code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
-            or status == 301
-        ):
-            region = error.response.get("Error", {}).get("Region")
-            return (
-                f"bucket {self.bucket} is in another region" + (f", {region}" if region else "") + "; "
-                "set publish.region_name to it"
-            )
-        if status == 403:
-            return f"the credentials may not {doing} in {self.uri} ({code}); docs/operations.md lists what is needed"
-        if code in ("NotImplemented", "MethodNotAllowed"):
-            return f"the S3 server of {self.uri} cannot {doing} the way Retune needs it ({code}); use another server"
-        if status >= 500:
-            return (
-                f"the S3 server of {self.uri} failed to {doing}, {ATTEMPTS} times in a row ({status} {code}); "
-                "the same command goes on from here"
-            )
-        return f"the S3 server of {self.uri} refused to {doing} ({status} {code})"
+        code, status = _code(error), _status(error)
+        template = ERRORS.get(code) or ERRORS.get(str(status)) or ERRORS["5" if status >= 500 else "4"]
+        # boto3's operation name in plain words: PutObject is "put object".
+        action = re.sub(r"(?<!^)(?=[A-Z])", " ", error.operation_name).lower().replace(" v2", "")
+        words = {"uri": self.uri, "bucket": self.bucket, "server": self.endpoint or "AWS", "action": action}
+        return template.format(**words, attempts=ATTEMPTS, code=code, status=status)
 
 
 class _HeldBody(io.BytesIO):
@@ -315,8 +316,19 @@ class _HeldBody(io.BytesIO):
         return super().read(size)
 
 
-class _Exists(Exception):
-    """The key of a conditional creation exists."""
+def _only_create(params: dict[str, Any], **_: object) -> None:
+    """Every write of the client is a creation, boto3's transfers included."""
+    params["IfNoneMatch"] = "*"
+
+
+def _pause_at_conflict(response: Any, attempts: int, **_: object) -> float | None:
+    """Seconds until the next attempt when another conditional write of the key is under way; else None."""
+    conflict = response is not None and response[0].status_code == 409
+    return 0.05 * 2**attempts if conflict and attempts < CONFLICTS else None
+
+
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()
 
 
 def _code(error: ClientError) -> str:
@@ -325,8 +337,3 @@ def _code(error: ClientError) -> str:
 
 def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _words(operation: str) -> str:
-    """boto3's operation name in plain words: PutObject is "put object"."""
-    return re.sub(r"(?<!^)(?=[A-Z])", " ", operation).lower().replace(" v2", "")

@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _run(method: str, root: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "pipeline.benchmarks.merge", method, str(root)]
+    command = [sys.executable, "-m", "tests.bench.merge", method, str(root)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if method != "make" else {}
 

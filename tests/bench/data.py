@@ -16,11 +16,11 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from pipeline.benchmarks import duplicates as bench_duplicates
-from pipeline.benchmarks.ingest import seconds_of_datasets_map, write_rows
 from pipeline.data.conversion import read_batches
 from pipeline.data.shards import ShardWriter
 from pipeline.settings import load_params
+from tests.bench import duplicates as bench_duplicates
+from tests.bench.ingest import seconds_of_datasets_map, write_rows
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 
