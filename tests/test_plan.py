@@ -1,77 +1,23 @@
-"""The plan of a training: counted without weights, compared with what the real step allocates."""
+"""The plan of a training: the formula against what a GPU took, and what a plan says and refuses."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import with_
 from peft import get_peft_model
-from torch.profiler import ProfilerActivity, profile
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-)
-from trl.trainer.utils import add_fused_lm_head
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig
 
-from pipeline.model import load_base
-from pipeline.params import Params, TrainParams
+from pipeline.params import Params
 from pipeline.plan import GIB, Plan, PlanError, _one_step, describe, plan
-from pipeline.train import QUANTISATION, train
+from pipeline.train import train
 from pipeline.training.methods import adapter_config
 
-LLAMA = LlamaConfig(
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=4000,
-)
-QWEN2 = Qwen2Config(
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=4000,
-    tie_word_embeddings=True,
-)
-GPT2 = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=4000, n_positions=1024)
-MIXTRAL = MixtralConfig(
-    hidden_size=256,
-    intermediate_size=256,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=4000,
-    num_local_experts=4,
-)
-DEEPSEEK = DeepseekV3Config(
-    hidden_size=256,
-    intermediate_size=512,
-    moe_intermediate_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    vocab_size=4000,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    first_k_dense_replace=1,
-    kv_lora_rank=64,
-    q_lora_rank=64,
-    qk_rope_head_dim=16,
-    qk_nope_head_dim=16,
-    v_head_dim=16,
-)
-SIZES = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40), "65B": (8192, 22016, 80, 64)}
+SMALL: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_key_value_heads": 2, "vocab_size": 4000}
+LLAMA = LlamaConfig(**SMALL, intermediate_size=704, num_attention_heads=8)
+MIXTRAL = MixtralConfig(**SMALL, intermediate_size=256, num_attention_heads=8, num_local_experts=4)
+LLAMA_3_8B = LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
+SIZES = {"7B": (4096, 11008, 32, 32), "65B": (8192, 22016, 80, 64)}
 
 
 def of_size(size: str, layers: int | None = None) -> LlamaConfig:
@@ -81,66 +27,40 @@ def of_size(size: str, layers: int | None = None) -> LlamaConfig:
         intermediate_size=intermediate,
         num_hidden_layers=layers or all_layers,
         num_attention_heads=heads,
-        vocab_size=32000,
     )
 
 
-def planned(params: Params, **changes: Any) -> TrainParams:
-    return with_(params, train={"lora_r": 16, "method": method_of(changes)} | changes).train
+def planned(params: Params, **changes: Any) -> Any:
+    settings = {"lora_r": 16, "lora_target_modules": "all-linear", "method": method_of(changes)}
+    return with_(params, train=settings | changes).train
 
 
 def method_of(changes: dict[str, Any]) -> str:
     return "qlora" if changes.get("load_in_4bit", True) else "lora"
 
 
-def measured(config: PreTrainedConfig, params: TrainParams, length: int, folder: Path) -> int:
-    """Bytes of weights and of the worst moment of one real micro-batch, by the allocator's own record."""
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    identity = {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
-    model = load_base(identity, {key: getattr(params, key) for key in QUANTISATION})
-    states = [getattr(p, "quant_state", None) for p in model.parameters()]
-    constants = [t for s in states if s for t in (s.absmax, *([s.state2.absmax] if s.nested else []))]
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *constants])
-    model.requires_grad_(False)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    tuned = get_peft_model(model, adapter_config(params, model)).train()
-    if params.gradient_checkpointing:
-        tuned.gradient_checkpointing_enable({"use_reentrant": False})
-        tuned.enable_input_require_grads()
-    ids = torch.randint(0, 100, (1, length))
-    positions = torch.arange(length // 2).repeat(2)[None]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        (-tuned(input_ids=ids, labels=ids, position_ids=positions, fused_lm_head=True).log_probs.sum()).backward()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return weights + peak
+VARLEN: dict[str, Any] = {"attn_implementation": "flash_attention_2"}  # packed rows without a mask
 
 
+# Measured on one H200 (November 2026; torch 2.11, transformers 5.23, trl 1.16, peft 0.21.2, bitsandbytes 0.50.2,
+# liger-kernel 0.8.5): Llama-3.1-8B's shape, LoRA r 16 on all linear layers, packed lines of 2,048, bf16;
+# `max_memory_allocated` in the steps.
 @pytest.mark.parametrize(
-    ("config", "load_in_4bit", "gradient_checkpointing"),
+    ("rows", "changes", "peak_gib"),
     [
-        pytest.param(config, load_in_4bit, again, marks=[] if (load_in_4bit, again) in quick else pytest.mark.faults)
-        for config, quick in (
-            (LLAMA, [(True, False), (False, True)]),
-            (QWEN2, [(True, True)]),
-            (GPT2, [(True, False)]),
-            (MIXTRAL, [(True, False)]),
-            (DEEPSEEK, [(False, True)]),
-        )
-        for load_in_4bit in (False, True)
-        for again in (False, True)
+        (2, {}, 30.98),
+        (2, {"gradient_checkpointing": True}, 7.66),
+        (2, VARLEN, 29.98),
+        (2, VARLEN | {"use_liger_kernel": True}, 24.48),
+        (4, VARLEN | {"use_liger_kernel": True}, 43.14),
+        (2, {"load_in_4bit": False}, 39.56),
     ],
 )
-def test_the_planned_memory_is_within_a_tenth_of_the_measured(
-    params: Params, tmp_path: Path, config: PreTrainedConfig, load_in_4bit: bool, gradient_checkpointing: bool
+def test_the_formula_is_within_a_tenth_of_a_gpu(
+    params: Params, rows: int, changes: dict[str, Any], peak_gib: float
 ) -> None:
-    settings = planned(params, load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing)
-    memory = _one_step(config, settings, 512, on_gpu=False).memory
-    real = measured(config, settings, 512, tmp_path / "base")
-    assert memory.weights + memory.activations + memory.backward == pytest.approx(real, rel=0.10)
+    step = _one_step(LLAMA_3_8B, planned(params, per_device_train_batch_size=rows, **changes), 2048, on_gpu=True)
+    assert step.memory.peak / GIB == pytest.approx(peak_gib, rel=0.10)
 
 
 def test_the_parameters_are_those_of_the_training(params: Params, dataset: Path, tmp_path: Path) -> None:
@@ -171,22 +91,6 @@ def test_a_token_costs_two_flops_a_weight_forward_and_two_back(params: Params) -
     assert again.flops_per_token == pytest.approx(6 * layers + 6 * head, rel=0.05)
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("size", "load_in_4bit", "known_gb"), [("7B", False, 24), ("13B", False, 45), ("13B", True, 22)]
-)
-def test_the_known_table_comes_out(params: Params, size: str, load_in_4bit: bool, known_gb: float) -> None:
-    settings = planned(params, load_in_4bit=load_in_4bit)
-    peak = _one_step(of_size(size), settings, 1024, on_gpu=True).memory.peak
-    assert peak / 1e9 + 1 == pytest.approx(known_gb, rel=0.10)  # 1 GB for the CUDA context
-
-
-def test_7b_in_4_bits_stays_below_12_gb(params: Params) -> None:
-    peak = _one_step(of_size("7B"), planned(params, load_in_4bit=True), 512, on_gpu=True).memory.peak
-    assert peak / 1e9 + 1 < 12
-
-
-@pytest.mark.faults
 def test_65b_fits_into_48_gb_in_4_bits_with_checkpointing_only(params: Params) -> None:
     def fits(**changes: Any) -> bool:
         return _one_step(of_size("65B"), planned(params, **changes), 512, on_gpu=True).memory.peak < 44 * GIB
@@ -214,7 +118,6 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(params: Params, tm
     assert "train.gradient_checkpointing: true" in str(e.value)
 
 
-@pytest.mark.faults
 def test_a_model_too_large_for_any_setting_says_so(params: Params, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no setting makes it fit"):
         plan(big(params, tmp_path, "65B"), gpu="L4")
@@ -255,8 +158,6 @@ def test_a_plan_without_a_dataset_says_what_is_missing(params: Params) -> None:
     assert "dvc repro prepare" in describe(made)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "rslora", "ia3", "adalora", "prefix", "prompt", "full"])
-@pytest.mark.parametrize("on_gpu", [False, True])
 def test_every_method_is_planned_with_the_parameters_that_it_trains(params: Params, method: str, on_gpu: bool) -> None:
     settings = {"method": method, "load_in_4bit": "auto", "packing": method not in ("prefix", "prompt")}
     chosen = with_(params, train=settings).train
@@ -275,10 +176,16 @@ def test_a_classifier_is_planned(params: Params) -> None:
     assert _one_step(LLAMA, chosen, 64, on_gpu=False).memory.peak > 0
 
 
-def test_a_step_that_cannot_be_counted_is_refused_by_name(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    def looks_at_values(*_: Any) -> torch.Tensor:
-        return torch.zeros(2, device="meta").nonzero()
+def test_a_mixture_of_experts_works_with_those_that_a_token_goes_to(params: Params) -> None:
+    few, all_four = (MixtralConfig(**MIXTRAL.to_dict() | {"num_experts_per_tok": n}) for n in (2, 4))
+    settings = planned(params, lora_target_modules="attention")
+    steps = [_one_step(config, settings, 64, on_gpu=True) for config in (few, all_four)]
+    assert steps[0].parameters == steps[1].parameters
+    assert steps[0].flops_per_token < steps[1].flops_per_token
+    assert steps[0].memory.peak < steps[1].memory.peak
 
-    monkeypatch.setattr("pipeline.plan.experts", looks_at_values)
-    with pytest.raises(PlanError, match="mixtral"):
-        _one_step(MIXTRAL, planned(params), 64, on_gpu=True)
+
+def test_a_model_without_the_sizes_of_the_formula_is_refused_by_name(params: Params) -> None:
+    config = MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=100)
+    with pytest.raises(PlanError, match="mamba"):
+        _one_step(config, planned(params), 64, on_gpu=True)
