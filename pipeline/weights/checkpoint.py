@@ -1,12 +1,6 @@
-"""Safetensors checkpoints, read and written a block of rows at a time, so that no whole tensor need be in memory.
+"""Safetensors checkpoints, read and written tensor by tensor, with one output shard in memory at a time."""
 
-A checkpoint of one or many shards comes in; one with the same shards, names and shapes goes out, with edits to some of
-its tensors. Refused: a shard that is missing or cut short, and an index that names a tensor which no shard holds.
-"""
-
-import json
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,21 +8,19 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from pipeline.files import read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in FLOATS.items()}
-BLOCK = 2**18  # elements in memory at a time; they fit the processor's cache
-BLOCKSIZE = 64  # elements that share a scale in 4 bits: the default of bitsandbytes, which transformers uses
+SHARD_BYTES = 2**30  # of an output shard at most, unless one tensor alone is larger
 
-Blocks = Iterator[tuple[int, torch.Tensor]]  # first row, rows (R, …)
-Edit = Callable[[Blocks], Blocks]
+Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 class WeightsError(ValueError):
@@ -37,33 +29,35 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a shard: where its bytes are."""
+    """One tensor of a shard."""
 
     path: Path
+    name: str
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    size: int  # bytes
 
-    def blocks(self) -> Blocks:
-        """The rows in turn, a multiple of 64 of them each time but the last."""
-        rows = self.shape[0] if self.shape else 1
-        step = BLOCKSIZE * max(1, BLOCK // (BLOCKSIZE * max(1, prod(self.shape[1:]))))
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            for row in range(0, rows, step):
-                block = torch.empty((min(step, rows - row), *self.shape[1:]), dtype=FLOATS[self.dtype])
-                file.readinto(_bytes(block))
-                yield row, block
+    def load(self) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(self.name)
+        return tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.size_in(None)
+
+    def size_in(self, dtype: torch.dtype | None) -> int:
+        """Bytes of it when floating-point numbers are written as `dtype`."""
+        wide = {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+        is_float = self.dtype in FLOATS
+        width = (dtype or FLOATS[self.dtype]).itemsize if is_float else wide.get(self.dtype, 1)
+        return prod(self.shape) * width
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    shards: dict[str, dict[str, Stored]]  # file name → name → tensor, in the order of their bytes
-
-    @property
-    def tensors(self) -> dict[str, Stored]:
-        return {name: tensor for shard in self.shards.values() for name, tensor in shard.items()}
+    tensors: dict[str, Stored]
+    num_shards: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +74,7 @@ def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Ch
     """
     single = _locate(name_or_path, revision, SINGLE)
     if single is not None:
-        return Checkpoint({SINGLE: _header(single)})
+        return Checkpoint(_header(single), 1)
     index = _locate(name_or_path, revision, INDEX)
     if index is None:
         raise WeightsError(f"{name_or_path} holds neither {SINGLE} nor {INDEX}; pickled weights are not loaded")
@@ -101,67 +95,65 @@ def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Ch
             f"{INDEX} of {name_or_path} names {len(absent)} tensors that are not in their shards "
             f"({', '.join(absent[:3])}); the checkpoint is incomplete, fetch it again"
         )
-    return Checkpoint(shards)
+    return Checkpoint({name: tensor for shard in shards.values() for name, tensor in shard.items()}, len(shards))
 
 
 def rewrite(
     checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None = None
 ) -> Checkpoint:
-    """Write `checkpoint` to `folder` with `edits` by tensor name, in the same shards, and return it as read back.
+    """Write `checkpoint` to `folder` with `edits` by tensor name, in shards of SHARD_BYTES, and return it as read back.
 
     Args:
         dtype: what floating-point tensors are written in; None keeps each in its own.
     """
-    for file, tensors in checkpoint.shards.items():
-        _write_shard(folder / file, tensors, edits, dtype)
-    if SINGLE not in checkpoint.shards:
-        total = sum(tensor.size for tensor in checkpoint.tensors.values())
-        places = {name: file for file, tensors in checkpoint.shards.items() for name in tensors}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    plan = split_state_dict_into_shards_factory(
+        checkpoint.tensors,
+        get_storage_size=lambda stored: stored.size_in(dtype),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_file(
+            {name: _edited(checkpoint.tensors[name], edits.get(name), dtype) for name in names},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+    if plan.is_sharded:
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     written = open_checkpoint(folder)
     if {n: t.shape for n, t in written.tensors.items()} != {n: t.shape for n, t in checkpoint.tensors.items()}:
         raise WeightsError(f"what was written to {folder} reads back with other tensors than its base has")
     return written
 
 
+def _edited(stored: Stored, edit: Edit | None, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = stored.load()
+    if stored.dtype not in FLOATS:
+        return tensor
+    return (tensor if edit is None else edit(tensor)).to(dtype or FLOATS[stored.dtype]).contiguous()
+
+
 def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch.device, transposed: bool) -> Edit:
     """What 4-bit quantisation leaves of a weight, bit for bit as the quantised model computes with it.
 
-    The scales are quantised all together (double quantisation), so the 4-bit codes of the whole tensor are kept
-    between two passes: 0.5 byte an element. `load_base` refuses the weights that bitsandbytes gets wrong on a CPU.
+    `load_base` refuses the weights that bitsandbytes gets wrong on a CPU.
 
     Args:
         quantisation: bnb_4bit_quant_type, bnb_4bit_use_double_quant.
         dtype: type that the weight is quantised from, and computed in.
         transposed: a Conv1D weight, (in, out), which bitsandbytes holds as (out, in).
     """
-    kind, double = quantisation["bnb_4bit_quant_type"], quantisation["bnb_4bit_use_double_quant"]
 
-    def edit(blocks: Blocks) -> Blocks:
-        if transposed:
-            whole = torch.cat([block for _, block in blocks]).T.contiguous()
-            yield 0, torch.cat([block for _, block in rounded(iter([(0, whole)]))]).T
-        else:
-            yield from rounded(blocks)
-
-    def rounded(blocks: Blocks) -> Blocks:
-        parts = []
-        for row, block in blocks:
-            codes, state = bnb.functional.quantize_4bit(
-                block.to(where, dtype), blocksize=BLOCKSIZE, compress_statistics=False, quant_type=kind
-            )
-            parts.append((row, codes, state))
-        scales = torch.cat([state.absmax for _, _, state in parts])
-        if double:
-            offset = scales.mean()
-            quantised, nested = bnb.functional.quantize_blockwise(scales - offset, blocksize=256)
-            scales = bnb.functional.dequantize_blockwise(quantised, nested) + offset
-        done = 0
-        for row, codes, state in parts:
-            count = len(state.absmax)
-            state.absmax = scales[done : done + count]
-            done += count
-            yield row, bnb.functional.dequantize_4bit(codes, state).cpu()
+    def edit(weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.T.contiguous() if transposed else weight
+        codes, state = bnb.functional.quantize_4bit(
+            weight.to(where, dtype),
+            blocksize=64,  # the default of bitsandbytes, which transformers uses
+            compress_statistics=quantisation["bnb_4bit_use_double_quant"],
+            quant_type=quantisation["bnb_4bit_quant_type"],
+        )
+        rounded = bnb.functional.dequantize_4bit(codes, state).cpu()
+        return rounded.T if transposed else rounded
 
     return edit
 
@@ -178,63 +170,8 @@ def _locate(name_or_path: str | Path, revision: str | None, file: str) -> Path |
 
 def _header(path: Path) -> dict[str, Stored]:
     try:
-        with safe_open(path, framework="pt"):  # refuses a header that does not fit the file
-            pass
-        with path.open("rb") as file:
-            [length] = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
+        with safe_open(path, framework="pt") as file:  # refuses a header that does not fit the file
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Stored(path, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is cut short or damaged ({error}); fetch it again") from None
-    header.pop("__metadata__", None)
-    return {
-        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
-        for start, end in [entry["data_offsets"]]
-    }
-
-
-def _write_shard(
-    path: Path, tensors: Mapping[str, Stored], edits: Mapping[str, Edit], dtype: torch.dtype | None
-) -> None:
-    def target(tensor: Stored) -> str:
-        return NAMES[dtype] if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
-
-    def size(tensor: Stored) -> int:
-        kind = target(tensor)
-        return tensor.size if kind == tensor.dtype else prod(tensor.shape) * FLOATS[kind].itemsize
-
-    # Wide types first, as safetensors writes them: every tensor lies at a multiple of its element's size.
-    order = sorted(tensors, key=lambda name: -size(tensors[name]) // max(1, prod(tensors[name].shape)))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        start, end = end, end + size(tensors[name])
-        kind = target(tensors[name])
-        header[name] = {"dtype": kind, "shape": tensors[name].shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            tensor, kind = tensors[name], target(tensors[name])
-            if name not in edits and kind == tensor.dtype:
-                _copy(tensor, file)
-                continue
-            blocks = tensor.blocks()
-            for _, block in edits[name](blocks) if name in edits else blocks:
-                file.write(_bytes(block.to(FLOATS[kind]).contiguous()))
-
-
-def _copy(tensor: Stored, file: Any) -> None:
-    with tensor.path.open("rb") as source:
-        source.seek(tensor.start)
-        left = tensor.size
-        while left:
-            data = source.read(min(left, 2 * BLOCK))
-            file.write(data)
-            left -= len(data)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The memory of a contiguous tensor, as files read and write it."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()

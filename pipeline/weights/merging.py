@@ -6,9 +6,10 @@ cannot be merged at all (prompt and prefix tuning) are refused.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from pipeline.model import UNQUANTISED, Quantisation, class_settings, compute_dtype, device, is_whole, load_adapter
-from pipeline.weights.checkpoint import FLOATS, Blocks, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
+from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
 
 COMMON = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -46,10 +47,6 @@ UNDERSTOOD: dict[type[PeftConfig], set[str]] = {
     | {"layers_to_transform", "layers_pattern", "runtime_config", "loftq_config"},
     IA3Config: COMMON | {"feedforward_modules", "init_ia3_weights"},
 }
-
-
-_Rows = Callable[[int, torch.Tensor], torch.Tensor]  # first row, rows as they were → as they are to be
-_Change = Callable[[], _Rows]  # called when its tensor is due, so that one tensor's worth is in memory
 
 
 class MergeError(ValueError):
@@ -75,7 +72,7 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     labels: list[str] | None = None,
 ) -> Merging:
-    """Write the base with the adapter added to `folder`: weights in the base's own shards, and config.json.
+    """Write the base with the adapter added to `folder`: weights in shards of 1 GiB at most, and config.json.
 
     Args:
         identity: `model` of the template contract; its Python code is never run.
@@ -200,7 +197,7 @@ def _edits(
         # Whole tensors that the adapter brings along: biases, and modules that were trained beside it.
         if id(value) not in placeholders and not any(part.startswith(("lora_", "ia3_")) for part in path.split(".")):
             name = stored_as(path.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."))
-            edits[name] = _replaced(value.data, written(name))
+            edits[name] = partial(_replaced, value.data)
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for path, module in modules:
         make = {LoraLinear: _lora, IA3Linear: _ia3}.get(type(module))
@@ -285,54 +282,41 @@ def _quantised_weights(config: PretrainedConfig, quantisation: Quantisation) -> 
     }
 
 
-def _lora(layer: LoraLinear) -> dict[str, _Change]:
-    def weight() -> _Rows:
+def _lora(layer: LoraLinear) -> dict[str, Edit]:
+    def weight(base: torch.Tensor) -> torch.Tensor:
         # As `get_delta_weight` computes it, but scaled in place. PEFT has loaded the adapter as float32.
         delta = layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
-        delta = transpose(delta.mul_(layer.scaling["default"]), layer.fan_in_fan_out)
-        return lambda row, block: block + delta[row : row + len(block)]
+        return base + transpose(delta.mul_(layer.scaling["default"]), layer.fan_in_fan_out)
 
     return {"weight": weight}
 
 
-def _ia3(layer: IA3Linear) -> dict[str, _Change]:
+def _ia3(layer: IA3Linear) -> dict[str, Edit]:
     factors = layer.ia3_l["default"].data
-    flat = factors.flatten()
     matrix = transpose(factors, layer.fan_in_fan_out)  # (out, 1) or (1, in); of a Conv1D (1, out) or (in, 1)
-
-    def weight() -> _Rows:
-        return lambda row, block: block * (matrix if len(matrix) == 1 else matrix[row : row + len(block)])
-
-    def bias() -> _Rows:
-        return lambda row, block: block * flat[row : row + len(block)]
-
     has_bias = not layer.is_feedforward and layer.get_base_layer().bias is not None
-    return {"weight": weight} | ({"bias": bias} if has_bias else {})
+    return {"weight": lambda base: base * matrix} | (
+        {"bias": lambda base: base * factors.flatten()} if has_bias else {}
+    )
 
 
-def _changed(change: _Change, before: Edit | None, out: torch.dtype, module: str, must: bool) -> Edit:
+def _changed(change: Edit, before: Edit | None, out: torch.dtype, module: str, must: bool) -> Edit:
     """`change` as an edit to what the edit `before` leaves; where it `must`, it is an error if nothing changes."""
 
-    def edit(blocks: Blocks) -> Blocks:
-        apply, changed = change(), False
-        for row, block in before(blocks) if before else blocks:
-            new = apply(row, block).to(out)
-            if not torch.isfinite(new).all():
-                raise MergeError(_infinite(module, out))
-            changed = changed or not torch.equal(new, block.to(out))
-            yield row, new
-        if must and not changed:
+    def edit(tensor: torch.Tensor) -> torch.Tensor:
+        base = before(tensor) if before else tensor
+        new = change(base).to(out)
+        if not torch.isfinite(new).all():
+            raise MergeError(_infinite(module, out))
+        if must and torch.equal(new, base.to(out)):
             raise MergeError(_unchanged(module, out))
+        return new
 
     return edit
 
 
-def _replaced(value: torch.Tensor, out: torch.dtype) -> Edit:
-    def edit(blocks: Blocks) -> Blocks:
-        for row, block in blocks:
-            yield row, value[row : row + len(block)].to(out)
-
-    return edit
+def _replaced(value: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return value
 
 
 def _infinite(module: str, dtype: torch.dtype) -> str:
@@ -369,9 +353,7 @@ def _merge_with_peft(
     if quantisation is not None:
         for parameter, transposed in _quantised_weights(config, quantisation).items():
             weight = base.get_parameter(parameter).data
-            rounded = round_trip(quantisation, compute_dtype(), device(), transposed)(iter([(0, weight.clone())]))
-            for row, block in rounded:
-                weight[row : row + len(block)] = block
+            weight.copy_(round_trip(quantisation, compute_dtype(), device(), transposed)(weight))
     model = load_adapter(base, adapter)
     layers = [(p, m) for p, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
     try:

@@ -51,7 +51,7 @@ def main() -> None:
             with safe_open(merged[key].path, "pt") as a, safe_open(reference[key].path, "pt") as b:
                 differ += not torch.equal(a.get_tensor(key), b.get_tensor(key))
     print(
-        f"{size:.0f} MiB in {len(checkpoint.shards)} shards, {len(reference)} tensors, the largest {largest:.0f} MiB; "
+        f"{size:.0f} MiB in {checkpoint.num_shards} shards, {len(reference)} tensors, the largest {largest:.0f} MiB; "
         f"an adapter of {adapter:.0f} MiB"
     )
     print(f"tensors that differ between shards and peft: {differ}")
