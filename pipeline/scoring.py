@@ -6,6 +6,7 @@ is a failure, and leaving it out would reward a model for failing on what is har
 
 import uuid
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pipeline.metrics import fold
 from pipeline.params import EvaluateParams
 from pipeline.statistics import METRICS, bootstrap_metrics, group_of, metric_items, slices_of
 
-METRIC_FOLDER = Path(__file__).with_name("metrics")
+METRICS_FILE = Path(__file__).parent / "metrics" / "text_metrics.py"
 ITEMS_OF_A_CLASS = 10  # a task is a classification, and counts for macro-F1, with so many items a label on average
 NOT_SCORED = {"prompts", "general", "judge"}  # parameters that no score of a test item depends on
 STATUSES = ("ok", "cut_off", "empty", "failed")
@@ -95,13 +96,19 @@ def score_items(
 
 
 def compute(name: str, **inputs: Any) -> dict[str, Any]:
-    """The result of a local `evaluate` module; concurrent runs have files of their own."""
-    module = hf_evaluate.load(str(METRIC_FOLDER / name), experiment_id=uuid.uuid4().hex, keep_in_memory=True)
-    settings = {key: value for key, value in inputs.items() if key not in module.features}
-    columns = {key: value for key, value in inputs.items() if key in module.features}
+    """The result of the metric `name` of the local `evaluate` module."""
+    metric = _metric(name)
+    settings = {key: value for key, value in inputs.items() if key not in metric.features}
+    columns = {key: value for key, value in inputs.items() if key in metric.features}
     if not any(len(column) for column in columns.values()):
-        return dict(module._compute(**inputs))  # evaluate itself takes no empty set
-    return dict(module.compute(**columns, **settings))
+        return dict(metric._compute(**inputs))  # evaluate itself takes no empty set
+    return dict(metric.compute(**columns, **settings))
+
+
+@cache
+def _metric(name: str) -> Any:
+    """Loaded once a process; concurrent runs have files of their own."""
+    return hf_evaluate.load(str(METRICS_FILE), name, experiment_id=uuid.uuid4().hex, keep_in_memory=True)
 
 
 def class_labels(test: pa.Table) -> list[str | None]:

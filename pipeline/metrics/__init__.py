@@ -1,6 +1,6 @@
-"""Local `evaluate` modules, loaded by path: the Hub's need a network. Each returns a score for every item as well.
+"""The metrics: `text_metrics.py` is a local `evaluate` module, since the Hub's need a network.
 
-Here is what they share: how answers are folded before they are compared, and what counts as a word in any script.
+Here is how answers are folded before they are compared, and what counts as a word in any script.
 """
 
 import unicodedata
