@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.chat import rendering
 from pipeline.chat.conversation import ESCAPED, ChatTemplate, Encoded
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.template import FROM_TRL, NAMED, TEMPLATES, named_ends, named_text
@@ -500,16 +498,12 @@ def test_a_conversation_without_an_answer_is_refused(tokenizer: PreTrainedTokeni
         "{% import 'os' as os %}{{ os }}",
         "{% include '/etc/passwd' %}",
         "{% for i in range(10000000) %}x{% endfor %}",
-        "{{ 'x' * 4000000000 }}",
-        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
-        "{{ '%4000000000d' | format(1) }}",
     ],
 )
-def test_a_hostile_template_neither_runs_nor_takes_the_machine(
+def test_a_hostile_template_does_not_run(
     tokenizer: PreTrainedTokenizerFast, hostile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rendering, "MEMORY", 1 << 28)
     harmless = own(tokenizer, CHATML).encode(talk("q", "a"))
     try:
         encoded = own(tokenizer, hostile + CHATML).encode(talk("q", "a"))
@@ -518,22 +512,3 @@ def test_a_hostile_template_neither_runs_nor_takes_the_machine(
     else:
         assert encoded == harmless  # what the sandbox hides reads as nothing
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "loop",
-    [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% for i in range(9) %}{{ f(n + 1) if n < 40 }}{% endfor %}{% endmacro %}{{ f(0) }}",
-        "{{ 9 ** (9 ** 9) }}",
-    ],
-)
-def test_a_template_that_loops_is_ended(
-    tokenizer: PreTrainedTokenizerFast, loop: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rendering, "SECONDS", 0.2)
-    monkeypatch.setattr(rendering, "SECONDS_EACH", 0.0)
-    started = time.monotonic()
-    with pytest.raises(TemplateError, match="did not end within 0 seconds"):
-        own(tokenizer, loop + CHATML).encode(talk("q", "a"))
-    assert time.monotonic() - started < 20

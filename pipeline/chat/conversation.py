@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat.rendering import Renderer, RowError, Tools, bounded, with_objects
+from pipeline.chat.rendering import Renderer, RowError, Tools, with_objects
 from pipeline.chat.tokens import HIDDEN, Text, TokenEncoder
 from pipeline.chat.turns import PLACE, Turn, TurnWriter, left_out
 from pipeline.data.records import Message
@@ -90,17 +90,15 @@ class ChatTemplate:
 
         Raises:
             RowError: see `encode`.
-            TemplateError: the template is not Jinja, breaks out of its sandbox or runs away.
+            TemplateError: the template is not Jinja or breaks out of its sandbox.
         """
-        with bounded(1):
-            ready, offered, escaped = self._ready(messages, tools)
-            return self._show(self._renderer.render(ready, offered, add_generation_prompt), escaped).text
+        ready, offered, escaped = self._ready(messages, tools)
+        return self._show(self._renderer.render(ready, offered, add_generation_prompt), escaped).text
 
     def prompt(self, messages: list[Message], tools: str | None = None) -> tuple[str, list[int]]:
         """`messages` up to where the assistant's answer begins: the text, and its tokens (T,)."""
-        with bounded(1):
-            ready, offered, escaped = self._ready(messages, tools)
-            text = self._show(self._renderer.render(ready, offered, add_generation_prompt=True), escaped)
+        ready, offered, escaped = self._ready(messages, tools)
+        text = self._show(self._renderer.render(ready, offered, add_generation_prompt=True), escaped)
         return text.text, self._ids(text)
 
     def prompt_ids(self, messages: list[Message], tools: str | None = None) -> list[int]:
@@ -115,7 +113,7 @@ class ChatTemplate:
         Raises:
             RowError: nothing to train on, tools that are not a list of objects, something the template refuses or (with
                 `on_left_out: drop`) leaves out, or (with `drop`) control tokens in a text.
-            TemplateError: the template breaks out of its sandbox or runs away.
+            TemplateError: the template breaks out of its sandbox.
         """
         [encoded] = self.encode_batch([(messages, tools)])
         if isinstance(encoded, RowError):
@@ -124,8 +122,7 @@ class ChatTemplate:
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
         """`encode` of every conversation, in order, with its `RowError` where that is raised; much faster."""
-        with bounded(3 * sum(len(messages) for messages, _ in conversations)):
-            rendered = [self._rendered(messages, tools) for messages, tools in conversations]
+        rendered = [self._rendered(messages, tools) for messages, tools in conversations]
         texts: list[Text] = []
         for conversation in rendered:
             if isinstance(conversation, _Rendered):

@@ -1,18 +1,12 @@
-"""A chat template as a program that turns messages into text, run in transformers' sandbox within bounds.
+"""A chat template as a program that turns messages into text, run in transformers' sandbox.
 
-Comes in: a Jinja text and the tokenizer's named tokens. Goes out: the text of a conversation, its tools and tool calls
-written by the template itself where it can, else in a documented textual form. Refused: a template that is not Jinja,
-breaks out of the sandbox, or runs away; a conversation that it cannot carry.
+Tools and tool calls are written by the template itself where it can, else in a documented textual form. A template that
+is not Jinja or breaks out of the sandbox is refused, and so is a conversation that it cannot carry.
 """
 
 import json
-import resource
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
-from types import FrameType
 from typing import Any
 
 import jinja2
@@ -21,10 +15,6 @@ from transformers.utils.chat_template_utils import _compile_jinja_template  # th
 from pipeline.data.records import Message
 
 Tools = list[dict[str, Any]]
-
-SECONDS = 20.0  # of processor time that a batch of renderings may take, and SECONDS_EACH more for every one of them
-SECONDS_EACH = 0.05
-MEMORY = 1 << 30  # bytes that it may add to the process
 
 CALL_FORMAT = '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
 _PROBE_TOOL = {
@@ -46,15 +36,11 @@ class RowError(ValueError):
     """One conversation that this template cannot carry; the others are fine."""
 
 
-class _RanAway(BaseException):
-    """Raised by the timer inside a rendering; no `except Exception` of a library may swallow it."""
-
-
 class Renderer:
     """A compiled template, and what it can do by itself: found by trying it, since its text does not say.
 
     Raises:
-        TemplateError: not Jinja, or it does not end within the bounds.
+        TemplateError: not Jinja.
     """
 
     def __init__(
@@ -72,11 +58,10 @@ class Renderer:
             self._compiled.globals = dict(self._compiled.globals)  # copied for every rendering: a ChainMap takes longer
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
-        with bounded(8):
-            self._tool_shape = next((shape for shape in ("function", "bare") if self._offers(shape)), None)
-            kinds = [(kind, empty) for empty in ("", None) for kind in ("object", "text")]
-            self._arguments = next((kind for kind in kinds if self._calls(*kind)), None)
-            self._takes_system = self._tries([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
+        self._tool_shape = next((shape for shape in ("function", "bare") if self._offers(shape)), None)
+        kinds = [(kind, empty) for empty in ("", None) for kind in ("object", "text")]
+        self._arguments = next((kind for kind in kinds if self._calls(*kind)), None)
+        self._takes_system = self._tries([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
 
     def render(self, messages: list[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """The text of `messages` and `tools` as `adapt` gives them."""
@@ -92,8 +77,6 @@ class Renderer:
             raise TemplateError(f"the chat template does what its sandbox forbids: {error}") from None
         except jinja2.TemplateError as error:  # what the template itself raises, e.g. for a system message
             raise RowError(f"is refused by the chat template: {error}") from None
-        except MemoryError:
-            raise TemplateError(f"the chat template needs more than {MEMORY >> 30} GiB to render a row") from None
         except Exception as error:  # a template is a program: it can fail in any way on values it did not expect
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise RowError(f"cannot be rendered by the chat template: {reason}") from None
@@ -164,53 +147,6 @@ def _as_served(message: Message) -> Message:
     message = {key: value for key, value in message.items() if key != "weight"}
     reasoning = message.get("reasoning_content")
     return message if not reasoning else message | {"reasoning": reasoning, "thinking": reasoning}
-
-
-@contextmanager
-def bounded(renderings: int) -> Iterator[None]:
-    """End what runs away inside: a template comes with a model, and a loop in it is a loop here.
-
-    Processor time is bounded in the main thread only (signals reach no other), memory only where /proc tells it.
-
-    Raises:
-        TemplateError: the time is over. Memory becomes `MemoryError`, which `render` turns into the same.
-    """
-    seconds = SECONDS + SECONDS_EACH * renderings
-    in_main = threading.current_thread() is threading.main_thread()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _address_space() + MEMORY
-    lowered = limit > MEMORY and (soft == resource.RLIM_INFINITY or limit < soft)
-    if in_main:
-        previous = signal.signal(signal.SIGVTALRM, _run_away)
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    if lowered:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    except _RanAway:
-        raise TemplateError(
-            f"the chat template did not end within {seconds:.0f} seconds of processor time; it loops, or is far too "
-            "slow to train with"
-        ) from None
-    finally:
-        if lowered:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if in_main:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, previous)
-
-
-def _run_away(number: int, frame: FrameType | None) -> None:
-    raise _RanAway
-
-
-def _address_space() -> int:
-    """Bytes of address space that this process has, 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        return 0
 
 
 def _shaped(tool: dict[str, Any], shape: str) -> dict[str, Any]:
