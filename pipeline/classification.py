@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from pipeline.chat import Message
 from pipeline.chat.template import local_source
 from pipeline.data.classes import TextEncoder, load_contract
-from pipeline.data.records import Message
 from pipeline.evaluate import require_same_contract, test_items
 from pipeline.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.generation.kept import KeptAnswers, kept_file

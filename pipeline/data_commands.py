@@ -91,7 +91,7 @@ def inspect(
     """Show rows as the model sees them, token by token, trained tokens in colour; of FILE, as it would be prepared."""
     from rich.console import Console
 
-    from pipeline.chat.inspection import as_text, inspect_dataset, inspect_file
+    from pipeline.data.inspection import as_text, inspect_dataset, inspect_file
     from pipeline.settings import load_params
 
     params = load_params()

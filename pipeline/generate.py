@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from pipeline.chat import Message
 from pipeline.chat.responses import ToolCall, as_calls, read_response
 from pipeline.chat.template import ChatTemplate
-from pipeline.data.records import Message
 from pipeline.generation.kept import KeptAnswers
 from pipeline.generation.slots import Slots, fits
 from pipeline.model import ModelError

@@ -6,9 +6,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from pipeline.chat import Message
 from pipeline.chat.responses import as_calls
 from pipeline.chat.template import ChatTemplate
-from pipeline.data.records import TOOL_CALLS, Message
+from pipeline.data.records import TOOL_CALLS
 from pipeline.progress import Progress
 from pipeline.training.memory import in_fitting_batch
 

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from pipeline.chat import Message
 from pipeline.chat.rendering import RowError
 from pipeline.chat.responses import read_response
 from pipeline.chat.template import (
@@ -27,7 +28,6 @@ from pipeline.chat.template import (
     local_source,
     model_identity,
 )
-from pipeline.data.records import Message
 from pipeline.files import WORK_DIR, read_json
 from pipeline.generate import Answer, to_answer
 from pipeline.model import ModelError, is_whole, load_adapter, load_base

@@ -60,6 +60,11 @@ def test_only_flows_know_prefect_and_flows(path: Path) -> None:
     assert "prefect" not in tops or path.parent.name == "flows"
 
 
+@pytest.mark.parametrize("path", (ROOT / "pipeline" / "chat").rglob("*.py"), ids=lambda path: path.name)
+def test_the_chat_folder_does_not_import_the_data_folder(path: Path) -> None:
+    assert not {name for name in imported(path) if name.startswith("pipeline.data")}
+
+
 @pytest.mark.parametrize("stage", ["ingest", "prepare", "train", "evaluate", "merge", "publish", "promote"])
 def test_a_stage_function_says_what_it_raises(stage: str) -> None:
     function = getattr(importlib.import_module(f"pipeline.{stage}"), stage)

@@ -10,9 +10,9 @@ import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.chat import Message
 from pipeline.chat.conversation import LEFT_OUT, ChatTemplate
 from pipeline.chat.rendering import RowError
-from pipeline.data.records import Message
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # TRL's own changes of templates, and models that look at pictures.

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.chat import Message
 from pipeline.chat.conversation import ESCAPED, ChatTemplate, Encoded
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.template import FROM_TRL, NAMED, TEMPLATES, named_ends, named_text
-from pipeline.data.records import Message
 
 WORDS = ["the quick brown fox jumps over the lazy dog, hello world! philosophy " * 3, "你好，世界。再见 😀 tool call"]
 CONTROL = [

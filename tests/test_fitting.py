@@ -7,10 +7,10 @@ from conftest import with_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.fitting import PROMPT_CUT, SPLIT, TURNS_LEFT_OUT, Overlong, fit, fit_batch
 from pipeline.chat.template import load_template
-from pipeline.data.records import Message
 from pipeline.params import Params
 
 SYSTEM = {"role": "system", "content": "Be brief."}

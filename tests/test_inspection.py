@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_classification import classifying, make_encoder
 
-from pipeline.chat.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
 from pipeline.chat.template import ChatTemplate, load_template
+from pipeline.data.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
 from pipeline.data.json_text import FormatError
 from pipeline.params import Params
 from pipeline.prepare import prepare

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from pipeline.chat import Message
 from pipeline.chat.template import (
     ChatTemplate,
     Encoded,
@@ -22,7 +23,6 @@ from pipeline.chat.template import (
     load_shipped,
     load_template,
 )
-from pipeline.data.records import Message
 from pipeline.params import Params
 
 END = "<|im_end|>"

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate, Conversation, Encoded
 from pipeline.chat.rendering import RowError
-from pipeline.data.records import Message
 
 TURNS_LEFT_OUT = "oldest turns left out to fit prepare.max_length"
 PROMPT_CUT = "start of the last prompt cut to fit prepare.max_length"

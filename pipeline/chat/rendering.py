@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template  # the sandbox of apply_chat_template
 
-from pipeline.data.records import Message
+from pipeline.chat import Message
 
 Tools = list[dict[str, Any]]
 

@@ -20,9 +20,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.chat import Message
 from pipeline.chat.rendering import RowError
 from pipeline.chat.turns import PLACE
-from pipeline.data.records import Message
 
 HIDDEN, SHOWN, END = "\ufdd0", "\ufdd1", "\ufdd2"  # begin a hidden and a template's control token; end either
 NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}{PLACE}]")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.chat import Message
 from pipeline.chat.rendering import Renderer, RowError, Tools
-from pipeline.data.records import Message
 
 PLACE = "\ufdd3"  # a noncharacter that stands for an answer's content while its place is looked for
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat import Message
 from pipeline.data.contamination import Benchmark, benchmark
 from pipeline.data.formats import read_rows
 from pipeline.data.json_text import FormatError
-from pipeline.data.records import Message, Rejected, Row
+from pipeline.data.records import Rejected, Row
 
 SHOWN = 5  # items and records named in a line
 

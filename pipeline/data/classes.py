@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline.chat import Message
 from pipeline.chat.conversation import Conversation, Encoded, tokenizer_digest
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.template import differing_keys, model_identity, require_rows, text_config
-from pipeline.data.records import Message
 from pipeline.params import PrepareParams
 from pipeline.security.vetting import check_model
 from pipeline.training.combinations import CLASSIFICATION

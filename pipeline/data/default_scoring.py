@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.records import Message
+from pipeline.chat import Message
 from pipeline.metrics import fold
 
 SHORT = 40  # characters of an answer that can be a label

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.fitting import Fitted, Overlong, fit_batch, fit_text
 from pipeline.chat.rendering import RowError
@@ -26,7 +27,7 @@ from pipeline.data.contamination import Benchmark, contaminated
 from pipeline.data.default_scoring import short_answer
 from pipeline.data.filters import apply_filters
 from pipeline.data.language import language_of_row
-from pipeline.data.records import TOOL_CALLS, Message, Rejected, Row, is_plain_text
+from pipeline.data.records import TOOL_CALLS, Rejected, Row, is_plain_text
 from pipeline.data.shards import read_shard
 from pipeline.data.shingles import signatures
 from pipeline.files import sha256_json, whole_directory

@@ -9,9 +9,8 @@ import re
 from itertools import pairwise
 from typing import Any
 
+from pipeline.chat import Message
 from pipeline.data.values import checked, compact, parse_json, short
-
-Message = dict[str, Any]
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
 SHAREGPT_ROLES = {

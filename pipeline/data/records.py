@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from pipeline.chat import Message
 from pipeline.data import trees
 from pipeline.data.columns import CONVERSATIONS, PAIRS, TURN_PAIRS
-from pipeline.data.messages import Message as Message  # others read it from here
 from pipeline.data.messages import chat_messages, join_turns, sharegpt_messages, split_thoughts, tools_of
 from pipeline.data.values import checked, label_of, list_of, scalar_of, short, text_of
 from pipeline.params import ColumnsParams

@@ -1,7 +1,7 @@
-"""Rows as the model sees them, token by token, with what is trained.
+"""A few rows as the model sees them, token by token, with what is trained.
 
-Comes in: a prepared dataset, or a data file and the parameters it would be prepared with. Goes out: a few rows of it
-with their tokens, and for a file the verdict on each (kept, repaired, dropped). Refused: a choice that matches no row.
+They are those of a prepared dataset, or of a data file as it would be prepared, with the verdict on each (kept,
+repaired, dropped).
 """
 
 import json
