@@ -165,7 +165,7 @@ def _say_ingested(result: "Ingested", told: bool, remote: str | None) -> None:
     if result.left_out:
         print(f"  {result.left_out:,} rows left out by weight and cap")
     for reason, count in result.rejected.items():
-        print(f"  {count:,} cannot be used: a row {reason}")
+        print(f"  {count:,} cannot be used: {reason}")
     for repair, count in result.repaired.items():
         print(f"  {count:,} repaired: {repair}")
     if result.rejected:

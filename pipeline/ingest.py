@@ -113,7 +113,7 @@ def _require_plausible(notes: dict[str, Any], most: float, new: Path, root: Path
     rejected = sum((Counter(source["rejected"]) for source in notes["sources"]), Counter[str]())
     if notes["rejected"] > most * notes["records"]:
         first = next(read_rejected(new)).source
-        reasons = "; ".join(f"{count:,} × a row {reason}" for reason, count in rejected.most_common(3))
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in rejected.most_common(3))
         raise IngestError(
             f"{notes['rejected']:,} of {notes['records']:,} records cannot be used, more than "
             f"ingest.max_rejected_fraction ({most:g}) allows: {reasons}. The first is {first}; `retune inspect` shows "
@@ -159,7 +159,7 @@ def collect(
     if not any(file.rows for file in files):
         reason, count = (rejected := sum((file.rejected for file in files), Counter[str]())).most_common(1)[0]
         uris = ", ".join(source.uri for source in fetched)
-        raise FormatError(f"{uris} holds no usable row: {count} of {rejected.total()} because a row {reason}")
+        raise FormatError(f"{uris} holds no usable row: {reason} ({count} of {rejected.total()})")
     notes = _notes(files, fetched, wanted, left_out)  # reads the files once more, for their digests
     for file, state in zip(files, states, strict=True):
         if _state(file.path) != state:

@@ -108,7 +108,7 @@ def test_bad_data_leaves_the_snapshot_as_it_was(project: Path, tmp_path: Path) -
 def test_too_many_rejected_records_stop_an_ingest_that_does_not_insist(project: Path, tmp_path: Path) -> None:
     before = state(project)
     path = source(tmp_path / "new", *sample_rows(37), *({"instruction": "q", "output": ""} for _ in range(3)))
-    with pytest.raises(IngestError, match=r"3 of 40 .*0.05.*3 × a row output is empty.*new.jsonl:38.*--replace"):
+    with pytest.raises(IngestError, match=r"3 of 40 .*0.05.*3 × output is empty.*new.jsonl:38.*--replace"):
         ingest(AUTO, [str(path)], project)
     assert state(project) == before
     assert ingest(AUTO.model_copy(update={"max_rejected_fraction": 0.1}), [str(path)], project).rows == 37
@@ -294,7 +294,7 @@ def test_the_command_says_what_it_recognised(project: Path, tmp_path: Path) -> N
     path = source(tmp_path / "new", *(row | {"id": 7} for row in sample_rows(20)), {"instruction": "q", "output": ""})
     said = retune(project, "ingest", str(path)).stdout
     assert "ingest: 20 rows from 1 file\n  new.jsonl: alpaca, JSONL, 20 rows, 1 rejected; not used: id\n" in said
-    assert "1 cannot be used: a row output is empty" in said
+    assert "1 cannot be used: output is empty" in said
     assert "data.dvc names the new snapshot" in said
 
 
