@@ -7,7 +7,6 @@ import sys
 import time
 from typing import Any
 
-from pipeline import graph
 from pipeline.environment import quick_imports
 from pipeline.security.redact import redact, redact_process
 
@@ -16,7 +15,6 @@ def main() -> None:
     """Run the flow; an error of this project becomes one sentence and exit status 1."""
     started = time.monotonic()
     redact_process()
-    graph.load_dvc()  # while Prefect loads too
     with quick_imports():
         from flows.retrain import retrain
         from flows.summary import show

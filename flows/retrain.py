@@ -1,6 +1,6 @@
 """The whole story: a data snapshot in, a new champion or a reasoned refusal out. One line a stage.
 
-Each DVC stage runs as `dvc repro` of that stage in one child process, so `dvc repro` and this flow see each other's
+Each DVC stage runs as `dvc repro` of that stage in a child process, so `dvc repro` and this flow see each other's
 work as done. Training is never retried: a second attempt is a person's decision, and goes on from the last checkpoint.
 """
 
@@ -68,7 +68,7 @@ def retrain(trigger: str = "by-hand") -> State[Any]:
 
 
 def run_stages(trigger: str) -> dict[str, Any]:
-    with graph.dvc_loaded(), told(trigger):
+    with told(trigger):
         describe_run(trigger)
         params = load_params()
         result = summary(

@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +12,14 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.dvc_process import DvcError, DvcProcess
 from pipeline.files import conflict_line, sha256_json, write_text
+from pipeline.process import end_group, environment, python_ending_with_parent
 
 STAGES = ("prepare", "train", "evaluate", "merge")
 SAMPLE_REMOTE = "sample"  # in .dvc/config: a folder of this git repository, for the sample's bytes and no others
 SAMPLE_FOLDER = Path("infra/sample-remote")
 SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity", "artifacts/exports")
-
-
-_loaded: DvcProcess | None = None
+PATIENCE = 5.0  # seconds for another DVC to be done with a path; for the whole repository DVC itself waits three
 
 
 class GraphError(RuntimeError):
@@ -30,26 +30,6 @@ class SnapshotMissing(GraphError):
     """The bytes of the data snapshot are neither here nor in the DVC remote."""
 
 
-def load_dvc() -> None:
-    """Have DVC load for the `dvc_loaded` to come."""
-    global _loaded
-    _loaded = _loaded or DvcProcess()
-    _loaded.start()
-
-
-@contextmanager
-def dvc_loaded() -> Iterator[None]:
-    """DVC is loaded once for everything that is asked of the graph of this folder meanwhile."""
-    global _loaded
-    load_dvc()
-    try:
-        yield
-    finally:
-        if _loaded is not None:
-            _loaded.close()
-        _loaded = None
-
-
 def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pull: bool = False) -> int:
     """Run `stage` alone if its dependencies changed; returns the exit status of `dvc repro`.
 
@@ -57,8 +37,12 @@ def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pu
         on_line: gets each line that DVC and the stage print. An error in it, like a cancellation, ends them.
         pull: fetch what the stage needs and is not here.
     """
-    with _dvc(root) as dvc:
-        return dvc.run(["repro", "--single-item", *(["--pull"] if pull else []), stage], on_line)
+    with _dvc(root, "repro", "--single-item", *(["--pull"] if pull else []), stage, stderr=subprocess.STDOUT) as dvc:
+        threading.Thread(target=_end_leftovers, args=(dvc,), daemon=True).start()
+        assert dvc.stdout is not None
+        for line in dvc.stdout:
+            on_line(line.rstrip("\n"))
+        return dvc.wait()
 
 
 def outcome(lines: list[str], stage: str) -> str:
@@ -172,28 +156,51 @@ def add_data(root: Path = Path(".")) -> None:
         write_text(path, text.replace(f"  remote: {SAMPLE_REMOTE}\n", ""))
 
 
-@contextmanager
-def _dvc(root: Path) -> Iterator[DvcProcess]:
-    """The loaded process, or one for this command alone: it ends with us, and writes nothing after a killed ingest."""
-    if _loaded is not None and _loaded.root == root.resolve():
-        yield _loaded
-        return
-    with DvcProcess(root) as dvc:
-        yield dvc
-
-
 def ask(root: Path, *arguments: str) -> str:
     """What a command of DVC prints.
 
     Raises:
-        GraphError: it failed.
+        GraphError: it failed; the message is DVC's own.
     """
     _refuse_conflicts(root)
-    try:
-        with _dvc(root) as dvc:
-            return dvc.ask(*arguments)
-    except DvcError as error:
-        raise GraphError(str(error)) from None
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with _dvc(root, *arguments, stderr=subprocess.PIPE) as dvc:
+            output, errors = dvc.communicate()
+        if dvc.returncode == 0:
+            return output
+        if "is busy" not in errors or time.monotonic() > deadline:
+            advice = "; remove .dvc/tmp/rwlock when no DVC runs here" if "RWLock-file" in errors else ""
+            raise GraphError(f"`dvc {' '.join(arguments)}` failed: {errors.strip() or output.strip()}{advice}")
+        time.sleep(0.2)
+
+
+@contextmanager
+def _dvc(root: Path, *arguments: str, stderr: int) -> Iterator[subprocess.Popen[str]]:
+    """A DVC process that ends with us, kill -9 included, and leaves no process of its own behind."""
+    python, *command = python_ending_with_parent("dvc", *arguments)
+    process = subprocess.Popen(
+        [python, "-u", *command],  # unbuffered: DVC's lines and its stage's come in their order
+        cwd=root,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            end_group(process, grace=30.0)
+
+
+def _end_leftovers(dvc: subprocess.Popen[str]) -> None:
+    """End what a stage leaves running: the next one may need its memory, and the pipe of its lines would stay open."""
+    dvc.wait()
+    end_group(dvc, grace=5.0)
 
 
 def _refuse_conflicts(root: Path) -> None:

@@ -408,6 +408,6 @@ def victims(retune_pid: int, family: list[psutil.Process]) -> dict[str, int]:
             found["flow"] = process.pid
         elif "retune stage train" in words and "sh -c" not in words:
             found["stage"] = process.pid
-        elif "pipeline.dvc_process" in words:
+        elif " dvc repro" in words:
             found["dvc"] = process.pid
     return found
