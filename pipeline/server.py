@@ -1,12 +1,10 @@
 """The local Prefect server: found where `retune up` keeps one (`pipeline.stack`), else started for one run."""
 
-import base64
 import json
 import os
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 import psutil
 
 from pipeline.files import WORK_DIR, read_json
+from pipeline.http_client import HttpError, send
 from pipeline.process import end_group, python_ending_with_parent
 
 HOST = "127.0.0.1"
@@ -100,9 +99,8 @@ def for_one_run(root: Path = Path(".")) -> Iterator[Server]:
 
 def healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/api/health", timeout=5) as answer:
-            return bool(json.load(answer) is True)
-    except (OSError, ValueError):
+        return json.loads(send(f"{url}/api/health", timeout_s=5)) is True
+    except (HttpError, ValueError):
         return False
 
 
@@ -112,15 +110,10 @@ def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
     Args:
         password: `user:password`; without one, that of the local server.
     """
-    request = urllib.request.Request(
-        f"{url}/api/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
-    if password := password or own_password():  # no redirect gets it
-        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(password.encode()).decode()}")
+    user, _, secret = (password or own_password() or "").partition(":")
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.loads(answer.read() or b"{}")
-    except (OSError, ValueError):
+        return json.loads(send(f"{url}/api/{path}", body, auth=(user, secret) if user else None) or b"{}")
+    except (HttpError, ValueError):
         return None
 
 

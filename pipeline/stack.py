@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from pipeline import server
 from pipeline.files import WORK_DIR, read_json, write_json
 from pipeline.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs
 from pipeline.handover import HandoverError, make_clone
+from pipeline.http_client import HttpError, send
 from pipeline.params import Params
 from pipeline.process import end_group, python_ending_with_parent
 from pipeline.run_lock import RunUnderWay, only_run
@@ -226,10 +226,10 @@ def end_marked(root: Path, grace: float, keep: Callable[[], set[int]] = set) -> 
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
+        send(url, timeout_s=5)
+    except HttpError:
         return False
+    return True
 
 
 def supervise(root: Path) -> None:

@@ -4,13 +4,11 @@ What is there already stays. Run by `worker.sh setup` in a clone of the project,
 the environment; it fails if one of them refuses.
 """
 
-import base64
-import json
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
+
+import httpx
 
 
 def bucket() -> None:
@@ -30,15 +28,10 @@ def registry_user() -> None:
     """Workers register versions as a user of their own; MLflow's administrator is for people."""
     address, user = os.environ["MLFLOW_TRACKING_URI"], os.environ["MLFLOW_TRACKING_USERNAME"]
     body = {"username": user, "password": os.environ["MLFLOW_TRACKING_PASSWORD"]}
-    credentials = base64.b64encode(f"admin:{os.environ['MLFLOW_AUTH_ADMIN_PASSWORD']}".encode()).decode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Basic {credentials}"}
-    url = f"{address}/api/2.0/mlflow/users/create"
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60).close()
-    except urllib.error.HTTPError as error:
-        answer = error.read().decode(errors="replace")
-        if "RESOURCE_ALREADY_EXISTS" not in answer:
-            sys.exit(f"MLflow's user {user} could not be made: {error}: {answer}")
+    administrator = ("admin", os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])
+    answer = httpx.post(f"{address}/api/2.0/mlflow/users/create", json=body, auth=administrator, timeout=60)
+    if answer.is_error and "RESOURCE_ALREADY_EXISTS" not in answer.text:
+        sys.exit(f"MLflow's user {user} could not be made: status {answer.status_code}: {answer.text}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,23 @@
-"""A chat completion of an OpenAI-compatible server, by plain HTTP.
+"""A chat completion of an OpenAI-compatible server: messages in, the reply's text out.
 
-Comes in: messages. Goes out: the reply's text. Refused: servers that answer with an error or with something that is no
-chat completion, after a few tries where another try may help; and a key sent in clear text to another machine.
+A server that answers with an error is asked again where that may help; a key is never sent in clear text to another
+machine.
 """
 
 import ipaddress
 import json
 import time
-import urllib.request
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
+
+from pipeline.http_client import HttpError, send
 
 TRIES = 4
 PAUSE_S = 1.0  # before the second try; doubled before each further one
-MAX_REPLY = 2**22  # bytes
 
 
 class JudgeError(RuntimeError):
     """The judge cannot be asked; the message says why and what can be done."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to no address that nobody named."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -52,24 +43,18 @@ class Endpoint:
             JudgeError: no usable reply.
         """
         asked = {"model": self.model, "messages": messages, "temperature": 0, "seed": 0, "max_tokens": self.max_tokens}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         address = f"{self.url.rstrip('/')}/chat/completions"
-        body = json.dumps(asked, ensure_ascii=False).encode()
         problem = ""
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
-            request = urllib.request.Request(address, data=body, headers=headers, method="POST")
             try:
-                with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout_s) as response:
-                    return _content(response.read(MAX_REPLY + 1), address)
-            except HTTPError as error:
-                said = error.read(300).decode("utf-8", "replace").strip()
-                problem = f"status {error.code}" + (f": {said}" if said else "")
-                if error.code not in (408, 409, 429) and error.code < 500:
+                return _content(send(address, asked, self.timeout_s, headers=headers), address)
+            except HttpError as error:
+                problem = str(error)
+                if error.status is not None and error.status not in (408, 409, 429) and error.status < 500:
                     break
-            except (URLError, OSError) as error:
-                problem = str(getattr(error, "reason", error))
         if self.key:
             problem = problem.replace(self.key, "***")  # some servers repeat it
         raise JudgeError(

@@ -4,29 +4,18 @@ Parameters name environment variables that hold the URLs, never a URL, which is 
 this module contains one.
 """
 
-import json
 import os
-import urllib.request
 from dataclasses import asdict
 from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
+from pipeline.http_client import HttpError, send
 from pipeline.versions.decisions import Record
-
-TIMEOUT = 10.0  # seconds for each webhook
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A webhook answers itself; what is posted goes to no address that nobody named."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 def tell(webhooks: list[str], name: str, record: Record) -> list[str]:
     """POST `record`, with the model's name, to the URL in each variable; returns a warning for each failure."""
-    body = json.dumps({"model": name} | asdict(record), ensure_ascii=False).encode()
+    body = {"model": name} | asdict(record)
     warnings = []
     for variable in webhooks:
         problem = _post(os.environ.get(variable, ""), body)
@@ -35,18 +24,15 @@ def tell(webhooks: list[str], name: str, record: Record) -> list[str]:
     return warnings
 
 
-def _post(url: str, body: bytes) -> str | None:
+def _post(url: str, body: dict[str, Any]) -> str | None:
     if not url:
         return "the variable is not set"
     if urlparse(url).scheme not in ("http", "https"):
         return "it holds no http or https address"
     try:
-        request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method="POST")
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT):
-            return None
-    except HTTPError as error:
-        return f"it answered with status {error.code}"
-    except URLError as error:
-        return f"it cannot be reached ({type(error.reason).__name__})"
-    except (OSError, ValueError) as error:
-        return f"it cannot be reached ({type(error).__name__})"
+        send(url, body)
+        return None
+    except HttpError as error:
+        if error.status is None:
+            return f"it cannot be reached ({type(error.__cause__).__name__})"
+        return f"it answered with status {error.status}"

@@ -12,17 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.error import HTTPError
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import server
+from pipeline.http_client import HttpError, send
 from pipeline.progress import Progress, clock
 from pipeline.settings import change_params
 
@@ -104,10 +103,7 @@ def memory(stack: psutil.Process) -> float:
 
 
 def ask(url: str, path: str, body: dict[str, Any]) -> Any:
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(f"{url}/{path}", data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
+    return json.loads(send(f"{url}/{path}", body))
 
 
 def record_runs(url: str, number: int) -> None:
@@ -121,8 +117,8 @@ def record_runs(url: str, number: int) -> None:
             try:
                 ask(url, "flow_runs/", run)
                 break
-            except HTTPError as error:
-                if error.code != 503:  # SQLite is busy; Prefect's own client waits and asks again
+            except HttpError as error:
+                if error.status != 503:  # SQLite is busy; Prefect's own client waits and asks again
                     raise
                 time.sleep(0.5)
         progress.update(i + 1)
