@@ -43,7 +43,7 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
 
     Raises:
         TrainingFailed: no worker came, the training failed, or workers died at each of `operations.train_attempts`.
-        HandoverError: inputs or outputs could not be handed over.
+        GitError, HandoverError: inputs or outputs could not be handed over.
     """
     if os.environ.get("RETUNE_DASHBOARD") == "":
         raise TrainingFailed(

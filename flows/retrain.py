@@ -30,11 +30,10 @@ from prefect.states import Completed, Running
 from flows.gpu import train_on_pool
 from flows.lines import say, shown, why_failed
 from flows.summary import describe_run, show_run, state_of, verdict
-from pipeline import graph
+from pipeline import git, graph
 from pipeline import promote as gate
 from pipeline import publish as shipping
 from pipeline.data.snapshot import recover
-from pipeline.git_record import GitRecordError, record_version
 from pipeline.params import Params
 from pipeline.progress import clock
 from pipeline.report.tables import score_rows
@@ -176,9 +175,9 @@ def promote(params: Params) -> State[Any]:
 def _record_in_git(branch: str, model: str, decision: gate.Decision) -> None:
     """The promotion stands, whatever git says; what it says is a line of the run."""
     try:
-        commit = record_version(branch, model, decision.version, decision.number)
+        commit = git.record_version(branch, model, decision.version, decision.number)
         say(f"promote: {branch} has commit {commit[:12]}")
-    except GitRecordError as error:
+    except git.GitError as error:
         get_run_logger().warning(f"promote: {error}")
         say(f"promote: not recorded in git: {error}")
 

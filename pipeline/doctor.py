@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
-from pipeline import graph, server, stack
+from pipeline import git, graph, server, stack
 from pipeline.params import Params
 from pipeline.process import environment, python_ending_with_parent
 from pipeline.run_lock import RunUnderWay, only_run
@@ -125,12 +125,10 @@ def _gpu() -> Check:
 def _git(root: Path) -> Check:
     if shutil.which("git") is None:
         return Check("git", False, "not installed, and DVC needs it", "apt-get install git, brew install git, …")
-    done = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True)
-    if done.returncode != 0:
-        return Check(
-            "git", False, done.stderr.strip(), "a version's manifest names the commit it came from: `git init`"
-        )
-    changed = len(done.stdout.splitlines())
+    try:
+        changed = len(git.run(root, "status", "--porcelain").splitlines())
+    except git.GitError as error:
+        return Check("git", False, str(error), "a version's manifest names the commit it came from: `git init`")
     return Check("git", True, f"{changed} uncommitted changes" if changed else "clean")
 
 
@@ -243,8 +241,7 @@ def _clock(params: Params, root: Path) -> Check:
     from pipeline.store.artifact_store import open_store
 
     off = time.time() - open_store(params.publish, root).now()
-    done = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=root, capture_output=True, text=True)
-    ahead = float(done.stdout or 0) - time.time()
+    ahead = float(git.ask(root, "log", "-1", "--format=%ct") or 0) - time.time()
     advice = "set this machine's clock (timedatectl set-ntp true)"
     if abs(off) > CLOCK_SECONDS:
         return Check("clock", False, f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the store's", advice)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline import git
 from pipeline.files import conflict_line, sha256_json, write_text
 from pipeline.process import end_group, environment, python_ending_with_parent
 
@@ -126,8 +127,8 @@ def restore_base(root: Path = Path(".")) -> str | None:
     """
     if (root / "data" / "base").exists():
         return None
-    for commit in _git(root, "log", "--format=%H", "-n", "20", "--", "data.dvc").split():
-        of_sample = f"  remote: {SAMPLE_REMOTE}\n" in _git(root, "show", f"{commit}:data.dvc")
+    for commit in (git.ask(root, "log", "--format=%H", "-n", "20", "--", "data.dvc") or "").split():
+        of_sample = f"  remote: {SAMPLE_REMOTE}\n" in (git.ask(root, "show", f"{commit}:data.dvc") or "")
         url = f"url={(root / SAMPLE_FOLDER).resolve()}"  # its relative path leads nowhere from a commit
         remote = ["--remote", SAMPLE_REMOTE, "--remote-config", url] if of_sample else []
         try:
@@ -136,10 +137,6 @@ def restore_base(root: Path = Path(".")) -> str | None:
         except GraphError:
             shutil.rmtree(root / "data" / "base", ignore_errors=True)
     return None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout
 
 
 def add_data(root: Path = Path(".")) -> None:

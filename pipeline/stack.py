@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 
-from pipeline import server
+from pipeline import git, server
 from pipeline.files import WORK_DIR, read_json, write_json
 from pipeline.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs
-from pipeline.handover import HandoverError, make_clone
+from pipeline.handover import make_clone
 from pipeline.http_client import HttpError, send
 from pipeline.params import Params
 from pipeline.process import end_group, python_ending_with_parent
@@ -272,7 +272,7 @@ def supervise(root: Path) -> None:
                 reaper = _reaper(root)
             if _restart_dead(root, children):
                 note()
-    except (ServerError, HandoverError, OSError) as error:
+    except (ServerError, git.GitError, OSError) as error:
         note(error=str(error))
     finally:
         for child in reversed(children):  # workers before the server, which is told how their runs ended

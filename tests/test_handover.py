@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from test_deployments import api, ended
 from test_stack import free_port, wait_until
 
-from pipeline import graph, handover, stack
+from pipeline import git, graph, handover, stack
 from pipeline.files import read_json
 from pipeline.params import Params
 from pipeline.run_lock import only_on_gpus
@@ -69,8 +69,13 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     assert "retune" not in run(parent, "git", "ls-remote", "origin")
     before = (parent / "dvc.lock").read_text()
 
-    # The same again is taken from the run cache, and an answer for other inputs is refused.
+    # The same again is taken from the run cache, what a killed run asked for is forgotten, and an answer for other
+    # inputs is refused.
+    killed = handover.ask("train", "origin", parent)
     commit = handover.ask("train", "origin", parent)
+    assert [killed in line for line in run(parent, "git", "ls-remote", "origin", "refs/retune/*").splitlines()] == [
+        False
+    ]
     lines.clear()
     handover.work("train", commit, "origin", lines.append, worker)
     assert not any("Running stage 'train'" in line for line in lines)
@@ -79,7 +84,7 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     with pytest.raises(handover.HandoverError, match="on other inputs than those here"):
         handover.take("train", commit, "origin", parent)
     assert (parent / "dvc.lock").read_text() == before
-    with pytest.raises(handover.HandoverError, match="git push"):
+    with pytest.raises(git.GitError, match="git push"):
         handover.ask("train", "nowhere", parent)
     (parent / "pipeline" / "training" / "own_loss.py").touch()
     with pytest.raises(handover.HandoverError, match="pipeline/training/own_loss.py"):

@@ -13,6 +13,7 @@ from versions import parameters, published
 
 from pipeline import graph, publish, timings
 from pipeline.files import sha256_file, write_json
+from pipeline.git import state
 from pipeline.params import Params
 from pipeline.statistics import METRICS
 from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
@@ -62,12 +63,12 @@ def test_what_a_run_writes_itself_is_no_change_of_the_code(tmp_path: Path) -> No
         git(*command)
     for name in ("dvc.lock", "init_adapter.json"):
         (tmp_path / name).write_text("as a run left it")
-    assert not manifests.git_state(tmp_path)["dirty"]
+    assert not state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"]
     (tmp_path / "new.py").write_text("")
-    assert manifests.git_state(tmp_path)["dirty"]
+    assert state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"]
     (tmp_path / "new.py").unlink()
     (tmp_path / "params.yaml").write_text("changed by a person")
-    assert manifests.git_state(tmp_path)["dirty"]
+    assert state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"]
 
 
 def test_every_file_of_the_version_is_listed_under_its_digest(

@@ -5,7 +5,6 @@ whose output may not depend on what was there before: the same data would have a
 """
 
 import json
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
-from pipeline import graph
+from pipeline import git, graph
 from pipeline.data.report import Report
 from pipeline.data.report_pages import SPLITS
 
@@ -185,7 +184,7 @@ def _dataset(lock: Mapping[str, Any]) -> str | None:
 
 def _git(root: Path, *arguments: str, say: str | None) -> str:
     """git's answer; where it fails, the error that it `say`s, or nothing."""
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    if done.returncode != 0 and say is not None:
-        raise DataDiffError(f"{say} ({done.stderr.strip() or 'git'})")
-    return done.stdout if done.returncode == 0 else ""
+    answer = git.ask(root, *arguments)
+    if answer is None and say is not None:
+        raise DataDiffError(say)
+    return answer or ""

@@ -7,7 +7,6 @@ and at reading: anything that `manifest.schema.json` does not allow.
 import hashlib
 import json
 import platform
-import subprocess
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +14,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from pipeline import graph
+from pipeline import git, graph
 from pipeline.files import read_json, sha256_json
 from pipeline.params import PublishParams
 from pipeline.security.allowlist import strict_json
@@ -95,7 +94,7 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
         "version": version,
         "name": params.registered_model_name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_state(root),
+        "git": git.state(root, WRITTEN_BY_RUNS),
         "dvc_lock": stages,
         "data": {
             "dvc_md5": {d["path"]: d["md5"] for d in stages["prepare"]["deps"] if d["path"].split("/")[0] == "data"},
@@ -128,15 +127,6 @@ def contract_digests(contract: dict[str, Any]) -> dict[str, str]:
 def version_of(manifest: Manifest) -> str:
     """The version id that the manifest's `dvc_lock` gives."""
     return graph.id_of_digests(graph.digests_of_outputs(manifest["dvc_lock"]))
-
-
-def git_state(root: Path) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    own = [f":(exclude){name}" for name in WRITTEN_BY_RUNS]
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ":/", *own))}
 
 
 def _resolved(stages: dict[str, Any]) -> dict[str, Any]:

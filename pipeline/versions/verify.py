@@ -5,12 +5,12 @@ metrics in the manifest are those in the version's own files. Nothing of the ver
 """
 
 import json
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import git
 from pipeline.graph import GraphError
 from pipeline.params import PublishParams
 from pipeline.publish import fetch_version
@@ -191,9 +191,9 @@ def _check_commit(manifest: Manifest, root: Path) -> Check:
     commit = manifest["git"]["commit"]
     if not commit:
         return Check("git commit", None, "it was published outside a git repository")
-    if subprocess.run(["git", "rev-parse", "--git-dir"], cwd=root, capture_output=True).returncode != 0:
-        return Check("git commit", None, f"{commit[:12]}: this folder is no git repository")
-    found = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=root, capture_output=True)
-    missing = "" if found.returncode == 0 else " is not in this repository (`git fetch` may bring it)"
+    if git.ask(root, "rev-parse", "--git-dir") is None:
+        return Check("git commit", None, f"{commit[:12]}: this folder is not a git repository")
+    known = git.ask(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None
+    missing = "" if known else " is not in this repository (`git fetch` may bring it)"
     changed = ", with changes that no commit has" if manifest["git"]["dirty"] else ""
-    return Check("git commit", found.returncode == 0, f"{commit[:12]}{missing}{changed}")
+    return Check("git commit", known, f"{commit[:12]}{missing}{changed}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.git_record import GitRecordError, record_version
+from pipeline.git import GitError, record_version
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -42,10 +42,10 @@ def test_each_version_is_a_commit_and_a_tag_and_the_checkout_stays(root: Path) -
 
 
 def test_a_dirty_tree_and_the_checked_out_branch_are_refused(root: Path) -> None:
-    with pytest.raises(GitRecordError, match="which is checked out"):
+    with pytest.raises(GitError, match="which is checked out"):
         record_version("main", "model", "abc", "1", root)
     (root / "dvc.yaml").write_text("changed\n")
-    with pytest.raises(GitRecordError, match=r"dvc\.yaml differ from the commit"):
+    with pytest.raises(GitError, match=r"dvc\.yaml differ from the commit"):
         record_version("retune/champions", "model", "abc", "1", root)
     assert git(root, "tag") == ""
     assert git(root, "branch", "--format=%(refname:short)") == "main"
