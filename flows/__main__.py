@@ -1,23 +1,23 @@
 """`python -m flows`: one run of the retrain flow in a process of its own, as `retune run` starts it."""
 
-import gc
 import json
 import os
 import sys
 import time
 from typing import Any
 
-from pipeline.environment import quick_imports
+from pipeline.environment import collect_rarely
 from pipeline.security.redact import redact, redact_process
 
 
 def main() -> None:
     """Run the flow; an error of this project becomes one sentence and exit status 1."""
     started = time.monotonic()
+    collect_rarely()
     redact_process()
-    with quick_imports():
-        from flows.retrain import retrain
-        from flows.summary import show
+    from flows.retrain import retrain
+    from flows.summary import show
+
     try:
         state: Any = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
         # A refusal is no error, though its state is not green.
@@ -31,7 +31,6 @@ def main() -> None:
         print(json.dumps(result))
     else:
         show(result, time.monotonic() - started)
-    gc.freeze()  # its last collection would look at all of Prefect and MLflow for a second
 
 
 if __name__ == "__main__":

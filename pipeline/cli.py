@@ -1,6 +1,5 @@
 """The `retune` command. Each subcommand reads its parameters, calls one function, and says what came of it."""
 
-import gc
 import json
 import os
 import resource
@@ -16,7 +15,7 @@ import typer
 
 from pipeline import commands, data_commands, operating, try_commands
 from pipeline.commands import Json
-from pipeline.environment import quick_imports, set_environment
+from pipeline.environment import collect_rarely, set_environment
 from pipeline.files import WORK_DIR
 from pipeline.in_project import ProjectCommand, enter_project
 from pipeline.process import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
@@ -38,6 +37,7 @@ ARTIFACTS = Path("artifacts")
 
 def main() -> None:
     """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
+    collect_rarely()
     redact_process()
     enter_project()
     set_environment()
@@ -57,8 +57,6 @@ def main() -> None:
             where += f"; this project is used by {WORK_DIR.owner()}, clone it to a folder of your own"
         print(redact(f"error: {error.strerror}{where}"), file=sys.stderr)
         sys.exit(1)
-    finally:
-        gc.freeze()  # Python's last collection would look at all of PyTorch for three seconds
 
 
 @app.command(cls=ProjectCommand)
@@ -233,8 +231,7 @@ def _run_stage(name: str, params: Any) -> str:
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     if name in STAGES:
-        with quick_imports():
-            import_module(f"pipeline.{name}")
+        import_module(f"pipeline.{name}")
     classes = params.train.task == "sequence-classification"
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
     match name:

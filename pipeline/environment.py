@@ -1,11 +1,11 @@
-"""What every process of a run begins with: caches in the project, no telemetry, few spinning threads, quick imports."""
+"""What every process of a run begins with: caches in the project, no telemetry, few spinning threads and collections."""
 
+import atexit
 import gc
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.files import WORK_DIR
@@ -56,16 +56,10 @@ def _quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-@contextmanager
-def quick_imports() -> Iterator[None]:
-    """Load libraries without Python's collector, and keep it from them later.
+def collect_rarely() -> None:
+    """Have Python look for cycles every 100,000 objects instead of 700, and not at all at the end of this process.
 
-    They are objects that stay; while PyTorch and its like load, it would look at them again and again for nearly two
-    seconds.
+    Libraries and rows are objects without cycles: looking is a fifth of the time of `prepare`.
     """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)

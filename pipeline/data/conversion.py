@@ -5,7 +5,6 @@ Memory is bounded by the blocks under way; data of a few thousand rows stays in 
 than a second one has started.
 """
 
-import gc
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -22,6 +21,7 @@ from pipeline.data.columns import SHARD_COLUMNS
 from pipeline.data.containers import Block, from_ipc, to_ipc
 from pipeline.data.formats import Recipe, convert, recognised_blocks
 from pipeline.data.records import Rejected
+from pipeline.environment import collect_rarely
 from pipeline.params import ColumnsParams
 from pipeline.workers import Workers
 
@@ -71,7 +71,7 @@ def convert_blocks(blocks: Iterable[tuple[T, Block, Recipe]]) -> Iterator[tuple[
             yield tag, _batch(block, recipe)
         return
     under_way: deque[tuple[T, Block, Recipe, Future[Packed]]] = deque()
-    with Workers(_begin_worker) as workers:
+    with Workers(collect_rarely) as workers:
         for tag, block, recipe in chain(first, coming):
             under_way.append((tag, block, recipe, workers.submit(_packed_batch, block, recipe)))
             if len(under_way) > 3 * workers.count:
@@ -83,12 +83,6 @@ def convert_blocks(blocks: Iterable[tuple[T, Block, Recipe]]) -> Iterator[tuple[
 def _done(tag: T, block: Block, recipe: Recipe, future: Future[Packed]) -> tuple[T, Batch]:
     table, rejected, unused = future.result()
     return tag, Batch(from_ipc(table), rejected, recipe, block.position, unused)
-
-
-def _begin_worker() -> None:
-    # Rows hold no cycles. Looking for them every 700 objects, the default, is a third of the time.
-    gc.freeze()
-    gc.set_threshold(100_000)
 
 
 def _packed_batch(block: Block, recipe: Recipe) -> Packed:
