@@ -1,4 +1,4 @@
-"""What every process of a run begins with: caches in the project, no telemetry, few spinning threads and collections."""
+"""What every process of a run begins with: caches in the project, no telemetry, few threads and collections."""
 
 import atexit
 import gc
