@@ -121,7 +121,7 @@ def inspect(
 def _reading(params: "IngestParams", format: str | None, columns: str | None) -> "IngestParams":
     """`params` with the format and the columns of the command line; a format named there overrules a mapping."""
     from pipeline.data.columns import parse_columns
-    from pipeline.data.formats import FORMATS
+    from pipeline.data.known_formats import FORMATS
 
     if format not in (None, "auto", *FORMATS):
         raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
@@ -140,7 +140,7 @@ def _terminal() -> "Ask | None":
 def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
     """The format, or the columns, that a person names on the terminal."""
     from pipeline.data.columns import ColumnsError, as_pairs, parse_columns
-    from pipeline.data.formats import FORMATS
+    from pipeline.data.known_formats import FORMATS
 
     print(error, file=sys.stderr)
     guess = next(iter(error.formats), None) if error.columns is None else as_pairs(error.columns)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.formats import FORMATS, UnclearFormatError, find_files, read_rows
+from pipeline.data.formats import UnclearFormatError, find_files, read_rows
 from pipeline.data.json_text import FormatError
+from pipeline.data.known_formats import FORMATS
 from pipeline.data.records import Rejected, Row, is_plain_text
 from pipeline.params import ColumnsParams
 

@@ -377,3 +377,12 @@ def test_a_worker_starts_in_a_clone_of_its_own_and_goes_on_with_it(tmp_path: Pat
     start("true", RETUNE_ROOT=other)  # a cpu worker's clone is the project: nothing overwrites it
     with contextlib.suppress(subprocess.CalledProcessError):
         assert git("config", "retune.worker", cwd=Path(other)) != "true"
+
+
+def test_the_workflow_and_the_hook_run_what_people_run() -> None:
+    schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/github-workflows.json").read_text())
+    workflow = YAML(typ="safe").load((ROOT / ".github/workflows/ci.yaml").read_text(encoding="utf-8"))
+    jsonschema.validators.validator_for(schema)(schema).validate(workflow)
+    assert [step["run"] for step in workflow["jobs"]["check-and-test"]["steps"] if "run" in step] == [".ci/run"]
+    [repository] = YAML(typ="safe").load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [hook["entry"] for hook in repository["hooks"]] == ["make check"]

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -34,13 +34,14 @@ from pipeline.evaluate import evaluate
 from pipeline.files import read_json
 from pipeline.merge import Merged, merge
 from pipeline.model import load_base, load_tuned, untuned
-from pipeline.params import Params
+from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
 from pipeline.security.vetting import CHOSEN, UnsafeModelError, check_settings
 from pipeline.train import Trained, train
 from pipeline.training.checkpoints import run_key
+from pipeline.training.combinations import VIRTUAL_TOKENS
 from pipeline.training.methods import adapter_config, settings_of
-from pipeline.training.targets import MethodError, target_modules
+from pipeline.training.targets import PLAIN_LORA, UNTARGETED, MethodError, target_modules
 from pipeline.weights.merging import MergeError
 
 SIZES = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -89,8 +90,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 UNPACKED = {"bloom": {"packing": False}}  # its ALiBi counts positions over the whole line
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
-LINEAR_ONLY = ("dora", "ia3", "adalora")  # these have nothing for experts
-PLAIN = {"lora", "qlora", "dora", "rslora", "ia3", "adalora", "full"}  # the others cannot be merged
+METHODS = get_args(TrainParams.model_fields["method"].annotation)
+LINEAR_ONLY = [method for method in METHODS if method not in (*PLAIN_LORA, *UNTARGETED)]  # have nothing for experts
+PLAIN = {*METHODS} - {*VIRTUAL_TOKENS}  # the others cannot be merged
 # Fast by default: each family by one method, each method on one family; all together are marked faults.
 QUICK = {"llama": "lora", "qwen2": "qlora", "qwen3": "lora", "mistral": "qlora", "gemma": "dora", "phi": "rslora"}
 QUICK |= {
@@ -102,11 +104,11 @@ QUICK |= {
     "bloom": "lora",
     "gpt2": "ia3",
 }
-ALSO = [("llama", "adalora"), ("llama", "prefix"), ("llama", "prompt"), ("llama", "full")]
+ALSO = [("llama", method) for method in METHODS if method not in QUICK.values()]
 PAIRS = [
     pytest.param(family, method, marks=[] if quick else pytest.mark.faults)
     for family in FAMILIES
-    for method in ("lora", "qlora", "dora", "rslora", "ia3", "adalora", "prefix", "prompt", "full")
+    for method in METHODS
     for quick in [QUICK[family] == method or (family, method) in ALSO]
 ]
 

@@ -19,24 +19,6 @@ SHARD_COLUMNS = ("source", "messages", "tools", "task", "group", "scoring", "rep
 CONVERSATIONS = ("messages", "conversations", "conversation")  # the first of them that a record has is read
 PAIRS = (("question", "answer"), ("prompt", "response"), ("query", "response"), ("question", "response"))
 TURN_PAIRS = (("human", "assistant"), ("input", "output"))  # question and answer in one object
-OPTIONAL = frozenset(("system", "tools", "functions", "task", "group", "scoring"))
-# The columns that each format reads; a mapping reads what it names.
-READS: dict[str, frozenset[str]] = {
-    "alpaca": OPTIONAL | {"instruction", "input", "output", "history"},
-    "dolly": OPTIONAL | {"instruction", "context", "response", "history"},
-    "self-instruct": OPTIONAL | {"instruction", "instances", "history"},
-    "sharegpt": OPTIONAL | {*CONVERSATIONS},
-    "messages": OPTIONAL | {*CONVERSATIONS},
-    "turn-pairs": OPTIONAL | {*CONVERSATIONS},
-    "prompt-completion": OPTIONAL | {"prompt", "completion"},
-    "question-answer": OPTIONAL.union(*PAIRS),
-    "openorca": OPTIONAL | {"system_prompt", "question", "response"},
-    "ultrachat": OPTIONAL | {"data", *CONVERSATIONS},
-    "text": OPTIONAL - {"system"} | {"text"},
-    "openassistant": frozenset(("path", "left_out")),
-    "shard": frozenset(SHARD_COLUMNS),
-}
-READS["belle"] = READS["alpaca"]
 MEDIA = frozenset(name + s for name in ("image", "audio", "video") for s in ("", "s"))
 UNPAIRED = frozenset(("label", "kto_tag"))  # of TRL and LLaMA-Factory: whether an answer is a good one
 # Parts of the names that columns have elsewhere, the likeliest first.
@@ -50,17 +32,6 @@ WORDS_OF_YAML = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 
 class ColumnsError(ValueError):
     """A mapping of columns on the command line cannot be used; the message says why."""
-
-
-def columns_read(format: str, columns: ColumnsParams | None) -> frozenset[str]:
-    """The columns that the converter of a format may read."""
-    if format in READS:
-        return READS[format]
-    columns = columns or ColumnsParams()
-    named = set(named_columns(columns)) | {"task", "group", "scoring", "tools"}
-    if format == "classification":
-        named |= {columns.response or "label"} | (set() if columns.template else {columns.prompt or "text"})
-    return frozenset(named)
 
 
 def named_columns(columns: ColumnsParams) -> list[str]:

@@ -4,7 +4,6 @@ Comes in: records of a file (see `containers`). Goes out: for every record a `Ro
 file that fits no format, or two, is refused with a question that lists what was seen: a wrong guess is worse.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -13,22 +12,18 @@ from typing import Any
 
 from pipeline.data import trees
 from pipeline.data.columns import (
-    CONVERSATIONS,
-    PAIRS,
     SHARD_COLUMNS,
-    TURN_PAIRS,
     as_option,
     as_yaml,
-    columns_read,
     corrected,
     guess_columns,
-    has_context,
     named_columns,
     note_unread,
 )
 from pipeline.data.containers import CONTAINERS, KNOWN, Block, read_blocks, records_of, split_name
 from pipeline.data.json_text import FormatError, Unreadable
-from pipeline.data.records import Rejected, Row, converter, is_dialogue
+from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, columns_read, converter
+from pipeline.data.records import Rejected, Row, is_dialogue
 from pipeline.params import ColumnsParams
 
 SAMPLE = 1000  # records at the start of a file by which its format is recognised
@@ -56,68 +51,10 @@ class Recipe:
     guessed: bool = False  # whether nobody named the format: a record of another one then stops the file
 
 
-def _turns_kind(record: dict[str, Any]) -> str | None:
-    """The format of a record's conversation, by its first turn; None where it has none."""
-    for key in CONVERSATIONS:
-        turns = record.get(key)
-        if isinstance(turns, str) and turns.lstrip()[:1] == "[":  # a cell of a CSV file
-            try:
-                turns = json.loads(turns)
-            except (ValueError, RecursionError):
-                return "sharegpt" if '"from"' in turns else "messages"
-        if isinstance(turns, list):
-            first = turns[0] if turns else None
-            if isinstance(first, str):
-                return "ultrachat"
-            if isinstance(first, dict):
-                if "from" in first or "role" in first:
-                    return "sharegpt" if "from" in first else "messages"
-                if any(one in first and two in first for one, two in TURN_PAIRS):
-                    return "turn-pairs"
-            return "sharegpt" if key == "conversations" else "messages"
-    return None
-
-
-def _is_pair(record: dict[str, Any]) -> bool:
-    pairs = [pair for pair in PAIRS if pair[0] in record and pair[1] in record]
-    return len(pairs) == 1 and "system_prompt" not in record and not has_context(record)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(turn, str) for turn in value)
-
-
-SIGNATURES: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
-    "alpaca": ("instruction, output", lambda r: "instruction" in r and "output" in r),
-    "dolly": (
-        "instruction, context, response",
-        lambda r: "instruction" in r and "response" in r and "output" not in r,
-    ),
-    "self-instruct": (
-        "instruction, instances",
-        lambda r: "instruction" in r and isinstance(r.get("instances"), list | str),
-    ),
-    "sharegpt": ("conversations with from and value", lambda r: _turns_kind(r) == "sharegpt"),
-    "messages": ("messages with role and content", lambda r: _turns_kind(r) == "messages"),
-    "turn-pairs": ("conversation with human and assistant", lambda r: _turns_kind(r) == "turn-pairs"),
-    "ultrachat": (
-        "data or conversations, a list of texts",
-        lambda r: _is_texts(r.get("data")) or _turns_kind(r) == "ultrachat",
-    ),
-    "openassistant": (", ".join(sorted(trees.KEYS)), lambda r: r.keys() >= trees.KEYS),
-    "prompt-completion": ("prompt, completion", lambda r: "prompt" in r and "completion" in r),
-    "question-answer": (" or ".join(", ".join(pair) for pair in PAIRS), _is_pair),
-    "openorca": ("system_prompt, question, response", lambda r: {"system_prompt", "question", "response"} <= r.keys()),
-    "classification": ("text, label", lambda r: "text" in r and "label" in r),
-    "preference": ("chosen, rejected", lambda r: "chosen" in r and "rejected" in r),
-}
-FORMATS = (*(name for name in SIGNATURES if name != "preference"), "belle", "text")
-
-
 def _formats_of(record: Any) -> list[str]:
     if not isinstance(record, dict):
         return []
-    found = [name for name, (_, fits) in SIGNATURES.items() if fits(record)]
+    found = [name for name, known in KNOWN_FORMATS.items() if known.fits(record)]
     # tatsu-lab's Alpaca carries its rendered prompt as `text`: that column counts where nothing else does.
     return ["text"] if not found and "text" in record else found
 
@@ -276,7 +213,7 @@ def _unclear(
     if columns is not None:
         what += f"; map its columns, perhaps --columns {as_option(columns)} (params.yaml: ingest.columns: "
         what += f"{as_yaml(columns)})"
-    known = "; ".join(f"{name} ({keys})" for name, (keys, _) in SIGNATURES.items() if name != "preference")
+    known = "; ".join(f"{name} ({KNOWN_FORMATS[name].keys})" for name in FORMATS if KNOWN_FORMATS[name].keys)
     return UnclearFormatError(f"{what}; or name its format with --format: {known}", formats or [], columns)
 
 

@@ -1,22 +1,17 @@
-"""A record of each format as a conversation of one shape.
+"""A conversation that a record holds, as a `Row`: what every format shares.
 
-A record becomes a `Row`. One that is not a conversation is a ValueError that continues the sentence "a row …", and
-becomes a `Rejected` in `formats.convert`.
+A record that is not a conversation is a ValueError that continues the sentence "a row …", and becomes a `Rejected` in
+`formats.convert`.
 """
 
 import re
-import string
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.chat import Message
-from pipeline.data import trees
-from pipeline.data.columns import CONVERSATIONS, PAIRS, TURN_PAIRS
-from pipeline.data.messages import chat_messages, join_turns, sharegpt_messages, split_thoughts, tools_of
-from pipeline.data.values import checked, label_of, list_of, scalar_of, short, text_of
-from pipeline.params import ColumnsParams
+from pipeline.data.columns import CONVERSATIONS
+from pipeline.data.messages import join_turns, split_thoughts, tools_of
+from pipeline.data.values import checked, label_of, list_of, short, text_of
 
 SCORINGS = ("exact", "text")  # what a row may say
 TOOL_CALLS = "tool_calls"  # of a row whose answer calls tools
@@ -50,194 +45,12 @@ class Rejected:
     record: Any
 
 
-# The set takes up the names of columns and message keys that say something and are not read.
-Converter = Callable[[dict[str, Any], str, set[str]], Row | list[Row | Rejected]]
-
-
 def is_plain_text(messages: list[Message]) -> bool:
     """Whether a row is text to continue rather than an answer to a prompt: no chat template belongs around it."""
     return len(messages) == 1
 
 
-def converter(format: str, columns: ColumnsParams | None, labels: dict[str, list[str]]) -> Converter:
-    """What makes rows of the records of a format; `labels` are the names of classes, by column."""
-    converters: dict[str, Converter] = {
-        "alpaca": _from_alpaca,
-        "belle": _from_alpaca,
-        "dolly": _from_dolly,
-        "self-instruct": _from_self_instruct,
-        "sharegpt": _from_sharegpt,
-        "messages": _from_messages,
-        "turn-pairs": _from_turn_pairs,
-        "prompt-completion": _from_prompt_completion,
-        "question-answer": _from_question_answer,
-        "openorca": _from_openorca,
-        "ultrachat": _from_ultrachat,
-        "openassistant": _from_openassistant,
-        "text": _from_text,
-        "shard": _from_shard,
-    }
-    return converters.get(format) or _mapping(format, columns, labels)
-
-
-def _instruction(about: str, answer: str, record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    """An instruction about the text in the column `about`, and its answer in the column `answer`."""
-    instruction = text_of(record, "instruction")
-    extra = "" if record.get(about) in (None, "") else text_of(record, about, required=False)
-    output = text_of(record, answer)
-    messages = _system(record) if "system" in record else []
-    if "history" in record:
-        messages += _history(record, "history")
-    if is_dialogue(instruction):
-        if extra:
-            raise ValueError("instruction holds a conversation (Human:/Assistant:) and there is an input beside it")
-        messages += _dialogue(instruction, "instruction", open_end=True)
-    else:
-        messages.append({"role": "user", "content": f"{instruction}\n{extra}" if extra else instruction})
-    messages.append({"role": "assistant", "content": output})
-    return _row(messages, record, source, unused)
-
-
-_from_alpaca: Callable[[dict[str, Any], str, set[str]], Row] = partial(_instruction, "input", "output")
-_from_dolly: Converter = partial(_instruction, "context", "response")
-
-
-def _from_self_instruct(record: dict[str, Any], source: str, unused: set[str]) -> list[Row | Rejected]:
-    instances = list_of(record, "instances")
-    if not instances:
-        raise ValueError("has no instances")
-    rows: list[Row | Rejected] = []
-    for number, instance in enumerate(instances):
-        where = f"{source}#{number}"
-        try:
-            if not isinstance(instance, dict):
-                raise ValueError(f"has an instance that is a {type(instance).__name__}, not an object")
-            unused.update(f"instances[].{key}" for key in instance.keys() - {"input", "output"} if instance[key])
-            whole = record | {"input": instance.get("input"), "output": instance.get("output")}
-            rows.append(_from_alpaca(whole, where, unused))
-        except ValueError as error:
-            rows.append(Rejected(where, str(error), {"instruction": record.get("instruction"), "instance": instance}))
-    return rows
-
-
-def _from_sharegpt(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    key, turns = _conversation(record, unused)
-    return _talk(sharegpt_messages(turns, key, unused), record, source, unused)
-
-
-def _from_messages(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    key, turns = _conversation(record, unused)
-    return _talk(chat_messages(turns, key, unused), record, source, unused)
-
-
-def _from_turn_pairs(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    key, turns = _conversation(record, unused)
-    messages: list[Message] = []
-    for number, turn in enumerate(turns):
-        names = next((pair for pair in TURN_PAIRS if isinstance(turn, dict) and pair[0] in turn), None)
-        if names is None:
-            raise ValueError(f"a turn is {short(turn)}; expected an object with human and assistant (or input, output)")
-        if number == 0:
-            messages += _system(turn)
-        texts = [text_of(turn, name) for name in names]
-        unused.update(f"{key}[].{name}" for name in turn.keys() - {*names, *(() if number else ("system",))})
-        messages += _turns(texts)
-    return _talk(messages, record, source, unused)
-
-
-def _from_prompt_completion(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    return _pair(record, "prompt", "completion", source, unused)
-
-
-def _from_question_answer(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    for names in PAIRS:
-        if names[0] in record and names[1] in record:
-            unused.update(key for pair in PAIRS for key in pair if key not in names and record.get(key))
-            return _pair(record, *names, source, unused)
-    raise ValueError(f"has {', '.join(record) or 'nothing'}; expected {' or '.join(map(' and '.join, PAIRS))}")
-
-
-def _pair(record: dict[str, Any], prompt: str, response: str, source: str, unused: set[str]) -> Row:
-    """A prompt and its answer; each may also be a list of messages, as TRL has them."""
-    messages = _system(record)
-    for key, role in ((prompt, "user"), (response, "assistant")):
-        if isinstance(record.get(key), list):
-            messages += chat_messages(record[key], key, unused)
-        else:
-            text = _answer(record, key, {}) if role == "assistant" else text_of(record, key)
-            messages.append({"role": role, "content": text})
-    messages, repairs = join_turns(messages)
-    return _row(messages, record, source, unused, repairs=repairs)
-
-
-def _from_openorca(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    messages = _system(record, "system_prompt")
-    return _row(
-        [*messages, *_turns([text_of(record, "question"), text_of(record, "response")])], record, source, unused
-    )
-
-
-def _from_ultrachat(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    key, turns = _conversation(record, unused, "data", *CONVERSATIONS)
-    return _talk(_turns([checked(turn, key) for turn in turns]), record, source, unused)
-
-
-def _from_openassistant(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    messages: list[Message] = []
-    for message in record["path"]:
-        role = {"prompter": "user", "assistant": "assistant"}.get(message.get("role"))
-        if role is None:
-            raise ValueError(f"a message has role {short(message.get('role'))}; expected prompter or assistant")
-        messages.append({"role": role, "content": text_of(message, "text")})
-        unused.update(key for key in message.keys() - trees.READ if message[key])
-    messages, repairs = join_turns(messages)
-    repairs += ["other paths of its message tree left out"] if record["left_out"] else []
-    return _row(messages, record, source, unused, repairs=repairs)
-
-
-def _from_text(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    text = text_of(record, "text")
-    if is_dialogue(text):
-        return _row(_dialogue(text, "text", open_end=False), record, source, unused)
-    return _row([{"role": "assistant", "content": text}], {"task": "text"} | record, source, unused, plain=True)
-
-
-def _from_shard(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    messages = chat_messages(list_of(record, "messages"), "messages", unused)
-    row = _row(messages, record, text_of(record, "source"), unused, plain=is_plain_text(messages))
-    return replace(row, repairs=[*(record["repairs"] or []), *row.repairs])
-
-
-def _mapping(format: str, columns: ColumnsParams | None, labels: dict[str, list[str]]) -> Converter:
-    """The converter for columns that a person named; classification is text → label unless they say otherwise."""
-    columns = columns or ColumnsParams()
-    classes = format == "classification"
-    response = columns.response or "label"
-    prompt = columns.prompt or "text"
-    template = list(string.Formatter().parse(columns.template)) if columns.template is not None else None
-
-    def make(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-        messages: list[Message] = []
-        if columns.system:
-            messages += _system(record, columns.system)
-        if columns.history:
-            messages += _history(record, columns.history)
-        if template is None:
-            question = text_of(record, prompt)
-        else:
-            parts = [literal + (scalar_of(record, name) if name else "") for literal, name, _, _ in template]
-            question = checked("".join(parts), "template")
-        answer = _answer(record, response, labels)
-        others = {name: record.get(getattr(columns, name) or name) for name in ("task", "group", "scoring", "tools")}
-        if classes:  # a class is a name, in which spaces at the ends say nothing
-            answer = answer.strip()
-            others |= {"task": others["task"] or "classification", "scoring": others["scoring"] or "exact"}
-        return _row([*messages, *_turns([question, answer])], others, source, unused)
-
-    return make
-
-
-def _answer(record: dict[str, Any], key: str, labels: dict[str, list[str]]) -> str:
+def answer_of(record: dict[str, Any], key: str, labels: dict[str, list[str]]) -> str:
     value = record.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         names = labels.get(key)
@@ -249,12 +62,12 @@ def _answer(record: dict[str, Any], key: str, labels: dict[str, list[str]]) -> s
     return checked(value, key)
 
 
-def _system(record: dict[str, Any], key: str = "system") -> list[Message]:
+def system_of(record: dict[str, Any], key: str = "system") -> list[Message]:
     system = text_of(record, key, required=False)
     return [{"role": "system", "content": system}] if system else []
 
 
-def _conversation(record: dict[str, Any], unused: set[str], *names: str) -> tuple[str, list[Any]]:
+def conversation_of(record: dict[str, Any], unused: set[str], *names: str) -> tuple[str, list[Any]]:
     """The name of the column that holds the turns, and the turns."""
     names = names or CONVERSATIONS
     there = [key for key in names if record.get(key) is not None]
@@ -263,12 +76,12 @@ def _conversation(record: dict[str, Any], unused: set[str], *names: str) -> tupl
     return key, list_of(record, key)
 
 
-def _history(record: dict[str, Any], key: str) -> list[Message]:
+def history_of(record: dict[str, Any], key: str) -> list[Message]:
     messages: list[Message] = []
     for turn in list_of(record, key):
         if not isinstance(turn, list) or len(turn) != 2:
             raise ValueError(f"{key} is not a list of [question, answer] pairs")
-        messages += _turns([checked(turn[0], key), checked(turn[1], key)])
+        messages += turns_of([checked(turn[0], key), checked(turn[1], key)])
     return messages
 
 
@@ -280,7 +93,7 @@ def is_dialogue(text: Any) -> bool:
     return SPEAKER.match(text.strip()) is not None and speakers[0] == "Human" and "Assistant" in speakers
 
 
-def _dialogue(text: str, key: str, open_end: bool) -> list[Message]:
+def dialogue_turns(text: str, key: str, open_end: bool) -> list[Message]:
     """The turns of a conversation written out; with `open_end` its last `Assistant:` is left open and not returned."""
     _, *parts = SPEAKER.split(text.strip())
     speakers, contents = parts[::2], [part.strip() for part in parts[1::2]]
@@ -290,25 +103,25 @@ def _dialogue(text: str, key: str, open_end: bool) -> list[Message]:
         if speakers[-1] != "Assistant" or contents[-1]:
             raise ValueError(f"{key} holds a conversation (Human:/Assistant:) that does not end with Assistant:")
         contents = contents[:-1]
-    return _turns([checked(content, key) for content in contents])
+    return turns_of([checked(content, key) for content in contents])
 
 
-def _turns(contents: list[str]) -> list[Message]:
+def turns_of(contents: list[str]) -> list[Message]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def _talk(messages: list[Message], record: dict[str, Any], source: str, unused: set[str]) -> Row:
+def row_of_turns(messages: list[Message], record: dict[str, Any], source: str, unused: set[str]) -> Row:
     """The row of a conversation given turn by turn, with the system message of its own column first."""
-    if system := _system(record):
+    if system := system_of(record):
         if not messages or messages[0]["role"] != "system":
             messages = system + messages
         elif messages[0] != system[0]:
             raise ValueError("has a system column and another system message in its turns")
     messages, repairs = join_turns(messages)
-    return _row(messages, record, source, unused, repairs=repairs)
+    return row_of(messages, record, source, unused, repairs=repairs)
 
 
-def _row(
+def row_of(
     messages: list[Message],
     record: dict[str, Any],
     source: str,
