@@ -24,6 +24,10 @@ from pipeline.statistics import METRICS, bootstrap_metrics, group_of, metric_ite
 
 METRICS_FILE = Path(__file__).parent / "metrics" / "text_metrics.py"
 ITEMS_OF_A_CLASS = 10  # a task is a classification, and counts for macro-F1, with so many items a label on average
+# Metrics of an answer's text and its reference alone.
+TEXT_METRICS = [
+    name for name in METRICS if name not in ("accuracy", "macro_f1", "perplexity") and not name.startswith("rouge")
+]
 NOT_SCORED = {"prompts", "general", "judge"}  # parameters that no score of a test item depends on
 STATUSES = ("ok", "cut_off", "empty", "failed")
 # {metric: {score, low, high}, distinct_1, distinct_2, length_ratio, num_samples, num_cut_off, num_empty, num_failed,
@@ -56,9 +60,7 @@ def score_items(
     pairs = {"predictions": _where(is_text, counted), "references": _where(is_text, references)}
     results = {
         "accuracy": compute("accuracy", predictions=counted, references=references, scoring=scoring),
-        "exact_match": compute("exact_match", **pairs),
-        "bleu": compute("bleu", **pairs),
-        "chrf": compute("chrf", **pairs),
+        **{metric: compute(metric, **pairs) for metric in TEXT_METRICS},
         "rouge": compute("rouge", **pairs),
         "perplexity": compute("perplexity", losses=losses[0], tokens=losses[1]),
     }
@@ -78,12 +80,9 @@ def score_items(
         "accuracy": pa.array(results["accuracy"]["items"], pa.float64()),
         "label": pa.array(labels, pa.string()),
         "predicted": pa.array(predicted, pa.string()),
-        "exact_match": pa.array(_scattered(is_text, results["exact_match"]["items"]), pa.float64()),
-        "bleu": pa.array(_scattered(is_text, results["bleu"]["items"]), pa.list_(pa.float64())),
-        "chrf": pa.array(_scattered(is_text, results["chrf"]["items"]), pa.list_(pa.float64())),
-    } | {
-        kind: pa.array(_scattered(is_text, values), pa.float64()) for kind, values in results["rouge"]["items"].items()
     }
+    by_text = {metric: results[metric]["items"] for metric in TEXT_METRICS} | results["rouge"]["items"]
+    columns |= {metric: _column(_scattered(is_text, values)) for metric, values in by_text.items()}
     columns |= {"loss": pa.array(losses[0], pa.float64()), "loss_tokens": pa.array(losses[1], pa.int32())}
     items = test.select(["id", "task", "language", "group", "scoring", "messages", "prompt", "reference"])
     for name, column in columns.items():
@@ -184,6 +183,12 @@ def _scattered(chosen: list[bool], values: Sequence[Any]) -> list[Any]:
     """`values`, one for each that is chosen, and None for the others."""
     each = iter(values)
     return [next(each) if is_one else None for is_one in chosen]
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Scores of items, or the counts that a set's score is made from."""
+    counts = any(isinstance(value, list) for value in values)
+    return pa.array(values, pa.list_(pa.float64()) if counts else pa.float64())
 
 
 def _where(chosen: list[bool], values: Iterable[str | None]) -> list[str]:

@@ -8,17 +8,16 @@ hard item does to both cancels out.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.files import read_json
+from pipeline.params import Metric
 
-METRICS = (
-    *("accuracy", "macro_f1", "exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity"),
-)
+METRICS: tuple[str, ...] = get_args(Metric)
 LOWER_IS_BETTER = frozenset({"perplexity"})
 BINARY = frozenset({"accuracy", "exact_match"})  # an item is right or wrong
 PERCENT = frozenset({"bleu", "chrf"})  # 0–100; the other metrics 0–1, perplexity from 1 up
