@@ -36,7 +36,7 @@ from pipeline.merge import Merged, merge
 from pipeline.model import load_base, load_tuned, untuned
 from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
-from pipeline.security.vetting import CHOSEN, UnsafeModelError, check_settings
+from pipeline.security.vetting import DENIED, UnsafeModelError, check_settings
 from pipeline.train import Trained, train
 from pipeline.training.checkpoints import run_key
 from pipeline.training.combinations import VIRTUAL_TOKENS
@@ -315,7 +315,7 @@ def test_what_experts_cannot_be_trained_with_is_refused(params: Params, change: 
 def test_settings_that_loading_refuses_are_refused_before_the_first_step(
     tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.security.vetting.CHOSEN", CHOSEN - {"lora_alpha"})
+    monkeypatch.setattr("pipeline.security.vetting.DENIED", (*DENIED, "lora_alpha"))
     monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("a batch was trained on"))
     with pytest.raises(UnsafeModelError, match="lora_alpha = "):
         train(short(params, "lora").train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")

@@ -1,7 +1,6 @@
-"""The files that a version may hold: their names, and content of the type that each name promises.
+"""The files that a version may hold: a list of names, and content of the type that each name promises.
 
-Comes in: relative names, and files before they are shipped or loaded. Refused, with the reason: a name that is not on
-the list (no other can leave its folder, pass for another or run), and bytes of another type than the name says.
+No name on the list can leave its folder, pass for another or run.
 """
 
 import json
@@ -38,10 +37,6 @@ _DEVICE = re.compile(
 )  # files of these names are devices on Windows
 MAX_TEXT_BYTES = 256 * 2**20  # a JSON or text file; the largest tokenizer.json in use has 33 MB
 MAX_TABLE_BYTES = 4 * 2**30  # a Parquet table in memory
-# A pickle by protocol 2 to 5, zip (PyTorch's own), gzip, ELF, Windows and Mach-O programs, a script, HDF5.
-_PROGRAMS = re.compile(
-    rb"\x80[\x02-\x05]|PK\x03\x04|\x1f\x8b|\x7fELF|MZ|\xfe\xed\xfa[\xce\xcf]|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|#!|\x89HDF"
-)
 # A link into a content-addressed cache names its bytes by their digest: DVC's (cache.type symlink) or the Hub's.
 _CACHED = re.compile(r"files/md5/[0-9a-f]{2}/[0-9a-f]{30}|blobs/([0-9a-f]{40}|[0-9a-f]{64})")
 
@@ -66,21 +61,6 @@ def check_names(names: Iterable[str]) -> None:
             raise UnsafeFileError(
                 f"{name} and {seen[name.casefold()]} differ in case alone: one would replace the other"
             )
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The path of a version's file `name` in `folder`.
-
-    Raises:
-        UnsafeFileError: the name is not allowed, or a link on the way leads elsewhere.
-    """
-    check_names([name])
-    path = folder
-    for component in name.split("/"):
-        path = path / component
-        if path.is_symlink():
-            raise UnsafeFileError(f"{path} is a link; remove it, downloads go into folders of their own")
-    return path
 
 
 def check_file(path: Path) -> None:
@@ -158,14 +138,7 @@ def _bounded(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _refuse_programs(data: bytes) -> None:
-    found = _PROGRAMS.match(data)
-    if found:
-        raise ValueError(f"it begins with {found[0]!r}, as a program, an archive or a pickle does")
-
-
 def _check_text(data: bytes) -> None:
-    _refuse_programs(data)
     if b"\x00" in data:
         raise ValueError("it holds a NUL byte")
     data.decode()

@@ -1,8 +1,7 @@
 """Foreign models, adapters and checkpoints, looked at before any library loads them.
 
-Comes in: a folder (or a Hub name with its commit). Refused: what would make a loader run code, unpickle, fetch
-something else or read files from elsewhere. What the loaders refuse or ignore themselves is left to them;
-docs/security.md says which test holds what.
+Refused is what would make a loader run code, unpickle, fetch something else or read files from elsewhere. What the
+loaders refuse or ignore themselves is left to them; docs/security.md says which test holds what.
 """
 
 import re
@@ -16,47 +15,18 @@ from transformers.utils.hub import cached_file
 from pipeline.security.allowlist import check_file, check_link, strict_json
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json")
-# LoRA settings that a training chooses; the rest (Megatron modules to import, initialisations that rewrite the base,
-# patterns) must be as PEFT has them by default.
-CHOSEN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "inference_mode"}
-CHOSEN |= {
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "ensure_weight_tying",
-}
-CHOSEN |= {"feedforward_modules", "init_ia3_weights"}  # IA3's
-CHOSEN |= {
-    "target_r",
-    "init_r",
-    "tinit",
-    "tfinal",
-    "deltaT",
-    "beta1",
-    "beta2",
-    "orth_reg_weight",
-    "total_step",
-}  # AdaLoRA's
-CHOSEN |= {"num_virtual_tokens", "token_dim", "num_transformer_submodules"}  # of prefix and prompt tuning
-CHOSEN |= {"num_attention_heads", "num_layers", "encoder_hidden_size"}
-TASKS = ("CAUSAL_LM", "SEQ_CLS")
-IGNORED = {"base_model_name_or_path", "revision", "peft_version"}  # of no effect: base and revision are the contract's
+METHODS = ("LORA", "IA3", "ADALORA", "PREFIX_TUNING", "PROMPT_TUNING")
+# Settings of an adapter that import modules, fetch a tokenizer or rewrite the base; so do all that end in `_config`.
+DENIED = ("auto_mapping", "tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text", "init_weights")
+DENIED += ("layer_replication", "trainable_token_indices")
+# Names of modules: PEFT takes a text, and the keys of a `…_pattern`, for regular expressions.
+NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "target_parameters", "modules_to_save")
+NAMES += ("layers_pattern",)
+PATTERNS = ("rank_pattern", "alpha_pattern")
 STATES = ("optimizer.pt", "scheduler.pt")  # written by torch.save, so pickles
 # training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
-CHECKPOINT = {*STATES, "adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "training_args.bin"}
-CHECKPOINT |= {"digests.json", "watch.json"}  # ours
-CHECKPOINT |= {"model.safetensors", "config.json", "generation_config.json"}  # of a whole model's training
-CHECKPOINT |= {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-CHECKPOINT |= {
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-}
+CHECKPOINT_SUFFIXES = {".safetensors", ".json", ".jinja", ".md", ".txt", ".model"}
+_PLAIN = re.compile(r"[\w.]+")
 
 
 class UnsafeModelError(ValueError):
@@ -98,7 +68,7 @@ def check_model(name_or_path: str, revision: str | None) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse an adapter that is not as `train` writes one.
+    """Refuse an adapter that is not safetensors and plain settings.
 
     Raises:
         UnsafeModelError, UnsafeFileError: with file, key and way out.
@@ -109,49 +79,26 @@ def check_adapter(folder: Path) -> None:
 
 
 def check_settings(config: Any, where: str) -> None:
-    """Refuse an adapter's settings (an adapter_config.json) that training may not write: the one list for both.
+    """Refuse an adapter's settings (an adapter_config.json) that would do more than place weights; `train` asks it too.
 
     Raises:
         UnsafeModelError: with the key, its value and what is expected.
     """
-    import peft  # takes seconds to import; prepare needs `check_model` alone
-
-    methods: dict[Any, Any] = {
-        "LORA": peft.LoraConfig,
-        "IA3": peft.IA3Config,
-        "ADALORA": peft.AdaLoraConfig,
-        "PREFIX_TUNING": peft.PrefixTuningConfig,
-        "PROMPT_TUNING": peft.PromptTuningConfig,
-    }
-    if not isinstance(config, dict) or config.get("peft_type") not in list(methods):
+    if not isinstance(config, dict) or config.get("peft_type") not in METHODS:
+        raise UnsafeModelError(f"{where} is not of an adapter that Retune loads: {', '.join(METHODS)}")
+    for key in (*DENIED, *(key for key in config if key.endswith("_config"))):
+        if config.get(key):
+            raise UnsafeModelError(f"{where} has {key} = {config[key]!r}; adapters are loaded only without it")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UnsafeModelError(
-            f"{where} is not of a LoRA adapter; only those, IA3's, AdaLoRA's, prefix and prompt tuning's are loaded"
+            f"{where} has init_lora_weights = {config['init_lora_weights']!r}, which may change the base; expected true"
         )
-    task = config.get("task_type") if config.get("task_type") in TASKS else TASKS[0]
-    steps = {"total_step": 1} if config["peft_type"] == "ADALORA" else {}  # AdaLoRA's is not made without
-    made = methods[config["peft_type"]](task_type=task, **steps)
-    plain = {key: value for key, value in made.to_dict().items() if key not in IGNORED}
-    for key, value in config.items():
-        if key.endswith("_pattern") and any(not re.fullmatch(r"[\w.]+", name) for name in value or {}):
-            raise UnsafeModelError(f"{where} has {key} = {value!r}; only plain module names are matched")
-        if key in CHOSEN or key in IGNORED:
-            continue
-        if key not in plain or value != plain[key]:
-            raise UnsafeModelError(
-                f"{where} has {key} = {value!r}; adapters are loaded only with its default, or without"
-            )
-    modules = config.get("target_modules")
-    if made.is_prompt_learning and modules is None:
-        return  # it has vectors of its own, in no module
-    if not (modules == "all-linear" or _are_names(modules)):
-        raise UnsafeModelError(f"{where} has target_modules = {modules!r}; expected all-linear or a list of names")
-    parameters = config.get("target_parameters")
-    if not (parameters is None or _are_names(parameters)):
-        raise UnsafeModelError(f"{where} has target_parameters = {parameters!r}; expected a list of names")
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    for key in (*NAMES, *PATTERNS):
+        value = config.get(key)
+        expected = list if key in NAMES else dict
+        plain = isinstance(value, expected) and all(isinstance(name, str) and _PLAIN.fullmatch(name) for name in value)
+        if not (plain or value is None or (key, value) == ("target_modules", "all-linear")):
+            raise UnsafeModelError(f"{where} has {key} = {value!r}; expected plain names of modules in a list")
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -165,7 +112,8 @@ def check_checkpoint(folder: Path) -> None:
         UnsafeFileError, OSError, RuntimeError, EOFError: a file is cut short, as after a kill.
     """
     for path in sorted(folder.iterdir()):
-        if path.name not in CHECKPOINT or path.is_symlink() or not path.is_file():
+        known = path.suffix in CHECKPOINT_SUFFIXES or path.name in (*STATES, "training_args.bin")
+        if not known or path.is_symlink() or not path.is_file():
             raise UnsafeModelError(f"{path} is nothing that a training saves; delete {folder} to train without it")
     try:
         if (folder / "model.safetensors").exists():
