@@ -4,9 +4,8 @@ A text comes in, a class with its confidence goes out. Scores are accuracy and m
 and gate as those of answers; the untuned base has a random head, so its scores are those of chance.
 """
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ from pipeline.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.generation.kept import KeptAnswers, kept_file
 from pipeline.model import load_base, load_tuned, record_dtype, untuned, use_free_cores
 from pipeline.params import EvaluateParams, MergeParams
+from pipeline.parity import Merged, merge_closest, prove
 from pipeline.progress import Progress
-from pipeline.report.contents import System
-from pipeline.report.stage import write_stage_report
+from pipeline.report.stage import write_scores
 from pipeline.scoring import Metrics, provenance, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, one_line, portable
-from pipeline.statistics import METRICS, headline, read_scores
+from pipeline.statistics import METRICS, read_scores
 from pipeline.training.memory import in_fitting_batch
-from pipeline.weights.merging import MergeError, Merging, merge_adapter, require_mergeable
+from pipeline.weights.merging import MergeError, require_mergeable
 
 SIGNATURES = {
     "accuracy": "most probable class|v:1",
@@ -44,15 +43,6 @@ class Prediction:
     label: str
     confidence: float  # probability that the model gives it, 0–1
     probabilities: list[float]  # (K,) in the order of the contract's labels
-
-
-@dataclass(frozen=True)
-class MergedClasses:
-    base: str  # full | nf4
-    merging: Merging
-    logit_error: dict[str, float]  # mean absolute difference to adapter-on-quantised-base, by base tried
-    agreement: float  # fraction of test texts with the same class
-    metrics: Metrics
 
 
 @torch.inference_mode()
@@ -183,21 +173,15 @@ def evaluate_classes(params: EvaluateParams, dataset: Path, adapter: Path, outpu
     logits = {"adapter": predict(model, encoder, rows, params.batch_size, "evaluate", "the adapter")}
     with untuned(model, contract["model"], labels) as before:
         logits["base"] = predict(before, encoder, rows, params.batch_size, "evaluate", "the base")
-    metrics: dict[str, Metrics] = {}
-    items: dict[str, pa.Table] = {}
-    with whole_directory(output) as folder:
-        for system in ("base", "adapter"):
-            items[system] = score_classes(test, predictions(logits[system], labels)).append_column(
-                "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
-            )
-            pq.write_table(items[system], folder / f"items.{system}.parquet")
-            metrics[system] = summarise(items[system], params)
-        write_json(folder / "scores.json", metrics)
-        write_json(folder / "evaluation.json", provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"})
-        base, candidate = (
-            System(name, metrics[key], items[key]) for name, key in (("base", "base"), ("adapter", "adapter"))
+    items = {
+        system: score_classes(test, predictions(logits[system], labels)).append_column(
+            "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
         )
-        write_stage_report(base, candidate, dataset, adapter, folder)
+        for system in ("base", "adapter")
+    }
+    recorded = provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"}
+    with whole_directory(output) as folder:
+        metrics = write_scores(items, params, recorded, dataset, adapter, folder)
         with (folder / "report.md").open("a", encoding="utf-8") as page:
             page.write(by_class(items["adapter"]))
     return metrics["base"], metrics["adapter"]
@@ -205,7 +189,7 @@ def evaluate_classes(params: EvaluateParams, dataset: Path, adapter: Path, outpu
 
 def merge_classes(
     params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path, exports: Path
-) -> MergedClasses:
+) -> Merged:
     """`merge` for classes: the same files, and parity by the classes and logits of all test texts.
 
     Raises:
@@ -226,26 +210,15 @@ def merge_classes(
         for system in ("adapter", "base")
     )
     reach = float(np.abs(expected - before).mean())
-    dtype = None if params.dtype == "auto" else getattr(torch, params.dtype)
-    choices = ["full", "nf4"] if quantisation["load_in_4bit"] else ["full"]
-    mergings: dict[str, Merging] = {}
     logits: dict[str, NDArray[np.float32]] = {}
+
+    def error_of(choice: str, folder: Path) -> float:
+        model, system = load_base(local_source(folder), None, labels), f"the merged model ({choice})"
+        logits[choice] = predict(model, encoder, rows, evaluated.batch_size, "merge", system)
+        return float(np.abs(logits[choice] - expected).mean())
+
     with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
-        for choice in choices if params.base == "auto" else [params.base]:
-            place = folder / choice
-            place.mkdir()
-            rounded = quantisation if choice == "nf4" else None
-            mergings[choice] = merge_adapter(identity, adapter, place, rounded, dtype, labels)
-            model = load_base(local_source(place), None, labels)
-            logits[choice] = predict(
-                model, encoder, rows, evaluated.batch_size, "merge", f"the merged model ({choice})"
-            )
-        errors = {choice: float(np.abs(found - expected).mean()) for choice, found in logits.items()}
-        chosen = min(errors, key=lambda choice: errors[choice])
-        for path in list((folder / chosen).iterdir()):
-            path.rename(folder / path.name)
-        for choice in errors:
-            shutil.rmtree(folder / choice)
+        chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of, labels)
         encoder.tokenizer.save_pretrained(str(folder))
         record_dtype(folder)
         clean_folder(folder)
@@ -253,29 +226,10 @@ def merge_classes(
         items = score_classes(test, predictions(logits[chosen], labels))
         metrics = summarise(items, evaluated)
         agreement = float((logits[chosen].argmax(axis=1) == expected.argmax(axis=1)).mean())
-        scores = read_scores(evaluation)
-        drop = {m: metrics[m]["score"] - scores["adapter"][m]["score"] for m in SIGNATURES}
-        _require_parity(params, agreement, errors[chosen], reach, drop)
+        merged = Merged(chosen, merging, errors, reach, agreement, agreement, metrics, {})
         write_json(others / "exports.json", {})
-        pq.write_table(items, proof / "items.merged.parquet")
-        write_json(proof / "scores.json", {"merged": metrics})
-        write_json(proof / "metrics.json", headline(metrics, scores["base"]))
-        write_json(
-            proof / "parity.json",
-            {
-                "base": chosen,
-                **asdict(mergings[chosen]),
-                "mean_absolute_logit_error": errors,
-                "mean_absolute_logit_change": reach,
-                "token_agreement": agreement,  # of classes: a text has one answer
-                "identical_answers": agreement,
-                "metric_difference": drop,
-                "prompts": len(rows),
-                "combined": None,
-                "evaluation": settings,
-            },
-        )
-    return MergedClasses(chosen, mergings[chosen], errors, agreement, metrics)
+        prove(params, proof, items, merged, read_scores(evaluation), combined=None, evaluation=settings)
+    return merged
 
 
 def score_merged(folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
@@ -309,22 +263,3 @@ def by_class(items: pa.Table) -> str:
         text = one_line(" ".join(row["prompt"].split())[:160])
         lines.append(f"- {one_line(row['predicted'])} ({row['confidence']:.2f}) for {one_line(row['label'])}: {text}")
     return "\n".join([*lines, *([] if wrong else ["None."]), ""])
-
-
-def _require_parity(params: MergeParams, agreement: float, error: float, reach: float, drop: dict[str, float]) -> None:
-    if agreement < params.min_agreement:
-        raise MergeError(
-            f"the merged model gives {agreement:.2%} of the test texts the adapter's class; merge.min_agreement is "
-            f"{params.min_agreement:.2%}. Set merge.dtype to float32, or merge.base to the other base"
-        )
-    if not error <= params.max_logit_error * reach:
-        raise MergeError(
-            f"the merged model's logits differ from the adapter's by {error:.4f} in the mean, and the adapter changes "
-            f"those of its base by {reach:.4f}; merge.max_logit_error allows {params.max_logit_error:g} of it"
-        )
-    for metric, difference in drop.items():
-        if difference < -params.max_metric_drop:
-            raise MergeError(
-                f"{metric} of the merged model is {-difference:.4f} below the adapter's; merge.max_metric_drop is "
-                f"{params.max_metric_drop:g}"
-            )

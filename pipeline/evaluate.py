@@ -19,9 +19,8 @@ from pipeline.judge.judging import answer_turns, judge, questions, signature
 from pipeline.likelihood import reference_losses, sequence_losses
 from pipeline.model import load_tuned, untuned, use_free_cores
 from pipeline.params import EvaluateParams, JudgeParams
-from pipeline.report.contents import System
-from pipeline.report.stage import write_stage_report
-from pipeline.scoring import Metrics, provenance, score_items, summarise
+from pipeline.report.stage import write_scores
+from pipeline.scoring import Metrics, provenance, score_items
 from pipeline.security.sanitise import portable
 
 
@@ -122,17 +121,13 @@ def evaluate(
     asked = {"adapter": ask(model, "adapter", **identity, adapter=weights)}
     with untuned(model, contract["model"]) as before:
         asked["base"] = ask(before, "base", **identity)
-    metrics: dict[str, Metrics] = {}
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}
     with whole_directory(output) as folder:
         for system in ("base", "adapter"):
             items[system], signatures = score_items(test, asked[system].answers, asked[system].losses)
-            pq.write_table(items[system], folder / f"items.{system}.parquet")
-            metrics[system] = summarise(items[system], params)
             if (general_answers := asked[system].general) is not None:
                 pq.write_table(general_answers, folder / f"general.{system}.parquet")
-        write_json(folder / "scores.json", metrics)
         if asked["base"].general is not None and asked["adapter"].general is not None:
             write_json(folder / "general.json", forgetting(asked["base"].general, asked["adapter"].general, params))
         if params.judge is not None and judge_by is not None:
@@ -143,12 +138,7 @@ def evaluate(
             write_json(folder / "judge.json", signed | judged.summary)
             pq.write_table(judged.verdicts, folder / "judge.parquet")
         write_json(folder / "prompts.json", side_by_side(params.prompts, asked))
-        write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
-        base, candidate = (
-            System("base", metrics["base"], items["base"]),
-            System("adapter", metrics["adapter"], items["adapter"]),
-        )
-        write_stage_report(base, candidate, dataset, adapter, folder)
+        metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
         forget_others(kept, files)
     return Evaluated(base=metrics["base"], adapter=metrics["adapter"])

@@ -6,8 +6,7 @@ into packed 4-bit weights. The scores that the gate reads are measured on the me
 """
 
 import json
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,19 @@ from pipeline.evaluate import require_same_contract, test_items
 from pipeline.files import read_json, whole_directory, write_json
 from pipeline.generate import Answer, generate
 from pipeline.likelihood import reference_losses
-from pipeline.model import Quantisation, load_base, load_tuned, record_dtype, untuned, use_free_cores
+from pipeline.model import load_base, load_tuned, record_dtype, untuned, use_free_cores
 from pipeline.params import MergeParams
+from pipeline.parity import Merged, merge_closest, metric_differences, prove
 from pipeline.scoring import Metrics, provenance, score_items, scoring_params, summarise
 from pipeline.security.sanitise import clean_folder, portable
-from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT, headline, read_scores
+from pipeline.statistics import read_scores
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
 from pipeline.weights.export import export
 from pipeline.weights.gguf import require_programs
-from pipeline.weights.merging import MergeError, Merging, merge_adapter, require_mergeable
+from pipeline.weights.merging import MergeError, require_mergeable
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
-
-
-@dataclass(frozen=True)
-class Merged:
-    base: str  # full | nf4
-    merging: Merging
-    logit_error: dict[str, float]  # mean absolute difference to adapter-on-quantised-base, by base tried
-    agreement: float  # fraction of the adapter's answer tokens that the merged model chooses, given the text so far
-    identical: float  # fraction of test prompts with the very same answer; one close call changes all that follows it
-    metrics: Metrics
-    exports: dict[str, Metrics]
 
 
 def merge(
@@ -106,7 +95,10 @@ def merge(
             adapter_metrics = summarise(scored(quantised, "the combined adapter", answers)[0], evaluated)
         del quantised
 
-        chosen, merging, errors = _merge_closest(params, identity, adapter, quantisation, folder, prompts, expected)
+        def error_of(_: str, folder: Path) -> float:
+            return _difference(expected, _logits(load_base(local_source(folder)), prompts[:LOGIT_PROMPTS]))
+
+        chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of)
         shipped = load_base(local_source(folder))
         _complete(folder, template, contract, shipped.generation_config.bos_token_id)
         answers = answer(shipped, "the merged model")
@@ -115,35 +107,20 @@ def merge(
         del shipped
         metrics = summarise(items, evaluated)
         identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
-        differences = _metric_differences(metrics, adapter_metrics)
-        _require_parity(params, errors, chosen, reach, agreement, differences)
+        merged = Merged(chosen, merging, errors, reach, agreement, identical, metrics, {})
+        compared = {"adapter": adapter_metrics, "base": read_scores(evaluation)["base"]}
+        combined = params.combine.model_dump() if params.combine else None
+        recorded = provenance(evaluated, dataset, signatures)
+        prove(params, proof, items, merged, compared, combined=combined, evaluation=recorded)
         exported: dict[str, Metrics] = {kind: score(kind, folder, others / kind) for kind in params.export}
         write_json(
             others / "exports.json",  # always there: DVC warns of an empty folder
             {
-                kind: {"metrics": scores, "metric_difference": _metric_differences(scores, metrics)}
+                kind: {"metrics": scores, "metric_difference": metric_differences(scores, metrics)}
                 for kind, scores in exported.items()
             },
         )
-        pq.write_table(items, proof / "items.merged.parquet")
-        write_json(proof / "scores.json", {"merged": metrics})
-        write_json(proof / "metrics.json", headline(metrics, read_scores(evaluation)["base"]))
-        write_json(
-            proof / "parity.json",
-            {
-                "base": chosen,
-                **asdict(merging),
-                "mean_absolute_logit_error": errors,
-                "mean_absolute_logit_change": reach,
-                "token_agreement": agreement,
-                "identical_answers": identical,
-                "metric_difference": differences,
-                "prompts": len(prompts),
-                "combined": params.combine.model_dump() if params.combine else None,
-                "evaluation": provenance(evaluated, dataset, signatures),
-            },
-        )
-    return Merged(chosen, merging, errors, agreement, identical, metrics, exported)
+    return replace(merged, exports=exported)
 
 
 def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
@@ -165,38 +142,6 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")
         write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
-
-
-def _merge_closest(
-    params: MergeParams,
-    identity: dict[str, Any],
-    adapter: Path,
-    quantisation: Quantisation,
-    folder: Path,
-    prompts: list[list[int]],
-    expected: list[torch.Tensor],
-) -> tuple[str, Merging, dict[str, float]]:
-    """Merge into each base that `params` name and keep in `folder` the one whose logits are closest to `expected`.
-
-    Returns: that base (full or nf4), how it was merged, and the mean absolute logit difference by base.
-    """
-    mergings: dict[str, Merging] = {}
-    errors: dict[str, float] = {}
-    choices = ["full", "nf4"] if quantisation["load_in_4bit"] else ["full"]
-    dtype = None if params.dtype == "auto" else getattr(torch, params.dtype)
-    for choice in choices if params.base == "auto" else [params.base]:
-        place = folder / choice
-        place.mkdir()
-        mergings[choice] = merge_adapter(identity, adapter, place, quantisation if choice == "nf4" else None, dtype)
-        model = load_base(local_source(place))
-        errors[choice] = _difference(expected, _logits(model, prompts[:LOGIT_PROMPTS]))
-        del model  # one at a time
-    chosen = min(errors, key=lambda choice: errors[choice])
-    for path in list((folder / chosen).iterdir()):
-        path.rename(folder / path.name)
-    for choice in errors:
-        shutil.rmtree(folder / choice)
-    return chosen, mergings[chosen], errors
 
 
 def _refuse_merged_base(contract: dict[str, Any]) -> None:
@@ -221,52 +166,6 @@ def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bo
     record_dtype(folder)
     clean_folder(folder)
     write_json(folder / "contract.json", portable(contract))
-
-
-def _metric_differences(metrics: Metrics, others: Metrics) -> dict[str, float]:
-    """How much higher each of `metrics` is than in `others`, where both count (bleu, chrf 0-100; the others 0-1).
-
-    Perplexity, which has no range, as a fraction of the other.
-    """
-    return {
-        m: (metrics[m]["score"] - others[m]["score"]) / (others[m]["score"] if m in LOWER_IS_BETTER else 1)
-        for m in METRICS
-        if metrics[m] and others[m]
-    }
-
-
-def _require_parity(
-    params: MergeParams,
-    errors: dict[str, float],
-    chosen: str,
-    reach: float,
-    agreement: float,
-    differences: dict[str, float],
-) -> None:
-    advice = "Set merge.dtype to float32, or merge.base to the other base (mean logit errors: {})".format(
-        ", ".join(f"{base} {error:.4f}" for base, error in errors.items())
-    )
-    if agreement < params.min_agreement:
-        raise MergeError(
-            f"the merged model chooses {agreement:.2%} of the adapter's answer tokens; merge.min_agreement is "
-            f"{params.min_agreement:.2%}. {advice}"
-        )
-    if not errors[chosen] <= params.max_logit_error * reach:
-        raise MergeError(
-            f"the merged model's logits differ from the adapter's by {errors[chosen]:.4f} in the mean, and the adapter "
-            f"changes those of its base by {reach:.4f}; merge.max_logit_error allows {params.max_logit_error:g} of it. "
-            f"{advice}"
-        )
-    for metric, difference in differences.items():
-        if metric in LOWER_IS_BETTER:
-            worse, than = difference, f"{difference:.2%} above the adapter's"
-        else:
-            worse, than = -difference / (100 if metric in PERCENT else 1), f"{-difference:.4f} below the adapter's"
-        if worse > params.max_metric_drop:
-            raise MergeError(
-                f"{metric} of the merged model is {than}; merge.max_metric_drop is {params.max_metric_drop:g} of the "
-                f"metric's range, or of a perplexity. {advice}"
-            )
 
 
 @torch.inference_mode()

@@ -6,8 +6,13 @@ Nothing in it differs between two runs on the same inputs (no times, no versions
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
-from pipeline.files import read_json, write_text
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.files import read_json, write_json, write_text
+from pipeline.params import EvaluateParams
 from pipeline.report.contents import (
     Contents,
     System,
@@ -23,13 +28,32 @@ from pipeline.report.contents import (
 )
 from pipeline.report.evaluation_pages import write_report
 from pipeline.report.tables import number
-from pipeline.scoring import Metrics
+from pipeline.scoring import Metrics, summarise
 from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
 
 OPEN = (
     "The gate decides at promotion, on the merged model and against the champion; artifacts/report.html then has its "
     "decision."
 )
+
+
+def write_scores(
+    items: dict[str, pa.Table],
+    params: EvaluateParams,
+    recorded: dict[str, Any],
+    dataset: Path,
+    adapter: Path,
+    folder: Path,
+) -> dict[str, Metrics]:
+    """Scores, items, what they depend on (`recorded`) and the report of `base` and `adapter`; answers or classes."""
+    metrics = {system: summarise(table, params) for system, table in items.items()}
+    for system, table in items.items():
+        pq.write_table(table, folder / f"items.{system}.parquet")
+    write_json(folder / "scores.json", metrics)
+    write_json(folder / "evaluation.json", recorded)
+    base, candidate = (System(name, metrics[name], items[name]) for name in ("base", "adapter"))
+    write_stage_report(base, candidate, dataset, adapter, folder)
+    return metrics
 
 
 def write_stage_report(base: System, candidate: System, dataset: Path, adapter: Path, evaluation: Path) -> None:
