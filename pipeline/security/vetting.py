@@ -17,11 +17,24 @@ from pipeline.security.allowlist import check_file, check_link, strict_json
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json")
 METHODS = ("LORA", "IA3", "ADALORA", "PREFIX_TUNING", "PROMPT_TUNING")
 # Settings of an adapter that import modules, fetch a tokenizer or rewrite the base; so do all that end in `_config`.
-DENIED = ("auto_mapping", "tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text", "init_weights")
-DENIED += ("layer_replication", "trainable_token_indices")
+DENIED = (
+    "auto_mapping",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+    "prompt_tuning_init_text",
+    "init_weights",
+    "layer_replication",
+    "trainable_token_indices",
+)
 # Names of modules: PEFT takes a text, and the keys of a `…_pattern`, for regular expressions.
-NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "target_parameters", "modules_to_save")
-NAMES += ("layers_pattern",)
+NAMES = (
+    "target_modules",
+    "exclude_modules",
+    "feedforward_modules",
+    "target_parameters",
+    "modules_to_save",
+    "layers_pattern",
+)
 PATTERNS = ("rank_pattern", "alpha_pattern")
 STATES = ("optimizer.pt", "scheduler.pt")  # written by torch.save, so pickles
 # training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
