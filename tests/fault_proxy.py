@@ -42,7 +42,6 @@ class FaultProxy:
     on_kill: Callable[[], None] = lambda: None
     seen: list[str] = field(default_factory=list)  # request lines, in order
     heads: list[bytes] = field(default_factory=list)
-    body_bytes: int = 0  # of all requests
     port: int = 0
 
     def __enter__(self) -> "FaultProxy":
@@ -77,7 +76,6 @@ class FaultProxy:
                 number = len(self.seen)
                 self.seen.append(request.line)
                 self.heads.append(request.head)
-                self.body_bytes += len(request.body)
                 fault = self.plan(number, request.line)
                 answer = await self._answer(request, fault)
                 if answer is None:

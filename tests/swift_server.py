@@ -3,16 +3,18 @@
 `start(folder)` yields the endpoint. Account and keys are fixed and mean nothing outside the folder.
 """
 
+import getpass
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
+
+import boto3
+import httpx
 
 ACCESS_KEY, SECRET_KEY, REGION, BUCKET = "test:tester", "testing", "us-east-1", "retune"
 
@@ -74,8 +76,6 @@ SERVER = (
 @contextmanager
 def start(folder: Path) -> Iterator[str]:
     """A running server; its endpoint is yielded when it answers."""
-    import getpass
-
     (folder / "devices" / "d").mkdir(parents=True)
     (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = retune\n")
     ports = dict(zip(("account", "container", "object", "proxy"), free_ports(4), strict=True))
@@ -101,7 +101,8 @@ def start(folder: Path) -> Iterator[str]:
                 )
         endpoint = f"http://127.0.0.1:{ports['proxy']}"
         wait_until_up(endpoint, servers, folder)
-        make_bucket(endpoint)
+        # The keys come from the environment, which conftest sets; a bucket cannot be made with anybody else's.
+        boto3.client("s3", endpoint_url=endpoint, region_name=REGION).create_bucket(Bucket=BUCKET)
         yield endpoint
     finally:
         for server in servers:
@@ -112,38 +113,20 @@ def start(folder: Path) -> Iterator[str]:
 
 def wait_until_up(endpoint: str, servers: "list[subprocess.Popen[bytes]]", folder: Path) -> None:
     for _ in range(600):
-        for server in servers:
-            if server.poll() is not None:
-                logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
-                raise RuntimeError(f"a Swift server ended with status {server.returncode}: {logs}")
+        if any(server.poll() is not None for server in servers):
+            break
         try:
-            with urlopen(f"{endpoint}/info", timeout=1):
-                pass
-        except URLError as error:
-            if getattr(error, "code", None) is not None:
-                return  # it answers
-        except OSError:
-            pass
+            httpx.get(f"{endpoint}/info", timeout=1)
+        except httpx.HTTPError:
+            time.sleep(0.1)
         else:
             return
-        time.sleep(0.1)
-    raise RuntimeError(f"Swift did not answer within a minute, see {folder}/*.log")
-
-
-def make_bucket(endpoint: str) -> None:
-    import boto3
-
-    # The keys come from the environment, which conftest sets; a bucket cannot be made with anybody else's.
-    boto3.client("s3", endpoint_url=endpoint, region_name=REGION).create_bucket(Bucket=BUCKET)
+    raise RuntimeError("Swift does not answer: " + "\n".join(path.read_text() for path in folder.glob("*.log")))
 
 
 def free_ports(number: int) -> list[int]:
-    with_sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in with_sockets:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in with_sockets]
-    finally:
-        for each in with_sockets:
-            with closing(each):
-                pass
+        return [each.getsockname()[1] for each in sockets]
