@@ -289,8 +289,8 @@ def _run_stage(name: str, params: Any) -> str:
             merged = merge(params.merge, dataset, adapter, evaluation, *outputs)
             peft = f", by PEFT because {merged.merging.reason}" if merged.merging.reason else ""
             return (
-                f"into the {merged.base} base{peft}; it chooses {merged.agreement:.1%} of the adapter's tokens, "
-                f"{merged.identical:.1%} of its answers are the same"
+                f"into the {merged.base} base{peft}; agrees with the adapter on {merged.agreement:.1%} of tokens, "
+                f"{merged.identical:.1%} of answers are the same"
             )
     raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
 
