@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 HEAD = """# Commands
 
-What `retune --help` and `retune COMMAND --help` print. This page is made by `python tests/test_commands_reference.py`.
+What `--help` prints for `retune` and each of its commands. `python tests/test_commands_reference.py` writes this page.
 """
 
 

@@ -97,7 +97,7 @@ def _body(manifest: Manifest) -> str:
         "time": f"{sum(seconds) / 60:.1f} minutes" if seconds else "not measured",
         "cost": "not priced" if cost["total"] is None else f"{cost['total']:.2f} at {cost['price_per_hour']:g} an hour",
         "method": _settings(train),
-        "merged": f"into the {parity['base']} base; agrees with the adapter on {parity['token_agreement']:.1%} of tokens",
+        "merged": f"into the {parity['base']} base; equals the adapter on {parity['token_agreement']:.1%} of tokens",
     }
     lines = [f"# {manifest['name']} {manifest['version']}", "", "An adapter and the merged model, made by Retune.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
