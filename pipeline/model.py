@@ -214,7 +214,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> Pe
     try:
         model = get_peft_model(base, config, low_cpu_mem_usage=empty)
         loaded = model.load_adapter(str(folder), "default", low_cpu_mem_usage=empty)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
     # PEFT says nothing of either by itself; half an adapter must not pass for one.

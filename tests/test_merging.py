@@ -56,6 +56,7 @@ MODELS: dict[str, PretrainedConfig] = {
     "bloom": BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4),
     "gpt2": GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64),
 }
+Make = Callable[..., tuple[Path, Path]]
 LORA = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "r": 4}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -66,7 +67,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+def make(tmp_path: Path) -> Make:
     """Save a base of random weights in several shards, and an adapter of random changes to it."""
 
     def made(config: PretrainedConfig, dtype: torch.dtype, settings: PeftConfig) -> tuple[Path, Path]:
@@ -124,7 +125,7 @@ def assert_same(folder: Path, expected: PreTrainedModel, saved: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_lora_merged_by_shards_is_pefts_merge_bit_for_bit(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str, dtype: torch.dtype
+    make: Make, tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
     base, adapter = make(MODELS[name], dtype, LoraConfig(**LORA, lora_alpha=3))
     merging, folder = merged(base, adapter)
@@ -135,9 +136,7 @@ def test_a_lora_merged_by_shards_is_pefts_merge_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_ia3_merged_by_shards_is_pefts_merge_bit_for_bit(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str
-) -> None:
+def test_an_ia3_merged_by_shards_is_pefts_merge_bit_for_bit(make: Make, tmp_path: Path, name: str) -> None:
     base, adapter = make(MODELS[name], torch.bfloat16, IA3Config(task_type="CAUSAL_LM"))
     merging, folder = merged(base, adapter)
     assert merging.method == "shards"
@@ -156,7 +155,7 @@ def test_an_ia3_merged_by_shards_is_pefts_merge_bit_for_bit(
     ids=str,
 )
 def test_the_options_of_a_lora_are_merged_as_peft_merges_them(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str, options: dict[str, Any]
+    make: Make, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     base, adapter = make(MODELS[name], torch.bfloat16, LoraConfig(**LORA | options))
     merging, folder = merged(base, adapter)
@@ -176,7 +175,7 @@ def test_the_options_of_a_lora_are_merged_as_peft_merges_them(
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_only_peft_can_merge_is_merged_by_peft_and_the_reason_recorded(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str, settings: PeftConfig, reason: str
+    make: Make, tmp_path: Path, name: str, settings: PeftConfig, reason: str
 ) -> None:
     base, adapter = make(MODELS[name], torch.bfloat16, settings)
     merging, folder = merged(base, adapter)
@@ -189,7 +188,7 @@ def test_what_only_peft_can_merge_is_merged_by_peft_and_the_reason_recorded(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "bloom", "gpt2"])
 def test_the_round_trip_base_is_what_the_quantised_model_computes_with(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str, dtype: torch.dtype, kind: str
+    make: Make, tmp_path: Path, name: str, dtype: torch.dtype, kind: str
 ) -> None:
     base, adapter = make(MODELS[name], dtype, LoraConfig(**LORA))
     quantisation = NF4 | {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": kind == "nf4"}
@@ -208,9 +207,7 @@ def test_the_round_trip_base_is_what_the_quantised_model_computes_with(
     assert_same(folder, expected, tmp_path / "peft")
 
 
-def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused_in_4_bits(
-    make: Callable[..., tuple[Path, Path]],
-) -> None:
+def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused_in_4_bits(make: Make) -> None:
     base, _ = make(LlamaConfig(**WIDE | {"hidden_size": 48}), torch.float32, LoraConfig(**LORA))
     load_base(local_source(base))
     with pytest.raises(ModelError, match=r"q_proj of .*base has rows of 48 numbers, no multiple of 64"):
@@ -225,7 +222,7 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused_in_4_bits(
     assert errors[0] > 1.5 * errors[1]
 
 
-def test_peft_merges_into_the_round_trip_base_too(make: Callable[..., tuple[Path, Path]]) -> None:
+def test_peft_merges_into_the_round_trip_base_too(make: Make) -> None:
     base, adapter = make(MODELS["gpt2"], torch.float32, LoraConfig(**LORA))
     _, folder = merged(base, adapter, quantisation=NF4)
     by_shards = tensors(folder)
@@ -242,7 +239,7 @@ def test_peft_merges_into_the_round_trip_base_too(make: Callable[..., tuple[Path
     ("stored", "written"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
 )
 def test_another_type_is_written_when_one_is_named(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path, stored: torch.dtype, written: torch.dtype
+    make: Make, tmp_path: Path, stored: torch.dtype, written: torch.dtype
 ) -> None:
     base, adapter = make(MODELS["qwen2"], stored, LoraConfig(**LORA))
     _, folder = merged(base, adapter, dtype=written)
@@ -250,9 +247,7 @@ def test_another_type_is_written_when_one_is_named(
     assert AutoConfig.from_pretrained(folder).dtype == written
 
 
-def test_a_checkpoint_whose_names_lack_the_models_prefix_keeps_them(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_a_checkpoint_whose_names_lack_the_models_prefix_keeps_them(make: Make, tmp_path: Path) -> None:
     base, adapter = make(MODELS["gpt2"], torch.float32, LoraConfig(**LORA))
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors(base).items()}
     for path in base.glob("model*"):
@@ -266,9 +261,7 @@ def test_a_checkpoint_whose_names_lack_the_models_prefix_keeps_them(
         assert torch.equal(loaded[name], value), name
 
 
-def test_experts_that_transformers_fuses_when_it_loads_are_carried_over(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_experts_that_transformers_fuses_when_it_loads_are_carried_over(make: Make, tmp_path: Path) -> None:
     config = MixtralConfig(**WIDE | {"intermediate_size": 64}, num_local_experts=2, num_key_value_heads=2)
     base, adapter = make(config, torch.bfloat16, LoraConfig(**LORA | {"target_modules": ["q_proj", "v_proj"]}))
     assert any("experts.0.w1" in name for name in tensors(base))
@@ -278,7 +271,7 @@ def test_experts_that_transformers_fuses_when_it_loads_are_carried_over(
 
 
 def test_a_hub_repository_is_merged_from_the_cache_at_its_revision(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA))
     _, folder = merged(base, adapter)
@@ -294,7 +287,7 @@ def test_a_hub_repository_is_merged_from_the_cache_at_its_revision(
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_a_prompt_tuning_is_refused_because_it_ships_as_it_is(make: Callable[..., tuple[Path, Path]]) -> None:
+def test_a_prompt_tuning_is_refused_because_it_ships_as_it_is(make: Make) -> None:
     base, adapter = make(
         MODELS["llama"], torch.float32, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
     )
@@ -302,9 +295,7 @@ def test_a_prompt_tuning_is_refused_because_it_ships_as_it_is(make: Callable[...
         merged(base, adapter)
 
 
-def test_weights_of_the_adapter_that_the_base_has_no_place_for_are_listed(
-    make: Callable[..., tuple[Path, Path]],
-) -> None:
+def test_weights_of_the_adapter_that_the_base_has_no_place_for_are_listed(make: Make) -> None:
     base, adapter = make(MODELS["llama"], torch.float32, LoraConfig(**LORA))
     held = load_file(adapter / "adapter_model.safetensors")
     stray = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
@@ -315,7 +306,7 @@ def test_weights_of_the_adapter_that_the_base_has_no_place_for_are_listed(
 
 
 @pytest.mark.parametrize("method", ["shards", "peft"])
-def test_a_module_that_does_not_change_is_named(make: Callable[..., tuple[Path, Path]], method: str) -> None:
+def test_a_module_that_does_not_change_is_named(make: Make, method: str) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA, use_dora=method == "peft"))
     held = load_file(adapter / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
@@ -337,7 +328,7 @@ def test_a_module_that_does_not_change_is_named(make: Callable[..., tuple[Path, 
 
 
 @pytest.mark.parametrize("method", ["shards", "peft"])
-def test_a_change_that_float16_cannot_hold_is_refused(make: Callable[..., tuple[Path, Path]], method: str) -> None:
+def test_a_change_that_float16_cannot_hold_is_refused(make: Make, method: str) -> None:
     base, adapter = make(MODELS["llama"], torch.float16, LoraConfig(**LORA))
     if method == "peft":
         config = json.loads((adapter / "adapter_config.json").read_text())
@@ -349,7 +340,7 @@ def test_a_change_that_float16_cannot_hold_is_refused(make: Callable[..., tuple[
         merged(base, adapter)
 
 
-def test_a_quantised_base_is_refused(make: Callable[..., tuple[Path, Path]]) -> None:
+def test_a_quantised_base_is_refused(make: Make) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA))
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -358,9 +349,7 @@ def test_a_quantised_base_is_refused(make: Callable[..., tuple[Path, Path]]) -> 
         merged(base, adapter)
 
 
-def test_a_base_that_only_its_own_code_knows_is_refused_and_the_code_not_run(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_a_base_that_only_its_own_code_knows_is_refused_and_the_code_not_run(make: Make, tmp_path: Path) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA))
     config = json.loads((base / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
@@ -373,9 +362,7 @@ def test_a_base_that_only_its_own_code_knows_is_refused_and_the_code_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_base_with_code_that_transformers_does_not_need_is_merged_without_it(
-    make: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_a_base_with_code_that_transformers_does_not_need_is_merged_without_it(make: Make, tmp_path: Path) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA))
     expected = by_peft(base, adapter, torch.bfloat16)
     config = json.loads((base / "config.json").read_text())
@@ -413,7 +400,7 @@ def index(change: Callable[[dict[str, Any], str], object]) -> Callable[[Path], o
     ],
 )
 def test_a_base_that_is_not_whole_is_refused_with_the_file(
-    make: Callable[..., tuple[Path, Path]], damage: Callable[[Path], object], named: str
+    make: Make, damage: Callable[[Path], object], named: str
 ) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA))
     damage(sorted(base.glob("*.safetensors"))[1])

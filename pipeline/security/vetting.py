@@ -99,6 +99,8 @@ def check_settings(config: Any, where: str) -> None:
     """
     if not isinstance(config, dict) or config.get("peft_type") not in METHODS:
         raise UnsafeModelError(f"{where} is not of an adapter that Retune loads: {', '.join(METHODS)}")
+    if config["peft_type"].endswith("_TUNING") != bool(config.get("num_virtual_tokens")):
+        raise UnsafeModelError(f"{where} has peft_type = {config['peft_type']!r}, but the settings of another method")
     for key in (*DENIED, *(key for key in config if key.endswith("_config"))):
         if config.get(key):
             raise UnsafeModelError(f"{where} has {key} = {config[key]!r}; adapters are loaded only without it")
