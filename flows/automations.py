@@ -16,7 +16,6 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 HEARTBEAT_SECONDS = 30  # PREFECT_FLOWS_HEARTBEAT_FREQUENCY of the stack
 MISSED = 3
 FLOW_RUNS: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
-NO_HEARTBEAT = "no heartbeat: its worker died"
 BODY = "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}: {{ flow_run.state.message }}"
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.checks import as_json
 from pipeline.versions.decisions import name_of
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -65,7 +66,7 @@ def verify(version: Version = None, json_output: Json = False) -> None:
     checks = do(params.publish, store, target, registered)
     failed = [check.name for check in checks if check.passed is False]
     if json_output:
-        print(json.dumps({"version": target, "passed": not failed, "checks": [asdict(check) for check in checks]}))
+        print(json.dumps({"version": target} | as_json(checks)))
     else:
         words = {True: "passed", False: "FAILED", None: "not checked"}
         table = Table(

@@ -10,15 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
 
 from pipeline import git, graph, server, stack
+from pipeline.checks import Check
 from pipeline.params import Params
 from pipeline.process import environment, python_ending_with_parent
 from pipeline.run_lock import RunUnderWay, only_run
@@ -32,14 +31,6 @@ REMOTE_SECONDS = 60.0
 
 class CheckError(RuntimeError):
     """A check could not be made; the message says why."""
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    passed: bool | None  # None: nothing wrong, and nothing there
-    detail: str
-    advice: str = ""  # what to do
 
 
 def doctor(root: Path = Path(".")) -> list[Check]:
@@ -248,7 +239,3 @@ def _clock(params: Params, root: Path) -> Check:
     if ahead > CLOCK_SECONDS:
         return Check("clock", False, f"the last commit is {ahead:.0f} s in the future", advice)
     return Check("clock", True, f"within {max(abs(off), 1):.0f} s of the store's")
-
-
-def as_json(checks: list[Check]) -> dict[str, Any]:
-    return {"passed": all(each.passed is not False for each in checks), "checks": [vars(each) for each in checks]}

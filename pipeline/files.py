@@ -82,6 +82,39 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+class KeyTwiceError(ValueError):
+    """JSON with a key that comes twice, of which readers take one or the other."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r} comes twice")
+        self.key = key
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, for `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        KeyTwiceError: with the first key that comes twice.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyTwiceError(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+def strict_json(data: bytes) -> Any:
+    """JSON in which no key comes twice, so that nobody reads another value than was checked.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or a repeated key.
+    """
+    try:
+        return json.loads(data.decode(), object_pairs_hook=unique_keys)  # json alone would guess UTF-16 and 32
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.checks import as_json
 from pipeline.commands import Json
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Of the dashboard; else operations.prefect_port.")]
@@ -94,7 +95,7 @@ def doctor(json_output: Json = False) -> None:
     from pipeline import doctor as diagnosis
 
     checks = diagnosis.doctor()
-    answer = diagnosis.as_json(checks)
+    answer = as_json(checks)
     if json_output:
         print(json.dumps(answer))
     else:

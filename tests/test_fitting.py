@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
-from pipeline.chat.fitting import PROMPT_CUT, SPLIT, TURNS_LEFT_OUT, Overlong, fit, fit_batch
+from pipeline.chat.fitting import PROMPT_CUT, SPLIT, TURNS_LEFT_OUT, Fitted, Overlong, fit_batch
 from pipeline.chat.template import load_template
 from pipeline.params import Params
 
@@ -37,6 +37,13 @@ def length(template: ChatTemplate, messages: list[Message], tools: str | None = 
 def answers(template: ChatTemplate, labels: list[int]) -> list[str]:
     trained = template.tokenizer.decode([label for label in labels if label != -100])
     return trained.split("<|im_end|>")[:-1]
+
+
+def fit(template: ChatTemplate, messages: list[Message], tools: str | None, most: int, how: str) -> list[Fitted]:
+    [fitted] = fit_batch(template, [(messages, tools)], most, how)
+    if isinstance(fitted, Exception):
+        raise fitted
+    return fitted
 
 
 LONG = [SYSTEM, *talk("first?", "one.", "second?", "two.", "third?", "three.")]

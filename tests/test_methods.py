@@ -38,7 +38,7 @@ from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
 from pipeline.security.vetting import DENIED, UnsafeModelError, check_settings
 from pipeline.train import Trained, train
-from pipeline.training.checkpoints import run_key
+from pipeline.training.checkpoints import open_run
 from pipeline.training.combinations import VIRTUAL_TOKENS
 from pipeline.training.methods import adapter_config, settings_of
 from pipeline.training.targets import PLAIN_LORA, UNTARGETED, MethodError, target_modules
@@ -206,7 +206,7 @@ def test_a_full_training_goes_on_from_its_checkpoint(tmp_path: Path, params: Par
         patch.setattr("pipeline.train.shutil.rmtree", keep_checkpoints)
         train(settings, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     shutil.rmtree(kept / "checkpoint-4")
-    shutil.move(kept, tmp_path / "checkpoints" / run_key(settings, dataset))
+    shutil.copytree(kept, open_run(settings, dataset, tmp_path / "checkpoints"), dirs_exist_ok=True)
     again = train(settings, dataset, tmp_path / "again", tmp_path / "checkpoints")
     assert (again.resumed_from_step, again.steps) == (2, 4)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, retune
+from conftest import ROOT, retune, with_
 from ruamel.yaml import YAML
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +33,7 @@ from pipeline.chat.template import NAMED
 from pipeline.plan import FREE_FRACTION, GIB, _gpu, _one_step
 from pipeline.settings import change_params, load_params, yaml_text
 from pipeline.training.methods import adapter_config
-from pipeline.training.presets import PRESETS, PresetError, apply, available, values, with_preset
+from pipeline.training.presets import PRESETS, PresetError, apply, available, values
 
 NAMES = [each.name for each in available()]
 # The published configurations, as far as memory and module names depend on them.
@@ -167,7 +167,7 @@ def test_the_target_modules_are_there_in_the_real_architecture(name: str) -> Non
         auto: Any = AutoModelForSequenceClassification if "imdb" in name else AutoModelForCausalLM
         model = auto.from_config(MODELS[name])
     for task in next(each.tasks for each in available() if each.name == name):
-        params = with_preset(load_params(ROOT / "params.yaml"), name, task)
+        params = with_(load_params(ROOT / "params.yaml"), **values(name, task))
         adapter_config(params.train, model)
         context = getattr(MODELS[name].get_text_config(), "max_position_embeddings", None) or 2048
         assert params.prepare.max_length <= context
@@ -175,7 +175,7 @@ def test_the_target_modules_are_there_in_the_real_architecture(name: str) -> Non
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.faults if n in LARGE else []) for n in NAMES])
 def test_a_preset_fits_the_gpu_it_names(name: str) -> None:
-    params = with_preset(load_params(ROOT / "params.yaml"), name)
+    params = with_(load_params(ROOT / "params.yaml"), **values(name))
     gpu = next(each.gpu for each in available() if each.name == name)
     length = max(params.prepare.max_length, params.train.packed_length if params.train.packing else 0)
     peak = _one_step(MODELS[name], params.train, length, on_gpu=gpu is not None).memory.peak

@@ -15,7 +15,7 @@ from conftest import ROOT, environment, with_
 from pipeline.files import read_json, sha256_file
 from pipeline.params import Params
 from pipeline.train import train
-from pipeline.training.checkpoints import last_checkpoint, open_run, run_key
+from pipeline.training.checkpoints import identity, last_checkpoint, open_run
 
 Run = Any
 
@@ -122,7 +122,7 @@ def test_a_run_that_differs_starts_afresh_and_says_why(
 
 def test_a_time_limit_is_no_other_run(params: Params, dataset: Path) -> None:
     longer = with_(params, train={"max_hours": 2.0})
-    assert run_key(longer.train, dataset) == run_key(params.train, dataset)
+    assert identity(longer.train, dataset) == identity(params.train, dataset)
 
 
 def test_a_spent_time_limit_saves_a_checkpoint_and_the_next_run_goes_on(

@@ -20,7 +20,7 @@ from pipeline.model import load_base
 from pipeline.params import Params
 from pipeline.security.sanitise import portable
 from pipeline.train import QUANTISATION, Interrupted, TrainError, train
-from pipeline.training.checkpoints import last_checkpoint, run_key, seal
+from pipeline.training.checkpoints import last_checkpoint, open_run, seal
 from pipeline.training.packing import training_sequences
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -114,9 +114,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, params: Params, 
 
 
 def test_a_checkpoint_belongs_to_one_run_only(tmp_path: Path, params: Params, dataset: Path) -> None:
-    key = run_key(params.train, dataset)
-    assert key == run_key(params.train, dataset)
-    assert key != run_key(with_(params, train={"learning_rate": 0.001}).train, dataset)
+    own = open_run(params.train, dataset, tmp_path)
+    assert own == open_run(params.train, dataset, tmp_path)
+    assert own != open_run(with_(params, train={"learning_rate": 0.001}).train, dataset, tmp_path)
 
 
 def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Params, data: Path) -> None:

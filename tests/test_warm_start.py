@@ -18,7 +18,7 @@ from pipeline.params import Params
 from pipeline.promote import promote
 from pipeline.train import train
 from pipeline.training import pin
-from pipeline.training.checkpoints import run_key
+from pipeline.training.checkpoints import identity
 from pipeline.training.pin import pin_champion
 from pipeline.training.warm_start import InitError, check_init, fetch_init
 
@@ -49,7 +49,7 @@ def test_a_training_starts_with_the_weights_it_is_given(
 
 
 def test_checkpoints_of_another_start_are_not_gone_on_from(params: Params, dataset: Path, adapter: Path) -> None:
-    assert run_key(params.train, dataset) != run_key(params.train, dataset, adapter)
+    assert identity(params.train, dataset) != identity(params.train, dataset, adapter)
 
 
 @pytest.mark.parametrize(

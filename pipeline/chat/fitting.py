@@ -28,30 +28,17 @@ class Fitted:
     encoded: Encoded  # repairs included
 
 
-def fit(
-    template: ChatTemplate, messages: list[Message], tools: str | None, max_length: int, on_overlong: str
-) -> list[Fitted]:
-    """The rows that take the place of a conversation; itself, if it has no more than `max_length` tokens.
-
-    `truncate_prompt` leaves out the oldest exchanges (a question with all that follows up to the next), never the
-    system message or the last exchange, then cuts the start of the last question. `split` makes rows of whole
-    exchanges, each with the system message, so that every trained answer is trained once; with `train_on:
-    last_response` only the last row has one, and the others are not made. `drop` and `error` change nothing.
-
-    Raises:
-        Overlong: it does not fit, or may not be changed.
-        RowError, TemplateError: see `ChatTemplate.encode`.
-    """
-    [fitted] = fit_batch(template, [(messages, tools)], max_length, on_overlong)
-    if isinstance(fitted, RowError):
-        raise fitted
-    return fitted
-
-
 def fit_batch(
     template: Any, conversations: Sequence[Conversation], max_length: int, on_overlong: str
 ) -> list[list[Fitted] | RowError]:
-    """`fit` of every conversation, in order, with its `RowError` where that is raised; much faster."""
+    """For each conversation the rows that take its place, or the `RowError` that says why there are none.
+
+    A conversation of no more than `max_length` tokens stays as it is. `truncate_prompt` leaves out the oldest exchanges
+    (a question with all that follows up to the next), never the system message or the last exchange, then cuts the
+    start of the last question. `split` makes rows of whole exchanges, each with the system message, so that every
+    trained answer is trained once; with `train_on: last_response` only the last row has one, and the others are not
+    made. `drop` and `error` change nothing.
+    """
     fitted: list[list[Fitted] | RowError] = []
     for (messages, tools), encoded in zip(conversations, template.encode_batch(conversations), strict=True):
         if isinstance(encoded, RowError):

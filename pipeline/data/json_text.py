@@ -15,6 +15,8 @@ from typing import Any
 import charset_normalizer
 import orjson
 
+from pipeline.files import KeyTwiceError, unique_keys
+
 WINDOW_BYTES = 1 << 20
 MAX_RECORD_BYTES = 32 << 20  # a longer record is no conversation, and would have to fit in memory
 KEY = re.compile(rb'"\s*:')  # at least as often in a record as it has keys: also inside strings, as \":
@@ -153,9 +155,9 @@ def parse(raw: bytes, path: str, line: int, cut_off: bool) -> Any:
     try:
         text = raw.decode()
         json.loads(text)
-        return json.loads(text, object_pairs_hook=_object)
-    except _KeyTwiceError as error:
-        return Unreadable(f"gives the key {error.args[0]!r} twice", text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except KeyTwiceError as error:
+        return Unreadable(f"gives the key {error.key!r} twice", text)
     except UnicodeDecodeError as error:
         raise not_utf8(path, raw, line, error.start) from None
     except json.JSONDecodeError as error:
@@ -165,18 +167,6 @@ def parse(raw: bytes, path: str, line: int, cut_off: bool) -> Any:
         raise FormatError(f"{path}, line {line}: {error}") from None
     except RecursionError:
         raise FormatError(f"{path}, line {line}: nested too deeply to be instruction data") from None
-
-
-class _KeyTwiceError(Exception):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _KeyTwiceError(next(key for key in keys if keys.count(key) > 1))
-    return made
 
 
 def _number_of_keys(value: Any) -> int:

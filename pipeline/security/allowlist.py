@@ -3,7 +3,6 @@
 No name on the list can leave its folder, pass for another or run.
 """
 
-import json
 import re
 import struct
 from collections.abc import Iterable
@@ -13,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
+
+from pipeline.files import strict_json
 
 PARTS = ("adapter", "evaluation", "merged", "parity")
 # By suffix, what may stand before it. Letters, digits, '.', '_' and '-' only: no other spelling of a name gets past.
@@ -110,26 +111,6 @@ def check_link(path: Path) -> None:
     target = path.resolve()
     if not _CACHED.fullmatch("/".join(target.parts[-4:])) and not _CACHED.fullmatch("/".join(target.parts[-2:])):
         raise UnsafeFileError(f"{path} is a link to {target}; put the file itself there, or remove it")
-
-
-def strict_json(data: bytes) -> Any:
-    """JSON in which no key comes twice, so that nobody reads another value than was checked.
-
-    Raises:
-        ValueError: not JSON, not UTF-8, or a repeated key.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise ValueError(f"the key {twice!r} comes twice")
-        return found
-
-    try:
-        return json.loads(data.decode(), object_pairs_hook=unique)  # json alone would guess UTF-16 and 32
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _bounded(path: Path) -> bytes:

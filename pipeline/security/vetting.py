@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from transformers.utils.hub import cached_file
 
-from pipeline.security.allowlist import check_file, check_link, strict_json
+from pipeline.files import strict_json
+from pipeline.security.allowlist import check_file, check_link
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json")
 METHODS = ("LORA", "IA3", "ADALORA", "PREFIX_TUNING", "PROMPT_TUNING")

@@ -41,10 +41,6 @@ def identity(params: TrainParams, dataset: Path, init: Path | None = None) -> Id
     }
 
 
-def run_key(params: TrainParams, dataset: Path, init: Path | None = None) -> str:
-    return sha256_json(identity(params, dataset, init))[:24]
-
-
 def open_run(params: TrainParams, dataset: Path, checkpoints: Path, init: Path | None = None) -> Path:
     """The folder of this run's checkpoints; says so when there are only those of a run that differs."""
     own = identity(params, dataset, init)

@@ -10,7 +10,6 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.params import Params
 from pipeline.settings import change_params, load_params
 
 PRESETS = Path(__file__).parents[2] / "infra" / "presets"
@@ -70,14 +69,6 @@ def values(name: str, task: str | None = None) -> dict[str, dict[str, Any]]:
     if task is not None:
         sections["train"] |= tree["for"][task]
     return sections
-
-
-def with_preset(params: Params, name: str, task: str | None = None) -> Params:
-    """`params` with a preset's values, checked."""
-    tree = params.model_dump()
-    for section, settings in values(name, task).items():
-        tree[section] |= settings
-    return Params.model_validate(tree)
 
 
 def _read(name: str) -> dict[str, Any]:

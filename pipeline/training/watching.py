@@ -56,7 +56,6 @@ class Watch(TrainerCallback):
         self.out_of_time = False
         self.seconds = 0.0  # of this process
         self.earlier_seconds = 0.0  # of those before, until their checkpoint
-        self.resumed_at = 0
         self.grad_norm = math.nan
         self._changes: dict[str, float] = {}
         self._step_loss = torch.zeros(())
@@ -170,7 +169,6 @@ class Watch(TrainerCallback):
         )
         self.progress.resume_at(state.global_step)
         self.warmup_steps = args.get_warmup_steps(state.max_steps)
-        self.resumed_at = state.global_step
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Each step draws from a seed of its own: a resumed run needs no generator's state to go on to the bit.

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import git, graph
-from pipeline.files import read_json, sha256_json
+from pipeline.files import read_json, sha256_json, strict_json
 from pipeline.params import PublishParams
-from pipeline.security.allowlist import strict_json
 from pipeline.security.sanitise import portable
 from pipeline.statistics import read_scores
 from pipeline.store.artifact_store import ArtifactStore, StoreError

@@ -5,7 +5,6 @@ names of the versions; nothing is decided here.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.statistics import LOWER_IS_BETTER, PERCENT
@@ -26,15 +25,6 @@ P_NOTE = (
     "stricter than the 95 % interval of one metric: an interval can exclude the limit while p does not pass."
 )
 FORCE = '`retune promote {} --force --reason "…"`'
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Three lines for a person."""
-
-    title: str
-    why: str
-    next: str  # empty where there is nothing to do
 
 
 def title(word: str, name: str, champion: str | None) -> str:

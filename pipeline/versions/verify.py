@@ -6,11 +6,11 @@ metrics in the manifest are those in the version's own files. Nothing of the ver
 
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import git
+from pipeline.checks import Check
 from pipeline.graph import GraphError
 from pipeline.params import PublishParams
 from pipeline.publish import fetch_version
@@ -28,13 +28,6 @@ REPEATED = {
     "parity": ("parity/parity.json", None),
     "evaluation": ("parity/parity.json", "evaluation"),
 }
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    passed: bool | None  # None: not checked, `detail` says why
-    detail: str
 
 
 def verify(
