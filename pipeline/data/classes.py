@@ -1,8 +1,7 @@
 """Rows of a text and its class, as encoder models read them: no chat template, one label a row.
 
-Comes in: conversations of one question and one short answer, which is what `formats` makes of `text, label` rows. Goes
-out: tokens of the text with the tokenizer's own special tokens. Refused: rows that are anything else, a text that does
-not fit, classes that cannot be learned or told apart.
+They come as conversations of one question and one short answer, which is what `formats` makes of `text, label` rows.
+Any other row, a text that does not fit, and classes that cannot be learned or told apart are refused.
 """
 
 from collections.abc import Sequence

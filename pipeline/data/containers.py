@@ -1,8 +1,8 @@
 """Files of records, whatever they are packed in: JSON, JSONL, CSV, TSV (also in gzip or zstd), Parquet and Arrow.
 
-Comes in: a path. Goes out: blocks of consecutive records, read as a stream, each small enough for another process.
-Refused, with file and line: other encodings than UTF-8, what is cut off or no JSON, oversized records, archives that
-unpack to absurd sizes, and a name that contradicts the bytes.
+A file is read as a stream of blocks of records, each small enough for another process. Other encodings than UTF-8,
+broken or cut off files, oversized records, archives that unpack to absurd sizes and names that contradict the bytes are
+refused with file and line.
 """
 
 import codecs

@@ -1,6 +1,5 @@
 """Files of instruction data as Arrow tables of validated conversations, made by all cores and given back in order.
 
-Comes in: blocks of records with their recipes. Goes out: for each block a table of the rows in it, and its rejections.
 Memory is bounded by the blocks under way; data of a few thousand rows stays in this process, where it is done sooner
 than a second one has started.
 """

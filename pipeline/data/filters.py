@@ -1,7 +1,7 @@
 """Optional filters over single rows, each off until `prepare.filters` turns it on.
 
-Comes in: a `Row`. Goes out: the row, the row with parts masked (said in its `repairs`), or a `Rejected` with one of
-a few fixed reasons, so that both can be counted. A pure function of the row: it runs in any worker, in any order.
+A row stays, stays with parts masked (said in its `repairs`), or becomes a `Rejected` with one of a few fixed reasons:
+both can be counted. A pure function of the row: it runs in any worker, in any order.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Which format a file of instruction data has, and its records as conversations of one shape.
 
-Comes in: records of a file (see `containers`). Goes out: for every record a `Row`, or a `Rejected` with the reason. A
-file that fits no format, or two, is refused with a question that lists what was seen: a wrong guess is worse.
+Every record becomes a `Row`, or a `Rejected` with the reason. A file that fits no format, or two, is refused with a
+question that lists what was seen: a wrong guess is worse.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
 """Personal data and secrets in a text: found by precise patterns and, where a kind has one, its check digits.
 
-Comes in: text, or the arguments of a tool call. Goes out: the same with each finding replaced by a typed placeholder,
-such as <EMAIL>, and the kinds found. A number that may as well be a quantity, a date, a version or code is left alone:
-a mask in the wrong place teaches a model nonsense. Names and street addresses are not looked for.
+Each finding is replaced by a typed placeholder, such as <EMAIL>. A number that may as well be a quantity, a date, a
+version or code is left alone: a mask in the wrong place teaches a model nonsense. Names and street addresses are not
+looked for.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Answers that only decline, in English and Chinese: "I'm sorry, but as an AI language model I cannot …".
 
-Comes in: an answer. Goes out: whether it is a refusal. An answer that excuses itself and then helps at length is
-none, nor is a letter of regret that was asked for, nor a text that quotes or discusses one.
+An answer that excuses itself and then helps at length is not one, nor is a letter of regret that was asked for, nor a
+text that quotes or discusses a refusal.
 """
 
 import re

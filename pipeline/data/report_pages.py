@@ -1,7 +1,6 @@
 """The data report as pages for people: Markdown, and one HTML file that needs nothing else.
 
-Comes in: the report (`data_report.Report`) and perhaps what changed (`data_diff.Diff`). Goes out: text. Nothing from
-the data can act: Jinja escapes it, and the HTML page forbids every script by its own policy.
+Nothing from the data can act: Jinja escapes it, and the HTML page forbids every script by its own policy.
 """
 
 import math

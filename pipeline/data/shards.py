@@ -1,8 +1,8 @@
 """The shards of a data snapshot: Parquet files of validated conversations, cut where their content says so.
 
-Comes in: tables of conversations, in order. Goes out: shards named by a digest of their bytes. Rows added at the end of
-a source leave all its shards but the last as they are, byte for byte, so that DVC stores, and `prepare` works on, what
-is new. A row's line is part of its shard: rows put in the middle of a file change the shards from there on.
+A shard is named by a digest of its bytes. Rows added at the end of a source leave all its shards but the last as they
+are, byte for byte, so that DVC stores, and `prepare` works on, what is new. A row's line is part of its shard: rows put
+in the middle of a file change the shards from there on.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Where data comes from: files, folders and globs, Hub datasets, S3 and HTTP, as local files with a pinned identity.
 
-Comes in: a URI. Goes out: files, and the commit, digests or ETags that say which bytes they were. Refused: what names
-no revision or checksum, leaves its own root, changes while it is read, or needs code to be read.
+The identity is the commit, digests or ETags that say which bytes they were. Refused is a source that names no revision
+or checksum, leaves its own root, changes while it is read, or needs code to be read.
 """
 
 import glob

@@ -1,7 +1,7 @@
 """What becomes of each row when all are known: exact and near copies, and what the test split asks or nearly says.
 
-Comes in: the encoded shards. Goes out: for every row whether it is kept, else why and on whose account. Rows of the
-test split are compared first and among themselves only: nothing but themselves decides whether they belong to it.
+Rows of the test split are compared first and among themselves only: nothing but themselves decides whether they belong
+to it.
 """
 
 from dataclasses import dataclass, replace
