@@ -158,6 +158,8 @@ def test_a_plan_without_a_dataset_says_what_is_missing(params: Params) -> None:
     assert "dvc repro prepare" in describe(made)
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "rslora", "ia3", "adalora", "prefix", "prompt", "full"])
+@pytest.mark.parametrize("on_gpu", [False, True])
 def test_every_method_is_planned_with_the_parameters_that_it_trains(params: Params, method: str, on_gpu: bool) -> None:
     settings = {"method": method, "load_in_4bit": "auto", "packing": method not in ("prefix", "prompt")}
     chosen = with_(params, train=settings).train
