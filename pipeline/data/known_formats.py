@@ -115,19 +115,15 @@ def _from_turn_pairs(record: dict[str, Any], source: str, unused: set[str]) -> R
     return row_of_turns(messages, record, source, unused)
 
 
-def _from_prompt_completion(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    return _pair(record, "prompt", "completion", source, unused)
-
-
 def _from_question_answer(record: dict[str, Any], source: str, unused: set[str]) -> Row:
     for names in PAIRS:
         if names[0] in record and names[1] in record:
             unused.update(key for pair in PAIRS for key in pair if key not in names and record.get(key))
-            return _pair(record, *names, source, unused)
+            return _pair(*names, record, source, unused)
     raise ValueError(f"has {', '.join(record) or 'nothing'}; expected {' or '.join(map(' and '.join, PAIRS))}")
 
 
-def _pair(record: dict[str, Any], prompt: str, response: str, source: str, unused: set[str]) -> Row:
+def _pair(prompt: str, response: str, record: dict[str, Any], source: str, unused: set[str]) -> Row:
     """A prompt and its answer; each may also be a list of messages, as TRL has them."""
     messages = system_of(record)
     for key, role in ((prompt, "user"), (response, "assistant")):
@@ -283,7 +279,7 @@ KNOWN_FORMATS: dict[str, Format] = {
     ),
     "prompt-completion": Format(
         OPTIONAL | {"prompt", "completion"},
-        _from_prompt_completion,
+        partial(_pair, "prompt", "completion"),
         "prompt, completion",
         lambda r: "prompt" in r and "completion" in r,
     ),
