@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Any
 
-from pipeline.environment import collect_rarely
-from pipeline.security.redact import redact, redact_process
+from pipeline.core.environment import collect_rarely
+from pipeline.core.redaction import redact, redact_process
 
 
 def main() -> None:

@@ -20,26 +20,27 @@ from prefect.states import Completed
 
 import flows.retrain as story
 from flows.summary import describe_run, state_of, verdict
-from pipeline import graph
+from flows.tasks import StageFailed
 from pipeline import promote as gate
+from pipeline.core import graph
+from pipeline.core.environment import set_environment
+from pipeline.core.files import write_text
+from pipeline.core.processes import environment
+from pipeline.core.redaction import redact_process, redacted_errors
+from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.data.snapshot import recover
-from pipeline.environment import set_environment
-from pipeline.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
-from pipeline.files import write_text
 from pipeline.ingest import ingest
-from pipeline.preflight import require_ready
-from pipeline.process import environment
-from pipeline.run_lock import RunUnderWay, only_run
-from pipeline.security.redact import redact_process, redacted_errors
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.decisions import champion, read_log
+from pipeline.registry.garbage import collect
+from pipeline.registry.manifest import read_manifest
+from pipeline.registry.mlflow import open_registry
+from pipeline.registry.preflight import require_ready
+from pipeline.registry.rescore import score_today
+from pipeline.registry.retention import delete, outdated
+from pipeline.scoring.resampling import LOWER_IS_BETTER
+from pipeline.services.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
 from pipeline.settings import change_params, load_params
-from pipeline.statistics import LOWER_IS_BETTER
-from pipeline.store.artifact_store import open_store
-from pipeline.store.garbage import collect
-from pipeline.versions.decisions import champion, read_log
-from pipeline.versions.manifest import read_manifest
-from pipeline.versions.registry import open_registry
-from pipeline.versions.rescore import score_today
-from pipeline.versions.retention import delete, outdated
 
 P = ParamSpec("P")
 
@@ -160,7 +161,7 @@ def evaluate_champion() -> State[Any]:
         recover()
         graph.pull_data()
         if graph.repro("prepare", print) != 0:
-            raise story.StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
+            raise StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
         now = score_today(params.publish, manifest, metric)
     said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
     create_markdown_artifact(

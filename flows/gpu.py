@@ -1,7 +1,7 @@
 """Training on the `gpu` pool: the run asks, a worker in a clone of its own trains, the run takes the answer.
 
-See `pipeline.handover` for what is carried how. A worker that dies leaves a run without heartbeats, which an automation
-of `flows.automations` marks Crashed; its slot of the pool is then free, and the parent asks again.
+See `pipeline.core.handover` for what is carried how. A worker that dies leaves a run without heartbeats, which an
+automation of `flows.automations` marks Crashed; its slot of the pool is then free, and the parent asks again.
 """
 
 import os
@@ -24,10 +24,10 @@ from prefect.deployments import run_deployment
 from prefect.states import Cancelled, Cancelling, Completed
 
 from flows.lines import shown
-from pipeline import handover
-from pipeline.environment import set_environment
+from pipeline.core import handover
+from pipeline.core.environment import set_environment
+from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.params import OperationsParams
-from pipeline.security.redact import redact_process, redacted_errors
 
 POOL = "gpu"
 POLL_SECONDS = 2.0

@@ -8,9 +8,9 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import update_progress_artifact
 
-from pipeline.progress import LINE
-from pipeline.security.redact import redact
-from pipeline.under_way import tell
+from pipeline.core.progress import LINE
+from pipeline.core.redaction import redact
+from pipeline.core.under_way import tell
 
 # What DVC says after each stage, for people who type `dvc repro`.
 DVC_HINTS = (

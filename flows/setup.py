@@ -13,7 +13,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
 
 from flows import automations
-from pipeline.stack import POOLS
+from pipeline.services.stack import POOLS
 
 
 async def pools_and_automations() -> None:

@@ -13,16 +13,15 @@ from prefect.states import Cancelled, Completed
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from pipeline.commands import WIDTH, verdict_lines, verdict_table
+from pipeline.core.processes import identity
+from pipeline.core.progress import clock
 from pipeline.params import Params
-from pipeline.process import identity
-from pipeline.progress import clock
-from pipeline.report.tables import markdown, score_rows, terminal
-from pipeline.store.artifact_store import open_store
-from pipeline.versions.compare import BASE
-from pipeline.versions.decisions import name_of
-from pipeline.versions.manifest import read_manifest
-from pipeline.versions.verdict import P_NOTE, verdict_rows
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.compare import BASE
+from pipeline.registry.decisions import name_of
+from pipeline.registry.manifest import read_manifest
+from pipeline.registry.verdict import P_NOTE, verdict_rows
+from pipeline.report.tables import WIDTH, markdown, score_rows, terminal, verdict_lines, verdict_table
 
 
 def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:

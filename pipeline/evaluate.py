@@ -1,6 +1,5 @@
 """evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,20 +7,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.chat.template import TemplateError, differing_keys, load_contract
-from pipeline.files import read_json, sha256_file, whole_directory, write_json
-from pipeline.general import forgetting, general_items, read_general
-from pipeline.generate import Answer, generate, to_answer
-from pipeline.generation.kept import forget_others, kept_file
-from pipeline.generation.vllm import vllm_tokens
-from pipeline.judge.endpoint import Endpoint, JudgeError
-from pipeline.judge.judging import answer_turns, judge, questions, signature
-from pipeline.likelihood import reference_losses, sequence_losses
-from pipeline.model import load_tuned, untuned, use_free_cores
+from pipeline.chat.template import load_contract, require_same_contract
+from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
+from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams, JudgeParams
 from pipeline.report.stage import write_scores
-from pipeline.scoring import Metrics, provenance, score_items
-from pipeline.security.sanitise import portable
+from pipeline.scoring.classification import SIGNATURES, by_class, predict, predictions, score_classes
+from pipeline.scoring.general import forgetting, general_items, read_general
+from pipeline.scoring.generation import Answer, generate, to_answer
+from pipeline.scoring.items import Metrics, provenance, score_items, test_items
+from pipeline.scoring.judge.endpoint import Endpoint, JudgeError
+from pipeline.scoring.judge.judging import answer_turns, judge, questions, signature
+from pipeline.scoring.kept import forget_others, kept_file
+from pipeline.scoring.likelihood import reference_losses, sequence_losses
+from pipeline.scoring.vllm import vllm_tokens
+from pipeline.weights.loading import load_tuned, untuned, use_free_cores
 
 
 @dataclass(frozen=True)
@@ -159,17 +159,32 @@ def side_by_side(prompts: list[str], asked: dict[str, _Asked]) -> list[dict[str,
     ]
 
 
-def test_items(dataset: Path, max_samples: int | None) -> pa.Table:
-    """The test split, or its first `max_samples` rows in the order of their ids: random, but always the same."""
-    table = pq.read_table(dataset / "test.parquet")
-    return table if max_samples is None else table.sort_by("id").slice(0, max_samples)
+def evaluate_classes(params: EvaluateParams, dataset: Path, adapter: Path, output: Path) -> tuple[Metrics, Metrics]:
+    """`evaluate` for classes: scores of base and adapter, and the same files in `output`.
 
-
-def require_same_contract(
-    contract: dict[str, Any], other: dict[str, Any], where: Path, but: Sequence[str] = ()
-) -> None:
-    """Refuse a contract that differs from the dataset's in a key other than `but`."""
-    wanted = {key: value for key, value in contract.items() if key not in but}
-    differ = differing_keys(portable(wanted), portable(other))  # what ships names no folder of this machine
-    if differ:
-        raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")
+    Raises:
+        TemplateError, ModelError: as `evaluate`.
+    """
+    contract = read_json(dataset / "contract.json")
+    labels, encoder = contract["labels"], load_classes(contract)
+    require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
+    use_free_cores()
+    test = test_items(dataset, params.max_samples)
+    rows = test.column("input_ids").to_pylist()
+    quantisation = read_json(adapter / "training.json")["quantisation"]
+    model = load_tuned(contract["model"], quantisation, adapter, labels)
+    logits = {"adapter": predict(model, encoder, rows, params.batch_size, "evaluate", "the adapter")}
+    with untuned(model, contract["model"], labels) as before:
+        logits["base"] = predict(before, encoder, rows, params.batch_size, "evaluate", "the base")
+    items = {
+        system: score_classes(test, predictions(logits[system], labels)).append_column(
+            "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
+        )
+        for system in ("base", "adapter")
+    }
+    recorded = provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"}
+    with whole_directory(output) as folder:
+        metrics = write_scores(items, params, recorded, dataset, adapter, folder)
+        with (folder / "report.md").open("a", encoding="utf-8") as page:
+            page.write(by_class(items["adapter"]))
+    return metrics["base"], metrics["adapter"]

@@ -16,6 +16,8 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.core.files import sha256_file, write_json
+from pipeline.core.progress import Progress
 from pipeline.data.containers import Block, container_of
 from pipeline.data.conversion import SCHEMA, Batch, convert_blocks
 from pipeline.data.formats import Ask, Recipe, maps, recognised_blocks
@@ -24,9 +26,7 @@ from pipeline.data.records import Rejected
 from pipeline.data.shards import ShardWriter, read_rejected, read_snapshot
 from pipeline.data.snapshot import INSTRUCTIONS, SCRATCH, recover, replace_instructions
 from pipeline.data.sources import Source, fetch, public
-from pipeline.files import sha256_file, write_json
 from pipeline.params import IngestParams, SourceParams
-from pipeline.progress import Progress
 
 RECORD_CHARACTERS = 4096  # of a rejected record that are kept
 CLASSES = ("auto", "classification")  # formats beside which columns can be named

@@ -10,26 +10,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from pipeline.chat.template import ChatTemplate, load_contract, load_shipped, local_source
-from pipeline.evaluate import require_same_contract, test_items
-from pipeline.files import read_json, whole_directory, write_json
-from pipeline.generate import Answer, generate
-from pipeline.likelihood import reference_losses
-from pipeline.model import load_base, load_tuned, record_dtype, untuned, use_free_cores
+from pipeline.chat.template import ChatTemplate, load_contract, load_shipped, local_source, require_same_contract
+from pipeline.core.files import read_json, whole_directory, write_json
+from pipeline.core.sanitise import clean_folder, portable
+from pipeline.data.classes import load_classes
 from pipeline.params import MergeParams
-from pipeline.parity import Merged, merge_closest, metric_differences, prove
-from pipeline.scoring import Metrics, provenance, score_items, scoring_params, summarise
-from pipeline.security.sanitise import clean_folder, portable
-from pipeline.statistics import read_scores
+from pipeline.scoring.classification import predict, predictions, score_classes
+from pipeline.scoring.generation import Answer, generate
+from pipeline.scoring.items import Metrics, provenance, score_items, scoring_params, summarise, test_items
+from pipeline.scoring.likelihood import reference_losses
+from pipeline.scoring.parity import Merged, merge_closest, metric_differences, prove
+from pipeline.scoring.resampling import read_scores
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
 from pipeline.weights.export import export
 from pipeline.weights.gguf import require_programs
+from pipeline.weights.loading import load_base, load_tuned, record_dtype, untuned, use_free_cores
 from pipeline.weights.merging import MergeError, require_mergeable
 
 LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
@@ -192,3 +195,48 @@ def _token_agreement(model: Any, prompts: list[list[int]], answers: list[list[in
 def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
     total = sum(float((a - b).abs().sum(dtype=torch.float64)) for a, b in zip(expected, actual, strict=True))
     return total / sum(a.numel() for a in expected)
+
+
+def merge_classes(
+    params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path, exports: Path
+) -> Merged:
+    """`merge` for classes: the same files, and parity by the classes and logits of all test texts.
+
+    Raises:
+        MergeError, WeightsError, TemplateError, ModelError: as `merge`.
+    """
+    contract = read_json(dataset / "contract.json")
+    labels, identity, encoder = contract["labels"], contract["model"], load_classes(contract)
+    require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
+    require_mergeable(adapter)
+    use_free_cores()
+    settings = read_json(evaluation / "evaluation.json")
+    evaluated = scoring_params(settings)
+    test = test_items(dataset, evaluated.max_samples)
+    rows = test.column("input_ids").to_pylist()
+    quantisation = read_json(adapter / "training.json")["quantisation"]
+    expected, before = (
+        np.array(pq.read_table(evaluation / f"items.{system}.parquet")["logits"].to_pylist(), dtype=np.float32)
+        for system in ("adapter", "base")
+    )
+    reach = float(np.abs(expected - before).mean())
+    logits: dict[str, NDArray[np.float32]] = {}
+
+    def error_of(choice: str, folder: Path) -> float:
+        model, system = load_base(local_source(folder), None, labels), f"the merged model ({choice})"
+        logits[choice] = predict(model, encoder, rows, evaluated.batch_size, "merge", system)
+        return float(np.abs(logits[choice] - expected).mean())
+
+    with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
+        chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of, labels)
+        encoder.tokenizer.save_pretrained(str(folder))
+        record_dtype(folder)
+        clean_folder(folder)
+        write_json(folder / "contract.json", portable(contract))
+        items = score_classes(test, predictions(logits[chosen], labels))
+        metrics = summarise(items, evaluated)
+        agreement = float((logits[chosen].argmax(axis=1) == expected.argmax(axis=1)).mean())
+        merged = Merged(chosen, merging, errors, reach, agreement, agreement, metrics, {})
+        write_json(others / "exports.json", {})
+        prove(params, proof, items, merged, read_scores(evaluation), combined=None, evaluation=settings)
+    return merged

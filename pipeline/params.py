@@ -1,6 +1,6 @@
 """Every parameter as typed, frozen objects: one section a stage, `Params` the whole. `settings` reads the file.
 
-Refused: unknown keys, wrong types, values out of range and combinations that cannot work.
+Unknown keys, wrong types, values out of range and combinations that cannot work are errors.
 """
 
 import datetime
@@ -9,8 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.data.language import LANGUAGES
-from pipeline.training.combinations import conflict, in_4bit, whole_conflict
+from pipeline.core.combinations import conflict, in_4bit, whole_conflict
+
+# What the model can answer, https://fasttext.cc/docs/en/language-identification.html
+_CODES = (
+    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de "
+    "diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo "
+    "io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms "
+    "mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn "
+    "sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf "
+    "yi yo yue zh"
+)
+LANGUAGES = frozenset(_CODES.split())
 
 Metric = Literal[
     "accuracy", "macro_f1", "exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity"

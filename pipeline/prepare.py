@@ -25,6 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.core.dependencies import code_digests
+from pipeline.core.files import sha256_file, sha256_json, whole_directory, write_json
+from pipeline.core.progress import Progress
+from pipeline.core.workers import Workers
 from pipeline.data.benchmark_files import read_benchmark_files
 from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.conversion import read_batches
@@ -36,10 +40,7 @@ from pipeline.data.report import DataStats, write_report
 from pipeline.data.shards import ShardWriter, is_shard, read_rejected, read_snapshot
 from pipeline.data.shingles import signature_version
 from pipeline.data.verdicts import SPLITS, Verdicts, decide
-from pipeline.files import sha256_file, sha256_json, whole_directory, write_json
 from pipeline.params import PrepareParams
-from pipeline.progress import Progress
-from pipeline.workers import Workers
 
 PARALLEL_ROWS = 20_000  # fewer are encoded before a second process has imported its libraries
 COMMON = ("id", "source", "task", "language")
@@ -154,11 +155,7 @@ def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any],
     """A folder of encoded rows for each shard, in order; what an earlier call left in `work` is used again."""
     settings = params.model_dump(exclude={"max_dropped_fraction", "default_scoring"})
     benchmarks = [sha256_file(Path(name)) for name in params.decontaminate if Path(name).is_file()]
-    code = [
-        sha256_file(path)
-        for folder in ("data", "chat")
-        for path in sorted(Path(__file__).with_name(folder).glob("**/*.py"))
-    ]
+    code = code_digests("pipeline.data.encoding")
     identity = sha256_json([settings, contract, benchmarks, code, signature_version()])
     folders = [work / "encoded" / sha256_json([identity, sha256_file(shard)])[:32] for shard in shards]
     todo = {folder: shard for folder, shard in zip(folders, shards, strict=True) if not _is_whole(folder, params)}

@@ -2,24 +2,23 @@
 where the test items are too few to tell, nothing is decided.
 
 Every change of the champion, by the gate, by a person's approval or force, or by a rollback, is one record of the
-promotion log; the registry's aliases and the webhooks follow. Refused: versions that are not published, were deleted,
-or, where `publish.require_signature` is on, are not signed by a trusted key for what is stored.
+promotion log; the registry's aliases and the webhooks follow. Versions that are not published or were
+deleted cannot be promoted, nor, where `publish.require_signature` is on, those without a trusted signature.
 """
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import graph
-from pipeline.files import WORK_DIR, read_json, write_json
+from pipeline.core.files import WORK_DIR, read_json, write_json
 from pipeline.params import PromoteParams, PublishParams
-from pipeline.publish import register
-from pipeline.store.artifact_store import ArtifactStore, open_store
-from pipeline.versions import compare as comparing
-from pipeline.versions import gate, manifest, notify, verdict, verify
-from pipeline.versions.compare import BASE, CompareError, UnfairError
-from pipeline.versions.decisions import (
+from pipeline.registry import compare as comparing
+from pipeline.registry import gate, manifest, notify, verdict, verify
+from pipeline.registry.artifact_store import ArtifactStore, open_store
+from pipeline.registry.compare import BASE, CompareError, UnfairError
+from pipeline.registry.decisions import (
     DecisionError,
+    PromoteError,
     Record,
     append,
     champion,
@@ -31,12 +30,9 @@ from pipeline.versions.decisions import (
     rolled_back,
     word_of,
 )
-from pipeline.versions.manifest import Manifest, read_manifest
-from pipeline.versions.registry import ModelRegistry, RegistryError
-
-
-class PromoteError(RuntimeError):
-    """The comparison cannot be made or the version is not there; the champion is as it was."""
+from pipeline.registry.manifest import Manifest, read_manifest
+from pipeline.registry.mlflow import ModelRegistry, RegistryError, resolve
+from pipeline.registry.registration import register
 
 
 @dataclass(frozen=True)
@@ -265,23 +261,6 @@ def settled(publishing: PublishParams, params: PromoteParams, version: str, root
     if read_manifest(store, version) is None and version not in {record.version for record in log}:
         return None
     return settled_reason(log, version, params)
-
-
-def resolve(version: str | None, store: ArtifactStore, registry: ModelRegistry, name: str, root: Path) -> str:
-    """The content id of a version named by number (3 or v3), id, or `champion`; None: the workspace's.
-
-    Raises:
-        RegistryError: the registry has no such number.
-        PromoteError: there is no champion.
-    """
-    if version is None:
-        return graph.version_id(root)
-    if version == "champion":
-        serving = champion(read_log(store, name))
-        if serving is None:
-            raise PromoteError(f"{name} has no champion yet")
-        return serving
-    return registry.id_of(version) if version.removeprefix("v").isdigit() and len(version) < 10 else version
 
 
 def _compare(

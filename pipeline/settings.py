@@ -1,7 +1,7 @@
 """The file `params.yaml`: read into `Params`, and changed where a form or a preset asks for it.
 
-Goes out: `Params`, or for a change the whole file, checked first, with its comments. Refused, with key, value and line:
-unknown keys, wrong types, values out of range, combinations that cannot work, and passwords.
+A change is checked first and keeps the file's comments. Unknown keys, wrong types, values out of range, combinations
+that cannot work and passwords are refused with key, value and line.
 """
 
 import difflib
@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.files import conflict_line, write_text
+from pipeline.core.files import conflict_line, write_text
+from pipeline.core.redaction import has_credentials, redact
 from pipeline.params import Params
-from pipeline.security.redact import has_credentials, redact
 
 _VALUE = re.compile(r"(.*?)(\s+#.*)?")
 

@@ -7,6 +7,7 @@ continues another one. `training/` holds the parts.
 
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,26 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.chat.template import load_contract
-from pipeline.data.classes import load_contract as load_classes
-from pipeline.files import WORK_DIR, read_json, sha256_file, whole_directory, write_json
-from pipeline.model import compute_dtype, load_base, use_free_cores, use_threads
+from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.files import WORK_DIR, read_json, sha256_file, whole_directory, write_json
+from pipeline.core.sanitise import clean_folder, portable
+from pipeline.core.vetting import check_settings
+from pipeline.data.classes import load_classes
 from pipeline.params import TrainParams
-from pipeline.security.sanitise import clean_folder, portable
-from pipeline.security.vetting import check_settings
 from pipeline.training.checkpoints import last_checkpoint, open_run, versions
-from pipeline.training.classes import ClassCollate, ClassTrainer, class_sequences
-from pipeline.training.combinations import CLASSIFICATION
+from pipeline.training.classifier import ClassCollate, ClassTrainer, class_sequences
 from pipeline.training.gradients import require_gradients
 from pipeline.training.kernels import require_kernels
-from pipeline.training.launch import launch, must_launch
+from pipeline.training.launch import launch, must_launch, run_one
 from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of, sort_sets
 from pipeline.training.packing import Collate, require_isolation, training_sequences, use_row_attention
 from pipeline.training.targets import describe_experts
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.warm_start import check_init, load_init
-from pipeline.training.watching import TrainError, Watch
+from pipeline.training.watching import Interrupted, TrainError, Watch
+from pipeline.weights.loading import compute_dtype, load_base, use_free_cores, use_threads
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-
-
-class Interrupted(RuntimeError):
-    """A signal or `max_hours` ended the run after a checkpoint was saved; the same command goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -258,3 +255,7 @@ def _record(
         "validation_loss": trained.validation_loss,
         "trainable_parameters": trained.trainable_parameters,
     }
+
+
+if __name__ == "__main__":  # one of several processes
+    sys.exit(run_one(sys.argv[1], train))

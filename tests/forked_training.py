@@ -19,7 +19,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.params import Params
-from pipeline.train import Interrupted, train
+from pipeline.train import train
+from pipeline.training.watching import Interrupted
 
 EVENTS = [0, 0]  # seen, and the one to die at
 

@@ -21,7 +21,7 @@ from swift_server import free_ports
 
 AS_ANOTHER_USER = """
 import os, signal, sys
-from pipeline.process import end_with_parent
+from pipeline.core.processes import end_with_parent
 uid, gid, *command = sys.argv[1:]
 if os.getuid() == 0:
     os.setgroups([])

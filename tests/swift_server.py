@@ -68,7 +68,7 @@ for kind, port in zip(("account", "container", "object"), ports):
     ring.get_ring().save(f"{folder}/{kind}.ring.gz")
 """
 SERVER = (
-    "import sys; from pipeline.process import end_with_parent; end_with_parent(); "
+    "import sys; from pipeline.core.processes import end_with_parent; end_with_parent(); "
     "from swift.{kind}.server import main; sys.exit(main())"
 )
 

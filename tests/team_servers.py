@@ -26,7 +26,7 @@ from conftest import environment as of_this_process
 from swift_server import ACCESS_KEY, SECRET_KEY, free_ports
 from test_infra import SERVICES
 
-from pipeline import stack
+from pipeline.services import stack
 
 INFRA = ROOT / "infra"
 WITH_SECRETS = INFRA / "docker" / "with_secrets.py"
@@ -34,7 +34,7 @@ WORKER = INFRA / "docker" / "worker.sh"
 PORTS = {"prefect-db": 5432, "mlflow-db": 5432, "redis": 6379, "prefect": 4200, "mlflow": 5000, "store": 8333}
 # The process becomes what its arguments name, and still ends with us.
 LAUNCH = (
-    "import runpy, sys; from pipeline.process import end_with_parent; end_with_parent(parent={parent}); "
+    "import runpy, sys; from pipeline.core.processes import end_with_parent; end_with_parent(parent={parent}); "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 START_SECONDS = 240

@@ -6,126 +6,152 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
 from ruamel.yaml import YAML
 
+from pipeline.core.dependencies import code_digests
+from pipeline.core.graph import SHIPPED
+from pipeline.core.graph import STAGES as DVC_STAGES
+
 SOURCES = sorted(path for folder in ("pipeline", "flows") for path in (ROOT / folder).rglob("*.py"))
-MODULES = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in SOURCES
-    if path.is_relative_to(ROOT / "pipeline")
-    and not path.is_relative_to(ROOT / "pipeline" / "metrics")
-    and "__" not in path.name
-]
+    if "metrics" not in path.parts and "__" not in path.name
+}
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+ALL_STAGES = ("ingest", "prepare", "train", "evaluate", "merge", "publish", "promote")
+# Each folder imports those before it; the stages stand on all of them, the command on the stages.
+FOLDERS = ("core", "params", "settings", "chat", "data", "weights", "training", "scoring", "registry", "report")
+SERVICES_KNOW = {"core", "params", "settings"}
 
 
-def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """The modules that a file imports, inside functions too."""
     names: set[str] = set()
-    for node in nodes(path):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(f"{'.' * node.level}{node.module or ''}")
-    return names
+            assert node.level == 0, f"{path} has a relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else str(node.module) for name in inside}
+    return frozenset(names)
 
 
-def calls(path: Path) -> Iterator[ast.Call]:
-    return (node for node in nodes(path) if isinstance(node, ast.Call))
+def calls(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+
+
+def may_import(module: str, other: str) -> bool:
+    folder, target = module.split(".")[1], other.split(".")[1]
+    if folder == target or folder in ("cli", "__main__"):
+        return True
+    if folder == "services":
+        return target in SERVICES_KNOW
+    known = FOLDERS[: FOLDERS.index(folder)] if folder in FOLDERS else FOLDERS  # a stage
+    return target in known
+
+
+def test_folders_import_in_one_direction_and_no_stage_another() -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module, path in MODULES.items()
+        if module.startswith("pipeline.")
+        for other in imported(path)
+        if other.startswith("pipeline.") and not may_import(module, other)
+    ]
+    assert not wrong
 
 
 def test_the_pipeline_runs_without_prefect() -> None:
+    names = [name for name in MODULES if name.startswith("pipeline.")]
     code = (
         "import importlib, sys\n"
-        f"for name in {MODULES!r}: importlib.import_module(name)\n"
-        "import gc; gc.freeze()\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'prefect', 'flows'}))"
     )
     ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_flows_know_prefect_and_flows(path: Path) -> None:
-    tops = {name.split(".")[0] for name in imported(path)}
-    assert "flows" not in tops or path.parent.name == "flows"
-    assert "prefect" not in tops or path.parent.name == "flows"
+def test_only_flows_know_prefect_and_flows_and_no_command() -> None:
+    for path in SOURCES:
+        inside = path.parent.name == "flows"
+        tops = {name.split(".")[0] for name in imported(path)}
+        assert inside or not tops & {"flows", "prefect"}, path
+        assert not inside or not any(name.startswith("pipeline.cli") for name in imported(path)), path
 
 
-@pytest.mark.parametrize("path", (ROOT / "pipeline" / "chat").rglob("*.py"), ids=lambda path: path.name)
-def test_the_chat_folder_does_not_import_the_data_folder(path: Path) -> None:
-    assert not {name for name in imported(path) if name.startswith("pipeline.data")}
+def test_no_module_has_a_name_of_the_standard_library_or_of_another() -> None:
+    names = [module.rpartition(".")[2] for module in MODULES if module.startswith("pipeline.")]
+    assert not set(names) & sys.stdlib_module_names
+    assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("stage", ["ingest", "prepare", "train", "evaluate", "merge", "publish", "promote"])
+@pytest.mark.parametrize("stage", ALL_STAGES)
 def test_a_stage_function_says_what_it_raises(stage: str) -> None:
-    function = getattr(importlib.import_module(f"pipeline.{stage}"), stage)
-    docstring = inspect.getdoc(function) or ""
+    module = importlib.import_module(f"pipeline.{stage}")
+    docstring = inspect.getdoc(getattr(module, stage)) or ""
     assert docstring.split("\n")[0]
     [_, raises] = docstring.split("\nRaises:\n")
     assert re.match(r"    \w+(, \w+)*: ", raises)
+    for name, value in vars(module).items():
+        if inspect.isclass(value) and value.__module__ == module.__name__ and name.endswith("Error"):
+            assert name in docstring
 
 
-@pytest.mark.parametrize("stage", ["ingest", "prepare", "train", "evaluate", "merge", "publish", "promote"])
-def test_a_stage_names_its_own_error_in_its_raises(stage: str) -> None:
-    module = importlib.import_module(f"pipeline.{stage}")
-    own = {
-        name for name, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__
-    }
-    docstring = inspect.getdoc(getattr(module, stage)) or ""
-    for error in (name for name in own if name.endswith("Error")):
-        assert error in docstring
+def test_a_module_begins_with_its_purpose_and_leaves_nothing_for_later() -> None:
+    for path in SOURCES:
+        assert ast.get_docstring(tree(path)) or path.name in ("__init__.py", "__main__.py"), path
+        assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", path.read_text(encoding="utf-8")), path
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_begins_with_its_purpose(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.name in ("__init__.py", "__main__.py")
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_is_left_for_later(path: Path) -> None:
-    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", path.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_code_is_loaded_from_files_of_data(path: Path) -> None:
-    assert not imported(path) & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-    for call in calls(path):
-        name, keywords = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
-        assert name not in ("eval", "exec", "os.system")
-        assert ast.unparse(keywords.get("shell", ast.Constant(False))) == "False"
-        if name == "torch.load":
-            assert ast.unparse(keywords.get("weights_only", ast.Constant(False))) == "True"
+def test_no_code_is_loaded_from_files_of_data() -> None:
+    for path in SOURCES:
+        assert not imported(path) & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}, path
+        for call in calls(path):
+            name, keywords = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
+            assert name not in ("eval", "exec", "os.system"), path
+            assert ast.unparse(keywords.get("shell", ast.Constant(False))) == "False", path
+            if name == "torch.load":
+                assert ast.unparse(keywords.get("weights_only", ast.Constant(False))) == "True", path
 
 
 def test_the_stages_of_dvc_are_those_of_the_graph() -> None:
-    from pipeline.graph import SHIPPED
-    from pipeline.graph import STAGES as names
-
-    assert tuple(STAGES) == names
+    assert tuple(STAGES) == DVC_STAGES
     assert set(SHIPPED) <= {out for stage in STAGES.values() for out in stage["outs"]}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_dvc_stage_depends_on_its_own_code_and_parameters(stage: str) -> None:
-    # prepare tokenises for the task, which is a parameter of train.
-    assert STAGES[stage]["params"] == [stage] + ["train.task"] * (stage == "prepare")
-    assert f"pipeline/{stage}.py" in STAGES[stage]["deps"]
-    assert STAGES[stage]["cmd"] == f"retune stage {stage}"
-    others = {f"pipeline/{other}.py" for other in STAGES if other != stage}
-    assert not others & set(STAGES[stage]["deps"])
+def test_a_dvc_stage_depends_on_exactly_the_code_that_shapes_its_result(stage: str) -> None:
+    listed = {path for path in STAGES[stage]["deps"] if path.startswith("pipeline/")}
+    assert listed == set(code_digests(f"pipeline.{stage}"))
+
+
+def test_what_only_speaks_or_refuses_trains_nothing_again() -> None:
+    listed = {path for stage in STAGES.values() for path in stage["deps"]}
+    assert not [path for path in listed if path.startswith(("pipeline/cli/", "pipeline/services/"))]
+    assert not listed & {"pipeline/training/presets.py", "pipeline/training/plan.py"}
+    assert [stage for stage in STAGES if "pipeline/training/loss.py" in STAGES[stage]["deps"]] == ["train"]
+    assert "pipeline/data/personal_data.py" in STAGES["prepare"]["deps"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_dvc_stage_depends_on_files_that_exist_or_are_made(stage: str) -> None:
+def test_a_dvc_stage_is_its_own_command_parameters_and_files(stage: str) -> None:
+    # prepare tokenises for the task, which is a parameter of train.
+    assert STAGES[stage]["params"] == [stage] + ["train.task"] * (stage == "prepare")
+    assert STAGES[stage]["cmd"] == f"retune stage {stage}"
     made = {out for each in STAGES.values() for out in each["outs"]}
     for dependency in STAGES[stage]["deps"]:
         inside_out = any(dependency == out or dependency.startswith(f"{out}/") for out in made)

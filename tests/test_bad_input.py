@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_methods import short
 from transformers import AutoTokenizer
 
-from pipeline.files import read_json, write_json
+from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.train import train

@@ -24,14 +24,16 @@ from transformers import (
 )
 
 from pipeline.chat.rendering import TemplateError
-from pipeline.classification import classify, evaluate_classes, merge_classes, score_merged
-from pipeline.commands import CommandError
+from pipeline.cli.talk import predict as answer_file
+from pipeline.cli.versions import CommandError
+from pipeline.core.files import read_json
 from pipeline.data.classes import ClassError
-from pipeline.files import read_json
+from pipeline.evaluate import evaluate_classes
+from pipeline.merge import merge_classes
 from pipeline.params import Params
 from pipeline.prepare import PrepareError, prepare
+from pipeline.scoring.classification import classify, score_merged
 from pipeline.train import TrainError, train
-from pipeline.try_commands import predict as answer_file
 
 GOOD, BAD = ["a joy", "splendid", "moving", "wise"], ["a bore", "dreadful", "clumsy", "stale"]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -16,7 +16,7 @@ import typer
 from conftest import ROOT, change_params, environment, make_project, retune
 from typer.testing import CliRunner
 
-from pipeline.cli import app, main
+from pipeline.cli.main import app, main
 from pipeline.params import Params
 from pipeline.settings import load_params
 

@@ -11,11 +11,11 @@ from threading import Thread
 import psutil
 import pytest
 
+from pipeline.core.workers import WorkerError
 from pipeline.data.conversion import ALONE, read_batches
 from pipeline.data.formats import read_rows
 from pipeline.data.json_text import FormatError
 from pipeline.data.records import Rejected, Row
-from pipeline.workers import WorkerError
 
 
 def many(path: Path, megabytes: int, *last: str) -> Path:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, dump_dom
 
+from pipeline.core.files import read_json
 from pipeline.data.report import EXAMPLES, MOST_KEYS, OTHER, DataReportError, DataStats, Report, excerpt, write_report
 from pipeline.data.report_pages import Histogram, render, table
-from pipeline.files import read_json
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1))"

@@ -11,8 +11,8 @@ from conftest import environment, publish_params
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.store.artifact_store import ArtifactStore, open_store
-from pipeline.versions.decisions import (
+from pipeline.registry.artifact_store import ArtifactStore, open_store
+from pipeline.registry.decisions import (
     DecisionError,
     Record,
     append,
@@ -27,8 +27,8 @@ RECORD = Record(1, "promoted", "a", "a", None, "better")
 RACE = """
 import sys
 from pathlib import Path
-from pipeline.versions.decisions import Record, append, read_log
-from pipeline.store.artifact_store import FileStore
+from pipeline.registry.decisions import Record, append, read_log
+from pipeline.registry.artifact_store import FileStore
 store, me, done = FileStore(Path(sys.argv[1])), sys.argv[2], 0
 print("ready", flush=True)
 sys.stdin.readline()

@@ -31,17 +31,17 @@ from flows.automations import automations
 from flows.deployments import evaluate_champion
 from flows.summary import page, state_of
 from pipeline import promote as gate
-from pipeline import stack
-from pipeline.events import contents, count_new, emit, tell_updated
+from pipeline.core.run_lock import only_run
 from pipeline.params import Params
-from pipeline.run_lock import only_run
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.manifest import read_manifest
+from pipeline.registry.rescore import RescoreError, score_today
+from pipeline.registry.verdict import P_NOTE
+from pipeline.scoring.resampling import METRICS
+from pipeline.services import stack
+from pipeline.services.events import contents, count_new, emit, tell_updated
 from pipeline.settings import ParamsError, load_params
 from pipeline.settings import change_params as change
-from pipeline.statistics import METRICS
-from pipeline.store.artifact_store import open_store
-from pipeline.versions.manifest import read_manifest
-from pipeline.versions.rescore import RescoreError, score_today
-from pipeline.versions.verdict import P_NOTE
 
 DEPLOYMENTS = YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["deployments"]
 

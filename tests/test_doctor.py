@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from conftest import change_params, environment, make_project, retune
 
-from pipeline import doctor
 from pipeline.chat.template import load_template
+from pipeline.cli import doctor
+from pipeline.core.run_lock import only_run
 from pipeline.params import Params
-from pipeline.run_lock import only_run
 
 
 @pytest.fixture(scope="module")

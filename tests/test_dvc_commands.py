@@ -10,9 +10,9 @@ import pytest
 from browser import CHROMIUM, dump_dom
 from conftest import ROOT, environment
 
-from pipeline import graph
-from pipeline.files import write_text
-from pipeline.graph import GraphError
+from pipeline.core import graph
+from pipeline.core.files import write_text
+from pipeline.core.graph import GraphError
 from pipeline.settings import ParamsError, load_params
 
 

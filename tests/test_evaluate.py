@@ -10,15 +10,15 @@ from conftest import with_
 from test_train import identity
 
 from pipeline.chat.template import TemplateError, load_contract
+from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.evaluate import evaluate
-from pipeline.files import read_json, sha256_file, write_json
-from pipeline.general import GeneralError, general_items, read_general
-from pipeline.generate import Answer, generate
-from pipeline.likelihood import reference_losses, sequence_losses
-from pipeline.model import load_adapter, load_base
 from pipeline.params import GeneralParams, Params
-from pipeline.scoring import class_labels, score_items, summarise
-from pipeline.statistics import METRICS, PERCENT, length_bucket
+from pipeline.scoring.general import GeneralError, general_items, read_general
+from pipeline.scoring.generation import Answer, generate
+from pipeline.scoring.items import class_labels, score_items, summarise
+from pipeline.scoring.likelihood import reference_losses, sequence_losses
+from pipeline.scoring.resampling import METRICS, PERCENT, length_bucket
+from pipeline.weights.loading import load_adapter, load_base
 
 
 def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:
@@ -82,7 +82,7 @@ def test_an_adapter_trained_under_another_template_is_refused(
 
 
 def test_max_samples_takes_the_same_items_every_time(tmp_path: Path, dataset: Path) -> None:
-    from pipeline.evaluate import test_items as items_of
+    from pipeline.scoring.items import test_items as items_of
 
     few, more = (items_of(dataset, n).column("id").to_pylist() for n in (3, 6))
     assert len(few) == 3

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import environment
 
-from pipeline.files import whole_directory
+from pipeline.core.files import whole_directory
 
 WRITER = """
 import sys
 from pathlib import Path
-from pipeline.files import whole_directory
+from pipeline.core.files import whole_directory
 with whole_directory(Path(sys.argv[1])) as folder:
     (folder / "who").write_text(sys.argv[2])
     print("begun", flush=True)

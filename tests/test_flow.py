@@ -23,7 +23,7 @@ import psutil
 import pytest
 from conftest import change_params, environment, make_project, retune, with_
 
-from pipeline.files import read_json
+from pipeline.core.files import read_json
 from pipeline.params import Params
 
 WORSE = {"max_steps": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0}

@@ -18,10 +18,10 @@ from test_stack import free_port
 
 from flows import gpu
 from flows.lines import why_failed
-from pipeline import flow_runs, server
-from pipeline.events import emit, record_unchanged
-from pipeline.files import write_json
-from pipeline.process import end_group, identity, lives
+from pipeline.core.files import write_json
+from pipeline.core.processes import end_group, identity, lives
+from pipeline.services import flow_runs, server
+from pipeline.services.events import emit, record_unchanged
 
 PASSWORD = "admin:secret"
 

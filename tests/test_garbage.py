@@ -10,9 +10,9 @@ import pytest
 from conftest import publish_params
 from s3_sink import Sink
 
-from pipeline.store.artifact_store import FileStore, open_store
-from pipeline.store.garbage import GRACE_S, Garbage, GarbageError, collect
-from pipeline.versions.decisions import Record, append
+from pipeline.registry.artifact_store import FileStore, open_store
+from pipeline.registry.decisions import Record, append
+from pipeline.registry.garbage import GRACE_S, Garbage, GarbageError, collect
 
 DIGESTS = [f"{number:064x}" for number in range(10)]
 

@@ -11,10 +11,8 @@ import pytest
 from conftest import ROOT, with_
 
 from pipeline.params import Params, PromoteParams
-from pipeline.settings import load_params
-from pipeline.statistics import Groups, Items, group_sums, resampled_differences, set_scores
-from pipeline.versions import gate
-from pipeline.versions.significance import (
+from pipeline.registry import gate
+from pipeline.registry.significance import (
     ALPHA,
     binary_test,
     corpus_test,
@@ -26,7 +24,9 @@ from pipeline.versions.significance import (
     rows_factor,
     score_test,
 )
-from pipeline.versions.verdict import why
+from pipeline.registry.verdict import why
+from pipeline.scoring.resampling import Groups, Items, group_sums, resampled_differences, set_scores
+from pipeline.settings import load_params
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_large_test_sets_are_resampled_in_blocks_with_the_same_draws(monkeypatch
     groups = np.arange(300) // 3
     whole = resampled_differences(ours, theirs, groups, 50, seed=1)
     exchanged = exchanged_differences(group_sums(ours, groups), group_sums(theirs, groups), 50, seed=1)
-    for module in ("pipeline.statistics", "pipeline.versions.significance"):
+    for module in ("pipeline.scoring.resampling", "pipeline.registry.significance"):
         monkeypatch.setattr(f"{module}.BLOCK", 700)
     assert resampled_differences(ours, theirs, groups, 50, seed=1) == pytest.approx(whole)
     sums = group_sums(ours, groups), group_sums(theirs, groups)

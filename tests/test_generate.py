@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.chat.template import load_contract
-from pipeline.files import read_json, write_json
-from pipeline.generate import common_prefix, generate, in_slots, new_tokens
-from pipeline.generation.kept import KeptAnswers, kept_file
-from pipeline.generation.slots import Slots, fits
-from pipeline.generation.vllm import BackendError, vllm_tokens
-from pipeline.model import load_base
+from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
+from pipeline.scoring.generation import common_prefix, generate, in_slots, new_tokens
+from pipeline.scoring.kept import KeptAnswers, kept_file
+from pipeline.scoring.slots import Slots, fits
+from pipeline.scoring.vllm import BackendError, vllm_tokens
+from pipeline.weights.loading import load_base
 
 SIZES = {
     "vocab_size": 256,
@@ -109,7 +109,7 @@ def test_models_in_batches_end_at_their_stop_tokens_too(base: Path, dataset: Pat
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
     limits = [8, 3, 5] * 3
     ours = dict(new_tokens(model, prompts, limits, template, 4))
-    monkeypatch.setattr("pipeline.generate.fits", lambda *_: False)
+    monkeypatch.setattr("pipeline.scoring.generation.fits", lambda *_: False)
     assert dict(new_tokens(model, prompts, limits, template, 4)) == ours
 
 
@@ -162,7 +162,7 @@ def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
 KILLED = """
 import sys, time, torch
 from pathlib import Path
-import pipeline.generation.kept as kept
+import pipeline.scoring.kept as kept
 from pipeline.evaluate import evaluate
 from pipeline.params import EvaluateParams
 real = kept.KeptAnswers.add

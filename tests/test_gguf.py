@@ -9,12 +9,12 @@ from conftest import STEPS, install, make_base, sample_rows, with_
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoModelForCausalLM
 
+from pipeline.core.allowlist import UnsafeFileError, check_file, check_names
+from pipeline.core.files import read_json
 from pipeline.evaluate import evaluate
-from pipeline.files import read_json
 from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.security.allowlist import UnsafeFileError, check_file, check_names
 from pipeline.train import train
 from pipeline.weights.export import export
 from pipeline.weights.gguf import SCRIPT, ExportError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.git import GitError, record_version
+from pipeline.core.git import GitError, record_version
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from conftest import environment
 
-from pipeline import graph
-from pipeline.graph import GraphError
+from pipeline.core import graph
+from pipeline.core.graph import GraphError
 
 STAGES = """\
 stages:

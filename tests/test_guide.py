@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, environment, retune
 from ruamel.yaml import YAML
 
-from pipeline import graph
+from pipeline.core import graph
 from pipeline.settings import change_params
 
 WHO = {f"GIT_{role}_{key}": "t" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}

@@ -18,10 +18,11 @@ from ruamel.yaml import YAML
 from test_deployments import api, ended
 from test_stack import free_port, wait_until
 
-from pipeline import git, graph, handover, stack
-from pipeline.files import read_json
+from pipeline.core import git, graph, handover
+from pipeline.core.files import read_json
+from pipeline.core.run_lock import only_on_gpus
 from pipeline.params import Params
-from pipeline.run_lock import only_on_gpus
+from pipeline.services import stack
 
 
 def run(root: Path, *command: str) -> str:

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from conftest import change_params, environment, make_project, retune, sample_rows
 
-from pipeline import graph
+from pipeline.core import graph
+from pipeline.core.files import read_json, sha256_file
+from pipeline.core.graph import GraphError
 from pipeline.data import snapshot
 from pipeline.data.formats import UnclearFormatError, find_files, read_rows
 from pipeline.data.json_text import FormatError
 from pipeline.data.records import Row
 from pipeline.data.shards import read_rejected, read_snapshot
 from pipeline.data.snapshot import recover
-from pipeline.files import read_json, sha256_file
-from pipeline.graph import GraphError
 from pipeline.ingest import IngestError, collect, ingest
 from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams
 from pipeline.prepare import prepare

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import with_
 
+from pipeline.core.files import read_json
 from pipeline.evaluate import evaluate
-from pipeline.files import read_json
-from pipeline.generate import Answer
-from pipeline.judge import endpoint as endpoints
-from pipeline.judge.endpoint import Endpoint, JudgeError
-from pipeline.judge.judging import Judged, answer_turns, judge, questions, signature
 from pipeline.params import Params
+from pipeline.scoring.generation import Answer
+from pipeline.scoring.judge import endpoint as endpoints
+from pipeline.scoring.judge.endpoint import Endpoint, JudgeError
+from pipeline.scoring.judge.judging import Judged, answer_turns, judge, questions, signature
 
 KEY = "sk-judge-secret-1234567890"
 

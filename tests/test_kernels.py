@@ -9,10 +9,10 @@ import torch
 from conftest import with_
 
 from pipeline.chat.template import local_source
-from pipeline.model import load_base
 from pipeline.params import Params
 from pipeline.train import _arguments, train
 from pipeline.training.kernels import KernelError, require_kernels
+from pipeline.weights.loading import load_base
 
 ASKED: list[tuple[dict[str, Any], str, str]] = [
     ({"attn_implementation": "flash_attention_2"}, "flash_attn", "train.attn_implementation flash_attention_2 needs"),

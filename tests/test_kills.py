@@ -17,17 +17,17 @@ from versions import parameters, published
 
 from pipeline import promote as gate
 from pipeline.params import PublishParams
-from pipeline.store.artifact_store import open_store
-from pipeline.versions.decisions import champion, read_log
-from pipeline.versions.registry import ModelRegistry
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.decisions import champion, read_log
+from pipeline.registry.mlflow import ModelRegistry
 
 NAME = "retune-sample"
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)
 RACER = """
 import json, sys, time
-from pipeline.versions.decisions import Record, append, champion, read_log
+from pipeline.registry.decisions import Record, append, champion, read_log
 from pipeline.params import PublishParams
-from pipeline.store.artifact_store import open_store
+from pipeline.registry.artifact_store import open_store
 store, me, rounds = open_store(PublishParams.model_validate_json(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import environment
 
-from pipeline.data.language import LANGUAGES, UNDETERMINED, language_of, language_of_row
+from pipeline.data.language import UNDETERMINED, language_of, language_of_row
+from pipeline.params import LANGUAGES
 
 TEXTS = [
     ("en", "Describe a process of making crepes."),

@@ -15,9 +15,9 @@ import torch
 from conftest import install, make_base
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from pipeline.generate import Answer
-from pipeline.judge.endpoint import Endpoint
-from pipeline.judge.judging import judge, questions
+from pipeline.scoring.generation import Answer
+from pipeline.scoring.judge.endpoint import Endpoint
+from pipeline.scoring.judge.judging import judge, questions
 
 PACKAGES = ("openai==3.54.0", "jiter", "distro")  # what `transformers serve` lacks in Retune's environment
 SYSTEMS = {"adapter": [(Answer("four", [1], False), Answer("two", [1], False))] * 3,

@@ -16,11 +16,11 @@ from conftest import with_
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
-from pipeline.files import read_json
-from pipeline.model import load_base
+from pipeline.core.files import read_json
+from pipeline.core.memory import OutOfMemory, Rung, next_rung
 from pipeline.params import Params
 from pipeline.train import TrainError, quantisation_of, train
-from pipeline.training.memory import OutOfMemory, Rung, next_rung
+from pipeline.weights.loading import load_base
 
 CHECKS = 7  # forward passes before the first step: 2 for isolation, 4 for row attention, 1 for gradients
 
@@ -147,7 +147,7 @@ def test_generation_halves_its_batch_when_memory_runs_out(
     base: Path, dataset: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipeline.chat.template import load_contract
-    from pipeline.generate import generate
+    from pipeline.scoring.generation import generate
 
     template = load_contract(read_json(dataset / "contract.json"))
     model = load_base(read_json(dataset / "contract.json")["model"], None)
@@ -161,7 +161,7 @@ def test_generation_halves_its_batch_when_memory_runs_out(
 
 
 def test_likelihoods_halve_their_batch_when_memory_runs_out(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.likelihood import sequence_losses
+    from pipeline.scoring.likelihood import sequence_losses
 
     model = load_base(read_json(dataset / "contract.json")["model"], None)
     sequences = [(list(range(5, 15)), [-100] * 5 + list(range(10, 15))) for _ in range(8)]

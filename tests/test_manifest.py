@@ -11,14 +11,15 @@ from conftest import ROOT, publish_params
 from huggingface_hub import ModelCard
 from versions import parameters, published
 
-from pipeline import graph, publish, timings
-from pipeline.files import sha256_file, write_json
-from pipeline.git import state
+from pipeline import publish
+from pipeline.core import graph, timings
+from pipeline.core.files import sha256_file, write_json
+from pipeline.core.git import state
 from pipeline.params import Params
-from pipeline.statistics import METRICS
-from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
-from pipeline.versions import manifest as manifests
-from pipeline.versions.manifest import Manifest, read_manifest
+from pipeline.registry import manifest as manifests
+from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.registry.manifest import Manifest, read_manifest
+from pipeline.scoring.resampling import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_what_the_schema_does_not_allow_is_neither_written_nor_read(
 
 
 @pytest.mark.parametrize(
-    "key", json.loads((ROOT / "pipeline" / "versions" / "manifest.schema.json").read_text())["required"]
+    "key", json.loads((ROOT / "pipeline" / "registry" / "manifest.schema.json").read_text())["required"]
 )
 def test_a_manifest_lacking_a_part_is_refused(manifest: Manifest, key: str) -> None:
     with pytest.raises(StoreError, match=f"'{key}' is a required property"):
@@ -149,7 +150,7 @@ def test_a_manifest_lacking_a_part_is_refused(manifest: Manifest, key: str) -> N
 def test_the_published_schema_is_itself_one() -> None:
     from jsonschema import Draft202012Validator
 
-    Draft202012Validator.check_schema(json.loads((ROOT / "pipeline" / "versions" / "manifest.schema.json").read_text()))
+    Draft202012Validator.check_schema(json.loads((ROOT / "pipeline" / "registry" / "manifest.schema.json").read_text()))
 
 
 def test_another_spelling_of_a_manifest_is_refused(manifest: Manifest, tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_the_model_card_is_one_that_the_hub_reads(manifest: Manifest, shipped: t
 
 
 def test_a_base_from_the_hub_stands_in_the_cards_metadata(manifest: Manifest) -> None:
-    from pipeline.versions.card import model_card
+    from pipeline.registry.card import model_card
 
     base = {"name_or_path": "Qwen/Qwen2.5-0.5B", "revision": "a" * 40, "digest": "a" * 40}
     card = ModelCard(model_card(manifest | {"base_model": base}))

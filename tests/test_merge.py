@@ -11,14 +11,14 @@ from test_train import identity
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.chat.template import TemplateError, load_shipped
-from pipeline.files import read_json, sha256_file, write_json
+from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.merge import merge, score_model
-from pipeline.model import compute_dtype, load_adapter, load_base, record_dtype
 from pipeline.params import CombineParams, Params
-from pipeline.statistics import METRICS
-from pipeline.versions import card
+from pipeline.registry import card
+from pipeline.scoring.resampling import METRICS
 from pipeline.weights.checkpoint import WeightsError
 from pipeline.weights.combination import CombinationError, combine
+from pipeline.weights.loading import compute_dtype, load_adapter, load_base, record_dtype
 from pipeline.weights.merging import MergeError
 
 ANYTHING = {"min_agreement": 0.0, "max_logit_error": 1e9, "max_metric_drop": 1.0}  # a proof that proves nothing
@@ -105,7 +105,7 @@ def test_a_merged_model_that_answers_otherwise_is_refused_and_not_written(
 def test_half_an_adapter_is_refused(
     tmp_path: Path, params: Params, dataset: Path, adapter: Path, evaluation: Path
 ) -> None:
-    from pipeline.model import ModelError
+    from pipeline.weights.loading import ModelError
 
     half = tmp_path / "adapter"
     shutil.copytree(adapter, half)

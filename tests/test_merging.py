@@ -39,9 +39,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.chat.template import local_source
-from pipeline.model import ModelError, load_base
 from pipeline.weights import checkpoint as weights
 from pipeline.weights.checkpoint import WeightsError
+from pipeline.weights.loading import ModelError, load_base
 from pipeline.weights.merging import MergeError, Merging, merge_adapter
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}

@@ -30,18 +30,18 @@ from transformers import (
 )
 
 from pipeline.chat.template import local_source
+from pipeline.core.combinations import VIRTUAL_TOKENS
+from pipeline.core.files import read_json
+from pipeline.core.vetting import DENIED, UnsafeModelError, check_settings
 from pipeline.evaluate import evaluate
-from pipeline.files import read_json
 from pipeline.merge import Merged, merge
-from pipeline.model import load_base, load_tuned, untuned
 from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
-from pipeline.security.vetting import DENIED, UnsafeModelError, check_settings
 from pipeline.train import Trained, train
 from pipeline.training.checkpoints import open_run
-from pipeline.training.combinations import VIRTUAL_TOKENS
 from pipeline.training.methods import adapter_config, settings_of
 from pipeline.training.targets import PLAIN_LORA, UNTARGETED, MethodError, target_modules
+from pipeline.weights.loading import load_base, load_tuned, untuned
 from pipeline.weights.merging import MergeError
 
 SIZES = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -315,7 +315,7 @@ def test_what_experts_cannot_be_trained_with_is_refused(params: Params, change: 
 def test_settings_that_loading_refuses_are_refused_before_the_first_step(
     tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.security.vetting.DENIED", (*DENIED, "lora_alpha"))
+    monkeypatch.setattr("pipeline.core.vetting.DENIED", (*DENIED, "lora_alpha"))
     monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("a batch was trained on"))
     with pytest.raises(UnsafeModelError, match="lora_alpha = "):
         train(short(params, "lora").train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")

@@ -17,9 +17,9 @@ import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
-from pipeline.metrics import tokeniser_for
-from pipeline.scoring import METRICS_FILE
-from pipeline.statistics import corpus_score, metric_items
+from pipeline.scoring.items import METRICS_FILE
+from pipeline.scoring.metrics import tokeniser_for
+from pipeline.scoring.resampling import corpus_score, metric_items
 
 NAMES = ("exact_match", "bleu", "chrf", "rouge")
 ALL = (*NAMES, "accuracy", "macro_f1", "perplexity", "distinct_n", "length_ratio")

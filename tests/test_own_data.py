@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, make_project, retune
 
-from pipeline import doctor, graph
-from pipeline.doctor import Check
-from pipeline.graph import SnapshotMissing
+from pipeline.cli import doctor
+from pipeline.cli.doctor import Check
+from pipeline.core import graph
+from pipeline.core.graph import SnapshotMissing
 from pipeline.settings import load_params
 
 WHO = ("-c", "user.name=t", "-c", "user.email=t@example.org")

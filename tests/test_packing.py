@@ -21,8 +21,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from pipeline.files import read_json
-from pipeline.model import ModelError, load_base
+from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.training import loss as loss_module
 from pipeline.training.loss import add_chunked_loss, chunked_loss
@@ -36,6 +35,7 @@ from pipeline.training.packing import (
     training_sequences,
     use_row_attention,
 )
+from pipeline.weights.loading import ModelError, load_base
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig
 
 from pipeline.params import Params
-from pipeline.plan import GIB, Plan, PlanError, _one_step, describe, plan
 from pipeline.train import train
 from pipeline.training.methods import adapter_config
+from pipeline.training.plan import GIB, Plan, PlanError, _one_step, describe, plan
 
 SMALL: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_key_value_heads": 2, "vocab_size": 4000}
 LLAMA = LlamaConfig(**SMALL, intermediate_size=704, num_attention_heads=8)
@@ -72,7 +72,7 @@ def test_the_parameters_are_those_of_the_training(params: Params, dataset: Path,
 
 
 def test_the_steps_of_all_epochs_are_counted(params: Params, dataset: Path, adapter: Path) -> None:
-    from pipeline.files import read_json
+    from pipeline.core.files import read_json
 
     made = plan(params, dataset)
     assert made.steps == read_json(adapter / "training.json")["steps"]

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.chat.template import load_contract
+from pipeline.core.files import read_json
 from pipeline.data.default_scoring import reason, sentence
 from pipeline.data.encoding import OVERLONG, split_of
 from pipeline.data.records import Row
 from pipeline.data.verdicts import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
-from pipeline.files import read_json
 from pipeline.params import Params, PrepareParams
 from pipeline.prepare import Prepared, PrepareError, prepare
 

@@ -11,13 +11,13 @@ from conftest import sample_rows
 from test_prepare import ask, dropped, group_in, read, run
 
 from pipeline.chat.template import load_contract
+from pipeline.core.files import read_json
 from pipeline.data import verdicts
 from pipeline.data.benchmark_files import read_benchmark_files
 from pipeline.data.contamination import COMMON
 from pipeline.data.conversion import read_batches
 from pipeline.data.shards import ShardWriter
 from pipeline.data.verdicts import SPLITS
-from pipeline.files import read_json
 from pipeline.params import Params
 
 

@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from pipeline.chat.template import NAMED
-from pipeline.plan import FREE_FRACTION, GIB, _gpu, _one_step
 from pipeline.settings import change_params, load_params, yaml_text
 from pipeline.training.methods import adapter_config
+from pipeline.training.plan import FREE_FRACTION, GIB, _gpu, _one_step
 from pipeline.training.presets import PRESETS, PresetError, apply, available, values
 
 NAMES = [each.name for each in available()]

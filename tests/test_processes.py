@@ -7,10 +7,11 @@ import pytest
 from conftest import with_
 from safetensors.torch import load_file
 
-from pipeline.files import read_json
+from pipeline.core.files import read_json
 from pipeline.params import Params
-from pipeline.train import Interrupted, TrainError, train
+from pipeline.train import TrainError, train
 from pipeline.training.launch import launcher
+from pipeline.training.watching import Interrupted
 
 
 @pytest.fixture(scope="module")

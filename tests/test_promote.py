@@ -18,18 +18,17 @@ from conftest import environment, with_, write_params
 from versions import ITEMS, parameters, published, records, registry_lost
 
 from pipeline import promote as gate
-from pipeline.files import read_json, write_json
+from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
-from pipeline.preflight import PreflightError, require_ready
-from pipeline.promote import PromoteError
-from pipeline.store.artifact_store import open_store
-from pipeline.versions import compare as comparing
-from pipeline.versions.compare import CompareError
-from pipeline.versions.decisions import DecisionError, champion, read_log
-from pipeline.versions.manifest import published_versions, read_manifest
-from pipeline.versions.registry import ModelRegistry
-from pipeline.versions.retention import RetentionError, delete, outdated
-from pipeline.versions.verdict import verdict_rows
+from pipeline.registry import compare as comparing
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.compare import CompareError
+from pipeline.registry.decisions import DecisionError, PromoteError, champion, read_log
+from pipeline.registry.manifest import published_versions, read_manifest
+from pipeline.registry.mlflow import ModelRegistry
+from pipeline.registry.preflight import PreflightError, require_ready
+from pipeline.registry.retention import RetentionError, delete, outdated
+from pipeline.registry.verdict import verdict_rows
 
 NAME = "retune-sample"
 
@@ -122,7 +121,7 @@ def test_too_few_items_leave_the_champion_and_are_not_asked_again(
     first = published(tmp_path, params, 0.5)
     decide(tmp_path, params)
     published(tmp_path, params, 0.6)
-    monkeypatch.setattr("pipeline.versions.gate.MIN_GROUPS", ITEMS + 1)
+    monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS + 1)
     decision = decide(tmp_path, params)
     assert (decision.decision, decision.champion) == ("undecided", first)
     assert f"needed at least {ITEMS + 1} independent test items, there are {ITEMS}" in decision.reason
@@ -183,7 +182,7 @@ def test_scores_of_different_signatures_are_not_compared(
         write_json(scored / "evaluation.json", wanted | {"signatures": other})
         return True
 
-    monkeypatch.setattr("pipeline.versions.compare.score_again", score_anew)
+    monkeypatch.setattr("pipeline.registry.compare.score_again", score_anew)
     with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
         comparing.current_items(
             params.publish,

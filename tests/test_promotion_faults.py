@@ -19,10 +19,10 @@ from versions import parameters, published
 
 from pipeline import promote as gate
 from pipeline.params import Params
-from pipeline.store.artifact_store import open_store
-from pipeline.store.s3 import S3Store
-from pipeline.versions.decisions import champion, read_log
-from pipeline.versions.registry import ModelRegistry
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.decisions import champion, read_log
+from pipeline.registry.mlflow import ModelRegistry
+from pipeline.registry.s3 import S3Store
 
 
 class Arena:

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from pipeline.core.redaction import HIDDEN, has_credentials, redact, redacted_errors
 from pipeline.params import Params
-from pipeline.security.redact import HIDDEN, has_credentials, redact, redacted_errors
 from pipeline.settings import ParamsError, load_params
 
 # Made up, of the shape and length of real ones.
@@ -133,7 +133,7 @@ def test_an_error_loses_its_secrets_and_keeps_its_kind(planted: None) -> None:
 
 PROGRAM = """
 import logging, os, sys
-from pipeline.security.redact import redact_process
+from pipeline.core.redaction import redact_process
 redact_process()
 redact_process()
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)

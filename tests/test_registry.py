@@ -17,13 +17,13 @@ from versions import parameters, published, registry_lost
 
 from pipeline import promote as gate
 from pipeline.params import Params
-from pipeline.publish import register
-from pipeline.store.artifact_store import open_store
-from pipeline.store.garbage import collect
-from pipeline.versions.manifest import published_versions, read_manifest
-from pipeline.versions.registry import ModelRegistry, Registration, RegistryError
-from pipeline.versions.retention import delete
-from pipeline.versions.verify import verify
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.garbage import collect
+from pipeline.registry.manifest import published_versions, read_manifest
+from pipeline.registry.mlflow import ModelRegistry, Registration, RegistryError
+from pipeline.registry.registration import register
+from pipeline.registry.retention import delete
+from pipeline.registry.verify import verify
 
 VERSION = Registration(
     version="abc",

@@ -13,8 +13,7 @@ import pytest
 from browser import CHROMIUM, dump_dom
 from conftest import make_base, with_
 
-from pipeline.files import read_json, write_json
-from pipeline.generate import Answer
+from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.report.contents import (
@@ -30,7 +29,8 @@ from pipeline.report.contents import (
 from pipeline.report.evaluation_pages import Bar, Plot, render
 from pipeline.report.stage import stage_contents, write_stage_report
 from pipeline.report.tables import interval
-from pipeline.scoring import provenance, score_items, summarise
+from pipeline.scoring.generation import Answer
+from pipeline.scoring.items import provenance, score_items, summarise
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1)) "

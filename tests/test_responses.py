@@ -14,13 +14,13 @@ import trl
 from conftest import byte_level
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import try_commands
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.responses import Response, as_calls, canonical_calls, read_response
 from pipeline.chat.template import NAMED, named_text
-from pipeline.generate import Answer, to_answer
-from pipeline.scoring import score_items
-from pipeline.serving import _Pieces
+from pipeline.cli import talk as try_commands
+from pipeline.cli.serving import _Pieces
+from pipeline.scoring.generation import Answer, to_answer
+from pipeline.scoring.items import score_items
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NO_TEXT = ("_training", "_vl", "idefics", "llava", "smolvlm")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, environment, with_
 
-from pipeline.files import read_json, sha256_file
+from pipeline.core.files import read_json, sha256_file
 from pipeline.params import Params
 from pipeline.train import train
 from pipeline.training.checkpoints import identity, last_checkpoint, open_run
@@ -128,7 +128,7 @@ def test_a_time_limit_is_no_other_run(params: Params, dataset: Path) -> None:
 def test_a_spent_time_limit_saves_a_checkpoint_and_the_next_run_goes_on(
     tmp_path: Path, short: Params, dataset: Path
 ) -> None:
-    from pipeline.train import Interrupted
+    from pipeline.training.watching import Interrupted
 
     hurried = with_(short, train={"max_hours": 1e-9})
     with pytest.raises(Interrupted, match=r"train.max_hours .* at step 1; the next run goes on from there"):

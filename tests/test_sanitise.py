@@ -10,12 +10,12 @@ import pytest
 from conftest import with_
 
 from pipeline.chat.template import load_shipped
-from pipeline.files import read_json, write_json
+from pipeline.core.allowlist import PARTS, UnsafeFileError, check_file, check_names
+from pipeline.core.files import read_json, write_json
+from pipeline.core.sanitise import clean_folder, one_line, portable, portable_name
 from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.security.allowlist import PARTS, UnsafeFileError, check_file, check_names
-from pipeline.security.sanitise import clean_folder, one_line, portable, portable_name
 from pipeline.train import train
 
 MAP = {"AutoModelForCausalLM": "modeling_evil.M", "AutoConfig": "evil/repo--configuration_evil.C"}

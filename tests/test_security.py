@@ -23,18 +23,19 @@ from conftest import CHATML, ROOT, sample_rows, with_
 from hostile import BAD_NAMES, BAD_TEMPLATES, CANARY, GOOD_NAMES, watching
 from peft import LoraConfig
 
-from pipeline import server
 from pipeline.chat.template import load_template, local_source
-from pipeline.files import read_json, sha256_file, write_json
-from pipeline.model import load_adapter, load_base
+from pipeline.core.allowlist import PARTS, UnsafeFileError, check_file, check_names
+from pipeline.core.files import read_json, sha256_file, write_json
+from pipeline.core.vetting import STATES, UnsafeModelError, check_adapter, check_checkpoint, check_model
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.publish import fetch_version, read_manifest
-from pipeline.security.allowlist import PARTS, UnsafeFileError, check_file, check_names
-from pipeline.security.vetting import STATES, UnsafeModelError, check_adapter, check_checkpoint, check_model
-from pipeline.store.artifact_store import FileStore, StoreError
+from pipeline.publish import read_manifest
+from pipeline.registry.artifact_store import FileStore, StoreError
+from pipeline.registry.fetching import fetch_version
+from pipeline.services import server
 from pipeline.train import train
 from pipeline.training.checkpoints import last_checkpoint, seal
+from pipeline.weights.loading import load_adapter, load_base
 
 TEXTS = ("README.md", "merges.txt", "loss.csv", "chat_template.jinja")
 
@@ -134,7 +135,7 @@ def test_names_that_are_one_on_some_file_systems_are_refused(monkeypatch: pytest
     import re
 
     check_names(["adapter/README.md"])
-    monkeypatch.setattr("pipeline.security.allowlist._PATTERN", re.compile(".*"))  # whatever the list may hold one day
+    monkeypatch.setattr("pipeline.core.allowlist._PATTERN", re.compile(".*"))  # whatever the list may hold one day
     with pytest.raises(UnsafeFileError, match="differ in case alone"):
         check_names(["adapter/README.md", "adapter/readme.md"])
 
@@ -713,7 +714,7 @@ def test_a_hostile_row_stays_text(tmp_path: Path, params: Params, text: str) -> 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_a_hostile_answer_is_no_markup_in_the_report(text: str) -> None:
-    from pipeline.pages.environment import cell
+    from pipeline.core.pages.templates import cell
 
     shown = cell(text)
     assert not re.search(r"(?<!\\)<", shown)

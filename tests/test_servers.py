@@ -26,11 +26,11 @@ from test_stack import wait_until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from pipeline import stack
 from pipeline.params import Params
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.decisions import champion, read_log
+from pipeline.services import stack
 from pipeline.settings import load_params
-from pipeline.store.artifact_store import open_store
-from pipeline.versions.decisions import champion, read_log
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 

@@ -17,19 +17,19 @@ import versions
 from conftest import COLOURS, environment, retune, with_, write_params
 from safetensors.torch import load_file, save_file
 
-from pipeline import graph
 from pipeline import promote as gate
 from pipeline.chat.template import TemplateError
-from pipeline.files import read_json, write_json
+from pipeline.cli.serving import ServingError, Talk, adapter_folder, label_confidences, load_for_batches, read_prompts
+from pipeline.cli.talk import chat, predict, report
+from pipeline.core import graph
+from pipeline.core.files import read_json, write_json
 from pipeline.merge import merge
 from pipeline.params import Params
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.decisions import champion, read_log
+from pipeline.registry.manifest import read_manifest
+from pipeline.registry.rescore import answer_prompts, score_today
 from pipeline.report.contents import read_prompts as read_own_prompts
-from pipeline.serving import ServingError, Talk, adapter_folder, label_confidences, load_for_batches, read_prompts
-from pipeline.store.artifact_store import open_store
-from pipeline.try_commands import chat, predict, report
-from pipeline.versions.decisions import champion, read_log
-from pipeline.versions.manifest import read_manifest
-from pipeline.versions.rescore import answer_prompts, score_today
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def root(own: Params, params: Params, dataset: Path, adapter: Path, evaluation: 
 
 def publish(root: Path, params: Params) -> None:
     from pipeline import publish
-    from pipeline.store.artifact_store import open_store
-    from pipeline.versions.registry import ModelRegistry
+    from pipeline.registry.artifact_store import open_store
+    from pipeline.registry.mlflow import ModelRegistry
 
     store = open_store(params.publish, root)
     manifest, _ = publish._upload(params.publish, store, graph.version_id(root), root)
@@ -177,7 +177,7 @@ def test_labels_of_a_killed_prediction_are_not_made_again(
         asked.append(messages[0]["content"])
         return {"red": 0.9, "blue": 0.1}
 
-    monkeypatch.setattr("pipeline.serving.label_confidences", counted)
+    monkeypatch.setattr("pipeline.cli.serving.label_confidences", counted)
     file = tmp_path / f"labels{cut}.jsonl"
     questions = [f"Name the colour of box {i}: red" for i in range(4)]
     file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
@@ -277,7 +277,7 @@ def test_a_text_may_hold_other_line_separators_and_another_encoding_is_named(tmp
 
 
 def test_what_a_model_writes_cannot_move_the_cursor() -> None:
-    from pipeline.serving import printable
+    from pipeline.cli.serving import printable
 
     assert printable("a\x1b[2Jb\n\tc\r") == "a�[2Jb\n\tc�"
 

@@ -20,17 +20,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from versions import make_workspace, parameters, published, write_lock
 
-from pipeline import graph, publish
 from pipeline import promote as gate
-from pipeline.files import write_json
+from pipeline import publish
+from pipeline.core import graph
+from pipeline.core.files import write_json
 from pipeline.params import Params
-from pipeline.store.artifact_store import FileStore, StoreError, open_store
-from pipeline.versions import manifest as manifests
-from pipeline.versions import signature
-from pipeline.versions.registry import ModelRegistry
-from pipeline.versions.rescore import score_again, score_today
-from pipeline.versions.signature import PASSWORD_VARIABLE, SignatureError
-from pipeline.versions.verify import verify
+from pipeline.registry import manifest as manifests
+from pipeline.registry import signature
+from pipeline.registry.artifact_store import FileStore, StoreError, open_store
+from pipeline.registry.mlflow import ModelRegistry
+from pipeline.registry.rescore import score_again, score_today
+from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
+from pipeline.registry.verify import verify
 
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)
 
@@ -141,7 +142,7 @@ def test_a_visible_version_has_its_signature_already(
 ) -> None:
     params = parameters(tmp_path, signing_key=str(keys / "ours.pem"), verify_key=str(keys / "ours.pub"))
     written: list[str] = []
-    from pipeline.store.artifact_store import FileStore
+    from pipeline.registry.artifact_store import FileStore
 
     create = FileStore.create
     monkeypatch.setattr(FileStore, "create", lambda self, key, data: written.append(key) or create(self, key, data))
@@ -407,13 +408,13 @@ def unsigned(tmp_path: Path, keys: Path) -> tuple[Params, manifests.Manifest]:
 def test_no_command_loads_a_version_that_is_not_signed(
     tmp_path: Path, unsigned: tuple[Params, manifests.Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.serving import adapter_folder, merged_folder
-    from pipeline.training.warm_start import fetch_init
+    from pipeline.cli.serving import adapter_folder, merged_folder
+    from pipeline.registry.init_adapter import fetch_init
 
     strict, manifest = unsigned
     version = manifest["version"]
     started: list[Any] = []
-    monkeypatch.setattr("pipeline.versions.rescore._retune", lambda *command: started.append(command))
+    monkeypatch.setattr("pipeline.registry.rescore._retune", lambda *command: started.append(command))
     write_json(tmp_path / "artifacts" / "dataset" / "report.json", {"test_sha256": "another split"})
     warm = with_(strict, train={"init_adapter": version})
     for load in (
@@ -434,7 +435,7 @@ def test_the_gate_does_not_load_a_champion_that_is_not_signed_to_score_it_again(
 ) -> None:
     strict, manifest = unsigned
     started: list[Any] = []
-    monkeypatch.setattr("pipeline.versions.rescore._retune", lambda *command: started.append(command))
+    monkeypatch.setattr("pipeline.registry.rescore._retune", lambda *command: started.append(command))
     strict = with_(strict, publish={"signing_key": str(keys / "ours.pem")})
     candidate = published(tmp_path, strict, 0.6, test_split="b")
     with pytest.raises(SignatureError, match=f"{manifest['version']}.*not signed"):
@@ -445,7 +446,7 @@ def test_the_gate_does_not_load_a_champion_that_is_not_signed_to_score_it_again(
 def test_a_version_that_has_to_be_signed_is_read_once(
     tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.serving import merged_folder
+    from pipeline.cli.serving import merged_folder
 
     params = parameters(
         tmp_path, signing_key=str(keys / "ours.pem"), verify_key=str(keys / "ours.pub"), require_signature=True

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from conftest import ROOT, change_params, make_project, retune, with_
 
-from pipeline import stack
 from pipeline.params import Params
+from pipeline.services import stack
 from pipeline.settings import load_params
 
 
@@ -108,7 +108,7 @@ def test_the_whole_stack_restarts_what_dies_and_goes_down_without_a_rest(root: P
 @pytest.mark.faults
 def test_supervisor_and_reaper_killed_together_leave_nothing_after_down(root: Path) -> None:
     up(root, "cpu")
-    keepers = [process for process in stack.marked(root) if "pipeline.stack" in " ".join(process.cmdline())]
+    keepers = [process for process in stack.marked(root) if "pipeline.services.stack" in " ".join(process.cmdline())]
     assert len(keepers) == 2
     for process in keepers:
         process.kill()

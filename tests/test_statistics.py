@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import sacrebleu
 
-from pipeline.statistics import Items, Score, bootstrap, corpus_score, metric_items, paired_difference
+from pipeline.scoring.resampling import Items, Score, bootstrap, corpus_score, metric_items, paired_difference
 
 WORDS = ["the", "a", "red", "blue", "box", "stands", "on", "under", "table", "house", ".", ","]
 

@@ -11,13 +11,13 @@ import pytest
 from conftest import environment, publish_params
 
 from pipeline.params import PublishParams
-from pipeline.store.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
 
 RACE = """
 import sys
 from pathlib import Path
 from pipeline.params import PublishParams
-from pipeline.store.artifact_store import open_store
+from pipeline.registry.artifact_store import open_store
 me, rounds = sys.argv[2], int(sys.argv[3])
 store = open_store(PublishParams.model_validate_json(sys.argv[1]))
 print("ready", flush=True)

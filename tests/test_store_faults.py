@@ -20,9 +20,9 @@ import pytest
 from conftest import publish_params
 from fault_proxy import FAULTS, KILLS, FaultProxy
 
-from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError, open_store
-from pipeline.store.s3 import S3Store
-from pipeline.store.transfer import check_objects, fetch, ship
+from pipeline.registry.artifact_store import ArtifactStore, FileStore, StoreError, open_store
+from pipeline.registry.s3 import S3Store
+from pipeline.registry.transfer import check_objects, fetch, ship
 
 PART_SIZE = 5 * 2**20
 
@@ -34,7 +34,7 @@ def long(test: Callable[..., None]) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of the least size that S3 takes; a twentieth of the pauses between attempts."""
-    monkeypatch.setattr("pipeline.store.s3.PART_SIZE", PART_SIZE)
+    monkeypatch.setattr("pipeline.registry.s3.PART_SIZE", PART_SIZE)
     monkeypatch.setattr("botocore.endpoint.time.sleep", lambda seconds: sleep(seconds / 20))
 
 

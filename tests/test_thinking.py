@@ -11,11 +11,11 @@ from conftest import byte_level, make_base, sample_rows, with_
 from tokenizers import AddedToken
 
 from pipeline.evaluate import evaluate
-from pipeline.generate import Answer
 from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.scoring import score_items, summarise
+from pipeline.scoring.generation import Answer
+from pipeline.scoring.items import score_items, summarise
 from pipeline.train import train
 
 QWEN3 = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"

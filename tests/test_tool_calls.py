@@ -10,14 +10,14 @@ from conftest import ROOT, make_base, sample_rows, tiny
 
 from pipeline.chat.responses import as_calls, canonical_calls, read_response
 from pipeline.chat.template import ChatTemplate, load_contract
-from pipeline.files import read_json
-from pipeline.generate import Answer, to_answer
-from pipeline.likelihood import reference_losses
-from pipeline.model import load_base
+from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.scoring import score_items, summarise
+from pipeline.scoring.generation import Answer, to_answer
+from pipeline.scoring.items import score_items, summarise
+from pipeline.scoring.likelihood import reference_losses
 from pipeline.settings import load_params
+from pipeline.weights.loading import load_base
 
 TOOLS = [{"type": "function", "function": {"name": "move", "parameters": {"type": "object", "properties": {}}}}]
 TEXTS = ("exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from pipeline.files import read_json, sha256_file, write_json
-from pipeline.model import load_base
+from pipeline.core.files import read_json, sha256_file, write_json
+from pipeline.core.sanitise import portable
 from pipeline.params import Params
-from pipeline.security.sanitise import portable
-from pipeline.train import QUANTISATION, Interrupted, TrainError, train
+from pipeline.train import QUANTISATION, TrainError, train
 from pipeline.training.checkpoints import last_checkpoint, open_run, seal
 from pipeline.training.packing import training_sequences
+from pipeline.training.watching import Interrupted
+from pipeline.weights.loading import load_base
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -134,7 +135,8 @@ SCRIPT = """
 import sys, json
 from pathlib import Path
 from pipeline.params import Params
-from pipeline.train import Interrupted, train
+from pipeline.train import train
+from pipeline.training.watching import Interrupted
 import torch
 folder = Path(sys.argv[1])
 params = Params.model_validate_json((folder / "params.json").read_text())

@@ -12,12 +12,12 @@ import pytest
 from conftest import publish_params
 from s3_sink import Sink
 
-from pipeline import progress
-from pipeline.files import sha256_file
-from pipeline.store import s3 as s3_module
-from pipeline.store.artifact_store import ArtifactStore, FileStore, StoreError
-from pipeline.store.s3 import S3Store
-from pipeline.store.transfer import Entry, check_objects, fetch, ship, upload
+from pipeline.core import progress
+from pipeline.core.files import sha256_file
+from pipeline.registry import s3 as s3_module
+from pipeline.registry.artifact_store import ArtifactStore, FileStore, StoreError
+from pipeline.registry.s3 import S3Store
+from pipeline.registry.transfer import Entry, check_objects, fetch, ship, upload
 
 PART_SIZE = 5 * 2**20  # the least that S3 servers take
 

@@ -6,9 +6,9 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
+from pipeline.registry.decisions import Record, name_of, word_of
+from pipeline.registry.verdict import next_step, title, verdict_rows, why
 from pipeline.report.tables import markdown, score_rows, terminal
-from pipeline.versions.decisions import Record, name_of, word_of
-from pipeline.versions.verdict import next_step, title, verdict_rows, why
 
 MANIFEST: dict[str, Any] = {
     "params": {"prepare": {"test_fraction": 0.1}},

@@ -8,15 +8,15 @@ import pytest
 from conftest import with_, write_params
 from versions import ITEMS, make_workspace, parameters, published
 
-from pipeline import graph
-from pipeline.files import read_json, write_json
+from pipeline.cli.reports import compare
+from pipeline.core import graph
+from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.promote import promote
-from pipeline.report.commands import compare
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.compare import CompareError
+from pipeline.registry.decisions import read_log
 from pipeline.report.versus import as_json, compare_versions
-from pipeline.store.artifact_store import open_store
-from pipeline.versions.compare import CompareError
-from pipeline.versions.decisions import read_log
 
 
 @pytest.fixture

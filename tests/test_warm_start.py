@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from test_methods import short
 from versions import parameters, published
 
-from pipeline import graph
-from pipeline.files import read_json, sha256_file, write_json
+from pipeline.core import graph
+from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.params import Params
 from pipeline.promote import promote
+from pipeline.registry import pin
+from pipeline.registry.init_adapter import fetch_init
+from pipeline.registry.pin import pin_champion
 from pipeline.train import train
-from pipeline.training import pin
 from pipeline.training.checkpoints import identity
-from pipeline.training.pin import pin_champion
-from pipeline.training.warm_start import InitError, check_init, fetch_init
+from pipeline.training.warm_start import InitError, check_init
 
 
 def digest(adapter: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.workers import WorkerError, Workers
+from pipeline.core.workers import WorkerError, Workers
 
 READY = "RETUNE_TEST_READY"
 

@@ -15,13 +15,14 @@ from conftest import CACHE, ROOT, with_
 from ruamel.yaml import YAML
 from safetensors.numpy import save_file
 
-from pipeline import graph, publish
-from pipeline.files import sha256_json, write_json
+from pipeline import publish
+from pipeline.core import graph
+from pipeline.core.files import sha256_json, write_json
 from pipeline.params import Params
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.mlflow import ModelRegistry
+from pipeline.scoring.resampling import METRICS, bootstrap, group_of, metric_items
 from pipeline.settings import load_params
-from pipeline.statistics import METRICS, bootstrap, group_of, metric_items
-from pipeline.store.artifact_store import open_store
-from pipeline.versions.registry import ModelRegistry
 
 ITEMS = 100
 

@@ -1,6 +1,6 @@
 """Conversations as a model reads them: templates, tokens, labels and the contract that holds them together.
 
-It knows nothing of files and formats: `pipeline.data` imports it, it never imports `pipeline.data`.
+It knows core and params.
 """
 
 from typing import Any

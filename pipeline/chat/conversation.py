@@ -18,7 +18,7 @@ from pipeline.chat import Message
 from pipeline.chat.rendering import Renderer, RowError, Tools, with_objects
 from pipeline.chat.tokens import HIDDEN, Text, TokenEncoder
 from pipeline.chat.turns import PLACE, Turn, TurnWriter, left_out
-from pipeline.files import sha256_json
+from pipeline.core.files import sha256_json
 
 Conversation = tuple[list[Message], str | None]  # messages, and the tools on offer as JSON
 

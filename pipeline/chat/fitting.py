@@ -1,7 +1,7 @@
 """Rows that are longer than the model may train on, made to fit without cutting an answer.
 
-Comes in: conversations and a length. Goes out: for each, the rows that take its place, with what was done to them.
-Refused: a conversation that fits in no way that `prepare.on_overlong` allows.
+Each conversation gives the rows that take its place, with what was done to them. One that fits in no way that
+`prepare.on_overlong` allows is an `Overlong` error.
 """
 
 from bisect import bisect_left

@@ -1,11 +1,12 @@
 """The template contract: which chat template, tokenizer and base model belong together, and a refusal when they change.
 
-Comes in: parameters, or a contract. Goes out: the `ChatTemplate` they name, checked against model and tokenizer.
-Refused: whatever could not be trained with, or is not what the contract was made with.
+`load_template` makes the `ChatTemplate` that parameters name, `load_contract` that of a contract, checked against
+model and tokenizer; what cannot be trained with, or differs from the contract, is a `TemplateError`.
 """
 
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -17,9 +18,10 @@ from pipeline.chat.conversation import ChatTemplate as ChatTemplate
 from pipeline.chat.conversation import Encoded as Encoded
 from pipeline.chat.rendering import RowError as RowError
 from pipeline.chat.rendering import TemplateError as TemplateError
-from pipeline.files import sha256_file, sha256_json
+from pipeline.core.files import sha256_file, sha256_json
+from pipeline.core.sanitise import portable
+from pipeline.core.vetting import check_model
 from pipeline.params import PrepareParams
-from pipeline.security.vetting import check_model
 
 # What contracts of earlier versions do not say.
 SINCE_THEN: dict[str, Any] = {
@@ -323,3 +325,13 @@ def require_rows(config: Any, tokenizer: PreTrainedTokenizerBase, ids: set[int])
             f"{tokenizer.convert_ids_to_tokens(first)} has the id {first}; put the model's own tokenizer back, or save "
             "the model with its embedding resized to the tokenizer"
         )
+
+
+def require_same_contract(
+    contract: dict[str, Any], other: dict[str, Any], where: Path, but: Sequence[str] = ()
+) -> None:
+    """Refuse a contract that differs from the dataset's in a key other than `but`."""
+    wanted = {key: value for key, value in contract.items() if key not in but}
+    differ = differing_keys(portable(wanted), portable(other))  # what ships names no folder of this machine
+    if differ:
+        raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")

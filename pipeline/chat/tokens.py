@@ -1,8 +1,7 @@
 """Rendered conversations to tokens, where a control token is one only if the template wrote it.
 
-Comes in: messages before rendering, whose control tokens are hidden, and the rendered text. Goes out: tokens with their
-places in that text. Refused: text that holds this module's own marks, and a tokenizer that cannot write a control token
-as ordinary text.
+Tokens have their places in the rendered text. Text that holds this module's own marks is refused, and so is a
+tokenizer that cannot write a control token as ordinary text.
 
 How: a control token in somebody's text becomes a mark before the template sees it. After rendering, what still reads
 as a control token is the template's, and becomes another mark, while the first marks become text again. A second copy

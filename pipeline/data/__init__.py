@@ -1,1 +1,4 @@
-"""Instruction data: where it comes from, the forms it has, and what becomes of each row."""
+"""Instruction data: where it comes from, the forms it has, and what becomes of each row, up to its tokens.
+
+It knows chat.
+"""

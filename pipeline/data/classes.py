@@ -14,9 +14,9 @@ from pipeline.chat import Message
 from pipeline.chat.conversation import Conversation, Encoded, tokenizer_digest
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.template import differing_keys, model_identity, require_rows, text_config
+from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.vetting import check_model
 from pipeline.params import PrepareParams
-from pipeline.security.vetting import check_model
-from pipeline.training.combinations import CLASSIFICATION
 
 CUT = "end of the text cut to fit prepare.max_length"
 MAX_CLASSES = 1000
@@ -91,7 +91,7 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
     return encoder, identity
 
 
-def load_contract(contract: dict[str, Any], source: dict[str, Any] | None = None) -> TextEncoder:
+def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None) -> TextEncoder:
     """The encoder of a contract, after checking that base model and tokenizer are what they were.
 
     Args:

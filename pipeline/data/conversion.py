@@ -16,13 +16,13 @@ import orjson
 import pyarrow as pa
 import xxhash
 
+from pipeline.core.environment import collect_rarely
+from pipeline.core.workers import Workers
 from pipeline.data.columns import SHARD_COLUMNS
 from pipeline.data.containers import Block, from_ipc, to_ipc
 from pipeline.data.formats import Recipe, convert, recognised_blocks
 from pipeline.data.records import Rejected
-from pipeline.environment import collect_rarely
 from pipeline.params import ColumnsParams
-from pipeline.workers import Workers
 
 SCHEMA = pa.schema(
     [

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.chat import Message
-from pipeline.metrics import fold
+from pipeline.core.text import fold
 
 SHORT = 40  # characters of an answer that can be a label
 MIN_SHORT = 0.95  # of a task's answers

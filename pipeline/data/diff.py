@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
-from pipeline import git, graph
+from pipeline.core import git, graph
 from pipeline.data.report import Report
 from pipeline.data.report_pages import SPLITS
 

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.core.progress import Progress
 from pipeline.data.shingles import LANES, Signatures, jaccard, shingles
-from pipeline.progress import Progress
 
 RECALL = 0.98  # the share that the bands find, on average, of pairs at the very threshold; above it they find more
 DOUBT = 4.0  # standard deviations by which a signature may underrate a pair that is compared all the same

@@ -21,6 +21,8 @@ from pipeline.chat.fitting import Fitted, Overlong, fit_batch, fit_text
 from pipeline.chat.rendering import RowError
 from pipeline.chat.responses import canonical_calls, read_response
 from pipeline.chat.template import load_template
+from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.files import sha256_json, whole_directory
 from pipeline.data import classes
 from pipeline.data.benchmark_files import read_benchmark_files
 from pipeline.data.contamination import Benchmark, contaminated
@@ -30,9 +32,7 @@ from pipeline.data.language import language_of_row
 from pipeline.data.records import TOOL_CALLS, Rejected, Row, is_plain_text
 from pipeline.data.shards import read_shard
 from pipeline.data.shingles import signatures
-from pipeline.files import sha256_json, whole_directory
 from pipeline.params import PrepareParams
-from pipeline.training.combinations import CLASSIFICATION
 
 TOKENS = pa.list_(pa.int32())
 KEY = pa.binary(16)  # the first half of a SHA-256

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.core.files import sha256_json
 from pipeline.data.language import UNDETERMINED, language_of_row
 from pipeline.data.personal_data import find_kinds, map_texts, mask_text, texts_of
 from pipeline.data.records import Rejected, Row
 from pipeline.data.refusals import is_refusal
-from pipeline.files import sha256_json
 from pipeline.params import FilterParams
 
 ANSWER_SHORT = "its answer is shorter than prepare.filters.min_answer_chars"

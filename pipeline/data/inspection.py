@@ -21,14 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.chat.fitting import Overlong
 from pipeline.chat.rendering import RowError
 from pipeline.chat.template import load_contract
+from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.files import read_json
 from pipeline.data import classes
 from pipeline.data.encoding import Encoder, fit_rows, load_encoding
 from pipeline.data.filters import apply_filters
 from pipeline.data.formats import Ask, find_files, read_rows
 from pipeline.data.records import Rejected, Row
-from pipeline.files import read_json
 from pipeline.params import Params
-from pipeline.training.combinations import CLASSIFICATION
 
 BYTES = "\ufffd"  # what a tokenizer decodes the part of a character to
 LONGEST_CHARACTER = 8  # tokens; a character has at most 4 bytes, some tokenizers put a token before it
@@ -114,7 +114,7 @@ def inspect_dataset(
             f"there is no row {row} in the {split} split, which has {names.num_rows} (0 is the first)"
         )
     contract = read_json(dataset / "contract.json")
-    load = classes.load_contract if contract.get("task") == CLASSIFICATION else load_contract
+    load = classes.load_classes if contract.get("task") == CLASSIFICATION else load_contract
     tokenizer = load(contract).tokenizer
     records = pads.dataset(file).take(pa.array(places)).to_pylist()
     return [

@@ -1,7 +1,7 @@
 """JSON texts of instruction data: the elements of a list that is read as a stream, and what one record says.
 
-Refused, with file and line: what is no JSON or cut off, other encodings than UTF-8, oversized records. A key given
-twice makes a record unreadable: either meaning could be the wrong one.
+What is no JSON or cut off, other encodings than UTF-8 and oversized records are errors with file and line. A key
+given twice makes a record unreadable: either meaning could be the wrong one.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from typing import Any
 import charset_normalizer
 import orjson
 
-from pipeline.files import KeyTwiceError, unique_keys
+from pipeline.core.files import KeyTwiceError, unique_keys
 
 WINDOW_BYTES = 1 << 20
 MAX_RECORD_BYTES = 32 << 20  # a longer record is no conversation, and would have to fit in memory

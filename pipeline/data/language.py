@@ -10,16 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 UNDETERMINED = "und"
-# What the model can answer, https://fasttext.cc/docs/en/language-identification.html
-_CODES = (
-    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de "
-    "diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo "
-    "io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms "
-    "mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn "
-    "sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf "
-    "yi yo yue zh"
-)
-LANGUAGES = frozenset(_CODES.split())
 SAMPLE = 160  # characters that are looked at: more costs time and changed no answer on 999 Alpaca answers
 MIN_LETTERS = 12  # below this the model guesses: "Berlin" is German to it, "Hola" Spanish, "red" English
 MIN_PROBABILITY = 0.5

@@ -13,10 +13,10 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from pipeline.core.files import write_json, write_text
 from pipeline.data.default_scoring import Choice
 from pipeline.data.personal_data import mask_text
 from pipeline.data.report_pages import BINS, SPLITS, render
-from pipeline.files import write_json, write_text
 
 EXAMPLES = 5  # kept for each reason, kind of repair and kind of duplicate
 EXCERPT = 300  # characters of an example

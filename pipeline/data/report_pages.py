@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.pages.templates import environment
 from pipeline.data.default_scoring import reason
-from pipeline.pages.environment import environment
 
 BINS = sorted({round(2 ** (k / 4)) for k in range(81)})  # upper edges of histograms, tokens: four an octave, to 2^20
 SPLITS = ("train", "validation", "test")

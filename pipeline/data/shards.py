@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.core.files import read_json, sha256_file
 from pipeline.data.conversion import SCHEMA
 from pipeline.data.json_text import FormatError
 from pipeline.data.records import Rejected
-from pipeline.files import read_json, sha256_file
 
 SHARD_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("content"))
 MIN_ROWS, MAX_ROWS = 2048, 32768

@@ -8,8 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
-from pipeline import graph
-from pipeline.files import WORK_DIR, read_json, write_json, write_text
+from pipeline.core import graph
+from pipeline.core.files import WORK_DIR, read_json, write_json, write_text
 
 SCRATCH = WORK_DIR / "ingest"  # not in data/: what a kill leaves there would count as a change of the snapshot
 JOURNAL = WORK_DIR / "ingest.json"

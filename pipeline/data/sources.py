@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from pipeline.core.progress import Progress
 from pipeline.data.containers import KNOWN, split_name
 from pipeline.data.formats import find_files
 from pipeline.data.json_text import FormatError
 from pipeline.params import IngestParams
-from pipeline.progress import Progress
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w.-]+)(?:/(?P<pattern>.+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")

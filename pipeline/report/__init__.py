@@ -1,1 +1,1 @@
-"""The evaluation report: what is in it, and its pages. The stage writes what it knows, `whole` all of a decision."""
+"""What people look at: tables and pages of scores and of a decision. It knows the registry."""

@@ -1,7 +1,7 @@
 """What the evaluation report says: scores, differences, tasks and texts, from the items that systems were scored on.
 
-Comes in: metrics and items of two to four systems on the same test items. Goes out: `Contents`, plain values in the
-order in which a reader asks for them. Texts are cut and personal data in them is masked.
+`Contents` holds plain values in the order in which a reader asks for them, from the metrics and items of two to four
+systems. Texts are cut and personal data in them is masked.
 """
 
 import csv
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.core.files import read_json
 from pipeline.data.report import excerpt
-from pipeline.files import read_json
+from pipeline.registry.significance import binary_test
+from pipeline.registry.verdict import WORDS, verdict_of
 from pipeline.report.tables import SYSTEMS, Row, interval, number
-from pipeline.statistics import (
+from pipeline.scoring.resampling import (
     BINARY,
     LOWER_IS_BETTER,
     METRICS,
@@ -29,8 +31,6 @@ from pipeline.statistics import (
     paired_difference,
     slices_of,
 )
-from pipeline.versions.significance import binary_test
-from pipeline.versions.verdict import WORDS, verdict_of
 
 Metrics = dict[str, Any]  # see pipeline/evaluate.py
 EXAMPLES = 10  # of the best differences, and of the worst

@@ -1,18 +1,18 @@
 """The evaluation report as pages for people: Markdown, and one HTML file that needs nothing else.
 
-Comes in: `Contents`. Goes out: text. What a model or the data wrote cannot act in it: Jinja escapes it, and the HTML
-page forbids every script by its own policy.
+What a model or the data wrote cannot act in them: Jinja escapes it, and the HTML page forbids every script by its own
+policy.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files import write_text
-from pipeline.pages.environment import environment
+from pipeline.core.files import write_text
+from pipeline.core.pages.templates import environment
 from pipeline.report.contents import Change, Contents
 from pipeline.report.tables import SYSTEMS, markdown, number, score_rows
-from pipeline.statistics import PERCENT, num_counting
+from pipeline.scoring.resampling import PERCENT, num_counting
 
 SLICES = {"by_task": "By task", "by_language": "By language", "by_length": "By length of the prompt"}
 

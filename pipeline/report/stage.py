@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.files import read_json, write_json, write_text
+from pipeline.core.files import read_json, write_json, write_text
 from pipeline.params import EvaluateParams
 from pipeline.report.contents import (
     Contents,
@@ -28,8 +28,8 @@ from pipeline.report.contents import (
 )
 from pipeline.report.evaluation_pages import write_report
 from pipeline.report.tables import number
-from pipeline.scoring import Metrics, summarise
-from pipeline.statistics import LOWER_IS_BETTER, METRICS, PERCENT
+from pipeline.scoring.items import Metrics, summarise
+from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT
 
 OPEN = (
     "The gate decides at promotion, on the merged model and against the champion; artifacts/report.html then has its "

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.statistics import METRICS, PERCENT
+from pipeline.scoring.resampling import METRICS, PERCENT
 
 # Keys of metrics.json, and what people call these systems.
 SYSTEMS = {
@@ -69,3 +69,18 @@ def terminal(rows: list[Row], title: str | None = None) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
+
+
+WIDTH = 118  # columns of tables, on a terminal and in a file
+
+
+def verdict_lines(title: str, why: str, todo: str) -> list[str]:
+    """What was decided, why, and what to do next."""
+    return [f"Verdict  {title}.", f"Why      {why}.", *([f"Next     {todo}."] if todo else [])]
+
+
+def verdict_table(comparison: dict[str, Any], first: bool) -> Table:
+    from pipeline.registry.verdict import verdict_rows
+    from pipeline.report.tables import terminal
+
+    return terminal(verdict_rows(comparison, first))

@@ -12,17 +12,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import graph
+from pipeline.core import graph
 from pipeline.params import Params
-from pipeline.promote import resolve
+from pipeline.registry import compare as comparing
+from pipeline.registry import manifest as manifests
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.compare import CompareError
+from pipeline.registry.manifest import Manifest
+from pipeline.registry.mlflow import ModelRegistry, resolve
 from pipeline.report.contents import Contents, System, compare_items, differences
 from pipeline.report.tables import Row, number
-from pipeline.store.artifact_store import open_store
-from pipeline.versions import compare as comparing
-from pipeline.versions import manifest as manifests
-from pipeline.versions.compare import CompareError
-from pipeline.versions.manifest import Manifest
-from pipeline.versions.registry import ModelRegistry
 
 WORKSPACE = "workspace"
 OLD, NEW = "champion", "merged"  # the systems of the page; what they are called is in `Contents.labels`
@@ -143,7 +142,7 @@ def _system(params: Params, side: Side, key: str, settings: dict[str, Any], root
         items = comparing.current_items(params.publish, side.manifest, settings, root)
     if side.manifest["evaluation"] == settings:
         return System(key, side.manifest["metrics"]["merged"], items)
-    from pipeline.scoring import scoring_params, summarise  # brings torch
+    from pipeline.scoring.items import scoring_params, summarise  # brings torch
 
     return System(key, summarise(items, scoring_params(settings)), items)
 

@@ -1,7 +1,7 @@
 """The whole report of a version: base, champion, candidate and merged model, and what the gate decided.
 
-Comes in: a published version. Goes out: `artifacts/report.html` and `.md`. It lies outside the stages' outputs, since
-no stage may read what comes after it: everything is taken from the version's manifest, its files and the promotion log.
+`artifacts/report.html` and `.md` lie outside the stages' outputs, since no stage may read what comes after it:
+everything is taken from the version's manifest, its files and the promotion log.
 """
 
 import json
@@ -10,11 +10,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.files import WORK_DIR, read_json
-from pipeline.graph import STAGES
+from pipeline.core.files import WORK_DIR, read_json
+from pipeline.core.graph import STAGES
+from pipeline.core.progress import clock
 from pipeline.params import PublishParams
-from pipeline.progress import clock
-from pipeline.publish import fetch_version
+from pipeline.registry.artifact_store import ArtifactStore, open_store
+from pipeline.registry.decisions import Record, read_log, word_of
+from pipeline.registry.fetching import fetch_version
+from pipeline.registry.manifest import Manifest, read_manifest
+from pipeline.registry.mlflow import ModelRegistry
+from pipeline.registry.rescore import RescoreError, answer_prompts
+from pipeline.registry.verdict import next_step, title
 from pipeline.report.contents import (
     Contents,
     System,
@@ -30,13 +36,7 @@ from pipeline.report.contents import (
     training_facts,
 )
 from pipeline.report.evaluation_pages import write_report
-from pipeline.statistics import read_scores
-from pipeline.store.artifact_store import ArtifactStore, open_store
-from pipeline.versions.decisions import Record, read_log, word_of
-from pipeline.versions.manifest import Manifest, read_manifest
-from pipeline.versions.registry import ModelRegistry
-from pipeline.versions.rescore import RescoreError, answer_prompts
-from pipeline.versions.verdict import next_step, title
+from pipeline.scoring.resampling import read_scores
 
 DECIDED = ("promoted", "refused", "undecided", "proposed")
 
@@ -155,7 +155,7 @@ def _champion(store: ArtifactStore, version: str, settings: dict[str, Any], root
     scored = work / "scored"
     if not (scored / "evaluation.json").is_file() or read_json(scored / "evaluation.json") != settings:
         return None
-    from pipeline.scoring import scoring_params, summarise  # brings torch, which a report seldom needs
+    from pipeline.scoring.items import scoring_params, summarise  # brings torch, which a report seldom needs
 
     items = pq.read_table(scored / "items.parquet")
     return System("champion", summarise(items, scoring_params(settings)), items)

@@ -1,1 +1,4 @@
-"""What `train` is made of: methods, sequences, loss, the trainer, its checkpoints, and what is watched meanwhile."""
+"""How an adapter is trained: methods, sequences, loss, the trainer, its checkpoints, and the plan.
+
+It knows data and weights.
+"""

@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json, sha256_file, sha256_json, write_json
+from pipeline.core.dependencies import code_digests
+from pipeline.core.files import read_json, sha256_file, sha256_json, write_json
+from pipeline.core.vetting import check_checkpoint
 from pipeline.params import TrainParams
-from pipeline.security.vetting import check_checkpoint
 
 SEAL = "digests.json"  # {file: sha256}, written last: a checkpoint that a kill cut short has none
 WATCH = "watch.json"  # what `Watch` has to know of the steps before
@@ -29,14 +30,12 @@ def versions() -> dict[str, str]:
 
 def identity(params: TrainParams, dataset: Path, init: Path | None = None) -> Identity:
     """All that shapes a training's result, by kind: data, base and template, parameters, first weights, code."""
-    folder = Path(__file__).parent
-    code = [folder.parent / "train.py", folder.parent / "model.py", *folder.glob("*.py")]
     return {
         "data": {path.name: sha256_file(path) for path in sorted(dataset.glob("*.parquet"))},
         "base model or template": read_json(dataset / "contract.json"),
         "parameters": params.model_dump(exclude=WITHOUT_EFFECT),
         "first weights": {} if init is None else {"adapter": sha256_file(init / "adapter_model.safetensors")},
-        "code": {path.name: sha256_file(path) for path in sorted(code)},
+        "code": code_digests("pipeline.train"),
         "libraries": versions(),
     }
 

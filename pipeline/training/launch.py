@@ -8,16 +8,17 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.files import read_json, write_json
+from pipeline.core.files import read_json, write_json
+from pipeline.core.processes import run_forwarding_sigterm
 from pipeline.params import TrainParams
-from pipeline.process import run_forwarding_sigterm
-from pipeline.training.watching import TrainError
+from pipeline.training.watching import Interrupted, TrainError
 
 INTERRUPTED, FAILED = 75, 1  # exit statuses of a process (75: try again, as sysexits.h has it)
 
@@ -35,8 +36,6 @@ def launch(
         TrainError: fewer GPUs than processes, or a process failed; its own message is on stderr.
         Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
     """
-    from pipeline.train import Interrupted
-
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and gpus < params.num_processes:
         raise TrainError(f"train.num_processes is {params.num_processes}, and this machine has {gpus} GPUs")
@@ -49,7 +48,7 @@ def launch(
             | {name: None if path is None else str(path.resolve()) for name, path in paths.items()},
         )
         status = run_forwarding_sigterm(
-            [*launcher(params), "-m", "pipeline.training.launch", str(job)], os.environ | _settings(params)
+            [*launcher(params), "-m", "pipeline.train", str(job)], os.environ | _settings(params)
         )
         if result.is_file():
             answer = read_json(result)
@@ -93,10 +92,8 @@ def _settings(params: TrainParams) -> dict[str, str]:
     return {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def main(job_file: str) -> int:
-    """One process of the group."""
-    from pipeline.train import Interrupted, train
-
+def run_one(job_file: str, train: Callable[..., Any]) -> int:
+    """One process of the group, which runs the stage's own `train`; its exit status."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -108,7 +105,7 @@ def main(job_file: str) -> int:
         for key in ("dataset", "output", "checkpoints", "tables", "init")
     }
     try:
-        trained = train(TrainParams.model_validate_json(job["params"]), **folders)  # type: ignore[arg-type]
+        trained = train(TrainParams.model_validate_json(job["params"]), **folders)
     except Interrupted as error:
         if first:
             write_json(Path(job["result"]), {"interrupted": str(error)})
@@ -120,7 +117,3 @@ def main(job_file: str) -> int:
     if first:
         write_json(Path(job["result"]), asdict(trained))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -18,9 +18,9 @@ from peft import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.files import read_json, write_json
+from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
+from pipeline.core.files import read_json, write_json
 from pipeline.params import TrainParams
-from pipeline.training.combinations import CLASSIFICATION, VIRTUAL_TOKENS
 from pipeline.training.targets import MethodError, feedforward, target_modules, target_parameters
 
 SETS = ("target_modules", "target_parameters", "feedforward_modules", "modules_to_save")

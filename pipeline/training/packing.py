@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from pipeline.model import ModelError
 from pipeline.params import TrainParams
+from pipeline.weights.loading import ModelError
 
 Batch = dict[str, Any]
 ROW_ATTENTION = "row_attention"

@@ -1,4 +1,4 @@
-"""Parameter sets for known models (infra/presets): a name comes in, params.yaml with its values goes out.
+"""Parameter sets for known models (infra/presets), written into params.yaml.
 
 The user's comments and order stay. A preset sets the same parameters as all others, so that none of an earlier preset
 is left over; what no preset sets stays as it was.

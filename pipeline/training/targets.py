@@ -1,7 +1,7 @@
-"""Which modules an adapter is put on: `train.lora_target_modules` and a base model come in, names for PEFT go out.
+"""Which modules an adapter is put on: names for PEFT, from `train.lora_target_modules` and the base model.
 
-Output layers, classification heads and the routers of mixtures of experts are never targets. Refused: a name that the
-adapter cannot be put on, with the reason and the names there are.
+Output layers, classification heads and the routers of mixtures of experts are never targets. A name that the
+adapter cannot be put on is an error that lists the names there are.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,8 +15,8 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.model import HEADS
 from pipeline.params import TrainParams
+from pipeline.weights.loading import HEADS
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose the experts of a token
 UNTARGETED = ("full", "prefix", "prompt")  # these are put on no module

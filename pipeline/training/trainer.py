@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 from trl import SFTTrainer
 
-from pipeline.files import read_json, write_json
+from pipeline.core.files import read_json, write_json
+from pipeline.core.memory import OutOfMemory, Rung, free, next_rung, out_of_memory
 from pipeline.training.checkpoints import WATCH, problem_of, seal
 from pipeline.training.loss import add_chunked_loss, has_plain_frozen_head
-from pipeline.training.memory import OutOfMemory, Rung, free, next_rung, out_of_memory
 from pipeline.training.packing import Batch, pieces, rows_in, tokens_in
 from pipeline.training.watching import TrainError, Watch
 

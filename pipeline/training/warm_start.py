@@ -1,7 +1,7 @@
 """Where an adapter starts: afresh, from the champion's, from a published version's, or from one in a folder.
 
-`train.init_adapter` says which; what `champion` means is pinned (`pin.py`). Refused: an adapter of another base,
-another method or other settings, or whose bytes are not those named.
+`train.init_adapter` says which; what `champion` means is pinned. An adapter of another base, another method or other
+settings is refused.
 """
 
 from pathlib import Path
@@ -9,14 +9,9 @@ from typing import Any
 
 from peft import PeftConfig
 
-from pipeline.files import WORK_DIR, read_json, sha256_file
-from pipeline.model import PROMPT, is_whole
-from pipeline.params import Params
-from pipeline.security.vetting import check_adapter
-from pipeline.store.artifact_store import open_store
-from pipeline.training.pin import PIN
-from pipeline.versions.manifest import read_manifest
-from pipeline.versions.verify import fetch_signed
+from pipeline.core.files import read_json
+from pipeline.core.vetting import check_adapter
+from pipeline.weights.loading import PROMPT, is_whole
 
 # What must be the same for the weights to mean the same; which modules there are, their names say.
 SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens", "feedforward_modules")
@@ -25,40 +20,6 @@ NAMES = {"r": "train.lora_r", "lora_alpha": "train.lora_alpha", "num_virtual_tok
 
 class InitError(ValueError):
     """The adapter to start from cannot be used; the message says why and what to change."""
-
-
-def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
-    """The folder of the adapter to start from, checked; None starts afresh.
-
-    Raises:
-        InitError: it is not there, or not the one that its digest names.
-        StoreError, SignatureError: the version is damaged, or publish.require_signature is on and it is not signed.
-    """
-    wanted: str | None = params.train.init_adapter
-    if wanted == "none":
-        return None
-    if wanted == "champion":
-        wanted = read_json(root / PIN)["version"]
-        if wanted is None:
-            print("train · no champion is pinned yet (`retune run` does that): the adapter starts afresh", flush=True)
-            return None
-    assert wanted is not None
-    if "@" in wanted:
-        path, digest = wanted.rsplit("@", 1)
-        weights = root / path / "adapter_model.safetensors"
-        if not weights.is_file():
-            raise InitError(f"train.init_adapter names {path}, which holds no adapter_model.safetensors")
-        if (found := sha256_file(weights)) != digest:
-            raise InitError(f"{weights} is not the one that train.init_adapter names: its sha256 is {found}")
-        return root / path
-    store = open_store(params.publish, root)
-    manifest = read_manifest(store, wanted)
-    if manifest is None:
-        raise InitError(
-            f"train.init_adapter is version {wanted}, which is not published in {store.uri}; `retune history` lists "
-            "the versions there are"
-        )
-    return fetch_signed(params.publish, manifest, "adapter", root / WORK_DIR / "init" / wanted, root)
 
 
 def check_init(folder: Path, contract: dict[str, Any], wanted: PeftConfig) -> None:

@@ -22,9 +22,9 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.files import sha256_json
+from pipeline.core.files import sha256_json
+from pipeline.core.progress import Progress
 from pipeline.params import TrainParams
-from pipeline.progress import Progress
 
 LOSS = ("step", "loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
 SPEED = ("step", "tokens_per_second", "memory_gib", "waited_for_data", "seconds")
@@ -314,3 +314,7 @@ def _write(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> No
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(rows)
+
+
+class Interrupted(RuntimeError):
+    """A signal or `max_hours` ended the run after a checkpoint was saved; the same command goes on from there."""

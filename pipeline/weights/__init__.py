@@ -1,1 +1,1 @@
-"""Weights on disk: adapters merged, combined and exported."""
+"""Base models, adapters and what is made of both: loading, merging, combining, exports. It knows chat."""

@@ -1,7 +1,7 @@
 """Several adapters of one base combined into one by PEFT, which is then merged, scored and proved like a trained one.
 
-Adapter folders and their weights come in; an adapter folder goes out. Refused: an adapter whose weights are not those
-that the parameters name by digest, or that was trained with another template contract.
+An adapter whose weights are not those that the parameters name by digest, or that was trained with another template
+contract, is refused.
 """
 
 from pathlib import Path
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from pipeline.evaluate import require_same_contract
-from pipeline.files import read_json, sha256_file, write_json
-from pipeline.model import load_adapter
+from pipeline.chat.template import require_same_contract
+from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.params import CombineParams
+from pipeline.weights.loading import load_adapter
 from pipeline.weights.merging import empty_base
 
 OF_THE_DATA = ("trained_fraction", "max_length")  # keys of the contract in which adapters of other data may differ

@@ -1,6 +1,6 @@
 """A merged model in the forms that servers load: bitsandbytes in 4 or 8 bits, and GGUF.
 
-The merged folder comes in; a folder for one form goes out, and the model as it is read back from there.
+Each form is a folder of its own, and the model as it is read back from there is returned.
 """
 
 import shutil
@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from pipeline.chat.template import local_source
-from pipeline.model import compute_dtype, device, load_base
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.gguf import GGUF, ExportError, convert
+from pipeline.weights.loading import compute_dtype, device, load_base
 
 
 def export(kind: str, merged: Path, folder: Path) -> PreTrainedModel:

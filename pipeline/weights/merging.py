@@ -34,8 +34,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from pipeline.model import UNQUANTISED, Quantisation, class_settings, compute_dtype, device, is_whole, load_adapter
 from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
+from pipeline.weights.loading import (
+    UNQUANTISED,
+    Quantisation,
+    class_settings,
+    compute_dtype,
+    device,
+    is_whole,
+    load_adapter,
+)
 
 COMMON = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),

@@ -20,9 +20,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import server
-from pipeline.http_client import HttpError, send
-from pipeline.progress import Progress, clock
+from pipeline.core.http_client import HttpError, send
+from pipeline.core.progress import Progress, clock
+from pipeline.services import server
 from pipeline.settings import change_params
 
 STEPS = 140  # of the job's training

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
-from pipeline.generate import in_slots
+from pipeline.scoring.generation import in_slots
 
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 512

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline.chat.template import local_source
-from pipeline.files import WORK_DIR
-from pipeline.model import use_threads
+from pipeline.core.files import WORK_DIR
 from pipeline.weights.checkpoint import open_checkpoint
+from pipeline.weights.loading import use_threads
 from pipeline.weights.merging import merge_adapter
 
 SHARD = "500MB"

@@ -1,8 +1,8 @@
 """`make bench-stages`: time and peak memory of each stage's last run, as a table for docs/benchmarks.md."""
 
-from pipeline import graph
-from pipeline.files import WORK_DIR, read_json
-from pipeline.progress import clock
+from pipeline.core import graph
+from pipeline.core.files import WORK_DIR, read_json
+from pipeline.core.progress import clock
 
 
 def main() -> None:

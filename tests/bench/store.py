@@ -21,10 +21,10 @@ os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.dev
 
 import boto3
 
+from pipeline.registry.artifact_store import FileStore
+from pipeline.registry.s3 import S3Store
+from pipeline.registry.transfer import ship, upload
 from pipeline.settings import load_params
-from pipeline.store.artifact_store import FileStore
-from pipeline.store.s3 import S3Store
-from pipeline.store.transfer import ship, upload
 
 MIB = 2**20
 SIZE = 1024 * MIB

@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.files import read_json
-from pipeline.model import load_adapter, load_base
+from pipeline.core.files import read_json
 from pipeline.params import TrainParams
 from pipeline.settings import load_params
 from pipeline.train import quantisation_of, train
 from pipeline.training.packing import Collate, training_sequences
+from pipeline.weights.loading import load_adapter, load_base
 
 ROWS = 1200
 EPOCHS = 2

@@ -1,0 +1,167 @@
+"""The tasks of the flow: one a stage, with what the dashboard shows of it. A DVC stage runs as `dvc repro` of it."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from flows.gpu import train_on_pool
+from flows.lines import say, shown, why_failed
+from flows.summary import verdict
+from pipeline import promote as gate
+from pipeline import publish as shipping
+from pipeline.core import git, graph
+from pipeline.core.progress import clock
+from pipeline.core.redaction import redacted_errors
+from pipeline.core.under_way import tell
+from pipeline.data.snapshot import recover
+from pipeline.params import Params
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.pin import pin_champion
+from pipeline.report.tables import score_rows
+from pipeline.report.whole import report_decision
+from pipeline.scoring.resampling import read_scores
+from pipeline.settings import load_params
+
+ARTIFACTS = Path("artifacts")
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended with an error; its own last lines say which."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    stage: str
+    outcome: str  # ran | restored (from DVC's run cache) | cached (nothing had changed); promote: its decision
+    seconds: float
+    detail: Any = None  # what publish and promote answered
+
+
+@task
+@redacted_errors
+def ingest() -> State[Any]:
+    """The snapshot that data.dvc names, fetched if it is not here. New data comes in by `retune ingest`."""
+    started = time.monotonic()
+    recover()  # an ingest that was killed half-way
+    fetched = graph.pull_data()
+    return ended_as("ingest", "ran" if fetched else "cached", started)
+
+
+@task
+def prepare() -> State[Any]:
+    result = _repro("prepare")
+    report = (ARTIFACTS / "dataset" / "report.md").read_text()
+    create_markdown_artifact(report, key="data-report", description="What became of every row of the data")
+    return result
+
+
+@task(retries=0)
+def train(params: Params) -> State[Any]:
+    pin_champion(params)
+    artifact = create_progress_artifact(0.0, key="training-progress", description="Training")
+    assert isinstance(artifact, UUID)  # not a coroutine: this is synchronous code
+    operations = load_params().operations
+    if operations.train_pool == "local" or "train" not in graph.stale():
+        return _repro("train", artifact)
+    started = time.monotonic()
+    train_on_pool(operations, shown("train", artifact))
+    update_progress_artifact(artifact_id=artifact, progress=100.0)
+    return ended_as("train", "ran", started)
+
+
+@task
+def evaluate() -> State[Any]:
+    result = _repro("evaluate")
+    metrics = read_scores(ARTIFACTS / "evaluation")
+    create_table_artifact(score_rows(metrics), key="metrics", description="Test scores with 95 % intervals")
+    report = (ARTIFACTS / "evaluation" / "report.md").read_text()
+    create_markdown_artifact(report, key="evaluation-report", description="The candidate before merge against the base")
+    return result
+
+
+@task
+def merge() -> State[Any]:
+    return _repro("merge")
+
+
+@task
+@redacted_errors
+def publish(params: Params) -> State[Any]:
+    started = time.monotonic()
+    tell("publish")
+    published = shipping.publish(params.publish)
+    store = open_store(params.publish)
+    link = f"{store.uri}/versions/{published.version}/manifest.json"
+    create_link_artifact(link, "manifest", key="version", description="The published version: its files and lineage")
+    folder = ARTIFACTS.resolve().as_uri()
+    create_link_artifact(folder, "artifacts of this run", key="files", description="The workspace's files")
+    return ended_as("publish", "ran" if published.created else "cached", started, asdict(published))
+
+
+@task
+@redacted_errors
+def promote(params: Params) -> State[Any]:
+    started = time.monotonic()
+    tell("promote")
+    decision = gate.promote(params.publish, params.promote)
+    if decision.decision == "promoted" and params.operations.git_branch is not None:
+        _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)
+    create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
+    show_report(params, decision)
+    return ended_as("promote", decision.decision, started, asdict(decision))
+
+
+def _record_in_git(branch: str, model: str, decision: gate.Decision) -> None:
+    """The promotion stands, whatever git says; what it says is a line of the run."""
+    try:
+        commit = git.record_version(branch, model, decision.version, decision.number)
+        say(f"promote: {branch} has commit {commit[:12]}")
+    except git.GitError as error:
+        get_run_logger().warning(f"promote: {error}")
+        say(f"promote: not recorded in git: {error}")
+
+
+def show_report(params: Params, decision: gate.Decision) -> None:
+    """The page of this decision; that it could not be written is one more warning."""
+    decision.warnings.extend(report_decision(params.publish, decision.version, ARTIFACTS))
+    page = ARTIFACTS / "report.md"
+    if page.is_file():
+        create_markdown_artifact(
+            page.read_text(), key="report", description="The whole evaluation report of the version"
+        )
+
+
+def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
+    """Run one DVC stage, its lines streamed to the terminal and to Prefect, its progress to `artifact`."""
+    started = time.monotonic()
+    lines: list[str] = []
+    show = shown(stage, artifact)
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        show(line)
+
+    status = graph.repro(stage, on_line)
+    if status != 0:
+        raise StageFailed(f"{stage} failed: {why_failed(lines) or f'it ended with status {status}'}")
+    if artifact is not None:
+        update_progress_artifact(artifact_id=artifact, progress=100.0)
+    return ended_as(stage, graph.outcome(lines, stage), started)
+
+
+def ended_as(stage: str, outcome: str, started: float, detail: Any = None) -> State[Any]:
+    result = StageResult(stage, outcome, time.monotonic() - started, detail)
+    return Completed(name=outcome.capitalize(), message=f"{stage} {outcome} in {clock(result.seconds)}", data=result)

@@ -1,0 +1,4 @@
+"""The `retune` command, by what people do: data, models, runs, versions, reports, talk.
+
+It may import everything; nothing imports it.
+"""

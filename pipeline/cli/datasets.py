@@ -1,0 +1,210 @@
+"""The commands that take data in and look at its rows, with the questions they ask on a terminal."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.project import as_typed
+from pipeline.cli.versions import CommandError, Json
+from pipeline.core.run_lock import only_run
+
+if TYPE_CHECKING:
+    from pipeline.data.formats import Ask, UnclearFormatError
+    from pipeline.ingest import Ingested
+    from pipeline.params import ColumnsParams, IngestParams
+
+Format = Annotated[str | None, typer.Option(help="The format, instead of ingest.format and ingest.columns.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Which column is what, instead of ingest.columns: prompt=question,response=answer."),
+]
+
+
+class Split(StrEnum):
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+def ingest(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCE]...",
+            help="Files, folders, quoted globs, hf://datasets/OWNER/NAME@COMMIT, s3://BUCKET/KEY, "
+            "https://…#sha256=…; none: ingest.sources of params.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Format = None,
+    columns: Columns = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace the rows also where many are rejected, or far fewer come than before."),
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Make the rows of all SOURCEs the new data snapshot; `retune run` then trains on it."""
+    from pipeline.core import graph
+    from pipeline.data.snapshot import recover
+    from pipeline.ingest import ingest as do
+    from pipeline.services.events import contents, count_new, tell_updated
+    from pipeline.settings import load_params
+
+    params, operations = load_params().ingest, load_params().operations
+    with only_run():
+        recover()
+        base_from = _pull_base(load_params().prepare.model_name_or_path)
+        before = contents()
+        reading = _reading(params, format, columns)
+        typed = [as_typed(source) for source in sources or ()]
+        result = do(reading, typed, replace=replace, ask=None if json_output else _terminal())
+        new_rows = count_new(before) if result.changed else 0
+    told = result.changed and tell_updated(new_rows, operations.min_new_rows)
+    if json_output:
+        print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": told, "remote": graph.team_remote()}))
+        return
+    if base_from is not None:
+        print(f"ingest: the snapshot of data.dvc is lost; data/base is the base model of commit {base_from[:12]}")
+    _say_ingested(result, told, graph.team_remote())
+
+
+def inspect(
+    file: Annotated[Path | None, typer.Argument(help="A data file or folder; else the prepared dataset.")] = None,
+    split: Annotated[Split, typer.Option(help="Of the dataset.")] = Split.train,
+    row: Annotated[int | None, typer.Option(min=0, help="The first row to show; 0 is the first of all.")] = None,
+    id: Annotated[str | None, typer.Option(help="The row with this id, as the reports name it.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
+    format: Format = None,
+    columns: Columns = None,
+    json_output: Json = False,
+) -> None:
+    """Show rows as the model sees them, token by token, trained tokens in colour; of FILE, as it would be prepared."""
+    from rich.console import Console
+
+    from pipeline.data.inspection import as_text, inspect_dataset, inspect_file
+    from pipeline.settings import load_params
+
+    params = load_params()
+    model = Path(params.prepare.model_name_or_path)
+    if file is not None and model.parts[:1] == ("data",) and not model.exists():  # a fresh clone
+        with only_run():
+            _pull_base(str(model))
+    if model.is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if file is None:
+        if format is not None or columns is not None:
+            raise CommandError("--format and --columns say how a file is read; name the file")
+        shown = inspect_dataset(Path("artifacts/dataset"), split.value, row, id, task, count)
+    elif id is not None:
+        raise typer.BadParameter("--id names a row of the prepared dataset; use --row with a file")
+    else:
+        params = params.model_copy(update={"ingest": _reading(params.ingest, format, columns)})
+        shown = inspect_file(params, file, row, task, count, None if json_output else _terminal())
+    if json_output:
+        print(json.dumps({"rows": [each.as_json() for each in shown]}, ensure_ascii=False))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for each in shown:
+        console.print(as_text(each, colour=console.is_terminal and not console.no_color))
+
+
+def _reading(params: "IngestParams", format: str | None, columns: str | None) -> "IngestParams":
+    """`params` with the format and the columns of the command line; a format named there overrules a mapping."""
+    from pipeline.data.columns import parse_columns
+    from pipeline.data.known_formats import FORMATS
+
+    if format not in (None, "auto", *FORMATS):
+        raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
+    changes: dict[str, Any] = {}
+    if columns is not None:
+        changes = {"format": format or "auto", "columns": parse_columns(columns)}
+    elif format is not None:
+        changes = {"format": format, "columns": params.columns if format == "classification" else None}
+    return params.model_copy(update=changes)
+
+
+def _terminal() -> "Ask | None":
+    return _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
+
+
+def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
+    """The format, or the columns, that a person names on the terminal."""
+    from pipeline.data.columns import ColumnsError, as_pairs, parse_columns
+    from pipeline.data.known_formats import FORMATS
+
+    print(error, file=sys.stderr)
+    guess = next(iter(error.formats), None) if error.columns is None else as_pairs(error.columns)
+    while True:
+        answer = typer.prompt("Its format, or its columns", default=guess, err=True).strip()
+        if answer in FORMATS:
+            return answer, None
+        try:
+            return "auto", parse_columns(shlex.split(answer)[0] if answer[:1] in "'\"" else answer)
+        except (ColumnsError, ValueError) as fault:
+            print(f"{answer} is not a format; expected {', '.join(sorted(FORMATS))}; {fault}", file=sys.stderr)
+
+
+def _say_ingested(result: "Ingested", told: bool, remote: str | None) -> None:
+    print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
+    for file in result.files[:20]:
+        rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
+        unused = f"; not used: {', '.join(file['not_used'])}" if file["not_used"] else ""
+        print(f"  {file['name']}: {file['format']}, {file['container']}, {file['rows']:,} rows{rejected}{unused}")
+    if len(result.files) > 20:
+        print(f"  and {len(result.files) - 20} more, in data/instructions/snapshot.json")
+    if result.left_out:
+        print(f"  {result.left_out:,} rows left out by weight and cap")
+    for reason, count in result.rejected.items():
+        print(f"  {count:,} cannot be used: {reason}")
+    for repair, count in result.repaired.items():
+        print(f"  {count:,} repaired: {repair}")
+    if result.rejected:
+        print("  the records that cannot be used are in data/instructions/rejected.jsonl with their lines")
+    if result.changed:
+        print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
+        print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")
+        print(_how_to_share(remote))
+    else:
+        print("  the same data as before; data.dvc is unchanged")
+
+
+def _pull_base(model: str) -> str | None:
+    """Have `data/` here before its rows are replaced; where the old rows are lost, the base model alone.
+
+    Returns: the commit that the base model came from, if it had to be looked for.
+    """
+    from pipeline.core import graph
+
+    try:
+        graph.pull_data()
+    except graph.SnapshotMissing:
+        commit = graph.restore_base()
+        if Path(model).parts[:1] == ("data",) and not Path(model).exists():
+            raise
+        return commit
+    return None
+
+
+def _how_to_share(remote: str | None) -> str:
+    """What a colleague needs besides the commit of `data.dvc`."""
+    if remote is not None:
+        return f"  to share them: commit data.dvc, then `dvc push data.dvc` sends the rows to the DVC remote {remote}"
+    return (
+        "  only this machine has the rows: a colleague's clone cannot train on them before a DVC remote has them:\n"
+        "    dvc remote add -d team s3://BUCKET/PATH    # or ssh://, gs://, azure://, a folder that both of you reach\n"
+        '    git add .dvc/config data.dvc && git commit -m "New data"\n'
+        "    dvc push data.dvc"
+    )
+
+
+COMMANDS: list[Callable[..., None]] = [ingest, inspect]

@@ -1,0 +1,307 @@
+"""The `retune` command. Each subcommand reads its parameters, calls one function, and says what came of it."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli import datasets as data_commands
+from pipeline.cli import models as training
+from pipeline.cli import operate as operating
+from pipeline.cli import reports as report
+from pipeline.cli import talk as try_commands
+from pipeline.cli import versions as commands
+from pipeline.cli.project import ProjectCommand, enter_project
+from pipeline.cli.versions import Json
+from pipeline.core.environment import collect_rarely, set_environment
+from pipeline.core.files import WORK_DIR
+from pipeline.core.processes import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
+from pipeline.core.progress import clock
+from pipeline.core.redaction import redact, redact_process
+from pipeline.core.run_lock import only_on_gpus, only_run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,  # `retune --install-completion`
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: boxes cut sentences in pieces
+    help="Scheduled, gated retraining of LLM adapters. Works in every folder of a project.",
+)
+ARTIFACTS = Path("artifacts")
+
+
+def main() -> None:
+    """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
+    collect_rarely()
+    redact_process()
+    enter_project()
+    set_environment()
+    try:
+        app()
+    except (ValueError, RuntimeError) as error:
+        # Errors that this project raises are written for people; any other is a defect and keeps its traceback.
+        if not type(error).__module__.startswith(("pipeline.", "flows.")):
+            raise
+        print(redact(f"error: {error}"), file=sys.stderr)
+        sys.exit(143 if type(error).__name__ == "Interrupted" else 1)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        if isinstance(error, PermissionError) and WORK_DIR.exists() and not os.access(WORK_DIR, os.W_OK | os.X_OK):
+            where += f"; this project is used by {WORK_DIR.owner()}, clone it to a folder of your own"
+        print(redact(f"error: {error.strerror}{where}"), file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command(cls=ProjectCommand)
+def run(json_output: Json = False) -> None:
+    """Bring everything up to date: train if something changed, publish, and promote if it is better."""
+    from pipeline.core import graph
+    from pipeline.data.snapshot import recover
+    from pipeline.promote import history, settled
+    from pipeline.registry.mlflow import open_registry
+    from pipeline.registry.preflight import require_ready
+    from pipeline.services import server
+    from pipeline.services.events import record_unchanged
+    from pipeline.services.flow_runs import close_lost_runs
+    from pipeline.settings import load_params
+
+    params = load_params()
+    with only_run() as lock:
+        recover()  # an ingest that was killed half-way
+        require_ready(params)
+        up = server.running()
+        if not graph.stale():
+            version = graph.version_id()
+            reason = settled(params.publish, params.promote, version)
+            if reason is not None:
+                history(params.publish)  # puts an alias right that a crash left behind
+                name = open_registry(params.publish).remembered(version)
+                if not (ARTIFACTS / "report.html").is_file():
+                    from pipeline.report.whole import report_decision
+
+                    for warning in report_decision(params.publish, version, ARTIFACTS):
+                        print(f"warning: {warning}", file=sys.stderr)
+                if up is not None:
+                    record_unchanged(f"version {name}: {reason}")
+                _say_nothing_to_do(version, name, reason, json_output)
+                return
+        if up is None:
+            print("run: starting the Prefect server (about 10 seconds)", file=sys.stderr, flush=True)
+        with server.for_one_run() as prefect:
+            close_lost_runs(prefect.url)
+            status = run_forwarding_sigterm(
+                python_ending_with_parent("flows", *(["--json"] if json_output else [])),
+                env=server.environment(Path("."), prefect.url)
+                | {
+                    # The flow prints its own lines; Prefect's go to the server.
+                    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+                    "RETUNE_RUN_LOCK": str(lock),  # the flow lets go of it while it waits for a person
+                    "RETUNE_DASHBOARD": "" if up is None else prefect.url,
+                },
+                pass_fds=[lock],
+            )
+    if status in (130, 143):
+        print("run: interrupted; `retune run` goes on from the last checkpoint", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+@app.command(cls=ProjectCommand)
+def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or merge.")]) -> None:
+    """Run one stage of dvc.yaml; `dvc repro` calls this."""
+    # DVC forwards no signals: when it dies, its stage must not go on alone. SIGTERM lets a training save a checkpoint.
+    end_with_parent(signal.SIGTERM)
+    from pipeline.core import timings
+    from pipeline.settings import load_params
+
+    params = load_params()
+    started = time.monotonic()
+    summary = _run_stage(name, params)
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    timings.record(name, seconds, peak)
+    print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
+
+
+for command in (
+    *data_commands.COMMANDS,
+    *commands.COMMANDS,
+    *training.COMMANDS,
+    *report.COMMANDS,
+    *try_commands.COMMANDS,
+    *operating.COMMANDS,
+):
+    app.command(cls=ProjectCommand)(command)
+
+
+@app.command("diff-data", cls=ProjectCommand)
+def diff_data(
+    old: Annotated[str | None, typer.Argument(help="A git revision; else the last with another dataset.")] = None,
+    new: Annotated[str | None, typer.Argument(help="A git revision; else the workspace.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the data report of NEW with the differences.")] = None,
+    json_output: Json = False,
+) -> None:
+    """What changed in the prepared data between two versions: rows, test items, tasks, languages, reasons, lengths."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from pipeline.core.files import write_text
+    from pipeline.data.diff import compare, data_is_newer, dataset_at, previous_revision
+    from pipeline.data.report_pages import render
+
+    if new is None and data_is_newer():
+        print(
+            "diff-data: data/ is newer than the prepared dataset, which is compared; `dvc repro prepare` brings "
+            "it up to date",
+            file=sys.stderr,
+        )
+    old = old or previous_revision()
+    now = dataset_at(new)
+    diff = compare(dataset_at(old), now, (old, new or "workspace"))
+    if html is not None:
+        write_text(html, render(now.report, "report.html", diff))
+    if json_output:
+        print(json.dumps(diff))
+        return
+    Console().print(Markdown(render(now.report, "diff.md", diff)))
+    if html is not None:
+        print(f"diff-data: {html} shows it beside the data report")
+
+
+@app.command("gc", cls=ProjectCommand)
+def collect_garbage(
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only counted.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Find objects of the store that no version needs, older than seven days; delete them with --delete."""
+    from pipeline.registry.artifact_store import open_store
+    from pipeline.registry.garbage import collect
+    from pipeline.settings import load_params
+
+    found = collect(open_store(load_params().publish), delete)
+    if json_output:
+        print(json.dumps(asdict(found)))
+        return
+    what = f"{found.objects:,} objects, {found.bytes / 1e6:,.1f} MB, and {found.unfinished:,} unfinished uploads"
+    print(f"gc: {what} {'deleted' if found.deleted else 'could be deleted (`retune gc --delete`)'}")
+    print(f"    {found.kept:,} objects stay: needed by a version or the promotion log, or younger than seven days")
+
+
+@app.command(cls=ProjectCommand)
+def plan(
+    gpu: Annotated[str | None, typer.Option(help="A name of infra/gpus.yaml; without one, a CPU.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
+    from pipeline.settings import load_params
+    from pipeline.training.plan import describe
+    from pipeline.training.plan import plan as do
+
+    params = load_params()
+    dataset = ARTIFACTS / "dataset"
+    made = do(params, dataset if (dataset / "contract.json").is_file() else None, gpu)
+    print(json.dumps(asdict(made)) if json_output else describe(made))
+
+
+@app.command(hidden=True, cls=ProjectCommand)
+def score(
+    model: Path,
+    settings: Annotated[Path, typer.Option()],
+    output: Annotated[Path, typer.Option()],
+) -> None:
+    """Score a merged model on the workspace's test split; `promote` calls this for versions scored on another one."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a shipped model is whole
+    from pipeline.core.files import read_json
+    from pipeline.merge import score_model
+    from pipeline.scoring.classification import score_merged
+
+    classes = "labels" in read_json(model / "contract.json")
+    (score_merged if classes else score_model)(model, ARTIFACTS / "dataset", read_json(settings), output)
+
+
+def _run_stage(name: str, params: Any) -> str:
+    """Run one stage on the project's own folders; returns what came of it in a few words."""
+    from pipeline.core.graph import STAGES
+
+    if Path(params.prepare.model_name_or_path).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if name in STAGES:
+        import_module(f"pipeline.{name}")
+    classes = params.train.task == "sequence-classification"
+    dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
+    match name:
+        case "prepare":
+            from pipeline.data.default_scoring import sentence
+            from pipeline.prepare import prepare
+
+            made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared", params.train.task)
+            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in made.dropped.items())
+            dropped = f", {sum(made.dropped.values()):,} dropped ({reasons})" if made.dropped else ""
+            rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
+            loss = "" if classes else f"; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
+            scoring = sentence(made.scoring, params.prepare.default_scoring)
+            return f"{rows} rows{dropped}{loss}" + (f"; {scoring}" if scoring and not classes else "")
+        case "train":
+            from pipeline.registry.init_adapter import fetch_init
+            from pipeline.train import train
+            from pipeline.weights.loading import visible_gpus
+
+            with only_on_gpus(visible_gpus(), lambda line: print(f"train · {line}", flush=True)):
+                trained = train(params.train, dataset, adapter, tables=ARTIFACTS / "training", init=fetch_init(params))
+            return (
+                f"{trained.steps} steps, loss {trained.loss:.3f}, "
+                f"{trained.trainable_parameters:,} trainable parameters, {trained.tokens_per_second:,.0f} tokens/s"
+            )
+        case "evaluate":
+            from pipeline.evaluate import evaluate
+
+            if classes:
+                from pipeline.evaluate import evaluate_classes
+
+                base, tuned = evaluate_classes(params.evaluate, dataset, adapter, evaluation)
+                return ", ".join(
+                    f"{metric} {base[metric]['score']:.3g} → {tuned[metric]['score']:.3g}"
+                    for metric in ("accuracy", "macro_f1")
+                )
+            judge = params.evaluate.judge
+            key = os.environ.get(judge.api_key_variable, "") if judge and judge.api_key_variable else ""
+            scored = evaluate(params.evaluate, dataset, adapter, evaluation, WORK_DIR / "answers", key)
+            return ", ".join(
+                f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
+                for metric in ("accuracy", "bleu", "rougeL")
+                if scored.base[metric]
+            )
+        case "merge":
+            from pipeline.merge import merge
+
+            outputs = (ARTIFACTS / name for name in ("merged", "parity", "exports"))
+            if classes:
+                from pipeline.merge import merge_classes
+
+                made_one = merge_classes(params.merge, dataset, adapter, evaluation, *outputs)
+                same = f"{made_one.agreement:.1%} of the test texts have the adapter's class"
+                return f"into the {made_one.base} base; {same}"
+            merged = merge(params.merge, dataset, adapter, evaluation, *outputs)
+            peft = f", by PEFT because {merged.merging.reason}" if merged.merging.reason else ""
+            return (
+                f"into the {merged.base} base{peft}; agrees with the adapter on {merged.agreement:.1%} of tokens, "
+                f"{merged.identical:.1%} of answers are the same"
+            )
+    raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
+
+
+def _say_nothing_to_do(version: str, name: str, reason: str, json_output: bool) -> None:
+    if json_output:
+        print(json.dumps({"changed": False, "version": version, "reason": reason}))
+    else:
+        print("Nothing to do: data, parameters and code are those of the last run.")
+        print(f"Version {name}: {reason}.")

@@ -1,0 +1,119 @@
+"""The commands about servers and the machine: up, status, down, doctor."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.versions import Json
+from pipeline.core.checks import as_json
+
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Of the dashboard; else operations.prefect_port.")]
+MlflowPort = Annotated[int | None, typer.Option(min=1, max=65535, help="Of MLflow; else operations.mlflow_port.")]
+
+
+def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = False) -> None:
+    """Start the local stack: dashboard, work pools with workers, schedules, MLflow; on loopback, until `down`."""
+    from pipeline.services import stack
+    from pipeline.settings import load_params
+
+    params = stack.with_ports(load_params(), port, mlflow_port)
+    known = stack.up(params, on_wait=lambda doing: print(f"up: {doing}", file=sys.stderr))
+    if json_output:
+        print(json.dumps(known))
+        return
+    _services(known)
+    why = stack.why_no_mlflow(params)
+    if "mlflow" in params.operations.services and why is not None:
+        print(f"mlflow: not started, because {why}")
+    elif "mlflow" in params.operations.services and not stack.mlflow_has_pages():
+        print("mlflow: the API only; `pip install mlflow==3.17.2` (500 MB) adds its pages")
+    print(f"up: dashboard at {known['url']}; `retune down` stops everything")
+
+
+def down(json_output: Json = False) -> None:
+    """Stop what `retune up` started, runs of its workers included; a training saves a checkpoint first."""
+    from pipeline.services import stack
+
+    stopped = stack.down()
+    if json_output:
+        print(json.dumps({"stopped": stopped}))
+    else:
+        print("down: stopped" if stopped else "down: nothing was running")
+
+
+def status(json_output: Json = False) -> None:
+    """Which servers and workers run, how far a run is and who started it, what is stale, who is champion."""
+    from pipeline.core import graph, under_way
+    from pipeline.core.run_lock import RunUnderWay, only_run
+    from pipeline.registry.artifact_store import open_store
+    from pipeline.registry.decisions import champion, proposed, read_log
+    from pipeline.registry.mlflow import open_registry
+    from pipeline.services import server, stack
+    from pipeline.settings import load_params
+
+    params = load_params()
+    known = stack.state() if server.supervisor() is not None else {}
+    try:
+        with only_run():
+            pass  # only looked at: a run must not be turned away because somebody asked
+        stale = list(graph.stale())
+    except RunUnderWay:
+        stale = ["a run is under way"]
+    log = read_log(open_store(params.publish), params.publish.registered_model_name)
+    registry = open_registry(params.publish)
+    waiting = proposed(log)
+    run = under_way.look()
+    answer = {
+        "run": run,
+        "dashboard": known.get("url") if known.get("ready") else None,
+        "services": known.get("services", []),
+        "stale": stale,
+        "champion": champion(log),
+        "waiting": waiting.version if waiting else None,
+    }
+    if json_output:
+        print(json.dumps(answer))
+        return
+    print(f"dashboard  {answer['dashboard'] or 'not running (`retune up` starts it)'}")
+    if known:
+        _services(known)
+    if run is not None:
+        since = time.strftime("%H:%M", time.localtime(run["since"]))
+        started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
+        print(f"run        {run['line'] or run['stage'] or 'begins'}; {started}")
+    print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
+    print(f"champion   {registry.remembered(answer['champion']) if answer['champion'] else 'none yet'}")
+    if answer["waiting"]:
+        print(f"waiting    {registry.remembered(answer['waiting'])} for approval (`retune promote --approve`)")
+
+
+def doctor(json_output: Json = False) -> None:
+    """Look at everything a run needs: one line each, in order or what to do; exit status 1 when something is not."""
+    from pipeline.cli import doctor as diagnosis
+
+    checks = diagnosis.doctor()
+    answer = as_json(checks)
+    if json_output:
+        print(json.dumps(answer))
+    else:
+        for check in checks:
+            mark = {True: "ok", False: "FAILED", None: "–"}[check.passed]
+            print(f"{mark:<7}{check.name:<15} {check.detail}")
+            if check.advice:
+                print(f"{'':<23}→ {check.advice}")
+    if not answer["passed"]:
+        raise typer.Exit(1)
+
+
+def _services(known: dict[str, Any]) -> None:
+    for each in known.get("services", []):
+        again = f", started again {each['restarts']} times" if each["restarts"] else ""
+        where = each["url"] or ""
+        print(f"{each['name']:<16} {each['state']:<16} {where:<22} process {each['pid']}{again}, {each['log']}")
+
+
+COMMANDS: list[Callable[..., None]] = [up, down, status, doctor]

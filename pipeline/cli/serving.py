@@ -1,0 +1,363 @@
+"""Models to talk to: the base, published versions or the workspace's adapter, each with its own template contract.
+
+One base model holds several adapters, of which one answers at a time; batches take the merged model of a version. A
+model whose base, tokenizer or template is not what its contract says is refused, and so is an adapter that cannot
+share the loaded base.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from pipeline.chat import Message
+from pipeline.chat.rendering import RowError
+from pipeline.chat.responses import read_response
+from pipeline.chat.template import (
+    ChatTemplate,
+    TemplateError,
+    differing_keys,
+    load_contract,
+    load_shipped,
+    load_template,
+    local_source,
+    model_identity,
+)
+from pipeline.core.files import WORK_DIR, read_json
+from pipeline.core.sanitise import portable
+from pipeline.core.vetting import check_adapter
+from pipeline.params import Params
+from pipeline.registry.artifact_store import open_store
+from pipeline.registry.decisions import champion, read_log
+from pipeline.registry.manifest import Manifest, read_manifest
+from pipeline.registry.mlflow import ModelRegistry, resolve
+from pipeline.registry.verify import fetch_signed
+from pipeline.scoring.generation import Answer, to_answer
+from pipeline.weights.loading import ModelError, is_whole, load_adapter, load_base
+
+BASE, WORKSPACE = "base", "workspace"
+# What must be the same for two adapters to answer on one base; other keys tell of the data they were trained on.
+SERVED = (
+    "chat_template_sha256",
+    "tokenizer_sha256",
+    "stop_ids",
+    "pad_id",
+    "on_control_tokens",
+)
+
+
+class ServingError(RuntimeError):
+    """There is no such model, or it cannot answer beside the others."""
+
+
+class Talk:
+    """One base model and the adapters that were loaded onto it; `active` is the one that answers."""
+
+    def __init__(self, params: Params, names: list[str], root: Path = Path(".")) -> None:
+        self.params, self.root = params, root
+        self.active = names[0]
+        self._adapters: dict[str, str | None] = {}  # name → PEFT's name of it; None: the base itself
+        prepare, train = params.prepare, params.train
+        if names[0] == BASE:
+            self.template, identity = load_template(prepare)
+            self.contract = self.template.contract(identity)
+            self.quantisation = {
+                "load_in_4bit": train.load_in_4bit,
+                "bnb_4bit_quant_type": train.bnb_4bit_quant_type,
+                "bnb_4bit_use_double_quant": train.bnb_4bit_use_double_quant,
+            }
+        else:
+            folder = adapter_folder(params, names[0], root)
+            contract = read_json(folder / "contract.json")
+            # A contract that shipped names no folder of a machine: the project's base model is the one, or none is.
+            identity = model_identity(prepare.model_name_or_path, prepare.model_revision, prepare.trust_remote_code)
+            self._require_base(names[0], contract, identity)
+            self.contract = contract | {"model": identity}
+            self.template = load_contract(self.contract)
+            self.quantisation = read_json(folder / "training.json")["quantisation"]
+        self.model: Any = load_base(self.contract["model"], self.quantisation)
+        for name in names:
+            self.use(name)
+        self.use(names[0])
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._adapters)
+
+    def use(self, name: str) -> None:
+        """Let `name` answer from now on; it is loaded if it is not yet.
+
+        Raises:
+            ServingError, TemplateError, ModelError: there is none, or it needs another base or template.
+        """
+        if name not in self._adapters:
+            self._adapters[name] = None if name == BASE else self._load(name)
+        peft_name = self._adapters[name]
+        if peft_name is not None:
+            self.model.set_adapter(peft_name)
+        self.active = name
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        messages: list[Message],
+        max_new_tokens: int,
+        on_text: Callable[[str], None] = lambda _: None,
+        on_reasoning: Callable[[str], None] = lambda _: None,
+    ) -> Answer:
+        """The active model's greedy answer; `on_text` and `on_reasoning` get its parts piece by piece as they are made.
+
+        Raises:
+            RowError: the template refuses the conversation.
+            ModelError: it does not fit the model's context.
+        """
+        ids = self.template.prompt_ids(messages)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(ids) + max_new_tokens > limit:
+            raise ModelError(
+                f"the conversation has {len(ids)} tokens; with {max_new_tokens} for the answer that is more than the "
+                f"{limit} that the model was made for: /reset, or a smaller --max-new-tokens"
+            )
+        tokens = torch.tensor([ids], device=next(self.model.parameters()).device)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self.template.stop_ids),
+            pad_token_id=self.template.tokenizer.pad_token_id,
+        )
+        arguments = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "generation_config": config,
+            "streamer": _Pieces(self.template, ids, on_text, on_reasoning),
+        }
+        if self._adapters[self.active] is None and hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                output = self.model.generate(**arguments)
+        else:
+            output = self.model.generate(**arguments)
+        return to_answer(output[0, len(ids) :].tolist(), self.template, ids)
+
+    def _load(self, name: str) -> str:
+        folder = adapter_folder(self.params, name, self.root)
+        contract = read_json(folder / "contract.json")
+        self._require_base(name, contract, self.contract["model"])
+        others = portable(contract)
+        differ = differing_keys({key: portable(self.contract)[key] for key in SERVED}, others)
+        if differ:
+            raise TemplateError(
+                f"{', '.join(differ)} of {name}'s template contract are not those of {self.active}; talk to it alone: "
+                f"`retune chat {name}`"
+            )
+        quantisation = read_json(folder / "training.json")["quantisation"]
+        if quantisation != self.quantisation:
+            raise ServingError(
+                f"{name} was trained on a base in other bits ({quantisation}) than the one that is loaded "
+                f"({self.quantisation}); talk to it alone: `retune chat {name}`"
+            )
+        if is_whole(folder):
+            raise ServingError(
+                f"{name} was trained as a whole (train.method full) and has no adapter to put on the base; use its "
+                "merged model: `retune predict`, or `retune download` and transformers"
+            )
+        if not hasattr(self.model, "peft_config"):
+            self.model = load_adapter(self.model, folder)
+            return "default"
+        check_adapter(folder)
+        peft_name = f"adapter{len(self._adapters)}"
+        loaded = self.model.load_adapter(str(folder), peft_name)
+        if loaded.missing_keys or loaded.unexpected_keys:
+            raise ModelError(f"the adapter of {name} in {folder} does not fit the base model that is loaded")
+        self.model.eval()
+        return peft_name
+
+    def _require_base(self, name: str, contract: dict[str, Any], identity: dict[str, Any]) -> None:
+        if contract["model"]["digest"] != identity["digest"]:
+            raise TemplateError(
+                f"{name} was trained on a base with digest {contract['model']['digest'][:12]}, and "
+                f"prepare.model_name_or_path {identity['name_or_path']} has {identity['digest'][:12]}; put that base "
+                "back, or name it in params.yaml"
+            )
+
+
+class _Pieces(BaseStreamer):
+    """Hands on thinking and text as they grow, without what could move a terminal's cursor."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        prompt: list[int],
+        on_text: Callable[[str], None],
+        on_reasoning: Callable[[str], None],
+    ) -> None:
+        self.template, self.prompt = template, prompt
+        self.ids: list[int] | None = None  # the first that comes is the prompt
+        self.hands = {"reasoning": on_reasoning, "content": on_text}
+        self.shown = dict.fromkeys(self.hands, "")
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += value.flatten().tolist()
+        self._show(r"[<\[]\S*$|\ufffd$")  # what may be the beginning of a control token or of a character waits
+
+    def end(self) -> None:
+        self._show("(?!)")
+
+    def _show(self, waits: str) -> None:
+        response = read_response(self.template, self.prompt, self.ids or [])
+        for part, hand in self.hands.items():
+            text = printable(re.sub(waits, "", getattr(response, part) or "").rstrip())
+            more = text.removeprefix(self.shown[part])
+            if more and len(text) > len(self.shown[part]):
+                hand(more if len(more) < len(text) or not self.shown[part] else f"\n{text}")
+                self.shown[part] = text
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+def default_name(params: Params, root: Path = Path(".")) -> str:
+    """champion if there is one, else the workspace's adapter if there is one, else the base."""
+    if champion(read_log(open_store(params.publish, root), params.publish.registered_model_name)) is not None:
+        return "champion"
+    return WORKSPACE if (root / "artifacts" / "adapter" / "contract.json").is_file() else BASE
+
+
+def adapter_folder(params: Params, name: str, root: Path = Path(".")) -> Path:
+    """Where the adapter of `name` lies: the workspace's, or that of a published version, fetched and checked.
+
+    Raises:
+        ServingError: there is none.
+    """
+    if name == WORKSPACE:
+        return _made_here(root / "artifacts" / "adapter", "adapter", "train")
+    manifest = _manifest(params, name, root)
+    part = "parity" if manifest["parity"].get("combined") else "adapter"
+    folder = _fetch(params, manifest, part, root)
+    return folder / "combined_adapter" if part == "parity" else folder
+
+
+def merged_folder(params: Params, name: str, root: Path = Path(".")) -> tuple[Path, str]:
+    """Where the merged model of `name` lies, fetched if it is a version's, and the id under which it is known.
+
+    Raises:
+        ServingError: there is none.
+    """
+    if name == WORKSPACE:
+        return _made_here(root / "artifacts" / "merged", "merged model", "merge"), name
+    manifest = _manifest(params, name, root)
+    return _fetch(params, manifest, "merged", root), manifest["version"]
+
+
+def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple[Any, ChatTemplate, dict[str, Any]]:
+    """Model, template and identity of `name`: of a version, or the workspace, the merged model, which is what serves.
+
+    Raises:
+        ServingError: there is none.
+        TemplateError: its tokenizer or template are not those of the contract it was shipped with.
+    """
+    if name == BASE:
+        template, identity = load_template(params.prepare)
+        return load_base(identity), template, {"model": BASE, "digest": identity["digest"]}
+    folder, name = merged_folder(params, name, root)
+    template = load_shipped(folder)
+    digest = model_identity(str(folder), None, False)["digest"]
+    return load_base(local_source(folder)), template, {"model": name, "digest": digest}
+
+
+def label_confidences(
+    model: Any, template: ChatTemplate, messages: list[Message], tools: str | None, labels: list[str]
+) -> dict[str, float]:
+    """The probability of each label as the whole answer, its end included, among all `labels`.
+
+    Raises:
+        RowError: the template does not write a label behind the prompt as it would in training.
+    """
+    prompt = template.prompt_ids(messages, tools)
+    rows = []
+    for label in labels:
+        ids = template.encode([*messages, {"role": "assistant", "content": label}], tools).input_ids
+        if ids[: len(prompt)] != prompt:
+            raise RowError(f"the label {label} does not follow the prompt token by token")
+        end = next((k for k in range(len(prompt), len(ids)) if ids[k] in template.stop_ids), len(ids) - 1)
+        rows.append(ids[: end + 1])
+    width = max(map(len, rows))
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        # Padded on the right: a causal model never looks there.
+        batch = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+        logprobs = model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)  # (L, T - 1, V)
+        chosen = logprobs.gather(2, batch[:, 1:, None])[..., 0].tolist()
+    totals = torch.tensor(
+        [sum(line[len(prompt) - 1 : len(row) - 1]) for line, row in zip(chosen, rows, strict=True)],
+        dtype=torch.float64,
+    )
+    return dict(zip(labels, totals.softmax(0).tolist(), strict=True))
+
+
+def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | None]]:
+    """Each line of a JSONL file: the row, its conversation up to the answer, and its tools as JSON.
+
+    Raises:
+        ServingError: a line is no JSON object, or has neither `prompt`, `text` nor `messages`, with its number.
+    """
+    prompts = []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
+    except UnicodeDecodeError as error:
+        raise ServingError(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            messages = row.get("messages")
+            if messages is None:
+                messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
+            if not messages or any(not isinstance(m, dict) or not isinstance(m.get("role"), str) for m in messages):
+                raise TypeError
+            if not all(isinstance(m.get("content"), str) for m in messages if "tool_calls" not in m):
+                raise TypeError
+            if messages[-1]["role"] == "assistant":  # a training row: its answer would be answered
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ServingError(
+                f"{file}, line {number}: expected a JSON object with prompt or text, or messages (a list of role "
+                "and content that ends before the answer)"
+            ) from None
+        tools = row.get("tools")
+        prompts.append((row, messages, tools if tools is None or isinstance(tools, str) else json.dumps(tools)))
+    return prompts
+
+
+def _made_here(folder: Path, what: str, stage: str) -> Path:
+    if not (folder / "contract.json").is_file():
+        raise ServingError(f"{folder} holds no {what}; `retune run` or `dvc repro {stage}` makes one")
+    return folder
+
+
+def _manifest(params: Params, name: str, root: Path) -> Manifest:
+    store = open_store(params.publish, root)
+    registered = params.publish.registered_model_name
+    registry = ModelRegistry(params.publish.tracking_uri, registered, root)
+    version = resolve(name, store, registry, registered, root)
+    manifest = read_manifest(store, version)
+    if manifest is None:
+        raise ServingError(
+            f"there is no version {name} in {store.uri}; expected {BASE}, {WORKSPACE}, champion, v3 or an id "
+            "that `retune history` shows"
+        )
+    return manifest
+
+
+def _fetch(params: Params, manifest: Manifest, part: str, root: Path) -> Path:
+    folder = root / WORK_DIR / "versions" / manifest["version"]
+    return fetch_signed(params.publish, manifest, part, folder, root)

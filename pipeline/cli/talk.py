@@ -1,0 +1,272 @@
+"""The commands that look at what was made: the report of a version, a conversation with it, answers to a file."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.versions import CommandError, Json, Version, find
+
+if TYPE_CHECKING:
+    from pipeline.cli.serving import Talk
+    from pipeline.scoring.generation import Answer
+
+HELP = """/adapter NAME   another model answers: base, workspace, champion, v3 or a version's id
+/adapters       those that are loaded
+/system TEXT    a system message; without a text, none
+/reset          forget the conversation
+/quit           end (also Ctrl-D)"""
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Of an answer; else evaluate.max_new_tokens.")]
+
+
+def report(version: Version = None, json_output: Json = False) -> None:
+    """Write artifacts/report.html and .md: verdict, scores, tasks, texts, curves and lineage of a version."""
+    from pipeline.report.whole import report as do
+
+    params, _, _, target = find(version)
+    contents = do(params.publish, target, Path("artifacts"))
+    if json_output:
+        print(json.dumps({"version": target, "decision": contents.decision, "path": "artifacts/report.html"}))
+    else:
+        print(f"report: {contents.verdict}")
+        print("report: artifacts/report.html opens in any browser, artifacts/report.md is the same as text")
+
+
+def chat(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="base, workspace, champion, v3 or a version's id; the first answers. None: the champion.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    json_output: Json = False,
+) -> None:
+    """Talk to a version or the base, with the tokens that it was trained with; /help lists what can be typed."""
+    params = _ready()
+    from pipeline.cli.serving import Talk, default_name
+
+    if json_output and prompt is None:
+        raise CommandError("--json needs --prompt: a conversation is not one object")
+    names = list(dict.fromkeys(models or [default_name(params)]))
+    talk = Talk(params, names)
+    if not models and prompt is not None:
+        _say_who(names[0], "chat")
+    limit = max_new_tokens or params.evaluate.max_new_tokens
+    start = [] if system is None else [{"role": "system", "content": system}]
+    if prompt is None:
+        _converse(talk, limit, start)
+        return
+    messages = [*start, {"role": "user", "content": prompt}]
+    if json_output:
+        answer = talk.answer(messages, limit)
+        fields = {"model": talk.active} | _fields(answer) | {"tokens": len(answer.ids)}
+        print(json.dumps(fields, ensure_ascii=False))
+    else:
+        _show(talk, messages, limit)
+
+
+def predict(
+    file: Annotated[
+        Path, typer.Argument(help="JSONL; each line has prompt or text, or messages that end before the answer.")
+    ],
+    model: Annotated[str | None, typer.Option(help="As for chat; none: the champion.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to; else FILE with .answers.jsonl as its ending.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classify instead: the labels, with commas between; adds label and confidence.")
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    json_output: Json = False,
+) -> None:
+    """Answer every line of FILE with the model that serves; a run that was killed goes on where it was.
+
+    A model trained with train.task sequence-classification gives each line its label and confidence.
+    """
+    params = _ready()
+    from pipeline.cli.serving import (
+        BASE,
+        default_name,
+        load_for_batches,
+        merged_folder,
+        read_prompts,
+    )
+    from pipeline.core.combinations import CLASSIFICATION
+    from pipeline.core.files import WORK_DIR
+    from pipeline.scoring.classification import classify
+    from pipeline.scoring.generation import generate
+    from pipeline.scoring.kept import kept_file
+    from pipeline.weights.loading import use_free_cores
+
+    choices = None if labels is None else [label.strip() for label in labels.split(",") if label.strip()]
+    if choices is not None and len(set(choices)) < 2:
+        raise CommandError("--labels needs at least two different labels with commas between")
+    target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
+    rows = read_prompts(file)
+    use_free_cores()
+    results: list[dict[str, Any]] = []
+    name = model or default_name(params)
+    if model is None:
+        _say_who(name, "predict")
+    if params.train.task == CLASSIFICATION:
+        if choices is not None or name == BASE:
+            raise CommandError("a classifier has its own labels: leave out --labels, and name no base")
+        folder, name = merged_folder(params, name)
+        texts = [messages for _, messages, _ in rows]
+        classes = classify(folder, texts, params.evaluate.batch_size, WORK_DIR / "predictions")
+        results = [{"label": each.label, "confidence": each.confidence} for each in classes]
+        _write_answers(target, rows, results, name, json_output)
+        return
+    loaded, template, identity = load_for_batches(params, name)
+    prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
+    limit = 0 if choices else max_new_tokens or params.evaluate.max_new_tokens
+    keep = kept_file(WORK_DIR / "predictions", identity | {"labels": choices}, prompts, limit, template.stop_ids)
+    if choices is None:
+        size = params.evaluate.batch_size
+        offered = [tools for *_, tools in rows]
+        answers = generate(loaded, template, prompts, limit, size, "predict", identity["model"], keep, offered)
+        results = [_fields(answer) for answer in answers]
+    else:
+        results = _labelled(loaded, template, rows, choices, keep)
+    _write_answers(target, rows, results, identity["model"], json_output)
+    keep.unlink(missing_ok=True)
+
+
+def _labelled(model: Any, template: Any, rows: list[Any], labels: list[str], keep: Path) -> list[dict[str, Any]]:
+    """The most likely of `labels` for each row, with its confidence; rows that `keep` has are not done again."""
+    from pipeline.cli.serving import label_confidences
+    from pipeline.core.progress import Progress
+    from pipeline.scoring.kept import KeptAnswers
+
+    progress = Progress("predict", len(rows), "lines")
+    with KeptAnswers(keep) as kept:
+        results = list(kept.answers.values())
+        progress.resume_at(len(results))
+        for _, messages, tools in rows[len(results) :]:
+            found = label_confidences(model, template, messages, tools, labels)
+            best = max(found, key=lambda label: found[label])
+            kept.add(len(results), {"label": best, "confidence": found[best]})
+            results.append({"label": best, "confidence": found[best]})
+            progress.update(len(results))
+    return results
+
+
+def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]], model: str, json_output: bool) -> None:
+    from pipeline.core.files import write_text
+
+    lines = [row | result | {"model": model} for (row, _, _), result in zip(rows, results, strict=True)]
+    write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if json_output:
+        print(json.dumps({"model": model, "rows": len(lines), "path": str(target)}))
+    else:
+        cut = sum(line.get("cut_off", False) for line in lines)
+        print(f"predict: {len(lines):,} lines in {target}" + (f", {cut:,} answers cut off" if cut else ""))
+
+
+COMMANDS: list[Callable[..., None]] = [report, chat, predict]
+
+
+def _converse(talk: "Talk", limit: int, start: list[Any]) -> None:
+    """Questions from standard input, answers to standard output, until it ends."""
+    print(f"chat: {talk.active} answers; /help lists the commands", file=sys.stderr)
+    messages = list(start)
+    while True:
+        try:
+            line = input(f"{talk.active}> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if not line.startswith("/"):
+            if line:
+                messages = _exchange(talk, limit, messages, line)
+            continue
+        if command == "/adapter" and rest.strip():
+            try:
+                talk.use(rest.strip())
+                print(f"chat: {talk.active} answers", file=sys.stderr)
+            except (ValueError, RuntimeError) as error:
+                print(f"chat: {error}", file=sys.stderr)
+        elif command == "/adapters":
+            print(
+                "chat: " + ", ".join(f"{n} (answers)" if n == talk.active else n for n in talk.names), file=sys.stderr
+            )
+        elif command == "/system":
+            messages = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
+        elif command == "/reset":
+            messages = [message for message in messages[:1] if message["role"] == "system"]
+        else:
+            print(HELP, file=sys.stderr)
+
+
+def _exchange(talk: "Talk", limit: int, messages: list[Any], question: str) -> list[Any]:
+    """The conversation after `question` and its answer; as before where there is none, or Ctrl-C cut it off."""
+    asked = [*messages, {"role": "user", "content": question}]
+    try:
+        answer = _show(talk, asked, limit)
+    except (ValueError, RuntimeError) as error:
+        print(f"chat: {error}", file=sys.stderr)
+        return messages
+    except KeyboardInterrupt:
+        print()
+        return messages
+    return [*asked, answer.message()]
+
+
+def _show(talk: "Talk", messages: list[Any], limit: int) -> "Answer":
+    """Write the answer as it is made; its thinking dimmed before it, where a person looks on and not in a pipe."""
+    dim, plain, thinking = "\033[2m", "\033[0m", False
+
+    def reasoning(piece: str) -> None:
+        nonlocal thinking
+        if sys.stdout.isatty():
+            print(piece if thinking else f"{dim}{piece}", end="", flush=True)
+            thinking = True
+
+    def text(piece: str) -> None:
+        nonlocal thinking
+        print(f"{plain}\n\n{piece}" if thinking else piece, end="", flush=True)
+        thinking = False
+
+    try:
+        answer = talk.answer(messages, limit, text, reasoning)
+    finally:
+        print(plain if thinking else "", end="", flush=True)
+    print(" […]" if answer.cut_off else "", flush=True)
+    return answer
+
+
+def _fields(answer: "Answer") -> dict[str, Any]:
+    """What programs are told of an answer; `reasoning` and `tool_calls` where there are any."""
+    from pipeline.cli.serving import printable
+
+    fields: dict[str, Any] = {"answer": printable(answer.text), "cut_off": answer.cut_off}
+    if answer.reasoning is not None:
+        fields["reasoning"] = printable(answer.reasoning)
+    if answer.tool_calls:
+        fields["tool_calls"] = list(answer.tool_calls)
+    return fields
+
+
+def _say_who(name: str, command: str) -> None:
+    """Where nobody named a model and there is no champion, another one answers."""
+    if name != "champion":
+        print(f"{command}: there is no champion yet; {name} answers", file=sys.stderr)
+
+
+def _ready() -> Any:
+    """Parameters; with a base model of this machine no library asks the Hub."""
+    from pipeline.settings import load_params
+
+    params = load_params()
+    if Path(params.prepare.model_name_or_path).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return params

@@ -1,0 +1,94 @@
+"""The code behind a result: a module and what it imports, read from the imports so that nobody has to keep a list.
+
+`dvc.yaml` lists it for each stage (`python -m pipeline.core.dependencies` writes it there), and what a killed stage
+keeps lies under its digest.
+"""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from pipeline.core.files import sha256_file
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("prepare", "train", "evaluate", "merge")
+# They read, refuse, print or start something; what comes out does not depend on them. A folder stands for its modules.
+WITHOUT_EFFECT = {
+    "pipeline.core",
+    "pipeline.params",
+    "pipeline.settings",
+    "pipeline.registry.artifact_store",
+    "pipeline.registry.manifest",
+    "pipeline.training.checkpoints",
+    "pipeline.training.launch",
+    "pipeline.training.watching",
+}
+SHAPING = {"pipeline.core.memory", "pipeline.core.pages.templates", "pipeline.core.sanitise", "pipeline.core.text"}
+
+
+def code_behind(module: str) -> list[Path]:
+    """The files of `module` and of the project's modules that it imports, inside functions too, and what these read
+    (templates, pages, metrics): files beside them, and in folders that are no packages. Sorted."""
+    known: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name not in known and not _without_effect(name):
+            known.add(name)
+            todo += _imported(name)
+    modules = {_file(name) for name in known}
+    return sorted(modules | {path for folder in {path.parent for path in modules} for path in _read_by(folder)})
+
+
+def code_digests(module: str) -> dict[str, str]:
+    """The digest of each file of `code_behind`, by its path in the project."""
+    return {str(path.relative_to(ROOT)): sha256_file(path) for path in code_behind(module)}
+
+
+def write_dependencies(dvc_yaml: Path = ROOT / "dvc.yaml") -> None:
+    """Put the code of every stage into its `deps` in place of what stands there; data and outputs stay."""
+    yaml = YAML()
+    yaml.width = 120
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    document = yaml.load(dvc_yaml)
+    for stage in STAGES:
+        deps = document["stages"][stage]["deps"]
+        others = [path for path in deps if not str(path).startswith("pipeline/")]
+        deps[:] = [*others, *(str(path.relative_to(ROOT)) for path in code_behind(f"pipeline.{stage}"))]
+    yaml.dump(document, dvc_yaml)
+
+
+def _without_effect(name: str) -> bool:
+    return name not in SHAPING and any(name == each or name.startswith(f"{each}.") for each in WITHOUT_EFFECT)
+
+
+def _file(name: str) -> Path:
+    path = ROOT / name.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _read_by(folder: Path) -> list[Path]:
+    if folder == ROOT / "pipeline":
+        return []
+    inside = [path for path in folder.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
+    files = [*folder.iterdir(), *(path for each in inside for path in each.rglob("*"))]
+    data = [path for path in files if path.is_file() and (path.suffix != ".py" or path.parent != folder)]
+    return [path for path in data if path.suffix != ".pyc"]
+
+
+@cache
+def _imported(name: str) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(_file(name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [each if _file(each).is_file() else node.module for each in inside]
+    return [each for each in names if each.startswith("pipeline.")]
+
+
+if __name__ == "__main__":
+    write_dependencies()

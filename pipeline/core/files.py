@@ -1,0 +1,126 @@
+"""Files that appear whole or not at all, and the digests they are known by."""
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.processes import identity, lives
+
+WORK_DIR = Path(".retune")  # git-ignored: Prefect database, logs, checkpoints, timings; may be deleted between runs
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextmanager
+def whole_directory(target: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder that replaces `target` when the block ends without an error; else nothing changes.
+
+    The folder is made in `scratch`, by default next to `target`; both must be on one file system, where a rename is
+    atomic. Several processes may make one target: the last stays. What a killed one left there is removed.
+    """
+    scratch = scratch or target.parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    for left in scratch.glob(f".{target.name}.*.partial"):
+        if not lives(left.name.split(".", 2)[2].removesuffix(".partial")):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = scratch / f".{target.name}.{identity()}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        with suppress(OSError):  # another process was quicker
+            partial.rename(target)
+            return
+    _exchange(partial, target)
+    shutil.rmtree(partial)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders, on Linux in one step; elsewhere a kill between the two renames leaves no `old`."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
+            return
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):  # a kernel or file system without it
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    aside = new.with_name(f"{new.name}.aside")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def conflict_line(path: Path) -> int | None:
+    """The first line where git left conflict markers, counted from 1; None in a file without any."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return next((number for number, line in enumerate(lines, 1) if line.startswith("<<<<<<< ")), None)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class KeyTwiceError(ValueError):
+    """JSON with a key that comes twice, of which readers take one or the other."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r} comes twice")
+        self.key = key
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, for `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        KeyTwiceError: with the first key that comes twice.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyTwiceError(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+def strict_json(data: bytes) -> Any:
+    """JSON in which no key comes twice, so that nobody reads another value than was checked.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or a repeated key.
+    """
+    try:
+        return json.loads(data.decode(), object_pairs_hook=unique_keys)  # json alone would guess UTF-16 and 32
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Digest of `value` in one canonical spelling: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

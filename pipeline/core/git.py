@@ -1,0 +1,98 @@
+"""Everything that Retune asks of git. A commit holds what git tracks and the files that runs write, and nothing else.
+
+Index, branch and working tree stay as they are.
+"""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.redaction import redact
+
+# params.yaml: of a run with `changes`.
+RECORDED = ("data.dvc", "dvc.lock", "init_adapter.json", "params.yaml")
+
+
+class GitError(RuntimeError):
+    """git failed, or what was asked for would make a wrong commit; nothing was committed."""
+
+
+def run(root: Path, *arguments: str, **environment: str) -> str:
+    """What a command of git prints, without the last line's end.
+
+    Raises:
+        GitError: it failed; the message is git's own.
+    """
+    done = _git(root, *arguments, **environment)
+    if done.returncode != 0:
+        raise GitError(redact(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}"))
+    return done.stdout.rstrip()
+
+
+def ask(root: Path, *arguments: str) -> str | None:
+    """What a command of git prints, or None where it fails, as outside a repository."""
+    done = _git(root, *arguments)
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
+    """HEAD's id ("" outside a repository), and whether files other than the `ignored` ones differ from it."""
+    excluded = [f":(exclude){name}" for name in ignored]
+    dirty = bool(ask(root, "status", "--porcelain", "--", ":/", *excluded))
+    return {"commit": ask(root, "rev-parse", "HEAD") or "", "dirty": dirty}
+
+
+def commit(root: Path, message: str, parents: list[str], tracked: bool = False) -> str:
+    """A commit, on no branch: HEAD with `RECORDED` as they are now, and if `tracked` all else that git tracks."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        run(root, "read-tree", "HEAD", **index)
+        if tracked:
+            run(root, "add", "--update", **index)
+        run(root, "add", "--force", "--", *(name for name in RECORDED if (root / name).exists()), **index)
+        tree = run(root, "write-tree", **index)
+    who = {
+        f"GIT_{role}_{key}": ask(root, "config", f"user.{key.lower()}") or default
+        for role in ("AUTHOR", "COMMITTER")
+        for key, default in (("NAME", "retune"), ("EMAIL", "retune@localhost"))
+    }
+    return run(root, "commit-tree", tree, *(f"-p{parent}" for parent in parents), "-m", message, **who)
+
+
+def record_version(branch: str, model: str, version: str, number: str | None, root: Path = Path(".")) -> str:
+    """Commit a promoted run on `branch` (made from HEAD if it is not there) and tag it; returns the commit.
+
+    A version that has its tag already keeps it.
+
+    Raises:
+        GitError: files other than `RECORDED` differ from HEAD, so that a commit would not be what the version was made
+            from; or the branch is checked out.
+    """
+    changed = [line[3:] for line in run(root, "status", "--porcelain").splitlines()]
+    others = [path for path in changed if path not in RECORDED]
+    if others:
+        shown = ", ".join(others[:3]) + " and more" * (len(others) > 3)
+        raise GitError(
+            f"{shown} differ from the commit, so a tag would not name what {version} was made from; commit them, then "
+            "`retune run`"
+        )
+    if run(root, "rev-parse", "--abbrev-ref", "HEAD") == branch:
+        raise GitError(f"operations.git_branch is {branch}, which is checked out; name a branch of its own")
+    tag = f"{model}/{f'v{number}' if number else version}"
+    if known := ask(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}"):
+        return known
+    ref, head = f"refs/heads/{branch}", run(root, "rev-parse", "HEAD")
+    tip = ask(root, "rev-parse", "--verify", "--quiet", ref)
+    contained = tip is not None and ask(root, "merge-base", "--is-ancestor", head, tip) is not None
+    parents = [head] if tip is None else [tip] if contained else [tip, head]
+    made = commit(root, f"{tag} is champion\n\nVersion {version}.", parents)
+    run(root, "update-ref", ref, made, tip or "0" * len(made))  # compare and swap: another run's commit is not lost
+    run(root, "tag", tag, made)
+    return made
+
+
+def _git(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)

@@ -1,0 +1,102 @@
+"""Child processes that end when they should: with their parent, with the run, with every process they started."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the programs beside its interpreter first on the PATH, for stage commands."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def identity(pid: int | None = None) -> str:
+    """What names this process, or the one with `pid`, and no later one that is given the same number."""
+    process = psutil.Process(pid)
+    return f"{process.pid}:{process.create_time()}"
+
+
+def lives(named: str | None) -> bool:
+    """Whether the process that `identity` named still runs."""
+    try:
+        pid = int((named or "").partition(":")[0])
+        return identity(pid) == named and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (ValueError, psutil.NoSuchProcess):
+        return False
+
+
+def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
+    """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
+
+    Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe. To the kernel the
+    parent is the *thread* that started this process: start such children from the main thread, or from one that lives
+    as long as they should.
+
+    Args:
+        parent: the parent's process id where it is known; it may have died before this call.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid() if parent is None else parent
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number)
+    if os.getppid() != parent:  # it died before the request
+        os.kill(os.getpid(), signal_number)
+
+
+def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
+    """Command that runs `python -m module arguments…` as a child that dies with the thread that starts it."""
+    code = (
+        "import runpy, sys; from pipeline.core.processes import end_with_parent; "
+        f"end_with_parent(parent={os.getpid()}); "
+        f"sys.argv = sys.argv[1:]; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", code, module, *arguments]
+
+
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """`command` as a child that dies with the thread that starts it, whatever program it is."""
+    code = (
+        "import os, sys; from pipeline.core.processes import end_with_parent; "
+        f"end_with_parent(parent={os.getpid()}); os.execvp(sys.argv[1], sys.argv[1:])"  # the wish outlives the exec
+    )
+    return [sys.executable, "-c", code, *command]
+
+
+def run_forwarding_sigterm(command: list[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> int:
+    """Run `command` to its end and return its exit status; SIGTERM and Ctrl-C end it and are waited for (143, 130)."""
+    child = subprocess.Popen(command, env=dict(env), pass_fds=pass_fds)
+    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        status = 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return status if status >= 0 else 128 - status
+
+
+def end_group(leader: subprocess.Popen[str], grace: float) -> None:
+    """SIGTERM to every process of the group that `leader` began, SIGKILL to those left after `grace` seconds."""
+    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + patience
+        try:
+            os.killpg(leader.pid, number)
+            while time.monotonic() < deadline:
+                leader.poll()  # a zombie would keep its group alive
+                os.killpg(leader.pid, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            leader.wait()
+            return
+    leader.wait()

@@ -1,0 +1,121 @@
+"""Secrets taken out of text before a person, a log or a database sees it.
+
+`***` stands for values of secret-looking environment variables, passwords in URIs, signatures in queries, and tokens
+of known shape. A secret in another shape that no variable holds is not recognised.
+"""
+
+import base64
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache, wraps
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+from urllib.parse import quote, quote_plus
+
+HIDDEN = "***"
+MIN_LENGTH = 6  # a shorter value (1, true, dev) stands in too many innocent places
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NAME = re.compile(
+    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|WEBHOOK|(ACCESS|API|PRIVATE|SIGNING|ENCRYPTION)_?KEY",
+    re.IGNORECASE,
+)
+# Names with such a word whose values are settings and paths, not secrets.
+_NO_SECRET = re.compile(r"PARALLELISM|_FILE$|_PATH$|_URL_ENV$|^TOKENIZERS_|_DIR$", re.IGNORECASE)
+_USERINFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^\s/@'\"<>]*:[^\s/'\"<>]*@", re.IGNORECASE)
+_SHAPES = re.compile(
+    r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS access key ids
+    r"|\bhf_[A-Za-z0-9]{20,}"  # Hugging Face
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+    r"|https://hooks\.slack\.com/[^\s'\"<>]+|https://[\w.-]*discord(app)?\.com/api/webhooks/[^\s'\"<>]+"
+    r"|https://[\w.-]+\.webhook\.office\.com/[^\s'\"<>]+"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    re.DOTALL,
+)
+_HEADER = re.compile(
+    r"\b((?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)?\s*|bearer\s+)[\w.~+/=-]{8,}",
+    re.IGNORECASE,
+)
+_QUERY = re.compile(
+    r"([?&](?:x-amz-(?:signature|credential|security-token)|signature|sig|token|access_token|password|api_key|key)=)[^\s&'\"<>]+",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+    """`text` without what looks like a secret; safe to call twice."""
+    for value in _values(tuple(sorted(_secret_variables(os.environ).items()))):
+        text = text.replace(value, HIDDEN)
+    text = _USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
+    text = _SHAPES.sub(HIDDEN, text)
+    return _QUERY.sub(rf"\g<1>{HIDDEN}", _HEADER.sub(rf"\g<1>{HIDDEN}", text))
+
+
+def has_credentials(text: str) -> bool:
+    """Whether `text` is or holds a URI, a key or a webhook that grants access to whoever reads it."""
+    return any(pattern.search(text) for pattern in (_USERINFO, _SHAPES, _HEADER, _QUERY))
+
+
+def redact_process() -> None:
+    """Redact every log record and every uncaught exception of this process, whichever library writes it."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        with suppress(TypeError, ValueError):  # a message that does not fit its arguments: logging reports it
+            made.msg, made.args = redact(made.getMessage()), ()
+        if made.exc_info and made.exc_info[1] is not None:
+            made.exc_text = redact("".join(traceback.format_exception(made.exc_info[1])).rstrip("\n"))
+        return made
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
+
+    record.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(record)
+    sys.excepthook = uncaught
+
+
+def redacted_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` with errors that carry no secrets: Prefect keeps an exception's text as the state of the run."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            error.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in error.args)
+            raise
+
+    return call
+
+
+def _secret_variables(environment: Any) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if _NAME.search(name) and not _NO_SECRET.search(name) and len(value) >= MIN_LENGTH
+    }
+
+
+@lru_cache(maxsize=4)
+def _values(variables: tuple[tuple[str, str], ...]) -> list[str]:
+    """Every spelling in which a secret turns up: as it is, escaped for URLs, in JSON, in base64. The longest first."""
+    spellings: set[str] = set()
+    for _, value in variables:
+        spellings |= {
+            value,
+            quote(value, safe=""),
+            quote_plus(value),
+            repr(value)[1:-1],
+            base64.b64encode(value.encode()).decode(),
+        }
+    return sorted(spellings, key=len, reverse=True)

@@ -1,0 +1,60 @@
+"""Locks that the kernel holds for a process: the project's (one run, ingest or look at what is stale at a time), and a
+machine's for each of its GPUs.
+"""
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pipeline.core.files import WORK_DIR
+
+
+class RunUnderWay(RuntimeError):
+    """Another process holds the project's run lock."""
+
+
+@contextmanager
+def only_run(root: Path = Path(".")) -> Iterator[int]:
+    """Hold the project's run lock: two runs would write the same artifacts, or read data that changes under them.
+
+    Yields the lock's file descriptor: a child that inherits it can let go of the lock for both.
+    """
+    (root / WORK_DIR).mkdir(exist_ok=True)
+    with (root / WORK_DIR / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "?"
+            raise RunUnderWay(
+                f"a run is under way here (process {holder}); `retune status` says how far it is"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield lock.fileno()
+
+
+@contextmanager
+def only_on_gpus(gpus: Iterable[str], on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Hold this machine's lock for each of `gpus` (their UUIDs), waiting for it: whoever trains there is alone.
+
+    Any project, worker and user of the machine takes the same locks, in the same order.
+    """
+    with ExitStack() as held:
+        for gpu in sorted(gpus):
+            path = Path(tempfile.gettempdir()) / f"retune-gpu-{gpu}.lock"
+            try:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except PermissionError:  # another user's; reading is enough to lock
+                lock = os.open(path, os.O_RDONLY)
+            held.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait(f"another training has the GPU {gpu} ({path}); waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,78 @@
+"""What leaves the machine, cleaned: model configurations without code references, texts without this machine's paths.
+
+A version runs no code of anybody's repository (`auto_map` and the like are removed) and names no folder or user of
+this machine.
+"""
+
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from pipeline.core.files import read_json, write_json
+
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+# Keys that name code to fetch and run, or where the files lay when they were saved. transformers and PEFT fill in the
+# latter when they load.
+_DROPPED = (
+    "auto_map",
+    "custom_pipelines",
+    "_name_or_path",
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+    "_commit_hash",
+)
+
+_PATH_KEY = re.compile(r"(path|file|dir|folder|_key|_certificate|_store|_uri|chat_template)$")
+
+
+def clean_folder(folder: Path) -> None:
+    """Rewrite the configurations in `folder` for shipping, and remove the card that PEFT fills with placeholders."""
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            write_json(folder / name, portable(_without_code(read_json(folder / name))))
+    (folder / "README.md").unlink(missing_ok=True)  # its only facts are this machine's paths
+
+
+def portable(value: Any) -> Any:
+    """`value` (of JSON) with names for others in place of this machine's paths, under keys that hold paths or URIs."""
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: portable_name(item) if _PATH_KEY.search(key) and isinstance(item, str) else portable(item)
+        for key, item in value.items()
+    }
+
+
+def portable_name(name: str) -> str:
+    """A path as other machines may see it: Hub names and paths in the project stay, of others the last component."""
+    scheme, mark, path = name.partition("://")
+    if mark and scheme in ("file", "sqlite"):
+        return name if not path.startswith("/") or path.count("/") == 1 else f"{scheme}://…/{_last(path)}"
+    if "\n" in name or "{" in name or not _is_elsewhere(name):  # a template's text is no path
+        return name
+    return _last(name)
+
+
+def _is_elsewhere(name: str) -> bool:
+    return PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith(("~", ".."))
+
+
+def _last(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def one_line(text: str) -> str:
+    """Foreign text as one line of Markdown in which nothing is a tag, a link, an image or a table's edge."""
+    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`|\[\]])", r"\\\1", flat)
+
+
+def _without_code(config: Any) -> Any:
+    if isinstance(config, list):
+        return [_without_code(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_code(item) for key, item in config.items() if key not in _DROPPED}

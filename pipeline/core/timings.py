@@ -1,0 +1,35 @@
+"""How long each stage took here and how much memory it needed, tied to the very output that it made."""
+
+from pathlib import Path
+
+from pipeline.core.files import WORK_DIR, read_json, sha256_file, write_json
+
+# One file of each stage's output; its digest says whether a recorded time belongs to the output that lies there now.
+MARKERS = {
+    "prepare": "dataset/report.json",
+    "train": "adapter/training.json",
+    "evaluate": "evaluation/scores.json",
+    "merge": "parity/parity.json",
+}
+
+
+def record(stage: str, seconds: float, peak_memory_bytes: int, root: Path = Path(".")) -> None:
+    """Keep what the process that ended a stage needed; a resumed training also took the time until its checkpoint."""
+    if stage == "train":
+        seconds += read_json(root / "artifacts" / "training" / "run.json")["earlier_seconds"]
+    marker = sha256_file(root / "artifacts" / MARKERS[stage])
+    path = root / WORK_DIR / "stages" / f"{stage}.json"
+    write_json(path, {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes, "output_sha256": marker})
+
+
+def stage_seconds(root: Path = Path(".")) -> dict[str, float | None]:
+    """Seconds of each stage; None where the output that lies here was not made here (DVC restored it)."""
+    return {stage: _seconds(stage, root) for stage in MARKERS}
+
+
+def _seconds(stage: str, root: Path) -> float | None:
+    path, marker = root / WORK_DIR / "stages" / f"{stage}.json", root / "artifacts" / MARKERS[stage]
+    if not path.is_file() or not marker.is_file():
+        return None
+    recorded = read_json(path)
+    return float(recorded["seconds"]) if recorded.get("output_sha256") == sha256_file(marker) else None

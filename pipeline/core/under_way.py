@@ -1,0 +1,43 @@
+"""How far the run that is under way has got, in a file that its flow writes and `retune status` reads."""
+
+import getpass
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import WORK_DIR, read_json, write_json
+from pipeline.core.processes import identity, lives
+from pipeline.core.progress import LINE
+
+FILE = WORK_DIR / "run.json"
+ETA = re.compile(r"ETA ([\d:]+)")
+
+
+@contextmanager
+def told(trigger: str) -> Iterator[None]:
+    """Around a run: who started it, for what and when; the file counts as long as the run's process lives."""
+    begun = {"process": identity(), "trigger": trigger, "by": getpass.getuser(), "since": time.time()}
+    write_json(FILE, begun | {"stage": None, "percent": None, "eta": None, "line": ""})
+    try:
+        yield
+    finally:
+        FILE.unlink(missing_ok=True)
+
+
+def tell(stage: str, line: str = "") -> None:
+    """The stage that the run is in, with its last line of progress; nothing where no run is told."""
+    with suppress(OSError, ValueError):
+        progress, eta = LINE.match(line), ETA.search(line)
+        now = {"stage": stage, "percent": int(progress["percent"]) if progress else None, "line": line}
+        write_json(FILE, read_json(FILE) | now | {"eta": eta[1] if eta else None})
+
+
+def look(root: Path = Path(".")) -> dict[str, Any] | None:
+    """What was told last, if the run's process still lives."""
+    with suppress(OSError, ValueError):
+        known: dict[str, Any] = read_json(root / FILE)
+        return known if lives(known["process"]) else None
+    return None

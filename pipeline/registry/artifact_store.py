@@ -1,0 +1,219 @@
+"""The artifact store: immutable objects by name, each created once or not at all. The interface, and the folder kind.
+
+Layout: `objects/<sha256>`, `versions/<version>/manifest.json` (written last: a version without one does not exist),
+`promotions/<model>/<number>.json`, the promotion log, and `probe/`, by which a store shows that it creates exclusively.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlparse
+
+from pipeline.params import PublishParams
+
+OBJECT = re.compile(r"objects/[0-9a-f]{64}")  # in a shared bucket others may have a folder `objects/` too
+
+
+class StoreError(RuntimeError):
+    """The store cannot be used, or its content is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    key: str
+    size: int  # bytes
+    modified: float  # seconds since 1970 by the store's own clock
+
+
+class ArtifactStore(Protocol):
+    """What Retune needs of a store. Keys are `/`-separated names; all writes are conditional creations.
+
+    Every method raises StoreError, in a sentence, when the store cannot do it; after a failed creation the key is
+    either absent or whole.
+    """
+
+    uri: str
+
+    def probe(self) -> None:
+        """Check that the store can be written and honours the condition that creations rest on."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write `data` at `key` whole, unless the key exists: then nothing changes and the answer is False."""
+
+    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        """Create `objects/<sha256>` keys from files of that content; those that exist stay as they are."""
+
+    def read(self, key: str) -> bytes | None:
+        """The object's bytes; None if there is no such object."""
+
+    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        """Write objects to files, each whole; `progress` is told bytes as they arrive, from any thread."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys that begin with `prefix`, sorted."""
+
+    def scan(self, prefix: str) -> Sequence[Stored]:
+        """As `list`, with sizes and times: one request for each 1,000 keys."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens when there is none."""
+
+    def now(self) -> float:
+        """The time by the clock that `Stored.modified` is told by."""
+
+    def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
+        """What writers that never finished left before the time `before`; invisible to every other method."""
+
+
+def check_key(key: str) -> str:
+    """`key`, if it is a name that stays inside a store.
+
+    Raises:
+        StoreError: it is not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", key):
+        raise StoreError(f"{key!r} is not a name for an object: letters, digits, '.', '_' and '-' between slashes")
+    return key
+
+
+class FileStore:
+    """A store in a folder, for one machine or a shared disk; creation is atomic and exclusive through a hard link."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.uri = folder.resolve().as_uri()
+
+    def probe(self) -> None:
+        self.create("probe/done", b"")
+        if self.create("probe/done", b""):
+            raise StoreError(f"{self.uri} is on a file system that replaces files when they are hard-linked again")
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self._create(key, lambda partial: partial.write_bytes(data))
+
+    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        for key, path in files:
+            self._create(key, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
+            progress(path.stat().st_size)
+
+    def read(self, key: str) -> bytes | None:
+        with self._explained(key, "read"):
+            try:
+                return (self.folder / check_key(key)).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        for key, path in files:
+            with self._explained(key, "read"):
+                progress(shutil.copyfile(self.folder / check_key(key), path).stat().st_size)
+
+    def list(self, prefix: str) -> list[str]:
+        return [stored.key for stored in self.scan(prefix)]
+
+    def scan(self, prefix: str) -> Sequence[Stored]:
+        return sorted(
+            (
+                stored
+                for stored in self._files(prefix)
+                if not stored.key.endswith(".partial") and stored.key.startswith(prefix)
+            ),
+            key=lambda stored: stored.key,
+        )
+
+    def delete(self, key: str) -> None:
+        with self._explained(key, "deleted"):
+            (self.folder / check_key(key)).unlink(missing_ok=True)
+
+    def now(self) -> float:
+        with (
+            self._explained("the time", "asked"),
+            tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial") as file,
+        ):
+            return os.fstat(file.fileno()).st_mtime  # of the server, when the folder is a mounted one
+
+    def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
+        partials = [
+            stored for stored in self._files("") if stored.key.endswith(".partial") and stored.modified < before
+        ]
+        if delete:
+            for stored in partials:
+                with self._explained(stored.key, "deleted"):
+                    (self.folder / stored.key).unlink(missing_ok=True)
+        return partials
+
+    def _files(self, prefix: str) -> Iterator[Stored]:
+        for folder, _, names in os.walk(self.folder / prefix.rpartition("/")[0]):
+            for name in names:
+                path = Path(folder) / name
+                try:
+                    stat = path.stat()
+                except FileNotFoundError:
+                    continue  # a partial file that became whole, or was swept
+                yield Stored(path.relative_to(self.folder).as_posix(), stat.st_size, stat.st_mtime)
+
+    def _create(self, key: str, write: Callable[[Path], object]) -> bool:
+        target = self.folder / check_key(key)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        with self._explained(key, "written"):
+            if target.exists():
+                return False
+            if not target.parent.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _sync(target.parent.parent)
+            try:
+                write(partial)
+                _sync(partial)
+                os.link(partial, target)
+                # A name outlives a power cut only when its folder is on disk: a manifest must not precede its objects.
+                _sync(target.parent)
+            except FileExistsError:
+                return False
+            finally:
+                partial.unlink(missing_ok=True)
+        return True
+
+    @contextmanager
+    def _explained(self, key: str, done: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{key} cannot be {done} in {self.uri}: {error.strerror or error}") from error
+
+
+def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
+    """The store at `artifact_store`: `s3://bucket/prefix`, `file://store` (a folder of the project) or an absolute one.
+
+    Nothing is asked of an S3 server yet; `probe` does that, and every first write.
+
+    Raises:
+        StoreError: the folder cannot be created or written, or the URI names no bucket.
+    """
+    parsed = urlparse(params.artifact_store)
+    if parsed.scheme == "s3":
+        from pipeline.registry.s3 import S3Store  # a store in a folder needs no boto3, which takes a third of a second
+
+        return S3Store(params)
+    folder = Path(unquote(parsed.path)) if not parsed.netloc else root / unquote(parsed.netloc + parsed.path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"the artifact store {folder} cannot be created: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise StoreError(f"the artifact store {folder} is not writable")
+    return FileStore(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

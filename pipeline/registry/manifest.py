@@ -1,0 +1,166 @@
+"""A version's manifest: its files by digest, and the lineage that they come from, checked against a published schema.
+
+It is written to `versions/<version>/manifest.json` and read back only as `manifest.schema.json` allows.
+"""
+
+import hashlib
+import json
+import platform
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import git, graph
+from pipeline.core.files import read_json, sha256_json, strict_json
+from pipeline.core.sanitise import portable
+from pipeline.core.timings import stage_seconds
+from pipeline.params import PublishParams
+from pipeline.registry.artifact_store import ArtifactStore, StoreError
+from pipeline.scoring.resampling import read_scores
+
+SCHEMA_VERSION = 2
+WRITTEN_BY_RUNS = ("dvc.lock", "init_adapter.json")  # no change of a person's, and what they say is in the manifest
+Manifest = dict[str, Any]
+
+
+def key_of(version: str) -> str:
+    return f"versions/{version}/manifest.json"
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest's one spelling: what is stored, hashed and signed.
+
+    Raises:
+        StoreError: the schema does not allow it.
+    """
+    _validate(manifest)
+    return json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+
+
+def digest(manifest: Manifest) -> str:
+    """SHA-256 of the manifest as it is stored."""
+    return hashlib.sha256(encode(manifest)).hexdigest()
+
+
+def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
+    """The manifest of a version, or None while there is no such version.
+
+    Raises:
+        StoreError: it is not what Retune writes: altered, or of another schema.
+    """
+    data = store.read(key_of(version))
+    if data is None:
+        return None
+    try:
+        manifest: Manifest = strict_json(data)
+        found = manifest.get("schema_version", 1)
+        if found != SCHEMA_VERSION:
+            raise ValueError(f"its schema is {found}, this Retune reads {SCHEMA_VERSION}; publish the version again")
+        if manifest["version"] != version:
+            raise ValueError(f"it names version {manifest['version']}")
+        if encode(manifest) != data:
+            raise ValueError("its bytes are not the ones that Retune writes for this content")
+    except (StoreError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{key_of(version)} in {store.uri} is damaged: {error}") from None
+    return manifest
+
+
+def published_versions(store: ArtifactStore) -> list[str]:
+    """Ids of all versions in the store, sorted."""
+    keys = (key.split("/") for key in store.list("versions/"))
+    return sorted(parts[1] for parts in keys if len(parts) == 3 and parts[2] == "manifest.json")
+
+
+def build(params: PublishParams, version: str, files: dict[str, Any], root: Path = Path(".")) -> Manifest:
+    """The manifest of the workspace's artifacts, whose `files` are {name: {sha256, size, …}}.
+
+    Raises:
+        GraphError: there is no dvc.lock.
+    """
+    artifacts = root / "artifacts"
+    training = read_json(artifacts / "adapter" / "training.json")
+    report = read_json(artifacts / "dataset" / "report.json")
+    contract = read_json(artifacts / "adapter" / "contract.json")
+    parity = read_json(artifacts / "parity" / "parity.json")
+    stages = graph.lock(root)["stages"]
+    seconds = stage_seconds(root)
+    lineage = {
+        "schema_version": SCHEMA_VERSION,
+        "version": version,
+        "name": params.registered_model_name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git.state(root, WRITTEN_BY_RUNS),
+        "dvc_lock": stages,
+        "data": {
+            "dvc_md5": {d["path"]: d["md5"] for d in stages["prepare"]["deps"] if d["path"].split("/")[0] == "data"},
+            "rows": report["rows"],
+            "test_sha256": report["test_sha256"],
+        },
+        "base_model": training["base_model"],
+        "params": _resolved(stages) | {"train": training["params"], "publish": params.model_dump()},
+        "packages": {
+            "train": training["versions"],
+            "evaluate": parity["evaluation"]["versions"],
+            "publish": {"python": platform.python_version(), "retune": _retune_version()},
+        },
+        "contract": contract_digests(contract),
+        "metrics": read_scores(artifacts / "evaluation") | read_scores(artifacts / "parity"),
+        "evaluation": parity["evaluation"],
+        "parity": {key: value for key, value in parity.items() if key != "evaluation"},
+        "hardware": {"train": training["device"], "publish": f"{platform.machine()} {platform.system()}"},
+        "time": seconds,
+        "cost": _cost(params.price_per_hour, list(seconds.values())),
+    }
+    return portable(lineage) | {"files": files}
+
+
+def contract_digests(contract: dict[str, Any]) -> dict[str, str]:
+    """What the manifest keeps of a template contract: a digest of the whole, and those that the contract holds."""
+    return {"sha256": sha256_json(contract)} | {k: v for k, v in contract.items() if k.endswith("_sha256")}
+
+
+def version_of(manifest: Manifest) -> str:
+    """The version id that the manifest's `dvc_lock` gives."""
+    return graph.id_of_digests(graph.digests_of_outputs(manifest["dvc_lock"]))
+
+
+def _resolved(stages: dict[str, Any]) -> dict[str, Any]:
+    """The sections that each stage last ran with, from dvc.lock; single parameters (`train.task`) are in theirs."""
+    sections: dict[str, Any] = {}
+    for stage in stages.values():
+        for values in stage.get("params", {}).values():
+            sections |= {key: value for key, value in values.items() if "." not in key}
+    return sections
+
+
+def _cost(price: float | None, seconds: list[float | None]) -> dict[str, float | None]:
+    known = [s for s in seconds if s is not None]
+    total = round(sum(known) / 3600 * price, 6) if price is not None and len(known) == len(seconds) else None
+    return {"price_per_hour": price, "total": total}
+
+
+def _retune_version() -> str:
+    try:
+        return version("retune")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    text = package_files("pipeline.registry").joinpath("manifest.schema.json").read_text(encoding="utf-8")
+    return Draft202012Validator(json.loads(text))
+
+
+def _validate(manifest: Manifest) -> None:
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator().iter_errors(manifest))
+    if error is not None:
+        where = ".".join(str(part) for part in error.absolute_path) or "the manifest"
+        raise StoreError(f"{where} is not what pipeline/versions/manifest.schema.json asks for: {error.message[:300]}")

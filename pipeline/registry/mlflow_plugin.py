@@ -1,0 +1,88 @@
+"""MLflow's way to a version's files: `models:/NAME@champion` downloads them from the artifact store, digests checked.
+
+MLflow finds this class by its entry points, for the sources `retune-file://…` and `retune-s3://…` of registered
+versions. Read only: a version never changes.
+"""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from mlflow.entities import FileInfo
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+from pipeline.core.allowlist import UnsafeFileError, check_file, check_names
+from pipeline.params import PublishParams
+from pipeline.registry import manifest as manifests
+from pipeline.registry import signature
+from pipeline.registry.artifact_store import StoreError, open_store
+from pipeline.registry.fetching import fetch_file
+from pipeline.settings import ParamsError, load_params
+
+
+class RetuneArtifactRepository(ArtifactRepository):
+    """One published version, seen as a folder: its files, `manifest.json` and, if it is signed, `manifest.sig`."""
+
+    def __init__(self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
+        super().__init__(artifact_uri, tracking_uri, registry_uri)
+        address, _, query = artifact_uri.removeprefix("retune-").partition("?")
+        store_uri, _, self.version = address.rpartition("/versions/")
+        self.artifact_store = open_store(_settings(store_uri, dict(parse_qsl(query))))
+        manifest = manifests.read_manifest(self.artifact_store, self.version)
+        if manifest is None:
+            raise StoreError(f"version {self.version} is not in {store_uri}; it may have been deleted")
+        check_names(manifest["files"])
+        self.manifest = manifest
+        data = manifests.encode(manifest)
+        signed = signature.read_signature(self.artifact_store, self.version, data)
+        self.proofs = {"manifest.json": data} | ({"manifest.sig": signed} if signed is not None else {})
+
+    def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
+        folder = f"{path.strip('/')}/" if path else ""
+        sizes = {name: entry["size"] for name, entry in self.manifest["files"].items()}
+        sizes |= {name: len(data) for name, data in self.proofs.items()}
+        found: dict[str, FileInfo] = {}
+        for name, size in sizes.items():
+            if name.startswith(folder):
+                first, slash, _ = name.removeprefix(folder).partition("/")
+                found[first] = FileInfo(folder + first, bool(slash), None if slash else size)
+        return [found[first] for first in sorted(found)]
+
+    def _download_file(self, remote_file_path: str, local_path: str) -> None:
+        if remote_file_path in self.proofs:
+            Path(local_path).write_bytes(self.proofs[remote_file_path])
+            return
+        entry = self.manifest["files"].get(remote_file_path)
+        if entry is None:
+            raise StoreError(f"version {self.version} has no file {remote_file_path}")
+        fetch_file(self.artifact_store, entry, Path(local_path))
+        try:
+            check_file(Path(local_path))
+        except UnsafeFileError:
+            Path(local_path).unlink()
+            raise
+
+    def log_artifact(self, *_: Any, **__: Any) -> None:
+        raise StoreError("a published version never changes; `retune publish` makes a new one")
+
+    log_artifacts = log_artifact
+
+
+def _settings(uri: str, options: dict[str, str]) -> PublishParams:
+    """How to reach the store: as params.yaml says where this is a project with that store, else as the source says."""
+    try:
+        params = load_params().publish
+        if params.artifact_store.rstrip("/") == uri:
+            return params
+    except ParamsError:
+        pass
+    return PublishParams.model_construct(
+        artifact_store=uri,
+        endpoint_url=options.get("endpoint_url"),
+        region_name=options.get("region_name"),
+        profile_name=None,
+        addressing_style=options.get("addressing_style", "auto"),
+        server_side_encryption=None,
+        sse_kms_key_id=None,
+        max_concurrency=4,
+    )

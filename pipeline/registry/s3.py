@@ -1,0 +1,339 @@
+"""The artifact store in an S3 bucket, on AWS or any server that honours conditional writes, through boto3.
+
+Credentials come from boto3's own chain alone. A server that ignores `If-None-Match: *` is refused: two writers could
+both believe that they were first. Errors are sentences without secrets.
+"""
+
+import base64
+import hashlib
+import io
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import boto3
+from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from s3transfer.exceptions import RetriesExceededError
+
+from pipeline.params import PublishParams
+from pipeline.registry.artifact_store import OBJECT, Stored, StoreError, check_key
+
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+ATTEMPTS = 5  # of every request, with growing pauses; also of a download whose body breaks off
+CONFLICTS = 8  # attempts while S3 answers that another conditional write of the same key is under way
+PART_SIZE = 32 * 2**20  # bytes; a bigger file is sent and fetched in parts of this size
+PROBE = b"Retune writes this on condition that it is not there, to see that the server heeds the condition.\n"
+PROBE_HOLD_S = 2.0  # how long one write of the probe waits for the other
+BROKEN_BODY = (IncompleteReadError, ResponseStreamingError, ReadTimeoutError)
+NO_KEYS = "the S3 server of {uri} does not accept the credentials ({code}); renew them, or choose others"
+OTHER_REGION = "bucket {bucket} is in another region; set publish.region_name to it"
+UNABLE = "the S3 server of {uri} cannot {action} the way Retune needs it ({code}); use another server"
+ERRORS = {  # by S3's code, else by status
+    "InvalidAccessKeyId": NO_KEYS,
+    "SignatureDoesNotMatch": NO_KEYS,
+    "ExpiredToken": NO_KEYS,
+    "InvalidToken": NO_KEYS,
+    "TokenRefreshRequired": NO_KEYS,
+    "PermanentRedirect": OTHER_REGION,
+    "AuthorizationHeaderMalformed": OTHER_REGION,
+    "IllegalLocationConstraintException": OTHER_REGION,
+    "301": OTHER_REGION,
+    "NotImplemented": UNABLE,
+    "MethodNotAllowed": UNABLE,
+    "NoSuchBucket": "there is no bucket {bucket} at {server}; create it, or correct publish.artifact_store",
+    "RequestTimeTooSkewed": "this machine's clock is too far off for the S3 server of {uri}; set it right",
+    "403": "the credentials may not {action} in {uri} ({code}); docs/operations.md lists what is needed",
+    "5": "the S3 server of {uri} failed to {action}, {attempts} times in a row ({status} {code}); try again later",
+    "4": "the S3 server of {uri} refused to {action} ({status} {code})",
+}
+
+
+class S3Store:
+    """A store under `s3://bucket/prefix`. Safe for threads."""
+
+    def __init__(self, params: PublishParams, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+        parsed = urlparse(params.artifact_store)
+        self.bucket, self.prefix = parsed.netloc, parsed.path.strip("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", self.bucket) or parsed.query or parsed.fragment:
+            raise StoreError(f"publish.artifact_store is {params.artifact_store}; expected s3://bucket/prefix")
+        if self.prefix:
+            check_key(self.prefix)
+        self.uri = f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+        self.endpoint = params.endpoint_url
+        self._transfers = TransferConfig(
+            multipart_threshold=PART_SIZE,
+            multipart_chunksize=PART_SIZE,
+            max_concurrency=params.max_concurrency,
+            preferred_transfer_client="classic",  # the other one, awscrt, would write without our condition
+        )
+        encryption = {"ServerSideEncryption": params.server_side_encryption, "SSEKMSKeyId": params.sse_kms_key_id}
+        self._encryption = {name: value for name, value in encryption.items() if value is not None}
+        self._probed = False
+        with self._explained():
+            session = boto3.Session(profile_name=params.profile_name, region_name=params.region_name)
+            self._client = session.client(
+                "s3",
+                endpoint_url=params.endpoint_url,
+                config=Config(
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    read_timeout=read_timeout_s,
+                    retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+                    max_pool_connections=max(10, params.max_concurrency + 1),
+                    tcp_keepalive=True,
+                    s3={"addressing_style": params.addressing_style, "payload_signing_enabled": False},
+                ),
+            )
+        for operation in ("PutObject", "CompleteMultipartUpload"):
+            self._client.meta.events.register(f"provide-client-params.s3.{operation}", _only_create)
+            self._client.meta.events.register(f"needs-retry.s3.{operation}", _pause_at_conflict)
+
+    def probe(self) -> None:
+        """See that the server keeps conditional writes apart: at the first use of a store a race, later one refusal.
+
+        The verdict is kept in the store, so that later probes cost two requests and nothing accumulates.
+        """
+        if self._probed:
+            return
+        with self._explained():
+            if self.read("probe/done") is None:
+                self._race(f"probe/{uuid.uuid4().hex}")
+                self._put("probe/done", PROBE)
+            if self._put("probe/done", PROBE):
+                raise StoreError(
+                    f"the S3 server of {self.uri} ignores the condition If-None-Match, so that two promoters could "
+                    "both win; use AWS S3 or another server that has conditional writes"
+                )
+            self._probed = True
+
+    def _race(self, key: str) -> None:
+        """Two writes of one key, the second while the first is under way. A server that asks whether the key exists
+        when a write begins, and not when it ends, lets both succeed: OpenStack Swift does."""
+        body = _HeldBody(PROBE)
+        with ThreadPoolExecutor(1) as other:
+            first = other.submit(self._put, key, PROBE, body=body)
+            body.begun.wait(PROBE_HOLD_S)
+            second = self._put(key, PROBE)
+            body.released.set()
+            if first.result() and second:
+                raise StoreError(
+                    f"the S3 server of {self.uri} lets two conditional writes (If-None-Match) of one key both succeed, "
+                    "so that two promoters could both win; use AWS S3 or another server that lets one win"
+                )
+
+    def create(self, key: str, data: bytes) -> bool:
+        check_key(key)
+        self.probe()
+        token = uuid.uuid4().hex
+        with self._explained():
+            if self._put(key, data, {"creation": token}):
+                return True
+            # Maybe this very write: its acknowledgement was lost and it was sent again, or delivered twice.
+            head = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
+            return head["Metadata"].get("creation") == token
+
+    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        self.probe()
+        with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
+            subscribers, sending = [ProgressCallbackInvoker(progress)], []
+            for key, path in files:
+                # Here the server checks that the content is what the name says; of a file in parts, each part's CRC.
+                whole = path.stat().st_size < PART_SIZE
+                extra = self._encryption | ({"ChecksumSHA256": _base64(bytes.fromhex(key[8:]))} if whole else {})
+                sending.append(manager.upload(str(path), self.bucket, self._name(key), extra, subscribers))
+            for future in sending:
+                try:
+                    future.result()
+                except ClientError as error:
+                    if _status(error) != 412:  # 412: another publisher has just created it
+                        raise
+
+    def read(self, key: str) -> bytes | None:
+        with self._explained():
+            attempt = 1
+            while True:
+                try:
+                    answer = self._client.get_object(Bucket=self.bucket, Key=self._name(check_key(key)))
+                except ClientError as error:
+                    if _status(error) == 404 and _code(error) != "NoSuchBucket":
+                        return None
+                    raise
+                try:
+                    return answer["Body"].read()
+                except BROKEN_BODY:  # botocore sends a request again, but not for a body that breaks off
+                    if attempt == ATTEMPTS:
+                        raise
+                    attempt += 1
+                    time.sleep(0.05 * 2**attempt)
+
+    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+        with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
+            subscribers = [ProgressCallbackInvoker(progress)]
+            coming = {
+                path: manager.download(self.bucket, self._name(check_key(key)), str(path), None, subscribers)
+                for key, path in files
+            }
+            for key, path in files:
+                try:
+                    coming[path].result()
+                except ClientError as error:
+                    if _status(error) == 404:
+                        raise StoreError(f"{self.uri} has no {key}") from None
+                    raise
+
+    def list(self, prefix: str) -> list[str]:
+        return [stored.key for stored in self.scan(prefix)]
+
+    def scan(self, prefix: str) -> Sequence[Stored]:
+        cut = len(self._name(""))
+        with self._explained():
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self._name(prefix)
+            )
+            objects = [each for page in pages for each in page.get("Contents", [])]
+        objects.sort(key=lambda each: each["Key"])
+        return [Stored(each["Key"][cut:], each["Size"], each["LastModified"].timestamp()) for each in objects]
+
+    def delete(self, key: str) -> None:
+        with self._explained():
+            self._client.delete_object(Bucket=self.bucket, Key=self._name(check_key(key)))
+
+    def now(self) -> float:
+        with self._explained():
+            answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._name("probe"), MaxKeys=1)
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+
+    def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
+        """Multipart uploads of objects that nobody completed; they cost money unseen."""
+        cut = len(self._name(""))
+        with self._explained():
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self._name("objects/")
+            )
+            uploads = [
+                each
+                for page in pages
+                for each in page.get("Uploads", [])
+                if OBJECT.fullmatch(each["Key"][cut:]) and each["Initiated"].timestamp() < before
+            ]
+            for each in uploads if delete else ():
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"])
+        return [Stored(each["Key"][cut:], 0, each["Initiated"].timestamp()) for each in uploads]
+
+    def _name(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _put(
+        self, key: str, data: bytes, metadata: dict[str, str] | None = None, body: "_HeldBody | None" = None
+    ) -> bool:
+        """Create the object; False if the key exists. `body` gives `data` at its own pace."""
+        try:
+            self._client.put_object(
+                Bucket=self.bucket,
+                Key=self._name(key),
+                Body=body or data,
+                ChecksumSHA256=_base64(hashlib.sha256(data).digest()),
+                Metadata=metadata or {},
+                **self._encryption,
+            )
+        except ClientError as error:
+            if _status(error) == 412:
+                return False
+            raise
+        return True
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except ClientError as error:
+            raise StoreError(self._sentence(error)) from None
+        except (NoCredentialsError, PartialCredentialsError):
+            raise StoreError(
+                f"there are no credentials for {self.uri}; boto3 looks in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "in ~/.aws (publish.profile_name), and at the machine's role"
+            ) from None
+        except ProfileNotFound as error:
+            raise StoreError(f"publish.profile_name: {error}; ~/.aws/config lists the profiles") from None
+        except (EndpointConnectionError, ConnectTimeoutError) as error:
+            server = self.endpoint or error.kwargs.get("endpoint_url", "AWS")
+            raise StoreError(f"no S3 server answers for {self.uri} at {server}") from None
+        except (HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
+            raise StoreError(
+                f"the connection to the S3 server of {self.uri} broke, {ATTEMPTS} times in a row "
+                f"({type(error).__name__}); the same command continues from here"
+            ) from None
+        except (BotoCoreError, ValueError) as error:  # what boto3 says itself may quote a credential
+            raise StoreError(
+                f"boto3 cannot use {self.uri} ({type(error).__name__}); correct publish.endpoint_url, "
+                "publish.region_name or publish.profile_name, or what ~/.aws/config says"
+            ) from None
+
+    def _sentence(self, error: ClientError) -> str:
+        code, status = _code(error), _status(error)
+        template = ERRORS.get(code) or ERRORS.get(str(status)) or ERRORS["5" if status >= 500 else "4"]
+        # boto3's operation name in plain words: PutObject is "put object".
+        action = re.sub(r"(?<!^)(?=[A-Z])", " ", error.operation_name).lower().replace(" v2", "")
+        words = {"uri": self.uri, "bucket": self.bucket, "server": self.endpoint or "AWS", "action": action}
+        return template.format(**words, attempts=ATTEMPTS, code=code, status=status)
+
+
+class _HeldBody(io.BytesIO):
+    """A request's body whose second half is sent when `released` is set, or after PROBE_HOLD_S at the latest: a server
+    may also let the second writer wait until the first is done."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.begun, self.released = threading.Event(), threading.Event()
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() == 0:
+            return super().read(len(PROBE) // 2)
+        self.begun.set()
+        self.released.wait(PROBE_HOLD_S)
+        return super().read(size)
+
+
+def _only_create(params: dict[str, Any], **_: object) -> None:
+    """Every write of the client is a creation, boto3's transfers included."""
+    params["IfNoneMatch"] = "*"
+
+
+def _pause_at_conflict(response: Any, attempts: int, **_: object) -> float | None:
+    """Seconds until the next attempt when another conditional write of the key is under way; else None."""
+    conflict = response is not None and response[0].status_code == 409
+    return 0.05 * 2**attempts if conflict and attempts < CONFLICTS else None
+
+
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

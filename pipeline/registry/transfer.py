@@ -1,0 +1,148 @@
+"""Files to a store's objects and back: each whole under its SHA-256, only absent ones, every digest checked."""
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import sha256_file
+from pipeline.core.progress import Progress
+from pipeline.registry.artifact_store import ArtifactStore, StoreError
+
+# {"sha256", "size"}. Versions that were published before 2026-11-26 have "chunks" for a file over 16 MiB, the extents
+# of objects that it consists of: {"sha256": object, "offset", "size"}.
+Entry = dict[str, Any]
+
+
+def ship(
+    store: ArtifactStore, version: str, files: dict[str, Path], manifest: Callable[[dict[str, Entry]], bytes]
+) -> int:
+    """Publish `files` (manifest name → file) as the version `version`; returns the bytes that were sent.
+
+    `manifest` writes the manifest from the entries; it is stored when every object is there, and read back. When
+    another publisher of the same version was first, its manifest stands.
+
+    Raises:
+        StoreError: the store cannot be written, or does not hold what was written.
+    """
+    key = f"versions/{version}/manifest.json"
+    entries, sent = upload(store, files)
+    text = manifest(entries)
+    check_objects(store, entries)
+    created = store.create(key, text)
+    stored = store.read(key)
+    if stored is None or (created and stored != text):
+        raise StoreError(f"read back from {store.uri}, {key} has different content")
+    check_objects(store, json.loads(stored)["files"])
+    return sent
+
+
+def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entry], int]:
+    """Bring `files` (manifest name → file) into the store; returns the manifest's entries and the bytes that were sent.
+
+    Files that the store has are not sent again, so an interrupted upload continues with the file where it stopped.
+
+    Raises:
+        StoreError: the store cannot be written, or a file changed meanwhile.
+    """
+    store.probe()
+    stamps = {path: _stamp(path) for path in files.values()}
+    with ThreadPoolExecutor(2) as pool:
+        digests = pool.map(sha256_file, files.values())
+        entries = {
+            name: {"sha256": digest, "size": stamps[files[name]][0]}
+            for name, digest in zip(files, digests, strict=True)
+        }
+    present = set(store.list("objects/"))
+    absent = {
+        key: files[name] for name, entry in entries.items() if (key := f"objects/{entry['sha256']}") not in present
+    }
+    size = sum(stamps[path][0] for path in absent.values())
+    store.upload(list(absent.items()), _meter("publish", size))
+    for path, stamp in stamps.items():
+        if _stamp(path) != stamp:
+            raise StoreError(f"{path} changed while it was uploaded; publish again when nothing writes to it")
+    return entries, size
+
+
+def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
+    """Every object that `entries` need is in the store; that of a whole file has its size.
+
+    Raises:
+        StoreError: one is missing or has another size.
+    """
+    sizes = {stored.key: stored.size for stored in store.scan("objects/")}
+    for name, entry in entries.items():
+        for part in entry.get("chunks", [entry]):
+            key = f"objects/{part['sha256']}"
+            if key not in sizes:
+                raise StoreError(f"{store.uri} has lost {key} ({name}); `retune publish` sends it again")
+        if "chunks" not in entry and sizes[key] != entry["size"]:
+            raise StoreError(f"{key} in {store.uri} ({name}) has {sizes[key]:,} bytes; expected {entry['size']:,}")
+
+
+def fetch(store: ArtifactStore, entries: dict[str, Entry], folder: Path) -> None:
+    """Download files to `folder/name`; each appears when its digest is right. Those there already are not fetched.
+
+    Raises:
+        StoreError: an object is missing or altered, or a name leads out of the folder.
+    """
+    for name in entries:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise StoreError(f"a file of the version is named {name}, which is outside of {folder}")
+    absent = {
+        name: entry
+        for name, entry in entries.items()
+        if not ((folder / name).is_file() and sha256_file(folder / name) == entry["sha256"])
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = _meter("fetch", sum(entry["size"] for entry in absent.values()))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary, ThreadPoolExecutor(2) as pool:
+        paths = {name: Path(temporary) / str(number) for number, name in enumerate(absent)}
+        whole = [name for name in absent if "chunks" not in absent[name]]
+        store.download([(f"objects/{absent[name]['sha256']}", paths[name]) for name in whole], progress)
+        for name in absent.keys() - set(whole):
+            _join_chunks(store, absent[name], paths[name])
+            progress(absent[name]["size"])
+        for name, digest in zip(absent, pool.map(sha256_file, paths.values()), strict=True):
+            if digest != absent[name]["sha256"] or paths[name].stat().st_size != absent[name]["size"]:
+                raise StoreError(
+                    f"{name} in {store.uri} was altered: it has {paths[name].stat().st_size:,} bytes with digest "
+                    f"{digest}, its manifest says {absent[name]['size']:,} and {absent[name]['sha256']}"
+                )
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            paths[name].replace(folder / name)
+
+
+def _join_chunks(store: ArtifactStore, entry: Entry, path: Path) -> None:
+    read = lru_cache(maxsize=8)(store.read)  # objects of up to 16 MiB, of which a file may have many extents
+    with path.open("wb") as file:
+        for chunk in entry["chunks"]:
+            data = read(f"objects/{chunk['sha256']}")
+            if data is None:
+                raise StoreError(f"{store.uri} has no objects/{chunk['sha256']}")
+            file.write(data[chunk["offset"] : chunk["offset"] + chunk["size"]])
+
+
+def _meter(stage: str, total: int) -> Callable[[int], None]:
+    """Adds up bytes, told by any thread, for the stage's progress line."""
+    progress, lock, began, done = Progress(stage, max(1, total // 10**6), "MB"), threading.Lock(), time.monotonic(), 0
+
+    def add(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            rate = done / 1e6 / max(time.monotonic() - began, 1e-3)
+            progress.update(done // 10**6, f"{rate:.1f} MB/s")
+
+    return add
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns

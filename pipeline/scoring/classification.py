@@ -1,0 +1,185 @@
+"""Sequence classification (`train.task`): the parts of train, evaluate and merge that differ from causal-lm.
+
+Scores are accuracy and macro-F1 with the same intervals, files and gate as those of answers; the untuned base has a
+random head, so its scores are those of chance.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from pipeline.chat import Message
+from pipeline.chat.template import local_source
+from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
+from pipeline.core.memory import in_fitting_batch
+from pipeline.core.progress import Progress
+from pipeline.core.sanitise import one_line
+from pipeline.data.classes import TextEncoder, load_classes
+from pipeline.scoring.items import provenance, scoring_params, test_items
+from pipeline.scoring.kept import KeptAnswers, kept_file
+from pipeline.scoring.resampling import METRICS
+from pipeline.weights.loading import load_base, use_free_cores
+from pipeline.weights.merging import MergeError
+
+SIGNATURES = {
+    "accuracy": "most probable class|v:1",
+    "macro_f1": "unweighted mean of F1 over the classes of the test split|v:1",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    label: str
+    confidence: float  # probability that the model gives it, 0–1
+    probabilities: list[float]  # (K,) in the order of the contract's labels
+
+
+@torch.inference_mode()
+def predict(
+    model: Any,
+    encoder: TextEncoder,
+    rows: Sequence[list[int]],
+    batch_size: int,
+    stage: str,
+    system: str,
+    keep: Path | None = None,
+) -> NDArray[np.float32]:
+    """Logits (N, K) for `rows` of token ids, in their order; those in the file `keep` are not computed again."""
+    with KeptAnswers(keep) as kept:
+        return _logits(model, encoder, rows, batch_size, Progress(stage, len(rows), f"classes of {system}"), kept)
+
+
+def _logits(
+    model: Any,
+    encoder: TextEncoder,
+    rows: Sequence[list[int]],
+    batch_size: int,
+    progress: Progress,
+    kept: KeptAnswers,
+) -> NDArray[np.float32]:
+    model.eval()
+    model.config.pad_token_id = pad = encoder.tokenizer.pad_token_id
+    device = next(model.parameters()).device
+    logits = {place: np.array(answer, dtype=np.float32) for place, answer in kept.answers.items()}
+    progress.resume_at(len(logits))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    while left := [i for i in order if i not in logits]:
+
+        def attempt(size: int, left: list[int] = left) -> NDArray[np.float32]:
+            width = len(rows[left[0]])
+            batch = [(rows[i], width - len(rows[i])) for i in left[:size]]
+            ids = torch.tensor([row + [pad] * short for row, short in batch], device=device)  # (B, T)
+            mask = torch.tensor([[1] * len(row) + [0] * short for row, short in batch], device=device)
+            found: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
+            return found
+
+        text = f"text of {len(rows[left[0]])} tokens"
+        batch_size, found = in_fitting_batch(min(batch_size, len(left)), attempt, text)
+        for place, row in zip(left[:batch_size], found, strict=True):
+            logits[place] = row
+            kept.add(place, row.tolist())
+        progress.update(len(logits))
+    return np.stack([logits[i] for i in range(len(rows))])
+
+
+def predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Prediction]:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    best = probabilities.argmax(axis=1)
+    return [Prediction(labels[k], float(row[k]), row.tolist()) for k, row in zip(best, probabilities, strict=True)]
+
+
+def classify(
+    folder: Path, conversations: Sequence[list[Message]], batch_size: int = 64, keep_in: Path | None = None
+) -> list[Prediction]:
+    """Class and confidence of each conversation (most have one message, the text), by the merged model in `folder`.
+
+    Args:
+        keep_in: folder of a file of what is done, so that the same call after a kill continues there.
+
+    Raises:
+        TemplateError, ModelError: it is not whole, or no classification model.
+    """
+    contract = read_json(folder / "contract.json")
+    if "labels" not in contract:
+        raise MergeError(f"{folder} answers texts and has no classes; train.task sequence-classification makes such")
+    encoder = load_classes(contract, local_source(folder))
+    rows = [encoder.prompt(messages)[1] for messages in conversations]
+    model = load_base(local_source(folder), None, contract["labels"])
+    identity = {"weights": [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))], "contract": contract}
+    keep = kept_file(keep_in, identity, rows, 0, frozenset()) if keep_in is not None else None
+    logits = predict(model, encoder, rows, batch_size, "classify", "the model", keep)
+    if keep is not None:
+        keep.unlink(missing_ok=True)
+    return predictions(logits, contract["labels"])
+
+
+def score_classes(test: pa.Table, found: list[Prediction]) -> pa.Table:
+    """Every test text with its class and what was predicted, (N rows).
+
+    Columns: as `score_items`, without `answer_ids`; beside them `confidence` and `probabilities`. What is measured on
+    texts is null.
+    """
+    items = test.select(["id", "task", "language", "group", "scoring", "prompt", "reference"])
+    said = [each.label for each in found]
+    references = test.column("reference").to_pylist()
+    right = pa.array([float(a == b) for a, b in zip(said, references, strict=True)], pa.float64())
+    columns: dict[str, pa.Array] = {
+        "prompt_tokens": pa.array(map(len, test.column("input_ids").to_pylist()), pa.int32()),
+        "answer": pa.array(said, pa.string()),
+        "status": pa.array(["ok"] * len(found)),
+        "cut_off": pa.array([False] * len(found)),
+        "label": pa.array(references, pa.string()),
+        "predicted": pa.array(said, pa.string()),
+        "confidence": pa.array([each.confidence for each in found], pa.float64()),
+        "probabilities": pa.array([each.probabilities for each in found], pa.list_(pa.float64())),
+        "accuracy": right,
+        "exact_match": right,
+        "loss": pa.nulls(len(found), pa.float64()),
+        "loss_tokens": pa.nulls(len(found), pa.float64()),
+    }
+    texts = (metric for metric in METRICS if metric not in (*columns, "macro_f1", "perplexity"))
+    columns |= {metric: pa.nulls(len(found), pa.float64()) for metric in texts}
+    for name, column in columns.items():
+        items = items.append_column(name, column)
+    return items
+
+
+def score_merged(folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
+    """`score_model` for classes: an earlier version's classes of today's test texts."""
+    contract = read_json(folder / "contract.json")
+    encoder = load_classes(contract, local_source(folder))
+    use_free_cores()
+    params = scoring_params(settings)
+    test = test_items(dataset, params.max_samples)
+    rows = [encoder.prompt([{"role": "user", "content": text}])[1] for text in test.column("prompt").to_pylist()]
+    model = load_base(local_source(folder), None, contract["labels"])
+    logits = predict(model, encoder, rows, params.batch_size, "promote", "the champion")
+    with whole_directory(output) as made:
+        pq.write_table(score_classes(test, predictions(logits, contract["labels"])), made / "items.parquet")
+        write_json(made / "evaluation.json", provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"})
+
+
+def by_class(items: pa.Table) -> str:
+    """Markdown: precision and recall of each class, and the texts that were wrong with the most confidence."""
+    lines = ["", "## By class", "", "| class | texts | precision | recall | F1 |", "|---" * 5 + "|"]
+    label, predicted = items["label"].to_pylist(), items["predicted"].to_pylist()
+    for name in sorted({*label, *predicted}):
+        hits = sum(a == b == name for a, b in zip(label, predicted, strict=True))
+        there, named = label.count(name), predicted.count(name)
+        numbers = [hits / named if named else 0.0, hits / there if there else 0.0, 2 * hits / (there + named)]
+        lines.append(f"| {one_line(name)} | {there} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |")
+    rows = items.select(["prompt", "label", "predicted", "confidence"]).to_pylist()
+    wrong = sorted((r for r in rows if r["label"] != r["predicted"]), key=lambda r: -r["confidence"])[:10]
+    lines += ["", "## Wrong with the most confidence", ""]
+    for row in wrong:
+        text = one_line(" ".join(row["prompt"].split())[:160])
+        lines.append(f"- {one_line(row['predicted'])} ({row['confidence']:.2f}) for {one_line(row['label'])}: {text}")
+    return "\n".join([*lines, *([] if wrong else ["None."]), ""])

@@ -1,0 +1,186 @@
+"""Every metric, as one `evaluate` module whose configuration is the metric's name.
+
+Each returns `score` of the set (None without an item that counts), `items` (of each item its score, or the counts that
+the set's score is made from, for resampling) and `signature`.
+"""
+
+import math
+from collections import Counter
+from importlib.metadata import version
+
+import datasets
+import evaluate
+import regex
+import sacrebleu
+from rouge_score import rouge_scorer
+
+from pipeline.core.text import fold
+from pipeline.scoring.metrics import tokeniser_for, words
+
+_ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+_SENTENCE_END = regex.compile(r"(?<=[。！？｡]['\"”’」』）]*)(?!['\"”’」』）\n]|$)")
+_FOLDED = "norm:nfkc+casefold+space+fullstop"
+_WORDS = "tok:word+char-of-spaceless-scripts"
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def _accuracy(predictions, references, scoring):
+    """The share of right answers (Items: 1.0, 0.0, or None where `scoring` is neither `exact` nor `tool_calls`).
+
+    With `tool_calls` both are canonical JSON of calls (`canonical_calls`), compared as it is.
+    """
+    equal = {"exact": lambda p, r: fold(p) == fold(r), "tool_calls": lambda p, r: p == r}
+    items = [
+        float(equal[kind](p, r)) if kind in equal else None
+        for p, r, kind in zip(predictions, references, scoring, strict=True)
+    ]
+    score = _mean([item for item in items if item is not None])
+    return {"score": score, "items": items, "signature": f"accuracy|items:exact+tool_calls|{_FOLDED}"}
+
+
+def _exact_match(predictions, references):
+    """The share of answers that are equal after folding case, width, surrounding space and one final full stop."""
+    items = [float(fold(p) == fold(r)) for p, r in zip(predictions, references, strict=True)]
+    return {"score": _mean(items), "items": items, "signature": f"exact-match|{_FOLDED}"}
+
+
+def _bleu(predictions, references, tokenize="auto"):
+    """Corpus BLEU 0-100 (Papineni et al. 2002) by sacrebleu. `tokenize`: a sacrebleu tokeniser for all items; auto
+    takes each item's from its reference, so that what an item scores does not depend on the others.
+
+    Items: [sys_len, ref_len, correct 1-4, total 1-4]. The signature is sacrebleu's own with the tokenisers that were
+    used: `tok:13a+zh`.
+    """
+    chosen = [tokeniser_for(text) if tokenize == "auto" else tokenize for text in references]
+    used = sorted(set(chosen)) or ["13a"]
+    scorers = {name: sacrebleu.BLEU(tokenize=name, effective_order=True) for name in used}
+    items = []
+    for prediction, reference, name in zip(predictions, references, chosen, strict=True):
+        s = scorers[name].sentence_score(prediction, [reference])
+        items.append([s.sys_len, s.ref_len, *s.counts, *s.totals])
+    sums = [sum(column) for column in zip(*items, strict=True)] or [0] * 10
+    score = sacrebleu.BLEU.compute_bleu(
+        correct=sums[2:6], total=sums[6:10], sys_len=sums[0], ref_len=sums[1], smooth_method="exp"
+    )
+    corpus = sacrebleu.BLEU(tokenize=used[0])
+    corpus.corpus_score(["a"], [["a"]])  # the signature counts references
+    signature = str(corpus.get_signature()).replace(f"tok:{used[0]}", f"tok:{'+'.join(used)}")
+    return {"score": score.score, "items": items, "signature": signature}
+
+
+def _chrf(predictions, references):
+    """Corpus chrF2 0-100 (Popović 2015) by sacrebleu; characters need no tokeniser in any script.
+
+    Items: [answer, reference, match] for 1 to 6 characters.
+    """
+    metric = sacrebleu.CHRF()
+    # The signature counts references.
+    score = metric.corpus_score(list(predictions) or ["a"], [list(references) or ["a"]]).score
+    items = [
+        metric._extract_corpus_statistics([prediction], [[reference]])[0]
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+    return {"score": score if references else None, "items": items, "signature": str(metric.get_signature())}
+
+
+class _Tokenizer:
+    """rouge-score's own drops every character that is not ASCII: identical Chinese sentences score 0."""
+
+    def tokenize(self, text):
+        return words(text)
+
+
+def _rouge(predictions, references):
+    """ROUGE-1, 2, L and Lsum F-measures 0-1 (Lin 2004) by rouge-score, `score` and `items` by type.
+
+    ROUGE-Lsum compares sentences: lines, and what a Chinese or Japanese full stop ends.
+    """
+    scorer = rouge_scorer.RougeScorer(_ROUGE, use_stemmer=False, tokenizer=_Tokenizer())
+    pairs = zip(references, predictions, strict=True)
+    scores = [scorer.score(*(_SENTENCE_END.sub("\n", text) for text in pair)) for pair in pairs]
+    items = {kind: [each[kind].fmeasure for each in scores] for kind in _ROUGE}
+    signature = f"rouge-score:{version('rouge-score')}|{_WORDS}|case:lc|stem:no|sent:newline+cjk-stop"
+    return {"score": {kind: _mean(values) for kind, values in items.items()}, "items": items, "signature": signature}
+
+
+def _macro_f1(predictions, references):
+    """F1 0-1, averaged over the classes of the references: each counts the same, however rare.
+
+    An answer that is no class of the references is a miss of the right class and nobody's false alarm. Items: [label,
+    predicted], folded; `classes` has the F1 of each.
+    """
+    items = [[fold(r), fold(p)] for p, r in zip(predictions, references, strict=True)]
+    hit = Counter(label for label, predicted in items if label == predicted)
+    is_one, said = Counter(label for label, _ in items), Counter(predicted for _, predicted in items)
+    classes = {label: 2 * hit[label] / (is_one[label] + said[label]) for label in sorted(is_one)}
+    signature = f"macro-f1|classes:references|{_FOLDED}"
+    return {"score": _mean(classes.values()), "classes": classes, "items": items, "signature": signature}
+
+
+def _perplexity(losses, tokens):
+    """e to the mean loss of the references' tokens, their end token included: from 1 up, lower is better.
+
+    `losses`: summed negative log-likelihood of an item's tokens in nats; `tokens`: how many. Items: both.
+    """
+    number = sum(tokens)
+    score = math.exp(math.fsum(losses) / number) if number else None
+    items = [list(pair) for pair in zip(losses, tokens, strict=True)]
+    return {"score": score, "items": items, "signature": "perplexity|tokens:trained-of-the-last-answer|mean:token"}
+
+
+def _distinct_n(predictions, n=2):
+    """The share of n-grams of all answers that are not repetitions of another (Li et al. 2016): 0-1, falling with the
+    number of answers. Items: [n-grams that no earlier answer has, n-grams]."""
+    seen, items = set(), []
+    for text in predictions:
+        tokens = words(text)
+        grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+        items.append([len(set(grams) - seen), len(grams)])
+        seen |= set(grams)
+    total = sum(grams for _, grams in items)
+    return {
+        "score": len(seen) / total if total else None,
+        "items": items,
+        "signature": f"distinct-{n}|{_WORDS}|case:lc",
+    }
+
+
+def _length_ratio(predictions, references):
+    """Words of all answers by words of all references, characters in scripts without spaces; 1 is as long.
+
+    Items: [words of the answer, of the reference].
+    """
+    items = [[len(words(p)), len(words(r))] for p, r in zip(predictions, references, strict=True)]
+    said, expected = (sum(column) for column in zip(*items, strict=True)) if items else (0, 0)
+    return {"score": said / expected if expected else None, "items": items, "signature": f"length-ratio|{_WORDS}"}
+
+
+_PAIR = {"predictions": "string", "references": "string"}
+_METRICS = {
+    "accuracy": (_accuracy, _PAIR | {"scoring": "string"}),
+    "exact_match": (_exact_match, _PAIR),
+    "bleu": (_bleu, _PAIR),
+    "chrf": (_chrf, _PAIR),
+    "rouge": (_rouge, _PAIR),
+    "macro_f1": (_macro_f1, _PAIR),
+    "perplexity": (_perplexity, {"losses": "float64", "tokens": "int64"}),
+    "distinct_n": (_distinct_n, {"predictions": "string"}),
+    "length_ratio": (_length_ratio, _PAIR),
+}
+
+
+class TextMetrics(evaluate.Metric):
+    def _info(self):
+        function, features = _METRICS[self.config_name]
+        return evaluate.MetricInfo(
+            description=function.__doc__,
+            citation="",
+            inputs_description=", ".join(features),
+            features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
+        )
+
+    def _compute(self, **inputs):
+        return _METRICS[self.config_name][0](**inputs)

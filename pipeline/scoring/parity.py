@@ -1,0 +1,141 @@
+"""What merging answers and merging classes share: the choice of the base to merge into, and the proof of parity.
+
+The adapter was trained on the quantised base, so it is added to the full-precision base or to the base after the NF4
+round trip, whichever is measured closer.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.core.files import write_json
+from pipeline.params import MergeParams
+from pipeline.scoring.items import Metrics
+from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT, headline
+from pipeline.weights.loading import Quantisation
+from pipeline.weights.merging import MergeError, Merging, merge_adapter
+
+
+@dataclass(frozen=True)
+class Merged:
+    base: str  # full | nf4
+    merging: Merging
+    logit_error: dict[str, float]  # mean absolute difference to adapter-on-quantised-base, by base tried
+    logit_change: float  # mean absolute difference that the adapter makes to its base
+    agreement: float  # fraction of the adapter's answer tokens, or classes, that it chooses, given the text so far
+    identical: float  # fraction of test prompts with the very same answer; one close call changes all that follows it
+    metrics: Metrics
+    exports: dict[str, Metrics]
+
+
+def merge_closest(
+    params: MergeParams,
+    identity: Mapping[str, Any],
+    adapter: Path,
+    quantisation: Quantisation,
+    folder: Path,
+    error_of: Callable[[str, Path], float],
+    labels: list[str] | None = None,
+) -> tuple[str, Merging, dict[str, float]]:
+    """Merge into each base that `params` name and keep in `folder` the one whose logits are closest to the adapter's.
+
+    Args:
+        error_of: the mean absolute logit difference of the merged model in a folder, given which base it was.
+
+    Returns: that base (full or nf4), how it was merged, and the differences by base.
+    """
+    mergings: dict[str, Merging] = {}
+    errors: dict[str, float] = {}
+    choices = ["full", "nf4"] if quantisation["load_in_4bit"] else ["full"]
+    dtype = None if params.dtype == "auto" else getattr(torch, params.dtype)
+    for choice in choices if params.base == "auto" else [params.base]:
+        model = folder / choice
+        model.mkdir()
+        rounded = quantisation if choice == "nf4" else None
+        mergings[choice] = merge_adapter(identity, adapter, model, rounded, dtype, labels)
+        errors[choice] = error_of(choice, model)
+    chosen = min(errors, key=lambda choice: errors[choice])
+    for path in list((folder / chosen).iterdir()):
+        path.rename(folder / path.name)
+    for choice in errors:
+        shutil.rmtree(folder / choice)
+    return chosen, mergings[chosen], errors
+
+
+def metric_differences(metrics: Metrics, others: Metrics) -> dict[str, float]:
+    """How much higher each of `metrics` is than in `others`, where both count (bleu, chrf 0-100; the others 0-1).
+
+    Perplexity, which has no range, as a fraction of the other.
+    """
+    return {
+        m: (metrics[m]["score"] - others[m]["score"]) / (others[m]["score"] if m in LOWER_IS_BETTER else 1)
+        for m in METRICS
+        if metrics[m] and others[m]
+    }
+
+
+def prove(
+    params: MergeParams, folder: Path, items: pa.Table, merged: Merged, evaluated: dict[str, Metrics], **record: Any
+) -> None:
+    """Write how far `merged` is from the adapter: `items.merged.parquet`, `scores.json`, `metrics.json` (for
+    `dvc metrics`) and, with `record`, `parity.json`.
+
+    Args:
+        evaluated: scores of `base` and `adapter`.
+
+    Raises:
+        MergeError: it is further than `params` allow; with the number and what to set.
+    """
+    differences = metric_differences(merged.metrics, evaluated["adapter"])
+    _require_parity(params, merged, differences)
+    pq.write_table(items, folder / "items.merged.parquet")
+    write_json(folder / "scores.json", {"merged": merged.metrics})
+    write_json(folder / "metrics.json", headline(merged.metrics, evaluated["base"]))
+    write_json(
+        folder / "parity.json",
+        {
+            "base": merged.base,
+            **asdict(merged.merging),
+            "mean_absolute_logit_error": merged.logit_error,
+            "mean_absolute_logit_change": merged.logit_change,
+            "token_agreement": merged.agreement,
+            "identical_answers": merged.identical,
+            "metric_difference": differences,
+            "prompts": len(items),
+            **record,
+        },
+    )
+
+
+def _require_parity(params: MergeParams, merged: Merged, differences: dict[str, float]) -> None:
+    advice = "Set merge.dtype to float32, or merge.base to the other base (mean logit errors: {})".format(
+        ", ".join(f"{base} {error:.4f}" for base, error in merged.logit_error.items())
+    )
+    error, reach, agreement = merged.logit_error[merged.base], merged.logit_change, merged.agreement
+    if agreement < params.min_agreement:
+        raise MergeError(
+            f"the merged model agrees with the adapter on {agreement:.2%}; merge.min_agreement is "
+            f"{params.min_agreement:.2%}. {advice}"
+        )
+    if not error <= params.max_logit_error * reach:
+        raise MergeError(
+            f"the merged model's logits differ from the adapter's by {error:.4f} in the mean, and the adapter "
+            f"changes those of its base by {reach:.4f}; merge.max_logit_error allows {params.max_logit_error:g} of it. "
+            f"{advice}"
+        )
+    for metric, difference in differences.items():
+        if metric in LOWER_IS_BETTER:
+            worse, than = difference, f"{difference:.2%} above the adapter's"
+        else:
+            worse, than = -difference / (100 if metric in PERCENT else 1), f"{-difference:.4f} below the adapter's"
+        if worse > params.max_metric_drop:
+            raise MergeError(
+                f"{metric} of the merged model is {than}; merge.max_metric_drop is {params.max_metric_drop:g} of the "
+                f"metric's range, or of a perplexity. {advice}"
+            )

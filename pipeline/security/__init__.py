@@ -1,1 +1,0 @@
-"""What is refused, cleaned or blacked out before it is loaded, shipped or shown."""

@@ -1,0 +1,79 @@
+"""What the Prefect server that is up is told: new data, a champion that got worse, a run that had nothing to do.
+
+Deployments wait for the first two.
+
+Without a server nobody is waiting, and nothing is sent; a server that cannot be reached, or that refuses the
+credentials of PREFECT_API_AUTH_STRING, undoes nothing.
+"""
+
+import os
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.services import server
+
+DATASET_UPDATED = "dataset.updated"
+CHAMPION_REGRESSED = "champion.regressed"
+
+
+def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path(".")) -> bool:
+    """Post `event` about `resource` to the project's server, or the one of PREFECT_API_URL; whether it took it."""
+    body = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": event,
+        "resource": {"prefect.resource.id": resource},
+        "related": [],
+        "payload": payload,
+    }
+    return _post("events", [body], root) is not None
+
+
+def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
+    """A run of the flow `retrain` that found nothing to do, in the server's history; starting it would take longer."""
+    flow = _post("flows/", {"name": "retrain"}, root)
+    state = {"type": "COMPLETED", "name": "Unchanged", "message": f"nothing to do: {reason}"}
+    run = {"name": "retrain-by-hand-unchanged", "state": state, "tags": ["retune", "trigger:by-hand", "unchanged"]}
+    return flow is not None and _post("flow_runs/", run | {"flow_id": flow["id"]}, root) is not None
+
+
+def _post(path: str, body: Any, root: Path) -> Any:
+    """The answer of the project's server, or the one of PREFECT_API_URL, to `body`; None if it did not take it."""
+    up = server.running(root)
+    if up is not None:
+        return server.post(up.url, path, body)
+    url = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    return server.post(url, path, body, os.environ.get("PREFECT_API_AUTH_STRING")) if url else None
+
+
+def tell_updated(new_rows: int, min_new_rows: int, root: Path = Path(".")) -> bool:
+    """`dataset.updated`, if enough rows are new; fewer wait for the next scheduled run."""
+    payload = {"new_rows": new_rows}
+    return new_rows >= min_new_rows and emit(DATASET_UPDATED, "retune.dataset", payload, root)
+
+
+def contents(root: Path = Path(".")) -> dict[str, set[int]]:
+    """Digest of every row in the snapshot, by shard; a raw file that nobody ingested counts as none."""
+    folder = root / "data" / "instructions"
+    return {path.name: _digests(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def count_new(before: dict[str, set[int]], root: Path = Path(".")) -> int:
+    """Rows in the snapshot that say something none of `before` said."""
+    known = set().union(*before.values())
+    return sum(len(digests - known) for digests in contents(root).values())
+
+
+def _digests(shard: Path) -> set[int]:
+    # What a row says is its messages and tools; where it came from, and its line there, may change.
+    names = [name for name in ("messages", "tools") if name in pq.read_schema(shard).names]
+    columns = [pq.read_table(shard, columns=[name]).column(name) for name in names]
+    return {
+        xxhash.xxh3_64_intdigest("\0".join(str(column[row]) for column in columns).encode())
+        for row in range(len(columns[0]))
+    }

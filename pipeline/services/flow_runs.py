@@ -1,0 +1,47 @@
+"""Runs in the local Prefect server's history whose processes ended without a word, or are about to: they end there too.
+
+Prefect hears nothing of a process that is killed, nor of a worker that goes down with its server: such a run would stay
+Running for ever and keep its deployment's slot.
+"""
+
+import time
+from typing import Any
+
+from pipeline.core.processes import lives
+from pipeline.services import server
+
+OPEN = ["RUNNING", "PENDING", "CANCELLING"]
+KILL_SECONDS = 45  # a worker gives a run 30 s to save a checkpoint and end
+LOST = "its process no longer exists: it was killed, or the machine restarted"
+
+
+def close_lost_runs(url: str) -> None:
+    """End as Crashed each run by hand whose process no longer exists; asked with the project's run lock held."""
+    runs = _open(url, OPEN, of_deployments=False)  # not those that wait for a person, who hold no lock
+    _end(url, [run for run in runs if not lives(run["infrastructure_pid"])], "CRASHED", LOST)
+
+
+def close_stack_runs(url: str) -> None:
+    """End as Crashed each open run of a deployment; asked before the stack's workers start."""
+    _end(url, _open(url, [*OPEN, "PAUSED"], of_deployments=True), "CRASHED", LOST)
+
+
+def cancel_stack_runs(url: str, reason: str) -> None:
+    """Have the workers end each open run of a deployment, and record it as Cancelled for `reason`."""
+    runs = _open(url, [*OPEN, "PAUSED"], of_deployments=True)
+    _end(url, runs, "CANCELLING", reason)
+    deadline = time.monotonic() + KILL_SECONDS
+    while runs and _open(url, OPEN, of_deployments=True) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    _end(url, runs, "CANCELLED", reason)
+
+
+def _open(url: str, types: list[str], of_deployments: bool) -> list[dict[str, Any]]:
+    wanted = {"state": {"type": {"any_": types}}, "deployment_id": {"is_null_": not of_deployments}}
+    return server.post(url, "flow_runs/filter", {"flow_runs": wanted}) or []
+
+
+def _end(url: str, runs: list[dict[str, Any]], state_type: str, message: str) -> None:
+    state = {"type": state_type, "name": state_type.capitalize(), "message": message}
+    for run in runs:  # by force: Prefect's rules are for a run's own process
+        server.post(url, f"flow_runs/{run['id']}/set_state", {"state": state, "force": True})

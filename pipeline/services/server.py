@@ -1,0 +1,152 @@
+"""The local Prefect server: found where `retune up` keeps one (`pipeline.services.stack`), else started for one run."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.core.files import WORK_DIR, read_json
+from pipeline.core.http_client import HttpError, send
+from pipeline.core.processes import end_group, python_ending_with_parent
+
+HOST = "127.0.0.1"
+STARTUP_SECONDS = 120
+STATE = WORK_DIR / "server.json"
+LOG = WORK_DIR / "logs" / "prefect-server.log"
+
+
+class ServerError(RuntimeError):
+    """The server cannot be started or stopped; the message says why."""
+
+
+@dataclass(frozen=True)
+class Server:
+    pid: int
+    url: str  # of the dashboard; the API is at url/api
+
+
+def environment(root: Path, url: str) -> dict[str, str]:
+    """This process's environment with Prefect pointed at the server at `url`, its home in the project, no telemetry."""
+    password = own_password()
+    return (
+        os.environ
+        | ({"PREFECT_API_AUTH_STRING": password} if password else {})
+        | {
+            "PREFECT_HOME": str((root / WORK_DIR / "prefect").resolve()),
+            "PREFECT_API_URL": f"{url}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "true",
+            # Runs killed with -9 must not keep a concurrency slot; the default storage forgets leases with the server.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+            "PREFECT_CLI_COLORS": "false",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # by which flows.automations tells a dead worker's run
+            # A page in the user's browser can reach loopback: it may not read this server, nor send it JSON.
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},{url.replace(HOST, 'localhost')}",
+        }
+    )
+
+
+def running(root: Path = Path(".")) -> Server | None:
+    """The server that `retune up` started here, if its supervisor lives and it answers."""
+    process = supervisor(root)
+    try:
+        server = Server(process.pid, read_json(root / STATE)["url"]) if process is not None else None
+    except (OSError, ValueError, KeyError):
+        return None
+    return server if server is not None and healthy(server.url) else None
+
+
+def supervisor(root: Path = Path(".")) -> psutil.Process | None:
+    """The process that keeps the stack of `retune up`; another process with its number does not count."""
+    try:
+        known = read_json(root / STATE)
+        process = psutil.Process(known["pid"])
+        alive = process.create_time() == known["create_time"] and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
+        return None
+    return process if alive else None
+
+
+@contextmanager
+def for_one_run(root: Path = Path(".")) -> Iterator[Server]:
+    """The server that is up, or one that lives as long as this block and dies with this process, kill -9 included."""
+    server = running(root)
+    if server is not None:
+        if post(server.url, "flow_runs/count", {}) is None:
+            raise ServerError(
+                f"the server at {server.url} does not take this project's requests; set PREFECT_API_AUTH_STRING to the "
+                "user:password that it was started with (PREFECT_SERVER_API_AUTH_STRING)"
+            )
+        yield server
+        return
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    child = _start(root, port)
+    try:
+        yield Server(child.pid, f"http://{HOST}:{port}")
+    finally:
+        end_group(child, grace=10)
+
+
+def healthy(url: str) -> bool:
+    try:
+        return json.loads(send(f"{url}/api/health", timeout_s=5)) is True
+    except (HttpError, ValueError):
+        return False
+
+
+def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
+    """What the Prefect server at `url` answers to `body`; None if it cannot be reached or does not take it.
+
+    Args:
+        password: `user:password`; without one, that of the local server.
+    """
+    user, _, secret = (password or own_password() or "").partition(":")
+    try:
+        return json.loads(send(f"{url}/api/{path}", body, auth=(user, secret) if user else None) or b"{}")
+    except (HttpError, ValueError):
+        return None
+
+
+def own_password() -> str | None:
+    """`user:password` that the local server asks for, if it asks: the first variable is the one it was started with."""
+    return os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING")
+
+
+def _start(root: Path, port: int) -> subprocess.Popen[str]:
+    log = root / LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    url = f"http://{HOST}:{port}"
+    arguments = ("prefect", "server", "start", "--host", HOST, "--port", str(port))
+    with log.open("a") as output:
+        child = subprocess.Popen(
+            python_ending_with_parent(*arguments),
+            cwd=root,
+            env=environment(root, url),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
+    deadline = time.monotonic() + STARTUP_SECONDS
+    try:
+        while not healthy(url):
+            if child.poll() is not None:
+                raise ServerError(f"the Prefect server ended with status {child.returncode}; its log is {log}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"the Prefect server was not healthy after {STARTUP_SECONDS} s; its log is {log}")
+            time.sleep(0.2)
+    except BaseException:
+        end_group(child, grace=5)
+        raise
+    return child

@@ -1,1 +1,0 @@
-"""Published versions: what describes, signs, lists, compares and retires them."""
