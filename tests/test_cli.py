@@ -116,6 +116,14 @@ def test_every_parameter_of_the_docs_exists() -> None:
             value = value[part]
 
 
+def test_documents_stay_short() -> None:
+    limits = {"README.md": 180, "CONTRIBUTING.md": 80, "docs/decisions.md": 250, "docs/operations.md": 400}
+    for name, most in limits.items():
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= most, name
+        assert [line for line in lines if len(line) > 120] == [], name
+
+
 def test_outside_a_project_the_way_in_is_named(tmp_path: Path) -> None:
     assert str(tmp_path) in sentence(tmp_path, "run")
     assert not (tmp_path / ".retune").exists()
