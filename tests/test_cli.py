@@ -216,7 +216,7 @@ def test_a_registry_address_with_a_password_in_it_is_refused(root: Path) -> None
 
 def test_a_store_that_cannot_be_written_is_named(root: Path) -> None:
     change_params(root, publish={"artifact_store": "file://params.yaml/store"})
-    assert "the artifact store params.yaml/store cannot be made" in sentence(root, "history")
+    assert "the artifact store params.yaml/store cannot be" in sentence(root, "history")
     change_params(root, publish={"artifact_store": "file://store"})
 
 

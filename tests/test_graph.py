@@ -106,7 +106,7 @@ def test_what_a_stage_leaves_running_ends_with_it(project: Path) -> None:
 
 
 def test_dvc_and_its_stage_end_with_a_killed_run(project: Path) -> None:
-    code = "from pathlib import Path; from pipeline import graph; graph.repro('long', lambda l: print(l, flush=True))"
+    code = "from pipeline.core import graph; graph.repro('long', lambda l: print(l, flush=True))"
     run = subprocess.Popen([sys.executable, "-c", code], cwd=project, env=environment(), stdout=subprocess.PIPE)
     assert run.stdout is not None
     next(line for line in run.stdout if line.startswith(b"pid "))

@@ -363,7 +363,7 @@ def test_a_kill_at_each_step_leaves_the_old_or_the_new_snapshot(
     path, new = ingested
     old = state(project)
     code = (
-        "import os, sys; from pathlib import Path; from pipeline import graph, ingest; "
+        "import os, sys; from pathlib import Path; from pipeline import ingest; from pipeline.core import graph; "
         "from pipeline.settings import load_params\n"
         "kill = lambda *_: os.kill(os.getpid(), 9)\n"
         "rename, add = Path.rename, graph.add_data\n"

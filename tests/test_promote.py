@@ -202,7 +202,7 @@ def test_another_kind_of_model_under_the_champions_name_is_said_before_training(
         "promote": {"primary_metric": "accuracy"},
     }
     other = with_(params, **changes)
-    with pytest.raises(PreflightError, match=f"{version}.*causal-lm.*publish.registered_model_name"):
+    with pytest.raises(PreflightError, match=f"{version[:6]}.*causal-lm.*publish.registered_model_name"):
         require_ready(other, tmp_path)
     require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
 
@@ -343,7 +343,7 @@ def test_an_approval_counts_only_for_the_champion_that_was_compared_with(tmp_pat
     with pytest.raises(PromoteError, match="no version waits for approval"):
         gate.approve(manual.publish, manual.promote, first, root=tmp_path)
     decide(tmp_path, manual, published(tmp_path, manual, 0.7))
-    with pytest.raises(PromoteError, match=rf"v3 \(.*\) waits for approval, not {first}"):
+    with pytest.raises(PromoteError, match=rf"v3 \(.*\) waits for approval, not v1 \({first[:6]}"):
         gate.approve(manual.publish, manual.promote, first, root=tmp_path)
     assert serving(tmp_path, manual) == second
 

@@ -128,7 +128,7 @@ def restore_base(root: Path = Path(".")) -> str | None:
     if (root / "data" / "base").exists():
         return None
     for commit in (git.ask(root, "log", "--format=%H", "-n", "20", "--", "data.dvc") or "").split():
-        of_sample = f"  remote: {SAMPLE_REMOTE}\n" in (git.ask(root, "show", f"{commit}:data.dvc") or "")
+        of_sample = f"  remote: {SAMPLE_REMOTE}" in (git.ask(root, "show", f"{commit}:data.dvc") or "").splitlines()
         url = f"url={(root / SAMPLE_FOLDER).resolve()}"  # its relative path leads nowhere from a commit
         remote = ["--remote", SAMPLE_REMOTE, "--remote-config", url] if of_sample else []
         try:

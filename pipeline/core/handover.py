@@ -122,9 +122,9 @@ def _write_entry(path: Path, stage: str, entry: dict[str, object]) -> None:
 
 
 def _refuse_untracked(stage: str, root: Path) -> None:
-    """Files that the stage depends on travel by git only if git knows them."""
+    """Files that the stage depends on, new modules included, travel by git only if git knows them."""
     deps = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
-    unknown = git.run(root, "ls-files", "--others", "--exclude-standard", "--", *deps).splitlines()
+    unknown = git.run(root, "ls-files", "--others", "--exclude-standard", "--", *deps, "pipeline").splitlines()
     lost = [path for path in unknown if path not in git.RECORDED]
     if lost:
         raise HandoverError(
