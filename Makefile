@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
 
 .PHONY: run test test-integration test-browser test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow sample lock clean help
 

@@ -23,6 +23,7 @@ os.environ.update(
     HF_MODULES_CACHE=f"{CACHE}/modules",
     DVC_SITE_CACHE_DIR=f"{CACHE}/dvc",
     DO_NOT_TRACK="true",
+    DVC_NO_ANALYTICS="1",  # a process that asks for the network after every command
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # session fixtures train before `one_thread`; two threads beside a busy process stand still
     TRANSFORMERS_VERBOSITY="error",
