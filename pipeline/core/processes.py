@@ -52,6 +52,22 @@ def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
         os.kill(os.getpid(), signal_number)
 
 
+def start_logged(command: Sequence[str], log: Path, root: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a server: in a session of its own, without input, with what it prints at the end of `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        return subprocess.Popen(
+            command,
+            cwd=root,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
+
+
 def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
     """Command that runs `python -m module arguments…` as a child that dies with the thread that starts it."""
     code = (

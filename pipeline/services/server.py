@@ -15,7 +15,7 @@ import psutil
 
 from pipeline.core.files import WORK_DIR, read_json
 from pipeline.core.http_client import HttpError, send
-from pipeline.core.processes import end_group, python_ending_with_parent
+from pipeline.core.processes import end_group, python_ending_with_parent, start_logged
 
 HOST = "127.0.0.1"
 STARTUP_SECONDS = 120
@@ -124,20 +124,9 @@ def own_password() -> str | None:
 
 def _start(root: Path, port: int) -> subprocess.Popen[str]:
     log = root / LOG
-    log.parent.mkdir(parents=True, exist_ok=True)
     url = f"http://{HOST}:{port}"
     arguments = ("prefect", "server", "start", "--host", HOST, "--port", str(port))
-    with log.open("a") as output:
-        child = subprocess.Popen(
-            python_ending_with_parent(*arguments),
-            cwd=root,
-            env=environment(root, url),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-        )
+    child = start_logged(python_ending_with_parent(*arguments), log, root, environment(root, url))
     deadline = time.monotonic() + STARTUP_SECONDS
     try:
         while not healthy(url):

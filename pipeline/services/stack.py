@@ -24,7 +24,7 @@ from pipeline.core import git
 from pipeline.core.files import WORK_DIR, read_json, write_json
 from pipeline.core.handover import make_clone
 from pipeline.core.http_client import HttpError, send
-from pipeline.core.processes import end_group, python_ending_with_parent
+from pipeline.core.processes import end_group, python_ending_with_parent, start_logged
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
 from pipeline.services import server
@@ -102,19 +102,9 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
         if service.url is not None:
             _require_free(service)
     log = root / LOGS / "supervisor.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     (root / STATE).unlink(missing_ok=True)
-    with log.open("a") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.services.stack", "supervise"],
-            cwd=root,
-            env=environment(root, params),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-        )
+    supervise = [sys.executable, "-m", "pipeline.services.stack", "supervise"]
+    child = start_logged(supervise, log, root, environment(root, params))
     deadline, said = time.monotonic() + READY_SECONDS, ""
     try:
         while True:
@@ -334,17 +324,8 @@ def _start(root: Path, service: Service) -> subprocess.Popen[str]:
     if service.name == "gpu-worker":  # the code that it runs is its clone's, too
         path = str((root / CLONE).resolve())
         clone = {"RETUNE_ROOT": path, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])}
-    with (root / LOGS / f"{service.name}.log").open("a") as output:
-        return subprocess.Popen(
-            python_ending_with_parent(*service.arguments),
-            cwd=root,
-            env=os.environ | clone,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-        )
+    log = root / LOGS / f"{service.name}.log"
+    return start_logged(python_ending_with_parent(*service.arguments), log, root, os.environ | clone)
 
 
 def _wait_healthy(child: Child, stopping: list[int]) -> None:
