@@ -227,10 +227,10 @@ def test_mlflow_loads_the_champion_as_a_pipeline(tmp_path: Path, base: Path, mlf
     mlflow.set_tracking_uri(params.publish.tracking_uri)
     loaded = mlflow.transformers.load_model("models:/retune-sample@champion")
     question = [{"role": "user", "content": "Name the colour of box 1: red"}]
-    answer = loaded(question, max_new_tokens=4)
+    answer = loaded(question, max_new_tokens=4, do_sample=False)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
     served = mlflow.pyfunc.load_model("models:/retune-sample@champion")
-    [told] = served.predict({"messages": question, "max_tokens": 4})
+    [told] = served.predict({"messages": question, "max_tokens": 4, "do_sample": False})
     assert told["choices"][0]["message"]["content"] == answer[0]["generated_text"][-1]["content"]
 
 

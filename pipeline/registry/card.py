@@ -134,7 +134,7 @@ def use(manifest: Manifest) -> str:
     lines += ['print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))', ""]
     lines += ["# Or from the registry, with Retune installed:", "import mlflow", ""]
     lines += [f'model = mlflow.pyfunc.load_model("models:/{manifest["name"]}@champion")']
-    return "\n".join([*lines, f'model.predict({{"messages": messages, "max_tokens": {longest}}})'])
+    return "\n".join([*lines, f'model.predict({{"messages": messages, "max_tokens": {longest}, "do_sample": False}})'])
 
 
 def _method(train: dict[str, Any]) -> str:
