@@ -355,6 +355,19 @@ def whole(root: Path) -> bool:
     return graph.stale(root).get("data.dvc") is None
 
 
+@pytest.mark.parametrize("cut", ["", '{"write": {"/so'])
+def test_what_a_kill_leaves_of_dvcs_list_of_processes_is_removed_and_a_whole_list_stays(
+    project: Path, cut: str
+) -> None:
+    path = project / ".dvc" / "tmp" / "rwlock"
+    path.write_text('{"read": {}}')
+    recover(project)
+    assert path.read_text() == '{"read": {}}'
+    path.write_text(cut)
+    recover(project)
+    assert whole(project)
+
+
 @pytest.mark.parametrize("moment", ["journal", "gone", "swapped", "adding", "recorded"])
 def test_a_kill_at_each_step_leaves_the_old_or_the_new_snapshot(
     project: Path, ingested: tuple[Path, dict[str, str]], moment: str

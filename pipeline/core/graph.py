@@ -172,6 +172,26 @@ def ask(root: Path, *arguments: str) -> str:
         time.sleep(0.2)
 
 
+def forget_cut_list(root: Path) -> None:
+    """Remove DVC's list of who works on which path if a kill cut it short: DVC refuses to read such a list for ever.
+
+    One that a living DVC is just writing is another a moment later.
+    """
+    path = root / ".dvc" / "tmp" / "rwlock"
+    if path.exists() and not _is_json(text := path.read_bytes()):
+        time.sleep(0.5)
+        if path.exists() and path.read_bytes() == text:
+            path.unlink()
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 @contextmanager
 def _dvc(root: Path, *arguments: str, stderr: int) -> Iterator[subprocess.Popen[str]]:
     """A DVC process that ends with us, kill -9 included, and leaves no process of its own behind."""

@@ -44,7 +44,11 @@ def replace_instructions(new: Path, root: Path) -> bool:
 
 
 def recover(root: Path = Path(".")) -> bool:
-    """Undo what a killed ingest left half-done; returns whether there was anything."""
+    """Undo what a killed ingest left half-done; returns whether there was anything.
+
+    What a kill leaves of DVC's own list of its processes goes too: the next command of DVC would fail on it.
+    """
+    graph.forget_cut_list(root)
     target, old, journal = root / INSTRUCTIONS, root / SCRATCH / "old", root / JOURNAL
     interrupted = journal.exists()
     if interrupted:
