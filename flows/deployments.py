@@ -6,6 +6,7 @@ whose name says what came of it. A run that another one keeps from the lock ends
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from pipeline import promote as gate
 from pipeline.core import graph
 from pipeline.core.environment import set_environment
 from pipeline.core.files import write_text
-from pipeline.core.processes import environment
+from pipeline.core.processes import end_with_parent, environment
 from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.data.snapshot import recover
@@ -222,6 +223,7 @@ def _project() -> Iterator[int]:
 def _enter() -> None:
     if not Path("params.yaml").is_file():
         raise RuntimeError(f"{Path.cwd()} is no project of Retune; set RETUNE_ROOT in the worker's environment")
+    end_with_parent(signal.SIGTERM)  # the worker's process
     redact_process()
     set_environment()
     os.environ["PATH"] = environment()["PATH"]

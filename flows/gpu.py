@@ -5,6 +5,7 @@ automation of `flows.automations` marks Crashed; its slot of the pool is then fr
 """
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ from prefect.states import Cancelled, Cancelling, Completed
 from flows.lines import shown
 from pipeline.core import handover
 from pipeline.core.environment import set_environment
+from pipeline.core.processes import end_with_parent
 from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.params import OperationsParams
 
@@ -117,6 +119,7 @@ def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
 @redacted_errors
 def train(commit: str, remote: str = "origin") -> State[Any]:
     """Run the stage `train` as `commit` has it, in this worker's clone."""
+    end_with_parent(signal.SIGTERM)  # the worker's process
     redact_process()
     set_environment()
     artifact = create_progress_artifact(0.0, key="training-progress", description="Training")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.core.combinations import conflict, in_4bit, whole_conflict
+from pipeline.core.combinations import conflicts, in_4bit
 
 # What the model can answer, https://fasttext.cc/docs/en/language-identification.html
 _CODES = (
@@ -33,23 +33,12 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+# fmt: off
 Format = Literal[
-    "auto",
-    "alpaca",
-    "belle",
-    "classification",
-    "dolly",
-    "messages",
-    "openassistant",
-    "openorca",
-    "prompt-completion",
-    "question-answer",
-    "self-instruct",
-    "sharegpt",
-    "text",
-    "turn-pairs",
-    "ultrachat",
+    "auto", "alpaca", "belle", "classification", "dolly", "messages", "openassistant", "openorca",
+    "prompt-completion", "question-answer", "self-instruct", "sharegpt", "text", "turn-pairs", "ultrachat"
 ]
+# fmt: on
 
 
 class ColumnsParams(Section):
@@ -165,19 +154,6 @@ class PrepareParams(Section):
             raise ValueError(f"is {value}; expected today, or a date as 2026-01-31")
         return date
 
-    @model_validator(mode="after")
-    def check(self) -> "PrepareParams":
-        taken = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"} & set(
-            self.chat_template_kwargs
-        )
-        if taken:
-            raise ValueError(f"chat_template_kwargs sets {', '.join(sorted(taken))}, which every rendering sets itself")
-        if self.test_fraction + self.validation_fraction >= 1:
-            raise ValueError("test_fraction and validation_fraction together leave no rows to train on")
-        if self.trust_remote_code and self.model_revision is None:
-            raise ValueError("trust_remote_code runs code from the Hub: set model_revision to the commit you have read")
-        return self
-
 
 class TrainParams(Section):
     task: Literal["causal-lm", "sequence-classification"]
@@ -225,39 +201,6 @@ class TrainParams(Section):
         if isinstance(values, dict) and "load_in_4bit" in values:
             return values | {"load_in_4bit": in_4bit(values.get("method", ""), values["load_in_4bit"])}
         return values
-
-    @model_validator(mode="after")
-    def check(self) -> "TrainParams":
-        self.check_strategy()
-        if reason := conflict(self):
-            raise ValueError(reason)
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise ValueError(
-                f"train.max_steps is {self.max_steps}; expected -1 (num_train_epochs decides) or more than 0"
-            )
-        return self
-
-    def check_strategy(self) -> None:
-        if (self.strategy == "single") != (self.num_processes == 1):
-            raise ValueError(
-                f"train.strategy is {self.strategy} with train.num_processes {self.num_processes}; single goes with 1 "
-                "process, the others with 2 and more"
-            )
-        if self.strategy in ("fsdp", "deepspeed") and self.early_stopping_patience is not None:
-            raise ValueError(
-                f"train.early_stopping_patience keeps the best weights whole, and {self.strategy} shards them; set it "
-                "to null, or train.strategy to ddp"
-            )
-        # FSDP shards flat tensors of one dtype: 4-bit weights have to be stored in that of all others.
-        if self.strategy == "fsdp" and self.load_in_4bit and self.bnb_4bit_quant_storage == "uint8":
-            raise ValueError(
-                "train.strategy fsdp with train.load_in_4bit needs train.bnb_4bit_quant_storage bfloat16 (float32 on "
-                "CPUs): uint8 tensors cannot be sharded with the others"
-            )
-        if self.strategy == "deepspeed" and self.optim == "paged_adamw_8bit":
-            raise ValueError(
-                "train.strategy deepspeed shards the optimiser's state itself; set train.optim to adamw_torch"
-            )
 
 
 class GeneralParams(Section):
@@ -322,14 +265,14 @@ class MergeParams(Section):
 
 class PublishParams(Section):
     artifact_store: Annotated[str, Field(pattern=r"^(file|s3)://.+")]
-    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^?#]+$")] | None
+    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^@?#]+$")] | None  # no password in a file
     region_name: str | None
     profile_name: str | None
     addressing_style: Literal["auto", "path", "virtual"]
     server_side_encryption: Literal["AES256", "aws:kms"] | None
     sse_kms_key_id: str | None
     max_concurrency: Annotated[int, Field(ge=1, le=64)]
-    tracking_uri: Annotated[str, Field(pattern=r"^(sqlite:///.+|https?://[^@]+)$")]  # no password in a file
+    tracking_uri: Annotated[str, Field(pattern=r"^(sqlite:///.+|https?://[^@]+)$")]
     registered_model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     price_per_hour: Annotated[float, Field(ge=0)] | None
     signing_key: str | None
@@ -338,18 +281,6 @@ class PublishParams(Section):
     require_signature: bool
     keep_versions: Positive | None
     keep_champions: Positive
-
-    @model_validator(mode="after")
-    def check(self) -> "PublishParams":
-        if self.require_signature and self.verify_key is None:
-            raise ValueError("publish.require_signature is true, but publish.verify_key names no key to check with")
-        if self.signing_certificate is not None and self.signing_key is None:
-            raise ValueError("publish.signing_certificate needs publish.signing_key, the certificate's private key")
-        if self.endpoint_url is not None and "@" in self.endpoint_url:
-            raise ValueError("publish.endpoint_url holds a user or password; credentials belong to boto3's own places")
-        if self.sse_kms_key_id is not None and self.server_side_encryption != "aws:kms":
-            raise ValueError("publish.sse_kms_key_id names a key, but publish.server_side_encryption is not aws:kms")
-        return self
 
 
 class PromoteParams(Section):
@@ -362,15 +293,6 @@ class PromoteParams(Section):
     approval: Literal["auto", "manual"]
     approval_hours: Annotated[float, Field(gt=0)]
     webhooks: list[Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]]
-
-    @model_validator(mode="after")
-    def check(self) -> "PromoteParams":
-        if self.declared_effect <= self.min_improvement:
-            raise ValueError(
-                f"promote.declared_effect is {self.declared_effect:g}, min_improvement {self.min_improvement:g}: the "
-                "effect that the gate must be able to see has to be more than the one it asks for"
-            )
-        return self
 
     def gate(self) -> dict[str, Any]:
         """What decides: two versions are not compared twice by the same gate."""
@@ -388,12 +310,6 @@ class OperationsParams(Section):
     worker_wait_minutes: Annotated[float, Field(gt=0)]
     git_branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] | None
 
-    @model_validator(mode="after")
-    def check(self) -> "OperationsParams":
-        if self.prefect_port == self.mlflow_port:
-            raise ValueError(f"operations.prefect_port and mlflow_port are both {self.prefect_port}")
-        return self
-
 
 class Params(Section):
     ingest: IngestParams
@@ -407,6 +323,6 @@ class Params(Section):
 
     @model_validator(mode="after")
     def check(self) -> "Params":
-        if reason := whole_conflict(self):
-            raise ValueError(reason)
+        if sentences := conflicts(self):
+            raise ValueError("\n".join(sentences))
         return self

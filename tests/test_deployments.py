@@ -4,7 +4,6 @@ import base64
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from conftest import ROOT, change_params, environment, make_project, retune, wit
 from prefect.events import EventTrigger
 from prefect.exceptions import Abort
 from ruamel.yaml import YAML
-from test_stack import free_port, wait_until
+from test_stack import free_port, supervisor, wait_until
 from versions import parameters, published
 
 from flows import deployments
@@ -337,8 +336,7 @@ def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params)
             found = json.load(answer)["id"]
         api(url, f"deployments/{found}/create_flow_run", {"parameters": {"trigger": "long"}})
         wait_until(lambda: any("stage train" in " ".join(p.cmdline()) for p in stack.marked(root)), 120)
-        supervisor = json.loads((root / ".retune" / "server.json").read_text())["pid"]
-        os.kill(supervisor, signal.SIGKILL)
+        supervisor(stack.marked(root)).kill()
         wait_until(lambda: not stack.marked(root), 45)  # the training too, which a worker started
     finally:
         retune(root, "down")

@@ -57,24 +57,6 @@ def test_what_fails_in_a_process_is_told(
 
 
 @pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ({"num_processes": 2}, "strategy is single with train.num_processes 2"),
-        ({"strategy": "ddp"}, "strategy is ddp with train.num_processes 1"),
-        ({"strategy": "fsdp", "num_processes": 2}, "needs train.bnb_4bit_quant_storage bfloat16"),
-        (
-            {"strategy": "deepspeed", "num_processes": 2, "early_stopping_patience": 3},
-            "early_stopping_patience keeps the best weights whole",
-        ),
-        ({"strategy": "deepspeed", "num_processes": 2, "optim": "paged_adamw_8bit"}, "set train.optim to adamw_torch"),
-    ],
-)
-def test_a_strategy_that_cannot_work_is_refused(params: Params, values: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        with_(params, train=values)
-
-
-@pytest.mark.parametrize(
     ("strategy", "flag"), [("ddp", "--multi_gpu"), ("fsdp", "--use_fsdp"), ("deepspeed", "--use_deepspeed")]
 )
 def test_gpus_are_launched_by_accelerate(

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -70,17 +69,16 @@ def test_a_taken_port_is_one_sentence_and_leaves_nothing(root: Path) -> None:
 
 
 def test_a_killed_supervisor_takes_every_process_with_it(root: Path) -> None:
-    known = up(root, "cpu")
+    up(root, "cpu")
     processes = stack.marked(root)
-    assert {row["pid"] for row in known["services"]} < {process.pid for process in processes}
     assert listening(processes) == {"127.0.0.1"}
     shown = json.loads(retune(root, "status", "--json").stdout)
-    assert {name: row["state"] for name, row in rows(shown).items()} == {
-        "prefect-server": "healthy",
-        "cpu-worker": "running",
-    }
+    assert {row["pid"] for row in shown["services"]} < {process.pid for process in processes}
+    states = {name: row["state"] for name, row in rows(shown).items()}
+    assert states.pop("prefect-server") == "healthy"
+    assert states.pop("cpu-worker") in ("starting", "running") and not states
     assert all((root / row["log"]).is_file() for row in shown["services"])
-    os.kill(known["pid"], signal.SIGKILL)
+    supervisor(processes).kill()
     wait_until(lambda: not any(process.is_running() for process in processes), 30)
     assert stack.marked(root) == []
     assert json.loads(retune(root, "status", "--json").stdout)["dashboard"] is None
@@ -96,7 +94,7 @@ def test_the_whole_stack_restarts_what_dies_and_goes_down_without_a_rest(root: P
         assert json.load(answer)["concurrency_limit"] == 1
     for victim in ("gpu-worker", "mlflow", "prefect-server"):
         os.kill(before[victim]["pid"], signal.SIGKILL)
-        wait_until(lambda victim=victim: rows(stack.state(root))[victim]["restarts"] == 1, 30)
+        wait_until(lambda victim=victim: rows(stack.state(root))[victim]["pid"] not in (0, before[victim]["pid"]), 30)
     wait_until(lambda: rows(stack.state(root))["prefect-server"]["state"] == "healthy", 60)
     assert retune(root, "up", "--json").stdout  # answers with the one that runs
     processes = stack.marked(root)
@@ -105,39 +103,9 @@ def test_the_whole_stack_restarts_what_dies_and_goes_down_without_a_rest(root: P
     assert not any(process.is_running() for process in processes)
 
 
-@pytest.mark.faults
-def test_supervisor_and_reaper_killed_together_leave_nothing_after_down(root: Path) -> None:
-    up(root, "cpu")
-    keepers = [process for process in stack.marked(root) if "pipeline.services.stack" in " ".join(process.cmdline())]
-    assert len(keepers) == 2
-    for process in keepers:
-        process.kill()
-    retune(root, "down")
-    assert stack.marked(root) == []
-
-
-def test_a_service_that_dies_again_and_again_is_given_up_for_good(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[stack.Service] = []
-
-    def start(root: Path, service: stack.Service) -> subprocess.Popen[str]:
-        started.append(service)
-        process = subprocess.Popen(["false"], text=True, start_new_session=True)
-        process.wait()
-        return process
-
-    monkeypatch.setattr(stack, "_start", start)
-    monkeypatch.setattr(stack, "WITHIN_SECONDS", 3)
-    service = stack.Service("cpu-worker", ())
-    child = stack.Child(service, start(tmp_path, service), [])
-    while stack._restart_dead(tmp_path, [child]):
-        pass
-    assert len(started) == 1 + stack.RESTARTS
-    assert stack._row(child, ready=True)["state"] == "given up"
-    time.sleep(3)  # its deaths are no longer recent
-    assert not stack._restart_dead(tmp_path, [child])
-    assert len(started) == 1 + stack.RESTARTS
+def supervisor(processes: list[psutil.Process]) -> psutil.Process:
+    [found] = [each for each in processes if "supervisor.supervisord" in each.cmdline()]
+    return found
 
 
 def test_a_registry_elsewhere_gets_no_second_server(params: Params) -> None:

@@ -23,7 +23,7 @@ from pipeline.core.processes import environment, python_ending_with_parent
 from pipeline.core.redaction import redact
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
-from pipeline.services import server, stack
+from pipeline.services import stack
 from pipeline.settings import ParamsError, load_params
 
 DISK_GIB, MEMORY_GIB, CLOCK_SECONDS = 5.0, 2.0, 60.0
@@ -220,11 +220,11 @@ def _signing(params: Params) -> Check:
 
 
 def _servers(root: Path) -> Check:
-    if server.supervisor(root) is None:
+    if not (known := stack.state(root)):
         return Check("servers", None, "not running; `retune up` starts them")
-    wrong = [f"{each['name']} {each['state']}, {each['log']}" for each in stack.state(root).get("services", [])
-             if each["state"] not in ("healthy", "running")]  # fmt: skip
-    detail = "; ".join(wrong) or f"dashboard at {stack.state(root)['url']}"
+    services = [each for each in known["services"] if each["state"] not in ("healthy", "running", "starting")]
+    wrong = [f"{each['name']} {each['state']}, {each['log']}" for each in services]
+    detail = "; ".join(wrong) or f"dashboard at {known['url']}"
     return Check("servers", not wrong, detail, "look at the log; `retune down` and `retune up`" if wrong else "")
 
 

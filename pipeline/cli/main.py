@@ -98,15 +98,15 @@ def run(json_output: Json = False) -> None:
         if up is None:
             print("run: starting the Prefect server (about 10 seconds)", file=sys.stderr, flush=True)
         with server.for_one_run() as prefect:
-            close_lost_runs(prefect.url)
+            close_lost_runs(prefect)
             status = run_forwarding_sigterm(
                 python_ending_with_parent("flows", *(["--json"] if json_output else [])),
-                env=server.environment(Path("."), prefect.url)
+                env=server.environment(Path("."), prefect)
                 | {
                     # The flow prints its own lines; Prefect's go to the server.
                     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
                     "RETUNE_RUN_LOCK": str(lock),  # the flow lets go of it while it waits for a person
-                    "RETUNE_DASHBOARD": "" if up is None else prefect.url,
+                    "RETUNE_DASHBOARD": "" if up is None else prefect,
                 },
                 pass_fds=[lock],
             )

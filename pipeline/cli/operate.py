@@ -52,11 +52,11 @@ def status(json_output: Json = False) -> None:
     from pipeline.registry.artifact_store import open_store
     from pipeline.registry.decisions import champion, proposed, read_log
     from pipeline.registry.mlflow import open_registry
-    from pipeline.services import server, stack
+    from pipeline.services import stack
     from pipeline.settings import load_params
 
     params = load_params()
-    known = stack.state() if server.supervisor() is not None else {}
+    known = stack.state()
     try:
         with only_run():
             pass  # only looked at: a run must not be turned away because somebody asked
@@ -111,9 +111,7 @@ def doctor(json_output: Json = False) -> None:
 
 def _services(known: dict[str, Any]) -> None:
     for each in known.get("services", []):
-        again = f", started again {each['restarts']} times" if each["restarts"] else ""
-        where = each["url"] or ""
-        print(f"{each['name']:<16} {each['state']:<16} {where:<22} process {each['pid']}{again}, {each['log']}")
+        print(f"{each['name']:<16} {each['state']:<16} {each['url'] or '':<22} process {each['pid']}, {each['log']}")
 
 
 COMMANDS: list[Callable[..., None]] = [up, down, status, doctor]

@@ -1,16 +1,13 @@
-"""Which training settings go together: parameters come in, sentences about those that cannot come out.
-
-Nothing is imported that takes time: this is asked whenever params.yaml is read.
-"""
+"""Which parameters go together, as one table. Nothing is imported that takes time: every command asks it."""
 
 import re
 from typing import Any
 
 VIRTUAL_TOKENS = ("prefix", "prompt")  # these put trained vectors before the text and change no weight
-INIT_ADAPTER = r"none|champion|[0-9a-f]{16}|[^@\s]+@[0-9a-f]{64}"
-CLASS_METRICS = ("accuracy", "macro_f1")
 CLASSIFICATION = "sequence-classification"
 CLASS_PRESET = "`retune preset roberta-base-imdb` sets every parameter for a classifier, its base model among them"
+INIT_ADAPTER = r"none|champion|[0-9a-f]{16}|[^@\s]+@[0-9a-f]{64}"
+RENDERING = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}  # set for each rendering
 
 
 def in_4bit(method: str, load_in_4bit: Any) -> Any:
@@ -18,108 +15,92 @@ def in_4bit(method: str, load_in_4bit: Any) -> Any:
     return method == "qlora" if load_in_4bit == "auto" else load_in_4bit
 
 
-def conflict(train: Any) -> str | None:
-    """Why the settings of a `TrainParams` cannot be trained with together; None if they can."""
-    method, virtual = train.method, train.method in VIRTUAL_TOKENS
-    if not re.fullmatch(INIT_ADAPTER, train.init_adapter):
-        return (
-            f"train.init_adapter is {train.init_adapter!r}; expected none, champion, a version's id (16 hexadecimal "
-            "digits), or PATH@SHA256 with the sha256 of PATH/adapter_model.safetensors"
-        )
-    if method == "qlora" and not train.load_in_4bit:
-        return (
-            "train.method is qlora, which is LoRA on a 4-bit base, but train.load_in_4bit is false; set it to auto, "
-            "or train.method to lora"
-        )
-    if method == "lora" and train.load_in_4bit:
-        return (
-            "train.method is lora and train.load_in_4bit true: that is qlora; set train.method to qlora, or "
-            "train.load_in_4bit to auto"
-        )
-    if method == "full" and train.load_in_4bit:
-        return (
-            "train.method is full, which trains every weight, and 4-bit weights take no gradient; set "
-            "train.load_in_4bit to auto, or train.method to qlora"
-        )
-    if method == "full" and train.init_adapter != "none":
-        return (
-            f"train.init_adapter is {train.init_adapter}, but train.method is full, which has no adapter; set it to "
-            "none (prepare.model_name_or_path can be a model that was trained before)"
-        )
-    if virtual and train.packing:
-        return (
-            f"train.packing is true, but train.method is {method}: its trained vectors stand before a sequence, so of "
-            "several rows in one only the first would have them; set train.packing to false"
-        )
-    if method == "prefix" and train.gradient_checkpointing:
-        return (
-            "train.gradient_checkpointing is true, but train.method is prefix, whose keys and values PEFT cannot "
-            "recompute; set it to false"
-        )
-    if method == "adalora" and train.init_adapter != "none":
-        return (
-            f"train.init_adapter is {train.init_adapter}, but train.method is adalora, whose ranks were settled by "
-            "the training before; set it to none, or train.method to lora"
-        )
-    return None
+def conflicts(params: Any) -> list[str]:
+    """Every parameter of `Params` whose value cannot work with the others: a sentence each, with what to do."""
+    classes = params.train.task == CLASSIFICATION
+    of_classes = [row for row in _class_rules(params) if row[1]] if classes else []
+    because = f", but train.task is {CLASSIFICATION}"
+    return [
+        *(f"{_value(params, name)}; {why}" for name, broken, why in _rules(params) if broken),
+        *(f"{_value(params, name)}{because}; {why}" for name, _, why in of_classes),
+        *([CLASS_PRESET] if of_classes else []),
+    ]
 
 
-def class_conflicts(params: Any) -> list[str]:
-    """Every parameter that does not go with sequence classification, a sentence each, and what sets them all."""
-    if params.train.task != CLASSIFICATION:
-        return []
-    because, train = "but train.task is sequence-classification", params.train
-    found = []
-    if train.method in VIRTUAL_TOKENS:
-        found.append(
-            f"train.method is {train.method}, which changes no weight, {because}, whose models ship merged; set it to "
-            "lora"
-        )
-    if train.packing:
-        found.append(f"train.packing is true, {because}, where a sequence has one class; set it to false")
-    if params.prepare.on_overlong == "split":
-        found.append(
-            f"prepare.on_overlong is split, {because}: a class is of the whole text; set it to drop, "
-            "error or truncate_prompt"
-        )
-    if params.promote.primary_metric not in CLASS_METRICS:
-        expected = " or ".join(CLASS_METRICS)
-        found.append(
-            f"promote.primary_metric is {params.promote.primary_metric}, which scores texts, {because}; set it to "
-            f"{expected}"
-        )
-    settings = (
-        *(("merge", key, nothing) for key, nothing in (("export", "[]"), ("combine", "null"))),
-        *(("evaluate", key, nothing) for key, nothing in (("general", "null"), ("judge", "null"), ("prompts", "[]"))),
-    )
-    for section, key, nothing in settings:
-        if getattr(getattr(params, section), key):
-            found.append(f"{section}.{key} is set, {because}, which has none; set it to {nothing}")
-    if params.evaluate.backend == "vllm":
-        found.append(f"evaluate.backend is vllm, {because}; set it to auto")
-    return [*found, CLASS_PRESET] if found else []
+# fmt: off
+def _rules(p: Any) -> list[tuple[str, bool, str]]:
+    """Parameter, whether its value cannot work, and why."""
+    t, publish, sharded = p.train, p.publish, p.train.strategy in ("fsdp", "deepspeed")
+    fetched = re.fullmatch(r"champion|[0-9a-f]{16}", t.init_adapter) and p.operations.train_pool != "local"
+    return [
+        ("prepare.chat_template_kwargs", bool(RENDERING & set(p.prepare.chat_template_kwargs)),
+         f"every rendering sets {', '.join(sorted(RENDERING))} itself"),
+        ("prepare.test_fraction", p.prepare.test_fraction + p.prepare.validation_fraction >= 1,
+         "together with prepare.validation_fraction it leaves no rows to train on"),
+        ("prepare.trust_remote_code", p.prepare.trust_remote_code and p.prepare.model_revision is None,
+         "that runs code from the Hub: set prepare.model_revision to the commit you have read"),
+        ("train.init_adapter", not re.fullmatch(INIT_ADAPTER, t.init_adapter),
+         "expected none, champion, a version's id (16 hexadecimal digits), or PATH@SHA256 with the sha256 of "
+         "PATH/adapter_model.safetensors"),
+        ("train.init_adapter", t.init_adapter != "none" and t.method in ("full", "adalora"),
+         "train.method full has no adapter, and the ranks of an adalora adapter are settled: set it to none"),
+        ("train.init_adapter", bool(fetched) and re.match(r"s3://|file:///", publish.artifact_store) is None,
+         "a worker of operations.train_pool fetches it from publish.artifact_store, which lies in this folder: take "
+         "a store that both reach"),
+        ("train.load_in_4bit", t.method in ("lora", "qlora", "full") and t.load_in_4bit != (t.method == "qlora"),
+         "train.method qlora is LoRA on a 4-bit base, lora and full take the base as it is: set it to auto"),
+        ("train.packing", t.packing and t.method in VIRTUAL_TOKENS,
+         "with train.method prefix or prompt only a line's first row would have the trained vectors: set it to false"),
+        ("train.gradient_checkpointing", t.gradient_checkpointing and t.method == "prefix",
+         "PEFT cannot recompute the keys and values of train.method prefix: set it to false"),
+        ("train.max_steps", t.max_steps != -1 and t.max_steps < 1,
+         "expected -1 (num_train_epochs decides) or more than 0"),
+        ("train.strategy", (t.strategy == "single") != (t.num_processes == 1),
+         "single goes with train.num_processes 1, the others with 2 and more"),
+        ("train.early_stopping_patience", t.early_stopping_patience is not None and sharded,
+         "it keeps the best weights whole, and train.strategy fsdp and deepspeed shard them: set it to null"),
+        ("train.bnb_4bit_quant_storage",
+         t.strategy == "fsdp" and t.load_in_4bit and t.bnb_4bit_quant_storage == "uint8",
+         "train.strategy fsdp shards tensors of one type only: set it to bfloat16 (float32 on CPUs)"),
+        ("train.optim", t.strategy == "deepspeed" and t.optim == "paged_adamw_8bit",
+         "train.strategy deepspeed shards the optimiser's state itself: set it to adamw_torch"),
+        ("merge.base", p.merge.base == "nf4" and not t.load_in_4bit,
+         "without train.load_in_4bit there is no NF4 base to merge into"),
+        ("evaluate.general", p.merge.combine is not None and p.evaluate.general is not None,
+         "it measures the adapter before merge.combine: set one of them to null"),
+        ("publish.require_signature", publish.require_signature and publish.verify_key is None,
+         "publish.verify_key names no key to check with"),
+        ("publish.signing_certificate", publish.signing_certificate is not None and publish.signing_key is None,
+         "publish.signing_key, its private key, is missing"),
+        ("publish.sse_kms_key_id", publish.sse_kms_key_id is not None and publish.server_side_encryption != "aws:kms",
+         "a key is for publish.server_side_encryption aws:kms"),
+        ("promote.declared_effect", p.promote.declared_effect <= p.promote.min_improvement,
+         "the effect that the gate must be able to see has to be more than promote.min_improvement"),
+        ("operations.mlflow_port", p.operations.mlflow_port == p.operations.prefect_port,
+         "that is operations.prefect_port, and two servers need two ports"),
+    ]
 
 
-def whole_conflict(params: Any) -> str | None:
-    """Why sections of `Params` do not go with each other; None if they do."""
-    if params.merge.base == "nf4" and not params.train.load_in_4bit:
-        return (
-            f"merge.base is nf4, but with train.method {params.train.method} and train.load_in_4bit false there is no "
-            "NF4 base to merge into"
-        )
-    if params.merge.combine is not None and params.evaluate.general is not None:
-        return (
-            "merge.combine is set, but evaluate.general measures what the adapter forgot before it is combined; set "
-            "one of them to null"
-        )
-    store, pool, init = params.publish.artifact_store, params.operations.train_pool, params.train.init_adapter
-    if pool != "local" and init != "none" and "@" not in init and _is_own_folder(store):
-        return (
-            f"train.init_adapter is {init}, which a worker of the pool {pool} fetches from publish.artifact_store, but "
-            f"{store} lies in this folder; take a store that both reach"
-        )
-    return "\n".join(class_conflicts(params)) or None
+def _class_rules(p: Any) -> list[tuple[str, bool, str]]:
+    return [
+        ("train.method", p.train.method in VIRTUAL_TOKENS, "it changes no weight: set it to lora"),
+        ("train.packing", p.train.packing, "a sequence has one class: set it to false"),
+        ("prepare.on_overlong", p.prepare.on_overlong == "split", "a class is of the whole text: set it to drop"),
+        ("promote.primary_metric", p.promote.primary_metric not in ("accuracy", "macro_f1"),
+         "it scores texts: set it to accuracy or macro_f1"),
+        ("merge.export", bool(p.merge.export), "set it to []"),
+        ("merge.combine", p.merge.combine is not None, "set it to null"),
+        ("evaluate.general", p.evaluate.general is not None, "set it to null"),
+        ("evaluate.judge", p.evaluate.judge is not None, "set it to null"),
+        ("evaluate.prompts", bool(p.evaluate.prompts), "set it to []"),
+        ("evaluate.backend", p.evaluate.backend == "vllm", "set it to auto"),
+    ]
+# fmt: on
 
 
-def _is_own_folder(store: str) -> bool:
-    return "://" not in store or (store.startswith("file://") and not store.startswith("file:///"))
+def _value(params: Any, name: str) -> str:
+    section, key = name.split(".")
+    value = getattr(getattr(params, section), key)
+    if isinstance(value, bool):
+        return f"{name} is {str(value).lower()}"
+    return f"{name} is {value}" if isinstance(value, str | int | float) else f"{name} is set"

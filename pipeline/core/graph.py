@@ -195,9 +195,8 @@ def _is_json(text: bytes) -> bool:
 @contextmanager
 def _dvc(root: Path, *arguments: str, stderr: int) -> Iterator[subprocess.Popen[str]]:
     """A DVC process that ends with us, kill -9 included, and leaves no process of its own behind."""
-    python, *command = python_ending_with_parent("dvc", *arguments)
     process = subprocess.Popen(
-        [python, "-u", *command],  # unbuffered: DVC's lines and its stage's come in their order
+        python_ending_with_parent("dvc", *arguments),
         cwd=root,
         env=environment(),
         stdin=subprocess.DEVNULL,

@@ -68,23 +68,18 @@ def start_logged(command: Sequence[str], log: Path, root: Path, env: Mapping[str
         )
 
 
-def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
-    """Command that runs `python -m module arguments…` as a child that dies with the thread that starts it."""
-    code = (
-        "import runpy, sys; from pipeline.core.processes import end_with_parent; "
-        f"end_with_parent(parent={os.getpid()}); "
-        f"sys.argv = sys.argv[1:]; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    )
-    return [sys.executable, "-c", code, module, *arguments]
-
-
-def ending_with_parent(command: Sequence[str]) -> list[str]:
-    """`command` as a child that dies with the thread that starts it, whatever program it is."""
+def ending_with_parent(command: Sequence[str], parent: int | None = None) -> list[str]:
+    """`command` as a child that dies with the thread that starts it, of this process or of `parent`."""
     code = (
         "import os, sys; from pipeline.core.processes import end_with_parent; "
-        f"end_with_parent(parent={os.getpid()}); os.execvp(sys.argv[1], sys.argv[1:])"  # the wish outlives the exec
+        "end_with_parent(parent=int(sys.argv[1]) or None); os.execvp(sys.argv[2], sys.argv[2:])"
     )
-    return [sys.executable, "-c", code, *command]
+    return [sys.executable, "-c", code, str(os.getpid() if parent is None else parent), *command]
+
+
+def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
+    """`python -m module arguments…`, unbuffered, as such a child."""
+    return ending_with_parent([sys.executable, "-u", "-m", module, *arguments])
 
 
 def run_forwarding_sigterm(command: list[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> int:

@@ -44,9 +44,8 @@ def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
 
 def _post(path: str, body: Any, root: Path) -> Any:
     """The answer of the project's server, or the one of PREFECT_API_URL, to `body`; None if it did not take it."""
-    up = server.running(root)
-    if up is not None:
-        return server.post(up.url, path, body)
+    if (local := server.running(root)) is not None:
+        return server.post(local, path, body)
     url = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
     return server.post(url, path, body, os.environ.get("PREFECT_API_AUTH_STRING")) if url else None
 

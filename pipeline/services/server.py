@@ -1,4 +1,4 @@
-"""The local Prefect server: found where `retune up` keeps one (`pipeline.services.stack`), else started for one run."""
+"""The local Prefect server: that of `retune up` (`pipeline.services.stack`), else one for a single run."""
 
 import json
 import os
@@ -7,15 +7,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pipeline.core.files import WORK_DIR, read_json
 from pipeline.core.http_client import HttpError, send
-from pipeline.core.processes import end_group, python_ending_with_parent, start_logged
+from pipeline.core.processes import end_group, lives, python_ending_with_parent, start_logged
 
 HOST = "127.0.0.1"
 STARTUP_SECONDS = 120
@@ -25,12 +22,6 @@ LOG = WORK_DIR / "logs" / "prefect-server.log"
 
 class ServerError(RuntimeError):
     """The server cannot be started or stopped; the message says why."""
-
-
-@dataclass(frozen=True)
-class Server:
-    pid: int
-    url: str  # of the dashboard; the API is at url/api
 
 
 def environment(root: Path, url: str) -> dict[str, str]:
@@ -54,45 +45,38 @@ def environment(root: Path, url: str) -> dict[str, str]:
     )
 
 
-def running(root: Path = Path(".")) -> Server | None:
-    """The server that `retune up` started here, if its supervisor lives and it answers."""
-    process = supervisor(root)
+def known_stack(root: Path = Path(".")) -> dict[str, Any]:
+    """What `retune up` wrote of its stack; empty when its supervisor does not live."""
     try:
-        server = Server(process.pid, read_json(root / STATE)["url"]) if process is not None else None
-    except (OSError, ValueError, KeyError):
-        return None
-    return server if server is not None and healthy(server.url) else None
+        known: dict[str, Any] = read_json(root / STATE)
+    except (OSError, ValueError):
+        return {}
+    return known if lives(known.get("process")) else {}
 
 
-def supervisor(root: Path = Path(".")) -> psutil.Process | None:
-    """The process that keeps the stack of `retune up`; another process with its number does not count."""
-    try:
-        known = read_json(root / STATE)
-        process = psutil.Process(known["pid"])
-        alive = process.create_time() == known["create_time"] and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
-        return None
-    return process if alive else None
+def running(root: Path = Path(".")) -> str | None:
+    """The address of the server that `retune up` started here, if it answers."""
+    url: str | None = known_stack(root).get("url")
+    return url if url and healthy(url) else None
 
 
 @contextmanager
-def for_one_run(root: Path = Path(".")) -> Iterator[Server]:
-    """The server that is up, or one that lives as long as this block and dies with this process, kill -9 included."""
-    server = running(root)
-    if server is not None:
-        if post(server.url, "flow_runs/count", {}) is None:
+def for_one_run(root: Path = Path(".")) -> Iterator[str]:
+    """The address of the server that is up, or of one that ends with this block or process, kill -9 included."""
+    if (url := running(root)) is not None:
+        if post(url, "flow_runs/count", {}) is None:
             raise ServerError(
-                f"the server at {server.url} does not take this project's requests; set PREFECT_API_AUTH_STRING to the "
+                f"the server at {url} does not take this project's requests; set PREFECT_API_AUTH_STRING to the "
                 "user:password that it was started with (PREFECT_SERVER_API_AUTH_STRING)"
             )
-        yield server
+        yield url
         return
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
     child = _start(root, port)
     try:
-        yield Server(child.pid, f"http://{HOST}:{port}")
+        yield f"http://{HOST}:{port}"
     finally:
         end_group(child, grace=10)
 

@@ -1,30 +1,30 @@
-"""The local stack behind `retune up`: Prefect server, work pools with their workers, MLflow; supervised, on loopback.
+"""The local stack behind `retune up`: Prefect server, work pools with their workers, MLflow; on loopback.
 
-A supervisor process starts the services, writes what it knows to `.retune/server.json`, and starts again what dies.
-Every process carries the project's folder in its environment, so that `retune down`, and a reaper that notices the
-supervisor's death, find all of them, also those that a worker started. A port that is taken is an error.
+supervisord starts them, keeps their logs and starts again what dies. All of them die with it, and every process carries
+the project's folder in its environment, by which `retune down` finds also what a worker started.
 """
 
-import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xmlrpc.client import Fault, ServerProxy
 
 import psutil
 
-from pipeline.core import git
-from pipeline.core.files import WORK_DIR, read_json, write_json
+from pipeline.core.files import WORK_DIR, write_json, write_text
 from pipeline.core.handover import make_clone
 from pipeline.core.http_client import HttpError, send
-from pipeline.core.processes import end_group, python_ending_with_parent, start_logged
+from pipeline.core.processes import ending_with_parent, identity, python_ending_with_parent, start_logged
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
 from pipeline.services import server
@@ -34,9 +34,38 @@ from pipeline.services.server import HOST, STATE, ServerError
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
 LOGS = WORK_DIR / "logs"
 CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains: it overwrites its working tree
+CONFIG = WORK_DIR / "supervisor.ini"
+SOCKET = WORK_DIR / "supervisor.sock"  # relative: a socket's path has at most 107 characters
 POOLS = {"cpu": None, "gpu": 1}  # concurrency limits
-READY_SECONDS = 180
-RESTARTS, WITHIN_SECONDS = 5, 300  # a service that dies more often is not started again until the next `retune up`
+STATES = {"FATAL": "given up", "BACKOFF": "restarting", "EXITED": "restarting"}  # supervisord's, in our words
+SUPERVISOR = """\
+[supervisord]
+logfile={logs}/supervisor.log
+childlogdir={logs}
+pidfile={work}/supervisor.pid
+silent=true
+[unix_http_server]
+file={socket}
+chmod=0600
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+"""
+# One that ends within 20 seconds of its start five times in a row stays down.
+PROGRAM = """\
+[program:{name}]
+command={command}
+environment={environment}
+priority={priority}
+autostart=false
+autorestart=true
+startsecs=20
+startretries=5
+stopwaitsecs=15
+stopasgroup=true
+killasgroup=true
+redirect_stderr=true
+stdout_logfile={logs}/{name}.log
+"""
 
 
 @dataclass(frozen=True)
@@ -45,14 +74,6 @@ class Service:
     arguments: tuple[str, ...]  # of `python -m`
     url: str | None = None  # where a person opens it
     health: str | None = None  # what answers 200 when it works; without one, a living process is enough
-
-
-@dataclass
-class Child:
-    service: Service
-    process: subprocess.Popen[str]
-    deaths: list[float]
-    given_up: bool = False
 
 
 def services(params: Params) -> list[Service]:
@@ -88,46 +109,164 @@ def mlflow_has_pages() -> bool:
     return spec is not None and (Path(spec.origin or "").parent / "server" / "js" / "build" / "index.html").exists()
 
 
+def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None) -> Params:
+    """`params` with the ports that were given on the command line."""
+    chosen = {"prefect_port": prefect_port, "mlflow_port": mlflow_port}
+    update = {key: port for key, port in chosen.items() if port is not None}
+    return params.model_copy(update={"operations": params.operations.model_copy(update=update)})
+
+
 def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Start the stack in the background and wait until it works, or answer with the one that runs.
 
     Raises:
         ServerError: a port is taken, or a service did not start; nothing is left running then.
     """
-    if server.supervisor(root) is not None:
+    if server.known_stack(root).get("ready"):
         return state(root)
-    end_marked(root, grace=5)  # of a supervisor and a reaper that were both killed
-    wanted = services(params)
-    for service in wanted:
-        if service.url is not None:
-            _require_free(service)
-    log = root / LOGS / "supervisor.log"
-    (root / STATE).unlink(missing_ok=True)
-    supervise = [sys.executable, "-m", "pipeline.services.stack", "supervise"]
-    child = start_logged(supervise, log, root, environment(root, params))
-    deadline, said = time.monotonic() + READY_SECONDS, ""
+    down(root)  # what an interrupted `up` or a killed supervisor left
+    stack = services(params)
+    for service in stack:
+        _require_free(service)
+    _write_config(root, stack)
+    supervise = [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "--configuration", str(CONFIG)]
+    child = start_logged(supervise, root / LOGS / "supervisor.log", root, environment(root, params))
+    rows = [vars(each) | {"log": str(LOGS / f"{each.name}.log")} for each in stack]
+    known = {"process": identity(child.pid), "url": stack[0].url, "services": rows, "ready": False}
+    write_json(root / STATE, known)
     try:
-        while True:
-            now = state(root)
-            if now.get("error"):
-                raise ServerError(now["error"])
-            if now.get("ready"):
-                return now
-            if child.poll() is not None:
-                raise ServerError(f"the supervisor ended with status {child.returncode}; its log is {log}")
-            if time.monotonic() > deadline:
-                raise ServerError(f"the stack was not ready after {READY_SECONDS} s; the logs are in {LOGS}")
-            if now.get("doing", said) != said:
-                said = now["doing"]
-                on_wait(said)
-            time.sleep(0.2)
+        _wait(lambda: (root / SOCKET).exists(), "supervisor", lambda: child.poll() is not None)
+        for service in stack:
+            on_wait(f"starting {service.name}")
+            if service.name == "gpu-worker" and params.operations.train_pool == "gpu":
+                make_clone(root / CLONE, params.operations.git_remote, root)
+            _ask(root, "startProcess", service.name, False)
+            _wait_healthy(root, service)
+            if service.name == "prefect-server":
+                on_wait("making the work pools and deployments")
+                _prepare_server(root, params, f"http://{HOST}:{params.operations.prefect_port}")
+        write_json(root / STATE, known | {"ready": True})
     except BaseException:
         down(root)
         raise
+    return state(root)
+
+
+def down(root: Path = Path(".")) -> bool:
+    """Stop the stack and everything it started, runs that its workers have under way included; False if none ran."""
+    known = server.known_stack(root)
+    ran = bool(known or marked(root))
+    if (url := server.running(root)) is not None:
+        cancel_stack_runs(url, "`retune down` stopped it")
+    with suppress(KeyError, psutil.NoSuchProcess):
+        supervisor = psutil.Process(int(known["process"].partition(":")[0]))
+        supervisor.terminate()  # it stops workers before the server, which is told how their runs ended
+        psutil.wait_procs([supervisor], timeout=60)
+    end_marked(root, grace=10)
+    (root / STATE).unlink(missing_ok=True)
+    return ran
+
+
+def state(root: Path = Path(".")) -> dict[str, Any]:
+    """The stack's address and services, each with its process and state as they are now; empty when none runs."""
+    known = server.known_stack(root)
+    processes = {each["name"]: each for each in _ask(root, "getAllProcessInfo")} if known else {}
+    for service in known.get("services", []):
+        process = processes[service["name"]]
+        service |= {"pid": process["pid"], "state": STATES.get(process["statename"], process["statename"].lower())}
+        if service["state"] in ("starting", "running") and service["health"] is not None:
+            service["state"] = "healthy" if _answers(service["health"]) else "does not answer"
+    return known
+
+
+def environment(root: Path, params: Params) -> dict[str, str]:
+    """What every process of the stack sees: the server's address, no telemetry, the mark."""
+    project = str(root.resolve())
+    python_path = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
+    return server.environment(root, f"http://{HOST}:{params.operations.prefect_port}") | {
+        MARK: project,
+        "RETUNE_ROOT": project,  # where flows run; see prefect.yaml
+        "PYTHONPATH": python_path,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that a registry does not need
+    }
+
+
+def marked(root: Path) -> list[psutil.Process]:
+    """Living processes of this project's stack, other than this one."""
+    project, processes = str(root.resolve()), []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            others = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+            if others and process.environ().get(MARK) == project:
+                processes.append(process)
+    return processes
+
+
+def end_marked(root: Path, grace: float) -> None:
+    """SIGTERM to all processes of the stack, SIGKILL after `grace` seconds, until there are none."""
+    for number, patience in ((signal.SIGTERM, grace), *[(signal.SIGKILL, 5.0)] * 3):
+        if not (processes := marked(root)):
+            return
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        psutil.wait_procs(processes, timeout=patience)
+
+
+def _write_config(root: Path, stack: list[Service]) -> None:
+    clone = str((root / CLONE).resolve())
+    text = SUPERVISOR.format(logs=LOGS, work=WORK_DIR, socket=SOCKET)
+    for number, service in enumerate(stack):
+        own = {}
+        if service.name == "gpu-worker":  # the code that it runs is its clone's, too
+            own = {"RETUNE_ROOT": clone, "PYTHONPATH": os.pathsep.join([clone, os.environ.get("PYTHONPATH", "")])}
+        command = shlex.join(ending_with_parent([sys.executable, "-m", *service.arguments], parent=0))
+        variables = ",".join(f'{key}="{value}"' for key, value in own.items())
+        values = {"command": command.replace("%", "%%"), "environment": variables.replace("%", "%%")}
+        text += PROGRAM.format(name=service.name, priority=number, logs=LOGS, **values)
+    (root / SOCKET).unlink(missing_ok=True)
+    write_text(root / CONFIG, text)
+
+
+def _ask(root: Path, method: str, *arguments: Any) -> Any:
+    """What supervisord answers.
+
+    Raises:
+        OSError: it cannot be reached.
+        ServerError: it refuses.
+    """
+    from supervisor.xmlrpc import SupervisorTransport
+
+    transport = SupervisorTransport(None, None, f"unix://{SOCKET}")
+    try:
+        with chdir(root):
+            return getattr(ServerProxy("http://127.0.0.1", transport).supervisor, method)(*arguments)
+    except Fault as error:
+        raise ServerError(
+            f"supervisord does not {method}: {error.faultString}; its log is {LOGS / 'supervisor.log'}"
+        ) from None
+
+
+def _prepare_server(root: Path, params: Params, url: str) -> None:
+    """Runs of an earlier stack are closed; then work pools, automations and deployments are made.
+
+    All pools, with or without a worker here: deployments name them.
+    """
+    close_stack_runs(url)
+    with suppress(RunUnderWay), only_run(root):  # whoever holds the lock does it
+        close_lost_runs(url)
+    with (root / LOGS / "setup.log").open("a") as log:
+        done = subprocess.run(
+            python_ending_with_parent("flows.setup"), cwd=root, env=environment(root, params), stdin=subprocess.DEVNULL,
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    if done.returncode != 0:
+        raise ServerError(f"`python -m flows.setup` failed; its log is {LOGS / 'setup.log'}")
 
 
 def _require_free(service: Service) -> None:
-    assert service.url is not None
+    if service.url is None:
+        return
     port = int(service.url.rpartition(":")[2])
     option = "--port" if service.name == "prefect-server" else "--mlflow-port"
     with socket.socket() as probe:
@@ -141,78 +280,22 @@ def _require_free(service: Service) -> None:
             ) from None
 
 
-def environment(root: Path, params: Params) -> dict[str, str]:
-    """What every process of the stack sees: the server's address, no telemetry, the mark."""
-    project = str(root.resolve())
-    python_path = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
-    return server.environment(root, f"http://{HOST}:{params.operations.prefect_port}") | {
-        MARK: project,
-        "RETUNE_ROOT": project,  # where flows run; see prefect.yaml
-        "PYTHONPATH": python_path,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that a registry does not need
-        "RETUNE_STACK_PARAMS": params.model_dump_json(),  # the ports of the flags, which the file does not have
-    }
+def _wait_healthy(root: Path, service: Service) -> None:
+    def ended() -> bool:
+        return _ask(root, "getProcessInfo", service.name)["statename"] not in ("STARTING", "RUNNING")
+
+    _wait(lambda: service.health is None or _answers(service.health), service.name, ended)
 
 
-def state(root: Path = Path(".")) -> dict[str, Any]:
-    """What the supervisor last wrote, with each service's process looked at now; empty when none runs."""
-    try:
-        known: dict[str, Any] = read_json(root / STATE)
-    except (OSError, ValueError):
-        return {}
-    for each in known.get("services", []):
-        if not psutil.pid_exists(each["pid"]):
-            each["state"] = "given up" if each["state"] == "given up" else "dead"
-        elif each["health"] is not None and each["state"] == "running":
-            each["state"] = "healthy" if _answers(each["health"]) else "does not answer"
-    return known
-
-
-def down(root: Path = Path(".")) -> bool:
-    """Stop the stack and everything it started, runs that its workers have under way included; False if none ran."""
-    process = server.supervisor(root)
-    found = process is not None or bool(marked(root))
-    if (up := server.running(root)) is not None:
-        cancel_stack_runs(up.url, "`retune down` stopped it")
-    if process is not None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
-        psutil.wait_procs([process], timeout=60)
-    end_marked(root, grace=5)
-    (root / STATE).unlink(missing_ok=True)
-    return found
-
-
-def marked(root: Path) -> list[psutil.Process]:
-    """Living processes of this project's stack, other than this one."""
-    project, found = str(root.resolve()), []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if (
-                process.pid != os.getpid()
-                and process.status() != psutil.STATUS_ZOMBIE
-                and process.environ().get(MARK) == project
-            ):
-                found.append(process)
-    return found
-
-
-def end_marked(root: Path, grace: float, keep: Callable[[], set[int]] = set) -> None:
-    """SIGTERM to all processes of the stack but `keep`, SIGKILL after `grace` seconds, until there are none.
-
-    Args:
-        keep: asked before each signal, since the others go on starting processes meanwhile.
-    """
-    for number, patience in ((signal.SIGTERM, grace), *[(signal.SIGKILL, 5.0)] * 3):
-        found = marked(root)  # before `keep`: what starts in between belongs to it
-        kept = keep()
-        left = [process for process in found if process.pid not in kept]
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-        psutil.wait_procs(left, timeout=patience)
-        if not left:
-            return
+def _wait(condition: Callable[[], bool], name: str, ended: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + server.STARTUP_SECONDS
+    log = LOGS / f"{name}.log"
+    while not condition():
+        if ended():
+            raise ServerError(f"{name} has ended; its log is {log}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"{name} did not answer within {server.STARTUP_SECONDS} s; its log is {log}")
+        time.sleep(0.2)
 
 
 def _answers(url: str) -> bool:
@@ -221,167 +304,3 @@ def _answers(url: str) -> bool:
     except HttpError:
         return False
     return True
-
-
-def supervise(root: Path) -> None:
-    """Start every service, then keep it: the body of the supervisor, until SIGTERM."""
-    stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
-    params = Params.model_validate_json(os.environ["RETUNE_STACK_PARAMS"])
-    me = psutil.Process()
-    known: dict[str, Any] = {
-        "pid": me.pid,
-        "create_time": me.create_time(),
-        "url": f"http://{HOST}:{params.operations.prefect_port}",
-        "ready": False,
-    }
-    children: list[Child] = []
-    reaper = _reaper(root)
-
-    def note(**values: Any) -> None:
-        known.update(values)
-        known["services"] = [_row(child, known["ready"]) for child in children]
-        write_json(root / STATE, known)
-
-    try:
-        for service in services(params):
-            note(doing=f"starting {service.name}")
-            if service.name == "gpu-worker" and params.operations.train_pool == "gpu":
-                make_clone(root / CLONE, params.operations.git_remote, root)
-            children.append(Child(service, _start(root, service), []))
-            _wait_healthy(children[-1], stopping)
-            if service.name == "prefect-server" and not stopping:
-                note(doing="making the work pools and deployments")
-                close_stack_runs(known["url"])
-                with contextlib.suppress(RunUnderWay), only_run():  # whoever holds the lock does it
-                    close_lost_runs(known["url"])
-                set_up(root)
-        note(ready=True, doing="")
-        while not stopping:
-            time.sleep(0.5)
-            if reaper.poll() is not None:
-                reaper = _reaper(root)
-            if _restart_dead(root, children):
-                note()
-    except (ServerError, git.GitError, OSError) as error:
-        note(error=str(error))
-    finally:
-        for child in reversed(children):  # workers before the server, which is told how their runs ended
-            end_group(child.process, grace=15)
-        end_marked(root, grace=10, keep=lambda: {reaper.pid})
-        reaper.kill()
-
-
-def _row(child: Child, ready: bool) -> dict[str, Any]:
-    service = child.service
-    return {
-        "name": service.name,
-        "pid": child.process.pid,
-        "url": service.url,
-        "health": service.health,
-        "state": _state_of(child, ready),
-        "restarts": len(child.deaths),
-        "log": str(LOGS / f"{service.name}.log"),
-    }
-
-
-def _state_of(child: Child, ready: bool) -> str:
-    if child.given_up:
-        return "given up"
-    if child.process.poll() is not None:
-        return "failed"
-    return "running" if ready else "starting"
-
-
-def _restart_dead(root: Path, children: list[Child]) -> bool:
-    """Start again what died, unless it dies again and again; returns whether anything changed."""
-    changed = False
-    for child in children:
-        if child.process.poll() is None or child.given_up:
-            continue
-        recent = [death for death in child.deaths if time.monotonic() - death < WITHIN_SECONDS]
-        child.given_up = len(recent) >= RESTARTS
-        changed = True
-        # Whatever it had started (a run on a killed worker, say) must not go on beside its successor.
-        end_group(child.process, grace=5)
-        _end_orphans(root)
-        next_step = "it is not started again until the next `retune up`" if child.given_up else "it is started again"
-        print(f"{child.service.name} ended with status {child.process.returncode}; {next_step}", flush=True)
-        if not child.given_up:
-            child.deaths.append(time.monotonic())
-            child.process = _start(root, child.service)
-    return changed
-
-
-def _end_orphans(root: Path) -> None:
-    """Processes of the stack that no living service has started any more."""
-    me = psutil.Process()
-    end_marked(root, grace=10, keep=lambda: {process.pid for process in me.children(recursive=True)} | {me.pid})
-
-
-def _start(root: Path, service: Service) -> subprocess.Popen[str]:
-    clone = {}
-    if service.name == "gpu-worker":  # the code that it runs is its clone's, too
-        path = str((root / CLONE).resolve())
-        clone = {"RETUNE_ROOT": path, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])}
-    log = root / LOGS / f"{service.name}.log"
-    return start_logged(python_ending_with_parent(*service.arguments), log, root, os.environ | clone)
-
-
-def _wait_healthy(child: Child, stopping: list[int]) -> None:
-    log = LOGS / f"{child.service.name}.log"
-    deadline = time.monotonic() + server.STARTUP_SECONDS
-    while child.service.health is not None and not _answers(child.service.health) and not stopping:
-        if child.process.poll() is not None:
-            raise ServerError(f"{child.service.name} ended with status {child.process.returncode}; its log is {log}")
-        if time.monotonic() > deadline:
-            raise ServerError(
-                f"{child.service.name} was not healthy after {server.STARTUP_SECONDS} s; its log is {log}"
-            )
-        time.sleep(0.2)
-
-
-def _reaper(root: Path) -> subprocess.Popen[bytes]:
-    """A process that waits for this one's death, by a pipe that the kernel then closes, and ends the stack."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.services.stack", "reap"],
-        cwd=root,
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def set_up(root: Path) -> None:
-    """Work pools, automations and deployments, in a process of its own: this one does not know Prefect.
-
-    All pools, with or without a worker here: deployments name them.
-
-    Raises:
-        ServerError: it failed.
-    """
-    command = python_ending_with_parent("flows.setup")
-    with (root / LOGS / "setup.log").open("a") as log:
-        done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode != 0:
-        raise ServerError(f"`python -m flows.setup` failed; its log is {LOGS / 'setup.log'}")
-
-
-def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None) -> Params:
-    """`params` with the ports that were given on the command line."""
-    chosen = {"prefect_port": prefect_port, "mlflow_port": mlflow_port}
-    update = {key: port for key, port in chosen.items() if port is not None}
-    return params.model_copy(update={"operations": params.operations.model_copy(update=update)})
-
-
-def main() -> None:
-    root = Path(".")
-    if sys.argv[1] == "supervise":
-        supervise(root)
-    else:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a group's signal must not take it before its work
-        sys.stdin.read()
-        end_marked(root, grace=10)
-
-
-if __name__ == "__main__":
-    main()

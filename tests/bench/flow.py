@@ -139,8 +139,7 @@ def main() -> None:
         retune(root, "up", "--port", str(port))
         try:
             api = f"http://127.0.0.1:{port}/api"
-            stack = server.supervisor(root)
-            assert stack is not None
+            stack = psutil.Process(int(server.known_stack(root)["process"].partition(":")[0]))
             plain, flow, shipping = beside_dvc(root, asked.rounds)
             ratio = min(flow) / min(plain)
             table.add_row("flow over dvc repro, the same job", f"{ratio:.3f}", "≤ 1.05")
