@@ -1,8 +1,6 @@
 """The flows that workers run: by schedule, on an event, or by the form of the dashboard. See prefect.yaml.
 
-Each starts in the project's folder of its worker, takes the project's run lock where it writes, and ends in a state
-whose name says what came of it. A run that another one keeps from the lock ends as *Skipped*, unchanged data as
-*Unchanged*.
+Each takes the project's run lock where it writes, and ends in a state whose name says what came of it.
 """
 
 import os
@@ -19,7 +17,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-import flows.retrain as story
+from flows.retrain import run_stages
 from flows.summary import describe_run, state_of, verdict
 from flows.tasks import StageFailed
 from pipeline import promote as gate
@@ -46,22 +44,25 @@ from pipeline.settings import change_params, load_params
 P = ParamSpec("P")
 
 
-def skipped_when_busy(run: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
-    """A run that another one keeps from its work ends as *Skipped*, which alerts nobody."""
+def deployed(run: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
+    """`run` as a worker starts it: in the project's folder, with errors that carry no secrets.
+
+    A run that another one keeps from its work ends as *Skipped*, which alerts nobody.
+    """
 
     @wraps(run)
-    def skipping(*args: P.args, **kwargs: P.kwargs) -> State[Any]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> State[Any]:
+        _enter()
         try:
             return run(*args, **kwargs)
         except RunUnderWay as error:
             return Completed(name="Skipped", message=str(error))
 
-    return skipping
+    return redacted_errors(call)
 
 
 @flow(name="retrain", flow_run_name="retrain-{trigger}")
-@redacted_errors
-@skipped_when_busy
+@deployed
 def retrain(
     trigger: str = "by-hand", sources: list[str] | None = None, changes: dict[str, Any] | None = None
 ) -> State[Any]:
@@ -73,7 +74,7 @@ def retrain(
         changes: parameters to write to params.yaml first, such as {"train.lora_r": 32}; they stay if the version that
             they make is promoted or waits for approval, else params.yaml is put back.
     """
-    with _project() as lock, _tried(changes) as trial:
+    with only_run() as lock, _tried(changes) as trial:
         params = load_params()
         if sources:
             graph.pull_data()
@@ -90,17 +91,16 @@ def retrain(
             return Completed(name="Unchanged", message=f"nothing to do: version {name}: {reason}")
         # A run that waits for a person lets go of the lock.
         os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
-        result = story.run_stages(trigger)
+        result = run_stages(trigger)
         trial.stays = result["decision"]["decision"] in ("promoted", "proposed", "unchanged")
     return state_of(result["decision"]["decision"], result["decision"]["reason"])
 
 
 @flow(name="watch")
-@redacted_errors
-@skipped_when_busy
+@deployed
 def watch() -> State[Any]:
     """Look at `ingest.sources` again; a new snapshot with enough new rows starts a retraining."""
-    with _project():
+    with only_run():
         params = load_params()
         if params.ingest.sources is None:
             return Completed(name="Skipped", message="ingest.sources is null; there is nothing to look at")
@@ -116,11 +116,10 @@ def watch() -> State[Any]:
 
 
 @flow(name="promote", flow_run_name="promote-{version}")
-@redacted_errors
-@skipped_when_busy
+@deployed
 def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
     """Decide on a published version: v3, 3 or an id. Force overrules the gate; its reason is kept."""
-    with _project():
+    with only_run():
         params = load_params()
         if force and not reason.strip():
             raise ValueError("force needs a reason: the history keeps why the gate was overruled")
@@ -130,11 +129,9 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
 
 
 @flow(name="rollback")
-@redacted_errors
-@skipped_when_busy
+@deployed
 def rollback(reason: str, to: str | None = None) -> State[Any]:
     """Put the champion before the present one back, or the version named by `to`; it waits for no run."""
-    _enter()
     params = load_params()
     record, warnings = gate.rollback(params.publish, params.promote, to, reason)
     label = open_registry(params.publish).label
@@ -143,11 +140,10 @@ def rollback(reason: str, to: str | None = None) -> State[Any]:
 
 
 @flow(name="evaluate-champion")
-@redacted_errors
-@skipped_when_busy
+@deployed
 def evaluate_champion() -> State[Any]:
     """Score the champion on today's test split; below what it was promoted with, `champion.regressed` is raised."""
-    with _project():
+    with only_run():
         params = load_params()
         store, metric = open_store(params.publish), params.promote.primary_metric
         version = champion(read_log(store, params.publish.registered_model_name))
@@ -175,11 +171,9 @@ def evaluate_champion() -> State[Any]:
 
 
 @flow(name="cleanup")
-@redacted_errors
-@skipped_when_busy
+@deployed
 def cleanup(delete_files: bool = True) -> State[Any]:
     """Delete versions that publish.keep_versions does not keep, then what no version needs any more."""
-    _enter()
     params = load_params().publish
     versions = outdated(params) if params.keep_versions is not None else []
     for version in versions:
@@ -208,21 +202,9 @@ def _tried(changes: dict[str, Any] | None) -> Iterator[Trial]:
             write_text(path, before)
 
 
-@contextmanager
-def _project() -> Iterator[int]:
-    """The project's folder as every command has it, and its run lock.
-
-    Raises:
-        RunUnderWay: another run holds the lock.
-    """
-    _enter()
-    with only_run() as lock:
-        yield lock
-
-
 def _enter() -> None:
     if not Path("params.yaml").is_file():
-        raise RuntimeError(f"{Path.cwd()} is no project of Retune; set RETUNE_ROOT in the worker's environment")
+        raise RuntimeError(f"{Path.cwd()} is not a Retune project; set RETUNE_ROOT in the worker's environment")
     end_with_parent(signal.SIGTERM)  # the worker's process
     redact_process()
     set_environment()

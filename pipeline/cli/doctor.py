@@ -1,4 +1,4 @@
-"""`retune doctor`: looks at everything a run needs, and answers with one line each: in order, or what to do.
+"""`retune doctor`: everything a run needs, one line each: in order, or what to do.
 
 Every check is made, whatever the others found. Nothing is changed, except that an artifact store never used before is
 probed as its first use would.
@@ -6,7 +6,6 @@ probed as its first use would.
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,35 +18,30 @@ from packaging.requirements import Requirement
 from pipeline.core import git, graph
 from pipeline.core.checks import Check
 from pipeline.core.combinations import CLASSIFICATION
-from pipeline.core.processes import environment, python_ending_with_parent
 from pipeline.core.redaction import redact
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
 from pipeline.services import stack
 from pipeline.settings import ParamsError, load_params
 
-DISK_GIB, MEMORY_GIB, CLOCK_SECONDS = 5.0, 2.0, 60.0
-REMOTE_SECONDS = 60.0
-
-
-class CheckError(RuntimeError):
-    """A check could not be made; the message says why."""
+DISK_GIB, MEMORY_GIB, CLOCK_SECONDS, REMOTE_SECONDS = 5.0, 2.0, 60.0, 60.0
+Finding = tuple[bool | None, str] | tuple[bool | None, str, str]  # passed, detail, advice
 
 
 def doctor(root: Path = Path(".")) -> list[Check]:
     """Every check, in the order in which their failures should be mended."""
-    checks = [_guarded("python", _python), _guarded("packages", _packages), _guarded("disk", lambda: _disk(root))]
-    checks += [_guarded("memory", _memory), _guarded("gpu", _gpu)]
+    checks = [_made("packages", _packages), _made("disk", lambda: _disk(root)), _made("memory", _memory)]
+    checks.append(_made("gpu", _gpu))
     try:
         params = load_params(root / "params.yaml")
     except ParamsError as error:
         return [*checks, Check("parameters", False, str(error), "mend params.yaml; the checks below it need it")]
     checks.append(Check("parameters", True, "params.yaml is valid"))
-    of_project: dict[str, Callable[[], Check]] = {
+    of_project: dict[str, Callable[[], Finding]] = {
         "git": lambda: _git(root),
         "data": lambda: _data(root),
         "dvc remote": lambda: _remote(root),
-        "base model": lambda: _template(params),
+        "base model": lambda: _base(params),
         "exports": lambda: _exports(params),
         "artifact store": lambda: _store(params, root),
         "registry": lambda: _registry(params, root),
@@ -55,143 +49,126 @@ def doctor(root: Path = Path(".")) -> list[Check]:
         "servers": lambda: _servers(root),
         "clock": lambda: _clock(params, root),
     }
-    return checks + [_guarded(name, check) for name, check in of_project.items()]
+    return checks + [_made(name, look) for name, look in of_project.items()]
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def _made(name: str, look: Callable[[], Finding]) -> Check:
     """A check that raises has failed, and its error says what to do: errors of this project are written so."""
     try:
-        return check()
+        return Check(name, *look())
     except Exception as error:  # whatever a broken machine comes up with, the next check is still made
         ours = type(error).__module__.startswith("pipeline.")
         return Check(name, False, redact(str(error) if ours else f"{type(error).__name__}: {error}"))
 
 
-def _python() -> Check:
-    return Check("python", True, f"{sys.version.split()[0]} in {sys.prefix}")
-
-
-def _packages() -> Check:
+def _packages() -> Finding:
     """What pyproject.toml asks for, against what is installed."""
     try:
-        wanted = [Requirement(line) for line in requires("retune") or []]
+        requirements = [Requirement(line) for line in requires("retune") or []]
     except PackageNotFoundError:
-        return Check("packages", False, "retune itself is not installed", "`make run` installs it")
+        return False, "retune itself is not installed", "`make run` installs it"
     wrong = []
-    for requirement in (each for each in wanted if each.marker is None or each.marker.evaluate()):
+    for requirement in (each for each in requirements if each.marker is None or each.marker.evaluate()):
         try:
-            here = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            here = "missing"
-        if here == "missing" or not requirement.specifier.contains(here, prereleases=True):
-            wrong.append(f"{requirement.name} is {here}, expected {requirement.specifier}")
-    if wrong:
-        return Check("packages", False, "; ".join(wrong), "`make clean run` installs what requirements.lock names")
-    named = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "dvc", "prefect"))
-    return Check("packages", True, named)
+            installed = "missing"
+        if installed == "missing" or not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement.name} is {installed}, expected {requirement.specifier}")
+    names = ("torch", "transformers", "trl", "peft", "dvc", "prefect")
+    named = f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in names)
+    return not wrong, "; ".join(wrong) or named, "`make clean run` installs requirements.lock" if wrong else ""
 
 
-def _disk(root: Path) -> Check:
+def _disk(root: Path) -> Finding:
     free = shutil.disk_usage(root).free / 2**30
-    advice = "`retune prune`, `retune gc --delete`, `dvc gc --workspace` make room"
-    return Check("disk", free >= DISK_GIB, f"{free:.1f} GiB free here", "" if free >= DISK_GIB else advice)
+    advice = "" if free >= DISK_GIB else "`retune prune`, `retune gc --delete`, `dvc gc --workspace` make room"
+    return free >= DISK_GIB, f"{free:.1f} GiB free here", advice
 
 
-def _memory() -> Check:
+def _memory() -> Finding:
     free = psutil.virtual_memory().available / 2**30
-    advice = "`retune plan` says what a training takes" if free < MEMORY_GIB else ""
-    return Check("memory", free >= MEMORY_GIB, f"{free:.1f} GiB available", advice)
+    advice = "" if free >= MEMORY_GIB else "`retune plan` says what a training takes"
+    return free >= MEMORY_GIB, f"{free:.1f} GiB available", advice
 
 
-def _gpu() -> Check:
+def _gpu() -> Finding:
     import torch
 
-    if not torch.cuda.is_available():
-        cards = Path("/proc/driver/nvidia/version").exists()
-        advice = "this torch has no CUDA: install one that has, of the same version" if cards else ""
-        return Check("gpu", False if cards else None, "none; training runs on the CPU", advice)
-    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return Check("gpu", True, ", ".join(f"{each.name} with {each.total_memory / 2**30:.0f} GiB" for each in names))
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return True, ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
+    if Path("/proc/driver/nvidia/version").exists():
+        return False, "this torch does not see it", "install a torch with CUDA, of the same version"
+    return None, "none; training runs on the CPU"
 
 
-def _git(root: Path) -> Check:
+def _git(root: Path) -> Finding:
     if shutil.which("git") is None:
-        return Check("git", False, "not installed, and DVC needs it", "apt-get install git, brew install git, …")
+        return False, "not installed, and DVC needs it", "apt-get install git, brew install git, …"
     try:
         changed = len(git.run(root, "status", "--porcelain").splitlines())
     except git.GitError as error:
-        return Check("git", False, str(error), "a version's manifest names the commit it came from: `git init`")
-    return Check("git", True, f"{changed} uncommitted changes" if changed else "clean")
+        return False, str(error), "a version's manifest names the commit it came from: `git init`"
+    return True, f"{changed} uncommitted changes" if changed else "clean"
 
 
-def _data(root: Path) -> Check:
+def _data(root: Path) -> Finding:
     if not (root / "data.dvc").exists():
-        return Check("data", False, "data.dvc is missing", "`git checkout data.dvc` restores it")
-    named = f"snapshot {graph.snapshot(root)['md5'][:8]}"
+        return False, "data.dvc is missing", "`git checkout data.dvc` restores it"
+    name = f"snapshot {graph.snapshot(root)['md5'][:8]}"
     try:
         with only_run(root):
             pass  # only looked at, as by `retune status`: DVC does not answer while a stage writes
     except RunUnderWay as error:
-        return Check("data", None, f"{named}; {error}")
+        return None, f"{name}; {error}"
     if "data.dvc" not in graph.stale(root):
-        return Check("data", True, f"data/ is {named}, as data.dvc says")
-    lacking = json.loads(_dvc(root, "data", "status", "--json", "--not-in-remote", "data"))
-    if lacking.get("not_in_cache"):
-        if lacking.get("not_in_remote") or graph.sharing_remote(root) is None:
-            return Check("data", False, graph.missing_snapshot(root))
-        return Check("data", None, f"{named} is not here yet; a run fetches it from {graph.sharing_remote(root)}")
+        return True, f"data/ is {name}, as data.dvc says"
+    arguments = ("data", "status", "--json", "--not-in-remote", "data")
+    missing = json.loads(graph.ask(root, *arguments, timeout_s=REMOTE_SECONDS))
+    if missing.get("not_in_cache"):
+        if missing.get("not_in_remote") or graph.sharing_remote(root) is None:
+            return False, graph.missing_snapshot(root)
+        return None, f"{name} is not here yet; a run fetches it from {graph.sharing_remote(root)}"
     if (root / "data").exists():
         advice = "`dvc checkout --force data.dvc` puts the snapshot back, `retune ingest` makes a new one"
-        return Check("data", False, f"data/ is not the {named} that data.dvc names", advice)
-    return Check("data", None, f"{named} is in DVC's cache; a run checks it out")
+        return False, f"data/ is not the {name} that data.dvc names", advice
+    return None, f"{name} is in DVC's cache; a run checks it out"
 
 
-def _remote(root: Path) -> Check:
+def _remote(root: Path) -> Finding:
     """Asks the remote of the data's snapshot for it, with the credentials that DVC finds."""
     remote = graph.sharing_remote(root) if (root / "data.dvc").exists() else graph.team_remote(root)
     if remote is None:
         advice = "`dvc remote add -d team s3://BUCKET/PATH`, commit .dvc/config, `dvc push`"
-        return Check("dvc remote", None, "none for your own data: it is on this machine only", advice)
-    lacks = json.loads(_dvc(root, "status", "--cloud", "--json", "data.dvc"))
-    address = _dvc(root, "config", f"remote.{remote}.url").strip()
-    advice = f"it lacks the data's snapshot: `dvc push --remote {remote} data.dvc` sends it" if lacks else ""
-    return Check("dvc remote", not lacks, f"{remote} {redact(address)}", advice)
-
-
-def _dvc(root: Path, *arguments: str) -> str:
-    """What a DVC command prints; a remote that does not answer fails the check, not the whole command."""
-    command = python_ending_with_parent("dvc", *arguments)
+        return None, "none for your own data: it is on this machine only", advice
+    address = redact(graph.ask(root, "config", f"remote.{remote}.url").strip())
     try:
-        done = subprocess.run(
-            command, cwd=root, env=environment(), capture_output=True, text=True, timeout=REMOTE_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise CheckError(f"no answer within {REMOTE_SECONDS} s; check its address: `dvc remote list`") from None
-    if done.returncode != 0:
-        reason = next(iter(done.stderr.strip().splitlines()), "it failed").removeprefix("ERROR: ")
-        raise CheckError(f"{reason}; check address and credentials: `dvc remote list`, ~/.aws")
-    return done.stdout
+        missing = json.loads(graph.ask(root, "status", "--cloud", "--json", "data.dvc", timeout_s=REMOTE_SECONDS))
+    except graph.GraphError as error:
+        return False, f"{remote} {address}: {redact(str(error))}", "check address and credentials: `dvc remote list`"
+    advice = f"it lacks the data's snapshot: `dvc push --remote {remote} data.dvc` sends it" if missing else ""
+    return not missing, f"{remote} {address}", advice
 
 
-def _template(params: Params) -> Check:
+def _base(params: Params) -> Finding:
     from pipeline.chat.template import load_template
     from pipeline.data.classes import load_encoder
 
-    _, identity = (load_encoder if params.train.task == CLASSIFICATION else load_template)(params.prepare)
-    name = "classes" if params.train.task == CLASSIFICATION else params.prepare.chat_template or "its own chat template"
-    return Check("base model", True, f"{identity['name_or_path']} (digest {identity['digest'][:12]}), {name}")
+    classes = params.train.task == CLASSIFICATION
+    _, identity = (load_encoder if classes else load_template)(params.prepare)
+    template = "classes" if classes else params.prepare.chat_template or "its own chat template"
+    return True, f"{identity['name_or_path']} (digest {identity['digest'][:12]}), {template}"
 
 
-def _exports(params: Params) -> Check:
-    if not params.merge.export:
-        return Check("exports", None, "none asked for")
+def _exports(params: Params) -> Finding:
     from pipeline.weights.gguf import require_programs
 
     require_programs(params.merge.export)
-    return Check("exports", True, ", ".join(params.merge.export))
+    return True if params.merge.export else None, ", ".join(params.merge.export) or "none asked for"
 
 
-def _store(params: Params, root: Path) -> Check:
+def _store(params: Params, root: Path) -> Finding:
     from pipeline.registry.artifact_store import open_store
     from pipeline.registry.decisions import champion, read_log
     from pipeline.registry.mlflow import open_registry
@@ -200,35 +177,34 @@ def _store(params: Params, root: Path) -> Check:
     store.probe()
     serving = champion(read_log(store, params.publish.registered_model_name))
     name = open_registry(params.publish, root).remembered(serving) if serving else "none yet"
-    return Check("artifact store", True, f"{store.uri}, champion {name}")
+    return True, f"{store.uri}, champion {name}"
 
 
-def _registry(params: Params, root: Path) -> Check:
+def _registry(params: Params, root: Path) -> Finding:
     from pipeline.registry.mlflow import open_registry
 
-    registry = open_registry(params.publish, root)
-    return Check("registry", True, f"{params.publish.tracking_uri}, {len(registry.numbers())} versions")
+    return True, f"{params.publish.tracking_uri}, {len(open_registry(params.publish, root).numbers())} versions"
 
 
-def _signing(params: Params) -> Check:
-    named = [params.publish.signing_key, params.publish.signing_certificate, params.publish.verify_key]
-    missing = [path for path in named if path is not None and not Path(path).is_file()]
+def _signing(params: Params) -> Finding:
+    paths = [params.publish.signing_key, params.publish.signing_certificate, params.publish.verify_key]
+    missing = [path for path in paths if path is not None and not Path(path).is_file()]
     if missing:
-        return Check("signing", False, f"{', '.join(missing)} is not there", "docs/operations.md, Signing")
-    on = params.publish.signing_key is not None
-    return Check("signing", True if on else None, "versions are signed" if on else "versions are not signed")
+        return False, f"{', '.join(missing)} is not there", "docs/operations.md, Signing"
+    signed = params.publish.signing_key is not None
+    return True if signed else None, f"versions are {'' if signed else 'not '}signed"
 
 
-def _servers(root: Path) -> Check:
+def _servers(root: Path) -> Finding:
     if not (known := stack.state(root)):
-        return Check("servers", None, "not running; `retune up` starts them")
+        return None, "not running; `retune up` starts them"
     services = [each for each in known["services"] if each["state"] not in ("healthy", "running", "starting")]
-    wrong = [f"{each['name']} {each['state']}, {each['log']}" for each in services]
-    detail = "; ".join(wrong) or f"dashboard at {known['url']}"
-    return Check("servers", not wrong, detail, "look at the log; `retune down` and `retune up`" if wrong else "")
+    wrong = "; ".join(f"{each['name']} {each['state']}, {each['log']}" for each in services)
+    advice = "look at the log; `retune down` and `retune up`" if wrong else ""
+    return not wrong, wrong or f"dashboard at {known['url']}", advice
 
 
-def _clock(params: Params, root: Path) -> Check:
+def _clock(params: Params, root: Path) -> Finding:
     """Against the store's clock, by which sweeps decide what is old; and against the last commit."""
     from pipeline.registry.artifact_store import open_store
 
@@ -236,7 +212,7 @@ def _clock(params: Params, root: Path) -> Check:
     ahead = float(git.ask(root, "log", "-1", "--format=%ct") or 0) - time.time()
     advice = "set this machine's clock (timedatectl set-ntp true)"
     if abs(off) > CLOCK_SECONDS:
-        return Check("clock", False, f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the store's", advice)
+        return False, f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the store's", advice
     if ahead > CLOCK_SECONDS:
-        return Check("clock", False, f"the last commit is {ahead:.0f} s in the future", advice)
-    return Check("clock", True, f"within {max(abs(off), 1):.0f} s of the store's")
+        return False, f"the last commit is {ahead:.0f} s in the future", advice
+    return True, f"within {max(abs(off), 1):.0f} s of the store's"

@@ -105,8 +105,7 @@ def missing_snapshot(root: Path) -> str:
 
 def snapshot(root: Path = Path(".")) -> dict[str, Any]:
     """What `data.dvc` says of the snapshot: md5, size in bytes, nfiles, and its remote if it has one of its own."""
-    named: dict[str, Any] = YAML(typ="safe").load((root / "data.dvc").read_text(encoding="utf-8"))["outs"][0]
-    return named
+    return _yaml(root / "data.dvc")["outs"][0]
 
 
 def team_remote(root: Path = Path(".")) -> str | None:
@@ -153,43 +152,40 @@ def add_data(root: Path = Path(".")) -> None:
         write_text(path, text.replace(f"  remote: {SAMPLE_REMOTE}\n", ""))
 
 
-def ask(root: Path, *arguments: str) -> str:
+def ask(root: Path, *arguments: str, timeout_s: float | None = None) -> str:
     """What a command of DVC prints.
 
     Raises:
-        GraphError: it failed; the message is DVC's own.
+        GraphError: it failed, with DVC's own message, or took longer than `timeout_s`.
     """
     _refuse_conflicts(root)
-    deadline = time.monotonic() + PATIENCE
+    command, deadline = f"`dvc {' '.join(arguments)}`", time.monotonic() + PATIENCE
     while True:
         with _dvc(root, *arguments, stderr=subprocess.PIPE) as dvc:
-            output, errors = dvc.communicate()
+            try:
+                output, errors = dvc.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                raise GraphError(f"{command} did not answer within {timeout_s:g} s") from None
         if dvc.returncode == 0:
             return output
         if "is busy" not in errors or time.monotonic() > deadline:
             advice = "; remove .dvc/tmp/rwlock when no DVC runs here" if "RWLock-file" in errors else ""
-            raise GraphError(f"`dvc {' '.join(arguments)}` failed: {errors.strip() or output.strip()}{advice}")
+            raise GraphError(f"{command} failed: {errors.strip() or output.strip()}{advice}")
         time.sleep(0.2)
 
 
 def forget_cut_list(root: Path) -> None:
-    """Remove DVC's list of who works on which path if a kill cut it short: DVC refuses to read such a list for ever.
-
-    One that a living DVC is just writing is another a moment later.
-    """
+    """Remove DVC's list of who works on which path if a kill cut it short: DVC refuses to read such a list for ever."""
     path = root / ".dvc" / "tmp" / "rwlock"
-    if path.exists() and not _is_json(text := path.read_bytes()):
-        time.sleep(0.5)
-        if path.exists() and path.read_bytes() == text:
-            path.unlink()
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+    seen = None
+    while path.exists() and (text := path.read_bytes()) != seen:
+        try:
+            json.loads(text)
+            return
+        except ValueError:
+            seen = text
+            time.sleep(0.5)  # one that a living DVC is just writing is another then
+    path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -236,11 +232,9 @@ def lock(root: Path = Path(".")) -> dict[str, Any]:
         GraphError: there is none, because no stage has run here, or a merge left its conflict in it.
     """
     _refuse_conflicts(root)
-    path = root / "dvc.lock"
-    if not path.exists():
+    if not (root / "dvc.lock").exists():
         raise GraphError("dvc.lock is missing: no stage has run here; `retune run` or `dvc repro` runs them")
-    tree: dict[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    return tree
+    return _yaml(root / "dvc.lock")
 
 
 def digests_of_outputs(stages: dict[str, Any]) -> dict[str, str]:
@@ -250,17 +244,18 @@ def digests_of_outputs(stages: dict[str, Any]) -> dict[str, str]:
         GraphError: a stage has not run.
     """
     outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
-    missing = [path for path in SHIPPED if path not in outs]
-    if missing:
+    if missing := [path for path in SHIPPED if path not in outs]:
         raise GraphError(f"dvc.lock has no {', '.join(missing)}; `dvc repro` runs the missing stages")
     return {path: outs[path] for path in SHIPPED}
 
 
-def id_of_digests(digests: dict[str, str]) -> str:
-    """Name of the version with these digests: the same content has the same name on every machine."""
-    return sha256_json(digests)[:16]
+def version_id(root: Path = Path("."), stages: dict[str, Any] | None = None) -> str:
+    """Name of the version that the workspace's artifacts, or those of `stages` (of a `dvc.lock`), are.
+
+    The same content has the same name on every machine.
+    """
+    return sha256_json(digests_of_outputs(lock(root)["stages"] if stages is None else stages))[:16]
 
 
-def version_id(root: Path = Path(".")) -> str:
-    """Name of the version that the workspace's artifacts are."""
-    return id_of_digests(digests_of_outputs(lock(root)["stages"]))
+def _yaml(path: Path) -> Any:
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))

@@ -124,7 +124,7 @@ def contract_digests(contract: dict[str, Any]) -> dict[str, str]:
 
 def version_of(manifest: Manifest) -> str:
     """The version id that the manifest's `dvc_lock` gives."""
-    return graph.id_of_digests(graph.digests_of_outputs(manifest["dvc_lock"]))
+    return graph.version_id(stages=manifest["dvc_lock"])
 
 
 def _resolved(stages: dict[str, Any]) -> dict[str, Any]:
