@@ -232,15 +232,16 @@ def make_project(root: Path, base: Path, params: Params) -> Path:
     root.mkdir()
     for name in ("pipeline", "flows"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".gitignore", ".dvcignore", "init_adapter.json"):
+    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, root / name)
     write_params(root, with_(params, prepare={"model_name_or_path": "data/base"}))
     shutil.copytree(base, root / "data" / "base")
     (root / "data" / "instructions").mkdir()
     (root / "data" / "instructions" / "rows.json").write_text(json.dumps(sample_rows(300)))
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=root, check=True, env=environment())
+    shutil.copy(ROOT / ".dvc" / "init_adapter.json", root / ".dvc")
     for command in (
-        ["git", "init", "-q"],
-        [sys.executable, "-m", "dvc", "init", "-q"],
         [sys.executable, "-m", "dvc", "config", "core.analytics", "false"],
         [sys.executable, "-m", "dvc", "add", "-q", "data"],
         ["git", "add", "-A"],

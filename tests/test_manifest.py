@@ -58,11 +58,12 @@ def test_what_a_run_writes_itself_is_no_change_of_the_code(tmp_path: Path) -> No
         own = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
         subprocess.run(["git", *own, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    for name in ("dvc.lock", "init_adapter.json", "params.yaml"):
+    (tmp_path / ".dvc").mkdir()
+    for name in ("dvc.lock", ".dvc/init_adapter.json", "params.yaml"):
         (tmp_path / name).write_text("before")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         git(*command)
-    for name in ("dvc.lock", "init_adapter.json"):
+    for name in ("dvc.lock", ".dvc/init_adapter.json"):
         (tmp_path / name).write_text("as a run left it")
     assert not state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"]
     (tmp_path / "new.py").write_text("")

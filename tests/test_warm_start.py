@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, with_
+from conftest import with_
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_methods import short
@@ -105,7 +105,7 @@ def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch:
     params = parameters(tmp_path)
     version = published(tmp_path, params)
     promote(params.publish, params.promote, version, tmp_path, force="the first one")
-    write_json(tmp_path / "init_adapter.json", {"version": None})
+    write_json(tmp_path / pin.PIN, {"version": None})
     monkeypatch.setattr(graph, "stale", lambda root: {"train": []})
     asked = with_(params, train={"init_adapter": "champion"})
     assert pin_champion(asked, tmp_path) == version
@@ -117,7 +117,7 @@ def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch:
 def test_without_a_champion_the_adapter_starts_afresh_and_says_so(
     tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(ROOT / "init_adapter.json", tmp_path)
+    write_json(tmp_path / pin.PIN, {"version": None})
     assert fetch_init(with_(params, train={"init_adapter": "champion"}), tmp_path) is None
     assert "starts afresh" in capsys.readouterr().out
     assert fetch_init(params, tmp_path) is None
@@ -131,14 +131,14 @@ def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
     monkeypatch.setattr(graph, "stale", lambda root: stale)
     monkeypatch.setattr(pin, "read_log", lambda store, name: [])
     monkeypatch.setattr(pin, "champion", lambda log: serving)
-    write_json(tmp_path / "init_adapter.json", {"version": None})
+    write_json(tmp_path / pin.PIN, {"version": None})
     asked = with_(params, train={"init_adapter": "champion"})
     assert pin_champion(asked, tmp_path) is None  # nothing to train
     stale["train"] = [{"changed deps": {"artifacts/dataset": "modified"}}]
     assert pin_champion(params, tmp_path) is None  # not asked for
     assert pin_champion(asked, tmp_path) == serving
-    assert read_json(tmp_path / "init_adapter.json") == {"version": serving}
+    assert read_json(tmp_path / pin.PIN) == {"version": serving}
     stale.clear()
     serving = "b" * 16  # promoted by this very run
     assert pin_champion(asked, tmp_path) == "a" * 16
-    assert read_json(tmp_path / "init_adapter.json") == {"version": "a" * 16}
+    assert read_json(tmp_path / pin.PIN) == {"version": "a" * 16}

@@ -13,12 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli import datasets as data_commands
-from pipeline.cli import models as training
-from pipeline.cli import operate as operating
-from pipeline.cli import reports as report
-from pipeline.cli import talk as try_commands
-from pipeline.cli import versions as commands
+from pipeline.cli import datasets, models, operate, reports, talk, versions
 from pipeline.cli.project import ProjectCommand, enter_project
 from pipeline.cli.versions import Json
 from pipeline.core.environment import collect_rarely, set_environment
@@ -67,11 +62,9 @@ def run(json_output: Json = False) -> None:
     """Bring everything up to date: train if something changed, publish, and promote if it is better."""
     from pipeline.core import graph
     from pipeline.data.snapshot import recover
-    from pipeline.promote import history, settled
-    from pipeline.registry.mlflow import open_registry
+    from pipeline.promote import settled
     from pipeline.registry.preflight import require_ready
     from pipeline.services import server
-    from pipeline.services.events import record_unchanged
     from pipeline.services.flow_runs import close_lost_runs
     from pipeline.settings import load_params
 
@@ -79,40 +72,45 @@ def run(json_output: Json = False) -> None:
     with only_run() as lock:
         recover()  # an ingest that was killed half-way
         require_ready(params)
-        up = server.running()
-        if not graph.stale():
-            version = graph.version_id()
-            reason = settled(params.publish, params.promote, version)
-            if reason is not None:
-                history(params.publish)  # puts an alias right that a crash left behind
-                name = open_registry(params.publish).remembered(version)
-                if not (ARTIFACTS / "report.html").is_file():
-                    from pipeline.report.whole import report_decision
-
-                    for warning in report_decision(params.publish, version, ARTIFACTS):
-                        print(f"warning: {warning}", file=sys.stderr)
-                if up is not None:
-                    record_unchanged(f"version {name}: {reason}")
-                _say_nothing_to_do(version, name, reason, json_output)
-                return
-        if up is None:
+        version = None if graph.stale() else graph.version_id()
+        if version and (reason := settled(params.publish, params.promote, version)):
+            _say_nothing_to_do(params, version, reason, json_output)
+            return
+        dashboard = server.running()
+        if dashboard is None:
             print("run: starting the Prefect server (about 10 seconds)", file=sys.stderr, flush=True)
-        with server.for_one_run() as prefect:
-            close_lost_runs(prefect)
-            status = run_forwarding_sigterm(
-                python_ending_with_parent("flows", *(["--json"] if json_output else [])),
-                env=server.environment(Path("."), prefect)
-                | {
-                    # The flow prints its own lines; Prefect's go to the server.
-                    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-                    "RETUNE_RUN_LOCK": str(lock),  # the flow lets go of it while it waits for a person
-                    "RETUNE_DASHBOARD": "" if up is None else prefect,
-                },
-                pass_fds=[lock],
-            )
+        with server.for_one_run() as url:
+            close_lost_runs(url)
+            settings = {
+                "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the flow prints its own lines
+                "RETUNE_RUN_LOCK": str(lock),  # the flow lets go of it while it waits for a person
+                "RETUNE_DASHBOARD": dashboard or "",
+            }
+            command = python_ending_with_parent("flows", *(["--json"] if json_output else []))
+            environment = server.environment(Path("."), url) | settings
+            status = run_forwarding_sigterm(command, environment, pass_fds=[lock])
     if status in (130, 143):
-        print("run: interrupted; `retune run` goes on from the last checkpoint", file=sys.stderr)
+        print("run: interrupted; `retune run` continues from the last checkpoint", file=sys.stderr)
     raise typer.Exit(status)
+
+
+def _say_nothing_to_do(params: Any, version: str, reason: str, json_output: bool) -> None:
+    from pipeline.promote import history
+    from pipeline.registry.mlflow import open_registry
+    from pipeline.report.whole import report_decision
+    from pipeline.services.events import record_unchanged
+
+    history(params.publish)  # puts an alias right that a crash left behind
+    name = open_registry(params.publish).remembered(version)
+    if not (ARTIFACTS / "report.html").is_file():
+        for warning in report_decision(params.publish, version, ARTIFACTS):
+            print(f"warning: {warning}", file=sys.stderr)
+    record_unchanged(f"version {name}: {reason}")
+    if json_output:
+        print(json.dumps({"changed": False, "version": version, "reason": reason}))
+    else:
+        print("Nothing to do: data, parameters and code are those of the last run.")
+        print(f"Version {name}: {reason}.")
 
 
 @app.command(cls=ProjectCommand)
@@ -132,15 +130,9 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-for command in (
-    *data_commands.COMMANDS,
-    *commands.COMMANDS,
-    *training.COMMANDS,
-    *report.COMMANDS,
-    *try_commands.COMMANDS,
-    *operating.COMMANDS,
-):
-    app.command(cls=ProjectCommand)(command)
+for module in (datasets, versions, models, reports, talk, operate):
+    for command in module.COMMANDS:
+        app.command(cls=ProjectCommand)(command)
 
 
 @app.command("diff-data", cls=ProjectCommand)
@@ -159,11 +151,7 @@ def diff_data(
     from pipeline.data.report_pages import render
 
     if new is None and data_is_newer():
-        print(
-            "diff-data: data/ is newer than the prepared dataset, which is compared; `dvc repro prepare` brings "
-            "it up to date",
-            file=sys.stderr,
-        )
+        print("diff-data: data/ is newer than the dataset compared; `dvc repro prepare` updates it", file=sys.stderr)
     old = old or previous_revision()
     now = dataset_at(new)
     diff = compare(dataset_at(old), now, (old, new or "workspace"))
@@ -187,13 +175,13 @@ def collect_garbage(
     from pipeline.registry.garbage import collect
     from pipeline.settings import load_params
 
-    found = collect(open_store(load_params().publish), delete)
+    garbage = collect(open_store(load_params().publish), delete)
     if json_output:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(garbage)))
         return
-    what = f"{found.objects:,} objects, {found.bytes / 1e6:,.1f} MB, and {found.unfinished:,} unfinished uploads"
-    print(f"gc: {what} {'deleted' if found.deleted else 'could be deleted (`retune gc --delete`)'}")
-    print(f"    {found.kept:,} objects stay: needed by a version or the promotion log, or younger than seven days")
+    what = f"{garbage.objects:,} objects, {garbage.bytes / 1e6:,.1f} MB, and {garbage.unfinished:,} unfinished uploads"
+    print(f"gc: {what} {'deleted' if garbage.deleted else 'could be deleted (`retune gc --delete`)'}")
+    print(f"    {garbage.kept:,} objects stay: needed by a version or the promotion log, or younger than seven days")
 
 
 @app.command(cls=ProjectCommand)
@@ -203,13 +191,11 @@ def plan(
 ) -> None:
     """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
     from pipeline.settings import load_params
-    from pipeline.training.plan import describe
-    from pipeline.training.plan import plan as do
+    from pipeline.training import plan as planning
 
-    params = load_params()
     dataset = ARTIFACTS / "dataset"
-    made = do(params, dataset if (dataset / "contract.json").is_file() else None, gpu)
-    print(json.dumps(asdict(made)) if json_output else describe(made))
+    result = planning.plan(load_params(), dataset if (dataset / "contract.json").is_file() else None, gpu)
+    print(json.dumps(asdict(result)) if json_output else planning.describe(result))
 
 
 @app.command(hidden=True, cls=ProjectCommand)
@@ -297,11 +283,3 @@ def _run_stage(name: str, params: Any) -> str:
                 f"{merged.identical:.1%} of answers are the same"
             )
     raise typer.BadParameter(f"{name} is not a stage; expected prepare, train, evaluate or merge")
-
-
-def _say_nothing_to_do(version: str, name: str, reason: str, json_output: bool) -> None:
-    if json_output:
-        print(json.dumps({"changed": False, "version": version, "reason": reason}))
-    else:
-        print("Nothing to do: data, parameters and code are those of the last run.")
-        print(f"Version {name}: {reason}.")

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.core.redaction import redact
 
 # params.yaml: of a run with `changes`.
-RECORDED = ("data.dvc", "dvc.lock", "init_adapter.json", "params.yaml")
+RECORDED = ("data.dvc", "dvc.lock", ".dvc/init_adapter.json", "params.yaml")
 
 
 class GitError(RuntimeError):

@@ -22,7 +22,10 @@ from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.scoring.resampling import read_scores
 
 SCHEMA_VERSION = 2
-WRITTEN_BY_RUNS = ("dvc.lock", "init_adapter.json")  # no change of a person's, and what they say is in the manifest
+WRITTEN_BY_RUNS = (
+    "dvc.lock",
+    ".dvc/init_adapter.json",
+)  # no change of a person's, and what they say is in the manifest
 Manifest = dict[str, Any]
 
 

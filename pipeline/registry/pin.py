@@ -1,4 +1,4 @@
-"""Which version `train.init_adapter: champion` means: pinned in init_adapter.json, which DVC hashes.
+"""Which version `train.init_adapter: champion` means: pinned in .dvc/init_adapter.json, which DVC hashes.
 
 The pin moves when `retune run` is about to train for another reason, never by itself, so a promotion alone trains
 nothing again. Apart from `warm_start.py` because the flow, which calls this, loads no PyTorch.
@@ -12,7 +12,7 @@ from pipeline.params import Params
 from pipeline.registry.artifact_store import open_store
 from pipeline.registry.decisions import champion, read_log
 
-PIN = "init_adapter.json"  # {"version": id or null}
+PIN = ".dvc/init_adapter.json"  # {"version": id or null}
 
 
 def pin_champion(params: Params, root: Path = Path(".")) -> str | None:

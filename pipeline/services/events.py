@@ -31,23 +31,24 @@ def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path("
         "related": [],
         "payload": payload,
     }
-    return _post("events", [body], root) is not None
+    if (local := server.running(root)) is not None:
+        return server.post(local, "events", [body]) is not None
+    url = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    return bool(url) and server.post(url, "events", [body], os.environ.get("PREFECT_API_AUTH_STRING")) is not None
 
 
 def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
-    """A run of the flow `retrain` that found nothing to do, in the server's history; starting it would take longer."""
-    flow = _post("flows/", {"name": "retrain"}, root)
+    """A run of the flow `retrain` that found nothing to do, in the history of the server of `retune up`, if it is up.
+
+    Starting a flow would take longer.
+    """
+    url = server.running(root)
+    flow = server.post(url, "flows/", {"name": "retrain"}) if url else None
+    if url is None or flow is None:
+        return False
     state = {"type": "COMPLETED", "name": "Unchanged", "message": f"nothing to do: {reason}"}
     run = {"name": "retrain-by-hand-unchanged", "state": state, "tags": ["retune", "trigger:by-hand", "unchanged"]}
-    return flow is not None and _post("flow_runs/", run | {"flow_id": flow["id"]}, root) is not None
-
-
-def _post(path: str, body: Any, root: Path) -> Any:
-    """The answer of the project's server, or the one of PREFECT_API_URL, to `body`; None if it did not take it."""
-    if (local := server.running(root)) is not None:
-        return server.post(local, path, body)
-    url = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
-    return server.post(url, path, body, os.environ.get("PREFECT_API_AUTH_STRING")) if url else None
+    return server.post(url, "flow_runs/", run | {"flow_id": flow["id"]}) is not None
 
 
 def tell_updated(new_rows: int, min_new_rows: int, root: Path = Path(".")) -> bool:
