@@ -30,7 +30,7 @@ def automations(alert_block: UUID | None) -> list[AutomationCore]:
         threshold=1,
         within=timedelta(seconds=MISSED * HEARTBEAT_SECONDS),
     )
-    found = [
+    rules = [
         AutomationCore(
             name="retune: crash runs whose worker died",
             description="No heartbeat for a while: the slot of the pool is freed, and the parent tries again.",
@@ -43,7 +43,7 @@ def automations(alert_block: UUID | None) -> list[AutomationCore]:
         )
     ]
     if alert_block is None:
-        return found
+        return rules
     for name, states in (("failed", ["Failed", "Crashed"]), ("was refused", ["Refused"]), ("is late", ["Late"])):
         trigger = EventTrigger(
             match=FLOW_RUNS,
@@ -55,8 +55,8 @@ def automations(alert_block: UUID | None) -> list[AutomationCore]:
             within=timedelta(0),
         )
         notify = SendNotification(block_document_id=alert_block, subject=f"Retune: a run {name}", body=BODY)
-        found.append(AutomationCore(name=f"retune: tell that a run {name}", trigger=trigger, actions=[notify]))
-    return found
+        rules.append(AutomationCore(name=f"retune: tell that a run {name}", trigger=trigger, actions=[notify]))
+    return rules
 
 
 async def apply(client: PrefectClient) -> list[str]:
@@ -65,9 +65,9 @@ async def apply(client: PrefectClient) -> list[str]:
     if named := os.environ.get("RETUNE_ALERT_BLOCK"):
         kind, _, name = named.partition("/")
         block = (await client.read_block_document_by_name(name, kind)).id
-    wanted = automations(block)
-    for each in wanted:
+    rules = automations(block)
+    for each in rules:
         for old in await client.read_automations_by_name(each.name):
             await client.delete_automation(old.id)
         await client.create_automation(each)
-    return [each.name for each in wanted]
+    return [each.name for each in rules]

@@ -111,8 +111,8 @@ def watch() -> State[Any]:
     if not changed:
         return Completed(name="Unchanged", message="the sources hold what the snapshot holds")
     told = tell_updated(new_rows, params.operations.min_new_rows)
-    asked = "a retraining was asked for" if told else f"fewer than {params.operations.min_new_rows}: none is started"
-    return Completed(name="Updated", message=f"{new_rows:,} new rows; {asked}")
+    reaction = "a retraining was asked for" if told else f"fewer than {params.operations.min_new_rows}: none is started"
+    return Completed(name="Updated", message=f"{new_rows:,} new rows; {reaction}")
 
 
 @flow(name="promote", flow_run_name="promote-{version}")
@@ -178,9 +178,9 @@ def cleanup(delete_files: bool = True) -> State[Any]:
     versions = outdated(params) if params.keep_versions is not None else []
     for version in versions:
         delete(params, version, f"older than the newest {params.keep_versions}")
-    found = collect(open_store(params), delete_files)
-    said = f"{len(versions)} versions and {found.objects:,} objects, {found.bytes / 1e6:,.1f} MB"
-    return Completed(name="Cleaned", message=said, data=asdict(found))
+    garbage = collect(open_store(params), delete_files)
+    said = f"{len(versions)} versions and {garbage.objects:,} objects, {garbage.bytes / 1e6:,.1f} MB"
+    return Completed(name="Cleaned", message=said, data=asdict(garbage))
 
 
 @dataclass

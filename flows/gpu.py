@@ -55,13 +55,13 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
     try:
         for attempt in range(1, params.train_attempts + 1):
             on_line(f"train: asked the gpu pool for {commit[:12]}, attempt {attempt}")
-            asked: Any = run_deployment(
+            started: Any = run_deployment(
                 "train/train",
                 parameters={"commit": commit, "remote": params.git_remote},
                 flow_run_name=f"train-{commit[:12]}-{attempt}",
                 timeout=0,  # not waited for there: nobody would be told that no worker comes
             )
-            run = _wait(asked.id, params.worker_wait_minutes, on_line)
+            run = _wait(started.id, params.worker_wait_minutes, on_line)
             if run.state.is_completed():
                 handover.take("train", commit, params.git_remote)
                 return

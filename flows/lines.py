@@ -55,7 +55,7 @@ def say(line: str) -> None:
 
 def why_failed(lines: list[str]) -> str | None:
     """The reason among the lines of a stage that failed: its own error, else that of Python or DVC."""
-    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     python = [line for line in lines if re.match(r"[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
     dvc = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return next((each[-1] for each in (own, python, dvc) if each), None)
+    return next((each[-1] for each in (ours, python, dvc) if each), None)

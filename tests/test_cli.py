@@ -199,21 +199,6 @@ def test_a_version_without_a_reason_is_not_deleted(root: Path) -> None:
     assert retune(root, "delete", "v1").returncode == 2
 
 
-def test_a_signature_that_is_required_needs_a_key_to_check_it_with(root: Path) -> None:
-    text = (root / "params.yaml").read_text()
-    (root / "params.yaml").write_text(text.replace("require_signature: false", "require_signature: true"))
-    assert "publish.verify_key names no key to check with" in sentence(root, "history")
-    (root / "params.yaml").write_text(text)
-
-
-def test_a_registry_address_with_a_password_in_it_is_refused(root: Path) -> None:
-    text = (root / "params.yaml").read_text()
-    changed = text.replace("tracking_uri: sqlite:///mlflow.db", "tracking_uri: https://me:secret@mlflow.example.org")
-    (root / "params.yaml").write_text(changed)
-    assert "publish.tracking_uri holds a password" in sentence(root, "history")
-    (root / "params.yaml").write_text(text)
-
-
 def test_a_store_that_cannot_be_written_is_named(root: Path) -> None:
     change_params(root, publish={"artifact_store": "file://params.yaml/store"})
     assert "the artifact store params.yaml/store cannot be" in sentence(root, "history")

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -70,46 +71,48 @@ def test_the_installed_sqlalchemy_takes_the_runs_that_a_schedule_makes() -> None
         session.execute(sa.insert(FlowRun), [run])
 
 
-@pytest.fixture
-def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What a server at PREFECT_API_URL that asks for a password is told."""
-    told: list[dict[str, Any]] = []
+@contextmanager
+def listening(status: Callable[[Any], int]) -> Iterator[tuple[str, list[Any]]]:
+    """A server on loopback: its address, and the JSON that was posted there where `status` of the headers is 204."""
+    told: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            taken = self.headers["Authorization"] == f"Basic {base64.b64encode(b'admin:secret').decode()}"
-            told.extend(body if taken else [])
-            self.send_response(204 if taken else 401)
+            if status(self.headers) == 204:
+                told.append(body)
+            self.send_response(status(self.headers))
             self.end_headers()
 
         def log_message(self, *arguments: Any) -> None: ...
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:secret")
-    yield told
+    yield f"http://127.0.0.1:{server.server_port}", told
     server.shutdown()
     server.server_close()
 
 
-def test_few_new_rows_are_not_told_and_enough_are(listener: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What a server at PREFECT_API_URL that asks for a password is told."""
+    known = f"Basic {base64.b64encode(b'admin:secret').decode()}"
+    with listening(lambda headers: 204 if headers["Authorization"] == known else 401) as (url, told):
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:secret")
+        yield told
+
+
+def test_enough_new_rows_are_told_to_a_server_that_takes_the_password_and_nothing_else_fails(
+    listener: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert not tell_updated(4, 5, tmp_path)
     assert listener == []
     assert tell_updated(5, 5, tmp_path)
-    assert [(each["event"], each["payload"]) for each in listener] == [("dataset.updated", {"new_rows": 5})]
-
-
-def test_an_event_without_the_server_s_password_is_not_taken(
-    listener: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    assert [(each["event"], each["payload"]) for each in listener[0]] == [("dataset.updated", {"new_rows": 5})]
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:other")
     assert not tell_updated(5, 5, tmp_path)
-    assert listener == []
-
-
-def test_a_server_that_is_away_undoes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert len(listener) == 1
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}")
     assert not emit("dataset.updated", "retune.dataset", {}, tmp_path)
     monkeypatch.delenv("PREFECT_API_URL")
@@ -347,9 +350,16 @@ def rows_of(colour: str, number: int, start: int = 0) -> str:
     return json.dumps([{"instruction": f"Name the colour of jar {i}: {colour}", "output": colour} for i in names])
 
 
+@pytest.fixture
+def hook() -> Iterator[tuple[str, list[Any]]]:
+    """A webhook of a chat."""
+    with listening(lambda headers: 204) as posted:
+        yield posted
+
+
 @pytest.mark.faults
 def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
-    tmp_path: Path, base: Path, params: Params, hook: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, base: Path, params: Params, hook: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, source = make_project(tmp_path / "project", base, params), tmp_path / "source"
     (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
@@ -387,9 +397,9 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
 
         failed = start(url, "promote/promote", version="v1", force=True)
         assert failed["state_name"] == "Failed"
-        wait_until(lambda: len(hook) > 1, 60)
-        assert "Retune: a run failed" in hook[1]
-        assert "force needs a reason" in hook[1]
+        wait_until(lambda: hook[1], 60)
+        assert "Retune: a run failed" in hook[1][0]["text"]
+        assert "force needs a reason" in hook[1][0]["text"]
 
         made = start(url, "promote/promote", version="v1", force=True, reason="a test asks for it")
         assert made["state_name"] in ("Promoted", "Unchanged"), made["state"]  # the retraining may have promoted it
@@ -402,23 +412,3 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
         assert len(ended(url, name="retrain-new-data")) == 1
     finally:
         retune(root, "down")
-
-
-@pytest.fixture
-def hook() -> Iterator[list[str]]:
-    """A webhook of a chat: its address, and what was posted there since."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    told = [f"http://127.0.0.1:{server.server_port}/hook"]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield told
-    server.shutdown()
-    server.server_close()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psutil
@@ -162,7 +163,7 @@ def test_log_records_and_tracebacks_of_any_library_are_redacted(planted: None) -
     assert "RuntimeError: uncaught ***" in ran.stderr
 
 
-def params_with(folder: Path, section: str, key: str, value: str) -> Path:
+def params_with(folder: Path, section: str, key: str, value: Any) -> Path:
     tree = YAML(typ="rt").load((ROOT / "params.yaml").read_text())
     tree[section][key] = value
     with (folder / "params.yaml").open("w") as file:
@@ -179,31 +180,19 @@ def params_with(folder: Path, section: str, key: str, value: str) -> Path:
         ("prepare", "model_name_or_path", "https://user:plantedpass@example.org/base"),
         ("prepare", "model_name_or_path", "hf_plantedplantedplantedplantedplant"),
         ("publish", "registered_model_name", "AKIAQ7PLANTED1KEY9ZX"),
+        ("publish", "endpoint_url", "https://me:plantedpass@s3.example.org"),
+        ("ingest", "sources", [{"uri": "rows.csv"}, {"uri": "https://user:plantedpass@example.org/rows.csv"}]),
     ],
 )
 def test_credentials_in_params_are_refused_with_line_and_way_out_and_not_shown(
-    tmp_path: Path, section: str, key: str, value: str
+    tmp_path: Path, section: str, key: str, value: Any
 ) -> None:
     path = params_with(tmp_path, section, key, value)
     with pytest.raises(
-        ParamsError, match=rf"{section}\.{key} holds a password or key .*line \d+.*environment"
+        ParamsError, match=rf"{section}\.{key}\S* holds a password or key .*line \d+.*environment"
     ) as caught:
         load_params(path)
     assert clean(str(caught.value))
-
-
-@pytest.mark.parametrize(
-    "uri", ["https://user:plantedpass@example.org/rows.csv", "s3://b/k?X-Amz-Signature=plantedpass"]
-)
-def test_credentials_deep_inside_of_params_are_refused_too(tmp_path: Path, uri: str) -> None:
-    path = params_with(tmp_path, "ingest", "sources", [{"uri": "rows.csv"}, {"uri": uri}])  # type: ignore[arg-type]
-    with pytest.raises(ParamsError, match=r"ingest\.sources\[1\]\.uri holds a password .*line \d+") as caught:
-        load_params(path)
-    assert clean(str(caught.value))
-
-
-def test_the_projects_own_params_hold_no_credentials() -> None:
-    load_params(ROOT / "params.yaml")
 
 
 def test_a_command_that_fails_prints_no_secret(tmp_path: Path, planted: None) -> None:

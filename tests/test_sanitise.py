@@ -12,7 +12,7 @@ from conftest import with_
 from pipeline.chat.template import load_shipped
 from pipeline.core.allowlist import PARTS, UnsafeFileError, check_file, check_names
 from pipeline.core.files import read_json, write_json
-from pipeline.core.sanitise import clean_folder, one_line, portable, portable_name
+from pipeline.core.sanitise import clean_folder, portable, portable_name
 from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.prepare import prepare
@@ -100,20 +100,6 @@ def test_cleaning_changes_nothing_else(tmp_path: Path, base: Path) -> None:
     }
     for name in ("config.json", "generation_config.json"):
         assert json.loads(after[name]) == json.loads(before[name])
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a <b> & c", "a &lt;b> &amp; c"),
-        ("[x](y) ![z](w)", "\\[x\\](y) !\\[z\\](w)"),
-        ("a | b\n# c", "a \\| b # c"),
-        ("`code`", "\\`code\\`"),
-        ("中文 <|im_end|>", "中文 &lt;\\|im_end\\|>"),
-    ],
-)
-def test_foreign_text_in_a_report_is_text(text: str, shown: str) -> None:
-    assert one_line(text) == shown
 
 
 def mlmodel(**changes: Any) -> dict[str, Any]:

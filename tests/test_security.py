@@ -21,12 +21,11 @@ import pytest
 import torch
 from conftest import CHATML, ROOT, sample_rows, with_
 from hostile import BAD_NAMES, BAD_TEMPLATES, CANARY, GOOD_NAMES, watching
-from peft import LoraConfig
 
 from pipeline.chat.template import load_template, local_source
 from pipeline.core.allowlist import PARTS, UnsafeFileError, check_file
 from pipeline.core.files import read_json, sha256_file, write_json
-from pipeline.core.vetting import STATES, UnsafeModelError, check_adapter, check_checkpoint, check_model
+from pipeline.core.vetting import STATES, UnsafeModelError, check_checkpoint, check_model
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.publish import read_manifest
@@ -192,18 +191,6 @@ def test_honest_files_of_a_version_are_fetched(tmp_path: Path) -> None:
     files = {name: hostile.good_content(name, tmp_path) for name in GOOD_NAMES}
     fetch_all(store, version(store, files), tmp_path / "target")
     assert {name: (tmp_path / "target" / name).read_bytes() for name in files} == files
-
-
-def test_a_whole_real_version_is_fetched(tmp_path: Path, adapter: Path, evaluation: Path) -> None:
-    files = {
-        f"{part}/{path.name}": path.read_bytes()
-        for part, folder in (("adapter", adapter), ("evaluation", evaluation))
-        for path in folder.iterdir()
-        if path.suffix != ".html"
-    }
-    store = FileStore(tmp_path / "store")
-    fetch_all(store, version(store, files), tmp_path / "target")
-    assert {path for path in tree(tmp_path / "target") if "/" in path} == set(files)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -549,26 +536,6 @@ def test_an_honest_adapter_loads_and_nothing_beside_it_is_touched(
         load_adapter(model, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"bias": "all"},
-        {"target_modules": "all-linear"},
-        {"target_modules": ["q_proj", "v_proj"]},
-    ],
-)
-def test_an_honest_lora_configuration_is_no_reason_to_refuse(
-    tmp_path: Path, adapter: Path, settings: dict[str, Any]
-) -> None:
-    shutil.copytree(adapter, tmp_path / "adapter")
-    saved = LoraConfig(task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | settings))
-    saved.save_pretrained(tmp_path / "adapter")
-    check_adapter(tmp_path / "adapter")
-
-
 # --- a checkpoint ---------------------------------------------------------------------------------------------------
 
 
@@ -731,26 +698,6 @@ def test_a_hostile_template_reads_and_runs_nothing(tmp_path: Path, params: Param
     with watching(tmp_path):
         refused(use)
     assert not [text for text in answers if "secret of" in text or "<class" in text or "module '" in text]
-
-
-HONEST_TEMPLATES = [
-    CHATML,
-    "{{ bos_token if bos_token else '' }}" + CHATML,
-    "{%- if messages[0]['role'] == 'system' %}{% endif %}" + CHATML,
-    "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}{% endfor %}" + CHATML,
-    "{% macro say(x) %}{{ x | trim }}{% endmacro %}" + CHATML,
-    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}"
-    "{{ raise_exception('no such role ' ~ m.role) }}{% endif %}{% endfor %}" + CHATML,
-    "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}" + CHATML,
-    "{% set loop_messages = messages[1:] %}" + CHATML,
-]
-
-
-@pytest.mark.parametrize("template", part(HONEST_TEMPLATES, 3))
-def test_an_honest_template_is_used(tmp_path: Path, params: Params, template: str) -> None:
-    (tmp_path / "template.jinja").write_text(template)
-    loaded, _ = load_template(with_(params, prepare={"chat_template": str(tmp_path / "template.jinja")}).prepare)
-    assert loaded.golden()
 
 
 def test_the_document_names_tests_that_exist() -> None:

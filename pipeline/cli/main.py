@@ -229,12 +229,14 @@ def _run_stage(name: str, params: Any) -> str:
             from pipeline.data.default_scoring import sentence
             from pipeline.prepare import prepare
 
-            made = prepare(params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared", params.train.task)
-            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in made.dropped.items())
-            dropped = f", {sum(made.dropped.values()):,} dropped ({reasons})" if made.dropped else ""
-            rows = ", ".join(f"{count:,} {split}" for split, count in made.rows.items())
-            loss = "" if classes else f"; {made.trained_tokens:,} of {made.tokens:,} training tokens carry loss"
-            scoring = sentence(made.scoring, params.prepare.default_scoring)
+            prepared = prepare(
+                params.prepare, Path("data/instructions"), dataset, WORK_DIR / "prepared", params.train.task
+            )
+            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in prepared.dropped.items())
+            dropped = f", {sum(prepared.dropped.values()):,} dropped ({reasons})" if prepared.dropped else ""
+            rows = ", ".join(f"{count:,} {split}" for split, count in prepared.rows.items())
+            loss = "" if classes else f"; {prepared.trained_tokens:,} of {prepared.tokens:,} training tokens carry loss"
+            scoring = sentence(prepared.scoring, params.prepare.default_scoring)
             return f"{rows} rows{dropped}{loss}" + (f"; {scoring}" if scoring and not classes else "")
         case "train":
             from pipeline.registry.init_adapter import fetch_init
@@ -273,9 +275,9 @@ def _run_stage(name: str, params: Any) -> str:
             if classes:
                 from pipeline.merge import merge_classes
 
-                made_one = merge_classes(params.merge, dataset, adapter, evaluation, *outputs)
-                same = f"{made_one.agreement:.1%} of the test texts have the adapter's class"
-                return f"into the {made_one.base} base; {same}"
+                merged = merge_classes(params.merge, dataset, adapter, evaluation, *outputs)
+                same = f"{merged.agreement:.1%} of the test texts have the adapter's class"
+                return f"into the {merged.base} base; {same}"
             merged = merge(params.merge, dataset, adapter, evaluation, *outputs)
             peft = f", by PEFT because {merged.merging.reason}" if merged.merging.reason else ""
             return (

@@ -24,11 +24,11 @@ def preset(
     from pipeline.training.presets import apply, available
 
     if name is None:
-        found = available()
+        presets = available()
         if json_output:
-            print(json.dumps([asdict(each) for each in found]))
+            print(json.dumps([asdict(each) for each in presets]))
             return
-        for each in found:
+        for each in presets:
             print(f"{each.name:20} {each.about} (--for {', '.join(each.tasks)})")
         return
     changed = apply(name, Path("params.yaml"), task)
@@ -54,11 +54,11 @@ def classify(
 
     if not (model / "contract.json").is_file():
         raise typer.BadParameter(f"{model} holds no merged model; `dvc repro` makes artifacts/merged")
-    found = do(model, [[{"role": "user", "content": text}] for text in texts])
+    answers = do(model, [[{"role": "user", "content": text}] for text in texts])
     if json_output:
-        print(json.dumps([asdict(each) for each in found]))
+        print(json.dumps([asdict(each) for each in answers]))
         return
-    for text, each in zip(texts, found, strict=True):
+    for text, each in zip(texts, answers, strict=True):
         print(f"{each.label} ({each.confidence:.3f})  {text}")
 
 

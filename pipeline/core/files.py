@@ -96,11 +96,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         KeyTwiceError: with the first key that comes twice.
     """
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         raise KeyTwiceError(next(key for key in keys if keys.count(key) > 1))
-    return made
+    return value
 
 
 def strict_json(data: bytes) -> Any:

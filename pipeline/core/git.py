@@ -87,10 +87,12 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     tip = ask(root, "rev-parse", "--verify", "--quiet", ref)
     contained = tip is not None and ask(root, "merge-base", "--is-ancestor", head, tip) is not None
     parents = [head] if tip is None else [tip] if contained else [tip, head]
-    made = commit(root, f"{tag} is champion\n\nVersion {version}.", parents)
-    run(root, "update-ref", ref, made, tip or "0" * len(made))  # compare and swap: another run's commit is not lost
-    run(root, "tag", tag, made)
-    return made
+    recorded = commit(root, f"{tag} is champion\n\nVersion {version}.", parents)
+    run(
+        root, "update-ref", ref, recorded, tip or "0" * len(recorded)
+    )  # compare and swap: another run's commit is not lost
+    run(root, "tag", tag, recorded)
+    return recorded
 
 
 def _git(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

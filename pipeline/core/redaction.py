@@ -69,12 +69,12 @@ def redact_process() -> None:
         return
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        made = make(*args, **kwargs)
+        entry = make(*args, **kwargs)
         with suppress(TypeError, ValueError):  # a message that does not fit its arguments: logging reports it
-            made.msg, made.args = redact(made.getMessage()), ()
-        if made.exc_info and made.exc_info[1] is not None:
-            made.exc_text = redact("".join(traceback.format_exception(made.exc_info[1])).rstrip("\n"))
-        return made
+            entry.msg, entry.args = redact(entry.getMessage()), ()
+        if entry.exc_info and entry.exc_info[1] is not None:
+            entry.exc_text = redact("".join(traceback.format_exception(entry.exc_info[1])).rstrip("\n"))
+        return entry
 
     def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")

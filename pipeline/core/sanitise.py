@@ -1,8 +1,4 @@
-"""What leaves the machine, cleaned: model configurations without code references, texts without this machine's paths.
-
-A version runs no code of anybody's repository (`auto_map` and the like are removed) and names no folder or user of
-this machine.
-"""
+"""What leaves the machine, cleaned: configurations name no code (`auto_map` and the like), folder or user."""
 
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,15 +10,8 @@ CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "ad
 # Keys that name code to fetch and run, or where the files lay when they were saved. transformers and PEFT fill in the
 # latter when they load.
 _DROPPED = (
-    "auto_map",
-    "custom_pipelines",
-    "_name_or_path",
-    "name_or_path",
-    "is_local",
-    "local_files_only",
-    "_commit_hash",
-)
-
+    "auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "is_local", "local_files_only", "_commit_hash"
+)  # fmt: skip
 _PATH_KEY = re.compile(r"(path|file|dir|folder|_key|_certificate|_store|_uri|chat_template)$")
 
 
@@ -62,12 +51,6 @@ def _is_elsewhere(name: str) -> bool:
 
 def _last(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-
-
-def one_line(text: str) -> str:
-    """Foreign text as one line of Markdown in which nothing is a tag, a link, an image or a table's edge."""
-    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`|\[\]])", r"\\\1", flat)
 
 
 def _without_code(config: Any) -> Any:

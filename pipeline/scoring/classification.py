@@ -19,8 +19,8 @@ from pipeline.chat import Message
 from pipeline.chat.template import local_source
 from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.core.memory import in_fitting_batch
+from pipeline.core.pages.templates import cell
 from pipeline.core.progress import Progress
-from pipeline.core.sanitise import one_line
 from pipeline.data.classes import TextEncoder, load_classes
 from pipeline.scoring.items import provenance, scoring_params, test_items
 from pipeline.scoring.kept import KeptAnswers, kept_file
@@ -175,11 +175,11 @@ def by_class(items: pa.Table) -> str:
         hits = sum(a == b == name for a, b in zip(label, predicted, strict=True))
         there, named = label.count(name), predicted.count(name)
         numbers = [hits / named if named else 0.0, hits / there if there else 0.0, 2 * hits / (there + named)]
-        lines.append(f"| {one_line(name)} | {there} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |")
+        lines.append(f"| {cell(name)} | {there} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |")
     rows = items.select(["prompt", "label", "predicted", "confidence"]).to_pylist()
     wrong = sorted((r for r in rows if r["label"] != r["predicted"]), key=lambda r: -r["confidence"])[:10]
     lines += ["", "## Wrong with the most confidence", ""]
     for row in wrong:
-        text = one_line(" ".join(row["prompt"].split())[:160])
-        lines.append(f"- {one_line(row['predicted'])} ({row['confidence']:.2f}) for {one_line(row['label'])}: {text}")
+        text = cell(" ".join(row["prompt"].split())[:160])
+        lines.append(f"- {cell(row['predicted'])} ({row['confidence']:.2f}) for {cell(row['label'])}: {text}")
     return "\n".join([*lines, *([] if wrong else ["None."]), ""])

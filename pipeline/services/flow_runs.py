@@ -37,8 +37,8 @@ def cancel_stack_runs(url: str, reason: str) -> None:
 
 
 def _open(url: str, types: list[str], of_deployments: bool) -> list[dict[str, Any]]:
-    wanted = {"state": {"type": {"any_": types}}, "deployment_id": {"is_null_": not of_deployments}}
-    return server.post(url, "flow_runs/filter", {"flow_runs": wanted}) or []
+    conditions = {"state": {"type": {"any_": types}}, "deployment_id": {"is_null_": not of_deployments}}
+    return server.post(url, "flow_runs/filter", {"flow_runs": conditions}) or []
 
 
 def _end(url: str, runs: list[dict[str, Any]], state_type: str, message: str) -> None:

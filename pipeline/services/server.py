@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pipeline.core.processes import end_group, lives, python_ending_with_parent,
 HOST = "127.0.0.1"
 STARTUP_SECONDS = 120
 STATE = WORK_DIR / "server.json"
-LOG = WORK_DIR / "logs" / "prefect-server.log"
+LOGS = WORK_DIR / "logs"
 
 
 class ServerError(RuntimeError):
@@ -106,19 +106,27 @@ def own_password() -> str | None:
     return os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING")
 
 
+def wait_for(name: str, answers: Callable[[], bool], has_ended: Callable[[], bool]) -> None:
+    """Return when a server or worker answers.
+
+    Raises:
+        ServerError: it has ended, or takes too long; with its log.
+    """
+    deadline, log = time.monotonic() + STARTUP_SECONDS, LOGS / f"{name}.log"
+    while not answers():
+        if has_ended():
+            raise ServerError(f"{name} has ended; its log is {log}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"{name} did not answer within {STARTUP_SECONDS} s; its log is {log}")
+        time.sleep(0.2)
+
+
 def _start(root: Path, port: int) -> subprocess.Popen[str]:
-    log = root / LOG
     url = f"http://{HOST}:{port}"
-    arguments = ("prefect", "server", "start", "--host", HOST, "--port", str(port))
-    child = start_logged(python_ending_with_parent(*arguments), log, root, environment(root, url))
-    deadline = time.monotonic() + STARTUP_SECONDS
+    command = python_ending_with_parent("prefect", "server", "start", "--host", HOST, "--port", str(port))
+    child = start_logged(command, root / LOGS / "prefect-server.log", root, environment(root, url))
     try:
-        while not healthy(url):
-            if child.poll() is not None:
-                raise ServerError(f"the Prefect server ended with status {child.returncode}; its log is {log}")
-            if time.monotonic() > deadline:
-                raise ServerError(f"the Prefect server was not healthy after {STARTUP_SECONDS} s; its log is {log}")
-            time.sleep(0.2)
+        wait_for("prefect-server", lambda: healthy(url), lambda: child.poll() is not None)
     except BaseException:
         end_group(child, grace=5)
         raise

@@ -10,10 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import chdir, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
 from pipeline.services import server
 from pipeline.services.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs
-from pipeline.services.server import HOST, STATE, ServerError
+from pipeline.services.server import HOST, LOGS, STATE, ServerError, wait_for
 
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
-LOGS = WORK_DIR / "logs"
 CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains: it overwrites its working tree
 CONFIG = WORK_DIR / "supervisor.ini"
 SOCKET = WORK_DIR / "supervisor.sock"  # relative: a socket's path has at most 107 characters
@@ -81,18 +80,18 @@ def services(params: Params) -> list[Service]:
     chosen, ports = params.operations.services, params.operations
     url = f"http://{HOST}:{ports.prefect_port}"
     start: tuple[str, ...] = ("prefect", "server", "start", "--host", HOST, "--port", str(ports.prefect_port))
-    wanted = [Service("prefect-server", start, url, f"{url}/api/health")]
+    stack = [Service("prefect-server", start, url, f"{url}/api/health")]
     if "mlflow" in chosen and why_no_mlflow(params) is None:
         url = f"http://{HOST}:{ports.mlflow_port}"
-        places = ("--backend-store-uri", params.publish.tracking_uri, "--artifacts-destination", "mlartifacts")
-        start = ("mlflow", "server", "--host", HOST, "--port", str(ports.mlflow_port), "--workers", "1", *places)
-        wanted.append(Service("mlflow", start, url, f"{url}/health"))
+        folders = ("--backend-store-uri", params.publish.tracking_uri, "--artifacts-destination", "mlartifacts")
+        start = ("mlflow", "server", "--host", HOST, "--port", str(ports.mlflow_port), "--workers", "1", *folders)
+        stack.append(Service("mlflow", start, url, f"{url}/health"))
     for pool in POOLS:
         if pool in chosen:
             name = f"{pool}-{socket.gethostname()}"
             start = ("prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name)
-            wanted.append(Service(f"{pool}-worker", start))
-    return wanted
+            stack.append(Service(f"{pool}-worker", start))
+    return stack
 
 
 def why_no_mlflow(params: Params) -> str | None:
@@ -135,13 +134,13 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
     known = {"process": identity(child.pid), "url": stack[0].url, "services": rows, "ready": False}
     write_json(root / STATE, known)
     try:
-        _wait(lambda: (root / SOCKET).exists(), "supervisor", lambda: child.poll() is not None)
+        wait_for("supervisor", (root / SOCKET).exists, lambda: child.poll() is not None)
         for service in stack:
             on_wait(f"starting {service.name}")
             if service.name == "gpu-worker" and params.operations.train_pool == "gpu":
                 make_clone(root / CLONE, params.operations.git_remote, root)
             _ask(root, "startProcess", service.name, False)
-            _wait_healthy(root, service)
+            wait_for(service.name, partial(_is_up, service), partial(_has_ended, root, service))
             if service.name == "prefect-server":
                 on_wait("making the work pools and deployments")
                 _prepare_server(root, params, f"http://{HOST}:{params.operations.prefect_port}")
@@ -217,12 +216,12 @@ def _write_config(root: Path, stack: list[Service]) -> None:
     clone = str((root / CLONE).resolve())
     text = SUPERVISOR.format(logs=LOGS, work=WORK_DIR, socket=SOCKET)
     for number, service in enumerate(stack):
-        own = {}
+        variables = {}
         if service.name == "gpu-worker":  # the code that it runs is its clone's, too
-            own = {"RETUNE_ROOT": clone, "PYTHONPATH": os.pathsep.join([clone, os.environ.get("PYTHONPATH", "")])}
+            variables = {"RETUNE_ROOT": clone, "PYTHONPATH": os.pathsep.join([clone, os.environ.get("PYTHONPATH", "")])}
         command = shlex.join(ending_with_parent([sys.executable, "-m", *service.arguments], parent=0))
-        variables = ",".join(f'{key}="{value}"' for key, value in own.items())
-        values = {"command": command.replace("%", "%%"), "environment": variables.replace("%", "%%")}
+        settings = ",".join(f'{key}="{value}"' for key, value in variables.items())
+        values = {"command": command.replace("%", "%%"), "environment": settings.replace("%", "%%")}
         text += PROGRAM.format(name=service.name, priority=number, logs=LOGS, **values)
     (root / SOCKET).unlink(missing_ok=True)
     write_text(root / CONFIG, text)
@@ -280,22 +279,12 @@ def _require_free(service: Service) -> None:
             ) from None
 
 
-def _wait_healthy(root: Path, service: Service) -> None:
-    def ended() -> bool:
-        return _ask(root, "getProcessInfo", service.name)["statename"] not in ("STARTING", "RUNNING")
-
-    _wait(lambda: service.health is None or _answers(service.health), service.name, ended)
+def _is_up(service: Service) -> bool:
+    return service.health is None or _answers(service.health)
 
 
-def _wait(condition: Callable[[], bool], name: str, ended: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + server.STARTUP_SECONDS
-    log = LOGS / f"{name}.log"
-    while not condition():
-        if ended():
-            raise ServerError(f"{name} has ended; its log is {log}")
-        if time.monotonic() > deadline:
-            raise ServerError(f"{name} did not answer within {server.STARTUP_SECONDS} s; its log is {log}")
-        time.sleep(0.2)
+def _has_ended(root: Path, service: Service) -> bool:
+    return _ask(root, "getProcessInfo", service.name)["statename"] not in ("STARTING", "RUNNING")
 
 
 def _answers(url: str) -> bool:
