@@ -45,7 +45,7 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
 
     Raises:
         TrainingFailed: no worker came, the training failed, or workers died at each of `operations.train_attempts`.
-        GitError, HandoverError: inputs or outputs could not be handed over.
+        GitError, GraphError, HandoverError: inputs or outputs could not be handed over.
     """
     if os.environ.get("RETUNE_DASHBOARD") == "":
         raise TrainingFailed(

@@ -13,7 +13,6 @@ from ruamel.yaml import YAML
 
 from pipeline.core import git, graph
 from pipeline.core.files import WORK_DIR, write_text
-from pipeline.core.redaction import redact
 
 ASKED, ANSWERED = "refs/retune/asked", "refs/retune/answered"
 PENDING = WORK_DIR / "asked"  # the commit of a request that was not taken back; a killed run leaves it
@@ -27,10 +26,11 @@ def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
     """Push the working tree as a commit, and the stage's inputs; returns the commit, which a worker is to be given.
 
     Raises:
-        GitError, HandoverError: git or DVC could not push; the message is theirs.
+        GitError, GraphError: they could not push; the message is theirs.
+        HandoverError: a file that the stage needs is not known to git.
     """
     inputs = [name for name in graph.STAGES[: graph.STAGES.index(stage)] if name in graph.lock(root)["stages"]]
-    _dvc(root, "push", "data.dvc", *inputs)
+    graph.ask(root, "push", "data.dvc", *inputs)
     _refuse_untracked(stage, root)
     if (root / PENDING).is_file():
         forget((root / PENDING).read_text(), remote, root)
@@ -47,7 +47,7 @@ def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], r
     had begun goes on.
 
     Raises:
-        GitError, HandoverError: the stage failed, or something could not be fetched or pushed.
+        GitError, GraphError, HandoverError: the stage failed, or something could not be fetched or pushed.
     """
     if git.run(root, "config", "--default", "false", "--get", "retune.worker") != "true":
         raise HandoverError(
@@ -59,7 +59,7 @@ def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], r
     status = graph.repro(stage, on_line, root, pull=True)
     if status != 0:
         raise HandoverError(f"stage {stage} ended with status {status} on this worker; its lines are above")
-    _dvc(root, "push", "--run-cache", stage)
+    graph.ask(root, "push", "--run-cache", stage)
     answer = git.commit(root, f"{stage} has run", ["HEAD"])
     git.run(root, "push", "--quiet", "--force", remote, f"{answer}:{ANSWERED}/{commit}")
 
@@ -68,7 +68,7 @@ def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
     """Merge the stage's entry of the answer into our `dvc.lock`, and fetch its outputs.
 
     Raises:
-        GitError, HandoverError: there is no answer, or it was made from other inputs than ours.
+        GitError, GraphError, HandoverError: there is no answer, or it was made from other inputs than ours.
     """
     git.run(root, "fetch", "--quiet", remote, f"{ANSWERED}/{commit}")
     yaml = YAML(typ="safe")
@@ -79,7 +79,7 @@ def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
     before = path.read_text(encoding="utf-8")
     _write_entry(path, stage, entry)
     try:
-        _dvc(root, "pull", stage)
+        graph.ask(root, "pull", stage)
         wrong = graph.stale(root).get(stage)
         if wrong:
             raise HandoverError(f"the worker ran {stage} on other inputs than those here: {wrong}")
@@ -125,15 +125,5 @@ def _refuse_untracked(stage: str, root: Path) -> None:
     """Files that the stage depends on, new modules included, travel by git only if git knows them."""
     deps = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
     unknown = git.run(root, "ls-files", "--others", "--exclude-standard", "--", *deps, "pipeline").splitlines()
-    lost = [path for path in unknown if path not in git.RECORDED]
-    if lost:
-        raise HandoverError(
-            f"{stage} depends on {lost[0]}, which git does not know, so a worker lacks it; `git add` it"
-        )
-
-
-def _dvc(root: Path, *arguments: str) -> None:
-    try:
-        graph.ask(root, *arguments)
-    except graph.GraphError as error:
-        raise HandoverError(redact(str(error))) from None
+    for path in (path for path in unknown if path not in git.RECORDED):
+        raise HandoverError(f"{stage} depends on {path}, which git does not know, so a worker lacks it; `git add` it")
