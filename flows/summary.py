@@ -11,8 +11,8 @@ from prefect.context import get_run_context
 from prefect.exceptions import Abort
 from prefect.states import Cancelled, Completed
 from rich.console import Console
-from ruamel.yaml import YAML
 
+from pipeline.core import graph
 from pipeline.core.processes import identity
 from pipeline.core.progress import clock
 from pipeline.params import Params
@@ -121,7 +121,5 @@ def show(result: dict[str, Any], seconds: float) -> None:
 
 
 def _data_tag() -> str | None:
-    path = Path(os.environ.get("RETUNE_ROOT", ".")) / "data.dvc"
-    if not path.is_file():
-        return None
-    return "data:" + str(YAML(typ="safe").load(path.read_text(encoding="utf-8"))["outs"][0]["md5"])[:8]
+    root = Path(os.environ.get("RETUNE_ROOT", "."))
+    return f"data:{graph.snapshot(root)['md5'][:8]}" if (root / "data.dvc").is_file() else None

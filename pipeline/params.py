@@ -112,10 +112,7 @@ class FilterParams(Section):
                 raise ValueError(f"prepare.filters.{least} is {low} and {most} {high}: no row is both")
         for code in self.languages or []:
             if code not in LANGUAGES:
-                meant = {"cn": "zh", "jp": "ja", "kr": "ko", "eng": "en", "chi": "zh", "zho": "zh", "cz": "cs"}.get(
-                    code
-                )
-                hint = f"did you mean {meant}?" if meant else "expected ISO 639 codes such as en, zh or de"
+                hint = "expected ISO 639 codes such as en, zh or de"
                 raise ValueError(f"prepare.filters.languages names {code!r}, which no row could be in; {hint}")
         return self
 

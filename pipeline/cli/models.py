@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+from pipeline.cli.versions import Json
 
 
 def preset(

@@ -26,11 +26,6 @@ def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = Fa
         print(json.dumps(known))
         return
     _services(known)
-    why = stack.why_no_mlflow(params)
-    if "mlflow" in params.operations.services and why is not None:
-        print(f"mlflow: not started, because {why}")
-    elif "mlflow" in params.operations.services and not stack.mlflow_has_pages():
-        print("mlflow: the API only; `pip install mlflow==3.17.2` (500 MB) adds its pages")
     print(f"up: dashboard at {known['url']}; `retune down` stops everything")
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import chdir, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xmlrpc.client import Fault, ServerProxy
@@ -77,11 +76,11 @@ class Service:
 
 def services(params: Params) -> list[Service]:
     """What `operations.services` asks for, in the order of starting; the server always comes first."""
-    chosen, ports = params.operations.services, params.operations
+    ports, chosen = params.operations, params.operations.services
     url = f"http://{HOST}:{ports.prefect_port}"
     start: tuple[str, ...] = ("prefect", "server", "start", "--host", HOST, "--port", str(ports.prefect_port))
     stack = [Service("prefect-server", start, url, f"{url}/api/health")]
-    if "mlflow" in chosen and why_no_mlflow(params) is None:
+    if "mlflow" in chosen and params.publish.tracking_uri.startswith("sqlite:"):  # else it has a server of its own
         url = f"http://{HOST}:{ports.mlflow_port}"
         folders = ("--backend-store-uri", params.publish.tracking_uri, "--artifacts-destination", "mlartifacts")
         start = ("mlflow", "server", "--host", HOST, "--port", str(ports.mlflow_port), "--workers", "1", *folders)
@@ -92,20 +91,6 @@ def services(params: Params) -> list[Service]:
             start = ("prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name)
             stack.append(Service(f"{pool}-worker", start))
     return stack
-
-
-def why_no_mlflow(params: Params) -> str | None:
-    """Why this stack has no MLflow server, or None when it can have one."""
-    if not params.publish.tracking_uri.startswith("sqlite:"):
-        return f"publish.tracking_uri names a server of its own, {params.publish.tracking_uri}"
-    missing = [name for name in ("flask", "flask_cors", "graphene") if find_spec(name) is None]
-    return f"the packages {', '.join(missing)} are not installed" if missing else None
-
-
-def mlflow_has_pages() -> bool:
-    """mlflow-skinny serves the API only; the pages come with the full package."""
-    spec = find_spec("mlflow")
-    return spec is not None and (Path(spec.origin or "").parent / "server" / "js" / "build" / "index.html").exists()
 
 
 def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None) -> Params:
