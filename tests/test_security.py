@@ -255,15 +255,7 @@ def link(name: str, target: str) -> Change:
     return change
 
 
-PICKLES = (
-    "pytorch_model.bin",
-    "model.pt",
-    "model.pth",
-    "model.pkl",
-    "model.ckpt",
-    "consolidated.00.pth",
-    "tf_model.h5",
-)
+PICKLES = ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "tf_model.h5")
 MAPS = {
     "local": {"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"},
     "remote": {"AutoConfig": "evil/repo--configuration_evil.C", "AutoModelForCausalLM": "evil/repo--modeling_evil.M"},
@@ -273,89 +265,55 @@ MAPS = {
 }
 HOSTILE_BASES: dict[str, Change] = {
     **{f"{name} instead of weights": bytes_of(name, "torch.save", instead=True) for name in PICKLES},
-    **{f"pickle {n} as safetensors": bytes_of("model.safetensors", f"pickle {n}") for n in range(6)},
     **{f"{kind} as safetensors": bytes_of("model.safetensors", kind) for kind in hostile.bad_safetensors()},
-    "torch.save as safetensors": bytes_of("model.safetensors", "torch.save"),
+    **{
+        f"{kind} as safetensors": bytes_of("model.safetensors", kind) for kind in ("pickle 0", "pickle 4", "torch.save")
+    },
     **{
         f"index to {shard!r}": index({"lm_head.weight": shard, "model.norm.weight": "other.safetensors"})
-        for shard in (
-            "pytorch_model.bin",
-            "../other/model.safetensors",
-            "/etc/model.safetensors",
-            "sub/model.safetensors",
-            "https://example.org/model.safetensors",
-            "..\\model.bin",
-            "",
-            None,
-            5,
-        )
+        for shard in ("pytorch_model.bin", "../other/model.safetensors", "https://example.org/model.safetensors", None)
     },
-    **{f"index of {type(shards).__name__}": index(shards) for shards in ([], "x", None, 3)},
+    "index of a list": index([]),
     "quantised": config("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-    "quantised by code": config("config.json", quantization_config={"quant_method": "../../evil"}),
     "quantised by a list": config("config.json", quantization_config=["bitsandbytes"]),
-    "quantised by text": config("config.json", quantization_config="bitsandbytes"),
     "pickled weights by name": config("config.json", transformers_weights="pytorch_model.bin"),
-    "adapter weights by name": config("config.json", transformers_weights="adapter_model.bin"),
-    "weights elsewhere": config("config.json", transformers_weights="../../x.safetensors"),
     "kernel": config("config.json", _attn_implementation="evil/kernel"),
-    "kernel by name": config("config.json", attn_implementation="evil/kernel:run"),
-    "kernel of experts": config("config.json", _experts_implementation="evil/kernel"),
-    "kernel in a part": config("config.json", text_config={"attn_implementation": "evil/kernel"}),
-    "adapter inside": lambda folder: write_json(
-        folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "evil/base"}
-    ),
+    "kernel in a part": config("config.json", text_config={"experts_implementation": "evil/kernel:run"}),
+    "adapter inside": lambda folder: write_json(folder / "adapter_config.json", {"peft_type": "LORA"}),
     "tokenizer files elsewhere": config("tokenizer_config.json", fast_tokenizer_files=["../../tokenizer.4.0.json"]),
     "weights by link": link("model.safetensors", "/etc/passwd"),
     "template by link": link("chat_template.jinja", "SECRET"),
-    "tokenizer by link": link("tokenizer.json", "/proc/self/environ"),
-    **{f"{name} of a list": lambda folder, name=name: write_json(folder / name, [1]) for name in ("config.json",)},
+    "config of a list": lambda folder: write_json(folder / "config.json", [1]),
     **{
         f"config by {kind}": lambda folder, data=data: (folder / "config.json").write_bytes(data) and None
         for kind, data in hostile.bad_json().items()
     },
-    **{
-        f"unknown model with code, {kind}": code("config.json", model_type="evil", auto_map=MAPS[kind])
-        for kind in MAPS
-        if "tok" not in kind
-    },
-    "config class of another type": config("config.json", model_type=["llama"]),
-    "numbers that are none": config("config.json", hidden_size="64"),
+    "unknown model with code": code("config.json", model_type="evil", auto_map=MAPS["local"]),
+    "unknown model with code elsewhere": code("config.json", model_type="evil", auto_map=MAPS["remote"]),
     "impossible shape": config("config.json", hidden_size=65),
     "tokenizer class of no text": config("tokenizer_config.json", tokenizer_class=5),
 }
-# What transformers ignores or never runs: these load, and nothing happens.
-HARMLESS_BASES: dict[str, Change] = {
-    **{
-        f"{name} beside the weights": bytes_of(name, "torch.save")
-        for name in (*PICKLES, "training_args.bin", "optimizer.pt")
-    },
+# What transformers ignores or never runs, and what honest repositories hold: these load, and nothing happens.
+LOADED_BASES: dict[str, Change] = {
+    "plain": lambda folder: None,
+    **{f"{name} beside the weights": bytes_of(name, "torch.save") for name in (*PICKLES, "training_args.bin")},
     **{f"known model with code, {kind}": code("config.json", auto_map=value) for kind, value in MAPS.items()},
-    **{
-        f"tokenizer with code, {kind}": code("tokenizer_config.json", auto_map=value)
-        for kind, value in MAPS.items()
-        if "tok" not in kind
-    },
-    "tokenizer with code, in a list": code("tokenizer_config.json", auto_map=["tokenization_evil.T", None]),
+    "tokenizer with code": code("tokenizer_config.json", auto_map=["tokenization_evil.T", None]),
     "generation code": code("generation_config.json", custom_generate="evil/repo", trust_remote_code=True),
-    "generation by a method that is fetched": config("generation_config.json", penalty_alpha=0.6, top_k=4),
     "pipelines": code("config.json", custom_pipelines={"text": {"impl": "modeling_evil.M", "pt": ["M"]}}),
     "trust in the config": code("config.json", trust_remote_code=True, auto_map=MAPS["local"]),
-    "trust in the tokenizer": code("tokenizer_config.json", trust_remote_code=True),
     "name elsewhere": config("config.json", _name_or_path="/etc", name_or_path="evil/repo"),
-    "tokenizer's name elsewhere": config("tokenizer_config.json", name_or_path="evil/repo", subfolder="../.."),
     "tokenizer file elsewhere": config("tokenizer_config.json", tokenizer_file="/etc/passwd", vocab_file="/etc/passwd"),
     "template file elsewhere": config("tokenizer_config.json", chat_template_file="/etc/passwd"),
-    "special tokens elsewhere": config("tokenizer_config.json", special_tokens_map_file="/etc/passwd"),
     "tokenizer class by path": config("tokenizer_config.json", tokenizer_class="os.system"),
-    "tokenizer class of a repository": config("tokenizer_config.json", tokenizer_class="evil/repo--tok.T"),
-    "modules named like ours": lambda folder: (
-        [
-            (folder / f"{name}.py").write_text(EVIL.format(canary=str(folder / CANARY)))
-            for name in ("torch", "json", "sitecustomize")
-        ]
-        and None
-    ),
+    "module named like ours": lambda folder: (folder / "torch.py").write_text("open('/var/tmp/evil', 'w')") and None,
+    "a card with html": lambda folder: (folder / "README.md").write_text("<script>alert(1)</script>") and None,
+    "a picture": lambda folder: (folder / "logo.png").write_bytes(b"\x89PNG\xff") and None,
+    "a folder": lambda folder: (folder / "onnx").mkdir(),
+    "attention by name": config("config.json", _attn_implementation="sdpa"),
+    "no quantisation": config("config.json", quantization_config=None),
+    "no generation config": lambda folder: (folder / "generation_config.json").unlink(),
+    "template in the config": config("tokenizer_config.json", chat_template=CHATML),
 }
 
 
@@ -381,45 +339,15 @@ def test_a_hostile_base_model_is_refused_and_nothing_of_it_runs(
         assert used(tmp_path / "base", params) is not None
 
 
-@pytest.mark.parametrize("name", part(HARMLESS_BASES, 5))
+@pytest.mark.parametrize("name", part(LOADED_BASES, 7))
 def test_what_loaders_ignore_in_a_base_model_never_runs_and_asks_nobody(
     tmp_path: Path, base: Path, params: Params, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to trust it"))
     shutil.copytree(base, tmp_path / "base")
-    HARMLESS_BASES[name](tmp_path / "base")
+    LOADED_BASES[name](tmp_path / "base")
     with watching(tmp_path):
         assert used(tmp_path / "base", params) is None
-
-
-HONEST_BASES: dict[str, Change] = {
-    "plain": lambda folder: None,
-    "a repository's other files": lambda folder: (
-        [
-            (folder / name).write_bytes(b"\x89PNG\xff")
-            for name in ("logo.png", "LICENSE", "model.onnx", ".gitattributes")
-        ]
-        and None
-    ),
-    "a card with html": lambda folder: (folder / "README.md").write_text("<script>alert(1)</script>") and None,
-    "folders": lambda folder: [(folder / name).mkdir() for name in ("onnx", "original", ".cache", "figures")] and None,
-    "attention by name": config("config.json", _attn_implementation="sdpa"),
-    "no quantisation": config("config.json", quantization_config=None),
-    "a name of another machine": config("config.json", _name_or_path="/home/alice/models/x"),
-    "no generation config": lambda folder: (folder / "generation_config.json").unlink(),
-    "stop tokens": config("generation_config.json", eos_token_id=[0, 2], temperature=0.7, do_sample=True, top_p=0.9),
-    "an old tokenizer config": config("tokenizer_config.json", special_tokens_map_file=None, tokenizer_file=None),
-    "byte-level llama": config("tokenizer_config.json", tokenizer_class="LlamaTokenizer", legacy=False),
-    "fast class": config("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
-    "template in the config": config("tokenizer_config.json", chat_template=CHATML),
-}
-
-
-@pytest.mark.parametrize("name", part(HONEST_BASES, 4))
-def test_an_honest_base_model_is_loaded(tmp_path: Path, base: Path, params: Params, name: str) -> None:
-    shutil.copytree(base, tmp_path / "base")
-    HONEST_BASES[name](tmp_path / "base")
-    assert used(tmp_path / "base", params) is None
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -478,20 +406,20 @@ def test_a_file_that_the_hub_did_not_answer_for_is_not_taken_for_absent(
 
 HOSTILE_ADAPTERS: dict[str, Change] = {
     "no weights but a pickle": bytes_of("adapter_model.bin", "torch.save", instead=True),
+    "a pickle as weights": bytes_of("adapter_model.safetensors", "pickle 4"),
     **{f"{kind} as weights": bytes_of("adapter_model.safetensors", kind) for kind in hostile.bad_safetensors()},
-    **{f"pickle {n} as weights": bytes_of("adapter_model.safetensors", f"pickle {n}") for n in range(6)},
     **{
         f"{key} = {value!r}"[:70]: config("adapter_config.json", **{key: value})
         for key, value in [
             ("auto_mapping", {"base_model_class": "system", "parent_library": "os"}),
             ("megatron_config", {"a": 1}),
-            *(("peft_type", kind) for kind in ("PROMPT_TUNING", "XLORA", "../../evil", None)),
-            *(("init_lora_weights", kind) for kind in ("pissa", "loftq", "olora", "eva")),
-            *((f"{kind}_config", {"x": "/tmp/x.pt"}) for kind in ("loftq", "eva", "corda", "arrow", "runtime")),
+            ("loftq_config", {"x": "/tmp/x.pt"}),
+            *(("peft_type", kind) for kind in ("PROMPT_TUNING", "XLORA", None)),
+            *(("init_lora_weights", kind) for kind in ("pissa", "loftq")),
             ("layer_replication", [[0, 100000]]),
             *(("target_modules", value) for value in ("(a+)+$", {"a": 1}, [5], ["(a+)+$"])),
-            *((key, {"(a+)+$": 4}) for key in ("rank_pattern", "alpha_pattern")),
-            *((key, "(a|aa)+$") for key in ("exclude_modules", "layers_pattern", "target_parameters")),
+            ("rank_pattern", {"(a+)+$": 4}),
+            ("exclude_modules", "(a|aa)+$"),
             ("trainable_token_indices", [0, 1]),
             ("modules_to_save", ["lm_head"]),
             ("prompt_tuning_init_text", "x"),
