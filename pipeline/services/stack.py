@@ -153,10 +153,11 @@ def down(root: Path = Path(".")) -> bool:
 
 def state(root: Path = Path(".")) -> dict[str, Any]:
     """The stack's address and services, each with its process and state as they are now; empty when none runs."""
-    known = server.known_stack(root)
-    processes = {each["name"]: each for each in _ask(root, "getAllProcessInfo")} if known else {}
+    known, processes = server.known_stack(root), {}
+    with suppress(OSError):  # in its first second supervisord does not answer
+        processes = {each["name"]: each for each in _ask(root, "getAllProcessInfo")} if known else {}
     for service in known.get("services", []):
-        process = processes[service["name"]]
+        process = processes.get(service["name"], {"pid": 0, "statename": "STARTING"})
         service |= {"pid": process["pid"], "state": STATES.get(process["statename"], process["statename"].lower())}
         if service["state"] in ("starting", "running") and service["health"] is not None:
             service["state"] = "healthy" if _answers(service["health"]) else "does not answer"
