@@ -34,7 +34,7 @@ from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.conversion import read_batches
 from pipeline.data.default_scoring import Choice, choose_scoring
 from pipeline.data.encoding import ROWS, SIGNATURES, TEXT, TOKENS, Encoder, compared_text, encode_shard, load_encoding
-from pipeline.data.formats import find_files
+from pipeline.data.formats import UnclearFormatError, find_files
 from pipeline.data.records import Rejected
 from pipeline.data.report import DataStats, write_report
 from pipeline.data.shards import ShardWriter, is_shard, read_rejected, read_snapshot
@@ -141,11 +141,17 @@ def _parts(data: Path, scratch: Path) -> _Data:
             continue
         writer, format = ShardWriter(scratch, name), "unknown"
         progress = Progress("prepare", max(path.stat().st_size >> 20, 1), f"MiB of {name}", every=2.0)
-        for batch in read_batches(path):
-            progress.update(batch.position >> 20)
-            format = batch.recipe.format
-            writer.add(batch.table)
-            rejected += [(row, name, format) for row in batch.rejected]
+        try:
+            for batch in read_batches(path):
+                progress.update(batch.position >> 20)
+                format = batch.recipe.format
+                writer.add(batch.table)
+                rejected += [(row, name, format) for row in batch.rejected]
+        except UnclearFormatError:
+            raise PrepareError(
+                f"{path} fits no known format, or several, and ingest.columns is not for files put into {data} by "
+                f"hand: move it out and take it in with `retune ingest {path.name}`"
+            ) from None
         parts += [_Part(scratch / shard, name, format) for shard in writer.close()]
     order = {shard: place for place, shard in enumerate(notes["shards"])} if notes else {}
     return _Data(sorted(parts, key=lambda part: order.get(part.shard.name, len(order))), rejected)

@@ -14,7 +14,7 @@ from versions import parameters, published
 from pipeline import publish
 from pipeline.core import graph, timings
 from pipeline.core.files import sha256_file, write_json
-from pipeline.core.git import state
+from pipeline.core.git import changes, state
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
 from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
@@ -66,11 +66,14 @@ def test_what_a_run_writes_itself_is_no_change_of_the_code(tmp_path: Path) -> No
     for name in ("dvc.lock", ".dvc/init_adapter.json"):
         (tmp_path / name).write_text("as a run left it")
     assert not state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"]
-    (tmp_path / "new.py").write_text("")
-    assert state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"]
-    (tmp_path / "new.py").unlink()
-    (tmp_path / "params.yaml").write_text("changed by a person")
-    assert state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"]
+    (tmp_path / "rows.csv").write_text("nothing reads it")
+    assert not state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"]
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "new.py").write_text("")
+    assert changes(tmp_path, manifests.WRITTEN_BY_RUNS) == ["pipeline/new.py"]
+    (tmp_path / "pipeline" / "new.py").unlink()
+    (tmp_path / "params.yaml").write_text("prepare: {decontaminate: [./rows.csv]}")
+    assert changes(tmp_path, manifests.WRITTEN_BY_RUNS) == ["params.yaml", "rows.csv"]
 
 
 def test_every_file_of_the_version_is_listed_under_its_digest(

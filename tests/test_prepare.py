@@ -465,3 +465,9 @@ def test_near_duplicates_stay_when_the_threshold_is_null(params: Params, tmp_pat
     rows = [*varied_rows(100), *(ask(f"{text}{mark}", f"Yes{mark}", group=group) for mark in "?!")]
     assert run(params, tmp_path, rows, max_length=512)[0].dropped == {NEAR_DUPLICATE: 1}
     assert run(params, tmp_path, rows, max_length=512, near_duplicate_threshold=None)[0].dropped == {}
+
+
+def test_a_file_put_in_by_hand_that_needs_a_mapping_is_sent_to_ingest(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "tickets.csv").write_text("ticket,team\nIt is late.,delivery\n")
+    with pytest.raises(PrepareError, match=r"retune ingest tickets\.csv"):
+        prepare(params.prepare, tmp_path, tmp_path / "out")

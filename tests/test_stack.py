@@ -69,7 +69,11 @@ def test_a_taken_port_is_one_sentence_and_leaves_nothing(root: Path) -> None:
 
 
 def test_a_killed_supervisor_takes_every_process_with_it(root: Path) -> None:
-    up(root, "cpu")
+    known = up(root, "cpu")
+    assert json.loads(retune(root, "up", "--json").stdout)["url"] == known["url"]
+    moved = retune(root, "up", "--port", str(free_port()))
+    assert moved.returncode == 1
+    assert known["url"] in moved.stderr
     processes = stack.marked(root)
     assert listening(processes) == {"127.0.0.1"}
     shown = json.loads(retune(root, "status", "--json").stdout)

@@ -7,7 +7,7 @@ from conftest import ROOT
 from rich.console import Console
 
 from pipeline.registry.decisions import Record, name_of, word_of
-from pipeline.registry.verdict import next_step, title, verdict_rows, why
+from pipeline.registry.verdict import in_short, next_step, title, verdict_rows, why
 from pipeline.report.tables import markdown, score_rows, terminal
 
 MANIFEST: dict[str, Any] = {
@@ -101,14 +101,23 @@ def test_one_table_of_scores_leaves_out_what_nobody_has_and_says_which_metrics_c
     systems: dict[str, Any] = {"base": {"bleu": None, "rougeL": score, "accuracy": score}, "champion": {}}
     systems["champion"] = {"rougeL": {"score": 0.55}}
     rows = score_rows(systems, {"accuracy": 3}, 48)
-    assert [row["metric"] for row in rows] == ["accuracy (3 of 48 items)", "rougeL"]
-    assert rows[1] == {"metric": "rougeL", "base": "0.500 (0.400 to 0.600)", "champion": "0.550"}
+    assert [row["metric"] for row in rows] == [
+        "accuracy (3 of 48 items)", "macro_f1 (no task has 10 test items per class)", "rougeL",
+    ]  # fmt: skip
+    assert rows[2] == {"metric": "rougeL", "base": "0.500 (0.400 to 0.600)", "champion": "0.550"}
     assert markdown(rows)[0] == "| metric | base | champion |"
     assert markdown([]) == []
     console = Console(width=100)
     with console.capture() as shown:
         console.print(terminal(rows, "Scores"))
     assert "0.500 (0.400 to 0.600)" in shown.get()
+
+
+def test_the_history_names_the_metric_that_decided() -> None:
+    comparison = {"rougeL": row("passed", 0.1), "bleu": row("failed", -9, 5.0, candidate=31.0, champion=40.0)}
+    assert in_short(comparison) == "bleu 31.0 against 40.0"
+    assert in_short({"rougeL": row("open", 0.1)}) == "rougeL 0.500 against 0.400"
+    assert in_short({}) == ""
 
 
 def test_a_first_version_is_next_to_the_base_model_and_has_no_champion_to_go_back_to() -> None:

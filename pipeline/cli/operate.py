@@ -20,6 +20,7 @@ def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = Fa
     from pipeline.services import stack
     from pipeline.settings import load_params
 
+    stack.refuse_to_move(port, mlflow_port)
     params = stack.with_ports(load_params(), port, mlflow_port)
     known = stack.up(params, on_wait=lambda doing: print(f"up: {doing}", file=sys.stderr))
     if json_output:

@@ -141,6 +141,7 @@ def history(
     from pipeline.promote import history as do
     from pipeline.registry.decisions import word_of
     from pipeline.registry.mlflow import RegistryError
+    from pipeline.registry.verdict import in_short
     from pipeline.settings import load_params
 
     params = load_params()
@@ -165,16 +166,18 @@ def history(
 
     table = Table("#", "when (UTC)", "who", "decision", "version", "champion", "why", title_justify="left")
     for record in shown:
-        move = (
-            f"{name(record.previous)} → {name(record.champion)}" if record.previous != record.champion else "as before"
-        )
+        by_gate = word_of(record) in ("promoted", "refused", "undecided", "proposed") and record.proposal is None
         table.add_row(
-            str(record.number), record.time.removesuffix("+00:00").replace("T", " "), record.actor, word_of(record),
-            name(record.version), move, record.reason,
+            str(record.number), record.time[:16].replace("T", " "), record.actor, word_of(record),
+            name(record.version), name(record.champion) if record.previous != record.champion else "as before",
+            (in_short(record.comparison) if by_gate else "") or record.reason,
         )  # fmt: skip
     _print(table)
     if number is not None:
-        _numbers(shown[0].comparison, shown[0].notes, shown[0].overruled, shown[0].previous is None)
+        [record] = shown
+        print(f"Champion {name(record.previous)} → {name(record.champion)}")
+        print(f"Why      {record.reason}")
+        _numbers(record.comparison, record.notes, record.overruled, record.previous is None)
         return
     print(f"champion: {name(log[-1].champion)}; `retune history NUMBER` shows one decision's numbers")
 

@@ -9,8 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from pipeline.core.redaction import redact
 
+CODE = ("pipeline/", "flows/", "dvc.yaml", "params.yaml")  # files that count although git does not know them
 # params.yaml: of a run with `changes`.
 RECORDED = ("data.dvc", "dvc.lock", ".dvc/init_adapter.json", "params.yaml")
 
@@ -39,9 +42,27 @@ def ask(root: Path, *arguments: str) -> str | None:
 
 def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
     """HEAD's id ("" outside a repository), and whether files other than the `ignored` ones differ from it."""
+    return {"commit": ask(root, "rev-parse", "HEAD") or "", "dirty": bool(changes(root, ignored))}
+
+
+def changes(root: Path, ignored: tuple[str, ...]) -> list[str]:
+    """Files that differ from HEAD, but the `ignored` ones.
+
+    Of the files that git does not know, only those count that a run can read: code, and what a parameter names.
+    """
     excluded = [f":(exclude){name}" for name in ignored]
-    dirty = bool(ask(root, "status", "--porcelain", "--", ":/", *excluded))
-    return {"commit": ask(root, "rev-parse", "HEAD") or "", "dirty": dirty}
+    tracked = (ask(root, "diff", "--name-only", "HEAD", "--", ":/", *excluded) or "").splitlines()
+    unknown = (ask(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    named = _texts(YAML(typ="safe").load(root / "params.yaml")) if unknown and (root / "params.yaml").exists() else []
+    return tracked + [path for path in unknown if path.startswith(CODE) or path in {os.path.normpath(t) for t in named}]
+
+
+def _texts(tree: Any) -> list[str]:
+    """Every text in a tree of YAML."""
+    if isinstance(tree, dict | list):
+        values = tree.values() if isinstance(tree, dict) else tree
+        return [text for value in values for text in _texts(value)]
+    return [tree] if isinstance(tree, str) else []
 
 
 def commit(root: Path, message: str, parents: list[str], tracked: bool = False) -> str:
@@ -70,8 +91,7 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
         GitError: files other than `RECORDED` differ from HEAD, so that a commit would not be what the version was made
             from; or the branch is checked out.
     """
-    changed = [line[3:] for line in run(root, "status", "--porcelain").splitlines()]
-    others = [path for path in changed if path not in RECORDED]
+    others = changes(root, RECORDED)
     if others:
         shown = ", ".join(others[:3]) + " and more" * (len(others) > 3)
         raise GitError(

@@ -62,6 +62,16 @@ def why(comparison: Comparison, against: str) -> str:
     )
 
 
+def in_short(comparison: Comparison) -> str:
+    """The metric that decided, with both scores; nothing for a decision without numbers."""
+    if not comparison:
+        return ""
+    failed = [metric for metric, row in comparison.items() if verdict_of(row) == "failed"]
+    metric = failed[0] if failed else next(iter(comparison))
+    row, number = comparison[metric], _format(metric)
+    return f"{metric} {number(row['candidate'])} against {number(row['champion'])}"
+
+
 def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest | None, first: bool = False) -> str:
     """What a person can do after the decision `word`.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.scoring.resampling import METRICS, PERCENT
+from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, PERCENT
 
 # Keys of metrics.json, and what people call these systems.
 SYSTEMS = {
@@ -32,14 +32,18 @@ def score_rows(
         counts: how many of the `items` each metric counts, where that is known; said where it is not all of them.
     """
     measured = [metric for metric in METRICS if any(scores.get(metric) for scores in systems.values())]
+    if "accuracy" in measured and "macro_f1" not in measured:  # classes may be there, with too few items
+        measured.insert(measured.index("accuracy") + 1, "macro_f1")
     return [
-        {"metric": metric + _few((counts or {}).get(metric, items), items)}
+        {"metric": metric + _few(metric, systems, (counts or {}).get(metric, items), items)}
         | {names[system]: interval(metric, scores.get(metric)) for system, scores in systems.items()}
         for metric in measured
     ]
 
 
-def _few(count: int, items: int) -> str:
+def _few(metric: str, systems: dict[str, dict[str, Any]], count: int, items: int) -> str:
+    if not any(scores.get(metric) for scores in systems.values()):
+        return f" (no task has {ITEMS_OF_A_CLASS} test items per class)"
     return f" ({count:,} of {items:,} items)" if count < items else ""
 
 

@@ -22,10 +22,9 @@ from pipeline.data.records import TOOL_CALLS
 from pipeline.params import EvaluateParams
 from pipeline.scoring.generation import Answer
 from pipeline.scoring.metrics import text_metrics
-from pipeline.scoring.resampling import METRICS, bootstrap_metrics, group_of, metric_items, slices_of
+from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, bootstrap_metrics, group_of, metric_items, slices_of
 
 METRICS_FILE = Path(text_metrics.__file__)
-ITEMS_OF_A_CLASS = 10  # a task is a classification, and counts for macro-F1, with so many items a label on average
 # Metrics of an answer's text and its reference alone.
 TEXT_METRICS = [
     name for name in METRICS if name not in ("accuracy", "macro_f1", "perplexity") and not name.startswith("rouge")

@@ -22,6 +22,7 @@ LOWER_IS_BETTER = frozenset({"perplexity"})
 BINARY = frozenset({"accuracy", "exact_match"})  # an item is right or wrong
 PERCENT = frozenset({"bleu", "chrf"})  # 0–100; the other metrics 0–1, perplexity from 1 up
 CONFIDENCE = 0.95
+ITEMS_OF_A_CLASS = 10  # a task is a classification, and counts for macro-F1, with so many items a label on average
 BLOCK = 2**22  # numbers of a block of resamples: memory stays at some 100 MB for any test set
 Array = NDArray[np.float64]
 Groups = NDArray[Any]  # (N,) the group that each item belongs to

@@ -100,6 +100,19 @@ def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None
     return params.model_copy(update={"operations": params.operations.model_copy(update=update)})
 
 
+def refuse_to_move(prefect_port: int | None, mlflow_port: int | None, root: Path = Path(".")) -> None:
+    """Raises:
+    ServerError: a stack runs here with other ports than those that are given.
+    """
+    ports = {"prefect-server": prefect_port, "mlflow": mlflow_port}
+    for each in server.known_stack(root).get("services", []):
+        port = ports.get(each["name"])
+        if port is not None and each["url"] != f"http://{HOST}:{port}":
+            raise ServerError(
+                f"{each['name']} already runs at {each['url']}; to move it to port {port}, `retune down` first"
+            )
+
+
 def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Start the stack in the background and wait until it works, or answer with the one that runs.
 
