@@ -45,7 +45,7 @@ def test_a_manifest_tells_where_the_version_comes_from(manifest: Manifest, shipp
     _, params, version = shipped
     assert manifests.version_of(manifest) == version
     assert len(manifest["git"]["commit"]) == 40
-    assert manifest["git"]["dirty"]  # the artifacts are not committed
+    assert not manifest["git"]["dirty"]  # the artifacts are not committed, and are no code
     assert manifest["data"]["dvc_md5"] == {"data/instructions": "0" * 32 + ".dir"}
     assert manifest["params"]["prepare"] == params.prepare.model_dump()
     assert set(manifest["params"]) == {"prepare", "train", "evaluate", "merge", "publish"}

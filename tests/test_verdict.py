@@ -102,7 +102,7 @@ def test_one_table_of_scores_leaves_out_what_nobody_has_and_says_which_metrics_c
     systems["champion"] = {"rougeL": {"score": 0.55}}
     rows = score_rows(systems, {"accuracy": 3}, 48)
     assert [row["metric"] for row in rows] == [
-        "accuracy (3 of 48 items)", "macro_f1 (no task has 10 test items per class)", "rougeL",
+        "accuracy (3 of 48 items)", "macro_f1 (needs 10 items per class)", "rougeL",
     ]  # fmt: skip
     assert rows[2] == {"metric": "rougeL", "base": "0.500 (0.400 to 0.600)", "champion": "0.550"}
     assert markdown(rows)[0] == "| metric | base | champion |"

@@ -43,7 +43,7 @@ def score_rows(
 
 def _few(metric: str, systems: dict[str, dict[str, Any]], count: int, items: int) -> str:
     if not any(scores.get(metric) for scores in systems.values()):
-        return f" (no task has {ITEMS_OF_A_CLASS} test items per class)"
+        return f" (needs {ITEMS_OF_A_CLASS} items per class)"
     return f" ({count:,} of {items:,} items)" if count < items else ""
 
 
