@@ -41,22 +41,22 @@ bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-stor
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
 	@python -m tests.bench.stages
 
-bench-data: $(READY)  ## ingest and prepare beside datasets.map, datasketch and rensa (about 4 minutes)
+bench-data: $(READY)  ## ingest and prepare next to datasets.map and datasketch (about 4 minutes)
 	@python -m tests.bench.data
 
-bench-train: $(READY)  ## train beside `trl sft` with its defaults, on rows of the last prepare (about 8 minutes)
+bench-train: $(READY)  ## train next to `trl sft` with its defaults, on rows of the last prepare (about 8 minutes)
 	@python -m tests.bench.train
 
-bench-evaluate: $(READY)  ## answers a second beside transformers' static and continuous batching (about 4 minutes)
+bench-evaluate: $(READY)  ## answers in slots next to transformers' batches (about 3 minutes)
 	@python -m tests.bench.generation
 
-bench-merge: $(READY)  ## merging shard by shard against PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
+bench-merge: $(READY)  ## merging shard by shard next to PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
 	@python -m tests.bench.merge
 
-bench-store: $(READY)  ## the artifact store beside boto3's upload_file (about 1 minute)
+bench-store: $(READY)  ## the artifact store next to boto3's upload_file (about 1 minute)
 	@python -m tests.bench.store
 
-bench-flow: $(READY)  ## the flow beside dvc repro, runs with nothing to do, a dashboard of 1,000 runs (about 15 minutes)
+bench-flow: $(READY)  ## the flow next to dvc repro, runs with nothing to do (about 10 minutes)
 	@python -m tests.bench.flow
 
 sample: $(READY)     ## make the sample data and base model again (about 10 minutes)
