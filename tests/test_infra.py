@@ -319,7 +319,7 @@ def test_the_cuda_packages_are_pinned_and_those_of_the_locked_torch() -> None:
         and f'NVIDIA_REQUIRE_CUDA="cuda>={pinned["cuda-toolkit"][:4]}"'
         in (INFRA / "docker" / "gpu.Dockerfile").read_text()
     )
-    assert f"torch=={LOCKED['torch']}" in text
+    assert f"torch=={LOCKED['torch']}" in text and "liger-kernel" in pinned
 
 
 def test_a_worker_starts_in_a_clone_of_its_own_and_goes_on_with_it(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ COPY flows flows
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && pip check
 
 FROM python:${PYTHON_VERSION}-slim-bookworm
-# Of git, ca-certificates and tini, what the distribution has today: it takes superseded versions away.
+# Of these packages, what the distribution has today: it takes superseded versions away. The C compiler is for Triton,
+# which compiles the launchers of Liger's kernels when they first run.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --no-install-recommends -y ca-certificates git tini \
+    && apt-get install --no-install-recommends -y ca-certificates gcc git libc6-dev tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --create-home --home-dir /home/retune retune \
     && install -d -o retune -g retune /srv/retune
