@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import change_params, environment, make_project, retune, with_
+from test_stack import free_port
 
 from pipeline.core.files import read_json
 from pipeline.params import Params
@@ -93,16 +93,8 @@ def test_a_run_with_nothing_to_do_writes_a_report_that_is_missing(root: Path) ->
     assert f"Promoted: v1 ({str(served(root))[:6]}…)" in page.read_text()
 
 
-def test_runs_on_a_server_that_is_up_are_seen_there(root: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", port))
-        other.listen()
-        taken = retune(root, "up", "--port", str(port))
-    assert taken.returncode == 1
-    assert f"port {port} of prefect-server is taken" in taken.stderr
+def test_runs_on_a_server_that_is_up_are_seen_there(root: Path) -> None:
+    port = free_port()
     assert retune(root, "up", "--port", str(port)).returncode == 0
     assert "Nothing to do" in retune(root, "run").stdout
     runs = api(port, "flow_runs/filter")
@@ -133,10 +125,7 @@ def defended(root: Path) -> None:
 @pytest.fixture
 def dashboard(root: Path, defended: None) -> int:
     """The port of the project's server, which is started if no test before did that."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = json.loads(retune(root, "up", "--port", str(port), "--json").stdout)["url"]  # that of the one that runs
+    url = json.loads(retune(root, "up", "--port", str(free_port()), "--json").stdout)["url"]  # of the one that runs
     return int(url.rpartition(":")[2])
 
 
@@ -364,7 +353,7 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
     root: Path, tmp_path: Path, victim: str, number: signal.Signals
 ) -> None:
     copy = tmp_path / "project"
-    shutil.copytree(root, copy, symlinks=True)
+    shutil.copytree(root, copy, symlinks=True, ignore=shutil.ignore_patterns("supervisor.sock"))
     (copy / ".retune" / "server.json").unlink(missing_ok=True)  # this run starts its own server
     change_params(copy, train={"num_train_epochs": 5000.0, "save_steps": 20})
     command = [sys.executable, "-m", "pipeline", "run"]
