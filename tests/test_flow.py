@@ -125,7 +125,8 @@ def defended(root: Path) -> None:
 @pytest.fixture
 def dashboard(root: Path, defended: None) -> int:
     """The port of the project's server, which is started if no test before did that."""
-    url = json.loads(retune(root, "up", "--port", str(free_port()), "--json").stdout)["url"]  # of the one that runs
+    url = json.loads(retune(root, "status", "--json").stdout)["dashboard"]
+    url = url or json.loads(retune(root, "up", "--port", str(free_port()), "--json").stdout)["url"]
     return int(url.rpartition(":")[2])
 
 
