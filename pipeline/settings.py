@@ -31,13 +31,30 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises:
         ParamsError: one sentence for each key that is missing, unknown, of the wrong type or out of range.
     """
-    tree: Any
     try:
-        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+        return _checked(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist here or above: {Path.cwd()} is not in a Retune project") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 (byte {error.start})") from None
+
+
+def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> None:
+    """Write `changes`, such as {"train.lora_r": 32}, into the file at `path`.
+
+    Raises:
+        ParamsError: a key is not in the file, or the whole would not be valid; the file is as it was.
+    """
+    text = path.read_text(encoding="utf-8")
+    for key, value in changes.items():
+        text = _changed(text, key, value, path)
+    _checked(text, path)
+    write_text(path, text)
+
+
+def _checked(text: str, path: Path) -> Params:
+    try:
+        tree: Any = YAML(typ="rt").load(text)
     except YAMLError as error:
         if line := conflict_line(path):
             raise ParamsError(f"{path}, line {line}, has git's conflict markers; settle the conflict there") from None
@@ -53,26 +70,6 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         # An unknown key is often the missing one misspelt: it comes first.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise ParamsError(redact("\n".join(_sentence(e, tree, path) for e in errors))) from None
-
-
-def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> None:
-    """Write `changes`, such as {"train.lora_r": 32}, into the file at `path`.
-
-    Raises:
-        ParamsError: a key is not in the file, or the whole would not be valid; the file is as it was.
-    """
-    text = path.read_text(encoding="utf-8")
-    for key, value in changes.items():
-        text = _changed(text, key, value, path)
-    checked = path.with_name(f".{path.name}.checked")
-    write_text(checked, text)
-    try:
-        load_params(checked)
-    except ParamsError as error:
-        raise ParamsError(str(error).replace(checked.name, path.name)) from None
-    finally:
-        checked.unlink()
-    write_text(path, text)
 
 
 def yaml_text(value: Any) -> str:
