@@ -33,7 +33,6 @@ from pipeline.registry.pin import pin_champion
 from pipeline.report.tables import score_rows
 from pipeline.report.whole import report_decision
 from pipeline.scoring.resampling import read_scores
-from pipeline.settings import load_params
 
 ARTIFACTS = Path("artifacts")
 
@@ -73,11 +72,10 @@ def train(params: Params) -> State[Any]:
     pin_champion(params)
     artifact = create_progress_artifact(0.0, key="training-progress", description="Training")
     assert isinstance(artifact, UUID)  # not a coroutine: this is synchronous code
-    operations = load_params().operations
-    if operations.train_pool == "local" or "train" not in graph.stale():
+    if params.operations.train_pool == "local" or "train" not in graph.stale():
         return _repro("train", artifact)
     started = time.monotonic()
-    train_on_pool(operations, shown("train", artifact))
+    train_on_pool(params.operations, shown("train", artifact))
     update_progress_artifact(artifact_id=artifact, progress=100.0)
     return ended_as("train", "ran", started)
 

@@ -1,8 +1,7 @@
 """Processes that each do one call at a time, for work that Python does on one core only.
 
-`concurrent.futures.ProcessPoolExecutor` waits for ever when one of its processes is killed half-way through a long
-answer, or while the next is being started; the out-of-memory killer does both. Here each process has a pipe of its own,
-so that its end is seen whatever it was doing.
+`ProcessPoolExecutor` and loky wait for ever when a process is killed half-way through a long answer, as the
+out-of-memory killer does. Here each process has a pipe of its own, so that its end is seen whatever it was doing.
 """
 
 import multiprocessing
@@ -58,7 +57,10 @@ class Workers:
             connection.send((function, args, kwargs))
             value, error = connection.recv()
         except (EOFError, OSError):
-            raise _ended() from None
+            raise WorkerError(
+                "a process that worked for this one was ended from outside, most likely because memory ran out; free "
+                "some and try again"
+            ) from None
         finally:
             self._idle.put(connection)
         if error is not None:
@@ -83,13 +85,6 @@ class Workers:
 def available_cores() -> int:
     """Cores that this process may use; fewer than the machine has under taskset, a batch system or a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _ended() -> WorkerError:
-    return WorkerError(
-        "a process that worked for this one was ended from outside, most likely because memory ran out; free some and "
-        "try again"
-    )
 
 
 def _serve(connection: Connection, prepare: Callable[[], None], parent: int) -> None:
