@@ -144,6 +144,7 @@ def test_what_only_speaks_or_refuses_trains_nothing_again() -> None:
     assert not [path for path in listed if path.startswith(("pipeline/cli/", "pipeline/services/"))]
     assert not listed & {"pipeline/training/presets.py", "pipeline/training/plan.py"}
     assert [stage for stage in STAGES if "pipeline/training/loss.py" in STAGES[stage]["deps"]] == ["train"]
+    assert not [path for path in STAGES["train"]["deps"] if "/pages/" in path]
     assert "pipeline/data/personal_data.py" in STAGES["prepare"]["deps"]
 
 

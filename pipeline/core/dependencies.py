@@ -29,8 +29,11 @@ SHAPING = {"pipeline.core.memory", "pipeline.core.pages.templates", "pipeline.co
 
 
 def code_behind(module: str) -> list[Path]:
-    """The files of `module` and of the project's modules that it imports, inside functions too, and what these read
-    (templates, pages, metrics): files beside them, and in folders that are no packages. Sorted."""
+    """The files of `module` and of the project's modules that it imports, inside functions too, and what these read.
+
+    A module that names `__file__` reads templates, pages or prompts: files next to it, and in folders that are no
+    packages.
+    """
     known: set[str] = set()
     todo = [module]
     while todo:
@@ -39,7 +42,8 @@ def code_behind(module: str) -> list[Path]:
             known.add(name)
             todo += _imported(name)
     modules = {_file(name) for name in known}
-    return sorted(modules | {path for folder in {path.parent for path in modules} for path in _read_by(folder)})
+    folders = {path.parent for path in modules if "__file__" in path.read_text(encoding="utf-8")}
+    return sorted(modules | {path for folder in folders for path in _data_in(folder)})
 
 
 def code_digests(module: str) -> dict[str, str]:
@@ -69,13 +73,14 @@ def _file(name: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def _read_by(folder: Path) -> list[Path]:
-    if folder == ROOT / "pipeline":
-        return []
+def _data_in(folder: Path) -> list[Path]:
     inside = [path for path in folder.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
     files = [*folder.iterdir(), *(path for each in inside for path in each.rglob("*"))]
-    data = [path for path in files if path.is_file() and (path.suffix != ".py" or path.parent != folder)]
-    return [path for path in data if path.suffix != ".pyc"]
+    return [
+        path
+        for path in files
+        if path.is_file() and path.suffix != ".pyc" and (path.suffix, path.parent) != (".py", folder)
+    ]
 
 
 @cache
