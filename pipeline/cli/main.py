@@ -151,7 +151,7 @@ def diff_data(
     from pipeline.data.report_pages import render
 
     if new is None and data_is_newer():
-        print("diff-data: data/ is newer than the dataset compared; `dvc repro prepare` updates it", file=sys.stderr)
+        print("diff-data: data/ is newer than the prepared dataset; `dvc repro prepare` updates it", file=sys.stderr)
     old = old or previous_revision()
     now = dataset_at(new)
     diff = compare(dataset_at(old), now, (old, new or "workspace"))
