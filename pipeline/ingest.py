@@ -7,29 +7,27 @@ instruction data is refused before anything changes.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.core.files import sha256_file, write_json
 from pipeline.core.progress import Progress
-from pipeline.data.containers import Block, container_of
-from pipeline.data.conversion import SCHEMA, Batch, convert_blocks
-from pipeline.data.formats import Ask, Recipe, maps, recognised_blocks
-from pipeline.data.json_text import FormatError
+from pipeline.data.formats import Ask, maps, open_rows
+from pipeline.data.readers import FormatError, container_of
 from pipeline.data.records import Rejected
-from pipeline.data.shards import ShardWriter, read_rejected, read_snapshot
+from pipeline.data.shards import SCHEMA, ShardWriter, read_rejected, read_snapshot, tables
 from pipeline.data.snapshot import INSTRUCTIONS, SCRATCH, recover, replace_instructions
 from pipeline.data.sources import Source, fetch, public
 from pipeline.params import IngestParams, SourceParams
 
 RECORD_CHARACTERS = 4096  # of a rejected record that are kept
-CLASSES = ("auto", "classification")  # formats beside which columns can be named
+CLASSES = ("auto", "classification")  # formats with which columns can be named
 LEAST_SHARE = 0.5  # of the rows before; fewer are taken for a mistake
 REASONS = 20  # kept apart in the notes; the rest are counted together
 
@@ -54,9 +52,12 @@ class _File:
 
     path: Path
     name: str
-    source: int  # index of the source it belongs to
+    source: SourceParams
+    stat: tuple[int, int, int]
+    spool: Path  # where its rows wait until it is known which of them stay
     format: str = ""
-    rows: int = 0
+    contents: NDArray[np.uint64] = field(default_factory=lambda: np.array([], np.uint64))  # (N,) the hash of each row
+    kept: NDArray[np.bool_] = field(default_factory=lambda: np.array([], bool))  # (N,) by weight and cap
     rejected: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
     unused: set[str] = field(default_factory=set)  # columns and message keys that say something and were not read
@@ -80,10 +81,9 @@ def ingest(
 
     Raises:
         FormatError: a file is unreadable, of no known format, or the sources hold no usable row.
-        SourceError: a source is not pinned or cannot be had.
+        SourceError: a source is not pinned or cannot be read.
         IngestError: no source is named, a file changed while it was read, too many records are rejected, or far fewer
             rows come than there were.
-        WorkerError: a process that converts rows was killed.
         GraphError: DVC could not record the snapshot.
         After any of them `data/` is as it was.
     """
@@ -96,35 +96,14 @@ def ingest(
         changed = replace_instructions(scratch / "new", root)
     finally:
         recover(root)
-    rejected, repaired = (
-        sum((Counter(source[key]) for source in notes["sources"]), Counter[str]()) for key in ("rejected", "repaired")
-    )
     return Ingested(
         files=[file for source in notes["sources"] for file in source["files"]],
         rows=notes["rows"],
-        rejected=dict(rejected.most_common()),
-        repaired=dict(repaired.most_common()),
+        rejected=_totals(notes, "rejected"),
+        repaired=_totals(notes, "repaired"),
         left_out=notes["left_out"],
         changed=changed,
     )
-
-
-def _require_plausible(notes: dict[str, Any], most: float, new: Path, root: Path) -> None:
-    rejected = sum((Counter(source["rejected"]) for source in notes["sources"]), Counter[str]())
-    if notes["rejected"] > most * notes["records"]:
-        first = next(read_rejected(new)).source
-        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in rejected.most_common(3))
-        raise IngestError(
-            f"{notes['rejected']:,} of {notes['records']:,} records cannot be used, more than "
-            f"ingest.max_rejected_fraction ({most:g}) allows: {reasons}. The first is {first}; `retune inspect` shows "
-            "each. Nothing was changed: mend the files, or insist with --replace"
-        )
-    before = (read_snapshot(root / INSTRUCTIONS) or {"rows": 0})["rows"]
-    if notes["rows"] < LEAST_SHARE * before:
-        raise IngestError(
-            f"the sources hold {notes['rows']:,} rows and would replace {before:,}. Nothing was changed: name all "
-            "sources at once, or insist with --replace"
-        )
 
 
 def collect(
@@ -133,149 +112,115 @@ def collect(
     """Write shards, `rejected.jsonl` and `snapshot.json` to the folder `new`; returns what `snapshot.json` holds.
 
     Args:
-        scratch: a folder for downloads and for rows that wait.
+        scratch: a folder for downloads, and for rows until it is known which of them stay.
 
     Raises:
-        FormatError, SourceError, IngestError, WorkerError: as `ingest`.
+        FormatError, SourceError, IngestError: as `ingest`.
     """
-    wanted = [SourceParams(uri=uri) for uri in sources] or params.sources
-    if not wanted:
+    named = [SourceParams(uri=uri) for uri in sources] or params.sources
+    if not named:
         raise IngestError("no source is named: `retune ingest SOURCE`, or list them in ingest.sources of params.yaml")
-    wanted = [
-        source.model_copy(
-            update={
-                # What a source says itself is not mixed with what is said for all.
-                "format": params.format if source.format == "auto" and not maps(source.columns) else source.format,
-                "columns": source.columns or (params.columns if source.format in CLASSES else None),
-            }
-        )
-        for source in wanted
-    ]
-    fetched = [fetch(each.uri, params, scratch / "fetched" / str(i)) for i, each in enumerate(wanted)]
+    named = [_with_defaults(source, params) for source in named]
+    fetched = [fetch(source.uri, params, scratch / "fetched" / str(i)) for i, source in enumerate(named)]
     new.mkdir(parents=True)
-    files = _files(fetched)
-    states = [_state(file.path) for file in files]
-    left_out = _write_rows(files, wanted, new, scratch, ask)
-    if not any(file.rows for file in files):
-        reason, count = (rejected := sum((file.rejected for file in files), Counter[str]())).most_common(1)[0]
+    files: list[_File] = []
+    names: set[str] = set()
+    for source, read in zip(named, fetched, strict=True):
+        for path, name in read.files:
+            files.append(_File(path, _unique(name, names), source, _stat(path), scratch / f"{len(files)}.arrow"))
+    _convert(files, new / "rejected.jsonl", ask)
+    if not any(len(file.contents) for file in files):
+        reasons = sum((file.rejected for file in files), Counter[str]())
+        reason, count = reasons.most_common(1)[0]
         uris = ", ".join(source.uri for source in fetched)
-        raise FormatError(f"{uris} holds no usable row: {reason} ({count} of {rejected.total()})")
-    notes = _notes(files, fetched, wanted, left_out)  # reads the files once more, for their digests
-    for file, state in zip(files, states, strict=True):
-        if _state(file.path) != state:
+        raise FormatError(f"{uris} holds no usable row: {reason} ({count} of {reasons.total()})")
+    _choose(named, files)
+    for file in files:
+        _write_shards(file, new)
+    notes = _notes(named, fetched, files)
+    for file in files:  # their digests were read last
+        if _stat(file.path) != file.stat:
             raise IngestError(f"{file.path} changed while it was read; try again when nobody writes to it")
     write_json(new / "snapshot.json", notes)
     return notes
 
 
-def _files(fetched: list[Source]) -> list[_File]:
-    """Every file of every source; a name that another file has already is told apart, since rows are known by it."""
-    files: list[_File] = []
-    names: set[str] = set()
-    for number, source in enumerate(fetched):
-        for path, name in source.files:
-            unique, copy = name, 2
-            while unique in names:
-                unique, copy = f"{copy}/{name}", copy + 1
-            names.add(unique)
-            files.append(_File(path, unique, number))
-    return files
+def _with_defaults(source: SourceParams, params: IngestParams) -> SourceParams:
+    """`source` with the format and columns of all; what it says itself is not mixed with what is said for all."""
+    format = params.format if source.format == "auto" and not maps(source.columns) else source.format
+    columns = source.columns or (params.columns if source.format in CLASSES else None)
+    return source.model_copy(update={"format": format, "columns": columns})
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def _unique(name: str, names: set[str]) -> str:
+    """`name`, told apart from those that other files have, since rows are known by it."""
+    unique, copy = name, 2
+    while unique in names:
+        unique, copy = f"{copy}/{name}", copy + 1
+    names.add(unique)
+    return unique
+
+
+def _stat(path: Path) -> tuple[int, int, int]:
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _write_rows(files: list[_File], wanted: list[SourceParams], new: Path, scratch: Path, ask: Ask | None) -> list[int]:
-    """Write all shards and `rejected.jsonl`; returns how many rows of each source its weight or cap keeps out."""
-    thinned = {i for i, source in enumerate(wanted) if source.weight is not None or source.cap is not None}
-    contents: dict[int, list[np.ndarray[Any, Any]]] = {i: [] for i in thinned}
-    spools: list[tuple[_File, Path]] = []
-    with (new / "rejected.jsonl").open("w", encoding="utf-8") as rejections:
-        by_name = {file.name: file for file in files}
-        for name, batches in groupby(_converted(files, wanted, ask), key=lambda pair: pair[0].name):
-            file = by_name[name]
-            spool = scratch / f"{len(spools)}.arrow" if file.source in thinned else None
-            if spool is None:
-                writer = ShardWriter(new, file.name)
-                for _, batch in batches:
-                    _count(file, batch, rejections)
-                    writer.add(batch.table)
-                file.shards = writer.close()
-                continue
-            # How much of a source is kept is known when all are read: its rows wait on the disk.
-            spools.append((file, spool))
-            with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
-                for _, batch in batches:
-                    _count(file, batch, rejections)
-                    stream.write_table(batch.table)
-                    contents[file.source].append(batch.table["content"].to_numpy())
-    kept = _kept(wanted, {i: np.concatenate(parts) if parts else np.array([]) for i, parts in contents.items()})
-    left_out = [0] * len(wanted)
-    at = Counter[int]()
-    for file, spool in spools:
-        writer = ShardWriter(new, file.name)
-        with pa.OSFile(str(spool)) as rows, pa.ipc.open_stream(rows) as stream:
-            for part in stream:
-                mask = kept[file.source][at[file.source] : at[file.source] + len(part)]
-                at[file.source] += len(part)
-                writer.add(pa.Table.from_batches([part]).filter(pa.array(mask)))
-                left_out[file.source] += int((~mask).sum())
-        file.shards = writer.close()
-        spool.unlink()
-    return left_out
-
-
-def _converted(files: list[_File], wanted: list[SourceParams], ask: Ask | None) -> Iterator[tuple[_File, Batch]]:
-    """The batches of all files in order, with a line of progress every two seconds."""
-    sizes = [max(file.path.stat().st_size, 1) for file in files]
-    progress = Progress("ingest", max(sum(sizes) >> 20, 1), "MiB", every=2.0)
-    before = dict(zip(map(id, files), [0, *np.cumsum(sizes).tolist()], strict=False))
-
-    def blocks() -> Iterator[tuple[_File, Block, Recipe]]:
+def _convert(files: list[_File], rejected: Path, ask: Ask | None) -> None:
+    """Spool the rows of all files, and write the records that are none to `rejected`."""
+    progress = Progress("ingest", max(sum(file.stat[1] for file in files) >> 20, 1), "MiB", every=2.0)
+    done = 0
+    with rejected.open("w", encoding="utf-8") as lines:
         for file in files:
-            source = wanted[file.source]
-            for pair in recognised_blocks(file.path, source.format, source.columns, file.name, ask):
-                yield file, *pair
+            source = file.source
+            reading = open_rows(file.path, source.format, source.columns, file.name, ask)
+            contents = [file.contents]
+            with pa.OSFile(str(file.spool), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as spool:
+                for table, rejections in tables(reading.rows):
+                    spool.write_table(table)
+                    contents.append(table["content"].to_numpy())
+                    file.repaired.update(table["repairs"].combine_chunks().flatten().to_pylist())
+                    for row in rejections:
+                        file.rejected[row.reason] += 1
+                        lines.write(_rejection(row) + "\n")
+                    progress.update(done >> 20, f"{sum(map(len, contents)):,} rows of {file.name}")
+            file.format, file.unused, file.contents = reading.format, reading.unused, np.concatenate(contents)
+            done += file.stat[1]
 
-    rows = 0
-    for file, batch in convert_blocks(blocks()):
-        rows += len(batch.table)
-        progress.update((before[id(file)] + batch.position) >> 20, f"{rows:,} rows, {file.name}")
-        yield file, batch
 
-
-def _kept(wanted: list[SourceParams], contents: dict[int, np.ndarray[Any, Any]]) -> dict[int, np.ndarray[Any, Any]]:
-    """Which rows of each thinned source stay: those whose content hashes lowest, so that a choice survives new rows.
+def _choose(named: list[SourceParams], files: list[_File]) -> None:
+    """Decide which rows of each source stay: those whose content hashes lowest, so that a choice survives new rows.
 
     A weight repeats no row. The source that is scarcest for its weight stays whole, and the others in proportion to it.
     """
-    most = {i: min(len(rows), wanted[i].cap or len(rows)) for i, rows in contents.items()}
-    weights = {i: weight for i in contents if (weight := wanted[i].weight) is not None}
-    if weights:
-        scale = min(most[i] / weight for i, weight in weights.items())
-        if scale == 0:
-            empty = next(wanted[i].uri for i in weights if most[i] == 0)
+    contents = [np.concatenate([file.contents for file in files if file.source is source]) for source in named]
+    most = [min(len(rows), source.cap or len(rows)) for source, rows in zip(named, contents, strict=True)]
+    for i, source in enumerate(named):
+        if source.weight is not None and most[i] == 0:
             raise IngestError(
-                f"{public(empty)} has no usable row, so that its weight leaves none of the others; remove it"
+                f"{public(source.uri)} has no usable row, so that its weight leaves none of the others; remove it"
             )
-        most |= {i: max(int(scale * weight + 1e-9), 1) for i, weight in weights.items()}
-    kept = {}
-    for i, rows in contents.items():
-        kept[i] = np.zeros(len(rows), dtype=bool)
-        kept[i][np.argsort(rows, kind="stable")[: most[i]]] = True
-    return kept
+    scale = min((most[i] / source.weight for i, source in enumerate(named) if source.weight is not None), default=0.0)
+    for i, source in enumerate(named):
+        if source.weight is not None:
+            most[i] = max(int(scale * source.weight + 1e-9), 1)
+        kept = np.zeros(len(contents[i]), dtype=bool)
+        kept[np.argsort(contents[i], kind="stable")[: most[i]]] = True
+        start = 0
+        for file in (file for file in files if file.source is source):
+            file.kept = kept[start : start + len(file.contents)]
+            start += len(file.contents)
 
 
-def _count(file: _File, batch: Batch, rejections: IO[str]) -> None:
-    file.format = batch.recipe.format
-    file.rows += len(batch.table)
-    file.repaired.update(batch.table["repairs"].combine_chunks().flatten().to_pylist())
-    file.unused |= batch.unused
-    for row in batch.rejected:
-        file.rejected[row.reason] += 1
-        rejections.write(_rejection(row) + "\n")
+def _write_shards(file: _File, new: Path) -> None:
+    writer, start = ShardWriter(new, file.name), 0
+    with pa.OSFile(str(file.spool)) as source, pa.ipc.open_stream(source) as spool:
+        for batch in spool:
+            kept = file.kept[start : start + len(batch)]
+            writer.add(pa.Table.from_batches([batch]).filter(pa.array(kept)))
+            start += len(batch)
+    file.shards = writer.close()
+    file.spool.unlink()
 
 
 def _rejection(row: Rejected) -> str:
@@ -291,52 +236,69 @@ def _rejection(row: Rejected) -> str:
     return json.dumps(entry | {"record": row.record})
 
 
-def _notes(
-    files: list[_File], fetched: list[Source], wanted: list[SourceParams], left_out: list[int]
-) -> dict[str, Any]:
+def _notes(named: list[SourceParams], fetched: list[Source], files: list[_File]) -> dict[str, Any]:
     """`snapshot.json`; it holds no time, so that the same sources make the same snapshot."""
     sources = []
-    for number, (source, named) in enumerate(zip(fetched, wanted, strict=True)):
-        own = [file for file in files if file.source == number]
+    for source, read in zip(named, fetched, strict=True):
+        of_source = [file for file in files if file.source is source]
+        rejected = sum((file.rejected for file in of_source), Counter[str]())
+        reasons = dict(rejected.most_common(REASONS))
+        others = rejected.total() - sum(reasons.values())
         sources.append(
             {
-                "uri": source.uri,
-                "pinned": source.pinned,
-                "weight": named.weight,
-                "cap": named.cap,
-                "columns": named.columns.model_dump(exclude_none=True) if named.columns else None,
-                "rows": sum(file.rows for file in own) - left_out[number],
-                "left_out": left_out[number],
-                "rejected": _counts(sum((file.rejected for file in own), Counter[str]())),
-                "repaired": dict(sum((file.repaired for file in own), Counter[str]()).most_common()),
+                "uri": read.uri,
+                "pinned": read.pinned,
+                "weight": source.weight,
+                "cap": source.cap,
+                "columns": source.columns.model_dump(exclude_none=True) if source.columns else None,
+                "rows": sum(int(file.kept.sum()) for file in of_source),
+                "left_out": sum(int((~file.kept).sum()) for file in of_source),
+                "rejected": reasons | ({"other reasons": others} if others else {}),
+                "repaired": dict(sum((file.repaired for file in of_source), Counter[str]()).most_common()),
                 "files": [
                     {
                         "name": file.name,
                         "sha256": sha256_file(file.path),
                         "container": container_of(Path(file.name)),
                         "format": file.format,
-                        "rows": file.rows,
+                        "rows": len(file.contents),
                         "rejected": file.rejected.total(),
                         "not_used": sorted(file.unused),
                         "shards": file.shards,
                     }
-                    for file in own
+                    for file in of_source
                 ],
             }
         )
-    rejected = sum(file.rejected.total() for file in files)
-    rows = sum(file.rows for file in files) - sum(left_out)
-    return {
-        "records": rows + rejected + sum(left_out),
-        "rows": rows,
-        "rejected": rejected,
-        "left_out": sum(left_out),
+    counts = {
+        "rows": sum(int(file.kept.sum()) for file in files),
+        "left_out": sum(int((~file.kept).sum()) for file in files),
+    }
+    rejected_records = sum(file.rejected.total() for file in files)
+    return counts | {
+        "records": sum(counts.values()) + rejected_records,
+        "rejected": rejected_records,
         "shards": [shard for file in files for shard in file.shards],
         "sources": sources,
     }
 
 
-def _counts(reasons: Counter[str]) -> dict[str, int]:
-    counts = dict(reasons.most_common(REASONS))
-    others = reasons.total() - sum(counts.values())
-    return counts | ({"other reasons": others} if others else {})
+def _totals(notes: dict[str, Any], key: str) -> dict[str, int]:
+    return dict(sum((Counter(source[key]) for source in notes["sources"]), Counter[str]()).most_common())
+
+
+def _require_plausible(notes: dict[str, Any], most: float, new: Path, root: Path) -> None:
+    if notes["rejected"] > most * notes["records"]:
+        first = next(read_rejected(new)).source
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in list(_totals(notes, "rejected").items())[:3])
+        raise IngestError(
+            f"{notes['rejected']:,} of {notes['records']:,} records cannot be used, more than "
+            f"ingest.max_rejected_fraction ({most:g}) allows: {reasons}. The first is {first}; `retune inspect` shows "
+            "each. Nothing was changed: mend the files, or insist with --replace"
+        )
+    before = (read_snapshot(root / INSTRUCTIONS) or {"rows": 0})["rows"]
+    if notes["rows"] < LEAST_SHARE * before:
+        raise IngestError(
+            f"the sources hold {notes['rows']:,} rows and would replace {before:,}. Nothing was changed: name all "
+            "sources at once, or insist with --replace"
+        )

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ruamel.yaml import YAML
 
-from pipeline.data.columns import ColumnsError, as_option, as_yaml, guess_columns, parse_columns
-from pipeline.data.conversion import read_batches
-from pipeline.data.formats import UnclearFormatError, read_rows
+from pipeline.data.columns import ColumnsError, as_option, guess_columns, parse_columns
+from pipeline.data.formats import UnclearFormatError, open_rows, read_rows
 from pipeline.data.records import Rejected, Row
 from pipeline.params import ColumnsParams
 
@@ -46,14 +44,16 @@ def write(folder: Path, *records: Any) -> Path:
     ],
 )
 def test_what_is_not_read_is_named(tmp_path: Path, record: dict[str, Any], unused: set[str]) -> None:
-    [batch] = read_batches(write(tmp_path, record))
-    assert (batch.unused, batch.rejected, len(batch.table)) == (unused, [], 1)
+    file = open_rows(write(tmp_path, record))
+    assert [type(row) for row in file.rows] == [Row]
+    assert file.unused == unused
 
 
 def test_a_mapping_names_what_it_does_not_read(tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "Q", "a": "A", "task": "t", "images": ["x.png"], "label": False})
-    [batch] = read_batches(path, "auto", ColumnsParams(template="{q}?", response="a"))
-    assert (batch.unused, len(batch.table)) == ({"images", "label"}, 1)
+    file = open_rows(path, "auto", ColumnsParams(template="{q}?", response="a"))
+    assert len(list(file.rows)) == 1
+    assert file.unused == {"images", "label"}
 
 
 @pytest.mark.parametrize("value", [True, False, "true", "FALSE"])
@@ -82,11 +82,6 @@ def test_rows_with_pictures_or_sound_are_refused_and_those_without_are_not(tmp_p
         ({"passage": "P", "query": "Q", "reply": "A"}, {"template": "{query}\n{passage}", "response": "reply"}),
         ({"title": "T", "summary": "S", "url": "https://example.org"}, {"prompt": "title", "response": "summary"}),
         ({"prompt one": "Q", "yes": "A", "n": 3}, {"prompt": "prompt one", "response": "yes"}),
-        (
-            {"Eingang": "2026-10-01", "Nr": "5000", "Betreff": "Rechnung 12?", "Abteilung": "Technik"},
-            {"prompt": "Betreff", "response": "Abteilung"},
-        ),
-        ({"left": "1", "right": "2"}, {"prompt": "left", "response": "right"}),
     ],
 )
 def test_the_question_about_unknown_columns_holds_a_mapping_that_works(
@@ -97,7 +92,7 @@ def test_the_question_about_unknown_columns_holds_a_mapping_that_works(
         list(read_rows(path))
     guess = error.value.columns
     assert guess is not None and guess.model_dump(exclude_none=True) == columns
-    assert as_option(guess) in str(error.value) and as_yaml(guess) in str(error.value)
+    assert as_option(guess) in str(error.value)
     assert all(isinstance(each, Row) for each in read_rows(path, "auto", guess))
 
 
@@ -110,13 +105,12 @@ NAME = (
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(NAME, NAME)
-def test_a_guessed_mapping_is_read_back_from_both_of_its_forms(prompt: str, response: str) -> None:
+def test_a_guessed_mapping_is_read_back_from_its_option(prompt: str, response: str) -> None:
     import shlex
 
     columns = ColumnsParams(prompt=prompt, response=response)
     [option] = shlex.split(as_option(columns))
     assert parse_columns(option) == columns
-    assert ColumnsParams.model_validate(YAML(typ="safe").load(as_yaml(columns))) == columns
 
 
 def test_a_template_on_the_command_line_has_commas_and_line_ends() -> None:
@@ -130,27 +124,6 @@ def test_a_template_on_the_command_line_has_commas_and_line_ends() -> None:
 def test_a_mapping_on_the_command_line_that_cannot_work_is_refused(text: str) -> None:
     with pytest.raises(ColumnsError):
         parse_columns(text)
-
-
-@pytest.mark.parametrize(
-    ("columns", "meant"),
-    [
-        ({"prompt": "Betref", "response": "team"}, {"prompt": "Betreff", "response": "Team"}),
-        ({"prompt": "subject", "response": "Team"}, {"prompt": "Betreff", "response": "More"}),  # none is like it
-    ],
-)
-def test_a_misspelt_column_is_answered_with_the_one_that_it_is_most_like(
-    tmp_path: Path, columns: dict[str, str], meant: dict[str, str]
-) -> None:
-    path = write(tmp_path, {"Team": "Sales", "Betreff": "Ist das Angebot von gestern noch gut?", "More": "Much longer"})
-    with pytest.raises(UnclearFormatError) as error:
-        list(read_rows(path, "auto", ColumnsParams(**columns)))
-    assert error.value.columns == ColumnsParams(**meant)
-
-
-def test_of_two_columns_the_one_that_repeats_itself_is_the_answer() -> None:
-    records = [{"Betreff": f"Please look at number {n}", "Abteilung": "AB"[n % 2] * 30} for n in range(8)]
-    assert guess_columns(records) == ColumnsParams(prompt="Betreff", response="Abteilung")
 
 
 def test_one_text_column_gives_no_guess() -> None:

@@ -9,8 +9,18 @@ import pytest
 from browser import CHROMIUM, dump_dom
 
 from pipeline.core.files import read_json
-from pipeline.data.report import EXAMPLES, MOST_KEYS, OTHER, DataReportError, DataStats, Report, excerpt, write_report
-from pipeline.data.report_pages import Histogram, render, table
+from pipeline.data.report import (
+    EXAMPLES,
+    MOST_KEYS,
+    OTHER,
+    DataReportError,
+    DataStats,
+    Histogram,
+    excerpt,
+    render,
+    table,
+    write_report,
+)
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1))"
@@ -27,32 +37,33 @@ def count(stats: DataStats, number: int) -> None:
     stats.add_read(f"format{number % 2}", f"file{number % 3}", 1)
     source = f"file{number % 3}:{number}"
     if number % 4 == 0:
-        stats.add_dropped(f"reason {number % 8}", source, turns(f"text {number}"))
-        stats.add_duplicate("exact", source, "file0:1", 1.0, turns("a"), turns("b"))
+        stats.dropped.add_example(f"reason {number % 8}", source=source, text=turns(f"text {number}"))
+        stats.duplicates.add_example("exact", source=source, of="file0:1", similarity=1.0, text="a", of_text="b")
         return
     if number % 7 == 0:
-        stats.add_repaired(["put right"], source, turns(f"text {number}"))
+        stats.repaired.add_example("put right", source=source, text=turns(f"text {number}"))
     split = "test" if number % 5 == 0 else "train"
     length = number % MAX_LENGTH + 1
     stats.add_kept(split, [f"task {number % 3}"], [length], [length // 2], ["en"])
 
 
-def finished(stats: DataStats) -> Report:
+def finished(stats: DataStats) -> dict[str, Any]:
     return stats.report(MAX_LENGTH, "0" * 64, [("user says ", False), ("yes", True)])
 
 
 @pytest.fixture
-def full() -> Report:
+def full() -> dict[str, Any]:
     """A report with everything in it, every text of it hostile."""
     stats = DataStats()
     stats.add_read(HOSTILE, HOSTILE, 7)
     stats.add_kept("train", [HOSTILE] * 2, [10, 60], [5, 30], [HOSTILE, "en"])
     stats.add_kept("validation", ["code"], [10], [5], ["en"])
     stats.add_kept("test", ["code"], [10], [5], ["zh"])
-    stats.add_repaired([HOSTILE], HOSTILE, turns(HOSTILE))
+    stats.repaired.add_example(HOSTILE, source=HOSTILE, text=turns(HOSTILE))
     for reason in (HOSTILE, "exact duplicate of an earlier row", "longer than prepare.max_length"):
-        stats.add_dropped(reason, HOSTILE, turns(HOSTILE + " a@b.org"))
-    stats.add_duplicate(HOSTILE, HOSTILE, HOSTILE, 0.93, turns(HOSTILE), turns(HOSTILE))
+        stats.dropped.add_example(reason, source=HOSTILE, text=turns(HOSTILE + " a@b.org"))
+    pair = {"source": HOSTILE, "of": HOSTILE, "similarity": 0.93, "text": turns(HOSTILE), "of_text": turns(HOSTILE)}
+    stats.duplicates.add_example(HOSTILE, **pair)
     return stats.report(MAX_LENGTH, "0" * 64, [(f"```{HOSTILE}\n", False), ("answer", True)])
 
 
@@ -82,7 +93,7 @@ def test_a_row_that_is_neither_kept_nor_dropped_is_no_report() -> None:
     stats = DataStats()
     stats.add_read("alpaca", "rows.json", 3)
     stats.add_kept("train", ["default"], [5], [2])
-    stats.add_dropped("a row is a list", "rows.json:[1]", [])
+    stats.dropped.add_example("a row is a list", source="rows.json:[1]", text=[])
     with pytest.raises(DataReportError, match="3 rows came in, but 1 are kept and 1 dropped"):
         finished(stats)
 
@@ -91,7 +102,7 @@ def test_memory_stays_bounded_whatever_the_data_calls_itself() -> None:
     stats = DataStats()
     for number in range(MOST_KEYS + 100):
         stats.add_read("a", f"file {number}", 1)
-        stats.add_dropped(f"reason {number}", "f", "x" * 100_000)
+        stats.dropped.add_example(f"reason {number}", source="f", text="x" * 100_000)
     report = finished(stats)
     assert len(report["dropped"]) == len(report["sources"]) == MOST_KEYS + 1
     assert report["dropped"][OTHER] == 100
@@ -101,7 +112,8 @@ def test_memory_stays_bounded_whatever_the_data_calls_itself() -> None:
 def test_the_example_and_the_excerpts_hold_no_personal_data() -> None:
     stats = DataStats()
     stats.add_read("a", "f", 1)
-    stats.add_dropped("reason", "f:1", turns("mail a@b.org or 13800138000 " + "word " * 500))
+    text = turns("mail a@b.org or 13800138000 " + "word " * 500)
+    stats.dropped.add_example("reason", source="f:1", text=text)
     report = stats.report(MAX_LENGTH, "0" * 64, [("mail a@b.org", False)])
     assert report["example"] == "mail <EMAIL>"
     (example,) = report["dropped_examples"]["reason"]
@@ -115,26 +127,18 @@ def test_any_record_has_an_excerpt_that_a_terminal_can_show(record: Any) -> None
     assert all(character.isprintable() or character == "\n" for character in excerpt(record))
 
 
-def test_nothing_of_the_data_is_markup(full: Report, tmp_path: Path) -> None:
+def test_nothing_of_the_data_is_markup(full: dict[str, Any], tmp_path: Path) -> None:
     write_report(full, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "<img" not in page and 'onerror="' not in page
-    assert page.count("&lt;script&gt;") >= 8
+    assert page.count("&lt;script&gt;") >= 8 and "default-src 'none'" in page
     text = (tmp_path / "report.md").read_text()
     outside_code = re.sub(r"^````\n.*?^````$", "", text, flags=re.DOTALL | re.MULTILINE)
     assert "````" in text and not re.search(r"(?<!\\)<(?:script|img)", outside_code)
     assert "](javascript" not in outside_code.replace("\\]", "")
 
 
-def test_the_page_needs_nothing_from_elsewhere(full: Report) -> None:
-    page = render(full, "report.html")
-    assert "default-src 'none'" in page
-    assert not re.search(
-        r"<(?:script|link|iframe|object)\b|@import|url\(|\bsrc=|href=", re.sub("&lt;.*?&gt;", "", page)
-    )
-
-
-def test_the_same_rows_give_the_same_bytes(full: Report, tmp_path: Path) -> None:
+def test_the_same_rows_give_the_same_bytes(full: dict[str, Any], tmp_path: Path) -> None:
     for folder in ("a", "b"):
         write_report(full, tmp_path / folder)
     for name in ("report.json", "report.md", "report.html"):
@@ -142,12 +146,6 @@ def test_the_same_rows_give_the_same_bytes(full: Report, tmp_path: Path) -> None
     # Read back, keys in another order, it is the same page: the diff shows the report of an earlier commit so.
     again = read_json(tmp_path / "a" / "report.json")
     assert render(again, "report.html") == (tmp_path / "a" / "report.html").read_text()
-
-
-def test_an_empty_dataset_has_a_page() -> None:
-    report = DataStats().report(MAX_LENGTH, "0" * 64, [])
-    assert "0 rows came in" in render(report, "report.html")
-    assert "0 rows came in" in render(report, "report.md")
 
 
 def test_the_limit_stands_where_its_tokens_are() -> None:
@@ -184,7 +182,7 @@ document.body.append(frame);
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_fits_a_phone_and_runs_no_script_of_the_data(full: Report, tmp_path: Path, width: int) -> None:
+def test_the_page_fits_a_phone_and_runs_no_script_of_the_data(full: dict[str, Any], tmp_path: Path, width: int) -> None:
     full["rows"]["train"] = 123_456_789
     page = render(full, "report.html").replace('http-equiv="Content-Security-Policy"', "")  # escaping has to suffice
     literal = json.dumps(page.replace("<details>", "<details open>")).replace("</", "<\\/")

@@ -3,17 +3,18 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.columns import columns_read
 from pipeline.data.formats import UnclearFormatError, find_files, read_rows
-from pipeline.data.json_text import FormatError
 from pipeline.data.known_formats import FORMATS
+from pipeline.data.readers import FormatError
 from pipeline.data.records import Rejected, Row, is_plain_text
-from pipeline.params import ColumnsParams
+from pipeline.params import ColumnsParams, Format
 
 ALPACA = {"instruction": "Q", "input": "", "output": "A"}
 SHAREGPT = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
@@ -145,12 +146,12 @@ def test_a_record_becomes_these_turns(
                 ([{"from": ["gpt"], "value": "Q"}], "a turn is from"),
                 ([SHAREGPT["conversations"][0], "A"], "a turn is from 'A'"),
                 (["Q", " "], "conversations is empty"),
-                ([{"from": "human", "value": None}, {"from": "gpt", "value": "A"}], "value is missing"),
+                ([{"from": "human", "value": None}, {"from": "gpt", "value": "A"}], "content is missing"),
             ]
         ),
         (called(name="f", arguments="{"), "arguments is not JSON"),
         (called(name="f", arguments="[1]"), "arguments of 'f' are a list"),
-        (called(name="f", arguments='{"x": NaN}'), "NaN"),
+        (called(name="f", arguments='{"x": NaN}'), "arguments cannot be written"),
         (answered(tool_calls=[{}]), "has no function name"),
         (answered(tool_calls=1), "tool_calls is not a list"),
         (answered(content=None), "content is missing"),
@@ -158,7 +159,7 @@ def test_a_record_becomes_these_turns(
         ({"question": "1/2?", "answer": 0.5}, "answer is float"),
         (asked("Human: Q\nAssistant: A"), "does not end with Assistant:"),
         (asked("Human: Q\nHuman: Q\nAssistant:"), "do not alternate"),
-        (asked("Human: Q\nAssistant:", input="I"), "there is an input beside it"),
+        (asked("Human: Q\nAssistant:", input="I"), "next to a column input"),
     ],
 )
 def test_a_broken_record_is_rejected_with_a_reason(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
@@ -186,14 +187,6 @@ def test_sharegpt_keeps_tool_calls_results_and_the_schema_of_the_tools(tmp_path:
     assert read_row.messages[2] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert read_row.tools is not None
     assert json.loads(read_row.tools) == [{"type": "function", "function": tools[0]}]
-
-
-def test_tools_as_objects_are_kept_as_json(tmp_path: Path) -> None:
-    tools = [{"type": "function", "function": {"name": "clock"}}]
-    for offer in ({"tools": tools}, {"functions": [tools[0]["function"]]}):
-        read_row = row(tmp_path, MESSAGES | offer)
-        assert read_row.tools is not None
-        assert json.loads(read_row.tools) == tools
 
 
 def test_tool_calls_of_every_spelling_become_one(tmp_path: Path) -> None:
@@ -372,7 +365,7 @@ def test_jsonl_reads_the_same_with_bom_crlf_and_blank_lines(tmp_path: Path, star
         ("data.json", "[" * 100_000, "data.json, line 1:"),
         ("data.json", "", "holds no records"),
         ("data.json", "[]", "holds no records"),
-        ("data.json", json.dumps(ALPACA), "holds one object; expected a list"),
+        ("data.json", json.dumps(ALPACA, indent=1), "data.json, line 1, .*a list of records, or one record a line"),
     ],
 )
 def test_what_is_not_a_list_of_records_is_refused_with_file_and_line(
@@ -386,13 +379,10 @@ def test_what_is_not_a_list_of_records_is_refused_with_file_and_line(
 @pytest.mark.parametrize(
     ("records", "what"),
     [
-        ([{"ask": "Q", "say": "A"}], "has ask, say, which is none of .*--columns prompt=ask,response=say .*: alpaca "),
+        ([{"ask": "Q", "say": "A"}], "has ask, say and .*--columns prompt=ask,response=say;.*: alpaca "),
         ([ALPACA, SHAREGPT], "looks like alpaca and sharegpt; "),
-        (
-            [ALPACA | SHAREGPT],
-            "looks like alpaca and sharegpt at once, with conversations, input, instruction, output;",
-        ),
-        ([["Q", "A"]], "has list, which is none"),
+        ([ALPACA | SHAREGPT], "has conversations, input, instruction, output and looks like alpaca and sharegpt;"),
+        ([["Q", "A"]], "has list and is of no known format"),
         ([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "holds preference pairs .*response=chosen"),
         ([ALPACA | {"chosen": "A", "rejected": "B"}], "holds preference pairs .*response=chosen"),
         ([{"text": "T", "id": 1}], "has text and no prompt .id, text.; .*--format text"),
@@ -404,75 +394,40 @@ def test_a_file_of_no_or_two_formats_asks_which_it_is(tmp_path: Path, records: l
     assert "--format" in str(error.value) or "--columns" in str(error.value)
 
 
-def test_another_format_late_in_a_file_stops_it_unless_a_person_named_one(tmp_path: Path) -> None:
-    records = [*[ALPACA] * 1500, SHAREGPT]
-    with pytest.raises(FormatError, match=r"looks like alpaca, but data.json:\[1500\] like sharegpt"):
-        read(tmp_path, *records)
-    assert isinstance(read(tmp_path, *records, format="alpaca")[-1], Rejected)
-
-
 def test_naming_the_format_answers_the_question(tmp_path: Path) -> None:
     [read_row] = read(tmp_path, ALPACA | {"instruction": "other"} | SHAREGPT, format="sharegpt")
     assert isinstance(read_row, Row)
     assert turns(read_row)[0][1] == "Q"
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=4,
+KEYS = [
+    "from",
+    "value",
+    "role",
+    "content",
+    "thinking",
+    "weight",
+    "train",
+    "tool_calls",
+    "function",
+    "name",
+    "arguments",
+]
+KEYS += ["human", "assistant", "input", "output", "path", "left_out", "parent_id", "message_id", "text", "rank"]
+SPEAKERS = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool", "function_call", "prompter"])
+PARTS = ["Human:", "Assistant:", "\nHuman:", "\nAssistant:", "<think>", "</think>", "\n", "A", "exact", "\ud83d"]
+VALUE = st.recursive(
+    st.none()
+    | st.sampled_from([0, 1, True, False, 2.5, float("nan"), 10**30])
+    | SPEAKERS
+    | st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
+    | st.text(st.characters(), max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=6,
 )
-TEXT = st.sampled_from(["Q", "A", "", "\ud83d"]) | JSON
-EXTRA = {"system": TEXT, "tools": TEXT, "task": JSON, "group": JSON, "scoring": st.sampled_from(["exact", "text", 1])}
-
-
-THOUGHTS = st.lists(st.sampled_from(["<think>", "</think>", "\n", "A"]), max_size=5).map("".join)
-
-
-def turn(speaker: str, content: str) -> st.SearchStrategy[Any]:
-    roles = ["human", "gpt", "user", "assistant", "system", "tool"]
-    flags = dict.fromkeys(("weight", "train", "loss_weight"), st.sampled_from([0, 1, True, False]) | JSON)
-    optional = {speaker: st.sampled_from(roles) | JSON, content: TEXT | THOUGHTS, "thinking": TEXT} | flags
-    return JSON | st.fixed_dictionaries({}, optional=optional)
-
-
-CALL = JSON | st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": TEXT, "arguments": TEXT})})
-CALLS = st.fixed_dictionaries(
-    {"role": st.sampled_from(["assistant", "user"]), "content": TEXT}, optional={"tool_calls": st.lists(CALL) | JSON}
+TURN = st.fixed_dictionaries({"from": SPEAKERS, "value": VALUE}) | st.fixed_dictionaries(
+    {"role": SPEAKERS, "content": VALUE}, optional={"tool_calls": VALUE, "thinking": VALUE, "weight": VALUE}
 )
-PARTS = st.sampled_from(["Human:", "Assistant:", "\nHuman:", "\nAssistant:", "Q", " ", "\n"])
-DIALOGUE = st.lists(PARTS, max_size=8).map("".join)
-
-RECORDS = {
-    "alpaca": st.fixed_dictionaries(
-        {"instruction": TEXT, "output": TEXT},
-        optional=EXTRA | {"input": TEXT, "history": st.lists(st.lists(TEXT, max_size=3), max_size=2) | JSON},
-    ),
-    "sharegpt": st.fixed_dictionaries(
-        {"conversations": st.lists(turn("from", "value"), max_size=4) | JSON}, optional=EXTRA
-    ),
-    "messages": st.fixed_dictionaries(
-        {"messages": st.lists(turn("role", "content") | CALLS, max_size=4) | JSON}, optional=EXTRA
-    ),
-    "belle": st.fixed_dictionaries({"instruction": DIALOGUE, "output": TEXT}, optional=EXTRA | {"input": TEXT}),
-    "prompt-completion": st.fixed_dictionaries(
-        {"prompt": TEXT | st.lists(turn("role", "content"), max_size=2), "completion": TEXT}, optional=EXTRA
-    ),
-    "openorca": st.fixed_dictionaries({"system_prompt": TEXT, "question": TEXT, "response": TEXT}, optional=EXTRA),
-    "ultrachat": st.fixed_dictionaries({"data": st.lists(TEXT, max_size=4) | JSON}, optional=EXTRA),
-    "text": st.fixed_dictionaries({"text": TEXT | DIALOGUE}, optional=EXTRA),
-    "classification": st.fixed_dictionaries({"text": TEXT, "label": TEXT | st.integers()}, optional=EXTRA),
-    "dolly": st.fixed_dictionaries({"instruction": TEXT, "response": TEXT}, optional=EXTRA | {"context": TEXT}),
-    "question-answer": st.fixed_dictionaries({"question": TEXT, "answer": TEXT | st.integers()}, optional=EXTRA),
-    "turn-pairs": st.fixed_dictionaries(
-        {"conversation": st.lists(st.fixed_dictionaries({"human": TEXT, "assistant": TEXT}) | JSON, max_size=2) | JSON},
-        optional=EXTRA,
-    ),
-}
-
-
-def test_every_format_with_one_row_a_record_is_drawn() -> None:
-    assert set(RECORDS) == set(FORMATS) - {"self-instruct", "openassistant"}
 
 
 @pytest.fixture(scope="module")
@@ -480,52 +435,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("formats")
 
 
-@pytest.mark.parametrize("format", RECORDS)
+COLUMNS = ColumnsParams(response="a", template="{q}?", system="s", history="h", tools="t", task="k", group="g")
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "columns"])
 @settings(derandomize=True, deadline=None, max_examples=80)
 @given(draw=st.data())
-def test_every_record_becomes_a_row_or_a_rejection(folder: Path, format: str, draw: st.DataObject) -> None:
-    records = draw.draw(st.lists(RECORDS[format] | JSON, min_size=1, max_size=4))
+def test_every_record_becomes_rows_or_rejections(folder: Path, format: str, draw: st.DataObject) -> None:
+    columns = COLUMNS if format == "columns" else None
+    names = sorted(columns_read(format, columns))
+    record = st.fixed_dictionaries({}, optional=dict.fromkeys(names, VALUE | st.lists(TURN, max_size=4)))
+    records: list[Any] = draw.draw(st.lists(record | VALUE, min_size=1, max_size=4))
     path = folder / "data.json"
-    path.write_text(json.dumps(records))
-    rows = list(read_rows(path, format))
-    assert [r.source for r in rows] == [f"data.json:[{i}]" for i in range(len(records))]
+    path.write_text(json.dumps([dict.fromkeys(names, ""), *records]))  # every column is there
+    rows = list(read_rows(path, "auto" if columns else format, columns))
+    sources = {row.source.partition("#")[0] for row in rows}
+    assert format == "openassistant" or sources == {f"data.json:[{i}]" for i in range(len(records) + 1)}
     for each in rows:
-        if isinstance(each, Row):
-            assert each.messages[-1]["role"] == "assistant"
-            assert each.messages[0]["role"] != "assistant" or (format == "text" and is_plain_text(each.messages))
-            for message in each.messages:
-                assert message["content"].strip() or message["tool_calls"]
-            json.dumps(
-                vars(each), ensure_ascii=False, allow_nan=False
-            ).encode()  # half a surrogate would not survive this
-        else:
+        if isinstance(each, Rejected):
             assert each.reason
+            continue
+        assert each.messages[-1]["role"] == "assistant"
+        assert each.messages[0]["role"] != "assistant" or (format == "text" and is_plain_text(each.messages))
+        assert all(message["content"].strip() or message["tool_calls"] for message in each.messages)
+        json.dumps(vars(each), ensure_ascii=False, allow_nan=False).encode()  # half a surrogate does not survive this
 
 
-INSTANCES = st.lists(st.fixed_dictionaries({"output": TEXT}, optional={"input": TEXT}) | JSON, max_size=3) | JSON
-
-
-@settings(derandomize=True, deadline=None, max_examples=80)
-@given(st.lists(st.fixed_dictionaries({"instruction": TEXT, "instances": INSTANCES}) | JSON, min_size=1, max_size=4))
-def test_every_instance_of_self_instruct_becomes_a_row_or_a_rejection(folder: Path, records: list[Any]) -> None:
-    path = folder / "instances.json"
-    path.write_text(json.dumps(records))
-    rows = list(read_rows(path, "self-instruct"))
-    instances = [r.get("instances") if isinstance(r, dict) else None for r in records]
-    assert len(rows) == sum(len(each) if isinstance(each, list) and each else 1 for each in instances)
-    assert [r.source.split("#")[0] for r in rows] == sorted(r.source.split("#")[0] for r in rows)
-
-
-COLUMNS = ColumnsParams(response="a", template="{q}?", system="s", history="h", tools="t", task="k", group="g")
-MAPPED = st.fixed_dictionaries({"a": TEXT}, optional=dict.fromkeys("qshtkg", TEXT))
-
-
-@settings(derandomize=True, deadline=None, max_examples=80)
-@given(st.lists(MAPPED | JSON, max_size=3))
-def test_every_mapped_record_becomes_a_row_or_a_rejection(folder: Path, records: list[Any]) -> None:
-    path = folder / "mapped.json"
-    path.write_text(json.dumps([dict.fromkeys("aqshtkg", ""), *records]))  # every column is there
-    assert len(list(read_rows(path, "auto", COLUMNS))) == len(records) + 1
+def test_every_format_can_be_named_in_the_parameters() -> None:
+    assert set(get_args(Format)) == {"auto", *FORMATS}
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)

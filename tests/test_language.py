@@ -1,10 +1,6 @@
 """The language of a text: right, or "und"."""
 
-import subprocess
-import sys
-
 import pytest
-from conftest import environment
 
 from pipeline.data.language import UNDETERMINED, language_of, language_of_row
 from pipeline.params import LANGUAGES
@@ -51,14 +47,3 @@ def test_the_codes_are_those_of_the_model() -> None:
 
     detector = LangDetector(LangDetectConfig(model="lite"))
     assert {answer["lang"] for answer in detector.detect("a", model="lite", k=200, threshold=-1.0)} == LANGUAGES
-
-
-def test_the_model_is_loaded_only_when_a_text_needs_it() -> None:
-    code = (
-        "import sys, pipeline.data.filters, pipeline.data.report\n"
-        "from pipeline.data.language import language_of\n"
-        "language_of('巴黎是法国的首都。'); language_of('42')\n"
-        "print('fasttext' in sys.modules)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert ran.stdout == "False\n"

@@ -13,10 +13,9 @@ from test_prepare import ask, dropped, group_in, read, run
 from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
 from pipeline.data import verdicts
-from pipeline.data.benchmark_files import read_benchmark_files
-from pipeline.data.contamination import COMMON
-from pipeline.data.conversion import read_batches
-from pipeline.data.shards import ShardWriter
+from pipeline.data.benchmarks import COMMON, read_benchmark_files
+from pipeline.data.formats import read_rows
+from pipeline.data.shards import ShardWriter, tables
 from pipeline.data.verdicts import SPLITS
 from pipeline.params import Params
 
@@ -30,8 +29,8 @@ def write_texts(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "data").mkdir()
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     writer = ShardWriter(folder / "data", "texts")
-    for batch in read_batches(folder / "texts.jsonl", "text"):
-        writer.add(batch.table)
+    for table, _ in tables(read_rows(folder / "texts.jsonl", "text")):
+        writer.add(table)
     writer.close()
 
 

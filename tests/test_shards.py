@@ -9,11 +9,10 @@ import pytest
 import xxhash
 
 from pipeline.data import shards
-from pipeline.data.conversion import SCHEMA, read_batches
 from pipeline.data.formats import read_rows
-from pipeline.data.json_text import FormatError
+from pipeline.data.readers import FormatError
 from pipeline.data.records import Rejected, Row
-from pipeline.data.shards import SHARD_SCHEMA, ShardWriter, is_shard, read_shard
+from pipeline.data.shards import SCHEMA, SHARD_SCHEMA, ShardWriter, is_shard, read_shard, tables
 
 
 def table(number: int, first: int = 0, size: int = 10) -> pa.Table:
@@ -77,7 +76,7 @@ def test_a_shard_reads_as_the_rows_it_was_made_of(tmp_path: Path) -> None:
         '"group": 7}\n'
         '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "scoring": "exact"}\n'
     )
-    names = write(tmp_path / "shards", *(batch.table for batch in read_batches(source)))
+    names = write(tmp_path / "shards", *(table for table, _ in tables(read_rows(source))))
     [path] = [tmp_path / "shards" / name for name in names]
     rows = list(read_rows(path))
     assert all(isinstance(row, Row) for row in rows)

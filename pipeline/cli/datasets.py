@@ -170,12 +170,20 @@ def _say_ingested(result: "Ingested", told: bool, remote: str | None) -> None:
         print(f"  {count:,} repaired: {repair}")
     if result.rejected:
         print("  the records that cannot be used are in data/instructions/rejected.jsonl with their lines")
-    if result.changed:
-        print("  they replace the rows before; data.dvc names the new snapshot, its git history the earlier ones")
-        print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")
-        print(_how_to_share(remote))
-    else:
+    if not result.changed:
         print("  the same data as before; data.dvc is unchanged")
+        return
+    print("  these rows replace the previous ones; data.dvc now points to the new snapshot")
+    print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")
+    if remote is not None:
+        print(f"  to share them: commit data.dvc, then `dvc push data.dvc` sends the rows to the DVC remote {remote}")
+    else:
+        print(
+            "  only this machine has the rows: a colleague's clone cannot train on them before a DVC remote has them:\n"
+            "    dvc remote add -d team s3://BUCKET/PATH    # or ssh://, gs://, azure://, a folder both can reach\n"
+            '    git add .dvc/config data.dvc && git commit -m "New data"\n'
+            "    dvc push data.dvc"
+        )
 
 
 def _pull_base(model: str) -> str | None:
@@ -193,18 +201,6 @@ def _pull_base(model: str) -> str | None:
             raise
         return commit
     return None
-
-
-def _how_to_share(remote: str | None) -> str:
-    """What a colleague needs besides the commit of `data.dvc`."""
-    if remote is not None:
-        return f"  to share them: commit data.dvc, then `dvc push data.dvc` sends the rows to the DVC remote {remote}"
-    return (
-        "  only this machine has the rows: a colleague's clone cannot train on them before a DVC remote has them:\n"
-        "    dvc remote add -d team s3://BUCKET/PATH    # or ssh://, gs://, azure://, a folder that both of you reach\n"
-        '    git add .dvc/config data.dvc && git commit -m "New data"\n'
-        "    dvc push data.dvc"
-    )
 
 
 COMMANDS: list[Callable[..., None]] = [ingest, inspect]

@@ -146,7 +146,7 @@ def diff_data(
 
     from pipeline.core.files import write_text
     from pipeline.data.diff import compare, data_is_newer, dataset_at, previous_revision
-    from pipeline.data.report_pages import render
+    from pipeline.data.report import render
 
     if new is None and data_is_newer():
         print("diff-data: data/ is newer than the prepared dataset; `dvc repro prepare` updates it", file=sys.stderr)

@@ -75,8 +75,7 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
     """The encoder of the base model that `params` name, and the model's identity.
 
     Raises:
-        TemplateError: there is no such model or tokenizer, it is too small for `max_length`, or `params` ask for
-            something that only conversations have.
+        TemplateError: there is no such model or tokenizer, or it is too small for `max_length`.
     """
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     encoder = _load(identity, params.max_length if params.on_overlong == "truncate_prompt" else None)
@@ -121,10 +120,9 @@ def class_names(train: set[str], other: set[str]) -> list[str]:
     Raises:
         ClassError: there are fewer than two or too many, or one is in no training row.
     """
-    if len(train) < 2:
-        raise ClassError(f"the training rows have {len(train)} class ({', '.join(train)}); expected two or more")
-    if len(train) > MAX_CLASSES:
-        raise ClassError(f"the training rows have {len(train):,} classes; expected {MAX_CLASSES:,} at most")
+    if not 2 <= len(train) <= MAX_CLASSES:
+        names = ", ".join(sorted(train)[:5])
+        raise ClassError(f"the training rows have {len(train):,} classes ({names}); expected 2 to {MAX_CLASSES:,}")
     if other - train:
         raise ClassError(
             f"the class {min(other - train)} is in test or validation rows and in no training row; add rows of it, or "

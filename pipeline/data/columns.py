@@ -1,10 +1,8 @@
-"""Which columns a format reads, what the columns that it does not read may mean, and what unknown columns could be.
+"""Columns: what those mean that a format does not read, and the mappings by which a person says what is what.
 
 A column that says something and is not read is noted by its name; one that changes what the others mean is refused.
 """
 
-import difflib
-import json
 import re
 import shlex
 import string
@@ -13,21 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.data.known_formats import CONTEXT_NAMES, KNOWN_FORMATS
 from pipeline.params import ColumnsParams
 
-SHARD_COLUMNS = ("source", "messages", "tools", "task", "group", "scoring", "repairs")  # what `retune ingest` writes
-CONVERSATIONS = ("messages", "conversations", "conversation")  # the first of them that a record has is read
-PAIRS = (("question", "answer"), ("prompt", "response"), ("query", "response"), ("question", "response"))
-TURN_PAIRS = (("human", "assistant"), ("input", "output"))  # question and answer in one object
 MEDIA = frozenset(name + s for name in ("image", "audio", "video") for s in ("", "s"))
 UNPAIRED = frozenset(("label", "kto_tag"))  # of TRL and LLaMA-Factory: whether an answer is a good one
 # Parts of the names that columns have elsewhere, the likeliest first.
 PROMPT_NAMES = ("question", "prompt", "query", "instruction", "request", "user", "human", "input", "title", "source")
 ANSWER_NAMES = ("answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution")
-CONTEXT_NAMES = ("context", "passage", "document", "paragraph", "background", "evidence", "input")
 NOT_TEXT = re.compile(r"(^|_)(uu)?(id|date|time|url|lang|language)$", re.IGNORECASE)
-LETTERS = re.compile(r"[^\W\d_]{2}|[\u2e80-\U0003ffff]")  # two of them, or one that is a word
-WORDS_OF_YAML = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+MAPPED = ("columns", "classification", "text")  # formats of which a person, or the task, says which columns count
 
 
 class ColumnsError(ValueError):
@@ -40,86 +33,54 @@ def named_columns(columns: ColumnsParams) -> list[str]:
     return names + [name for _, name, _, _ in string.Formatter().parse(columns.template or "") if name]
 
 
-def note_unread(record: dict[str, Any], others: set[str], mapped: bool, unused: set[str]) -> None:
-    """Note the columns of `record` that its format does not read; refuse those that change what the others mean.
+def columns_read(format: str, columns: ColumnsParams | None) -> frozenset[str]:
+    """The columns that the converter of a format may read; a mapping reads what it names."""
+    if format in KNOWN_FORMATS and KNOWN_FORMATS[format].convert:
+        return KNOWN_FORMATS[format].reads
+    columns = columns or ColumnsParams()
+    names = {*named_columns(columns), "task", "group", "scoring", "tools"}
+    if format == "classification":
+        names |= {columns.response or "label"} | (set() if columns.template else {columns.prompt or "text"})
+    return frozenset(names)
 
-    Args:
-        mapped: a person said which columns count, so that none of the others changes the meaning.
-    """
-    said = {key for key in others if record[key] is not None and record[key] != "" and record[key] != []}
-    if not mapped:
-        for key in sorted(said & UNPAIRED):
-            if isinstance(record[key], bool) or str(record[key]).lower() in ("true", "false"):
-                raise ValueError(
-                    f"says in {key} whether its answer is a good one (unpaired preference data), and bad ones would be "
-                    f"trained too; keep the records with true in a file without the column {key}"
-                )
-        for key in sorted(said & MEDIA):
+
+def note_unread(record: dict[str, Any], format: str, reads: frozenset[str], unused: set[str]) -> None:
+    """Note the columns of `record` that its format does not read; refuse those that change what the others mean."""
+    others = {key for key in record.keys() - reads if record[key] is not None and record[key] not in ("", [])}
+    for key in sorted(others) if format not in MAPPED else ():
+        if key in UNPAIRED and str(record[key]).lower() in ("true", "false"):
+            raise ValueError(
+                f"says in {key} whether its answer is a good one (unpaired preference data), and bad ones would be "
+                f"trained too; keep the records with true in a file without the column {key}"
+            )
+        if key in MEDIA:
             raise ValueError(
                 f"has {key}, and only text can be trained on; leave such records out, or remove the column {key} and "
                 "the marks such as <image> where the text says enough"
             )
-    unused |= said
-
-
-def has_context(record: dict[str, Any]) -> bool:
-    """Whether a question seems to be about a text in a column of its own."""
-    return any(record.get(name) for name in CONTEXT_NAMES)
+    unused |= others
 
 
 def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
-    """A mapping that could be meant: by the names of text columns, else by question marks, repetition and lengths."""
-    texts: dict[str, list[str]] = {}
+    """A mapping that could be meant: by the names of text columns, else the longest texts are the answers."""
+    lengths: dict[str, int] = {}
     for record in records:
         for key, value in record.items() if isinstance(record, dict) else ():
             if isinstance(value, str) and value.strip() and not NOT_TEXT.search(key):
-                texts.setdefault(key, []).append(value)
-    worded = {key: values for key, values in texts.items() if any(map(LETTERS.search, values))}
-    texts = worded if len(worded) > 1 else texts  # numbers and dates in a CSV are texts too
-    if len(texts) < 2:
+                lengths[key] = lengths.get(key, 0) + len(value)
+    names = sorted(lengths, key=lengths.__getitem__)[::-1]  # of equal ones the last is the likelier answer
+    if len(names) < 2:
         return None
-    by_length = [*reversed(texts)]  # of equal ones the last is the likelier answer
-    by_length.sort(key=lambda key: -sum(map(len, texts[key])) / len(texts[key]))
-    asking = [
-        key for key in by_length if 2 * sum(text.rstrip()[-1] in "?\uff1f" for text in texts[key]) > len(texts[key])
-    ]
-    unlike = [key for key in by_length if key not in asking and _named_like([key], PROMPT_NAMES) is None]
-    repeated = [key for key in texts if 2 * len(set(texts[key])) <= len(texts[key])]  # labels, as in classification
-    if len(texts) == 2 and len(repeated) == 1:
-        unlike = repeated
-    response = _named_like(texts, ANSWER_NAMES) or (unlike or by_length)[0]
-    others = [key for key in texts if key != response]
-    prompt = _named_like(others, PROMPT_NAMES) or next(key for key in (*asking, *by_length) if key != response)
-    context = _named_like([key for key in others if key != prompt], CONTEXT_NAMES)
+    response = _named_like(names, ANSWER_NAMES)
+    prompt = _named_like([name for name in names if name != response], PROMPT_NAMES)
+    response = response or next(name for name in names if name != prompt)
+    prompt = prompt or next(name for name in names if name != response)
+    context = _named_like([name for name in names if name not in (prompt, response)], CONTEXT_NAMES)
     if context is None:
         return ColumnsParams(prompt=prompt, response=response)
     if any(brace in prompt + context for brace in "{}"):
         return None
     return ColumnsParams(template=f"{{{prompt}}}\n{{{context}}}", response=response)
-
-
-def corrected(columns: ColumnsParams, seen: Iterable[str]) -> ColumnsParams | None:
-    """`columns` with names that are not in `seen` replaced by those they are most like; None where one is like none."""
-    alike = {name.casefold(): name for name in seen}
-    changes: dict[str, str] = {}
-    for key, name in columns.model_dump(exclude={"template"}, exclude_none=True).items():
-        near = difflib.get_close_matches(name.casefold(), [*alike], 1)
-        if not near:
-            return None
-        changes[key] = name if name in alike.values() else alike[near[0]]
-    fixed = columns.model_copy(update=changes)
-    return fixed if set(named_columns(fixed)) <= set(alike.values()) else None
-
-
-def as_yaml(columns: ColumnsParams) -> str:
-    """The value of `ingest.columns` in params.yaml."""
-    parts = columns.model_dump(exclude_none=True).items()
-
-    def is_plain(value: str) -> bool:
-        return re.fullmatch(r"[^\W\d][\w-]*", value) is not None and value.lower() not in WORDS_OF_YAML
-
-    values = [f"{key}: {value if is_plain(value) else json.dumps(value, ensure_ascii=False)}" for key, value in parts]
-    return f"{{{', '.join(values)}}}"
 
 
 def as_pairs(columns: ColumnsParams) -> str:

@@ -5,11 +5,10 @@ whose output may not depend on what was there before: the same data would have a
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,11 +16,11 @@ import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
 from pipeline.core import git, graph
-from pipeline.data.report import Report
-from pipeline.data.report_pages import SPLITS
+from pipeline.data.report import SPLITS, over_splits
 
 DATASET = "artifacts/dataset"
 MOST_LINES = 12  # of changes by task, language or reason
+LENGTHS = ("median tokens of a training row", "mean", "longest", "training tokens", "fraction that carries loss")
 
 
 class DataDiffError(RuntimeError):
@@ -30,50 +29,38 @@ class DataDiffError(RuntimeError):
 
 @dataclass(frozen=True)
 class Dataset:
-    report: Report
+    report: dict[str, Any]
     ids: dict[str, pa.ChunkedArray]  # split → row ids
 
 
-class SplitDiff(TypedDict):
-    split: str
-    before: int  # rows
-    after: int
-    stayed: int  # rows that both versions have in this split
-    added: int
-    removed: int
+def compare(before: Dataset, now: Dataset, names: tuple[str, str] = ("before", "now")) -> dict[str, Any]:
+    """The differences of two versions; `names` are what people call them.
 
-
-class Diff(TypedDict):
-    old: str
-    new: str
-    same: bool  # not a row differs, nor a test item
-    same_test: bool  # the test splits are the same to the last byte: scores on them compare
-    splits: list[SplitDiff]
-    counts: dict[str, list[tuple[str, int, int]]]  # task, language, dropped, … → (name, before, after) that changed
-    lengths: list[tuple[str, float, float]]  # what, before, after
-
-
-def compare(before: Dataset, now: Dataset, names: tuple[str, str] = ("before", "now")) -> Diff:
-    """The differences of two versions; `names` are what people call them."""
+    Returns:
+        `splits`: rows before and after, and how many stayed, came and went; `counts`: what changed by task, language
+        and reason, as (name, before, after); `lengths`: the same of tokens; `same_test`: scores of both compare.
+    """
     old, new = before.report, now.report
     splits = [_split(split, before.ids[split], now.ids[split]) for split in SPLITS]
     same_test = old["test_sha256"] == new["test_sha256"]
     counts = {
-        "task": _changed(_over_splits(old, "tasks"), _over_splits(new, "tasks")),
-        "language": _changed(_over_splits(old, "languages"), _over_splits(new, "languages")),
+        "task": _changed(over_splits(old["tasks"]), over_splits(new["tasks"])),
+        "language": _changed(over_splits(old["languages"]), over_splits(new["languages"])),
         "dropped": _changed(old["dropped"], new["dropped"]),
         "repaired": _changed(old["repaired"], new["repaired"]),
     }
-    lengths = [
-        (what, before, after)
-        for what, before, after in zip(_LENGTHS, _lengths(old), _lengths(new), strict=True)
-        if before != after
-    ]
-    moved = any(split["added"] != 0 or split["removed"] != 0 for split in splits)
-    same = same_test and not moved and not any(counts.values()) and not lengths
-    return Diff(
-        old=names[0], new=names[1], same=same, same_test=same_test, splits=splits, counts=counts, lengths=lengths
-    )
+    both = zip(LENGTHS, _lengths(old), _lengths(new), strict=True)
+    lengths = [(what, length, length_now) for what, length, length_now in both if length != length_now]
+    moved = any(split["added"] or split["removed"] for split in splits)
+    return {
+        "old": names[0],
+        "new": names[1],
+        "same": same_test and not moved and not any(counts.values()) and not lengths,
+        "same_test": same_test,
+        "splits": splits,
+        "counts": counts,
+        "lengths": lengths,
+    }
 
 
 def dataset_at(revision: str | None, root: Path = Path(".")) -> Dataset:
@@ -90,7 +77,8 @@ def dataset_at(revision: str | None, root: Path = Path(".")) -> Dataset:
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
 
-    _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", say=f"{revision} is no git revision here")
+    if git.ask(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
+        raise DataDiffError(f"{revision} is not a git revision here")
     try:
         files = DVCFileSystem(str(root), rev=revision)
         return _read(lambda name: files.open(f"{DATASET}/{name}", "rb"))
@@ -102,25 +90,16 @@ def dataset_at(revision: str | None, root: Path = Path(".")) -> Dataset:
         ) from None
 
 
-def _read(open_file: Callable[[str], BinaryIO]) -> Dataset:
-    ids = {}
-    for split in SPLITS:
-        with open_file(f"{split}.parquet") as file:
-            ids[split] = pq.read_table(file, columns=["id"])["id"]
-    with open_file("report.json") as file:
-        return Dataset(json.load(file), ids)
-
-
 def previous_revision(root: Path = Path(".")) -> str:
     """The newest commit whose `dvc.lock` records another dataset than the workspace's.
 
     Raises:
         DataDiffError: there is none.
     """
-    now = _dataset(graph.lock(root))
-    for commit in _git(root, "log", "--format=%h", "--", "dvc.lock", say="this is no git repository").split():
-        text = _git(root, "show", f"{commit}:./dvc.lock", say=None)
-        before = _dataset(YAML(typ="safe").load(text) or {}) if text else None
+    now = _dataset_md5(graph.lock(root))
+    for commit in (git.ask(root, "log", "--format=%h", "--", "dvc.lock") or "").split():
+        text = git.ask(root, "show", f"{commit}:./dvc.lock")
+        before = _dataset_md5(YAML(typ="safe").load(text) or {}) if text else None
         if before not in (None, now):
             return commit
     raise DataDiffError(
@@ -135,10 +114,16 @@ def data_is_newer(root: Path = Path(".")) -> bool:
     return prepared is not None and prepared != graph.snapshot(root)["md5"]
 
 
-_LENGTHS = ("median tokens of a training row", "mean", "longest", "training tokens", "fraction that carries loss")
+def _read(open_file: Callable[[str], BinaryIO]) -> Dataset:
+    ids = {}
+    for split in SPLITS:
+        with open_file(f"{split}.parquet") as file:
+            ids[split] = pq.read_table(file, columns=["id"])["id"]
+    with open_file("report.json") as file:
+        return Dataset(json.load(file), ids)
 
 
-def _lengths(report: Report) -> tuple[float, ...]:
+def _lengths(report: dict[str, Any]) -> tuple[float, ...]:
     tokens, rows = report["train_tokens"], report["rows"]["train"]
     return (
         tokens["median_per_row"],
@@ -149,42 +134,21 @@ def _lengths(report: Report) -> tuple[float, ...]:
     )
 
 
-def _split(split: str, old: pa.ChunkedArray, new: pa.ChunkedArray) -> SplitDiff:
+def _split(split: str, old: pa.ChunkedArray, new: pa.ChunkedArray) -> dict[str, Any]:
     stayed, still_there = (pc.sum(pc.is_in(a, value_set=b)).as_py() or 0 for a, b in ((new, old), (old, new)))
-    return SplitDiff(
-        split=split,
-        before=len(old),
-        after=len(new),
-        stayed=stayed,
-        added=len(new) - stayed,
-        removed=len(old) - still_there,
-    )
-
-
-def _over_splits(report: Report, key: str) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for counts in report.get(key, {}).values():  # type: ignore[attr-defined]  # `key` is tasks or languages
-        total.update(counts)
-    return total
+    counts = {"before": len(old), "after": len(new), "stayed": stayed}
+    return counts | {"split": split, "added": len(new) - stayed, "removed": len(old) - still_there}
 
 
 def _changed(old: Mapping[str, int], new: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """Names whose counts differ, the largest change first."""
-    names = sorted(old.keys() | new.keys(), key=lambda name: (-abs(new.get(name, 0) - old.get(name, 0)), name))
-    changes = [(name, old.get(name, 0), new.get(name, 0)) for name in names if old.get(name, 0) != new.get(name, 0)]
+    changes = [(name, old.get(name, 0), new.get(name, 0)) for name in sorted(old.keys() | new.keys())]
+    changes = sorted((each for each in changes if each[1] != each[2]), key=lambda each: -abs(each[2] - each[1]))
     if rest := changes[MOST_LINES:]:
         changes[MOST_LINES:] = [(f"{len(rest)} more", sum(b for _, b, _ in rest), sum(a for _, _, a in rest))]
     return changes
 
 
-def _dataset(lock: Mapping[str, Any]) -> str | None:
+def _dataset_md5(lock: Mapping[str, Any]) -> str | None:
     outs = lock.get("stages", {}).get("prepare", {}).get("outs", [])
     return next((out["md5"] for out in outs if out["path"] == DATASET), None)
-
-
-def _git(root: Path, *arguments: str, say: str | None) -> str:
-    """git's answer; where it fails, the error that it `say`s, or nothing."""
-    answer = git.ask(root, *arguments)
-    if answer is None and say is not None:
-        raise DataDiffError(say)
-    return answer or ""

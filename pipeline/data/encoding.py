@@ -6,6 +6,7 @@ those of an earlier run is not encoded again. Nothing is left out: a row that ca
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +25,7 @@ from pipeline.chat.template import load_template
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import sha256_json, whole_directory
 from pipeline.data import classes
-from pipeline.data.benchmark_files import read_benchmark_files
-from pipeline.data.contamination import Benchmark, contaminated
+from pipeline.data.benchmarks import Benchmark, contaminated, read_benchmark_files
 from pipeline.data.default_scoring import short_answer
 from pipeline.data.filters import apply_filters
 from pipeline.data.language import language_of_row
@@ -105,6 +105,20 @@ def encode_shard(params_json: str, shard: Path, folder: Path, task: str = "causa
             np.save(partial / SIGNATURES, np.concatenate(signed))
 
 
+def is_encoded(folder: Path, params: PrepareParams) -> bool:
+    """Whether `folder` holds the whole rows of an earlier call; what a full disk or a power cut left is removed."""
+    try:
+        rows = pq.read_metadata(folder / ROWS).num_rows
+        with pa.memory_map(str(folder / TEXT)) as file:
+            counts = {rows, pa.ipc.open_file(file).read_all().num_rows}
+        if params.near_duplicate_threshold is not None:
+            counts.add(len(np.load(folder / SIGNATURES, mmap_mode="r")))
+        return len(counts) == 1
+    except (OSError, ValueError, pa.ArrowException):
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+
+
 def load_encoding(params: PrepareParams, task: str) -> tuple[Encoder, dict[str, Any]]:
     """What rows are encoded by for `train.task`, and the identity of the base model.
 
@@ -116,10 +130,8 @@ def load_encoding(params: PrepareParams, task: str) -> tuple[Encoder, dict[str, 
 
 def rows_of(table: pa.Table) -> Iterator[Row]:
     """The rows of a shard's table."""
-    names = ("messages", "source", "tools", "task", "group", "scoring", "repairs")
-    columns = [table[name].to_pylist() for name in names]
-    for messages, source, tools, task, group, scoring, repairs in zip(*columns, strict=True):
-        yield Row(json.loads(messages), source, tools, task, group, scoring, repairs or [])
+    for record in table.to_pylist():
+        yield Row(**record | {"messages": json.loads(record["messages"]), "repairs": record["repairs"] or []})
 
 
 def encode_rows(
@@ -170,16 +182,13 @@ def split_of(row: Row, params: PrepareParams) -> str:
 
 def prompt_key(messages: list[Message], tools: str | None) -> str:
     """What is asked by `messages`, whatever the answer: a digest with spaces and case folded."""
-    asked = [
-        [message["role"], " ".join(message["content"].casefold().split()), *_calls(message)] for message in messages
-    ]
-    return sha256_json([asked, tools])
+    turns = [[turn["role"], " ".join(turn["content"].casefold().split()), *_calls(turn)] for turn in messages]
+    return sha256_json([turns, tools])
 
 
 def compared_text(messages: list[Message]) -> str:
     """What near duplicates are looked for in: all turns but the system's, which thousands of rows may share."""
-    turns = [[message["content"], *_written(message)] for message in messages if message["role"] != "system"]
-    return "\n".join(part for turn in turns for part in turn)
+    return "\n".join(text for message in messages if message["role"] != "system" for text in _texts(message))
 
 
 def _calls(message: Message) -> list[str]:
@@ -187,10 +196,10 @@ def _calls(message: Message) -> list[str]:
     return [json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []
 
 
-def _written(message: Message) -> list[str]:
-    """What a message says beside its content."""
+def _texts(message: Message) -> list[str]:
+    """All that a message says: content, reasoning, calls."""
     reasoning = message.get("reasoning_content")
-    return [*([reasoning] if reasoning else []), *_calls(message)]
+    return [message["content"], *([reasoning] if reasoning else []), *_calls(message)]
 
 
 def _group(row: Row) -> str:
@@ -209,7 +218,7 @@ def _fit_text(template: Encoder, row: Row, params: PrepareParams) -> list[Fitted
 def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder) -> dict[str, Any]:
     messages, tools = piece.messages, row.tools
     keys = [prompt_key(messages[:i], tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
-    answer = "\n".join([messages[-1]["content"], *_written(messages[-1])])
+    answer = "\n".join(_texts(messages[-1]))
     record = {
         "source": row.source,
         "repairs": [*row.repairs, *piece.encoded.repairs],
@@ -234,13 +243,8 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder)
         prompt, prompt_ids = template.prompt(messages[:-1], tools)
         if piece.encoded.input_ids[: len(prompt_ids)] != prompt_ids:
             raise RowError("has other tokens in its prompt alone than before its answer")
-        record |= {
-            "group": _group(before),
-            "tools": tools,
-            "prompt": prompt,
-            "prompt_ids": prompt_ids,
-            **_reference(piece, template, tools),
-        }
+        record |= {"group": _group(before), "tools": tools, "prompt": prompt, "prompt_ids": prompt_ids}
+        record |= _reference(piece, template, tools)
     return record
 
 
@@ -251,12 +255,13 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
         return {"reference": str(last["content"])}
     # How a call is written is the template's affair: it is what the trained tokens of the last turn say.
     ids, labels = piece.encoded.input_ids, piece.encoded.labels
-    start = len(labels)
-    while start and labels[start - 1] < 0:  # what the template appends after the end token
-        start -= 1
+    end = len(labels)
+    while end and labels[end - 1] < 0:  # what the template appends after the end token
+        end -= 1
+    start = end
     while start and labels[start - 1] >= 0:
         start -= 1
-    trained = [id for id, label in zip(ids[start:], labels[start:], strict=True) if label >= 0]
+    trained = ids[start:end]
     response = read_response(template, ids[:start], trained, tools)
     if response.tool_calls:
         return {"reference": canonical_calls(response.tool_calls)}

@@ -86,17 +86,15 @@ def _repeated(units: list[str], n: int) -> float:
 
 def _reason(row: Row, filters: FilterParams) -> str | None:
     """Why `row` is dropped, the cheapest test first, or None."""
-    answer = _text(row.messages[-1])
-    if filters.min_answer_chars is not None and len(answer) < filters.min_answer_chars:
-        return ANSWER_SHORT
-    if filters.max_answer_chars is not None and len(answer) > filters.max_answer_chars:
-        return ANSWER_LONG
-    if filters.min_chars is not None or filters.max_chars is not None:
-        chars = sum(len(_text(message)) for message in row.messages)
-        if filters.min_chars is not None and chars < filters.min_chars:
-            return ROW_SHORT
-        if filters.max_chars is not None and chars > filters.max_chars:
-            return ROW_LONG
+    lengths = [len(_text(message)) for message in row.messages]
+    for length, least, most, too_short, too_long in (
+        (lengths[-1], filters.min_answer_chars, filters.max_answer_chars, ANSWER_SHORT, ANSWER_LONG),
+        (sum(lengths), filters.min_chars, filters.max_chars, ROW_SHORT, ROW_LONG),
+    ):
+        if least is not None and length < least:
+            return too_short
+        if most is not None and length > most:
+            return too_long
     answers = [message.get("content") or "" for message in row.messages if message["role"] == "assistant"]
     if filters.refusals == "drop" and any(map(is_refusal, answers)):
         return REFUSAL

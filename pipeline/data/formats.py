@@ -4,30 +4,20 @@ Every record becomes a `Row`, or a `Rejected` with the reason. A file that fits 
 question that lists what was seen: a wrong guess is worse.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import trees
-from pipeline.data.columns import (
-    SHARD_COLUMNS,
-    as_option,
-    as_yaml,
-    corrected,
-    guess_columns,
-    named_columns,
-    note_unread,
-)
-from pipeline.data.containers import CONTAINERS, KNOWN, Block, read_blocks, records_of, split_name
-from pipeline.data.json_text import FormatError, Unreadable
-from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, columns_read, converter
-from pipeline.data.records import Rejected, Row, is_dialogue
+from pipeline.data.columns import as_option, columns_read, guess_columns, named_columns, note_unread
+from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, SHARD_COLUMNS, Converter, converter, is_dialogue
+from pipeline.data.readers import CONTAINERS, KNOWN, FormatError, Unreadable, class_labels, read_records, split_name
+from pipeline.data.records import Rejected, Row
+from pipeline.data.trees import best_paths
 from pipeline.params import ColumnsParams
 
 SAMPLE = 1000  # records at the start of a file by which its format is recognised
-MAPPED = ("columns", "classification", "text")  # formats of which a person, or the task, says which columns count
 
 
 class UnclearFormatError(FormatError):
@@ -43,44 +33,28 @@ Ask = Callable[[UnclearFormatError], tuple[str, ColumnsParams | None]]  # the fo
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the records of one file become rows; small, so that it travels to other processes."""
+class RowFile:
+    """A file whose format is known; `rows` can be read once."""
 
     format: str
-    columns: ColumnsParams | None = None
-    guessed: bool = False  # whether nobody named the format: a record of another one then stops the file
-
-
-def _formats_of(record: Any) -> list[str]:
-    if not isinstance(record, dict):
-        return []
-    found = [name for name, known in KNOWN_FORMATS.items() if known.fits(record)]
-    # tatsu-lab's Alpaca carries its rendered prompt as `text`: that column counts where nothing else does.
-    return ["text"] if not found and "text" in record else found
-
-
-def detect_format(record: Any) -> str | None:
-    """The one format whose keys `record` has, or None when that is not exactly one."""
-    found = _formats_of(record)
-    return found[0] if len(found) == 1 else None
+    rows: Iterator[Row | Rejected]
+    unused: set[str] = field(default_factory=set)  # columns and message keys that say something and were not read
 
 
 def find_files(path: Path) -> list[Path]:
     """The data files at `path`: itself, or all with a known ending below it in name order.
 
-    What `retune ingest` keeps beside its shards (snapshot.json, rejected.jsonl) is no data.
+    What `retune ingest` keeps next to its shards (snapshot.json, rejected.jsonl) is not data.
     """
-    if path.is_file():
-        if not split_name(path)[1]:
-            raise FormatError(f"{path} ends in {path.suffix or 'nothing'}; expected {KNOWN}")
+    if path.is_file() and split_name(path)[1]:
         return [path]
-    if not path.is_dir():
-        raise FormatError(f"{path} does not exist; name a file that ends in {KNOWN}, or a folder of them")
-    files = sorted(p for p in path.rglob("*") if split_name(p)[1] and p.is_file())
-    own = {
-        p.with_name(name) for p in files if p.name == "snapshot.json" for name in ("snapshot.json", "rejected.jsonl")
-    }
-    files = [p for p in files if p not in own]
+    if path.is_file() or not path.exists():
+        fault = f"ends in {path.suffix or 'nothing'}" if path.exists() else "does not exist"
+        raise FormatError(f"{path} {fault}; expected a file that ends in {KNOWN}, or a folder of them")
+    files = sorted(file for file in path.rglob("*") if split_name(file)[1] and file.is_file())
+    snapshots = [file.parent for file in files if file.name == "snapshot.json"]
+    notes = {folder / name for folder in snapshots for name in ("snapshot.json", "rejected.jsonl")}
+    files = [file for file in files if file not in notes]
     if not files:
         raise FormatError(f"{path} holds no file that ends in {', '.join(CONTAINERS)}")
     return files
@@ -92,49 +66,48 @@ def read_rows(
     """Every record of the file `path`, in order, as a `Row` or a `Rejected`: none is left out.
 
     Raises:
-        FormatError: the file is unreadable (see `containers`), empty, of no known format or of two, or lacks a column
+        FormatError: the file is unreadable (see `readers`), empty, of no known format or of two, or lacks a column
             that `columns` names.
     """
-    for block, recipe in recognised_blocks(path, format, columns, ask=ask):
-        yield from convert(block, recipe)
+    yield from open_rows(path, format, columns, ask=ask).rows
 
 
-def recognised_blocks(
+def open_rows(
     path: Path,
     format: str = "auto",
     columns: ColumnsParams | None = None,
     name: str | None = None,
     ask: Ask | None = None,
-) -> Iterator[tuple[Block, Recipe]]:
-    """The blocks of `path`, each with the recipe by which `convert` makes rows of it.
+) -> RowFile:
+    """The file `path` with its format, and its rows as `read_rows` gives them.
 
     Args:
+        name: what the file is called in `Row.source`; by default its file name.
         ask: answers what an `UnclearFormatError` asks.
 
     Raises:
-        FormatError: as `read_rows`; a block's own faults show when it is converted.
+        FormatError: as `read_rows`; faults behind the first records show when they are read.
     """
-    stem = split_name(path)[0]
-    _, dot, marked = stem.rpartition(".")
-    if format == "auto" and dot and marked in FORMATS and not maps(columns):
-        format = marked
-    blocks = read_blocks(path, name)
-    for block in blocks:
-        records = [record for _, record in islice(records_of(block), SAMPLE)]
-        if not records:
-            continue
-        recipe: Recipe | None = None
-        while recipe is None:
-            try:
-                recipe = recognise(path, records, format, columns)
-            except UnclearFormatError as error:
-                if ask is None:
-                    raise
-                format, columns = ask(error)
-        rest = chain([block], blocks)
-        yield from ((each, recipe) for each in (trees.best_paths(rest) if recipe.format == "openassistant" else rest))
-        return
-    raise FormatError(f"{path} holds no records")
+    records = read_records(path, name)
+    first = list(islice(records, SAMPLE))
+    if not first:
+        raise FormatError(f"{path} holds no records")
+    _, dot, suffix = split_name(path)[0].rpartition(".")
+    if format == "auto" and dot and suffix in FORMATS and not maps(columns):  # as in rows.sharegpt.jsonl
+        format = suffix
+    while True:
+        try:
+            known = recognise(path, [record for _, record in first], format, columns)
+            break
+        except UnclearFormatError as error:
+            if ask is None:
+                raise
+            format, columns = ask(error)
+    every = chain(first, records)
+    unused: set[str] = set()
+    convert = converter(known, columns, class_labels(path))
+    rows = _convert(best_paths(every) if known == "openassistant" else every, known, columns, convert, unused)
+    return RowFile(known, rows, unused)
 
 
 def maps(columns: ColumnsParams | None) -> bool:
@@ -142,113 +115,98 @@ def maps(columns: ColumnsParams | None) -> bool:
     return columns is not None and columns.response is not None
 
 
-def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParams | None) -> Recipe:
-    """The recipe for a file that begins with `records`.
+def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParams | None) -> str:
+    """The format of a file that begins with `records`; `columns` where they are read by a mapping.
 
     Raises:
         FormatError: as `read_rows`.
     """
     seen = sorted({key for record in records if isinstance(record, dict) for key in record})
     if split_name(path)[1] == ".parquet" and sorted(SHARD_COLUMNS) == seen:
-        return Recipe("shard")
-    guessed = format == "auto" and not maps(columns)
+        return "shard"
     if columns is not None:
-        missing = sorted({name for name in named_columns(columns) if name not in seen})
+        missing = sorted(set(named_columns(columns)) - set(seen))
         if missing:
-            what = f"has no column {', '.join(missing)}, which the mapping names; it has {', '.join(seen) or 'none'}"
-            raise _unclear(f"{path} {what}", records, columns=corrected(columns, seen))
-        if columns.response is not None:
-            if format not in ("auto", "classification"):
-                raise FormatError(
-                    f"{path} has a mapping of columns and the format {format}; expected one of them: with a mapping "
-                    "the format is auto, or classification"
-                )
-            return Recipe("classification" if format == "classification" else "columns", columns)
-    if guessed:
+            columns_seen = ", ".join(seen) or "none"
+            raise _unclear(
+                f"{path} has no column {', '.join(missing)}, which the mapping names; it has {columns_seen}", records
+            )
+        if format == "auto" and maps(columns):
+            return "columns"
+    if format == "auto":
         format = _guess(path, records, seen)
     if columns is not None and format != "classification":
         raise FormatError(
-            f"{path} is of format {format}; ingest.columns would need a response (and prompt or template)"
+            f"{path} has a mapping of columns and the format {format}; with a mapping the format is classification, or "
+            "auto with a response and a prompt or template"
         )
     if format in ("alpaca", "belle"):
-        # One recipe for both: whether an instruction holds a dialogue is seen row by row.
-        dialogue = any(isinstance(r, dict) and is_dialogue(r.get("instruction")) for r in records)
+        # One converter for both: whether an instruction holds a dialogue is seen row by row.
+        dialogue = any(isinstance(record, dict) and is_dialogue(record.get("instruction")) for record in records)
         format = "belle" if dialogue else format
-    return Recipe(format, columns, guessed)
+    return format
+
+
+def _formats_of(record: Any) -> list[str]:
+    if not isinstance(record, dict):
+        return []
+    formats = [name for name, known in KNOWN_FORMATS.items() if known.looks_like(record)]
+    # tatsu-lab's Alpaca carries its rendered prompt as `text`: that column counts where nothing else does.
+    return formats or (["text"] if "text" in record else [])
 
 
 def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
-    found = [_formats_of(record) for record in records]
-    if any("preference" in formats for formats in found):
+    candidates = [_formats_of(record) for record in records]
+    if any("preference" in formats for formats in candidates):
         raise FormatError(
             f"{path} holds preference pairs (chosen, rejected); Retune trains on single answers: take the chosen ones "
             "with --columns prompt=prompt,response=chosen (texts), or write them to a file of messages"
         )
-    named = {formats[0] for formats in found if len(formats) == 1}
-    if named == {"text"}:
+    certain = sorted({formats[0] for formats in candidates if len(formats) == 1})
+    if certain == ["text"]:
         raise UnclearFormatError(
-            f"{path} has text and no prompt ({', '.join(seen)}); expected prompts with answers: --format text trains "
-            "on it as plain text, ingest.columns with a template and response: text gives it a prompt",
+            f"{path} has text and no prompt ({', '.join(seen)}); --format text trains on it as plain text, --columns "
+            "with a template and response=text gives it a prompt",
             ["text"],
             guess_columns(records),
         )
-    if len(named) == 1:
-        return named.pop()
-    both = next((formats for formats in found if len(formats) > 1), [])
-    if named:
-        what = f"looks like {' and '.join(sorted(named))}"
-    elif both:
-        what = f"looks like {' and '.join(both)} at once, with {', '.join(seen)}"
-    else:
-        readable = next((r for r in records if not isinstance(r, Unreadable)), records[0])
-        what = f"has {', '.join(seen) if seen else type(readable).__name__}, which is none of the known formats"
-    raise _unclear(f"{path} {what}", records, sorted(named) or both)
+    if len(certain) == 1:
+        return certain[0]
+    possible = certain or next((formats for formats in candidates if len(formats) > 1), [])
+    readable = next((record for record in records if not isinstance(record, Unreadable)), records[0])
+    columns_seen = ", ".join(seen) or type(readable).__name__
+    which = f"looks like {' and '.join(possible)}" if possible else "is of no known format"
+    raise _unclear(f"{path} has {columns_seen} and {which}", records, possible)
 
 
-def _unclear(
-    what: str, records: list[Any], formats: list[str] | None = None, columns: ColumnsParams | None = None
-) -> UnclearFormatError:
-    """The question which format or columns are meant, with a mapping that could be: `columns`, else a guess."""
-    columns = columns or guess_columns(records)
-    if columns is not None:
-        what += f"; map its columns, perhaps --columns {as_option(columns)} (params.yaml: ingest.columns: "
-        what += f"{as_yaml(columns)})"
-    known = "; ".join(f"{name} ({KNOWN_FORMATS[name].keys})" for name in FORMATS if KNOWN_FORMATS[name].keys)
-    return UnclearFormatError(f"{what}; or name its format with --format: {known}", formats or [], columns)
+def _unclear(what: str, records: list[Any], formats: list[str] | None = None) -> UnclearFormatError:
+    """The question which format or columns are meant, with a mapping that could be."""
+    columns = guess_columns(records)
+    mapping = f"; map its columns, perhaps with --columns {as_option(columns)}" if columns is not None else ""
+    known = "; ".join(f"{name} ({KNOWN_FORMATS[name]})" for name in FORMATS if str(KNOWN_FORMATS[name]))
+    return UnclearFormatError(f"{what}{mapping}; or name its format with --format: {known}", formats or [], columns)
 
 
-def convert(block: Block, recipe: Recipe, unused: set[str] | None = None) -> Iterator[Row | Rejected]:
-    """Every record of `block` as rows or rejections (one record of self-instruct can be several).
-
-    Args:
-        unused: takes up the columns and message keys that say something and are not read.
-
-    Raises:
-        FormatError: a line is not JSON, or a guessed format turns out to be one of two.
-    """
-    make = converter(recipe.format, recipe.columns, block.labels)
-    reads, mapped = columns_read(recipe.format, recipe.columns), recipe.format in MAPPED
-    unused = set() if unused is None else unused
-    for source, record in records_of(block):
+def _convert(
+    records: Iterable[tuple[str, Any]],
+    format: str,
+    columns: ColumnsParams | None,
+    convert: Converter,
+    unused: set[str],
+) -> Iterator[Row | Rejected]:
+    """Every record as rows or rejections (one record of self-instruct can be several)."""
+    reads = columns_read(format, columns)
+    for source, record in records:
+        if isinstance(record, Unreadable):
+            yield Rejected(source, record.reason, record.text)
+            continue
         try:
             if not isinstance(record, dict):
-                if isinstance(record, Unreadable):
-                    yield Rejected(source, record.reason, record.text)
-                    continue
                 raise ValueError(f"is a {type(record).__name__}, not an object")
             if not reads.issuperset(record):
-                note_unread(record, record.keys() - reads, mapped, unused)
-            made = make(record, source, unused)
+                note_unread(record, format, reads, unused)
+            rows = convert(record, source, unused)
         except ValueError as error:
-            other = detect_format(record) if recipe.guessed else None
-            if other not in (None, "text", "alpaca" if recipe.format == "belle" else recipe.format):
-                raise FormatError(
-                    f"{block.path} looks like {recipe.format}, but {source} like {other}: name it with --format or "
-                    "split the file"
-                ) from None
             yield Rejected(source, str(error), record)
             continue
-        if isinstance(made, list):
-            yield from made
-        else:
-            yield made
+        yield from rows if isinstance(rows, list) else [rows]

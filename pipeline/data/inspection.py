@@ -6,7 +6,7 @@ repaired, dropped).
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ STYLES = {  # (trained, every other token): neighbours differ, so that one sees 
     (True, False): "bold green",
     (True, True): "bold green underline",
 }
+# Control characters, which could drive a terminal, as pictures; line breaks are marked.
+PICTURES = {number: chr(0x2400 + number) for number in range(32)} | {0x0A: "⏎\n", 0x7F: "\u2421"}
+PICTURES |= {number: f"\\x{number:02x}" for number in range(0x80, 0xA0)}
 
 
 class InspectionError(ValueError):
@@ -73,18 +76,8 @@ class Shown:
         return sum(len(token.ids) for token in self.tokens if token.trained)
 
     def as_json(self) -> dict[str, Any]:
-        answer = {
-            "place": self.place,
-            "verdict": self.verdict,
-            "reasons": self.reasons,
-            "task": self.task,
-            "length": self.length,
-            "trained": self.trained,
-            "tokens": [{"text": t.text, "ids": t.ids, "trained": t.trained} for t in self.tokens],
-        }
-        rest = {"id": self.id, "source": self.source, "reference": self.reference, "label": self.label}
-        rest["record"] = self.record
-        return answer | {key: value for key, value in rest.items() if value is not None}
+        values = asdict(self) | {"length": self.length, "trained": self.trained}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def inspect_dataset(
@@ -100,36 +93,30 @@ def inspect_dataset(
     if not file.is_file():
         raise InspectionError(f"{file} does not exist; run `dvc repro prepare`, or name a data file to look into")
     names = pq.read_table(file, columns=["id", "task"])
-    places = list(range(names.num_rows))
+    numbers = range(row or 0, len(names))
     for column, value in (("id", id), ("task", task)):
         if value is not None:
-            wanted = set(pc.indices_nonzero(pc.equal(names.column(column), value)).to_pylist())
-            if not wanted:
-                known = "" if column == "id" else f"; it has {', '.join(sorted(set(names.column(column).to_pylist())))}"
-                raise InspectionError(f"no row of the {split} split has {column} {value}{known}")
-            places = [place for place in places if place in wanted]
-    places = [place for place in places if place >= (row or 0)][:count]
-    if not places:
-        raise InspectionError(
-            f"there is no row {row} in the {split} split, which has {names.num_rows} (0 is the first)"
-        )
+            chosen = set(pc.indices_nonzero(pc.equal(names[column], value)).to_pylist())
+            numbers = [number for number in numbers if number in chosen]  # type: ignore[assignment]
+    if not numbers:
+        asked = ", ".join(f"{key} {value}" for key, value in (("row", row), ("id", id), ("task", task)) if value)
+        tasks = ", ".join(sorted(set(names["task"].to_pylist()))[:20])
+        raise InspectionError(f"the {split} split has no {asked}; it has {len(names)} rows, of {tasks}")
     contract = read_json(dataset / "contract.json")
     load = classes.load_classes if contract.get("task") == CLASSIFICATION else load_contract
     tokenizer = load(contract).tokenizer
-    records = pads.dataset(file).take(pa.array(places)).to_pylist()
+    numbers = numbers[:count]
+    records = pads.dataset(file).take(pa.array(numbers)).to_pylist()
     return [
         Shown(
-            place=f"{split} row {place}",
+            place=f"{split} row {number}",
             verdict="prepared",
             reasons=[],
             task=record["task"],
             tokens=tokens_of(tokenizer, record["input_ids"], record.get("labels")),
-            id=record["id"],
-            source=record.get("source"),
-            reference=record.get("reference"),
-            label=record.get("label"),
+            **{key: record.get(key) for key in ("id", "source", "reference", "label")},
         )
-        for place, record in zip(places, records, strict=True)
+        for number, record in zip(numbers, records, strict=True)
     ]
 
 
@@ -146,49 +133,51 @@ def inspect_file(
         InspectionError: no such row.
     """
     chosen = list(islice(_records(params, path, row or 0, task, ask), count))  # a question about the file comes first
-    template, _ = load_encoding(params.prepare, params.train.task)
-    shown = [each for number, record in chosen for each in _as_prepared(template, params, number, record)]
-    if not shown:
+    if not chosen:
         what = f"no row of task {task}" if task is not None else f"no row {row}"
         raise InspectionError(f"{path} has {what} (0 is the first)")
-    return shown
+    template, _ = load_encoding(params.prepare, params.train.task)
+    return [each for number, record in chosen for each in _as_prepared(template, params, f"record {number}", record)]
 
 
-def _records(params: Params, path: Path, first: int, task: str | None, ask: Ask | None) -> Iterator[tuple[int, Any]]:
+def _records(
+    params: Params, path: Path, first: int, task: str | None, ask: Ask | None
+) -> Iterator[tuple[int, Row | Rejected]]:
     format, columns = params.ingest.format, params.ingest.columns
-    everything = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))
-    for number, record in enumerate(everything):
+    records = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))
+    for number, record in enumerate(records):
         if number >= first and (task is None or (isinstance(record, Row) and record.task == task)):
             yield number, record
 
 
-def _as_prepared(template: Encoder, params: Params, number: int, row: Any) -> list[Shown]:
-    place = f"record {number}"
-    if not isinstance(row, Row):
+def _as_prepared(template: Encoder, params: Params, place: str, row: Row | Rejected) -> list[Shown]:
+    filters = params.prepare.filters
+    if isinstance(row, Rejected):
         return [Shown(place, "dropped", [f"a row {row.reason}"], "", [], source=row.source, record=row.record)]
-    how, filters = params.prepare.on_overlong, params.prepare.filters
     passed = apply_filters(row, filters) if filters.any_on else row
     if isinstance(passed, Rejected):
         return [Shown(place, "dropped", [passed.reason], row.task, [], source=row.source, record=passed.record)]
-    row = passed
-    [fitted] = fit_rows([row], template, params.prepare)
+    [fitted] = fit_rows([passed], template, params.prepare)
     if isinstance(fitted, RowError):
         reason = f"the row {fitted}"
-        if isinstance(fitted, Overlong) and how == "error":
+        if isinstance(fitted, Overlong) and params.prepare.on_overlong == "error":
             reason += "; prepare.on_overlong is error, so it would stop the stage"
-        return [Shown(place, "dropped", [reason], row.task, [], source=row.source, record=row.messages)]
-    return [
-        Shown(
-            place=place if len(fitted) == 1 else f"{place}, part {part} of {len(fitted)}",
-            verdict="repaired" if (repairs := [*row.repairs, *each.encoded.repairs]) else "kept",
-            reasons=repairs,
-            task=row.task,
-            tokens=tokens_of(template.tokenizer, each.encoded.input_ids, each.encoded.labels),
-            source=row.source,
-            label=each.messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,
+        return [Shown(place, "dropped", [reason], row.task, [], source=row.source, record=passed.messages)]
+    shown = []
+    for part, piece in enumerate(fitted, start=1):
+        repairs = [*passed.repairs, *piece.encoded.repairs]
+        shown.append(
+            Shown(
+                place=place if len(fitted) == 1 else f"{place}, part {part} of {len(fitted)}",
+                verdict="repaired" if repairs else "kept",
+                reasons=repairs,
+                task=row.task,
+                tokens=tokens_of(template.tokenizer, piece.encoded.input_ids, piece.encoded.labels),
+                source=row.source,
+                label=piece.messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,
+            )
         )
-        for part, each in enumerate(fitted, start=1)
-    ]
+    return shown
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int] | None = None) -> list[Token]:
@@ -221,48 +210,33 @@ def as_text(shown: Shown, colour: bool) -> Text:
     for reason in shown.reasons:
         text.append(f"{shown.verdict}: {reason}\n")
     if shown.record is not None:
-        text.append(_visible(_plain(shown.record)) + "\n")
-    for place, token in enumerate(shown.tokens):
-        if colour:
-            text.append(_visible(token.text), STYLES[token.trained, place % 2 == 1])
-            continue
-        previous = shown.tokens[place - 1] if place else None
-        changes = token.trained != (previous is not None and previous.trained)
-        if changes:
+        text.append(_plain(shown.record).translate(PICTURES) + "\n")
+    before: Token | None = None
+    for number, token in enumerate(shown.tokens):
+        if not colour and token.trained != (before is not None and before.trained):
             text.append("⟦" if token.trained else "⟧")
-        elif previous is not None and not previous.text.endswith("\n"):
+        elif not colour and before is not None and not before.text.endswith("\n"):
             text.append("·")
-        text.append(_visible(token.text))
-    if shown.tokens and shown.tokens[-1].trained and not colour:
+        text.append(token.text.translate(PICTURES), STYLES[token.trained, number % 2 == 1] if colour else "")
+        before = token
+    if before is not None and before.trained and not colour:
         text.append("⟧")
     if shown.tokens and not text.plain.endswith("\n"):
         text.append("\n")
     for name, value in (("expected", shown.reference), ("class", shown.label)):
         if value is not None:
             text.append(f"{name}: ", "bold" if colour else "")
-            text.append(_visible(value) + "\n")
+            text.append(value.translate(PICTURES) + "\n")
     return text
 
 
 def _plain(record: Any) -> str:
     """A record that has no tokens: a conversation turn by turn, anything else as JSON."""
-    if isinstance(record, list) and all(isinstance(turn, dict) and "role" in turn for turn in record):
-        turns = []
-        for turn in record:
-            rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
-            parts = [turn.get("content") or "", json.dumps(rest, ensure_ascii=False) if rest else ""]
-            turns.append(f"{turn['role']}: {' '.join(part for part in parts if part)}")
-        return "\n".join(turns)
-    return json.dumps(record, ensure_ascii=False, default=str)
-
-
-def _visible(text: str) -> str:
-    """`text` with line breaks marked, and with control characters, which could drive a terminal, as pictures."""
-    return text.translate(_PICTURES).replace("\n", "⏎\n")
-
-
-_PICTURES: dict[int, str] = {
-    **{number: chr(0x2400 + number) for number in range(32) if chr(number) != "\n"},
-    0x7F: "\u2421",
-    **{number: f"\\x{number:02x}" for number in range(0x80, 0xA0)},
-}
+    if not isinstance(record, list) or not all(isinstance(turn, dict) and "role" in turn for turn in record):
+        return json.dumps(record, ensure_ascii=False, default=str)
+    lines = []
+    for turn in record:
+        rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
+        parts = [turn.get("content") or "", json.dumps(rest, ensure_ascii=False) if rest else ""]
+        lines.append(f"{turn['role']}: {' '.join(part for part in parts if part)}")
+    return "\n".join(lines)

@@ -1,10 +1,11 @@
-"""Every known format: the keys by which it is recognised, the columns that it reads, how a record becomes a row.
+"""Every known format: the columns by which it is recognised, those that it reads, how a record becomes a row.
 
 A new format is an entry of `KNOWN_FORMATS`, with a function where none of those here reads it, and its name in
 `params.Format`.
 """
 
 import json
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,28 +13,21 @@ from functools import partial
 from typing import Any
 
 from pipeline.chat import Message
-from pipeline.data import trees
-from pipeline.data.columns import CONVERSATIONS, PAIRS, SHARD_COLUMNS, TURN_PAIRS, has_context, named_columns
-from pipeline.data.messages import chat_messages, join_turns, sharegpt_messages
-from pipeline.data.records import (
-    Rejected,
-    Row,
-    answer_of,
-    conversation_of,
-    dialogue_turns,
-    history_of,
-    is_dialogue,
-    is_plain_text,
-    row_of,
-    row_of_turns,
-    system_of,
-    turns_of,
-)
-from pipeline.data.values import checked, list_of, scalar_of, short, text_of
+from pipeline.data.messages import chat_messages, join_turns, sharegpt_messages, split_thoughts, tools_of
+from pipeline.data.records import SCORINGS, Rejected, Row, checked, is_plain_text, list_of, scalar_of, short, text_of
 from pipeline.params import ColumnsParams
 
 OPTIONAL = frozenset(("system", "tools", "functions", "task", "group", "scoring"))
-CONVERSATION = OPTIONAL | {*CONVERSATIONS}
+SHARD_COLUMNS = ("source", "messages", "tools", "task", "group", "scoring", "repairs")  # what `retune ingest` writes
+CONVERSATIONS = ("messages", "conversations", "conversation")  # the first of them that a record has is read
+PAIRS = (("question", "answer"), ("prompt", "response"), ("query", "response"), ("question", "response"))
+TURN_PAIRS = (("human", "assistant"), ("input", "output"))  # question and answer in one object
+TREE_KEYS = ("message_id", "message_tree_id", "parent_id", "role", "text")  # OpenAssistant: one message a record
+TREE_READ = {*TREE_KEYS, "rank", "deleted", "review_result"}
+CONTEXT_NAMES = ("context", "passage", "document", "paragraph", "background", "evidence", "input")
+# A dialogue in one text, as BELLE's multi-turn rows, Anthropic's and Guanaco's have it.
+SPEAKER = re.compile("(?:^|\n)[ \t]*(?:#{1,3} *)?(Human|Assistant)[ \t]*[:\uff1a]")
+
 # The set takes up the names of columns and message keys that say something and are not read.
 Converter = Callable[[dict[str, Any], str, set[str]], Row | list[Row | Rejected]]
 
@@ -42,34 +36,127 @@ Converter = Callable[[dict[str, Any], str, set[str]], Row | list[Row | Rejected]
 class Format:
     """What Retune knows of a format; one without `convert` is read by a mapping of columns, or not at all."""
 
-    reads: frozenset[str] = frozenset()
     convert: Converter | None = None
-    keys: str = ""  # what its records have, for messages to people
-    fits: Callable[[dict[str, Any]], bool] = lambda record: False  # whether a record looks like it
+    needs: tuple[str, ...] = ()  # a record with all of these looks like it
+    also_reads: frozenset[str] = OPTIONAL
+    turns: str | None = None  # or one whose conversation is of this kind (see `_turns_kind`)
+    fits: Callable[[dict[str, Any]], bool] = lambda record: True  # what else is asked of such a record
+    keys: str = ""  # what its records have, for people, where it is not `needs`
+
+    def __str__(self) -> str:
+        return self.keys or ", ".join(self.needs)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.also_reads.union(self.needs)
+
+    def looks_like(self, record: dict[str, Any]) -> bool:
+        if self.turns is not None:
+            return _turns_kind(record) == self.turns
+        return bool(self.needs or self.keys) and record.keys() >= set(self.needs) and self.fits(record)
 
 
-def _instruction(about: str, answer: str, record: dict[str, Any], source: str, unused: set[str]) -> Row:
+def row_of(
+    messages: list[Message],
+    record: dict[str, Any],
+    source: str,
+    unused: set[str],
+    plain: bool = False,
+    repairs: list[str] | None = None,
+) -> Row:
+    """The row of a conversation up to its last trained answer, with the optional columns of its record."""
+    repairs = repairs or []
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = [i for i in answers if "weight" not in messages[i]]
+    if not trained:
+        raise ValueError("marks every answer as not trained" if answers else "has no assistant turn to learn from")
+    if trained[-1] + 1 < len(messages):
+        repairs.append(f"turns after the last {'' if trained == answers else 'trained '}answer left out")
+        messages = messages[: trained[-1] + 1]
+    if not plain and messages[0]["role"] == "assistant":
+        raise ValueError("begins with an answer to nothing")
+    for message in messages:
+        if not plain and message["role"] == "assistant" and "think>" in message["content"]:
+            split_thoughts(message)
+    scoring = record.get("scoring") or None
+    if scoring is not None and scoring not in SCORINGS:
+        raise ValueError(f"scoring is {short(scoring)}; expected exact or text")
+    task, group = (scalar_of(record, key).strip() or None for key in ("task", "group"))
+    return Row(messages, source, tools_of(record, unused), task or "default", group, scoring, repairs)
+
+
+def _row_of_turns(messages: list[Message], record: dict[str, Any], source: str, unused: set[str]) -> Row:
+    """The row of a conversation given turn by turn, with the system message of its own column first."""
+    if system := _system(record):
+        if not messages or messages[0]["role"] != "system":
+            messages = system + messages
+        elif messages[0] != system[0]:
+            raise ValueError("has a system column and another system message in its turns")
+    messages, repairs = join_turns(messages)
+    return row_of(messages, record, source, unused, repairs=repairs)
+
+
+def _system(record: dict[str, Any], key: str = "system") -> list[Message]:
+    system = text_of(record, key, required=False)
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _alternating(contents: list[str]) -> list[Message]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def _history(record: dict[str, Any], key: str = "history") -> list[Message]:
+    pairs = list_of(record, key)
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{key} is not a list of [question, answer] pairs")
+    return _alternating([checked(text, key) for pair in pairs for text in pair])
+
+
+def _answer(record: dict[str, Any], key: str, labels: dict[str, list[str]]) -> str:
+    """The answer in a column; a number is the name of the class that the file gives it, else its digits."""
+    value = record.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        names = labels.get(key)
+        if names is not None and not 0 <= value < len(names):
+            raise ValueError(f"{key} is {value}; the file names classes 0 to {len(names) - 1}")
+        value = str(value) if names is None else names[value]
+    return checked(value, key)
+
+
+def is_dialogue(text: Any) -> bool:
+    """Whether `text` is a conversation written out: it begins with `Human:` and has an `Assistant:` of its own line."""
+    if not isinstance(text, str) or "Assistant" not in text:
+        return False
+    first = SPEAKER.match(text.strip())
+    return first is not None and first[1] == "Human" and "Assistant" in SPEAKER.findall(text.strip())
+
+
+def _dialogue(text: str, key: str, open_end: bool) -> list[Message]:
+    """The turns of a conversation written out; with `open_end` its last `Assistant:` is left open and not returned."""
+    _, *parts = SPEAKER.split(text.strip())
+    speakers, contents = parts[::2], [part.strip() for part in parts[1::2]]
+    if speakers != [("Human", "Assistant")[i % 2] for i in range(len(speakers))]:
+        raise ValueError(f"{key} holds a conversation whose turns do not alternate between Human: and Assistant:")
+    if open_end and (speakers[-1] != "Assistant" or contents[-1]):
+        raise ValueError(f"{key} holds a conversation (Human:/Assistant:) that does not end with Assistant:")
+    return _alternating([checked(content, key) for content in (contents[:-1] if open_end else contents)])
+
+
+def _from_instruction(about: str, answer: str, record: dict[str, Any], source: str, unused: set[str]) -> Row:
     """An instruction about the text in the column `about`, and its answer in the column `answer`."""
-    instruction = text_of(record, "instruction")
-    extra = "" if record.get(about) in (None, "") else text_of(record, about, required=False)
-    output = text_of(record, answer)
-    messages = system_of(record) if "system" in record else []
-    if "history" in record:
-        messages += history_of(record, "history")
-    if is_dialogue(instruction):
-        if extra:
-            raise ValueError("instruction holds a conversation (Human:/Assistant:) and there is an input beside it")
-        messages += dialogue_turns(instruction, "instruction", open_end=True)
+    instruction, context = text_of(record, "instruction"), text_of(record, about, required=False)
+    messages = _system(record) + _history(record)
+    if not is_dialogue(instruction):
+        messages.append({"role": "user", "content": f"{instruction}\n{context}" if context else instruction})
+    elif context:
+        raise ValueError(f"instruction holds a conversation (Human:/Assistant:) next to a column {about}")
     else:
-        messages.append({"role": "user", "content": f"{instruction}\n{extra}" if extra else instruction})
-    messages.append({"role": "assistant", "content": output})
+        messages += _dialogue(instruction, "instruction", open_end=True)
+    messages.append({"role": "assistant", "content": text_of(record, answer)})
     return row_of(messages, record, source, unused)
 
 
-_from_alpaca: Callable[[dict[str, Any], str, set[str]], Row] = partial(_instruction, "input", "output")
-
-
-_from_dolly: Converter = partial(_instruction, "context", "response")
+_from_alpaca = partial(_from_instruction, "input", "output")
 
 
 def _from_self_instruct(record: dict[str, Any], source: str, unused: set[str]) -> list[Row | Rejected]:
@@ -78,84 +165,76 @@ def _from_self_instruct(record: dict[str, Any], source: str, unused: set[str]) -
         raise ValueError("has no instances")
     rows: list[Row | Rejected] = []
     for number, instance in enumerate(instances):
-        where = f"{source}#{number}"
+        instance_source = f"{source}#{number}"
         try:
             if not isinstance(instance, dict):
                 raise ValueError(f"has an instance that is a {type(instance).__name__}, not an object")
             unused.update(f"instances[].{key}" for key in instance.keys() - {"input", "output"} if instance[key])
             whole = record | {"input": instance.get("input"), "output": instance.get("output")}
-            rows.append(_from_alpaca(whole, where, unused))
+            rows.append(_from_alpaca(whole, instance_source, unused))
         except ValueError as error:
-            rows.append(Rejected(where, str(error), {"instruction": record.get("instruction"), "instance": instance}))
+            part = {"instruction": record.get("instruction"), "instance": instance}
+            rows.append(Rejected(instance_source, str(error), part))
     return rows
 
 
-def _from_sharegpt(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    key, turns = conversation_of(record, unused)
-    return row_of_turns(sharegpt_messages(turns, key, unused), record, source, unused)
-
-
-def _from_messages(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    key, turns = conversation_of(record, unused)
-    return row_of_turns(chat_messages(turns, key, unused), record, source, unused)
-
-
-def _from_turn_pairs(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    key, turns = conversation_of(record, unused)
+def _turn_pairs(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
     messages: list[Message] = []
     for number, turn in enumerate(turns):
         names = next((pair for pair in TURN_PAIRS if isinstance(turn, dict) and pair[0] in turn), None)
         if names is None:
             raise ValueError(f"a turn is {short(turn)}; expected an object with human and assistant (or input, output)")
-        if number == 0:
-            messages += system_of(turn)
-        texts = [text_of(turn, name) for name in names]
+        messages += _system(turn) if number == 0 else []
+        messages += _alternating([text_of(turn, name) for name in names])
         unused.update(f"{key}[].{name}" for name in turn.keys() - {*names, *(() if number else ("system",))})
-        messages += turns_of(texts)
-    return row_of_turns(messages, record, source, unused)
+    return messages
 
 
-def _from_question_answer(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    for names in PAIRS:
-        if names[0] in record and names[1] in record:
-            unused.update(key for pair in PAIRS for key in pair if key not in names and record.get(key))
-            return _pair(*names, record, source, unused)
-    raise ValueError(f"has {', '.join(record) or 'nothing'}; expected {' or '.join(map(' and '.join, PAIRS))}")
+def _texts(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
+    return _alternating([checked(turn, key) for turn in turns])
 
 
-def _pair(prompt: str, response: str, record: dict[str, Any], source: str, unused: set[str]) -> Row:
+def _from_turns(
+    read: Callable[[list[Any], str, set[str]], list[Message]], record: dict[str, Any], source: str, unused: set[str]
+) -> Row:
+    """A conversation turn by turn, in the first of the columns for one that the record has."""
+    names = ("data", *CONVERSATIONS) if read is _texts else CONVERSATIONS
+    filled = [key for key in names if record.get(key) is not None]
+    unused.update(filled[1:])
+    key = filled[0] if filled else next((key for key in names if key in record), names[0])
+    return _row_of_turns(read(list_of(record, key), key, unused), record, source, unused)
+
+
+def _from_pair(prompt: str, response: str, system: str, record: dict[str, Any], source: str, unused: set[str]) -> Row:
     """A prompt and its answer; each may also be a list of messages, as TRL has them."""
-    messages = system_of(record)
+    messages = _system(record, system)
     for key, role in ((prompt, "user"), (response, "assistant")):
         if isinstance(record.get(key), list):
             messages += chat_messages(record[key], key, unused)
         else:
-            text = answer_of(record, key, {}) if role == "assistant" else text_of(record, key)
+            text = _answer(record, key, {}) if role == "assistant" else text_of(record, key)
             messages.append({"role": role, "content": text})
     messages, repairs = join_turns(messages)
     return row_of(messages, record, source, unused, repairs=repairs)
 
 
-def _from_openorca(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    messages = system_of(record, "system_prompt")
-    return row_of(
-        [*messages, *turns_of([text_of(record, "question"), text_of(record, "response")])], record, source, unused
-    )
+def _from_question_answer(record: dict[str, Any], source: str, unused: set[str]) -> Row:
+    names = next((pair for pair in PAIRS if pair[0] in record and pair[1] in record), None)
+    if names is None:
+        raise ValueError(f"has {', '.join(record) or 'nothing'}; expected {' or '.join(map(' and '.join, PAIRS))}")
+    unused.update(key for pair in PAIRS for key in pair if key not in names and record.get(key))
+    return _from_pair(*names, "system", record, source, unused)
 
 
-def _from_ultrachat(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    key, turns = conversation_of(record, unused, "data", *CONVERSATIONS)
-    return row_of_turns(turns_of([checked(turn, key) for turn in turns]), record, source, unused)
-
-
-def _from_openassistant(record: dict[str, Any], source: str, unused: set[str]) -> Row:
+def _from_tree(record: dict[str, Any], source: str, unused: set[str]) -> Row:
+    """The best path of a message tree, as `trees.best_paths` gives it."""
     messages: list[Message] = []
     for message in record["path"]:
-        role = {"prompter": "user", "assistant": "assistant"}.get(message.get("role"))
-        if role is None:
-            raise ValueError(f"a message has role {short(message.get('role'))}; expected prompter or assistant")
-        messages.append({"role": role, "content": text_of(message, "text")})
-        unused.update(key for key in message.keys() - trees.READ if message[key])
+        role = message.get("role")
+        if role not in ("prompter", "assistant"):
+            raise ValueError(f"a message has role {short(role)}; expected prompter or assistant")
+        messages.append({"role": "user" if role == "prompter" else role, "content": text_of(message, "text")})
+        unused.update(key for key in message.keys() - TREE_READ if message[key])
     messages, repairs = join_turns(messages)
     repairs += ["other paths of its message tree left out"] if record["left_out"] else []
     return row_of(messages, record, source, unused, repairs=repairs)
@@ -164,7 +243,7 @@ def _from_openassistant(record: dict[str, Any], source: str, unused: set[str]) -
 def _from_text(record: dict[str, Any], source: str, unused: set[str]) -> Row:
     text = text_of(record, "text")
     if is_dialogue(text):
-        return row_of(dialogue_turns(text, "text", open_end=False), record, source, unused)
+        return row_of(_dialogue(text, "text", open_end=False), record, source, unused)
     return row_of([{"role": "assistant", "content": text}], {"task": "text"} | record, source, unused, plain=True)
 
 
@@ -174,143 +253,97 @@ def _from_shard(record: dict[str, Any], source: str, unused: set[str]) -> Row:
     return replace(row, repairs=[*(record["repairs"] or []), *row.repairs])
 
 
-def _mapping(format: str, columns: ColumnsParams | None, labels: dict[str, list[str]]) -> Converter:
+def _mapping(format: str, columns: ColumnsParams, labels: dict[str, list[str]]) -> Converter:
     """The converter for columns that a person named; classification is text → label unless they say otherwise."""
-    columns = columns or ColumnsParams()
-    classes = format == "classification"
-    response = columns.response or "label"
-    prompt = columns.prompt or "text"
     template = list(string.Formatter().parse(columns.template)) if columns.template is not None else None
 
-    def make(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-        messages: list[Message] = []
-        if columns.system:
-            messages += system_of(record, columns.system)
-        if columns.history:
-            messages += history_of(record, columns.history)
+    def convert(record: dict[str, Any], source: str, unused: set[str]) -> Row:
+        messages = _system(record, columns.system) if columns.system else []
+        messages += _history(record, columns.history) if columns.history else []
         if template is None:
-            question = text_of(record, prompt)
+            question = text_of(record, columns.prompt or "text")
         else:
             parts = [literal + (scalar_of(record, name) if name else "") for literal, name, _, _ in template]
             question = checked("".join(parts), "template")
-        answer = answer_of(record, response, labels)
+        answer = _answer(record, columns.response or "label", labels)
         others = {name: record.get(getattr(columns, name) or name) for name in ("task", "group", "scoring", "tools")}
-        if classes:  # a class is a name, in which spaces at the ends say nothing
+        if format == "classification":  # a class is a name, in which spaces at the ends say nothing
             answer = answer.strip()
             others |= {"task": others["task"] or "classification", "scoring": others["scoring"] or "exact"}
-        return row_of([*messages, *turns_of([question, answer])], others, source, unused)
+        return row_of([*messages, *_alternating([question, answer])], others, source, unused)
 
-    return make
+    return convert
 
 
 def _turns_kind(record: dict[str, Any]) -> str | None:
     """The format of a record's conversation, by its first turn; None where it has none."""
-    for key in CONVERSATIONS:
+    for key in (*CONVERSATIONS, "data"):  # UltraChat's has texts in `data`
         turns = record.get(key)
         if isinstance(turns, str) and turns.lstrip()[:1] == "[":  # a cell of a CSV file
             try:
                 turns = json.loads(turns)
             except (ValueError, RecursionError):
                 return "sharegpt" if '"from"' in turns else "messages"
-        if isinstance(turns, list):
-            first = turns[0] if turns else None
-            if isinstance(first, str):
-                return "ultrachat"
-            if isinstance(first, dict):
-                if "from" in first or "role" in first:
-                    return "sharegpt" if "from" in first else "messages"
-                if any(one in first and two in first for one, two in TURN_PAIRS):
-                    return "turn-pairs"
+        if not isinstance(turns, list):
+            continue
+        first = turns[0] if turns else None
+        if isinstance(first, str):
+            return "ultrachat"
+        if isinstance(first, dict) and ("from" in first or "role" in first):
+            return "sharegpt" if "from" in first else "messages"
+        if isinstance(first, dict) and any(one in first and two in first for one, two in TURN_PAIRS):
+            return "turn-pairs"
+        if key != "data":
             return "sharegpt" if key == "conversations" else "messages"
     return None
 
 
 def _is_pair(record: dict[str, Any]) -> bool:
+    """Whether a record has one question and one answer, and no text in another column that the question is about."""
     pairs = [pair for pair in PAIRS if pair[0] in record and pair[1] in record]
-    return len(pairs) == 1 and "system_prompt" not in record and not has_context(record)
+    return len(pairs) == 1 and "system_prompt" not in record and not any(record.get(name) for name in CONTEXT_NAMES)
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(turn, str) for turn in value)
-
-
-_ALPACA = OPTIONAL | {"instruction", "input", "output", "history"}
+_TALK = OPTIONAL.union(CONVERSATIONS)
+_HISTORY = OPTIONAL | {"history"}
 KNOWN_FORMATS: dict[str, Format] = {
-    "alpaca": Format(_ALPACA, _from_alpaca, "instruction, output", lambda r: "instruction" in r and "output" in r),
-    "belle": Format(_ALPACA, _from_alpaca),  # Alpaca whose instruction holds a dialogue
+    "alpaca": Format(_from_alpaca, ("instruction", "output"), _HISTORY | {"input"}),
+    "belle": Format(_from_alpaca, (), _HISTORY | {"instruction", "input", "output"}),  # Alpaca with dialogues in it
     "dolly": Format(
-        OPTIONAL | {"instruction", "context", "response", "history"},
-        _from_dolly,
-        "instruction, context, response",
-        lambda r: "instruction" in r and "response" in r and "output" not in r,
+        partial(_from_instruction, "context", "response"),
+        ("instruction", "response"),
+        _HISTORY | {"context"},
+        fits=lambda record: "output" not in record,
+        keys="instruction, context, response",
     ),
-    "self-instruct": Format(
-        OPTIONAL | {"instruction", "instances", "history"},
-        _from_self_instruct,
-        "instruction, instances",
-        lambda r: "instruction" in r and isinstance(r.get("instances"), list | str),
-    ),
+    "self-instruct": Format(_from_self_instruct, ("instruction", "instances"), _HISTORY),
     "sharegpt": Format(
-        CONVERSATION,
-        _from_sharegpt,
-        "conversations with from and value",
-        lambda r: _turns_kind(r) == "sharegpt",
+        partial(_from_turns, sharegpt_messages), (), _TALK, "sharegpt", keys="conversations with from and value"
     ),
-    "messages": Format(
-        CONVERSATION, _from_messages, "messages with role and content", lambda r: _turns_kind(r) == "messages"
-    ),
+    "messages": Format(partial(_from_turns, chat_messages), (), _TALK, "messages", keys="messages with role, content"),
     "turn-pairs": Format(
-        CONVERSATION,
-        _from_turn_pairs,
-        "conversation with human and assistant",
-        lambda r: _turns_kind(r) == "turn-pairs",
+        partial(_from_turns, _turn_pairs), (), _TALK, "turn-pairs", keys="conversation with human, assistant"
     ),
-    "ultrachat": Format(
-        CONVERSATION | {"data"},
-        _from_ultrachat,
-        "data or conversations, a list of texts",
-        lambda r: _is_texts(r.get("data")) or _turns_kind(r) == "ultrachat",
-    ),
-    "openassistant": Format(
-        frozenset(("path", "left_out")),
-        _from_openassistant,
-        ", ".join(sorted(trees.KEYS)),
-        lambda r: r.keys() >= trees.KEYS,
-    ),
-    "prompt-completion": Format(
-        OPTIONAL | {"prompt", "completion"},
-        partial(_pair, "prompt", "completion"),
-        "prompt, completion",
-        lambda r: "prompt" in r and "completion" in r,
-    ),
+    "ultrachat": Format(partial(_from_turns, _texts), (), _TALK | {"data"}, "ultrachat", keys="data, a list of texts"),
+    "openassistant": Format(_from_tree, TREE_KEYS, frozenset(("path", "left_out"))),
+    "prompt-completion": Format(partial(_from_pair, "prompt", "completion", "system"), ("prompt", "completion")),
     "question-answer": Format(
-        OPTIONAL.union(*PAIRS), _from_question_answer, " or ".join(", ".join(pair) for pair in PAIRS), _is_pair
+        _from_question_answer, (), OPTIONAL.union(*PAIRS), fits=_is_pair, keys=" or ".join(map(", ".join, PAIRS))
     ),
     "openorca": Format(
-        OPTIONAL | {"system_prompt", "question", "response"},
-        _from_openorca,
-        "system_prompt, question, response",
-        lambda r: {"system_prompt", "question", "response"} <= r.keys(),
+        partial(_from_pair, "question", "response", "system_prompt"),
+        ("system_prompt", "question", "response"),
+        OPTIONAL - {"system"},
     ),
-    "classification": Format(keys="text, label", fits=lambda r: "text" in r and "label" in r),
-    "text": Format(OPTIONAL - {"system"} | {"text"}, _from_text),
-    "shard": Format(frozenset(SHARD_COLUMNS), _from_shard),  # what `retune ingest` writes
-    "preference": Format(keys="chosen, rejected", fits=lambda r: "chosen" in r and "rejected" in r),
+    "classification": Format(None, ("text", "label")),
+    "text": Format(_from_text, (), OPTIONAL - {"system"} | {"text"}),
+    "shard": Format(_from_shard, (), frozenset(SHARD_COLUMNS)),
+    "preference": Format(None, ("chosen", "rejected")),
 }
 FORMATS = tuple(name for name in KNOWN_FORMATS if name not in ("shard", "preference"))  # those that a person can name
 
 
 def converter(format: str, columns: ColumnsParams | None, labels: dict[str, list[str]]) -> Converter:
     """What makes rows of the records of a format; `labels` are the names of classes, by column."""
-    return (KNOWN_FORMATS[format].convert if format in KNOWN_FORMATS else None) or _mapping(format, columns, labels)
-
-
-def columns_read(format: str, columns: ColumnsParams | None) -> frozenset[str]:
-    """The columns that the converter of a format may read; a mapping reads what it names."""
-    if format in KNOWN_FORMATS and KNOWN_FORMATS[format].reads:
-        return KNOWN_FORMATS[format].reads
-    columns = columns or ColumnsParams()
-    named = set(named_columns(columns)) | {"task", "group", "scoring", "tools"}
-    if format == "classification":
-        named |= {columns.response or "label"} | (set() if columns.template else {columns.prompt or "text"})
-    return frozenset(named)
+    known = KNOWN_FORMATS.get(format, Format())
+    return known.convert or _mapping(format, columns or ColumnsParams(), labels)

@@ -10,23 +10,15 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.chat import Message
-from pipeline.data.values import checked, compact, parse_json, short
+from pipeline.data.records import checked, parse_json, short, to_json
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"} | {
+    role: role for role in ("system", "user", "assistant", "tool")
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")  # of Qwen and DeepSeek; of OpenRouter; of gpt-oss
 FLAGS = ("weight", "train", "loss_weight")  # of OpenAI, axolotl and LLaMA-Factory: whether a turn is trained
 TURN_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *REASONING, *FLAGS))
-SHAREGPT_KEYS = frozenset(("from", "value", *REASONING, *FLAGS))
 THOUGHTS = re.compile(r"\s*<think>(.*?)</think>(?:(?:[ \t]*\r?\n)+|[ \t]*)", re.DOTALL)
 # The generation prompts of DeepSeek R1 and others open the thinking, so that recorded answers only close it.
 CLOSED_THOUGHTS = re.compile(r"((?:(?!<think>).)*?\n)</think>[ \t]*(?:\r?\n[ \t]*)*\n", re.DOTALL)
@@ -47,55 +39,41 @@ def chat_messages(turns: list[Any], key: str, unused: set[str]) -> list[Message]
         content, thoughts = turn.get("content"), ""
         if isinstance(content, list):
             content, thoughts = _join_parts(content)
-        message: Message = {"role": ROLES[role], "content": content}
         calls = turn.get("tool_calls")
         if calls is None and turn.get("function_call"):
             calls = [turn["function_call"]]
-        message["content"] = "" if content is None and calls else checked(content, "content", required=not calls)
+        text = "" if content is None and calls else checked(content, "content", required=not calls)
+        message: Message = {"role": ROLES[role], "content": text}
         _add_reasoning(message, turn, thoughts, key, unused)
         if calls:
             if not isinstance(calls, list) or message["role"] != "assistant":
                 raise ValueError("tool_calls is not a list in an assistant's message")
             message["tool_calls"] = [tool_call(call) for call in calls]
-        if message["role"] == "tool":
-            for name in ("name", "tool_call_id"):
-                if turn.get(name) is not None:
-                    message[name] = checked(turn[name], name).strip()
+        for name in ("name", "tool_call_id") if message["role"] == "tool" else ():
+            if turn.get(name) is not None:
+                message[name] = checked(turn[name], name).strip()
         _add_weight(message, turn)
-        if others := turn.keys() - TURN_KEYS:
-            unused.update(f"{key}[].{name}" for name in others if turn[name] and name not in message)
+        unused.update(f"{key}[].{name}" for name in turn.keys() - TURN_KEYS if turn[name] and name not in message)
         messages.append(message)
     return messages
 
 
 def sharegpt_messages(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
-    """ShareGPT's turns; function calls that follow each other are the calls of one turn."""
-    messages: list[Message] = []
-    before = None
+    """ShareGPT's turns; `join_turns` makes one turn of function calls that follow each other."""
+    translated = []
     for turn in turns:
         speaker = turn.get("from") if isinstance(turn, dict) else turn
         if not isinstance(turn, dict) or not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise ValueError(f"a turn is from {short(speaker)}; expected one of {', '.join(SHAREGPT_ROLES)}")
+        unused.update(f"{key}[].{name}" for name in ("role", "content", "tool_calls", "function_call") if name in turn)
         value = turn.get("value")
-        message: Message = {"role": SHAREGPT_ROLES[speaker], "content": ""}
+        message = {name: turn[name] for name in turn.keys() - {"from", "value", "tool_calls", "function_call"}}
+        message |= {"role": SHAREGPT_ROLES[speaker], "content": value}
         if speaker == "function_call":
             calls = value if isinstance(value, dict | list) else parse_json(value, "function_call")
-            message["tool_calls"] = [tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-            if not message["tool_calls"]:
-                raise ValueError("a function_call has no call")
-        else:
-            value, thoughts = _join_parts(value) if isinstance(value, list) else (value, "")
-            message["content"] = checked(value, "value")
-            _add_reasoning(message, turn, thoughts, key, unused)
-        _add_weight(message, turn)
-        if others := turn.keys() - SHAREGPT_KEYS:
-            unused.update(f"{key}[].{name}" for name in others if turn[name])
-        if speaker == before == "function_call" and message.get("weight") == messages[-1].get("weight"):
-            messages[-1]["tool_calls"] += message["tool_calls"]
-        else:
-            messages.append(message)
-        before = speaker
-    return messages
+            message |= {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+        translated.append(message)
+    return chat_messages(translated, key, unused)
 
 
 def join_turns(messages: list[Message]) -> tuple[list[Message], list[str]]:
@@ -121,7 +99,8 @@ def join_turns(messages: list[Message]) -> tuple[list[Message], list[str]]:
         calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
         texts = [text for text in (last["content"], message["content"]) if text]
         joined[-1] = last | {"content": "\n\n".join(texts)} | ({"tool_calls": calls} if calls else {})
-        repairs[f"consecutive {message['role']} turns joined"] = None
+        if texts:  # calls alone that follow each other are the parallel calls of one turn
+            repairs[f"consecutive {message['role']} turns joined"] = None
     return joined, [*repairs]
 
 
@@ -129,19 +108,17 @@ def split_thoughts(message: Message) -> None:
     """Take `<think>…</think>` at the beginning of an assistant's content out, as its reasoning_content."""
     content = message["content"]
     match = THOUGHTS.match(content) or CLOSED_THOUGHTS.match(content)
-    if match is None:
-        if content.lstrip().startswith("<think>"):
-            raise ValueError("has thoughts (<think>) that do not end before its answer")
-        if MIDDLE_THOUGHTS.search(content):
-            raise ValueError("has thoughts (<think>…</think>) in the middle of an answer; expected them before it")
-        return
-    if "reasoning_content" in message:
+    if match is None and content.lstrip().startswith("<think>"):
+        raise ValueError("has thoughts (<think>) that do not end before its answer")
+    if match is not None and "reasoning_content" in message:
         raise ValueError("has its reasoning twice, in the content and beside it")
-    rest = checked(content[match.end() :], "content after </think>", required="tool_calls" not in message)
-    if MIDDLE_THOUGHTS.search(rest):
+    answer = content
+    if match is not None:
+        answer = checked(content[match.end() :], "content after </think>", required="tool_calls" not in message)
+    if MIDDLE_THOUGHTS.search(answer):
         raise ValueError("has thoughts (<think>…</think>) in the middle of an answer; expected them before it")
-    message["content"] = rest
-    if thoughts := match[1].strip():
+    message["content"] = answer
+    if match is not None and (thoughts := match[1].strip()):
         message["reasoning_content"] = thoughts
 
 
@@ -151,18 +128,15 @@ def tool_call(call: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a tool call has no function name")
     arguments = function.get("arguments", function.get("parameters"))
-    if arguments is None or arguments == "":
-        arguments = {}
-    elif isinstance(arguments, str):
+    if isinstance(arguments, str):
         arguments = parse_json(arguments, "arguments")
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise ValueError(f"arguments of {short(function['name'])} are a {type(arguments).__name__}, not an object")
-    compact(arguments, "arguments")
-    made: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": checked(function["name"], "name").strip(), "arguments": arguments},
-    }
-    return made if call.get("id") is None else {"id": checked(call["id"], "id").strip()} | made
+    to_json(arguments, "arguments")
+    name = checked(function["name"], "name").strip()
+    number = {} if call.get("id") is None else {"id": checked(call["id"], "id").strip()}
+    return number | {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def tools_of(record: dict[str, Any], unused: set[str]) -> str | None:
@@ -176,8 +150,7 @@ def tools_of(record: dict[str, Any], unused: set[str]) -> str | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("tools is not a list of objects")
-    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return checked(compact(tools, "tools"), "tools")
+    return to_json([tool if "function" in tool else {"type": "function", "function": tool} for tool in tools], "tools")
 
 
 def _join_parts(parts: list[Any]) -> tuple[str, str]:
@@ -185,14 +158,11 @@ def _join_parts(parts: list[Any]) -> tuple[str, str]:
     texts: list[str] = []
     thoughts: list[str] = []
     for part in parts:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", "input_text", "output_text", "reasoning", "thinking"):
             raise ValueError(f"content has a part of type {short(kind)}; only text can be trained on")
-        names = ("text", "value", "content", kind)
-        text = next((part[name] for name in names if part.get(name) is not None), None)
+        text = next((part[name] for name in ("text", "value", "content", kind) if part.get(name) is not None), None)
         if not isinstance(text, str):
             raise ValueError(f"content has a part of type {short(kind)} without text; expected it as text or value")
         (thoughts if kind in ("reasoning", "thinking") else texts).append(text)
@@ -200,34 +170,29 @@ def _join_parts(parts: list[Any]) -> tuple[str, str]:
 
 
 def _add_reasoning(message: Message, turn: dict[str, Any], thoughts: str, key: str, unused: set[str]) -> None:
-    given = {thoughts} if thoughts else set()
-    for name in REASONING:
-        if turn.get(name):
-            if message["role"] != "assistant":
-                unused.add(f"{key}[].{name}")
-            elif text := checked(turn[name], name, required=False):
-                given.add(text)
-    if message["role"] != "assistant" and thoughts:
-        raise ValueError(f"has reasoning in a turn of role {message['role']}")
-    if len(given) > 1:
+    names = [name for name in REASONING if turn.get(name)]
+    if message["role"] != "assistant":
+        if thoughts:
+            raise ValueError(f"has reasoning in a turn of role {message['role']}")
+        unused.update(f"{key}[].{name}" for name in names)
+        return
+    texts = {text for name in names if (text := checked(turn[name], name, required=False))}
+    texts |= {thoughts} if thoughts.strip() else set()
+    if len(texts) > 1:
         raise ValueError(f"has two different texts of reasoning in one turn ({', '.join(REASONING)}, parts)")
-    if given and (text := checked(given.pop(), "reasoning", required=False)):
-        message["reasoning_content"] = text
+    if texts:
+        message["reasoning_content"] = checked(texts.pop(), "reasoning")
 
 
 def _add_weight(message: Message, turn: dict[str, Any]) -> None:
     """weight 0 where a turn says that it is not trained; an assistant's turn without a flag is."""
-    given = {key: turn[key] for key in FLAGS if turn.get(key) is not None}
-    if not given:
-        return
-    for key, value in given.items():
-        if not isinstance(value, int | float) or value not in (0, 1):
-            raise ValueError(f"a turn has {key} {short(value)}; expected 0 (not trained) or 1")
-    if len({bool(value) for value in given.values()}) > 1:
-        raise ValueError(f"a turn has {', '.join(f'{key} {short(value)}' for key, value in given.items())}")
-    key, value = next(iter(given.items()))
-    if message["role"] != "assistant":
-        if value:
-            raise ValueError(f"a {message['role']} turn has {key} {short(value)}; only the assistant's can be trained")
-    elif not value:
+    flags = {key: turn[key] for key in FLAGS if turn.get(key) is not None}
+    said = ", ".join(f"{key} {short(value)}" for key, value in flags.items())
+    if any(not isinstance(value, int | float) or value not in (0, 1) for value in flags.values()):
+        raise ValueError(f"a turn has {said}; expected 0 (not trained) or 1")
+    if len(set(map(bool, flags.values()))) > 1:
+        raise ValueError(f"a turn has {said}, which contradict each other")
+    if message["role"] != "assistant" and any(flags.values()):
+        raise ValueError(f"a {message['role']} turn has {said}; only the assistant's can be trained")
+    if message["role"] == "assistant" and flags and not any(flags.values()):
         message["weight"] = 0

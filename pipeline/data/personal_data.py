@@ -12,14 +12,15 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from stdnum import iban, luhn
+from stdnum.cn import ric
 
 # Chinese has no spaces around a number, so \b and \w, which count its characters as letters, are of no use here. The
 # first character of a match is consumed before what stands ahead of it is looked at: the search then skips by it.
 _ALONE = r"(?<![A-Za-z0-9_.,/$¥€£].)(?<![0-9][-:].)"
 _ENDS = r"(?![A-Za-z0-9_%])(?![.,:/-][0-9])"
-_SIX_DIGITS = re.compile(r"[0-9](?:[ .()-]{0,2}[0-9]){5}")
-_LONG_WORD = re.compile(r"[A-Za-z0-9+/_-]{16}")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,11 @@ class Kind:
     words: str
     pattern: re.Pattern[str]
     accepts: Callable[[re.Match[str]], bool]
-    needs: Literal["digits", "long word", "@", ":"]  # what a text without this kind mostly lacks; see `_candidates`
 
 
 def find_kinds(text: str) -> list[str]:
     """What kinds of personal data `text` holds, in words, each once; in JSON also behind its escapes."""
-    found = [kind.words for kind in _candidates(text) if _holds(kind, text)]
+    found = [kind.words for kind in KINDS if _holds(kind, text)]
     return _union(found, *map(find_kinds, _leaves(text)))
 
 
@@ -47,7 +47,7 @@ def mask_text(text: str) -> tuple[str, list[str]]:
     masked = text
     found: list[str] = []
     # A replacement can uncover another finding beside it, so until none is left; each round has fewer digits or @s.
-    while kinds := [kind for kind in _candidates(masked) if _holds(kind, masked)]:
+    while kinds := [kind for kind in KINDS if _holds(kind, masked)]:
         for kind in kinds:
             masked = kind.pattern.sub(functools.partial(_replacement, kind), masked)
             found.append(kind.words)
@@ -109,18 +109,6 @@ def _leaves(text: str) -> list[str]:
         return []
 
 
-def _candidates(text: str) -> list[Kind]:
-    """The kinds worth looking for in `text`: four quick tests spare most texts the nine patterns."""
-    has = {
-        "digits": _SIX_DIGITS.search(text) is not None,
-        # Splitting is quicker than the pattern, which most texts then never see.
-        "long word": max(map(len, text.split()), default=0) >= 16 and _LONG_WORD.search(text) is not None,
-        "@": "@" in text,
-        ":": text.count(":") > 1,
-    }
-    return [kind for kind in KINDS if has[kind.needs]] if any(has.values()) else []
-
-
 def _holds(kind: Kind, text: str) -> bool:
     return any(kind.accepts(match) for match in kind.pattern.finditer(text))
 
@@ -154,19 +142,6 @@ def _is_email(match: re.Match[str]) -> bool:
     return local != "git" and not re.match(r"[0-9]+\.[0-9]+\.", domain)
 
 
-def _is_iban(match: re.Match[str]) -> bool:
-    from stdnum import iban
-
-    return bool(iban.is_valid(match[0]))
-
-
-def _is_cn_id(match: re.Match[str]) -> bool:
-    """GB 11643-1999: place and date of birth exist, and the check digit fits."""
-    from stdnum.cn import ric
-
-    return bool(ric.is_valid(match[0]))
-
-
 def _is_card(match: re.Match[str]) -> bool:
     """An issuer's prefix and length (ISO/IEC 7812), then Luhn's check digit, which alone passes every tenth number."""
     number = _digits(match)
@@ -181,8 +156,6 @@ def _is_card(match: re.Match[str]) -> bool:
     )
     if not any(len(number) in lengths and re.match(prefix, number) for prefix, lengths in issuers):
         return False
-    from stdnum import luhn
-
     return bool(luhn.is_valid(number)) and len(set(number)) > 1
 
 
@@ -226,7 +199,6 @@ KINDS = (
             re.VERBOSE,
         ),
         _is_secret,
-        "long word",
     ),
     Kind(  # a long value of mixed characters that is said to be a key
         "SECRET",
@@ -238,7 +210,6 @@ KINDS = (
             re.VERBOSE,
         ),
         _is_secret,
-        "long word",
     ),
     Kind(
         "EMAIL",
@@ -248,7 +219,6 @@ KINDS = (
             r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9_(-])"
         ),
         _is_email,
-        "@",
     ),
     Kind(
         "IBAN",
@@ -257,11 +227,13 @@ KINDS = (
             r"[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)"
             r"(?![A-Za-z0-9])"
         ),
-        _is_iban,
-        "digits",
+        lambda match: iban.is_valid(match[0]),
     ),
     Kind(
-        "CN_ID", "Chinese identity number", re.compile(rf"[1-8]{_ALONE}[0-9]{{16}}[0-9Xx]{_ENDS}"), _is_cn_id, "digits"
+        "CN_ID",
+        "Chinese identity number",
+        re.compile(rf"[1-8]{_ALONE}[0-9]{{16}}[0-9Xx]{_ENDS}"),
+        lambda match: ric.is_valid(match[0]),
     ),
     Kind(
         "CREDIT_CARD",
@@ -271,7 +243,6 @@ KINDS = (
             rf"|[0-9]{{3}}([ -])[0-9]{{6}}\2[0-9]{{4,5}}){_ENDS}"
         ),
         _is_card,
-        "digits",
     ),
     Kind(
         "PHONE",
@@ -287,14 +258,12 @@ KINDS = (
             rf"|1{_ALONE}([.-])[2-9][0-9]{{2}}\4[2-9][0-9]{{2}}\4[0-9]{{4}}){_ENDS}"
         ),
         _is_phone,
-        "digits",
     ),
     Kind(
         "IP_ADDRESS",
         "IP address",
         re.compile(r"[0-9](?<![A-Za-z0-9_.-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![A-Za-z0-9_-])(?!\.[0-9])"),
         _is_ip,
-        "digits",
     ),
     Kind(
         "IP_ADDRESS",
@@ -303,6 +272,5 @@ KINDS = (
             r"[23](?<![A-Za-z0-9_:.].)[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![A-Za-z0-9_:])"
         ),
         _is_ip,
-        ":",
     ),
 )

@@ -1,128 +1,78 @@
-"""What became of every row: counted while `prepare` streams, written as JSON, Markdown and HTML.
+"""What became of every row: counted while `prepare` streams, written as JSON, Markdown and one HTML file.
 
 Memory is bounded whatever the data. The same data gives the same bytes: the report is part of a DVC output, so it holds
-no time, no path and nothing of an earlier version.
+no time, no path and nothing of an earlier version. Nothing from the data can act: Jinja escapes it, and the HTML page
+forbids every script by its own policy.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.core.files import write_json, write_text
-from pipeline.data.default_scoring import Choice
+from pipeline.core.pages.templates import environment
+from pipeline.data.default_scoring import Choice, reason
 from pipeline.data.personal_data import mask_text
-from pipeline.data.report_pages import BINS, SPLITS, render
 
 EXAMPLES = 5  # kept for each reason, kind of repair and kind of duplicate
 EXCERPT = 300  # characters of an example
 MOST_KEYS = 1000  # distinct tasks, files, reasons … counted one by one; further ones count as OTHER
 OTHER = "(other)"
+BINS = sorted({round(2 ** (k / 4)) for k in range(81)})  # upper edges of histograms, tokens: four an octave, to 2^20
+SPLITS = ("train", "validation", "test")
+MOST_LINES = 12  # of a table by task or language; the smaller ones become one
 
 
 class DataReportError(RuntimeError):
     """The counts do not add up: a defect of Retune, not of the data."""
 
 
-class Example(TypedDict):
-    source: str  # file and line
-    text: str  # excerpt, personal data masked
-
-
-class Pair(TypedDict):
-    source: str  # of the row that was dropped
-    of: str  # of the row that stays, or of the benchmark item
-    similarity: float  # 0 to 1
-    text: str
-    of_text: str
-
-
-class Tokens(TypedDict):
-    total: int
-    trained: int  # tokens that carry loss
-    median_per_row: int
-    max_per_row: int
-
-
-class Report(TypedDict):
-    """`report.json`: see the module. Counts are rows unless they say otherwise; splits are train, validation, test."""
-
-    rows_in: int
-    rows: dict[str, int]  # split → rows
-    rewritten_conversations: int  # conversations with a row for each answer: the template rewrites earlier turns
-    untrained_answers: int  # answers of kept rows that are marked as not trained (weight 0)
-    more_rows: int  # rows that came of these conversations and of splitting long ones
-    tasks: dict[str, dict[str, int]]  # split → task → rows
-    languages: dict[str, dict[str, int]]  # split → ISO code or "und" → rows, of the rows that were looked at
-    formats: dict[str, int]  # of rows that came in
-    sources: dict[str, int]  # file → rows that came in
-    dropped: dict[str, int]  # reason → rows, most first
-    dropped_examples: dict[str, list[Example]]
-    repaired: dict[str, int]  # kind of repair → rows
-    repaired_examples: dict[str, list[Example]]
-    duplicates: dict[str, int]  # kind (exact, near, in the test split, …) → rows
-    duplicate_pairs: dict[str, list[Pair]]
-    crowded: int  # rows with so many likely near copies that one may have been missed
-    train_tokens: Tokens
-    max_length: int  # tokens, prepare.max_length
-    lengths: dict[str, dict[str, int]]  # split → upper edge of the bin, tokens → rows
-    trained_lengths: dict[str, int]  # the same for trained tokens of training rows
-    scoring: dict[str, Choice]  # task → how its rows are scored that do not say it, and by what
-    test_sha256: str
-    example: str  # a training row as the model sees it
-    example_segments: list[tuple[str, bool]]  # the same, cut where loss begins and ends: text, carries loss
-
-
-@dataclass
 class Tally:
-    """Rows by reason, with the first few examples of each."""
+    """Rows by name (a task, a file, a reason), with the first few examples of each where examples are given."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[Any]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[Any]] = {}
 
-    def add(self, reason: str) -> list[Any] | None:
-        """Count one row; returns the list that an example of it goes to while that is not full."""
-        name = _bounded(self.counts, reason)
-        self.counts[name] += 1
-        kept = self.examples.setdefault(name, [])
-        return kept if len(kept) < EXAMPLES else None
+    def add(self, name: str, rows: int = 1) -> str:
+        """Count rows; returns the name they are counted by."""
+        name = name if name in self.counts or len(self.counts) < MOST_KEYS else OTHER
+        self.counts[name] += rows
+        return name
+
+    def add_example(self, name: str, **example: Any) -> None:
+        """Count one row and keep it as an example while there are few; records become excerpts."""
+        examples = self.examples.setdefault(self.add(name), [])
+        if len(examples) < EXAMPLES:
+            texts = {key: excerpt(value) for key, value in example.items() if key in ("text", "of_text")}
+            examples.append(example | texts)
 
 
 class DataStats:
     """Everything the report says of the rows, counted one by one."""
 
     def __init__(self) -> None:
-        self.formats: Counter[str] = Counter()
-        self.sources: Counter[str] = Counter()
-        self.rows: Counter[str] = Counter()
-        self.tasks: dict[str, Counter[str]] = {}
-        self.languages: dict[str, Counter[str]] = {}
+        self.formats, self.sources = Tally(), Tally()  # of the rows that came in
+        self.dropped, self.repaired, self.duplicates = Tally(), Tally(), Tally()
+        self.rows: Counter[str] = Counter()  # by split
+        self.tasks: dict[str, Tally] = {}
+        self.languages: dict[str, Tally] = {}
         self.lengths: dict[str, Counter[int]] = {}  # exact: at most max_length different ones
         self.trained: Counter[int] = Counter()
-        self.dropped = Tally()
-        self.repaired = Tally()
-        self.duplicates = Tally()
-        self.split = 0  # rows that came of splitting others
+        self.more = 0  # rows that came of splitting others, and of templates that need a row an answer
+        self.rewritten = 0  # conversations of such templates
         self.untrained = 0  # answers that their rows mark as not trained
-        self.rewritten = 0  # conversations of which the template makes a row an answer, since it rewrites earlier turns
 
     def add_read(self, format: str, source: str, rows: int) -> None:
         """`rows` records, usable or not, were read from the file `source` in `format`."""
-        self.formats[_bounded(self.formats, format)] += rows
-        self.sources[_bounded(self.sources, source)] += rows
-
-    def add_split(self, more: int) -> None:
-        """Splitting long rows made so many more of them."""
-        self.split += more
-
-    def add_rewritten(self, conversations: int, more: int) -> None:
-        """So many conversations became `more` rows more: one an answer."""
-        self.rewritten += conversations
-        self.split += more
+        self.formats.add(format, rows)
+        self.sources.add(source, rows)
 
     def add_kept(
         self,
@@ -132,34 +82,15 @@ class DataStats:
         trained: Iterable[int] = (),
         languages: Iterable[str] = (),
     ) -> None:
-        """Rows that go into `split`, by column: tasks, tokens, tokens with loss, languages.
-
-        `trained` is counted of the training split alone. `languages` may be of fewer rows: telling them costs time.
-        """
+        """Rows that go into `split`, by column: tasks, tokens, tokens with loss (of the training split), languages."""
         self.rows[split] += len(tasks)
-        _add(self.tasks.setdefault(split, Counter()), Counter(tasks))
-        _add(self.languages.setdefault(split, Counter()), Counter(languages))
+        for tallies, names in ((self.tasks, tasks), (self.languages, languages)):
+            tally = tallies.setdefault(split, Tally())
+            for name, rows in Counter(names).items():
+                tally.add(name, rows)
         self.lengths.setdefault(split, Counter()).update(lengths)
         if split == "train":
             self.trained.update(trained)
-
-    def add_dropped(self, reason: str, source: str, record: Any) -> None:
-        """A row that goes nowhere; `record` is its messages, or the raw record."""
-        if (kept := self.dropped.add(reason)) is not None:
-            kept.append(Example(source=source, text=excerpt(record)))
-
-    def add_repaired(self, repairs: Iterable[str], source: str, record: Any) -> None:
-        """A row that was changed on its way, and how."""
-        for repair in repairs:
-            if (kept := self.repaired.add(repair)) is not None:
-                kept.append(Example(source=source, text=excerpt(record)))
-
-    def add_duplicate(self, kind: str, source: str, of: str, similarity: float, record: Any, of_record: Any) -> None:
-        """Why the row at `source` counts as a copy of the one at `of`; `add_dropped` counts it among the dropped."""
-        if (kept := self.duplicates.add(kind)) is not None:
-            kept.append(
-                Pair(source=source, of=of, similarity=similarity, text=excerpt(record), of_text=excerpt(of_record))
-            )
 
     def report(
         self,
@@ -168,53 +99,54 @@ class DataStats:
         example: Sequence[tuple[str, bool]],
         crowded: int = 0,
         scoring: dict[str, Choice] | None = None,
-    ) -> Report:
-        """The finished report; `example` is a training row's text in parts, each with whether it carries loss.
+    ) -> dict[str, Any]:
+        """`report.json`; counts are rows unless they say otherwise. `example` is a training row in parts (text, loss).
 
         Raises:
             DataReportError: a row that came in is neither kept nor dropped, or is both.
         """
-        came, kept, dropped = (sum(counts.values()) for counts in (self.formats, self.rows, self.dropped.counts))
-        if came + self.split != kept + dropped:
+        rows_in, dropped = self.formats.counts.total(), self.dropped.counts.total()
+        if rows_in + self.more != self.rows.total() + dropped:
             raise DataReportError(
-                f"{came} rows came in, but {kept} are kept and {dropped} dropped; a row was lost or counted twice"
+                f"{rows_in} rows came in, but {self.rows.total()} are kept and {dropped} dropped; a row was lost or "
+                "counted twice"
             )
-        tokens = self.lengths.get("train", Counter())
-        segments = [(mask_text(text)[0], trained) for text, trained in example]
+        lengths, trained = _values(self.lengths.get("train", Counter())), _values(self.trained)
+        segments = [(mask_text(text)[0], has_loss) for text, has_loss in example]
         return {
-            "rows_in": came,
+            "rows_in": rows_in,
             "rows": {split: self.rows[split] for split in SPLITS},
-            "rewritten_conversations": self.rewritten,
+            "rewritten_conversations": self.rewritten,  # with a row for each answer
             "untrained_answers": self.untrained,
-            "more_rows": self.split,
-            "tasks": {split: _sorted(counts) for split, counts in self.tasks.items()},
-            "languages": {split: _ranked(counts) for split, counts in self.languages.items() if counts},
-            "formats": _ranked(self.formats),
-            "sources": _sorted(self.sources),
-            "dropped": _ranked(self.dropped.counts),
+            "more_rows": self.more,
+            "tasks": {split: tally.counts for split, tally in self.tasks.items()},
+            "languages": {split: tally.counts for split, tally in self.languages.items() if tally.counts},
+            "formats": self.formats.counts,
+            "sources": self.sources.counts,
+            "dropped": dict(self.dropped.counts.most_common()),
             "dropped_examples": self.dropped.examples,
-            "repaired": _ranked(self.repaired.counts),
+            "repaired": self.repaired.counts,
             "repaired_examples": self.repaired.examples,
-            "duplicates": _ranked(self.duplicates.counts),
+            "duplicates": self.duplicates.counts,
             "duplicate_pairs": self.duplicates.examples,
-            "crowded": crowded,
+            "crowded": crowded,  # rows with so many likely near copies that one may have been missed
             "train_tokens": {
-                "total": _sum(tokens),
-                "trained": _sum(self.trained),
-                "median_per_row": _median(tokens),
-                "max_per_row": max(tokens, default=0),
+                "total": int(lengths.sum()),
+                "trained": int(trained.sum()),  # tokens that carry loss
+                "median_per_row": int(np.sort(lengths)[len(lengths) // 2]) if len(lengths) else 0,
+                "max_per_row": int(lengths.max(initial=0)),
             },
             "max_length": max_length,
-            "lengths": {split: _binned(counts) for split, counts in self.lengths.items()},
+            "lengths": {split: _binned(counts) for split, counts in self.lengths.items()},  # upper edge → rows
             "trained_lengths": _binned(self.trained),
-            "scoring": scoring or {},
+            "scoring": scoring or {},  # task → choice
             "test_sha256": test_sha256,
-            "example": "".join(text for text, _ in segments),
+            "example": "".join(text for text, _ in segments),  # a training row as the model sees it
             "example_segments": segments,
         }
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write `report.json`, `report.md` and `report.html` to `folder`."""
     write_json(folder / "report.json", report)
     for name in ("report.md", "report.html"):
@@ -223,11 +155,10 @@ def write_report(report: Report, folder: Path) -> None:
 
 def excerpt(record: Any) -> str:
     """The beginning of a row for people: its turns in short, personal data masked."""
-    if isinstance(record, list) and all(isinstance(turn, dict) and "role" in turn for turn in record) and record:
+    if isinstance(record, list) and record and all(isinstance(turn, dict) and "role" in turn for turn in record):
         room = max(60, EXCERPT // len(record))
-        return "\n".join(f"{turn['role']}: {_short(turn.get('content') or turn, room)}" for turn in record)[
-            : 2 * EXCERPT
-        ]
+        lines = (f"{turn['role']}: {_short(turn.get('content') or turn, room)}" for turn in record)
+        return "\n".join(lines)[: 2 * EXCERPT]
     return _short(record, EXCERPT)
 
 
@@ -238,41 +169,115 @@ def _short(value: Any, room: int) -> str:
     return text if len(text) <= room else text[: room - 1] + "…"
 
 
-def _bounded(counts: Counter[str], key: str) -> str:
-    return key if key in counts or len(counts) < MOST_KEYS else OTHER
-
-
-def _add(counts: Counter[str], more: Mapping[str, int]) -> None:
-    for key, rows in more.items():
-        counts[_bounded(counts, key)] += rows
-
-
-def _ranked(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _sorted(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items()))
-
-
-def _sum(counts: Counter[int]) -> int:
-    return sum(value * rows for value, rows in counts.items())
-
-
-def _median(counts: Counter[int]) -> int:
-    """The upper median of values with their counts."""
-    left = sum(counts.values()) // 2
-    for value, rows in sorted(counts.items()):
-        left -= rows
-        if left < 0:
-            return value
-    return 0
+def _values(counts: Counter[int]) -> NDArray[np.int64]:
+    return np.repeat(np.array([*counts], dtype=np.int64), np.array([*counts.values()], dtype=np.int64))
 
 
 def _binned(counts: Counter[int]) -> dict[str, int]:
-    values = np.array(sorted(counts), dtype=np.int64)
-    places = np.minimum(np.searchsorted(BINS, values), len(BINS) - 1)
     bins: Counter[int] = Counter()
-    for place, value in zip(places, values, strict=True):
-        bins[BINS[place]] += counts[int(value)]
+    for value, rows in counts.items():
+        bins[BINS[min(int(np.searchsorted(BINS, value)), len(BINS) - 1)]] += rows
     return {str(edge): bins[edge] for edge in sorted(bins)}
+
+
+def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None = None) -> str:
+    """The page `name`: report.md, report.html, or diff.md (of `diff` alone)."""
+    pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
+    pages.filters |= {"ranked": _ranked, "reason": reason}
+    if name == "diff.md":
+        return pages.get_template("data_diff.md.jinja").render(diff=diff)
+    all_tokens, trained = report["lengths"].get("train", {}), report["trained_lengths"]
+    languages = _ranked(over_splits(report["languages"]))
+    return pages.get_template(f"data_{name}.jinja").render(
+        report={"scoring": {}} | dict(report),  # an earlier release wrote none
+        diff=diff,
+        rows_of=_in_order(report["rows"]),
+        verdict=verdict(report),
+        kept=sum(report["rows"].values()),
+        dropped=sum(report["dropped"].values()),
+        languages=languages,
+        looked_at=sum(rows for _, rows in languages),
+        lengths=Histogram(all_tokens, report["max_length"], trained),
+        trained_lengths=Histogram(trained, report["max_length"], all_tokens),
+        mixes=[("Tasks", table(report["tasks"])), ("Languages", table(report["languages"]))],
+    )
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """One sentence: how many rows came in, what became of them, and the commonest reason for dropping one."""
+    rows, dropped = report["rows"], sum(report["dropped"].values())
+    splits = ", ".join(f"{count:,} {split}" for split, count in _in_order(rows).items())
+    sentence = f"{report['rows_in']:,} rows came in, {sum(rows.values()):,} go on ({splits})"
+    if conversations := report.get("rewritten_conversations", 0):
+        sentence += (
+            f", {conversations:,} conversation{'s' * (conversations != 1)} with a row for each answer, since the chat "
+            "template rewrites earlier turns"
+        )
+    if untrained := report.get("untrained_answers", 0):
+        sentence += f", {untrained:,} answer{'s' * (untrained != 1)} marked as not trained"
+    if repaired := sum(report["repaired"].values()):
+        sentence += f" with {repaired:,} repair{'s' * (repaired != 1)}"
+    if not dropped:
+        return f"{sentence}; none is dropped."
+    reason, count = _ranked(report["dropped"])[0]
+    why = "because" if count == dropped else f"most often ({count:,}) because"
+    return f"{sentence}; {dropped:,} ({dropped / report['rows_in']:.1%}) are dropped, {why}: {reason}."
+
+
+class Histogram:
+    """Bars of rows by tokens on a logarithmic axis that has room for all of `others`, and where `limit` tokens lie."""
+
+    def __init__(self, counts: Mapping[str, int], limit: int, *others: Mapping[str, int]) -> None:
+        used = [i for i, edge in enumerate(BINS) if any(each.get(str(edge)) for each in (counts, *others))] or [0]
+        end = next((i for i, edge in enumerate(BINS) if edge >= limit), len(BINS) - 1)
+        # The limit is shown unless it is so far off (two octaves) that it would squeeze the bars into a corner.
+        first = used[0]
+        last = max(used[-1], min(end, used[-1] + 8), min(first + 7, len(BINS) - 1))
+        highest = max(counts.values(), default=1)
+        self.bars = [
+            {"place": place, "least": _edge(i - 1) + 1, "most": BINS[i], "rows": rows, "height": 100 * rows / highest}
+            for place, i in enumerate(range(first, last + 1))
+            for rows in [counts.get(str(BINS[i]), 0)]
+        ]
+        self._first = first
+        powers = [edge for edge in BINS[first : last + 1] if edge & (edge - 1) == 0]
+        self.ticks = [(edge, self._percent(edge)) for edge in powers[:: math.ceil(len(powers) / 7)]]
+        self.limit = self._percent(limit) if end <= last else None
+        self.highest = highest if counts else 0
+
+    def _percent(self, tokens: int) -> float:
+        """Where `tokens` lie on the axis, from the left."""
+        i = next(i for i, edge in enumerate(BINS) if edge >= tokens)
+        place = i - self._first + (tokens - _edge(i - 1)) / (BINS[i] - _edge(i - 1))
+        return 100 * place / len(self.bars)
+
+
+def table(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, dict[str, tuple[int, float]]]]:
+    """Rows of a table, the largest first: a name, and for each split its rows and their percentage of the split."""
+    names = [name for name, _ in _ranked(over_splits(counts))]
+    groups = [(name, [name]) for name in names[:MOST_LINES]]
+    if rest := names[MOST_LINES:]:
+        groups.append((f"{len(rest)} more", rest))
+    lines = []
+    for label, group in groups:
+        rows = {split: sum(of_split.get(name, 0) for name in group) for split, of_split in counts.items()}
+        cells = {split: (n, 100 * n / (sum(counts[split].values()) or 1)) for split, n in rows.items()}
+        lines.append((label, cells))
+    return lines
+
+
+def _in_order(rows: Mapping[str, int]) -> dict[str, int]:
+    return {split: rows.get(split, 0) for split in SPLITS}
+
+
+def _edge(i: int) -> int:
+    return BINS[i] if i >= 0 else 0
+
+
+def over_splits(counts: Mapping[str, Mapping[str, int]]) -> Counter[str]:
+    """The rows of all splits together, by name."""
+    return sum((Counter(of_split) for of_split in counts.values()), Counter[str]())
+
+
+def _ranked(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -7,7 +7,10 @@ in the middle of a file change the shards from there on.
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,46 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from pipeline.core.files import read_json, sha256_file
-from pipeline.data.conversion import SCHEMA
-from pipeline.data.json_text import FormatError
-from pipeline.data.records import Rejected
+from pipeline.data.formats import UnclearFormatError, find_files, open_rows
+from pipeline.data.known_formats import SHARD_COLUMNS
+from pipeline.data.readers import FormatError
+from pipeline.data.records import Rejected, Row
 
-SHARD_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("content"))
+SHARD_SCHEMA = pa.schema(
+    [(name, pa.list_(pa.string()) if name == "repairs" else pa.string()) for name in SHARD_COLUMNS]
+)
+# xxHash of what a row says, its source apart; shards are cut and sampled by it.
+SCHEMA = SHARD_SCHEMA.append(pa.field("content", pa.uint64()))
+BATCH_ROWS = 2048  # that are Python objects at once
 MIN_ROWS, MAX_ROWS = 2048, 32768
 CUT_EVERY = 6144  # a row in so many, chosen by its content, ends a shard: with MIN_ROWS 8,192 rows at the mean
 MAX_BYTES = 64 << 20  # of messages
+
+
+def tables(rows: Iterator[Row | Rejected]) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+    """The rows in order in tables of `SCHEMA`, each with the rejections that stood among its rows."""
+    while batch := list(islice(rows, BATCH_ROWS)):
+        records = []
+        for row in (row for row in batch if isinstance(row, Row)):
+            messages = json.dumps(row.messages, ensure_ascii=False, separators=(",", ":"))
+            said = f"{messages}\0{row.tools}\0{row.task}\0{row.group}\0{row.scoring}"
+            records.append(vars(row) | {"messages": messages, "content": xxhash.xxh3_64_intdigest(said.encode())})
+        yield pa.Table.from_pylist(records, schema=SCHEMA), [row for row in batch if isinstance(row, Rejected)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A canonical shard, and the file that its rows come from."""
+
+    shard: Path
+    file: str
+    format: str
+
+
+Rejection = tuple[Rejected, str, str]  # with file and format
 
 
 class ShardWriter:
@@ -37,7 +70,7 @@ class ShardWriter:
         self.shards: list[str] = []
 
     def add(self, table: pa.Table) -> None:
-        """Take a table of `conversion.SCHEMA`; how rows are spread over calls does not change the shards."""
+        """Take a table of `SCHEMA`; how rows are spread over calls does not change the shards."""
         ends = np.flatnonzero(table["content"].to_numpy() % CUT_EVERY == 0) + 1  # a shard may end before these rows
         sizes = np.cumsum(pc.binary_length(table["messages"]).to_numpy().astype(np.int64))
         start = 0
@@ -115,3 +148,36 @@ def read_rejected(folder: Path) -> Iterator[Rejected]:
             for line in lines:
                 entry = json.loads(line)
                 yield Rejected(entry["source"], entry["reason"], entry["record"])
+
+
+def canonical_shards(data: Path, scratch: Path) -> tuple[list[Part], list[Rejection]]:
+    """The shards that `retune ingest` wrote to `data`, and those made in `scratch` of files put there by hand."""
+    snapshot = (read_snapshot(data) if data.is_dir() else None) or {"sources": [], "shards": []}
+    files = [file for source in snapshot["sources"] for file in source["files"]]
+    origin = {shard: (file["name"], file["format"]) for file in files for shard in file["shards"]}
+    formats = {file["name"]: file["format"] for file in files}
+    parts: list[Part] = []
+    rejected: list[Rejection] = []
+    for row in read_rejected(data):
+        name = row.source.rpartition(":")[0]
+        rejected.append((row, name, formats.get(name, "unknown")))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for path in find_files(data):
+        name = path.name if path == data else path.relative_to(data).as_posix()
+        if is_shard(path):
+            parts.append(Part(path, *origin.get(path.name, (name, "messages"))))
+            continue
+        try:
+            writer, file = ShardWriter(scratch, name), open_rows(path)
+        except UnclearFormatError:
+            raise FormatError(
+                f"{path} fits no known format, or several, and ingest.columns is not for files put into {data} by "
+                f"hand: move it out and take it in with `retune ingest {path.name}`"
+            ) from None
+        for table, rejections in tables(file.rows):
+            writer.add(table)
+            rejected += [(row, name, file.format) for row in rejections]
+        parts += [Part(scratch / shard, name, file.format) for shard in writer.close()]
+    order = {shard: number for number, shard in enumerate(snapshot["shards"])}
+    return sorted(parts, key=lambda part: order.get(part.shard.name, len(order))), rejected

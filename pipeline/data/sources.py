@@ -1,23 +1,22 @@
 """Where data comes from: files, folders and globs, Hub datasets, S3 and HTTP, as local files with a pinned identity.
 
-The identity is the commit, digests or ETags that say which bytes they were. Refused is a source that names no revision
+The identity is the commit, digest or ETags that say which bytes they were. Refused is a source that names no revision
 or checksum, leaves its own root, changes while it is read, or needs code to be read.
 """
 
 import glob
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pipeline.core.progress import Progress
-from pipeline.data.containers import KNOWN, split_name
 from pipeline.data.formats import find_files
-from pipeline.data.json_text import FormatError
+from pipeline.data.readers import KNOWN, FormatError, split_name
 from pipeline.params import IngestParams
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w.-]+)(?:/(?P<pattern>.+))?")
@@ -28,7 +27,7 @@ TIMEOUT = 60.0  # seconds without a byte
 
 
 class SourceError(RuntimeError):
-    """A source cannot be had, or not as it was named; the message names it and the way out."""
+    """A source cannot be read, or not as it was named; the message names it and the way out."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,27 @@ class Source:
     pinned: dict[str, Any] = field(default_factory=dict)
 
 
+class _Download:
+    """Counts the bytes of a download, prints how far it is, and refuses more than `ingest.max_download_gib`."""
+
+    def __init__(self, uri: str, size: int, limit_gib: float) -> None:
+        self.uri, self.limit_gib, self.done = uri, limit_gib, 0
+        self.progress = Progress("ingest", max(size >> 20, 1), "MiB", every=2.0)
+        self._require_room(size)
+
+    def add(self, size: int) -> None:
+        self.done += size
+        self._require_room(self.done)
+        self.progress.update(self.done >> 20, self.uri)
+
+    def _require_room(self, size: int) -> None:
+        if size > self.limit_gib * 2**30:
+            raise SourceError(
+                f"{self.uri} has {size / 2**30:,.1f} GiB or more; ingest.max_download_gib is {self.limit_gib:g}: "
+                "raise it if it is meant"
+            )
+
+
 def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
     """The files that `uri` names; remote ones are downloaded into the empty `folder`.
 
@@ -48,17 +68,16 @@ def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
         SourceError: a remote source is not pinned, not there, too large, or changed while it was read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    limit = int(params.max_download_gib * 2**30)
     scheme = uri.split("://")[0].lower() if "://" in uri else ""
     match scheme:
         case "":
             return _local(uri)
         case "hf":
-            return _hub(uri, folder, limit)
+            return _hub(uri, folder, params.max_download_gib)
         case "s3":
-            return _s3(uri, params.s3_endpoint_url, folder, limit)
+            return _s3(uri, params.s3_endpoint_url, folder, params.max_download_gib)
         case "http" | "https":
-            return _http(uri, folder, limit)
+            return _http(uri, folder, params.max_download_gib)
     raise SourceError(
         f"{public(uri)} begins with {scheme}://; expected a path, hf://datasets/, s3://, https:// or http://"
     )
@@ -76,151 +95,113 @@ def _local(uri: str) -> Source:
     path = Path(uri)
     if path.exists() or not glob.has_magic(uri):
         root = path if path.is_dir() else path.parent
-        found = find_files(path)
+        files = find_files(path)
     else:
-        fixed = [*_until_magic(path.parts)]
-        root = Path(*fixed) if fixed else Path(".")
+        fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
+        root = Path(*fixed)
         if ".." in path.parts[len(fixed) :]:
             raise FormatError(f"{uri} leaves the folder {root} by `..` behind a wildcard; name the other folder itself")
-        names = [Path(name) for name in sorted(glob.glob(uri, recursive=True))]
-        found = [name for name in names if name.is_file() and split_name(name)[1]]
-        if not found:
+        files = [file for file in map(Path, sorted(glob.glob(uri, recursive=True))) if file.is_file()]
+        files = [file for file in files if split_name(file)[1]]
+        if not files:
             raise FormatError(f"{uri} matches no file that ends in {KNOWN}")
-    inside = root.resolve()
-    for file in found:
-        if path != file and not file.resolve().is_relative_to(inside):
+    for file in files:
+        if path != file and not file.resolve().is_relative_to(root.resolve()):
             raise FormatError(
                 f"{file} is a link out of {root} (to {file.resolve()}); name that file itself if it is meant"
             )
-    return Source(uri, [(file, file.name if file == path else file.relative_to(root).as_posix()) for file in found])
+    return Source(uri, [(file, file.name if file == path else file.relative_to(root).as_posix()) for file in files])
 
 
-def _until_magic(parts: tuple[str, ...]) -> Iterator[str]:
-    for part in parts:
-        if glob.has_magic(part):
-            return
-        yield part
-
-
-def _http(uri: str, folder: Path, limit: int) -> Source:
+def _http(uri: str, folder: Path, limit_gib: float) -> Source:
     import httpx
 
-    shown = public(uri)
     address, _, fragment = uri.partition("#")
-    wanted = fragment.removeprefix("sha256=").lower()
-    if not re.fullmatch(r"[0-9a-f]{64}", wanted):
+    sha256 = fragment.removeprefix("sha256=").lower()
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise SourceError(
-            f"{shown} has no checksum; write {public(address)}#sha256= and the file's SHA-256 in 64 hex digits"
+            f"{public(uri)} has no checksum; write {public(address)}#sha256= and the file's SHA-256 in 64 hex digits"
         )
     name = unquote(PurePosixPath(urlsplit(address).path).name)
     if not split_name(Path(name))[1]:
-        raise SourceError(f"{shown} names the file {name!r}; expected one that ends in {KNOWN}")
-    digest, done = hashlib.sha256(), 0
+        raise SourceError(f"{public(uri)} names the file {name!r}; expected one that ends in {KNOWN}")
+    target = folder / f"file{''.join(split_name(Path(name))[1:])}"
+    digest = hashlib.sha256()
+    headers = {"Accept-Encoding": "identity"}
     try:
-        with httpx.stream(
-            "GET", address, follow_redirects=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"}
-        ) as response:
-            if response.status_code != 200:
-                raise SourceError(f"{shown} answers {response.status_code} {response.reason_phrase}; expected the file")
-            size = int(response.headers.get("Content-Length", 0))
-            _refuse_large(shown, size, limit)
-            progress = _progress(size)
-            with (folder / "download").open("wb") as file:
+        with httpx.stream("GET", address, follow_redirects=True, timeout=TIMEOUT, headers=headers) as response:
+            response.raise_for_status()
+            download = _Download(public(uri), int(response.headers.get("Content-Length", 0)), limit_gib)
+            with target.open("wb") as file:
                 for chunk in response.iter_raw(CHUNK):
                     file.write(chunk)
                     digest.update(chunk)
-                    done += len(chunk)
-                    _refuse_large(shown, done, limit)
-                    if size:
-                        progress.update(done >> 20, shown)
+                    download.add(len(chunk))
+    except httpx.HTTPStatusError as error:
+        raise SourceError(f"{public(uri)} answers {error.response.status_code}; expected the file") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise SourceError(f"{shown} could not be read: {str(error) or type(error).__name__}") from None
-    if digest.hexdigest() != wanted:
-        raise SourceError(f"{shown} has the SHA-256 {digest.hexdigest()}; it is not the file that was named")
-    target = folder / f"file{''.join(split_name(Path(name))[1:])}"
-    (folder / "download").rename(target)
-    return Source(shown, [(target, name)], {"sha256": wanted})
+        raise SourceError(f"{public(uri)} could not be read: {str(error) or type(error).__name__}") from None
+    if digest.hexdigest() != sha256:
+        raise SourceError(f"{public(uri)} has the SHA-256 {digest.hexdigest()}; it is not the file that was named")
+    return Source(public(uri), [(target, name)], {"sha256": sha256})
 
 
-def _s3(uri: str, endpoint: str | None, folder: Path, limit: int) -> Source:
+def _s3(uri: str, endpoint: str | None, folder: Path, limit_gib: float) -> Source:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    shown = public(uri)
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket or "@" in bucket:
-        raise SourceError(f"{shown} names no bucket; expected s3://BUCKET/KEY, or s3://BUCKET/PREFIX/ for all below it")
+        raise SourceError(
+            f"{public(uri)} names no bucket; expected s3://BUCKET/KEY, or s3://BUCKET/PREFIX/ for all below it"
+        )
     config = Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries={"mode": "standard"})
-    doing = shown
+    files: list[tuple[Path, str]] = []
+    pinned = {}
+    reading = public(uri)
     try:
         client = boto3.client("s3", endpoint_url=endpoint, config=config)
         objects = _s3_objects(client, bucket, key)
         if not objects:
-            raise SourceError(f"{shown} holds no object that ends in {KNOWN}")
-        total = sum(each["Size"] for each in objects)
-        _refuse_large(shown, total, limit)
-        progress, done = _progress(total), 0
-        files: list[tuple[Path, str]] = []
-        pinned = {}
+            raise SourceError(f"{public(uri)} holds no object that ends in {KNOWN}")
+        download = _Download(public(uri), sum(each["Size"] for each in objects), limit_gib)
         for number, each in enumerate(objects):
-            doing = f"s3://{bucket}/{each['Key']}"
-            name = each["Key"] if each["Key"] == key else each["Key"].removeprefix(key).lstrip("/")
+            reading = f"s3://{bucket}/{each['Key']}"
+            name = PurePosixPath(key).name if each["Key"] == key else each["Key"].removeprefix(key).lstrip("/")
             target = folder / f"{number:06}{''.join(split_name(Path(name))[1:])}"
             # The ETag was listed: another object under the same key is refused, by the server.
             answer = client.get_object(Bucket=bucket, Key=each["Key"], IfMatch=each["ETag"])
             with target.open("wb") as file:
                 for chunk in answer["Body"].iter_chunks(CHUNK):
                     file.write(chunk)
-                    done += len(chunk)
-                    progress.update(done >> 20, doing)
-            if target.stat().st_size != each["Size"]:
-                raise SourceError(
-                    f"{doing} was cut off after {target.stat().st_size:,} of {each['Size']:,} bytes; try again"
-                )
-            files.append((target, PurePosixPath(name).name if name == key else name))
+                    download.add(len(chunk))
+            files.append((target, name))
+            version = answer.get("VersionId", "null")
             pinned[each["Key"]] = {"etag": each["ETag"].strip('"')} | (
-                {"version_id": answer["VersionId"]} if answer.get("VersionId", "null") != "null" else {}
+                {"version_id": version} if version != "null" else {}
             )
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        what = {
-            "NoSuchKey": "vanished while it was read: the bucket is being changed; try again when that is done",
-            "404": "is not there",
-            "NoSuchBucket": "names a bucket that is not there",
-            "PreconditionFailed": "changed while it was read; try again when nobody writes to it",
-            "412": "changed while it was read; try again when nobody writes to it",
-            "AccessDenied": "may not be read with these credentials",
-            "403": "may not be read with these credentials",
-        }.get(code, f"could not be read: {error}")
-        raise SourceError(f"{doing} {what}") from None
-    except (BotoCoreError, OSError) as error:
-        raise SourceError(f"{doing} could not be read: {error}") from None
-    return Source(shown, files, {"objects": pinned})
+    except (ClientError, BotoCoreError, OSError) as error:
+        raise SourceError(
+            f"{reading} could not be read: {error}; if it changed while it was read, try again when nobody writes to it"
+        ) from None
+    return Source(public(uri), files, {"objects": pinned})
 
 
 def _s3_objects(client: Any, bucket: str, key: str) -> list[dict[str, Any]]:
-    """Size and ETag of the object `key`, or of every data file below the prefix `key/`."""
-    from botocore.exceptions import ClientError
-
-    if key and not key.endswith("/") and split_name(Path(key))[1]:
-        try:
-            head = client.head_object(Bucket=bucket, Key=key)
-            return [{"Key": key, "Size": head["ContentLength"], "ETag": head["ETag"]}]
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") not in ("404", "NoSuchKey"):
-                raise
-    prefix = f"{key.rstrip('/')}/" if key else ""
+    """Key, size and ETag of the object `key`, or of every data file below the prefix `key/`."""
+    prefix = key if not key or key.endswith("/") or split_name(Path(key))[1] else f"{key}/"
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    listed = [each for page in pages for each in page.get("Contents", [])]
-    return [each for each in listed if split_name(Path(each["Key"]))[1]]
+    listed = [each for page in pages for each in page.get("Contents", []) if split_name(Path(each["Key"]))[1]]
+    return [each for each in listed if each["Key"] == key] or [
+        each for each in listed if each["Key"].startswith(f"{key.rstrip('/')}/" if key else "")
+    ]
 
 
-def _hub(uri: str, folder: Path, limit: int) -> Source:
+def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
     import httpx
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.hf_api import RepoFile
 
     named = HUB.fullmatch(uri)
     if named is None:
@@ -230,65 +211,33 @@ def _hub(uri: str, folder: Path, limit: int) -> Source:
             "a branch: each ingest takes its newest commit"
         )
     repo, revision, pattern = named["repo"], named["revision"], named["pattern"]
-    pinned = {"revision": revision}
+    files = []
     try:
-        if not COMMIT.fullmatch(revision):
-            # All files are then read at one commit, whatever is pushed meanwhile.
-            pinned = {"branch": revision, "revision": _commit_of(repo, revision)}
-            revision = pinned["revision"]
-        tree = HfApi().list_repo_tree(repo, revision=revision, repo_type="dataset", recursive=True)
-        sizes = {each.path: each.size for each in tree if isinstance(each, RepoFile)}
-        wanted = [
-            path
-            for path in sorted(sizes)
-            if split_name(Path(path))[1]
-            and PurePosixPath(path).name not in HUB_NOTES
-            and (pattern is None or fnmatch(path, pattern) or path.startswith(f"{pattern.rstrip('/')}/"))
-        ]
-        if not wanted:
-            scripts = [path for path in sizes if path.endswith(".py")]
-            if scripts and pattern is None:
-                raise SourceError(
-                    f"{uri} needs code to be read ({', '.join(scripts)}), which Retune does not run: export its rows "
-                    "to a file with `datasets` where you trust that code, and ingest the file"
-                )
-            raise SourceError(
-                f"{uri} holds no file that ends in {KNOWN}; it holds {', '.join(sorted(sizes)[:10]) or 'none'}"
-            )
-        _refuse_large(uri, sum(sizes[path] for path in wanted), limit)
-        progress, done = _progress(sum(sizes[path] for path in wanted)), 0
-        files = []
-        for path in wanted:
-            if ".." in PurePosixPath(path).parts or path.startswith("/"):
+        # All files are read at the commit that the revision is now, whatever is pushed meanwhile.
+        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+        commit = info.sha or ""
+        if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
+            raise SourceError(f"the Hub names no commit for {revision} of {repo}; name one yourself, in 40 hex digits")
+        sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+        chosen = [path for path in sorted(sizes) if _is_hub_data(path, pattern)]
+        if not chosen:
+            has_code = any(path.endswith(".py") for path in sizes)
+            advice = "; it needs code to be read, which Retune does not run: export its rows to a file" * has_code
+            raise SourceError(f"{uri} holds no file that ends in {KNOWN}{advice}")
+        download = _Download(uri, sum(sizes[path] for path in chosen), limit_gib)
+        for path in chosen:
+            if not (folder / path).resolve().is_relative_to(folder.resolve()):
                 raise SourceError(f"{uri} holds a file named {path!r}, which leads out of its folder")
-            local = hf_hub_download(repo, path, repo_type="dataset", revision=revision, local_dir=folder)
+            local = hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=folder)
             files.append((Path(local), path))
-            done += sizes[path]
-            progress.update(done >> 20, path)
+            download.add(Path(local).stat().st_size)
     except OfflineModeIsEnabled:
         raise SourceError(f"{uri} is on the Hub, and HF_HUB_OFFLINE forbids to ask it; unset it") from None
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise SourceError(f"{uri} could not be read: {str(error).splitlines()[0]}") from None
-    return Source(uri, files, pinned)
+    return Source(uri, files, {"revision": commit} | ({"branch": revision} if revision != commit else {}))
 
 
-def _commit_of(repo: str, branch: str) -> str:
-    """The newest commit of a branch of a Hub dataset, or that of a tag."""
-    from huggingface_hub import HfApi
-
-    found = HfApi().dataset_info(repo, revision=branch).sha or ""
-    if not COMMIT.fullmatch(found):
-        raise SourceError(f"the Hub names no commit for {branch} of {repo}; name one yourself, in 40 hex digits")
-    return found
-
-
-def _refuse_large(shown: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise SourceError(
-            f"{shown} has {size / 2**30:,.1f} GiB or more; ingest.max_download_gib is {limit / 2**30:g}: "
-            "raise it if it is meant"
-        )
-
-
-def _progress(size: int) -> Progress:
-    return Progress("ingest", max(size >> 20, 1), "MiB", every=2.0)
+def _is_hub_data(path: str, pattern: str | None) -> bool:
+    is_asked_for = pattern is None or fnmatch(path, pattern) or path.startswith(f"{pattern.rstrip('/')}/")
+    return bool(split_name(Path(path))[1]) and PurePosixPath(path).name not in HUB_NOTES and is_asked_for

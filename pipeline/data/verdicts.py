@@ -5,6 +5,7 @@ to it.
 """
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Verdicts:
     similarity: NDArray[np.float64]  # (N,) Jaccard similarity of the two, 1 for exact copies; NaN where not measured
     cluster: NDArray[np.int64]  # (N,) of a test row: the first of its near copies in the test split; −1 elsewhere
     sources: pa.ChunkedArray  # (N,) file and line
+    details: pa.ChunkedArray  # (N,) what the reason leaves out; null: nothing
     texts: "Texts"
     crowded: int = 0  # rows with so many likely copies that one may have been missed
 
@@ -60,7 +62,7 @@ def decide(folders: list[Path], threshold: float | None) -> Verdicts:
     Args:
         threshold: Jaccard similarity from which two rows are near copies; None looks for exact ones only.
     """
-    columns = ["source", "reason", "cause", "split", "key", "prompt_key", "asked"]
+    columns = ["source", "reason", "cause", "detail", "split", "key", "prompt_key", "asked"]
     rows = pa.concat_tables(pq.read_table(folder / ROWS, columns=columns) for folder in folders)
     reason, cause, split = (_objects(rows[name]) for name in ("reason", "cause", "split"))
     count = len(rows)
@@ -73,6 +75,7 @@ def decide(folders: list[Path], threshold: float | None) -> Verdicts:
         similarity=np.full(count, np.nan),
         cluster=np.full(count, -1),
         sources=rows["source"],
+        details=rows["detail"],
         texts=Texts(folders),
     )
     test = split == "test"
@@ -131,3 +134,19 @@ def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
 
 def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
     return column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def joined_groups(groups: list[str], clusters: NDArray[np.int64]) -> list[str]:
+    """The group of each test row; near copies, and all that shares a group with them, are one: they fail together."""
+    first: dict[str, str] = {}  # group → one that it is joined with, first by name
+
+    def joined(name: str) -> str:
+        while (other := first.get(name, name)) != name:
+            name = other
+        return name
+
+    near = sorted(pair for pair in zip(clusters.tolist(), groups, strict=True) if pair[0] >= 0)
+    for _, members in groupby(near, key=lambda pair: pair[0]):
+        names = sorted({joined(group) for _, group in members})
+        first.update(dict.fromkeys(names[1:], names[0]))
+    return [joined(group) for group in groups]

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.conversion import read_batches
 from pipeline.data.duplicates import near_duplicates
-from pipeline.data.shards import ShardWriter
+from pipeline.data.formats import read_rows
+from pipeline.data.shards import ShardWriter, tables
 from pipeline.data.shingles import LANES, WORDS, signature_version, signatures
 from pipeline.settings import load_params
 from tests.bench.measuring import header, row, timed
@@ -62,9 +62,9 @@ def _format(path: Path, shards: Path, name: str = "rows") -> int:
     """Write the shards of `path` as `retune ingest` does; returns how many different conversations it has."""
     shards.mkdir(exist_ok=True)
     writer, contents = ShardWriter(shards, name), []
-    for batch in read_batches(path):
-        writer.add(batch.table)
-        contents += batch.table["content"].chunks
+    for table, _ in tables(read_rows(path)):
+        writer.add(table)
+        contents += table["content"].chunks
     writer.close()
     return len(pa.chunked_array(contents).combine_chunks().dictionary_encode().dictionary)
 

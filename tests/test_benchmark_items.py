@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pipeline.data.contamination import COMMON, Contamination, benchmark, contaminated
+from pipeline.data.benchmarks import COMMON, Contamination, benchmark, contaminated
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "

@@ -1,0 +1,307 @@
+"""Files of records, read as a stream: JSON, JSONL, CSV, TSV (also in gzip or zstd), Parquet and Arrow.
+
+A file that is cut off, not UTF-8, not what its name says, or absurdly large is refused with file and line. A record
+whose meaning is not plain (a key given twice, a CSV row of another width than its header) is an `Unreadable`.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import charset_normalizer
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.files import KeyTwiceError, unique_keys
+
+CONTAINERS = {
+    ".json": "JSON",
+    ".jsonl": "JSONL",
+    ".ndjson": "JSONL",
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+}
+PACKINGS = {".gz": "gzip", ".zst": "zstd"}
+KNOWN = ".json, .jsonl, .csv or .tsv (also with .gz or .zst), .parquet or .arrow"
+BOM = b"\xef\xbb\xbf"
+DELIMITERS = ",;\t|"
+BATCH_ROWS = 2048  # of a Parquet or Arrow file that are Python objects at once
+MAX_RECORD_BYTES = 32 << 20  # a longer record is no conversation
+MAX_JSON_BYTES = 1 << 30  # of a .json file, which is read whole; .jsonl has no limit
+MAX_UNPACKED_BYTES = 64 << 30
+MAX_RATIO = 200  # unpacked / packed; text packs 3 to 20 times, a bomb a thousand times and more
+RATIO_FROM_BYTES = 64 << 20  # small files may be as repetitive as they like
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+class FormatError(ValueError):
+    """A file that cannot be read as instruction data; the message names file, line and way out."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A record whose text is whole but whose meaning is not plain, such as a key given twice."""
+
+    reason: str
+    text: str
+
+
+def split_name(path: Path) -> tuple[str, str, str]:
+    """(stem, container suffix, packing suffix) of a file name; the suffixes are "" where they are not known ones."""
+    packing = path.suffix.lower() if path.suffix.lower() in PACKINGS else ""
+    inner = Path(path.name[: len(path.name) - len(packing)])
+    suffix = inner.suffix.lower()
+    if suffix not in CONTAINERS or (packing and suffix in (".parquet", ".arrow")):
+        return path.name, "", ""
+    return inner.stem, suffix, packing
+
+
+def container_of(path: Path) -> str:
+    """Name of the container for people, such as `JSONL, gzip`; "" when the file name has no known ending."""
+    _, suffix, packing = split_name(path)
+    return ", ".join(part for part in (CONTAINERS.get(suffix, ""), PACKINGS.get(packing, "")) if part)
+
+
+def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(source, record) of each record of `path`, in order; a record whose meaning is not plain is an `Unreadable`.
+
+    Args:
+        name: what the file is called in `source` (name:line, or name:[index]); by default its file name.
+
+    Raises:
+        FormatError: see the module's first lines; records before the fault may have come out already.
+    """
+    _, suffix, packing = split_name(path)
+    if not suffix:
+        raise FormatError(f"{path} ends in {path.suffix or 'nothing'}; expected {KNOWN}")
+    container = CONTAINERS[suffix]
+    records: Iterator[tuple[int | str, Any]]
+    try:
+        if container in ("Parquet", "Arrow"):
+            records = _table_records(_parquet_batches(path) if container == "Parquet" else _arrow_batches(path))
+        else:
+            stream = _open_text(path, packing)
+            match container:
+                case "JSON":
+                    records = _json_records(path, stream)
+                case "JSONL":
+                    records = _line_records(path, stream)
+                case _:
+                    records = _csv_records(path, stream, "," if container == "CSV" else "\t")
+        for place, record in records:
+            yield f"{name or path.name}:{place}", record
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise FormatError(f"{path} is cut off, damaged or not a {container_of(path)} file: {error}") from None
+
+
+def class_labels(path: Path) -> dict[str, list[str]]:
+    """Names of the classes that Hugging Face's `datasets` wrote into a Parquet or Arrow file, by column."""
+    suffix = split_name(path)[1]
+    if suffix not in (".parquet", ".arrow"):
+        return {}
+    try:
+        schema = pq.read_schema(path) if suffix == ".parquet" else _open_arrow(path).schema
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, AttributeError, ValueError, OSError, pa.ArrowException):
+        return {}
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a file, unpacked; one that unpacks to an absurd size is refused on the way."""
+
+    def __init__(self, path: Path, packing: str) -> None:
+        self.path, self.packed, self.size = path, pa.OSFile(str(path)), 0
+        self.stream = pa.CompressedInputStream(self.packed, PACKINGS[packing])
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.size += len(data)
+        ratio = self.size / max(self.packed.tell(), 1)
+        if self.size > MAX_UNPACKED_BYTES or (self.size > RATIO_FROM_BYTES and ratio > MAX_RATIO):
+            raise FormatError(
+                f"{self.path} unpacks to more than {self.size / 1e6:,.0f} MB, {ratio:,.0f} times its size, which is "
+                "not instruction data; unpack it yourself if it is"
+            )
+        return len(data)
+
+
+def _open_text(path: Path, packing: str) -> BinaryIO:
+    stream: BinaryIO = io.BufferedReader(_Unpacked(path, packing), 1 << 20) if packing else path.open("rb")  # type: ignore[assignment]
+    head = stream.peek(4096)[:4096]  # type: ignore[attr-defined]
+    if b"\x00" in head:
+        raise FormatError(f"{path} is not UTF-8 text but binary, or UTF-16; convert it, e.g. with `iconv -t UTF-8`")
+    if head.startswith(BOM):
+        stream.read(len(BOM))
+    return stream
+
+
+def _lines(path: Path, stream: BinaryIO) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        if len(line) > MAX_RECORD_BYTES:
+            raise _too_long(path, number)
+        yield _decoded(path, line, number)
+
+
+def _decoded(path: Path, data: bytes, line: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        legacy = ["cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251", "latin_1"]
+        best = charset_normalizer.from_bytes(data[:65536], cp_isolation=legacy).best()
+        encoding = best.encoding if best is not None else "ITS_ENCODING"
+        line += data.count(b"\n", 0, error.start)
+        raise FormatError(
+            f"{path} is not UTF-8 (line {line}); convert it, perhaps with `iconv -f {encoding} -t UTF-8`"
+        ) from None
+
+
+def _too_long(path: Path, line: int) -> FormatError:
+    limit = MAX_RECORD_BYTES >> 20
+    return FormatError(f"{path}, line {line}: the record is longer than {limit} MiB, which no conversation is")
+
+
+def _line_records(path: Path, stream: BinaryIO) -> Iterator[tuple[int | str, Any]]:
+    for number, line in enumerate(_lines(path, stream), start=1):
+        if line.strip():
+            record, end = _parsed(path, line, len(line) - len(line.lstrip()), number)
+            if line[end:].strip():
+                raise FormatError(f"{path}, line {number}, column {end + 1}: more than one record in a line")
+            yield number, record
+
+
+def _json_records(path: Path, stream: BinaryIO) -> Iterator[tuple[int | str, Any]]:
+    """The elements of one list, or the records of a file that has one a line in spite of its name."""
+    data = stream.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise FormatError(f"{path} is larger than {MAX_JSON_BYTES >> 30} GiB; write one record a line (.jsonl)")
+    if not re.match(rb"\s*\[", data):
+        try:
+            yield from _line_records(path, io.BytesIO(data))
+        except FormatError as error:
+            raise FormatError(f"{error}; a .json file holds a list of records, or one record a line") from None
+        return
+    text = _decoded(path, data, 1)
+    number, at = 0, _after_space(text, text.index("[") + 1)
+    closed = text[at : at + 1] == "]"
+    while not closed:
+        record, end = _parsed(path, text, at)
+        if end - at > MAX_RECORD_BYTES:
+            raise _too_long(path, text.count("\n", 0, at) + 1)
+        yield f"[{number}]", record
+        number, at = number + 1, _after_space(text, end)
+        closed = text[at : at + 1] == "]"
+        if not closed:
+            if text[at : at + 1] != ",":
+                raise _not_json(path, json.JSONDecodeError("Expecting ',' or ']'", text, at))
+            at = _after_space(text, at + 1)
+    if text[at + 1 :].strip():
+        raise _not_json(path, json.JSONDecodeError("Expecting the end of the file", text, at + 1))
+
+
+def _after_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\n\r":
+        at += 1
+    return at
+
+
+def _parsed(path: Path, text: str, at: int, line: int | None = None) -> tuple[Any, int]:
+    """The JSON value that begins at `at`, and where it ends; `line` is the text's own where it is not the file's."""
+    try:
+        try:
+            return STRICT_JSON.raw_decode(text, at)
+        except KeyTwiceError as error:
+            _, end = json.JSONDecoder().raw_decode(text, at)
+            return Unreadable(f"gives the key {error.key!r} twice", text[at:end]), end
+    except json.JSONDecodeError as error:
+        raise _not_json(path, error, line) from None
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, a thousand brackets
+        number = line or text.count("\n", 0, at) + 1
+        raise FormatError(f"{path}, line {number}: not instruction data: {error}") from None
+
+
+def _not_json(path: Path, error: json.JSONDecodeError, line: int | None = None) -> FormatError:
+    return FormatError(
+        f"{path}, line {line or error.lineno}, column {error.colno}: not JSON: {error.msg}; correct the file there, or "
+        "copy it again if it is cut off"
+    )
+
+
+def _csv_records(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[tuple[int | str, Any]]:
+    lines = _lines(path, stream)
+    first = next(lines, "")
+    if delimiter not in first:
+        delimiter = max(DELIMITERS, key=first.count)
+    csv.field_size_limit(MAX_RECORD_BYTES)  # the library's own limit of 128 KiB is one long answer
+    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        twice = {column for column in header if header.count(column) > 1}
+        if twice:
+            raise FormatError(f"{path} has the column {min(twice)!r} twice; rename one")
+        line = rows.line_num + 1
+        for row in rows:
+            if row and len(row) != len(header):
+                reason = f"has {len(row)} fields where the header has {len(header)}"
+                yield line, Unreadable(reason, json.dumps(row))
+            elif row:
+                yield line, dict(zip(header, row, strict=True))
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise FormatError(f"{path}, line {rows.line_num}: not CSV ({delimiter!r} between fields): {error}") from None
+
+
+def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=BATCH_ROWS)
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    reader = _open_arrow(path)
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
+    for batch in batches:
+        yield from (batch.slice(start, BATCH_ROWS) for start in range(0, len(batch), BATCH_ROWS))
+
+
+def _open_arrow(path: Path) -> Any:
+    """A reader of the file or of the stream that `path` holds; both are written as .arrow."""
+    file = pa.OSFile(str(path))
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    return pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+
+
+def _table_records(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int | str, Any]]:
+    number = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            yield f"[{number}]", {key: _without_nulls(value) for key, value in record.items()}
+            number += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the null keys of its objects: a table gives every object the keys of all others in its column.
+
+    So a null that was written in the row is lost, too; the table does not tell the two apart.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

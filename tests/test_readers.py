@@ -1,0 +1,217 @@
+"""Files of every container, whole or broken: the same records, or one sentence with file and line."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import readers
+from pipeline.data.readers import FormatError, Unreadable, class_labels, container_of, read_records
+
+ROWS = [{"instruction": f"Frage {i}: 你好", "input": "a\nb" if i % 2 else "", "output": f"„{i}“"} for i in range(5)]
+
+
+def records(path: Path) -> list[Any]:
+    return [record for _, record in read_records(path)]
+
+
+def as_csv(delimiter: str) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ROWS[0].keys(), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return text.getvalue().encode()
+
+
+def as_arrow(new: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(ROWS)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def as_parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    return sink.getvalue().to_pybytes()
+
+
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+FILES = {
+    "rows.json": json.dumps(ROWS, indent=2).encode(),
+    "lines.json": JSONL,
+    "rows.jsonl": JSONL,
+    "rows.ndjson": JSONL,
+    "rows.csv": as_csv(","),
+    "rows.tsv": as_csv("\t"),
+    "rows.parquet": as_parquet(),
+    "file.arrow": as_arrow(pa.ipc.new_file),
+    "stream.arrow": as_arrow(pa.ipc.new_stream),
+}
+
+
+def packed(name: str, data: bytes) -> bytes:
+    if name.endswith(".gz"):
+        return gzip.compress(data, mtime=0)
+    return pa.compress(data, codec="zstd", asbytes=True) if name.endswith(".zst") else data
+
+
+@pytest.mark.parametrize("name", [*FILES, *(f"{n}{p}" for n in list(FILES)[:6] for p in (".gz", ".zst"))])
+def test_every_container_gives_the_same_records(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(packed(name, FILES[name.removesuffix(".gz").removesuffix(".zst")]))
+    assert records(tmp_path / name) == ROWS
+    assert container_of(Path(name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readers")
+
+
+@settings(derandomize=True, deadline=None, max_examples=120)
+@given(st.text('[]{}",:1 \n\\', max_size=14))
+@example("[1,]")
+@example("[1 2]")
+@example("[]]")
+@example("[1")
+@example("[")
+def test_what_json_refuses_is_refused_and_a_list_is_read_as_it_is(folder: Path, text: str) -> None:
+    path = folder / "any.json"
+    path.write_text(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    try:
+        read = records(path)
+    except FormatError:
+        assert not isinstance(value, list)
+    else:
+        assert value == read or not text.lstrip().startswith("[")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"instruction": "Q", "output": "A", "output": "B"}', "output"),
+        ('{"instruction": "Q", "output": "A", "meta": {"a": 1, "a": 1}}', "a"),
+        ('{"instruction": "\\":", "x" : 1, "x"\t: 2}', "x"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_key_given_twice_makes_its_record_unreadable(tmp_path: Path, name: str, text: str, key: str) -> None:
+    good = json.dumps(ROWS[0])
+    (tmp_path / name).write_text(f"{good}\n{text}\n" if name.endswith("l") else f"[{good}, {text}]")
+    assert records(tmp_path / name) == [ROWS[0], Unreadable(f"gives the key {key!r} twice", text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("rows.json", gzip.compress(b"[]", mtime=0), ""),
+        ("rows.jsonl", b"PAR1" + b"\x00" * 20, "binary"),
+        ("rows.json", b"PK\x03\x04\x80rest", ""),
+        ("rows.jsonl", JSONL.decode().encode("utf-16"), "UTF-16"),
+        ("rows.jsonl", JSONL + '{"a": "größer"}\n'.encode("cp1252"), "line 6.*cp1252"),
+        ("rows.csv", "instruction,output\nQ,größer\n".encode("cp1252"), "line 2"),
+        ("rows.jsonl", JSONL[:-20], "line 5, column "),
+        ("rows.jsonl", JSONL[:150] + b"\n" + JSONL, "line 3, column "),
+        ("rows.jsonl", b'{"a": 1} {"a": 2}\n', "line 1, column 9"),
+        ("rows.json", FILES["rows.json"][:-30], "line 26, column "),
+        ("rows.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-12], "cut off"),
+        ("rows.jsonl.gz", JSONL, "not a JSONL, gzip file"),
+        ("rows.jsonl.zst", pa.compress(JSONL * 9, codec="zstd", asbytes=True)[:-9], "cut off"),
+        ("rows.parquet", as_parquet()[:-20], "cut off"),
+        ("rows.parquet", b"", "cut off"),
+        ("file.arrow", as_arrow(pa.ipc.new_file)[:-300], "cut off"),
+        ("rows.csv", b'instruction,output\nQ,A\nQ,"A', "line 3"),
+        ("rows.csv", b'instruction,output\nQ,A\n"he said ""', "line 3"),
+        ("rows.csv", b"output,output\nQ,A\n", "'output' twice"),
+        ("rows.json", b'{"a": 1}\n{"a": 2', "line 2"),
+        ("rows.json", b'{\n"a": 1}', "line 1"),
+        ("rows.txt", b"Q", "ends in .txt"),
+        ("rows.parquet.gz", b"Q", "ends in .gz"),
+    ],
+)
+def test_a_broken_file_is_refused_with_one_sentence(tmp_path: Path, name: str, content: bytes, where: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FormatError, match=where) as error:
+        records(tmp_path / name)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_of_another_width_than_the_header_is_unreadable_alone(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('instruction,output\nQ,A\n\nQ,"a\nb",C\nQ,B\n')
+    (one, first), (two, wide), (three, last) = read_records(tmp_path / "rows.csv")
+    assert (one, two, three) == ("rows.csv:2", "rows.csv:4", "rows.csv:6")
+    assert isinstance(wide, Unreadable) and wide.reason == "has 3 fields where the header has 2"
+    assert (first["output"], last["output"]) == ("A", "B")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv.gz"])
+def test_the_delimiter_is_recognised_whatever_the_file_is_called(tmp_path: Path, delimiter: str, name: str) -> None:
+    (tmp_path / name).write_bytes(packed(name, b"\xef\xbb\xbf" + as_csv(delimiter)))
+    assert records(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "answers"),
+    [
+        ("instruction;output\nName two, please;A, B\nOne;C\n", ["A, B", "C"]),
+        ('instruction,output\n"a;b;c",d;e\nq,"x|y|z"\n', ["d;e", "x|y|z"]),
+        ("instruction\toutput\na;b,c\td\n", ["d"]),
+    ],
+)
+def test_delimiters_inside_of_texts_divide_nothing(tmp_path: Path, text: str, answers: list[str]) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    assert [record["output"] for record in records(tmp_path / "rows.csv")] == answers
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("megabytes", [5, 100])
+def test_a_long_record_is_read_and_an_absurd_one_refused(tmp_path: Path, name: str, megabytes: int) -> None:
+    row = {"instruction": "Q", "output": "A" * (megabytes << 20)}
+    text = {"rows.jsonl": json.dumps(row), "rows.json": f"[{json.dumps(row)}]"}
+    (tmp_path / name).write_text(text.get(name, "\n".join(map(",".join, (row, row.values())))))
+    if megabytes == 5:
+        assert records(tmp_path / name) == [row]
+        return
+    with pytest.raises(FormatError, match=rf"{name}, .*line \d.* is longer than 32 MiB"):
+        records(tmp_path / name)
+
+
+def test_a_json_list_larger_than_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.json").write_bytes(FILES["rows.json"])
+    monkeypatch.setattr(readers, "MAX_JSON_BYTES", 100)
+    with pytest.raises(FormatError, match=r"rows.json is larger than .*\.jsonl"):
+        records(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.jsonl.zst", "bomb.json.gz"])
+def test_an_archive_that_unpacks_to_an_absurd_size_is_refused_on_the_way(tmp_path: Path, name: str) -> None:
+    data = (json.dumps(ROWS[0]) + "\n").encode() * 3_000_000  # 200 MB
+    (tmp_path / name).write_bytes(packed(name, data))
+    with pytest.raises(FormatError, match=f"{name} unpacks to more than 6. MB"):
+        records(tmp_path / name)
+
+
+def test_the_names_of_classes_come_with_the_file(tmp_path: Path) -> None:
+    features = {
+        "label": {"names": ["neg", "pos"], "_type": "ClassLabel"},
+        "text": {"dtype": "string", "_type": "Value"},
+    }
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"text": ["bad"], "label": [0]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert class_labels(tmp_path / "rows.parquet") == {"label": ["neg", "pos"]}
