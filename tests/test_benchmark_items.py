@@ -83,8 +83,3 @@ def test_batches_do_not_matter_and_planted_items_are_found_among_thousands_of_ro
         for each in contaminated(rows[at : at + 700], known, 0.5)
     ]
     assert batches == together
-
-
-def test_nothing_is_found_in_nothing() -> None:
-    assert contaminated([], benchmark([QUESTION]), 0.5) == []
-    assert contaminated([QUESTION], benchmark([]), 0.5) == []

@@ -17,7 +17,7 @@ from pipeline.core import graph
 from pipeline.core.files import read_json, sha256_file
 from pipeline.core.graph import GraphError
 from pipeline.data import snapshot
-from pipeline.data.formats import UnclearFormatError, find_files, read_rows
+from pipeline.data.formats import find_files, read_rows
 from pipeline.data.readers import FormatError
 from pipeline.data.records import Row
 from pipeline.data.shards import read_rejected, read_snapshot
@@ -164,22 +164,6 @@ def test_a_named_format_and_columns_hold_for_every_source_without_its_own(tmp_pa
     for everywhere in ({"format": "alpaca"}, {"columns": ColumnsParams(prompt="x", response="y")}):
         notes = collect(mapped.model_copy(update=everywhere), (), tmp_path / str(everywhere), tmp_path)
         assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
-
-
-def test_what_a_file_is_can_be_answered_while_it_is_read(tmp_path: Path) -> None:
-    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    both = source(tmp_path / "new", *(row | {"conversations": talk} for row in sample_rows(10)), name="both.jsonl")
-    other = source(tmp_path / "new", {"customer question": "Q", "agent": "A"}, name="other.jsonl")
-    asked = []
-
-    def ask(error: UnclearFormatError) -> tuple[str, ColumnsParams | None]:
-        asked.append(error.formats)
-        return ("auto", ColumnsParams(prompt="absent", response="agent")) if len(asked) == 2 else answers[len(asked)]
-
-    answers = {1: ("sharegpt", None), 3: ("auto", ColumnsParams(prompt="customer question", response="agent"))}
-    notes = collect(AUTO, [str(both), str(other)], tmp_path / "one", tmp_path, ask)
-    assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
-    assert asked == [["alpaca", "sharegpt"], [], []]
 
 
 def test_what_was_not_used_and_what_was_repaired_is_noted_by_file(tmp_path: Path) -> None:

@@ -26,10 +26,6 @@ SETS = 1024  # texts whose shingles are in memory at once
 MIXER = np.array([pow(0x9E3779B97F4A7C15, place + 1, 1 << 64) for place in range(LANES)], dtype=np.uint64)
 
 
-class DuplicatesError(ValueError):
-    """The threshold is out of range."""
-
-
 @dataclass(frozen=True)
 class NearDuplicates:
     duplicate_of: NDArray[np.int64]  # (N,) the kept row that this row copies; −1: it is kept
@@ -48,10 +44,8 @@ def near_duplicates(
 ) -> NearDuplicates:
     """Duplicates by greedy choice in the order of `rank` (distinct), lowest first, after all protected rows.
 
-    `text_of` gives the text of a row. The result depends on texts and ranks, not on the order of the rows.
-
-    Raises:
-        DuplicatesError: the threshold is not within 0.3 to 1.
+    `text_of` gives the text of a row, `threshold` is from 0.3 (`params`) to 1. The result depends on texts and ranks,
+    not on the order of the rows.
     """
     buckets = _buckets(signatures, *banding(threshold))
     order = np.lexsort((rank, ~protected))
@@ -105,15 +99,7 @@ def banding(threshold: float) -> tuple[int, int]:
 
     Two rows agree in a band of r minima with probability Jʳ, in at least one of b with 1 − (1 − Jʳ)ᵇ (Leskovec,
     Rajaraman and Ullman, Mining of Massive Datasets, 3.4): 17 of 7 for 0.8. Wide bands make fewer false candidates.
-
-    Raises:
-        DuplicatesError: the threshold is not within 0.3 to 1.
     """
-    if not 0.3 <= threshold <= 1:
-        raise DuplicatesError(
-            f"the threshold for near duplicates is {threshold:g}; it must be between 0.3 and 1: rows that share less "
-            "are not copies, and nearly all pairs of rows would have to be compared"
-        )
     for width in range(LANES, 1, -1):
         found = threshold**width
         bands = 1 if found == 1 else math.ceil(math.log(1 - RECALL) / math.log1p(-found))

@@ -130,7 +130,7 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self.stream.read(len(buffer))
+        data = self.stream.read(min(len(buffer), 1 << 20))  # a large buffer is no reason to unpack a bomb
         buffer[: len(data)] = data
         self.size += len(data)
         ratio = self.size / max(self.packed.tell(), 1)
