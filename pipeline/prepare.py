@@ -185,9 +185,7 @@ def _write(
     ):
         for row, file, format in rejected:
             stats.add_read(format, file, 1)
-            line = {"source": row.source, "reason": f"a row {row.reason}", "record": row.record}
-            stats.dropped.add_example(line["reason"], source=row.source, text=row.record)
-            dropped.write(json.dumps(line, default=str) + "\n")
+            dropped.write(_dropped_line(stats, row.source, f"a row {row.reason}", row.record) + "\n")
         progress = Progress("prepare", len(verdicts.reason), "rows written", every=2.0)
         for part, folder in zip(parts, folders, strict=True):
             progress.update(start)
@@ -204,9 +202,8 @@ def _write(
                     of_split = _one_row_an_answer(of_split, stats)
                 _count(stats, name, of_split)
                 if by_class:
-                    answers = [json.loads(record)[-1]["content"] for record in of_split["record"].to_pylist()]
-                    of_split = of_split.append_column("label", pa.array(answers, pa.string()))
-                    classes[name].update(answers)
+                    of_split = _with_label(of_split)
+                    classes[name].update(of_split["label"].to_pylist())
                 if name == "test":
                     tests.append(_as_test(of_split, scoring))
                 else:
@@ -243,6 +240,11 @@ def _one_row_an_answer(rows: pa.Table, stats: DataStats) -> pa.Table:
             records.append(row | {"id": f"{row['id']}.{number}", "input_ids": ids, "labels": labels, "repairs": []})
         records.append(row)
     return pa.Table.from_pylist(records, schema=rows.schema)
+
+
+def _with_label(rows: pa.Table) -> pa.Table:
+    answers = [json.loads(record)[-1]["content"] for record in rows["record"].to_pylist()]
+    return rows.append_column("label", pa.array(answers, pa.string()))
 
 
 def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
@@ -294,20 +296,21 @@ def _segments(row: pa.Table, template: Encoder) -> list[tuple[str, bool]]:
 def _dropped(stats: DataStats, row: dict[str, Any], verdicts: Verdicts) -> str:
     """Count a row that is not kept; its line of `dropped.jsonl`."""
     number, source, record = row["number"], row["source"], json.loads(row["record"])
-    reason = verdicts.reason[number]
-    stats.dropped.add_example(reason, source=source, text=record)
-    line = {"source": source, "reason": reason, "record": record}
-    if detail := verdicts.details[number].as_py():
-        line["detail"] = detail
-    original = int(verdicts.copy_of[number])
+    reason, original = verdicts.reason[number], int(verdicts.copy_of[number])
+    more = {"detail": detail} if (detail := verdicts.details[number].as_py()) else {}
     if original >= 0:
-        line["copy_of"] = verdicts.sources[original].as_py()
+        more["copy_of"] = verdicts.sources[original].as_py()
         stats.duplicates.add_example(
             reason,
             source=source,
-            of=line["copy_of"],
+            of=more["copy_of"],
             similarity=float(verdicts.similarity[number]),
             text=record,
             of_text=verdicts.texts(original),
         )
-    return json.dumps(line)
+    return _dropped_line(stats, source, reason, record, **more)
+
+
+def _dropped_line(stats: DataStats, source: str, reason: str, record: Any, **more: str) -> str:
+    stats.dropped.add_example(reason, source=source, text=record)
+    return json.dumps({"source": source, "reason": reason, "record": record, **more}, default=str)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,8 @@ LISTED = 32  # kept rows that a bucket lists: what more rows share without being
 TRIES = 8  # listed rows that a row is compared with, the likest first: boilerplate again
 SETS = 1024  # texts whose shingles are in memory at once
 MIXER = np.array([pow(0x9E3779B97F4A7C15, place + 1, 1 << 64) for place in range(LANES)], dtype=np.uint64)
+
+Item = TypeVar("Item", int, str)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def near_duplicates(
     agreeing = LANES * (threshold - DOUBT * math.sqrt(threshold * (1 - threshold) / LANES))
     duplicate_of, similarity = np.full(len(order), -1), np.full(len(order), np.nan)
     crowded = np.zeros(len(order), dtype=bool)
-    clusters, compared = _Clusters(), 0
+    clusters, compared = Clusters[int](place.__getitem__), 0
     alike = order[(buckets[order] >= 0).any(axis=1)]
     progress = Progress("prepare", len(alike), "rows compared", every=2.0)
 
@@ -79,7 +82,7 @@ def near_duplicates(
             if not protected[row]:
                 duplicate_of[row], similarity[row] = other, near
                 break
-            clusters.join(row, other, place)
+            clusters.join(row, other)
         compared += tries
         if duplicate_of[row] < 0:
             for bucket in shared:
@@ -108,20 +111,21 @@ def banding(threshold: float) -> tuple[int, int]:
     raise AssertionError("two minima a band are enough for 0.3")
 
 
-class _Clusters:
-    """Rows that are joined, by a union-find forest whose roots are the rows of lowest rank."""
+class Clusters(Generic[Item]):
+    """Items that are joined, by a union-find forest whose roots are the items of lowest rank."""
 
-    def __init__(self) -> None:
-        self.parent: dict[int, int] = {}
+    def __init__(self, rank: Callable[[Item], Any]) -> None:
+        self.rank: Callable[[Item], Any] = rank
+        self.parent: dict[Item, Item] = {}
 
-    def first(self, row: int) -> int:
-        while (parent := self.parent.get(row, row)) != row:
-            self.parent[row] = self.parent.get(parent, parent)
-            row = parent
-        return row
+    def first(self, item: Item) -> Item:
+        while (parent := self.parent.get(item, item)) != item:
+            self.parent[item] = self.parent.get(parent, parent)
+            item = parent
+        return item
 
-    def join(self, row: int, other: int, place: NDArray[np.int64]) -> None:
-        first, second = sorted((self.first(row), self.first(other)), key=lambda each: place[each])
+    def join(self, item: Item, other: Item) -> None:
+        first, second = sorted((self.first(item), self.first(other)), key=self.rank)
         self.parent[second] = first
 
 

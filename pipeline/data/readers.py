@@ -83,23 +83,26 @@ def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any
     if not suffix:
         raise FormatError(f"{path} ends in {path.suffix or 'nothing'}; expected {KNOWN}")
     container = CONTAINERS[suffix]
-    records: Iterator[tuple[int | str, Any]]
     try:
         if container in ("Parquet", "Arrow"):
             records = _table_records(_parquet_batches(path) if container == "Parquet" else _arrow_batches(path))
         else:
-            stream = _open_text(path, packing)
-            match container:
-                case "JSON":
-                    records = _json_records(path, stream)
-                case "JSONL":
-                    records = _line_records(path, stream)
-                case _:
-                    records = _csv_records(path, stream, "," if container == "CSV" else "\t")
+            records = _text_records(path, container, packing)
         for place, record in records:
             yield f"{name or path.name}:{place}", record
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise FormatError(f"{path} is cut off, damaged or not a {container_of(path)} file: {error}") from None
+
+
+def _text_records(path: Path, container: str, packing: str) -> Iterator[tuple[int | str, Any]]:
+    with _open_text(path, packing) as stream:
+        match container:
+            case "JSON":
+                yield from _json_records(path, stream)
+            case "JSONL":
+                yield from _line_records(path, stream)
+            case _:
+                yield from _csv_records(path, stream, "," if container == "CSV" else "\t")
 
 
 def class_labels(path: Path) -> dict[str, list[str]]:

@@ -5,7 +5,6 @@ to it.
 """
 
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.duplicates import near_duplicates
+from pipeline.data.duplicates import Clusters, near_duplicates
 from pipeline.data.encoding import ROWS, SIGNATURES, TEXT
 
 SPLITS = ("train", "validation", "test")
@@ -138,15 +137,9 @@ def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
 
 def joined_groups(groups: list[str], clusters: NDArray[np.int64]) -> list[str]:
     """The group of each test row; near copies, and all that shares a group with them, are one: they fail together."""
-    first: dict[str, str] = {}  # group → one that it is joined with, first by name
-
-    def joined(name: str) -> str:
-        while (other := first.get(name, name)) != name:
-            name = other
-        return name
-
-    near = sorted(pair for pair in zip(clusters.tolist(), groups, strict=True) if pair[0] >= 0)
-    for _, members in groupby(near, key=lambda pair: pair[0]):
-        names = sorted({joined(group) for _, group in members})
-        first.update(dict.fromkeys(names[1:], names[0]))
-    return [joined(group) for group in groups]
+    joined = Clusters[str](str)
+    members: dict[int, str] = {}  # cluster → a group in it
+    for cluster, group in zip(clusters.tolist(), groups, strict=True):
+        if cluster >= 0:
+            joined.join(group, members.setdefault(cluster, group))
+    return [joined.first(group) for group in groups]
