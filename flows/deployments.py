@@ -29,14 +29,10 @@ from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.data.snapshot import recover
 from pipeline.ingest import ingest
-from pipeline.registry.artifact_store import open_store
-from pipeline.registry.decisions import champion, read_log
-from pipeline.registry.garbage import collect
-from pipeline.registry.manifest import read_manifest
-from pipeline.registry.mlflow import open_registry
+from pipeline.registry.model import RegisteredModel
 from pipeline.registry.preflight import require_ready
 from pipeline.registry.rescore import score_today
-from pipeline.registry.retention import delete, outdated
+from pipeline.registry.retention import collect, delete, outdated
 from pipeline.scoring.resampling import LOWER_IS_BETTER
 from pipeline.services.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
 from pipeline.settings import change_params, load_params
@@ -84,11 +80,10 @@ def retrain(
         reason = version and gate.settled(params.publish, params.promote, version)
         if version and reason:
             describe_run(trigger, "unchanged")
-            trial.stays = version == champion(
-                read_log(open_store(params.publish), params.publish.registered_model_name)
-            )
-            name = open_registry(params.publish).label(version)
-            return Completed(name="Unchanged", message=f"nothing to do: version {name}: {reason}")
+            model = RegisteredModel(params.publish)
+            trial.stays = version == model.champion()
+            said = f"nothing to do: version {model.label(version)}: {reason}"
+            return Completed(name="Unchanged", message=said)
         # A run that waits for a person lets go of the lock.
         os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
         result = run_stages(trigger)
@@ -134,7 +129,7 @@ def rollback(reason: str, to: str | None = None) -> State[Any]:
     """Put the champion before the present one back, or the version named by `to`; it waits for no run."""
     params = load_params()
     record, warnings = gate.rollback(params.publish, params.promote, to, reason)
-    label = open_registry(params.publish).label
+    label = RegisteredModel(params.publish).label
     said = "; ".join([f"{label(record.champion)} is champion again; it was {label(record.previous)}", *warnings])
     return Completed(name="Rolled back", message=said, data=asdict(record))
 
@@ -145,12 +140,11 @@ def evaluate_champion() -> State[Any]:
     """Score the champion on today's test split; below what it was promoted with, `champion.regressed` is raised."""
     with only_run():
         params = load_params()
-        store, metric = open_store(params.publish), params.promote.primary_metric
-        version = champion(read_log(store, params.publish.registered_model_name))
-        manifest = read_manifest(store, version) if version else None
-        if manifest is None:
+        model, metric = RegisteredModel(params.publish), params.promote.primary_metric
+        version = model.champion()
+        if version is None:
             return Completed(name="Skipped", message="there is no champion yet")
-        name = open_registry(params.publish).label(version)
+        manifest, name = model.manifest(version), model.label(version)
         then = manifest["metrics"]["merged"].get(metric)
         if then is None:
             said = f"{metric} (promote.primary_metric) was not measured when champion {name} was published"
@@ -159,7 +153,7 @@ def evaluate_champion() -> State[Any]:
         graph.pull_data()
         if graph.repro("prepare", print) != 0:
             raise StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
-        now = score_today(params.publish, manifest, metric)
+        now = score_today(model, manifest, metric)
     said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
     create_markdown_artifact(
         f"**{name}**: {said}", key="champion", description="The champion scored on today's test split"
@@ -178,7 +172,7 @@ def cleanup(delete_files: bool = True) -> State[Any]:
     versions = outdated(params) if params.keep_versions is not None else []
     for version in versions:
         delete(params, version, f"older than the newest {params.keep_versions}")
-    garbage = collect(open_store(params), delete_files)
+    garbage = collect(RegisteredModel(params).store, delete_files)
     said = f"{len(versions)} versions and {garbage.objects:,} objects, {garbage.bytes / 1e6:,.1f} MB"
     return Completed(name="Cleaned", message=said, data=asdict(garbage))
 

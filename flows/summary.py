@@ -10,7 +10,6 @@ from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
 from prefect.exceptions import Abort
 from prefect.states import Cancelled, Completed
-from rich.console import Console
 
 from pipeline.core import graph
 from pipeline.core.processes import identity
@@ -20,8 +19,16 @@ from pipeline.registry.artifact_store import open_store
 from pipeline.registry.compare import BASE
 from pipeline.registry.decisions import name_of
 from pipeline.registry.manifest import read_manifest
-from pipeline.registry.verdict import P_NOTE, verdict_rows
-from pipeline.report.tables import WIDTH, markdown, score_rows, terminal, verdict_lines, verdict_table
+from pipeline.report.tables import (
+    P_NOTE,
+    Row,
+    markdown,
+    score_rows,
+    show_table,
+    show_verdict,
+    verdict_lines,
+    verdict_rows,
+)
 
 
 def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:
@@ -74,20 +81,48 @@ def verdict(decision: dict[str, Any]) -> str:
 def page(result: dict[str, Any], manifest: dict[str, Any], store: str, registry: str) -> str:
     """Markdown: verdict, scores of base, champion and candidate, stages, cost, and where everything lies."""
     version, decision = result["version"], result["decision"]
-    name = name_of(version["version"], version["number"])
-    lines = [f"# {decision['decision'].capitalize()}: {name}", "", verdict(decision)]
-    lines += ["", "## Test scores", "", *markdown(score_rows(_systems(result)))]
-    lines += ["", "## Stages", "", "| stage | outcome | time |", "|---|---|---|"]
-    lines += [f"| {each['stage']} | {each['outcome']} | {clock(each['seconds'])} |" for each in result["stages"]]
-    lines += [f"| all | | {clock(sum(each['seconds'] for each in result['stages']))} |", ""]
     cost = manifest.get("cost") or {"price_per_hour": None, "total": None}
-    lines += ["## Cost and places", ""]
     unknown = "publish.price_per_hour is not set" if cost["price_per_hour"] is None else "a stage was not timed here"
-    lines.append("- cost: " + (unknown if cost["total"] is None else f"{cost['total']:.2f}"))
-    lines.append(f"- version: `{store}/versions/{version['version']}/manifest.json`")
     link = f"[{registry}]({registry})" if registry.startswith("http") else f"`{registry}`"
-    lines.append(f"- registry: {link}; the whole report is the artifact `report`")
-    return "\n".join(lines) + "\n"
+    return "\n".join(
+        [
+            f"# {decision['decision'].capitalize()}: {name_of(version['version'], version['number'])}",
+            "",
+            verdict(decision),
+            "",
+            "## Test scores",
+            "",
+            *markdown(score_rows(_systems(result))),
+            "",
+            "## Stages",
+            "",
+            *markdown(_stage_rows(result, sum(each["seconds"] for each in result["stages"]))),
+            "",
+            "## Cost and places",
+            "",
+            f"- cost: {unknown if cost['total'] is None else format(cost['total'], '.2f')}",
+            f"- version: `{store}/versions/{version['version']}/manifest.json`",
+            f"- registry: {link}; the whole report is the artifact `report`",
+            "",
+        ]
+    )
+
+
+def show(result: dict[str, Any], seconds: float) -> None:
+    """What a person wants to know at the end, on the terminal: the verdict first, then the numbers."""
+    version, decision = result["version"], result["decision"]
+    if not result["changed"]:
+        print("Nothing to do: data, parameters and code are those of the last run.")
+    print("\n".join(verdict_lines(decision["title"], decision["reason"], decision["next"])))
+    for line in [*decision["notes"], *decision["warnings"]]:
+        print(f"         {line}.")
+    show_verdict(decision["comparison"], decision["against"] == BASE)
+    show_table(score_rows(_systems(result)), "Test scores (95 % interval)")
+    show_table(_stage_rows(result, seconds), "Stages")
+    alias = " (champion)" if decision["champion"] == version["version"] else ""
+    before = "" if version["created"] else ", published before"
+    print(f"Version  {name_of(version['version'], version['number'])}{alias}{before}, id {version['version']}")
+    print("Files    artifacts/merged is the model, artifacts/report.html the report")
 
 
 def _systems(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -99,25 +134,9 @@ def _systems(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"base": metrics["base"], **champion, "adapter": metrics["adapter"], "merged": metrics["merged"]}
 
 
-def show(result: dict[str, Any], seconds: float) -> None:
-    """What a person wants to know at the end, on the terminal: the verdict first, then the numbers."""
-    version, decision = result["version"], result["decision"]
-    if not result["changed"]:
-        print("Nothing to do: data, parameters and code are those of the last run.")
-    print("\n".join(verdict_lines(decision["title"], decision["reason"], decision["next"])))
-    for line in [*decision["notes"], *decision["warnings"]]:
-        print(f"         {line}.")
-    console = Console(width=WIDTH, highlight=False)
-    if decision["comparison"]:
-        console.print(verdict_table(decision["comparison"], decision["against"] == BASE))
-        print(P_NOTE)
-    console.print(terminal(score_rows(_systems(result)), "Test scores (95 % interval)"))
-    stages = [{"stage": s["stage"], "outcome": s["outcome"], "time": clock(s["seconds"])} for s in result["stages"]]
-    console.print(terminal([*stages, {"stage": "all", "outcome": "", "time": clock(seconds)}], "Stages"))
-    alias = " (champion)" if decision["champion"] == version["version"] else ""
-    before = "" if version["created"] else ", published before"
-    print(f"Version  {name_of(version['version'], version['number'])}{alias}{before}, id {version['version']}")
-    print("Files    artifacts/merged is the model, artifacts/report.html the report")
+def _stage_rows(result: dict[str, Any], seconds: float) -> list[Row]:
+    stages = [*result["stages"], {"stage": "all", "outcome": "", "seconds": seconds}]
+    return [{"stage": s["stage"], "outcome": s["outcome"], "time": clock(s["seconds"])} for s in stages]
 
 
 def _data_tag() -> str | None:

@@ -29,7 +29,7 @@ from pipeline.core.under_way import tell
 from pipeline.data.snapshot import recover
 from pipeline.params import Params
 from pipeline.registry.artifact_store import open_store
-from pipeline.registry.pin import pin_champion
+from pipeline.registry.init_adapter import pin_champion
 from pipeline.report.tables import score_rows
 from pipeline.report.whole import report_decision
 from pipeline.scoring.resampling import read_scores

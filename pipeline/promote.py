@@ -10,29 +10,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import WORK_DIR, read_json, write_json
 from pipeline.params import PromoteParams, PublishParams
-from pipeline.registry import compare as comparing
-from pipeline.registry import gate, manifest, notify, verdict, verify
-from pipeline.registry.artifact_store import ArtifactStore, open_store
-from pipeline.registry.compare import BASE, CompareError, UnfairError
+from pipeline.registry import gate, manifest, notify, verdict
+from pipeline.registry.compare import BASE, UnfairError, compare
 from pipeline.registry.decisions import (
     DecisionError,
-    PromoteError,
     Record,
     append,
     champion,
     champions,
+    deleted,
     name_of,
     proposed,
-    read_log,
     refuse_deleted,
     rolled_back,
-    word_of,
 )
 from pipeline.registry.manifest import Manifest, read_manifest
-from pipeline.registry.mlflow import ModelRegistry, RegistryError, resolve
-from pipeline.registry.registration import register
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.verify import servable
 
 
 @dataclass(frozen=True)
@@ -64,48 +59,70 @@ def promote(
     overrules neither a deletion nor `publish.require_signature`.
 
     Raises:
-        PromoteError: no such version, or one that may not be promoted.
+        DecisionError: the version was deleted, or the log cannot be read.
+        StoreError: it is not published.
         CompareError: no fair comparison can be made.
         SignatureError: the version is unsigned or altered, and publish.require_signature is on.
     """
-    store = open_store(publishing, root)
-    name = publishing.registered_model_name
-    registry = ModelRegistry(publishing.tracking_uri, name, root)
-    candidate = resolve(version, store, registry, name, root)
-    refuse_deleted(read_log(store, name), candidate)
-    published = _published(store, candidate, publishing)
+    model = RegisteredModel(publishing, root)
+    version = model.find(version)
+    refuse_deleted(model.log(), version)
+    candidate = servable(model, version)
     while True:
-        log = read_log(store, name)
-        refuse_deleted(log, candidate)
+        log = model.log()
+        refuse_deleted(log, version)
+        settled = settled_reason(log, version, params)
         serving = champion(log)
-        settled = settled_reason(log, candidate, params)
-        if candidate == serving or (settled is not None and force is None):
-            return _unchanged(store, registry, published, log, settled or "")
-        against = f"champion {registry.label(serving)}" if serving else BASE
-        comparison, notes, unfair = _compare(publishing, published, serving, params, root, force)
-        failed = gate.refusals(comparison)
-        reason = verdict.why(comparison, against) if comparison else unfair
-        judged = gate.decision_on(comparison) if comparison and not unfair else "refused"
-        passed = force is not None or judged == "promoted"
-        waits = passed and force is None and params.approval == "manual"
-        kind = "proposed" if waits else "promoted" if passed else judged
-        record = Record(
-            number=len(log) + 1,
-            decision=kind,
-            version=candidate,
-            champion=candidate if kind == "promoted" else serving,
-            previous=serving,
-            reason=reason if force is None else force,
-            comparison=comparison,
-            gate=params.gate(),
-            manifest_sha256=manifest.digest(published),
-            overruled=[] if force is None else [*failed, *filter(None, [unfair, settled])],
-            notes=notes,
-        )
-        made = append(store, name, record)
-        if made is not None:
-            return _decided(store, registry, publishing, params, published, made)
+        if version == serving or (settled is not None and force is None):
+            earlier = [record for record in log if record.version == version != serving]
+            record = Record(0, "unchanged", version, serving, serving, settled or "")
+            return _decided(model, params, candidate, record, earlier[-1] if earlier else None)
+        record = _judge(model, candidate, log, params, force, settled)
+        if written := append(model.store, model.name, record):
+            return _decided(model, params, candidate, written)
         # Another promoter wrote this record first; the champion may be another one now.
+
+
+def _judge(
+    model: RegisteredModel,
+    candidate: Manifest,
+    log: list[Record],
+    params: PromoteParams,
+    force: str | None,
+    settled: str | None,
+) -> Record:
+    """The gate's decision on `candidate` against the champion, or that of the person who forces it."""
+    version, serving = candidate["version"], champion(log)
+    against = f"champion {model.label(serving)}" if serving else BASE
+    comparison: gate.Comparison = {}
+    notes, impossible = ["no numbers: candidate and champion were not compared"], ""
+    try:
+        comparison, notes = compare(model, candidate, serving, params)
+        decision, reason = gate.decision_on(comparison), verdict.why(comparison, against)
+    except gate.CompareError as error:
+        if force is None and not isinstance(error, UnfairError):
+            raise
+        decision, reason = "refused", str(error)
+        impossible = reason
+    overruled: list[str] = []
+    if force is not None:
+        overruled = [*gate.refusals(comparison), *filter(None, [impossible, settled])]
+        decision, reason = "promoted", force
+    elif decision == "promoted" and params.approval == "manual":
+        decision = "proposed"
+    return Record(
+        number=len(log) + 1,
+        decision=decision,
+        version=version,
+        champion=version if decision == "promoted" else serving,
+        previous=serving,
+        reason=reason,
+        comparison=comparison,
+        gate=params.gate(),
+        manifest_sha256=manifest.digest(candidate),
+        overruled=overruled,
+        notes=notes,
+    )
 
 
 def approve(
@@ -120,42 +137,39 @@ def approve(
     """A person's answer to the version that passed the gate and waits: it is promoted, or recorded as refused.
 
     Raises:
-        PromoteError: no version waits, or another one than `version`, or the champion is not the one compared with.
+        DecisionError: no version waits, or another one than `version`, or the champion is not the one compared with.
         SignatureError: as for `promote`.
     """
-    store = open_store(publishing, root)
-    name = publishing.registered_model_name
-    registry = ModelRegistry(publishing.tracking_uri, name, root)
+    model = RegisteredModel(publishing, root)
+    version = model.find(version) if version is not None else None
     while True:
-        log = read_log(store, name)
-        waiting = proposed(log)
-        wanted = resolve(version, store, registry, name, root) if version is not None else None
-        if waiting is None or wanted not in (None, waiting.version):
-            who = f"version {registry.label(waiting.version)}" if waiting else "no version"
-            other = "" if wanted is None else f", not {registry.label(wanted)}"
-            raise PromoteError(
+        log = model.log()
+        proposal = proposed(log)
+        if proposal is None or version not in (None, proposal.version):
+            who = f"version {model.label(proposal.version)}" if proposal else "no version"
+            other = "" if version is None else f", not {model.label(version)}"
+            raise DecisionError(
                 f"{who} waits for approval{other}; `retune promote` decides anew where the champion has changed since"
             )
-        published = _published(store, waiting.version, publishing)
-        if manifest.digest(published) != waiting.manifest_sha256:
-            raise PromoteError(
-                f"version {registry.label(waiting.version)} is not the one that passed: its manifest was altered"
+        candidate = servable(model, proposal.version)
+        if manifest.digest(candidate) != proposal.manifest_sha256:
+            raise DecisionError(
+                f"version {model.label(proposal.version)} is not the one that passed: its manifest was altered"
             )
         serving = champion(log)
         record = replace(
-            waiting,
+            proposal,
             number=len(log) + 1,
             decision="promoted" if agreed else "refused",
-            champion=waiting.version if agreed else serving,
+            champion=proposal.version if agreed else serving,
             previous=serving,
-            reason=reason or (f"approved: {waiting.reason}" if agreed else "not approved"),
+            reason=reason or (f"approved: {proposal.reason}" if agreed else "not approved"),
             actor=actor,
             time="",
-            proposal=waiting.number,
+            proposal=proposal.number,
         )
-        made = append(store, name, record)
-        if made is not None:
-            return _decided(store, registry, publishing, params, published, made)
+        if written := append(model.store, model.name, record):
+            return _decided(model, params, candidate, written)
 
 
 def rollback(
@@ -168,65 +182,35 @@ def rollback(
     """Make the champion before this one (or version `to`) champion again; returns the record, and warnings.
 
     Raises:
-        PromoteError: there is no earlier champion, or `to` never was one.
+        DecisionError: there is no earlier champion, or `to` never was one.
         SignatureError: as for `promote`.
     """
-    store = open_store(publishing, root)
-    name = publishing.registered_model_name
-    registry = ModelRegistry(publishing.tracking_uri, name, root)
+    model = RegisteredModel(publishing, root)
     while True:
-        log = read_log(store, name)
-        line = champions(log)
+        log = model.log()
+        line, serving = champions(log), champion(log)
         if to is None and len(line) < 2:
-            raise PromoteError(f"{name} has no champion before the present one; `retune history` lists the decisions")
-        target = line[-2] if to is None else resolve(to, store, registry, name, root)
-        if target == champion(log):
-            raise PromoteError(f"version {registry.label(target)} is the champion already")
+            raise DecisionError(f"{model.name} has no champion before the present one; see `retune history`")
+        target = line[-2] if to is None else model.find(to)
+        if target == serving:
+            raise DecisionError(f"version {model.label(target)} is the champion already")
         if target not in {record.champion for record in log}:
-            raise PromoteError(
-                f"version {registry.label(target)} never was champion of {name}; `retune promote` decides on it first"
+            raise DecisionError(
+                f"version {model.label(target)} never was champion of {model.name}; `retune promote` decides on it"
             )
         refuse_deleted(log, target)
-        published = _published(store, target, publishing)
-        record = Record(
-            len(log) + 1, "rollback", target, target, champion(log), reason, manifest_sha256=manifest.digest(published)
-        )
-        made = append(store, name, record)
-        if made is not None:
-            _, warnings = _project(store, registry, [*log, made], target)
-            return made, warnings + notify.tell(params.webhooks, name, made)
+        digest = manifest.digest(servable(model, target))
+        record = Record(len(log) + 1, "rollback", target, target, serving, reason, manifest_sha256=digest)
+        if written := append(model.store, model.name, record):
+            warnings = model.project(target)[1]
+            return written, warnings + notify.tell(params.webhooks, model.name, written)
 
 
 def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
-    """Every decision, oldest first, and warnings; puts the registry's aliases right on the way.
-
-    A registry that is a file as the last call left it is not asked: loading MLflow takes two seconds.
-    """
-    store, name = open_store(publishing, root), publishing.registered_model_name
-    log = read_log(store, name)
-    if not log:
-        return [], []
-    marker, before = root / WORK_DIR / "aliases.json", _state_of_aliases(log, publishing, root)
-    if marker.is_file() and read_json(marker) == before:
-        return log, []
-    try:
-        registry = ModelRegistry(publishing.tracking_uri, name, root)
-    except RegistryError as error:
-        return log, [str(error)]
-    warnings = _project(store, registry, log, log[-1].version)[1]
-    # What was put right just now, or by another process meanwhile, is looked at once more next time.
-    if before is not None and not warnings and before == _state_of_aliases(log, publishing, root):
-        write_json(marker, before)
-    return log, warnings
-
-
-def _state_of_aliases(log: list[Record], publishing: PublishParams, root: Path) -> list[Any] | None:
-    """What the aliases follow from and where they are kept; None for a registry that is no file."""
-    database = root / publishing.tracking_uri.removeprefix("sqlite:///")
-    if not publishing.tracking_uri.startswith("sqlite:///") or not database.is_file():
-        return None
-    files = [database, *database.parent.glob(f"{database.name}-*")]  # SQLite's journals
-    return [len(log), log[-1].version, *sorted([file.name, file.stat().st_mtime_ns] for file in files)]
+    """Every decision, oldest first, and warnings; puts the registry's aliases right on the way."""
+    model = RegisteredModel(publishing, root)
+    log = model.log()
+    return log, model.project(log[-1].version)[1] if log else []
 
 
 def settled_reason(log: list[Record], version: str, params: PromoteParams) -> str | None:
@@ -237,10 +221,8 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams) -> st
     serving = champion(log)
     if version == serving:
         return "it is the champion"
-    try:
-        refuse_deleted(log, version)
-    except DecisionError as error:
-        return str(error)
+    if version in deleted(log):
+        return f"it was deleted: {deleted(log)[version].reason}"
     if version in rolled_back(log):
         return f"it was rolled back; `retune rollback --to {version}` makes it champion again"
     same = [r for r in log if r.version == version and r.previous == serving and r.gate == params.gate()]
@@ -255,98 +237,44 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams) -> st
 
 
 def settled(publishing: PublishParams, params: PromoteParams, version: str, root: Path = Path(".")) -> str | None:
-    """As `settled_reason`, for a published version; None when it is not published. Quick: asks no registry."""
-    store = open_store(publishing, root)
-    log = read_log(store, publishing.registered_model_name)
-    if read_manifest(store, version) is None and version not in {record.version for record in log}:
+    """As `settled_reason`, for a published version; None when it is not published.
+
+    Quick: asks the registry only where a crash kept the last decision from its aliases; loading MLflow takes seconds.
+    """
+    model = RegisteredModel(publishing, root)
+    log = model.log()
+    if version not in {record.version for record in log} and read_manifest(model.store, version) is None:
         return None
-    return settled_reason(log, version, params)
-
-
-def _compare(
-    publishing: PublishParams,
-    published: Manifest,
-    serving: str | None,
-    params: PromoteParams,
-    root: Path,
-    force: str | None,
-) -> tuple[dict[str, Any], list[str], str]:
-    """The comparison, its notes, and why none is fair; who forces a promotion needs none."""
-    try:
-        return *comparing.compare(publishing, published, serving, params, root), ""
-    except CompareError as error:
-        if force is None and not isinstance(error, UnfairError):
-            raise
-        return {}, ["no numbers: candidate and champion were not compared"], str(error)
-
-
-def _published(store: ArtifactStore, version: str, publishing: PublishParams) -> Manifest:
-    found = read_manifest(store, version)
-    if found is None:
-        raise PromoteError(f"version {version} is not published in {store.uri}; `retune publish` does that")
-    verify.require_intact(store, found, publishing)
-    return found
+    reason = settled_reason(log, version, params)
+    if reason is not None and not model.projected(log):
+        model.project(version)
+    return reason
 
 
 def _decided(
-    store: ArtifactStore,
-    registry: ModelRegistry,
-    publishing: PublishParams,
-    params: PromoteParams,
-    published: Manifest,
-    made: Record,
+    model: RegisteredModel, params: PromoteParams, candidate: Manifest, record: Record, earlier: Record | None = None
 ) -> Decision:
-    number, warnings = _project(store, registry, read_log(store, publishing.registered_model_name), made.version)
-    warnings += notify.tell(params.webhooks, publishing.registered_model_name, made)
-    word, name = word_of(made), name_of(made.version, number)
+    """The record in words, after aliases and webhooks followed it; `earlier` settled it, where it is not a new one."""
+    number, warnings = model.project(record.version)
+    if record.decision != "unchanged":
+        warnings += notify.tell(params.webhooks, model.name, record)
+        earlier = record
+    serving = model.label(record.champion) if record.champion else None
+    todo = ""
+    if earlier is not None:
+        name = f"v{number}" if number else record.version
+        todo = verdict.next_step(earlier.word, name, earlier.comparison, candidate, earlier.previous is None)
     return Decision(
-        made.decision,
-        made.version,
-        number,
-        made.champion,
-        made.previous or BASE,
-        made.reason,
-        word,
-        verdict.title(word, name, registry.label(made.champion) if made.champion else None),
-        next_step(made, published, number),
-        made.comparison,
-        made.notes,
-        warnings,
+        decision=record.decision,
+        version=record.version,
+        number=number,
+        champion=record.champion,
+        against=record.previous or BASE,
+        reason=record.reason,
+        word=record.word,
+        title=verdict.title(record.word, name_of(record.version, number), serving),
+        next=todo,
+        comparison=record.comparison,
+        notes=record.notes,
+        warnings=warnings,
     )
-
-
-def _unchanged(
-    store: ArtifactStore, registry: ModelRegistry, published: Manifest, log: list[Record], reason: str
-) -> Decision:
-    version, serving = published["version"], champion(log)
-    number, warnings = _project(store, registry, log, version)
-    earlier = [record for record in log if record.version == version and version != serving]
-    todo = next_step(earlier[-1], published, number) if earlier else ""
-    said = verdict.title("unchanged", name_of(version, number), None)
-    against = serving or BASE
-    return Decision("unchanged", version, number, serving, against, reason, "unchanged", said, todo, {}, [], warnings)
-
-
-def next_step(record: Record, published: Manifest, number: str | None) -> str:
-    """What a person can do after the decision of `record` on the version `published`."""
-    name = f"v{number}" if number else record.version
-    return verdict.next_step(word_of(record), name, record.comparison, published, record.previous is None)
-
-
-def _project(
-    store: ArtifactStore, registry: ModelRegistry, log: list[Record], version: str
-) -> tuple[str | None, list[str]]:
-    """Make the registry say what the log says; returns `version`'s number there, and a warning if it cannot be reached.
-
-    A version that the registry has lost is registered again from the store.
-    """
-    serving = champion(log)
-    try:
-        for wanted in {serving, version} - {None}:
-            found = read_manifest(store, str(wanted))
-            if found is not None:
-                register(store, registry, found)
-        registry.project(serving)
-        return registry.numbers().get(version), []
-    except RegistryError as error:
-        return None, [f"{error}. The decision stands; the next command sets the aliases"]

@@ -13,13 +13,11 @@ from pipeline.core.allowlist import check_file, check_names
 from pipeline.params import PublishParams
 from pipeline.registry import card, signature
 from pipeline.registry import manifest as manifests
-from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
-from pipeline.registry.decisions import read_log, refuse_deleted
-from pipeline.registry.fetching import fetch_file
+from pipeline.registry.artifact_store import StoreError
+from pipeline.registry.decisions import refuse_deleted
 from pipeline.registry.manifest import Manifest, read_manifest
-from pipeline.registry.mlflow import ModelRegistry
-from pipeline.registry.registration import register
-from pipeline.registry.transfer import check_objects, ship, upload
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.transfer import check_objects, fetch, ship, upload
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
@@ -51,74 +49,70 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
         raise PublishError(
             f"{', '.join(stale)} changed since they ran; `retune run` or `dvc repro` brings them up to date"
         )
+    model = RegisteredModel(params, root)
     version = graph.version_id(root)
-    store = open_store(params, root)
-    refuse_deleted(read_log(store, params.registered_model_name), version)
-    manifest = read_manifest(store, version)
+    refuse_deleted(model.log(), version)
+    manifest = read_manifest(model.store, version)
     uploaded, created = 0, manifest is None
     if manifest is None:
-        manifest, uploaded = _upload(params, store, version, root)
+        manifest, uploaded = ship_version(model, version)
     else:
         try:
-            check_objects(store, manifest["files"])
+            check_objects(model.store, manifest["files"])
         except StoreError:  # the store lost one; the workspace has it
-            _, uploaded = upload(store, _shipped_files(root))
-            check_objects(store, manifest["files"])
-    registry = ModelRegistry(params.tracking_uri, params.registered_model_name, root)
-    number = register(store, registry, manifest)
-    signed = signature.read_signature(store, version, manifests.encode(manifest)) is not None
+            _, uploaded = upload(model.store, _shipped_files(root))
+            check_objects(model.store, manifest["files"])
+    number = model.register(manifest)
+    signed = signature.read_signature(model.store, manifest) is not None
     return Published(version, number, created, uploaded, signed)
+
+
+def ship_version(model: RegisteredModel, version: str) -> tuple[Manifest, int]:
+    """Upload the workspace's artifacts, sign the manifest and store it; returns it and the bytes that were sent."""
+    store, described_bytes = model.store, 0
+
+    def describe(entries: dict[str, Any]) -> bytes:
+        nonlocal described_bytes
+        manifest = manifests.build(model.params, version, entries, model.root)
+        with tempfile.TemporaryDirectory() as folder:
+            described = {}
+            for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
+                described[name] = Path(folder) / name
+                described[name].write_text(text, encoding="utf-8")
+            more, described_bytes = upload(store, described)
+        manifest["files"] = manifest["files"] | more | _for_mlflow(manifest)
+        _sign(model, manifest)  # first: a version that can be seen is signed already
+        return manifests.encode(manifest)
+
+    uploaded = ship(store, version, _shipped_files(model.root), describe)
+    return model.manifest(version), uploaded + described_bytes
 
 
 def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
     """Sign a version that was published unsigned, after checking every file; False when it has a signature already.
 
     Raises:
-        PublishError: there is no such version, or no key to sign with.
-        StoreError: an object is missing or altered.
+        SignatureError: there is no key to sign with, or it cannot be used.
+        StoreError: there is no such version, or an object is missing or altered.
         RegistryError: MLflow cannot be reached; the version is signed all the same.
     """
-    store = open_store(params, root)
-    manifest = read_manifest(store, version)
-    if manifest is None:
-        raise PublishError(f"version {version} is not published in {store.uri}")
-    with tempfile.TemporaryDirectory() as folder:
-        for entry in manifest["files"].values():
-            fetch_file(store, entry, Path(folder) / "file")
-    data = manifests.encode(manifest)
-    signed = signature.sign(params, data)
-    if signed is None:
-        raise PublishError("publish.signing_key is null; it names the private key to sign with")
-    made = store.create(signature.signature_key(version, data), signed)
-    ModelRegistry(params.tracking_uri, params.registered_model_name, root).mark(version, {"signed": "true"})
-    return made
-
-
-def _upload(params: PublishParams, store: ArtifactStore, version: str, root: Path) -> tuple[Manifest, int]:
-    moved = 0
-
-    def describe(entries: dict[str, Any]) -> bytes:
-        nonlocal moved
-        manifest = manifests.build(params, version, entries, root)
+    model = RegisteredModel(params, root)
+    manifest = model.manifest(version)
+    for entry in manifest["files"].values():
         with tempfile.TemporaryDirectory() as folder:
-            described = {}
-            for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
-                described[name] = Path(folder) / name
-                described[name].write_text(text, encoding="utf-8")
-            more, moved = upload(store, described)
-        manifest["files"] = manifest["files"] | more | _for_mlflow(manifest)
-        data = manifests.encode(manifest)
-        # The signature first: a version that can be seen is signed already.
-        signed = signature.sign(params, data)
-        if signed is not None:
-            store.create(signature.signature_key(version, data), signed)
-        return data
+            fetch(model.store, {"file": entry}, Path(folder))
+    if params.signing_key is None:
+        raise signature.SignatureError("publish.signing_key is null; it names the private key to sign with")
+    signed = _sign(model, manifest)
+    model.registry.mark(version, {"signed": "true"})
+    return signed
 
-    uploaded = ship(store, version, _shipped_files(root), describe)
-    published = read_manifest(store, version)
-    if published is None:
-        raise StoreError(f"versions/{version}/manifest.json was written to {store.uri} but is not there")
-    return published, uploaded + moved
+
+def _sign(model: RegisteredModel, manifest: Manifest) -> bool:
+    """Store the manifest's signature, where there is a key; whether it is new."""
+    data = manifests.encode(manifest)
+    signed = signature.sign(model.params, data)
+    return signed is not None and model.store.create(signature.signature_key(manifest["version"], data), signed)
 
 
 def _shipped_files(root: Path) -> dict[str, Path]:
@@ -137,10 +131,8 @@ def _shipped_files(root: Path) -> dict[str, Path]:
 
 def _for_mlflow(manifest: Manifest) -> dict[str, Any]:
     """The tokenizer once more where MLflow's transformers flavour looks for it: other names of the same objects."""
-    merged = {name: entry for name, entry in manifest["files"].items() if name.startswith("merged/")}
-    names = {name: name.removeprefix("merged/") for name in merged}
-    return {
-        f"components/tokenizer/{short}": merged[name]
-        for name, short in names.items()
-        if short in TOKENIZER_FILES or short.endswith(".model")
+    merged = {
+        name.removeprefix("merged/"): entry for name, entry in manifest["files"].items() if name.startswith("merged/")
     }
+    tokenizer = [name for name in merged if name in TOKENIZER_FILES or name.endswith(".model")]
+    return {f"components/tokenizer/{name}": merged[name] for name in tokenizer}

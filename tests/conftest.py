@@ -221,6 +221,15 @@ def s3(swift_server: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def proxy(swift_server: str) -> Iterator[Any]:
+    """A proxy of the test's own, whose `plan` names the requests that meet a fault."""
+    from fault_proxy import FaultProxy
+
+    with FaultProxy(int(swift_server.rpartition(":")[2])) as proxy:
+        yield proxy
+
+
+@pytest.fixture
 def project(tmp_path: Path, base: Path, params: Params) -> Iterator[Path]:
     """A whole project in a folder of its own: git, DVC, a data snapshot, tiny parameters."""
     root = make_project(tmp_path / "project", base, params)

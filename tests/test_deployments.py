@@ -34,9 +34,11 @@ from pipeline import promote as gate
 from pipeline.core.run_lock import only_run
 from pipeline.params import Params
 from pipeline.registry.artifact_store import open_store
+from pipeline.registry.gate import CompareError
 from pipeline.registry.manifest import read_manifest
-from pipeline.registry.rescore import RescoreError, score_today
-from pipeline.registry.verdict import P_NOTE
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.rescore import score_today
+from pipeline.report.tables import P_NOTE
 from pipeline.scoring.resampling import METRICS
 from pipeline.services import stack
 from pipeline.services.events import contents, count_new, emit, tell_updated
@@ -252,8 +254,8 @@ def test_a_metric_that_was_never_measured_is_no_score(tmp_path: Path) -> None:
     version = published(tmp_path, params, exact=False)
     manifest = read_manifest(open_store(params.publish), version)
     assert manifest is not None
-    with pytest.raises(RescoreError, match="accuracy"):
-        score_today(params.publish, manifest, "accuracy", tmp_path)
+    with pytest.raises(CompareError, match="accuracy"):
+        score_today(RegisteredModel(params.publish, tmp_path), manifest, "accuracy")
 
 
 def test_automations_crash_dead_runs_and_tell_whoever_was_named() -> None:

@@ -1,7 +1,6 @@
 """The gate's rule and its tests: what is known of them by other means, and how often they err in simulations."""
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from pipeline.registry.significance import (
     score_test,
 )
 from pipeline.registry.verdict import why
-from pipeline.scoring.resampling import Groups, Items, group_sums, resampled_differences, set_scores
+from pipeline.scoring.resampling import group_sums, resampled_differences, set_scores
 from pipeline.settings import load_params
 
 
@@ -147,21 +146,6 @@ def test_the_power_is_the_textbooks_for_one_metric() -> None:
     assert power(noise, [1.0], [0.0]) == pytest.approx(ALPHA, abs=0.002)
     assert rows_factor(noise[:20_000], [2.0], [2.8016]) == pytest.approx(4.0, rel=0.03)
     assert rows_factor(noise[:2000], [1.0], [0.0]) == math.inf
-
-
-def test_two_thousand_sentences_are_compared_in_two_seconds() -> None:
-    draw = np.random.default_rng(0)
-    items: list[Items] = []
-    for _ in range(2):
-        totals = draw.integers(5, 30, 1000)[:, None] - np.arange(4)
-        lengths = np.stack([totals[:, 0], totals[:, 0]], axis=1)
-        items.append(np.concatenate([lengths, (totals * draw.random((1000, 1))).round(), totals], axis=1).astype(float))
-    groups: Groups = np.arange(1000)
-    started = time.monotonic()
-    differences = resampled_differences(items[0], items[1], groups, 1000, seed=0)
-    corpus_test(items[0], items[1], groups, 0.0, differences, seed=0)
-    assert time.monotonic() - started < 2.0
-    assert len(differences) == 1000
 
 
 def test_large_test_sets_are_resampled_in_blocks_with_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:

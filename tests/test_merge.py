@@ -135,9 +135,7 @@ def test_a_plain_load_computes_in_the_type_that_the_scores_were_made_in(base: Pa
 def test_the_model_cards_own_code_gives_the_answers_that_were_scored(
     merged: Path, dataset: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluation = {"params": params.evaluate.model_dump()}
-    manifest = {"name": "m", "params": {"train": params.train.model_dump()}, "evaluation": evaluation}
-    code, _, _ = card.use(manifest).partition("# Or")
+    code = card.use("m", params.train.model_dump(), params.evaluate.max_new_tokens).partition("# Or")[0]
     test = pq.read_table(dataset / "test.parquet")
     scored = pq.read_table(merged / "parity" / "items.merged.parquet")
     monkeypatch.chdir(merged)

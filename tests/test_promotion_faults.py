@@ -24,6 +24,8 @@ from pipeline.registry.decisions import champion, read_log
 from pipeline.registry.mlflow import ModelRegistry
 from pipeline.registry.s3 import S3Store
 
+LONG = [pytest.mark.faults, pytest.mark.timeout(3000)]
+
 
 class Arena:
     """A store with two versions, and as many models as are asked for of which the first is champion."""
@@ -92,27 +94,18 @@ def forker() -> Iterator[Forker]:
     made.end()
 
 
-def test_a_fault_at_some_request_of_a_promotion_changes_nothing_of_its_result(arena: Arena) -> None:
+@pytest.mark.parametrize("fault", [None, *(pytest.param(fault, marks=LONG) for fault in FAULTS)])
+def test_a_fault_at_any_request_of_a_promotion_changes_nothing_of_its_result(arena: Arena, fault: str | None) -> None:
+    """None: one that is drawn, at a request that is drawn."""
     seed = random.randrange(2**32)
     print("seed", seed)
     draw = random.Random(seed)
-    promote_with(arena, draw.randrange(arena.requests), draw.choice(FAULTS))
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_at_any_request_of_a_promotion_changes_nothing_of_its_result(arena: Arena, fault: str) -> None:
-    for index in range(arena.requests):
-        promote_with(arena, index, fault)
-
-
-def promote_with(arena: Arena, index: int, fault: str) -> None:
-    params = arena.champion_of_a_new_model()
-    arena.fault_at(index, fault)
-    decision = arena.promote(params)
-    assert (decision.decision, decision.warnings) == ("promoted", []), (index, fault)
-    arena.check(params, arena.log(params))
+    for index in range(arena.requests) if fault else [draw.randrange(arena.requests)]:
+        params = arena.champion_of_a_new_model()
+        arena.fault_at(index, fault or draw.choice(FAULTS))
+        decision = arena.promote(params)
+        assert (decision.decision, decision.warnings) == ("promoted", []), (index, fault)
+        arena.check(params, arena.log(params))
 
 
 def test_a_promotion_killed_beside_its_record_in_s3_is_repaired_by_the_next_command(
@@ -132,23 +125,6 @@ def test_a_promotion_killed_at_any_request_is_lost_or_made_once(arena: Arena, fo
     )
     assert effects == sorted(effects)
     assert set(effects) == {1, 2}
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(3000)
-def test_a_promotion_in_s3_killed_at_any_time_is_lost_or_made_once(arena: Arena, forker: Forker) -> None:
-    seed = random.randrange(2**32)
-    print("seed", seed)
-    draw = random.Random(seed)
-    params = arena.champion_of_a_new_model()
-    duration = forker.promote(arena.root, params.publish.model_dump())["seconds"]
-    effects = []
-    for _ in range(100):
-        params = arena.champion_of_a_new_model()
-        forker.promote(arena.root, params.publish.model_dump(), seconds=draw.uniform(0, 1.2 * duration))
-        effects.append(len(before := arena.log(params)))
-        arena.check(params, before)
-    print(f"100 kills within {1.2 * duration:.2f} s: {effects.count(1)} before, {effects.count(2)} after the record")
 
 
 def kill_at(arena: Arena, forker: Forker, index: int, how: str) -> list[str]:

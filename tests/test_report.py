@@ -16,18 +16,9 @@ from conftest import make_base, with_
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.report.contents import (
-    EXAMPLES,
-    Asked,
-    Contents,
-    System,
-    differences,
-    read_curve,
-    read_other_sets,
-    read_prompts,
-)
+from pipeline.report.contents import EXAMPLES, Asked, Contents, System, differences
 from pipeline.report.evaluation_pages import Bar, Plot, render
-from pipeline.report.stage import stage_contents, write_stage_report
+from pipeline.report.stage import read_curve, read_other_sets, read_prompts, stage_contents, write_scores
 from pipeline.report.tables import interval
 from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import provenance, score_items, summarise
@@ -74,26 +65,22 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset
     test = pq.read_table(dataset / "test.parquet")
     references, losses = test.column("reference").to_pylist(), ([2.0] * len(test), [2] * len(test))
     said = {"base": ["red"] * len(test), "adapter": references[:-5] + ["no idea"] * 5}
-    systems = {}
+    items = {}
     for name, answers in said.items():
-        items, signatures = score_items(test, [Answer(text, [1, 2], False) for text in answers], losses)
-        pq.write_table(items, folder / f"items.{name}.parquet")
-        systems[name] = system(name, items, params)
-    write_json(folder / "scores.json", {name: one.metrics for name, one in systems.items()})
-    write_json(folder / "evaluation.json", provenance(params.evaluate, dataset, signatures))
+        items[name], signatures = score_items(test, [Answer(text, [1, 2], False) for text in answers], losses)
     write_json(folder / "prompts.json", [])
-    write_stage_report(systems["base"], systems["adapter"], dataset, adapter, folder)
+    recorded = provenance(params.evaluate, dataset, signatures)
+    write_scores(items, params.evaluate, recorded, dataset, adapter, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def contents(evaluation: Path, dataset: Path, adapter: Path) -> Contents:
     metrics = read_json(evaluation / "scores.json")
-    base, candidate = (
-        System(name, metrics[key], pq.read_table(evaluation / f"items.{key}.parquet"))
-        for name, key in (("base", "base"), ("adapter", "adapter"))
-    )
-    return stage_contents(base, candidate, dataset, adapter, evaluation)
+    systems = [
+        System(name, metrics[name], pq.read_table(evaluation / f"items.{name}.parquet")) for name in ("base", "adapter")
+    ]
+    return stage_contents(systems, dataset, adapter, evaluation)
 
 
 def test_the_bars_of_dvc_plots_are_the_scores_of_scores_json(evaluation: Path, contents: Contents) -> None:
@@ -126,7 +113,7 @@ def full(contents: Contents, params: Params) -> Contents:
     count, fewer, best, worst = differences(systems[3], systems[1])
     changes = [replace(change, needed="more than 0", verdict="refused") for change in contents.changes]
     return replace(
-        contents, systems=systems, new="merged", old="champion", changes=changes, better=count, worse=fewer, best=best,
+        contents, systems=systems, old="champion", changes=changes, better=count, worse=fewer, best=best,
         worst=worst, decision="refused", verdict=HOSTILE * 3, title=HOSTILE, about={"model": HOSTILE}, next="go on",
         notes=[HOSTILE], facts={HOSTILE: {HOSTILE: HOSTILE}},
         prompts=[Asked(HOSTILE, [(system.name, HOSTILE) for system in systems])],
@@ -134,7 +121,7 @@ def full(contents: Contents, params: Params) -> Contents:
     )  # fmt: skip
 
 
-def test_the_stage_writes_both_pages_with_the_numbers_of_its_metrics(evaluation: Path) -> None:
+def test_the_stage_writes_both_pages_with_the_numbers_of_its_metrics(evaluation: Path, contents: Contents) -> None:
     metrics = read_json(evaluation / "scores.json")
     text = (evaluation / "report.md").read_text()
     for name in ("accuracy", "bleu", "rougeL"):
@@ -142,12 +129,9 @@ def test_the_stage_writes_both_pages_with_the_numbers_of_its_metrics(evaluation:
         assert f"| {name} | {cells} |" in text
     page = (evaluation / "report.html").read_text()
     assert "Not decided yet" in page
+    assert "<b>user</b>" in page and "&lt;|im_start|&gt;" not in page  # a prompt is its turns, not control tokens
     assert page.count("<polyline") == 2
-
-
-def test_the_stage_report_is_the_same_whenever_it_is_made(contents: Contents, evaluation: Path) -> None:
-    for name in ("report.md", "report.html"):
-        assert render(contents, name) == (evaluation / name).read_text()
+    assert (render(contents, "report.md"), render(contents, "report.html")) == (text, page)  # whenever it is made
 
 
 def test_the_verdict_comes_first(full: Contents) -> None:
@@ -157,6 +141,8 @@ def test_the_verdict_comes_first(full: Contents) -> None:
     assert text.splitlines()[0] == "# Evaluation: model mine, version v4, decided today"
     assert text.splitlines()[2].startswith("**Refused: v4 (295a1c…).**")
     assert page.index(">candidate (merged)</th>") < page.index(">champion</th>")  # what ships stands first
+    assert full.better + full.worse + full.same == len(full.systems[0].items)
+    assert f"{full.same} the same" in text
 
 
 def test_differences_are_the_items_that_changed_most(evaluation: Path, params: Params) -> None:
@@ -173,20 +159,6 @@ def test_differences_are_the_items_that_changed_most(evaluation: Path, params: P
     assert best[2].most == ("rougeL", 0.5, 0.9)
     everything = with_answers(zeros, rougeL=[0.9] * 30)
     assert len(differences(system("merged", everything, params), system("base", zeros, params))[2]) == EXAMPLES
-
-
-def test_a_prompt_is_its_turns_and_not_a_line_of_control_tokens(contents: Contents) -> None:
-    first = contents.best[0]
-    assert [who for who, _ in first.turns] == ["user"]
-    assert first.prompt.startswith("Name the colour of box")
-    page = render(contents, "report.html")
-    assert "<b>user</b>" in page
-    assert "&lt;|im_start|&gt;" not in page.split("<h2>Where the numbers")[0]
-
-
-def test_every_item_is_better_worse_or_the_same(full: Contents) -> None:
-    assert full.better + full.worse + full.same == len(full.systems[0].items)
-    assert f"{full.same} the same" in render(full, "report.md")
 
 
 def test_a_slice_shows_the_metric_that_says_something(contents: Contents, params: Params) -> None:
@@ -212,19 +184,16 @@ def test_a_metric_that_counts_few_items_says_how_few(contents: Contents, params:
     assert f"3 of {len(items)} items" in render(shown, "report.html")
 
 
-def test_nothing_that_was_written_by_a_model_is_markup(full: Contents) -> None:
+def test_nothing_that_was_written_by_a_model_is_markup_and_the_page_needs_nothing_else(full: Contents) -> None:
     page = render(full, "report.html")
     assert "<script" not in page and "<img" not in page and 'onerror="' not in page
     assert page.count("&lt;script&gt;") >= 8
+    assert "default-src 'none'" in page
+    own = re.sub("&lt;.*?&gt;", "", page)
+    assert not re.search(r"<(?:script|link|iframe|object)\b|@import|url\(|\bsrc=|href=", own)
     text = render(full, "report.md")
     assert not re.search(r"(?<!\\)<(?:script|img)", text)
     assert "](javascript" not in text.replace("\\]", "")
-
-
-def test_the_page_needs_nothing_from_elsewhere(full: Contents) -> None:
-    page = re.sub("&lt;.*?&gt;", "", render(full, "report.html"))
-    assert "default-src 'none'" in page
-    assert not re.search(r"<(?:script|link|iframe|object)\b|@import|url\(|\bsrc=|href=", page)
 
 
 def test_what_other_sets_and_own_prompts_gave_is_in_the_report(tmp_path: Path) -> None:

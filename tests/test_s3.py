@@ -1,8 +1,6 @@
 """The S3 store where it differs from a folder: what a server must keep, what goes wrong, what is said of it."""
 
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,27 +8,14 @@ from conftest import publish_params
 from fault_proxy import FaultProxy
 from s3_sink import Sink
 
-from pipeline.params import PublishParams
-from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.registry.artifact_store import StoreError, open_store
 from pipeline.registry.s3 import S3Store
 from pipeline.registry.transfer import upload
 
-SECRET = "testing"
-
-
-@pytest.fixture
-def proxy(swift_server: str) -> Iterator[FaultProxy]:
-    with FaultProxy(int(swift_server.rpartition(":")[2])) as proxy:
-        yield proxy
-
 
 def store_at(endpoint: str, uri: str | None = None, **values: object) -> S3Store:
-    return S3Store(params_at(endpoint, uri, **values), read_timeout_s=2)
-
-
-def params_at(endpoint: str, uri: str | None = None, **values: object) -> PublishParams:
     values = {"endpoint_url": endpoint, "addressing_style": "path"} | values
-    return publish_params(uri or f"s3://retune/{uuid.uuid4().hex}", **values)
+    return S3Store(publish_params(uri or f"s3://retune/{uuid.uuid4().hex}", **values), read_timeout_s=2)
 
 
 @pytest.fixture
@@ -39,12 +24,6 @@ def store(proxy: FaultProxy) -> S3Store:
     store.probe()
     proxy.seen.clear()
     return store
-
-
-def once(proxy: FaultProxy, fault: str, method: str = "") -> None:
-    """The next request (of `method`) meets `fault`, later ones none."""
-    left = [fault]
-    proxy.plan = lambda number, line: left.pop() if left and line.startswith(method) else None
 
 
 def test_a_server_that_lets_two_racing_writes_both_win_is_refused(swift_server: str) -> None:
@@ -62,69 +41,27 @@ def test_a_server_that_ignores_conditions_is_refused_at_first_or_from_then_on(at
             store_at(endpoint, "s3://retune/x").probe()
             sink.honours_conditions = False
         for _ in range(2):
-            with pytest.raises(StoreError, match="two conditional writes" if at_first else "ignores"):
+            with pytest.raises(StoreError, match="two conditional writes"):
                 store_at(endpoint, "s3://retune/x").create("a", b"")
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
-    "fault", ["reset", "lost", "500", "503", "stall", "cut", "twice", "409:ConditionalRequestConflict"]
-)
-def test_a_write_that_meets_a_fault_is_done_once_and_known_as_ones_own(
-    proxy: FaultProxy, store: S3Store, fault: str
-) -> None:
-    once(proxy, fault, "PUT")
-    assert store.create("a/b", b"mine" * 1000)
-    proxy.plan = lambda number, line: None
-    assert store.read("a/b") == b"mine" * 1000
-    assert not store.create("a/b", b"mine" * 1000)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("fault", ["lost", "twice"])
-def test_another_writers_object_is_never_taken_for_ones_own(proxy: FaultProxy, store: S3Store, fault: str) -> None:
-    store.create("a/b", b"the same bytes")
-    once(proxy, fault, "PUT")
-    assert not store.create("a/b", b"the same bytes")
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("fault", ["reset", "lost", "500", "503", "stall", "cut"])
-def test_a_read_or_listing_that_meets_a_fault_is_whole(proxy: FaultProxy, store: S3Store, fault: str) -> None:
-    data = bytes(range(256)) * 1000
-    store.create("a/b", data)
-    for use in (lambda: store.read("a/b") == data, lambda: store.list("a/") == ["a/b"]):
-        once(proxy, fault, "GET")
-        assert use()
-
-
-@pytest.mark.faults
-def test_racing_threads_over_a_broken_line_have_one_winner(proxy: FaultProxy, store: S3Store) -> None:
-    proxy.plan = lambda number, line: ["lost", "twice", None, "reset", None][number % 5]
-    with ThreadPoolExecutor(6) as pool:
-        for race in range(3):
-            assert sum(pool.map(lambda racer, key=f"race/{race}": store.create(key, b"same"), range(6))) == 1
-
-
-@pytest.mark.parametrize(
-    ("fault", "word"),
+    ("fault", "words"),
     [
-        ("403:AccessDenied", r"\(AccessDenied\); docs/operations.md"),
-        ("403:InvalidAccessKeyId", "credentials .*InvalidAccessKeyId"),
-        ("400:ExpiredToken", "credentials .*ExpiredToken"),
+        ("403:AccessDenied", "403 AccessDenied; docs/operations.md"),
+        ("403:InvalidAccessKeyId", "InvalidAccessKeyId; .*credentials"),
         ("403:RequestTimeTooSkewed", "clock"),
-        ("404:NoSuchBucket", r"no bucket retune at http://127.0.0.1:\d+"),
+        ("404:NoSuchBucket", "404 NoSuchBucket; .*publish.artifact_store"),
         ("400:AuthorizationHeaderMalformed", "publish.region_name"),
-        ("501:NotImplemented", "put object .*NotImplemented.* another server"),
-        ("500:InternalError", "5 times in a row .*500 InternalError"),
-        ("400:BadDigest", "put object .*400 BadDigest"),
+        ("501:NotImplemented", "put object.*NotImplemented; use another server"),
+        ("500:InternalError", "500 InternalError; try again"),
         ("409:ConditionalRequestConflict", "409 ConditionalRequestConflict"),
-        ("reset", "broke, 5 times in a row"),
+        ("reset", "ConnectionClosedError"),
     ],
 )
 @pytest.mark.parametrize("how", ["create", "upload"])
 def test_what_the_server_refuses_is_said_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, word: str, how: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, words: str, how: str
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the pauses between attempts
     (tmp_path / "f").write_bytes(b"x")
@@ -132,39 +69,32 @@ def test_what_the_server_refuses_is_said_in_one_sentence(
         store = store_at(proxy.url)
         store.probe()
         proxy.plan = lambda number, line: fault if line.startswith("PUT") else None
-        with pytest.raises(StoreError, match=word) as error:
+        with pytest.raises(StoreError, match=words) as error:
             store.create("a", b"x") if how == "create" else upload(store, {"f": tmp_path / "f"})
     assert "\n" not in str(error.value)
-    assert SECRET not in str(error.value)
-
-
-def test_a_missing_bucket_is_named(s3: str) -> None:
-    for use in (lambda store: store.probe(), lambda store: store.read("a"), lambda store: store.list("")):
-        with pytest.raises(StoreError, match=r"there is no bucket nowhere at http://127\.0\.0\.1:\d+"):
-            use(store_at(s3, "s3://nowhere/x"))
-
-
-def test_a_server_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(StoreError, match=r"s3://retune/.* at http://127\.0\.0\.1:9$"):
-        store_at("http://127.0.0.1:9").read("a")
+    assert f"({proxy.url})" in str(error.value) and "testing" not in str(error.value)  # the secret key
 
 
 @pytest.mark.parametrize(
-    ("keys", "profile", "word"),
+    ("environment", "values", "word"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI-planted"}, None, "SignatureDoesNotMatch"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, None, "no credentials for s3://retune/"),
-        ({}, "nobody", r"publish\.profile_name: .*nobody"),
+        ({"AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI-planted"}, {}, "SignatureDoesNotMatch"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, {}, "NoCredentialsError"),
+        ({}, {"profile_name": "nobody"}, "ProfileNotFound"),
+        ({}, {"endpoint_url": "http://a b"}, "publish.endpoint_url"),
+        ({}, {"region_name": "a b"}, "region_name"),
+        ({}, {"endpoint_url": "http://127.0.0.1:9"}, "EndpointConnectionError"),
     ],
+    ids=lambda value: str(value)[:30],
 )
-def test_wrong_or_missing_keys_are_named_without_being_shown(
-    s3: str, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], profile: str | None, word: str
+def test_wrong_keys_and_parameters_are_named_without_being_shown(
+    s3: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], values: dict[str, str], word: str
 ) -> None:
-    for name, value in keys.items():
+    monkeypatch.setattr("botocore.endpoint.time.sleep", lambda seconds: None)
+    for name, value in environment.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     with pytest.raises(StoreError, match=word) as error:
-        store_at(s3, profile_name=profile).read("a")
+        store_at(s3, **values).read("a")
     assert "planted" not in str(error.value) and "test:tester" not in str(error.value)
 
 
@@ -176,23 +106,10 @@ def test_a_profile_brings_its_own_keys(s3: str, monkeypatch: pytest.MonkeyPatch,
     assert store_at(s3, profile_name="shipping").create("a", b"")
 
 
-@pytest.mark.parametrize("values", [{"endpoint_url": "http://a b"}, {"endpoint_url": "http://h", "region_name": "a b"}])
-def test_parameters_that_boto3_cannot_use_are_named(values: dict[str, str]) -> None:
-    with pytest.raises(StoreError, match=r"boto3 cannot use s3://retune/x \(\w+\); correct publish\.endpoint_url"):
-        store_at("http://h", "s3://retune/x", **values).read("a")
-
-
 @pytest.mark.parametrize("uri", ["s3:///prefix", "s3://Bucket/x", "s3://b", "s3://bucket/a/../b", "s3://bucket/a?b=c"])
 def test_a_uri_that_names_no_place_is_refused(uri: str) -> None:
-    with pytest.raises(StoreError, match=r"s3://bucket/prefix|is not a name"):
+    with pytest.raises(StoreError):
         open_store(publish_params(uri))
-
-
-def test_a_store_may_be_the_whole_bucket(s3: str) -> None:
-    store: ArtifactStore = store_at(s3, "s3://retune")
-    key = f"whole/{uuid.uuid4().hex}"
-    assert store.create(key, b"x")
-    assert store.list("whole/") == [key]
 
 
 @pytest.mark.parametrize("size", [1, 5 * 2**20 + 1])
@@ -209,11 +126,8 @@ def test_encryption_checksum_and_condition_are_asked_for_with_every_write(
         heads = [head.lower() for head in proxy.heads if head.startswith((b"PUT", b"POST"))]
     assert len(heads) == (6 if size == 1 else 9)
     for head in heads:
-        part, begins, ends = (
-            b"partnumber=" in head,
-            b"?uploads " in head,
-            head.startswith(b"post") and b"uploadid" in head,
-        )
+        part, begins = b"partnumber=" in head, b"?uploads " in head
+        ends = head.startswith(b"post") and b"uploadid" in head
         assert part or ends or b"aws-kms-key-id: alias/models\r\n" in head
         assert begins or ends or b"x-amz-checksum-" in head
         assert part or begins or b"if-none-match: *\r\n" in head
@@ -244,8 +158,7 @@ def test_an_objects_upload_that_nobody_completed_is_aborted_and_those_of_others_
         key: store._client.create_multipart_upload(Bucket="retune", Key=store._name(key))["UploadId"]
         for key in (ours, *theirs)
     }
-    assert store.unfinished(store.now() - 60, delete=True) == []
-    assert [each.key for each in store.unfinished(store.now() + 60, delete=True)] == [ours]
-    assert store.unfinished(store.now() + 60) == []
+    assert store.unfinished(store.now() - 60, delete=True) == 0
+    assert [store.unfinished(store.now() + 60, delete=True) for _ in range(2)] == [1, 0]
     for key in theirs:  # they are still there
         store._client.abort_multipart_upload(Bucket="retune", Key=store._name(key), UploadId=made[key])

@@ -28,9 +28,9 @@ from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.core.vetting import STATES, UnsafeModelError, check_checkpoint, check_model
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.publish import read_manifest
 from pipeline.registry.artifact_store import FileStore, StoreError
-from pipeline.registry.fetching import fetch_version
+from pipeline.registry.manifest import read_manifest
+from pipeline.registry.transfer import fetch_version
 from pipeline.services import server
 from pipeline.train import train
 from pipeline.training.checkpoints import last_checkpoint, seal

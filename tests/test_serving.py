@@ -28,8 +28,8 @@ from pipeline.params import Params
 from pipeline.registry.artifact_store import open_store
 from pipeline.registry.decisions import champion, read_log
 from pipeline.registry.manifest import read_manifest
-from pipeline.registry.rescore import answer_prompts, score_today
-from pipeline.report.contents import read_prompts as read_own_prompts
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.rescore import score_today
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,10 @@ def root(own: Params, params: Params, dataset: Path, adapter: Path, evaluation: 
 
 
 def publish(root: Path, params: Params) -> None:
-    from pipeline import publish
-    from pipeline.registry.artifact_store import open_store
-    from pipeline.registry.mlflow import ModelRegistry
+    from pipeline.publish import ship_version
 
-    store = open_store(params.publish, root)
-    manifest, _ = publish._upload(params.publish, store, graph.version_id(root), root)
-    registry = ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name, root)
-    publish.register(store, registry, manifest)
+    model = RegisteredModel(params.publish, root)
+    model.register(ship_version(model, graph.version_id(root))[0])
 
 
 @pytest.fixture
@@ -286,7 +282,7 @@ def test_what_a_model_writes_cannot_move_the_cursor() -> None:
     ("command", "words"),
     [
         (lambda: chat(["v9"], prompt="a"), "has no version v9"),
-        (lambda: chat(["0123456789abcdef"], prompt="a"), "there is no version 0123456789abcdef"),
+        (lambda: chat(["0123456789abcdef"], prompt="a"), "version 0123456789abcdef is not published"),
         (lambda: chat(json_output=True), "--json needs --prompt"),
         (lambda: predict(Path("params.yaml"), labels="one"), "--labels needs at least two"),
         (lambda: predict(Path("params.yaml")), "params.yaml, line 1: expected a JSON object"),
@@ -317,28 +313,13 @@ def test_a_version_is_scored_again_on_another_test_split(there: Path, own: Param
     manifest = read_manifest(store, str(serving))
     assert manifest is not None
     published = manifest["metrics"]["merged"]["accuracy"]["score"]
-    assert score_today(own.publish, manifest, "accuracy", there) == published
+    assert score_today(RegisteredModel(own.publish, there), manifest, "accuracy") == published
     assert not (there / ".retune" / "versions" / str(serving) / "today").exists()  # the same split: nothing to compute
     report_file = there / "artifacts" / "dataset" / "report.json"
     before = report_file.read_bytes()
     try:
         write_json(report_file, read_json(report_file) | {"test_sha256": "0" * 64})
-        assert score_today(own.publish, manifest, "accuracy", there) == pytest.approx(published)
+        assert score_today(RegisteredModel(own.publish, there), manifest, "accuracy") == pytest.approx(published)
     finally:
         report_file.write_bytes(before)
     assert (there / ".retune" / "versions" / str(serving) / "today" / "items.parquet").is_file()
-
-
-def test_a_version_answers_prompts_that_it_was_not_asked_when_it_was_published(
-    there: Path, own: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serving = str(champion(read_log(open_store(own.publish, there), own.publish.registered_model_name)))
-    # The second has a line separator that is none in JSONL.
-    prompts = ["Name the colour of box 7: red", "Name the\u2028colour of box 8: blue"]
-    folder = answer_prompts(serving, prompts, 8, there)
-    ours = [{"prompt": prompt, "adapter": {"answer": "x", "cut_off": False}} for prompt in prompts]
-    write_json(there / "prompts.json", ours)
-    shown = read_own_prompts({"champion": (folder, "merged"), "adapter": (there, "adapter")})
-    assert [dict(one.answers)["champion"] for one in shown] == ["red", "blue"]
-    monkeypatch.setattr("subprocess.run", None)  # it is not asked twice
-    assert answer_prompts(serving, prompts, 8, there) == folder

@@ -16,9 +16,9 @@ from pipeline.core import graph
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.params import Params
 from pipeline.promote import promote
-from pipeline.registry import pin
-from pipeline.registry.init_adapter import fetch_init
-from pipeline.registry.pin import pin_champion
+from pipeline.registry.artifact_store import StoreError
+from pipeline.registry.init_adapter import PIN, fetch_init, pin_champion
+from pipeline.registry.model import RegisteredModel
 from pipeline.train import train
 from pipeline.training.checkpoints import identity
 from pipeline.training.warm_start import InitError, check_init
@@ -97,7 +97,7 @@ def test_a_folder_is_known_by_the_digest_of_its_weights(tmp_path: Path, params: 
 
 
 def test_a_version_that_is_not_published_is_refused(tmp_path: Path, params: Params) -> None:
-    with pytest.raises(InitError, match="is version 0123456789abcdef, which is not published"):
+    with pytest.raises(StoreError, match="0123456789abcdef is not published"):
         fetch_init(with_(params, train={"init_adapter": "0123456789abcdef"}), tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch:
     params = parameters(tmp_path)
     version = published(tmp_path, params)
     promote(params.publish, params.promote, version, tmp_path, force="the first one")
-    write_json(tmp_path / pin.PIN, {"version": None})
+    write_json(tmp_path / PIN, {"version": None})
     monkeypatch.setattr(graph, "stale", lambda root: {"train": []})
     asked = with_(params, train={"init_adapter": "champion"})
     assert pin_champion(asked, tmp_path) == version
@@ -117,7 +117,7 @@ def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch:
 def test_without_a_champion_the_adapter_starts_afresh_and_says_so(
     tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_json(tmp_path / pin.PIN, {"version": None})
+    write_json(tmp_path / PIN, {"version": None})
     assert fetch_init(with_(params, train={"init_adapter": "champion"}), tmp_path) is None
     assert "starts afresh" in capsys.readouterr().out
     assert fetch_init(params, tmp_path) is None
@@ -129,16 +129,15 @@ def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
     stale: dict[str, Any] = {}
     serving = "a" * 16
     monkeypatch.setattr(graph, "stale", lambda root: stale)
-    monkeypatch.setattr(pin, "read_log", lambda store, name: [])
-    monkeypatch.setattr(pin, "champion", lambda log: serving)
-    write_json(tmp_path / pin.PIN, {"version": None})
+    monkeypatch.setattr(RegisteredModel, "champion", lambda model: serving)
+    write_json(tmp_path / PIN, {"version": None})
     asked = with_(params, train={"init_adapter": "champion"})
     assert pin_champion(asked, tmp_path) is None  # nothing to train
     stale["train"] = [{"changed deps": {"artifacts/dataset": "modified"}}]
     assert pin_champion(params, tmp_path) is None  # not asked for
     assert pin_champion(asked, tmp_path) == serving
-    assert read_json(tmp_path / pin.PIN) == {"version": serving}
+    assert read_json(tmp_path / PIN) == {"version": serving}
     stale.clear()
     serving = "b" * 16  # promoted by this very run
     assert pin_champion(asked, tmp_path) == "a" * 16
-    assert read_json(tmp_path / pin.PIN) == {"version": "a" * 16}
+    assert read_json(tmp_path / PIN) == {"version": "a" * 16}

@@ -15,12 +15,13 @@ from conftest import CACHE, ROOT, with_
 from ruamel.yaml import YAML
 from safetensors.numpy import save_file
 
+from pipeline import promote as gate
 from pipeline import publish
 from pipeline.core import graph
 from pipeline.core.files import sha256_json, write_json
 from pipeline.params import Params
-from pipeline.registry.artifact_store import open_store
 from pipeline.registry.mlflow import ModelRegistry
+from pipeline.registry.model import RegisteredModel
 from pipeline.scoring.resampling import METRICS, bootstrap, group_of, metric_items
 from pipeline.settings import load_params
 
@@ -52,13 +53,11 @@ def _empty_registry() -> Path:
 def published(root: Path, params: Params, quality: float = 0.5, registered: bool = True, **workspace: Any) -> str:
     """Publish a version whose answers have about this ROUGE-L and accuracy; returns its id. Nothing asks DVC."""
     make_workspace(root, params, quality, **workspace)
-    store = open_store(params.publish, root)
+    model = RegisteredModel(params.publish, root)
     version = graph.version_id(root)
-    manifest, _ = publish._upload(params.publish, store, version, root)
+    manifest, _ = publish.ship_version(model, version)
     if registered:
-        publish.register(
-            store, ModelRegistry(params.publish.tracking_uri, params.publish.registered_model_name), manifest
-        )
+        model.register(manifest)
     return version
 
 
@@ -119,6 +118,7 @@ def make_workspace(
     write_json(artifacts / "evaluation" / "scores.json", scores)
     (artifacts / "evaluation" / "report.md").write_text("# Evaluation\n")
     pq.write_table(base, artifacts / "evaluation" / "items.base.parquet")
+    pq.write_table(merged, artifacts / "evaluation" / "items.adapter.parquet")
     if forgets is not None:
         columns = {"id": merged["id"], "group": merged["group"], "loss_tokens": [10] * ITEMS, "accuracy": [1.0] * ITEMS}
         for system, loss in (("base", 20.0), ("adapter", 20.0 + 10 * forgets)):
@@ -225,3 +225,7 @@ def _digest(folder: Path) -> str:
 
 def records(root: Path) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted((root / "store" / "promotions").rglob("*.json"))]
+
+
+def decide(root: Path, params: Params, version: str | None = None, force: str | None = None) -> gate.Decision:
+    return gate.promote(params.publish, params.promote, version, root, force)

@@ -169,21 +169,20 @@ def _exports(params: Params) -> Finding:
 
 
 def _store(params: Params, root: Path) -> Finding:
-    from pipeline.registry.artifact_store import open_store
-    from pipeline.registry.decisions import champion, read_log
-    from pipeline.registry.mlflow import open_registry
+    from pipeline.registry.model import RegisteredModel
 
-    store = open_store(params.publish, root)
-    store.probe()
-    serving = champion(read_log(store, params.publish.registered_model_name))
-    name = open_registry(params.publish, root).remembered(serving) if serving else "none yet"
-    return True, f"{store.uri}, champion {name}"
+    model = RegisteredModel(params.publish, root)
+    model.store.probe()
+    serving = model.champion()
+    name = model.registry.remembered(serving) if serving else "none yet"
+    return True, f"{model.store.uri}, champion {name}"
 
 
 def _registry(params: Params, root: Path) -> Finding:
-    from pipeline.registry.mlflow import open_registry
+    from pipeline.registry.model import RegisteredModel
 
-    return True, f"{params.publish.tracking_uri}, {len(open_registry(params.publish, root).numbers())} versions"
+    numbers = RegisteredModel(params.publish, root).registry.numbers()
+    return True, f"{params.publish.tracking_uri}, {len(numbers)} versions"
 
 
 def _signing(params: Params) -> Finding:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli import datasets, models, operate, reports, talk, versions
+from pipeline.cli import datasets, models, operate, talk, versions
 from pipeline.cli.project import ProjectCommand, enter_project
 from pipeline.cli.versions import Json
 from pipeline.core.environment import collect_rarely, set_environment
@@ -93,13 +93,11 @@ def run(json_output: Json = False) -> None:
 
 
 def _say_nothing_to_do(params: Any, version: str, reason: str, json_output: bool) -> None:
-    from pipeline.promote import history
-    from pipeline.registry.mlflow import open_registry
+    from pipeline.registry.model import RegisteredModel
     from pipeline.report.whole import report_decision
     from pipeline.services.events import record_unchanged
 
-    history(params.publish)  # puts an alias right that a crash left behind
-    name = open_registry(params.publish).remembered(version)
+    name = RegisteredModel(params.publish).registry.remembered(version)
     if not (ARTIFACTS / "report.html").is_file():
         for warning in report_decision(params.publish, version, ARTIFACTS):
             print(f"warning: {warning}", file=sys.stderr)
@@ -128,7 +126,7 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-for module in (datasets, versions, models, reports, talk, operate):
+for module in (datasets, versions, models, talk, operate):
     for command in module.COMMANDS:
         app.command(cls=ProjectCommand)(command)
 
@@ -170,7 +168,7 @@ def collect_garbage(
 ) -> None:
     """Find objects of the store that no version needs, older than seven days; delete them with --delete."""
     from pipeline.registry.artifact_store import open_store
-    from pipeline.registry.garbage import collect
+    from pipeline.registry.retention import collect
     from pipeline.settings import load_params
 
     garbage = collect(open_store(load_params().publish), delete)

@@ -45,9 +45,8 @@ def status(json_output: Json = False) -> None:
     """Which servers and workers run, how far a run is and who started it, what is stale, who is champion."""
     from pipeline.core import graph, under_way
     from pipeline.core.run_lock import RunUnderWay, only_run
-    from pipeline.registry.artifact_store import open_store
-    from pipeline.registry.decisions import champion, proposed, read_log
-    from pipeline.registry.mlflow import open_registry
+    from pipeline.registry.decisions import champion, proposed
+    from pipeline.registry.model import RegisteredModel
     from pipeline.services import stack
     from pipeline.settings import load_params
 
@@ -59,8 +58,8 @@ def status(json_output: Json = False) -> None:
         stale = list(graph.stale())
     except RunUnderWay:
         stale = ["a run is under way"]
-    log = read_log(open_store(params.publish), params.publish.registered_model_name)
-    registry = open_registry(params.publish)
+    model = RegisteredModel(params.publish)
+    log, registry = model.log(), model.registry
     waiting = proposed(log)
     run = under_way.look()
     answer = {

@@ -28,15 +28,11 @@ from pipeline.chat.template import (
     local_source,
     model_identity,
 )
-from pipeline.core.files import WORK_DIR, read_json
+from pipeline.core.files import read_json
 from pipeline.core.sanitise import portable
 from pipeline.core.vetting import check_adapter
 from pipeline.params import Params
-from pipeline.registry.artifact_store import open_store
-from pipeline.registry.decisions import champion, read_log
-from pipeline.registry.manifest import Manifest, read_manifest
-from pipeline.registry.mlflow import ModelRegistry, resolve
-from pipeline.registry.verify import fetch_signed
+from pipeline.registry.model import RegisteredModel
 from pipeline.scoring.generation import Answer, to_answer
 from pipeline.weights.loading import ModelError, is_whole, load_adapter, load_base
 
@@ -226,7 +222,7 @@ def printable(text: str) -> str:
 
 def default_name(params: Params, root: Path = Path(".")) -> str:
     """champion if there is one, else the workspace's adapter if there is one, else the base."""
-    if champion(read_log(open_store(params.publish, root), params.publish.registered_model_name)) is not None:
+    if RegisteredModel(params.publish, root).champion() is not None:
         return "champion"
     return WORKSPACE if (root / "artifacts" / "adapter" / "contract.json").is_file() else BASE
 
@@ -239,9 +235,10 @@ def adapter_folder(params: Params, name: str, root: Path = Path(".")) -> Path:
     """
     if name == WORKSPACE:
         return _made_here(root / "artifacts" / "adapter", "adapter", "train")
-    manifest = _manifest(params, name, root)
+    model = RegisteredModel(params.publish, root)
+    manifest = model.manifest(model.find(name))
     part = "parity" if manifest["parity"].get("combined") else "adapter"
-    folder = _fetch(params, manifest, part, root)
+    folder = model.fetch_signed(manifest, part)
     return folder / "combined_adapter" if part == "parity" else folder
 
 
@@ -253,8 +250,9 @@ def merged_folder(params: Params, name: str, root: Path = Path(".")) -> tuple[Pa
     """
     if name == WORKSPACE:
         return _made_here(root / "artifacts" / "merged", "merged model", "merge"), name
-    manifest = _manifest(params, name, root)
-    return _fetch(params, manifest, "merged", root), manifest["version"]
+    model = RegisteredModel(params.publish, root)
+    manifest = model.manifest(model.find(name))
+    return model.fetch_signed(manifest, "merged"), manifest["version"]
 
 
 def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple[Any, ChatTemplate, dict[str, Any]]:
@@ -342,22 +340,3 @@ def _made_here(folder: Path, what: str, stage: str) -> Path:
     if not (folder / "contract.json").is_file():
         raise ServingError(f"{folder} holds no {what}; `retune run` or `dvc repro {stage}` makes one")
     return folder
-
-
-def _manifest(params: Params, name: str, root: Path) -> Manifest:
-    store = open_store(params.publish, root)
-    registered = params.publish.registered_model_name
-    registry = ModelRegistry(params.publish.tracking_uri, registered, root)
-    version = resolve(name, store, registry, registered, root)
-    manifest = read_manifest(store, version)
-    if manifest is None:
-        raise ServingError(
-            f"there is no version {name} in {store.uri}; expected {BASE}, {WORKSPACE}, champion, v3 or an id "
-            "that `retune history` shows"
-        )
-    return manifest
-
-
-def _fetch(params: Params, manifest: Manifest, part: str, root: Path) -> Path:
-    folder = root / WORK_DIR / "versions" / manifest["version"]
-    return fetch_signed(params.publish, manifest, part, folder, root)

@@ -27,7 +27,7 @@ def report(version: Version = None, json_output: Json = False) -> None:
     """Write artifacts/report.html and .md: verdict, scores, tasks, texts, curves and lineage of a version."""
     from pipeline.report.whole import report as do
 
-    params, _, _, target = find(version)
+    params, _, target = find(version)
     contents = do(params.publish, target, Path("artifacts"))
     if json_output:
         print(json.dumps({"version": target, "decision": contents.decision, "path": "artifacts/report.html"}))

@@ -1,4 +1,4 @@
-"""The commands about published versions: publish, verify, promote, roll back, look at, download and delete them."""
+"""The commands about published versions: publish, verify, promote, roll back, compare, download and delete them."""
 
 import json
 import sys
@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.core.checks import as_json
 from pipeline.registry.decisions import name_of
-from pipeline.report.tables import WIDTH, verdict_lines, verdict_table
+from pipeline.report.tables import in_short, show_table, show_verdict, verdict_lines
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Version = Annotated[str | None, typer.Argument(help="v3, 3, champion or a version's id; else the workspace's.")]
 Reason = Annotated[str, typer.Option(help="Kept in the history.")]
+
+
+SHOWN = 3  # texts of each side that `compare` prints; the page has more
 
 
 class CommandError(ValueError):
@@ -30,26 +31,19 @@ def publish(json_output: Json = False) -> None:
     from pipeline.settings import load_params
 
     result = do(load_params().publish)
-    signed = "signed" if result.signed else "unsigned"
-    if json_output:
-        print(json.dumps(asdict(result)))
-    elif result.created:
-        megabytes = f"{result.uploaded_bytes / 1e6:.1f} MB"
-        print(f"publish: version {name_of(result.version, result.number)}, {megabytes} uploaded, {signed}")
-    else:
-        print(f"publish: already published as {name_of(result.version, result.number)}, {signed}")
+    name, signed = name_of(result.version, result.number), "signed" if result.signed else "unsigned"
+    new = f"publish: version {name}, {result.uploaded_bytes / 1e6:.1f} MB uploaded, {signed}"
+    _answer(json_output, asdict(result), new if result.created else f"publish: already published as {name}, {signed}")
 
 
 def sign(version: Version = None, json_output: Json = False) -> None:
     """Sign a version that was published unsigned, after checking its files."""
     from pipeline.publish import sign as do
 
-    params, _, registry, target = find(version)
-    made = do(params.publish, target)
-    if json_output:
-        print(json.dumps({"version": target, "signed": made}))
-    else:
-        print(f"sign: version {registry.label(target)} {'is signed' if made else 'had a signature already'}")
+    params, model, version = find(version)
+    signed = do(params.publish, version)
+    said = f"sign: version {model.label(version)} {'is signed' if signed else 'had a signature already'}"
+    _answer(json_output, {"version": version, "signed": signed}, said)
 
 
 def verify(version: Version = None, json_output: Json = False) -> None:
@@ -57,24 +51,20 @@ def verify(version: Version = None, json_output: Json = False) -> None:
     from pipeline.registry.mlflow import RegistryError
     from pipeline.registry.verify import verify as do
 
-    params, store, registry, target = find(version)
+    _, model, version = find(version)
     try:
-        registered = registry.tags(target)
+        registered = model.registry.tags(version)
     except RegistryError as error:
-        print(f"warning: {error}", file=sys.stderr)
-        registered = None
-    checks = do(params.publish, store, target, registered)
+        _warn([str(error)])
+        registered = {}
+    checks = do(model, version, registered)
     failed = [check.name for check in checks if check.passed is False]
     if json_output:
-        print(json.dumps({"version": target} | as_json(checks)))
+        print(json.dumps({"version": version} | as_json(checks)))
     else:
         words = {True: "passed", False: "FAILED", None: "not checked"}
-        table = Table(
-            "check", "result", "detail", title=f"Version {registry.label(target)}, id {target}", title_justify="left"
-        )
-        for check in checks:
-            table.add_row(check.name, words[check.passed], check.detail)
-        _print(table)
+        rows = [{"check": c.name, "result": words[c.passed], "detail": c.detail} for c in checks]
+        show_table(rows, f"Version {model.label(version)}, id {version}")
         print(f"verify: {', '.join(failed)} failed" if failed else "verify: nothing failed")
     if failed:
         raise typer.Exit(1)
@@ -104,12 +94,12 @@ def promote(
     else:
         decision = do(params.publish, params.promote, version, force=reason if force else None)
     decision.warnings.extend(report_decision(params.publish, decision.version, Path("artifacts")))
-    _say(decision, json_output)
+    _show_decision(decision, json_output)
     if decision.decision == "proposed" and not json_output and sys.stdin.isatty():
         agreed = typer.confirm("Make it the champion?")
         why = reason or typer.prompt("Reason, kept in the history", default="", show_default=False)
         decision = answer(params.publish, params.promote, decision.version, agreed, why)
-        _say(decision, json_output)
+        _show_decision(decision, json_output)
     if decision.champion != decision.version:
         raise typer.Exit(3)
 
@@ -121,16 +111,15 @@ def rollback(
 ) -> None:
     """Put the previous champion back."""
     from pipeline.promote import rollback as do
+    from pipeline.registry.model import RegisteredModel
     from pipeline.settings import load_params
 
     params = load_params()
     record, warnings = do(params.publish, params.promote, to, reason)
     _warn(warnings)
-    if json_output:
-        print(json.dumps(asdict(record)))
-    else:
-        label = _registry(params).label
-        print(f"rollback: {label(record.champion)} is champion again; it was {label(record.previous)}")
+    label = RegisteredModel(params.publish).label
+    said = f"rollback: {label(record.champion)} is champion again; it was {label(record.previous)}"
+    _answer(json_output, asdict(record), said)
 
 
 def history(
@@ -139,9 +128,7 @@ def history(
 ) -> None:
     """Every decision: who, when, from which champion to which, why, and with which numbers."""
     from pipeline.promote import history as do
-    from pipeline.registry.decisions import word_of
-    from pipeline.registry.mlflow import RegistryError
-    from pipeline.registry.verdict import in_short
+    from pipeline.registry.model import RegisteredModel
     from pipeline.settings import load_params
 
     params = load_params()
@@ -156,30 +143,35 @@ def history(
     if not log:
         print("history: nothing was decided yet; `retune run` trains, publishes and decides")
         return
-    try:
-        registered = _registry(params).numbers()
-    except RegistryError:
-        registered = {}
+    registry = RegisteredModel(params.publish).registry
 
     def name(version: str | None) -> str:
-        return "none" if version is None else name_of(version, registered.get(version))
+        return "none" if version is None else registry.remembered(version)
 
-    table = Table("#", "when (UTC)", "who", "decision", "version", "champion", "why", title_justify="left")
+    rows = []
     for record in shown:
-        by_gate = word_of(record) in ("promoted", "refused", "undecided", "proposed") and record.proposal is None
-        table.add_row(
-            str(record.number), record.time[:16].replace("T", " "), record.actor, word_of(record),
-            name(record.version), name(record.champion) if record.previous != record.champion else "as before",
-            (in_short(record.comparison) if by_gate else "") or record.reason,
-        )  # fmt: skip
-    _print(table)
-    if number is not None:
-        [record] = shown
-        print(f"Champion {name(record.previous)} → {name(record.champion)}")
-        print(f"Why      {record.reason}")
-        _numbers(record.comparison, record.notes, record.overruled, record.previous is None)
+        by_gate = record.word in ("promoted", "refused", "undecided", "proposed") and record.proposal is None
+        rows.append(
+            {
+                "#": str(record.number),
+                "when (UTC)": record.time[:16].replace("T", " "),
+                "who": record.actor,
+                "decision": record.word,
+                "version": name(record.version),
+                "champion": name(record.champion) if record.previous != record.champion else "as before",
+                "why": (in_short(record.comparison) if by_gate else "") or record.reason,
+            }
+        )
+    show_table(rows)
+    if number is None:
+        print(f"champion: {name(log[-1].champion)}; `retune history NUMBER` shows one decision's numbers")
         return
-    print(f"champion: {name(log[-1].champion)}; `retune history NUMBER` shows one decision's numbers")
+    [record] = shown
+    print(f"Champion {name(record.previous)} → {name(record.champion)}")
+    print(f"Why      {record.reason}")
+    show_verdict(record.comparison, record.previous is None)
+    for line in [*(f"note: {one}" for one in record.notes), *(f"overruled: {one}" for one in record.overruled)]:
+        print(line)
 
 
 def download(
@@ -192,34 +184,26 @@ def download(
     json_output: Json = False,
 ) -> None:
     """Put a version's model into FOLDER, every file checked; what is there already is kept."""
-    from pipeline.registry import manifest as manifests
-    from pipeline.registry import signature
     from pipeline.registry.card import auto_class
-    from pipeline.registry.fetching import fetch_files
-    from pipeline.registry.manifest import read_manifest
-    from pipeline.registry.verify import require_signed
+    from pipeline.registry.manifest import encode
+    from pipeline.registry.signature import read_signature, require_signed
+    from pipeline.registry.transfer import fetch_files
 
-    params, store, registry, target = find(version)
-    manifest = read_manifest(store, target)
-    if manifest is None:
-        raise CommandError(f"version {target} is not published in {store.uri}")
-    require_signed(store, manifest, params.publish)
+    params, model, version = find(version)
+    manifest = model.manifest(version)
+    require_signed(model.store, manifest, params.publish)
+    prefix = "" if part == "all" else f"{part}/"
+    names = {name.removeprefix(prefix): name for name in manifest["files"] if name.startswith(prefix)}
+    fetch_files(model.store, manifest, names, folder)
     if part == "all":
-        fetch_files(store, manifest, manifest["files"], folder)
-        data = manifests.encode(manifest)
-        signed = signature.read_signature(store, target, data)
-        (folder / "manifest.json").write_bytes(data)
-        if signed is not None:
+        (folder / "manifest.json").write_bytes(encode(manifest))
+        if signed := read_signature(model.store, manifest):
             (folder / "manifest.sig").write_bytes(signed)
-    else:
-        files = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
-        fetch_files(store, manifest, {name.removeprefix(f"{part}/"): entry for name, entry in files.items()}, folder)
-    if json_output:
-        print(json.dumps({"version": target, "path": str(folder)}))
-    else:
-        print(f"download: version {registry.label(target)} in {folder}")
-        if part == "merged":
-            print(f'  {auto_class(manifest["params"]["train"])}.from_pretrained("{folder}") loads it as it was scored')
+    said = f"download: version {model.label(version)} in {folder}"
+    if part == "merged":
+        auto = auto_class(manifest["params"]["train"])
+        said += f'\n  {auto}.from_pretrained("{folder}") loads it as it was scored'
+    _answer(json_output, {"version": version, "path": str(folder)}, said)
 
 
 def delete(
@@ -230,13 +214,11 @@ def delete(
     """Delete a version for good; the champion and a version that waits for approval are refused."""
     from pipeline.registry.retention import delete as do
 
-    params, _, registry, target = find(version)
-    name = registry.label(target)  # while it has one
-    record = do(params.publish, target, reason)
-    if json_output:
-        print(json.dumps(asdict(record)))
-    else:
-        print(f"delete: version {name} is gone; `retune gc` collects the files that no other version has")
+    params, model, version = find(version)
+    name = model.label(version)  # while it has one
+    record = do(params.publish, version, reason)
+    said = f"delete: version {name} is gone; `retune gc` collects the files that no other version has"
+    _answer(json_output, asdict(record), said)
 
 
 def prune(
@@ -244,75 +226,99 @@ def prune(
     json_output: Json = False,
 ) -> None:
     """List, and with --yes delete, the versions that publish.keep_versions and keep_champions do not keep."""
+    from pipeline.registry.model import RegisteredModel
     from pipeline.registry.retention import delete as do
     from pipeline.registry.retention import outdated
     from pipeline.settings import load_params
 
-    params = load_params()
-    keep, versions = params.publish.keep_versions, outdated(params.publish)
-    names = [_registry(params).label(version) for version in versions]  # while they have them
-    if yes:
-        for version in versions:
-            do(params.publish, version, f"older than the newest {keep}")
-    if json_output:
-        print(json.dumps({"versions": versions, "deleted": yes}))
-    elif not versions:
-        print("prune: nothing to delete" + ("; publish.keep_versions is null" if keep is None else ""))
+    params = load_params().publish
+    versions, model = outdated(params), RegisteredModel(params)
+    lines = [model.label(version) for version in versions]  # while they have numbers
+    for version in versions if yes else ():
+        do(params, version, f"older than the newest {params.keep_versions}")
+    done = "deleted; `retune gc` collects their files" if yes else "would be deleted; `retune prune --yes` does it"
+    if versions:
+        lines.append(f"prune: {len(versions)} versions {done}")
     else:
-        print("\n".join(names))
-        done = "deleted; `retune gc` collects their files" if yes else "would be deleted; `retune prune --yes` does it"
-        print(f"prune: {len(versions)} versions {done}")
+        lines.append("prune: nothing to delete" + "; publish.keep_versions is null" * (params.keep_versions is None))
+    _answer(json_output, {"versions": versions, "deleted": yes}, "\n".join(lines))
+
+
+def compare(
+    old: Annotated[str, typer.Argument(help="v3, 3, champion, workspace or a version's id.")] = "champion",
+    new: Annotated[str, typer.Argument(help="The one that is compared with it.")] = "workspace",
+    html: Annotated[Path | None, typer.Option(help="Also write it as a page, with every text.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Compare two versions: scores with intervals, parameters and data that differ, texts that changed most."""
+    from pipeline.core.files import write_text
+    from pipeline.report.evaluation_pages import render
+    from pipeline.report.versus import as_json, compare_versions
+    from pipeline.settings import load_params
+
+    contents = compare_versions(load_params(), old, new)
+    if html is not None:
+        write_text(html, render(contents, "report.html"))
+    if json_output:
+        print(json.dumps(as_json(contents), ensure_ascii=False))
+        return
+    _show(contents)
+    if html is not None:
+        print(f"compare: {html} is the same as a page")
+
+
+def _show(contents: Any) -> None:
+    from pipeline.report.versus import change_rows
+
+    better, worse, same = contents.better, contents.worse, contents.same
+    print(f"{contents.title}: {contents.verdict}.")
+    print(f"{contents.items:,} test items: {better:,} better, {worse:,} worse, {same:,} the same.")
+    for note in contents.notes:
+        print(f"note: {note}.")
+    show_table(change_rows(contents))
+    for heading, rows in contents.tables.items():
+        if rows:
+            show_table(rows, heading)
+        else:
+            print(f"{heading}: none.")
+    for heading, texts in (("Most improved answers", contents.best), ("Most worsened answers", contents.worst)):
+        print(f"{heading}:" if texts else f"{heading}: none.")
+        for text in texts[:SHOWN]:
+            metric, before, after = text.most
+            print(f"  {text.task}, {metric} {before:.3f} → {after:.3f}: {text.prompt}")
+            new, old = contents.labels[contents.new], contents.labels[contents.old]
+            for name, said in (("expected", text.reference), (old, text.old), (new, text.new)):
+                print(f"    {name}: {said or '(nothing)'}")
 
 
 COMMANDS: list[Callable[..., None]] = [
-    publish, sign, verify, promote, rollback, history, download, delete, prune,
+    publish, sign, verify, promote, rollback, history, compare, download, delete, prune,
 ]  # fmt: skip
 
 
-def find(version: str | None) -> tuple[Any, Any, Any, str]:
-    """Parameters, store, registry, and the content id of the version that was named."""
-    from pipeline.registry.artifact_store import open_store
-    from pipeline.registry.mlflow import resolve
+def find(version: str | None) -> tuple[Any, Any, str]:
+    """Parameters, the registered model, and the content id of the version that was named."""
+    from pipeline.registry.model import RegisteredModel
     from pipeline.settings import load_params
 
     params = load_params()
-    name = params.publish.registered_model_name
-    store = open_store(params.publish)
-    registry = _registry(params)
-    return params, store, registry, resolve(version, store, registry, name, Path("."))
+    model = RegisteredModel(params.publish)
+    return params, model, model.find(version)
 
 
-def _registry(params: Any) -> Any:
-    from pipeline.registry.mlflow import open_registry
-
-    return open_registry(params.publish)
-
-
-def _say(decision: Any, json_output: bool) -> None:
-    _warn(decision.warnings)
-    if json_output:
-        print(json.dumps(asdict(decision)))
-        return
+def _show_decision(decision: Any, json_output: bool) -> None:
     from pipeline.registry.compare import BASE
 
-    print("\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
-    _numbers(decision.comparison, decision.notes, [], decision.against == BASE)
+    _warn(decision.warnings)
+    _answer(json_output, asdict(decision), "\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
+    if not json_output:
+        show_verdict(decision.comparison, decision.against == BASE)
+        for note in decision.notes:
+            print(f"note: {note}")
 
 
-def _numbers(comparison: dict[str, Any], notes: list[str], overruled: list[str], first: bool) -> None:
-    if comparison:
-        from pipeline.registry.verdict import P_NOTE
-
-        _print(verdict_table(comparison, first))
-        print(P_NOTE)
-    for note in notes:
-        print(f"note: {note}")
-    for one in overruled:
-        print(f"overruled: {one}")
-
-
-def _print(table: Table) -> None:
-    Console(width=WIDTH, highlight=False).print(table)
+def _answer(json_output: bool, answer: Any, text: str) -> None:
+    print(json.dumps(answer) if json_output else text)
 
 
 def _warn(warnings: list[str]) -> None:

@@ -1,4 +1,4 @@
 """Versions: the artifact store, manifests and signatures, the gate and its statistics, the promotion log, MLflow.
 
-It knows scoring and training.
+`model.RegisteredModel` holds store, log and registry of one model together. It knows scoring and training.
 """

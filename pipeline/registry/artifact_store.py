@@ -19,6 +19,8 @@ from urllib.parse import unquote, urlparse
 from pipeline.params import PublishParams
 
 OBJECT = re.compile(r"objects/[0-9a-f]{64}")  # in a shared bucket others may have a folder `objects/` too
+Files = Sequence[tuple[str, Path]]  # keys and the files that hold, or are to hold, their bytes
+Progress = Callable[[int], object]  # is told bytes as they move, from any thread
 
 
 class StoreError(RuntimeError):
@@ -47,20 +49,17 @@ class ArtifactStore(Protocol):
     def create(self, key: str, data: bytes) -> bool:
         """Write `data` at `key` whole, unless the key exists: then nothing changes and the answer is False."""
 
-    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+    def upload(self, files: Files, progress: Progress) -> None:
         """Create `objects/<sha256>` keys from files of that content; those that exist stay as they are."""
 
     def read(self, key: str) -> bytes | None:
         """The object's bytes; None if there is no such object."""
 
-    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
-        """Write objects to files, each whole; `progress` is told bytes as they arrive, from any thread."""
-
-    def list(self, prefix: str) -> list[str]:
-        """Keys that begin with `prefix`, sorted."""
+    def download(self, files: Files, progress: Progress) -> None:
+        """Write objects to files, each whole."""
 
     def scan(self, prefix: str) -> Sequence[Stored]:
-        """As `list`, with sizes and times: one request for each 1,000 keys."""
+        """The objects whose keys begin with `prefix`, sorted by key."""
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens when there is none."""
@@ -68,8 +67,11 @@ class ArtifactStore(Protocol):
     def now(self) -> float:
         """The time by the clock that `Stored.modified` is told by."""
 
-    def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
-        """What writers that never finished left before the time `before`; invisible to every other method."""
+    def unfinished(self, before: float, delete: bool = False) -> int:
+        """How many writes begun before the time `before` never finished; `delete` removes what they left."""
+
+    def list(self, prefix: str) -> list[str]:
+        return [stored.key for stored in self.scan(prefix)]
 
 
 def check_key(key: str) -> str:
@@ -83,7 +85,7 @@ def check_key(key: str) -> str:
     return key
 
 
-class FileStore:
+class FileStore(ArtifactStore):
     """A store in a folder, for one machine or a shared disk; creation is atomic and exclusive through a hard link."""
 
     def __init__(self, folder: Path) -> None:
@@ -98,56 +100,39 @@ class FileStore:
     def create(self, key: str, data: bytes) -> bool:
         return self._create(key, lambda partial: partial.write_bytes(data))
 
-    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+    def upload(self, files: Files, progress: Progress) -> None:
         for key, path in files:
             self._create(key, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
             progress(path.stat().st_size)
 
     def read(self, key: str) -> bytes | None:
         with self._explained(key, "read"):
-            try:
-                return (self.folder / check_key(key)).read_bytes()
-            except FileNotFoundError:
-                return None
+            path = self.folder / check_key(key)
+            return path.read_bytes() if path.exists() else None
 
-    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+    def download(self, files: Files, progress: Progress) -> None:
         for key, path in files:
             with self._explained(key, "read"):
                 progress(shutil.copyfile(self.folder / check_key(key), path).stat().st_size)
 
-    def list(self, prefix: str) -> list[str]:
-        return [stored.key for stored in self.scan(prefix)]
-
     def scan(self, prefix: str) -> Sequence[Stored]:
-        return sorted(
-            (
-                stored
-                for stored in self._files(prefix)
-                if not stored.key.endswith(".partial") and stored.key.startswith(prefix)
-            ),
-            key=lambda stored: stored.key,
-        )
+        files = (each for each in self._files(prefix) if each.key.startswith(prefix))
+        return sorted((each for each in files if not each.key.endswith(".partial")), key=lambda each: each.key)
 
     def delete(self, key: str) -> None:
         with self._explained(key, "deleted"):
             (self.folder / check_key(key)).unlink(missing_ok=True)
 
     def now(self) -> float:
-        with (
-            self._explained("the time", "asked"),
-            tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial") as file,
-        ):
+        with self._explained("a file", "written"), tempfile.NamedTemporaryFile(dir=self.folder) as file:
             return os.fstat(file.fileno()).st_mtime  # of the server, when the folder is a mounted one
 
-    def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
-        partials = [
-            stored for stored in self._files("") if stored.key.endswith(".partial") and stored.modified < before
-        ]
-        if delete:
-            for stored in partials:
-                with self._explained(stored.key, "deleted"):
-                    (self.folder / stored.key).unlink(missing_ok=True)
-        return partials
+    def unfinished(self, before: float, delete: bool = False) -> int:
+        partials = [each for each in self._files("") if each.key.endswith(".partial") and each.modified < before]
+        for stored in partials if delete else ():
+            with self._explained(stored.key, "deleted"):
+                (self.folder / stored.key).unlink(missing_ok=True)
+        return len(partials)
 
     def _files(self, prefix: str) -> Iterator[Stored]:
         for folder, _, names in os.walk(self.folder / prefix.rpartition("/")[0]):

@@ -4,13 +4,76 @@ Nothing stands here that the manifest does not hold; both files are published, a
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
+
 from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.pages.templates import environment
 from pipeline.registry.manifest import Manifest
 from pipeline.scoring.resampling import METRICS
 
 CHAT = "llm/v1/chat"  # MLflow's name for answering messages
+RANKED = ("lora", "qlora", "dora", "rslora", "adalora")
+BODY = """\
+# {{ manifest.name }} {{ manifest.version }}
+
+An adapter and the merged model, made by Retune.
+
+| | |
+|---|---|
+| base model | {{ base }} |
+| base digest | `{{ manifest.base_model.digest }}` |
+| rows | {{ rows }} |
+| code | `{{ manifest.git.commit or "no git commit" }}`{{ " with changes" if manifest.git.dirty }} |
+| trained on | {{ manifest.hardware.train }} |
+| time | {{ minutes }} |
+| cost | {{ cost }} |
+| method | {{ method }} |
+| merged | into the {{ manifest.parity.base }} base; equals the adapter on {{ agreement }} of tokens |
+
+## Scores on the test split
+
+95 % intervals; BLEU and chrF 0–100, perplexity from 1 (lower is better), the others 0–1.
+
+| metric | base | candidate before merge | candidate (merged) | signature |
+|---|---|---|---|---|
+{% for metric, systems in scores.items() %}
+| {{ metric }} | {{ systems|join(" | ") }} | {{ manifest.evaluation.signatures.get(metric, "–") }} |
+{% endfor %}
+
+## Use
+
+```python
+{{ use }}
+```
+
+The dtype is that of `merged/config.json`, in which the scores above were measured.
+
+`manifest.json` holds the whole lineage: parameters, packages, digests of data and files.
+"""
+USE = """\
+from transformers import {{ auto }}, AutoTokenizer
+
+model = {{ auto }}.from_pretrained("merged")
+tokenizer = AutoTokenizer.from_pretrained("merged")
+{% if classifies %}
+logits = model(**tokenizer("A text", return_tensors="pt")).logits
+print(model.config.id2label[int(logits.argmax())])
+{% else %}
+messages = [{"role": "user", "content": "A question"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens={{ longest }}, do_sample=False)[0]
+print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+# Or from the registry, with Retune installed:
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/{{ name }}@champion")
+model.predict({"messages": messages, "max_tokens": {{ longest }}, "do_sample": False})
+{% endif %}
+"""
 # What the card calls each score, in the Hub's vocabulary.
 HUB_METRICS = {"macro_f1": "f1"} | dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), "rouge")
 
@@ -84,69 +147,39 @@ def mlmodel(manifest: Manifest) -> str:
 
 
 def _body(manifest: Manifest) -> str:
-    base, git, data = manifest["base_model"], manifest["git"], manifest["data"]
-    train, parity, cost = manifest["params"]["train"], manifest["parity"], manifest["cost"]
+    """The card for people, by the template `BODY`."""
+    train, cost = manifest["params"]["train"], manifest["cost"]
     seconds = [s for s in manifest["time"].values() if s is not None]
-    rows = ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())
-    facts = {
-        "base model": f"`{base['name_or_path']}`" + (f" at `{base['revision']}`" if base["revision"] else ""),
-        "base digest": f"`{base['digest']}`",
-        "rows": rows,
-        "code": f"`{git['commit'] or 'no git commit'}`" + (" with changes" if git["dirty"] else ""),
-        "trained on": manifest["hardware"]["train"],
-        "time": f"{sum(seconds) / 60:.1f} minutes" if seconds else "not measured",
-        "cost": "not priced" if cost["total"] is None else f"{cost['total']:.2f} at {cost['price_per_hour']:g} an hour",
-        "method": _settings(train),
-        "merged": f"into the {parity['base']} base; equals the adapter on {parity['token_agreement']:.1%} of tokens",
-    }
-    lines = [f"# {manifest['name']} {manifest['version']}", "", "An adapter and the merged model, made by Retune.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
-    lines += [
-        "",
-        "## Scores on the test split",
-        "",
-        "95 % intervals; BLEU and chrF 0–100, perplexity from 1 (lower is better), the others 0–1.",
-        "",
-    ]
-    lines += ["| metric | base | candidate before merge | candidate (merged) | signature |", "|---" * 5 + "|"]
-    for metric in METRICS:
-        scores = " | ".join(_score(manifest["metrics"][system].get(metric)) for system in ("base", "adapter", "merged"))
-        lines.append(f"| {metric} | {scores} | {manifest['evaluation']['signatures'].get(metric, '–')} |")
-    lines += ["", "## Use", "", "```python", use(manifest), "```", ""]
-    lines += ["The dtype is that of `merged/config.json`, in which the scores above were measured.", ""]
-    lines += ["`manifest.json` holds the whole lineage: parameters, packages, digests of data and files.", ""]
-    return "\n".join(lines)
+    method = _method(train)
+    rank = f", r {train['lora_r']}, alpha {train['lora_alpha']}" if method in RANKED else ""
+    systems, base = ("base", "adapter", "merged"), manifest["base_model"]
+    cost_text = f"{cost['total']:.2f} at {cost['price_per_hour']:g} an hour" if cost["total"] is not None else ""
+    return _template(BODY).render(
+        manifest=manifest,
+        base=f"`{base['name_or_path']}`" + (f" at `{base['revision']}`" if base["revision"] else ""),
+        rows=", ".join(f"{count:,} {split}" for split, count in manifest["data"]["rows"].items()),
+        agreement=f"{manifest['parity']['token_agreement']:.1%}",
+        method=f"{method}{rank}, {'4-bit' if train['load_in_4bit'] else 'full-precision'} base",
+        minutes=f"{sum(seconds) / 60:.1f} minutes" if seconds else "not measured",
+        cost=cost_text or "not priced",
+        scores={metric: [_score(manifest["metrics"][system].get(metric)) for system in systems] for metric in METRICS},
+        use=use(manifest["name"], train, manifest["evaluation"]["params"].get("max_new_tokens")),
+    )
 
 
-def use(manifest: Manifest) -> str:
+def use(name: str, train: dict[str, Any], longest: int | None) -> str:
     """The loading and the call that give the answers that were scored."""
-    auto = auto_class(manifest["params"]["train"])
-    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
-    lines += [f'model = {auto}.from_pretrained("merged")', 'tokenizer = AutoTokenizer.from_pretrained("merged")']
-    if _classifies(manifest["params"]["train"]):
-        lines += ['logits = model(**tokenizer("A text", return_tensors="pt")).logits']
-        return "\n".join([*lines, "print(model.config.id2label[int(logits.argmax())])"])
-    longest = manifest["evaluation"]["params"]["max_new_tokens"]
-    lines += ['messages = [{"role": "user", "content": "A question"}]']
-    lines += ["inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,"]
-    lines += ['                                       return_tensors="pt")']
-    lines += [f"answer = model.generate(**inputs, max_new_tokens={longest}, do_sample=False)[0]"]
-    lines += ['print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))', ""]
-    lines += ["# Or from the registry, with Retune installed:", "import mlflow", ""]
-    lines += [f'model = mlflow.pyfunc.load_model("models:/{manifest["name"]}@champion")']
-    return "\n".join([*lines, f'model.predict({{"messages": messages, "max_tokens": {longest}, "do_sample": False}})'])
+    classifies = _classifies(train)
+    return _template(USE).render(name=name, auto=auto_class(train), classifies=classifies, longest=longest).strip()
+
+
+def _template(text: str) -> Template:
+    return environment(Path(__file__).parent, html=False).from_string(text)
 
 
 def _method(train: dict[str, Any]) -> str:
     """Of versions before there was a choice, what it was then."""
     return str(train.get("method", "qlora" if train["load_in_4bit"] else "lora"))
-
-
-def _settings(train: dict[str, Any]) -> str:
-    method = _method(train)
-    base = "4-bit base" if train["load_in_4bit"] else "full-precision base"
-    rank = f", r {train['lora_r']}, alpha {train['lora_alpha']}"
-    return f"{method}{rank if method in ('lora', 'qlora', 'dora', 'rslora', 'adalora') else ''}, {base}"
 
 
 def _classifies(train: dict[str, Any]) -> bool:

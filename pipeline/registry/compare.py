@@ -8,22 +8,16 @@ Items that the champion may have been trained on are not compared on.
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.files import WORK_DIR, read_json
-from pipeline.params import PromoteParams, PublishParams
-from pipeline.registry.artifact_store import open_store
-from pipeline.registry.fetching import fetch_version
-from pipeline.registry.gate import Comparison, UnmeasuredError, claims_on, compare_claims, forgetting_claims
+from pipeline.core.files import read_json
+from pipeline.params import PromoteParams
+from pipeline.registry.gate import CompareError, Comparison, claims_on, compare_claims, forgetting_claims
 from pipeline.registry.manifest import Manifest, read_manifest
-from pipeline.registry.rescore import score_again
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.rescore import merged_items
 
 BASE = "the base model"
-
-
-class CompareError(RuntimeError):
-    """No comparison can be made; the message says why and what can be done."""
 
 
 class UnfairError(CompareError):
@@ -31,7 +25,7 @@ class UnfairError(CompareError):
 
 
 def compare(
-    publishing: PublishParams, candidate: Manifest, serving: str | None, params: PromoteParams, root: Path = Path(".")
+    model: RegisteredModel, candidate: Manifest, serving: str | None, params: PromoteParams
 ) -> tuple[Comparison, list[str]]:
     """Each gating metric's row, and notes that a reader of the numbers needs.
 
@@ -44,30 +38,24 @@ def compare(
         SignatureError: one has to be loaded to be scored, and publish.require_signature does not let it.
     """
     notes: list[str] = []
-    store = open_store(publishing, root)
     if serving is None:
-        folder = root / WORK_DIR / "versions" / candidate["version"]
-        ours = pq.read_table(fetch_version(store, candidate, "parity", folder) / "items.merged.parquet")
-        theirs = pq.read_table(fetch_version(store, candidate, "evaluation", folder) / "items.base.parquet")
+        ours = merged_items(model, candidate, candidate["evaluation"])
+        theirs = pq.read_table(model.fetch(candidate, "evaluation") / "items.base.parquet")
     else:
-        champion = read_manifest(store, serving)
+        champion = read_manifest(model.store, serving)
         if champion is None:
-            raise CompareError(f"the champion {serving} is no longer in {store.uri}; restore its manifest and objects")
+            raise CompareError(f"the champion {serving} is no longer in {model.store.uri}; restore its manifest")
         notes += _split_notes(candidate, champion)
-        settings = settings_of(candidate, root)
-        ours = current_items(publishing, candidate, settings, root)
-        theirs = current_items(publishing, champion, settings, root)
+        settings = settings_of(candidate, model.root)
+        ours, theirs = (merged_items(model, manifest, settings) for manifest in (candidate, champion))
     if ours.column("id").to_pylist() != theirs.column("id").to_pylist():
         raise CompareError("candidate and champion answered different test items; run `retune run` to score both again")
     general = []
     if "evaluation/general.json" in candidate["files"]:
-        folder = fetch_version(store, candidate, "evaluation", root / WORK_DIR / "versions" / candidate["version"])
+        folder = model.fetch(candidate, "evaluation")
         before, after = (pq.read_table(folder / f"general.{system}.parquet") for system in ("base", "adapter"))
         general = forgetting_claims(before, after, params)
-    try:
-        rows = compare_claims([*claims_on(ours, theirs, params), *general], params.seed)
-    except UnmeasuredError as error:
-        raise CompareError(str(error)) from None
+    rows = compare_claims([*claims_on(ours, theirs, params), *general], params.seed)
     return rows, notes + [_guards_nothing(metric, row) for metric, row in rows.items() if row["passed"] is None]
 
 
@@ -105,31 +93,3 @@ def settings_of(candidate: Manifest, root: Path) -> dict[str, Any]:
     proof = root / "artifacts" / "parity" / "parity.json"
     settings: dict[str, Any] = read_json(proof)["evaluation"] if proof.is_file() else candidate["evaluation"]
     return settings
-
-
-def current_items(publishing: PublishParams, manifest: Manifest, settings: dict[str, Any], root: Path) -> pa.Table:
-    """A version's merged-model scores on the test split of `settings`, measured again where it was scored otherwise."""
-    folder = root / WORK_DIR / "versions" / manifest["version"]
-    if manifest["evaluation"] == settings:
-        return pq.read_table(
-            fetch_version(open_store(publishing, root), manifest, "parity", folder) / "items.merged.parquet"
-        )
-    scored = folder / "scored"
-    kept = (scored / "evaluation.json").is_file() and read_json(scored / "evaluation.json") == settings
-    if not kept:
-        dataset = root / "artifacts" / "dataset" / "report.json"
-        if not dataset.is_file() or read_json(dataset)["test_sha256"] != settings["test_sha256"]:
-            raise CompareError(
-                f"version {manifest['version']} was scored on other test items or otherwise, and the test items to "
-                "score it on are not here; `dvc repro prepare` makes them, `dvc pull` fetches all artifacts"
-            )
-        if not score_again(publishing, manifest, settings, scored, root):
-            raise CompareError(f"version {manifest['version']} could not be scored again on today's test split")
-    signatures = read_json(scored / "evaluation.json")["signatures"]
-    for metric, ours in settings["signatures"].items():
-        if signatures.get(metric) != ours:
-            raise CompareError(
-                f"{metric} of the candidate was scored as {ours} and that of version {manifest['version']} as "
-                f"{signatures.get(metric)}: such scores are not compared. `retune run` scores the candidate anew"
-            )
-    return pq.read_table(scored / "items.parquet")

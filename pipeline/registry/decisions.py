@@ -20,7 +20,7 @@ DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "canary
 
 
 class DecisionError(RuntimeError):
-    """The promotion log cannot be read, or does not allow what was asked for."""
+    """The promotion log cannot be read, or does not allow what was asked for; nothing changed."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Record:
     notes: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     proposal: int | None = None  # record that this approval or rejection answers
 
+    @property
+    def word(self) -> str:
+        """What people call the decision: `forced` where a person overruled the gate."""
+        return "forced" if self.decision == "promoted" and self.overruled else self.decision
+
 
 def name_of(version: str | None, number: str | None) -> str:
     """What people call a version: `v4 (295a1c…)`, or its id while the registry has no number for it."""
     return str(version) if number is None else f"v{number} ({str(version)[:6]}…)"
-
-
-def word_of(record: Record) -> str:
-    """What people call the decision: `forced` where a person overruled the gate."""
-    return "forced" if record.decision == "promoted" and record.overruled else record.decision
 
 
 def read_log(store: ArtifactStore, name: str) -> list[Record]:
@@ -66,7 +66,7 @@ def read_log(store: ArtifactStore, name: str) -> list[Record]:
             if record.decision not in DECISIONS:
                 raise ValueError(f"its decision is {record.decision!r}")
         except (TypeError, ValueError) as error:
-            raise DecisionError(f"{key} in {store.uri} is no promotion record: {error}") from None
+            raise DecisionError(f"{key} in {store.uri} is not a promotion record: {error}") from None
         if record.number != number or key != _key(name, number):
             raise DecisionError(f"the promotion log of {name} in {store.uri} has {key} where record {number} should be")
         records.append(record)
@@ -98,8 +98,7 @@ def champions(log: list[Record]) -> list[str]:
             while record.version in line and line[-1] != record.version:
                 line.pop()
             line += [] if record.version in line else [record.version]
-    gone = deleted(log)
-    return [version for version in line if version not in gone]
+    return [version for version in line if version not in deleted(log)]
 
 
 def rolled_back(log: list[Record]) -> set[str]:
@@ -115,13 +114,10 @@ def rolled_back(log: list[Record]) -> set[str]:
 
 def proposed(log: list[Record]) -> Record | None:
     """The newest version that waits for approval, if the champion that it was compared with still serves."""
-    answered = {record.proposal for record in log}
-    gone = deleted(log)
-    for record in reversed(log):
-        if record.decision == "proposed":
-            open_still = record.number not in answered and record.version not in gone
-            return record if open_still and record.previous == champion(log) else None
-    return None
+    newest = next((record for record in reversed(log) if record.decision == "proposed"), None)
+    if newest is None or newest.number in {record.proposal for record in log} or newest.version in deleted(log):
+        return None
+    return newest if newest.previous == champion(log) else None
 
 
 def deleted(log: list[Record]) -> dict[str, Record]:
@@ -133,17 +129,13 @@ def refuse_deleted(log: list[Record], version: str) -> None:
     """Raises:
     DecisionError: `version` was deleted, which is for good.
     """
-    gone = deleted(log).get(version)
-    if gone is not None:
+    record = deleted(log).get(version)
+    if record is not None:
         raise DecisionError(
-            f"version {version} was deleted by {gone.actor} on {gone.time} ({gone.reason}); an id never comes back. "
-            "Another value of train.seed trains the same model under a new one"
+            f"version {version} was deleted by {record.actor} on {record.time} ({record.reason}); a deleted id cannot "
+            "be reused. Another value of train.seed trains the same model under a new one"
         )
 
 
 def _key(name: str, number: int) -> str:
     return f"promotions/{name}/{number:08}.json"
-
-
-class PromoteError(RuntimeError):
-    """The comparison cannot be made or the version is not there; the champion is as it was."""

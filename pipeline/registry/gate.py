@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.params import PromoteParams
-from pipeline.registry.significance import ALPHA, POWER, binary_test, corpus_test, holm, power, rows_factor
+from pipeline.registry.significance import ALPHA, POWER, Tested, binary_test, corpus_test, holm, power, rows_factor
 from pipeline.scoring.resampling import (
     BINARY,
     LOWER_IS_BETTER,
@@ -35,14 +35,15 @@ MIN_GROUPS = 20  # independent test items (or groups of them) below which nothin
 Comparison = dict[str, Any]
 
 
-class UnmeasuredError(RuntimeError):
-    """No test item counts for the primary metric."""
+class CompareError(RuntimeError):
+    """No comparison can be made; the message says why and what can be done."""
 
 
 @dataclass(frozen=True)
 class Claim:
     """What has to be shown of one metric: the true difference is above `bound`."""
 
+    name: str  # in the comparison; that of another set than the test split begins with "general_"
     metric: str
     candidate: Items
     champion: Items
@@ -51,24 +52,24 @@ class Claim:
     declared: float  # the true difference at which it should be shown
     needed: str
     margin: float | None  # None: the primary metric
-    sign: int = 1  # -1: lower scores are better
-    kind: str = ""  # the metric as statistics knows it, where that is another name
+
+    @property
+    def sign(self) -> int:
+        return -1 if self.metric in LOWER_IS_BETTER else 1
 
 
 def claims_on(ours: pa.Table, theirs: pa.Table, params: PromoteParams) -> list[Claim]:
     """The primary metric's claim, then the guards', over two tables of the same items."""
-    margins = {m: margin for m, margin in params.guard_metrics.items() if m != params.primary_metric}
-    groups = group_of(ours)
-
-    def claim(metric: str, bound: float, declared: float, needed: str, margin: float | None) -> Claim:
-        a, b = metric_items(ours, metric), metric_items(theirs, metric)
-        sign = -1 if metric in LOWER_IS_BETTER else 1
-        return Claim(metric, a, b, groups, bound, declared, needed, margin, sign)
-
-    best, metric = params.min_improvement, params.primary_metric
-    falls = metric in LOWER_IS_BETTER
-    primary = claim(metric, best, params.declared_effect, f"{'less than -' if falls else 'more than '}{best:g}", None)
-    return [primary, *(claim(m, -margin, 0.0, _within(m, margin), margin) for m, margin in margins.items())]
+    metric, least, groups = params.primary_metric, params.min_improvement, group_of(ours)
+    needed = f"{'less than -' if metric in LOWER_IS_BETTER else 'more than '}{least:g}"
+    systems = metric_items(ours, metric), metric_items(theirs, metric)
+    primary = Claim(metric, metric, *systems, groups, least, params.declared_effect, needed, None)
+    guards = [
+        _guard(guard, guard, metric_items(ours, guard), metric_items(theirs, guard), groups, margin)
+        for guard, margin in params.guard_metrics.items()
+        if guard != metric
+    ]
+    return [primary, *guards]
 
 
 def forgetting_claims(before: pa.Table, after: pa.Table, params: PromoteParams) -> list[Claim]:
@@ -78,24 +79,21 @@ def forgetting_claims(before: pa.Table, after: pa.Table, params: PromoteParams) 
         old, new = metric_items(before, metric), metric_items(after, metric)
         if np.isnan(corpus_score(old)):
             continue  # a set without answers to be right about has a perplexity only
-        falls = metric in LOWER_IS_BETTER
-        margin = limit * corpus_score(old) if falls else limit
-        needed = _within(metric, float(f"{margin:.3g}"))
-        claims.append(
-            Claim(f"general_{metric}", new, old, groups, -margin, 0.0, needed, margin, -1 if falls else 1, metric)
-        )
+        margin = limit * corpus_score(old) if metric in LOWER_IS_BETTER else limit
+        claims.append(_guard(f"general_{metric}", metric, new, old, groups, margin))
     return claims
 
 
-def _within(metric: str, margin: float) -> str:
-    return f"at most +{margin:g}" if metric in LOWER_IS_BETTER else f"at least -{margin:g}"
+def _guard(name: str, metric: str, candidate: Items, champion: Items, groups: Groups, margin: float) -> Claim:
+    needed = f"{'at most +' if metric in LOWER_IS_BETTER else 'at least -'}{margin:.3g}"
+    return Claim(name, metric, candidate, champion, groups, -margin, 0.0, needed, margin)
 
 
 def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -> Comparison:
     """The row of each claim; the first claim is the primary metric's.
 
     Raises:
-        UnmeasuredError: no item counts for the primary metric.
+        CompareError: no item counts for the primary metric.
         ValueError: the systems score different items.
     """
     rows: Comparison = {}
@@ -103,74 +101,82 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
     for claim in claims:
         require_same_items(claim.candidate, claim.champion)
         scores = corpus_score(claim.candidate), corpus_score(claim.champion)
-        if claim.margin is None:
-            if math.isnan(scores[0]):
-                raise UnmeasuredError(
-                    f"promote.primary_metric is {claim.metric}, but no test item counts for it; choose another"
-                )
-        elif math.isnan(scores[0]) or scores == (0.0, 0.0):
-            rows[claim.metric] = _untested(claim, *scores)
-            continue
-        rows[claim.metric] = {}
-        measured.append(claim)
+        if claim.margin is None and math.isnan(scores[0]):
+            raise CompareError(
+                f"promote.primary_metric is {claim.metric}, but no test item counts for it; choose another"
+            )
+        if claim.margin is not None and (math.isnan(scores[0]) or scores == (0.0, 0.0)):
+            rows[claim.name] = _untested(claim, scores[0])
+        else:
+            rows[claim.name] = {}
+            measured.append(claim)
     tested, drawn = [], []
     for claim in measured:
         first, second = (claim.candidate, claim.champion)[:: claim.sign]  # so that more is better
-        differences = resampled_differences(first, second, claim.groups, resamples, seed)
-        drawn.append(differences)
-        if (claim.kind or claim.metric) in BINARY:
+        drawn.append(resampled_differences(first, second, claim.groups, resamples, seed))
+        if claim.metric in BINARY:
             tested.append(binary_test(first, second, claim.groups, claim.bound))
         else:
-            tested.append(corpus_test(first, second, claim.groups, claim.bound, differences, seed))
-    everything = np.stack(drawn, axis=1)
+            tested.append(corpus_test(first, second, claim.groups, claim.bound, drawn[-1], seed))
+    differences = np.stack(drawn, axis=1)
     errors = [test.error for test in tested]
     distances = [claim.declared - claim.bound for claim in measured]
     adjusted = holm([test.p for test in tested])
     for i, (claim, test, p) in enumerate(zip(measured, tested, adjusted, strict=True)):
-        independent = num_groups(claim.candidate, claim.groups)
-        verdict = "passed" if p <= ALPHA else "failed" if test.high < claim.declared else "open"
-        needed = claim.needed
-        if independent < MIN_GROUPS and claim.margin is None:
-            verdict = "open"  # an interval over a handful of items is narrower than the truth
-            needed = f"at least {MIN_GROUPS} independent test items, there are {independent}"
-        candidate, champion = corpus_score(claim.candidate), corpus_score(claim.champion)
-        low, high = sorted((claim.sign * test.low, claim.sign * test.high))
-        rows[claim.metric] = {
-            "candidate": candidate,
-            "champion": champion,
-            "difference": candidate - champion,
-            "low": low,
-            "high": high,
-            "margin": claim.margin,
-            "items": num_groups(claim.candidate),  # each item its own group
-            "groups": independent,
-            "needed": needed,
-            "test": test.test,
-            "p": test.p,
-            "p_adjusted": p,
-            "power": power(everything[:, i : i + 1], errors[i : i + 1], distances[i : i + 1]),
-            "verdict": verdict,
-            "passed": verdict == "passed",
-        }
-    primary = rows[claims[0].metric]
-    primary["gate_power"] = power(everything, errors, distances)
-    items = max(rows[claim.metric]["items"] for claim in measured if not claim.kind)  # of the test split
-    factor = max(rows_factor(everything, errors, distances), MIN_GROUPS / primary["groups"])
+        row = _row(claim, test, p)
+        row["power"] = power(differences[:, i : i + 1], errors[i : i + 1], distances[i : i + 1])
+        rows[claim.name] = row
+    primary = rows[claims[0].name]
+    primary["gate_power"] = power(differences, errors, distances)
+    items = max(rows[claim.name]["items"] for claim in measured if claim.name == claim.metric)  # of the test split
+    factor = max(rows_factor(differences, errors, distances), MIN_GROUPS / primary["groups"])
     primary["gate_rows"] = None if math.isinf(factor) else math.ceil(round(factor * items, 6))
     primary["declared"] = claims[0].declared
     return rows
 
 
-def _untested(claim: Claim, candidate: float, champion: float) -> dict[str, Any]:
+def _row(claim: Claim, test: Tested, p: float) -> dict[str, Any]:
+    """What was tested of one claim; `p` is corrected for all of them."""
+    groups, needed = num_groups(claim.candidate, claim.groups), claim.needed
+    verdict = "passed" if p <= ALPHA else "failed" if test.high < claim.declared else "open"
+    if groups < MIN_GROUPS and claim.margin is None:
+        verdict = "open"  # an interval over a handful of items is narrower than the truth
+        needed = f"at least {MIN_GROUPS} independent test items, there are {groups}"
+    candidate, champion = corpus_score(claim.candidate), corpus_score(claim.champion)
+    low, high = sorted((claim.sign * test.low, claim.sign * test.high))
+    return {
+        "candidate": candidate,
+        "champion": champion,
+        "difference": candidate - champion,
+        "low": low,
+        "high": high,
+        "margin": claim.margin,
+        "items": num_groups(claim.candidate),  # each item its own group
+        "groups": groups,
+        "needed": needed,
+        "test": test.test,
+        "p": test.p,
+        "p_adjusted": p,
+        "verdict": verdict,
+        "passed": verdict == "passed",
+    }
+
+
+def _untested(claim: Claim, score: float) -> dict[str, Any]:
     """The row of a guard that guards nothing: no item counts for it, or both systems score 0 everywhere."""
-    row: dict[str, Any] = dict.fromkeys(("candidate", "champion", "difference", "low", "high", "p", "p_adjusted"))
-    verdict = "unmeasured"
-    if not math.isnan(candidate):
-        verdict = "uninformative"
-        row |= {"candidate": candidate, "champion": champion, "difference": 0.0, "low": 0.0, "high": 0.0}
-    row |= {"power": None, "margin": claim.margin, "needed": claim.needed, "test": None}
-    groups = num_groups(claim.candidate, claim.groups)
-    return row | {"items": num_groups(claim.candidate), "groups": groups, "verdict": verdict, "passed": None}
+    counts = not math.isnan(score)
+    scores = dict.fromkeys(("candidate", "champion", "difference", "low", "high"), 0.0 if counts else None)
+    return (
+        scores
+        | dict.fromkeys(("test", "p", "p_adjusted", "power", "passed"))
+        | {
+            "margin": claim.margin,
+            "items": num_groups(claim.candidate),
+            "groups": num_groups(claim.candidate, claim.groups),
+            "needed": claim.needed,
+            "verdict": "uninformative" if counts else "unmeasured",
+        }
+    )
 
 
 def decision_on(comparison: Comparison) -> str:

@@ -1,14 +1,33 @@
-"""The adapter that a training starts from, out of the registry or a folder."""
+"""The adapter that a training starts from, out of the registry or a folder.
+
+What `train.init_adapter: champion` means is pinned in .dvc/init_adapter.json, which DVC hashes. The pin moves when
+`retune run` is about to train for another reason, never by itself, so a promotion alone trains nothing again.
+"""
 
 from pathlib import Path
 
-from pipeline.core.files import WORK_DIR, read_json, sha256_file
+from pipeline.core import graph
+from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.params import Params
-from pipeline.registry.artifact_store import open_store
-from pipeline.registry.manifest import read_manifest
-from pipeline.registry.pin import PIN
-from pipeline.registry.verify import fetch_signed
-from pipeline.training.warm_start import InitError
+from pipeline.registry.model import RegisteredModel
+
+PIN = ".dvc/init_adapter.json"  # {"version": id or null}
+
+
+def pin_champion(params: Params, root: Path = Path(".")) -> str | None:
+    """Before a run trains: pin today's champion, if that is what `init_adapter` asks for. Returns the pinned version.
+
+    Nothing moves while the train stage is up to date, or the champion is the one pinned.
+    """
+    if params.train.init_adapter != "champion":
+        return None
+    pinned: str | None = read_json(root / PIN)["version"]
+    if "train" not in graph.stale(root):
+        return pinned
+    serving = RegisteredModel(params.publish, root).champion()
+    if serving != pinned:
+        write_json(root / PIN, {"version": serving})
+    return serving
 
 
 def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
@@ -18,28 +37,23 @@ def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
         InitError: it is not there, or not the one that its digest names.
         StoreError, SignatureError: the version is damaged, or publish.require_signature is on and it is not signed.
     """
-    wanted: str | None = params.train.init_adapter
-    if wanted == "none":
+    from pipeline.training.warm_start import InitError  # brings torch, which the flow that pins does without
+
+    name: str | None = params.train.init_adapter
+    if name == "none":
         return None
-    if wanted == "champion":
-        wanted = read_json(root / PIN)["version"]
-        if wanted is None:
-            print("train · no champion is pinned yet (`retune run` does that): the adapter starts afresh", flush=True)
-            return None
-    assert wanted is not None
-    if "@" in wanted:
-        path, digest = wanted.rsplit("@", 1)
+    if name == "champion":
+        name = read_json(root / PIN)["version"]
+    if name is None:
+        print("train · no champion is pinned yet (`retune run` does that): the adapter starts afresh", flush=True)
+        return None
+    if "@" in name:
+        path, digest = name.rsplit("@", 1)
         weights = root / path / "adapter_model.safetensors"
         if not weights.is_file():
             raise InitError(f"train.init_adapter names {path}, which holds no adapter_model.safetensors")
-        if (found := sha256_file(weights)) != digest:
-            raise InitError(f"{weights} is not the one that train.init_adapter names: its sha256 is {found}")
+        if (actual := sha256_file(weights)) != digest:
+            raise InitError(f"{weights} is not the one that train.init_adapter names: its sha256 is {actual}")
         return root / path
-    store = open_store(params.publish, root)
-    manifest = read_manifest(store, wanted)
-    if manifest is None:
-        raise InitError(
-            f"train.init_adapter is version {wanted}, which is not published in {store.uri}; `retune history` lists "
-            "the versions there are"
-        )
-    return fetch_signed(params.publish, manifest, "adapter", root / WORK_DIR / "init" / wanted, root)
+    model = RegisteredModel(params.publish, root)
+    return model.fetch_signed(model.manifest(name), "adapter")

@@ -8,7 +8,7 @@ import json
 import platform
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version as package_version
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,7 @@ from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.scoring.resampling import read_scores
 
 SCHEMA_VERSION = 2
-WRITTEN_BY_RUNS = (
-    "dvc.lock",
-    ".dvc/init_adapter.json",
-)  # no change of a person's, and what they say is in the manifest
+WRITTEN_BY_RUNS = ("dvc.lock", ".dvc/init_adapter.json")  # no change of a person's; the manifest has what they say
 Manifest = dict[str, Any]
 
 
@@ -39,7 +36,12 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         StoreError: the schema does not allow it.
     """
-    _validate(manifest)
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator().iter_errors(manifest))
+    if error is not None:
+        where = ".".join(str(part) for part in error.absolute_path) or "the manifest"
+        raise StoreError(f"{where} does not match pipeline/registry/manifest.schema.json: {error.message[:300]}")
     return json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
 
 
@@ -59,15 +61,27 @@ def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
         return None
     try:
         manifest: Manifest = strict_json(data)
-        found = manifest.get("schema_version", 1)
-        if found != SCHEMA_VERSION:
-            raise ValueError(f"its schema is {found}, this Retune reads {SCHEMA_VERSION}; publish the version again")
+        schema = manifest.get("schema_version", 1)
+        if schema != SCHEMA_VERSION:
+            raise ValueError(f"its schema is {schema}, this Retune reads {SCHEMA_VERSION}; publish the version again")
         if manifest["version"] != version:
             raise ValueError(f"it names version {manifest['version']}")
         if encode(manifest) != data:
             raise ValueError("its bytes are not the ones that Retune writes for this content")
     except (StoreError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{key_of(version)} in {store.uri} is damaged: {error}") from None
+    return manifest
+
+
+def require_manifest(store: ArtifactStore, version: str) -> Manifest:
+    """As `read_manifest`, of a version that has to be there.
+
+    Raises:
+        StoreError: it is not published, or as `read_manifest`.
+    """
+    manifest = read_manifest(store, version)
+    if manifest is None:
+        raise StoreError(f"version {version} is not published in {store.uri}; `retune history` lists those that are")
     return manifest
 
 
@@ -107,7 +121,7 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
         "packages": {
             "train": training["versions"],
             "evaluate": parity["evaluation"]["versions"],
-            "publish": {"python": platform.python_version(), "retune": _retune_version()},
+            "publish": {"python": platform.python_version(), "retune": package_version("retune")},
         },
         "contract": contract_digests(contract),
         "metrics": read_scores(artifacts / "evaluation") | read_scores(artifacts / "parity"),
@@ -145,25 +159,9 @@ def _cost(price: float | None, seconds: list[float | None]) -> dict[str, float |
     return {"price_per_hour": price, "total": total}
 
 
-def _retune_version() -> str:
-    try:
-        return version("retune")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
-
-
 @cache
 def _validator() -> Any:
     from jsonschema import Draft202012Validator
 
     text = package_files("pipeline.registry").joinpath("manifest.schema.json").read_text(encoding="utf-8")
     return Draft202012Validator(json.loads(text))
-
-
-def _validate(manifest: Manifest) -> None:
-    from jsonschema.exceptions import best_match
-
-    error = best_match(_validator().iter_errors(manifest))
-    if error is not None:
-        where = ".".join(str(part) for part in error.absolute_path) or "the manifest"
-        raise StoreError(f"{where} is not what pipeline/versions/manifest.schema.json asks for: {error.message[:300]}")

@@ -7,44 +7,22 @@ and `challenger` are projections of the promotion log, put right by whoever look
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from pipeline.core import graph
 from pipeline.core.files import WORK_DIR, read_json, write_json
-from pipeline.params import PublishParams
-from pipeline.registry.artifact_store import ArtifactStore
-from pipeline.registry.decisions import PromoteError, champion, name_of, read_log
+from pipeline.registry.decisions import name_of
 
 
 class RegistryError(RuntimeError):
     """A version that is not there, or a registry that cannot be reached."""
 
 
-@dataclass(frozen=True)
-class Registration:
-    """What MLflow is told of a version."""
-
-    version: str  # content id
-    source: str  # where `retune`'s plugin for MLflow finds the files
-    tags: dict[str, str]
-    params: dict[str, Any]
-    metrics: dict[str, float]
-    curve: list[tuple[str, float, int]]  # name, value, step
-    reports: dict[str, str]  # file name → text
-
-
-def open_registry(params: PublishParams, root: Path = Path(".")) -> "ModelRegistry":
-    """The registry of publish.tracking_uri, for the model publish.registered_model_name."""
-    return ModelRegistry(params.tracking_uri, params.registered_model_name, root)
-
-
 class ModelRegistry:
-    """The MLflow side: registered versions with their tags, and the aliases."""
+    """The entries of one model in the MLflow at `tracking_uri`."""
 
     def __init__(self, tracking_uri: str, name: str, root: Path = Path(".")) -> None:
         self.uri, self.name, self.root = tracking_uri, name, root
@@ -61,18 +39,11 @@ class ModelRegistry:
         with self._reached():
             return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
-    def version_of(self, version_id: str) -> str | None:
-        """MLflow's number of a published version, or None."""
-        with self._reached():
-            found = self.client.search_model_versions(f"name = '{self.name}' and tags.version_id = '{version_id}'")
-        return min((str(v.version) for v in found), key=int, default=None)
-
     def numbers(self) -> dict[str, str]:
-        """MLflow's number of every version, by version id."""
+        """MLflow's number of every version, by version id; of two entries of one version the lower number counts."""
         numbers: dict[str, str] = {}
-        for version in self._versions():
-            known = numbers.setdefault(version.tags["version_id"], str(version.version))
-            numbers[version.tags["version_id"]] = min(known, str(version.version), key=int)
+        for entry in sorted(self._entries(), key=lambda entry: int(entry.version), reverse=True):
+            numbers[entry.tags["version_id"]] = str(entry.version)
         write_json(self._remembered, {"registry": self.uri, "name": self.name, "numbers": numbers})
         return numbers
 
@@ -89,7 +60,7 @@ class ModelRegistry:
     def label(self, version_id: str | None) -> str:
         """How people call a version; by its id alone while the registry has no number for it or cannot be reached."""
         try:
-            return name_of(version_id, self.version_of(version_id) if version_id else None)
+            return name_of(version_id, self.numbers().get(version_id) if version_id else None)
         except RegistryError:
             return str(version_id)
 
@@ -99,53 +70,70 @@ class ModelRegistry:
         Raises:
             RegistryError: there is none.
         """
-        found = self._versions()
-        for version in found:
-            if str(version.version) == number.removeprefix("v"):
-                return str(version.tags["version_id"])
-        known = ", ".join(f"v{number}" for number in sorted(int(v.version) for v in found)) or "none"
+        ids = {str(entry.version): str(entry.tags["version_id"]) for entry in self._entries()}
+        if (plain := number.removeprefix("v")) in ids:
+            return ids[plain]
+        known = ", ".join(f"v{known}" for known in sorted(ids, key=int)) or "none"
         raise RegistryError(f"{self.name} has no version {number}; it has {known}")
 
-    def tags(self, version_id: str) -> dict[str, str] | None:
-        """What the registry says of a version, or None where it does not know it."""
-        number = self.version_of(version_id)
-        if number is None:
-            return None
-        with self._reached():
-            return dict(self.client.get_model_version(self.name, number).tags)
+    def tags(self, version_id: str) -> dict[str, str]:
+        """What the registry says of a version; nothing where it does not know it."""
+        entries = self._entries(version_id)
+        return dict(min(entries, key=lambda entry: int(entry.version)).tags) if entries else {}
 
-    def register(self, version: Registration) -> str:
-        """Make the entry of a version with its run (parameters, metrics, curves, reports); returns its number.
+    def register(
+        self,
+        version_id: str,
+        source: str,
+        tags: dict[str, str],
+        params: dict[str, Any],
+        metrics: dict[str, float],
+        curve: list[tuple[str, float, int]],
+        reports: dict[str, str],
+    ) -> str:
+        """Make the entry of a version, and its run; returns its number.
 
-        Two publishers of one version may both make an entry; the lower number counts.
+        Args:
+            source: where Retune's plugin for MLflow finds the files.
+            curve: name, value and step.
+            reports: file name → text.
         """
-        from mlflow.exceptions import MlflowException
+        from mlflow.entities import Metric, Param
 
+        now = int(datetime.now(UTC).timestamp() * 1000)
+        final = [(key, value, 0) for key, value in metrics.items()]
+        points = [Metric(key, value, now, step) for key, value, step in [*final, *curve]]
         with self._reached():
-            try:
+            with _unless("RESOURCE_ALREADY_EXISTS"):
                 self.client.create_registered_model(self.name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            run_id = self._log_run(version)
-            made = self.client.create_model_version(
-                self.name, source=version.source, run_id=run_id, tags=version.tags | {"version_id": version.version}
+            experiment = self.client.get_experiment_by_name(self.name)
+            experiment_id = (
+                experiment.experiment_id
+                if experiment is not None
+                else self.client.create_experiment(self.name, artifact_location=self._artifacts())
             )
-            self.client.set_registered_model_alias(self.name, "challenger", made.version)
-        return self.version_of(version.version) or str(made.version)
+            run = self.client.create_run(experiment_id, run_name=version_id, tags={"version_id": version_id})
+            run_id = str(run.info.run_id)
+            self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])
+            for start in range(0, len(points), 1000):  # more at once are refused
+                self.client.log_batch(run_id, metrics=points[start : start + 1000])
+            for file, text in reports.items():
+                self.client.log_text(run_id, text, file)
+            self.client.set_terminated(run_id)
+            tags = tags | {"version_id": version_id}
+            entry = self.client.create_model_version(self.name, source=source, run_id=run_id, tags=tags)
+            self.client.set_registered_model_alias(self.name, "challenger", entry.version)
+        return self.numbers().get(version_id) or str(entry.version)
 
     def project(self, champion_id: str | None) -> None:
         """Make the aliases say what the promotion log says."""
-        from mlflow.exceptions import MlflowException
-
         with self._reached():
-            try:
+            aliases = None
+            with _unless("RESOURCE_DOES_NOT_EXIST"):
                 aliases = self.client.get_registered_model(self.name).aliases
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                return  # a new registry beside an old log: publish fills it, the log decides all the same
-            number = self.version_of(champion_id) if champion_id else None
+            if aliases is None:
+                return  # a new registry next to an old log: publish fills it, the log decides all the same
+            number = self.numbers().get(champion_id) if champion_id else None
             if number is None:
                 if "champion" in aliases:
                     self.client.delete_registered_model_alias(self.name, "champion")
@@ -157,51 +145,28 @@ class ModelRegistry:
     def mark(self, version_id: str, tags: dict[str, str]) -> None:
         """Set tags on every entry of a version."""
         with self._reached():
-            for version in self._versions():
-                if version.tags["version_id"] == version_id:
-                    for key, value in tags.items():
-                        self.client.set_model_version_tag(self.name, version.version, key, value)
+            for entry in self._entries(version_id):
+                for key, value in tags.items():
+                    self.client.set_model_version_tag(self.name, entry.version, key, value)
 
     def forget(self, version_id: str) -> None:
         """Delete the entries of a version; its run stays, as the record of a training."""
         with self._reached():
-            for version in self._versions():
-                if version.tags["version_id"] == version_id:
-                    self.client.delete_model_version(self.name, version.version)
+            for entry in self._entries(version_id):
+                self.client.delete_model_version(self.name, entry.version)
 
-    def _versions(self) -> list[Any]:
-        found: list[Any] = []
+    def _entries(self, version_id: str | None = None) -> list[Any]:
+        entries: list[Any] = []
         token: str | None = None
         with self._reached():
             while token is None or token:
                 page = self.client.search_model_versions(f"name = '{self.name}'", page_token=token)
-                found += [version for version in page if "version_id" in version.tags]
+                entries += [entry for entry in page if "version_id" in entry.tags]
                 token = page.token or ""
-        return found
-
-    def _log_run(self, version: Registration) -> str:
-        from mlflow.entities import Metric, Param
-
-        experiment = self.client.get_experiment_by_name(self.name)
-        if experiment is None:
-            experiment_id = self.client.create_experiment(self.name, artifact_location=self._artifacts())
-        else:
-            experiment_id = experiment.experiment_id
-        made = self.client.create_run(experiment_id, run_name=version.version, tags={"version_id": version.version})
-        now = int(datetime.now(UTC).timestamp() * 1000)
-        metrics = [Metric(key, value, now, 0) for key, value in version.metrics.items()]
-        metrics += [Metric(key, value, now, step) for key, value, step in version.curve]
-        params = [Param(key, str(value)[:500]) for key, value in version.params.items()]
-        self.client.log_batch(made.info.run_id, params=params)
-        for start in range(0, len(metrics), 1000):  # more at once are refused
-            self.client.log_batch(made.info.run_id, metrics=metrics[start : start + 1000])
-        for file, text in version.reports.items():
-            self.client.log_text(made.info.run_id, text, file)
-        self.client.set_terminated(made.info.run_id)
-        return str(made.info.run_id)
+        return [entry for entry in entries if version_id in (None, entry.tags["version_id"])]
 
     def _artifacts(self) -> str | None:
-        """Where runs keep their reports: beside a SQLite file, else where the server says."""
+        """Where runs keep their reports: next to a SQLite file, else where the server says."""
         if not self.uri.startswith("sqlite:///"):
             return None
         database = self.root / unquote(self.uri.removeprefix("sqlite:///"))
@@ -222,18 +187,13 @@ class ModelRegistry:
             raise RegistryError(f"the registry {where} (publish.tracking_uri) could not be used: {reason}") from error
 
 
-def resolve(version: str | None, store: ArtifactStore, registry: ModelRegistry, name: str, root: Path) -> str:
-    """The content id of a version named by number (3 or v3), id, or `champion`; None: the workspace's.
+@contextmanager
+def _unless(code: str) -> Iterator[None]:
+    """Leave out what MLflow answers with the error `code`."""
+    from mlflow.exceptions import MlflowException
 
-    Raises:
-        RegistryError: the registry has no such number.
-        PromoteError: there is no champion.
-    """
-    if version is None:
-        return graph.version_id(root)
-    if version == "champion":
-        serving = champion(read_log(store, name))
-        if serving is None:
-            raise PromoteError(f"{name} has no champion yet")
-        return serving
-    return registry.id_of(version) if version.removeprefix("v").isdigit() and len(version) < 10 else version
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != code:
+            raise

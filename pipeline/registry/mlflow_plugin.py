@@ -11,12 +11,11 @@ from urllib.parse import parse_qsl
 from mlflow.entities import FileInfo
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
-from pipeline.core.allowlist import UnsafeFileError, check_file, check_names
 from pipeline.params import PublishParams
-from pipeline.registry import manifest as manifests
-from pipeline.registry import signature
 from pipeline.registry.artifact_store import StoreError, open_store
-from pipeline.registry.fetching import fetch_file
+from pipeline.registry.manifest import encode, require_manifest
+from pipeline.registry.signature import read_signature
+from pipeline.registry.transfer import fetch_files
 from pipeline.settings import ParamsError, load_params
 
 
@@ -28,39 +27,30 @@ class RetuneArtifactRepository(ArtifactRepository):
         address, _, query = artifact_uri.removeprefix("retune-").partition("?")
         store_uri, _, self.version = address.rpartition("/versions/")
         self.artifact_store = open_store(_settings(store_uri, dict(parse_qsl(query))))
-        manifest = manifests.read_manifest(self.artifact_store, self.version)
-        if manifest is None:
-            raise StoreError(f"version {self.version} is not in {store_uri}; it may have been deleted")
-        check_names(manifest["files"])
-        self.manifest = manifest
-        data = manifests.encode(manifest)
-        signed = signature.read_signature(self.artifact_store, self.version, data)
+        self.manifest = manifest = require_manifest(self.artifact_store, self.version)
+        data = encode(manifest)
+        signed = read_signature(self.artifact_store, manifest)
         self.proofs = {"manifest.json": data} | ({"manifest.sig": signed} if signed is not None else {})
 
     def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
         folder = f"{path.strip('/')}/" if path else ""
         sizes = {name: entry["size"] for name, entry in self.manifest["files"].items()}
         sizes |= {name: len(data) for name, data in self.proofs.items()}
-        found: dict[str, FileInfo] = {}
+        entries: dict[str, FileInfo] = {}
         for name, size in sizes.items():
             if name.startswith(folder):
                 first, slash, _ = name.removeprefix(folder).partition("/")
-                found[first] = FileInfo(folder + first, bool(slash), None if slash else size)
-        return [found[first] for first in sorted(found)]
+                entries[first] = FileInfo(folder + first, bool(slash), None if slash else size)
+        return [entries[first] for first in sorted(entries)]
 
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
         if remote_file_path in self.proofs:
             Path(local_path).write_bytes(self.proofs[remote_file_path])
             return
-        entry = self.manifest["files"].get(remote_file_path)
-        if entry is None:
+        if remote_file_path not in self.manifest["files"]:
             raise StoreError(f"version {self.version} has no file {remote_file_path}")
-        fetch_file(self.artifact_store, entry, Path(local_path))
-        try:
-            check_file(Path(local_path))
-        except UnsafeFileError:
-            Path(local_path).unlink()
-            raise
+        target = Path(local_path)
+        fetch_files(self.artifact_store, self.manifest, {target.name: remote_file_path}, target.parent)
 
     def log_artifact(self, *_: Any, **__: Any) -> None:
         raise StoreError("a published version never changes; `retune publish` makes a new one")

@@ -6,7 +6,6 @@ this module contains one.
 
 import os
 from dataclasses import asdict
-from typing import Any
 from urllib.parse import urlparse
 
 from pipeline.core.http_client import HttpError, send
@@ -15,24 +14,18 @@ from pipeline.registry.decisions import Record
 
 def tell(webhooks: list[str], name: str, record: Record) -> list[str]:
     """POST `record`, with the model's name, to the URL in each variable; returns a warning for each failure."""
-    body = {"model": name} | asdict(record)
     warnings = []
     for variable in webhooks:
-        problem = _post(os.environ.get(variable, ""), body)
-        if problem is not None:
+        url = os.environ.get(variable, "")
+        problem = ""
+        if urlparse(url).scheme not in ("http", "https"):
+            problem = "it holds no http or https address" if url else "the variable is not set"
+        else:
+            try:
+                send(url, {"model": name} | asdict(record))
+            except HttpError as error:
+                unreachable = f"it cannot be reached ({type(error.__cause__).__name__})"
+                problem = f"it answered with status {error.status}" if error.status else unreachable
+        if problem:
             warnings.append(f"the webhook in {variable} was not told of the decision: {problem}")
     return warnings
-
-
-def _post(url: str, body: dict[str, Any]) -> str | None:
-    if not url:
-        return "the variable is not set"
-    if urlparse(url).scheme not in ("http", "https"):
-        return "it holds no http or https address"
-    try:
-        send(url, body)
-        return None
-    except HttpError as error:
-        if error.status is None:
-            return f"it cannot be reached ({type(error.__cause__).__name__})"
-        return f"it answered with status {error.status}"

@@ -11,11 +11,10 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -25,20 +24,14 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectTimeoutError,
-    EndpointConnectionError,
-    HTTPClientError,
     IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
     ReadTimeoutError,
     ResponseStreamingError,
 )
 from s3transfer.exceptions import RetriesExceededError
 
 from pipeline.params import PublishParams
-from pipeline.registry.artifact_store import OBJECT, Stored, StoreError, check_key
+from pipeline.registry.artifact_store import OBJECT, ArtifactStore, Files, Progress, Stored, StoreError, check_key
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
@@ -48,30 +41,20 @@ PART_SIZE = 32 * 2**20  # bytes; a bigger file is sent and fetched in parts of t
 PROBE = b"Retune writes this on condition that it is not there, to see that the server heeds the condition.\n"
 PROBE_HOLD_S = 2.0  # how long one write of the probe waits for the other
 BROKEN_BODY = (IncompleteReadError, ResponseStreamingError, ReadTimeoutError)
-NO_KEYS = "the S3 server of {uri} does not accept the credentials ({code}); renew them, or choose others"
-OTHER_REGION = "bucket {bucket} is in another region; set publish.region_name to it"
-UNABLE = "the S3 server of {uri} cannot {action} the way Retune needs it ({code}); use another server"
-ERRORS = {  # by S3's code, else by status
-    "InvalidAccessKeyId": NO_KEYS,
-    "SignatureDoesNotMatch": NO_KEYS,
-    "ExpiredToken": NO_KEYS,
-    "InvalidToken": NO_KEYS,
-    "TokenRefreshRequired": NO_KEYS,
-    "PermanentRedirect": OTHER_REGION,
-    "AuthorizationHeaderMalformed": OTHER_REGION,
-    "IllegalLocationConstraintException": OTHER_REGION,
-    "301": OTHER_REGION,
-    "NotImplemented": UNABLE,
-    "MethodNotAllowed": UNABLE,
-    "NoSuchBucket": "there is no bucket {bucket} at {server}; create it, or correct publish.artifact_store",
-    "RequestTimeTooSkewed": "this machine's clock is too far off for the S3 server of {uri}; set it right",
-    "403": "the credentials may not {action} in {uri} ({code}); docs/operations.md lists what is needed",
-    "5": "the S3 server of {uri} failed to {action}, {attempts} times in a row ({status} {code}); try again later",
-    "4": "the S3 server of {uri} refused to {action} ({status} {code})",
+ADVICE = {  # by S3's code or status
+    "InvalidAccessKeyId": "renew the credentials, or choose others",
+    "SignatureDoesNotMatch": "renew the credentials, or choose others",
+    "ExpiredToken": "renew the credentials, or choose others",
+    "AuthorizationHeaderMalformed": "set publish.region_name to the bucket's region",
+    "PermanentRedirect": "set publish.region_name to the bucket's region",
+    "NoSuchBucket": "create the bucket, or correct publish.artifact_store",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "NotImplemented": "use another server: this one lacks what Retune needs",
+    "403": "docs/operations.md lists the rights that are needed",
 }
 
 
-class S3Store:
+class S3Store(ArtifactStore):
     """A store under `s3://bucket/prefix`. Safe for threads."""
 
     def __init__(self, params: PublishParams, read_timeout_s: float = READ_TIMEOUT_S) -> None:
@@ -82,7 +65,7 @@ class S3Store:
         if self.prefix:
             check_key(self.prefix)
         self.uri = f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
-        self.endpoint = params.endpoint_url
+        self.server = params.endpoint_url or "AWS"
         self._transfers = TransferConfig(
             multipart_threshold=PART_SIZE,
             multipart_chunksize=PART_SIZE,
@@ -122,10 +105,7 @@ class S3Store:
                 self._race(f"probe/{uuid.uuid4().hex}")
                 self._put("probe/done", PROBE)
             if self._put("probe/done", PROBE):
-                raise StoreError(
-                    f"the S3 server of {self.uri} ignores the condition If-None-Match, so that two promoters could "
-                    "both win; use AWS S3 or another server that has conditional writes"
-                )
+                raise self._unsafe()
             self._probed = True
 
     def _race(self, key: str) -> None:
@@ -138,10 +118,13 @@ class S3Store:
             second = self._put(key, PROBE)
             body.released.set()
             if first.result() and second:
-                raise StoreError(
-                    f"the S3 server of {self.uri} lets two conditional writes (If-None-Match) of one key both succeed, "
-                    "so that two promoters could both win; use AWS S3 or another server that lets one win"
-                )
+                raise self._unsafe()
+
+    def _unsafe(self) -> StoreError:
+        return StoreError(
+            f"the S3 server of {self.uri} lets two conditional writes (If-None-Match) of one key both succeed, so that "
+            "two promoters could both win; use AWS S3 or another server that lets one win"
+        )
 
     def create(self, key: str, data: bytes) -> bool:
         check_key(key)
@@ -152,69 +135,61 @@ class S3Store:
                 return True
             # Maybe this very write: its acknowledgement was lost and it was sent again, or delivered twice.
             head = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
-            return head["Metadata"].get("creation") == token
+            return bool(head["Metadata"].get("creation") == token)
 
-    def upload(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+    def upload(self, files: Files, progress: Progress) -> None:
         self.probe()
         with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
-            subscribers, sending = [ProgressCallbackInvoker(progress)], []
+            subscribers, transfers = [ProgressCallbackInvoker(progress)], []
             for key, path in files:
                 # Here the server checks that the content is what the name says; of a file in parts, each part's CRC.
                 whole = path.stat().st_size < PART_SIZE
                 extra = self._encryption | ({"ChecksumSHA256": _base64(bytes.fromhex(key[8:]))} if whole else {})
-                sending.append(manager.upload(str(path), self.bucket, self._name(key), extra, subscribers))
-            for future in sending:
+                transfers.append(manager.upload(str(path), self.bucket, self._name(key), extra, subscribers))
+            for transfer in transfers:
                 try:
-                    future.result()
+                    transfer.result()
                 except ClientError as error:
                     if _status(error) != 412:  # 412: another publisher has just created it
                         raise
 
     def read(self, key: str) -> bytes | None:
+        attempt = 1
         with self._explained():
-            attempt = 1
             while True:
                 try:
                     answer = self._client.get_object(Bucket=self.bucket, Key=self._name(check_key(key)))
+                    data: bytes = answer["Body"].read()
+                    return data
                 except ClientError as error:
                     if _status(error) == 404 and _code(error) != "NoSuchBucket":
                         return None
                     raise
-                try:
-                    return answer["Body"].read()
                 except BROKEN_BODY:  # botocore sends a request again, but not for a body that breaks off
                     if attempt == ATTEMPTS:
                         raise
                     attempt += 1
                     time.sleep(0.05 * 2**attempt)
 
-    def download(self, files: Sequence[tuple[str, Path]], progress: Callable[[int], object]) -> None:
+    def download(self, files: Files, progress: Progress) -> None:
         with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
             subscribers = [ProgressCallbackInvoker(progress)]
-            coming = {
-                path: manager.download(self.bucket, self._name(check_key(key)), str(path), None, subscribers)
+            transfers = [
+                (key, manager.download(self.bucket, self._name(check_key(key)), str(path), None, subscribers))
                 for key, path in files
-            }
-            for key, path in files:
+            ]
+            for key, transfer in transfers:
                 try:
-                    coming[path].result()
+                    transfer.result()
                 except ClientError as error:
                     if _status(error) == 404:
                         raise StoreError(f"{self.uri} has no {key}") from None
                     raise
 
-    def list(self, prefix: str) -> list[str]:
-        return [stored.key for stored in self.scan(prefix)]
-
     def scan(self, prefix: str) -> Sequence[Stored]:
-        cut = len(self._name(""))
-        with self._explained():
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self._name(prefix)
-            )
-            objects = [each for page in pages for each in page.get("Contents", [])]
-        objects.sort(key=lambda each: each["Key"])
-        return [Stored(each["Key"][cut:], each["Size"], each["LastModified"].timestamp()) for each in objects]
+        objects = self._pages("list_objects_v2", "Contents", prefix)
+        stored = [Stored(key, each["Size"], each["LastModified"].timestamp()) for key, each in objects]
+        return sorted(stored, key=lambda each: each.key)
 
     def delete(self, key: str) -> None:
         with self._explained():
@@ -225,22 +200,20 @@ class S3Store:
             answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._name("probe"), MaxKeys=1)
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
-    def unfinished(self, before: float, delete: bool = False) -> Sequence[Stored]:
+    def unfinished(self, before: float, delete: bool = False) -> int:
         """Multipart uploads of objects that nobody completed; they cost money unseen."""
-        cut = len(self._name(""))
+        uploads = self._pages("list_multipart_uploads", "Uploads", "objects/")
+        old = [each for key, each in uploads if OBJECT.fullmatch(key) and each["Initiated"].timestamp() < before]
         with self._explained():
-            pages = self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=self._name("objects/")
-            )
-            uploads = [
-                each
-                for page in pages
-                for each in page.get("Uploads", [])
-                if OBJECT.fullmatch(each["Key"][cut:]) and each["Initiated"].timestamp() < before
-            ]
-            for each in uploads if delete else ():
+            for each in old if delete else ():
                 self._client.abort_multipart_upload(Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"])
-        return [Stored(each["Key"][cut:], 0, each["Initiated"].timestamp()) for each in uploads]
+        return len(old)
+
+    def _pages(self, operation: str, field: str, prefix: str) -> Sequence[tuple[str, dict[str, Any]]]:
+        """The keys of a listing and what it says of them."""
+        with self._explained():
+            pages = self._client.get_paginator(operation).paginate(Bucket=self.bucket, Prefix=self._name(prefix))
+            return [(each["Key"][len(self._name("")) :], each) for page in pages for each in page.get(field, [])]
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
@@ -269,35 +242,24 @@ class S3Store:
         try:
             yield
         except ClientError as error:
-            raise StoreError(self._sentence(error)) from None
-        except (NoCredentialsError, PartialCredentialsError):
-            raise StoreError(
-                f"there are no credentials for {self.uri}; boto3 looks in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "in ~/.aws (publish.profile_name), and at the machine's role"
-            ) from None
-        except ProfileNotFound as error:
-            raise StoreError(f"publish.profile_name: {error}; ~/.aws/config lists the profiles") from None
-        except (EndpointConnectionError, ConnectTimeoutError) as error:
-            server = self.endpoint or error.kwargs.get("endpoint_url", "AWS")
-            raise StoreError(f"no S3 server answers for {self.uri} at {server}") from None
-        except (HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
-            raise StoreError(
-                f"the connection to the S3 server of {self.uri} broke, {ATTEMPTS} times in a row "
-                f"({type(error).__name__}); the same command continues from here"
-            ) from None
-        except (BotoCoreError, ValueError) as error:  # what boto3 says itself may quote a credential
-            raise StoreError(
-                f"boto3 cannot use {self.uri} ({type(error).__name__}); correct publish.endpoint_url, "
-                "publish.region_name or publish.profile_name, or what ~/.aws/config says"
-            ) from None
+            code, status = _code(error), _status(error)
+            # boto3's operation name in plain words: PutObject is "put object".
+            action = re.sub(r"(?<!^)(?=[A-Z])", " ", error.operation_name).lower().replace(" v2", "")
+            advice = ADVICE.get(code) or ADVICE.get(str(status)) or ("try again later" if status >= 500 else "")
+            said = f"the S3 server of {self.uri} ({self.server}) refused to {action}: {status} {code}"
+            raise StoreError(said + (f"; {advice}" if advice else "")) from None
+        except RetriesExceededError as error:
+            raise self._unreachable(error.last_exception) from None
+        except (BotoCoreError, ValueError) as error:
+            raise self._unreachable(error) from None
 
-    def _sentence(self, error: ClientError) -> str:
-        code, status = _code(error), _status(error)
-        template = ERRORS.get(code) or ERRORS.get(str(status)) or ERRORS["5" if status >= 500 else "4"]
-        # boto3's operation name in plain words: PutObject is "put object".
-        action = re.sub(r"(?<!^)(?=[A-Z])", " ", error.operation_name).lower().replace(" v2", "")
-        words = {"uri": self.uri, "bucket": self.bucket, "server": self.endpoint or "AWS", "action": action}
-        return template.format(**words, attempts=ATTEMPTS, code=code, status=status)
+    def _unreachable(self, error: Exception) -> StoreError:
+        # Only the error's name: what boto3 says itself may quote a credential.
+        return StoreError(
+            f"{self.uri} ({self.server}) cannot be used: {type(error).__name__}, after up to {ATTEMPTS} attempts; look "
+            "at the connection, publish.endpoint_url, region_name and profile_name, and the credentials that boto3 "
+            "finds (environment, ~/.aws, this machine's role)"
+        )
 
 
 class _HeldBody(io.BytesIO):

@@ -1,9 +1,10 @@
 """Signatures of versions, by OpenSSF's model_signing: an in-toto statement over file digests, in a sigstore bundle.
 
-`manifest.<digest>.sig` lies beside the manifest, which is itself one of the signed files, so lineage and metrics are
+`manifest.<digest>.sig` lies next to the manifest, which is itself one of the signed files, so lineage and metrics are
 covered too. A signature counts only if a trusted key made it for exactly these digests, byte for byte.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -12,9 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.checks import Check
 from pipeline.params import PublishParams
 from pipeline.registry.artifact_store import ArtifactStore
-from pipeline.registry.manifest import key_of
+from pipeline.registry.manifest import Manifest, encode, key_of
 
 PASSWORD_VARIABLE = "RETUNE_SIGNING_PASSWORD"
 PEM = re.compile(rb"-----BEGIN ([A-Z ]+)-----.+?-----END \1-----\n?", re.DOTALL)
@@ -25,7 +27,7 @@ class SignatureError(RuntimeError):
 
 
 def signature_key(version: str, manifest: bytes) -> str:
-    """Where the signature of this very manifest lies: one that a crash left beside another manifest never counts."""
+    """Where the signature of this very manifest lies: one that a crash left next to another manifest never counts."""
     return key_of(version).removesuffix("json") + f"{hashlib.sha256(manifest).hexdigest()}.sig"
 
 
@@ -39,27 +41,22 @@ def sign(params: PublishParams, manifest: bytes) -> bytes | None:
         return None
     from model_signing import signing
 
-    password = os.environ.get(PASSWORD_VARIABLE)
-    key = Path(params.signing_key)
+    key, password = Path(params.signing_key), os.environ.get(PASSWORD_VARIABLE)
     try:
-        # model_signing hands the password to cryptography, which wants bytes.
-        secret: Any = password.encode() if password else None
         config = signing.Config().set_hashing_config(_digests(manifest))
-        if params.signing_certificate is None:
-            config.use_elliptic_key_signer(private_key=key, password=secret)
-        else:
-            certificates = _blocks(Path(params.signing_certificate), "CERTIFICATE")
-            with tempfile.TemporaryDirectory() as folder:
-                own, *others = _write_each(Path(folder), certificates)
+        with tempfile.TemporaryDirectory() as folder:
+            if params.signing_certificate is None:
+                # model_signing hands the password to cryptography, which wants bytes.
+                secret: Any = password.encode() if password else None
+                config.use_elliptic_key_signer(private_key=key, password=secret)
+            else:
+                first, *others = _blocks(Path(params.signing_certificate), "CERTIFICATE", Path(folder))
                 # An empty chain is a PEM error there; the certificate once more changes nothing.
                 config.use_certificate_signer(
-                    private_key=key, signing_certificate=own, certificate_chain=others or [own]
+                    private_key=key, signing_certificate=first, certificate_chain=others or [first]
                 )
-        with tempfile.TemporaryDirectory() as folder:
             config.sign(json.loads(manifest)["version"], Path(folder) / "sig")
             return (Path(folder) / "sig").read_bytes()
-    except SignatureError:
-        raise
     except Exception as error:  # the libraries raise a dozen kinds
         raise SignatureError(
             f"publish.signing_key {key} cannot sign: {_first_line(error)}. Expected an elliptic-curve private key in "
@@ -88,27 +85,59 @@ def verify(params: PublishParams, manifest: bytes, signature: bytes) -> str:
             if Bundle.from_json(signature).to_json().encode() != signature:
                 raise ValueError("its bytes are not the ones that model_signing writes")
             material = json.loads(signature)["verificationMaterial"]
+            certified = "x509CertificateChain" in material
+            trusted = _blocks(path, "CERTIFICATE" if certified else "PUBLIC KEY", Path(folder))
         except Exception as error:
-            raise SignatureError(f"the signature is damaged: {_first_line(error)}") from None
-        for number, trusted in enumerate(_trusted(path, "x509CertificateChain" in material, Path(folder)), start=1):
+            raise SignatureError(f"the signature cannot be checked: {_first_line(error)}") from None
+        # All certificates of the file are roots at once; its public keys are tried in turn.
+        for number, keys in enumerate([trusted] if certified else [[key] for key in trusted], start=1):
             config = verifying.Config().set_hashing_config(_digests(manifest))
             try:
-                if "x509CertificateChain" in material:
-                    config.use_certificate_verifier(certificate_chain=trusted)
+                if certified:
+                    config.use_certificate_verifier(certificate_chain=keys)
                 else:
-                    config.use_elliptic_key_verifier(public_key=trusted[0])
+                    config.use_elliptic_key_verifier(public_key=keys[0])
                 config.verify(Path("version"), stored)
+                return _signer(material)
             except Exception as error:
                 failures.append(f"{path}, number {number}: {_first_line(error)}")
-                continue
-            return _signer(material)
-    raise SignatureError(
-        "; ".join(failures) or f"{path} holds nothing that a signature of this kind can be checked with"
-    )
+    raise SignatureError("; ".join(failures))
 
 
-def read_signature(store: ArtifactStore, version: str, manifest: bytes) -> bytes | None:
-    return store.read(signature_key(version, manifest))
+def read_signature(store: ArtifactStore, manifest: Manifest) -> bytes | None:
+    return store.read(signature_key(manifest["version"], encode(manifest)))
+
+
+def check_signature(store: ArtifactStore, params: PublishParams, manifest: Manifest) -> Check:
+    signed = read_signature(store, manifest)
+    if signed is None:
+        passed = False if params.require_signature else None
+        return Check("signature", passed, "the version is not signed, or its manifest was altered afterwards")
+    if params.verify_key is None:
+        return Check("signature", None, "there is one, but publish.verify_key names no key to check it with")
+    try:
+        return Check("signature", True, f"by {verify(params, encode(manifest), signed)}")
+    except SignatureError as error:
+        return Check("signature", False, str(error))
+
+
+def require_signed(store: ArtifactStore, manifest: Manifest, params: PublishParams) -> None:
+    """Where `publish.require_signature` is on: refuse a version without a signature of a trusted key. Enough before a
+    download, which checks each file against the manifest.
+
+    Raises:
+        SignatureError: why the version may not serve.
+    """
+    if params.require_signature:
+        refuse_failed(manifest, [check_signature(store, params, manifest)])
+
+
+def refuse_failed(manifest: Manifest, checks: list[Check]) -> None:
+    for check in checks:
+        if not check.passed:
+            raise SignatureError(
+                f"version {manifest['version']} may not serve (publish.require_signature): {check.name}: {check.detail}"
+            )
 
 
 def _digests(manifest: bytes) -> Any:
@@ -133,37 +162,20 @@ def _digests(manifest: bytes) -> Any:
     return KnownDigests()
 
 
-def _trusted(path: Path, certificates: bool, folder: Path) -> list[list[Path]]:
-    """What to try in turn: each public key of the file alone, or all its certificates as roots at once."""
-    if certificates:
-        roots = _write_each(folder, _blocks(path, "CERTIFICATE"))
-        return [roots] if roots else []
-    return [[key] for key in _write_each(folder, _blocks(path, "PUBLIC KEY"))]
-
-
-def _blocks(path: Path, label: str) -> list[bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SignatureError(f"{path} cannot be read: {error.strerror}") from None
-    found = list(PEM.finditer(data))
-    if not found:
-        raise SignatureError(f"{path} holds no PEM block; expected -----BEGIN {label}-----")
-    return [block.group(0) for block in found if block.group(1).decode() == label]
-
-
-def _write_each(folder: Path, blocks: list[bytes]) -> list[Path]:
+def _blocks(path: Path, label: str, folder: Path) -> list[Path]:
+    """Every PEM block `label` of the file `path`, each in a file of its own in `folder`; ValueError without any."""
+    blocks = [block[0] for block in PEM.finditer(path.read_bytes()) if block[1].decode() == label]
+    if not blocks:
+        raise ValueError(f"{path} holds no {label.lower()} in PEM")
     paths = [folder / f"{number}.pem" for number in range(len(blocks))]
-    for path, block in zip(paths, blocks, strict=True):
-        path.write_bytes(block)
+    for target, block in zip(paths, blocks, strict=True):
+        target.write_bytes(block)
     return paths
 
 
 def _signer(material: dict[str, Any]) -> str:
     if "publicKey" in material:
         return f"key {material['publicKey']['hint'][:16]}"
-    import base64
-
     from cryptography import x509
 
     certificate = x509.load_der_x509_certificate(

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.allowlist import UnsafeFileError, check_file, check_names
 from pipeline.core.files import sha256_file
 from pipeline.core.progress import Progress
 from pipeline.registry.artifact_store import ArtifactStore, StoreError
@@ -53,15 +54,10 @@ def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entr
     store.probe()
     stamps = {path: _stamp(path) for path in files.values()}
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(sha256_file, files.values())
-        entries = {
-            name: {"sha256": digest, "size": stamps[files[name]][0]}
-            for name, digest in zip(files, digests, strict=True)
-        }
+        digests = dict(zip(files, pool.map(sha256_file, files.values()), strict=True))
+    entries = {name: {"sha256": digests[name], "size": stamps[path][0]} for name, path in files.items()}
     present = set(store.list("objects/"))
-    absent = {
-        key: files[name] for name, entry in entries.items() if (key := f"objects/{entry['sha256']}") not in present
-    }
+    absent = {key: path for name, path in files.items() if (key := f"objects/{digests[name]}") not in present}
     size = sum(stamps[path][0] for path in absent.values())
     store.upload(list(absent.items()), _meter("publish", size))
     for path, stamp in stamps.items():
@@ -84,6 +80,37 @@ def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
                 raise StoreError(f"{store.uri} has lost {key} ({name}); `retune publish` sends it again")
         if "chunks" not in entry and sizes[key] != entry["size"]:
             raise StoreError(f"{key} in {store.uri} ({name}) has {sizes[key]:,} bytes; expected {entry['size']:,}")
+
+
+def fetch_version(store: ArtifactStore, manifest: dict[str, Any], part: str, folder: Path) -> Path:
+    """Download one part of a version (adapter, merged, evaluation or parity) to `folder/part`, every file checked.
+
+    Raises:
+        StoreError, UnsafeFileError: as `fetch_files`.
+    """
+    names = [name for name in manifest["files"] if name.startswith(f"{part}/")]
+    fetch_files(store, manifest, {name: name for name in names}, folder)
+    return folder / part
+
+
+def fetch_files(store: ArtifactStore, manifest: dict[str, Any], names: dict[str, str], folder: Path) -> None:
+    """Download files of a version, to be loaded; those that lie there already are checked all the same.
+
+    Args:
+        names: where in `folder` each goes, and its name in the manifest.
+
+    Raises:
+        StoreError: an object is missing or altered.
+        UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
+    """
+    check_names(manifest["files"])
+    fetch(store, {target: manifest["files"][name] for target, name in names.items()}, folder)
+    for target in names:
+        try:
+            check_file(folder / target)
+        except UnsafeFileError:
+            (folder / target).unlink()
+            raise
 
 
 def fetch(store: ArtifactStore, entries: dict[str, Entry], folder: Path) -> None:

@@ -10,31 +10,34 @@ from pathlib import Path
 
 from pipeline.core.files import write_text
 from pipeline.core.pages.templates import environment
+from pipeline.registry.verdict import number
 from pipeline.report.contents import Change, Contents
-from pipeline.report.tables import SYSTEMS, markdown, number, score_rows
+from pipeline.report.tables import SYSTEMS, markdown, score_rows
 from pipeline.scoring.resampling import PERCENT, num_counting
 
 SLICES = {"by_task": "By task", "by_language": "By language", "by_length": "By length of the prompt"}
 
 
+def write_report(contents: Contents, folder: Path) -> None:
+    """`report.md` and `report.html` in `folder`."""
+    for name in ("report.md", "report.html"):
+        write_text(folder / name, render(contents, name))
+
+
 def render(contents: Contents, name: str) -> str:
     """The page `name`: report.md or report.html."""
     names = SYSTEMS | contents.labels
+    systems, shown = contents.systems, contents.systems[-1]
     pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
     pages.filters |= {"signed": lambda change, key: number(change.metric, getattr(change, key), "+")}
     return pages.get_template(f"evaluation.{name.removeprefix('report.')}.jinja").render(
         report=contents,
-        score_rows=score_rows(
-            {s.name: s.metrics for s in contents.systems},
-            num_counting(contents.systems[-1].items),
-            contents.systems[-1].metrics["num_samples"],
-            names,
-        ),
+        score_rows=score_rows({s.name: s.metrics for s in systems}, num_counting(shown.items), contents.items, names),
         failures=[
-            (state.replace("_", " "), [s.metrics[f"num_{state}"] for s in contents.systems])
+            (state.replace("_", " "), [system.metrics[f"num_{state}"] for system in systems])
             for state in ("cut_off", "empty", "failed")
         ],
-        items=contents.systems[-1].metrics["num_samples"],
+        items=contents.items,
         forest=[(change, *_place(change, contents.changes)) for change in contents.changes],
         slices=[
             (heading, _bars(contents, kind))
@@ -52,13 +55,10 @@ def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, int, list[
     """Name, items, metric, the items that it counts, and each system's bar."""
     return [
         (
-            name,
-            items,
-            metric,
-            counting,
-            [(s.name, Bar.of(metric, s.metrics.get(kind, {}).get(name, {}).get(metric))) for s in contents.systems],
+            *part,
+            [(system.name, Bar.of(part[2], system.slice_score(kind, part[0], part[2]))) for system in contents.systems],
         )
-        for name, items, metric, counting in contents.slices(kind)
+        for part in contents.slices(kind)
     ]
 
 
@@ -91,28 +91,30 @@ class Plot:
 
     @classmethod
     def of(cls, curve: list[dict[str, float]]) -> "Plot | None":
-        kinds = [kind for kind in ("loss", "validation_loss") if any(kind in row for row in curve)]
-        if not kinds:
+        points = {
+            kind: [(row["step"], row[kind]) for row in curve if kind in row] for kind in ("loss", "validation_loss")
+        }
+        points = {kind: values for kind, values in points.items() if values}
+        if not points:
             return None
-        steps = [row["step"] for row in curve]
-        top = max(row[kind] for row in curve for kind in kinds if kind in row) or 1.0
-        step = _round_step(top / 4)
-        high = step * math.ceil(top / step)
-        first, width = min(steps), (max(steps) - min(steps)) or 1.0
+        steps = sorted({row["step"] for row in curve})
+        first, width = steps[0], (steps[-1] - steps[0]) or 1.0
+        top = max(value for values in points.values() for _, value in values) or 1.0
+        tick = _round_step(top / 4)
+        high = tick * math.ceil(top / tick)
 
-        def x(value: float) -> float:
-            return round(100 * (value - first) / width, 2)
+        def x(step: float) -> float:
+            return round(100 * (step - first) / width, 2)
 
         def y(value: float) -> float:
             return round(100 - 100 * value / high, 2)
 
-        lines = {k: " ".join(f"{x(row['step'])},{y(row[k])}" for row in curve if k in row) for k in kinds}
-        ticks = [first + width * k / 4 for k in range(5)] if len(set(steps)) > 4 else sorted(set(steps))
+        ticks = [first + width * k / 4 for k in range(5)] if len(steps) > 4 else steps
         return cls(
-            lines,
-            [(f"{round(tick):,}", x(round(tick))) for tick in ticks],
-            [(f"{step * k:g}", y(step * k)) for k in range(round(high / step) + 1)],
-            {k: f"{[row[k] for row in curve if k in row][-1]:.3f}" for k in kinds},
+            {kind: " ".join(f"{x(step)},{y(value)}" for step, value in values) for kind, values in points.items()},
+            [(f"{round(step):,}", x(round(step))) for step in ticks],
+            [(f"{tick * k:g}", y(tick * k)) for k in range(round(high / tick) + 1)],
+            {kind: f"{values[-1][1]:.3f}" for kind, values in points.items()},
         )
 
 
@@ -127,9 +129,3 @@ def _round_step(value: float) -> float:
     """1, 2, 2.5 or 5 times a power of ten, at least `value`."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= value * 0.999)
-
-
-def write_report(contents: Contents, folder: Path) -> None:
-    """`report.md` and `report.html` in `folder`."""
-    for name in ("report.md", "report.html"):
-        write_text(folder / name, render(contents, name))

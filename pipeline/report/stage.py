@@ -1,10 +1,12 @@
-"""The report as the evaluate stage knows it: base and adapter, no verdict yet.
+"""The report as the evaluate stage knows it: base and adapter, no verdict yet. And what its files say for any report.
 
 Nothing in it differs between two runs on the same inputs (no times, no versions), since it is part of a version's name.
 """
 
 import csv
 import io
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.files import read_json, write_json, write_text
+from pipeline.data.report import excerpt
 from pipeline.params import EvaluateParams
-from pipeline.report.contents import (
-    Contents,
-    System,
-    compare_items,
-    contract_facts,
-    data_facts,
-    differences,
-    evaluation_facts,
-    read_curve,
-    read_other_sets,
-    read_prompts,
-    training_facts,
-)
+from pipeline.registry.verdict import number
+from pipeline.report.contents import Asked, Contents, System
 from pipeline.report.evaluation_pages import write_report
-from pipeline.report.tables import number
+from pipeline.report.tables import SYSTEMS, Row, interval
 from pipeline.scoring.items import Metrics, summarise
 from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT
 
@@ -46,81 +38,157 @@ def write_scores(
     folder: Path,
 ) -> dict[str, Metrics]:
     """Scores, items, what they depend on (`recorded`) and the report of `base` and `adapter`; answers or classes."""
-    metrics = {system: summarise(table, params) for system, table in items.items()}
-    for system, table in items.items():
-        pq.write_table(table, folder / f"items.{system}.parquet")
+    systems = [System(name, summarise(items[name], params), items[name]) for name in ("base", "adapter")]
+    metrics = {system.name: system.metrics for system in systems}
+    for system in systems:
+        pq.write_table(system.items, folder / f"items.{system.name}.parquet")
     write_json(folder / "scores.json", metrics)
     write_json(folder / "evaluation.json", recorded)
-    base, candidate = (System(name, metrics[name], items[name]) for name in ("base", "adapter"))
-    write_stage_report(base, candidate, dataset, adapter, folder)
+    contents = stage_contents(systems, dataset, adapter, folder)
+    write_report(contents, folder)
+    # What `dvc plots` draws.
+    measured = [metric for metric in METRICS if metric not in LOWER_IS_BETTER]
+    _write_bars(folder / "scores.csv", [(m, s.name, s.metrics.get(m)) for m in measured for s in systems])
+    tasks = [
+        (task, system.name, system.slice_score("by_task", task, metric))
+        for task, _, metric, _ in contents.slices("by_task")
+        for system in systems
+    ]
+    _write_bars(folder / "tasks.csv", tasks)  # accuracy and rougeL are both shares
     return metrics
 
 
-def write_stage_report(base: System, candidate: System, dataset: Path, adapter: Path, evaluation: Path) -> None:
-    """`report.md` and `report.html` in `evaluation`, and what `dvc plots` draws: `scores.csv` and `tasks.csv`."""
-    contents = stage_contents(base, candidate, dataset, adapter, evaluation)
-    write_report(contents, evaluation)
-    measured = [metric for metric in METRICS if metric not in LOWER_IS_BETTER]
-    _write_bars(evaluation / "scores.csv", [(m, m, s.name, s.metrics) for m in measured for s in contents.systems])
-    tasks = [
-        (task, metric, s.name, s.metrics["by_task"].get(task, {}))
-        for task, _, metric, _ in contents.slices("by_task")
-        for s in contents.systems
-    ]
-    _write_bars(evaluation / "tasks.csv", tasks)
-
-
-def _write_bars(path: Path, bars: list[tuple[str, str, str, Metrics]]) -> None:
-    """A line for each bar (what, metric, system, scores): its score and interval, from 0 to 100."""
+def _write_bars(path: Path, bars: list[tuple[str, str, dict[str, float] | None]]) -> None:
+    """A line for each bar (what, system, score): its score and interval, from 0 to 100."""
     with io.StringIO(newline="") as text:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("of", "score", "low", "high"))
-        for what, metric, system, scores in bars:
-            if score := scores.get(metric):
-                scale = 1 if metric in PERCENT else 100
-                writer.writerow(
-                    (f"{what}, {system}", *(round(scale * score[key], 4) for key in ("score", "low", "high")))
-                )
+        for what, system, score in bars:
+            if score is not None:
+                scale = 1 if what in PERCENT else 100
+                numbers = (round(scale * score[key], 4) for key in ("score", "low", "high"))
+                writer.writerow((f"{what}, {system}", *numbers))
         write_text(path, text.getvalue())
 
 
-def stage_contents(base: System, candidate: System, dataset: Path, adapter: Path, evaluation: Path) -> Contents:
+def stage_contents(systems: list[System], dataset: Path, adapter: Path, evaluation: Path) -> Contents:
     """The adapter against the base that it was trained on, with the files that `evaluation` holds by now."""
     settings = read_json(evaluation / "evaluation.json")
-    params = settings["params"]
-    changes = compare_items(candidate, base, params["bootstrap_samples"], params["seed"])
-    better, worse, best, worst = differences(candidate, base)
-    training = read_json(adapter / "training.json")
-    first = next((c for c in changes if c.metric == "rougeL"), changes[0] if changes else None)
-    verdict = (
-        ""
-        if first is None
-        else (
-            f"Before merge, the candidate scores {number(first.metric, first.new)} in {first.metric}, the base "
-            f"{number(first.metric, first.old)} (95 % CI of the difference {number(first.metric, first.low, '+')} to "
-            f"{number(first.metric, first.high, '+')}). "
-        )
-    )
-    return Contents(
-        about={"base model": training["base_model"]["name_or_path"], "state": "evaluated, not published"},
-        title="Not decided yet",
-        verdict=verdict + OPEN,
-        decision="open",
-        systems=[base, candidate],
-        new=candidate.name,
-        old=base.name,
-        changes=changes,
-        better=better,
-        worse=worse,
-        best=best,
-        worst=worst,
-        curve=read_curve((adapter / "loss.csv").read_text(encoding="utf-8")),
-        facts={
-            "Data": data_facts(read_json(dataset / "report.json")),
-            "Training": training_facts(training),
-            "Evaluation": evaluation_facts(settings),
-            "Template contract": contract_facts(read_json(adapter / "contract.json")),
+    contents = Contents.of(
+        systems,
+        systems[0],
+        settings["params"],
+        about={
+            "base model": read_json(adapter / "training.json")["base_model"]["name_or_path"],
+            "state": "evaluated, not published",
         },
-        prompts=read_prompts({"base": (evaluation, "base"), "adapter": (evaluation, "adapter")}),
-        tables=read_other_sets(evaluation),
+        title="Not decided yet",
+        verdict=OPEN,
+        decision="open",
+        **file_parts(adapter, evaluation, settings),
     )
+    contents.facts["Data"] = facts(read_json(dataset / "report.json"), "rows", "test_sha256")
+    return contents
+
+
+def file_parts(adapter: Path, evaluation: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a report that the files of an adapter and of its evaluation give; `settings`: how it was scored."""
+    return {
+        "curve": read_curve((adapter / "loss.csv").read_text(encoding="utf-8")),
+        "facts": {
+            "Training": facts(
+                read_json(adapter / "training.json"), "base_model", "steps", "trainable_parameters", "device", "params"
+            ),
+            "Evaluation": facts(settings, "decoding", "params", "signatures"),
+            "Template contract": facts(
+                read_json(adapter / "contract.json"), "labels", "chat_template_name", "chat_template_sha256",
+                "tokenizer_sha256", "stop_ids", "train_on", "on_control_tokens", "max_length",
+            ),
+        },
+        "prompts": read_prompts({"base": (evaluation, "base"), "adapter": (evaluation, "adapter")}),
+        "tables": read_other_sets(evaluation),
+    }  # fmt: skip
+
+
+def facts(tree: dict[str, Any], *keys: str) -> dict[str, str]:
+    """What the `keys` of a JSON file say, as text: one fact for each value, nested ones by their path."""
+    chosen = flat({key: tree[key] for key in keys if key in tree})
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in chosen.items()
+    }
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by their path, as `train.lora_r`."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def read_prompts(answered: dict[str, tuple[Path, str]]) -> list[Asked]:
+    """The candidate's prompts (of `adapter`) with the answers of all; of a system that was not asked one, that is said.
+
+    Args:
+        answered: of each system its evaluation folder and what it is called there (base | adapter).
+    """
+    answers: dict[str, dict[str, str]] = {}
+    for system, (folder, name) in answered.items():
+        path = folder / "prompts.json"  # a classifier has none
+        answers[system] = {one["prompt"]: _said(one[name]) for one in (read_json(path) if path.is_file() else [])}
+    return [
+        Asked(prompt, [(system, said.get(prompt, "(was not asked)")) for system, said in answers.items()])
+        for prompt in answers["adapter"]
+    ]
+
+
+def _said(answer: dict[str, Any]) -> str:
+    return excerpt(answer["answer"]) + (" (cut off)" if answer["cut_off"] else "")
+
+
+def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
+    """Candidate before merge against base on the general set and before the judge, where they were asked for."""
+    tables: dict[str, list[Row]] = {}
+    if (evaluation / "general.json").is_file():
+        general = read_json(evaluation / "general.json")
+        tables["General set: what was forgotten"] = [
+            _row(
+                metric,
+                interval(metric, general["base"][metric]),
+                interval(metric, general["adapter"][metric]),
+                f"{100 * lost:+.1f} %" if metric in LOWER_IS_BETTER else number(metric, -lost, "+"),
+            )
+            for metric, lost in general["lost"].items()
+            if lost is not None
+        ]
+    if (evaluation / "judge.json").is_file():
+        judged = read_json(evaluation / "judge.json")
+        base, adapter, pairs = judged["base"], judged["adapter"], judged["pairwise"]
+        rows = [_rated("rating", base["rating"], adapter["rating"])]
+        for kind in ("by_language", "by_category"):
+            rows += [_rated(name, base[kind][name], rating) for name, rating in adapter[kind].items()]
+        rate = "–" if pairs["win_rate"] is None else f"{100 * pairs['win_rate']['score']:.0f} %"
+        counts = f"{pairs['wins']}, {pairs['ties']}, {pairs['losses']}"
+        tables["Judge: ratings from 1 to 10"] = [*rows, _row("the candidate wins, ties, loses", counts, rate, "")]
+    return tables
+
+
+def _rated(name: str, old: dict[str, float] | None, new: dict[str, float] | None) -> Row:
+    change = f"{new['score'] - old['score']:+.2f}" if old and new else "–"
+    before, after = (
+        f"{one['score']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "–" for one in (old, new)
+    )
+    return _row(name, before, after, change)
+
+
+def _row(what: str, base: str, candidate: str, difference: str) -> Row:
+    return {"": what, SYSTEMS["base"]: base, SYSTEMS["adapter"]: candidate, "difference": difference}
+
+
+def read_curve(table: str) -> list[dict[str, float]]:
+    """The rows of `loss.csv`: step, and those of loss and validation_loss that were measured and are numbers."""
+    curve = []
+    for row in csv.DictReader(table.splitlines()):
+        values = {key: float(row[key]) for key in ("step", "loss", "validation_loss") if row.get(key)}
+        curve.append({key: value for key, value in values.items() if math.isfinite(value)})
+    return curve

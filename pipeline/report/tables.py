@@ -1,13 +1,14 @@
-"""Tables of scores as people read them: the one place for terminal, dashboard and reports.
-
-In come the metrics of systems on the same test items; out go rows of text, one for each metric that was measured.
-"""
+"""Tables of scores and of a verdict as people read them: the one place for terminal, dashboard and reports."""
 
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, PERCENT
+from pipeline.registry.gate import Comparison
+from pipeline.registry.significance import ALPHA
+from pipeline.registry.verdict import number, span
+from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS
 
 # Keys of metrics.json, and what people call these systems.
 SYSTEMS = {
@@ -16,6 +17,18 @@ SYSTEMS = {
     "adapter": "candidate before merge",
     "merged": "candidate (merged)",
 }
+WORDS = {
+    "passed": "passed",
+    "failed": "refused",
+    "open": "not shown",
+    "unmeasured": "not measured",
+    "uninformative": "not informative",
+}
+P_NOTE = (
+    f"p is one-sided and corrected for all metrics together (Holm); a metric passes at {ALPHA:g} or less. This is "
+    "stricter than the 95 % interval of one metric: an interval can exclude the limit while p does not pass."
+)
+WIDTH = 118  # columns of tables, on a terminal and in a file
 Row = dict[str, str]
 
 
@@ -47,17 +60,53 @@ def _few(metric: str, systems: dict[str, dict[str, Any]], count: int, items: int
     return f" ({count:,} of {items:,} items)" if count < items else ""
 
 
-def number(metric: str, value: float, sign: str = "") -> str:
-    return f"{value:{sign}.{1 if metric in PERCENT else 3}f}"
-
-
 def interval(metric: str, score: dict[str, float] | None) -> str:
     """A score and its 95 % interval as text; the score alone where there is no interval."""
     if score is None:
         return "–"
-    if "low" not in score:
-        return number(metric, score["score"])
-    return f"{number(metric, score['score'])} ({number(metric, score['low'])} to {number(metric, score['high'])})"
+    return number(metric, score["score"]) + (f" ({span(metric, score, '')})" if "low" in score else "")
+
+
+def verdict_lines(title: str, why: str, todo: str) -> list[str]:
+    """What was decided, why, and what to do next."""
+    return [f"Verdict  {title}.", f"Why      {why}.", *([f"Next     {todo}."] if todo else [])]
+
+
+def verdict_rows(comparison: Comparison, first: bool = False) -> list[Row]:
+    """The comparison as text, one row for each metric; `first`: with the base model, for want of a champion."""
+    rows = []
+    for metric, row in comparison.items():
+        verdict = verdict_of(row)
+        scored, tested = verdict != "unmeasured", verdict not in ("unmeasured", "uninformative")
+        p = row.get("p_adjusted") if tested else None
+        rows.append(
+            {
+                "metric": metric,
+                "candidate": number(metric, row["candidate"]) if scored else "–",
+                "base" if first else "champion": number(metric, row["champion"]) if scored else "–",
+                "difference": number(metric, row["difference"], "+") if tested else "–",
+                "95 % interval": span(metric, row) if tested else "–",
+                "needed": row["needed"],
+                "p": "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
+                "verdict": WORDS[verdict],
+            }
+        )
+    return rows
+
+
+def verdict_of(row: dict[str, Any]) -> str:
+    """A key of `WORDS`. Records of the log from before the tests know only whether a metric passed."""
+    return str(row.get("verdict") or {True: "passed", False: "failed", None: "unmeasured"}[row["passed"]])
+
+
+def in_short(comparison: Comparison) -> str:
+    """The metric that decided, with both scores; nothing for a decision without numbers."""
+    if not comparison:
+        return ""
+    failed = [metric for metric, row in comparison.items() if verdict_of(row) == "failed"]
+    metric = failed[0] if failed else next(iter(comparison))
+    row = comparison[metric]
+    return f"{metric} {number(metric, row['candidate'])} against {number(metric, row['champion'])}"
 
 
 def markdown(rows: list[Row]) -> list[str]:
@@ -68,23 +117,16 @@ def markdown(rows: list[Row]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def terminal(rows: list[Row], title: str | None = None) -> Table:
+def show_table(rows: list[Row], title: str | None = None) -> None:
+    """Print a table on the terminal."""
     table = Table(*(rows[0] if rows else ()), title=title, title_justify="left")
     for row in rows:
         table.add_row(*row.values())
-    return table
+    Console(width=WIDTH, highlight=False, markup=False).print(table)
 
 
-WIDTH = 118  # columns of tables, on a terminal and in a file
-
-
-def verdict_lines(title: str, why: str, todo: str) -> list[str]:
-    """What was decided, why, and what to do next."""
-    return [f"Verdict  {title}.", f"Why      {why}.", *([f"Next     {todo}."] if todo else [])]
-
-
-def verdict_table(comparison: dict[str, Any], first: bool) -> Table:
-    from pipeline.registry.verdict import verdict_rows
-    from pipeline.report.tables import terminal
-
-    return terminal(verdict_rows(comparison, first))
+def show_verdict(comparison: Comparison, first: bool) -> None:
+    """Print the gate's table, if it compared anything."""
+    if comparison:
+        show_table(verdict_rows(comparison, first))
+        print(P_NOTE)

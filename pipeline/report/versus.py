@@ -5,7 +5,8 @@ that they were published with, or where these differ the workspace's, on which a
 decided or published here.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,93 +15,99 @@ import pyarrow.parquet as pq
 
 from pipeline.core import graph
 from pipeline.params import Params
-from pipeline.registry import compare as comparing
 from pipeline.registry import manifest as manifests
-from pipeline.registry.artifact_store import open_store
-from pipeline.registry.compare import CompareError
+from pipeline.registry.compare import settings_of
+from pipeline.registry.gate import CompareError
 from pipeline.registry.manifest import Manifest
-from pipeline.registry.mlflow import ModelRegistry, resolve
-from pipeline.report.contents import Contents, System, compare_items, differences
-from pipeline.report.tables import Row, number
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.rescore import merged_items
+from pipeline.registry.verdict import number, span
+from pipeline.report.contents import Contents, System
+from pipeline.report.stage import flat
+from pipeline.report.tables import Row
 
 WORKSPACE = "workspace"
+DIGEST = re.compile("sha256|md5|digest|commit")
 OLD, NEW = "champion", "merged"  # the systems of the page; what they are called is in `Contents.labels`
-SECTIONS = ("prepare", "train", "evaluate", "merge")
 
 
 @dataclass(frozen=True)
 class Side:
     label: str
     manifest: Manifest
-    here: bool  # the workspace's, not a published version
+    items: pa.Table | None = None  # of the workspace; a published version's are fetched
 
 
 def compare_versions(params: Params, old: str, new: str, root: Path = Path(".")) -> Contents:
     """`new` against `old`: v3, an id, champion or workspace.
 
     Raises:
-        CompareError: one is not there, both are one, or they answered different test items.
+        CompareError: both are one version, or they answered different test items.
+        StoreError: one is not published.
         SignatureError: one has to be scored again, and publish.require_signature does not let it be loaded.
     """
-    sides = [_side(params, name, root) for name in (old, new)]
-    before, after = sides
+    model = RegisteredModel(params.publish, root)
+    before, after = (_side(model, name) for name in (old, new))
     if before.manifest["version"] == after.manifest["version"]:
         raise CompareError(f"{old} and {new} are both version {before.manifest['version']}; name two")
     alike = before.manifest["evaluation"] == after.manifest["evaluation"]
-    settings = after.manifest["evaluation"] if alike else comparing.settings_of(after.manifest, root)
-    systems = [_system(params, side, key, settings, root) for side, key in zip(sides, (OLD, NEW), strict=True)]
+    settings = after.manifest["evaluation"] if alike else settings_of(after.manifest, root)
+    systems = []
+    for key, side in ((OLD, before), (NEW, after)):
+        items = merged_items(model, side.manifest, settings) if side.items is None else side.items
+        systems.append(scored_system(key, side.manifest, settings, items))
     if systems[0].items.column("id").to_pylist() != systems[1].items.column("id").to_pylist():
         raise CompareError(f"{old} and {new} answered different test items; `retune run` makes those of today")
-    options = settings["params"]["bootstrap_samples"], settings["params"]["seed"]
-    changes = compare_items(systems[1], systems[0], *options)
-    better, worse, best, worst = differences(systems[1], systems[0])
     labels = {OLD: before.label, NEW: after.label}
-    primary = next((c for c in changes if c.metric == params.promote.primary_metric), changes[0] if changes else None)
-    return Contents(
-        about={"model": params.publish.registered_model_name, "compared": f"{after.label} against {before.label}"},
+    contents = Contents.of(
+        systems,
+        systems[0],
+        settings["params"],
+        about={"model": model.name, "compared": f"{after.label} against {before.label}"},
         title=f"{after.label} against {before.label}",
-        verdict=""
-        if primary is None
-        else f"{primary.metric} is {primary.words} ({number(primary.metric, primary.old)} → "
-        f"{number(primary.metric, primary.new)}); no gate was asked",
+        verdict="",
         decision="compared",
-        systems=systems,
-        new=NEW,
-        old=OLD,
-        changes=changes,
-        better=better,
-        worse=worse,
-        best=best,
-        worst=worst,
-        curve=[],
-        facts={},
-        notes=_notes(before, after, settings),
+        notes=_notes((before, after), settings),
         tables={
             "Parameters that differ": _differing(_parameters(before), _parameters(after), labels, "parameter"),
             "Data and code that differ": _differing(_origins(before), _origins(after), labels, "what"),
         },
         labels=labels,
     )
+    primary = [one for one in contents.changes if one.metric == params.promote.primary_metric]
+    said = [
+        f"{one.metric} is {one.words} ({number(one.metric, one.old)} → {number(one.metric, one.new)})"
+        for one in [*primary, *contents.changes][:1]
+    ]
+    return replace(contents, verdict="; ".join([*said, "no gate was asked"]))
+
+
+def scored_system(name: str, manifest: Manifest, settings: dict[str, Any], items: pa.Table) -> System:
+    """A version's merged model with its scores of `items`, which were decoded as `settings` say."""
+    if manifest["evaluation"] == settings:
+        return System(name, manifest["metrics"]["merged"], items)
+    from pipeline.scoring.items import scoring_params, summarise  # brings torch
+
+    return System(name, summarise(items, scoring_params(settings)), items)
 
 
 def as_json(contents: Contents) -> dict[str, Any]:
     """The same for scripts."""
     columns = ("new", "old", "difference", "low", "high")
+    texts = {
+        kind: [{"task": d.task, "prompt": d.prompt, "expected": d.reference, "old": d.old, "new": d.new} for d in some]
+        for kind, some in (("improved", contents.best), ("worsened", contents.worst))
+    }
     return {
         "old": contents.labels[OLD],
         "new": contents.labels[NEW],
-        "test_items": contents.systems[-1].metrics["num_samples"],
+        "test_items": contents.items,
         "better": contents.better,
         "worse": contents.worse,
         "same": contents.same,
         "metrics": {change.metric: {key: getattr(change, key) for key in columns} for change in contents.changes},
         "tables": contents.tables,
-        "texts": {
-            kind: [
-                {"task": d.task, "prompt": d.prompt, "expected": d.reference, "old": d.old, "new": d.new} for d in some
-            ]
-            for kind, some in (("improved", contents.best), ("worsened", contents.worst))
-        },
+        "texts": texts,
         "notes": contents.notes,
     }
 
@@ -113,48 +120,31 @@ def change_rows(contents: Contents) -> list[Row]:
             contents.labels[OLD]: number(change.metric, change.old),
             contents.labels[NEW]: number(change.metric, change.new),
             "difference": number(change.metric, change.difference, "+"),
-            "95 % interval": f"{number(change.metric, change.low, '+')} to {number(change.metric, change.high, '+')}",
+            "95 % interval": span(change.metric, vars(change)),
             "": change.words,
         }
         for change in contents.changes
     ]
 
 
-def _side(params: Params, name: str, root: Path) -> Side:
-    if name == WORKSPACE:
-        if not (root / "artifacts" / "parity" / "parity.json").is_file():
-            raise CompareError("the workspace holds no scored model; `retune run` or `dvc repro` makes one")
-        return Side(WORKSPACE, manifests.build(params.publish, graph.version_id(root), {}, root), True)
-    store, model = open_store(params.publish, root), params.publish.registered_model_name
-    registry = ModelRegistry(params.publish.tracking_uri, model, root)
-    version = resolve(name, store, registry, model, root)
-    manifest = manifests.read_manifest(store, version)
-    if manifest is None:
-        raise CompareError(f"version {version} is not published in {store.uri}; `retune history` lists those that are")
-    return Side(registry.label(version), manifest, False)
+def _side(model: RegisteredModel, name: str) -> Side:
+    if name != WORKSPACE:
+        version = model.find(name)
+        return Side(model.label(version), model.manifest(version))
+    parity = model.root / "artifacts" / "parity"
+    if not (parity / "parity.json").is_file():
+        raise CompareError("the workspace holds no scored model; `retune run` or `dvc repro` makes one")
+    manifest = manifests.build(model.params, graph.version_id(model.root), {}, model.root)
+    return Side(WORKSPACE, manifest, pq.read_table(parity / "items.merged.parquet"))
 
 
-def _system(params: Params, side: Side, key: str, settings: dict[str, Any], root: Path) -> System:
-    items: pa.Table
-    if side.here:
-        items = pq.read_table(root / "artifacts" / "parity" / "items.merged.parquet")
-    else:
-        items = comparing.current_items(params.publish, side.manifest, settings, root)
-    if side.manifest["evaluation"] == settings:
-        return System(key, side.manifest["metrics"]["merged"], items)
-    from pipeline.scoring.items import scoring_params, summarise  # brings torch
-
-    return System(key, summarise(items, scoring_params(settings)), items)
-
-
-def _notes(before: Side, after: Side, settings: dict[str, Any]) -> list[str]:
+def _notes(sides: tuple[Side, Side], settings: dict[str, Any]) -> list[str]:
     notes = [
         f"{side.label} was published with other test items or another decoding and was scored again"
-        for side in (before, after)
+        for side in sides
         if side.manifest["evaluation"] != settings
     ]
-    shares = {side.manifest["params"]["prepare"]["test_fraction"] for side in (before, after)}
-    if len(shares) > 1:
+    if len({side.manifest["params"]["prepare"]["test_fraction"] for side in sides}) > 1:
         notes.append(
             "prepare.test_fraction differs: the version with the smaller one may have been trained on some of these "
             "test items, which makes its scores too high"
@@ -163,39 +153,19 @@ def _notes(before: Side, after: Side, settings: dict[str, Any]) -> list[str]:
 
 
 def _parameters(side: Side) -> dict[str, Any]:
-    return {
-        name: value
-        for section in SECTIONS
-        for name, value in _flat(side.manifest["params"].get(section, {}), f"{section}.")
-    }
+    return flat({key: section for key, section in side.manifest["params"].items() if key != "publish"})
 
 
 def _origins(side: Side) -> dict[str, Any]:
     """Where a version comes from: rows, snapshot, base model, code and packages."""
     manifest = side.manifest
-    packages = {f"{name} ({stage})": v for stage, names in manifest["packages"].items() for name, v in names.items()}
-    return {
-        **{f"{split} rows": count for split, count in manifest["data"]["rows"].items()},
-        **{path: md5[:12] for path, md5 in manifest["data"]["dvc_md5"].items()},
-        "test split": manifest["data"]["test_sha256"][:12],
-        "base model": manifest["base_model"]["name_or_path"],
-        "base digest": manifest["base_model"]["digest"][:12],
-        "git commit": manifest["git"]["commit"][:12],
-        **packages,
-    }
-
-
-def _flat(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return pairs
+    chosen = {key: manifest[key] for key in ("data", "base_model", "packages")} | {"commit": manifest["git"]["commit"]}
+    return {key: value[:12] if DIGEST.search(key) else value for key, value in flat(chosen).items()}
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any], labels: dict[str, str], what: str) -> list[Row]:
-    missing = "–"
     return [
-        {what: key, labels[OLD]: str(before.get(key, missing)), labels[NEW]: str(after.get(key, missing))}
+        {what: key, labels[OLD]: str(before.get(key, "–")), labels[NEW]: str(after.get(key, "–"))}
         for key in dict.fromkeys([*before, *after])
-        if before.get(key, missing) != after.get(key, missing)
+        if before.get(key, "–") != after.get(key, "–")
     ]

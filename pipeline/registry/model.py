@@ -1,0 +1,166 @@
+"""One registered model: its versions in the artifact store, the log of the decisions on them, its entries in MLflow."""
+
+import csv
+import tempfile
+from contextlib import suppress
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from pipeline.core import graph
+from pipeline.core.files import WORK_DIR, read_json, write_json
+from pipeline.params import PublishParams
+from pipeline.registry import manifest as manifests
+from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.registry.decisions import DecisionError, Record, champion, read_log
+from pipeline.registry.manifest import Manifest, read_manifest, require_manifest
+from pipeline.registry.mlflow import ModelRegistry, RegistryError
+from pipeline.registry.signature import read_signature, require_signed
+from pipeline.registry.transfer import fetch, fetch_version
+from pipeline.scoring.resampling import METRICS
+
+PROJECTED = WORK_DIR / "aliases.json"  # the log that the registry's aliases follow
+CURVES = ("loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
+
+
+class RegisteredModel:
+    """The model `publish.registered_model_name`. Store and registry are reached at their first use."""
+
+    def __init__(self, params: PublishParams, root: Path = Path(".")) -> None:
+        self.params, self.root, self.name = params, root, params.registered_model_name
+        self.registry = ModelRegistry(params.tracking_uri, self.name, root)
+
+    @cached_property
+    def store(self) -> ArtifactStore:
+        return open_store(self.params, self.root)
+
+    def log(self) -> list[Record]:
+        return read_log(self.store, self.name)
+
+    def champion(self) -> str | None:
+        return champion(self.log())
+
+    def find(self, version: str | None) -> str:
+        """The content id of a version named by number (3 or v3), id, or `champion`; None: the workspace's.
+
+        Raises:
+            RegistryError: the registry has no such number.
+            DecisionError: there is no champion.
+        """
+        if version is None:
+            return graph.version_id(self.root)
+        if version == "champion":
+            serving = self.champion()
+            if serving is None:
+                raise DecisionError(f"{self.name} has no champion yet")
+            return serving
+        return self.registry.id_of(version) if version.removeprefix("v").isdigit() and len(version) < 10 else version
+
+    def manifest(self, version: str) -> Manifest:
+        """Raises StoreError: the version is not published, or its manifest was altered."""
+        return require_manifest(self.store, version)
+
+    def label(self, version: str | None) -> str:
+        """How people call a version: `v4 (295a1c…)`."""
+        return self.registry.label(version)
+
+    def folder(self, version: str) -> Path:
+        """Where this machine keeps what it fetched and measured of a version."""
+        return self.root / WORK_DIR / "versions" / version
+
+    def fetch(self, manifest: Manifest, part: str) -> Path:
+        """One part of a version (adapter, merged, evaluation or parity), fetched if it is not here, every file checked.
+
+        Raises:
+            StoreError, UnsafeFileError: as `fetch_version`.
+        """
+        return fetch_version(self.store, manifest, part, self.folder(manifest["version"]))
+
+    def fetch_signed(self, manifest: Manifest, part: str) -> Path:
+        """As `fetch`, of what is going to be loaded; every loader of a published model takes it from here.
+
+        Raises:
+            SignatureError: `publish.require_signature` is on, and the version is not signed.
+        """
+        require_signed(self.store, manifest, self.params)
+        return self.fetch(manifest, part)
+
+    def register(self, manifest: Manifest) -> str:
+        """The version's MLflow number; makes the entry, from the store alone, if the registry has none (any more).
+
+        Versions that were decided on before it come first, so that the registries of two clones number them alike.
+
+        Raises:
+            RegistryError: MLflow cannot be reached.
+        """
+        known, version = self.registry.numbers(), manifest["version"]
+        if version in known:
+            return known[version]
+        decided = dict.fromkeys(record.version for record in self.log())
+        for earlier in takewhile(lambda each: each != version, decided):
+            with suppress(StoreError):  # one that is damaged has no number here
+                before = read_manifest(self.store, earlier) if earlier not in known else None
+                if before is not None:
+                    self._register(before)
+        return self._register(manifest)
+
+    def project(self, version: str) -> tuple[str | None, list[str]]:
+        """Make the registry say what the log says, versions that it lost included; returns `version`'s number there,
+        and a warning if the registry cannot be reached.
+        """
+        log = self.log()
+        serving = champion(log)
+        try:
+            for each in {serving, version} - {None}:
+                manifest = read_manifest(self.store, str(each))
+                if manifest is not None:
+                    self.register(manifest)
+            self.registry.project(serving)
+            number = self.registry.numbers().get(version)
+        except RegistryError as error:
+            return None, [f"{error}. The decision stands; the next command sets the aliases"]
+        write_json(self.root / PROJECTED, self._projection(log))
+        return number, []
+
+    def projected(self, log: list[Record]) -> bool:
+        """Whether the registry was told of this log by a command of this project."""
+        path = self.root / PROJECTED
+        return path.is_file() and read_json(path) == self._projection(log)
+
+    def _projection(self, log: list[Record]) -> list[Any]:
+        return [self.registry.uri, self.name, len(log), champion(log)]
+
+    def _register(self, manifest: Manifest) -> str:
+        merged, git = manifest["metrics"]["merged"], manifest["git"]
+        scores = {metric: merged[metric]["score"] for metric in METRICS if merged.get(metric)}
+        tags = {
+            "base_model": manifest["base_model"]["name_or_path"],
+            "base_digest": manifest["base_model"]["digest"][:16],
+            "git_commit": git["commit"][:12] + ("-dirty" if git["dirty"] else ""),
+            "data": " ".join(manifest["data"]["dvc_md5"].values()),
+            "test_sha256": manifest["data"]["test_sha256"][:16],
+            "train_rows": str(manifest["data"]["rows"]["train"]),
+            "manifest_sha256": manifests.digest(manifest),
+            "signed": str(read_signature(self.store, manifest) is not None).lower(),
+        } | {metric: f"{score:.4f}" for metric, score in scores.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            names = {"adapter/loss.csv", "evaluation/report.md", "README.md"} & manifest["files"].keys()
+            fetch(self.store, {name: manifest["files"][name] for name in names}, Path(folder))
+            texts = {Path(name).name: (Path(folder) / name).read_text(encoding="utf-8") for name in names}
+        curve = [
+            (key, float(row[key]), int(row["step"]))
+            for row in csv.DictReader(texts.pop("loss.csv", "").splitlines())
+            for key in CURVES
+            if row.get(key)
+        ]
+        source, params = self._source(manifest), manifest["params"]["train"]
+        return self.registry.register(manifest["version"], source, tags, params, scores, curve, texts)
+
+    def _source(self, manifest: Manifest) -> str:
+        """Where MLflow's clients find the version; for S3 with what they need to know of the server, no credential."""
+        known = manifest["params"]["publish"]
+        options = {key: known[key] for key in ("endpoint_url", "region_name", "addressing_style") if known[key]}
+        query = f"?{urlencode(options)}" if self.store.uri.startswith("s3:") else ""
+        return f"retune-{self.store.uri}/versions/{manifest['version']}{query}"

@@ -1,0 +1,149 @@
+"""Which versions and objects stay: what serves, waits, is needed or young."""
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import publish_params, with_
+from s3_sink import Sink
+from versions import decide, parameters, published, records
+
+from pipeline import promote as gate
+from pipeline.params import Params
+from pipeline.registry.artifact_store import FileStore, StoreError, open_store
+from pipeline.registry.decisions import DecisionError, Record, append
+from pipeline.registry.manifest import key_of, published_versions
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.retention import GRACE_S, Garbage, collect, delete, outdated
+
+DIGESTS = [f"{number:064x}" for number in range(10)]
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Params:
+    return parameters(tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+def age(store: FileStore, seconds: float = GRACE_S + 60) -> None:
+    """Make what is there now look this old, by the store's own clock."""
+    then = store.now() - seconds
+    for key in store.list(""):
+        os.utime(store.folder / key, (then, then))
+
+
+def put(store: FileStore, *digests: str) -> None:
+    for digest in digests:
+        store.create(f"objects/{digest}", b"1234")
+
+
+def test_what_serves_or_waits_is_not_deleted(tmp_path: Path, params: Params) -> None:
+    manual = with_(params, promote={"approval": "manual"})
+    first, second = (published(tmp_path, manual, quality) for quality in (0.5, 0.7))
+    decide(tmp_path, manual, first, force="the first")
+    assert decide(tmp_path, manual, second).decision == "proposed"
+    for version, error in ((first, DecisionError), (second, DecisionError), ("0" * 16, StoreError)):
+        with pytest.raises(error, match=version[:6]):
+            delete(manual.publish, version, "room", tmp_path)
+    assert len(published_versions(open_store(manual.publish))) == 2
+
+
+def test_a_deleted_version_is_gone_for_good_and_a_deletion_cut_short_is_finished(
+    tmp_path: Path, params: Params
+) -> None:
+    first, second = published(tmp_path, params, 0.5), published(tmp_path, params, 0.6)
+    decide(tmp_path, params, first)
+    decide(tmp_path, params, second)
+    manifest = tmp_path / "store" / key_of(first)
+    data = manifest.read_bytes()
+    assert delete(params.publish, "v1", "room", tmp_path).version == first
+    assert RegisteredModel(params.publish, tmp_path).registry.numbers() == {second: "2"}
+    with pytest.raises(DecisionError):
+        gate.rollback(params.publish, params.promote, root=tmp_path)
+    manifest.write_bytes(data)  # as when it was killed after its record
+    assert outdated(params.publish, tmp_path) == [first]
+    assert delete(params.publish, first, "again", tmp_path).reason == "room"
+    assert not manifest.exists()
+    assert [record["decision"] for record in records(tmp_path)] == ["promoted", "promoted", "deleted"]
+
+
+def test_the_policy_keeps_the_newest_and_the_last_champions(tmp_path: Path, params: Params) -> None:
+    params = with_(params, publish={"keep_versions": 2, "keep_champions": 2})
+    made = [published(tmp_path, params, 0.30 + 0.05 * i) for i in range(8)]
+    for number in (0, 2, 3):
+        decide(tmp_path, params, made[number])
+    unregistered = published(tmp_path, params, 0.9, registered=False)
+    assert outdated(params.publish, tmp_path) == [made[0], made[1], made[4], made[5]]
+    assert outdated(with_(params, publish={"keep_versions": None}).publish, tmp_path) == []
+    for version in outdated(params.publish, tmp_path):
+        delete(params.publish, version, "old", tmp_path)
+    assert outdated(params.publish, tmp_path) == []
+    kept = {made[2], made[3], made[6], made[7], unregistered}
+    assert set(published_versions(open_store(params.publish))) == kept
+
+
+def test_only_old_objects_that_nothing_names_go_and_what_others_have_in_such_folders_stays(store: FileStore) -> None:
+    put(store, *DIGESTS[:6])
+    for key in ("objects/report.pdf", f"objects/{DIGESTS[9]}/part", "probe/report", "backup/a"):
+        store.create(key, b"theirs")
+    files = {"f": {"sha256": DIGESTS[0]}, "chunked": {"sha256": DIGESTS[8], "chunks": [{"sha256": DIGESTS[3]}]}}
+    store.create("versions/v1/manifest.json", json.dumps({"files": files}).encode())
+    store.create("versions/v1/signature.json", json.dumps({"predicate": [DIGESTS[1]]}).encode())
+    append(store, "model", Record(1, "refused", "v9", None, None, f"see report {DIGESTS[2]}"))
+    age(store)
+    put(store, *DIGESTS[6:8])
+    before = store.list("")
+    assert collect(store, delete=False) == Garbage(2, 8, 0, 6, False)
+    assert store.list("") == before
+    assert collect(store, delete=True) == Garbage(2, 8, 0, 6, True)
+    assert set(before) - set(store.list("")) == {f"objects/{digest}" for digest in DIGESTS[4:6]}
+
+
+@pytest.mark.parametrize(("seconds", "swept"), [(0, 0), (GRACE_S - 60, 0), (GRACE_S + 60, 1)])
+def test_an_object_has_seven_days_by_the_stores_clock_and_not_by_this_machines(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, seconds: float, swept: int
+) -> None:
+    put(store, DIGESTS[0])
+    age(store, seconds)
+    monkeypatch.setattr(time, "time", lambda: 4e9 if not swept else 0.0)  # the year 2096, or 1970
+    assert collect(store, delete=True).objects == swept
+    assert len(store.list("objects/")) == 1 - swept
+
+
+def test_what_killed_writers_left_goes_after_seven_days(store: FileStore) -> None:
+    store.create("versions/v1/manifest.json", b"{}")
+    half = store.folder / "versions" / "v1" / ".manifest.json.1.partial"
+    half.write_bytes(b"half")
+    assert collect(store, delete=True).unfinished == 0
+    os.utime(half, (0, 0))
+    assert [collect(store, delete=delete).unfinished for delete in (False, True, True)] == [1, 1, 0]
+    assert store.list("versions/") == ["versions/v1/manifest.json"]
+
+
+def test_of_a_bucket_only_old_objects_below_the_prefix_go(s3: str) -> None:
+    """On a real server whatever a test writes is young; one that dates all of 2026-01-01 has old ones."""
+    store = open_store(publish_params(f"s3://retune/{uuid.uuid4().hex}", endpoint_url=s3, addressing_style="path"))
+    store.create(f"objects/{DIGESTS[0]}", b"young")
+    assert collect(store, delete=True) == Garbage(0, 0, 0, 1, True)
+    sink = Sink()
+    sink.sizes = {f"{place}objects/{DIGESTS[0]}": 4 for place in ("", "x/", "xy/")} | {"x/objects/report": 4}
+    with sink.running() as endpoint:
+        store = open_store(publish_params("s3://retune/x", endpoint_url=endpoint, addressing_style="path"))
+        assert collect(store, delete=True) == Garbage(1, 4, 0, 0, True)
+    assert set(sink.sizes) == {f"objects/{DIGESTS[0]}", f"xy/objects/{DIGESTS[0]}", "x/objects/report"}
+
+
+def test_a_store_whose_champion_is_missing_is_not_swept(store: FileStore) -> None:
+    put(store, DIGESTS[0])
+    append(store, "model", Record(1, "promoted", "v1", "v1", None, ""))
+    age(store)
+    with pytest.raises(StoreError, match="v1"):
+        collect(store, delete=True)
+    assert store.list("objects/") == [f"objects/{DIGESTS[0]}"]
