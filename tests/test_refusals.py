@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.data.refusals import is_refusal
+from pipeline.data.filters import is_refusal
 
 REFUSALS = [
     "I'm sorry, but as an AI language model I cannot provide that.",

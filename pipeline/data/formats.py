@@ -4,6 +4,8 @@ Every record becomes a `Row`, or a `Rejected` with the reason. A file that fits 
 question that lists what was seen: a wrong guess is worse.
 """
 
+import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -14,7 +16,6 @@ from pipeline.data.columns import as_option, columns_read, guess_columns, named_
 from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, SHARD_COLUMNS, Converter, converter, is_dialogue
 from pipeline.data.readers import CONTAINERS, KNOWN, FormatError, Unreadable, class_labels, read_records, split_name
 from pipeline.data.records import Rejected, Row
-from pipeline.data.trees import best_paths
 from pipeline.params import ColumnsParams
 
 SAMPLE = 1000  # records at the start of a file by which its format is recognised
@@ -210,3 +211,59 @@ def _convert(
             yield Rejected(source, str(error), record)
             continue
         yield from rows if isinstance(rows, list) else [rows]
+
+
+def best_paths(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The best conversation of each tree of OpenAssistant's flat files, in which a message a record names its parent.
+
+    That is, from the first message on, the answer with the lowest rank: (source, {path, left_out}) with the messages
+    that are not in it counted. A message that no first message leads to is an `Unreadable`. All messages of a file are
+    in memory at once: those of a tree may stand anywhere in it.
+    """
+    messages: list[tuple[str, dict[str, Any]]] = []
+    children: dict[str, list[int]] = defaultdict(list)
+    for source, record in records:
+        if not isinstance(record, dict):
+            yield source, record
+            continue
+        children[str(record.get("parent_id") or "")].append(len(messages))
+        messages.append((source, record))
+    reached: set[int] = set()
+    for root in children.pop("", []):
+        tree: set[int] = set()
+        todo = [root]
+        while todo:
+            number = todo.pop()
+            if number not in tree:
+                tree.add(number)
+                todo += children[str(messages[number][1].get("message_id"))]
+        reached |= tree
+        path = _best(root, messages, children)
+        yield messages[root][0], {"path": path, "left_out": len(tree) - len(path)}
+    for number, (source, record) in enumerate(messages):
+        if number not in reached:
+            text = json.dumps(record, ensure_ascii=False, default=str)
+            yield source, Unreadable("answers a message that is not in the file", text)
+
+
+def _best(
+    root: int, messages: list[tuple[str, dict[str, Any]]], children: dict[str, list[int]]
+) -> list[dict[str, Any]]:
+    path: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    answers = [root]
+    while usable := [number for number in answers if number not in seen and _is_usable(messages[number][1])]:
+        best = min(usable, key=lambda number: (_rank(messages[number][1]), number))
+        seen.add(best)
+        path.append(messages[best][1])
+        answers = children[str(path[-1].get("message_id"))]
+    return path
+
+
+def _is_usable(message: dict[str, Any]) -> bool:
+    return not message.get("deleted") and message.get("review_result") is not False
+
+
+def _rank(message: dict[str, Any]) -> float:
+    rank = message.get("rank")
+    return float(rank) if isinstance(rank, int | float) else float("inf")

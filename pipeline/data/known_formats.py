@@ -227,7 +227,7 @@ def _from_question_answer(record: dict[str, Any], source: str, unused: set[str])
 
 
 def _from_tree(record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    """The best path of a message tree, as `trees.best_paths` gives it."""
+    """The best path of a message tree, as `formats.best_paths` gives it."""
     messages: list[Message] = []
     for message in record["path"]:
         role = message.get("role")
