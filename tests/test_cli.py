@@ -1,7 +1,9 @@
 """What a person meets on the command line: help, one sentence for each mistake, statuses that scripts can rely on."""
 
+import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 import typer
 from conftest import ROOT, change_params, environment, make_project, retune
 
-from pipeline.cli.main import app
+from pipeline.cli.main import app, main
 from pipeline.params import Params
 from pipeline.settings import load_params
 
@@ -176,3 +178,29 @@ def test_a_stage_that_is_none_is_a_usage_error(root: Path) -> None:
     done = retune(root, "stage", "deploy")
     assert done.returncode == 2
     assert "expected prepare, train, evaluate or merge" in done.stderr
+
+
+def test_a_folder_of_another_user_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel's answers to somebody whose folder it is not: no test can be sure to run as two users."""
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / ".retune").mkdir()
+    monkeypatch.setattr(Path, "chmod", refuse)
+    monkeypatch.setattr(sys, "argv", ["retune", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(sys, "argv", ["retune", "status"])
+    monkeypatch.setattr("pipeline.settings.load_params", lambda: refuse(Path(".retune")))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert Path(".retune").owner() in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Conversations to tokens: named templates, tool calls, escaped control tokens, batches, hostile templates."""
+"""Conversations to tokens: named templates, tool calls, escaped control tokens, hostile templates."""
 
 import json
 import pickle
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import SYSTEM, talk, trained_runs
 from conftest import CHATML, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.chat import Message
-from pipeline.chat.conversation import ESCAPED, ChatTemplate, Encoded
+from pipeline.chat.conversation import ESCAPED, ChatTemplate
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.template import FROM_TRL, NAMED, TEMPLATES, named_ends, named_text
 
@@ -25,11 +26,6 @@ CONTROL = [
     *sorted({t for named in NAMED.values() for t in named.tokens} - {"bos_token", "eos_token"}),
 ]
 TOOLS = json.dumps([{"name": "clock", "description": "Tells the time.", "parameters": {"type": "object"}}])
-SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def talk(*contents: str) -> list[Message]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def call(**arguments: Any) -> dict[str, Any]:
@@ -127,58 +123,47 @@ def own(tokenizer: PreTrainedTokenizerFast, text: str) -> ChatTemplate:
 
 def marked(template: ChatTemplate, messages: list[Message], tools: str | None = None) -> str:
     """The rendered text with ⟦ ⟧ around what is trained."""
-    encoded = template.encode(messages, tools)
-    text, run, on = "", [], False
-    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
-        if (label != -100) != on:
-            text += template.tokenizer.decode(run) + "⟧⟦"[not on]
-            run, on = [], not on
-        run.append(token)
-    return text + template.tokenizer.decode(run) + "⟧" * on
+    encoded, decode = template.encode(messages, tools), template.tokenizer.decode
+    text, done = "", 0
+    for before, ids in trained_runs(template, encoded):
+        text += f"{decode(before[done:])}⟦{decode(ids)}⟧"
+        done = len(before) + len(ids)
+    return text + decode(encoded.input_ids[done:])
 
 
-ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+ALPACA = "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-QWEN = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-# As each family publishes its format; ⟦ ⟧ stand around what is trained.
-ONE_TURN = {
-    "chatml": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n",
-    "llama2": "<s>[INST] q [/INST]⟦ a </s>⟧",
-    "llama3": f"<s><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>{ASSISTANT}⟦a<|eot_id|>⟧",
-    "qwen": f"{QWEN}<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n",
-    "chatglm3": "[gMASK]sop<|user|>\n q<|assistant|>⟦\n a</s>⟧",
-    "alpaca": f"<s>{ALPACA}\n\n### Instruction:\nq\n\n### Response:\n⟦a</s>⟧",
-    "vicuna": f"<s>{VICUNA} USER: q ASSISTANT:⟦ a</s>⟧",
-    "zephyr": "<|user|>\nq</s>\n<|assistant|>\n⟦a</s>⟧\n",
-    "gemma": "<s><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n⟦a<end_of_turn>⟧\n",
-    "mistral": "<s>[INST] q[/INST]⟦ a</s>⟧",
+QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+IM, IM_TURN = (
+    "<|im_start|>system\n{}<|im_end|>\n",
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n⟦{}<|im_end|>⟧\n",
+)
+HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
+BRIEF = "Be brief."
+# As each family publishes its format: before the first turn, the same with a system message, and a turn.
+FAMILIES = {
+    "chatml": ("", IM.format(BRIEF), IM_TURN),
+    "qwen": (IM.format(QWEN), IM.format(BRIEF), IM_TURN),
+    "llama2": ("", "", "<s>[INST] {} [/INST]⟦ {} </s>⟧"),
+    "llama3": (
+        "<s>",
+        f"<s>{HEAD.format('system')}{BRIEF}<|eot_id|>",
+        HEAD.format("user") + "{}<|eot_id|>" + HEAD.format("assistant") + "⟦{}<|eot_id|>⟧",
+    ),
+    "chatglm3": ("[gMASK]sop", f"[gMASK]sop<|system|>\n {BRIEF}", "<|user|>\n {}<|assistant|>⟦\n {}</s>⟧"),
+    "alpaca": (ALPACA, f"<s>{BRIEF}", "\n\n### Instruction:\n{}\n\n### Response:\n⟦{}</s>⟧"),
+    "vicuna": (f"<s>{VICUNA} ", f"<s>{BRIEF} ", "USER: {} ASSISTANT:⟦ {}</s>⟧"),
+    "zephyr": ("", f"<|system|>\n{BRIEF}</s>\n", "<|user|>\n{}</s>\n<|assistant|>\n⟦{}</s>⟧\n"),
+    "gemma": ("<s>", "<s>", "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n⟦{}<end_of_turn>⟧\n"),
+    "mistral": ("<s>", "<s>", "[INST] {}[/INST]⟦ {}</s>⟧"),
 }
-NEXT_TURN = {
-    "chatml": "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n⟦a2<|im_end|>⟧\n",
-    "llama2": "<s>[INST] q2 [/INST]⟦ a2 </s>⟧",
-    "llama3": f"<|start_header_id|>user<|end_header_id|>\n\nq2<|eot_id|>{ASSISTANT}⟦a2<|eot_id|>⟧",
-    "qwen": "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n⟦a2<|im_end|>⟧\n",
-    "alpaca": "\n\n### Instruction:\nq2\n\n### Response:\n⟦a2</s>⟧",
-    "vicuna": "USER: q2 ASSISTANT:⟦ a2</s>⟧",
-    "zephyr": "<|user|>\nq2</s>\n<|assistant|>\n⟦a2</s>⟧\n",
-    "gemma": "<start_of_turn>user\nq2<end_of_turn>\n<start_of_turn>model\n⟦a2<end_of_turn>⟧\n",
-    "mistral": "[INST] q2[/INST]⟦ a2</s>⟧",
-}
-WITH_SYSTEM = {
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n" + ONE_TURN["chatml"],
-    "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nq [/INST]⟦ a </s>⟧",
-    "llama3": ONE_TURN["llama3"].replace("<s>", "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"),
-    "qwen": ONE_TURN["chatml"].replace("<|im_start|>user", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"),
-    "chatglm3": "[gMASK]sop<|system|>\n Be brief.<|user|>\n q<|assistant|>⟦\n a</s>⟧",
-    "alpaca": ONE_TURN["alpaca"].replace(ALPACA, "Be brief."),
-    "vicuna": ONE_TURN["vicuna"].replace(VICUNA, "Be brief."),
-    "zephyr": "<|system|>\nBe brief.</s>\n" + ONE_TURN["zephyr"],
-    "gemma": ONE_TURN["gemma"].replace("q<", "Be brief.\n\nq<"),
-    "mistral": ONE_TURN["mistral"].replace("q[", "Be brief.\n\nq["),
+IN_QUESTION = {  # where the system message stands in the first question
+    "llama2": f"<<SYS>>\n{BRIEF}\n<</SYS>>\n\nq",
+    "gemma": f"{BRIEF}\n\nq",
+    "mistral": f"{BRIEF}\n\nq",
 }
 
 
@@ -186,25 +171,20 @@ def test_every_named_template_has_a_file_and_is_installed() -> None:
     assert {path.stem for path in TEMPLATES.glob("*.jinja")} | set(FROM_TRL) == set(NAMED)
     assert all(map(named_text, NAMED))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "templates/*.jinja" in project["tool"]["setuptools"]["package-data"]["pipeline.chat"]
+    assert {"calls.yaml", "templates/*.jinja"} <= set(project["tool"]["setuptools"]["package-data"]["pipeline.chat"])
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_template_writes_its_familys_format_and_trains_answer_and_end(
     tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
-    template = named(tokenizer, name)
-    assert marked(template, talk("q", "a")) == ONE_TURN[name]
-    assert marked(template, [SYSTEM, *talk("q", "a")]) == WITH_SYSTEM[name]
-    if name != "chatglm3":
-        assert marked(template, talk("q", "a", "q2", "a2")) == ONE_TURN[name] + NEXT_TURN[name]
-
-
-def test_a_turn_of_chatglm3_ends_with_the_next_header_which_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = named(tokenizer, "chatglm3")
-    expected = "[gMASK]sop<|user|>\n q<|assistant|>⟦\n a<|user|>⟧\n q2<|assistant|>⟦\n a2</s>⟧"
-    assert marked(template, talk("q", "a", "q2", "a2")) == expected
-    assert {"<|user|>", "<|observation|>", "</s>"} <= set(tokenizer.convert_ids_to_tokens(sorted(template.stop_ids)))
+    template, (begin, with_system, turn) = named(tokenizer, name), FAMILIES[name]
+    assert marked(template, talk("q", "a")) == begin + turn.format("q", "a")
+    assert marked(template, [SYSTEM, *talk("q", "a")]) == with_system + turn.format(IN_QUESTION.get(name, "q"), "a")
+    both = begin + turn.format("q", "a") + turn.format("q2", "a2")
+    if name == "chatglm3":
+        both = both.replace("</s>⟧<|user|>", "<|user|>⟧")  # the next header ends a turn, and is trained
+    assert marked(template, talk("q", "a", "q2", "a2")) == both
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -225,20 +205,12 @@ def test_what_is_asked_before_an_answer_is_the_beginning_of_what_was_trained(
             assert encoded.labels[len(prompt)] != -100
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("chatml", ["<|im_start|>", "<|im_end|>"]), ("gemma", ["<end_of_turn>"])])
-def test_a_named_template_is_refused_by_a_tokenizer_without_its_tokens(name: str, tokens: list[str]) -> None:
-    state = byte_level().to_str()
-    for token in tokens:
-        state = state.replace(json.dumps(token), json.dumps(token.upper()))
-    lacking = wrapped(Tokenizer.from_str(state))
-    with pytest.raises(TemplateError, match=rf"prepare\.chat_template is {name}, whose .*{tokens[-1]}.* as one token"):
-        named(lacking, name)
-
-
-def test_a_template_needs_an_end_of_sequence_token_that_exists(tokenizer: PreTrainedTokenizerFast) -> None:
-    without = PreTrainedTokenizerFast(tokenizer_object=byte_level())
-    with pytest.raises(TemplateError, match="whose eos_token the tokenizer"):
-        named(without, "alpaca")
+def test_a_named_template_is_refused_by_a_tokenizer_without_its_tokens() -> None:
+    state = byte_level().to_str().replace('"<|im_end|>"', '"<|IM_END|>"')
+    with pytest.raises(TemplateError, match=r"<\|im_end\|>"):
+        named(wrapped(Tokenizer.from_str(state)), "chatml")
+    with pytest.raises(TemplateError, match="eos_token"):
+        named(PreTrainedTokenizerFast(tokenizer_object=byte_level()), "alpaca")
 
 
 TOOL_TURNS = {
@@ -255,16 +227,9 @@ TOOL_TURNS = {
         '[TOOL_RESULTS] {"content": 08:00}[/TOOL_RESULTS]'
     ),
     "chatglm3": '⟦clock\n ```python\ntool_call(city="北京", utc=True)\n```<|observation|>⟧\n 08:00',
-    # No tools of their own: the textual form.
-    "chatml": (
-        '⟦<tool_call>\n{"name": "clock", "arguments": {"city": "北京", "utc": true}}\n</tool_call><|im_end|>⟧\n'
-        "<|im_start|>user\n<tool_response>\n08:00\n</tool_response><|im_end|>\n"
-    ),
-    "gemma": (
-        '⟦<tool_call>\n{"name": "clock", "arguments": {"city": "北京", "utc": true}}\n</tool_call><end_of_turn>⟧\n'
-        "<start_of_turn>user\n<tool_response>\n08:00\n</tool_response><end_of_turn>\n"
-    ),
 }
+for _name, _end, _user in (("chatml", "<|im_end|>", "<|im_start|>"), ("gemma", "<end_of_turn>", "<start_of_turn>")):
+    TOOL_TURNS[_name] = TOOL_TURNS["qwen"].replace("<|im_end|>", _end).replace("<|im_start|>", _user)  # as text
 
 
 @pytest.mark.parametrize("name", TOOL_TURNS)
@@ -285,21 +250,10 @@ def test_arguments_as_json_text_are_the_same_as_an_object(tokenizer: PreTrainedT
 
 
 def test_a_template_that_joins_arguments_as_text_gets_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = own(
-        tokenizer,
-        CHATML.replace(
-            "{{ message['content'] }}",
-            "{{ message['content'] }}{% for c in message.tool_calls %}"
-            "CALL {{ c.function.name }} {{ c.function.arguments }}{% endfor %}",
-        ),
-    )
+    content = "{{ message['content'] }}"
+    calls = "{% for c in message.tool_calls %}CALL {{ c.function.name }} {{ c.function.arguments }}{% endfor %}"
+    template = own(tokenizer, CHATML.replace(content, content + calls))
     assert '⟦CALL clock {"city": "北京", "utc": true}<|im_end|>⟧' in marked(template, tool_talk(), TOOLS)
-
-
-def test_a_template_that_offers_bare_tools_gets_bare_tools(tokenizer: PreTrainedTokenizerFast) -> None:
-    bare = own(tokenizer, "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}" + CHATML)
-    wrapped_tools = json.dumps([{"type": "function", "function": {"name": "clock"}}])
-    assert bare.render(talk("q"), wrapped_tools).startswith("clock;")
 
 
 def test_tools_come_before_the_first_question_where_a_system_message_is_refused(
@@ -313,10 +267,15 @@ def test_tools_come_before_the_first_question_where_a_system_message_is_refused(
     assert "</tool_call>\n\ntime?<|im_end|>" in text
 
 
-@pytest.mark.parametrize("tools", ["{", '"clock"', "[1]"])
-def test_tools_that_are_no_tools_are_refused(tokenizer: PreTrainedTokenizerFast, tools: str) -> None:
-    with pytest.raises(RowError, match="has tools that are not"):
-        named(tokenizer, "qwen").encode(talk("q", "a"), tools)
+@pytest.mark.parametrize(
+    ("messages", "tools"),
+    [(talk("q", "a"), "{"), (talk("q", "a"), '"clock"'), (talk("q", "a"), "[1]"), (talk("q"), None)],
+)
+def test_tools_that_are_no_tools_and_a_row_without_an_answer_are_refused(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], tools: str | None
+) -> None:
+    with pytest.raises(RowError):
+        named(tokenizer, "qwen").encode(messages, tools)
 
 
 INJECTED = st.sampled_from(
@@ -339,7 +298,6 @@ def test_control_tokens_in_texts_stay_text(
 
     encoded = template.encode(before + talk(*contents))
     plain = template.encode(harmless + talk(*("x" for _ in contents)))
-    assert sum(i in special for i in encoded.input_ids) == sum(i in special for i in plain.input_ids)
     assert [i for i in encoded.input_ids if i in special] == [i for i in plain.input_ids if i in special]
     rendered = template.render(before + talk(*contents))
     assert tokenizer.decode(encoded.input_ids) == rendered
@@ -352,14 +310,12 @@ def test_control_tokens_in_texts_stay_text(
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
 @pytest.mark.parametrize("name", ["chatml", "mistral", "chatglm3"])
 def test_every_kind_of_tokenizer_writes_control_tokens_as_text(kind: PreTrainedTokenizerFast, name: str) -> None:
-    template = named(kind, name)
-    draw = random.Random(5)
+    template, draw = named(kind, name), random.Random(5)
+    control = set(kind.added_tokens_decoder) - {kind.unk_token_id}  # what a tokenizer lacks is unknown, as ever
+    harmless = [i for i in template.encode(talk("x", "x")).input_ids if i in control]
     for _ in range(30):
         texts = ["".join(draw.choices(["hello", " ", *CONTROL], k=4)).strip() or "x" for _ in range(2)]
-        encoded = template.encode(talk(*texts))
-        harmless = template.encode(talk("x", "x"))
-        control = set(kind.added_tokens_decoder) - {kind.unk_token_id}  # what a tokenizer lacks is unknown, as ever
-        assert [i for i in encoded.input_ids if i in control] == [i for i in harmless.input_ids if i in control], texts
+        assert [i for i in template.encode(talk(*texts)).input_ids if i in control] == harmless, texts
 
 
 def test_an_escaped_token_is_tokenised_as_if_it_never_was_one(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -422,39 +378,8 @@ def test_a_word_that_the_template_writes_is_ordinary_in_an_answer(tokenizer: Pre
     assert template.encode(talk("<tool_call>", "a")).repairs == (ESCAPED,)
 
 
-ROWS = st.lists(
-    st.tuples(
-        st.booleans(), st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.sampled_from([None, TOOLS, "[1]"])
-    ),
-    max_size=6,
-)
-
-
-@settings(derandomize=True, deadline=None, max_examples=50)
-@given(ROWS, st.sampled_from(["qwen", "gemma", "chatglm3"]), st.sampled_from(["escape", "drop"]))
-def test_a_batch_is_its_rows_one_by_one(
-    tokenizer: PreTrainedTokenizerFast, rows: list[Any], name: str, on_control_tokens: str
-) -> None:
-    template = named(tokenizer, name, on_control_tokens=on_control_tokens)
-    conversations = [
-        ([SYSTEM] * system + talk(*(text for pair in pairs for text in pair)), tools) for system, pairs, tools in rows
-    ]
-    for (messages, tools), batched in zip(conversations, template.encode_batch(conversations), strict=True):
-        try:
-            alone: Encoded | RowError = template.encode(messages, tools)
-        except RowError as error:
-            alone = error
-        assert alone == batched or str(alone) == str(batched)
-
-
-def test_the_tokens_are_those_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = named(tokenizer, "qwen")
-    messages, tools = [SYSTEM, *tool_talk()], json.dumps([{"type": "function", "function": {"name": "clock"}}])
-    theirs = tokenizer.apply_chat_template(
-        messages, json.loads(tools), chat_template=template.text, tokenize=True, return_dict=True
-    )
-    assert template.encode(messages, tools).input_ids == theirs["input_ids"]
-    injected = talk("say <|im_end|> now", "<|im_end|>")
+def test_the_text_of_escaped_tokens_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
+    template, injected = named(tokenizer, "qwen"), talk("say <|im_end|> now", "<|im_end|>")
     theirs = tokenizer.apply_chat_template(
         injected, chat_template=template.text, tokenize=True, sanitize_control_tokens=True, return_dict=True
     )
@@ -465,25 +390,6 @@ def test_a_template_travels_to_another_process(tokenizer: PreTrainedTokenizerFas
     template = named(tokenizer, "llama3")
     there = pickle.loads(pickle.dumps(template))
     assert there.encode(talk("q", "<|eot_id|>")) == template.encode(talk("q", "<|eot_id|>"))
-
-
-def test_the_end_token_is_trained_where_it_is_also_the_padding(tokenizer: PreTrainedTokenizerFast) -> None:
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    same = wrapped(byte_level())
-    same.pad_token = "</s>"
-    template = named(same, "vicuna")
-    rows = [template.encode(talk("q", "a")), template.encode(talk("a longer question, hello", "a longer answer"))]
-    collate = DataCollatorForLanguageModeling(pad_token_id=same.pad_token_id)
-    batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
-    for row, labels in zip(rows, batch["labels"].tolist(), strict=True):
-        assert [label for label in labels if label != -100] == [label for label in row.labels if label != -100]
-        assert [label for label in labels if label != -100][-1] == same.eos_token_id
-
-
-def test_a_conversation_without_an_answer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(RowError, match="no answer to train on"):
-        named(tokenizer, "chatml").encode(talk("q"))
 
 
 @pytest.mark.parametrize(

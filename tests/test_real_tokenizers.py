@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-import trl
+from chats import FOLDER, talk
 from conftest import ROOT, environment, make_project, retune, tiny, with_
 from transformers import (
     AutoModelForCausalLM,
@@ -40,18 +40,13 @@ LATENT |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
 LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 # Package, configuration, its settings, what stands in params.yaml for it.
 MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "llama2": (
-        LlamaConfig,
-        {},
-        {"prepare": {"chat_template": "llama2"}},
-    ),  # comes without a pad token and without a template
+    "llama2": (LlamaConfig, {}, {"prepare": {"chat_template": "llama2"}}),  # no pad token, no template
     "llama3_1": (LlamaConfig, {}, {}),  # no pad token
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}, {}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 16}, {}),  # rows are longer than its window
     "deepseek_v3": (DeepseekV3Config, LATENT, {}),  # its pad token is the one that ends a turn
     "gptoss": (GptOssConfig, {"num_local_experts": 4, "sliding_window": 16}, {"train": {"packing": False}}),
 }
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # the original ones, as its README says
 COLOURS = ["red", "blue", "green", "black"]
 
 
@@ -80,7 +75,7 @@ def random_base(name: str, tokenizer: Path, folder: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / file, folder)
     if name == "gptoss":
-        shutil.copy(TEMPLATES / "gptoss.jinja", folder / "chat_template.jinja")
+        shutil.copy(FOLDER / "gptoss.jinja", folder / "chat_template.jinja")
     return folder
 
 
@@ -89,14 +84,11 @@ def conversations() -> list[dict[str, Any]]:
     rows = []
     for number in range(40):
         colour = COLOURS[number % len(COLOURS)]
-        turns = [
-            {"role": "user", "content": f"What is the colour of box {number}, 颜色: {colour}?\nIt matters a lot."},
-            {"role": "assistant", "content": colour},
-        ]
+        turns = talk(f"What is the colour of box {number}, 颜色: {colour}?\nIt matters a lot.", colour)
         if number % 4 == 0:
             turns.insert(0, {"role": "system", "content": "Answer in one word."})
         if number % 5 == 0:
-            turns += [{"role": "user", "content": f"Again, for {number}"}, {"role": "assistant", "content": colour}]
+            turns += talk(f"Again, for {number}", colour)
         rows.append({"messages": turns, "scoring": "exact"})
     return rows
 

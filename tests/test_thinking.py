@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import trl
+from chats import FOLDER, talk
 from conftest import byte_level, make_base, sample_rows, with_
 from tokenizers import AddedToken
 
@@ -18,7 +18,7 @@ from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import score_items, summarise
 from pipeline.train import train
 
-QWEN3 = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+QWEN3 = FOLDER / "qwen3.jinja"
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,8 @@ def thinking(tmp_path_factory: pytest.TempPathFactory, params: Params) -> tuple[
     (base / "chat_template.jinja").write_text(QWEN3.read_text(encoding="utf-8"), encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for number, row in enumerate(sample_rows(300)):
-        answer = {"role": "assistant", "content": row["output"]}
-        if number % 2:
-            answer["reasoning_content"] = f"It says {row['output']}."
-        rows.append({"messages": [{"role": "user", "content": row["instruction"]}, answer], "scoring": "exact"})
+        thought = f"It says {row['output']}." if number % 2 else None
+        rows.append({"messages": talk(row["instruction"], row["output"], thought=thought), "scoring": "exact"})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changed = with_(
         params,

@@ -5,8 +5,9 @@ Each conversation gives the rows that take its place, with what was done to them
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from pipeline.chat import Message
@@ -28,6 +29,9 @@ class Fitted:
     encoded: Encoded  # repairs included
 
 
+Fits = Callable[..., Fitted | None]  # messages, and what was done to them: the row, if it is short enough
+
+
 def fit_batch(
     template: Any, conversations: Sequence[Conversation], max_length: int, on_overlong: str
 ) -> list[list[Fitted] | RowError]:
@@ -40,86 +44,82 @@ def fit_batch(
     made. `drop` and `error` change nothing.
     """
     fitted: list[list[Fitted] | RowError] = []
-    for (messages, tools), encoded in zip(conversations, template.encode_batch(conversations), strict=True):
-        if isinstance(encoded, RowError):
-            fitted.append(encoded)
-        elif encoded.length <= max_length:
-            fitted.append([Fitted(messages, encoded)])
-        else:
-            try:
-                fitted.append(_Overlong(template, tools, max_length).made_to_fit(messages, encoded, on_overlong))
-            except RowError as error:
-                fitted.append(error)
+    for messages, tools in conversations:
+        try:
+            fitted.append(_fit(template, messages, tools, max_length, on_overlong))
+        except RowError as error:
+            fitted.append(error)
     return fitted
 
 
-@dataclass(frozen=True)
-class _Overlong:
-    template: ChatTemplate
-    tools: str | None
-    max_length: int
+def _fit(template: Any, messages: list[Message], tools: str | None, max_length: int, how: str) -> list[Fitted]:
+    encoded: Encoded = template.encode(messages, tools)
+    if encoded.length <= max_length:
+        return [Fitted(messages, encoded)]
+    too_long = f"has {encoded.length} tokens, more than prepare.max_length ({max_length})"
 
-    def made_to_fit(self, messages: list[Message], encoded: Encoded, how: str) -> list[Fitted]:
-        length = encoded.length
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        exchanges = _exchanges(messages[len(system) :])
-        if how == "split" and self.template.train_on == "all_responses":
-            return self._split(system, exchanges, length)
-        if how in ("split", "truncate_prompt"):
-            return [self._truncated(system, exchanges, length, cut=how == "truncate_prompt")]
-        raise Overlong(f"has {length} tokens, more than prepare.max_length ({self.max_length})")
+    def fits(shorter: list[Message], *repairs: str) -> Fitted | None:
+        encoded: Encoded = template.encode(shorter, tools)
+        repaired = replace(encoded, repairs=(*encoded.repairs, *repairs))
+        return Fitted(shorter, repaired) if encoded.length <= max_length else None
 
-    def _split(self, system: list[Message], exchanges: list[list[Message]], length: int) -> list[Fitted]:
-        rows: list[Fitted] = []
-        current: list[Message] = []
-        for exchange in exchanges:
-            longer = self._encoded(system + current + exchange)
-            if longer is None and current:
-                current = []
-                longer = self._encoded(system + exchange)
-            elif current:
-                rows.pop()
-            if longer is None:
-                raise Overlong(
-                    f"has {length} tokens, more than prepare.max_length ({self.max_length}), and a single exchange of "
-                    "it is longer already"
-                )
-            current = current + exchange
-            rows.append(Fitted(system + current, _repaired(longer, SPLIT)))
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    exchanges = _exchanges(messages[len(system) :])
+    if how == "split" and template.train_on == "all_responses":
+        rows = _split(system, exchanges, fits)
+        if rows is None:
+            raise Overlong(f"{too_long}, and a single exchange of it is longer already")
         return rows
+    if how not in ("split", "truncate_prompt"):
+        raise Overlong(too_long)
+    row = _without_oldest(system, exchanges, fits)
+    if row is None and how == "truncate_prompt":
+        row = _with_less_question([*system, *exchanges[-1]], len(system), len(exchanges) > 1, fits)
+    if row is None:
+        raise Overlong(f"{too_long}, and its last answer leaves no room for the question")
+    return [row]
 
-    def _truncated(self, system: list[Message], exchanges: list[list[Message]], length: int, cut: bool) -> Fitted:
-        def without(number: int) -> list[Message]:
-            return system + [message for exchange in exchanges[number:] for message in exchange]
 
-        left_out = bisect_left(range(1, len(exchanges)), True, key=lambda n: self._encoded(without(n)) is not None) + 1
-        if left_out < len(exchanges) and (encoded := self._encoded(without(left_out))):
-            return Fitted(without(left_out), _repaired(encoded, TURNS_LEFT_OUT))
-        last = without(len(exchanges) - 1)
-        place = len(system)
-        if cut and last[place]["role"] == "user":
-            question = last[place]["content"]
+def _split(system: list[Message], exchanges: list[list[Message]], fits: Fits) -> list[Fitted] | None:
+    rows: list[Fitted] = []
+    current: list[Message] = []
+    for exchange in exchanges:
+        row = fits([*system, *current, *exchange], SPLIT)
+        if row is None and current:
+            current = []
+            row = fits([*system, *exchange], SPLIT)
+        elif current:
+            rows.pop()
+        if row is None:
+            return None
+        current = [*current, *exchange]
+        rows.append(row)
+    return rows
 
-            def shortened(characters: int) -> list[Message]:
-                return [*last[:place], last[place] | {"content": question[characters:].lstrip()}, *last[place + 1 :]]
 
-            # Fewer characters are fewer tokens, but for a token or two where the cut falls: hence the second loop.
-            first = (
-                bisect_left(range(1, len(question)), True, key=lambda n: self._encoded(shortened(n)) is not None) + 1
-            )
-            for characters in range(first, min(first + 8, len(question))):
-                encoded = self._encoded(shortened(characters)) if question[characters:].strip() else None
-                if encoded is not None:
-                    repairs = (TURNS_LEFT_OUT, PROMPT_CUT) if len(exchanges) > 1 else (PROMPT_CUT,)
-                    return Fitted(shortened(characters), _repaired(encoded, *repairs))
-        raise Overlong(
-            f"has {length} tokens, more than prepare.max_length ({self.max_length}), and its last answer leaves no "
-            "room for the question"
-        )
+def _without_oldest(system: list[Message], exchanges: list[list[Message]], fits: Fits) -> Fitted | None:
+    def without(number: int) -> Fitted | None:
+        return fits([*system, *chain(*exchanges[number:])], TURNS_LEFT_OUT)
 
-    def _encoded(self, messages: list[Message]) -> Encoded | None:
-        encoded = self.template.encode(messages, self.tools)
-        return encoded if encoded.length <= self.max_length else None
+    number = bisect_left(range(1, len(exchanges)), True, key=lambda n: without(n) is not None) + 1
+    return without(number) if number < len(exchanges) else None
+
+
+def _with_less_question(messages: list[Message], place: int, shortened: bool, fits: Fits) -> Fitted | None:
+    """`messages` with the start of the question at `place` cut; `shortened`: turns before it are left out already."""
+    if messages[place]["role"] != "user":
+        return None
+    question = messages[place]["content"]
+
+    def cut(characters: int) -> Fitted | None:
+        rest = question[characters:].lstrip()
+        repairs = (TURNS_LEFT_OUT, PROMPT_CUT) if shortened else (PROMPT_CUT,)
+        asked = messages[place] | {"content": rest}
+        return fits([*messages[:place], asked, *messages[place + 1 :]], *repairs) if rest else None
+
+    # Fewer characters are fewer tokens, but for a token or two where the cut falls: hence the second loop.
+    first = bisect_left(range(1, len(question)), True, key=lambda n: cut(n) is not None) + 1
+    return next(filter(None, map(cut, range(first, min(first + 8, len(question))))), None)
 
 
 def _exchanges(messages: list[Message]) -> list[list[Message]]:
@@ -133,10 +133,6 @@ def _exchanges(messages: list[Message]) -> list[list[Message]]:
         parts[-1].append(message)
         answered = answered or message["role"] == "assistant"
     return parts
-
-
-def _repaired(encoded: Encoded, *repairs: str) -> Encoded:
-    return replace(encoded, repairs=(*encoded.repairs, *repairs))
 
 
 def fit_text(template: ChatTemplate, text: str, max_length: int, on_overlong: str) -> list[Fitted]:
@@ -160,5 +156,5 @@ def fit_text(template: ChatTemplate, text: str, max_length: int, on_overlong: st
         ids = encoded.input_ids[start : start + max_length]
         # The content tells the pieces apart; what is trained are the tokens.
         part = message | {"content": template.tokenizer.decode(ids)}
-        pieces.append(Fitted([part], _repaired(Encoded(ids, list(ids), encoded.repairs), SPLIT)))
+        pieces.append(Fitted([part], Encoded(ids, list(ids), (*encoded.repairs, SPLIT))))
     return pieces

@@ -6,6 +6,7 @@ is not Jinja or breaks out of the sandbox is refused, and so is a conversation t
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -17,13 +18,10 @@ from pipeline.chat import Message
 Tools = list[dict[str, Any]]
 
 CALL_FORMAT = '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
+_PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "string"}}, "required": ["probe_key"]}
 _PROBE_TOOL = {
     "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "probe",
-        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}, "required": ["probe_key"]},
-    },
+    "function": {"name": "probe_tool", "description": "probe", "parameters": _PARAMETERS},
 }
 _PROBE_QUESTION = {"role": "user", "content": "probe question"}
 
@@ -58,7 +56,7 @@ class Renderer:
             self._compiled.globals = dict(self._compiled.globals)  # copied for every rendering: a ChainMap takes longer
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
-        self._tool_shape = next((shape for shape in ("function", "bare") if self._offers(shape)), None)
+        self._offers = "probe_tool" in self._tries([_PROBE_QUESTION], [_PROBE_TOOL])
         kinds = [(kind, empty) for empty in ("", None) for kind in ("object", "text")]
         self._arguments = next((kind for kind in kinds if self._calls(*kind)), None)
         self._takes_system = self._tries([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
@@ -84,10 +82,10 @@ class Renderer:
     def adapt(self, messages: list[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
         """Messages and tools in the shape that the template can write, without loss.
 
-        Reasoning gets every name that templates read it by, as transformers gives it. Arguments of calls become what
-        the template expects, an object or its JSON text. A template that knows no tool calls gets
-        them as `<tool_call>` JSON in the answer, results as `<tool_response>` in a user turn, and the offer at the end
-        of the system message (before the first question, where it refuses one): the convention of Hermes and Qwen.
+        Reasoning gets every name that templates read it by, and arguments of calls become what the template expects, an
+        object or its JSON text. A template that knows no tool calls gets them as `<tool_call>` JSON in the answer,
+        results as `<tool_response>` in a user turn, and the offer at the end of the system message (before the first
+        question, where it refuses one): the convention of Hermes and Qwen.
         """
         if any(len(message) > 2 for message in messages):
             messages = [_as_served(message) for message in messages]
@@ -98,8 +96,8 @@ class Renderer:
                 messages = [_with_arguments(message, *self._arguments) for message in messages]
         if not tools:
             return messages, None
-        if self._tool_shape is not None:
-            return messages, [_shaped(tool, self._tool_shape) for tool in tools]
+        if self._offers:
+            return messages, [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         listed = json.dumps(tools, ensure_ascii=False)
         offer = f"You can use these tools:\n{listed}\nTo use one, answer with\n{CALL_FORMAT}"
         first = messages[0]
@@ -115,9 +113,6 @@ class Renderer:
         except RowError:
             return ""
 
-    def _offers(self, shape: str) -> bool:
-        return "probe_tool" in self._tries([_PROBE_QUESTION], [_shaped(_PROBE_TOOL, shape)])
-
     def _calls(self, kind: str, empty: str | None) -> bool:
         """Whether a call with its arguments as `kind`, and its result, are written; not as Python's repr, not twice."""
         call = {
@@ -130,7 +125,7 @@ class Renderer:
             _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, kind, empty),
             {"role": "tool", "name": "probe_tool", "tool_call_id": "probe0001", "content": "probe_result"},
         ]
-        text = self._tries(messages, [_shaped(_PROBE_TOOL, self._tool_shape)] if self._tool_shape else None)
+        text = self._tries(messages, [_PROBE_TOOL] if self._offers else None)
         call_text = text.partition("probe question")[2] or text  # the offer may stand before it
         written = all(word in call_text for word in ("probe_tool", "probe_key", "probe_value", "probe_result"))
         return written and "{'probe_key'" not in text and '\\"probe_key' not in text
@@ -149,22 +144,12 @@ def _as_served(message: Message) -> Message:
     return message if not reasoning else message | {"reasoning": reasoning, "thinking": reasoning}
 
 
-def _shaped(tool: dict[str, Any], shape: str) -> dict[str, Any]:
-    """A tool as {"type": "function", "function": …}, which most templates expect, or bare."""
-    wrapped = isinstance(tool.get("function"), dict)
-    if shape == "function":
-        return tool if wrapped else {"type": "function", "function": tool}
-    return tool["function"] if wrapped else tool
-
-
 def with_objects(messages: list[Message]) -> list[Message]:
     """`messages` with the arguments of every call as an object, so that nothing is hidden in the escapes of JSON text.
 
     Raises:
         RowError: they are no JSON object.
     """
-    if not any("tool_calls" in message for message in messages):
-        return messages
     return [_with_arguments(message, "object") if "tool_calls" in message else message for message in messages]
 
 
@@ -177,18 +162,14 @@ def _with_arguments(message: Message, kind: str, empty: str | None = "") -> Mess
             call | {"function": call["function"] | {"arguments": _arguments(call, kind)}}
             for call in message["tool_calls"]
         ]
-    else:
-        changed.pop("tool_calls", None)
     return changed
 
 
-def _arguments(call: dict[str, Any], kind: str) -> Any:
+def _arguments(call: dict[str, Any], kind: str = "object") -> Any:
     value = call["function"].get("arguments")
     if isinstance(value, str):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            value = None
     if not isinstance(value, dict):
         raise RowError("has a tool call whose arguments are not a JSON object")
     return value if kind == "object" else json.dumps(value, ensure_ascii=False)
@@ -201,8 +182,7 @@ def _calls_as_text(messages: list[Message]) -> list[Message]:
         role = message["role"]
         if message.get("tool_calls"):
             calls = [
-                {"name": call["function"]["name"], "arguments": _arguments(call, "object")}
-                for call in message["tool_calls"]
+                {"name": call["function"]["name"], "arguments": _arguments(call)} for call in message["tool_calls"]
             ]
             parts = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
             text = "\n".join([text, *parts] if text else parts)

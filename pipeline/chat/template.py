@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from pipeline.chat.conversation import SETTINGS
 from pipeline.chat.conversation import ChatTemplate as ChatTemplate
 from pipeline.chat.conversation import Encoded as Encoded
 from pipeline.chat.rendering import RowError as RowError
@@ -23,13 +24,6 @@ from pipeline.core.sanitise import portable
 from pipeline.core.vetting import check_model
 from pipeline.params import PrepareParams
 
-# What contracts of earlier versions do not say.
-SINCE_THEN: dict[str, Any] = {
-    "chat_template_kwargs": {},
-    "chat_template_date": None,
-    "reasoning": "drop",
-    "on_left_out": "keep",
-}
 TEMPLATES = Path(__file__).parent / "templates"
 FROM_TRL = {"qwen": "qwen2_5", "gemma": "gemma3"}  # named templates that TRL has as the families publish them
 
@@ -86,27 +80,19 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
                 f"{', '.join(NAMED)}"
             )
         text = path.read_text(encoding="utf-8")
-    template = _load(
-        identity,
-        text,
-        name,
-        train_on=params.train_on,
-        on_control_tokens=params.on_control_tokens,
-        chat_template_kwargs=params.chat_template_kwargs,
-        date=params.chat_template_date,
-        reasoning=params.reasoning,
-        on_left_out=params.on_left_out,
-    )
+    template = _load(identity, text, name, {key: getattr(params, key) for key in SETTINGS})
     config = text_config(identity)
-    require_vocabulary(config, template)
-    limit = getattr(config, "max_position_embeddings", None)
-    context = limit if isinstance(limit, int) and limit > 0 else None
-    if context is not None and params.max_length > context:
-        raise TemplateError(
-            f"prepare.max_length is {params.max_length}; {params.model_name_or_path} was made for {context} tokens at "
-            "most (max_position_embeddings)"
-        )
+    _require_vocabulary(config, template)
+    require_context(params, getattr(config, "max_position_embeddings", None))
     return template, identity
+
+
+def require_context(params: PrepareParams, limit: int | None) -> None:
+    """Refuse rows longer than the positions that the model has; None or 0: it has no limit."""
+    if limit and params.max_length > limit:
+        raise TemplateError(
+            f"prepare.max_length is {params.max_length}; {params.model_name_or_path} takes at most {limit} tokens"
+        )
 
 
 def named_text(name: str) -> str:
@@ -123,19 +109,24 @@ def load_contract(contract: dict[str, Any]) -> ChatTemplate:
     Raises:
         TemplateError: any of them differs.
     """
-    model = contract["model"]
+    template, differ = _of_contract(same_model(contract), contract)
+    if differ:
+        raise TemplateError(
+            f"{', '.join(differ)} differ from the template contract of the dataset; run `dvc repro prepare`"
+        )
+    return template
+
+
+def same_model(contract: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a contract's base model, after checking that it is the one that is here."""
+    model: dict[str, Any] = contract["model"]
     identity = model_identity(model["name_or_path"], model["revision"], model["trust_remote_code"])
     if identity != model:
         raise TemplateError(
             f"the base model {model['name_or_path']} is not the one the dataset was prepared for "
             f"(digest {identity['digest'][:12]}, expected {model['digest'][:12]}); run `dvc repro`, or put it back"
         )
-    template, differ = _of_contract(identity, contract)
-    if differ:
-        raise TemplateError(
-            f"{', '.join(differ)} differ from the template contract of the dataset; run `dvc repro prepare`"
-        )
-    return template
+    return identity
 
 
 def load_shipped(folder: Path) -> ChatTemplate:
@@ -197,39 +188,36 @@ def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[Chat
             "the dataset is for train.task sequence-classification, which has no conversations; `retune classify TEXT` "
             "asks its model"
         )
-    missing = {"chat_template_name", "on_control_tokens"} - set(contract)
+    missing = sorted({"chat_template_name", *SETTINGS} - set(contract))
     if missing:
-        raise TemplateError(
-            f"the template contract lacks {', '.join(sorted(missing))}: an older Retune wrote it; run `dvc repro`"
-        )
-    contract = SINCE_THEN | contract
-    template = _load(
-        source,
-        contract["chat_template"],
-        contract["chat_template_name"],
-        train_on=contract["train_on"],
-        on_control_tokens=contract["on_control_tokens"],
-        chat_template_kwargs=contract["chat_template_kwargs"],
-        date=contract["chat_template_date"],
-        reasoning=contract["reasoning"],
-        on_left_out=contract["on_left_out"],
-    )
+        raise TemplateError(f"the template contract lacks {', '.join(missing)}: an older Retune wrote it; `dvc repro`")
+    settings = {key: contract[key] for key in SETTINGS}
+    template = _load(source, contract["chat_template"], contract["chat_template_name"], settings)
     # The conversations are those of the contract, so that later versions may have others.
     golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
     return template, differing_keys(template.contract(contract["model"], golden), contract)
 
 
-def _load(
-    identity: dict[str, Any], text: str | None, name: str | None, date: str | None, **settings: Any
-) -> ChatTemplate:
-    path = identity["name_or_path"]
-    check_model(path, identity["revision"])
-    source = {"revision": identity["revision"], "trust_remote_code": identity["trust_remote_code"]}
+def load_tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's identity, or of `local_source`.
+
+    Raises:
+        TemplateError: there is none that could be loaded.
+    """
+    path = source["name_or_path"]
+    check_model(path, source["revision"])
+    where = {key: source[key] for key in ("revision", "trust_remote_code")}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **where)
     except Exception as error:  # the tokenizers library raises Exception itself
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TemplateError(f"no tokenizer could be loaded from {path}: {reason}") from None
+    return tokenizer
+
+
+def _load(identity: dict[str, Any], text: str | None, name: str | None, settings: dict[str, Any]) -> ChatTemplate:
+    path = identity["name_or_path"]
+    tokenizer = load_tokenizer(identity)
     if not tokenizer.is_fast:
         raise TemplateError(
             f"{path} has no fast tokenizer (tokenizer.json), which is needed to find the answers' tokens"
@@ -255,10 +243,10 @@ def _load(
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(stop_ids))
     tokenizer.padding_side = "left"
     if "strftime_now" not in text:
-        date = None
-    elif date == "today":
-        date = datetime.date.today().isoformat()
-    template = ChatTemplate(tokenizer, text, frozenset(stop_ids), name=name, date=date, **settings)
+        settings["chat_template_date"] = None
+    elif settings["chat_template_date"] == "today":
+        settings["chat_template_date"] = datetime.date.today().isoformat()
+    template = ChatTemplate(tokenizer, text, frozenset(stop_ids), name=name, **settings)
     return replace(template, stop_ids=template.stop_ids | template.written_ends())
 
 
@@ -301,7 +289,7 @@ def text_config(identity: dict[str, Any]) -> Any:
         raise TemplateError(f"no model configuration could be read from {name}: {reason}") from None
 
 
-def require_vocabulary(config: Any, template: ChatTemplate) -> None:
+def _require_vocabulary(config: Any, template: ChatTemplate) -> None:
     """Refuse a tokenizer with tokens that the model has no embedding for and that a row could hold.
 
     Control tokens that the template does not write cannot come up: in people's texts they are escaped. (Some published

@@ -1,18 +1,14 @@
 """Rendered conversations to tokens, where a control token is one only if the template wrote it.
 
-Tokens have their places in the rendered text. Text that holds this module's own marks is refused, and so is a
-tokenizer that cannot write a control token as ordinary text.
-
-How: a control token in somebody's text becomes a mark before the template sees it. After rendering, what still reads
-as a control token is the template's, and becomes another mark, while the first marks become text again. A second copy
-of the tokenizer knows its control tokens by those marks alone, so it cannot find one in text, and everything around it
-is split and merged exactly as ever. Marks are made of noncharacters, which Unicode reserves for such use.
+A control token in somebody's text becomes a mark before the template sees it. After rendering, what still reads as a
+control token is the template's, and becomes another mark, while the first marks become text again. A second copy of
+the tokenizer knows its control tokens by those marks alone, so it cannot find one in text, and everything around it is
+split and merged exactly as ever. Marks are made of noncharacters, which Unicode reserves for such use.
 """
 
 import json
 import re
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Set
 from functools import cached_property
 from typing import Any
 
@@ -26,15 +22,7 @@ from pipeline.chat.turns import PLACE
 HIDDEN, SHOWN, END = "\ufdd0", "\ufdd1", "\ufdd2"  # begin a hidden and a template's control token; end either
 NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}{PLACE}]")
 HIDDEN_TOKEN = re.compile(f"{HIDDEN}([0-9]+){END}")
-
-
-@dataclass(frozen=True)
-class Text:
-    """Rendered text as its reader sees it, as the tokenizer's copy gets it, and whether these differ."""
-
-    text: str
-    marked: str
-    escaped: bool
+BROKEN = re.compile(f"[{HIDDEN}{SHOWN}{END}]|" + r"\\ufdd[0-2]")  # as JSON may write them, too
 
 
 class TokenEncoder:
@@ -59,24 +47,9 @@ class TokenEncoder:
         state |= {"truncation": None, "padding": None, "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(state))
 
-        self._added = _any_of({str(token): number for number, token in added.items()})
-
     @cached_property
     def _marked(self) -> tuple[Tokenizer, dict[int, int]]:
         return _known_by_marks(json.loads(self._plain.to_str()), self._id)
-
-    @cached_property
-    def _continued(self) -> Tokenizer:
-        return Tokenizer.from_str(json.dumps(_without_prefix(json.loads(self._plain.to_str()))))
-
-    @cached_property
-    def _marked_continued(self) -> tuple[Tokenizer, dict[int, int]]:
-        return _known_by_marks(_without_prefix(json.loads(self._plain.to_str())), self._id)
-
-    def since_last_added(self, text: str) -> str | None:
-        """`text` from its last added token on, which tokenizers split off first: what stands before has no effect."""
-        places = [match.start() for match in self._added.finditer(text)]
-        return text[places[-1] :] if places else None
 
     def hide(self, value: Any, answer: bool = False) -> Any:
         """`value` (text, or lists and objects of it) with every control token in it hidden; itself if there is none.
@@ -104,16 +77,9 @@ class TokenEncoder:
         return value
 
     def hide_messages(self, messages: list[Message]) -> list[Message]:
-        """`messages` with every control token in their texts and calls hidden; themselves if there can be none."""
-        if all(len(message) == 2 and not self._suspicious(message["content"]) for message in messages):
-            return messages
-        return [
-            {
-                key: item if key == "role" else self.hide(item, message["role"] == "assistant")
-                for key, item in message.items()
-            }
-            for message in messages
-        ]
+        """`messages` with every control token in their texts and calls hidden."""
+        hidden: list[Message] = [self.hide(message, message["role"] == "assistant") for message in messages]
+        return [after | {"role": before["role"]} for before, after in zip(messages, hidden, strict=True)]
 
     def _suspicious(self, text: str) -> bool:
         return self._normalizer is not None or any(map(text.__contains__, self._first))
@@ -123,54 +89,38 @@ class TokenEncoder:
         found = HIDDEN_TOKEN.search(json.dumps(values, ensure_ascii=False))
         return self._text[int(found[1])] if found else None
 
-    def show(self, rendered: str) -> Text:
-        """Rendered text that holds hidden control tokens, with these as text again.
+    def text(self, rendered: str) -> str:
+        """Rendered text as its reader sees it.
 
         Raises:
-            RowError: the template took a mark apart.
+            RowError: the template took the mark of a hidden token apart.
         """
-        marked = self._control.sub(lambda m: f"{SHOWN}{self._id[m[0]]}{END}", rendered)
-        marked, text = (HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], t) for t in (marked, rendered))
-        if NONCHARACTERS.search(text) or "\\ufdd" in text:
+        text = HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], rendered)
+        if BROKEN.search(text):
             raise RowError("contains a control token that the chat template rewrites")
-        return Text(text, marked, escaped=True)
+        return text
 
-    def encode_batch(self, texts: Sequence[Text]) -> list[list[int] | RowError]:
-        """For each text its token ids (T,)."""
-        plain = iter(
-            self._plain.encode_batch_fast([t.marked for t in texts if not t.escaped], add_special_tokens=False)
-        )
-        return [self._by_marks(t, *self._marked) if t.escaped else next(plain).ids for t in texts]
+    def ids(self, rendered: str) -> list[int]:
+        """The tokens (T,) of rendered text.
 
-    def continuation(self, text: Text) -> list[int] | RowError:
-        """Token ids (T,) of a text that others stand before: without the space that tokenizers put at a beginning."""
-        if text.escaped:
-            return self._by_marks(text, *self._marked_continued)
-        return list(self._continued.encode(text.marked, add_special_tokens=False).ids)
-
-    def _by_marks(self, text: Text, tokenizer: Tokenizer, original: dict[int, int]) -> list[int] | RowError:
-        encoding = tokenizer.encode(text.marked, add_special_tokens=False)
-        ids = [original.get(number, number) for number in encoding.ids]
-        if sum(number in self._text and number != self._unknown for number in ids) != text.marked.count(SHOWN):
-            return RowError("contains a control token that this tokenizer cannot write as ordinary text")
+        Raises:
+            RowError: as `text`, or the tokenizer cannot write a control token as ordinary text.
+        """
+        self.text(rendered)
+        if HIDDEN not in rendered:
+            return list(self._plain.encode(rendered, add_special_tokens=False).ids)
+        marked = self._control.sub(lambda m: f"{SHOWN}{self._id[m[0]]}{END}", rendered)
+        marked = HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], marked)
+        tokenizer, original = self._marked
+        ids = [original.get(id, id) for id in tokenizer.encode(marked, add_special_tokens=False).ids]
+        if sum(id in self._text and id != self._unknown for id in ids) != marked.count(SHOWN):
+            raise RowError("contains a control token that this tokenizer cannot write as ordinary text")
         return ids
 
-
-def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer's `state` with nothing put before a text: no "▁" of SentencePiece, no space of GPT-2."""
-    for name, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        part = state.get(name)
-        if part is None:
-            continue
-        members = part[parts] if part["type"] == "Sequence" else [part]
-        members = [member for member in members if member["type"] != "Prepend"]
-        for member in members:
-            if "prepend_scheme" in member:
-                member["prepend_scheme"] = "never"
-            if "add_prefix_space" in member:
-                member["add_prefix_space"] = False
-        state[name] = {"type": "Sequence", parts: members} if members else None
-    return state
+    def continued(self, rendered: str) -> list[int]:
+        """`ids` of text that other text stands before: without the space that tokenizers put at a beginning."""
+        line_end, joined = self.ids("\n"), self.ids(f"\n{rendered}")
+        return joined[len(line_end) :] if joined[: len(line_end)] == line_end else self.ids(rendered)
 
 
 def _any_of(tokens: dict[str, int]) -> re.Pattern[str]:

@@ -7,7 +7,8 @@ follow, up to and including a token that ends the turn. Both are text: `conversa
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.chat import Message
@@ -18,10 +19,12 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 REASONING_DROPPED = "reasoning left out: the prompt closes the thinking, or the chat template has no place for it"
 REASONING_INLINE = "reasoning written into the answer, since the chat template has no place for it"
 
-# A text that ends in one of these has opened the thinking. The group is the tag's name, if it has several.
+# A text that ends in one of these has opened the thinking: the name of its tag, and what closes it.
 _OPENED = re.compile(
-    r"(?:<([\w:]*(?:think|thought|reason)\w*)>|\[([A-Z]*THINK[A-Z]*)\]|<\|START_(THINK[A-Z]*)\|>|<\|(channel)>\w*)(\s*)\Z"
+    r"(?:<(?P<tag>[\w:]*(?:think|thought|reason)\w*)>|\[(?P<bracket>[A-Z]*THINK[A-Z]*)\]|<\|START_(?P<start>THINK[A-Z]*)\|>"
+    r"|<\|(?P<channel>channel)>\w*)(?P<space>\s*)\Z"
 )
+_CLOSERS = {"tag": "</{}>", "bracket": "[/{}]", "start": "<|END_{}|>", "channel": "<{}|>"}
 _CLOSED = re.compile(
     r"(?:</[\w:]*(?:think|thought|reason)\w*>|\[/[A-Z]*THINK[A-Z]*\]|<\|END_[A-Z]*THINK[A-Z]*\|>|<channel\|>)\s*\Z"
 )
@@ -38,42 +41,13 @@ class Turn:
     repairs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Opened:
-    """The thinking that a prompt has opened."""
-
-    closer: str
-    space: str  # white space after the opening tag
-
-    def close(self, reasoning: str) -> str:
-        """What a model writes from there to the beginning of its content."""
-        if not self.space:
-            return f"{reasoning}{self.closer}"
-        return f"{reasoning}\n{self.closer}\n\n"
-
-
-def opened_thinking(prompt: str) -> Opened | None:
-    """The thinking that `prompt` ends in, if it has opened some and not closed it."""
+def opened_thinking(prompt: str) -> tuple[str, str] | None:
+    """What closes the thinking that `prompt` has opened, and the white space behind its opening; None without one."""
     match = _OPENED.search(prompt[-200:])
     if match is None:
         return None
-    tag, bracket, start, channel, space = match.groups()
-    closer = next(
-        close
-        for name, close in (
-            (tag, f"</{tag}>"),
-            (bracket, f"[/{bracket}]"),
-            (start, f"<|END_{start}|>"),
-            (channel, "<channel|>"),
-        )
-        if name
-    )
-    return Opened(closer, space)
-
-
-def closes_thinking(prompt: str) -> bool:
-    """Whether `prompt` ends in closed thinking: the server wants an answer without any."""
-    return _CLOSED.search(prompt[-200:]) is not None
+    kind = next(kind for kind in _CLOSERS if match[kind])
+    return _CLOSERS[kind].format(match[kind]), match["space"]
 
 
 class TurnWriter:
@@ -104,14 +78,15 @@ class TurnWriter:
         opened = opened_thinking(prompt)
         reasoning = str(message.get("reasoning_content") or "").strip()
         written = not reasoning
-        if reasoning and not closes_thinking(prompt):
+        if reasoning and not _CLOSED.search(prompt[-200:]):  # else the server wants an answer without any
             written = finished != self._renderer.render([*before, plain], tools)
         answer = finished[len(prompt) :] if finished.startswith(prompt) else ""
         repairs: tuple[str, ...] = ()
-        if not answer or not written or (opened and opened.closer not in answer):
+        if not answer or not written or (opened and opened[0] not in answer):
             answer = self._from_content(before, plain, tools)
             if opened:
-                answer = opened.close(reasoning) + answer
+                closer, space = opened
+                answer = (f"{reasoning}\n{closer}\n\n" if space else f"{reasoning}{closer}") + answer
             elif reasoning and self._reasoning == "refuse":
                 raise RowError("has reasoning that the chat template has no place for (prepare.reasoning is refuse)")
             elif reasoning and self._reasoning == "inline":
@@ -129,21 +104,6 @@ class TurnWriter:
         finished = self._renderer.render([*before, message], tools)
         shared = next((i for i, (a, b) in enumerate(zip(head, finished, strict=False)) if a != b), len(head))
         return finished[shared:]
-
-    def as_continued(self, turn: Turn, prompt: str) -> Turn | None:
-        """`turn` as it stands at the beginning of a later turn's `prompt`; None if it does not.
-
-        A template may close the last turn with an end token and let the next header close the others (ChatGLM3).
-        """
-        whole = turn.prompt + turn.answer
-        if prompt.startswith(whole):
-            return turn
-        end = max((stop for stop in self._stops if whole.endswith(stop)), key=len)
-        body = len(whole) - len(end)
-        header = next((stop for stop in self._stops if prompt.startswith(stop, body)), None)
-        if header is None or not prompt.startswith(whole[:body]):
-            return None
-        return replace(turn, answer=turn.answer[: -len(end)] + header, rest="")
 
     def _ended(self, answer: str, calls: bool) -> tuple[str, str]:
         """`answer` up to and including the token that ends the turn, and what follows it."""
@@ -181,47 +141,38 @@ def left_out(messages: list[Message], text: str) -> str | None:
     """
     start = 0
     for message in messages:
-        system = message["role"] == "system"
-        ends = [start]
-        content = message.get("content") or ""
-        if content.strip():
-            ends.append(_end_of(content, text, 0 if system else start))
-            if ends[-1] < 0:
-                return {"system": "a system message", "tool": "a tool result"}.get(message["role"], "a content")
-        place = start
+        role, place = message["role"], start
+        end = _end_of(message.get("content") or "", text, 0 if role == "system" else start)
+        if end < 0:
+            return {"system": "a system message", "tool": "a tool result"}.get(role, "a content")
         for call in message.get("tool_calls") or ():
             for part in (call["function"]["name"], *_leaves(call["function"].get("arguments"))):
-                place = _end_of(part, text, place) if part.strip() else place
+                place = _end_of(part, text, place)
                 if place < 0:
                     return "a tool call"
-        if not system:
-            start = max(*ends, place)
+        if role != "system":
+            start = max(start, end, place)
     return None
 
 
 def _end_of(part: str, text: str, start: int) -> int:
     """Where `part` ends in `text` from `start` on, as it is, as JSON writes it, or with other white space; else −1."""
-    stripped = part.strip()
-    if (place := text.find(stripped, start)) >= 0:  # nearly always
-        return place + len(stripped)
-    for form in (json.dumps(stripped, ensure_ascii=False)[1:-1], json.dumps(stripped)[1:-1]):
-        if (place := text.find(form, start)) >= 0:
+    part = part.strip()
+    for form in (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]):
+        if (place := text.find(form, start)) >= 0:  # nearly always
             return place + len(form)
-    pattern = re.compile(r"\s+".join(map(re.escape, stripped.split())))
-    match = pattern.search(text, start)
+    match = re.compile(r"\s+".join(map(re.escape, part.split()))).search(text, start)
     return match.end() if match else -1
 
 
 def _leaves(value: Any) -> list[str]:
     """The texts in a call's arguments; numbers and truth values are written in too many ways to be looked for."""
     if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        return [value] if isinstance(parsed, str) or not isinstance(parsed, dict | list) else _leaves(parsed)
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in _leaves(item)]
+        with suppress(ValueError):
+            if isinstance(parsed := json.loads(value), dict | list):
+                return _leaves(parsed)
+        return [value]
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return [leaf for item in items for leaf in _leaves(item)]
     return []

@@ -51,6 +51,8 @@ def main() -> None:
         if error.strerror is None:
             raise
         where = f": {error.filename}" if error.filename else ""
+        if isinstance(error, PermissionError) and WORK_DIR.exists() and not os.access(WORK_DIR, os.W_OK | os.X_OK):
+            where += f"; this project is used by {WORK_DIR.owner()}, clone it to a folder of your own"
         print(redact(f"error: {error.strerror}{where}"), file=sys.stderr)
         sys.exit(1)
 

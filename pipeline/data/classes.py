@@ -4,18 +4,24 @@ They come as conversations of one question and one short answer, which is what `
 Any other row, a text that does not fit, and classes that cannot be learned or told apart are refused.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat import Message
-from pipeline.chat.conversation import Conversation, Encoded, tokenizer_digest
+from pipeline.chat.conversation import Encoded, tokenizer_digest
 from pipeline.chat.rendering import RowError, TemplateError
-from pipeline.chat.template import differing_keys, model_identity, require_rows, text_config
+from pipeline.chat.template import (
+    differing_keys,
+    load_tokenizer,
+    model_identity,
+    require_context,
+    require_rows,
+    same_model,
+    text_config,
+)
 from pipeline.core.combinations import CLASSIFICATION
-from pipeline.core.vetting import check_model
 from pipeline.params import PrepareParams
 
 CUT = "end of the text cut to fit prepare.max_length"
@@ -37,9 +43,20 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
     cut_at: int | None  # tokens; None: a longer text is left as it is, for prepare.on_overlong
 
-    def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
-        """Tokens of each text; no token carries loss, the class does."""
-        return [self._encode(messages, tools) for messages, tools in conversations]
+    def encode(self, messages: list[Message], tools: str | None = None) -> Encoded:
+        """Tokens of a text; none carries loss, the class does.
+
+        Raises:
+            RowError: it is no text with one class.
+        """
+        if [message["role"] for message in messages] != ["user", "assistant"] or tools:
+            raise RowError("is no text with one class; train.task is sequence-classification")
+        name = messages[-1]["content"]
+        if messages[-1].get("tool_calls") or len(name) > LONGEST_NAME or "\n" in name:
+            raise RowError(f"has an answer of {len(name)} characters where a class is expected")
+        ids = self._tokens(messages[0]["content"])
+        whole = self.tokenizer(messages[0]["content"])["input_ids"] if self.cut_at else ids
+        return Encoded(ids, [-100] * len(ids), (CUT,) if len(whole) > len(ids) else ())
 
     def prompt(self, messages: list[Message], tools: str | None = None) -> tuple[str, list[int]]:
         return messages[-1]["content"], self._tokens(messages[-1]["content"])
@@ -54,16 +71,6 @@ class TextEncoder:
             "cut_at": self.cut_at,
             "golden": [{"text": text, "input_ids": self._tokens(text)} for text in GOLDEN],
         }
-
-    def _encode(self, messages: list[Message], tools: str | None) -> Encoded | RowError:
-        if [message["role"] for message in messages] != ["user", "assistant"] or tools:
-            return RowError("is no text with one class; train.task is sequence-classification")
-        name = messages[-1]["content"]
-        if messages[-1].get("tool_calls") or len(name) > LONGEST_NAME or "\n" in name:
-            return RowError(f"has an answer of {len(name)} characters where a class is expected")
-        ids = self._tokens(messages[0]["content"])
-        whole = self.tokenizer(messages[0]["content"])["input_ids"] if self.cut_at else ids
-        return Encoded(ids, [-100] * len(ids), (CUT,) if len(whole) > len(ids) else ())
 
     def _tokens(self, text: str) -> list[int]:
         cut = {"truncation": True, "max_length": self.cut_at} if self.cut_at else {}
@@ -81,12 +88,7 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
     encoder = _load(identity, params.max_length if params.on_overlong == "truncate_prompt" else None)
     config = text_config(identity)
     require_rows(config, encoder.tokenizer, set(encoder.tokenizer.get_vocab().values()))
-    limit = _context(config, encoder.tokenizer)
-    if limit is not None and params.max_length > limit:
-        raise TemplateError(
-            f"prepare.max_length is {params.max_length}; {params.model_name_or_path} was made for {limit} tokens at "
-            "most"
-        )
+    require_context(params, _context(config, encoder.tokenizer))
     return encoder, identity
 
 
@@ -99,16 +101,8 @@ def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None)
     Raises:
         TemplateError: any of them differs.
     """
-    model = contract["model"]
-    if source is None:
-        source = model_identity(model["name_or_path"], model["revision"], model["trust_remote_code"])
-        if source != model:
-            raise TemplateError(
-                f"the base model {model['name_or_path']} is not the one the dataset was prepared for "
-                f"(digest {source['digest'][:12]}, expected {model['digest'][:12]}); run `dvc repro`, or put it back"
-            )
-    encoder = _load(source, contract["cut_at"])
-    differ = differing_keys(encoder.contract(model), contract)
+    encoder = _load(source or same_model(contract), contract["cut_at"])
+    differ = differing_keys(encoder.contract(contract["model"]), contract)
     if differ:
         raise TemplateError(f"{', '.join(differ)} differ from the contract of the dataset; run `dvc repro prepare`")
     return encoder
@@ -132,19 +126,11 @@ def class_names(train: set[str], other: set[str]) -> list[str]:
 
 
 def _load(source: dict[str, Any], cut_at: int | None) -> TextEncoder:
-    path = source["name_or_path"]
-    check_model(path, source["revision"])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=source["revision"], trust_remote_code=source["trust_remote_code"]
-        )
-    except Exception as error:  # the tokenizers library raises Exception itself
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TemplateError(f"no tokenizer could be loaded from {path}: {reason}") from None
+    tokenizer = load_tokenizer(source)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise TemplateError(
-                f"the tokenizer of {path} has neither a padding nor an end token, so rows fill no batch"
+                f"the tokenizer of {source['name_or_path']} has no padding and no end token, so rows fill no batch"
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -28,14 +28,9 @@ def reference_losses(
     columns = [test.column(name).to_pylist() for name in ("messages", "tools", "reference", "input_ids")]
     rows = list(zip(*columns, strict=True))
     scoring = test.column("scoring").to_pylist()
-    answers = [expected_answer(row[2], kind) for row, kind in zip(rows, scoring, strict=True)]
-    encoded = template.encode_batch(
-        [([*json.loads(row[0]), answer], row[1]) for row, answer in zip(rows, answers, strict=True)]
-    )
     sequences = []
-    for item, (*_, prompt) in zip(encoded, rows, strict=True):
-        if isinstance(item, Exception):
-            raise item
+    for (messages, tools, reference, prompt), kind in zip(rows, scoring, strict=True):
+        item = template.encode([*json.loads(messages), expected_answer(reference, kind)], tools)
         labels = [-100] * min(len(prompt), len(item.labels)) + item.labels[len(prompt) :]
         sequences.append((item.input_ids, labels))
     return sequence_losses(model, sequences, template.tokenizer.pad_token_id, stage, system)

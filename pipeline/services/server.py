@@ -57,7 +57,7 @@ def known_stack(root: Path = Path(".")) -> dict[str, Any]:
 def running(root: Path = Path(".")) -> str | None:
     """The address of the server that `retune up` started here, if it answers."""
     url: str | None = known_stack(root).get("url")
-    return url if url and answers(f"{url}/api/health") else None
+    return url if url and healthy(url) else None
 
 
 @contextmanager
@@ -81,13 +81,11 @@ def for_one_run(root: Path = Path(".")) -> Iterator[str]:
         end_group(child, grace=10)
 
 
-def answers(url: str) -> bool:
-    """Whether a server answers a GET of `url` with a status of success."""
+def healthy(url: str) -> bool:
     try:
-        send(url, timeout_s=5)
-    except HttpError:
+        return json.loads(send(f"{url}/api/health", timeout_s=5)) is True
+    except (HttpError, ValueError):
         return False
-    return True
 
 
 def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
@@ -108,14 +106,14 @@ def own_password() -> str | None:
     return os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING")
 
 
-def wait_for(name: str, is_up: Callable[[], bool], has_ended: Callable[[], bool]) -> None:
+def wait_for(name: str, answers: Callable[[], bool], has_ended: Callable[[], bool]) -> None:
     """Return when a server or worker answers.
 
     Raises:
         ServerError: it has ended, or takes too long; with its log.
     """
     deadline, log = time.monotonic() + STARTUP_SECONDS, LOGS / f"{name}.log"
-    while not is_up():
+    while not answers():
         if has_ended():
             raise ServerError(f"{name} has ended; its log is {log}")
         if time.monotonic() > deadline:
@@ -128,7 +126,7 @@ def _start(root: Path, port: int) -> subprocess.Popen[str]:
     command = python_ending_with_parent("prefect", "server", "start", "--host", HOST, "--port", str(port))
     child = start_logged(command, root / LOGS / "prefect-server.log", root, environment(root, url))
     try:
-        wait_for("prefect-server", lambda: answers(f"{url}/api/health"), lambda: child.poll() is not None)
+        wait_for("prefect-server", lambda: healthy(url), lambda: child.poll() is not None)
     except BaseException:
         end_group(child, grace=5)
         raise

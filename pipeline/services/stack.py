@@ -22,12 +22,13 @@ import psutil
 
 from pipeline.core.files import WORK_DIR, write_json, write_text
 from pipeline.core.handover import make_clone
+from pipeline.core.http_client import HttpError, send
 from pipeline.core.processes import ending_with_parent, identity, python_ending_with_parent, start_logged
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
 from pipeline.services import server
 from pipeline.services.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs
-from pipeline.services.server import HOST, LOGS, STATE, ServerError, answers, wait_for
+from pipeline.services.server import HOST, LOGS, STATE, ServerError, wait_for
 
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
 CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains: it overwrites its working tree
@@ -172,7 +173,7 @@ def state(root: Path = Path(".")) -> dict[str, Any]:
         process = processes.get(service["name"], {"pid": 0, "statename": "STARTING"})
         service |= {"pid": process["pid"], "state": STATES.get(process["statename"], process["statename"].lower())}
         if service["state"] in ("starting", "running") and service["health"] is not None:
-            service["state"] = "healthy" if answers(service["health"]) else "does not answer"
+            service["state"] = "healthy" if _answers(service["health"]) else "does not answer"
     return known
 
 
@@ -278,8 +279,16 @@ def _require_free(service: Service) -> None:
 
 
 def _is_up(service: Service) -> bool:
-    return service.health is None or answers(service.health)
+    return service.health is None or _answers(service.health)
 
 
 def _has_ended(root: Path, service: Service) -> bool:
     return _ask(root, "getProcessInfo", service.name)["statename"] not in ("STARTING", "RUNNING")
+
+
+def _answers(url: str) -> bool:
+    try:
+        send(url, timeout_s=5)
+    except HttpError:
+        return False
+    return True
