@@ -224,7 +224,7 @@ def test_a_text_longer_than_an_encoder_can_read_is_refused(tmp_path: Path, param
 @pytest.mark.parametrize(
     ("rows", "error", "what"),
     [
-        ([(text, "pos") for text, _ in reviews(80)], ClassError, r"have 1 classes \(pos\)"),
+        ([(text, "pos") for text, _ in reviews(80)], ClassError, r": 1 \(pos\)"),
         ([(text, "x " * 200) for text, _ in reviews(80)], PrepareError, "characters where a class is expected"),
     ],
 )

@@ -116,7 +116,7 @@ def class_names(train: set[str], other: set[str]) -> list[str]:
     """
     if not 2 <= len(train) <= MAX_CLASSES:
         names = ", ".join(sorted(train)[:5])
-        raise ClassError(f"the training rows have {len(train):,} classes ({names}); expected 2 to {MAX_CLASSES:,}")
+        raise ClassError(f"classes in the training rows: {len(train):,} ({names}); expected 2 to {MAX_CLASSES:,}")
     if other - train:
         raise ClassError(
             f"the class {min(other - train)} is in test or validation rows and in no training row; add rows of it, or "
