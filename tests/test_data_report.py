@@ -16,7 +16,6 @@ from pipeline.data.report import (
     Histogram,
     excerpt,
     render,
-    table,
     write_report,
 )
 
@@ -154,11 +153,3 @@ def test_the_limit_stands_where_its_tokens_are() -> None:
     assert Histogram({"32": 4}, 100_000).limit is None
     middle = Histogram({"32": 4, "1024": 1}, 181).limit
     assert middle is not None and 50 < middle < 60
-
-
-def test_small_tasks_share_a_line() -> None:
-    lines = table({"train": {f"task {n:02}": 100 - n for n in range(20)}, "test": {"task 00": 1}})
-    assert len(lines) == 13
-    assert lines[0] == ("task 00", {"train": (100, pytest.approx(100 * 100 / 1810)), "test": (1, 100)})
-    assert lines[-1][0] == "8 more"
-    assert sum(cells["train"][0] for _, cells in lines) == 1810

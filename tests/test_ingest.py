@@ -1,12 +1,10 @@
 """Outside data into a new snapshot: nothing is lost unseen; bad data and kills leave the old one or the new one."""
 
 import json
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -313,23 +311,13 @@ def test_a_terminal_is_asked_what_a_file_is(project: Path, tmp_path: Path) -> No
 # Killed at any point
 
 
-def start(root: Path, path: Path) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "ingest", str(path)],
-        cwd=root,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 @pytest.fixture(scope="module")
 def ingested(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A source, and the state of a project that has ingested it."""
     folder = tmp_path_factory.mktemp("ingested")
     path = source(folder, *sample_rows(200))
     done = shutil.copytree(prepared, folder / "project", symlinks=True)
-    assert start(done, path).wait() == 0
+    assert retune(done, "ingest", str(path)).returncode == 0
     return path, state(done)
 
 
@@ -382,28 +370,3 @@ def test_a_kill_at_each_step_leaves_the_old_or_the_new_snapshot(
     assert recover(project)
     assert state(project) == (new if moment == "recorded" else old)
     assert not recover(project)
-
-
-@pytest.mark.faults
-def test_an_ingest_killed_at_random_moments_is_old_or_new(project: Path, ingested: tuple[Path, dict[str, str]]) -> None:
-    path, new = ingested
-    seed = random.randrange(10**6)
-    print("seed", seed)
-    draw = random.Random(seed)
-    old = state(project)
-    assert new != old
-    for number in range(30):
-        child = start(project, path)
-        # What matters begins with the journal: every second kill waits for it.
-        while number % 2 and child.poll() is None and not (project / snapshot.JOURNAL).exists():
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 3))
-        child.kill()
-        child.wait()
-        recover(project)
-        assert whole(project)
-        assert state(project) in (old, new)
-        assert not list(project.glob(".retune/ingest*"))
-        if state(project) == new:
-            subprocess.run(["git", "checkout", "-q", "data.dvc"], cwd=project, check=True)
-            assert graph.pull_data(project)  # back to the old one, for the next kill

@@ -135,12 +135,6 @@ def test_plain_text_is_shown_without_a_template(params: Params, tmp_path: Path) 
     assert "".join(token.text for token in shown.tokens if token.trained).startswith("The sky is blue.")
 
 
-def test_a_file_that_is_no_data_is_refused(params: Params, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(FormatError):
-        inspect_file(params, tmp_path / "x.json", None, None, 1)
-
-
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_the_tokens_texts_together_are_the_text(template: ChatTemplate, text: str) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import CHATML, sample_rows, with_
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
@@ -19,7 +17,7 @@ from pipeline.data.encoding import OVERLONG, split_of
 from pipeline.data.readers import FormatError
 from pipeline.data.records import Row
 from pipeline.data.verdicts import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
-from pipeline.params import Params, PrepareParams
+from pipeline.params import Params
 from pipeline.prepare import Prepared, PrepareError, prepare
 
 OUTPUTS = {f"{split}.parquet" for split in SPLITS} | {
@@ -96,20 +94,6 @@ def test_a_row_never_moves_between_splits(params: Params, tmp_path: Path) -> Non
     after = splits_by(run(params, tmp_path / "more", more)[1], "id")
     assert len(before) == 200 and all(len(splits) == 1 for splits in after.values())
     assert before == {id: after[id] for id in before}
-
-
-@settings(derandomize=True, deadline=None, max_examples=50)
-@given(st.text(), st.floats(0.01, 0.5), st.floats(0, 0.4), st.floats(0, 0.05))
-def test_a_larger_test_fraction_only_adds_to_the_test_split(
-    params: Params, group: str, test: float, validation: float, more: float
-) -> None:
-    row = Row(messages=[], source="", group=group)
-
-    def split(fraction: float) -> str:
-        tree = params.prepare.model_dump() | {"test_fraction": fraction, "validation_fraction": validation}
-        return split_of(row, PrepareParams.model_validate(tree))
-
-    assert split(test) != "test" or split(test + more) == "test"
 
 
 def test_the_splits_have_the_sizes_asked_for(params: Params) -> None:
@@ -279,13 +263,6 @@ def test_an_empty_test_split_is_refused_with_the_way_out(params: Params, tmp_pat
 def test_an_empty_training_split_says_when_length_is_why(params: Params, tmp_path: Path) -> None:
     with pytest.raises(PrepareError, match=r"the train split is empty: 100 rows.*100 of them longer.*10 tokens"):
         run(params, tmp_path, sample_rows(100), max_length=10)
-
-
-def test_the_same_data_gives_the_same_bytes(params: Params, tmp_path: Path) -> None:
-    _, output = run(params, tmp_path, [*sample_rows(100), ask("q", "")])
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    _, output = run(params, tmp_path, [*sample_rows(100), ask("q", "")])
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
 LABELS = ["yes", "No.", "no", "YES"]  # two, as they are compared

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import readers
-from pipeline.data.readers import FormatError, Unreadable, class_labels, container_of, read_records
+from pipeline.data.readers import FormatError, Unreadable, container_of, read_records
 
 ROWS = [{"instruction": f"Frage {i}: 你好", "input": "a\nb" if i % 2 else "", "output": f"„{i}“"} for i in range(5)]
 
@@ -204,14 +204,3 @@ def test_an_archive_that_unpacks_to_an_absurd_size_is_refused_on_the_way(tmp_pat
     (tmp_path / name).write_bytes(packed(name, data))
     with pytest.raises(FormatError, match=f"{name} unpacks to more than 6. MB"):
         records(tmp_path / name)
-
-
-def test_the_names_of_classes_come_with_the_file(tmp_path: Path) -> None:
-    features = {
-        "label": {"names": ["neg", "pos"], "_type": "ClassLabel"},
-        "text": {"dtype": "string", "_type": "Value"},
-    }
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = pa.table({"text": ["bad"], "label": [0]}).replace_schema_metadata(metadata)
-    pq.write_table(table, tmp_path / "rows.parquet")
-    assert class_labels(tmp_path / "rows.parquet") == {"label": ["neg", "pos"]}
