@@ -29,7 +29,7 @@ test-browser: $(READY)  ## the reports and the dashboard in a real browser (need
 	@python -m pytest -q -m browser tests
 
 test-faults: $(READY)  ## every kill and fault, the long form (about an hour and a half)
-	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m faults tests
+	@RETUNE_TESTS_REAL=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m faults tests
 
 check: $(READY)      ## formatting, lint, types
 	@ruff format --check .

@@ -8,12 +8,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before any library reads them.
-CACHE = tempfile.mkdtemp(prefix="retune-tests-")
+# Before any library reads them. One folder for all workers of a run, which the first process makes and removes.
+if "RETUNE_TESTS_CACHE" not in os.environ:
+    os.environ.update(
+        RETUNE_TESTS_CACHE=tempfile.mkdtemp(prefix="retune-tests-"),
+        RETUNE_TESTS_OWNER=str(os.getpid()),
+        RETUNE_TESTS_PYTHON=sys.executable,
+    )
+CACHE = os.environ["RETUNE_TESTS_CACHE"]
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_CACHE=f"{CACHE}/datasets",
@@ -35,6 +41,7 @@ os.environ.update(
     AWS_EC2_METADATA_DISABLED="true",
 )
 
+import preloaded
 import pytest
 import torch
 
@@ -47,6 +54,11 @@ from pipeline.params import Params, PublishParams
 from pipeline.settings import load_params
 
 ROOT = Path(__file__).parent.parent
+REAL = bool(os.environ.get("RETUNE_TESTS_REAL"))
+PYTHON = os.environ["RETUNE_TESTS_PYTHON"]  # next to which `retune` is a program that starts Python
+if not REAL:
+    preloaded.make_interpreter()
+    sys.executable = str(preloaded.INTERPRETER)  # next to which it is a fork
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -56,7 +68,8 @@ COLOURS = ["red", "blue", "green", "black", "white"]
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(CACHE, ignore_errors=True)
+    if os.environ["RETUNE_TESTS_OWNER"] == str(os.getpid()):
+        shutil.rmtree(CACHE, ignore_errors=True)
     gc.freeze()
 
 
@@ -158,16 +171,26 @@ def install(folder: Path, *packages: str) -> None:
     subprocess.run([*pip, "--target", str(folder), *packages], check=True)
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"), steps=STEPS)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "rows.json").write_text(json.dumps(sample_rows(300)))
+def once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, once for all workers of a test run; tests only read it."""
+    folder, done = Path(CACHE) / name, Path(CACHE) / f"{name}.done"
+    with preloaded.locked(Path(CACHE) / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    return once("base", lambda folder: make_base(folder, steps=STEPS))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    return once("data", lambda folder: (folder / "rows.json").write_text(json.dumps(sample_rows(300))))
 
 
 @pytest.fixture(scope="session")
@@ -238,37 +261,60 @@ def project(tmp_path: Path, base: Path, params: Params) -> Iterator[Path]:
 
 
 def make_project(root: Path, base: Path, params: Params) -> Path:
-    root.mkdir()
-    for name in ("pipeline", "flows"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
-        shutil.copy(ROOT / name, root / name)
+    """A copy of one that is made once: DVC takes seconds for it."""
+
+    def make(folder: Path) -> None:
+        for name in ("pipeline", "flows"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
+            shutil.copy(ROOT / name, folder / name)
+        shutil.copytree(base, folder / "data" / "base")
+        (folder / "data" / "instructions").mkdir()
+        (folder / "data" / "instructions" / "rows.json").write_text(json.dumps(sample_rows(300)))
+        git(folder, "init", "-q")
+        dvc(folder, "init", "-q")
+        shutil.copy(ROOT / ".dvc" / "init_adapter.json", folder / ".dvc")
+        dvc(folder, "config", "core.analytics", "false")
+        dvc(folder, "add", "-q", "data")
+
+    shutil.copytree(once(f"project-{base.name}", make), root, symlinks=True)
     write_params(root, with_(params, prepare={"model_name_or_path": "data/base"}))
-    shutil.copytree(base, root / "data" / "base")
-    (root / "data" / "instructions").mkdir()
-    (root / "data" / "instructions" / "rows.json").write_text(json.dumps(sample_rows(300)))
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, cwd=root, check=True, env=environment())
-    shutil.copy(ROOT / ".dvc" / "init_adapter.json", root / ".dvc")
-    for command in (
-        [sys.executable, "-m", "dvc", "config", "core.analytics", "false"],
-        [sys.executable, "-m", "dvc", "add", "-q", "data"],
-        ["git", "add", "-A"],
-        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"],
-    ):
-        subprocess.run(command, cwd=root, check=True, env=environment())
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "start")
     return root
 
 
-def retune(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in `root`, to its end."""
+def git(root: Path, *arguments: str) -> str:
+    """What git prints, in the name of somebody."""
+    who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER")
+           for key, value in (("NAME", "t"), ("EMAIL", "t@example.org"))}  # fmt: skip
+    command = ["git", *arguments]
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments], cwd=root, env=environment(), capture_output=True, text=True
-    )
+        command, cwd=root, env=os.environ | who, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    """What DVC prints."""
+    done = _run("dvc", root, arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def retune(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command line in `root`, to its end."""
+    return _run("retune", root, arguments)
+
+
+def _run(program: str, root: Path, arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    if not REAL:
+        return preloaded.run(program, arguments, root, environment())
+    command = [sys.executable, "-m", {"retune": "pipeline"}.get(program, program), *arguments]
+    return subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
 
 
 def environment() -> dict[str, str]:
-    """For child processes: this interpreter's commands first, this checkout's code importable from any folder."""
+    """For child processes: this interpreter's programs first, this checkout's code importable from any folder."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
@@ -283,27 +329,23 @@ def change_params(root: Path, **sections: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory, params: Params, data: Path) -> Path:
+def dataset(params: Params, data: Path) -> Path:
     from pipeline.prepare import prepare
 
-    folder = tmp_path_factory.mktemp("prepared") / "dataset"
-    prepare(params.prepare, data, folder)
-    return folder
+    return once("prepared", lambda folder: prepare(params.prepare, data, folder / "dataset")) / "dataset"
 
 
 @pytest.fixture(scope="session")
-def adapter(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path) -> Path:
+def adapter(params: Params, dataset: Path) -> Path:
     from pipeline.train import train
 
-    folder = tmp_path_factory.mktemp("trained")
-    train(params.train, dataset, folder / "adapter", folder / "checkpoints")
-    return folder / "adapter"
+    trained = once("trained", lambda folder: train(params.train, dataset, folder / "adapter", folder / "checkpoints"))
+    return trained / "adapter"
 
 
 @pytest.fixture(scope="session")
-def evaluation(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path, adapter: Path) -> Path:
+def evaluation(params: Params, dataset: Path, adapter: Path) -> Path:
     from pipeline.evaluate import evaluate
 
-    folder = tmp_path_factory.mktemp("evaluated") / "evaluation"
-    evaluate(params.evaluate, dataset, adapter, folder)
-    return folder
+    evaluated = once("evaluated", lambda folder: evaluate(params.evaluate, dataset, adapter, folder / "evaluation"))
+    return evaluated / "evaluation"

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, make_project, retune, with_
-from test_flow import api
-from test_stack import free_port
+from local_servers import api, free_port
 
 from pipeline.params import Params
 
@@ -23,8 +22,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Iterator[int]:
-    """The port of a server on which one whole run was made."""
+def url(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Iterator[str]:
+    """A server on which one whole run was made."""
     with_worker = with_(params, operations={"services": ["cpu"]})  # deployments come with the workers that take them
     root = make_project(tmp_path_factory.mktemp("dashboard") / "project", base, with_worker)
     shutil.copy(ROOT / "prefect.yaml", root)
@@ -34,7 +33,7 @@ def port(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -
         done = retune(root, "run", "--json")
         assert done.returncode == 0, done.stdout + done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["decision"]["decision"] == "promoted"
-        yield number
+        yield f"http://127.0.0.1:{number}"
     finally:
         retune(root, "down")
 
@@ -45,15 +44,15 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
         yield running
 
 
-def test_the_runs_are_found_by_name_trigger_model_and_decision(browser: Browser, port: int) -> None:
-    browser.open(f"http://127.0.0.1:{port}/runs")
+def test_the_runs_are_found_by_name_trigger_model_and_decision(browser: Browser, url: str) -> None:
+    browser.open(f"{url}/runs")
     browser.see("retrain-by-hand", "trigger:by-hand", "model:retune-sample-v1", "promoted", "data:", "Promoted")
     browser.picture("dashboard-runs")
 
 
-def test_a_run_shows_which_stages_ran_and_what_they_left(browser: Browser, port: int) -> None:
-    [run] = api(port, "flow_runs/filter", {"flow_runs": {"name": {"like_": "retrain-by-hand"}}})
-    browser.open(f"http://127.0.0.1:{port}/runs/flow-run/{run['id']}")
+def test_a_run_shows_which_stages_ran_and_what_they_left(browser: Browser, url: str) -> None:
+    [run] = api(url, "flow_runs/filter", {"flow_runs": {"name": {"like_": "retrain-by-hand"}}})
+    browser.open(f"{url}/runs/flow-run/{run['id']}")
     browser.see("retrain-by-hand", "Promoted", "Logs", "prepare:", "train:")  # the stages' own lines, as they came
     browser.picture("dashboard-run")
     browser.click("Task Runs")
@@ -74,15 +73,15 @@ def test_a_run_shows_which_stages_ran_and_what_they_left(browser: Browser, port:
     browser.picture("dashboard-artifacts")
 
 
-def test_the_page_of_a_run_has_verdict_scores_times_and_places(browser: Browser, port: int) -> None:
-    [made] = api(port, "artifacts/latest/filter", {"artifacts": {"key": {"any_": ["run"]}}})
-    browser.open(f"http://127.0.0.1:{port}/artifacts/artifact/{made['latest_id']}")
+def test_the_page_of_a_run_has_verdict_scores_times_and_places(browser: Browser, url: str) -> None:
+    [made] = api(url, "artifacts/latest/filter", {"artifacts": {"key": {"any_": ["run"]}}})
+    browser.open(f"{url}/artifacts/artifact/{made['latest_id']}")
     browser.see("Promoted: v1", "Test scores", "champion", "rougeL", "The gate", "Stages", "manifest.json", "cost")
     browser.picture("dashboard-verdict")
 
 
-def test_a_deployment_can_be_started_by_hand_with_its_parameters_in_a_form(browser: Browser, port: int) -> None:
-    [deployment] = api(port, "deployments/filter", {"deployments": {"name": {"any_": ["retrain"]}}})
-    browser.open(f"http://127.0.0.1:{port}/deployments/deployment/{deployment['id']}/run")
+def test_a_deployment_can_be_started_by_hand_with_its_parameters_in_a_form(browser: Browser, url: str) -> None:
+    [deployment] = api(url, "deployments/filter", {"deployments": {"name": {"any_": ["retrain"]}}})
+    browser.open(f"{url}/deployments/deployment/{deployment['id']}/run")
     browser.see("changes", "Submit")
     browser.picture("dashboard-form")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, change_params, environment, make_project, retune, with_, write_params
+from local_servers import api, ended, free_port, start, wait_until
 from prefect.events import EventTrigger
 from prefect.exceptions import Abort
 from ruamel.yaml import YAML
-from test_stack import free_port, supervisor, wait_until
+from test_stack import supervisor
 from versions import parameters, published
 
 from flows import deployments
@@ -273,29 +273,10 @@ def test_automations_crash_dead_runs_and_tell_whoever_was_named() -> None:
     assert sorted(states) == [f"prefect.flow-run.{state}" for state in ("Crashed", "Failed", "Late", "Refused")]
 
 
-def api(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    request = urllib.request.Request(
-        f"{url}/api/{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
-
-
-def ended(url: str, **wanted: str) -> list[dict[str, Any]]:
-    """Runs that have ended, whose fields begin so: to the name is added what was decided."""
-    runs = api(url, "flow_runs/filter")
-    runs = [run for run in runs if all(run[key].startswith(value) for key, value in wanted.items())]
-    return [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
-
-
-def start(url: str, deployment: str, **parameters: Any) -> dict[str, Any]:
-    """Run a deployment as the dashboard does; its flow run when it has ended."""
-    with urllib.request.urlopen(f"{url}/api/deployments/name/{deployment}") as answer:
-        found = json.load(answer)
-    run = api(url, f"deployments/{found['id']}/create_flow_run", {"parameters": parameters, "state": {
-        "type": "SCHEDULED"}})  # fmt: skip
-    wait_until(lambda: ended(url, id=run["id"]), 240)
-    return ended(url, id=run["id"])[0]
+def finished(url: str, deployment: str, **parameters: Any) -> dict[str, Any]:
+    """The flow run of a deployment, when it has ended."""
+    number = start(url, deployment, **parameters)
+    return wait_until(lambda: ended(url, id=number), 240)[0]
 
 
 @pytest.mark.faults
@@ -320,22 +301,20 @@ def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params)
         [page] = [each["data"] for each in api(url, "artifacts/filter") if each["key"] == "run"]
         assert "| prepare | ran |" in page and "| rougeL |" in page and first["state"]["message"] in page
         began = time.monotonic()
-        again = start(url, "retrain/retrain", trigger="again")
+        again = finished(url, "retrain/retrain", trigger="again")
         assert again["state_name"] == "Unchanged", again["state"]
         assert time.monotonic() - began < 60
-        changed = start(url, "retrain/retrain", trigger="changed", changes={"evaluate.seed": 5})
+        changed = finished(url, "retrain/retrain", trigger="changed", changes={"evaluate.seed": 5})
         assert changed["state_name"] in ("Promoted", "Refused", "Unchanged"), changed["state"]
         assert load_params(root / "params.yaml").evaluate.seed == (5 if changed["state_name"] == "Promoted" else 42)
-        assert start(url, "evaluate-champion/evaluate-champion")["state_name"] in ("Holds", "Skipped")
-        assert start(url, "cleanup/cleanup")["state_name"] == "Cleaned"
-        assert start(url, "watch/watch")["state_name"] == "Skipped"
-        refused = start(url, "promote/promote", version="v1", force=True)
+        assert finished(url, "evaluate-champion/evaluate-champion")["state_name"] in ("Holds", "Skipped")
+        assert finished(url, "cleanup/cleanup")["state_name"] == "Cleaned"
+        assert finished(url, "watch/watch")["state_name"] == "Skipped"
+        refused = finished(url, "promote/promote", version="v1", force=True)
         assert refused["state_name"] == "Failed"
         assert "force needs a reason" in refused["state"]["message"]
         change_params(root, train={"num_train_epochs": 5000.0})
-        with urllib.request.urlopen(f"{url}/api/deployments/name/retrain/retrain") as answer:
-            found = json.load(answer)["id"]
-        api(url, f"deployments/{found}/create_flow_run", {"parameters": {"trigger": "long"}})
+        start(url, "retrain/retrain", trigger="long")
         wait_until(lambda: any("stage train" in " ".join(p.cmdline()) for p in stack.marked(root)), 120)
         supervisor(stack.marked(root)).kill()
         wait_until(lambda: not stack.marked(root), 45)  # the training too, which a worker started
@@ -382,29 +361,29 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
         ):
             done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True)
             assert done.returncode == 0, done.stderr.decode()
-        found = start(url, "watch/watch")
+        found = finished(url, "watch/watch")
         assert (found["state_name"], found["state"]["message"]) == (
             "Updated",
             "300 new rows; a retraining was asked for",
         )
         wait_until(lambda: ended(url, name="retrain-new-data"), 240)
-        assert start(url, "watch/watch")["state_name"] == "Unchanged"
+        assert finished(url, "watch/watch")["state_name"] == "Unchanged"
         (source / "b.json").write_text(rows_of("red", 50, start=300))
-        found = start(url, "watch/watch")
+        found = finished(url, "watch/watch")
         assert found["state"]["message"] == "50 new rows; fewer than 100: none is started"
 
-        failed = start(url, "promote/promote", version="v1", force=True)
+        failed = finished(url, "promote/promote", version="v1", force=True)
         assert failed["state_name"] == "Failed"
         wait_until(lambda: hook[1], 60)
         assert "Retune: a run failed" in hook[1][0]["text"]
         assert "force needs a reason" in hook[1][0]["text"]
 
-        made = start(url, "promote/promote", version="v1", force=True, reason="a test asks for it")
+        made = finished(url, "promote/promote", version="v1", force=True, reason="a test asks for it")
         assert made["state_name"] in ("Promoted", "Unchanged"), made["state"]  # the retraining may have promoted it
         (source / "a.json").write_text(rows_of("a colour that nobody has ever named before", 20))
         (source / "b.json").unlink()
-        assert start(url, "watch/watch")["state_name"] == "Updated"
-        worse = start(url, "evaluate-champion/evaluate-champion")
+        assert finished(url, "watch/watch")["state_name"] == "Updated"
+        worse = finished(url, "evaluate-champion/evaluate-champion")
         assert worse["state_name"] == "Regressed", worse["state"]
         wait_until(lambda: ended(url, name="retrain-champion-regressed"), 240)
         assert len(ended(url, name="retrain-new-data")) == 1

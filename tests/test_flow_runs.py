@@ -12,13 +12,12 @@ from uuid import UUID
 
 import pytest
 from conftest import ROOT
+from local_servers import prefect_server, use_server
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-from test_stack import free_port
 
 from flows import gpu
 from flows.lines import why_failed
-from pipeline.core.files import write_json
-from pipeline.core.processes import end_group, identity, lives
+from pipeline.core.processes import identity, lives
 from pipeline.services import flow_runs, server
 from pipeline.services.events import emit, record_unchanged
 
@@ -27,15 +26,14 @@ PASSWORD = "admin:secret"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder whose server is up; for its supervisor stands this process."""
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    """A folder whose server is up and asks for a password."""
+    folder = tmp_path_factory.mktemp("server")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_API_AUTH_STRING", PASSWORD)
         patch.delenv("PREFECT_API_URL", raising=False)
-        child = server._start(folder, port)
-        write_json(folder / server.STATE, {"process": identity(), "url": f"http://{server.HOST}:{port}"})
-        yield folder
-        end_group(child, grace=10)
+        with prefect_server(folder) as url:
+            use_server(folder, url)
+            yield folder
 
 
 @pytest.fixture(scope="module")

@@ -3,30 +3,23 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-import urllib.request
 import uuid
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, change_params, environment, make_project, retune
+from conftest import ROOT, change_params, dvc, git, make_project, retune
+from local_servers import ended, free_port, start, wait_until
 from ruamel.yaml import YAML
-from test_deployments import api, ended
-from test_stack import free_port, wait_until
 
-from pipeline.core import git, graph, handover
+from pipeline.core import graph, handover
 from pipeline.core.files import read_json
+from pipeline.core.git import GitError
 from pipeline.core.run_lock import only_on_gpus
 from pipeline.params import Params
 from pipeline.services import stack
-
-
-def run(root: Path, *command: str) -> str:
-    return subprocess.run(command, cwd=root, env=environment(), check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture
@@ -34,26 +27,26 @@ def places(tmp_path: Path, base: Path, params: Params) -> tuple[Path, Path]:
     """A parent's project after `prepare`, and a worker's clone without any data."""
     parent, worker, server = tmp_path / "parent", tmp_path / "worker", tmp_path / "server.git"
     make_project(parent, base, params)
-    run(parent, sys.executable, "-m", "dvc", "remote", "add", "-d", "shared", str(tmp_path / "remote"))
-    run(parent, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "remote")
-    run(tmp_path, "git", "init", "-q", "--bare", str(server))
-    run(parent, "git", "remote", "add", "origin", str(server))
-    run(parent, "git", "push", "-q", "origin", "HEAD")
+    dvc(parent, "remote", "add", "-d", "shared", str(tmp_path / "remote"))
+    git(parent, "commit", "-qam", "remote")
+    git(tmp_path, "init", "-q", "--bare", str(server))
+    git(parent, "remote", "add", "origin", str(server))
+    git(parent, "push", "-q", "origin", "HEAD")
     handover.make_clone(worker, "origin", parent)
-    run(parent, sys.executable, "-m", "dvc", "repro", "-q", "prepare")
+    dvc(parent, "repro", "-q", "prepare")
     return parent, worker
 
 
 def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places: tuple[Path, Path]) -> None:
     parent, worker = places
-    status, head = run(parent, "git", "status", "--porcelain"), run(parent, "git", "rev-parse", "HEAD")
+    status, head = git(parent, "status", "--porcelain"), git(parent, "rev-parse", "HEAD")
     (parent / "notes.txt").write_text("nobody else's business")
-    status = run(parent, "git", "status", "--porcelain")
+    status = git(parent, "status", "--porcelain")
     commit = handover.ask("train", "origin", parent)
-    assert "notes.txt" not in run(parent, "git", "ls-tree", "--name-only", commit)
-    assert "dvc.lock" in run(parent, "git", "ls-tree", "--name-only", commit)  # git does not know it yet
-    assert run(parent, "git", "status", "--porcelain") == status  # index, branch and files are as they were
-    assert run(parent, "git", "rev-parse", "HEAD") == head
+    assert "notes.txt" not in git(parent, "ls-tree", "--name-only", commit)
+    assert "dvc.lock" in git(parent, "ls-tree", "--name-only", commit)  # git does not know it yet
+    assert git(parent, "status", "--porcelain") == status  # index, branch and files are as they were
+    assert git(parent, "rev-parse", "HEAD") == head
     lines: list[str] = []
     with pytest.raises(handover.HandoverError, match="not set aside for a worker"):
         handover.work("train", commit, "origin", lines.append, parent)
@@ -63,20 +56,18 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     handover.take("train", commit, "origin", parent)
     assert (parent / "artifacts" / "adapter" / "adapter_model.safetensors").exists()
     assert "train" not in graph.stale(parent)
-    assert "Running stage" not in run(parent, sys.executable, "-m", "dvc", "repro", "--single-item", "train")
-    assert "retune" in run(parent, "git", "ls-remote", "origin")
+    assert "Running stage" not in dvc(parent, "repro", "--single-item", "train")
+    assert "retune" in git(parent, "ls-remote", "origin")
     for _ in range(2):
         handover.forget(commit, "origin", parent)
-    assert "retune" not in run(parent, "git", "ls-remote", "origin")
+    assert "retune" not in git(parent, "ls-remote", "origin")
     before = (parent / "dvc.lock").read_text()
 
     # The same again is taken from the run cache, what a killed run asked for is forgotten, and an answer for other
     # inputs is refused.
     killed = handover.ask("train", "origin", parent)
     commit = handover.ask("train", "origin", parent)
-    assert [killed in line for line in run(parent, "git", "ls-remote", "origin", "refs/retune/*").splitlines()] == [
-        False
-    ]
+    assert [killed in line for line in git(parent, "ls-remote", "origin", "refs/retune/*").splitlines()] == [False]
     lines.clear()
     handover.work("train", commit, "origin", lines.append, worker)
     assert not any("Running stage 'train'" in line for line in lines)
@@ -85,7 +76,7 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     with pytest.raises(handover.HandoverError, match="on other inputs than those here"):
         handover.take("train", commit, "origin", parent)
     assert (parent / "dvc.lock").read_text() == before
-    with pytest.raises(git.GitError, match="nowhere"):
+    with pytest.raises(GitError, match="nowhere"):
         handover.ask("train", "nowhere", parent)
     (parent / "pipeline" / "training" / "own_loss.py").touch()
     with pytest.raises(handover.HandoverError, match="pipeline/training/own_loss.py"):
@@ -100,8 +91,8 @@ def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpo
 ) -> None:
     root, _ = places
     (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
-    run(root, "git", "add", "-A")
-    run(root, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "deployments")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "deployments")
     change_params(
         root,
         operations={"services": ["cpu", "gpu"], "train_pool": "gpu"},
@@ -112,14 +103,11 @@ def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpo
     known = json.loads(up.stdout)
     clone, url = root / stack.CLONE, known["url"]
     try:
-        with urllib.request.urlopen(f"{url}/api/deployments/name/retrain/retrain") as answer:
-            deployment = json.load(answer)["id"]
-        api(url, f"deployments/{deployment}/create_flow_run", {"parameters": {"trigger": "far"}})
+        start(url, "retrain/retrain", trigger="far")
         wait_until(lambda: list(clone.glob(".retune/checkpoints/*/checkpoint-*")), 240)
         victim = next(each["pid"] for each in known["services"] if each["name"] == "gpu-worker")
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: ended(url, name="retrain-far"), 400)
-        [whole] = ended(url, name="retrain-far")
+        [whole] = wait_until(lambda: ended(url, name="retrain-far"), 400)
         assert whole["state_name"] in ("Promoted", "Refused"), whole["state"]
         trainings = [each["state_name"] for each in ended(url) if each["name"].startswith("train-")]
         assert sorted(trainings) == ["Crashed", "Trained"]

@@ -6,8 +6,6 @@ Not shown here: that a cluster runs it; there is none on this machine.
 import json
 import re
 import runpy
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -157,22 +155,3 @@ def test_every_name_leads_somewhere_and_no_secret_stands_here() -> None:
     hidden = re.compile(r"PASSWORD|AUTH_STRING$|ACCESS_KEY|TOKEN")
     assert not [key for name in ("retune", "retune-worker") for key in literals(name) if hidden.search(key)]
     assert KUSTOMIZATION["generatorOptions"]["disableNameSuffixHash"] is True  # the template names a config map
-
-
-def test_the_volume_of_a_training_holds_clone_and_home_and_its_folder_is_there_to_start_in() -> None:
-    container = pod(job())["containers"][0]
-    mounts = [each["mountPath"] for each in container["volumeMounts"]]
-    assert "/srv" in mounts and container["workingDir"] == "/srv"
-    assert {each["name"]: each["value"] for each in container["env"]}["HOME"] == "/srv/home"
-    assert "RETUNE_ROOT=/srv/retune" in (ROOT / "infra" / "docker" / "gpu.Dockerfile").read_text()
-
-
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
-def test_kustomize_builds_it() -> None:
-    built = subprocess.run(["kubectl", "kustomize", FOLDER], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    made = list(YAML(typ="safe").load_all(built.stdout))
-    assert {each["metadata"]["namespace"] for each in made} == {"retune"}
-    assert {each["metadata"]["name"] for each in made if each["kind"] == "ConfigMap"} == {"retune", "retune-worker"}
-    for each in made:
-        kubernetes_validate.validate(each, VERSIONS[0], strict=True)

@@ -21,8 +21,8 @@ import httpx
 import pytest
 import team_servers
 from conftest import COLOURS, ROOT, change_params, environment, make_project
+from local_servers import wait_until
 from team_servers import Team
-from test_stack import wait_until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 

@@ -4,9 +4,7 @@ import json
 import os
 import signal
 import socket
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT, change_params, make_project, retune, with_
+from local_servers import free_port, read, wait_until
 
 from pipeline.params import Params
 from pipeline.services import stack
@@ -27,12 +26,6 @@ def root(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -
     retune(folder, "down")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def up(root: Path, *services: str) -> dict[str, Any]:
     change_params(root, operations={"services": list(services)})
     done = retune(root, "up", "--port", str(free_port()), "--mlflow-port", str(free_port()), "--json")
@@ -42,13 +35,6 @@ def up(root: Path, *services: str) -> dict[str, Any]:
 
 def rows(known: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {each["name"]: each for each in known["services"]}
-
-
-def wait_until(condition: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:
@@ -94,8 +80,7 @@ def test_the_whole_stack_restarts_what_dies_and_goes_down_without_a_rest(root: P
     before = rows(known)
     assert set(before) == {"prefect-server", "mlflow", "cpu-worker", "gpu-worker"}
     assert listening(stack.marked(root)) == {"127.0.0.1"}
-    with urllib.request.urlopen(f"{known['url']}/api/work_pools/gpu") as answer:
-        assert json.load(answer)["concurrency_limit"] == 1
+    assert read(known["url"], "work_pools/gpu")["concurrency_limit"] == 1
     for victim in ("gpu-worker", "mlflow", "prefect-server"):
         os.kill(before[victim]["pid"], signal.SIGKILL)
         wait_until(lambda victim=victim: rows(stack.state(root))[victim]["pid"] not in (0, before[victim]["pid"]), 30)

@@ -1,0 +1,73 @@
+"""A Prefect server for the tests of one file, what it answers, and waiting for what others do."""
+
+import json
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import write_json
+from pipeline.core.processes import end_group, identity
+from pipeline.services import server
+
+
+@contextmanager
+def prefect_server(folder: Path) -> Iterator[str]:
+    """The URL of a server that keeps its data in `folder`; `use_server` points projects to it."""
+    port = free_port()
+    child = server._start(folder, port)
+    try:
+        yield f"http://{server.HOST}:{port}"
+    finally:
+        end_group(child, grace=10)
+
+
+def use_server(root: Path, url: str) -> None:
+    """As if `retune up` had started it there; for the supervisor stands this process."""
+    write_json(root / server.STATE, {"process": identity(), "url": url})
+
+
+def api(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What the server answers to `body`; without one, to a filter that takes all."""
+    request = urllib.request.Request(
+        f"{url}/api/{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def read(url: str, path: str) -> Any:
+    with urllib.request.urlopen(f"{url}/api/{path}") as answer:
+        return json.load(answer)
+
+
+def ended(url: str, **fields: str) -> list[dict[str, Any]]:
+    """Runs that have ended, whose fields begin so: to the name is added what was decided."""
+    runs = api(url, "flow_runs/filter")
+    runs = [run for run in runs if all(run[key].startswith(value) for key, value in fields.items())]
+    return [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
+
+
+def start(url: str, deployment: str, **parameters: Any) -> str:
+    """Run a deployment as the dashboard does; returns the id of the flow run."""
+    number = read(url, f"deployments/name/{deployment}")["id"]
+    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    return str(api(url, f"deployments/{number}/create_flow_run", body)["id"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
+    """What `condition` is, once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+    return value
