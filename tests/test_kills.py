@@ -1,28 +1,246 @@
-"""Promotions that are killed or race: no decision is lost or made twice, and no one has to repair anything by hand."""
+"""Work that is killed at any step, or races: no snapshot, version, decision or adapter is torn, lost or made twice."""
 
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
-from conftest import environment, publish_params
-from forked import Forker
+from conftest import environment, make_project, publish_params, sample_rows, with_
 from versions import parameters, published
 
+from pipeline import ingest as ingestion
 from pipeline import promote as gate
-from pipeline.params import PublishParams
+from pipeline import publish as shipping
+from pipeline.core import graph
+from pipeline.core.files import sha256_file
+from pipeline.data.snapshot import recover
+from pipeline.params import Params, PublishParams
 from pipeline.registry.artifact_store import open_store
 from pipeline.registry.decisions import champion, read_log
 from pipeline.registry.mlflow import ModelRegistry
+from pipeline.registry.transfer import check_objects
+from pipeline.settings import load_params
+from pipeline.train import train
 
 NAME = "retune-sample"
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)
+
+
+def files(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): sha256_file(path) for path in root.rglob("*") if path.is_file()}
+
+
+# What runs in the fork, in a folder of its own.
+
+
+def ingest(root: str) -> None:
+    params, source = load_params(Path(root) / "params.yaml"), (Path(root) / "source").read_text()
+    ingestion.ingest(params.ingest, [source], Path(root))
+
+
+def ingest_whose_dvc_is_cut_short(root: str) -> None:
+    def add_data(folder: Path) -> None:
+        (folder / "data.dvc").write_text((folder / "data.dvc").read_text()[:40])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    graph.add_data = add_data
+    ingest(root)
+
+
+def publish(root: str) -> None:
+    graph.stale = lambda folder: {}  # made in a moment; DVC knows nothing of it
+    shipping.publish(parameters(Path(root)).publish, Path(root))
+
+
+def promote(root: str) -> list[Any]:
+    params = parameters(Path(root))
+    decision = gate.promote(params.publish, params.promote, None, Path(root))
+    return [decision.decision, decision.warnings]
+
+
+def training(root: str) -> int:
+    order = json.loads((Path(root) / "order.json").read_text())
+    params, folder = Params.model_validate(order["params"]), Path(root)
+    return train(
+        params.train, Path(order["dataset"]), folder / "adapter", folder / "checkpoints", tables=folder / "tables"
+    ).resumed_from_step
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to kill, and what has to hold after that."""
+
+    run: Callable[[str], Any]
+    template: Path  # what it starts from
+    done: Callable[[Path], bool]  # whether it took effect; fails where something is torn
+    repaired: Callable[[Path], None]  # everything is right, once, after the next whole run
+
+    def fresh(self, folder: Path) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        return shutil.copytree(self.template, folder, symlinks=True)
+
+    def killed(self, folder: Path, **when: Any) -> bool:
+        """Whether the killed run had taken effect; the next one must leave everything right."""
+        root = self.fresh(folder)
+        ended = preloaded.call(self.run, root, **when)
+        assert ended.killed or "kill_after" in when
+        done = self.done(root)
+        preloaded.call(self.run, root)
+        assert self.done(root)
+        self.repaired(root)
+        return done
+
+
+def ingest_work(template: Path, scratch: Path, base: Path, params: Params) -> Work:
+    make_project(template, base, params)
+    source = template.with_name("new.jsonl")
+    source.write_text("".join(json.dumps(row) + "\n" for row in sample_rows(200)))
+    (template / "source").write_text(str(source))
+    old = files(template / "data")
+    ingest(str(shutil.copytree(template, scratch, symlinks=True)))
+    new = files(scratch / "data")
+    assert old != new
+
+    def done(root: Path) -> bool:
+        recover(root)
+        assert files(root / "data") in (old, new)
+        assert not list(root.glob(".retune/ingest*"))
+        return files(root / "data") == new
+
+    def repaired(root: Path) -> None:
+        assert graph.stale(root).get("data.dvc") is None  # DVC takes it for what data.dvc names
+
+    return Work(ingest, template, done, repaired)
+
+
+def publish_work(template: Path) -> Work:
+    published(template, parameters(template), registered=False)
+    shutil.rmtree(template / "store")
+
+    def done(root: Path) -> bool:
+        store = open_store(publish_params((root / "store").as_uri()))
+        keys = store.list("versions/")
+        for key in keys:
+            check_objects(store, json.loads(store.read(key) or b"")["files"])
+        return len(keys) == 1
+
+    def repaired(root: Path) -> None:
+        [version] = ModelRegistry(f"sqlite:///{root}/mlflow.db", NAME).numbers()
+        assert version == graph.version_id(root)
+
+    return Work(publish, template, done, repaired)
+
+
+def promote_work(template: Path) -> Work:
+    params = parameters(template)
+    first = published(template, params, 0.4)
+    gate.promote(params.publish, params.promote, first, template)
+    published(template, params, 0.6, registered=False)  # the registry has not heard of it
+
+    def done(root: Path) -> bool:
+        return len(read_log(open_store(publish_params((root / "store").as_uri())), NAME)) == 2
+
+    def repaired(root: Path) -> None:
+        assert preloaded.call(promote, root).answer == ["unchanged", []]
+        log = read_log(open_store(publish_params((root / "store").as_uri())), NAME)
+        assert [record.decision for record in log] == ["promoted", "promoted"]
+        client = ModelRegistry(f"sqlite:///{root}/mlflow.db", NAME).client
+        alias = client.get_registered_model(NAME).aliases["champion"]
+        assert client.get_model_version(NAME, alias).tags["version_id"] == champion(log) == log[1].version
+
+    return Work(promote, template, done, repaired)
+
+
+def train_work(template: Path, scratch: Path, params: Params, dataset: Path) -> Work:
+    # Dropout on, two micro-batches a step, a checkpoint every 3 steps, validation every 4: nothing falls together.
+    short = with_(
+        params,
+        train={"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "max_steps": 12, "save_steps": 3, "eval_steps": 4,
+               "logging_steps": 4, "early_stopping_patience": 10},
+    )  # fmt: skip
+    (template / "order.json").write_text(json.dumps({"params": short.model_dump(), "dataset": str(dataset)}))
+    assert preloaded.call(training, shutil.copytree(template, scratch)).answer == 0
+    whole = files(scratch / "adapter")
+
+    def done(root: Path) -> bool:
+        assert not (root / "adapter").exists() or files(root / "adapter") == whole
+        return (root / "adapter").exists()
+
+    def repaired(root: Path) -> None:
+        assert not list((root / "checkpoints").iterdir())
+
+    return Work(training, template, done, repaired)
+
+
+@pytest.fixture(scope="module", params=["ingest", "publish", "promote", "train"])
+def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Work:
+    folder = tmp_path_factory.mktemp("work")
+    template, scratch = folder / "template", folder / "scratch"
+    if request.param == "ingest":
+        return ingest_work(template, scratch, base, params)
+    template.mkdir()
+    if request.param == "train":
+        return train_work(template, scratch, params, request.getfixturevalue("dataset"))
+    return {"publish": publish_work, "promote": promote_work}[request.param](template)
+
+
+def test_work_killed_at_some_step_is_lost_or_done_once(work: Work, tmp_path: Path) -> None:
+    events = preloaded.call(work.run, work.fresh(tmp_path / "whole")).events
+    effects = [work.killed(tmp_path / "killed", kill_at=number) for number in (1, events * 2 // 3, events)]
+    print(f"{events} events")
+    assert effects == sorted(effects)  # from some event on it has taken effect
+    assert not effects[0] and effects[-1]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_work_killed_at_any_step_is_lost_or_done_once(work: Work, tmp_path: Path) -> None:
+    events = preloaded.call(work.run, work.fresh(tmp_path / "whole")).events
+    effects = [work.killed(tmp_path / "killed", kill_at=number) for number in range(1, events + 1)]
+    print(f"killed at each of {events} events: {effects.count(False)} before, {effects.count(True)} after the effect")
+    assert effects == sorted(effects)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_work_killed_at_any_time_is_lost_or_done_once(work: Work, tmp_path: Path) -> None:
+    print(f"RETUNE_TEST_SEED={SEED}")
+    draw = random.Random(SEED)
+    seconds = preloaded.call(work.run, work.fresh(tmp_path / "whole")).seconds
+    effects = [work.killed(tmp_path / "killed", kill_after=draw.uniform(0, 1.2 * seconds)) for _ in range(60)]
+    print(f"60 kills within {1.2 * seconds:.2f} s: {effects.count(True)} after the effect")
+
+
+def test_an_ingest_killed_while_dvc_writes_its_file_is_taken_back(tmp_path: Path, base: Path, params: Params) -> None:
+    work = ingest_work(tmp_path / "template", tmp_path / "scratch", base, params)
+    root = work.fresh(tmp_path / "killed")
+    assert preloaded.call(ingest_whose_dvc_is_cut_short, root).killed
+    assert not work.done(root)
+    work.repaired(root)
+
+
+def test_a_training_killed_again_and_again_ends_with_the_same_adapter(
+    tmp_path: Path, params: Params, dataset: Path
+) -> None:
+    (tmp_path / "template").mkdir()
+    work = train_work(tmp_path / "template", tmp_path / "scratch", params, dataset)
+    root = work.fresh(tmp_path / "killed")
+    events = preloaded.call(work.run, work.fresh(tmp_path / "whole")).events
+    for share in (0.6, 0.4):  # mid-epoch, between two checkpoints
+        assert preloaded.call(work.run, root, kill_at=int(share * events)).killed
+    assert preloaded.call(work.run, root).answer > 3  # the step that it went on from
+    assert work.done(root)
+
+
 RACER = """
 import json, sys, time
 from pipeline.registry.decisions import Record, append, champion, read_log
@@ -86,96 +304,3 @@ def test_racing_promoters_make_one_linear_history(tmp_path: Path, racers: int, r
     for events in attempts.values():
         for start, end, seen, *_ in events:
             assert sum(time < start for time in returned) <= seen <= sum(time < end for time in begun)
-
-
-class Copies:
-    """Copies of one prepared project to let a forked process promote in."""
-
-    def __init__(self, template: Path, scratch: Path) -> None:
-        self.template, self.scratch, self.count = template, scratch, 0
-        self.forker = Forker()
-
-    def fresh(self) -> Path:
-        self.count += 1
-        root = self.scratch / str(self.count)
-        shutil.copytree(self.template, root)
-        return root
-
-    def promote(self, root: Path, step: int | None = None, seconds: float | None = None) -> dict[str, Any]:
-        places = {"artifact_store": (root / "store").as_uri(), "tracking_uri": f"sqlite:///{root}/mlflow.db"}
-        return self.forker.promote(root, places, step, seconds)
-
-
-@pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
-    """A champion, and a better version that the registry has not heard of, in a project to copy."""
-    template = tmp_path_factory.mktemp("template")
-    params = parameters(template)
-    first = published(template, params, 0.4)
-    gate.promote(params.publish, params.promote, first, template)
-    published(template, params, 0.6, registered=False)
-    made = Copies(template, tmp_path_factory.mktemp("killed"))
-    yield made
-    made.forker.end()
-
-
-def check_repaired(copies: Copies, root: Path) -> bool:
-    """Whether the killed promotion had taken effect; the next command must leave everything right, once."""
-    store = open_store(publish_params((root / "store").as_uri()))
-    before = read_log(store, NAME)  # readable at once: no torn record
-    done = "promoted" if len(before) == 1 else "unchanged"
-    answer = copies.promote(root)
-    assert (answer.get("decision"), answer.get("warnings")) == (done, []), answer
-    log = read_log(store, NAME)
-    assert [record.decision for record in log] == ["promoted", "promoted"]
-    assert log[: len(before)] == before
-    client = ModelRegistry(f"sqlite:///{root}/mlflow.db", NAME).client
-    aliases = client.get_registered_model(NAME).aliases
-    assert client.get_model_version(NAME, aliases["champion"]).tags["version_id"] == champion(log) == log[1].version
-    shutil.rmtree(root)
-    return len(before) == 2
-
-
-def test_a_promotion_killed_beside_its_record_is_repaired_by_the_next_command(copies: Copies) -> None:
-    root = copies.fresh()
-    whole = copies.promote(root)
-    assert whole["decision"] == "promoted", whole
-    steps = whole["steps"]
-    print(f"{steps} steps")
-    # Where the log's record comes into being, and a few beside.
-    effects = []
-    for step in [1, steps // 4, steps // 2, 3 * steps // 4, steps]:
-        root = copies.fresh()
-        assert copies.promote(root, step=step)["killed"]
-        effects.append(check_repaired(copies, root))
-    assert effects == sorted(effects)  # from some step on it has taken effect
-    assert not effects[0]
-    assert effects[-1]
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(3000)
-def test_a_promotion_killed_at_any_step_is_lost_or_made_once(copies: Copies) -> None:
-    steps = copies.promote(copies.fresh())["steps"]
-    effects = []
-    for step in range(1, steps + 1):
-        root = copies.fresh()
-        assert copies.promote(root, step=step)["killed"], step
-        effects.append(check_repaired(copies, root))
-    print(f"killed at each of {steps} steps: {effects.count(False)} before, {effects.count(True)} after the record")
-    assert effects == sorted(effects)
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(3000)
-def test_a_promotion_killed_at_any_time_is_lost_or_made_once(copies: Copies) -> None:
-    print(f"RETUNE_TEST_SEED={SEED}")
-    draw = random.Random(SEED)
-    duration = max(copies.promote(copies.fresh())["seconds"] for _ in range(3))
-    effects = []
-    for _ in range(200):
-        root = copies.fresh()
-        copies.promote(root, seconds=draw.uniform(0, duration * 1.2))
-        effects.append(check_repaired(copies, root))
-    print(f"200 kills within {duration:.2f} s: {effects.count(False)} before, {effects.count(True)} after the record")
-    assert 0 < effects.count(True) < 200

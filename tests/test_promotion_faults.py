@@ -8,12 +8,12 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
+import preloaded
 import pytest
 from conftest import publish_params, with_
 from fault_proxy import FAULTS, KILLS, FaultProxy
-from forked import Forker
 from test_kills import race
 from versions import parameters, published
 
@@ -87,11 +87,10 @@ def arena(swift_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Arena(proxy, tmp_path_factory.mktemp("arena"))
 
 
-@pytest.fixture(scope="module")
-def forker() -> Iterator[Forker]:
-    made = Forker()
-    yield made
-    made.end()
+def promote_in_a_fork(root: str, publish: dict[str, Any], version: str) -> None:
+    S3Store.__init__.__defaults__ = (1.0,)
+    params = with_(parameters(Path(root)), publish=publish)
+    gate.promote(params.publish, params.promote, version, Path(root))
 
 
 @pytest.mark.parametrize("fault", [None, *(pytest.param(fault, marks=LONG) for fault in FAULTS)])
@@ -108,18 +107,16 @@ def test_a_fault_at_any_request_of_a_promotion_changes_nothing_of_its_result(are
         arena.check(params, arena.log(params))
 
 
-def test_a_promotion_killed_beside_its_record_in_s3_is_repaired_by_the_next_command(
-    arena: Arena, forker: Forker
-) -> None:
-    assert kill_at(arena, forker, 0, "kill") == [arena.first]
-    assert kill_at(arena, forker, arena.requests - 1, "killed") == [arena.first, arena.second]
+def test_a_promotion_killed_beside_its_record_in_s3_is_repaired_by_the_next_command(arena: Arena) -> None:
+    assert kill_at(arena, 0, "kill") == [arena.first]
+    assert kill_at(arena, arena.requests - 1, "killed") == [arena.first, arena.second]
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("how", KILLS)
-def test_a_promotion_killed_at_any_request_is_lost_or_made_once(arena: Arena, forker: Forker, how: str) -> None:
-    effects = [len(kill_at(arena, forker, index, how)) for index in range(arena.requests)]
+def test_a_promotion_killed_at_any_request_is_lost_or_made_once(arena: Arena, how: str) -> None:
+    effects = [len(kill_at(arena, index, how)) for index in range(arena.requests)]
     print(
         f"killed at each of {arena.requests} requests: {effects.count(1)} before, {effects.count(2)} after the record"
     )
@@ -127,12 +124,16 @@ def test_a_promotion_killed_at_any_request_is_lost_or_made_once(arena: Arena, fo
     assert set(effects) == {1, 2}
 
 
-def kill_at(arena: Arena, forker: Forker, index: int, how: str) -> list[str]:
+def kill_at(arena: Arena, index: int, how: str) -> list[str]:
     """The log after a promotion was killed at its request `index`; the next command leaves everything right."""
     params = arena.champion_of_a_new_model()
     arena.fault_at(index, how)
-    arena.proxy.on_kill = lambda: [child.kill() for child in psutil.Process(forker.process.pid).children()]
-    assert forker.promote(arena.root, params.publish.model_dump())["killed"]
+
+    def started(child: preloaded.Child) -> None:
+        arena.proxy.on_kill = child.kill
+
+    arguments = (arena.root, params.publish.model_dump(), arena.second)
+    assert preloaded.call(promote_in_a_fork, *arguments, started=started).killed
     before = arena.log(params)
     arena.check(params, before)
     return before
