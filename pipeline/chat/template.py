@@ -91,7 +91,8 @@ def require_context(params: PrepareParams, limit: int | None) -> None:
     """Refuse rows longer than the positions that the model has; None or 0: it has no limit."""
     if limit and params.max_length > limit:
         raise TemplateError(
-            f"prepare.max_length is {params.max_length}; {params.model_name_or_path} takes at most {limit} tokens"
+            f"prepare.max_length is {params.max_length}; {params.model_name_or_path} was made for {limit} tokens at "
+            "most"
         )
 
 
