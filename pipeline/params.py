@@ -171,13 +171,14 @@ class TrainParams(Section):
     max_grad_norm: Annotated[float, Field(gt=0)]
     num_train_epochs: Annotated[float, Field(gt=0)]
     max_steps: int
-    per_device_train_batch_size: Positive
-    gradient_accumulation_steps: Positive
+    per_device_train_batch_size: Literal["auto"] | Positive
+    gradient_accumulation_steps: Literal["auto"] | Positive
+    tokens_per_step: Positive | None
     packing: bool
     packed_length: Positive
     gradient_checkpointing: bool
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-    use_liger_kernel: bool
+    use_liger_kernel: Literal["auto"] | bool
     torch_compile: bool
     optim: Literal["adamw_torch", "paged_adamw_8bit"]
     logging_steps: Positive

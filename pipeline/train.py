@@ -8,13 +8,16 @@ continues another one. `training/` holds the parts.
 import math
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from transformers import TrainerCallback, set_seed
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import AutoConfig, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.chat.template import load_contract
@@ -24,13 +27,15 @@ from pipeline.core.sanitise import clean_folder, portable
 from pipeline.core.vetting import check_settings
 from pipeline.data.classes import load_classes
 from pipeline.params import TrainParams
+from pipeline.training.attention import require_isolation, use_packed_attention
 from pipeline.training.checkpoints import last_checkpoint, open_run, versions
 from pipeline.training.classifier import ClassCollate, ClassTrainer, class_sequences
+from pipeline.training.footprint import UnplannedError, count
 from pipeline.training.gradients import require_gradients
-from pipeline.training.kernels import require_kernels
+from pipeline.training.hardware import batches, gpus, remarks, require_kernels, use_liger
 from pipeline.training.launch import launch, must_launch, run_one
 from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of, sort_sets
-from pipeline.training.packing import Collate, require_isolation, training_sequences, use_row_attention
+from pipeline.training.packing import Collate, lengths_of, training_sequences
 from pipeline.training.targets import describe_experts
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.warm_start import check_init, load_init
@@ -70,7 +75,8 @@ def train(
 
     Raises:
         InitError: that adapter is of another base, method or other settings.
-        KernelError: a faster kernel is asked for that needs a GPU or a package that is not here.
+        HardwareError: a kernel is asked for that needs a GPU or a package that is not here, or other processes hold
+            the GPU's memory.
         TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
         MethodError: a target module that the model lacks.
         TrainError: a loss of NaN or infinity or one that jumps, a layer that passes no gradient, or an adapter that did
@@ -79,18 +85,26 @@ def train(
         Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
     """
     if must_launch(params):
-        return Trained(**launch(params, dataset, output, checkpoints, tables, init))
+        folders = {"dataset": dataset, "output": output, "checkpoints": checkpoints, "tables": tables, "init": init}
+        return Trained(**launch(params, **folders))
     contract = read_json(dataset / "contract.json")
     labels = contract.get("labels")  # of sequence classification
     if (labels is not None) != (params.task == CLASSIFICATION):
         raise TrainError(
             f"train.task is {params.task}, but the dataset was prepared for another task; run `dvc repro prepare`"
         )
-    require_kernels(params)
+    require_kernels(params, torch.cuda.is_available())
+    for line in remarks(gpus()[: params.num_processes]):
+        print(f"train · {line}", flush=True)
     tokenizer = (load_classes if labels else load_contract)(contract).tokenizer
     threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
     attention = None if params.attn_implementation == "auto" else params.attn_implementation
+    train_rows, validation_rows = (
+        class_sequences(path, labels) if labels else training_sequences(path, params)
+        for path in (dataset / "train.parquet", dataset / "validation.parquet")
+    )
+    batch = _batches(params, contract["model"], lengths_of(train_rows))
     model = load_base(contract["model"], quantisation_of(params), labels, attention)
     if params.method == "full":
         model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
@@ -100,33 +114,34 @@ def train(
         print(f"train · {line}", flush=True)
     if init is not None and adapter is not None:
         check_init(init, contract, adapter)
-    train_rows, validation_rows = (
-        class_sequences(path, labels) if labels else training_sequences(path, params)
-        for path in (dataset / "train.parquet", dataset / "validation.parquet")
-    )
     folder = open_run(params, dataset, checkpoints, init)
     sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
     watch = Watch(params, sources)
+    attention_used = model.config._attn_implementation
     if params.packing and not labels:
         require_isolation(model, train_rows)
-        use_row_attention(model, train_rows)
-    trainer = (ClassTrainer if labels else AdapterTrainer)(
-        model=model,
-        args=_arguments(params, folder),
-        train_dataset=train_rows,
-        eval_dataset=validation_rows if len(validation_rows) else None,
-        processing_class=tokenizer,
-        data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
-        peft_config=adapter,
-        watch=watch,
-    )
+        if attention is None:
+            attention_used = use_packed_attention(model, train_rows)
+    layers_used = use_liger(model, params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 asks transformers by the old name
+        trainer = (ClassTrainer if labels else AdapterTrainer)(
+            model=model,
+            args=_arguments(params, folder, *batch),
+            train_dataset=train_rows,
+            eval_dataset=validation_rows if len(validation_rows) else None,
+            processing_class=tokenizer,
+            data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
+            peft_config=adapter,
+            watch=watch,
+        )
     if adapter is not None:
         check_settings(settings_of(trainer.model), "this training's adapter")
     if params.method == "adalora":
         trainer.add_callback(AllocateRanks(trainer.model.base_model))
-    if not torch.cuda.is_available():
+    if compute_dtype() is not torch.bfloat16:
         # TRL makes adapters of quantised models bfloat16, as QLoRA does on GPUs; a CPU gains no speed by it and
-        # loses the small updates.
+        # loses the small updates, and float16's loss scale wants float32.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -135,6 +150,11 @@ def train(
         print(f"train · the adapter starts from {init}", flush=True)
     # The trainer's own printer of raw dictionaries; `watch` prints lines people read.
     trainer.pop_callback(_printer(trainer))
+    print(
+        f"train · attention: {attention_used} · loss: {trainer.loss_used} · layers: {layers_used} · {batch[0]} × "
+        f"{batch[1]} sequences a step",
+        flush=True,
+    )
     require_gradients(trainer)
     watch.remember_start(trainer.model)
     start = last_checkpoint(folder)
@@ -159,36 +179,43 @@ def train(
     trained = Trained(
         steps=step,
         loss=watch.last("loss", math.nan),
-        validation_loss=watch.last("validation_loss", None) if best is None else watch.best_loss,
+        validation_loss=watch.best[0] if best is not None and watch.best else watch.last("validation_loss", None),
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         tokens_per_second=watch.tokens / max(watch.seconds, 1e-9),
         resumed_from_step=resumed,
     )
     if trainer.is_world_process_zero():
         record = _record(params, contract, trained, threads, init) | ({} if best is None else {"best_step": best})
-        with whole_directory(output) as whole:
-            _save(trainer, whole, portable(contract), portable(record))
-            watch.write_curve(whole / "loss.csv")
+        _write(trainer, output, portable(contract), portable(record))
         if tables is not None:
-            with whole_directory(tables) as whole:
-                watch.write_tables(whole)
-                rungs = [rung.record() for rung in trainer.rungs[1:]]
-                resumption = {"resumed_from_step": resumed, "earlier_seconds": watch.earlier_seconds}
-                write_json(whole / "run.json", {"memory": rungs} | resumption)
+            used = {"attention": attention_used, "layers": layers_used, "micro_batch": batch[0]}
+            _write_tables(trainer, tables, used | {"resumed_from_step": resumed})
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return trained
 
 
-def _save(trainer: SFTTrainer, folder: Path, contract: dict[str, Any], record: dict[str, Any]) -> None:
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
-    if (folder / "adapter_config.json").exists():
-        sort_sets(folder / "adapter_config.json")
-    trainer.processing_class.save_pretrained(str(folder))
-    clean_folder(folder)
-    write_json(folder / "contract.json", contract)
-    write_json(folder / "training.json", record)
+def _write(trainer: AdapterTrainer, output: Path, contract: dict[str, Any], record: dict[str, Any]) -> None:
+    """The adapter's folder: the same files for two equal trainings."""
+    with whole_directory(output) as folder:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
+        if (folder / "adapter_config.json").exists():
+            sort_sets(folder / "adapter_config.json")
+        trainer.processing_class.save_pretrained(str(folder))
+        clean_folder(folder)
+        write_json(folder / "contract.json", contract)
+        write_json(folder / "training.json", record)
+        trainer.watch.write_curve(folder / "loss.csv")
+
+
+def _write_tables(trainer: AdapterTrainer, tables: Path, used: dict[str, Any]) -> None:
+    """What differs from run to run: speed, memory, what the machine made possible."""
+    with whole_directory(tables) as folder:
+        trainer.watch.write_tables(folder)
+        memory = [rung.record() for rung in trainer.rungs[1:]]
+        seconds = trainer.watch.earlier_seconds
+        write_json(folder / "run.json", {"memory": memory, "earlier_seconds": seconds} | used)
 
 
 def quantisation_of(params: TrainParams) -> dict[str, Any]:
@@ -197,7 +224,27 @@ def quantisation_of(params: TrainParams) -> dict[str, Any]:
     return {key: getattr(params, key) for key in QUANTISATION} | storage
 
 
-def _arguments(params: TrainParams, folder: Path) -> SFTConfig:
+def _batches(params: TrainParams, base: dict[str, Any], lengths: list[int]) -> tuple[int, int]:
+    """Sequences of a micro-batch and micro-batches of a step; the same in every process."""
+    card = counts = None
+    if torch.cuda.is_available():
+        card = gpus()[0]
+        config = AutoConfig.from_pretrained(
+            base["name_or_path"], revision=base["revision"], trust_remote_code=base["trust_remote_code"]
+        )
+        try:
+            counts = count(config, params)
+        except UnplannedError as error:
+            print(f"train · the memory of {error} cannot be planned; one sequence at a time", flush=True)
+    rows, accumulation = batches(params, counts, card, lengths)
+    if card is not None and params.strategy == "ddp":
+        PartialState()
+        fewest = min(gather_object([rows]))
+        rows, accumulation = fewest, accumulation * rows // fewest
+    return rows, accumulation
+
+
+def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) -> SFTConfig:
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(folder),
@@ -208,9 +255,9 @@ def _arguments(params: TrainParams, folder: Path) -> SFTConfig:
         max_grad_norm=params.max_grad_norm,
         num_train_epochs=params.num_train_epochs,
         max_steps=params.max_steps,
-        per_device_train_batch_size=params.per_device_train_batch_size,
-        per_device_eval_batch_size=params.per_device_train_batch_size,
-        gradient_accumulation_steps=params.gradient_accumulation_steps,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
         # prepare has tokenised, labelled and measured the rows, and `training_sequences` has packed them.
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
@@ -218,8 +265,7 @@ def _arguments(params: TrainParams, folder: Path) -> SFTConfig:
         # Unpacked rows of like length share a batch, so there is little padding.
         train_sampling_strategy="random" if params.packing else "group_by_length",
         max_length=None,
-        gradient_checkpointing=params.gradient_checkpointing,
-        use_liger_kernel=params.use_liger_kernel,
+        activation_checkpointing=params.gradient_checkpointing,
         torch_compile=params.torch_compile,
         optim=params.optim,
         logging_strategy="no",  # `Watch` logs, and says when to validate
@@ -227,7 +273,8 @@ def _arguments(params: TrainParams, folder: Path) -> SFTConfig:
         save_steps=params.save_steps,
         save_total_limit=2,
         seed=params.seed,
-        bf16=on_gpu and compute_dtype() is torch.bfloat16,
+        bf16=compute_dtype() is torch.bfloat16,
+        fp16=compute_dtype() is torch.float16,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         logging_nan_inf_filter=False,  # by default a NaN is logged as the mean of the steps before

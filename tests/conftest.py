@@ -203,7 +203,14 @@ def tiny(params: Params, base: Path) -> Params:
     return with_(
         params,
         prepare={"model_name_or_path": str(base), "max_length": 128, "test_fraction": 0.25},
-        train={"lora_r": 8, "packed_length": 256, "num_train_epochs": 6.0, "learning_rate": 0.005, "save_steps": 10},
+        train={
+            "lora_r": 8,
+            "packed_length": 256,
+            "tokens_per_step": 256,
+            "num_train_epochs": 6.0,
+            "learning_rate": 0.005,
+            "save_steps": 10,
+        },
         evaluate={"max_new_tokens": 8, "bootstrap_samples": 200},
         merge={"min_agreement": 0.5},
         operations={"services": []},

@@ -103,6 +103,7 @@ def teach_words(model: Any, folder: Path) -> None:
 
 def classifying(params: Params, base: Path, method: str = "lora", **train: Any) -> Params:
     settings = {"task": "sequence-classification", "method": method, "load_in_4bit": "auto", "packing": False}
+    settings |= {"gradient_accumulation_steps": 1, "tokens_per_step": None}
     settings |= {"per_device_train_batch_size": 8, "learning_rate": 0.002, "num_train_epochs": 6.0, "warmup_ratio": 0.0}
     return with_(
         params,

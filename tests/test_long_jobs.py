@@ -20,9 +20,10 @@ from pipeline.core.files import read_json
 from pipeline.core.memory import OutOfMemory, Rung, next_rung
 from pipeline.params import Params
 from pipeline.train import TrainError, quantisation_of, train
+from pipeline.training.watching import SAMPLE, Watch, weight_changes
 from pipeline.weights.loading import load_base
 
-CHECKS = 7  # forward passes before the first step: 2 for isolation, 4 for row attention, 1 for gradients
+CHECKS = 11  # forward passes before the first step: 2 for isolation, 8 for row attention, 1 for gradients
 
 
 @contextmanager
@@ -63,6 +64,7 @@ def few(params: Params) -> Params:
         train={
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
+            "tokens_per_step": None,
             "max_steps": 4,
             "logging_steps": 1,
             "warmup_ratio": 0.0,
@@ -72,9 +74,8 @@ def few(params: Params) -> Params:
 
 def trained(params: Params, dataset: Path, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     train(params.train, dataset, folder / "adapter", folder / "checkpoints", tables=folder / "tables")
-    return load_file(folder / "adapter" / "adapter_model.safetensors"), read_json(folder / "tables" / "run.json")[
-        "memory"
-    ]
+    rungs = read_json(folder / "tables" / "run.json")["memory"]
+    return load_file(folder / "adapter" / "adapter_model.safetensors"), rungs
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_out_of_memory_takes_the_same_steps_in_smaller_pieces(
     assert (rungs[0]["step"], rungs[0]["pieces"]) == (2, 2)
     assert not rungs[-1]["gradient_checkpointing"]
     same(weights, plenty)
-    assert "memory ran out at step 2; it goes on with the same batch in 2 pieces" in capsys.readouterr().out
+    assert "out of memory at step 2; retrying the same batch in 2 pieces" in capsys.readouterr().out
 
 
 def test_gradient_checkpointing_is_the_last_rung(
@@ -258,7 +259,18 @@ def test_an_adapter_that_does_not_move_is_warned_about(
     still = with_(params, train={"learning_rate": 1e-30, "max_steps": 12, "logging_steps": 1, "warmup_ratio": 0.0})
     with pytest.raises(TrainError, match="the adapter did not change in 12 steps"):
         train(still.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
-    assert "warning: no module's adapter has moved by step 10" in capsys.readouterr().out
+    assert "have not changed after 10 steps" in capsys.readouterr().out
+
+
+def test_how_far_large_weights_moved_is_told_from_a_sample(params: Params) -> None:
+    torch.manual_seed(0)
+    model, watch = torch.nn.Linear(2000, 1000, bias=False), Watch(params.train, [])
+    watch.remember_start(model)
+    assert sum(sample.numel() for sample in watch._start.values()) <= SAMPLE < model.weight.numel()
+    moved = 0.1 * torch.randn(1000, 2000)
+    with torch.no_grad():
+        model.weight += moved
+    assert weight_changes(model, watch._start)["weight"] == pytest.approx(float(moved.norm()), rel=0.02)
 
 
 def test_a_frozen_layer_that_passes_no_gradient_is_refused(

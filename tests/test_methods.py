@@ -46,64 +46,45 @@ from pipeline.weights.merging import MergeError
 
 SIZES = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 WIDE = SIZES | {"intermediate_size": 128, "max_position_embeddings": 512, "eos_token_id": 2, "bos_token_id": None}
+GROUPED = WIDE | {"num_key_value_heads": 2}
+HEADS = GROUPED | {"head_dim": 16}
 FAMILIES: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**WIDE, num_key_value_heads=2),
-    "qwen2": Qwen2Config(**WIDE, num_key_value_heads=2),
-    "qwen3": Qwen3Config(**WIDE, num_key_value_heads=2, head_dim=16),
-    "mistral": MistralConfig(**WIDE, num_key_value_heads=2, head_dim=16),
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen3": Qwen3Config(**HEADS),
+    "mistral": MistralConfig(**HEADS),
     "gemma": GemmaConfig(**WIDE, num_key_value_heads=1, head_dim=16),
     "phi": PhiConfig(**WIDE),
-    "glm": GlmConfig(**WIDE, num_key_value_heads=2, head_dim=16),
-    "mixtral": MixtralConfig(**WIDE, num_key_value_heads=2, num_local_experts=4),
-    "qwen3_moe": Qwen3MoeConfig(
-        **WIDE, num_key_value_heads=2, head_dim=16, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2
-    ),
+    "glm": GlmConfig(**HEADS),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(**HEADS, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2),
     "deepseek_v3": DeepseekV3Config(  # its first layer has no experts, the second shared ones as well
-        **WIDE,
-        num_key_value_heads=4,
-        moe_intermediate_size=64,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=64,
-        q_lora_rank=64,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
+        **WIDE, num_key_value_heads=4, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+        topk_group=1, first_k_dense_replace=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=16,
     ),
     "gemma3": Gemma3Config(  # with a part for pictures, whose layers have the same names
-        text_config=Gemma3TextConfig(**WIDE, num_key_value_heads=2, head_dim=16, sliding_window=16),
+        text_config=Gemma3TextConfig(**HEADS, sliding_window=16),
         vision_config=SiglipVisionConfig(
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=28,
+            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
             patch_size=14,
         ),
         mm_tokens_per_image=4,
     ),
     "bloom": BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4, eos_token_id=2),
     "gpt2": GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=512, eos_token_id=2),
-}
+}  # fmt: skip
 UNPACKED = {"bloom": {"packing": False}}  # its ALiBi counts positions over the whole line
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 METHODS = get_args(TrainParams.model_fields["method"].annotation)
 LINEAR_ONLY = [method for method in METHODS if method not in (*PLAIN_LORA, *UNTARGETED)]  # have nothing for experts
 PLAIN = {*METHODS} - {*VIRTUAL_TOKENS}  # the others cannot be merged
 # Fast by default: each family by one method, each method on one family; all together are marked faults.
-QUICK = {"llama": "lora", "qwen2": "qlora", "qwen3": "lora", "mistral": "qlora", "gemma": "dora", "phi": "rslora"}
-QUICK |= {
-    "mixtral": "qlora",
-    "qwen3_moe": "lora",
-    "deepseek_v3": "rslora",
-    "gemma3": "qlora",
-    "glm": "lora",
-    "bloom": "lora",
-    "gpt2": "ia3",
-}
+QUICK = {
+    "llama": "lora", "qwen2": "qlora", "qwen3": "lora", "mistral": "qlora", "gemma": "dora", "phi": "rslora",
+    "mixtral": "qlora", "qwen3_moe": "lora", "deepseek_v3": "rslora", "gemma3": "qlora", "glm": "lora",
+    "bloom": "lora", "gpt2": "ia3",
+}  # fmt: skip
 ALSO = [("llama", method) for method in METHODS if method not in QUICK.values()]
 PAIRS = [
     pytest.param(family, method, marks=[] if quick else pytest.mark.faults)
@@ -111,6 +92,11 @@ PAIRS = [
     for method in METHODS
     for quick in [QUICK[family] == method or (family, method) in ALSO]
 ]
+
+
+def on_meta(family: str) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(FAMILIES[family])
 
 
 def of_family(params: Params, data: Path, config: PretrainedConfig, folder: Path) -> Path:
@@ -126,6 +112,7 @@ def of_family(params: Params, data: Path, config: PretrainedConfig, folder: Path
 def short(params: Params, method: str, **values: Any) -> Params:
     settings = {"method": method, "load_in_4bit": "auto", "max_steps": 4, "logging_steps": 2, "warmup_ratio": 0.0}
     settings |= {"learning_rate": 0.02, "packing": method not in ("prefix", "prompt"), "per_device_train_batch_size": 2}
+    settings |= {"gradient_accumulation_steps": 1, "tokens_per_step": None}
     settings |= {"lora_target_modules": "all-linear", "num_virtual_tokens": 4} | values
     evaluate = {"max_samples": 6, "max_new_tokens": 3, "bootstrap_samples": 100}
     return with_(params, train=settings, evaluate=evaluate, merge={"max_metric_drop": 1.0})
@@ -236,48 +223,32 @@ def test_adalora_cuts_rank_and_keeps_its_factors_orthogonal(tmp_path: Path, para
     ],
 )
 def test_target_modules_are_those_that_are_meant(params: Params, family: str, wanted: Any, names: list[str]) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    model = on_meta(family)
     assert target_modules(with_(params, train={"lora_target_modules": wanted}).train, model) == names
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "adalora"])
-def test_a_name_that_matches_nothing_is_refused_with_what_there_is(params: Params, method: str) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(FAMILIES["gpt2"])
-    wrong = short(params, method, lora_target_modules=["c_attn", "q_proj"]).train
-    with pytest.raises(
-        MethodError, match="names q_proj, which .* its linear layers are attn.c_proj, c_attn, c_fc, mlp.c_proj"
-    ):
-        adapter_config(wrong, model)
-
-
 @pytest.mark.parametrize(
-    ("family", "name", "reason"),
+    ("family", "method", "name", "choice"),
     [
-        ("llama", "lm_head", "lm_head, the output layer, which stays frozen"),
-        ("gpt2", "lm_head", "lm_head, the output layer, which stays frozen"),
-        ("llama", "embed_tokens", "embed_tokens, a Embedding and no linear layer"),
-        ("mixtral", "gate", "gate, which chooses the experts of a token and stays frozen"),
-        ("deepseek_v3", "gate_proj", "gate_proj, which PEFT takes for the experts"),
-        ("qwen3_moe", "gate_proj", "gate_proj, which the base model does not have"),
+        *(("gpt2", method, "q_proj", "attn.c_proj, c_attn, c_fc, mlp.c_proj") for method in ("lora", "ia3", "adalora")),
+        ("llama", "lora", "lm_head", "q_proj"),  # the output layer
+        ("llama", "lora", "embed_tokens", "q_proj"),
+        ("mixtral", "lora", "gate", "experts.down_proj"),  # a router
+        ("deepseek_v3", "lora", "gate_proj", "experts.gate_up_proj"),  # PEFT takes it for the experts
+        ("gemma3", "lora", "fc1", "up_proj"),  # of the part for pictures
     ],
 )
-def test_a_module_that_cannot_be_trained_is_refused_with_the_reason(
-    params: Params, family: str, name: str, reason: str
+def test_a_module_that_cannot_be_trained_is_refused_with_those_that_can(
+    params: Params, family: str, method: str, name: str, choice: str
 ) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(FAMILIES[family])
-    with pytest.raises(MethodError, match=reason):
-        adapter_config(
-            short(params, "lora", lora_target_modules=["o_proj" if family != "gpt2" else "c_attn", name]).train, model
-        )
+    model = on_meta(family)
+    with pytest.raises(MethodError, match=f"names {name}.*{choice}"):
+        adapter_config(short(params, method, lora_target_modules=[name]).train, model)
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_targets_of_all_linear_and_by_name_and_routers_are_not(params: Params, family: str) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    model = on_meta(family)
     whole = adapter_config(short(params, "lora").train, model)
     assert whole.target_parameters == ["experts.down_proj", "experts.gate_up_proj"]
     named = short(params, "lora", lora_target_modules=["o_proj", "experts.down_proj"]).train
@@ -292,20 +263,16 @@ def test_experts_are_targets_of_all_linear_and_by_name_and_routers_are_not(param
 
 @pytest.mark.parametrize("wanted", ["all-linear", "attention", "auto", ["q_proj", "up_proj"]])
 def test_only_what_texts_pass_is_trained_of_a_model_that_sees_pictures(params: Params, wanted: Any) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(FAMILIES["gemma3"])
+    model = on_meta("gemma3")
     for method in ("lora", "ia3"):
         chosen = target_modules(short(params, method, lora_target_modules=wanted).train, model)
         assert all(path.startswith("model.language_model.layers.") for path in chosen)
         assert ("model.language_model.layers.1.self_attn.q_proj" in chosen) and len(chosen) in (14, 8, 4)
-    with pytest.raises(MethodError, match="fc1, which texts do not pass"):
-        target_modules(short(params, "lora", lora_target_modules=["fc1"]).train, model)
 
 
 @pytest.mark.parametrize("change", [{"method": m} for m in LINEAR_ONLY] + [{"lora_dropout": 0.05}])
 def test_what_experts_cannot_be_trained_with_is_refused(params: Params, change: dict[str, Any]) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(FAMILIES["mixtral"])
+    model = on_meta("mixtral")
     key = next(iter(change))
     with pytest.raises(MethodError, match=rf"train\.{key} is .*experts\.down_proj"):
         adapter_config(short(params, change.pop("method", "lora"), **change).train, model)

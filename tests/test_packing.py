@@ -5,37 +5,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import environment, with_
-from datasets import Dataset
+from conftest import environment
 from torch.nn import functional
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    Llama4TextConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    PretrainedConfig,
-)
 
 from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.training import loss as loss_module
+from pipeline.training.attention import use_packed_attention
 from pipeline.training.loss import add_chunked_loss, chunked_loss
 from pipeline.training.packing import (
     Collate,
     fill_lines,
     pieces,
-    require_isolation,
     rows_in,
     tokens_in,
     training_sequences,
-    use_row_attention,
 )
-from pipeline.weights.loading import ModelError, load_base
+from pipeline.weights.loading import load_base
 
 
 @pytest.fixture
@@ -58,26 +47,6 @@ def inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key != "rows"}
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-def test_a_neighbour_changes_no_logit(model: Any, dataset: Path, params: Params, by_row: bool) -> None:
-    if by_row:
-        assert use_row_attention(model, training_sequences(dataset / "train.parquet", params.train))
-    collate, lengths = Collate(0, packed=True), line(dataset, [0, 1, 2])["seq_lengths"]
-
-    def logits(packed: dict[str, Any]) -> torch.Tensor:
-        with torch.no_grad():
-            return model(**inputs(collate([packed])), use_cache=False).logits[0].split(packed["seq_lengths"])
-
-    row, perturbed = logits(line(dataset, [0, 1, 2]))[1], line(dataset, [0, 1, 2])
-    perturbed["input_ids"] = (
-        [(t + 7) % 300 for t in perturbed["input_ids"][: lengths[0]]]
-        + perturbed["input_ids"][lengths[0] : -lengths[2]]
-        + [5] * lengths[2]
-    )
-    torch.testing.assert_close(logits(perturbed)[1], row, rtol=0, atol=0)
-    torch.testing.assert_close(logits(line(dataset, [1]))[0], row, rtol=1e-4, atol=1e-4)
-
-
 def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: Params) -> None:
     sequences = training_sequences(dataset / "train.parquet", params.train)
     rows = pq.read_table(dataset / "train.parquet", columns=["input_ids", "labels"]).to_pylist()
@@ -87,7 +56,7 @@ def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: P
             for number in sorted(set(sequence["rows"])):
                 ids, labels = (torch.tensor([rows[number][key]]) for key in ("input_ids", "labels"))
                 alone[number] = float(model(input_ids=ids, labels=labels).loss)
-        assert use_row_attention(model, sequences)
+        assert use_packed_attention(model, sequences) == "row by row"
         add_chunked_loss(model)
         for sequence in sequences.select(range(4)):
             for piece in pieces(Collate(0, packed=True)([sequence]), 1000):
@@ -118,68 +87,6 @@ def test_nearly_every_token_is_a_real_one(dataset: Path, params: Params) -> None
     sequences = training_sequences(dataset / "train.parquet", params.train)
     batches = [Collate(0, packed=True)([sequences[i], sequences[-1 - i]]) for i in range(5)]
     assert sum(map(tokens_in, batches)) == sum(batch["input_ids"].numel() for batch in batches)
-
-
-def test_an_architecture_that_mixes_rows_is_refused(dataset: Path, params: Params) -> None:
-    class Deaf(LlamaForCausalLM):  # type: ignore[misc]
-        """Hears nothing of where rows begin."""
-
-        def forward(self, input_ids: Any = None, **_: Any) -> Any:
-            return super().forward(input_ids=input_ids, use_cache=False)
-
-    own = load_base(read_json(dataset / "contract.json")["model"], None)
-    deaf = Deaf(own.config).eval()
-    sequences = training_sequences(dataset / "train.parquet", params.train)
-    require_isolation(own, sequences)
-    with pytest.raises(ModelError, match="llama does not keep packed rows apart .* set train.packing to false"):
-        require_isolation(deaf, sequences)
-
-
-SMALL = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
-SMALL |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-WINDOWED: dict[str, PretrainedConfig] = {
-    "mistral": MistralConfig(**SMALL, sliding_window=16),
-    "gemma3": Gemma3TextConfig(**SMALL, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
-}
-CHUNKED = Llama4TextConfig(
-    **SMALL, intermediate_size_mlp=128, num_local_experts=2, moe_layers=[], attention_chunk_size=16,
-    layer_types=["chunked_attention"] * 2, use_qk_norm=False,
-)  # fmt: skip
-
-
-def short_and_long_rows(params: Params, folder: Path) -> Dataset:
-    """A line of many rows of 8 tokens, and one whose row of 100 is longer than any window here."""
-    draw = torch.Generator().manual_seed(0)
-    lengths = [8] * 30 + [100, 90]
-    rows = [torch.randint(3, 400, (length,), generator=draw).tolist() for length in lengths]
-    pq.write_table(pa.table({"input_ids": rows, "labels": rows}), folder / "rows.parquet")
-    return training_sequences(folder / "rows.parquet", with_(params, train={"packed_length": 100}).train)
-
-
-def random_model(config: PretrainedConfig) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.set_attn_implementation("sdpa")
-    return model
-
-
-@pytest.mark.parametrize("name", WINDOWED)
-def test_rows_longer_than_a_sliding_window_keep_to_it(params: Params, tmp_path: Path, name: str) -> None:
-    sequences = short_and_long_rows(params, tmp_path)
-    model = random_model(WINDOWED[name])
-    batches = [inputs(Collate(0, packed=True)([sequence])) for sequence in sequences]
-    with torch.no_grad():
-        expected = [model(**batch, use_cache=False).logits for batch in batches]
-        assert use_row_attention(model, sequences)
-        for batch, logits in zip(batches, expected, strict=True):
-            torch.testing.assert_close(model(**batch, use_cache=False).logits, logits, rtol=1e-4, atol=1e-4)
-
-
-def test_an_architecture_with_a_mask_of_its_own_keeps_it(params: Params, tmp_path: Path) -> None:
-    sequences = short_and_long_rows(params, tmp_path)
-    model = random_model(CHUNKED)
-    assert not use_row_attention(model, sequences)
-    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,30 @@ from pipeline.training.watching import Interrupted
 
 @pytest.fixture(scope="module")
 def few(params: Params) -> Params:
-    return with_(params, train={"max_steps": 6, "logging_steps": 2, "gradient_accumulation_steps": 2, "eval_steps": 3})
+    return with_(
+        params,
+        train={
+            "max_steps": 6,
+            "logging_steps": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "tokens_per_step": None,
+            "eval_steps": 3,
+        },
+    )
 
 
 def two(params: Params, **values: object) -> Params:
-    return with_(params, train={"strategy": "ddp", "num_processes": 2, "gradient_accumulation_steps": 1, **values})
+    return with_(
+        params,
+        train={
+            "strategy": "ddp",
+            "num_processes": 2,
+            "gradient_accumulation_steps": 1,
+            "tokens_per_step": None,
+            **values,
+        },
+    )
 
 
 @pytest.mark.faults

@@ -4,7 +4,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,13 +15,12 @@ from conftest import ROOT, environment, make_base, with_
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.core.sanitise import portable
 from pipeline.params import Params
-from pipeline.train import QUANTISATION, TrainError, train
-from pipeline.training.checkpoints import last_checkpoint, open_run, seal
+from pipeline.train import QUANTISATION, train
+from pipeline.training.checkpoints import last_checkpoint, seal
 from pipeline.training.packing import training_sequences
 from pipeline.training.watching import Interrupted
 from pipeline.weights.loading import load_base
@@ -55,6 +56,18 @@ def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, params: Params, da
         assert sha256_file(tmp_path / "adapter" / path.name) == sha256_file(path), path.name
 
 
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"method": "full", "load_in_4bit": False}])
+def test_a_training_uses_no_deprecated_name(
+    tmp_path: Path, params: Params, dataset: Path, settings: dict[str, Any]
+) -> None:
+    short = with_(params, train={"max_steps": 2, "logging_steps": 1, "warmup_ratio": 0.0} | settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    deprecations = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
+    assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
+
+
 def test_another_seed_gives_another_adapter(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
     other = with_(params, train={"seed": 7, "max_steps": 2, "logging_steps": 1})
     train(other.train, dataset, tmp_path / "other", tmp_path / "checkpoints")
@@ -84,40 +97,12 @@ def test_every_frozen_layer_passes_gradients_after_an_evaluation(base: Path, dat
         torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-6)
 
 
-def test_packed_rows_do_not_see_each_other(base: Path, dataset: Path) -> None:
-    model = load_base(identity(base), NF4).train()
-    a, b, c = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()[:3]
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-
-    def logits(rows: list[list[int]]) -> torch.Tensor:
-        packed = {"input_ids": sum(rows, []), "seq_lengths": [len(row) for row in rows]}
-        with torch.no_grad():
-            return model(**collate([packed]), use_cache=False).logits[0]
-
-    alone = logits([b])
-    torch.testing.assert_close(logits([a, b])[len(a) :], alone, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits([c, b])[len(c) :], alone, rtol=1e-4, atol=1e-4)
-
-
 def test_a_row_longer_than_a_packed_sequence_is_trained_whole(dataset: Path, params: Params) -> None:
     rows = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()
     short = sorted(map(len, rows))[len(rows) // 2]
     sequences = training_sequences(dataset / "train.parquet", with_(params, train={"packed_length": short}).train)
     assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, rows))
     assert sorted(sum(sequences["input_ids"], [])) == sorted(sum(rows, []))
-
-
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, params: Params, dataset: Path) -> None:
-    wild = with_(params, train={"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0})
-    with pytest.raises(TrainError, match="lower train.learning_rate"):
-        train(wild.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_a_checkpoint_belongs_to_one_run_only(tmp_path: Path, params: Params, dataset: Path) -> None:
-    own = open_run(params.train, dataset, tmp_path)
-    assert own == open_run(params.train, dataset, tmp_path)
-    assert own != open_run(with_(params, train={"learning_rate": 0.001}).train, dataset, tmp_path)
 
 
 def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Params, data: Path) -> None:

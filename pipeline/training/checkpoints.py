@@ -95,16 +95,9 @@ def problem_of(checkpoint: Path, needed: str) -> str | None:
     """What keeps a sealed folder from being used: no seal, no file `needed`, or one that is not as it was saved."""
     try:
         digests = read_json(checkpoint / SEAL)
-    except OSError:
-        return "it was not saved to its end"
-    except ValueError:
-        return f"{SEAL} is broken"
-    if not isinstance(digests, dict) or needed not in digests:
-        return f"{SEAL} is broken"
-    for name, digest in digests.items():
-        path = checkpoint / name
-        if ".." in Path(name).parts or not path.is_file():
-            return f"{name} is missing"
-        if sha256_file(path) != digest:
-            return f"{name} is not as it was saved"
-    return None
+        changed = [name for name, digest in digests.items() if sha256_file(checkpoint / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it was not saved to its end: {error}"
+    if needed not in digests:
+        return f"{SEAL} does not name {needed}"
+    return f"{changed[0]} is not as it was saved" if changed else None

@@ -54,7 +54,7 @@ class ClassTrainer(AdapterTrainer):
         # Decoders read the class at the last token that is no padding.
         options["model"].config.pad_token_id = options["processing_class"].pad_token_id
         super().__init__(*args, **options)
-        self.own_loss = False
+        self.own_loss, self.loss_used = False, "cross-entropy of classes"
         self.model_accepts_loss_kwargs = True  # so that the step's rows are counted, and the loss is over them all
 
     def compute_loss(

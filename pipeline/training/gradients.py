@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from pipeline.training.packing import shortest_row
-from pipeline.training.watching import TrainError
+from pipeline.training.watching import TrainError, shortened
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each layer in the backward pass instead of keeping what it computed."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def require_gradients(trainer: Any) -> None:
@@ -19,8 +24,8 @@ def require_gradients(trainer: Any) -> None:
         TrainError: names the frozen layers that got a gradient from above and passed none on.
     """
     model = trainer.model.train()
-    if trainer.args.gradient_checkpointing:  # as the training itself, which turns it on only as it starts
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if trainer.args.activation_checkpointing:  # as the training itself, which turns it on only as it starts
+        checkpoint_activations(model)
     entered: set[str] = set()
     reached: set[str] = set()
     passed: set[str] = set()
@@ -57,15 +62,16 @@ def require_gradients(trainer: Any) -> None:
             hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
     try:
         batch = trainer._prepare_inputs(trainer.data_collator([shortest_row(trainer.train_dataset)]))
-        trainer.compute_loss(model, batch).backward()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, batch)
+        loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         model.zero_grad()
     blocked = sorted(reached - passed)
     if blocked:
-        shown = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
         raise TrainError(
-            f"{len(blocked)} frozen layers pass no gradient back, so what lies below them cannot learn: {shown}. Was "
-            "the model used for inference before? Load it anew, or set train.load_in_4bit to false"
+            f"{len(blocked)} frozen layers pass no gradient back, so what lies below them cannot learn: "
+            f"{shortened(blocked)}; set train.load_in_4bit to false"
         )

@@ -27,10 +27,8 @@ def must_launch(params: TrainParams) -> bool:
     return params.num_processes > 1 and "LOCAL_RANK" not in os.environ
 
 
-def launch(
-    params: TrainParams, dataset: Path, output: Path, checkpoints: Path, tables: Path | None, init: Path | None
-) -> dict[str, Any]:
-    """Run `train` in `params.num_processes` processes; returns the fields of its result.
+def launch(params: TrainParams, **folders: Path | None) -> dict[str, Any]:
+    """Run `train` with its `folders` in `params.num_processes` processes; returns the fields of its result.
 
     Raises:
         TrainError: fewer GPUs than processes, or a process failed; its own message is on stderr.
@@ -41,14 +39,12 @@ def launch(
         raise TrainError(f"train.num_processes is {params.num_processes}, and this machine has {gpus} GPUs")
     with tempfile.TemporaryDirectory(prefix="retune-train-") as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        paths = {"dataset": dataset, "output": output, "checkpoints": checkpoints, "tables": tables, "init": init}
-        write_json(
-            job,
-            {"params": params.model_dump_json(), "result": str(result)}
-            | {name: None if path is None else str(path.resolve()) for name, path in paths.items()},
-        )
+        paths = {name: None if path is None else str(path.resolve()) for name, path in folders.items()}
+        write_json(job, {"params": params.model_dump_json(), "result": str(result), "folders": paths})
+        on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         status = run_forwarding_sigterm(
-            [*launcher(params), "-m", "pipeline.train", str(job)], os.environ | _settings(params)
+            [*launcher(params), "-m", "pipeline.train", str(job)],
+            os.environ | ({} if torch.cuda.is_available() else on_cpu),
         )
         if result.is_file():
             answer = read_json(result)
@@ -88,10 +84,6 @@ FSDP = (
 )
 
 
-def _settings(params: TrainParams) -> dict[str, str]:
-    return {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def run_one(job_file: str, train: Callable[..., Any]) -> int:
     """One process of the group, which runs the stage's own `train`; its exit status."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
@@ -100,10 +92,7 @@ def run_one(job_file: str, train: Callable[..., Any]) -> int:
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what the first one says holds for all
-    folders = {
-        key: None if job[key] is None else Path(job[key])
-        for key in ("dataset", "output", "checkpoints", "tables", "init")
-    }
+    folders = {name: None if path is None else Path(path) for name, path in job["folders"].items()}
     try:
         trained = train(TrainParams.model_validate_json(job["params"]), **folders)
     except Interrupted as error:

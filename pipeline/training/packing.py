@@ -1,7 +1,7 @@
 """Rows as training sequences without padding: several rows share one, isolated from each other, and none is cut.
 
 A batch carries `rows`, the number of the row behind each token, so that a step can name its rows and be split between
-rows when memory runs out. `row_attention` computes attention row by row; no token can see another row's.
+rows when memory runs out. `attention.py` keeps packed rows apart.
 """
 
 from itertools import pairwise
@@ -10,19 +10,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.params import TrainParams
-from pipeline.weights.loading import ModelError
 
 Batch = dict[str, Any]
-ROW_ATTENTION = "row_attention"
 OPEN_LINES = 16
 
 
@@ -97,6 +93,11 @@ class Collate:
         return batch
 
 
+def lengths_of(sequences: Dataset) -> list[int]:
+    """Tokens of each sequence; the tokens themselves stay in Arrow's memory."""
+    return pc.list_value_length(sequences.data.column("input_ids")).to_pylist()
+
+
 def rows_in(batch: Batch) -> list[int]:
     return [row for row in batch["rows"].unique().tolist() if row >= 0]
 
@@ -115,8 +116,8 @@ def pieces(batch: Batch, number: int) -> list[Batch]:
     bounds = batch["cu_seq_lens_q"].tolist()
     cuts = [0]
     for k in range(1, min(number, len(bounds) - 1)):
-        wanted = bounds[-1] * k / number
-        cuts.append(max(cuts[-1] + 1, min(range(len(bounds)), key=lambda i: abs(bounds[i] - wanted))))
+        middle = bounds[-1] * k / number
+        cuts.append(max(cuts[-1] + 1, min(range(len(bounds)), key=lambda i: abs(bounds[i] - middle))))
     cuts = [cut for cut in cuts if cut < len(bounds) - 1] + [len(bounds) - 1]
     return [_piece(batch, bounds, first, last) for first, last in pairwise(cuts)]
 
@@ -135,117 +136,13 @@ def _piece(batch: Batch, bounds: list[int], first: int, last: int) -> Batch:
     }
 
 
-def row_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # (1, heads, T, width)
-    key: torch.Tensor,  # (1, key heads, T, width)
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each row of a packed line, on a CPU: rows side by side, as long as the longest.
-
-    A dense mask over the line computes T × T scores of which all but those within rows are thrown away.
-
-    Args:
-        sliding_window: tokens that a query looks back on, itself among them; None looks back to the row's start.
-    """
-    groups = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if cu_seq_lens_q is None or max_length_q is None:
-        mask = attention_mask[:, :, :, : key.shape[-2]] if attention_mask is not None else None
-        causal = mask is None and query.shape[2] > 1
-        output = scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
-        return output.transpose(1, 2).contiguous(), None
-    lengths = cu_seq_lens_q.diff().long()
-    # The place of each token in a (rows, longest row) table; padding comes after a row's end, where causal queries
-    # do not look.
-    places = torch.arange(query.shape[2]) + (
-        torch.arange(len(lengths)) * max_length_q - cu_seq_lens_q[:-1]
-    ).long().repeat_interleave(lengths)
-    shape = (len(lengths), max_length_q)
-    q, k, v = (_side_by_side(x, places, shape) for x in (query, key, value))
-    window = None
-    if sliding_window is not None and sliding_window < max_length_q:
-        window = torch.ones(max_length_q, max_length_q, dtype=torch.bool).tril().triu(1 - sliding_window)
-    # (rows, heads, longest, width)
-    output = scaled_dot_product_attention(q, k, v, window, dropout, window is None, scale=scaling)
-    return output.transpose(1, 2).flatten(0, 1)[places][None].contiguous(), None
-
-
-def _side_by_side(x: torch.Tensor, places: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    flat = x.new_zeros(shape[0] * shape[1], x.shape[1], x.shape[3]).index_copy(0, places, x[0].transpose(0, 1))
-    return flat.view(*shape, x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def use_row_attention(model: Any, sequences: Dataset) -> bool:
-    """Let a model that takes its attention from transformers' interface compute it by `row_attention`, on a CPU.
-
-    Only where the line with most rows and that with the longest row have the same logits either way: biases and caps
-    of an architecture rule it out, and masks of its own such as chunks.
-    """
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
-        return False
-    if not getattr(model, "_supports_attention_backend", False):
-        return False
-    AttentionInterface.register(ROW_ATTENTION, row_attention)
-    AttentionMaskInterface.register(ROW_ATTENTION, AttentionMaskInterface._global_mapping["sdpa"])
-    lines = [_rows_of(line) for line in (_fullest(sequences), _with_longest_row(sequences))]
-    before = [_logits(model, rows) for rows in lines]
-    model.set_attn_implementation(ROW_ATTENTION)
-    if any(_differ(_logits(model, rows), logits) for rows, logits in zip(lines, before, strict=True)):
-        model.set_attn_implementation("sdpa")
-        return False
-    return True
-
-
-def require_isolation(model: Any, sequences: Dataset) -> None:
-    """See that a row's logits are the same whatever its neighbour in a packed line says.
-
-    Raises:
-        ModelError: the architecture ignores where rows begin.
-    """
-    first, *others = _rows_of(_fullest(sequences))
-    if not others:
-        return  # no line holds two rows
-    vocabulary = model.config.get_text_config().vocab_size
-    other = first | {"input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
-    own, changed = (_logits(model, [row, others[0]])[len(first["input_ids"]) :] for row in (first, other))
-    if _differ(own, changed):
-        raise ModelError(
-            f"{model.config.model_type} does not keep packed rows apart (logits of a row change by "
-            f"{float((own - changed).abs().max()):.3g} with its neighbour); set train.packing to false"
-        )
-
-
-@torch.no_grad()
-def _logits(model: Any, rows: list[Batch]) -> torch.Tensor:
-    """(T, vocabulary) of `rows` in one line."""
-    batch = Collate(0, packed=True)(rows)  # nothing is padded
-    del batch["rows"]
-    batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
-    was_training = model.training
-    logits: torch.Tensor = model.eval()(**batch, use_cache=False).logits[0].float()
-    model.train(was_training)
-    return logits
-
-
-def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return not float((a - b).abs().max()) <= 1e-3 * float(a.abs().max())
-
-
-def _fullest(sequences: Dataset) -> Batch:
+def fullest_line(sequences: Dataset) -> Batch:
     """The line with most rows."""
     rows = [len(lengths) for lengths in sequences["seq_lengths"]]
     return sequences[rows.index(max(rows))]
 
 
-def _with_longest_row(sequences: Dataset) -> Batch:
+def line_with_longest_row(sequences: Dataset) -> Batch:
     """What depends on distance (windows, chunks, positions) shows on long rows alone."""
     longest = [max(lengths) for lengths in sequences["seq_lengths"]]
     return sequences[longest.index(max(longest))]
@@ -261,10 +158,10 @@ def shortest_row(sequences: Dataset) -> Batch:
         return sequences[min(range(len(sequences)), key=lambda i: rank(len(sequences[i]["input_ids"])))]
     lines = sequences["seq_lengths"]
     line = min(range(len(lines)), key=lambda i: min(map(rank, lines[i])))
-    return min(_rows_of(sequences[line]), key=lambda row: rank(len(row["input_ids"])))
+    return min(rows_of(sequences[line]), key=lambda row: rank(len(row["input_ids"])))
 
 
-def _rows_of(sequence: Batch) -> list[Batch]:
+def rows_of(sequence: Batch) -> list[Batch]:
     bounds = [0, *torch.tensor(sequence["seq_lengths"]).cumsum(0).tolist()]
     columns = ("input_ids", "labels", "rows")
     return [{key: sequence[key][a:b] for key in columns} | {"seq_lengths": [b - a]} for a, b in pairwise(bounds)]

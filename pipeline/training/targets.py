@@ -33,10 +33,9 @@ def target_modules(params: TrainParams, model: Any) -> str | list[str]:
     Raises:
         MethodError: a name matches nothing, or nothing that can be trained.
     """
-    wanted = params.lora_target_modules
     experts, linear, text = target_parameters(params, model), dict(linear_modules(model)), _language_model(model)
     routed = bool(experts) or any(_is_router(name) for name, _ in model.named_modules())
-    if wanted == "all-linear" and params.method != "ia3" and not (routed or text):
+    if params.lora_target_modules == "all-linear" and params.method != "ia3" and not (routed or text):
         return "all-linear"  # PEFT knows the shorthand for LoRA alone; with IA3 feed-forward modules are told apart
     names = _chosen(params, model, linear, experts)
     if text:  # the parts for pictures and sound have layers of the same names
@@ -50,20 +49,13 @@ def target_parameters(params: TrainParams, model: Any) -> list[str]:
     Raises:
         MethodError: they are asked for, and the method has nothing for them.
     """
-    experts = _experts(model)
-    wanted = params.lora_target_modules
-    chosen = experts if wanted == "all-linear" else [name for name in experts if name in wanted]
-    if not chosen:
-        return []
-    if params.method not in PLAIN_LORA:
+    experts, targets = _experts(model), params.lora_target_modules
+    chosen = experts if targets == "all-linear" else [name for name in experts if name in targets]
+    if chosen and (params.method not in PLAIN_LORA or params.lora_dropout):
         raise MethodError(
-            f"train.method is {params.method}, which cannot train experts ({', '.join(chosen)}); set it to lora or "
-            "qlora, or train.lora_target_modules to attention"
-        )
-    if params.lora_dropout:
-        raise MethodError(
-            f"train.lora_dropout is {params.lora_dropout:g}, but LoRA on experts ({', '.join(chosen)}) has no dropout; "
-            "set it to 0.0, or train.lora_target_modules to attention"
+            f"train.method is {params.method} and train.lora_dropout is {params.lora_dropout:g}, but experts "
+            f"({', '.join(chosen)}) take {', '.join(PLAIN_LORA)} without dropout; set train.lora_target_modules to "
+            "attention, or change these"
         )
     return chosen
 
@@ -135,22 +127,26 @@ def _taken_as_named(names: list[str], params: TrainParams, model: Any) -> set[st
 
 def _chosen(params: TrainParams, model: Any, linear: dict[str, torch.nn.Module], experts: list[str]) -> list[str]:
     """Names, as short as they can be, of the linear layers that `lora_target_modules` means."""
-    wanted = params.lora_target_modules
-    if wanted == "all-linear":
+    targets = params.lora_target_modules
+    if targets == "all-linear":
         return list(_taken_as_named(sorted({_short(name, linear) for name in linear}), params, model))
     in_attention = sorted({_short(name, linear) for name in linear if _in_attention(name)})
-    if wanted == "attention":
+    if targets == "attention":
         return in_attention
-    if wanted == "auto":
+    if targets == "auto":
         family = str(getattr(getattr(model, "config", None), "model_type", ""))
         known = {"ia3": IA3_MODULES, "adalora": ADALORA_MODULES}.get(params.method, LORA_MODULES).get(family)
         # One family has a pattern, which is loaded from nowhere else; some have names of transformers 4.
         whole = isinstance(known, list) and all(_matches(name, linear) for name in known)
         return known if whole and _taken_as_named(known, params, model) == {*known} else in_attention
-    names = sorted(set(wanted) - set(experts))
+    names = sorted(set(targets) - set(experts))
     for name in names:
         if not _matches(name, linear):
-            raise MethodError(f"train.lora_target_modules names {name}, {_why_not(name, model)}")
+            choice = sorted({_short(path, linear) for path in linear} | set(experts))
+            raise MethodError(
+                f"train.lora_target_modules names {name}, which is not a linear layer that texts pass through and an "
+                f"adapter can change (output layers, embeddings and routers stay frozen); it can be {', '.join(choice)}"
+            )
     for name in sorted(set(names) - _taken_as_named(names, params, model)):
         raise MethodError(
             f"train.lora_target_modules names {name}, which PEFT takes for the experts of this model; name "
@@ -161,28 +157,6 @@ def _chosen(params: TrainParams, model: Any, linear: dict[str, torch.nn.Module],
 
 def _matches(name: str, paths: Iterable[str]) -> bool:
     return any(f".{path}".endswith(f".{name}") for path in paths)
-
-
-def _why_not(name: str, model: Any) -> str:
-    linear = dict(linear_modules(model))
-    there = sorted({_short(path, linear) for path in linear} | set(_experts(model)))
-    choice = f"it can be {', '.join(there)}"
-    for path, module in model.named_modules():
-        if not f".{path}".endswith(f".{name}"):
-            continue
-        if module is _head(model):
-            return (
-                "the output layer, which stays frozen: the loss passes it in pieces, and models may share it with "
-                f"their embeddings; {choice}"
-            )
-        if path.split(".")[0] in HEADS or path in getattr(model, "new_modules", ()):
-            return f"which is new and trained whole in any case; leave it out ({choice})"
-        if isinstance(module, torch.nn.Linear) and not path.startswith(_language_model(model)):
-            return f"which texts do not pass; {choice}"
-        if _is_router(path):
-            return f"which chooses the experts of a token and stays frozen; {choice}"
-        return f"a {type(module).__name__} and no linear layer; {choice}"
-    return f"which the base model does not have; its linear layers are {', '.join(there)}"
 
 
 def _language_model(model: Any) -> str:

@@ -21,6 +21,7 @@ from trl import SFTTrainer
 from pipeline.core.files import read_json, write_json
 from pipeline.core.memory import OutOfMemory, Rung, free, next_rung, out_of_memory
 from pipeline.training.checkpoints import WATCH, problem_of, seal
+from pipeline.training.gradients import checkpoint_activations
 from pipeline.training.loss import add_chunked_loss, has_plain_frozen_head
 from pipeline.training.packing import Batch, pieces, rows_in, tokens_in
 from pipeline.training.watching import TrainError, Watch
@@ -39,6 +40,7 @@ class AdapterTrainer(SFTTrainer):
         # AdaLoRA adds its orthogonality to the loss that the model returns, which has to be the mean.
         adalora = getattr(options.get("peft_config"), "peft_type", None) == PeftType.ADALORA
         self.own_loss = not torch.cuda.is_available() and not adalora and has_plain_frozen_head(base)
+        self.loss_used = "trained tokens alone, in chunks" if self.own_loss else "TRL's fused head, in chunks"
         if self.own_loss:
             add_chunked_loss(base)
 
@@ -66,7 +68,7 @@ class AdapterTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         started = time.monotonic()
         self.window, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.watch.waited(time.monotonic() - started)
+        self.watch.waited += time.monotonic() - started
         self.done = 0
         return self.window, items
 
@@ -109,38 +111,37 @@ class AdapterTrainer(SFTTrainer):
         rung = next_rung(self.rungs[-1], step, len(rows_in(batch)))
         if self.accelerator.num_processes > 1:
             raise OutOfMemory(
-                f"memory ran out at step {step} ({reason}), and several processes cannot change course alone: halve "
+                f"out of memory at step {step} ({reason}), and one of several processes cannot retry alone; halve "
                 "train.per_device_train_batch_size, double train.gradient_accumulation_steps, or set "
                 "train.gradient_checkpointing to true"
             )
-        if rung is None or (rung.gradient_checkpointing and self.args.gradient_checkpointing):
+        if rung is None or (rung.gradient_checkpointing and self.args.activation_checkpointing):
             longest = tokens_in(batch) if len(rows_in(batch)) == 1 else max(map(tokens_in, pieces(batch, 2**30)))
             raise OutOfMemory(
-                f"memory ran out at step {step} with one row of {longest} tokens at a time and gradient checkpointing "
-                f"({reason}); lower prepare.max_length, lower train.lora_r, set train.load_in_4bit to true, or take a "
-                "machine with more memory (`retune plan` says how much)"
+                f"out of memory at step {step} with one row of {longest} tokens and gradient checkpointing ({reason}); "
+                "lower prepare.max_length or train.lora_r, set train.load_in_4bit to true, or take a machine with more "
+                "memory (`retune plan` says how much)"
             )
         if rung.gradient_checkpointing and not self.rungs[-1].gradient_checkpointing:
-            self._checkpoint_gradients()
+            checkpoint_activations(self.model)
         self.rungs.append(rung)
         how = "with gradient checkpointing" if rung.gradient_checkpointing else f"in {rung.pieces} pieces"
-        print(f"train · memory ran out at step {step}; it goes on with the same batch {how}", flush=True)
+        print(f"train · out of memory at step {step}; retrying the same batch {how}", flush=True)
         free()
-
-    def _checkpoint_gradients(self) -> None:
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         watch, processes = self.watch, self.accelerator.num_processes
         sums = torch.tensor(
-            [watch.step_loss / processes, watch.step_tokens, watch.interrupted, watch.time_is_up],
+            [float(watch.step_loss) / processes, watch.step_tokens, watch.interrupted, watch.time_is_up],
             dtype=torch.float64 if self.args.device.type != "mps" else torch.float32,
             device=self.args.device,
         )
         loss, tokens, interrupted, out_of_time = self.accelerator.reduce(sums, "sum").tolist()
         value = math.nan if norm is None else float(norm)
-        problem = watch.problem(loss, 0.0 if norm is None else value)
+        # In float16 an overflow skips the step and lowers the scale of the loss.
+        scaled = norm is None or self.accelerator.scaler is not None
+        problem = watch.problem(loss, 0.0 if scaled else value)
         if problem is not None:
             rows = gather_object(watch.step_rows) if processes > 1 else watch.step_rows
             raise TrainError(
@@ -224,7 +225,7 @@ class AdapterTrainer(SFTTrainer):
         self.watch.restore(state)
         self.rungs = [Rung(**rung) for rung in state["rungs"]]
         if self.rungs[-1].gradient_checkpointing:
-            self._checkpoint_gradients()
+            checkpoint_activations(self.model)
         if self.watch.best is not None and self.watch.params.early_stopping_patience is not None:
             best = checkpoint.with_name(f"best-{self.watch.best[1]}")
             problem = problem_of(best, "adapter.safetensors")

@@ -22,8 +22,8 @@ class InitError(ValueError):
     """The adapter to start from cannot be used; the message says why and what to change."""
 
 
-def check_init(folder: Path, contract: dict[str, Any], wanted: PeftConfig) -> None:
-    """Refuse an adapter that the one `wanted` cannot start from.
+def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> None:
+    """Refuse an adapter that the one of `config` cannot start from.
 
     Raises:
         InitError: of another base, other classes, another method, or other settings.
@@ -45,7 +45,7 @@ def check_init(folder: Path, contract: dict[str, Any], wanted: PeftConfig) -> No
         raise InitError(f"the adapter in {folder} has other classes than the dataset; set train.init_adapter to none")
     saved = PeftConfig.from_pretrained(str(folder))
     for key in SETTINGS:
-        have, want = (_plain(getattr(config, key, None)) for config in (saved, wanted))
+        have, want = (_plain(getattr(each, key, None)) for each in (saved, config))
         if have != want:
             name = NAMES.get(key, "train.method")
             raise InitError(

@@ -13,7 +13,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from pipeline.params import TrainParams
 LOSS = ("step", "loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
 SPEED = ("step", "tokens_per_second", "memory_gib", "waited_for_data", "seconds")
 MODULES = ("step", "module", "weight_change")
+STATE = ("loss_rows", "speed_rows", "module_rows", "recent", "unlogged", "best", "worse")
 WINDOW = 50  # steps whose median a loss is compared with
 ENOUGH = 10  # of them; fewer say nothing yet
+SAMPLE = 2**16  # numbers of a parameter that say how far it moved
 MOVED_BY = 10  # steps after the warmup within which each module's adapter has to move
 
 
@@ -50,7 +52,7 @@ class Watch(TrainerCallback):
         self.recent: list[float] = []  # losses of the last WINDOW steps
         self.unlogged: list[float] = []  # losses since the last row of loss.csv
         self.tokens = 0  # of this process, since it started; padding not counted
-        self.best: tuple[float, int] | None = None  # validation loss, step
+        self.best: Sequence[Any] | None = None  # validation loss, step
         self.worse = 0  # validations since the best one
         self.interrupted = False
         self.out_of_time = False
@@ -58,10 +60,11 @@ class Watch(TrainerCallback):
         self.earlier_seconds = 0.0  # of those before, until their checkpoint
         self.grad_norm = math.nan
         self._changes: dict[str, float] = {}
-        self._step_loss = torch.zeros(())
+        self.step_loss = torch.zeros(())
         self.step_rows: list[int] = []
         self.step_tokens = 0
-        self._logged_at, self._logged_tokens, self._waited = 0.0, 0, 0.0
+        self._logged_at, self._logged_tokens = 0.0, 0
+        self.waited = 0.0  # seconds for data, since the last row of speed.csv
         self._start: dict[str, torch.Tensor] = {}
         self._warned = False
 
@@ -79,62 +82,42 @@ class Watch(TrainerCallback):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know; JSON."""
-        return {
-            "loss": self.loss_rows,
-            "speed": self.speed_rows,
-            "modules": self.module_rows,
-            "recent": self.recent,
-            "unlogged": self.unlogged,
-            "best": self.best,
-            "worse": self.worse,
-            "seconds": self.earlier_seconds + time.monotonic() - self.started,
-        }
+        seconds = self.earlier_seconds + time.monotonic() - self.started
+        return {name: getattr(self, name) for name in STATE} | {"seconds": seconds}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.loss_rows, self.speed_rows, self.module_rows = state["loss"], state["speed"], state["modules"]
-        self.recent, self.unlogged, self.worse = state["recent"], state["unlogged"], state["worse"]
-        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
-        self.earlier_seconds = state.get("seconds", 0.0)  # older checkpoints have none
+        for name in STATE:
+            setattr(self, name, state[name])
+        self.earlier_seconds = state["seconds"]
 
     def last(self, column: str, otherwise: Any) -> Any:
         """The last value in a column of loss.csv."""
         return next((row[column] for row in reversed(self.loss_rows) if column in row), otherwise)
 
-    @property
-    def best_loss(self) -> float | None:
-        return None if self.best is None else self.best[0]
-
     def moved(self, model: torch.nn.Module) -> bool:
         return any(weight_changes(model, self._start).values())
 
     def remember_start(self, model: torch.nn.Module) -> None:
-        """Keep the adapter's first weights, to say later how far each module moved. The trainer makes the same ones
-        from the same seed when a run is resumed."""
-        self._start = {name: p.detach().float().cpu().clone() for name, p in _trainable(model)}
+        """Keep the trained weights as they are first (of large ones a sample, where they are), to say later how far
+        each module moved. The trainer makes the same ones from the same seed when a run is resumed."""
+        self._start = {name: _sample(p).clone() for name, p in _trainable(model)}
 
     # --- what the trainer reports of a step ---
 
     def add(self, loss: torch.Tensor, tokens: int, rows: Iterable[int]) -> None:
         """A micro-batch: its share of the step's loss, its tokens, its rows."""
-        self._step_loss = self._step_loss.to(loss.device) + loss
+        self.step_loss = self.step_loss.to(loss.device) + loss
         self.step_tokens += tokens
         self.step_rows.extend(rows)
 
     def begin_step(self) -> None:
         """The step begins, or begins again."""
-        self._step_loss, self.step_rows, self.step_tokens = torch.zeros(()), [], 0
-
-    @property
-    def step_loss(self) -> float:
-        return float(self._step_loss)
+        self.step_loss, self.step_rows, self.step_tokens = torch.zeros(()), [], 0
 
     @property
     def time_is_up(self) -> bool:
         hours = self.params.max_hours
         return hours is not None and time.monotonic() - self.started > hours * 3600
-
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
 
     def problem(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with the step, before the optimiser takes it; `loss` is that of all processes."""
@@ -157,9 +140,7 @@ class Watch(TrainerCallback):
         self.interrupted, self.out_of_time = interrupted, out_of_time
 
     def name_rows(self, rows: Iterable[int]) -> str:
-        found = sorted(set(rows))
-        named = ", ".join(self.sources[row] for row in found[:12])
-        return f"{named} and {len(found) - 12} more rows" if len(found) > 12 else named
+        return shortened([self.sources[row] for row in sorted(set(rows))], 12)
 
     # --- the trainer's events ---
 
@@ -249,20 +230,18 @@ class Watch(TrainerCallback):
                 "step": step,
                 "tokens_per_second": round((self.tokens - self._logged_tokens) / seconds, 1),
                 "memory_gib": round(memory_gib(), 3),
-                "waited_for_data": round(self._waited / seconds, 4),  # share of the time
+                "waited_for_data": round(self.waited / seconds, 4),  # share of the time
                 "seconds": round(now - self.started, 2),
             }
         )
         self._changes = changes
         if last:
             self._log_modules(step)
-        self.unlogged, self._logged_at, self._logged_tokens, self._waited = [], now, self.tokens, 0.0
+        self.unlogged, self._logged_at, self._logged_tokens, self.waited = [], now, self.tokens, 0.0
         still = [name for name, change in changes.items() if change == 0]
         if still and not self._warned and step >= self.warmup_steps + MOVED_BY:
             self._warned = True
-            named = f"{', '.join(still[:5])}{f' and {len(still) - 5} more' if len(still) > 5 else ''}"
-            which = "no module's adapter has" if len(still) == len(changes) else f"the adapter has at {named} not"
-            print(f"train · warning: {which} moved by step {step}", flush=True)
+            print(f"train · warning: the weights of {shortened(still)} have not changed after {step} steps", flush=True)
 
     def _log_modules(self, step: int) -> None:
         if not self.module_rows or self.module_rows[-1]["step"] != step:
@@ -280,14 +259,24 @@ class Watch(TrainerCallback):
 
 
 def weight_changes(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far each module's adapter is from `start`: the Euclidean norm of the difference of its weights."""
+    """How far each module's weights are from `start`: the Euclidean norm of the difference, from the sample."""
+    pairs = {name: (p, _sample(p), start[name]) for name, p in _trainable(model) if name in start}
+    # Of a sharded model a process has other, or no, numbers.
+    alike = {name: pair for name, pair in pairs.items() if pair[1].shape == pair[2].shape and pair[1].numel()}
+    if not alike:
+        return {}
+    distances = torch.stack([(now - before).norm() for _, now, before in alike.values()]).tolist()
     squares: dict[str, float] = {}
-    for name, parameter in _trainable(model):
-        if name in start and start[name].shape == parameter.shape:
-            module = _module(name)
-            distance = float((parameter.detach().float().cpu() - start[name]).norm())
-            squares[module] = squares.get(module, 0.0) + distance**2
+    for (name, (parameter, now, _)), distance in zip(alike.items(), distances, strict=True):
+        module = _module(name)
+        squares[module] = squares.get(module, 0.0) + distance**2 * (parameter.numel() / now.numel())
     return {module: math.sqrt(square) for module, square in squares.items()}
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Up to 2^16 of its numbers, evenly spread, in float32 on its device: a copy of all weights is never made."""
+    step = -(-parameter.numel() // SAMPLE) or 1
+    return parameter.detach().flatten()[::step].float()
 
 
 def memory_gib() -> float:
@@ -296,6 +285,12 @@ def memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return max(peak, psutil.Process().memory_info().rss) / 2**30
+
+
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -48,8 +48,10 @@ def visible_gpus() -> list[str]:
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 where the GPU has it; float32 on a CPU, as fast at small sizes and exact enough to compare."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    """bfloat16 on a GPU, float16 on one too old for it; float32 on a CPU, as fast at small sizes, and exact."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def use_free_cores() -> int:

@@ -1,0 +1,199 @@
+"""Packed rows stay apart: the kernels of both devices have the logits and gradients of plain attention, or are refused.
+
+PyTorch's varlen attention runs on GPUs alone; a loop over rows of the same contract stands for it here.
+"""
+
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import with_
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+)
+
+from pipeline.params import Params
+from pipeline.training.attention import (
+    Kernel,
+    packed_attention,
+    require_isolation,
+    side_by_side,
+    use_packed_attention,
+    varlen,
+)
+from pipeline.training.packing import Collate, training_sequences
+from pipeline.weights.loading import ModelError
+
+
+def rows_one_by_one(
+    query: torch.Tensor,  # (T, heads, width)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """The contract of `torch.nn.attention.varlen.varlen_attn` in PyTorch 2.11, which has no grouped heads."""
+    assert query.shape[1] == key.shape[1] and cu_seq_q.dtype is torch.int32 and window_size[1] == 0
+    assert max_q == max_k == int(cu_seq_q.diff().max()) and torch.equal(cu_seq_q, cu_seq_k)
+    outputs = []
+    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        mask = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            mask = mask.triu(-window_size[0])
+        scores = q @ k.transpose(1, 2) * (scale if scale is not None else q.shape[-1] ** -0.5)
+        outputs.append((scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def with_grouped_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *bounds: Any, enable_gqa: bool = False, **options: Any
+) -> torch.Tensor:
+    """The same in PyTorch 2.12 and later."""
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa or groups == 1
+    return rows_one_by_one(query, *(x.repeat_interleave(groups, dim=1) for x in (key, value)), *bounds, **options)
+
+
+KERNELS: dict[str, Kernel] = {
+    "cpu": side_by_side,
+    "varlen": partial(varlen, varlen_attn=rows_one_by_one),
+    "varlen, grouped": partial(varlen, varlen_attn=with_grouped_heads),
+}
+SMALL = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+SMALL |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+PLAIN: dict[str, PretrainedConfig] = {
+    "llama, grouped heads": LlamaConfig(**SMALL),
+    "llama, as many keys": LlamaConfig(**SMALL | {"num_key_value_heads": 4}),
+    "mistral, window": MistralConfig(**SMALL, sliding_window=16),
+    "gemma3, window in some": Gemma3TextConfig(
+        **SMALL, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+    ),
+}
+OTHERS: dict[str, tuple[PretrainedConfig, str]] = {
+    "caps": (Gemma2Config(**SMALL, attn_logit_softcapping=1.0), "gemma2 has eager attention"),
+    "sinks": (GptOssConfig(**SMALL, num_local_experts=2), "gpt_oss has eager attention"),
+    "chunks": (
+        Llama4TextConfig(
+            **SMALL, intermediate_size_mlp=128, num_local_experts=2, moe_layers=[], attention_chunk_size=16,
+            layer_types=["chunked_attention"] * 2, use_qk_norm=False,
+        ),
+        "llama4_text computes other values",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sequences(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A line of many rows of 8 tokens, and some whose row is longer than any window here."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = [8] * 30 + [100, 90]
+    rows = [torch.randint(3, 400, (length,), generator=draw).tolist() for length in lengths]
+    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    pq.write_table(pa.table({"input_ids": rows, "labels": rows}), path)
+    return training_sequences(path, with_(params, train={"packed_length": 100}).train)
+
+
+def random_model(config: PretrainedConfig) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(deepcopy(config)).eval()  # which kernel it has is written into it
+
+
+def logits_and_gradients(model: Any, sequences: Dataset) -> list[torch.Tensor]:
+    results = []
+    for sequence in sequences:
+        batch = Collate(0, packed=True)([sequence])
+        del batch["rows"]
+        output = model(**batch, use_cache=False)
+        model.zero_grad()
+        output.loss.backward()
+        results += [output.logits.detach(), *(p.grad.clone() for p in model.parameters())]
+    return results
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_kernel_has_the_logits_and_gradients_of_plain_attention(sequences: Dataset, name: str) -> None:
+    expected = logits_and_gradients(random_model(PLAIN[name]), sequences)
+    for kernel in KERNELS.values():
+        model = random_model(PLAIN[name])
+        assert "does not fit" not in use_packed_attention(model, sequences, kernel)
+        torch.testing.assert_close(logits_and_gradients(model, sequences), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kernel", ["cpu", "varlen"])
+def test_an_architecture_with_more_than_plain_attention_keeps_its_own(
+    sequences: Dataset, name: str, kernel: str
+) -> None:
+    config, reason = OTHERS[name]
+    model = random_model(config)
+    before = model.config._attn_implementation
+    assert reason in use_packed_attention(model, sequences, KERNELS[kernel])
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("extra", ["softcap", "s_aux", "position_bias"])
+def test_a_layer_that_asks_for_more_is_refused_whatever_its_logits(sequences: Dataset, extra: str) -> None:
+    """A cap of 50 changes no logit of a random model by more than rounding does."""
+    model, called = random_model(PLAIN["llama, grouped heads"]), packed_attention
+
+    def asking(*arguments: Any, **options: Any) -> Any:
+        return called(*arguments, **options, **{extra: 50.0})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.training.attention.packed_attention", asking)
+        assert f"its attention takes {extra}" in use_packed_attention(model, sequences, KERNELS["varlen"])
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_dropout_of_attention_is_left_to_kernels_that_have_it(sequences: Dataset) -> None:
+    config = LlamaConfig(**SMALL, attention_dropout=0.1)
+    assert "dropout of 0.1" in use_packed_attention(random_model(config), sequences, KERNELS["varlen"])
+    assert use_packed_attention(random_model(config), sequences) == "row by row"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_neighbour_changes_no_logit(sequences: Dataset, kernel: str) -> None:
+    model = random_model(PLAIN["mistral, window"])
+    use_packed_attention(model, sequences, KERNELS[kernel])
+
+    def logits(rows: list[list[int]]) -> torch.Tensor:
+        line = {"input_ids": sum(rows, []), "labels": sum(rows, []), "seq_lengths": [len(row) for row in rows]}
+        batch = Collate(0, packed=True)([line | {"rows": line["input_ids"]}])
+        del batch["rows"]
+        with torch.no_grad():
+            return model(**batch, use_cache=False).logits[0].split(line["seq_lengths"])[1]
+
+    own = list(range(20, 60))
+    torch.testing.assert_close(logits([[3, 4, 5], own, [6] * 9]), logits([[7, 8, 9], own, [10] * 9]), rtol=0, atol=0)
+
+
+def test_an_architecture_that_mixes_rows_is_refused(sequences: Dataset) -> None:
+    class Deaf(LlamaForCausalLM):  # type: ignore[misc]
+        """Does not pass on where rows begin."""
+
+        def forward(self, input_ids: Any = None, **_: Any) -> Any:
+            return super().forward(input_ids=input_ids, use_cache=False)
+
+    config = PLAIN["llama, grouped heads"]
+    require_isolation(random_model(config), sequences)
+    with pytest.raises(ModelError, match=r"llama does not keep packed rows apart .* train\.packing to false"):
+        require_isolation(Deaf(deepcopy(config)).eval(), sequences)
