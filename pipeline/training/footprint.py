@@ -79,6 +79,9 @@ def count(config: PreTrainedConfig, params: TrainParams) -> Counts:
         UnplannedError: not an architecture of attention and feed-forward layers.
         MethodError: an adapter that the model cannot have.
     """
+    for size in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        if not hasattr(config.get_text_config(), size):
+            raise UnplannedError(f"{config.model_type} (it has no {size})")
     auto = AutoModelForSequenceClassification if params.task == CLASSIFICATION else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
