@@ -164,8 +164,9 @@ def train_work(template: Path, scratch: Path, params: Params, dataset: Path) -> 
     # Dropout on, two micro-batches a step, a checkpoint every 3 steps, validation every 4: nothing falls together.
     short = with_(
         params,
-        train={"lora_dropout": 0.1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "tokens_per_step": None, "max_steps": 12, "save_steps": 3, "eval_steps": 4,
-               "logging_steps": 4, "early_stopping_patience": 10},
+        train={"lora_dropout": 0.1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+               "tokens_per_step": None, "max_steps": 12, "save_steps": 3, "eval_steps": 4, "logging_steps": 4,
+               "early_stopping_patience": 10},
     )  # fmt: skip
     (template / "order.json").write_text(json.dumps({"params": short.model_dump(), "dataset": str(dataset)}))
     assert preloaded.call(training, shutil.copytree(template, scratch)).answer == 0
