@@ -142,7 +142,7 @@ def _chosen(params: TrainParams, model: Any, linear: dict[str, torch.nn.Module],
     names = sorted(set(targets) - set(experts))
     for name in names:
         if not _matches(name, linear):
-            choice = sorted({_short(path, linear) for path in linear} | set(experts))
+            choice = sorted({_short(path, linear) for path in linear} | set(_experts(model)))
             raise MethodError(
                 f"train.lora_target_modules names {name}, which is not a linear layer that texts pass through and an "
                 f"adapter can change (output layers, embeddings and routers stay frozen); it can be {', '.join(choice)}"
