@@ -36,6 +36,7 @@ from pipeline.training.hardware import batches, gpus, remarks, require_kernels, 
 from pipeline.training.launch import launch, must_launch, run_one
 from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of, sort_sets
 from pipeline.training.packing import Collate, lengths_of, training_sequences
+from pipeline.training.sharding import gather_trained, shard_on_cpus
 from pipeline.training.targets import describe_experts
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.warm_start import check_init, load_init
@@ -135,6 +136,8 @@ def train(
             peft_config=adapter,
             watch=watch,
         )
+    if params.strategy == "fsdp" and not torch.cuda.is_available():
+        shard_on_cpus(trainer)
     if adapter is not None:
         check_settings(settings_of(trainer.model), "this training's adapter")
     if params.method == "adalora":
@@ -155,6 +158,7 @@ def train(
         f"{batch[1]} sequences a step",
         flush=True,
     )
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     require_gradients(trainer)
     watch.remember_start(trainer.model)
     start = last_checkpoint(folder)
@@ -180,13 +184,14 @@ def train(
         steps=step,
         loss=watch.last("loss", math.nan),
         validation_loss=watch.best[0] if best is not None and watch.best else watch.last("validation_loss", None),
-        trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        trainable_parameters=trainable,
         tokens_per_second=watch.tokens / max(watch.seconds, 1e-9),
         resumed_from_step=resumed,
     )
+    gathered = gather_trained(trainer.model)  # of a sharded model every process gives its part
     if trainer.is_world_process_zero():
         record = _record(params, contract, trained, threads, init) | ({} if best is None else {"best_step": best})
-        _write(trainer, output, portable(contract), portable(record))
+        _write(trainer, gathered, output, portable(contract), portable(record))
         if tables is not None:
             used = {"attention": attention_used, "layers": layers_used, "micro_batch": batch[0]}
             _write_tables(trainer, tables, used | {"resumed_from_step": resumed})
@@ -195,10 +200,19 @@ def train(
     return trained
 
 
-def _write(trainer: AdapterTrainer, output: Path, contract: dict[str, Any], record: dict[str, Any]) -> None:
+def _write(
+    trainer: AdapterTrainer,
+    gathered: dict[str, torch.Tensor] | None,
+    output: Path,
+    contract: dict[str, Any],
+    record: dict[str, Any],
+) -> None:
     """The adapter's folder: the same files for two equal trainings."""
     with whole_directory(output) as folder:
-        trainer.save_model(str(folder))
+        if gathered is None:
+            trainer.save_model(str(folder))
+        else:
+            trainer.save_gathered(gathered, folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
         if (folder / "adapter_config.json").exists():
             sort_sets(folder / "adapter_config.json")

@@ -42,10 +42,19 @@ def two(params: Params, **values: object) -> Params:
     )
 
 
-@pytest.mark.faults
-def test_two_processes_train_as_one_with_the_same_effective_batch(tmp_path: Path, few: Params, dataset: Path) -> None:
+FSDP = {"strategy": "fsdp", "bnb_4bit_quant_storage": "float32"}
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param({}, id="ddp", marks=pytest.mark.faults), pytest.param(FSDP, id="fsdp")]
+)
+def test_two_processes_train_as_one_with_the_same_effective_batch(
+    tmp_path: Path, few: Params, dataset: Path, strategy: dict[str, str]
+) -> None:
+    """With FSDP each holds half of every layer of the 4-bit base, its adapter and its optimiser."""
     one = train(few.train, dataset, tmp_path / "one", tmp_path / "checkpoints")
-    both = train(two(few).train, dataset, tmp_path / "two", tmp_path / "checkpoints")
+    both = train(two(few, **strategy).train, dataset, tmp_path / "two", tmp_path / "checkpoints")
+    assert both.trainable_parameters == one.trainable_parameters
     assert both.loss == pytest.approx(one.loss, rel=1e-3)
     assert both.validation_loss == pytest.approx(one.validation_loss, rel=1e-3)
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
@@ -54,12 +63,14 @@ def test_two_processes_train_as_one_with_the_same_effective_batch(tmp_path: Path
 
 
 @pytest.mark.faults
-def test_two_processes_stop_together_and_go_on(tmp_path: Path, few: Params, dataset: Path) -> None:
+def test_two_processes_stop_together_and_resume(tmp_path: Path, few: Params, dataset: Path) -> None:
+    few = two(few)
+    short = with_(few, train={"max_hours": 1e-9})
     with pytest.raises(Interrupted, match=r"max_hours .* at step 1"):
-        train(two(few, max_hours=1e-9).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
-    done = train(two(few).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+        train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    done = train(few.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     assert (done.resumed_from_step, done.steps) == (1, 6)
-    alone = train(two(few).train, dataset, tmp_path / "alone", tmp_path / "checkpoints")
+    alone = train(few.train, dataset, tmp_path / "alone", tmp_path / "checkpoints")
     assert alone.loss == done.loss
     assert read_json(tmp_path / "alone" / "training.json") == read_json(tmp_path / "adapter" / "training.json")
 

@@ -29,7 +29,7 @@ NAMES = (
 STATES = ("optimizer.pt", "scheduler.pt")  # pickles; the Trainer reads them with torch's weights_only alone
 # training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
 CHECKPOINT_FILES = re.compile(
-    r".*\.(safetensors|json|jinja|md|txt|model)|optimizer\.pt|scheduler\.pt|training_args\.bin"
+    r".*\.(safetensors|json|jinja|md|txt|model)|optimizer(-\d+)?\.pt|scheduler\.pt|training_args\.bin"
 )
 
 _PLAIN = re.compile(r"[\w.-]+")

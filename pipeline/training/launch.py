@@ -67,21 +67,29 @@ def launcher(params: TrainParams) -> list[str]:
     command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
     match params.strategy:
         case "fsdp":
-            return [*command, "--use_fsdp", *FSDP]
+            return [*command, "--use_fsdp", *(part for key in FSDP for part in (f"--fsdp_{key}", FSDP[key]))]
         case "deepspeed":
             clip = str(params.max_grad_norm)
             return [*command, "--use_deepspeed", "--zero_stage", "2", "--gradient_clipping", clip]
     return [*command, "--multi_gpu"]
 
 
-FSDP = (
-    *("--fsdp_version", "1"),  # 4-bit weights: FSDP 2 shards each tensor on its own, which bitsandbytes does not know
-    *("--fsdp_sharding_strategy", "FULL_SHARD"),
-    *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
-    *("--fsdp_use_orig_params", "false"),
-    *("--fsdp_cpu_ram_efficient_loading", "false"),
-    *("--fsdp_state_dict_type", "FULL_STATE_DICT"),
-)
+# accelerate's settings of FSDP: options of its launcher, and variables of a process that torchrun started.
+FSDP = {
+    "version": "1",  # 4-bit weights: FSDP 2 shards each tensor on its own, which bitsandbytes does not know
+    "sharding_strategy": "FULL_SHARD",
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "use_orig_params": "false",
+    "cpu_ram_efficient_loading": "false",
+    "state_dict_type": "FULL_STATE_DICT",
+}
+
+
+def _settings(params: TrainParams) -> dict[str, str]:
+    if torch.cuda.is_available():
+        return {}
+    sharding = {f"FSDP_{key.upper()}": value for key, value in FSDP.items()} if params.strategy == "fsdp" else {}
+    return {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} | sharding
 
 
 def run_one(job_file: str, train: Callable[..., Any]) -> int:

@@ -24,10 +24,11 @@ from pipeline.training.checkpoints import WATCH, problem_of, seal
 from pipeline.training.gradients import checkpoint_activations
 from pipeline.training.loss import add_chunked_loss, has_plain_frozen_head
 from pipeline.training.packing import Batch, pieces, rows_in, tokens_in
+from pipeline.training.sharding import ShardedTrainer
 from pipeline.training.watching import TrainError, Watch
 
 
-class AdapterTrainer(SFTTrainer):
+class AdapterTrainer(ShardedTrainer):
     """SFTTrainer over the batches of `Collate`, with a `Watch`."""
 
     def __init__(self, *args: Any, watch: Watch, **options: Any) -> None:
@@ -223,6 +224,8 @@ class AdapterTrainer(SFTTrainer):
         """Take over what `Watch` knew and the last rung; weights, optimiser and data order are loaded by `train`."""
         state = read_json(checkpoint / WATCH)
         self.watch.restore(state)
+        if self.is_fsdp_enabled:
+            self.load_before_sharding(checkpoint)
         self.rungs = [Rung(**rung) for rung in state["rungs"]]
         if self.rungs[-1].gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -239,7 +242,8 @@ class AdapterTrainer(SFTTrainer):
         if state.global_step < state.max_steps and not self.watch.patience_is_spent:
             return False
         self.state = state
-        self._load_from_checkpoint(str(checkpoint))
+        if not self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(checkpoint))
         return True
 
     def _save_best(self) -> None:

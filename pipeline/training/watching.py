@@ -144,7 +144,11 @@ class Watch(TrainerCallback):
 
     # --- the trainer's events ---
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if not weight_changes(model, self._start):
+            self.remember_start(model)  # sharded by now: a process watches the part that it holds
         self.progress = Progress(
             "train", state.max_steps, "steps", every=5.0 if state.is_world_process_zero else math.inf
         )
@@ -294,7 +298,11 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        (name.removeprefix("module.").replace("_fsdp_wrapped_module.", "").replace("_flat_param", "weight"), p)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
 
 
 def _module(name: str) -> str:

@@ -1,0 +1,98 @@
+"""FSDP: a model in parts, one a process. accelerate wraps it; what its checkpoints hold is here.
+
+Only the trained weights are gathered, into safetensors, so no process ever holds the whole base.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState, load_checkpoint_in_model
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from trl import SFTTrainer
+
+WRAPPER = "_fsdp_wrapped_module."  # in the names of a sharded model's weights
+ADAPTER = "adapter_model.safetensors"
+
+
+def shard_on_cpus(trainer: SFTTrainer) -> None:
+    """Let `trainer` shard its model on CPUs as on GPUs: accelerate by itself shards on GPUs alone."""
+    for state in (PartialState(), trainer.accelerator.state):  # the second is filled from the first again and again
+        state.distributed_type = DistributedType.FSDP
+        state.device = torch.device("cpu")  # accelerate's has an index, which FSDP takes for another device
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    trainer.is_fsdp_enabled = True
+
+
+def gather_trained(model: Any) -> dict[str, torch.Tensor] | None:
+    """The trained weights as modules of the sharded `model` name them; None if it is not sharded.
+
+    Every process has to call it.
+    """
+    if not isinstance(model, FSDP):
+        return None
+    weights = {}
+    for path, unit in model.named_modules():
+        if not isinstance(unit, FSDP) or not any(p.requires_grad for p in unit.module.parameters(recurse=False)):
+            continue
+        with FSDP.summon_full_params(unit, recurse=False, writeback=False):
+            for name, weight in unit.module.named_parameters():
+                if "_flat_param" not in name:  # those of units within have their own turn
+                    weights[f"{path}.{name}".lstrip(".").removeprefix(WRAPPER)] = weight.detach().cpu().clone()
+    return weights
+
+
+class ShardedTrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints are the same files when the model is sharded, an optimiser's state a process."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        weights = gather_trained(self.model)
+        if weights is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self.save_gathered(weights, Path(output_dir or self.args.output_dir))
+
+    def save_gathered(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """The files of an unsharded model: PEFT finds its weights by the sharded modules' names, and keeps these."""
+        if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            weights = {name.replace(WRAPPER, ""): weight for name, weight in weights.items()}
+        self._save(str(folder), state_dict=weights)
+        if (folder / ADAPTER).exists():
+            named = {name.replace(WRAPPER, ""): weight for name, weight in load_file(folder / ADAPTER).items()}
+            save_file(named, folder / ADAPTER, metadata={"format": "pt"})
+
+    def load_before_sharding(self, checkpoint: Path) -> None:
+        """The trained weights of a checkpoint; transformers would load them later, into the parts."""
+        if (checkpoint / ADAPTER).exists():
+            set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER))
+        else:
+            load_checkpoint_in_model(self.model, str(checkpoint))
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        if not isinstance(self.model, FSDP):
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _optimizer_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"optimizer-{self.args.process_index}.pt"
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not isinstance(self.model, FSDP):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(self.optimizer.state_dict(), self._optimizer_file(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not isinstance(self.model, FSDP):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.optimizer.load_state_dict(
+            torch.load(self._optimizer_file(checkpoint), map_location="cpu", weights_only=True)
+        )
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
