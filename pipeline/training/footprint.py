@@ -6,6 +6,8 @@ tests/test_plan.py. From it follow `retune plan` and `train.per_device_train_bat
 
 import importlib.util
 import math
+import os
+import shutil
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -196,10 +198,20 @@ def flops_per_token(counts: Counts, params: TrainParams, rows: int, length: int)
 
 
 def uses_liger(params: TrainParams) -> bool:
-    """Whether Liger's layers are asked for, or `auto` finds them installed."""
-    return params.use_liger_kernel is True or (
-        params.use_liger_kernel == "auto" and importlib.util.find_spec("liger_kernel") is not None
-    )
+    """Whether Liger's layers are asked for, or `auto` finds that they can run."""
+    asked = params.use_liger_kernel
+    return asked is True or (asked == "auto" and lacking_for_liger() is None)
+
+
+def lacking_for_liger() -> str | None:
+    """What Liger's layers lack here: Triton compiles the launchers of their kernels when they first run."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None if has_c_compiler() else "Triton finds no C compiler"
+
+
+def has_c_compiler() -> bool:
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def without_mask(params: TrainParams) -> bool:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from pipeline.params import TrainParams
-from pipeline.training.footprint import GIB, Counts, sequences_per_step, step_memory, uses_liger
+from pipeline.training.footprint import (
+    GIB,
+    Counts,
+    has_c_compiler,
+    lacking_for_liger,
+    sequences_per_step,
+    step_memory,
+    uses_liger,
+)
 from pipeline.training.footprint import micro_batch as largest_micro_batch
 
 FREE_FRACTION = 0.92  # of a GPU's memory: the rest is the CUDA context and what the allocator cannot use
@@ -75,6 +83,8 @@ def require_kernels(params: TrainParams, cuda: bool) -> None:
         lacking = [] if cuda else ["a GPU"]
         if is_asked and importlib.util.find_spec(package) is None:
             lacking.append(f"the Python package {package}")
+        if is_asked and package in ("liger_kernel", "torch") and not has_c_compiler():
+            lacking.append("a C compiler (gcc), with which Triton makes kernels")
         if is_asked and lacking:
             raise HardwareError(f"train.{what} needs {' and '.join(lacking)}; set it to {instead}")
 
@@ -113,8 +123,8 @@ def use_liger(model: Any, params: TrainParams) -> str:
     if model.device.type != "cuda":
         return f"{kind}'s own"
     if not uses_liger(params):
-        auto = params.use_liger_kernel == "auto"
-        return f"{kind}'s own ({'liger-kernel is not installed' if auto else 'train.use_liger_kernel is false'})"
+        reason = lacking_for_liger() if params.use_liger_kernel == "auto" else "train.use_liger_kernel is false"
+        return f"{kind}'s own ({reason})"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
