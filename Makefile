@@ -9,7 +9,7 @@ export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: run test test-integration test-browser test-faults check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow sample lock clean help
+.PHONY: run test test-integration test-browser test-faults test-gpu check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow bench-gpu sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ test-browser: $(READY)  ## the reports and the dashboard in a real browser (need
 
 test-faults: $(READY)  ## every kill and fault, the long form (about an hour and a half)
 	@RETUNE_TESTS_REAL=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m faults tests
+
+test-gpu: $(READY)   ## what only a CUDA GPU shows: its kernels, its memory, the sample on it (at most 5 minutes; skipped without one)
+	@python -m pytest -q -m gpu tests/gpu
 
 check: $(READY)      ## formatting, lint, types
 	@ruff format --check .
@@ -58,6 +61,9 @@ bench-store: $(READY)  ## the artifact store next to boto3's upload_file (about 
 
 bench-flow: $(READY)  ## the flow next to dvc repro, runs with nothing to do (about 10 minutes)
 	@python -m tests.bench.flow
+
+bench-gpu: $(READY)  ## training and generation of an 8B model on this GPU next to `trl sft`, against the bars (at most 8 minutes, 20 GB of disk)
+	@python -m tests.bench.gpu
 
 sample: $(READY)     ## make the sample data and base model again (about 10 minutes)
 	python -m infra.sample.instructions

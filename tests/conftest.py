@@ -103,23 +103,17 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-def make_base(folder: Path, seed: int = 0, steps: int = 0, tokenizer: Tokenizer | None = None) -> Path:
-    """A random Llama (trained for `steps`) with 2 layers, its own tokenizer and a ChatML template, saved."""
+def make_base(folder: Path, seed: int = 0, steps: int = 0, tokenizer: Tokenizer | None = None, **sizes: int) -> Path:
+    """A random Llama (trained for `steps`) with 2 layers, or other `sizes`, its own tokenizer and a ChatML template."""
     tokens = tokenizer or byte_level()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
+    default = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    default |= {"num_key_value_heads": 4, "max_position_embeddings": 512}
     config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
+        vocab_size=len(fast), eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id, **default | sizes
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
