@@ -133,6 +133,8 @@ def test_runs_whose_process_is_gone_are_closed_and_living_and_waiting_ones_stay(
     lost = [begin(url, "RUNNING", gone), begin(url, "RUNNING", later), begin(url, "PENDING", None)]
     mine, waiting = begin(url, "RUNNING", identity()), begin(url, "PAUSED", gone)
     deployed = [begin(url, state, "1", deployment) for state in ("RUNNING", "PENDING", "PAUSED")]
+    with pytest.raises(server.ServerError, match=str(os.getpid())):
+        flow_runs.refuse_runs_by_hand(url)
     flow_runs.close_lost_runs(url)
     found = states(url)
     assert [found[run] for run in lost] == ["Crashed"] * 3
@@ -142,6 +144,8 @@ def test_runs_whose_process_is_gone_are_closed_and_living_and_waiting_ones_stay(
     found = states(url)
     assert [found[run] for run in deployed] == ["Crashed"] * 3
     assert found[mine] == "Running"
+    flow_runs._end(url, [{"id": mine}], "COMPLETED", "done")
+    flow_runs.refuse_runs_by_hand(url)  # those that are over need nothing
 
 
 def test_runs_of_a_stack_that_goes_down_are_cancelled_with_the_reason(

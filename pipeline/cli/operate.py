@@ -34,6 +34,7 @@ def down(json_output: Json = False) -> None:
     """Stop what `retune up` started, runs of its workers included; a training saves a checkpoint first."""
     from pipeline.services import stack
 
+    stack.refuse_while_used()
     stopped = stack.down()
     if json_output:
         print(json.dumps({"stopped": stopped}))

@@ -26,6 +26,18 @@ def close_stack_runs(url: str) -> None:
     _end(url, _open(url, [*OPEN, "PAUSED"], of_deployments=True), "CRASHED", LOST)
 
 
+def refuse_runs_by_hand(url: str) -> None:
+    """Raises:
+    ServerError: a run that somebody started by hand reports to this server, and would hang without it.
+    """
+    processes = [run["infrastructure_pid"] for run in _open(url, OPEN, of_deployments=False)]
+    if living := [process.partition(":")[0] for process in processes if lives(process)]:
+        raise server.ServerError(
+            f"a run by hand (process {', '.join(living)}) needs this server; wait for it or end it with Ctrl-C, then "
+            "`retune down`"
+        )
+
+
 def cancel_stack_runs(url: str, reason: str) -> None:
     """Have the workers end each open run of a deployment, and record it as Cancelled for `reason`."""
     runs = _open(url, [*OPEN, "PAUSED"], of_deployments=True)

@@ -27,7 +27,7 @@ from pipeline.core.processes import ending_with_parent, identity, python_ending_
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
 from pipeline.services import server
-from pipeline.services.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs
+from pipeline.services.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs, refuse_runs_by_hand
 from pipeline.services.server import HOST, LOGS, STATE, ServerError, wait_for
 
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
@@ -147,6 +147,14 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
         down(root)
         raise
     return state(root)
+
+
+def refuse_while_used(root: Path = Path(".")) -> None:
+    """Raises:
+    ServerError: a run that no worker of the stack started reports to its server.
+    """
+    if server.known_stack(root) and (url := server.running(root)) is not None:
+        refuse_runs_by_hand(url)
 
 
 def down(root: Path = Path(".")) -> bool:
