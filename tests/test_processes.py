@@ -63,8 +63,11 @@ def test_two_processes_train_as_one_with_the_same_effective_batch(
 
 
 @pytest.mark.faults
-def test_two_processes_stop_together_and_resume(tmp_path: Path, few: Params, dataset: Path) -> None:
-    few = two(few)
+@pytest.mark.parametrize("strategy", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_two_processes_stop_together_and_resume(
+    tmp_path: Path, few: Params, dataset: Path, strategy: dict[str, str]
+) -> None:
+    few = two(few, **strategy)
     short = with_(few, train={"max_hours": 1e-9})
     with pytest.raises(Interrupted, match=r"max_hours .* at step 1"):
         train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
