@@ -12,7 +12,7 @@ from pipeline.core.files import read_json, sha256_file, whole_directory, write_j
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams, JudgeParams
 from pipeline.report.stage import write_scores
-from pipeline.scoring.classification import SIGNATURES, by_class, predict, predictions, score_classes
+from pipeline.scoring.classification import by_class, class_provenance, predict, predictions, score_classes
 from pipeline.scoring.general import forgetting, general_items, read_general
 from pipeline.scoring.generation import Answer, generate, to_answer
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
@@ -21,15 +21,16 @@ from pipeline.scoring.judge.judging import answer_turns, judge, questions, signa
 from pipeline.scoring.kept import forget_others, kept_file
 from pipeline.scoring.likelihood import reference_losses, sequence_losses
 from pipeline.scoring.vllm import vllm_tokens
-from pipeline.weights.loading import load_tuned, untuned, use_free_cores
+from pipeline.weights.loading import use_free_cores
+from pipeline.weights.placement import load_tuned, untuned
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Answers:
     """What one system answered."""
 
-    answers: list[Answer]  # to the test split
-    losses: tuple[list[float], list[int]]
+    test: list[Answer]
+    losses: tuple[list[float], list[int]]  # of the test split's references
     prompts: list[Answer]  # to params.prompts
     general: pa.Table | None
     turns: list[tuple[Answer, Answer]]  # to the judge's questions
@@ -69,75 +70,78 @@ def evaluate(
         BackendError: `params.backend` cannot be used here.
     """
     contract = read_json(dataset / "contract.json")
-    template = load_contract(contract)
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     use_free_cores()
+    quantisation = read_json(adapter / "training.json")["quantisation"]
+    if "labels" in contract:
+        return _evaluate_classes(params, dataset, adapter, output, contract, quantisation)
+    template = load_contract(contract)
     test = test_items(dataset, params.max_samples)
     prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
-    quantisation = read_json(adapter / "training.json")["quantisation"]
-    made = {}
+    by_vllm: dict[str, list[list[int]]] = {}
     if params.backend == "vllm":  # before another copy of the base is on the GPU
         limit, stops = params.max_new_tokens, template.stop_ids
-        made = vllm_tokens(contract["model"], adapter, prompts, limit, stops, quantisation["load_in_4bit"])
+        by_vllm = vllm_tokens(contract["model"], adapter, prompts, limit, stops, quantisation["load_in_4bit"])
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else None
-    judge_by = endpoint(params.judge, judge_key) if params.judge else None
+    judge_endpoint = endpoint(params.judge, judge_key) if params.judge else None
     open_questions = questions(params.judge.languages) if params.judge else []
     extra = [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts]
     files: list[Path] = []
 
-    def ask(model: Any, system: str, **identifies: Any) -> _Asked:
+    def answers_of(model: Any, system: str, **identity: Any) -> _Answers:
         label = f"the {system}"
 
-        def answer(asked: list[list[int]], what: str = "", tools: list[str | None] | None = None) -> list[Answer]:
+        def answer(prompts: list[list[int]], what: str = "", tools: list[str | None] | None = None) -> list[Answer]:
             keep = None
             if kept is not None:
-                keep = kept_file(kept, identifies, asked, params.max_new_tokens, template.stop_ids)
+                keep = kept_file(kept, identity, prompts, params.max_new_tokens, template.stop_ids)
                 files.append(keep)
             limits = (params.max_new_tokens, params.batch_size)
-            return generate(model, template, asked, *limits, "evaluate", f"{label}{what}", keep, tools)
+            return generate(model, template, prompts, *limits, "evaluate", f"{label}{what}", keep, tools)
 
-        def in_conversation(messages: list[list[dict[str, str]]]) -> list[Answer]:
-            turns = [template.prompt_ids(one) for one in messages]
+        def in_conversation(conversations: list[list[dict[str, str]]]) -> list[Answer]:
+            turns = [template.prompt_ids(messages) for messages in conversations]
             longest = params.judge.max_new_tokens if params.judge else 0
             return generate(model, template, turns, longest, params.batch_size, "evaluate", f"{label}, for the judge")
 
-        items = None
+        table = None
         if general is not None:
             losses = sequence_losses(model, general.sequences, template.tokenizer.pad_token_id, "evaluate", label)
-            items = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
+            table = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
         losses = reference_losses(model, template, test, "evaluate", label)
-        if made:
-            rows = zip(made[system], prompts, tools, strict=True)
+        if by_vllm:
+            rows = zip(by_vllm[system], prompts, tools, strict=True)
             answers = [to_answer(ids, template, prompt, offered) for ids, prompt, offered in rows]
         else:
             answers = answer(prompts, tools=tools)
-        asked_turns = answer_turns(open_questions, in_conversation) if open_questions else []
-        return _Asked(answers, losses, answer(extra, ", prompts") if extra else [], items, asked_turns)
+        turns = answer_turns(open_questions, in_conversation) if open_questions else []
+        return _Answers(answers, losses, answer(extra, ", prompts") if extra else [], table, turns)
 
     identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
-    asked = {"adapter": ask(model, "adapter", **identity, adapter=weights)}
-    with untuned(model, contract["model"]) as before:
-        asked["base"] = ask(before, "base", **identity)
+    answers = {"adapter": answers_of(model, "adapter", **identity, adapter=weights)}
+    with untuned(model, contract["model"]) as base:
+        answers["base"] = answers_of(base, "base", **identity)
     items: dict[str, pa.Table] = {}
     signatures: dict[str, str] = {}
     with whole_directory(output) as folder:
         for system in ("base", "adapter"):
-            items[system], signatures = score_items(test, asked[system].answers, asked[system].losses)
-            if (general_answers := asked[system].general) is not None:
-                pq.write_table(general_answers, folder / f"general.{system}.parquet")
-        if asked["base"].general is not None and asked["adapter"].general is not None:
-            write_json(folder / "general.json", forgetting(asked["base"].general, asked["adapter"].general, params))
-        if params.judge is not None and judge_by is not None:
-            turns = {system: asked[system].turns for system in ("adapter", "base")}
+            items[system], signatures = score_items(test, answers[system].test, answers[system].losses)
+            if (table := answers[system].general) is not None:
+                pq.write_table(table, folder / f"general.{system}.parquet")
+        if answers["base"].general is not None and answers["adapter"].general is not None:
+            lost = forgetting(answers["base"].general, answers["adapter"].general, params)
+            write_json(folder / "general.json", lost)
+        if params.judge is not None and judge_endpoint is not None:
+            turns = {system: answers[system].turns for system in ("adapter", "base")}
             limits = (params.judge.max_concurrency, params.bootstrap_samples, params.seed)
-            judged = judge(judge_by.complete, open_questions, turns, *limits)
-            signed = {"signature": signature(params.judge.model, params.judge.languages)}
-            write_json(folder / "judge.json", signed | judged.summary)
+            judged = judge(judge_endpoint.complete, open_questions, turns, *limits)
+            judge_signature = {"signature": signature(params.judge.model, params.judge.languages)}
+            write_json(folder / "judge.json", judge_signature | judged.summary)
             pq.write_table(judged.verdicts, folder / "judge.parquet")
-        write_json(folder / "prompts.json", side_by_side(params.prompts, asked))
+        write_json(folder / "prompts.json", side_by_side(params.prompts, answers))
         metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
         forget_others(kept, files)
@@ -150,41 +154,33 @@ def endpoint(params: JudgeParams, key: str) -> Endpoint:
     return Endpoint(params.endpoint, params.model, key, params.timeout_s, params.max_tokens)
 
 
-def side_by_side(prompts: list[str], asked: dict[str, _Asked]) -> list[dict[str, Any]]:
+def side_by_side(prompts: list[str], answers: dict[str, _Answers]) -> list[dict[str, Any]]:
     """Each of the user's own prompts with the answer of every system, to be read."""
     return [
         {"prompt": prompt}
-        | {s: {"answer": one.prompts[i].text, "cut_off": one.prompts[i].cut_off} for s, one in asked.items()}
+        | {s: {"answer": one.prompts[i].text, "cut_off": one.prompts[i].cut_off} for s, one in answers.items()}
         for i, prompt in enumerate(prompts)
     ]
 
 
-def evaluate_classes(params: EvaluateParams, dataset: Path, adapter: Path, output: Path) -> tuple[Metrics, Metrics]:
-    """`evaluate` for classes: scores of base and adapter, and the same files in `output`.
-
-    Raises:
-        TemplateError, ModelError: as `evaluate`.
-    """
-    contract = read_json(dataset / "contract.json")
-    labels, encoder = contract["labels"], load_classes(contract)
-    require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
-    use_free_cores()
-    test = test_items(dataset, params.max_samples)
+def _evaluate_classes(
+    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: dict[str, Any], quantisation: Any
+) -> Evaluated:
+    """`evaluate` for a sequence classification model, whose answers are classes."""
+    labels, encoder, test = contract["labels"], load_classes(contract), test_items(dataset, params.max_samples)
     rows = test.column("input_ids").to_pylist()
-    quantisation = read_json(adapter / "training.json")["quantisation"]
     model = load_tuned(contract["model"], quantisation, adapter, labels)
     logits = {"adapter": predict(model, encoder, rows, params.batch_size, "evaluate", "the adapter")}
-    with untuned(model, contract["model"], labels) as before:
-        logits["base"] = predict(before, encoder, rows, params.batch_size, "evaluate", "the base")
+    with untuned(model, contract["model"], labels) as base:
+        logits["base"] = predict(base, encoder, rows, params.batch_size, "evaluate", "the base")
     items = {
         system: score_classes(test, predictions(logits[system], labels)).append_column(
             "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
         )
         for system in ("base", "adapter")
     }
-    recorded = provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"}
     with whole_directory(output) as folder:
-        metrics = write_scores(items, params, recorded, dataset, adapter, folder)
+        metrics = write_scores(items, params, class_provenance(params, dataset), dataset, adapter, folder)
         with (folder / "report.md").open("a", encoding="utf-8") as page:
             page.write(by_class(items["adapter"]))
-    return metrics["base"], metrics["adapter"]
+    return Evaluated(base=metrics["base"], adapter=metrics["adapter"])

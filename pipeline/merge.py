@@ -22,20 +22,21 @@ from pipeline.core.files import read_json, whole_directory, write_json
 from pipeline.core.sanitise import clean_folder, portable
 from pipeline.data.classes import load_classes
 from pipeline.params import MergeParams
-from pipeline.scoring.classification import predict, predictions, score_classes
+from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
 from pipeline.scoring.generation import Answer, generate
 from pipeline.scoring.items import Metrics, provenance, score_items, scoring_params, summarise, test_items
-from pipeline.scoring.likelihood import reference_losses
+from pipeline.scoring.likelihood import per_sequence, reference_losses, token_agreement
 from pipeline.scoring.parity import Merged, merge_closest, metric_differences, prove
 from pipeline.scoring.resampling import read_scores
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
 from pipeline.weights.export import export
 from pipeline.weights.gguf import require_programs
-from pipeline.weights.loading import load_base, load_tuned, record_dtype, untuned, use_free_cores
+from pipeline.weights.loading import record_dtype, use_free_cores
 from pipeline.weights.merging import MergeError, require_mergeable
+from pipeline.weights.placement import load_for_scoring, load_tuned, untuned
 
-LOGIT_PROMPTS = 16  # prompts whose every position is compared; the answers are compared on all of them
+LOGIT_PROMPTS, LOGIT_POSITIONS = 16, 64  # whose logits are compared; the answers are compared on all prompts
 
 
 def merge(
@@ -60,6 +61,8 @@ def merge(
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     identity = contract["model"]
     require_mergeable(adapter)
+    if "labels" in contract:
+        return _merge_classes(params, dataset, adapter, evaluation, (output, parity, exports), contract)
     require_programs(params.export)
     _refuse_merged_base(contract)
     open_checkpoint(identity["name_or_path"], identity["revision"])  # says what is wrong where a digest only differs
@@ -69,7 +72,7 @@ def merge(
     evaluated = scoring_params(settings)
     test = test_items(dataset, evaluated.max_samples)
     prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
-    quantisation = read_json(adapter / "training.json")["quantisation"]
+    quantisation, pad = read_json(adapter / "training.json")["quantisation"], template.tokenizer.pad_token_id
 
     def answer(model: Any, system: str) -> list[Answer]:
         limits = (evaluated.max_new_tokens, evaluated.batch_size)
@@ -86,9 +89,9 @@ def merge(
         if params.combine is not None:
             adapter = combine(params.combine, contract, adapter, proof / "combined_adapter")
         quantised = load_tuned(identity, quantisation, adapter)
-        expected = _logits(quantised, prompts[:LOGIT_PROMPTS])
+        expected = _logits(quantised, prompts[:LOGIT_PROMPTS], pad)
         with untuned(quantised, identity) as before:
-            reach = _difference(expected, _logits(before, prompts[:LOGIT_PROMPTS]))
+            reach = _difference(expected, _logits(before, prompts[:LOGIT_PROMPTS], pad))
         if params.combine is None:
             expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
             adapter_metrics = read_scores(evaluation)["adapter"]
@@ -96,16 +99,16 @@ def merge(
             answers = answer(quantised, "the combined adapter")
             expected_ids = [each.ids for each in answers]
             adapter_metrics = summarise(scored(quantised, "the combined adapter", answers)[0], evaluated)
-        del quantised
+        del quantised, before  # or both names would keep it in the memory of the GPU
 
         def error_of(_: str, folder: Path) -> float:
-            return _difference(expected, _logits(load_base(local_source(folder)), prompts[:LOGIT_PROMPTS]))
+            return _difference(expected, _logits(load_for_scoring(local_source(folder)), prompts[:LOGIT_PROMPTS], pad))
 
         chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of)
-        shipped = load_base(local_source(folder))
+        shipped = load_for_scoring(local_source(folder))
         _complete(folder, template, contract, shipped.generation_config.bos_token_id)
         answers = answer(shipped, "the merged model")
-        agreement = _token_agreement(shipped, prompts, expected_ids)
+        agreement = token_agreement(shipped, prompts, expected_ids, pad, "merge", "the merged model")
         items, signatures = scored(shipped, "the merged model", answers)
         del shipped
         metrics = summarise(items, evaluated)
@@ -131,20 +134,32 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
 
     The prompts are rendered with the model's own template, which may be older than the dataset's.
     """
-    template = load_shipped(model_folder)
     use_free_cores()
-    params = scoring_params(settings)
+    contract, params, source = (
+        read_json(model_folder / "contract.json"),
+        scoring_params(settings),
+        local_source(model_folder),
+    )
     test = test_items(dataset, params.max_samples)
-    messages, tools = (test.column(name).to_pylist() for name in ("messages", "tools"))
-    prompts = [template.prompt_ids(json.loads(m), offered) for m, offered in zip(messages, tools, strict=True)]
-    model = load_base(local_source(model_folder))
-    limits = (params.max_new_tokens, params.batch_size)
-    answers = generate(model, template, prompts, *limits, "promote", "the champion", tools=tools)
-    losses = reference_losses(model, template, test, "promote", "the champion")
-    items, signatures = score_items(test, answers, losses)
+    if labels := contract.get("labels"):
+        encoder = load_classes(contract, source)
+        texts = [encoder.prompt([{"role": "user", "content": text}])[1] for text in test.column("prompt").to_pylist()]
+        model = load_for_scoring(source, None, labels)
+        logits = predict(model, encoder, texts, params.batch_size, "promote", "the champion")
+        items, recorded = score_classes(test, predictions(logits, labels)), class_provenance(params, dataset)
+    else:
+        template = load_shipped(model_folder)
+        messages, tools = (test.column(name).to_pylist() for name in ("messages", "tools"))
+        prompts = [template.prompt_ids(json.loads(m), offered) for m, offered in zip(messages, tools, strict=True)]
+        model = load_for_scoring(source)
+        limits = (params.max_new_tokens, params.batch_size)
+        answers = generate(model, template, prompts, *limits, "promote", "the champion", tools=tools)
+        losses = reference_losses(model, template, test, "promote", "the champion")
+        items, signatures = score_items(test, answers, losses)
+        recorded = provenance(params, dataset, signatures)
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")
-        write_json(folder / "evaluation.json", provenance(params, dataset, signatures))
+        write_json(folder / "evaluation.json", recorded)
 
 
 def _refuse_merged_base(contract: dict[str, Any]) -> None:
@@ -171,25 +186,14 @@ def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bo
     write_json(folder / "contract.json", portable(contract))
 
 
-@torch.inference_mode()
-def _logits(model: torch.nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """Logits of each prompt, (T, V) each, in float32."""
-    model.eval()
-    device = next(model.parameters()).device
-    return [model(torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu() for ids in prompts]
+def _logits(model: Any, prompts: list[list[int]], pad: int) -> list[torch.Tensor]:
+    """Logits of the last LOGIT_POSITIONS tokens of each prompt, (T, V) each, in float32."""
+    sequences = [(ids, [-100] * max(1, len(ids) - LOGIT_POSITIONS) + ids[1:][-LOGIT_POSITIONS:]) for ids in prompts]
 
+    def rows(logits: torch.Tensor, _: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.split(logits.float().cpu(), places.sum(dim=1).tolist()))
 
-@torch.inference_mode()
-def _token_agreement(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> float:
-    """Fraction of `answers` tokens that are `model`'s first choice after the prompt and the tokens before them."""
-    device = next(model.parameters()).device
-    agreed = total = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([prompt + answer], device=device)
-        logits = model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]  # (A, V)
-        agreed += int((logits.argmax(-1).cpu() == torch.tensor(answer)).sum())
-        total += len(answer)
-    return agreed / total
+    return per_sequence(model, sequences, pad, rows, "merge", "prompts")
 
 
 def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
@@ -197,18 +201,16 @@ def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> flo
     return total / sum(a.numel() for a in expected)
 
 
-def merge_classes(
-    params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path, exports: Path
+def _merge_classes(
+    params: MergeParams,
+    dataset: Path,
+    adapter: Path,
+    evaluation: Path,
+    outputs: tuple[Path, Path, Path],
+    contract: dict[str, Any],
 ) -> Merged:
-    """`merge` for classes: the same files, and parity by the classes and logits of all test texts.
-
-    Raises:
-        MergeError, WeightsError, TemplateError, ModelError: as `merge`.
-    """
-    contract = read_json(dataset / "contract.json")
+    """`merge` for classes: the same files, and parity by the classes and logits of all test texts."""
     labels, identity, encoder = contract["labels"], contract["model"], load_classes(contract)
-    require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
-    require_mergeable(adapter)
     use_free_cores()
     settings = read_json(evaluation / "evaluation.json")
     evaluated = scoring_params(settings)
@@ -223,10 +225,11 @@ def merge_classes(
     logits: dict[str, NDArray[np.float32]] = {}
 
     def error_of(choice: str, folder: Path) -> float:
-        model, system = load_base(local_source(folder), None, labels), f"the merged model ({choice})"
+        model, system = load_for_scoring(local_source(folder), None, labels), f"the merged model ({choice})"
         logits[choice] = predict(model, encoder, rows, evaluated.batch_size, "merge", system)
         return float(np.abs(logits[choice] - expected).mean())
 
+    output, parity, exports = outputs
     with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
         chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of, labels)
         encoder.tokenizer.save_pretrained(str(folder))

@@ -27,6 +27,7 @@ Metric = Literal[
 ]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+BatchSize = Positive | Literal["auto"]
 
 
 class Section(BaseModel):
@@ -220,7 +221,7 @@ class JudgeParams(Section):
 class EvaluateParams(Section):
     backend: Literal["auto", "transformers", "vllm"]
     max_new_tokens: Positive
-    batch_size: Positive
+    batch_size: BatchSize
     max_samples: Positive | None
     bootstrap_samples: Annotated[int, Field(ge=100)]
     prompts: list[Annotated[str, Field(min_length=1)]]

@@ -27,12 +27,12 @@ from pipeline.chat.rendering import TemplateError
 from pipeline.cli.talk import predict as answer_file
 from pipeline.cli.versions import CommandError
 from pipeline.core.files import read_json
-from pipeline.data.classes import ClassError
-from pipeline.evaluate import evaluate_classes
-from pipeline.merge import merge_classes
+from pipeline.data.classes import ClassError, class_names
+from pipeline.evaluate import evaluate
+from pipeline.merge import merge, score_model
 from pipeline.params import Params
 from pipeline.prepare import PrepareError, prepare
-from pipeline.scoring.classification import classify, score_merged
+from pipeline.scoring.classification import classify
 from pipeline.train import TrainError, train
 
 GOOD, BAD = ["a joy", "splendid", "moving", "wise"], ["a bore", "dreadful", "clumsy", "stale"]
@@ -120,6 +120,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("texts") / "data", reviews(240))
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "base", "roberta")
+
+
 def prepared(params: Params, data: Path, folder: Path) -> Path:
     prepare(params.prepare, data, folder / "dataset", task=params.train.task)
     return folder / "dataset"
@@ -150,13 +155,14 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     dataset = prepared(settings, texts, tmp_path)
     assert read_json(dataset / "contract.json")["labels"] == ["neg", "pos"]
     train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
-    untrained, tuned = evaluate_classes(settings.evaluate, dataset, tmp_path / "adapter", tmp_path / "evaluation")
+    scores = evaluate(settings.evaluate, dataset, tmp_path / "adapter", tmp_path / "evaluation")
+    untrained, tuned = scores.base, scores.adapter
     assert tuned["accuracy"]["low"] > untrained["accuracy"]["high"] and tuned["accuracy"]["score"] > 0.85
     assert tuned["macro_f1"]["low"] <= tuned["macro_f1"]["score"] <= tuned["macro_f1"]["high"] <= 1
     assert "macro_f1" in (tmp_path / "evaluation" / "report.html").read_text()
     assert "## By class" in (tmp_path / "evaluation" / "report.md").read_text()
     outputs = (tmp_path / name for name in ("merged", "parity", "exports"))
-    result = merge_classes(settings.merge, dataset, tmp_path / "adapter", tmp_path / "evaluation", *outputs)
+    result = merge(settings.merge, dataset, tmp_path / "adapter", tmp_path / "evaluation", *outputs)
     assert result.agreement >= (0.95 if method == "qlora" else 1)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.id2label == {0: "neg", 1: "pos"}
@@ -180,7 +186,7 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     ]
     with pytest.raises(CommandError, match="a classifier has its own labels"):
         answer_file(Path("reviews.jsonl"), model="workspace", labels="pos, neg")
-    score_merged(
+    score_model(
         tmp_path / "merged", dataset, read_json(tmp_path / "evaluation" / "evaluation.json"), tmp_path / "again"
     )
     again = pq.read_table(tmp_path / "again" / "items.parquet")["predicted"]
@@ -188,12 +194,12 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
 
 
 def test_a_text_is_tokenised_as_its_tokenizer_does_it_and_keeps_its_class(
-    tmp_path: Path, params: Params, texts: Path
+    tmp_path: Path, params: Params, texts: Path, encoder: Path
 ) -> None:
-    settings = classifying(params, make_encoder(tmp_path / "base", "roberta"))
+    settings = classifying(params, encoder)
     dataset = prepared(settings, texts, tmp_path)
     rows = pq.read_table(dataset / "train.parquet").to_pylist() + pq.read_table(dataset / "test.parquet").to_pylist()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "base")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(encoder)
     classes = dict(reviews(240))
     assert len(rows) > 200
     for row in rows:
@@ -204,11 +210,11 @@ def test_a_text_is_tokenised_as_its_tokenizer_does_it_and_keeps_its_class(
 
 @pytest.mark.parametrize(("overlong", "kept"), [("drop", False), ("truncate_prompt", True)])
 def test_a_text_longer_than_the_context_is_dropped_or_its_end_is_cut(
-    tmp_path: Path, params: Params, overlong: str, kept: bool
+    tmp_path: Path, params: Params, encoder: Path, overlong: str, kept: bool
 ) -> None:
     long = "Film 9999: " + "a joy " * 200
     data = write_rows(tmp_path / "data", [*reviews(60), (long, "pos")])
-    settings = classifying(params, make_encoder(tmp_path / "base", "roberta"))
+    settings = classifying(params, encoder)
     settings = with_(settings, prepare={"on_overlong": overlong, "max_length": 64, "test_fraction": 0.1})
     done = prepare(settings.prepare, data, tmp_path / "dataset", task=settings.train.task)
     assert sum(done.rows.values()) == 60 + kept
@@ -216,37 +222,28 @@ def test_a_text_longer_than_the_context_is_dropped_or_its_end_is_cut(
     assert longest == 64 if kept else longest < 64
 
 
-def test_a_text_longer_than_an_encoder_can_read_is_refused(tmp_path: Path, params: Params, texts: Path) -> None:
-    settings = classifying(params, make_encoder(tmp_path / "base", "roberta"))
-    with pytest.raises(TemplateError, match="128 tokens at most"):
-        prepared(with_(settings, prepare={"max_length": 129}), texts, tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("rows", "error", "what"),
-    [
-        ([(text, "pos") for text, _ in reviews(80)], ClassError, r": 1 \(pos\)"),
-        ([(text, "x " * 200) for text, _ in reviews(80)], PrepareError, "characters where a class is expected"),
-    ],
+    ("label", "max_length", "error"),
+    [("pos", 64, ClassError), ("x " * 200, 64, PrepareError), (None, 129, TemplateError)],
+    ids=["one class", "not a class", "longer than the encoder reads"],
 )
 def test_classes_that_cannot_be_learned_are_refused(
-    tmp_path: Path, params: Params, rows: list[tuple[str, str]], error: type[Exception], what: str
+    tmp_path: Path, params: Params, encoder: Path, label: str | None, max_length: int, error: type[Exception]
 ) -> None:
-    settings = classifying(params, make_encoder(tmp_path / "base", "roberta"))
-    with pytest.raises(error, match=what):
+    rows = [(text, label or own) for text, own in reviews(80)]
+    settings = with_(classifying(params, encoder), prepare={"max_length": max_length})
+    with pytest.raises(error):
         prepared(settings, write_rows(tmp_path / "data", rows), tmp_path)
 
 
 def test_a_class_without_a_training_row_is_refused() -> None:
-    from pipeline.data.classes import class_names
-
-    with pytest.raises(ClassError, match="the class c is in test or validation rows and in no training row"):
+    with pytest.raises(ClassError, match="class c "):
         class_names({"a", "b"}, {"c"})
     assert class_names({"10", "9", "1"}, {"9"}) == ["1", "9", "10"]
 
 
 def test_a_dataset_of_the_other_task_is_refused(tmp_path: Path, params: Params, dataset: Path, base: Path) -> None:
-    with pytest.raises(TrainError, match="prepared for another task; run `dvc repro prepare`"):
+    with pytest.raises(TrainError):
         train(classifying(params, base).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from pipeline.scoring.generation import Answer, generate
 from pipeline.scoring.items import class_labels, score_items, summarise
 from pipeline.scoring.likelihood import reference_losses, sequence_losses
 from pipeline.scoring.resampling import METRICS, PERCENT, length_bucket
-from pipeline.weights.loading import load_adapter, load_base
+from pipeline.weights.loading import ModelError, load_adapter, load_base
 
 
 def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:
@@ -37,41 +38,26 @@ def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluat
         assert set(scores["by_language"]) == set(test.column("language").to_pylist())
         for slices in ("by_task", "by_language", "by_length"):
             assert sum(part["num_samples"] for part in scores[slices].values()) == len(test)
+    assert metrics["adapter"]["rougeL"]["low"] > metrics["base"]["rougeL"]["high"]  # tuning helps
 
 
-def test_tuning_helps(evaluation: Path) -> None:
-    metrics = read_json(evaluation / "scores.json")
-    assert metrics["adapter"]["rougeL"]["low"] > metrics["base"]["rougeL"]["high"]
-
-
-def test_batched_answers_equal_one_by_one_answers(base: Path, dataset: Path, adapter: Path) -> None:
-    template = load_contract(read_json(dataset / "contract.json"))
-    quantisation = read_json(adapter / "training.json")["quantisation"]
-    model = load_adapter(load_base(identity(base), quantisation), adapter)
-    prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:12]
-    prompts[3] = prompts[3][:9]  # lengths differ, so there is padding
-    batched = generate(model, template, prompts, 8, 12, "test", "batch")
-    single = [generate(model, template, [prompt], 8, 1, "test", "single")[0] for prompt in prompts]
-    assert batched == single
-
-
-def test_the_base_is_scored_without_any_trace_of_the_adapter(
+def test_answers_are_those_of_one_prompt_alone_and_the_bases_have_no_trace_of_the_adapter(
     base: Path, dataset: Path, adapter: Path, evaluation: Path, params: Params
 ) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
-    untouched = load_base(identity(base), read_json(adapter / "training.json")["quantisation"])
-    test = pq.read_table(dataset / "test.parquet")
-    answers = generate(
-        untouched, template, test.column("input_ids").to_pylist(), params.evaluate.max_new_tokens, 64, "test", "base"
-    )
-    assert pq.read_table(evaluation / "items.base.parquet").column("answer").to_pylist() == [a.text for a in answers]
+    prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:8]
+    quantisation = read_json(adapter / "training.json")["quantisation"]
+    models = {"base": load_base(identity(base), quantisation)}
+    models["adapter"] = load_adapter(load_base(identity(base), quantisation), adapter)
+    for system, model in models.items():
+        limit = params.evaluate.max_new_tokens
+        alone = [generate(model, template, [prompt], limit, 1, "test", "alone")[0].text for prompt in prompts]
+        assert pq.read_table(evaluation / f"items.{system}.parquet").column("answer").to_pylist()[:8] == alone
 
 
 def test_an_adapter_trained_under_another_template_is_refused(
     tmp_path: Path, dataset: Path, adapter: Path, params: Params
 ) -> None:
-    import shutil
-
     other = tmp_path / "adapter"
     shutil.copytree(adapter, other)
     contract = read_json(other / "contract.json")
@@ -81,23 +67,17 @@ def test_an_adapter_trained_under_another_template_is_refused(
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_max_samples_takes_the_same_items_every_time(tmp_path: Path, dataset: Path) -> None:
-    from pipeline.scoring.items import test_items as items_of
-
-    few, more = (items_of(dataset, n).column("id").to_pylist() for n in (3, 6))
-    assert len(few) == 3
-    assert more[:3] == few
-
-
-def test_accuracy_counts_only_items_with_one_right_answer(dataset: Path) -> None:
-    test = pq.read_table(dataset / "test.parquet").slice(0, 2)
-    scoring = test.column_names.index("scoring")
-    test = test.set_column(scoring, "scoring", [["exact", "text"]])
-    right = [Answer(text, [1], False) for text in test.column("reference").to_pylist()]
-    items, signatures = score_items(test, right, ([1.0, 2.0], [2, 2]))
-    assert items.column("accuracy").to_pylist() == [1.0, None]
-    assert items.column("rougeL").to_pylist() == [1.0, 1.0]
-    assert set(signatures) == set(METRICS)
+def test_an_answer_ends_at_its_end_token_or_is_cut_off_and_must_fit_the_context(base: Path, dataset: Path) -> None:
+    template = load_contract(read_json(dataset / "contract.json"))
+    prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
+    model = load_base(identity(base))
+    [cut] = generate(model, template, prompt, 1, 1, "test", "base")
+    [whole] = generate(model, template, prompt, 64, 1, "test", "base")
+    assert (cut.cut_off, len(cut.ids), whole.cut_off) == (True, 1, False)
+    assert 1 < len(whole.ids) < 64
+    assert generate(model, template, [], 8, 4, "test", "base") == []
+    with pytest.raises(ModelError, match="context of 512"):
+        generate(model, template, [[1] * 510], 8, 1, "test", "base")
 
 
 def test_failed_empty_and_cut_off_answers_are_counted_apart_and_never_scored_as_text(
@@ -105,11 +85,15 @@ def test_failed_empty_and_cut_off_answers_are_counted_apart_and_never_scored_as_
 ) -> None:
     test = pq.read_table(dataset / "test.parquet").slice(0, 4)
     right = test.column("reference").to_pylist()
+    scoring = test.column_names.index("scoring")
+    test = test.set_column(scoring, "scoring", [["exact"] * 3 + ["text"]])
     answers = [Answer(right[0], [1], False), Answer(right[1], [1], True), Answer(" ", [1], False), None]
-    items, _ = score_items(test, answers, ([1.0] * 4, [2] * 4))
+    items, signatures = score_items(test, answers, ([1.0] * 4, [2] * 4))
+    assert set(signatures) == set(METRICS)
+    assert items.column("accuracy").to_pylist() == [1.0, 0.0, 0.0, None]  # the last has no one right answer
     assert items.column("status").to_pylist() == ["ok", "cut_off", "empty", "failed"]
     assert items.column("answer").to_pylist()[1] == right[1]  # kept to be read
-    for metric in ("exact_match", "accuracy", "rouge1", "rougeLsum"):
+    for metric in ("exact_match", "rouge1", "rougeLsum"):
         assert items.column(metric).to_pylist() == [1.0, 0.0, 0.0, 0.0]
     assert [statistics[0] for statistics in items.column("bleu").to_pylist()][1:] == [0.0] * 3
     scores = summarise(items, params.evaluate)
@@ -147,27 +131,6 @@ def test_the_loss_of_a_reference_is_that_of_its_trained_tokens(base: Path, datas
         assert count == sum(label != -100 for label in encoded.labels)
         assert loss == pytest.approx(float(alone.loss) * count, rel=1e-4)
     assert min(counts) >= 2  # the end token counts
-
-
-def test_an_answer_without_an_end_counts_as_cut_off(base: Path, dataset: Path, params: Params) -> None:
-    template = load_contract(read_json(dataset / "contract.json"))
-    prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
-    model = load_base(identity(base))
-    [cut] = generate(model, template, prompt, 1, 1, "test", "base")
-    [whole] = generate(model, template, prompt, 64, 1, "test", "base")
-    assert (cut.cut_off, len(cut.ids)) == (True, 1)
-    assert not whole.cut_off
-    assert 1 < len(whole.ids) < 64
-
-
-def test_a_prompt_that_does_not_fit_the_context_is_refused(base: Path, dataset: Path) -> None:
-    template = load_contract(read_json(dataset / "contract.json"))
-    with pytest.raises(ValueError, match="context of 512"):
-        generate(load_base(identity(base)), template, [[1] * 510], 8, 1, "test", "base")
-
-
-def test_with_changes_one_section_only(params: Params) -> None:
-    assert with_(params, evaluate={"seed": 1}).train == params.train
 
 
 @pytest.fixture
@@ -213,26 +176,24 @@ def test_forgetting_is_measured_on_rows_of_its_own_and_prompts_are_answered_side
     assert "prompts" not in read_json(tmp_path / "evaluation" / "evaluation.json")["params"]
 
 
-def test_a_general_set_of_plain_text_has_a_perplexity_alone(tmp_path: Path, base: Path, dataset: Path) -> None:
+def test_plain_texts_have_a_perplexity_alone(tmp_path: Path, base: Path, dataset: Path) -> None:
     path = tmp_path / "general.text.jsonl"
     path.write_text('{"text": "Name the colour of box 1."}\n{"text": "A box is red."}\n')
     template = load_contract(read_json(dataset / "contract.json"))
     rows = read_general(GeneralParams(path=str(path), sha256=sha256_file(path)), template, 512)
-    assert rows.prompts == {}
     losses = sequence_losses(load_base(identity(base)), rows.sequences, 0, "test", "base")
     table = general_items(rows, [], losses)
     assert table.column("accuracy").null_count == 2
     assert min(table.column("loss").to_pylist()) > 0
 
 
+@pytest.mark.parametrize(
+    ("ending", "digest", "context", "named"),
+    [("", "0" * 64, 512, "sha256"), ("", None, 8, "context is 8"), ("x", None, 512, "not there")],
+)
 def test_a_general_set_that_is_not_the_pinned_one_or_does_not_fit_is_refused(
-    dataset: Path, general: tuple[Path, str]
+    dataset: Path, general: tuple[Path, str], ending: str, digest: str | None, context: int, named: str
 ) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
-    path, digest = general
-    with pytest.raises(GeneralError, match=f"its sha256 is {digest}"):
-        read_general(GeneralParams(path=str(path), sha256="0" * 64), template, 512)
-    with pytest.raises(GeneralError, match="the model's context is 8"):
-        read_general(GeneralParams(path=str(path), sha256=digest), template, 8)
-    with pytest.raises(GeneralError, match="which is not there"):
-        read_general(GeneralParams(path=str(path) + "x", sha256=digest), template, 512)
+    with pytest.raises(GeneralError, match=named):
+        read_general(GeneralParams(path=f"{general[0]}{ending}", sha256=digest or general[1]), template, context)

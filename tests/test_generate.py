@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +19,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.chat.template import load_contract
-from pipeline.core.files import read_json, write_json
+from pipeline.core.files import read_json
 from pipeline.params import Params
-from pipeline.scoring.generation import common_prefix, generate, in_slots, new_tokens
+from pipeline.scoring.generation import in_slots, new_tokens, rows_at_once
 from pipeline.scoring.kept import KeptAnswers, kept_file
-from pipeline.scoring.slots import Slots, fits
+from pipeline.scoring.slots import Slots, why_unfit
 from pipeline.scoring.vllm import BackendError, vllm_tokens
 from pipeline.weights.loading import load_base
 
@@ -85,7 +84,7 @@ def alone(model: Any, prompt: list[int], limit: int) -> list[int]:
 def test_answers_in_slots_are_those_of_one_by_one(name: str) -> None:
     model = make(*IN_SLOTS[name])
     prompts, limits = made_up(14)
-    assert fits(model, prompts)
+    assert why_unfit(model, prompts) is None
     answers = dict(in_slots(model, prompts, limits, STOPS, 4))
     assert len({len(ids) for ids in answers.values()}) > 5  # so rows did leave one by one
     assert answers == {i: alone(model, prompt, limits[i]) for i, prompt in enumerate(prompts)}
@@ -93,39 +92,42 @@ def test_answers_in_slots_are_those_of_one_by_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", IN_BATCHES)
 def test_a_model_that_remembers_otherwise_is_noticed(name: str) -> None:
-    assert not fits(make(*IN_BATCHES[name]), made_up(4)[0])
+    assert why_unfit(make(*IN_BATCHES[name]), made_up(4)[0])
 
 
-def test_a_neighbour_seen_through_the_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (prompts, _) = make(*IN_SLOTS["llama"]), made_up(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_neighbour_seen_through_the_mask_is_more_than_the_models_own_noise(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model, (prompts, _) = make(*IN_SLOTS["llama"]).to(dtype), made_up(4)
+    assert why_unfit(model, prompts) is None
     real = Slots._masks
     monkeypatch.setattr(Slots, "_masks", lambda *args: torch.ones_like(real(*args)))
-    assert not fits(model, prompts)
+    assert why_unfit(model, prompts)
 
 
-def test_models_in_batches_end_at_their_stop_tokens_too(base: Path, dataset: Path, monkeypatch: Any) -> None:
+def test_models_in_batches_end_at_their_stop_tokens_too(
+    base: Path, dataset: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
     model = load_base(local(base))
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
     limits = [8, 3, 5] * 3
     ours = dict(new_tokens(model, prompts, limits, template, 4))
-    monkeypatch.setattr("pipeline.scoring.generation.fits", lambda *_: False)
+    monkeypatch.setattr("pipeline.scoring.generation.why_unfit", lambda *_: "of no reason")
     assert dict(new_tokens(model, prompts, limits, template, 4)) == ours
+    assert "of no reason" in capsys.readouterr().err
 
 
-def test_the_order_and_number_of_slots_change_nothing() -> None:
-    model, (prompts, limits) = make(*IN_SLOTS["llama"]), made_up(12)
-    few = dict(in_slots(model, prompts, limits, STOPS, 2))
-    turned = dict(in_slots(model, prompts[::-1], limits[::-1], STOPS, 12))
-    assert few == {11 - i: ids for i, ids in turned.items()}
-
-
-def test_a_common_prefix_is_one_that_all_share_and_pays() -> None:
-    shared = list(range(10, 30))
-    assert common_prefix([[*shared, 1], [*shared, 2, 3]]) == shared
-    assert common_prefix([shared, shared]) == shared[:-1]  # each prompt keeps a token of its own
-    assert common_prefix([[1, 2, 3], [1, 2, 4]]) == []
-    assert common_prefix([shared]) == []
+def test_a_gpu_answers_as_many_prompts_at_once_as_it_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama_3_8b = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    config = CONFIG_MAPPING["llama"](**llama_3_8b)
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16)
+    monkeypatch.setattr("pipeline.scoring.generation.input_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6 * 2**30, 24 * 2**30))
+    assert rows_at_once(model, "auto", 512) == 67  # of 128 KiB a token
+    assert rows_at_once(model, "auto", 64) == 256 and rows_at_once(model, "auto", 10**6) == 1
+    assert rows_at_once(model, 16, 512) == 16
 
 
 def test_a_row_that_ends_takes_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,25 +208,10 @@ def local(folder: Path) -> dict[str, Any]:
     return {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
 
 
-def test_no_prompts_have_no_answers(base: Path, dataset: Path) -> None:
-    template = load_contract(read_json(dataset / "contract.json"))
-    assert generate(load_base(local(base)), template, [], 8, 4, "test", "base") == []
-
-
-def test_vllm_without_its_package_or_for_a_quantised_base_is_one_sentence(
-    tmp_path: Path, dataset: Path, adapter: Path, params: Params
-) -> None:
-    from pipeline.evaluate import evaluate
-
-    vllm = params.evaluate.model_copy(update={"backend": "vllm"})
-    with pytest.raises(BackendError, match="trained on a 4-bit base"):
-        evaluate(vllm, dataset, adapter, tmp_path / "evaluation")
-    plain = tmp_path / "adapter"
-    shutil.copytree(adapter, plain)
-    training = read_json(plain / "training.json")
-    write_json(plain / "training.json", training | {"quantisation": training["quantisation"] | {"load_in_4bit": False}})
-    with pytest.raises(BackendError, match=r"cannot be imported here .*No module named 'vllm'.*pip install vllm"):
-        evaluate(vllm, dataset, plain, tmp_path / "evaluation")
+def test_vllm_without_its_package_or_for_a_quantised_base_is_refused(base: Path, adapter: Path) -> None:
+    for quantised, named in ((True, "4-bit"), (False, "No module named 'vllm'")):
+        with pytest.raises(BackendError, match=named):
+            vllm_tokens(local(base), adapter, [[1]], 8, frozenset({2}), quantised)
 
 
 def test_vllm_is_asked_with_tokens_greedily_and_with_the_adapter(

@@ -159,7 +159,7 @@ def test_generation_halves_its_batch_when_memory_runs_out(
     plenty = generate(model, template, prompts, 4, 8, "evaluate", "base")
     with memory_for(30):
         assert generate(model, template, prompts, 4, 8, "evaluate", "base") == plenty
-    assert "memory ran out with 8 prompts; it goes on with 4" in capsys.readouterr().out
+    assert "out of memory with 8 prompts at once; retrying with 4" in capsys.readouterr().err
     with memory_for(3), pytest.raises(OutOfMemory, match="one prompt of 12 tokens"):
         generate(model, template, prompts, 4, 8, "evaluate", "base")
 

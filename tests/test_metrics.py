@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import random
-import string
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import sacrebleu
-from rouge_score import rouge_scorer
 
 from pipeline.scoring.items import METRICS_FILE
 from pipeline.scoring.metrics import tokeniser_for
@@ -30,16 +28,6 @@ def metrics() -> dict[str, Any]:
     return {name: evaluate.load(str(METRICS_FILE), name) for name in ALL}
 
 
-def text(draw: random.Random, longest: int = 12) -> str:
-    words = ["The", "cat's", "sat", "on_it", "C-3PO", "3.14", "it's", "A.B.", "co-op", "x=1;", "no", ""]
-    return draw.choice([" ", "  ", "\n", "\t"]).join(draw.choices(words, k=draw.randint(0, longest)))
-
-
-def pairs(seed: int, number: int) -> tuple[list[str], list[str]]:
-    draw = random.Random(seed)
-    return [text(draw) for _ in range(number)], [text(draw) for _ in range(number)]
-
-
 def test_identical_sentences_of_any_script_get_full_marks(metrics: dict[str, Any]) -> None:
     texts = ["今天北京的天气很好。", "größer, Привет, ひらがな, 한국어"]
     scores = {name: metrics[name].compute(predictions=texts, references=texts) for name in NAMES}
@@ -49,43 +37,14 @@ def test_identical_sentences_of_any_script_get_full_marks(metrics: dict[str, Any
     assert scores["exact_match"]["items"] == [1.0, 1.0]
 
 
-def test_chinese_sentences_that_share_half_get_half(metrics: dict[str, Any]) -> None:
-    items = metrics["rouge"].compute(predictions=["我爱北京"], references=["我爱上海"])["items"]
-    assert items["rouge1"] == [pytest.approx(0.5)]
-    assert items["rouge2"] == [pytest.approx(1 / 3)]
-
-
-def test_rouge_of_ascii_text_is_rouge_scores_own(metrics: dict[str, Any]) -> None:
-    draw = random.Random(0)
-    noise = ["".join(draw.choices(string.printable, k=draw.randint(0, 40))) for _ in range(200)]
-    predictions, references = pairs(0, 200)
-    predictions, references = predictions + noise, references + [n.upper()[::2] for n in noise]
-    items = metrics["rouge"].compute(predictions=predictions, references=references)["items"]
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=False)
-    for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        expected = scorer.score(reference, prediction)
-        assert {kind: items[kind][index] for kind in items} == {kind: s.fmeasure for kind, s in expected.items()}
-
-
-def test_the_item_statistics_of_bleu_add_up_to_its_score(metrics: dict[str, Any]) -> None:
-    predictions, references = pairs(2, 60)
-    result = metrics["bleu"].compute(predictions=predictions, references=references)
-    assert corpus_score(np.array(result["items"], dtype=np.float64)) == pytest.approx(result["score"])
-    assert np.array(result["items"]).shape == (60, 10)
-
-
 @pytest.mark.parametrize(
     ("prediction", "reference", "match"),
     [
-        ("Paris", "paris", 1.0),
-        ("  Paris \n", "Paris", 1.0),
-        ("New  York", "new york", 1.0),
-        ("Paris.", "Paris", 1.0),
+        ("  New  York.\n", "new york", 1.0),
         ("巴黎。", "巴黎", 1.0),
         ("１２３", "123", 1.0),
         ("STRASSE", "straße", 1.0),
         ("Paris!", "Paris", 0.0),
-        ("Paris, France", "Paris", 0.0),
         ("3.14", "314", 0.0),
         ("newyork", "new york", 0.0),
         ("", "Paris", 0.0),
@@ -155,7 +114,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleus_command_line(
 
 def test_rouge_is_that_of_rouge_scores_command_line(metrics: dict[str, Any], tmp_path: Path) -> None:
     draw = random.Random(4)
-    words = ["the", "Cat", "sat", "on", "a", "mat", "it's", "3.14", "co-op", "end.\n", "so,\n"]
+    words = ["the", "Cat", "on_it", "a", "mat", "it's", "3.14", "co-op", "C-3PO", "x=1;", "end.\n", "so,\n"]
     predictions, references = ([" ".join(draw.choices(words, k=draw.randint(3, 25))) for _ in range(40)] for _ in "ab")
     for name, texts in (("hyp", predictions), ("ref", references)):
         (tmp_path / name).write_text("\t".join(texts), encoding="utf-8")
@@ -172,35 +131,10 @@ def test_rouge_is_that_of_rouge_scores_command_line(metrics: dict[str, Any], tmp
     assert items["rougeL"] != items["rougeLsum"]
 
 
-def test_papinenis_repeated_the_matches_twice(metrics: dict[str, Any]) -> None:
-    # Papineni et al. 2002, section 2.1.1: the modified unigram precision is 2/7.
-    result = metrics["bleu"].compute(
-        predictions=["the the the the the the the"], references=["the cat is on the mat"], tokenize="none"
-    )
-    assert (result["items"][0][2], result["items"][0][6]) == (2, 7)
-
-
-@pytest.mark.parametrize(
-    ("candidate", "rouge_2", "rouge_l"),
-    [("police kill the gunman", 1 / 3, 3 / 4), ("the gunman kill police", 1 / 3, 1 / 2)],
-)
-def test_lins_gunman_scores_as_in_his_paper(
-    candidate: str, rouge_2: float, rouge_l: float, metrics: dict[str, Any]
-) -> None:
-    # Lin 2004, section 3.1.
-    items = metrics["rouge"].compute(predictions=[candidate], references=["police killed the gunman"])["items"]
-    assert items["rouge2"] == [pytest.approx(rouge_2)]
-    assert items["rougeL"] == [pytest.approx(rouge_l)]
-
-
-@pytest.mark.parametrize(
-    ("reference", "candidate"),
-    [("w1 w2 w3 w4 w5", "w1 w3 w8 w9 w5\nw1 w2 w6 w7 w8"), ("甲乙丙丁戊", "甲丙辛壬戊。甲乙己庚辛。")],
-)
-def test_rouge_lsum_takes_the_union_of_lins_example(reference: str, candidate: str, metrics: dict[str, Any]) -> None:
+def test_rouge_lsum_takes_the_union_of_lins_example_in_chinese_sentences(metrics: dict[str, Any]) -> None:
     # Lin 2004, section 3.2, its two sentences exchanged: the union of the longest common subsequences is w1 w2 w3 w5,
     # its recall 4/5.
-    items = metrics["rouge"].compute(predictions=[candidate], references=[reference])["items"]
+    items = metrics["rouge"].compute(predictions=["甲丙辛壬戊。甲乙己庚辛。"], references=["甲乙丙丁戊"])["items"]
     assert items["rougeLsum"] == [pytest.approx(2 * (4 / 5) * (4 / 10) / (4 / 5 + 4 / 10))]
     assert items["rougeL"][0] < items["rougeLsum"][0]
 
@@ -239,11 +173,12 @@ def test_distinct_n_and_length_ratio_count_words_and_characters(metrics: dict[st
     assert ratio["score"] == pytest.approx(1.0)
 
 
-def test_chrf_from_item_statistics_is_sacrebleus_corpus_score(metrics: dict[str, Any]) -> None:
+def test_the_score_of_any_resample_follows_from_the_counts_of_its_items(metrics: dict[str, Any]) -> None:
     draw = random.Random(5)
-    for seed in range(40):
-        predictions, references = pairs(seed, 1 + seed % 7)
+    words = ["The", "cat's", "sat", "on_it", "C-3PO", "3.14", "A.B.", "x=1;", ""]
+    for number in range(1, 30):
+        predictions, references = ([" ".join(draw.choices(words, k=9)) for _ in range(number)] for _ in "ab")
         items = np.array(metrics["chrf"].compute(predictions=predictions, references=references)["items"], float)
-        chosen = draw.choices(range(len(items)), k=len(items))
+        chosen = draw.choices(range(number), k=number)
         expected = sacrebleu.CHRF().corpus_score([predictions[i] for i in chosen], [[references[i] for i in chosen]])
-        assert corpus_score(items[chosen]) == pytest.approx(expected.score, abs=1e-9), f"seed {seed}"
+        assert corpus_score(items[chosen]) == pytest.approx(expected.score, abs=1e-9)

@@ -1,12 +1,9 @@
 """Talking to versions: the answers are those that were scored, adapters change places, and contracts are kept."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import promote as gate
 from pipeline.chat.template import TemplateError
-from pipeline.cli.serving import ServingError, Talk, adapter_folder, label_confidences, load_for_batches, read_prompts
+from pipeline.cli.serving import (
+    ServingError,
+    Talk,
+    adapter_folder,
+    label_confidences,
+    load_for_batches,
+    printable,
+    read_prompts,
+)
 from pipeline.cli.talk import chat, predict, report
 from pipeline.core import graph
 from pipeline.core.files import read_json, write_json
@@ -116,15 +121,10 @@ def test_a_conversation_on_the_command_line(there: Path, evaluation: Path) -> No
     assert "chat: champion, v2 (answers)" in ran.stderr
     assert "no version nowhere" in ran.stderr
     assert "/adapter NAME" in ran.stderr
-
-
-def test_one_prompt_has_one_answer(there: Path, evaluation: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    question, answer = next(iter(scored(evaluation, "adapter").items()))
-    chat(prompt=question, json_output=True)
-    said = json.loads(capsys.readouterr().out)
-    assert said["answer"] == answer
-    assert said["model"] == "champion"
-    assert not said["cut_off"]
+    asked = retune(there, "chat", "--prompt", question, "--json")
+    said = json.loads(asked.stdout)
+    assert (said["model"], said["answer"], said["cut_off"]) == ("champion", tuned[question], False)
+    assert printable("a\x1b[2Jb\n\tc\r") == "a�[2Jb\n\tc�"  # what a model writes cannot move the cursor
 
 
 def test_a_file_is_answered_line_by_line_by_the_merged_model(there: Path, tmp_path: Path, evaluation: Path) -> None:
@@ -161,11 +161,11 @@ def test_classification_has_a_label_and_its_confidence(
     assert alone[0]["blue"] / alone[0]["red"] == pytest.approx(found["blue"] / found["red"])
 
 
-@pytest.mark.parametrize("cut", [1, 3])
 def test_labels_of_a_killed_prediction_are_not_made_again(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
+    cut = 2
 
     def counted(model: Any, template: Any, messages: Any, tools: Any, labels: list[str]) -> dict[str, float]:
         if len(asked) == cut:
@@ -174,7 +174,7 @@ def test_labels_of_a_killed_prediction_are_not_made_again(
         return {"red": 0.9, "blue": 0.1}
 
     monkeypatch.setattr("pipeline.cli.serving.label_confidences", counted)
-    file = tmp_path / f"labels{cut}.jsonl"
+    file = tmp_path / "labels.jsonl"
     questions = [f"Name the colour of box {i}: red" for i in range(4)]
     file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
     with pytest.raises(KeyboardInterrupt):
@@ -188,63 +188,34 @@ def test_labels_of_a_killed_prediction_are_not_made_again(
     assert not list((there / ".retune" / "predictions").iterdir())
 
 
-@pytest.mark.faults
-def test_a_killed_prediction_goes_on_where_it_was(there: Path, tmp_path: Path) -> None:
-    file = tmp_path / "many.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"Name the colour of box {i}: red"}) + "\n" for i in range(400)))
-    kept = there / ".retune" / "predictions"
-    child = subprocess.Popen([sys.executable, "-m", "pipeline", "predict", str(file)], cwd=there, env=environment())
-    deadline = time.monotonic() + 120
-    while not (lines := [line for path in kept.glob("*.jsonl") for line in path.read_text().splitlines()]):
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "many.answers.jsonl").exists()
-    [path] = kept.glob("*.jsonl")
-    place, _ = json.loads(lines[0])
-    rest = path.read_text().split("\n")[1:]
-    path.write_text("\n".join([json.dumps([place, [40, 2]]), *rest]))  # if it comes out so, it was not made again
-    assert retune(there, "predict", str(file)).returncode == 0
-    answers = [json.loads(line)["answer"] for line in (tmp_path / "many.answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 400
-    assert [i for i, answer in enumerate(answers) if answer != "red"].count(place) == 1
+def changed(path: Path, **values: Any) -> Callable[[], None]:
+    """Change keys of a JSON file; returns what puts it back."""
+    before = path.read_bytes()
+    write_json(path, read_json(path) | values)
+    return lambda: path.write_bytes(before) and None
 
 
-def test_another_template_is_refused(there: Path, own: Params, tmp_path: Path) -> None:
-    folder = adapter_folder(own, "workspace")
-    contract = read_json(folder / "contract.json")
+@pytest.mark.parametrize(
+    ("models", "file", "change", "error", "named"),
+    [
+        (["workspace"], "contract.json", {"chat_template": " "}, TemplateError, "chat_template"),
+        (["champion", "workspace"], "contract.json", {"chat_template_sha256": "0"}, TemplateError, "sha256"),
+        (["base", "workspace"], "contract.json", {"model": {"digest": "0" * 64}}, TemplateError, "0" * 12),
+        (["champion", "workspace"], "training.json", {"quantisation": {"load_in_4bit": False}}, ServingError, "bits"),
+    ],
+)
+def test_adapters_that_do_not_share_base_and_template_are_refused(
+    there: Path, own: Params, models: list[str], file: str, change: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    path = adapter_folder(own, "workspace") / file
+    before = read_json(path)
+    merged_values = {k: before[k] | v if isinstance(v, dict) else before[k] + v for k, v in change.items()}
+    put_back = changed(path, **merged_values)
     try:
-        write_json(folder / "contract.json", contract | {"chat_template": contract["chat_template"] + " "})
-        with pytest.raises(TemplateError, match="chat_template"):
-            Talk(own, ["workspace"])
-        write_json(folder / "contract.json", contract | {"chat_template_sha256": "0" * 64})
-        with pytest.raises(TemplateError, match="chat_template_sha256 of workspace's template contract are not those"):
-            Talk(own, ["champion", "workspace"])
-        write_json(folder / "contract.json", contract | {"model": contract["model"] | {"digest": "0" * 64}})
-        with pytest.raises(TemplateError, match="was trained on a base with digest 000000000000"):
-            Talk(own, ["base", "workspace"])
+        with pytest.raises(error, match=named):
+            Talk(own, models)
     finally:
-        write_json(folder / "contract.json", contract)
-    tokenizer = there / "artifacts" / "merged" / "chat_template.jinja"
-    text = tokenizer.read_text()
-    try:
-        tokenizer.write_text(text + "{# another #}")
-        loaded = load_for_batches(own, "workspace")[1]
-        assert loaded.text == contract["chat_template"]  # the contract's, whatever lies beside it
-    finally:
-        tokenizer.write_text(text)
-
-
-def test_adapters_of_a_base_in_other_bits_do_not_share_it(there: Path, own: Params) -> None:
-    path = adapter_folder(own, "workspace") / "training.json"
-    training = read_json(path)
-    try:
-        write_json(path, training | {"quantisation": training["quantisation"] | {"load_in_4bit": False}})
-        with pytest.raises(ServingError, match="in other bits"):
-            Talk(own, ["champion", "workspace"])
-    finally:
-        write_json(path, training)
+        put_back()
 
 
 @pytest.mark.parametrize(
@@ -256,26 +227,15 @@ def test_adapters_of_a_base_in_other_bits_do_not_share_it(there: Path, own: Para
 )  # fmt: skip
 def test_a_line_that_asks_nothing_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "a"}\n\n' + line + "\n")
-    with pytest.raises(ServingError, match=r"rows\.jsonl, line 3: expected a JSON object with prompt"):
+    # A text may hold other line separators; Windows writes a byte order mark.
+    file.write_text('\ufeff{"prompt": "a\u2028b\x85c"}\n\n', encoding="utf-8")
+    assert [row["prompt"] for row, _, _ in read_prompts(file)] == ["a\u2028b\x85c"]
+    file.write_text(file.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+    with pytest.raises(ServingError, match=r"rows\.jsonl, line 3"):
         read_prompts(file)
-
-
-def test_a_text_may_hold_other_line_separators_and_another_encoding_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "a\u2028b\x85c"}\n{"prompt": "d"}\n', encoding="utf-8")
-    assert [row["prompt"] for row, _, _ in read_prompts(file)] == ["a\u2028b\x85c", "d"]
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a byte order mark, as Windows writes it
-    assert [row["prompt"] for row, _, _ in read_prompts(file)] == ["a\u2028b\x85c", "d"]
     file.write_bytes('{"prompt": "你好"}'.encode("gbk"))
-    with pytest.raises(ServingError, match=r"rows.jsonl is not UTF-8 text \(byte 12\)"):
+    with pytest.raises(ServingError, match="byte 12"):
         read_prompts(file)
-
-
-def test_what_a_model_writes_cannot_move_the_cursor() -> None:
-    from pipeline.cli.serving import printable
-
-    assert printable("a\x1b[2Jb\n\tc\r") == "a�[2Jb\n\tc�"
 
 
 @pytest.mark.parametrize(
@@ -291,8 +251,7 @@ def test_what_a_model_writes_cannot_move_the_cursor() -> None:
 def test_a_mistake_is_one_sentence(there: Path, command: Callable[[], None], words: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=words) as error:
         command()
-    assert type(error.value).__module__.startswith("pipeline.")
-    assert "\n" not in str(error.value)
+    assert type(error.value).__module__.startswith("pipeline.") and "\n" not in str(error.value)
 
 
 def test_the_report_of_a_decision_is_written_beside_the_artifacts(there: Path, capsys: Any) -> None:

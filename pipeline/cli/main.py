@@ -206,10 +206,8 @@ def score(
     os.environ["HF_HUB_OFFLINE"] = "1"  # a shipped model is whole
     from pipeline.core.files import read_json
     from pipeline.merge import score_model
-    from pipeline.scoring.classification import score_merged
 
-    classes = "labels" in read_json(model / "contract.json")
-    (score_merged if classes else score_model)(model, ARTIFACTS / "dataset", read_json(settings), output)
+    score_model(model, ARTIFACTS / "dataset", read_json(settings), output)
 
 
 def _run_stage(name: str, params: Any) -> str:
@@ -250,33 +248,21 @@ def _run_stage(name: str, params: Any) -> str:
         case "evaluate":
             from pipeline.evaluate import evaluate
 
-            if classes:
-                from pipeline.evaluate import evaluate_classes
-
-                base, tuned = evaluate_classes(params.evaluate, dataset, adapter, evaluation)
-                return ", ".join(
-                    f"{metric} {base[metric]['score']:.3g} → {tuned[metric]['score']:.3g}"
-                    for metric in ("accuracy", "macro_f1")
-                )
             judge = params.evaluate.judge
             key = os.environ.get(judge.api_key_variable, "") if judge and judge.api_key_variable else ""
             scored = evaluate(params.evaluate, dataset, adapter, evaluation, WORK_DIR / "answers", key)
             return ", ".join(
                 f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
-                for metric in ("accuracy", "bleu", "rougeL")
+                for metric in (("accuracy", "macro_f1") if classes else ("accuracy", "bleu", "rougeL"))
                 if scored.base[metric]
             )
         case "merge":
             from pipeline.merge import merge
 
             outputs = (ARTIFACTS / name for name in ("merged", "parity", "exports"))
-            if classes:
-                from pipeline.merge import merge_classes
-
-                merged = merge_classes(params.merge, dataset, adapter, evaluation, *outputs)
-                same = f"{merged.agreement:.1%} of the test texts have the adapter's class"
-                return f"into the {merged.base} base; {same}"
             merged = merge(params.merge, dataset, adapter, evaluation, *outputs)
+            if classes:
+                return f"into the {merged.base} base; {merged.agreement:.1%} of the test texts have the adapter's class"
             peft = f", by PEFT because {merged.merging.reason}" if merged.merging.reason else ""
             return (
                 f"into the {merged.base} base{peft}; agrees with the adapter on {merged.agreement:.1%} of tokens, "

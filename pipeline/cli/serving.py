@@ -30,11 +30,12 @@ from pipeline.chat.template import (
 )
 from pipeline.core.files import read_json
 from pipeline.core.sanitise import portable
-from pipeline.core.vetting import check_adapter
 from pipeline.params import Params
 from pipeline.registry.model import RegisteredModel
 from pipeline.scoring.generation import Answer, to_answer
-from pipeline.weights.loading import ModelError, is_whole, load_adapter, load_base
+from pipeline.scoring.likelihood import sequence_losses
+from pipeline.weights.loading import ModelError, input_device, is_whole, load_adapter
+from pipeline.weights.placement import load_for_scoring
 
 BASE, WORKSPACE = "base", "workspace"
 # What must be the same for two adapters to answer on one base; other keys tell of the data they were trained on.
@@ -76,7 +77,7 @@ class Talk:
             self.contract = contract | {"model": identity}
             self.template = load_contract(self.contract)
             self.quantisation = read_json(folder / "training.json")["quantisation"]
-        self.model: Any = load_base(self.contract["model"], self.quantisation)
+        self.model: Any = load_for_scoring(self.contract["model"], self.quantisation)
         for name in names:
             self.use(name)
         self.use(names[0])
@@ -119,7 +120,7 @@ class Talk:
                 f"the conversation has {len(ids)} tokens; with {max_new_tokens} for the answer that is more than the "
                 f"{limit} that the model was made for: /reset, or a smaller --max-new-tokens"
             )
-        tokens = torch.tensor([ids], device=next(self.model.parameters()).device)
+        tokens = torch.tensor([ids], device=input_device(self.model))
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -161,15 +162,8 @@ class Talk:
                 f"{name} was trained as a whole (train.method full) and has no adapter to put on the base; use its "
                 "merged model: `retune predict`, or `retune download` and transformers"
             )
-        if not hasattr(self.model, "peft_config"):
-            self.model = load_adapter(self.model, folder)
-            return "default"
-        check_adapter(folder)
         peft_name = f"adapter{len(self._adapters)}"
-        loaded = self.model.load_adapter(str(folder), peft_name)
-        if loaded.missing_keys or loaded.unexpected_keys:
-            raise ModelError(f"the adapter of {name} in {folder} does not fit the base model that is loaded")
-        self.model.eval()
+        self.model = load_adapter(self.model, folder, peft_name)
         return peft_name
 
     def _require_base(self, name: str, contract: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -264,11 +258,11 @@ def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple
     """
     if name == BASE:
         template, identity = load_template(params.prepare)
-        return load_base(identity), template, {"model": BASE, "digest": identity["digest"]}
+        return load_for_scoring(identity), template, {"model": BASE, "digest": identity["digest"]}
     folder, name = merged_folder(params, name, root)
     template = load_shipped(folder)
     digest = model_identity(str(folder), None, False)["digest"]
-    return load_base(local_source(folder)), template, {"model": name, "digest": digest}
+    return load_for_scoring(local_source(folder)), template, {"model": name, "digest": digest}
 
 
 def label_confidences(
@@ -280,25 +274,15 @@ def label_confidences(
         RowError: the template does not write a label behind the prompt as it would in training.
     """
     prompt = template.prompt_ids(messages, tools)
-    rows = []
+    sequences = []
     for label in labels:
         ids = template.encode([*messages, {"role": "assistant", "content": label}], tools).input_ids
         if ids[: len(prompt)] != prompt:
             raise RowError(f"the label {label} does not follow the prompt token by token")
         end = next((k for k in range(len(prompt), len(ids)) if ids[k] in template.stop_ids), len(ids) - 1)
-        rows.append(ids[: end + 1])
-    width = max(map(len, rows))
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        # Padded on the right: a causal model never looks there.
-        batch = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-        logprobs = model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)  # (L, T - 1, V)
-        chosen = logprobs.gather(2, batch[:, 1:, None])[..., 0].tolist()
-    totals = torch.tensor(
-        [sum(line[len(prompt) - 1 : len(row) - 1]) for line, row in zip(chosen, rows, strict=True)],
-        dtype=torch.float64,
-    )
-    return dict(zip(labels, totals.softmax(0).tolist(), strict=True))
+        sequences.append((ids[: end + 1], [-100] * len(prompt) + ids[len(prompt) : end + 1]))
+    losses, _ = sequence_losses(model, sequences, template.tokenizer.pad_token_id, "predict", "labels")
+    return dict(zip(labels, (-torch.tensor(losses, dtype=torch.float64)).softmax(0).tolist(), strict=True))
 
 
 def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | None]]:

@@ -52,7 +52,7 @@ def _quiet() -> None:
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=library)
     warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
-    for library in ("bitsandbytes", "trl", "huggingface_hub"):
+    for library in ("accelerate", "bitsandbytes", "trl", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -14,6 +14,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def note(text: str) -> None:
+    """A line for people; standard output may be one JSON object for a program."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Prints how far a stage is, at most every `every` seconds, with the time left at the rate so far."""
 

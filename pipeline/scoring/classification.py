@@ -11,23 +11,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from pipeline.chat import Message
 from pipeline.chat.template import local_source
-from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
+from pipeline.core.files import read_json, sha256_file
 from pipeline.core.memory import in_fitting_batch
 from pipeline.core.pages.templates import cell
 from pipeline.core.progress import Progress
 from pipeline.data.classes import TextEncoder, load_classes
-from pipeline.scoring.items import provenance, scoring_params, test_items
+from pipeline.params import BatchSize, EvaluateParams
+from pipeline.scoring.items import provenance
 from pipeline.scoring.kept import KeptAnswers, kept_file
 from pipeline.scoring.resampling import METRICS
-from pipeline.weights.loading import load_base, use_free_cores
+from pipeline.weights.loading import input_device
 from pipeline.weights.merging import MergeError
+from pipeline.weights.placement import load_for_scoring
 
+ROWS = 64  # at a time, with `batch_size: auto`
 SIGNATURES = {
     "accuracy": "most probable class|v:1",
     "macro_f1": "unweighted mean of F1 over the classes of the test split|v:1",
@@ -46,46 +48,37 @@ def predict(
     model: Any,
     encoder: TextEncoder,
     rows: Sequence[list[int]],
-    batch_size: int,
+    batch_size: BatchSize,
     stage: str,
     system: str,
     keep: Path | None = None,
 ) -> NDArray[np.float32]:
     """Logits (N, K) for `rows` of token ids, in their order; those in the file `keep` are not computed again."""
-    with KeptAnswers(keep) as kept:
-        return _logits(model, encoder, rows, batch_size, Progress(stage, len(rows), f"classes of {system}"), kept)
-
-
-def _logits(
-    model: Any,
-    encoder: TextEncoder,
-    rows: Sequence[list[int]],
-    batch_size: int,
-    progress: Progress,
-    kept: KeptAnswers,
-) -> NDArray[np.float32]:
     model.eval()
+    rows_at_once = ROWS if batch_size == "auto" else batch_size
     model.config.pad_token_id = pad = encoder.tokenizer.pad_token_id
-    device = next(model.parameters()).device
-    logits = {place: np.array(answer, dtype=np.float32) for place, answer in kept.answers.items()}
-    progress.resume_at(len(logits))
+    device = input_device(model)
+    progress = Progress(stage, len(rows), f"classes of {system}")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    while left := [i for i in order if i not in logits]:
+    with KeptAnswers(keep) as kept:
+        logits = {place: np.array(answer, dtype=np.float32) for place, answer in kept.answers.items()}
+        progress.resume_at(len(logits))
+        while left := [rows[i] for i in order if i not in logits]:
 
-        def attempt(size: int, left: list[int] = left) -> NDArray[np.float32]:
-            width = len(rows[left[0]])
-            batch = [(rows[i], width - len(rows[i])) for i in left[:size]]
-            ids = torch.tensor([row + [pad] * short for row, short in batch], device=device)  # (B, T)
-            mask = torch.tensor([[1] * len(row) + [0] * short for row, short in batch], device=device)
-            found: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
-            return found
+            def attempt(size: int, left: list[list[int]] = left) -> NDArray[np.float32]:
+                width = len(left[0])
+                ids = torch.tensor([row + [pad] * (width - len(row)) for row in left[:size]], device=device)  # (B, T)
+                mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in left[:size]], device=device)
+                computed: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
+                return computed
 
-        text = f"text of {len(rows[left[0]])} tokens"
-        batch_size, found = in_fitting_batch(min(batch_size, len(left)), attempt, text)
-        for place, row in zip(left[:batch_size], found, strict=True):
-            logits[place] = row
-            kept.add(place, row.tolist())
-        progress.update(len(logits))
+            rows_at_once, batch = in_fitting_batch(
+                min(rows_at_once, len(left)), attempt, f"text of {len(left[0])} tokens"
+            )
+            for place, row in zip([i for i in order if i not in logits], batch, strict=False):
+                logits[place] = row
+                kept.add(place, row.tolist())
+            progress.update(len(logits))
     return np.stack([logits[i] for i in range(len(rows))])
 
 
@@ -97,7 +90,7 @@ def predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Pred
 
 
 def classify(
-    folder: Path, conversations: Sequence[list[Message]], batch_size: int = 64, keep_in: Path | None = None
+    folder: Path, conversations: Sequence[list[Message]], batch_size: BatchSize = "auto", keep_in: Path | None = None
 ) -> list[Prediction]:
     """Class and confidence of each conversation (most have one message, the text), by the merged model in `folder`.
 
@@ -112,7 +105,7 @@ def classify(
         raise MergeError(f"{folder} answers texts and has no classes; train.task sequence-classification makes such")
     encoder = load_classes(contract, local_source(folder))
     rows = [encoder.prompt(messages)[1] for messages in conversations]
-    model = load_base(local_source(folder), None, contract["labels"])
+    model = load_for_scoring(local_source(folder), None, contract["labels"])
     identity = {"weights": [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))], "contract": contract}
     keep = kept_file(keep_in, identity, rows, 0, frozenset()) if keep_in is not None else None
     logits = predict(model, encoder, rows, batch_size, "classify", "the model", keep)
@@ -121,50 +114,40 @@ def classify(
     return predictions(logits, contract["labels"])
 
 
-def score_classes(test: pa.Table, found: list[Prediction]) -> pa.Table:
+def score_classes(test: pa.Table, predicted: list[Prediction]) -> pa.Table:
     """Every test text with its class and what was predicted, (N rows).
 
     Columns: as `score_items`, without `answer_ids`; beside them `confidence` and `probabilities`. What is measured on
     texts is null.
     """
     items = test.select(["id", "task", "language", "group", "scoring", "prompt", "reference"])
-    said = [each.label for each in found]
+    labels = [each.label for each in predicted]
     references = test.column("reference").to_pylist()
-    right = pa.array([float(a == b) for a, b in zip(said, references, strict=True)], pa.float64())
+    right = pa.array([float(a == b) for a, b in zip(labels, references, strict=True)], pa.float64())
     columns: dict[str, pa.Array] = {
         "prompt_tokens": pa.array(map(len, test.column("input_ids").to_pylist()), pa.int32()),
-        "answer": pa.array(said, pa.string()),
-        "status": pa.array(["ok"] * len(found)),
-        "cut_off": pa.array([False] * len(found)),
+        "answer": pa.array(labels, pa.string()),
+        "status": pa.array(["ok"] * len(predicted)),
+        "cut_off": pa.array([False] * len(predicted)),
         "label": pa.array(references, pa.string()),
-        "predicted": pa.array(said, pa.string()),
-        "confidence": pa.array([each.confidence for each in found], pa.float64()),
-        "probabilities": pa.array([each.probabilities for each in found], pa.list_(pa.float64())),
+        "predicted": pa.array(labels, pa.string()),
+        "confidence": pa.array([each.confidence for each in predicted], pa.float64()),
+        "probabilities": pa.array([each.probabilities for each in predicted], pa.list_(pa.float64())),
         "accuracy": right,
         "exact_match": right,
-        "loss": pa.nulls(len(found), pa.float64()),
-        "loss_tokens": pa.nulls(len(found), pa.float64()),
+        "loss": pa.nulls(len(predicted), pa.float64()),
+        "loss_tokens": pa.nulls(len(predicted), pa.float64()),
     }
     texts = (metric for metric in METRICS if metric not in (*columns, "macro_f1", "perplexity"))
-    columns |= {metric: pa.nulls(len(found), pa.float64()) for metric in texts}
+    columns |= {metric: pa.nulls(len(predicted), pa.float64()) for metric in texts}
     for name, column in columns.items():
         items = items.append_column(name, column)
     return items
 
 
-def score_merged(folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
-    """`score_model` for classes: an earlier version's classes of today's test texts."""
-    contract = read_json(folder / "contract.json")
-    encoder = load_classes(contract, local_source(folder))
-    use_free_cores()
-    params = scoring_params(settings)
-    test = test_items(dataset, params.max_samples)
-    rows = [encoder.prompt([{"role": "user", "content": text}])[1] for text in test.column("prompt").to_pylist()]
-    model = load_base(local_source(folder), None, contract["labels"])
-    logits = predict(model, encoder, rows, params.batch_size, "promote", "the champion")
-    with whole_directory(output) as made:
-        pq.write_table(score_classes(test, predictions(logits, contract["labels"])), made / "items.parquet")
-        write_json(made / "evaluation.json", provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"})
+def class_provenance(params: EvaluateParams, dataset: Path) -> dict[str, Any]:
+    """`provenance` of scores of classes."""
+    return provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"}
 
 
 def by_class(items: pa.Table) -> str:

@@ -17,11 +17,14 @@ from pipeline.chat import Message
 from pipeline.chat.responses import ToolCall, as_calls, read_response
 from pipeline.chat.template import ChatTemplate
 from pipeline.core.memory import OutOfMemory, free, out_of_memory
-from pipeline.core.progress import Progress
+from pipeline.core.progress import Progress, note
+from pipeline.params import BatchSize
 from pipeline.scoring.kept import KeptAnswers
-from pipeline.scoring.slots import Slots, fits
-from pipeline.weights.loading import ModelError
+from pipeline.scoring.slots import Slots, why_unfit
+from pipeline.weights.loading import ModelError, input_device
 
+ROWS_ON_A_CPU, MOST_ROWS = 64, 256  # with `batch_size: auto`; more rows make a step on a GPU no cheaper
+CACHE_SHARE = 0.7  # of a GPU's free memory; the rest is for activations and logits
 MIN_PREFIX = 8  # tokens that all prompts begin with; below, computing them once saves less than the pass costs
 
 
@@ -47,7 +50,7 @@ def generate(
     template: ChatTemplate,
     prompts: list[list[int]],
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: BatchSize,
     stage: str,
     system: str,
     keep: Path | None = None,
@@ -77,7 +80,8 @@ def generate(
         progress = Progress(stage, len(prompts), f"answers of {system}")
         progress.resume_at(len(answers))
         limits = [max_new_tokens] * len(left)
-        for place, ids in new_tokens(model, [prompts[i] for i in left], limits, template, batch_size):
+        rows = rows_at_once(model, batch_size, longest + max_new_tokens)
+        for place, ids in new_tokens(model, [prompts[i] for i in left], limits, template, rows):
             answers[left[place]] = ids
             kept.add(left[place], ids)
             progress.update(len(answers))
@@ -85,19 +89,37 @@ def generate(
     return [to_answer(answers[i], template, prompts[i], offered[i]) for i in range(len(prompts))]
 
 
+def rows_at_once(model: Any, batch_size: BatchSize, tokens: int) -> int:
+    """How many rows of `tokens` each are answered at a time: with `auto` what a GPU has memory for."""
+    if batch_size != "auto":
+        return batch_size
+    if input_device(model).type == "cpu":
+        return ROWS_ON_A_CPU
+    free()
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_of_a_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize  # keys and values
+    unused, _ = torch.cuda.mem_get_info()
+    return max(1, min(MOST_ROWS, int(unused * CACHE_SHARE) // (bytes_of_a_token * tokens)))
+
+
 def new_tokens(
     model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], template: ChatTemplate, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Each prompt's place and its greedy tokens, at most `limits` of them, as they end; the end token included."""
     done: set[int] = set()
+    reason_against_slots = why_unfit(model, prompts) if prompts else None
+    if reason_against_slots is not None:
+        note(f"answers are made in batches, each as slow as its longest; not in slots: {reason_against_slots}")
     while left := [i for i in range(len(prompts)) if i not in done]:
-        asked, most = [prompts[i] for i in left], [limits[i] for i in left]
+        waiting, their_limits = [prompts[i] for i in left], [limits[i] for i in left]
         try:
-            if fits(model, asked):
-                made = in_slots(model, asked, most, template.stop_ids, batch_size)
+            if reason_against_slots is None:
+                answers = in_slots(model, waiting, their_limits, template.stop_ids, batch_size)
             else:
-                made = _in_batches(model, asked, most, template, batch_size)
-            for place, ids in made:
+                answers = _in_batches(model, waiting, their_limits, template, batch_size)
+            for place, ids in answers:
                 done.add(left[place])
                 yield left[place], ids
             return
@@ -106,16 +128,16 @@ def new_tokens(
                 raise
             reason = str(error).splitlines()[0]
         # Outside `except`, whose traceback holds the failed attempt's tensors.
-        del made
+        del answers
         free()
         size = min(batch_size, len(left))
         if size == 1:
             raise OutOfMemory(
-                f"memory ran out with one prompt of {max(map(len, asked))} tokens ({reason}); lower "
+                f"out of memory with one prompt of {max(map(len, waiting))} tokens ({reason}); lower "
                 "evaluate.max_new_tokens or prepare.max_length, or take a machine with more memory"
             )
         batch_size = (size + 1) // 2
-        print(f"memory ran out with {size} prompts; it goes on with {batch_size}", flush=True)
+        note(f"out of memory with {size} prompts at once; retrying with {batch_size}")
 
 
 @torch.inference_mode()
@@ -165,7 +187,7 @@ def _in_batches(
     config = GenerationConfig(
         max_new_tokens=max(limits), do_sample=False, eos_token_id=sorted(template.stop_ids), pad_token_id=pad
     )
-    device = next(model.parameters()).device
+    device = input_device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: memory fails early
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

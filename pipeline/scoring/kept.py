@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import torch
@@ -65,8 +64,6 @@ class KeptAnswers:
             self._file.write(json.dumps([place, answer]) + "\n")
             self._file.flush()  # to the kernel: enough for a kill, and quick
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()

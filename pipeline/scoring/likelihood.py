@@ -1,7 +1,8 @@
-"""How likely a model finds the expected answers: test items in, the loss of each reference's tokens out."""
+"""What a model makes of given texts: the loss of their tokens, and which of them it would have chosen itself."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
@@ -12,12 +13,16 @@ from pipeline.chat.template import ChatTemplate
 from pipeline.core.memory import in_fitting_batch
 from pipeline.core.progress import Progress
 from pipeline.data.records import TOOL_CALLS
+from pipeline.weights.loading import input_device
 
-MAX_BATCH = 64
-MAX_LOGITS = 2**27  # of a batch: half a gigabyte in float32
+BATCH_TOKENS = 2**12  # of one pass, padding included
+BATCH_LOGITS = 2**28  # of one pass: half a gigabyte in bfloat16
+Sequence = tuple[list[int], list[int]]  # tokens, and labels as in training: -100 does not count
+T = TypeVar("T")
+# From the logits of the labelled tokens (n, V), these tokens (n,) and where they stand (B, T), to one result a row.
+Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[T]]
 
 
-@torch.inference_mode()
 def reference_losses(
     model: Any, template: ChatTemplate, test: pa.Table, stage: str, system: str
 ) -> tuple[list[float], list[int]]:
@@ -43,46 +48,89 @@ def expected_answer(reference: str, scoring: str) -> Message:
     return {"role": "assistant", "content": reference}
 
 
-@torch.inference_mode()
 def sequence_losses(
-    model: Any, sequences: list[tuple[list[int], list[int]]], pad: int, stage: str, system: str
+    model: Any, sequences: list[Sequence], pad: int, stage: str, system: str
 ) -> tuple[list[float], list[int]]:
-    """Summed loss of each sequence's labelled tokens (labels as in training: -100 does not count), and their number."""
+    """Summed loss of each sequence's labelled tokens, and their number."""
+
+    def losses(logits: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor) -> list[tuple[float, int]]:
+        each = torch.zeros(places.shape, dtype=torch.float64, device=logits.device)
+        each[places] = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none").double()
+        return list(zip(each.sum(dim=1).tolist(), places.sum(dim=1).tolist(), strict=True))
+
+    results = per_sequence(model, sequences, pad, losses, stage, f"likelihoods of {system}")
+    return [loss for loss, _ in results], [count for _, count in results]
+
+
+def token_agreement(
+    model: Any, prompts: list[list[int]], answers: list[list[int]], pad: int, stage: str, system: str
+) -> float:
+    """Fraction of `answers` tokens that are `model`'s first choice after the prompt and the tokens before them."""
+
+    def agreed(logits: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor) -> list[int]:
+        same = torch.zeros_like(places)
+        same[places] = logits.argmax(-1) == tokens
+        numbers: list[int] = same.sum(dim=1).tolist()
+        return numbers
+
+    sequences = [(p + a, [-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
+    return sum(per_sequence(model, sequences, pad, agreed, stage, f"tokens of {system}")) / sum(map(len, answers))
+
+
+@torch.inference_mode()
+def per_sequence(model: Any, sequences: list[Sequence], pad: int, reduce: Reduce[T], stage: str, unit: str) -> list[T]:
+    """What `reduce` makes of each sequence, in their order; the longest go first, as many at once as fit."""
     model.eval()
     vocabulary = model.config.get_text_config().vocab_size
-    losses, counts = [0.0] * len(sequences), [0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
-    progress = Progress(stage, len(order), f"likelihoods of {system}")
-    largest = MAX_BATCH
-    start = 0
-    while start < len(order):
-        width = len(sequences[order[start]][0])
-        most = max(1, min(largest, len(order) - start, MAX_LOGITS // (width * vocabulary)))
+    results: dict[int, T] = {}
+    progress = Progress(stage, len(order), unit)
+    tokens_at_once = BATCH_TOKENS
+    while left := order[len(results) :]:
+        width, most = (
+            len(sequences[left[0]][0]),
+            _fitting_rows([sequences[i] for i in left], tokens_at_once, vocabulary),
+        )
 
-        def attempt(size: int, start: int = start) -> tuple[list[float], list[int]]:
-            return _losses(model, [sequences[i] for i in order[start : start + size]], pad)
+        def attempt(rows: int, left: list[int] = left) -> list[T]:
+            return _reduced(model, [sequences[i] for i in left[:rows]], pad, reduce)
 
-        size, (totals, numbers) = in_fitting_batch(most, attempt, f"text of {width} tokens")
-        largest = size if size < most else largest
-        for i, total, number in zip(order[start : start + size], totals, numbers, strict=True):
-            losses[i], counts[i] = total, number
-        start += size
-        progress.update(start)
-    return losses, counts
+        rows, reduced = in_fitting_batch(most, attempt, f"text of {width} tokens")
+        if rows < most:
+            tokens_at_once = rows * width
+        results |= zip(left[:rows], reduced, strict=True)
+        progress.update(len(results))
+    return [results[i] for i in range(len(sequences))]
 
 
-def _losses(model: Any, batch: list[tuple[list[int], list[int]]], pad: int) -> tuple[list[float], list[int]]:
-    device = next(model.parameters()).device
+def _fitting_rows(sequences: list[Sequence], tokens_at_once: int, vocabulary: int) -> int:
+    """How many of `sequences`, the longest first, make one pass."""
+    width, logits = len(sequences[0][0]), 0
+    for rows, (_, labels) in enumerate(sequences, start=1):
+        logits = max(logits, _logits_to_keep(labels, width))
+        if rows > 1 and (rows * width > tokens_at_once or rows * logits * vocabulary > BATCH_LOGITS):
+            return rows - 1
+    return len(sequences)
+
+
+def _logits_to_keep(labels: list[int], width: int) -> int:
+    """Positions from the one before the first labelled token to the end of a line of `width` tokens."""
+    first = next((k for k, label in enumerate(labels) if k and label != -100), width)
+    return width - first + 1
+
+
+def _reduced(model: Any, batch: list[Sequence], pad: int, reduce: Reduce[T]) -> list[T]:
+    device = input_device(model)
     width = max(len(tokens) for tokens, _ in batch)
+    kept = max(_logits_to_keep(labels, width) for _, labels in batch)
     ids, labels, mask = (torch.full((len(batch), width), value) for value in (pad, -100, 0))  # (B, T)
     for row, (tokens, marks) in enumerate(batch):
         ids[row, : len(tokens)], labels[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(marks)
         mask[row, : len(tokens)] = 1
-    logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    logits = logits[:, -width:-1]  # virtual tokens of prompt tuning come before
-    target = labels[:, 1:].to(device)
-    # Only labelled positions become float32: a quarter of the memory on long prompts.
-    loss = torch.zeros(target.shape, device=device)
-    counted = target != -100
-    loss[counted] = torch.nn.functional.cross_entropy(logits[counted].float(), target[counted], reduction="none")
-    return loss.sum(dim=1).tolist(), counted.sum(dim=1).tolist()
+    # The last ones, since virtual tokens of prompt tuning come before.
+    logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=kept).logits[
+        :, -kept:-1
+    ]
+    labels = labels[:, 1:].to(logits.device)
+    places = labels != -100
+    return reduce(logits[places[:, width - kept :]], labels[places], places)

@@ -1,7 +1,7 @@
 """A batch whose rows come and go: a KV cache with one slot a row, each row at its own position from 0 on.
 
-A row that has ended makes room for another at once, so no step is spent on it. `fits` says for which models that is
-right; it compares, and does not guess.
+A row that has ended makes room for another at once, so no step is spent on it. `why_unfit` compares, for each model,
+what this changes.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pipeline.weights.loading import input_device
+
 PREFILL_TOKENS = 16_384  # of one forward pass over prompts: what bounds its memory
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}  # of the logits' standard deviation
+NOISE_FACTOR = 4.0  # times the model's own noise, and so many rounding steps, may slots change logits
+ROUNDING_STEPS = 8.0
 
 
 class _Layer(CacheLayerMixin):
@@ -43,9 +46,9 @@ class _Layer(CacheLayerMixin):
         )
         rows, width = self.positions.shape
         if width == 1:
-            row = torch.arange(rows, device=keys.device)
-            keys[row, :, self.positions[:, 0]] = key_states[:, :, 0]
-            values[row, :, self.positions[:, 0]] = value_states[:, :, 0]
+            row, position = torch.arange(rows, device=keys.device), self.positions[:, 0].to(keys.device)
+            keys[row, :, position] = key_states[:, :, 0]
+            values[row, :, position] = value_states[:, :, 0]
         else:  # prompts all begin at the same position
             keys[:, :, self.length - width :] = key_states
             values[:, :, self.length - width :] = value_states
@@ -82,7 +85,7 @@ class Slots:
 
     def __init__(self, model: Any, slots: int, capacity: int, prefix: Sequence[int] = ()) -> None:
         self.model, self.slots, self.prefix = model, slots, len(prefix)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         config = model.config.get_text_config()
         self.window: int | None = getattr(config, "sliding_window", None)
         if getattr(config, "use_sliding_window", True) is False:
@@ -181,10 +184,12 @@ class Slots:
 
 
 @torch.inference_mode()
-def fits(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether `model` says the same to two prompts in slots as to each alone, without any cache.
+def why_unfit(model: Any, prompts: Sequence[Sequence[int]]) -> str | None:
+    """Why `model` says something else in slots than by itself; None if it does not.
 
-    It does not where keys and values are not all that a row remembers (Mamba), or positions come from the mask (ALiBi).
+    It does where keys and values are not all that a row remembers (Mamba), or positions come from the mask (ALiBi). Two
+    prompts are compared with each alone, without any cache. How far may they differ? Not much more than the same two as
+    a batch with transformers' own cache, since kernels round otherwise for other shapes.
     """
     longest = max(prompts, key=len)
     shortest = min(prompts, key=len)
@@ -196,16 +201,41 @@ def fits(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
         slots = Slots(model, 2, len(longest) + 2, prefix)
         slots.add(pair[:1])
         slots.add(pair[1:])
-        for _ in range(2):
-            logits = slots.step()
-            chosen = logits.argmax(-1).tolist()
-            for ids, ours in zip(pair, logits, strict=True):
-                alone = model(input_ids=torch.tensor([ids], device=slots.device), use_cache=False).logits[0, -1]
-                error = (ours.float() - alone.float()).abs().max() / alone.float().std()
-                if not error <= TOLERANCE.get(logits.dtype, 0.1):
-                    return False
-            slots.append(chosen)
-            pair = [[*ids, token] for ids, token in zip(pair, chosen, strict=True)]
-    except Exception:  # whatever a model says of a cache that it was not made for
-        return False
-    return True
+        first = slots.step()
+        chosen = first.argmax(-1).tolist()
+        slots.append(chosen)
+        in_slots = torch.stack([first, slots.step()])  # (2 steps, 2 rows, V)
+        in_batch = _as_batch(model, pair, chosen)
+        alone = torch.stack(
+            [
+                torch.stack([_logits_alone(model, ids) for ids in rows])
+                for rows in (pair, [[*ids, token] for ids, token in zip(pair, chosen, strict=True)])
+            ]
+        )
+    except Exception as error:  # whatever a model says of a cache that it was not made for
+        return f"the model does not take them ({type(error).__name__})"
+    scale = alone.std()
+    difference, noise = (float((logits.float() - alone).abs().max() / scale) for logits in (in_slots, in_batch))
+    if difference <= NOISE_FACTOR * noise + ROUNDING_STEPS * torch.finfo(first.dtype).eps:
+        return None
+    return f"they would change its logits by {difference:.2g} of their deviation; its own noise is {noise:.2g}"
+
+
+def _logits_alone(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    tokens = torch.tensor([ids], device=input_device(model))
+    logits: torch.Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    return logits
+
+
+def _as_batch(model: Any, pair: Sequence[Sequence[int]], chosen: Sequence[int]) -> torch.Tensor:
+    """The logits after two rows, and after one more token each, by transformers' own cache, (2, 2, V)."""
+    device, width = input_device(model), max(map(len, pair))
+    rows = [[0] * (width - len(ids)) + [*ids, token] for ids, token in zip(pair, chosen, strict=True)]
+    masks = [[0] * (width - len(ids)) + [1] * (len(ids) + 1) for ids in pair]
+    tokens, mask = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    start = {"attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
+    first = model(input_ids=tokens[:, :-1], use_cache=True, logits_to_keep=1, **start)
+    step = {"attention_mask": mask, "position_ids": positions[:, -1:], "past_key_values": first.past_key_values}
+    second = model(input_ids=tokens[:, -1:], use_cache=True, **step)
+    return torch.stack([first.logits[:, -1], second.logits[:, -1]])

@@ -136,7 +136,7 @@ def _edited(stored: Stored, edit: Edit | None, dtype: torch.dtype | None) -> tor
 def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch.device, transposed: bool) -> Edit:
     """What 4-bit quantisation leaves of a weight, bit for bit as the quantised model computes with it.
 
-    `load_base` refuses the weights that bitsandbytes gets wrong on a CPU.
+    `refuse_ragged_blocks` has refused the weights that bitsandbytes gets wrong on a CPU.
 
     Args:
         quantisation: bnb_4bit_quant_type, bnb_4bit_use_double_quant.
@@ -152,7 +152,7 @@ def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch
             compress_statistics=quantisation["bnb_4bit_use_double_quant"],
             quant_type=quantisation["bnb_4bit_quant_type"],
         )
-        rounded = bnb.functional.dequantize_4bit(codes, state).cpu()
+        rounded = bnb.functional.dequantize_4bit(codes, state).to(weight.device)
         return rounded.T if transposed else rounded
 
     return edit

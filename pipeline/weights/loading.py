@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.core.files import read_json, write_json
+from pipeline.core.progress import note
 from pipeline.core.vetting import check_adapter, check_model
 from pipeline.core.workers import available_cores
 
@@ -30,14 +32,30 @@ Quantisation = dict[str, Any]  # load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use
 HEADS = ("classifier", "score")  # of classification models: trained and saved whole, whatever the method
 UNQUANTISED = (*HEADS, "pooler.dense", "pre_classifier")  # often new, and then there is nothing to quantise
 PROMPT = "prompt_embeddings"
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class ModelError(ValueError):
     """A base model or adapter that cannot be used; the message says which and why."""
 
 
+@cache
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU, or the CPU; a GPU that PyTorch cannot use is said once."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if NVIDIA_DRIVER.exists():
+        reason = (
+            "is a build for CPUs" if torch.version.cuda is None else f"needs a driver for CUDA {torch.version.cuda}"
+        )
+        note(f"the GPU of this machine is not used: PyTorch {torch.__version__} {reason}; computing on the CPU")
+    return torch.device("cpu")
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Where `model` takes its tokens. Offloaded weights are on no device until they are needed."""
+    first = next(model.parameters()).device
+    return device() if first.type == "meta" else first
 
 
 def visible_gpus() -> list[str]:
@@ -77,6 +95,7 @@ def load_base(
     quantisation: Quantisation | None = None,
     labels: list[str] | None = None,
     attn_implementation: str | None = None,
+    **placement: Any,
 ) -> PreTrainedModel:
     """The base model of a contract, frozen as it is, on `device()`; in `compute_dtype()` unless quantised to 4 bits.
 
@@ -85,6 +104,7 @@ def load_base(
         quantisation: None, or load_in_4bit false, loads full-precision weights.
         labels: the classes of a sequence classification model; a head that the files lack is random, always the same.
         attn_implementation: as in transformers; None is what it prefers.
+        placement: `device_map` and what belongs to it, as in transformers; by default all weights are on `device()`.
 
     Raises:
         ModelError: the model cannot be loaded from safetensors, or a CPU cannot compute with it in 4 bits.
@@ -112,14 +132,14 @@ def load_base(
                 **quantised,
                 **class_settings(labels),
                 dtype=compute_dtype(),
-                device_map={"": device()},
+                **({"device_map": {"": device()}} | placement),
                 use_safetensors=True,
                 attn_implementation=attn_implementation,
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"{identity['name_or_path']} cannot be loaded: {str(error).splitlines()[0]}") from None
     keep_4bit_weights_trainable(model)
-    _refuse_ragged_blocks(model, identity["name_or_path"])
+    refuse_ragged_blocks(model, identity["name_or_path"])
     if labels:
         # A pooler, say, that the published model lacks: made here, so the adapter must train and carry it.
         lacking = {key.rpartition(".")[0] for key in found["missing_keys"]}
@@ -154,43 +174,15 @@ def keep_4bit_weights_trainable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
+def refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
     """On a CPU bitsandbytes 0.50 finds wrong scales where a row ends within a block of 64: twice the rounding error."""
     for path, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit) and module.weight.device.type == "cpu" and module.in_features % 64:
+        if isinstance(module, bnb.nn.Linear4bit) and device().type == "cpu" and module.in_features % 64:
             raise ModelError(
-                f"{path} of {name} has rows of {module.in_features} numbers, no multiple of 64; bitsandbytes computes "
-                "wrongly with those in 4 bits on a CPU: set train.method to lora (and merge.export to []), or "
+                f"{path} of {name} has rows of {module.in_features} numbers, not a multiple of 64; bitsandbytes "
+                "computes wrongly with those in 4 bits on a CPU: set train.method to lora (and merge.export to []), or "
                 "use a GPU"
             )
-
-
-def load_tuned(
-    identity: dict[str, Any], quantisation: Quantisation, folder: Path, labels: list[str] | None = None
-) -> Any:
-    """What `train` made in `folder`: the base with its adapter on top, or the whole model that was trained.
-
-    Raises:
-        ModelError, UnsafeModelError, UnsafeFileError: see `load_base` and `load_adapter`.
-    """
-    if is_whole(folder):
-        return load_base(
-            {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}, None, labels
-        ).eval()
-    return load_adapter(load_base(identity, quantisation, labels), folder)
-
-
-@contextmanager
-def untuned(model: Any, identity: dict[str, Any], labels: list[str] | None = None) -> Iterator[Any]:
-    """The base that `load_tuned` put `model` on, as it was before training."""
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield model
-        return
-    place = next(model.parameters()).device
-    model.to("cpu")
-    yield load_base(identity, None, labels).eval()
-    model.to(place)
 
 
 def is_whole(folder: Path) -> bool:
@@ -198,10 +190,11 @@ def is_whole(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
 
 
-def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> PeftModel:
+def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = False) -> PeftModel:
     """`base` with the adapter in `folder` on top, for inference.
 
     Args:
+        base: a model, or one with adapters, which gets another.
         empty: `base` has no weights; the adapter's own are put in, and nothing is computed.
 
     Raises:
@@ -214,8 +207,9 @@ def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> Pe
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     try:
-        model = get_peft_model(base, config, low_cpu_mem_usage=empty)
-        loaded = model.load_adapter(str(folder), "default", low_cpu_mem_usage=empty)
+        with _stand_ins(base, config):
+            model = base if isinstance(base, PeftModel) else get_peft_model(base, config, name, low_cpu_mem_usage=empty)
+            loaded = model.load_adapter(str(folder), name, low_cpu_mem_usage=empty)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
@@ -229,3 +223,25 @@ def load_adapter(base: PreTrainedModel, folder: Path, empty: bool = False) -> Pe
                 f"{', '.join(keys)}"
             )
     return model.eval()
+
+
+@contextmanager
+def _stand_ins(model: Any, config: PeftConfig) -> Iterator[None]:
+    """Let PEFT put an adapter on a model of which some weights lie in CPU memory or on disk until they are needed.
+
+    PEFT moves an adapter to its layer's weight, which is nowhere now: one number in its shape stands there until
+    accelerate brings it at the first pass. PEFT's own way (`hf_device_map`) copies the weights, and cannot.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    device_map = vars(base).pop("hf_device_map", None)
+    elsewhere = [module for module in model.modules() if any(p.is_meta for p in module.parameters(recurse=False))]
+    needs_weights = [key for key in ("use_dora", "modules_to_save", "target_parameters") if getattr(config, key, None)]
+    if device_map is not None and elsewhere and needs_weights:
+        raise ValueError(f"it has {needs_weights[0]}, and parts of the base are not in the device's memory")
+    for module in elsewhere if device_map is not None else ():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            stand_in = torch.zeros(1, dtype=weight.dtype, device=device()).expand(weight.shape)
+            setattr(module, name, torch.nn.Parameter(stand_in, requires_grad=False))
+    yield
+    if device_map is not None:
+        base.hf_device_map = device_map

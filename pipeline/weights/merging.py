@@ -1,59 +1,35 @@
 """An adapter added to the weights of its base: from safetensors to safetensors, without the model in memory.
 
 PEFT's own layers, built on a base without weights, say what is added to which weight and how scaled; the sum is bit for
-bit that of `merge_and_unload` on a CPU. Adapters that only PEFT can merge go through it, with the reason; those that
-cannot be merged at all (prompt and prefix tuning) are refused.
+bit that of `merge_and_unload` on a CPU. Adapters other than LoRA on linear layers go through PEFT, with the reason;
+those that cannot be merged at all (prompt and prefix tuning) are refused.
 """
 
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from accelerate import init_empty_weights
-from peft import IA3Config, LoraConfig, PeftConfig
-from peft.tuners.ia3.layer import Linear as IA3Linear
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, transpose
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from pipeline.weights.architecture import auto_class, base_config, checkpoint_names, empty_model, rounded_weights
 from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
-from pipeline.weights.loading import (
-    UNQUANTISED,
-    Quantisation,
-    class_settings,
-    compute_dtype,
-    device,
-    is_whole,
-    load_adapter,
-)
+from pipeline.weights.loading import Quantisation, compute_dtype, device, is_whole, load_adapter
 
-COMMON = {
+# Settings of a LoRA that say nothing more than which weights it changes and how much.
+UNDERSTOOD = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out"),
-}
-UNDERSTOOD: dict[type[PeftConfig], set[str]] = {
-    LoraConfig: COMMON
-    | {"r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
-    | {"layers_to_transform", "layers_pattern", "runtime_config", "loftq_config"},
-    IA3Config: COMMON | {"feedforward_modules", "init_ia3_weights"},
+    *("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("layers_to_transform", "layers_pattern", "runtime_config", "loftq_config"),
 }
 
 
@@ -97,7 +73,7 @@ def merge_adapter(
     if is_whole(adapter):
         return _copy_whole(adapter, folder, dtype)
     settings = PeftConfig.from_pretrained(str(adapter))
-    config = _config(identity, labels)
+    config = base_config(identity, labels)
     checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
     try:
         edits, modules = _edits(config, checkpoint, settings, adapter, quantisation, dtype)
@@ -140,35 +116,9 @@ def _copy_whole(trained: Path, folder: Path, dtype: torch.dtype | None) -> Mergi
 
 def empty_base(identity: Mapping[str, Any]) -> PreTrainedModel:
     """The base with the shapes of its parameters and without their numbers: adapters can be put on it, no more."""
-    model = _empty_model(_config(identity))
+    model = empty_model(base_config(identity))
     _without_weights(model)
     return model
-
-
-def _config(identity: Mapping[str, Any], labels: list[str] | None = None) -> PretrainedConfig:
-    """The base's configuration as transformers itself knows it."""
-    name = identity["name_or_path"]
-    try:
-        config = AutoConfig.from_pretrained(
-            name, revision=identity["revision"], trust_remote_code=False, **class_settings(labels)
-        )
-        config.architectures = [type(_empty_model(config)).__name__]
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        if not identity["trust_remote_code"]:
-            raise MergeError(f"{name} cannot be merged into: {reason}") from None
-        raise MergeError(
-            f"{name} cannot be merged into: transformers knows its architecture only by running the repository's "
-            f"Python code, which no version ships; its adapter can be used on it ({reason})"
-        ) from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise MergeError(
-            f"the weights of {name} are quantised themselves, and adding to them would round them again; set "
-            "prepare.model_name_or_path to the model that they were made from"
-        )
-    if hasattr(config, "auto_map"):
-        del config.auto_map  # names Python files that are not shipped
-    return config
 
 
 def _edits(
@@ -181,8 +131,8 @@ def _edits(
 ) -> tuple[dict[str, Edit], int]:
     """What is to be done to which tensor of the checkpoint, and how many modules the adapter targets."""
     _require_understood(settings)
-    empty = _empty_model(config)
-    names = _checkpoint_names(empty, checkpoint)
+    empty = empty_model(config)
+    names = checkpoint_names(empty, checkpoint)
     tied = {*empty.all_tied_weights_keys, *empty.all_tied_weights_keys.values()}
 
     def stored_as(parameter: str) -> str:
@@ -192,29 +142,24 @@ def _edits(
             raise _OnlyPeft(f"{parameter} is not stored as floating-point numbers under a name of its own")
         return names[parameter]
 
-    def written(name: str) -> torch.dtype:
-        return dtype or FLOATS[checkpoint.tensors[name].dtype]
-
     edits: dict[str, Edit] = {}
     if quantisation is not None:
-        for parameter, transposed in _quantised_weights(config, quantisation).items():
+        for parameter, transposed in rounded_weights(config, quantisation).items():
             edits[stored_as(parameter)] = round_trip(quantisation, compute_dtype(), device(), transposed)
     placeholders = _without_weights(empty)
     model = load_adapter(empty, adapter, empty=True).get_base_model()
     for path, value in model.named_parameters():
         # Whole tensors that the adapter brings along: biases, and modules that were trained beside it.
-        if id(value) not in placeholders and not any(part.startswith(("lora_", "ia3_")) for part in path.split(".")):
+        if id(value) not in placeholders and not any(part.startswith("lora_") for part in path.split(".")):
             name = stored_as(path.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."))
             edits[name] = partial(_replaced, value.data)
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for path, module in modules:
-        make = {LoraLinear: _lora, IA3Linear: _ia3}.get(type(module))
-        if make is None or not isinstance(module.get_base_layer(), torch.nn.Linear | Conv1D):
+        if type(module) is not LoraLinear or not isinstance(module.get_base_layer(), torch.nn.Linear | Conv1D):
             raise _OnlyPeft(f"{path} is a {type(module).__name__} of {type(module).__module__}")
-        for parameter, change in make(module).items():
-            name = stored_as(f"{path}.{parameter}")
-            # A bias may be zero, which a factor does not change.
-            edits[name] = _changed(change, edits.get(name), written(name), path, must=parameter == "weight")
+        name = stored_as(f"{path}.weight")
+        written = dtype or FLOATS[checkpoint.tensors[name].dtype]
+        edits[name] = partial(_added, path, module, edits.get(name), written)
     for path, wrapper in model.named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper) and type(wrapper) is not ModulesToSaveWrapper:
             raise _OnlyPeft(f"{path} is wrapped in {type(wrapper).__name__}")
@@ -222,28 +167,14 @@ def _edits(
 
 
 def _require_understood(settings: PeftConfig) -> None:
-    understood = UNDERSTOOD.get(type(settings))
-    if understood is None:
+    if type(settings) is not LoraConfig:
         raise _OnlyPeft(f"the method is {settings.peft_type.value}")
-    default = type(settings)()
+    default = LoraConfig()
     for key, value in vars(settings).items():
-        if key not in understood and value and value != getattr(default, key, None):
+        if key not in UNDERSTOOD and value and value != getattr(default, key, None):
             raise _OnlyPeft(f"the adapter has {key}")
-    if getattr(settings, "init_lora_weights", True) not in (True, False, "gaussian"):
+    if settings.init_lora_weights not in (True, False, "gaussian"):
         raise _OnlyPeft(f"init_lora_weights is {settings.init_lora_weights}, which may change the base's weights")
-
-
-def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = _auto_class(config).from_config(
-            deepcopy(config), dtype=torch.float32, trust_remote_code=False
-        )
-    return model
-
-
-def _auto_class(config: PretrainedConfig) -> Any:
-    """A configuration with a problem type is of a model that classifies (`class_settings`)."""
-    return AutoModelForCausalLM if config.problem_type is None else AutoModelForSequenceClassification
 
 
 def _without_weights(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
@@ -260,67 +191,19 @@ def _without_weights(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
     return placeholders
 
 
-def _checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter → the tensor that transformers loads into it as it is; those that it converts are left out."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    parameters = model.state_dict()
-    names = {}
-    for key, stored in checkpoint.tensors.items():
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if name not in parameters and key in parameters:
-            name, converted = key, None
-        fits = name in parameters and parameters[name].shape == stored.shape and stored.dtype in FLOATS
-        if converted is None and fits:
-            names[name] = key
-    return names
-
-
-def _quantised_weights(config: PretrainedConfig, quantisation: Quantisation) -> dict[str, bool]:
-    """Weights that loading in 4 bits quantises, and whether each is transposed for it (Conv1D)."""
-    model = _empty_model(config)
-    skip = None if config.problem_type is None else list(UNQUANTISED)
-    settings = BitsAndBytesConfig(**quantisation, llm_int8_skip_modules=skip)
-    Bnb4BitHfQuantizer(settings, pre_quantized=False).preprocess_model(model, device_map=None)
-    return {
-        f"{name}.weight": module.source_cls is Conv1D
-        for name, module in model.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit)
-    }
-
-
-def _lora(layer: LoraLinear) -> dict[str, Edit]:
-    def weight(base: torch.Tensor) -> torch.Tensor:
-        # As `get_delta_weight` computes it, but scaled in place. PEFT has loaded the adapter as float32.
-        delta = layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
-        return base + transpose(delta.mul_(layer.scaling["default"]), layer.fan_in_fan_out)
-
-    return {"weight": weight}
-
-
-def _ia3(layer: IA3Linear) -> dict[str, Edit]:
-    factors = layer.ia3_l["default"].data
-    matrix = transpose(factors, layer.fan_in_fan_out)  # (out, 1) or (1, in); of a Conv1D (1, out) or (in, 1)
-    has_bias = not layer.is_feedforward and layer.get_base_layer().bias is not None
-    return {"weight": lambda base: base * matrix} | (
-        {"bias": lambda base: base * factors.flatten()} if has_bias else {}
-    )
-
-
-def _changed(change: Edit, before: Edit | None, out: torch.dtype, module: str, must: bool) -> Edit:
-    """`change` as an edit to what the edit `before` leaves; where it `must`, it is an error if nothing changes."""
-
-    def edit(tensor: torch.Tensor) -> torch.Tensor:
-        base = before(tensor) if before else tensor
-        new = change(base).to(out)
-        if not torch.isfinite(new).all():
-            raise MergeError(_infinite(module, out))
-        if must and torch.equal(new, base.to(out)):
-            raise MergeError(_unchanged(module, out))
-        return new
-
-    return edit
+def _added(
+    path: str, layer: LoraLinear, before: Edit | None, written: torch.dtype, tensor: torch.Tensor
+) -> torch.Tensor:
+    """The LoRA at `path` added to what the edit `before` leaves of its base weight."""
+    base = before(tensor) if before else tensor
+    # As `get_delta_weight` computes it, but scaled in place. PEFT has loaded the adapter as float32.
+    delta = layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
+    new = (base + transpose(delta.mul_(layer.scaling["default"]), layer.fan_in_fan_out)).to(written)
+    if not torch.isfinite(new).all():
+        raise MergeError(_infinite(path, written))
+    if torch.equal(new, base.to(written)):
+        raise MergeError(_unchanged(path, written))
+    return new
 
 
 def _replaced(value: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -350,7 +233,7 @@ def _merge_with_peft(
 ) -> int:
     """`merge_adapter` by `merge_and_unload`, with the whole model in memory; on the CPU, in the checkpoint's type."""
     out = dtype or checkpoint.dtype
-    base = _auto_class(config).from_pretrained(
+    base = auto_class(config).from_pretrained(
         identity["name_or_path"],
         revision=identity["revision"],
         config=config,
@@ -359,7 +242,7 @@ def _merge_with_peft(
         trust_remote_code=False,
     )
     if quantisation is not None:
-        for parameter, transposed in _quantised_weights(config, quantisation).items():
+        for parameter, transposed in rounded_weights(config, quantisation).items():
             weight = base.get_parameter(parameter).data
             weight.copy_(round_trip(quantisation, compute_dtype(), device(), transposed)(weight))
     model = load_adapter(base, adapter)

@@ -27,6 +27,8 @@ LOWEST, HIGHEST = 1.0, 10.0
 MAX_UNREADABLE = 0.1  # a judge that gives more verdicts than this in another form does not understand its task
 _RATING = re.compile(r"\[\[\s*(\d{1,2}(?:\.\d+)?)\s*\]\]")
 _PREFERENCE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+COLUMNS = ("question", "language", "category", "system", "kind", "turn", "shown", "verdict", "reply")
+_SCHEMA = pa.schema((name, pa.string()) for name in COLUMNS)
 Complete = Callable[[list[dict[str, str]]], str]
 
 
@@ -42,19 +44,17 @@ class Question:
 @dataclass(frozen=True)
 class Judged:
     summary: dict[str, Any]
-    verdicts: (
-        pa.Table
-    )  # every reply: question, language, category, system, kind, order, verdict (null: unreadable), reply
+    verdicts: pa.Table  # every reply, with COLUMNS; a verdict of null could not be read
 
 
 def questions(languages: Sequence[str]) -> list[Question]:
-    found = []
+    result = []
     for language in languages:
         for line in (FOLDER / f"questions.{language}.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             reference = tuple(row["reference"]) if "reference" in row else None
-            found.append(Question(row["id"], language, row["category"], tuple(row["turns"]), reference))
-    return found
+            result.append(Question(row["id"], language, row["category"], tuple(row["turns"]), reference))
+    return result
 
 
 def signature(model: str, languages: Sequence[str]) -> str:
@@ -116,8 +116,7 @@ def judge(
             f"{unreadable} of the judge's {len(sent)} verdicts have not the form that was asked for, for example: "
             f"{one[-200:]!r}. Take a stronger judge, or raise evaluate.judge.max_tokens if its replies are cut off"
         )
-    names = ("question", "language", "category", "system", "kind", "turn", "shown", "verdict", "reply")
-    verdicts = pa.Table.from_pylist([{name: _text(job[name]) for name in names} for job in jobs], _SCHEMA)
+    verdicts = pa.Table.from_pylist([{name: _text(job[name]) for name in COLUMNS} for job in jobs], _SCHEMA)
     summary: dict[str, Any] = {"questions": len(asked), "replies": len(sent), "unreadable": unreadable}
     for system in answers:
         own = [job for job in jobs if job["kind"] == "rating" and job["system"] == system]
@@ -126,12 +125,6 @@ def judge(
         pairs = [job for job in jobs if job["kind"] == "preference"]
         summary["pairwise"] = _preferences(pairs, list(answers)[:2], resamples, seed)
     return Judged(summary, verdicts)
-
-
-_SCHEMA = pa.schema(
-    (name, pa.string())
-    for name in ("question", "language", "category", "system", "kind", "turn", "shown", "verdict", "reply")
-)
 
 
 def _rating_job(question: Question, system: str, turn: int, answers: tuple[Answer, Answer]) -> dict[str, Any]:
@@ -231,13 +224,13 @@ def _usable(answer: Answer) -> bool:
 
 
 def _rating(reply: str) -> float | None:
-    found = _RATING.findall(reply)
-    return float(found[-1]) if found and LOWEST <= float(found[-1]) <= HIGHEST else None
+    ratings = _RATING.findall(reply)
+    return float(ratings[-1]) if ratings and LOWEST <= float(ratings[-1]) <= HIGHEST else None
 
 
 def _winner(reply: str, shown: list[str]) -> str | None:
-    found = _PREFERENCE.findall(reply)
-    return {"A": shown[0], "B": shown[1], "C": "tie"}[found[-1]] if found else None
+    letters = _PREFERENCE.findall(reply)
+    return {"A": shown[0], "B": shown[1], "C": "tie"}[letters[-1]] if letters else None
 
 
 def _text(value: Any) -> str | None:

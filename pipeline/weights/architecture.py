@@ -1,0 +1,101 @@
+"""What transformers knows of a base without its numbers: shapes, names in the checkpoint, weights that 4 bits round."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from pipeline.weights.checkpoint import FLOATS, Checkpoint
+from pipeline.weights.loading import UNQUANTISED, ModelError, Quantisation, class_settings, refuse_ragged_blocks
+
+
+def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) -> PretrainedConfig:
+    """The base's configuration as transformers itself knows it; no Python code of a repository is run.
+
+    Args:
+        labels: the classes of a sequence classification model.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or the weights are quantised themselves.
+    """
+    name = identity["name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=identity["revision"], trust_remote_code=False, **class_settings(labels)
+        )
+        config.architectures = [type(empty_model(config)).__name__]
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"transformers does not know the architecture of {name} without running Python code from its repository, "
+            f"which no version ships: it cannot be merged into ({str(error).splitlines()[0]})"
+        ) from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"the weights of {name} are quantised themselves, and adding to them would round them again; set "
+            "prepare.model_name_or_path to the model that they were made from"
+        )
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # names Python files that are not shipped
+    return config
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """A configuration with a problem type is of a model that classifies (`class_settings`)."""
+    return AutoModelForCausalLM if config.problem_type is None else AutoModelForSequenceClassification
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: every parameter has its shape, and no memory."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = auto_class(config).from_config(
+            deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
+    return model
+
+
+def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter → the tensor that transformers loads into it as it is; those that it converts are left out."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parameters = model.state_dict()
+    names = {}
+    for key, stored in checkpoint.tensors.items():
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if name not in parameters and key in parameters:
+            name, converted = key, None
+        fits = name in parameters and parameters[name].shape == stored.shape and stored.dtype in FLOATS
+        if converted is None and fits:
+            names[name] = key
+    return names
+
+
+def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None) -> dict[str, bool]:
+    """Weights that loading in 4 bits rounds, and whether each is transposed for it (Conv1D); none without 4 bits."""
+    if quantisation is None or not quantisation["load_in_4bit"]:
+        return {}
+    model = empty_model(config)
+    skip = None if config.problem_type is None else list(UNQUANTISED)
+    settings = BitsAndBytesConfig(**quantisation, llm_int8_skip_modules=skip)
+    Bnb4BitHfQuantizer(settings, pre_quantized=False).preprocess_model(model, device_map=None)
+    refuse_ragged_blocks(model, config.name_or_path)
+    return {
+        f"{name}.weight": module.source_cls is Conv1D
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }

@@ -1,0 +1,237 @@
+"""Where a model that is scored goes: one device, several GPUs or, where it is larger, CPU memory and disk as well.
+
+An adapter that was trained on a 4-bit base is scored on those very numbers. Held as plain bfloat16 (float32 on a CPU)
+they compute several times as fast, so they are held so where memory allows, and in 4 bits elsewhere.
+"""
+
+import os
+import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pipeline.core.files import WORK_DIR
+from pipeline.core.memory import free
+from pipeline.core.progress import note
+from pipeline.weights.architecture import base_config, checkpoint_names, empty_model, rounded_weights
+from pipeline.weights.checkpoint import open_checkpoint, rewrite, round_trip
+from pipeline.weights.loading import (
+    ModelError,
+    Quantisation,
+    compute_dtype,
+    device,
+    is_whole,
+    load_adapter,
+    load_base,
+)
+
+VARIABLE = "RETUNE_MAX_MEMORY"
+GIB = 2**30
+ROOM = 0.1  # of a device's memory, for activations and the cache of keys and values
+PACKED = 0.53  # bytes of a number in 4 bits, scales included
+CPU_BYTES_PER_S, DISK_BYTES_PER_S = 12e9, 1.5e9  # over PCIe 4, from an SSD; for a sentence alone
+Memory = dict[int | str, int]  # bytes for weights: of each GPU by its number, and "cpu"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's weights: as plain numbers, and with those that training rounds in 4 bits."""
+
+    plain: int
+    packed: int
+
+
+def load_for_scoring(
+    identity: dict[str, Any], quantisation: Quantisation | None = None, labels: list[str] | None = None
+) -> PreTrainedModel:
+    """The base, with the numbers that 4 bits leave of it if training quantised it, wherever it fits.
+
+    Raises:
+        ModelError: as `load_base`, or another process fills the GPU.
+    """
+    try:
+        config = base_config(identity, labels)
+    except ModelError:  # stored in few bits, or known by its repository's code alone: only its own loader can place it
+        return load_base(identity, quantisation, labels)
+    rounded = rounded_weights(config, quantisation)
+    sizes = sizes_of(config, rounded)
+    memory = available_memory()
+    if (where := place(sizes.plain, memory)) is not None:
+        model = load_base(identity, None, labels, **where)
+        for parameter, transposed in rounded.items():
+            weight = model.get_parameter(parameter).data
+            weight.copy_(round_trip(quantisation or {}, weight.dtype, weight.device, transposed)(weight))
+        return model
+    if rounded and (where := place(sizes.packed, memory)) is not None:
+        note(
+            f"the base stays in 4 bits, which takes several times as long: {_gib(sizes.plain)} of plain weights do not "
+            f"fit into {_gib(_largest(memory))} of free memory"
+        )
+        return load_base(identity, quantisation, labels, **where)
+    _refuse_full_gpu(sizes, memory)
+    _say_how_slow(sizes.plain, memory)
+    return _offloaded(identity, config, rounded, quantisation, labels, memory)
+
+
+def sizes_of(config: PretrainedConfig, rounded: dict[str, bool]) -> Sizes:
+    numbers = {name: parameter.numel() for name, parameter in empty_model(config).named_parameters()}
+    width = compute_dtype().itemsize
+    in_4_bits = sum(numbers[name] for name in rounded)
+    total = sum(numbers.values())
+    return Sizes(total * width, int((total - in_4_bits) * width + in_4_bits * PACKED))
+
+
+def available_memory() -> Memory:
+    """Bytes that weights may take now; the environment variable RETUNE_MAX_MEMORY (`gpu=6GiB,cpu=20GiB`) lowers them.
+
+    Raises:
+        ModelError: the variable cannot be read.
+    """
+    limits = _limits()
+    memory: Memory = {}
+    if torch.cuda.is_available():
+        free()
+        for gpu in range(torch.cuda.device_count()):
+            unused, total = torch.cuda.mem_get_info(gpu)
+            memory[gpu] = max(0, min(int(unused - ROOM * total), limits.get("gpu", total)))
+    memory["cpu"] = min(int(psutil.virtual_memory().available * (1 - ROOM)), limits.get("cpu", 2**62))
+    return memory
+
+
+def _limits() -> dict[str, int]:
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    limits = {}
+    for part in filter(None, os.environ.get(VARIABLE, "").split(",")):
+        where, _, size = part.strip().partition("=")
+        try:
+            limits[where] = int(float(size[:-3]) * units[size[-3:]])
+        except (ValueError, KeyError):
+            where = ""
+        if where not in ("gpu", "cpu"):
+            raise ModelError(f"{VARIABLE} has {part!r}; write it like gpu=6GiB,cpu=20GiB (of each GPU, of CPU memory)")
+    return limits
+
+
+def place(size: int, memory: Memory) -> dict[str, Any] | None:
+    """`from_pretrained`'s arguments for `size` bytes on the first device, or on all GPUs; None: they do not fit."""
+    gpus = {name: limit for name, limit in memory.items() if name != "cpu"}
+    if size <= _largest(memory):
+        return {"device_map": {"": device()}}
+    # Layers are not cut in two, so some of each GPU stays empty.
+    if len(gpus) > 1 and size <= (1 - ROOM) * sum(gpus.values()):
+        note(f"{_gib(size)} of weights are spread over {len(gpus)} GPUs, which compute one after the other")
+        return {"device_map": "auto", "max_memory": gpus}
+    return None
+
+
+def _largest(memory: Memory) -> int:
+    """Bytes for weights on the device that computes."""
+    return memory.get(0, memory["cpu"])
+
+
+def _refuse_full_gpu(sizes: Sizes, memory: Memory) -> None:
+    """A GPU that another process fills is a mistake more often than a wish to wait for CPU memory at every token."""
+    if 0 not in memory or "gpu" in _limits():
+        return
+    unused, total = torch.cuda.mem_get_info(0)
+    others = total - unused - torch.cuda.memory_reserved(0)
+    if min(sizes.plain, sizes.packed) <= memory[0] + others - GIB:  # of which a CUDA context takes half a GiB
+        raise ModelError(
+            f"the model needs {_gib(min(sizes.plain, sizes.packed))} on the GPU, and other processes use "
+            f"{_gib(others)} of its {_gib(total)} (`nvidia-smi` lists them): end them, or set {VARIABLE}="
+            f"gpu={memory[0] // 2**20}MiB to compute with CPU memory as well"
+        )
+
+
+def _offloaded(
+    identity: dict[str, Any],
+    config: PretrainedConfig,
+    rounded: dict[str, bool],
+    quantisation: Quantisation | None,
+    labels: list[str] | None,
+    memory: Memory,
+) -> PreTrainedModel:
+    """The model with those weights on the GPU that fit; the others come from CPU memory and disk at each pass."""
+    folder = _offload_folder()
+    source = identity
+    if quantisation is not None and rounded:
+        # 4-bit weights cannot be offloaded, so a copy of the base holds the same numbers.
+        checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
+        names = checkpoint_names(empty_model(config), checkpoint)
+        if lacking := rounded.keys() - names.keys():
+            raise ModelError(
+                f"{identity['name_or_path']} is larger than the memory here, and its {sorted(lacking)[0]} is not "
+                "stored under a name of its own: score it on a machine with more memory"
+            )
+        edits = {
+            names[parameter]: round_trip(quantisation, compute_dtype(), device(), transposed)
+            for parameter, transposed in rounded.items()
+        }
+        (folder / "base").mkdir()
+        rewrite(checkpoint, folder / "base", edits, compute_dtype())
+        config.save_pretrained(folder / "base")
+        source = {"name_or_path": str(folder / "base"), "revision": None, "trust_remote_code": False}
+    model = load_base(source, None, labels, device_map="auto", max_memory=memory, offload_folder=str(folder / "disk"))
+    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    return model
+
+
+def _say_how_slow(size: int, memory: Memory) -> None:
+    gpus = sum(limit for where, limit in memory.items() if where != "cpu")
+    on_disk = max(0, size - gpus - memory["cpu"])
+    in_memory = size - gpus - on_disk if gpus else 0
+    seconds = in_memory / CPU_BYTES_PER_S + on_disk / DISK_BYTES_PER_S
+    note(
+        f"the model ({_gib(size)}) is larger than the memory of the device ({_gib(_largest(memory))} free): "
+        f"{_gib(in_memory)} in CPU memory and {_gib(on_disk)} on disk are read for every token of a batch, about "
+        f"{seconds:.2g} s each time"
+    )
+
+
+def _offload_folder() -> Path:
+    """A folder for weights on disk, which ends with the model; those of killed processes are removed."""
+    parent = (WORK_DIR / "offload").absolute()
+    for folder in parent.glob("*-*"):
+        if not psutil.pid_exists(int(folder.name.partition("-")[0])):
+            shutil.rmtree(folder, ignore_errors=True)
+    number = len(list(parent.glob(f"{os.getpid()}-*")))
+    folder = parent / f"{os.getpid()}-{number}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def load_tuned(
+    identity: dict[str, Any], quantisation: Quantisation, folder: Path, labels: list[str] | None = None
+) -> Any:
+    """What `train` made in `folder`: the base with its adapter on top, or the whole model that was trained.
+
+    Raises:
+        ModelError, UnsafeModelError, UnsafeFileError: see `load_base` and `load_adapter`.
+    """
+    if is_whole(folder):
+        whole = {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
+        return load_for_scoring(whole, None, labels).eval()
+    return load_adapter(load_for_scoring(identity, quantisation, labels), folder)
+
+
+@contextmanager
+def untuned(model: Any, identity: dict[str, Any], labels: list[str] | None = None) -> Iterator[Any]:
+    """The base that `load_tuned` put `model` on, as it was before training. A whole model is of no use afterwards."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield model
+        return
+    model.to_empty(device="meta")  # its memory is the base's now
+    yield load_for_scoring(identity, None, labels).eval()
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / 2**20:.1f} MiB"
