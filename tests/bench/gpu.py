@@ -323,7 +323,7 @@ def generation(size: Size, folder: Path) -> Result:
 
     from pipeline.chat.template import load_contract
     from pipeline.scoring.generation import generate
-    from pipeline.weights.loading import load_tuned
+    from pipeline.weights.placement import load_tuned
 
     contract = json.loads((folder / "dataset" / "contract.json").read_text())
     adapter = folder / QLORA.replace(" ", "-") / "adapter"
