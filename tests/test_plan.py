@@ -133,6 +133,7 @@ def test_later_stages_are_planned_with_how_they_will_be_done(
     made = plan(tried, gpu=gpu)
     assert evaluation in made.evaluate and proof in made.merge
     assert ("device map" in made.merge) == (gpu != "A100-80GB")
+    assert plan(with_(tried, evaluate={"batch_size": "auto"}), gpu=gpu).evaluate
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,12 @@ def _evaluation(counts: Counts, params: Params, kind: GpuKind | None) -> str:
         bases.append(("in 4 bits, several times as slow", weight_bytes(counts, params.train, on_gpu=kind is not None)))
     adapter = 0 if params.train.method == "full" else counts.trainable * width
     each = _prompt_bytes(counts, params.prepare.max_length + params.evaluate.max_new_tokens, width)
+    most = params.evaluate.batch_size
+    if most == "auto":  # as scoring/generation.py has it
+        most = 64 if kind is None else 256
     for how, base in bases:
         if kind is None or base <= WEIGHTS_FRACTION * kind.memory_gib * GIB:
-            prompts = max(1, int(min(params.evaluate.batch_size, (room - base - adapter) // each)))
+            prompts = max(1, int(min(most, (room - base - adapter) // each)))
             return f"{(base + adapter + prompts * each) / GIB:.2f} GiB: the base {how}, {prompts} prompts at a time"
     return _offloaded("base and adapter", bases[0][1] + adapter, kind)
 
