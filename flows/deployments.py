@@ -20,7 +20,7 @@ from prefect.states import Completed
 from flows.retrain import run_stages
 from flows.summary import describe_run, state_of, verdict
 from flows.tasks import StageFailed
-from pipeline import promote as gate
+from pipeline import promote as promotion
 from pipeline.core import graph
 from pipeline.core.environment import set_environment
 from pipeline.core.files import write_text
@@ -77,7 +77,7 @@ def retrain(
             ingest(params.ingest, sources)
         require_ready(params)
         version = None if graph.stale() else graph.version_id()
-        reason = version and gate.settled(params.publish, params.promote, version)
+        reason = version and promotion.settled(params.publish, params.promote, version)
         if version and reason:
             describe_run(trigger, "unchanged")
             model = RegisteredModel(params.publish)
@@ -118,7 +118,7 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
         params = load_params()
         if force and not reason.strip():
             raise ValueError("force needs a reason: the history keeps why the gate was overruled")
-        decision = gate.promote(params.publish, params.promote, version, force=reason if force else None)
+        decision = promotion.promote(params.publish, params.promote, version, force=reason if force else None)
     create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
     return state_of(decision.word, decision.reason)
 
@@ -128,7 +128,7 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
 def rollback(reason: str, to: str | None = None) -> State[Any]:
     """Put the champion before the present one back, or the version named by `to`; it waits for no run."""
     params = load_params()
-    record, warnings = gate.rollback(params.publish, params.promote, to, reason)
+    record, warnings = promotion.rollback(params.publish, params.promote, to, reason)
     label = RegisteredModel(params.publish).label
     said = "; ".join([f"{label(record.champion)} is champion again; it was {label(record.previous)}", *warnings])
     return Completed(name="Rolled back", message=said, data=asdict(record))

@@ -20,7 +20,7 @@ from prefect.states import Completed
 from flows.gpu import train_on_pool
 from flows.lines import say, shown, why_failed
 from flows.summary import verdict
-from pipeline import promote as gate
+from pipeline import promote as promotion
 from pipeline import publish as shipping
 from pipeline.core import git, graph
 from pipeline.core.progress import clock
@@ -114,7 +114,7 @@ def publish(params: Params) -> State[Any]:
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
     tell("promote")
-    decision = gate.promote(params.publish, params.promote)
+    decision = promotion.promote(params.publish, params.promote)
     if decision.decision == "promoted" and params.operations.git_branch is not None:
         _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)
     create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
@@ -122,7 +122,7 @@ def promote(params: Params) -> State[Any]:
     return ended_as("promote", decision.decision, started, asdict(decision))
 
 
-def _record_in_git(branch: str, model: str, decision: gate.Decision) -> None:
+def _record_in_git(branch: str, model: str, decision: promotion.Decision) -> None:
     """The promotion stands, whatever git says; what it says is a line of the run."""
     try:
         commit = git.record_version(branch, model, decision.version, decision.number)
@@ -132,7 +132,7 @@ def _record_in_git(branch: str, model: str, decision: gate.Decision) -> None:
         say(f"promote: not recorded in git: {error}")
 
 
-def show_report(params: Params, decision: gate.Decision) -> None:
+def show_report(params: Params, decision: promotion.Decision) -> None:
     """The page of this decision; that it could not be written is one more warning."""
     decision.warnings.extend(report_decision(params.publish, decision.version, ARTIFACTS))
     page = ARTIFACTS / "report.md"

@@ -58,8 +58,7 @@ class Workers:
             value, error = connection.recv()
         except (EOFError, OSError):
             raise WorkerError(
-                "a process that worked for this one was ended from outside, most likely because memory ran out; free "
-                "some and try again"
+                "a worker process was killed, most likely because memory ran out; free some and try again"
             ) from None
         finally:
             self._idle.put(connection)

@@ -1,4 +1,4 @@
-"""Runs in the local Prefect server's history whose processes ended without a word, or are about to: they end there too.
+"""Close runs in the local Prefect server's history whose processes ended, or are about to end, without telling it.
 
 Prefect hears nothing of a process that is killed, nor of a worker that goes down with its server: such a run would stay
 Running for ever and keep its deployment's slot.
