@@ -74,9 +74,11 @@ def promote(
         settled = settled_reason(log, version, params)
         serving = champion(log)
         if version == serving or (settled is not None and force is None):
-            earlier = [record for record in log if record.version == version != serving]
             record = Record(0, "unchanged", version, serving, serving, settled or "")
-            return _decided(model, params, candidate, record, earlier[-1] if earlier else None)
+            earlier = next((record for record in reversed(log) if record.version == version), None)
+            if earlier is not None and (version == serving or earlier.decision == "promoted"):
+                earlier = None  # it serves, or was rolled back: that decision asks for nothing any more
+            return _decided(model, params, candidate, record, earlier)
         record = _judge(model, candidate, log, params, force, settled)
         if written := append(model.store, model.name, record):
             return _decided(model, params, candidate, written)
@@ -151,8 +153,9 @@ def approve(
             raise DecisionError(
                 f"{who} waits for approval{other}; `retune promote` decides anew where the champion has changed since"
             )
-        candidate = servable(model, proposal.version)
-        if manifest.digest(candidate) != proposal.manifest_sha256:
+        # What became unservable while it waited can still be refused.
+        candidate = servable(model, proposal.version) if agreed else model.manifest(proposal.version)
+        if agreed and manifest.digest(candidate) != proposal.manifest_sha256:
             raise DecisionError(
                 f"version {model.label(proposal.version)} is not the one that passed: its manifest was altered"
             )

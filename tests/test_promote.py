@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import environment, with_, write_params
+from test_signature import make_key
 from versions import ITEMS, decide, parameters, published, records, registry_lost
 
 from pipeline import promote as gate
@@ -28,6 +29,7 @@ from pipeline.registry.manifest import require_manifest
 from pipeline.registry.mlflow import ModelRegistry
 from pipeline.registry.preflight import PreflightError, require_ready
 from pipeline.registry.retention import delete
+from pipeline.registry.signature import SignatureError
 from pipeline.report.tables import verdict_rows
 
 NAME = "retune-sample"
@@ -240,6 +242,26 @@ def test_manual_approval_waits_with_the_numbers_for_a_persons_answer(
     assert decide(tmp_path, manual).decision == "unchanged"  # what was refused is not proposed again
     with pytest.raises(DecisionError, match="no version"):
         gate.approve(manual.publish, manual.promote, root=tmp_path)
+
+
+def test_a_version_that_may_not_serve_any_more_can_still_be_refused(tmp_path: Path, manual: Params) -> None:
+    published(tmp_path, manual, 0.5)
+    assert decide(tmp_path, manual).decision == "proposed"
+    make_key(tmp_path / "key.pem")
+    strict = with_(manual, publish={"require_signature": True, "verify_key": str(tmp_path / "key.pub")})
+    with pytest.raises(SignatureError):
+        gate.approve(strict.publish, strict.promote, root=tmp_path)
+    assert gate.approve(strict.publish, strict.promote, agreed=False, root=tmp_path).decision == "refused"
+
+
+def test_a_version_that_was_rolled_back_is_not_called_the_one_to_talk_to(
+    tmp_path: Path, params: Params, first: str
+) -> None:
+    second = published(tmp_path, params, 0.7)
+    assert "retune rollback" in decide(tmp_path, params).next
+    gate.rollback(params.publish, params.promote, root=tmp_path)
+    again = decide(tmp_path, params, second)
+    assert (again.decision, again.champion, again.next) == ("unchanged", first, "")
 
 
 @pytest.mark.parametrize(("keys", "decision"), [("y\nfine\n", "promoted"), ("n\nnot yet\n", "refused")])
