@@ -165,12 +165,16 @@ class ModelRegistry:
                 token = page.token or ""
         return [entry for entry in entries if version_id in (None, entry.tags["version_id"])]
 
-    def _artifacts(self) -> str | None:
-        """Where runs keep their reports: next to a SQLite file, else where the server says."""
+    @property
+    def database(self) -> Path | None:
+        """The SQLite file that holds the registry; None where a server does."""
         if not self.uri.startswith("sqlite:///"):
             return None
-        database = self.root / unquote(self.uri.removeprefix("sqlite:///"))
-        return (database.resolve().parent / "mlartifacts").as_uri()
+        return (self.root / unquote(self.uri.removeprefix("sqlite:///"))).resolve()
+
+    def _artifacts(self) -> str | None:
+        """Where runs keep their reports: next to a SQLite file, else where the server says."""
+        return (self.database.parent / "mlartifacts").as_uri() if self.database else None
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

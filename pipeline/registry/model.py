@@ -125,12 +125,15 @@ class RegisteredModel:
         return number, []
 
     def projected(self, log: list[Record]) -> bool:
-        """Whether the registry was told of this log by a command of this project."""
-        path = self.root / PROJECTED
-        return path.is_file() and read_json(path) == self._projection(log)
+        """Whether the registry is a file, and as `project` left it for this log; a server has to be asked."""
+        path, database = self.root / PROJECTED, self.registry.database
+        known = database is not None and database.is_file() and path.is_file()
+        return known and read_json(path) == self._projection(log)
 
     def _projection(self, log: list[Record]) -> list[Any]:
-        return [self.registry.uri, self.name, len(log), champion(log)]
+        database = self.registry.database
+        changed = database.stat().st_mtime_ns if database is not None and database.is_file() else None
+        return [self.registry.uri, self.name, len(log), champion(log), changed]
 
     def _register(self, manifest: Manifest) -> str:
         merged, git = manifest["metrics"]["merged"], manifest["git"]
