@@ -31,7 +31,7 @@ def commit(root: Path) -> None:
 
 
 def checks(root: Path) -> dict[str, Check]:
-    return {each.name: each for each in (doctor._data(root), doctor._remote(root))}
+    return {"data": Check("data", *doctor._data(root)), "dvc remote": Check("dvc remote", *doctor._remote(root))}
 
 
 @pytest.fixture
