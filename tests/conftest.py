@@ -50,6 +50,7 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.core.files import sha256_json
 from pipeline.params import Params, PublishParams
 from pipeline.settings import load_params
 
@@ -278,7 +279,8 @@ def make_project(root: Path, base: Path, params: Params) -> Path:
         dvc(folder, "config", "core.analytics", "false")
         dvc(folder, "add", "-q", "data")
 
-    shutil.copytree(once(f"project-{base.name}", make), root, symlinks=True)
+    template = once(f"project-{sha256_json(str(base))[:8]}", make)
+    shutil.copytree(template, root, symlinks=True)
     write_params(root, with_(params, prepare={"model_name_or_path": "data/base"}))
     git(root, "add", "-A")
     git(root, "commit", "-qm", "start")
