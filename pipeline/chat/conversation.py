@@ -7,10 +7,10 @@ model writes it. A template that rewrites earlier turns makes several rows of on
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ class ChatTemplate:
             RowError: control tokens in the text, with `on_control_tokens: drop`.
         """
         hidden = self._encoder.hide(text, answer=True)
-        repairs = (ESCAPED,) if self._escaped(hidden) else ()
+        repairs = (ESCAPED,) if self._escaped(hidden, text) else ()
         ids = [*self._encoder.ids(hidden), self.end_id]
         return Encoded(ids, list(ids), repairs)
 
@@ -174,6 +174,22 @@ class ChatTemplate:
     def _stops(self) -> tuple[str, ...]:
         return tuple(map(self._token, sorted(self.stop_ids)))
 
+    @cached_property
+    def _known_ids(self) -> Callable[[str], list[int]]:
+        """The tokens of what the template writes behind answers: the same few texts."""
+        return lru_cache(64)(self._encoder.ids)
+
+    @cached_property
+    def _cue(self) -> tuple[str, list[int]] | None:
+        """What prompts mostly end with, from its last control token on, and its tokens: a long prompt before it decides
+        nothing about an answer's tokens, and need not be tokenised twice."""
+        try:
+            prompt = self.render(_talk("Hello"), add_generation_prompt=True)
+        except RowError:
+            return None
+        cue = self._encoder.since_last_control(prompt)
+        return (cue, self._encoder.ids(cue)) if cue else None
+
     @property
     def end_id(self) -> int:
         """The token that ends a text of which no template says how it ends."""
@@ -196,16 +212,17 @@ class ChatTemplate:
 
     def _ready(self, messages: list[Message], tools: str | None) -> tuple[list[Message], Tools | None, bool]:
         """Messages and tools as the renderer takes them, and whether control tokens are hidden in them."""
-        hidden = self._encoder.hide_messages(with_objects(messages))
-        offered = None if tools is None else self._encoder.hide(_parsed(tools))
-        return *self._renderer.adapt(hidden, offered), self._escaped([hidden, offered])
+        plain, parsed = with_objects(messages), None if tools is None else _parsed(tools)
+        hidden, offered = self._encoder.hide_messages(plain), self._encoder.hide(parsed)
+        return *self._renderer.adapt(hidden, offered), self._escaped([hidden, offered], [plain, parsed])
 
-    def _escaped(self, hidden: Any) -> bool:
-        """Whether control tokens are hidden in texts; `on_control_tokens: drop` refuses them."""
-        token = self._encoder.first_hidden(hidden)
-        if token is not None and self.on_control_tokens == "drop":
-            raise RowError(f"contains the model's control token {token}")
-        return token is not None
+    def _escaped(self, hidden: Any, plain: Any) -> bool:
+        """Whether control tokens of `plain` are hidden; `on_control_tokens: drop` refuses them."""
+        if hidden == plain:
+            return False
+        if self.on_control_tokens == "drop":
+            raise RowError(f"contains the model's control token {self._encoder.first_hidden(hidden)}")
+        return True
 
     def _trained(self, messages: list[Message], ready: list[Message]) -> list[int]:
         """The places in `ready` of the answers that carry loss."""
@@ -228,9 +245,11 @@ class ChatTemplate:
                 text, ids = "", []
             new = turn.prompt[len(text) :]
             new = self._token(ids[-1]) + new if ids else new
-            prompt, joined = self._encoder.ids(new), self._encoder.ids(new + turn.answer)
-            alike = joined[: len(prompt)] == prompt
-            answer = joined[len(prompt) :] if alike else self._encoder.continued(turn.answer)
+            prompt = self._encoder.ids(new)
+            tail, tail_ids = self._cue if self._cue and new.endswith(self._cue[0]) else (new, prompt)
+            joined = self._encoder.ids(tail + turn.answer)
+            alike = joined[: len(tail_ids)] == tail_ids
+            answer = joined[len(tail_ids) :] if alike else self._encoder.continued(turn.answer)
             if not answer or answer[-1] not in self.stop_ids:
                 raise RowError("has an answer that does not end with an end token of its own")
             prompt = [*ids, *prompt[1:]] if ids else prompt
@@ -242,7 +261,7 @@ class ChatTemplate:
             rows.append(([*prompt, *answer], [*(before or []), *untrained, *answer], turn.rest))
         encoded = []
         for ids, labels, rest in rows:
-            more = self._encoder.ids(self._token(ids[-1]) + rest)[1:] if rest else []
+            more = self._known_ids(self._token(ids[-1]) + rest)[1:] if rest else []
             encoded.append(Encoded([*ids, *more], [*labels, *[-100] * len(more)]))
         return encoded
 

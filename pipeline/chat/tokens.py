@@ -84,6 +84,10 @@ class TokenEncoder:
     def _suspicious(self, text: str) -> bool:
         return self._normalizer is not None or any(map(text.__contains__, self._first))
 
+    def since_last_control(self, text: str) -> str:
+        """The end of `text` from its last control token on; empty without one."""
+        return text[max((match.start() for match in self._control.finditer(text)), default=len(text)) :]
+
     def first_hidden(self, values: Any) -> str | None:
         """The first control token that was hidden in `values`."""
         found = HIDDEN_TOKEN.search(json.dumps(values, ensure_ascii=False))
@@ -106,9 +110,9 @@ class TokenEncoder:
         Raises:
             RowError: as `text`, or the tokenizer cannot write a control token as ordinary text.
         """
-        self.text(rendered)
-        if HIDDEN not in rendered:
+        if not BROKEN.search(rendered):
             return list(self._plain.encode(rendered, add_special_tokens=False).ids)
+        self.text(rendered)
         marked = self._control.sub(lambda m: f"{SHOWN}{self._id[m[0]]}{END}", rendered)
         marked = HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], marked)
         tokenizer, original = self._marked

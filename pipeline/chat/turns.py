@@ -158,8 +158,10 @@ def left_out(messages: list[Message], text: str) -> str | None:
 def _end_of(part: str, text: str, start: int) -> int:
     """Where `part` ends in `text` from `start` on, as it is, as JSON writes it, or with other white space; else −1."""
     part = part.strip()
-    for form in (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]):
-        if (place := text.find(form, start)) >= 0:  # nearly always
+    if (place := text.find(part, start)) >= 0:  # nearly always
+        return place + len(part)
+    for form in (json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]):
+        if (place := text.find(form, start)) >= 0:
             return place + len(form)
     match = re.compile(r"\s+".join(map(re.escape, part.split()))).search(text, start)
     return match.end() if match else -1
