@@ -71,15 +71,15 @@ def promote(
     while True:
         log = model.log()
         refuse_deleted(log, version)
-        settled = settled_reason(log, version, params)
+        why_settled = settled_reason(log, version, params)
         serving = champion(log)
-        if version == serving or (settled is not None and force is None):
-            record = Record(0, "unchanged", version, serving, serving, settled or "")
+        if version == serving or (why_settled is not None and force is None):
+            record = Record(0, "unchanged", version, serving, serving, why_settled or "")
             earlier = next((record for record in reversed(log) if record.version == version), None)
             if earlier is not None and (version == serving or earlier.decision == "promoted"):
                 earlier = None  # it serves, or was rolled back: that decision asks for nothing any more
             return _decided(model, params, candidate, record, earlier)
-        record = _judge(model, candidate, log, params, force, settled)
+        record = _judge(model, candidate, log, params, force, why_settled)
         if written := append(model.store, model.name, record):
             return _decided(model, params, candidate, written)
         # Another promoter wrote this record first; the champion may be another one now.
@@ -91,7 +91,7 @@ def _judge(
     log: list[Record],
     params: PromoteParams,
     force: str | None,
-    settled: str | None,
+    why_settled: str | None,
 ) -> Record:
     """The gate's decision on `candidate` against the champion, or that of the person who forces it."""
     version, serving = candidate["version"], champion(log)
@@ -108,7 +108,7 @@ def _judge(
         impossible = reason
     overruled: list[str] = []
     if force is not None:
-        overruled = [*gate.refusals(comparison), *filter(None, [impossible, settled])]
+        overruled = [*gate.refusals(comparison), *filter(None, [impossible, why_settled])]
         decision, reason = "promoted", force
     elif decision == "promoted" and params.approval == "manual":
         decision = "proposed"

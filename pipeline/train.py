@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import AutoConfig, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoConfig, PrinterCallback, set_seed
+from trl import SFTConfig
 
 from pipeline.chat.template import load_contract
 from pipeline.core.combinations import CLASSIFICATION
@@ -52,7 +52,7 @@ class Trained:
     loss: float  # nats a trained token, mean over the last logging_steps
     validation_loss: float | None
     trainable_parameters: int
-    tokens_per_second: float  # real tokens, padding not counted; of this process, resumed steps not counted
+    tokens_per_second: float  # real tokens, padding not counted; of all processes, resumed steps not counted
     resumed_from_step: int
 
 
@@ -152,7 +152,7 @@ def train(
         load_init(trainer.model, init)
         print(f"train · the adapter starts from {init}", flush=True)
     # The trainer's own printer of raw dictionaries; `watch` prints lines people read.
-    trainer.pop_callback(_printer(trainer))
+    trainer.pop_callback(PrinterCallback)
     print(
         f"train · attention: {attention_used} · loss: {trainer.loss_used} · layers: {layers_used} · {batch[0]} × "
         f"{batch[1]} sequences a step",
@@ -295,10 +295,6 @@ def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) 
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def _printer(trainer: SFTTrainer) -> TrainerCallback:
-    return next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
 
 
 def _record(

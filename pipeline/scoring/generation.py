@@ -144,7 +144,7 @@ def new_tokens(
 def in_slots(
     model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], stop_ids: frozenset[int], batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """As `new_tokens`, for a model that `fits`: a row that has ended leaves, and waiting ones take its place."""
+    """As `new_tokens`, where `why_unfit` is None: a row that has ended leaves, and waiting ones take its place."""
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest is last, and first out
     capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     slots = Slots(model, min(batch_size, len(prompts)), capacity, common_prefix(prompts))
