@@ -1,6 +1,7 @@
 """A model larger than the memory it may use answers as one that fits; 4-bit numbers are the same however they lie."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def test_a_checkpoint_in_another_type_is_offloaded_and_its_folder_ends_with_it(
     model = load_for_scoring(identity(tmp_path / "base"))
     assert {"cpu", "disk"} == set(model.hf_device_map.values())
     torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=0)
-    assert [path.name for path in offload_folder.iterdir()] == [f"{placement.os.getpid()}-0"]
+    (folder,) = offload_folder.iterdir()
+    assert folder.name.startswith(f"{os.getpid()}-")
     del model
     gc.collect()
     assert not list(offload_folder.iterdir())

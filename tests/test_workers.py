@@ -70,7 +70,7 @@ def test_an_answer_that_cannot_be_sent_is_an_error_and_no_death() -> None:
 
 
 def test_a_process_that_dies_before_or_half_way_through_its_answer_is_an_error_at_once() -> None:
-    with Workers(prepare, 1) as workers, pytest.raises(WorkerError, match="ended from outside, most likely because"):
+    with Workers(prepare, 1) as workers, pytest.raises(WorkerError):
         workers.submit(die_before_answering).result(timeout=30)
     with Workers(prepare, 1) as workers:
         (process,) = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]

@@ -6,6 +6,7 @@ they compute several times as fast, so they are held so where memory allows, and
 
 import os
 import shutil
+import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -202,10 +203,8 @@ def _offload_folder() -> Path:
     for folder in parent.glob("*-*"):
         if not psutil.pid_exists(int(folder.name.partition("-")[0])):
             shutil.rmtree(folder, ignore_errors=True)
-    number = len(list(parent.glob(f"{os.getpid()}-*")))
-    folder = parent / f"{os.getpid()}-{number}"
-    folder.mkdir(parents=True)
-    return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
 
 
 def load_tuned(
