@@ -104,7 +104,8 @@ def evaluate(
         def in_conversation(conversations: list[list[dict[str, str]]]) -> list[Answer]:
             turns = [template.prompt_ids(messages) for messages in conversations]
             longest = params.judge.max_new_tokens if params.judge else 0
-            return generate(model, template, turns, longest, params.batch_size, "evaluate", f"{label}, for the judge")
+            settings = (longest, params.batch_size, "evaluate", f"{label}, for the judge")
+            return generate(model, template, turns, *settings, limited_by="evaluate.judge.max_new_tokens")
 
         table = None
         if general is not None:

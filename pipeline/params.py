@@ -198,7 +198,7 @@ class TrainParams(Section):
     @classmethod
     def resolve(cls, values: Any) -> Any:
         if isinstance(values, dict) and "load_in_4bit" in values:
-            return values | {"load_in_4bit": in_4bit(values.get("method", ""), values["load_in_4bit"])}
+            return values | {"load_in_4bit": in_4bit(values.get("method"), values["load_in_4bit"])}
         return values
 
 

@@ -5,7 +5,6 @@ run goes on from its last checkpoint; checkpoints lie under a hash of everything
 continues another one. `training/` holds the parts.
 """
 
-import math
 import shutil
 import sys
 import warnings
@@ -49,8 +48,9 @@ QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quan
 @dataclass(frozen=True)
 class Trained:
     steps: int
-    loss: float  # nats a trained token, mean over the last logging_steps
-    validation_loss: float | None
+    shipped_step: int  # whose weights the adapter has: with early stopping the best one, else the last
+    loss: float  # nats a trained token, mean over up to logging_steps steps before and with the shipped one
+    validation_loss: float | None  # after the shipped step
     trainable_parameters: int
     tokens_per_second: float  # real tokens, padding not counted; of all processes, resumed steps not counted
     resumed_from_step: int
@@ -180,20 +180,22 @@ def train(
             f"the adapter did not change in {step} steps; with very few of them set train.warmup_ratio to 0, else no "
             "gradient reached it"
         )
+    shipped = step if best is None else best
     trained = Trained(
         steps=step,
-        loss=watch.last("loss", math.nan),
-        validation_loss=watch.best[0] if best is not None and watch.best else watch.last("validation_loss", None),
+        shipped_step=shipped,
+        loss=watch.row(shipped)["loss"],
+        validation_loss=watch.row(shipped).get("validation_loss"),
         trainable_parameters=trainable,
         tokens_per_second=watch.tokens / max(watch.seconds, 1e-9),
         resumed_from_step=resumed,
     )
     gathered = gather_trained(trainer.model)  # of a sharded model every process gives its part
+    trainer.accelerator.wait_for_everyone()  # nobody reads a checkpoint any more: the first process removes them
     if trainer.is_world_process_zero():
-        record = _record(params, contract, trained, threads, init) | ({} if best is None else {"best_step": best})
-        _write(trainer, gathered, output, portable(contract), portable(record))
+        _write(trainer, gathered, output, portable(contract), portable(_record(params, contract, trained, init)))
         if tables is not None:
-            used = {"attention": attention_used, "layers": layers_used, "micro_batch": batch[0]}
+            used = {"attention": attention_used, "layers": layers_used, "micro_batch": batch[0], "threads": threads}
             _write_tables(trainer, tables, used | {"resumed_from_step": resumed})
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -297,17 +299,16 @@ def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) 
     )
 
 
-def _record(
-    params: TrainParams, contract: dict[str, Any], trained: Trained, threads: int, init: Path | None
-) -> dict[str, Any]:
+def _record(params: TrainParams, contract: dict[str, Any], trained: Trained, init: Path | None) -> dict[str, Any]:
     return {
         "params": params.model_dump(),
         "quantisation": {key: getattr(params, key) for key in QUANTISATION},
         "base_model": contract["model"],
         "init_adapter_sha256": None if init is None else sha256_file(init / "adapter_model.safetensors"),
         "versions": versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {threads} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "steps": trained.steps,
+        "shipped_step": trained.shipped_step,
         "loss": trained.loss,
         "validation_loss": trained.validation_loss,
         "trainable_parameters": trained.trainable_parameters,

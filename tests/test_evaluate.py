@@ -19,7 +19,7 @@ from pipeline.scoring.generation import Answer, generate
 from pipeline.scoring.items import class_labels, score_items, summarise
 from pipeline.scoring.likelihood import reference_losses, sequence_losses
 from pipeline.scoring.resampling import METRICS, PERCENT, length_bucket
-from pipeline.weights.loading import ModelError, load_adapter, load_base
+from pipeline.weights.loading import load_adapter, load_base
 
 
 def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:
@@ -65,19 +65,6 @@ def test_an_adapter_trained_under_another_template_is_refused(
     with pytest.raises(TemplateError, match="chat_template_sha256"):
         evaluate(params.evaluate, dataset, other, tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
-
-
-def test_an_answer_ends_at_its_end_token_or_is_cut_off_and_must_fit_the_context(base: Path, dataset: Path) -> None:
-    template = load_contract(read_json(dataset / "contract.json"))
-    prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
-    model = load_base(identity(base))
-    [cut] = generate(model, template, prompt, 1, 1, "test", "base")
-    [whole] = generate(model, template, prompt, 64, 1, "test", "base")
-    assert (cut.cut_off, len(cut.ids), whole.cut_off) == (True, 1, False)
-    assert 1 < len(whole.ids) < 64
-    assert generate(model, template, [], 8, 4, "test", "base") == []
-    with pytest.raises(ModelError, match="context of 512"):
-        generate(model, template, [[1] * 510], 8, 1, "test", "base")
 
 
 def test_failed_empty_and_cut_off_answers_are_counted_apart_and_never_scored_as_text(

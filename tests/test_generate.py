@@ -1,12 +1,7 @@
-"""Answers in slots are those of one by one, whatever the model remembers with; what is done survives a kill."""
+"""Answers of rows that come and go are those of one by one, whatever the model remembers with; a kill loses none."""
 
-import json
-import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,49 +9,41 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, environment
+from test_train import identity
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
+from pipeline.evaluate import evaluate
 from pipeline.params import Params
-from pipeline.scoring.generation import in_slots, new_tokens, rows_at_once
+from pipeline.scoring import rolling
+from pipeline.scoring.generation import generate, new_tokens, rolling_answers, rows_at_once
 from pipeline.scoring.kept import KeptAnswers, kept_file
-from pipeline.scoring.slots import Slots, why_unfit
+from pipeline.scoring.rolling import RollingBatch, remembers_keys_and_values_alone
 from pipeline.scoring.vllm import BackendError, vllm_tokens
-from pipeline.weights.loading import load_base
+from pipeline.weights.loading import ModelError, load_base
 
-SIZES = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-GPT2 = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
-STOPS = frozenset({1, 7, 9, 11})
-IN_SLOTS: dict[str, tuple[str, dict[str, Any]]] = {
+SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 2}
+GROUPED = SIZES | {"num_key_value_heads": 2, "eos_token_id": 1}
+GPT2 = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 1}
+LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "moe_layers": []}
+LLAMA4 |= {"attention_chunk_size": 16, "layer_types": ["chunked_attention"] * 2, "use_qk_norm": False}
+STOPPING = SimpleNamespace(stop_ids=frozenset(range(1, 256, 9)))
+ROLLING: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GROUPED),
-    "gpt2": ("gpt2", GPT2),
-    "mistral, a window of 6": ("mistral", GROUPED | {"sliding_window": 6}),
-    "qwen2, some layers with a window": (
+    "gpt2": ("gpt2", GPT2 | {"bos_token_id": 2}),
+    "a window of 6": ("mistral", GROUPED | {"sliding_window": 6}),
+    "a window in some layers": (
         "qwen2",
         GROUPED | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     ),
-    "gemma2, softcaps and a window": ("gemma2", GROUPED | {"head_dim": 16, "sliding_window": 6}),
-    "mixtral": ("mixtral", GROUPED | {"num_local_experts": 4}),
-    "falcon": ("falcon", SIZES),
+    "softcaps": ("gemma2", GROUPED | {"head_dim": 16, "sliding_window": 6}),
+    "chunks": ("llama4_text", GROUPED | LLAMA4),
+    "positions from the mask": ("bloom", {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
 }
-IN_BATCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mamba": ("mamba", {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}),
-    "bloom, positions from the mask": ("bloom", {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
-}
+STATES = {"mamba": {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}, "qwen3_next": GROUPED}
 
 
 def make(kind: str, sizes: dict[str, Any]) -> Any:
@@ -67,62 +54,65 @@ def make(kind: str, sizes: dict[str, Any]) -> Any:
     return model
 
 
-def made_up(number: int, prefix: int = 9) -> tuple[list[list[int]], list[int]]:
+def made_up(number: int) -> list[list[int]]:
     draw = random.Random(0)
-    prompts = [[5] * prefix + [draw.randrange(12, 256) for _ in range(draw.randint(1, 30))] for _ in range(number)]
-    return prompts, [draw.randint(1, 20) for _ in prompts]
+    return [[draw.randrange(12, 256) for _ in range(draw.randint(1, 40))] for _ in range(number)]
 
 
 @torch.inference_mode()
-def alone(model: Any, prompt: list[int], limit: int) -> list[int]:
-    config = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=sorted(STOPS), pad_token_id=0)
+def alone(model: Any, prompt: list[int]) -> list[int]:
+    stops = sorted(STOPPING.stop_ids)
+    config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=stops, pad_token_id=0)
     ids = torch.tensor([prompt])
     return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", IN_SLOTS)
-def test_answers_in_slots_are_those_of_one_by_one(name: str) -> None:
-    model = make(*IN_SLOTS[name])
-    prompts, limits = made_up(14)
-    assert why_unfit(model, prompts) is None
-    answers = dict(in_slots(model, prompts, limits, STOPS, 4))
-    assert len({len(ids) for ids in answers.values()}) > 5  # so rows did leave one by one
-    assert answers == {i: alone(model, prompt, limits[i]) for i, prompt in enumerate(prompts)}
+@pytest.mark.parametrize("name", ROLLING)
+def test_answers_of_rows_that_come_and_go_are_those_of_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rolling, "PREFILL_TOKENS", 80)  # two long prompts
+    model, prompts = make(*ROLLING[name]), made_up(14)
+    assert remembers_keys_and_values_alone(model)
+    answers = dict(rolling_answers(model, prompts, 20, STOPPING, 4))
+    assert len({len(ids) for ids in answers.values()}) > 1  # so rows did leave one by one
+    assert answers == {i: alone(model, prompt) for i, prompt in enumerate(prompts)}
 
 
-@pytest.mark.parametrize("name", IN_BATCHES)
-def test_a_model_that_remembers_otherwise_is_noticed(name: str) -> None:
-    assert why_unfit(make(*IN_BATCHES[name]), made_up(4)[0])
+def test_a_row_that_ends_takes_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, real = [], RollingBatch.step
+    monkeypatch.setattr(RollingBatch, "step", lambda self: rows.append(len(self.last)) or real(self))
+    answers = dict(rolling_answers(make(*ROLLING["llama"]), made_up(16), 20, STOPPING, 8))
+    assert sum(rows) == sum(len(ids) - 1 for ids in answers.values())  # the first token comes with the prompt
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_neighbour_seen_through_the_mask_is_more_than_the_models_own_noise(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+def test_models_in_fixed_batches_end_at_their_stop_tokens_too(
+    base: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, (prompts, _) = make(*IN_SLOTS["llama"]).to(dtype), made_up(4)
-    assert why_unfit(model, prompts) is None
-    real = Slots._masks
-    monkeypatch.setattr(Slots, "_masks", lambda *args: torch.ones_like(real(*args)))
-    assert why_unfit(model, prompts)
-
-
-def test_models_in_batches_end_at_their_stop_tokens_too(
-    base: Path, dataset: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+    assert not any(remembers_keys_and_values_alone(make(kind, sizes)) for kind, sizes in STATES.items())
     template = load_contract(read_json(dataset / "contract.json"))
-    model = load_base(local(base))
+    model = load_base(identity(base))
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
-    limits = [8, 3, 5] * 3
-    ours = dict(new_tokens(model, prompts, limits, template, 4))
-    monkeypatch.setattr("pipeline.scoring.generation.why_unfit", lambda *_: "of no reason")
-    assert dict(new_tokens(model, prompts, limits, template, 4)) == ours
-    assert "of no reason" in capsys.readouterr().err
+    ours = dict(new_tokens(model, prompts, 5, template, 4))
+    monkeypatch.setattr("pipeline.scoring.generation.remembers_keys_and_values_alone", lambda _: False)
+    assert dict(new_tokens(model, prompts, 5, template, 4)) == ours
+    assert "fixed batches" in capsys.readouterr().err
+
+
+def test_an_answer_ends_at_its_end_token_or_is_cut_off_and_must_fit_the_context(base: Path, dataset: Path) -> None:
+    template = load_contract(read_json(dataset / "contract.json"))
+    prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
+    model = load_base(identity(base))
+    [cut] = generate(model, template, prompt, 1, 1, "test", "base")
+    [whole] = generate(model, template, prompt, 64, 1, "test", "base")
+    assert (cut.cut_off, len(cut.ids), whole.cut_off) == (True, 1, False)
+    assert 1 < len(whole.ids) < 64
+    assert generate(model, template, [], 8, 4, "test", "base") == []
+    with pytest.raises(ModelError, match=r"510 .* 8 .*\(--max-new-tokens\).* 512; lower --max-new-tokens"):
+        generate(model, template, [[1] * 510], 8, 1, "test", "base", limited_by="--max-new-tokens")
 
 
 def test_a_gpu_answers_as_many_prompts_at_once_as_it_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
     llama_3_8b = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
-    config = CONFIG_MAPPING["llama"](**llama_3_8b)
-    model = SimpleNamespace(config=config, dtype=torch.bfloat16)
+    model = SimpleNamespace(config=CONFIG_MAPPING["llama"](**llama_3_8b), dtype=torch.bfloat16)
     monkeypatch.setattr("pipeline.scoring.generation.input_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6 * 2**30, 24 * 2**30))
     assert rows_at_once(model, "auto", 512) == 67  # of 128 KiB a token
@@ -130,25 +120,10 @@ def test_a_gpu_answers_as_many_prompts_at_once_as_it_has_memory_for(monkeypatch:
     assert rows_at_once(model, 16, 512) == 16
 
 
-def test_a_row_that_ends_takes_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (prompts, _) = make(*IN_SLOTS["llama"]), made_up(16)
-    rows = []
-    real = Slots.step
-    monkeypatch.setattr(Slots, "step", lambda self: rows.append(len(self.tokens)) or real(self))
-    limits = [1] * 15 + [30]
-    answers = dict(in_slots(model, prompts, limits, frozenset(), 8))
-    assert sum(rows) == sum(map(len, answers.values())) == sum(limits)
-
-
 def test_answers_made_by_something_else_are_not_found(tmp_path: Path) -> None:
-    names = [
-        kept_file(tmp_path, {"base": base}, prompts, limit, frozenset(stops))
-        for base in ("a", "b")
-        for prompts in ([[1, 2]], [[1], [2]])
-        for limit in (8, 9)
-        for stops in ({1}, {2})
-    ]
-    assert len(set(names)) == 16
+    made = {"model": {"base": "a"}, "prompts": [[1, 2]], "max_new_tokens": 8, "stop_ids": frozenset({1})}
+    others = [{"model": {"base": "b"}}, {"prompts": [[1], [2]]}, {"max_new_tokens": 9}, {"stop_ids": frozenset({2})}]
+    assert len({kept_file(tmp_path, **made | other) for other in [{}, *others]}) == 5
 
 
 def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
@@ -161,57 +136,38 @@ def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
         assert kept.answers == {0: [5, 6], 3: [7, 8]}
 
 
-KILLED = """
-import sys, time, torch
-from pathlib import Path
-import pipeline.scoring.kept as kept
-from pipeline.evaluate import evaluate
-from pipeline.params import EvaluateParams
-real = kept.KeptAnswers.add
-kept.KeptAnswers.add = lambda *args: (real(*args), time.sleep(0.05))  # time to be killed in
-torch.set_num_threads(1)
-params, dataset, adapter, output, folder = sys.argv[1:]
-evaluate(EvaluateParams.model_validate_json(params), Path(dataset), Path(adapter), Path(output), Path(folder))
-"""
-
-
 def test_a_killed_evaluation_goes_on_where_it_was(
-    tmp_path: Path, dataset: Path, adapter: Path, evaluation: Path, params: Params
+    tmp_path: Path, dataset: Path, adapter: Path, evaluation: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.evaluate import evaluate
-
     kept, output = tmp_path / "kept", tmp_path / "evaluation"
-    arguments = [params.evaluate.model_dump_json(), *map(str, (dataset, adapter, output, kept))]
-    child = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], env=environment(), cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while len(lines := [line for path in kept.glob("*.jsonl") for line in path.read_text().splitlines()]) < 10:
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    add, added = KeptAnswers.add, []
+
+    def killed(answers: KeptAnswers, number: int, ids: Any) -> None:
+        if len(added) == 10:
+            raise KeyboardInterrupt
+        # One kept answer is altered: if it comes out so, it was not made again.
+        added.append((number, ids if added else [40, *ids]))
+        add(answers, *added[-1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptAnswers, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(params.evaluate, dataset, adapter, output, kept)
     assert not output.exists()
-    # One kept answer is altered: if it comes out so, it was not made again.
     (kept / "an earlier run's.jsonl").write_text("")
-    [path] = kept.glob("*[0-9a-f].jsonl")
-    place, ids = json.loads(lines[0])
-    path.write_text("\n".join([json.dumps([place, [40, *ids]]), *path.read_text().split("\n")[1:]]))
     evaluate(params.evaluate, dataset, adapter, output, kept)
     assert len(list(kept.iterdir())) == 2
     expected = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
-    expected[place] = [40, *ids]
+    expected[added[0][0]] = added[0][1]
     assert pq.read_table(output / "items.adapter.parquet").column("answer_ids").to_pylist() == expected
     same = (pq.read_table(folder / "items.base.parquet") for folder in (output, evaluation))
     assert next(same).equals(next(same))
 
 
-def local(folder: Path) -> dict[str, Any]:
-    return {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
-
-
 def test_vllm_without_its_package_or_for_a_quantised_base_is_refused(base: Path, adapter: Path) -> None:
     for quantised, named in ((True, "4-bit"), (False, "No module named 'vllm'")):
         with pytest.raises(BackendError, match=named):
-            vllm_tokens(local(base), adapter, [[1]], 8, frozenset({2}), quantised)
+            vllm_tokens(identity(base), adapter, [[1]], 8, frozenset({2}), quantised)
 
 
 def test_vllm_is_asked_with_tokens_greedily_and_with_the_adapter(
@@ -234,5 +190,5 @@ def test_vllm_is_asked_with_tokens_greedily_and_with_the_adapter(
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *arguments: arguments))
-    made = vllm_tokens(local(base), adapter, [[1, 2, 3], [4]], 8, frozenset({7, 2}), quantised=False)
+    made = vllm_tokens(identity(base), adapter, [[1, 2, 3], [4]], 8, frozenset({7, 2}), quantised=False)
     assert made == {"adapter": [[1, 2, 3, 6], [4, 6]], "base": [[1, 2, 3, 5], [4, 5]]}

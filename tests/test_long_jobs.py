@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import with_
 from safetensors.torch import load_file
 from transformers import LlamaModel
@@ -23,6 +24,7 @@ from pipeline.core.files import read_json
 from pipeline.core.memory import OutOfMemory, Rung, next_rung
 from pipeline.params import Params
 from pipeline.train import TrainError, quantisation_of, train
+from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.watching import SAMPLE, Watch, weight_changes
 from pipeline.weights.loading import load_base
 
@@ -204,8 +206,17 @@ def test_a_jump_of_the_loss_stops_the_run(tmp_path: Path, params: Params, datase
     assert any(sources[row] in re.split("[,; ]", named) for row in bad)
 
 
-def test_early_stopping_keeps_the_best_step(tmp_path: Path, params: Params, dataset: Path) -> None:
+def test_early_stopping_keeps_the_best_step(
+    tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rate that overshoots after its first steps: the adapter saved is that of the best validation."""
+    events = []
+    load, wait, remove = AdapterTrainer.load_best, Accelerator.wait_for_everyone, shutil.rmtree
+    monkeypatch.setattr(AdapterTrainer, "load_best", lambda trainer: events.append("load") or load(trainer))
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: events.append("wait") or wait(self))
+    monkeypatch.setattr(
+        "pipeline.train.shutil.rmtree", lambda path, **options: events.append("remove") or remove(path, **options)
+    )
     patient = with_(
         params,
         train={
@@ -216,6 +227,7 @@ def test_early_stopping_keeps_the_best_step(tmp_path: Path, params: Params, data
             "warmup_ratio": 0.0,
             "lr_scheduler_type": "constant",
             "max_loss_rise": None,
+            "logging_steps": 100,  # more than are taken
         },
     )
     done = train(patient.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
@@ -223,9 +235,12 @@ def test_early_stopping_keeps_the_best_step(tmp_path: Path, params: Params, data
     best = min(rows, key=lambda row: float(row["validation_loss"]))
     record = read_json(tmp_path / "adapter" / "training.json")
     assert done.steps == int(rows[-1]["step"]) < 60
-    assert record["best_step"] == int(best["step"]) < done.steps
+    assert record["shipped_step"] == int(best["step"]) < done.steps
     assert record["validation_loss"] == done.validation_loss == float(best["validation_loss"])
-    cut = with_(patient, train={"max_steps": record["best_step"], "early_stopping_patience": None})
+    assert record["loss"] == done.loss == float(best["loss"])
+    # No process may still read the best step's weights when the first one removes them.
+    assert "wait" in events[events.index("load") : len(events) - events[::-1].index("remove")]
+    cut = with_(patient, train={"max_steps": done.shipped_step, "early_stopping_patience": None})
     again = train(cut.train, dataset, tmp_path / "again", tmp_path / "checkpoints")
     assert again.validation_loss == done.validation_loss
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from pipeline.chat.template import local_source
+from pipeline.core.combinations import METHODS as KNOWN
 from pipeline.core.combinations import VIRTUAL_TOKENS
 from pipeline.core.files import read_json
 from pipeline.core.vetting import DENIED, UnsafeModelError, check_settings
@@ -40,7 +41,7 @@ from pipeline.prepare import prepare
 from pipeline.train import Trained, train
 from pipeline.training.checkpoints import open_run
 from pipeline.training.methods import adapter_config, settings_of
-from pipeline.training.targets import PLAIN_LORA, UNTARGETED, MethodError, target_modules
+from pipeline.training.targets import MethodError, target_modules
 from pipeline.weights.loading import load_base
 from pipeline.weights.merging import MergeError
 from pipeline.weights.placement import load_tuned, untuned
@@ -78,7 +79,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
 UNPACKED = {"bloom": {"packing": False}}  # its ALiBi counts positions over the whole line
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 METHODS = get_args(TrainParams.model_fields["method"].annotation)
-LINEAR_ONLY = [method for method in METHODS if method not in (*PLAIN_LORA, *UNTARGETED)]  # have nothing for experts
+LINEAR_ONLY = [
+    m for m in METHODS if not KNOWN[m].trains_experts and m not in ("full", *VIRTUAL_TOKENS)
+]  # have nothing for experts
 PLAIN = {*METHODS} - {*VIRTUAL_TOKENS}  # the others cannot be merged
 # Fast by default: each family by one method, each method on one family; all together are marked faults.
 QUICK = {

@@ -198,6 +198,8 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     assert "checkpoint-4 is not whole" in capsys.readouterr().out
 
 
-def test_quantisation_is_recorded_for_the_later_stages(adapter: Path) -> None:
-    assert read_json(adapter / "training.json")["quantisation"] == NF4
+def test_quantisation_is_recorded_for_the_later_stages_and_nothing_of_the_machine(adapter: Path) -> None:
+    record = read_json(adapter / "training.json")
+    assert (record["quantisation"], record["device"]) == (NF4, "cpu")
+    assert record["shipped_step"] == record["steps"]
     assert set(NF4) == set(QUANTISATION)

@@ -109,7 +109,7 @@ def make_workspace(
             "params": params.train.model_dump(),
             "base_model": {"name_or_path": "data/base", "revision": None, "digest": "b" * 64},
             "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-            "device": "cpu, 1 threads",
+            "device": "cpu",
         },
     )
     (artifacts / "adapter" / "loss.csv").write_text("step,loss,validation_loss\n1,2.0,\n2,1.0,1.5\n")

@@ -131,7 +131,9 @@ def predict(
     if choices is None:
         size = params.evaluate.batch_size
         offered = [tools for *_, tools in rows]
-        answers = generate(loaded, template, prompts, limit, size, "predict", identity["model"], keep, offered)
+        limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
+        settings = (limit, size, "predict", identity["model"], keep, offered, limited_by)
+        answers = generate(loaded, template, prompts, *settings)
         results = [_fields(answer) for answer in answers]
     else:
         results = _labelled(loaded, template, rows, choices, keep)

@@ -1,18 +1,43 @@
 """Which parameters go together, as one table. Nothing is imported that takes time: every command asks it."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
-VIRTUAL_TOKENS = ("prefix", "prompt")  # these put trained vectors before the text and change no weight
+
+class Method(NamedTuple):
+    """What the parts that make no adapter know of a value of `train.method`; `training/methods.py` makes it."""
+
+    peft_type: str | None  # None: no adapter, every weight is trained
+    in_4bit: bool | None = None  # the base that the name stands for; None: either
+    trains_experts: bool = False  # PEFT has it for the stacked weights of mixtures of experts
+    continues: bool = True  # can start from an earlier adapter
+
+
+METHODS = {
+    "lora": Method("LORA", in_4bit=False, trains_experts=True),
+    "qlora": Method("LORA", in_4bit=True, trains_experts=True),
+    "dora": Method("LORA"),
+    "rslora": Method("LORA", trains_experts=True),
+    "ia3": Method("IA3"),
+    "adalora": Method("ADALORA", continues=False),
+    "prefix": Method("PREFIX_TUNING"),
+    "prompt": Method("PROMPT_TUNING"),
+    "full": Method(None, in_4bit=False, continues=False),
+}
+PEFT_TYPES = sorted({method.peft_type for method in METHODS.values() if method.peft_type})
+RANKED = [name for name, method in METHODS.items() if (method.peft_type or "").endswith("LORA")]
+# These put trained vectors before the text and change no weight.
+VIRTUAL_TOKENS = [name for name, method in METHODS.items() if (method.peft_type or "").endswith("_TUNING")]
 CLASSIFICATION = "sequence-classification"
 CLASS_PRESET = "`retune preset roberta-base-imdb` sets every parameter for a classifier, its base model among them"
 INIT_ADAPTER = r"none|champion|[0-9a-f]{16}|[^@\s]+@[0-9a-f]{64}"
 RENDERING = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}  # set for each rendering
 
 
-def in_4bit(method: str, load_in_4bit: Any) -> Any:
+def in_4bit(method: Any, load_in_4bit: Any) -> Any:
     """`train.load_in_4bit` with `auto` resolved: QLoRA is LoRA on a 4-bit base, the others take the base as it is."""
-    return method == "qlora" if load_in_4bit == "auto" else load_in_4bit
+    known = METHODS.get(method) if isinstance(method, str) else None
+    return bool(known and known.in_4bit) if load_in_4bit == "auto" else load_in_4bit
 
 
 def conflicts(params: Any) -> list[str]:
@@ -42,12 +67,12 @@ def _rules(p: Any) -> list[tuple[str, bool, str]]:
         ("train.init_adapter", not re.fullmatch(INIT_ADAPTER, t.init_adapter),
          "expected none, champion, a version's id (16 hexadecimal digits), or PATH@SHA256 with the sha256 of "
          "PATH/adapter_model.safetensors"),
-        ("train.init_adapter", t.init_adapter != "none" and t.method in ("full", "adalora"),
+        ("train.init_adapter", t.init_adapter != "none" and not METHODS[t.method].continues,
          "train.method full has no adapter, and the ranks of an adalora adapter are settled: set it to none"),
         ("train.init_adapter", bool(fetched) and re.match(r"s3://|file:///", publish.artifact_store) is None,
          "a worker of operations.train_pool fetches it from publish.artifact_store, which lies in this folder: take "
          "a store that both reach"),
-        ("train.load_in_4bit", t.method in ("lora", "qlora", "full") and t.load_in_4bit != (t.method == "qlora"),
+        ("train.load_in_4bit", METHODS[t.method].in_4bit not in (None, t.load_in_4bit),
          "train.method qlora is LoRA on a 4-bit base, lora and full take the base as it is: set it to auto"),
         ("train.packing", t.packing and t.method in VIRTUAL_TOKENS,
          "with train.method prefix or prompt only a line's first row would have the trained vectors: set it to false"),

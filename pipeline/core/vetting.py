@@ -12,10 +12,10 @@ from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from transformers.utils.hub import cached_file
 
 from pipeline.core.allowlist import UnsafeFileError, check_file, check_link
+from pipeline.core.combinations import PEFT_TYPES
 from pipeline.core.files import strict_json
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json")
-METHODS = ("LORA", "IA3", "ADALORA", "PREFIX_TUNING", "PROMPT_TUNING")
 # Settings of an adapter that import modules, fetch a tokenizer or rewrite the base; so do all that end in `_config`.
 DENIED = {
     "auto_mapping", "tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text", "init_weights",
@@ -88,8 +88,8 @@ def check_settings(config: Any, where: str) -> None:
     Raises:
         UnsafeModelError: with the key, its value and what is expected.
     """
-    if not isinstance(config, dict) or config.get("peft_type") not in METHODS:
-        raise UnsafeModelError(f"{where} is not of an adapter that Retune loads: {', '.join(METHODS)}")
+    if not isinstance(config, dict) or config.get("peft_type") not in PEFT_TYPES:
+        raise UnsafeModelError(f"{where} is not of an adapter that Retune loads: {', '.join(PEFT_TYPES)}")
     if config["peft_type"].endswith("_TUNING") != bool(config.get("num_virtual_tokens")):
         raise UnsafeModelError(f"{where} has peft_type = {config['peft_type']!r}, but the settings of another method")
     for key, value in config.items():

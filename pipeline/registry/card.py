@@ -9,13 +9,12 @@ from typing import Any
 
 from jinja2 import Template
 
-from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.combinations import CLASSIFICATION, RANKED
 from pipeline.core.pages.templates import environment
 from pipeline.registry.manifest import Manifest
 from pipeline.scoring.resampling import METRICS
 
 CHAT = "llm/v1/chat"  # MLflow's name for answering messages
-RANKED = ("lora", "qlora", "dora", "rslora", "adalora")
 BODY = """\
 # {{ manifest.name }} {{ manifest.version }}
 

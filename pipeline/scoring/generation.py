@@ -1,12 +1,12 @@
-"""Greedy answers of a model to tokenised prompts: in slots that rows enter and leave, where the model allows it.
+"""Greedy answers of a model to tokenised prompts, in the order of the prompts: a row that has ended makes room at once.
 
-Answers have the order of the prompts and are the same as one by one. What is done is kept on request, so that a
+Rows computed together round otherwise than one alone, in the last bits, so where two tokens are nearly as likely an
+answer may depend on `batch_size`; the same batch gives the same answers. What is done is kept on request, so that a
 killed evaluation continues. Prompts that do not fit the model's context are refused.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from pipeline.core.memory import OutOfMemory, free, out_of_memory
 from pipeline.core.progress import Progress, note
 from pipeline.params import BatchSize
 from pipeline.scoring.kept import KeptAnswers
-from pipeline.scoring.slots import Slots, why_unfit
+from pipeline.scoring.rolling import RollingBatch, remembers_keys_and_values_alone
 from pipeline.weights.loading import ModelError, input_device
 
 ROWS_ON_A_CPU, MOST_ROWS = 64, 256  # with `batch_size: auto`; more rows make a step on a GPU no cheaper
-CACHE_SHARE = 0.7  # of a GPU's free memory; the rest is for activations and logits
-MIN_PREFIX = 8  # tokens that all prompts begin with; below, computing them once saves less than the pass costs
+CACHE_SHARE = 0.7  # of a GPU's free memory; the rest is for activations, logits and the copy of a layer that grows
+Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ def generate(
     system: str,
     keep: Path | None = None,
     tools: Sequence[str | None] | None = None,
+    limited_by: str = "evaluate.max_new_tokens",
 ) -> list[Answer]:
-    """Answers to `prompts` (token ids), in their order. Greedy, so the same artifact always gives the same answers.
+    """Answers to `prompts` (token ids), in their order.
 
     Args:
+        limited_by: the option that `max_new_tokens` comes from, for errors.
         keep: file of answers, named after all that they depend on (`kept_file`): those in it are not made again.
         tools: those on offer in each prompt, as JSON.
 
@@ -70,8 +72,8 @@ def generate(
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise ModelError(
-            f"a prompt of {longest} tokens and evaluate.max_new_tokens ({max_new_tokens}) exceed the model's context "
-            f"of {limit}; lower evaluate.max_new_tokens or prepare.max_length"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones ({limited_by}) exceed the model's context of "
+            f"{limit}; lower {limited_by}, or shorten the prompts (prepare.max_length)"
         )
     model.eval()
     with KeptAnswers(keep) as kept:
@@ -79,11 +81,10 @@ def generate(
         left = [i for i in range(len(prompts)) if i not in answers]
         progress = Progress(stage, len(prompts), f"answers of {system}")
         progress.resume_at(len(answers))
-        limits = [max_new_tokens] * len(left)
         rows = rows_at_once(model, batch_size, longest + max_new_tokens)
-        for place, ids in new_tokens(model, [prompts[i] for i in left], limits, template, rows):
-            answers[left[place]] = ids
-            kept.add(left[place], ids)
+        for number, ids in new_tokens(model, [prompts[i] for i in left], max_new_tokens, template, rows, limited_by):
+            answers[left[number]] = ids
+            kept.add(left[number], ids)
             progress.update(len(answers))
     offered = tools or [None] * len(prompts)
     return [to_answer(answers[i], template, prompts[i], offered[i]) for i in range(len(prompts))]
@@ -105,23 +106,20 @@ def rows_at_once(model: Any, batch_size: BatchSize, tokens: int) -> int:
 
 
 def new_tokens(
-    model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], template: ChatTemplate, batch_size: int
+    model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int, limited_by: str = ""
 ) -> Iterator[tuple[int, list[int]]]:
-    """Each prompt's place and its greedy tokens, at most `limits` of them, as they end; the end token included."""
+    """Each prompt's number and its greedy tokens, at most `limit` of them, as they end; the end token included."""
     done: set[int] = set()
-    reason_against_slots = why_unfit(model, prompts) if prompts else None
-    if reason_against_slots is not None:
-        note(f"answers are made in batches, each as slow as its longest; not in slots: {reason_against_slots}")
+    rolling = remembers_keys_and_values_alone(model)
+    if prompts and not rolling:
+        note("answers are made in fixed batches, each as slow as its longest: rows of this model cannot be exchanged")
     while left := [i for i in range(len(prompts)) if i not in done]:
-        waiting, their_limits = [prompts[i] for i in left], [limits[i] for i in left]
+        waiting = [prompts[i] for i in left]
+        answers = (rolling_answers if rolling else _in_batches)(model, waiting, limit, template, batch_size)
         try:
-            if reason_against_slots is None:
-                answers = in_slots(model, waiting, their_limits, template.stop_ids, batch_size)
-            else:
-                answers = _in_batches(model, waiting, their_limits, template, batch_size)
-            for place, ids in answers:
-                done.add(left[place])
-                yield left[place], ids
+            for number, ids in answers:
+                done.add(left[number])
+                yield left[number], ids
             return
         except Exception as error:
             if not out_of_memory(error):
@@ -133,62 +131,50 @@ def new_tokens(
         size = min(batch_size, len(left))
         if size == 1:
             raise OutOfMemory(
-                f"out of memory with one prompt of {max(map(len, waiting))} tokens ({reason}); lower "
-                "evaluate.max_new_tokens or prepare.max_length, or take a machine with more memory"
+                f"out of memory with one prompt of {max(map(len, waiting))} tokens ({reason}); lower {limited_by} or "
+                "prepare.max_length, or take a machine with more memory"
             )
         batch_size = (size + 1) // 2
         note(f"out of memory with {size} prompts at once; retrying with {batch_size}")
 
 
 @torch.inference_mode()
-def in_slots(
-    model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], stop_ids: frozenset[int], batch_size: int
+def rolling_answers(
+    model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """As `new_tokens`, where `why_unfit` is None: a row that has ended leaves, and waiting ones take its place."""
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest is last, and first out
-    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    slots = Slots(model, min(batch_size, len(prompts)), capacity, common_prefix(prompts))
-    rows: list[int] = []  # the prompt in each slot
-    new: dict[int, list[int]] = {}
+    """As `new_tokens`: a row that has ended leaves the batch, and waiting ones join it."""
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: memory fails early
+    batch, rows = RollingBatch(model), list[int]()  # the prompt of each row
+    new: list[list[int]] = [[] for _ in prompts]
     while rows or waiting:
+        first, room = 0, batch_size - len(rows)
         # A few at a time: one pass over several prompts is cheaper than one over each.
-        if waiting and (not rows or slots.free >= max(1, slots.slots // 8)):
-            joining = [waiting.pop() for _ in range(min(slots.free, len(waiting)))]
-            slots.add([prompts[i] for i in joining])
-            rows += joining
-            new |= {i: [] for i in joining}
-        tokens = slots.step().argmax(-1).tolist()
-        slots.append(tokens)
-        for slot in reversed(range(len(rows))):  # the last first: it may take the place of one before it
-            i = rows[slot]
-            new[i].append(tokens[slot])
-            if tokens[slot] in stop_ids or len(new[i]) == limits[i]:
-                slots.drop(slot)
-                rows[slot] = rows[-1]
-                rows.pop()
-                yield i, new.pop(i)
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all prompts begin with and none ends with, if they are worth a pass of their own."""
-    if len(prompts) < 2:
-        return []
-    same = takewhile(lambda column: len(set(column)) == 1, zip(*(prompt[:-1] for prompt in prompts), strict=False))
-    prefix = [column[0] for column in same]
-    return prefix if len(prefix) >= MIN_PREFIX else []
+        if waiting and (not rows or room >= max(1, batch_size // 8)):
+            first, joined = len(rows), batch.join([prompts[i] for i in waiting[:room]])
+            rows, waiting = rows + waiting[:joined], waiting[joined:]
+        else:
+            batch.step()
+        for i, token in zip(rows[first:], batch.last[first:], strict=True):
+            new[i].append(token)
+        ended = [row for row, i in enumerate(rows) if new[i][-1] in template.stop_ids or len(new[i]) == limit]
+        if ended:
+            yield from ((rows[row], new[rows[row]]) for row in ended)
+            left = [row for row in range(len(rows)) if row not in ended]
+            batch.keep(left)
+            rows = [rows[row] for row in left]
 
 
 @torch.inference_mode()
 def _in_batches(
-    model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], template: ChatTemplate, batch_size: int
+    model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
     """As `new_tokens`, by transformers' own `generate`, for models with another memory than keys and values."""
     pad = template.tokenizer.pad_token_id
     config = GenerationConfig(
-        max_new_tokens=max(limits), do_sample=False, eos_token_id=sorted(template.stop_ids), pad_token_id=pad
+        max_new_tokens=limit, do_sample=False, eos_token_id=sorted(template.stop_ids), pad_token_id=pad
     )
     device = input_device(model)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: memory fails early
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         width = len(prompts[batch[0]])
@@ -197,7 +183,7 @@ def _in_batches(
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
         for i, new in zip(batch, output, strict=True):
             end = next((k for k, token in enumerate(new) if token in template.stop_ids), len(new))
-            yield i, new[: min(end + 1, limits[i])]
+            yield i, new[: end + 1]
 
 
 def to_answer(ids: list[int], template: ChatTemplate, prompt: Sequence[int], tools: str | None = None) -> Answer:

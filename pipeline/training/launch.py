@@ -85,13 +85,6 @@ FSDP = {
 }
 
 
-def _settings(params: TrainParams) -> dict[str, str]:
-    if torch.cuda.is_available():
-        return {}
-    sharding = {f"FSDP_{key.upper()}": value for key, value in FSDP.items()} if params.strategy == "fsdp" else {}
-    return {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} | sharding
-
-
 def run_one(job_file: str, train: Callable[..., Any]) -> int:
     """One process of the group, which runs the stage's own `train`; its exit status."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))

@@ -30,10 +30,10 @@ from pipeline.training.footprint import (
 )
 from pipeline.training.hardware import FREE_FRACTION
 from pipeline.training.packing import lengths_of, training_sequences
+from pipeline.weights.checkpoint import SHARD_BYTES
 
 PARTS = ("weights of the base", "adapter", "optimizer", "activations", "gradients, loss, short-lived")
 WEIGHTS_FRACTION = 0.9  # of a GPU, for the weights of a model that is scored
-SHARD = 2 * GIB  # of a merged model, in host memory while it is written
 GPUS = Path(__file__).parents[2] / "infra" / "gpus.yaml"
 
 
@@ -100,7 +100,7 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
     memory = step_memory(counts, train, rows, longest, on_gpu=kind is not None)
     sharded = train.strategy in ("fsdp", "deepspeed")  # of which a GPU holds a part that only they know
     if kind is not None and memory.peak > kind.room and not sharded:
-        raise PlanError(_too_large(config, train, rows, longest, memory, f"{gpu}", kind.room))
+        raise PlanError(_too_large(config, counts, train, rows, longest, f"{gpu}", kind.room))
     flops = flops_per_token(counts, train, rows, longest)
     tokens = steps = seconds = cost = None
     if lengths:
@@ -162,7 +162,7 @@ def _merge(counts: Counts, params: Params, kind: GpuKind | None) -> str:
     proof = f"{(merged + each) / GIB:.2f} GiB"
     if kind is not None and merged > WEIGHTS_FRACTION * kind.memory_gib * GIB:
         proof = _offloaded("the merged model", merged, kind)
-    return f"{min(SHARD, merged) / GIB:.2f} GiB of host memory, shard by shard; its proof {proof}"
+    return f"{min(SHARD_BYTES, merged) / GIB:.2f} GiB of host memory, shard by shard; its proof {proof}"
 
 
 def _prompt_bytes(counts: Counts, length: int, width: int) -> int:
@@ -195,9 +195,10 @@ def _configuration(params: Params) -> PreTrainedConfig:
 
 
 def _too_large(
-    config: PreTrainedConfig, params: TrainParams, rows: int, length: int, memory: Memory, name: str, room: float
+    config: PreTrainedConfig, counts: Counts, params: TrainParams, rows: int, length: int, name: str, room: float
 ) -> str:
     """The refusal, with the changes that would make the training fit, the cheapest in quality and time first."""
+    memory = step_memory(counts, params, rows, length, on_gpu=True)
     sentence = f"this training needs {memory.peak / GIB:.1f} GiB; the {name} has {room / GIB:.1f} GiB available"
     changes: list[dict[str, Any]] = [
         {"gradient_checkpointing": True},
@@ -212,7 +213,8 @@ def _too_large(
         params = params.model_copy(update=new)
         would += [f"train.{key}: {str(value).lower()}" for key, value in new.items()]
         rows = int(params.per_device_train_batch_size)
-        peak = step_memory(count(config, params), params, rows, length // part, on_gpu=True).peak
+        counts = count(config, params) if "method" in new else counts
+        peak = step_memory(counts, params, rows, length // part, on_gpu=True).peak
         if peak <= room:
             shorter = "prepare.max_length and train.packed_length" if params.packing else "prepare.max_length"
             limit = [] if part == 1 else [f"{shorter} of {length // part} at most"]

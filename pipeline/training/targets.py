@@ -15,12 +15,11 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.core.combinations import METHODS, VIRTUAL_TOKENS
 from pipeline.params import TrainParams
 from pipeline.weights.loading import HEADS
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose the experts of a token
-UNTARGETED = ("full", "prefix", "prompt")  # these are put on no module
-PLAIN_LORA = ("lora", "qlora", "rslora")  # the methods that PEFT has for experts
 
 
 class MethodError(ValueError):
@@ -51,11 +50,11 @@ def target_parameters(params: TrainParams, model: Any) -> list[str]:
     """
     experts, targets = _experts(model), params.lora_target_modules
     chosen = experts if targets == "all-linear" else [name for name in experts if name in targets]
-    if chosen and (params.method not in PLAIN_LORA or params.lora_dropout):
+    if chosen and (not METHODS[params.method].trains_experts or params.lora_dropout):
         raise MethodError(
             f"train.method is {params.method} and train.lora_dropout is {params.lora_dropout:g}, but experts "
-            f"({', '.join(chosen)}) take {', '.join(PLAIN_LORA)} without dropout; set train.lora_target_modules to "
-            "attention, or change these"
+            f"({', '.join(chosen)}) take {', '.join(name for name in METHODS if METHODS[name].trains_experts)} without "
+            "dropout; set train.lora_target_modules to attention, or change these"
         )
     return chosen
 
@@ -63,7 +62,7 @@ def target_parameters(params: TrainParams, model: Any) -> list[str]:
 def describe_experts(params: TrainParams, model: Any) -> list[str]:
     """Sentences on what training a mixture of experts does not do, though its parameters might seem to say so."""
     experts = dict(expert_parameters(model))
-    if not experts or params.method in UNTARGETED:
+    if not experts or params.method in ("full", *VIRTUAL_TOKENS):
         return []
     sentences, targets = [], target_modules(params, model)
     linear = dict(linear_modules(model))

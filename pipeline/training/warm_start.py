@@ -13,8 +13,6 @@ from pipeline.core.files import read_json
 from pipeline.core.vetting import check_adapter
 from pipeline.weights.loading import PROMPT, is_whole
 
-# What must be the same for the weights to mean the same; which modules there are, their names say.
-SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens", "feedforward_modules")
 NAMES = {"r": "train.lora_r", "lora_alpha": "train.lora_alpha", "num_virtual_tokens": "train.num_virtual_tokens"}
 
 
@@ -44,7 +42,9 @@ def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> No
     if theirs.get("labels") != contract.get("labels"):
         raise InitError(f"the adapter in {folder} has other classes than the dataset; set train.init_adapter to none")
     saved = PeftConfig.from_pretrained(str(folder))
-    for key in SETTINGS:
+    # What must be the same for the weights to mean the same; which modules there are, their names say.
+    variants = [key for key in vars(config) if key.startswith("use_")]
+    for key in ("peft_type", *NAMES, "feedforward_modules", *variants):
         have, want = (_plain(getattr(each, key, None)) for each in (saved, config))
         if have != want:
             name = NAMES.get(key, "train.method")

@@ -90,9 +90,9 @@ class Watch(TrainerCallback):
             setattr(self, name, state[name])
         self.earlier_seconds = state["seconds"]
 
-    def last(self, column: str, otherwise: Any) -> Any:
-        """The last value in a column of loss.csv."""
-        return next((row[column] for row in reversed(self.loss_rows) if column in row), otherwise)
+    def row(self, step: int) -> dict[str, Any]:
+        """The row of loss.csv for `step`, which was logged."""
+        return next(row for row in reversed(self.loss_rows) if row["step"] == step)
 
     def moved(self, model: torch.nn.Module) -> bool:
         return any(weight_changes(model, self._start).values())
@@ -172,11 +172,11 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         step, last = state.global_step, state.global_step == state.max_steps
-        if step % self.params.logging_steps == 0 or last:
+        control.should_evaluate = self.eval_steps is not None and (step % self.eval_steps == 0 or last)
+        if step % self.params.logging_steps == 0 or last or control.should_evaluate:
             self._log(step, last, model)
         if self.interrupted or self.out_of_time:
             control.should_save = control.should_training_stop = True
-        control.should_evaluate = self.eval_steps is not None and (step % self.eval_steps == 0 or last)
         speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
         measured = next((row for row in reversed(self.loss_rows) if "validation_loss" in row), None)
         shown = [f"loss {statistics.fmean(self.recent[-self.params.logging_steps :]):.3f}"]
@@ -188,9 +188,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
     ) -> None:
         loss = metrics["eval_loss"]
-        if not self.loss_rows or self.loss_rows[-1]["step"] != state.global_step:
-            self.loss_rows.append({"step": state.global_step})
-        self.loss_rows[-1]["validation_loss"] = loss
+        self.row(state.global_step)["validation_loss"] = loss
         self._log_modules(state.global_step)
         if not math.isfinite(loss):
             raise TrainError(f"the validation loss is {loss} at step {state.global_step}; lower train.learning_rate")

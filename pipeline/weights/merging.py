@@ -16,21 +16,13 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, transpose
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.weights.architecture import auto_class, base_config, checkpoint_names, empty_model, rounded_weights
 from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
 from pipeline.weights.loading import Quantisation, compute_dtype, device, is_whole, load_adapter
-
-# Settings of a LoRA that say nothing more than which weights it changes and how much.
-UNDERSTOOD = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out"),
-    *("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
-    *("layers_to_transform", "layers_pattern", "runtime_config", "loftq_config"),
-}
 
 
 class MergeError(ValueError):
@@ -70,21 +62,24 @@ def merge_adapter(
         WeightsError: the base is not whole.
     """
     require_mergeable(adapter)
-    if is_whole(adapter):
-        return _copy_whole(adapter, folder, dtype)
-    settings = PeftConfig.from_pretrained(str(adapter))
-    config = base_config(identity, labels)
-    checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
-    try:
-        edits, modules = _edits(config, checkpoint, settings, adapter, quantisation, dtype)
-    except _OnlyPeft as why:
-        modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, quantisation, dtype)
-        return Merging("peft", str(why), modules)
+    if is_whole(adapter):  # nothing is added to it, but its numbers may become narrower
+        config, checkpoint = AutoConfig.from_pretrained(adapter, trust_remote_code=False), open_checkpoint(adapter)
+        edits: dict[str, Edit] = {}
+        merging = Merging("whole", None, len(checkpoint.tensors))
+    else:
+        settings, config = PeftConfig.from_pretrained(str(adapter)), base_config(identity, labels)
+        checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
+        try:
+            edits, modules = _edits(config, checkpoint, settings, adapter, quantisation, dtype)
+        except _OnlyPeft as why:
+            modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, quantisation, dtype)
+            return Merging("peft", str(why), modules)
+        merging = Merging("shards", None, modules)
     rewrite(checkpoint, folder, edits, dtype)
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)
-    return Merging("shards", None, modules)
+    return merging
 
 
 def require_mergeable(adapter: Path) -> None:
@@ -103,17 +98,6 @@ def require_mergeable(adapter: Path) -> None:
         )
 
 
-def _copy_whole(trained: Path, folder: Path, dtype: torch.dtype | None) -> Merging:
-    """A model of which every weight was trained: nothing is added to it, but its numbers may become narrower."""
-    config = AutoConfig.from_pretrained(trained, trust_remote_code=False)
-    checkpoint = open_checkpoint(trained)
-    rewrite(checkpoint, folder, {}, dtype)
-    if dtype is not None:
-        config.dtype = dtype
-    config.save_pretrained(folder)
-    return Merging("whole", None, len(checkpoint.tensors))
-
-
 def empty_base(identity: Mapping[str, Any]) -> PreTrainedModel:
     """The base with the shapes of its parameters and without their numbers: adapters can be put on it, no more."""
     model = empty_model(base_config(identity))
@@ -130,7 +114,8 @@ def _edits(
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Edit], int]:
     """What is to be done to which tensor of the checkpoint, and how many modules the adapter targets."""
-    _require_understood(settings)
+    if type(settings) is not LoraConfig:
+        raise _OnlyPeft(f"the method is {settings.peft_type.value}")
     empty = empty_model(config)
     names = checkpoint_names(empty, checkpoint)
     tied = {*empty.all_tied_weights_keys, *empty.all_tied_weights_keys.values()}
@@ -157,6 +142,9 @@ def _edits(
     for path, module in modules:
         if type(module) is not LoraLinear or not isinstance(module.get_base_layer(), torch.nn.Linear | Conv1D):
             raise _OnlyPeft(f"{path} is a {type(module).__name__} of {type(module).__module__}")
+        if module.lora_variant or any(module.lora_bias.values()):
+            variant = next(iter(module.lora_variant.values()), "with a bias")
+            raise _OnlyPeft(f"{path} is a LoRA {getattr(variant, '__name__', type(variant).__name__)}")
         name = stored_as(f"{path}.weight")
         written = dtype or FLOATS[checkpoint.tensors[name].dtype]
         edits[name] = partial(_added, path, module, edits.get(name), written)
@@ -164,17 +152,6 @@ def _edits(
         if isinstance(wrapper, AuxiliaryTrainingWrapper) and type(wrapper) is not ModulesToSaveWrapper:
             raise _OnlyPeft(f"{path} is wrapped in {type(wrapper).__name__}")
     return edits, len(modules)
-
-
-def _require_understood(settings: PeftConfig) -> None:
-    if type(settings) is not LoraConfig:
-        raise _OnlyPeft(f"the method is {settings.peft_type.value}")
-    default = LoraConfig()
-    for key, value in vars(settings).items():
-        if key not in UNDERSTOOD and value and value != getattr(default, key, None):
-            raise _OnlyPeft(f"the adapter has {key}")
-    if settings.init_lora_weights not in (True, False, "gaussian"):
-        raise _OnlyPeft(f"init_lora_weights is {settings.init_lora_weights}, which may change the base's weights")
 
 
 def _without_weights(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
@@ -196,13 +173,8 @@ def _added(
 ) -> torch.Tensor:
     """The LoRA at `path` added to what the edit `before` leaves of its base weight."""
     base = before(tensor) if before else tensor
-    # As `get_delta_weight` computes it, but scaled in place. PEFT has loaded the adapter as float32.
-    delta = layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
-    new = (base + transpose(delta.mul_(layer.scaling["default"]), layer.fan_in_fan_out)).to(written)
-    if not torch.isfinite(new).all():
-        raise MergeError(_infinite(path, written))
-    if torch.equal(new, base.to(written)):
-        raise MergeError(_unchanged(path, written))
+    new = (base + layer.get_delta_weight("default").detach()).to(written)  # PEFT has loaded the adapter as float32
+    _require_change(path, [base.to(written)], [new], written)
     return new
 
 
@@ -210,16 +182,17 @@ def _replaced(value: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _infinite(module: str, dtype: torch.dtype) -> str:
+def _require_change(module: str, before: list[torch.Tensor], after: list[torch.Tensor], dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
-    return f"with the adapter, {module} is infinite or not a number in {name}; train it again, or set merge.dtype"
-
-
-def _unchanged(module: str, dtype: torch.dtype) -> str:
-    return (
-        f"the adapter changes nothing in {module}: it was not trained, is not the one evaluated, or its change is "
-        f"less than a step of {str(dtype).removeprefix('torch.')} (merge.dtype: float32 would keep it)"
-    )
+    if not all(torch.isfinite(weight).all() for weight in after):
+        raise MergeError(
+            f"with the adapter, {module} is infinite or not a number in {name}; train it again, or set merge.dtype"
+        )
+    if all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
+        raise MergeError(
+            f"the adapter changes nothing in {module}: it was not trained, is not the one evaluated, or its change is "
+            f"less than a step of {name} (merge.dtype: float32 would keep it)"
+        )
 
 
 def _merge_with_peft(
@@ -252,10 +225,7 @@ def _merge_with_peft(
             weights = list(layer.get_base_layer().parameters())
             before = [weight.data.clone() for weight in weights]
             layer.merge()  # the safe form rounds the change to the weight's type before it is added
-            if not all(torch.isfinite(weight).all() for weight in weights):
-                raise MergeError(_infinite(path, out))
-            if all(torch.equal(old, weight.data) for old, weight in zip(before, weights, strict=True)):
-                raise MergeError(_unchanged(path, out))
+            _require_change(path, before, [weight.data for weight in weights], out)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that they are merged already, and are no longer tied
             merged = model.merge_and_unload()
