@@ -9,7 +9,7 @@ export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: run test test-integration test-browser test-faults test-gpu check bench bench-stages bench-data bench-train bench-merge bench-store bench-flow bench-gpu sample lock clean help
+.PHONY: run test test-integration test-browser test-faults test-gpu check bench bench-stages bench-data bench-store bench-flow bench-gpu sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -22,7 +22,7 @@ test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about
 	@echo "Testing: about 20 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), GGUF and a local judge (need a package index), the guide's own-data chapter (about half an hour)
+test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), GGUF (needs a package index), the guide's own-data chapter (about half an hour)
 	@python -m pytest -q -m integration tests
 
 test-browser: $(READY)  ## the reports and the dashboard in a real browser (needs Chromium; about 4 minutes)
@@ -39,19 +39,13 @@ check: $(READY)      ## formatting, lint, types
 	@ruff check .
 	@mypy
 
-bench: bench-stages bench-data bench-train bench-merge bench-store bench-flow  ## every benchmark
+bench: bench-stages bench-data bench-store bench-flow  ## every benchmark
 
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
 	@python -m tests.bench.stages
 
 bench-data: $(READY)  ## ingest and prepare next to datasets.map and datasketch (about 4 minutes)
 	@python -m tests.bench.data
-
-bench-train: $(READY)  ## train next to `trl sft` with its defaults, on rows of the last prepare (about 8 minutes)
-	@python -m tests.bench.train
-
-bench-merge: $(READY)  ## merging shard by shard next to PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
-	@python -m tests.bench.merge
 
 bench-store: $(READY)  ## the artifact store next to boto3's upload_file (about 1 minute)
 	@python -m tests.bench.store

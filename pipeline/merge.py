@@ -28,12 +28,11 @@ from pipeline.scoring.items import Metrics, provenance, score_items, scoring_par
 from pipeline.scoring.likelihood import per_sequence, reference_losses, token_agreement
 from pipeline.scoring.parity import Merged, merge_closest, metric_differences, prove
 from pipeline.scoring.resampling import read_scores
-from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.combination import combine
 from pipeline.weights.export import export
 from pipeline.weights.gguf import require_programs
 from pipeline.weights.loading import record_dtype, use_free_cores
-from pipeline.weights.merging import MergeError, require_mergeable
+from pipeline.weights.merging import require_mergeable
 from pipeline.weights.placement import load_for_scoring, load_tuned, untuned
 
 LOGIT_PROMPTS, LOGIT_POSITIONS = 16, 64  # whose logits are compared; the answers are compared on all prompts
@@ -64,8 +63,6 @@ def merge(
     if "labels" in contract:
         return _merge_classes(params, dataset, adapter, evaluation, (output, parity, exports), contract)
     require_programs(params.export)
-    _refuse_merged_base(contract)
-    open_checkpoint(identity["name_or_path"], identity["revision"])  # says what is wrong where a digest only differs
     template = load_contract(contract)
     use_free_cores()
     settings = read_json(evaluation / "evaluation.json")
@@ -135,11 +132,8 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
     The prompts are rendered with the model's own template, which may be older than the dataset's.
     """
     use_free_cores()
-    contract, params, source = (
-        read_json(model_folder / "contract.json"),
-        scoring_params(settings),
-        local_source(model_folder),
-    )
+    contract, params = read_json(model_folder / "contract.json"), scoring_params(settings)
+    source = local_source(model_folder)
     test = test_items(dataset, params.max_samples)
     if labels := contract.get("labels"):
         encoder = load_classes(contract, source)
@@ -160,17 +154,6 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")
         write_json(folder / "evaluation.json", recorded)
-
-
-def _refuse_merged_base(contract: dict[str, Any]) -> None:
-    """A base in whose place a model merged from that very base now lies would get the adapter twice."""
-    model = contract["model"]
-    shipped = Path(model["name_or_path"]) / "contract.json"
-    if shipped.is_file() and read_json(shipped)["model"]["digest"] == model["digest"]:
-        raise MergeError(
-            f"{model['name_or_path']} already has an adapter merged into it (its contract.json names the base it came "
-            f"from, digest {model['digest'][:12]}, which is the one the adapter was trained on); put that base back"
-        )
 
 
 def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bos_id: int | None) -> None:

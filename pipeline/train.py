@@ -33,14 +33,14 @@ from pipeline.training.footprint import UnplannedError, count
 from pipeline.training.gradients import require_gradients
 from pipeline.training.hardware import batches, gpus, remarks, require_kernels, use_liger
 from pipeline.training.launch import launch, must_launch, run_one
-from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of, sort_sets
+from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of
 from pipeline.training.packing import Collate, lengths_of, training_sequences
 from pipeline.training.sharding import gather_trained, shard_on_cpus
 from pipeline.training.targets import describe_experts
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.warm_start import check_init, load_init
 from pipeline.training.watching import Interrupted, TrainError, Watch
-from pipeline.weights.loading import compute_dtype, load_base, use_free_cores, use_threads
+from pipeline.weights.loading import compute_dtype, load_base, sort_sets, use_free_cores, use_threads
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
@@ -217,7 +217,7 @@ def _write(
             trainer.save_gathered(gathered, folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
         if (folder / "adapter_config.json").exists():
-            sort_sets(folder / "adapter_config.json")
+            sort_sets(folder)
         trainer.processing_class.save_pretrained(str(folder))
         clean_folder(folder)
         write_json(folder / "contract.json", contract)

@@ -15,11 +15,11 @@ from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.evaluate import evaluate
 from pipeline.params import GeneralParams, Params
 from pipeline.scoring.general import GeneralError, general_items, read_general
-from pipeline.scoring.generation import Answer, generate
+from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import class_labels, score_items, summarise
 from pipeline.scoring.likelihood import reference_losses, sequence_losses
-from pipeline.scoring.resampling import METRICS, PERCENT, length_bucket
-from pipeline.weights.loading import load_adapter, load_base
+from pipeline.scoring.resampling import METRICS, PERCENT
+from pipeline.weights.loading import load_base
 
 
 def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:
@@ -39,20 +39,6 @@ def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluat
         for slices in ("by_task", "by_language", "by_length"):
             assert sum(part["num_samples"] for part in scores[slices].values()) == len(test)
     assert metrics["adapter"]["rougeL"]["low"] > metrics["base"]["rougeL"]["high"]  # tuning helps
-
-
-def test_answers_are_those_of_one_prompt_alone_and_the_bases_have_no_trace_of_the_adapter(
-    base: Path, dataset: Path, adapter: Path, evaluation: Path, params: Params
-) -> None:
-    template = load_contract(read_json(dataset / "contract.json"))
-    prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:8]
-    quantisation = read_json(adapter / "training.json")["quantisation"]
-    models = {"base": load_base(identity(base), quantisation)}
-    models["adapter"] = load_adapter(load_base(identity(base), quantisation), adapter)
-    for system, model in models.items():
-        limit = params.evaluate.max_new_tokens
-        alone = [generate(model, template, [prompt], limit, 1, "test", "alone")[0].text for prompt in prompts]
-        assert pq.read_table(evaluation / f"items.{system}.parquet").column("answer").to_pylist()[:8] == alone
 
 
 def test_an_adapter_trained_under_another_template_is_refused(
@@ -96,13 +82,6 @@ def test_a_task_with_few_labels_is_a_classification(dataset: Path) -> None:
     rows += [test | {"task": "tone", "reference": "good", "scoring": "text"}]
     labels = class_labels(pa.Table.from_pylist(rows))
     assert labels == ["tone: good", "tone: bad"] * 10 + [None] * 21
-
-
-@pytest.mark.parametrize(
-    ("tokens", "bucket"), [(1, "1–32 tokens"), (32, "1–32 tokens"), (33, "33–64 tokens"), (1000, "513–1024 tokens")]
-)
-def test_prompts_are_grouped_by_length(tokens: int, bucket: str) -> None:
-    assert length_bucket(tokens) == bucket
 
 
 def test_the_loss_of_a_reference_is_that_of_its_trained_tokens(base: Path, dataset: Path) -> None:

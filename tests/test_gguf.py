@@ -97,14 +97,11 @@ def test_gguf_without_a_converter_is_refused_before_the_merge_begins(
     assert not any((tmp_path / name).exists() for name in OUTPUTS)
 
 
-def test_a_gguf_file_ships_as_an_export_and_as_nothing_else() -> None:
+def test_a_gguf_file_ships_as_an_export_and_as_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(60))
+    with pytest.raises(UnsafeFileError):
+        check_file(tmp_path / "model.gguf")
     check_names(f"exports/gguf-{kind}/model.gguf" for kind in ("f16", "bf16", "q8_0"))
     for name in ("merged/model.gguf", "adapter/model.gguf", "exports/model.gguf", "exports/gguf-q4_0/model.gguf"):
         with pytest.raises(UnsafeFileError, match="is not a file that versions ship"):
             check_names([name])
-
-
-def test_a_file_that_is_no_gguf_is_not_shipped(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(60))
-    with pytest.raises(UnsafeFileError):
-        check_file(tmp_path / "model.gguf")

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 from transformers import LlamaModel
 
 from pipeline.core.files import read_json
-from pipeline.core.memory import OutOfMemory, Rung, next_rung
+from pipeline.core.memory import OutOfMemory
 from pipeline.params import Params
-from pipeline.train import TrainError, quantisation_of, train
+from pipeline.train import TrainError, train
+from pipeline.training.checkpoints import identity, last_checkpoint, open_run
 from pipeline.training.trainer import AdapterTrainer
-from pipeline.training.watching import SAMPLE, Watch, weight_changes
+from pipeline.training.watching import Interrupted
 from pipeline.weights.loading import load_base
 
 CHECKS = 11  # forward passes before the first step: 2 for isolation, 8 for row attention, 1 for gradients
@@ -64,17 +65,8 @@ def memory_for(tokens: int, after: int = 0, checkpointed: bool = False, backward
 @pytest.fixture(scope="module")
 def few(params: Params) -> Params:
     """Four steps of four lines each, without dropout: what does not depend on the pieces a batch comes in."""
-    return with_(
-        params,
-        train={
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "tokens_per_step": None,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "warmup_ratio": 0.0,
-        },
-    )
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "tokens_per_step": None}
+    return with_(params, train=settings | {"max_steps": 4, "logging_steps": 1, "warmup_ratio": 0.0})
 
 
 def trained(params: Params, dataset: Path, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -98,12 +90,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_out_of_memory_takes_the_same_steps_in_smaller_pieces(
-    tmp_path: Path,
-    few: Params,
-    dataset: Path,
-    plenty: dict[str, torch.Tensor],
-    capsys: pytest.CaptureFixture[str],
-    backward: bool,
+    tmp_path: Path, few: Params, dataset: Path, plenty: Any, capsys: pytest.CaptureFixture[str], backward: bool
 ) -> None:
     # Then 2 passes a step: it fails within step 2.
     with memory_for(300, after=CHECKS + 2 + 1, backward=backward) as sizes:
@@ -139,14 +126,6 @@ def test_a_padded_batch_is_split_too(tmp_path: Path, few: Params, dataset: Path)
         weights, rungs = trained(padded, dataset, tmp_path / "split")
     assert rungs and not rungs[-1]["gradient_checkpointing"]
     same(weights, alone)
-
-
-def test_the_ladder_ends() -> None:
-    rung, seen = Rung(), []
-    while (lower := next_rung(rung, 1, rows=5)) is not None:
-        seen.append((lower.pieces, lower.gradient_checkpointing))
-        rung = lower
-    assert seen == [(2, False), (4, False), (5, False), (5, True)]
 
 
 def test_generation_halves_its_batch_when_memory_runs_out(
@@ -217,19 +196,9 @@ def test_early_stopping_keeps_the_best_step(
     monkeypatch.setattr(
         "pipeline.train.shutil.rmtree", lambda path, **options: events.append("remove") or remove(path, **options)
     )
-    patient = with_(
-        params,
-        train={
-            "eval_steps": 2,
-            "early_stopping_patience": 2,
-            "max_steps": 60,
-            "learning_rate": 0.05,
-            "warmup_ratio": 0.0,
-            "lr_scheduler_type": "constant",
-            "max_loss_rise": None,
-            "logging_steps": 100,  # more than are taken
-        },
-    )
+    settings = {"eval_steps": 2, "early_stopping_patience": 2, "max_steps": 60, "logging_steps": 100}
+    settings |= {"learning_rate": 0.05, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_loss_rise": None}
+    patient = with_(params, train=settings)
     done = train(patient.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     rows = [row for row in csv.DictReader((tmp_path / "adapter" / "loss.csv").open()) if row["validation_loss"]]
     best = min(rows, key=lambda row: float(row["validation_loss"]))
@@ -247,9 +216,12 @@ def test_early_stopping_keeps_the_best_step(
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_what_was_watched_is_in_the_tables(tmp_path: Path, few: Params, dataset: Path) -> None:
-    watched = with_(few, train={"eval_steps": 2})
-    train(watched.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints", tables=tmp_path / "tables")
+def test_what_was_watched_is_in_the_tables_and_a_validation_changes_nothing(
+    tmp_path: Path, few: Params, dataset: Path, plenty: dict[str, torch.Tensor]
+) -> None:
+    """On AVX512-BF16 CPUs bitsandbytes would repack the layers at the first validation, and the rest learn nothing."""
+    weights, _ = trained(with_(few, train={"eval_steps": 2}), dataset, tmp_path)
+    assert all(torch.equal(weights[key], plenty[key]) for key in plenty)
     curve = list(csv.DictReader((tmp_path / "adapter" / "loss.csv").open()))
     assert [row["step"] for row in curve] == ["1", "2", "3", "4"]
     assert [bool(row["validation_loss"]) for row in curve] == [False, True, False, True]
@@ -269,17 +241,6 @@ def test_an_adapter_that_does_not_move_is_warned_about(
     with pytest.raises(TrainError, match="the adapter did not change in 12 steps"):
         train(still.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     assert "have not changed after 10 steps" in capsys.readouterr().out
-
-
-def test_how_far_large_weights_moved_is_told_from_a_sample(params: Params) -> None:
-    torch.manual_seed(0)
-    model, watch = torch.nn.Linear(2000, 1000, bias=False), Watch(params.train, [])
-    watch.remember_start(model)
-    assert sum(sample.numel() for sample in watch._start.values()) <= SAMPLE < model.weight.numel()
-    moved = 0.1 * torch.randn(1000, 2000)
-    with torch.no_grad():
-        model.weight += moved
-    assert weight_changes(model, watch._start)["weight"] == pytest.approx(float(moved.norm()), rel=0.02)
 
 
 def test_a_frozen_layer_that_passes_no_gradient_is_refused(
@@ -318,18 +279,29 @@ def test_the_check_of_gradients_takes_one_short_row_and_the_checkpointing_of_the
     assert all(length > shortest for length, _ in checkpointed[CHECKS : CHECKS + 2])
 
 
-def test_validation_during_training_lets_gradients_through(dataset: Path, params: Params, tmp_path: Path) -> None:
-    """On AVX512-BF16 CPUs bitsandbytes would repack the layers at the first validation, and the rest learn nothing."""
-    often = with_(params, train={"eval_steps": 1, "max_steps": 6, "logging_steps": 1, "warmup_ratio": 0.0})
-    never = with_(params, train={"eval_steps": 6, "max_steps": 6, "logging_steps": 1, "warmup_ratio": 0.0})
-    weights = []
-    for name, each in (("often", often), ("never", never)):
-        train(each.train, dataset, tmp_path / name, tmp_path / "checkpoints")
-        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+def test_a_run_that_differs_starts_afresh_and_says_why(
+    tmp_path: Path, params: Params, dataset: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = open_run(params.train, dataset, tmp_path)
+    assert open_run(with_(params, train={"learning_rate": 0.001}).train, dataset, tmp_path) != folder
+    assert "other parameters (train.learning_rate); this training starts afresh" in capsys.readouterr().out
+    assert open_run(with_(params, train={"max_hours": 2.0}).train, dataset, tmp_path) == folder
+    assert "afresh" not in capsys.readouterr().out
+    assert identity(params.train, dataset) != identity(params.train, dataset, adapter)
 
 
-def test_storage_of_four_bits_follows_the_strategy(params: Params) -> None:
-    sharded = with_(params, train={"strategy": "fsdp", "num_processes": 2, "bnb_4bit_quant_storage": "bfloat16"})
-    assert quantisation_of(sharded.train)["bnb_4bit_quant_storage"] == "bfloat16"
-    assert "bnb_4bit_quant_storage" not in quantisation_of(params.train)
+def test_a_spent_time_limit_saves_a_checkpoint_and_the_next_run_goes_on(
+    tmp_path: Path, params: Params, dataset: Path
+) -> None:
+    short = with_(params, train={"max_steps": 6, "save_steps": 3, "logging_steps": 4})
+    hurried = with_(short, train={"max_hours": 1e-9})
+    with pytest.raises(Interrupted, match=r"train.max_hours .* at step 1; the next run goes on from there"):
+        train(hurried.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert not (tmp_path / "adapter").exists()
+    [run] = (tmp_path / "checkpoints").iterdir()
+    checkpoint = last_checkpoint(run)
+    assert checkpoint is not None and checkpoint.name == "checkpoint-1"
+    seconds = read_json(checkpoint / "watch.json")["seconds"]
+    train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints", tables=tmp_path / "training")
+    told = read_json(tmp_path / "training" / "run.json")
+    assert (told["resumed_from_step"], told["earlier_seconds"]) == (1, seconds) and seconds > 0

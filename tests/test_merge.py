@@ -18,7 +18,6 @@ from pipeline.merge import merge, score_model
 from pipeline.params import CombineParams, Params
 from pipeline.registry import card
 from pipeline.scoring.resampling import METRICS
-from pipeline.weights.checkpoint import WeightsError
 from pipeline.weights.combination import CombinationError, combine
 from pipeline.weights.loading import compute_dtype, load_adapter, load_base, record_dtype
 from pipeline.weights.merging import MergeError
@@ -156,22 +155,16 @@ def moved(tmp_path: Path, base: Path, dataset: Path, adapter: Path) -> tuple[Pat
     return copies  # type: ignore[return-value]
 
 
-def test_another_base_one_cut_short_and_one_that_has_the_adapter_already_are_refused(
+def test_another_base_or_one_cut_short_is_refused(
     tmp_path: Path, params: Params, base: Path, dataset: Path, adapter: Path, evaluation: Path, merged: Path
 ) -> None:
     place, dataset, adapter = moved(tmp_path, base, dataset, adapter)
     outputs = [tmp_path / name for name in ("out", "parity", "exports")]
-    weights = load_file(place / "model.safetensors")
-    save_file({k: v + 1 for k, v in weights.items()}, place / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TemplateError):
-        merge(params.merge, dataset, adapter, evaluation, *outputs)
-    (place / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(WeightsError):
-        merge(params.merge, dataset, adapter, evaluation, *outputs)
-    shutil.rmtree(place)
-    shutil.copytree(merged / "merged", place)
-    with pytest.raises(MergeError, match="already has an adapter"):
-        merge(params.merge, dataset, adapter, evaluation, *outputs)
+    whole = (base / "model.safetensors").read_bytes()
+    for other in ((merged / "merged" / "model.safetensors").read_bytes(), whole[:-1]):
+        (place / "model.safetensors").write_bytes(other)
+        with pytest.raises(TemplateError):
+            merge(params.merge, dataset, adapter, evaluation, *outputs)
     assert not any(path.exists() for path in outputs)
 
 
@@ -185,7 +178,7 @@ def other_adapter(tmp_path: Path, adapter: Path) -> tuple[Path, str]:
     return other, sha256_file(other / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["cat", "linear", "ties", "dare_ties"])
+@pytest.mark.parametrize("kind", ["cat", "dare_ties"])
 def test_a_combination_of_adapters_is_merged_as_peft_combines_them(
     tmp_path: Path, params: Params, base: Path, dataset: Path, adapter: Path, evaluation: Path, kind: str
 ) -> None:

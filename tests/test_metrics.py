@@ -139,22 +139,18 @@ def test_rouge_lsum_takes_the_union_of_lins_example_in_chinese_sentences(metrics
     assert items["rougeL"][0] < items["rougeLsum"][0]
 
 
-def test_macro_f1_is_scikit_learns_documented_example(metrics: dict[str, Any]) -> None:
+def test_accuracy_and_macro_f1_are_those_of_known_examples(
+    metrics: dict[str, Any],
+) -> None:
     result = metrics["macro_f1"].compute(predictions=list("021001"), references=list("012012"))
     assert result["score"] == pytest.approx(0.26666666666)  # sklearn.metrics.f1_score, average="macro"
     table = pa.table({"label": [a for a, _ in result["items"]], "predicted": [b for _, b in result["items"]]})
     assert corpus_score(metric_items(table, "macro_f1")) == pytest.approx(result["score"])
-
-
-def test_an_answer_that_is_no_class_is_only_a_miss(metrics: dict[str, Any]) -> None:
+    # An answer that is no class is only a miss.
     result = metrics["macro_f1"].compute(predictions=["yes", "maybe", "No."], references=["yes", "yes", "no"])
     assert result["classes"] == {"no": 1.0, "yes": pytest.approx(2 / 3)}
-
-
-def test_accuracy_counts_items_with_one_right_answer(metrics: dict[str, Any]) -> None:
-    result = metrics["accuracy"].compute(
-        predictions=["a", "b", "c"], references=["A.", "x", "c"], scoring=["exact", "exact", "text"]
-    )
+    scoring = ["exact", "exact", "text"]
+    result = metrics["accuracy"].compute(predictions=["a", "b", "c"], references=["A.", "x", "c"], scoring=scoring)
     assert (result["score"], result["items"]) == (0.5, [1.0, 0.0, None])
 
 

@@ -1,14 +1,11 @@
 """Packed rows stay apart, cost no padding, and have the loss of rows alone; the loss never holds all logits."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import environment
 from torch.nn import functional
 
 from pipeline.core.files import read_json
@@ -110,41 +107,6 @@ def test_a_line_without_labels_has_no_loss_and_no_gradient(model: Any, dataset: 
     output = model(**inputs(Collate(0, packed=True)([empty])), chunked_loss=True)
     output.loss.backward()
     assert float(output.loss) == 0 and float(model.get_input_embeddings().weight.grad.abs().sum()) == 0
-
-
-PEAK = """
-import resource, sys, torch
-from pipeline.training.loss import chunked_loss
-torch.set_num_threads(1)
-torch.manual_seed(0)
-hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(150_000, 8)
-labels = torch.randint(0, 150_000, (1024,))
-chunked_loss(hidden[:1], weight, None, labels[:1]).backward()  # what the libraries take once
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if sys.argv[1] == "full":
-    total = torch.nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
-else:
-    total = chunked_loss(hidden, weight, None, labels)
-total.backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, float(total))
-"""
-
-
-def test_the_loss_takes_a_tenth_of_the_memory_at_a_vocabulary_of_150000() -> None:
-    def measured(which: str) -> tuple[float, float]:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PEAK, which],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peak, total = done.stdout.split()[-2:]
-        return float(peak), float(total)
-
-    (full, a), (chunked, b) = measured("full"), measured("chunked")
-    assert chunked * 10 <= full, (chunked, full)
-    assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_every_row_is_in_one_line_and_lines_are_full(params: Params) -> None:

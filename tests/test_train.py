@@ -1,9 +1,7 @@
 import csv
-import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, environment, make_base, with_
+from conftest import environment, make_base, with_
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.core.files import read_json, sha256_file, write_json
@@ -48,15 +45,23 @@ def test_the_base_is_quantised_to_nf4_with_double_quantisation(base: Path) -> No
 
 
 def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
-    (tmp_path / "params.json").write_text(params.model_dump_json())
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(dataset)]
+    code = (
+        "import sys, pathlib, pipeline.train as t, pipeline.params as p\n"
+        "settings, dataset, folder = p.TrainParams.model_validate_json(sys.argv[1]), *map(pathlib.Path, sys.argv[2:])\n"
+        "t.train(settings, dataset, folder / 'adapter', folder / 'checkpoints')"
+    )
+    arguments = [params.train.model_dump_json(), str(dataset), str(tmp_path)]
     # Another process, with another seed for the order of its sets.
-    subprocess.run(command, env=environment() | {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}, check=True)
-    for path in adapter.iterdir():
-        assert sha256_file(tmp_path / "adapter" / path.name) == sha256_file(path), path.name
+    subprocess.run([sys.executable, "-c", code, *arguments], env=environment() | {"PYTHONHASHSEED": "1"}, check=True)
+    assert_same_files(adapter, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"method": "full", "load_in_4bit": False}])
+def assert_same_files(folder: Path, other: Path) -> None:
+    for path in folder.iterdir():
+        assert sha256_file(other / path.name) == sha256_file(path), path.name
+
+
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"method": "full", "load_in_4bit": False}])
 def test_a_training_uses_no_deprecated_name(
     tmp_path: Path, params: Params, dataset: Path, settings: dict[str, Any]
 ) -> None:
@@ -66,14 +71,6 @@ def test_a_training_uses_no_deprecated_name(
         train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     deprecations = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
     assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
-
-
-def test_another_seed_gives_another_adapter(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
-    other = with_(params, train={"seed": 7, "max_steps": 2, "logging_steps": 1})
-    train(other.train, dataset, tmp_path / "other", tmp_path / "checkpoints")
-    a = load_file(adapter / "adapter_model.safetensors")
-    b = load_file(tmp_path / "other" / "adapter_model.safetensors")
-    assert any(not torch.equal(a[key], b[key]) for key in a)
 
 
 def test_every_frozen_layer_passes_gradients_after_an_evaluation(base: Path, dataset: Path) -> None:
@@ -116,27 +113,10 @@ def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Param
         train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
 
 
-SCRIPT = """
-import sys, json
-from pathlib import Path
-from pipeline.params import Params
-from pipeline.train import train
-from pipeline.training.watching import Interrupted
-import torch
-folder = Path(sys.argv[1])
-params = Params.model_validate_json((folder / "params.json").read_text())
-try:
-    done = train(params.train, Path(sys.argv[2]), folder / "adapter", folder / "checkpoints")
-except Interrupted as error:
-    sys.exit(f"interrupted: {error}")
-print("finished, resumed from", done.resumed_from_step, flush=True)
-"""
-
-
 def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(
     tmp_path: Path, params: Params, dataset: Path, adapter: Path
 ) -> None:
-    """`test_resuming.py` has the kills that nobody can catch, and dropout."""
+    """`test_kills.py` has the kills that nobody can catch."""
     steps = iter(range(1000))
     hook = register_optimizer_step_post_hook(
         lambda *_: signal.raise_signal(signal.SIGTERM) if next(steps) == 6 else None
@@ -148,32 +128,7 @@ def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(
         hook.remove()
     assert not (tmp_path / "adapter").exists()
     assert train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints").resumed_from_step == 7
-    for path in adapter.iterdir():
-        assert sha256_file(tmp_path / "adapter" / path.name) == sha256_file(path), path.name
-    assert not list((tmp_path / "checkpoints").iterdir())
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_training_goes_on_from_its_checkpoint(
-    tmp_path: Path, params: Params, dataset: Path, number: signal.Signals
-) -> None:
-    long = with_(params, train={"save_steps": 2})
-    (tmp_path / "params.json").write_text(long.model_dump_json())
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(dataset)]
-    child = subprocess.Popen(command, env=environment() | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "checkpoints").glob("*/checkpoint-*/trainer_state.json")) and child.poll() is None:
-        time.sleep(0.02)
-    os.kill(child.pid, number)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode != 0
-    assert not (tmp_path / "adapter").exists()
-    if number == signal.SIGTERM:
-        assert "the next run goes on from there" in errors
-    again = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
-    assert again.returncode == 0, again.stderr
-    assert "resumed from 0" not in again.stdout
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert_same_files(adapter, tmp_path / "adapter")
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

@@ -20,7 +20,6 @@ from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.init_adapter import PIN, fetch_init, pin_champion
 from pipeline.registry.model import RegisteredModel
 from pipeline.train import train
-from pipeline.training.checkpoints import identity
 from pipeline.training.warm_start import InitError, check_init
 
 
@@ -49,10 +48,6 @@ def test_a_training_starts_with_the_weights_it_is_given(
     assert read_json(tmp_path / "second" / "training.json")["init_adapter_sha256"] == digest(tmp_path / "first")
 
 
-def test_checkpoints_of_another_start_are_not_gone_on_from(params: Params, dataset: Path, adapter: Path) -> None:
-    assert identity(params.train, dataset) != identity(params.train, dataset, adapter)
-
-
 @pytest.mark.parametrize(
     ("config", "what"),
     [
@@ -69,21 +64,18 @@ def test_an_adapter_with_other_settings_is_refused(dataset: Path, adapter: Path,
         check_init(adapter, contract, config)
 
 
-def test_an_adapter_of_another_base_is_refused_before_training(
+def test_an_adapter_of_another_base_or_other_modules_is_refused_before_training(
     tmp_path: Path, params: Params, dataset: Path, adapter: Path
 ) -> None:
+    other = frozen(params, lora_target_modules=["q_proj"], lora_r=8).train
+    with pytest.raises(InitError, match="is for other modules than train.lora_target_modules asks for"):
+        train(other, dataset, tmp_path / "out", tmp_path / "other", init=adapter)
     shutil.copytree(adapter, tmp_path / "adapter")
     contract = read_json(adapter / "contract.json")
     write_json(tmp_path / "adapter" / "contract.json", contract | {"model": contract["model"] | {"digest": "0" * 64}})
     with pytest.raises(InitError, match=r"was trained on another base: .* \(digest 000000000000\), not "):
         train(params.train, dataset, tmp_path / "out", tmp_path / "checkpoints", init=tmp_path / "adapter")
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_an_adapter_for_other_modules_is_refused(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
-    other = frozen(params, lora_target_modules=["q_proj"], lora_r=8).train
-    with pytest.raises(InitError, match="is for other modules than train.lora_target_modules asks for"):
-        train(other, dataset, tmp_path / "out", tmp_path / "checkpoints", init=adapter)
 
 
 def test_a_folder_is_known_by_the_digest_of_its_weights(tmp_path: Path, params: Params, adapter: Path) -> None:
@@ -94,9 +86,6 @@ def test_a_folder_is_known_by_the_digest_of_its_weights(tmp_path: Path, params: 
         fetch_init(with_(params, train={"init_adapter": f"earlier@{'0' * 64}"}), tmp_path)
     with pytest.raises(InitError, match="names nowhere, which holds no adapter_model"):
         fetch_init(with_(params, train={"init_adapter": f"nowhere@{'0' * 64}"}), tmp_path)
-
-
-def test_a_version_that_is_not_published_is_refused(tmp_path: Path, params: Params) -> None:
     with pytest.raises(StoreError, match="0123456789abcdef is not published"):
         fetch_init(with_(params, train={"init_adapter": "0123456789abcdef"}), tmp_path)
 
@@ -114,17 +103,8 @@ def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch:
         assert found is not None and digest(found) == digest(tmp_path / "artifacts" / "adapter")
 
 
-def test_without_a_champion_the_adapter_starts_afresh_and_says_so(
-    tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_json(tmp_path / PIN, {"version": None})
-    assert fetch_init(with_(params, train={"init_adapter": "champion"}), tmp_path) is None
-    assert "starts afresh" in capsys.readouterr().out
-    assert fetch_init(params, tmp_path) is None
-
-
 def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
-    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stale: dict[str, Any] = {}
     serving = "a" * 16
@@ -132,6 +112,7 @@ def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
     monkeypatch.setattr(RegisteredModel, "champion", lambda model: serving)
     write_json(tmp_path / PIN, {"version": None})
     asked = with_(params, train={"init_adapter": "champion"})
+    assert fetch_init(asked, tmp_path) is None and "starts afresh" in capsys.readouterr().out
     assert pin_champion(asked, tmp_path) is None  # nothing to train
     stale["train"] = [{"changed deps": {"artifacts/dataset": "modified"}}]
     assert pin_champion(params, tmp_path) is None  # not asked for

@@ -130,12 +130,9 @@ def _require_parity(params: MergeParams, merged: Merged, differences: dict[str, 
             f"{advice}"
         )
     for metric, difference in differences.items():
-        if metric in LOWER_IS_BETTER:
-            worse, than = difference, f"{difference:.2%} above the adapter's"
-        else:
-            worse, than = -difference / (100 if metric in PERCENT else 1), f"{-difference:.4f} below the adapter's"
+        worse = difference if metric in LOWER_IS_BETTER else -difference / (100 if metric in PERCENT else 1)
         if worse > params.max_metric_drop:
             raise MergeError(
-                f"{metric} of the merged model is {than}; merge.max_metric_drop is {params.max_metric_drop:g} of the "
-                f"metric's range, or of a perplexity. {advice}"
+                f"{metric} of the merged model is worse than the adapter's by {worse:.4f} of the metric's range (or of "
+                f"a perplexity); merge.max_metric_drop is {params.max_metric_drop:g}. {advice}"
             )

@@ -3,7 +3,6 @@
 `targets.py` says which modules it is put on.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +18,8 @@ from peft import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
-from pipeline.core.files import read_json, write_json
 from pipeline.params import TrainParams
 from pipeline.training.targets import MethodError, feedforward, target_modules, target_parameters
-
-SETS = ("target_modules", "target_parameters", "feedforward_modules", "modules_to_save")
 
 
 def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | None:
@@ -87,13 +83,6 @@ def settings_of(model: Any) -> dict[str, Any]:
     """What the adapter on `model` will be saved with; PEFT may have made other names of those that were asked for."""
     saved: dict[str, Any] = model.peft_config[model.active_adapter].to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in saved.items()}
-
-
-def sort_sets(path: Path) -> None:
-    """Give an adapter_config.json one order of its module names: PEFT writes sets, which change it from run to run."""
-    config = read_json(path)
-    names = {key: config.get(key) for key in SETS}
-    write_json(path, config | {key: sorted(value) for key, value in names.items() if isinstance(value, list)})
 
 
 class AllocateRanks(TrainerCallback):

@@ -59,7 +59,6 @@ class Watch(TrainerCallback):
         self.seconds = 0.0  # of this process
         self.earlier_seconds = 0.0  # of those before, until their checkpoint
         self.grad_norm = math.nan
-        self._changes: dict[str, float] = {}
         self.step_loss = torch.zeros(())
         self.step_rows: list[int] = []
         self.step_tokens = 0
@@ -174,13 +173,13 @@ class Watch(TrainerCallback):
         step, last = state.global_step, state.global_step == state.max_steps
         control.should_evaluate = self.eval_steps is not None and (step % self.eval_steps == 0 or last)
         if step % self.params.logging_steps == 0 or last or control.should_evaluate:
-            self._log(step, last, model)
+            self._log(step, model, by_module=last or control.should_evaluate)
         if self.interrupted or self.out_of_time:
             control.should_save = control.should_training_stop = True
         speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
-        measured = next((row for row in reversed(self.loss_rows) if "validation_loss" in row), None)
         shown = [f"loss {statistics.fmean(self.recent[-self.params.logging_steps :]):.3f}"]
-        shown += [f"validation {measured['validation_loss']:.3f} at step {measured['step']}"] if measured else []
+        validated = next((row for row in reversed(self.loss_rows) if "validation_loss" in row), None)
+        shown += [f"validation {validated['validation_loss']:.3f} at step {validated['step']}"] if validated else []
         shown += [f"gradient {self.grad_norm:.2f}", f"{speed:,.0f} tokens/s", f"{memory_gib():.1f} GiB"]
         self.progress.update(step, " · ".join(shown))
 
@@ -189,7 +188,6 @@ class Watch(TrainerCallback):
     ) -> None:
         loss = metrics["eval_loss"]
         self.row(state.global_step)["validation_loss"] = loss
-        self._log_modules(state.global_step)
         if not math.isfinite(loss):
             raise TrainError(f"the validation loss is {loss} at step {state.global_step}; lower train.learning_rate")
         if self.best is None or loss < self.best[0]:
@@ -214,7 +212,7 @@ class Watch(TrainerCallback):
         """Whether the last validation was the best so far."""
         return self.best is not None and self.worse == 0
 
-    def _log(self, step: int, last: bool, model: torch.nn.Module) -> None:
+    def _log(self, step: int, model: torch.nn.Module, by_module: bool) -> None:
         changes = weight_changes(model, self._start)
         now = time.monotonic()
         self.loss_rows.append(
@@ -236,20 +234,13 @@ class Watch(TrainerCallback):
                 "seconds": round(now - self.started, 2),
             }
         )
-        self._changes = changes
-        if last:
-            self._log_modules(step)
+        if by_module:
+            self.module_rows += [{"step": step, "module": m, "weight_change": change} for m, change in changes.items()]
         self.unlogged, self._logged_at, self._logged_tokens, self.waited = [], now, self.tokens, 0.0
         still = [name for name, change in changes.items() if change == 0]
         if still and not self._warned and step >= self.warmup_steps + MOVED_BY:
             self._warned = True
             print(f"train · warning: the weights of {shortened(still)} have not changed after {step} steps", flush=True)
-
-    def _log_modules(self, step: int) -> None:
-        if not self.module_rows or self.module_rows[-1]["step"] != step:
-            self.module_rows += [
-                {"step": step, "module": name, "weight_change": change} for name, change in self._changes.items()
-            ]
 
     def write_tables(self, folder: Path) -> None:
         """speed.csv and modules.csv: what differs from run to run, so not part of the adapter."""

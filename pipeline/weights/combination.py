@@ -12,7 +12,7 @@ import torch
 from pipeline.chat.template import require_same_contract
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.params import CombineParams
-from pipeline.weights.loading import load_adapter
+from pipeline.weights.loading import load_adapter, sort_sets
 from pipeline.weights.merging import empty_base
 
 OF_THE_DATA = ("trained_fraction", "max_length")  # keys of the contract in which adapters of other data may differ
@@ -64,8 +64,6 @@ def combine(params: CombineParams, contract: dict[str, Any], adapter: Path, fold
     for path in list((folder / "combined").iterdir()):
         path.rename(folder / path.name)
     (folder / "combined").rmdir()
-    # Sorted: PEFT writes the set of target modules in an order that changes from run to run.
-    config = read_json(folder / "adapter_config.json")
-    write_json(folder / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
+    sort_sets(folder)
     write_json(folder / "contract.json", contract)
     return folder

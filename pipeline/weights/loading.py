@@ -185,6 +185,15 @@ def refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
             )
 
 
+def sort_sets(adapter: Path) -> None:
+    """Give adapter_config.json one order of its module names: PEFT writes sets, which change it from run to run."""
+    path = adapter / "adapter_config.json"
+    config = read_json(path)
+    sets = ("target_modules", "target_parameters", "feedforward_modules", "modules_to_save")
+    names = {key: sorted(config[key]) for key in sets if isinstance(config.get(key), list)}
+    write_json(path, config | names)
+
+
 def is_whole(folder: Path) -> bool:
     """Whether `train` left a whole model in `folder` (`train.method: full`) and not an adapter."""
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
