@@ -75,8 +75,8 @@ def merge(
         limits = (evaluated.max_new_tokens, evaluated.batch_size)
         return generate(model, template, prompts, *limits, "merge", system, tools=tools)
 
-    def score(kind: str, folder: Path, place: Path) -> Metrics:
-        return summarise(scored(export(kind, folder, place), f"the {kind} export")[0], evaluated)
+    def score(kind: str, folder: Path, target: Path) -> Metrics:
+        return summarise(scored(export(kind, folder, target), f"the {kind} export")[0], evaluated)
 
     def scored(model: Any, system: str, answers: list[Answer] | None = None) -> tuple[pa.Table, dict[str, str]]:
         losses = reference_losses(model, template, test, "merge", system)
@@ -173,8 +173,8 @@ def _logits(model: Any, prompts: list[list[int]], pad: int) -> list[torch.Tensor
     """Logits of the last LOGIT_POSITIONS tokens of each prompt, (T, V) each, in float32."""
     sequences = [(ids, [-100] * max(1, len(ids) - LOGIT_POSITIONS) + ids[1:][-LOGIT_POSITIONS:]) for ids in prompts]
 
-    def rows(logits: torch.Tensor, _: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.split(logits.float().cpu(), places.sum(dim=1).tolist()))
+    def rows(logits: torch.Tensor, _: torch.Tensor, labelled: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.split(logits.float().cpu(), labelled.sum(dim=1).tolist()))
 
     return per_sequence(model, sequences, pad, rows, "merge", "prompts")
 

@@ -121,10 +121,10 @@ def other_score(metric: str, factor: float) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("settings", "change", "named"),
     [
-        ({}, other_answers, "merge.min_agreement"),
+        ({"base": "nf4"}, other_answers, "merge.min_agreement"),
         ({"base": "full", "max_logit_error": 1e-9}, lambda _: None, "merge.max_logit_error"),
-        ({}, other_score("accuracy", 1.5), "accuracy .* merge.max_metric_drop"),
-        ({}, other_score("perplexity", 0.9), "perplexity .* merge.max_metric_drop"),
+        ({"base": "nf4"}, other_score("accuracy", 1.5), "accuracy .* merge.max_metric_drop"),
+        ({"base": "nf4"}, other_score("perplexity", 0.9), "perplexity .* merge.max_metric_drop"),
     ],
 )
 def test_a_model_too_far_from_the_adapter_is_refused_and_not_written(

@@ -126,7 +126,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("train.gradient_checkpointing", {"train": {"method": "prefix", "packing": False, "gradient_checkpointing": True}}),
     ("train.max_steps", {"train": {"max_steps": 0}}),
     ("train.gradient_accumulation_steps", {"train": {"tokens_per_step": None}}),
-    ("train.gradient_accumulation_steps", {"train": {"gradient_accumulation_steps": 4}}),
     ("train.strategy", {"train": {"num_processes": 2}}),
     ("train.strategy", {"train": {"strategy": "ddp"}}),
     ("train.bnb_4bit_quant_storage", {"train": {"strategy": "fsdp", "num_processes": 2}}),

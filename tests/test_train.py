@@ -44,16 +44,18 @@ def test_the_base_is_quantised_to_nf4_with_double_quantisation(base: Path) -> No
     assert (state.quant_type, state.nested) == ("nf4", True)
 
 
-def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, params: Params, dataset: Path, adapter: Path) -> None:
+def test_the_same_seed_gives_the_same_adapter_in_another_process(tmp_path: Path, params: Params, dataset: Path) -> None:
+    short = with_(params, train={"max_steps": 3, "logging_steps": 1}).train
+    train(short, dataset, tmp_path / "here", tmp_path / "checkpoints")
     code = (
         "import sys, pathlib, pipeline.train as t, pipeline.params as p\n"
         "settings, dataset, folder = p.TrainParams.model_validate_json(sys.argv[1]), *map(pathlib.Path, sys.argv[2:])\n"
         "t.train(settings, dataset, folder / 'adapter', folder / 'checkpoints')"
     )
-    arguments = [params.train.model_dump_json(), str(dataset), str(tmp_path)]
-    # Another process, with another seed for the order of its sets.
+    arguments = [short.model_dump_json(), str(dataset), str(tmp_path)]
+    # With another seed for the order of its sets.
     subprocess.run([sys.executable, "-c", code, *arguments], env=environment() | {"PYTHONHASHSEED": "1"}, check=True)
-    assert_same_files(adapter, tmp_path / "adapter")
+    assert_same_files(tmp_path / "here", tmp_path / "adapter")
 
 
 def assert_same_files(folder: Path, other: Path) -> None:
@@ -113,22 +115,21 @@ def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Param
         train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
 
 
-def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(
-    tmp_path: Path, params: Params, dataset: Path, adapter: Path
-) -> None:
+def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(tmp_path: Path, params: Params, dataset: Path) -> None:
     """`test_kills.py` has the kills that nobody can catch."""
-    steps = iter(range(1000))
+    short, steps = with_(params, train={"max_steps": 10, "logging_steps": 4}).train, iter(range(1000))
+    train(short, dataset, tmp_path / "alone", tmp_path / "checkpoints")
     hook = register_optimizer_step_post_hook(
         lambda *_: signal.raise_signal(signal.SIGTERM) if next(steps) == 6 else None
     )
     try:
         with pytest.raises(Interrupted, match="stopped by a signal at step 7; the next run goes on from there"):
-            train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+            train(short, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     finally:
         hook.remove()
     assert not (tmp_path / "adapter").exists()
-    assert train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints").resumed_from_step == 7
-    assert_same_files(adapter, tmp_path / "adapter")
+    assert train(short, dataset, tmp_path / "adapter", tmp_path / "checkpoints").resumed_from_step == 7
+    assert_same_files(tmp_path / "alone", tmp_path / "adapter")
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

@@ -61,7 +61,7 @@ def predict(
     progress = Progress(stage, len(rows), f"classes of {system}")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     with KeptAnswers(keep) as kept:
-        logits = {place: np.array(answer, dtype=np.float32) for place, answer in kept.answers.items()}
+        logits = {number: np.array(answer, dtype=np.float32) for number, answer in kept.answers.items()}
         progress.resume_at(len(logits))
         while left := [rows[i] for i in order if i not in logits]:
 
@@ -75,9 +75,9 @@ def predict(
             rows_at_once, batch = in_fitting_batch(
                 min(rows_at_once, len(left)), attempt, f"text of {len(left[0])} tokens"
             )
-            for place, row in zip([i for i in order if i not in logits], batch, strict=False):
-                logits[place] = row
-                kept.add(place, row.tolist())
+            for number, row in zip([i for i in order if i not in logits], batch, strict=False):
+                logits[number] = row
+                kept.add(number, row.tolist())
             progress.update(len(logits))
     return np.stack([logits[i] for i in range(len(rows))])
 

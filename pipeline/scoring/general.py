@@ -113,8 +113,8 @@ def forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams) -> dic
     scores: dict[str, dict[str, Any]] = {}
     for system, table in (("base", before), ("adapter", after)):
         values = {metric: metric_items(table, metric) for metric in METRICS}
-        found = bootstrap_metrics(values, group_of(table), params.bootstrap_samples, params.seed)
-        scores[system] = {metric: score.as_dict() if score else None for metric, score in found.items()}
+        measured = bootstrap_metrics(values, group_of(table), params.bootstrap_samples, params.seed)
+        scores[system] = {metric: score.as_dict() if score else None for metric, score in measured.items()}
     lost: dict[str, float | None] = {}
     for metric in METRICS:
         old, new = scores["base"][metric], scores["adapter"][metric]

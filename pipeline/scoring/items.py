@@ -120,8 +120,8 @@ def class_labels(test: pa.Table) -> list[str | None]:
     ]
     classifications = set()
     for task in set(tasks):
-        own = [label for label, its in zip(labels, tasks, strict=True) if its == task and label is not None]
-        if 2 <= len(set(own)) <= len(own) / ITEMS_OF_A_CLASS:
+        of_task = [label for label, its in zip(labels, tasks, strict=True) if its == task and label is not None]
+        if 2 <= len(set(of_task)) <= len(of_task) / ITEMS_OF_A_CLASS:
             classifications.add(task)
     return [label if task in classifications else None for label, task in zip(labels, tasks, strict=True)]
 

@@ -42,7 +42,7 @@ def forget_others(folder: Path, files: Iterable[Path]) -> None:
 
 
 class KeptAnswers:
-    """Answers by the place of their prompt (tokens, or what else JSON holds): those in `path`, and those added."""
+    """Answers by the number of their prompt (tokens, or what else JSON holds): those in `path`, and those added."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -53,15 +53,15 @@ class KeptAnswers:
         if self.path is not None:
             whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0] if self.path.exists() else ""
             for line in whole.splitlines():  # a line that a kill cut short has no end
-                place, ids = json.loads(line)
-                self.answers[place] = ids
+                number, ids = json.loads(line)
+                self.answers[number] = ids
             write_text(self.path, f"{whole}\n" if whole else "")
             self._file = self.path.open("a", encoding="utf-8")
         return self
 
-    def add(self, place: int, answer: Any) -> None:
+    def add(self, number: int, answer: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps([place, answer]) + "\n")
+            self._file.write(json.dumps([number, answer]) + "\n")
             self._file.flush()  # to the kernel: enough for a kill, and quick
 
     def __exit__(self, *_: object) -> None:

@@ -53,10 +53,10 @@ def sequence_losses(
 ) -> tuple[list[float], list[int]]:
     """Summed loss of each sequence's labelled tokens, and their number."""
 
-    def losses(logits: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor) -> list[tuple[float, int]]:
-        each = torch.zeros(places.shape, dtype=torch.float64, device=logits.device)
-        each[places] = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none").double()
-        return list(zip(each.sum(dim=1).tolist(), places.sum(dim=1).tolist(), strict=True))
+    def losses(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[tuple[float, int]]:
+        each = torch.zeros(labelled.shape, dtype=torch.float64, device=logits.device)
+        each[labelled] = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none").double()
+        return list(zip(each.sum(dim=1).tolist(), labelled.sum(dim=1).tolist(), strict=True))
 
     results = per_sequence(model, sequences, pad, losses, stage, f"likelihoods of {system}")
     return [loss for loss, _ in results], [count for _, count in results]
@@ -67,9 +67,9 @@ def token_agreement(
 ) -> float:
     """Fraction of `answers` tokens that are `model`'s first choice after the prompt and the tokens before them."""
 
-    def agreed(logits: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor) -> list[int]:
-        same = torch.zeros_like(places)
-        same[places] = logits.argmax(-1) == tokens
+    def agreed(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[int]:
+        same = torch.zeros_like(labelled)
+        same[labelled] = logits.argmax(-1) == tokens
         numbers: list[int] = same.sum(dim=1).tolist()
         return numbers
 
@@ -132,5 +132,5 @@ def _reduced(model: Any, batch: list[Sequence], pad: int, reduce: Reduce[T]) -> 
         :, -kept:-1
     ]
     labels = labels[:, 1:].to(logits.device)
-    places = labels != -100
-    return reduce(logits[places[:, width - kept :]], labels[places], places)
+    labelled = labels != -100
+    return reduce(logits[labelled[:, width - kept :]], labels[labelled], labelled)

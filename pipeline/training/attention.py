@@ -71,10 +71,10 @@ def side_by_side(
     lengths = bounds.diff().long()
     # Where each token lies in the table; padding comes after a row's end, where causal queries do not look.
     offsets = (torch.arange(len(lengths)) * longest - bounds[:-1]).long()
-    places = torch.arange(len(query)) + offsets.repeat_interleave(lengths)
+    cells = torch.arange(len(query)) + offsets.repeat_interleave(lengths)
 
     def table(x: torch.Tensor) -> torch.Tensor:  # (rows, heads, longest, width)
-        flat = x.new_zeros(len(lengths) * longest, *x.shape[1:]).index_copy(0, places, x)
+        flat = x.new_zeros(len(lengths) * longest, *x.shape[1:]).index_copy(0, cells, x)
         return repeat_kv(flat.view(len(lengths), longest, *x.shape[1:]).transpose(1, 2), query.shape[1] // x.shape[1])
 
     mask = None
@@ -82,7 +82,7 @@ def side_by_side(
         mask = torch.ones(longest, longest, dtype=torch.bool).tril().triu(1 - window)
     q, k, v = table(query), table(key), table(value)
     output = scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale)
-    return output.transpose(1, 2).flatten(0, 1)[places]
+    return output.transpose(1, 2).flatten(0, 1)[cells]
 
 
 def varlen(

@@ -42,23 +42,23 @@ def identity(params: TrainParams, dataset: Path, init: Path | None = None) -> Id
 
 def open_run(params: TrainParams, dataset: Path, checkpoints: Path, init: Path | None = None) -> Path:
     """The folder of this run's checkpoints; says so when there are only those of a run that differs."""
-    own = identity(params, dataset, init)
-    folder = checkpoints / sha256_json(own)[:24]
+    current = identity(params, dataset, init)
+    folder = checkpoints / sha256_json(current)[:24]
     if not folder.exists():
         others = sorted(checkpoints.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
         if others:
-            print(f"train · {_difference(read_json(others[-1]), own)}; this training starts afresh", flush=True)
-        write_json(folder / "run.json", own)
-    for path in (found.parent for found in list(checkpoints.glob("*/run.json"))):
+            print(f"train · {_difference(read_json(others[-1]), current)}; this training starts afresh", flush=True)
+        write_json(folder / "run.json", current)
+    for path in [file.parent for file in checkpoints.glob("*/run.json")]:
         if path != folder and time.time() - _last_change(path) > KEPT_DAYS * 86400:
             print(f"train · {path} was not touched for {KEPT_DAYS:.0f} days and is removed", flush=True)
             shutil.rmtree(path, ignore_errors=True)
     return folder
 
 
-def _difference(other: Identity, own: Identity) -> str:
-    changed = [kind for kind in own if other.get(kind) != own[kind]]
-    before, now = other.get("parameters", {}), own["parameters"]
+def _difference(other: Identity, current: Identity) -> str:
+    changed = [kind for kind in current if other.get(kind) != current[kind]]
+    before, now = other.get("parameters", {}), current["parameters"]
     names = ", ".join(f"train.{key}" for key in now if before.get(key) != now[key])
     what = " and ".join(f"{kind} ({names})" if kind == "parameters" and names else kind for kind in changed)
     return f"the last checkpoints are of a run with other {what or 'contents'}"
@@ -81,8 +81,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     Raises:
         UnsafeModelError: a whole one holds what no training saves; see `check_checkpoint`.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
+    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    for checkpoint in newest_first:
         problem = problem_of(checkpoint, "trainer_state.json")
         if problem is None:
             check_checkpoint(checkpoint)

@@ -199,8 +199,8 @@ def flops_per_token(counts: Counts, params: TrainParams, rows: int, length: int)
 
 def uses_liger(params: TrainParams) -> bool:
     """Whether Liger's layers are asked for, or `auto` finds that they can run."""
-    asked = params.use_liger_kernel
-    return asked is True or (asked == "auto" and lacking_for_liger() is None)
+    choice = params.use_liger_kernel
+    return choice is True or (choice == "auto" and lacking_for_liger() is None)
 
 
 def lacking_for_liger() -> str | None:

@@ -42,10 +42,10 @@ def require_gradients(trainer: Any) -> None:
         def before(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not arguments or not isinstance(arguments[0], torch.Tensor) or not arguments[0].requires_grad:
                 return None  # the first layers: nothing below them learns
-            own: Any = arguments[0].view_as(arguments[0])  # layers share an input; each gets its own to look at
-            own.register_hook(mark(passed, name))
+            view: Any = arguments[0].view_as(arguments[0])  # layers share an input; each gets its own to look at
+            view.register_hook(mark(passed, name))
             entered.add(name)
-            return own, *arguments[1:]
+            return view, *arguments[1:]
 
         return before
 

@@ -43,15 +43,15 @@ def gpus() -> list[Gpu]:
     """The GPUs that this process may use, its own first; none without CUDA."""
     if not torch.cuda.is_available():
         return []
-    own = torch.cuda.current_device()
-    free = torch.cuda.mem_get_info(own)[0]
-    found = []
-    for index in [own, *(i for i in range(torch.cuda.device_count()) if i != own)]:
+    current = torch.cuda.current_device()
+    free = torch.cuda.mem_get_info(current)[0]
+    cards = []
+    for index in [current, *(i for i in range(torch.cuda.device_count()) if i != current)]:
         properties = torch.cuda.get_device_properties(index)
         # What is free elsewhere stays unasked: the question alone takes half a GiB of a GPU.
-        room = free if index == own else properties.total_memory
-        found.append(Gpu(properties.name, properties.total_memory, room, bfloat16=properties.major >= 8))
-    return found
+        room = free if index == current else properties.total_memory
+        cards.append(Gpu(properties.name, properties.total_memory, room, bfloat16=properties.major >= 8))
+    return cards
 
 
 def remarks(cards: list[Gpu]) -> list[str]:
@@ -74,18 +74,18 @@ def require_kernels(params: TrainParams, cuda: bool) -> None:
         HardwareError: no GPU, or the package is not installed.
     """
     attention = params.attn_implementation
-    asked = [
+    choices = [
         (attention in PACKAGES, f"attn_implementation {attention}", PACKAGES.get(attention, ""), "auto"),
         (params.use_liger_kernel is True, "use_liger_kernel", "liger_kernel", "auto"),
         (params.torch_compile, "torch_compile", "torch", "false"),
     ]
-    for is_asked, what, package, instead in asked:
+    for is_chosen, what, package, instead in choices:
         lacking = [] if cuda else ["a GPU"]
-        if is_asked and importlib.util.find_spec(package) is None:
+        if is_chosen and importlib.util.find_spec(package) is None:
             lacking.append(f"the Python package {package}")
-        if is_asked and package in ("liger_kernel", "torch") and not has_c_compiler():
+        if is_chosen and package in ("liger_kernel", "torch") and not has_c_compiler():
             lacking.append("a C compiler (gcc), with which Triton makes kernels")
-        if is_asked and lacking:
+        if is_chosen and lacking:
             raise HardwareError(f"train.{what} needs {' and '.join(lacking)}; set it to {instead}")
 
 

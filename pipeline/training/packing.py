@@ -59,8 +59,8 @@ def fill_lines(lengths: list[int], line: int, seed: int) -> list[list[int]]:
     for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         fitting = [i for i, (room, _) in enumerate(open_lines) if room >= lengths[row]]
         if fitting:
-            place = min(fitting, key=lambda i: open_lines[i][0])
-            room, rows = open_lines.pop(place)
+            fullest = min(fitting, key=lambda i: open_lines[i][0])
+            room, rows = open_lines.pop(fullest)
         else:
             room, rows = line, []
         rows.append(row)

@@ -30,8 +30,8 @@ class Preset:
 
 def available() -> list[Preset]:
     """All presets by name, as infra/presets has them."""
-    found = ((path.stem, _read(path.stem)) for path in sorted(PRESETS.glob("*.yaml")))
-    return [Preset(name, tree["about"], tree["gpu"], list(tree["for"]), tree["first"]) for name, tree in found]
+    trees = ((path.stem, _read(path.stem)) for path in sorted(PRESETS.glob("*.yaml")))
+    return [Preset(name, tree["about"], tree["gpu"], list(tree["for"]), tree["first"]) for name, tree in trees]
 
 
 def apply(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any, Any]]:
@@ -74,7 +74,7 @@ def values(name: str, task: str | None = None) -> dict[str, dict[str, Any]]:
 def _read(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.yaml"
     if path.parent != PRESETS or not path.is_file():
-        known = ", ".join(sorted(found.stem for found in PRESETS.glob("*.yaml")))
+        known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise PresetError(f"{name} is no preset; there are {known}")
     tree: dict[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     return tree

@@ -166,14 +166,10 @@ class AdapterTrainer(ShardedTrainer):
         # Every process takes as many turns as the others, since sharded layers are gathered together.
         for turn in range(math.ceil(len(rows) / (size * processes))):
             start = (turn * processes + index) * size
-            idle = start >= len(rows)
-            batch = self.data_collator(
-                [rows[i] for i in range(0 if idle else start, min((0 if idle else start) + size, len(rows)))]
-            )
-            if not idle:
-                sums += self._loss_sum(model, batch)
-            elif processes > 1:
-                self._loss_sum(model, batch)
+            first = start if start < len(rows) else 0
+            loss = self._loss_sum(model, self.data_collator([rows[i] for i in range(first, len(rows))[:size]]))
+            if start < len(rows):
+                sums += loss
         model.train()
         nats, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": nats / max(tokens, 1)}

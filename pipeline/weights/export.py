@@ -5,6 +5,7 @@ Each form is a folder of its own, and the model as it is read back from there is
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
@@ -12,6 +13,11 @@ from pipeline.chat.template import local_source
 from pipeline.weights.checkpoint import open_checkpoint
 from pipeline.weights.gguf import GGUF, ExportError, convert
 from pipeline.weights.loading import compute_dtype, device, load_base
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "bnb-4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "bnb-8bit": {"load_in_8bit": True},
+}
 
 
 def export(kind: str, merged: Path, folder: Path) -> PreTrainedModel:
@@ -31,15 +37,7 @@ def export(kind: str, merged: Path, folder: Path) -> PreTrainedModel:
 
 def _quantise(kind: str, merged: Path, folder: Path) -> None:
     dtype = open_checkpoint(merged).dtype
-    if kind == "bnb-4bit":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    else:
-        config = BitsAndBytesConfig(load_in_8bit=True)
+    config = BitsAndBytesConfig(**QUANTISED[kind], bnb_4bit_compute_dtype=dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             merged, quantization_config=config, dtype=dtype, device_map={"": device()}, use_safetensors=True

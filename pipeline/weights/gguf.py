@@ -27,14 +27,14 @@ def require_programs(kinds: Iterable[str]) -> None:
     Raises:
         ExportError: no converter, or no package to read its files with.
     """
-    wanted = [kind for kind in kinds if kind.startswith(GGUF)]
-    if wanted and _converter() is None:
+    forms = [kind for kind in kinds if kind.startswith(GGUF)]
+    if forms and _converter() is None:
         raise ExportError(
-            f"merge.export {wanted[0]} needs llama.cpp's converter, and no {SCRIPT} is on the PATH: put the "
+            f"merge.export {forms[0]} needs llama.cpp's converter, and no {SCRIPT} is on the PATH: put the "
             "folder of a llama.cpp checkout there, or leave that form out"
         )
-    if wanted and importlib.util.find_spec("gguf") is None:
-        raise ExportError(f"merge.export {wanted[0]} is scored by reading it back: `pip install gguf sentencepiece`")
+    if forms and importlib.util.find_spec("gguf") is None:
+        raise ExportError(f"merge.export {forms[0]} is scored by reading it back: `pip install gguf sentencepiece`")
 
 
 def convert(kind: str, merged: Path, file: Path) -> None:

@@ -124,7 +124,7 @@ def load_base(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             auto = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-            model, found = auto.from_pretrained(
+            model, loaded = auto.from_pretrained(
                 output_loading_info=True,
                 pretrained_model_name_or_path=identity["name_or_path"],
                 revision=identity["revision"],
@@ -142,7 +142,7 @@ def load_base(
     refuse_ragged_blocks(model, identity["name_or_path"])
     if labels:
         # A pooler, say, that the published model lacks: made here, so the adapter must train and carry it.
-        lacking = {key.rpartition(".")[0] for key in found["missing_keys"]}
+        lacking = {key.rpartition(".")[0] for key in loaded["missing_keys"]}
         model.new_modules = sorted(name for name in lacking if name.split(".")[0] not in HEADS)
         return model
     # Its sampling habits (repetition_penalty, num_beams, …) would fill every gap of `generate`'s own settings.

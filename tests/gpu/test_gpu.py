@@ -76,7 +76,7 @@ def test_the_sample_goes_from_prepare_to_merge(tmp_path: Path) -> None:
         pytest.skip("the sample's data are not in data/; `dvc pull data.dvc` fetches them")
     params = load_params(ROOT / "params.yaml")
     params = with_(params, prepare={"model_name_or_path": str(ROOT / "data" / "base")})
-    results = dict(stages(params, ROOT / "data", tmp_path))
+    results = dict(stages(params, ROOT / "data" / "instructions", tmp_path))
     assert results["evaluate"].adapter["accuracy"]["score"] > 0.55 > results["evaluate"].base["accuracy"]["score"]
     assert results["merge"].agreement > 0.98
 

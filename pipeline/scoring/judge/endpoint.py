@@ -42,7 +42,7 @@ class Endpoint:
         Raises:
             JudgeError: no usable reply.
         """
-        asked = {"model": self.model, "messages": messages, "temperature": 0, "seed": 0, "max_tokens": self.max_tokens}
+        body = {"model": self.model, "messages": messages, "temperature": 0, "seed": 0, "max_tokens": self.max_tokens}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         address = f"{self.url.rstrip('/')}/chat/completions"
         problem = ""
@@ -50,7 +50,7 @@ class Endpoint:
             if attempt:
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
-                return _content(send(address, asked, self.timeout_s, headers=headers), address)
+                return _content(send(address, body, self.timeout_s, headers=headers), address)
             except HttpError as error:
                 problem = str(error)
                 if error.status is not None and error.status not in (408, 409, 429) and error.status < 500:

@@ -59,30 +59,30 @@ def questions(languages: Sequence[str]) -> list[Question]:
 
 def signature(model: str, languages: Sequence[str]) -> str:
     """What two ratings must share to be compared."""
-    asked = "".join((FOLDER / f"questions.{language}.jsonl").read_text(encoding="utf-8") for language in languages)
+    texts = "".join((FOLDER / f"questions.{language}.jsonl").read_text(encoding="utf-8") for language in languages)
     wording = (FOLDER / "prompts.yaml").read_bytes()
     return (
         f"judge:{model}|prompts:{_prompts()['version']}-{sha256(wording).hexdigest()[:8]}"
-        f"|questions:{'+'.join(languages)}-{sha256(asked.encode()).hexdigest()[:8]}"
+        f"|questions:{'+'.join(languages)}-{sha256(texts.encode()).hexdigest()[:8]}"
     )
 
 
 def answer_turns(
-    asked: list[Question], generate: Callable[[list[list[dict[str, str]]]], list[Answer]]
+    open_questions: list[Question], generate: Callable[[list[list[dict[str, str]]]], list[Answer]]
 ) -> list[tuple[Answer, Answer]]:
     """Both answers to each question; the second turn sees the first answer, whatever it is."""
-    opened = [[{"role": "user", "content": question.turns[0]}] for question in asked]
+    opened = [[{"role": "user", "content": question.turns[0]}] for question in open_questions]
     first = generate(opened)
     followed = [
         [*messages, {"role": "assistant", "content": answer.text}, {"role": "user", "content": question.turns[1]}]
-        for messages, answer, question in zip(opened, first, asked, strict=True)
+        for messages, answer, question in zip(opened, first, open_questions, strict=True)
     ]
     return list(zip(first, generate(followed), strict=True))
 
 
 def judge(
     complete: Complete,
-    asked: list[Question],
+    open_questions: list[Question],
     answers: dict[str, list[tuple[Answer, Answer]]],
     max_concurrency: int,
     resamples: int,
@@ -95,7 +95,7 @@ def judge(
     """
     jobs = [
         job
-        for i, question in enumerate(asked)
+        for i, question in enumerate(open_questions)
         for job in (
             *(_rating_job(question, system, turn, answers[system][i]) for system in answers for turn in (0, 1)),
             *_preference_jobs(question, {system: answers[system][i] for system in list(answers)[:2]}),
@@ -117,10 +117,10 @@ def judge(
             f"{one[-200:]!r}. Take a stronger judge, or raise evaluate.judge.max_tokens if its replies are cut off"
         )
     verdicts = pa.Table.from_pylist([{name: _text(job[name]) for name in COLUMNS} for job in jobs], _SCHEMA)
-    summary: dict[str, Any] = {"questions": len(asked), "replies": len(sent), "unreadable": unreadable}
+    summary: dict[str, Any] = {"questions": len(open_questions), "replies": len(sent), "unreadable": unreadable}
     for system in answers:
-        own = [job for job in jobs if job["kind"] == "rating" and job["system"] == system]
-        summary[system] = _ratings(own, resamples, seed)
+        ratings = [job for job in jobs if job["kind"] == "rating" and job["system"] == system]
+        summary[system] = _ratings(ratings, resamples, seed)
     if len(answers) > 1:
         pairs = [job for job in jobs if job["kind"] == "preference"]
         summary["pairwise"] = _preferences(pairs, list(answers)[:2], resamples, seed)
