@@ -29,9 +29,9 @@ from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.data.snapshot import recover
 from pipeline.ingest import ingest
+from pipeline.registry.compare import score_today
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.preflight import require_ready
-from pipeline.registry.rescore import score_today
 from pipeline.registry.retention import collect, delete, outdated
 from pipeline.scoring.resampling import LOWER_IS_BETTER
 from pipeline.services.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated

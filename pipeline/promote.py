@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.params import PromoteParams, PublishParams
-from pipeline.registry import gate, manifest, notify, verdict
-from pipeline.registry.compare import BASE, UnfairError, compare
+from pipeline.registry import gate, manifest, notify, wording
+from pipeline.registry.compare import BASE, UnfairError, compare, settings_of
 from pipeline.registry.decisions import (
     DecisionError,
     Record,
-    append,
     champion,
     champions,
     deleted,
@@ -68,21 +67,21 @@ def promote(
     version = model.find(version)
     refuse_deleted(model.log(), version)
     candidate = servable(model, version)
-    while True:
-        log = model.log()
+    earlier: Record | None = None
+
+    def decide(log: list[Record]) -> Record:
+        nonlocal earlier
         refuse_deleted(log, version)
-        why_settled = settled_reason(log, version, params)
         serving = champion(log)
-        if version == serving or (why_settled is not None and force is None):
-            record = Record(0, "unchanged", version, serving, serving, why_settled or "")
-            earlier = next((record for record in reversed(log) if record.version == version), None)
-            if earlier is not None and (version == serving or earlier.decision == "promoted"):
-                earlier = None  # it serves, or was rolled back: that decision asks for nothing any more
-            return _decided(model, params, candidate, record, earlier)
-        record = _judge(model, candidate, log, params, force, why_settled)
-        if written := append(model.store, model.name, record):
-            return _decided(model, params, candidate, written)
-        # Another promoter wrote this record first; the champion may be another one now.
+        why_settled = settled_reason(log, version, params, _test_items(model, candidate, serving))
+        if version != serving and (why_settled is None or force is not None):
+            return _judge(model, candidate, log, params, force, why_settled)
+        earlier = next((record for record in reversed(log) if record.version == version), None)
+        if earlier is not None and (version == serving or earlier.decision == "promoted"):
+            earlier = None  # it serves, or was rolled back: that decision asks for nothing any more
+        return Record(0, "unchanged", version, serving, serving, why_settled or "")
+
+    return _decided(model, params, model.decide(decide), earlier)
 
 
 def _judge(
@@ -95,21 +94,19 @@ def _judge(
 ) -> Record:
     """The gate's decision on `candidate` against the champion, or that of the person who forces it."""
     version, serving = candidate["version"], champion(log)
-    against = f"champion {model.label(serving)}" if serving else BASE
     comparison: gate.Comparison = {}
-    notes, impossible = ["no numbers: candidate and champion were not compared"], ""
+    notes, overruled = ["no numbers: candidate and champion were not compared"], [why_settled] if why_settled else []
     try:
         comparison, notes = compare(model, candidate, serving, params)
-        decision, reason = gate.decision_on(comparison), verdict.why(comparison, against)
+        against = f"champion {model.label(serving)}" if serving else BASE
+        decision, reason = gate.decide(comparison), wording.why(comparison, against)
     except gate.CompareError as error:
         if force is None and not isinstance(error, UnfairError):
             raise
         decision, reason = "refused", str(error)
-        impossible = reason
-    overruled: list[str] = []
+        overruled.insert(0, reason)
     if force is not None:
-        overruled = [*gate.refusals(comparison), *filter(None, [impossible, why_settled])]
-        decision, reason = "promoted", force
+        decision, reason, overruled = "promoted", force, [*gate.refusals(comparison), *overruled]
     elif decision == "promoted" and params.approval == "manual":
         decision = "proposed"
     return Record(
@@ -122,8 +119,9 @@ def _judge(
         comparison=comparison,
         gate=params.gate(),
         manifest_sha256=manifest.digest(candidate),
-        overruled=overruled,
+        overruled=overruled if force is not None else [],
         notes=notes,
+        test_sha256=_test_items(model, candidate, serving),
     )
 
 
@@ -144,9 +142,9 @@ def approve(
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version) if version is not None else None
-    while True:
-        log = model.log()
-        proposal = proposed(log)
+
+    def decide(log: list[Record]) -> Record:
+        proposal, serving = proposed(log), champion(log)
         if proposal is None or version not in (None, proposal.version):
             who = f"version {model.label(proposal.version)}" if proposal else "no version"
             other = "" if version is None else f", not {model.label(version)}"
@@ -154,13 +152,11 @@ def approve(
                 f"{who} waits for approval{other}; `retune promote` decides anew where the champion has changed since"
             )
         # What became unservable while it waited can still be refused.
-        candidate = servable(model, proposal.version) if agreed else model.manifest(proposal.version)
-        if agreed and manifest.digest(candidate) != proposal.manifest_sha256:
+        if agreed and manifest.digest(servable(model, proposal.version)) != proposal.manifest_sha256:
             raise DecisionError(
                 f"version {model.label(proposal.version)} is not the one that passed: its manifest was altered"
             )
-        serving = champion(log)
-        record = replace(
+        return replace(
             proposal,
             number=len(log) + 1,
             decision="promoted" if agreed else "refused",
@@ -171,8 +167,8 @@ def approve(
             time="",
             proposal=proposal.number,
         )
-        if written := append(model.store, model.name, record):
-            return _decided(model, params, candidate, written)
+
+    return _decided(model, params, model.decide(decide))
 
 
 def rollback(
@@ -189,8 +185,8 @@ def rollback(
         SignatureError: as for `promote`.
     """
     model = RegisteredModel(publishing, root)
-    while True:
-        log = model.log()
+
+    def decide(log: list[Record]) -> Record:
         line, serving = champions(log), champion(log)
         if to is None and len(line) < 2:
             raise DecisionError(f"{model.name} has no champion before the present one; see `retune history`")
@@ -203,10 +199,10 @@ def rollback(
             )
         refuse_deleted(log, target)
         digest = manifest.digest(servable(model, target))
-        record = Record(len(log) + 1, "rollback", target, target, serving, reason, manifest_sha256=digest)
-        if written := append(model.store, model.name, record):
-            warnings = model.project(target)[1]
-            return written, warnings + notify.tell(params.webhooks, model.name, written)
+        return Record(len(log) + 1, "rollback", target, target, serving, reason, manifest_sha256=digest)
+
+    record = model.decide(decide)
+    return record, model.project(record.version)[1] + notify.tell(params.webhooks, model.name, record)
 
 
 def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
@@ -216,10 +212,11 @@ def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Rec
     return log, model.project(log[-1].version)[1] if log else []
 
 
-def settled_reason(log: list[Record], version: str, params: PromoteParams) -> str | None:
-    """Why there is nothing to decide about `version`, or None when there is.
+def settled_reason(log: list[Record], version: str, params: PromoteParams, test_sha256: str) -> str | None:
+    """Why there is nothing to decide about `version` on the test items of this digest, or None when there is.
 
-    Nothing is decided twice by the same gate against the same champion, and a version that was rolled back stays back.
+    Nothing is refused twice by the same gate against the same champion, nor left undecided twice on the same test
+    items, and a version that was rolled back stays back.
     """
     serving = champion(log)
     if version == serving:
@@ -232,7 +229,7 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams) -> st
     for earlier in reversed(same):
         if earlier.decision == "refused":
             return f"refused before, and champion and gate are the same: {earlier.reason}"
-        if earlier.decision == "undecided":
+        if earlier.decision == "undecided" and earlier.test_sha256 == test_sha256:
             return f"not decided before, and champion, gate and test items are the same: {earlier.reason}"
         if earlier.decision == "proposed" and earlier == proposed(log) and params.approval == "manual":
             return f"it waits for approval (`retune promote --approve`): {earlier.reason}"
@@ -240,33 +237,36 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams) -> st
 
 
 def settled(publishing: PublishParams, params: PromoteParams, version: str, root: Path = Path(".")) -> str | None:
-    """As `settled_reason`, for a published version; None when it is not published.
+    """As `settled_reason`, for a version; None when it is not published.
 
     Quick: asks the registry only where a crash kept the last decision from its aliases; loading MLflow takes seconds.
     """
     model = RegisteredModel(publishing, root)
-    log = model.log()
-    if version not in {record.version for record in log} and read_manifest(model.store, version) is None:
+    log, candidate = model.log(), read_manifest(model.store, version)
+    if version not in {record.version for record in log} and candidate is None:
         return None
-    reason = settled_reason(log, version, params)
+    test_sha256 = _test_items(model, candidate, champion(log)) if candidate else ""
+    reason = settled_reason(log, version, params, test_sha256)
     if reason is not None and not model.projected(log):
         model.project(version)
     return reason
 
 
-def _decided(
-    model: RegisteredModel, params: PromoteParams, candidate: Manifest, record: Record, earlier: Record | None = None
-) -> Decision:
+def _test_items(model: RegisteredModel, candidate: Manifest, serving: str | None) -> str:
+    return str(settings_of(candidate, serving, model.root)["test_sha256"])
+
+
+def _decided(model: RegisteredModel, params: PromoteParams, record: Record, earlier: Record | None = None) -> Decision:
     """The record in words, after aliases and webhooks followed it; `earlier` settled it, where it is not a new one."""
     number, warnings = model.project(record.version)
     if record.decision != "unchanged":
         warnings += notify.tell(params.webhooks, model.name, record)
         earlier = record
-    serving = model.label(record.champion) if record.champion else None
     todo = ""
     if earlier is not None:
-        name = f"v{number}" if number else record.version
-        todo = verdict.next_step(earlier.word, name, earlier.comparison, candidate, earlier.previous is None)
+        name, candidate = f"v{number}" if number else record.version, model.manifest(record.version)
+        todo = wording.next_step(earlier.word, name, earlier.comparison, candidate, earlier.previous is None)
+    serving = model.label(record.champion) if record.champion else None
     return Decision(
         decision=record.decision,
         version=record.version,
@@ -275,7 +275,7 @@ def _decided(
         against=record.previous or BASE,
         reason=record.reason,
         word=record.word,
-        title=verdict.title(record.word, name_of(record.version, number), serving),
+        title=wording.title(record.word, name_of(record.version, number), serving),
         next=todo,
         comparison=record.comparison,
         notes=record.notes,

@@ -17,7 +17,7 @@ from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.decisions import refuse_deleted
 from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.transfer import check_objects, fetch, ship, upload
+from pipeline.registry.transfer import check_objects, fetch, publish_manifest, upload
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
@@ -69,23 +69,17 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
 
 def ship_version(model: RegisteredModel, version: str) -> tuple[Manifest, int]:
     """Upload the workspace's artifacts, sign the manifest and store it; returns it and the bytes that were sent."""
-    store, described_bytes = model.store, 0
-
-    def describe(entries: dict[str, Any]) -> bytes:
-        nonlocal described_bytes
-        manifest = manifests.build(model.params, version, entries, model.root)
-        with tempfile.TemporaryDirectory() as folder:
-            described = {}
-            for name, text in {"README.md": card.model_card(manifest), "MLmodel": card.mlmodel(manifest)}.items():
-                described[name] = Path(folder) / name
-                described[name].write_text(text, encoding="utf-8")
-            more, described_bytes = upload(store, described)
-        manifest["files"] = manifest["files"] | more | _for_mlflow(manifest)
-        _sign(model, manifest)  # first: a version that can be seen is signed already
-        return manifests.encode(manifest)
-
-    uploaded = ship(store, version, _shipped_files(model.root), describe)
-    return model.manifest(version), uploaded + described_bytes
+    entries, sent = upload(model.store, _shipped_files(model.root))
+    manifest = manifests.build(model.params, version, entries, model.root)
+    with tempfile.TemporaryDirectory() as folder:
+        described = {name: Path(folder) / name for name in ("README.md", "MLmodel")}
+        described["README.md"].write_text(card.model_card(manifest), encoding="utf-8")
+        described["MLmodel"].write_text(card.mlmodel(manifest), encoding="utf-8")
+        more, sent_more = upload(model.store, described)
+    manifest["files"] = entries | more | _for_mlflow(entries)
+    _sign(model, manifest)  # first: a version that can be seen is signed already
+    publish_manifest(model.store, version, manifests.encode(manifest))
+    return model.manifest(version), sent + sent_more
 
 
 def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
@@ -116,12 +110,11 @@ def _sign(model: RegisteredModel, manifest: Manifest) -> bool:
 
 
 def _shipped_files(root: Path) -> dict[str, Path]:
+    paths = [path for out in graph.SHIPPED for path in sorted((root / out).rglob("*"))]
     files = {
-        f"{folder.name}/{path.relative_to(folder).as_posix()}": path
-        for folder in (root / out for out in graph.SHIPPED)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.suffix != ".html"  # a page for the workspace: a version holds nothing to open in a browser
+        path.relative_to(root / "artifacts").as_posix(): path
+        for path in paths
+        if path.is_file() and path.suffix != ".html"  # a version holds nothing to open in a browser
     }
     check_names(files)
     for path in files.values():
@@ -129,10 +122,11 @@ def _shipped_files(root: Path) -> dict[str, Path]:
     return files
 
 
-def _for_mlflow(manifest: Manifest) -> dict[str, Any]:
+def _for_mlflow(entries: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer once more where MLflow's transformers flavour looks for it: other names of the same objects."""
-    merged = {
-        name.removeprefix("merged/"): entry for name, entry in manifest["files"].items() if name.startswith("merged/")
+    merged = {name.removeprefix("merged/"): entry for name, entry in entries.items() if name.startswith("merged/")}
+    return {
+        f"components/tokenizer/{name}": entry
+        for name, entry in merged.items()
+        if name in TOKENIZER_FILES or name.endswith(".model")
     }
-    tokenizer = [name for name in merged if name in TOKENIZER_FILES or name.endswith(".model")]
-    return {f"components/tokenizer/{name}": merged[name] for name in tokenizer}

@@ -12,13 +12,12 @@ from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import CommentMark, YAMLError
+from ruamel.yaml.tokens import CommentToken
 
 from pipeline.core.files import conflict_line, write_text
 from pipeline.core.redaction import has_credentials, redact
 from pipeline.params import Params
-
-_VALUE = re.compile(r"(.*?)(\s+#.*)?")
 
 
 class ParamsError(ValueError):
@@ -40,21 +39,67 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> None:
-    """Write `changes`, such as {"train.lora_r": 32}, into the file at `path`.
+    """Write `changes`, such as {"train.lora_r": 32}, into the file at `path`; its comments stay.
 
     Raises:
         ParamsError: a key is not in the file, or the whole would not be valid; the file is as it was.
     """
     text = path.read_text(encoding="utf-8")
-    for key, value in changes.items():
-        text = _changed(text, key, value, path)
     _checked(text, path)
-    write_text(path, text)
+    yaml = _yaml()
+    tree: Any = yaml.load(text)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise ParamsError(f"{key} is not a parameter of {path}; expected a name such as train.lora_r")
+        old = node[last]
+        if isinstance(old, dict) and isinstance(value, dict) and old.keys() == value.keys():
+            old.update(value)  # in the lines that they have
+            continue
+        node[last] = yaml.load(yaml_text(value))  # in one line
+        if lines := _lines_after(old):
+            comments = node.ca.items.setdefault(last, [None] * 4)  # type: ignore[attr-defined]  # ruamel's
+            comments[2] = comments[2] or CommentToken("\n", CommentMark(0))
+            comments[2].value += lines
+    stream = io.StringIO()
+    yaml.dump(tree, stream)
+    _checked(stream.getvalue(), path)
+    write_text(path, stream.getvalue())
+
+
+def _lines_after(block: Any) -> str:
+    """Comments and empty lines below a block; ruamel keeps them with the last of its values."""
+    if not hasattr(block, "fa") or not block or block.fa.flow_style():
+        return ""
+    last, column = (list(block)[-1], 2) if isinstance(block, dict) else (len(block) - 1, 0)
+    token = (block.ca.items.get(last) or [None] * 4)[column]
+    return _lines_after(block[last]) + (token.value.partition("\n")[2] if token else "")
+
+
+def yaml_text(value: Any) -> str:
+    """`value` as it stands in one line of YAML."""
+    yaml: Any = YAML(typ="safe", pure=True)
+    stream = io.StringIO()
+    yaml.default_flow_style, yaml.width, yaml.allow_unicode = True, 2**16, True
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(value, stream)
+    return stream.getvalue().removesuffix("...\n").strip()
+
+
+def _yaml() -> Any:
+    """Reads YAML with its comments, and writes it back as it was."""
+    yaml = YAML(typ="rt")
+    yaml.preserve_quotes, yaml.width = True, 2**16
+    yaml.representer.add_representer(type(None), lambda of, _: of.represent_scalar("tag:yaml.org,2002:null", "null"))
+    return yaml
 
 
 def _checked(text: str, path: Path) -> Params:
     try:
-        tree: Any = YAML(typ="rt").load(text)
+        tree: Any = _yaml().load(text)
     except YAMLError as error:
         if line := conflict_line(path):
             raise ParamsError(f"{path}, line {line}, has git's conflict markers; settle the conflict there") from None
@@ -70,55 +115,6 @@ def _checked(text: str, path: Path) -> Params:
         # An unknown key is often the missing one misspelt: it comes first.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise ParamsError(redact("\n".join(_sentence(e, tree, path) for e in errors))) from None
-
-
-def yaml_text(value: Any) -> str:
-    """`value` as it stands in one line of YAML."""
-    yaml: Any = YAML(typ="safe", pure=True)
-    stream = io.StringIO()
-    yaml.default_flow_style, yaml.width, yaml.allow_unicode = True, 2**16, True
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.dump(value, stream)
-    return stream.getvalue().removesuffix("...\n").strip()
-
-
-def _changed(text: str, key: str, value: Any, path: Path) -> str:
-    """`text` with another value for `key`: one line differs, or the lines of a block if it is one."""
-    *sections, last = key.split(".")
-    node: Any = YAML(typ="rt").load(text)
-    for section in sections:
-        node = node.get(section) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node:
-        raise ParamsError(f"{key} is not a parameter of {path}; expected a name such as train.lora_r")
-    old: Any = node[last]
-    keys: Any = node.lc  # type: ignore[attr-defined]  # ruamel gives its dictionaries positions
-    block = hasattr(old, "fa") and not old.fa.flow_style()
-    if block and isinstance(old, dict) and isinstance(value, dict) and value.keys() == old.keys():
-        for inner in value:
-            text = _changed(text, f"{key}.{inner}", value[inner], path)
-        return text
-    lines = text.split("\n")
-    first, (start, column) = keys.key(last)[0], keys.value(last)
-    if start != first:  # below its key
-        if not block:
-            raise ParamsError(f"{key} spans several lines of {path}; change it there by hand, or one key in it")
-        del lines[start : _last_line(old) + 1]
-        column = lines[first].index(":", keys.key(last)[1]) + 2
-        lines[first] = lines[first].replace(":", ": ", 1)
-    before, comment = _VALUE.fullmatch(lines[first][column:]).groups()  # type: ignore[union-attr]  # it takes any line
-    new = yaml_text(value).ljust(len(before) if comment else 0)
-    lines[first] = lines[first][:column] + new + (comment or "")
-    return "\n".join(lines)
-
-
-def _last_line(block: Any) -> int:
-    """Of a mapping or list written as a block."""
-    positions = block.lc
-    where = positions.value if isinstance(block, dict) else positions.item
-    return max(
-        _last_line(inner) if isinstance(inner, dict | list) and inner else where(key)[0]
-        for key, inner in (block.items() if isinstance(block, dict) else enumerate(block))
-    )
 
 
 def _refuse_credentials(tree: Any, path: Path, above: str = "") -> None:
@@ -148,19 +144,15 @@ def _plain(node: Any) -> Any:
 
 
 def _sentence(error: Any, tree: Any, path: Path) -> str:
-    # Union branches ("str", "literal[...]") end up in pydantic's location; only real keys have a line.
+    # Union branches ("str", "literal[...]") end up in pydantic's location; only keys of the file are said.
     keys: list[str] = []
-    line: int | None = None
     node: Any = tree
-    for key in error["loc"]:
-        if isinstance(node, dict) and key in node:
-            line = node.lc.key(key)[0] + 1  # type: ignore[attr-defined]  # ruamel gives its dictionaries positions
-            node = node[key]
-        elif (isinstance(node, dict) and error["type"] != "missing") or not isinstance(node, dict):
+    for part in error["loc"]:
+        if not isinstance(node, dict) or not (part in node or error["type"] == "missing"):
             break
-        keys.append(str(key))
-    key = ".".join(keys)
-    where = f" ({path}, line {line})" if line else f" ({path})"
+        keys.append(str(part))
+        node = node.get(part)
+    key, where = ".".join(keys), _where(keys, tree, path)
     match error["type"]:
         case "extra_forbidden":
             known: dict[str, Any] = Params.model_fields
@@ -172,14 +164,24 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
         case "missing":
             return f"{key} is missing{where}; every parameter is written out, copy it from the project's params.yaml"
         case "value_error":
-            return "\n".join(f"{s}{_line_of(s, tree, path, where)}" for s in str(error["ctx"]["error"]).split("\n"))
+            return "\n".join(_with_line(said, tree, path, where) for said in str(error["ctx"]["error"]).split("\n"))
     got = "null" if node is None else repr(node)
     return f"{key} is {got}; {error['msg'][0].lower()}{error['msg'][1:]}{where}"
 
 
-def _line_of(sentence: str, tree: Any, path: Path, where: str) -> str:
-    """The place of the parameter that `sentence` begins with; `where` if there is none, nothing after a command."""
+def _with_line(sentence: str, tree: Any, path: Path, where: str) -> str:
+    """`sentence` with the line of the parameter that it begins with; else `where`, but nothing after a command."""
     named = re.match(r"(\w+)\.(\w+) ", sentence)
-    if named and isinstance(tree.get(named[1]), dict) and named[2] in tree[named[1]]:
-        return f" ({path}, line {tree[named[1]].lc.key(named[2])[0] + 1})"
-    return "" if sentence.startswith("`") else where
+    if named and named[2] in (tree.get(named[1]) or {}):
+        return sentence + _where([named[1], named[2]], tree, path)
+    return sentence if sentence.startswith("`") else sentence + where
+
+
+def _where(keys: list[str], node: Any, path: Path) -> str:
+    """The file and the line of the last of `keys` that is in it."""
+    line = None
+    for key in keys:
+        if not isinstance(node, dict) or key not in node:
+            break
+        line, node = node.lc.key(key)[0] + 1, node[key]  # type: ignore[attr-defined]  # ruamel's know their place
+    return f" ({path}, line {line})" if line else f" ({path})"

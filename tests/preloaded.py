@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,15 @@ class Child:
 
 
 def run(
-    program: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+    program: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], typed: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """`retune` or `dvc` with these arguments, to its end."""
-    with open(os.devnull) as nothing, tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+    """`retune` or `dvc` with these arguments and `typed` as its input, to its end."""
+    with ExitStack() as stack:
+        inputs, output, errors = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        inputs.write(typed)
+        inputs.seek(0)
         request = {"program": program, "arguments": list(arguments), "folder": str(folder)}
-        descriptors = [nothing.fileno(), output.fileno(), errors.fileno()]
+        descriptors = [inputs.fileno(), output.fileno(), errors.fileno()]
         status = Child(request | {"environment": dict(environment)}, descriptors).wait()
         output.seek(0)
         errors.seek(0)

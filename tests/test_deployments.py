@@ -34,10 +34,10 @@ from pipeline import promote as gate
 from pipeline.core.run_lock import only_run
 from pipeline.params import Params
 from pipeline.registry.artifact_store import open_store
+from pipeline.registry.compare import score_today
 from pipeline.registry.gate import CompareError
 from pipeline.registry.manifest import read_manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.rescore import score_today
 from pipeline.report.tables import P_NOTE
 from pipeline.scoring.resampling import METRICS
 from pipeline.services import stack

@@ -23,7 +23,7 @@ from pipeline.registry.significance import (
     rows_factor,
     score_test,
 )
-from pipeline.registry.verdict import why
+from pipeline.registry.wording import why
 from pipeline.scoring.resampling import group_sums, resampled_differences, set_scores
 from pipeline.settings import load_params
 
@@ -65,13 +65,13 @@ def decided(world: World, seed: int, promote: PromoteParams, resamples: int = 40
 
 
 def decisions(world: World, number: int, promote: PromoteParams, resamples: int = 400) -> list[str]:
-    return [gate.decision_on(decided(world, seed, promote, resamples)) for seed in range(number)]
+    return [gate.decide(decided(world, seed, promote, resamples)) for seed in range(number)]
 
 
 WIDE = {"guard_metrics": {"accuracy": 0.2, "bleu": 20.0}}  # so that what errs is the primary metric
 
 
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 0), (8, 2), (10, 10), (3, 9), (60, 41)])
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (5, 0), (3, 9), (60, 41)])
 def test_mcnemar_of_single_items_is_the_binomial_tail(b: int, c: int) -> None:
     expected = sum(math.comb(b + c, k) for k in range(b, b + c + 1)) / 2 ** (b + c)
     net = np.array([1.0] * b + [-1.0] * c + [0.0] * 20)
@@ -85,12 +85,8 @@ def test_mcnemar_over_groups_is_the_randomisation_of_every_sign() -> None:
     assert mcnemar(net) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_score_test_against_equality_is_mcnemars_statistic() -> None:
+def test_the_score_test_is_mcnemars_against_equality_and_its_interval_tangos_published_one() -> None:
     assert score_test(14, 5, 100, 0.0)[0] == pytest.approx((14 - 5) / math.sqrt(14 + 5))
-
-
-def test_the_score_interval_is_tangos_published_one() -> None:
-
     tested = binary_test(np.array([1.0] * 43 + [0.0]), np.ones(44), np.arange(44), 0.1)
     assert (tested.low, tested.high) == pytest.approx((-0.118, 0.060), abs=0.001)
 
@@ -171,69 +167,63 @@ def test_metrics_that_count_other_items_share_their_draws() -> None:
     assert set_scores(np.array([[0.0, 0.0]]))[0] != 0  # a draw without an item has no score
 
 
-def test_a_clear_gain_is_promoted_however_small_the_power_would_be(params: Params) -> None:
-    comparison = decided(World(60, gain=0.3), 0, with_(params, promote={"declared_effect": 0.001}).promote)
-    assert gate.decision_on(comparison) == "promoted"
-    assert comparison["rougeL"]["gate_power"] < 0.2
-    assert comparison["rougeL"]["p_adjusted"] == pytest.approx(0.005, abs=0.001)  # 400 resamples say no less
+def test_what_is_clear_is_decided_however_small_the_power(params: Params) -> None:
+    gain = decided(World(60, gain=0.3), 0, with_(params, promote={"declared_effect": 0.001}).promote)
+    assert gate.decide(gain) == "promoted"
+    assert gain["rougeL"]["gate_power"] < 0.2
+    assert gain["rougeL"]["p_adjusted"] == pytest.approx(0.005, abs=0.001)  # 400 resamples say no less
+    loss = decided(World(40, gain=-0.3), 0, params.promote)
+    assert loss["rougeL"]["gate_power"] < 0.8
+    assert gate.decide(loss) == "refused"
 
 
 def test_too_few_items_decide_nothing_and_say_how_many_would(params: Params) -> None:
     promote = with_(params, promote=WIDE).promote
     comparison = decided(World(60, gain=0.02), 5, promote)
-    assert gate.decision_on(comparison) == "undecided"
+    assert gate.decide(comparison) == "undecided"
     rows = comparison["rougeL"]["gate_rows"]
     assert 90 < rows < 300
-    reason = why(comparison, "champion v3")
-    assert "than that of champion v3" in reason
-    assert "60 test items are too few" in reason
-    enough = [decided(World(rows, gain=promote.declared_effect), seed, promote) for seed in range(40)]
-    assert np.mean([gate.decision_on(comparison) == "promoted" for comparison in enough]) > 0.6
-
-
-def test_a_clear_loss_is_refused_however_few_the_items(params: Params) -> None:
-    comparison = decided(World(40, gain=-0.3), 0, params.promote)
-    assert comparison["rougeL"]["gate_power"] < 0.8
-    assert gate.decision_on(comparison) == "refused"
+    assert "60 test items are too few" in why(comparison, "champion v3")
+    enough = decisions(World(rows, gain=promote.declared_effect), 40, promote)
+    assert enough.count("promoted") > 0.6 * 40
 
 
 def test_no_gain_on_enough_items_is_refused_with_the_power(params: Params) -> None:
-    promote = with_(params, promote=WIDE).promote
-    everything = [decided(World(190, gain=0.02), seed, promote) for seed in range(15)]
+    everything = [decided(World(190, gain=0.02), seed, with_(params, promote=WIDE).promote) for seed in range(15)]
     open_ones = [c for c in everything if "open" in {row["verdict"] for row in c.values()}]
-    assert open_ones
-    open_ones = [c for c in open_ones if c["rougeL"]["gate_power"] >= 0.8]
-    assert {gate.decision_on(comparison) for comparison in open_ones} == {"refused"}
-    assert "too few" not in why(open_ones[0], "v1")
-    assert "190 test items would have shown an improvement of 0.05" in why(open_ones[0], "v1")
+    enough = [c for c in open_ones if c["rougeL"]["gate_power"] >= 0.8]
+    assert {gate.decide(comparison) for comparison in enough} == {"refused"}
+    assert "too few" not in why(enough[0], "v1")
+    assert "190 test items would have shown an improvement of 0.05" in why(enough[0], "v1")
 
 
 def test_fewer_than_twenty_groups_decide_nothing(params: Params) -> None:
     comparison = decided(World(190, gain=0.3, group_size=10), 0, params.promote)
-    assert gate.decision_on(comparison) == "undecided"
+    assert gate.decide(comparison) == "undecided"
     assert "needed at least 20 independent test items, there are 19" in why(comparison, "v1")
     assert comparison["rougeL"]["gate_rows"] >= 200
 
 
 def test_a_guard_on_which_both_score_nothing_guards_nothing(params: Params) -> None:
     ours, theirs = World(60, gain=0.3).table(0)
-
-    def judged(accuracy: list[float]) -> gate.Comparison:
-        column = ours.column_names.index("accuracy")
-        left, right = (t.set_column(column, "accuracy", [pa.array(a)]) for t, a in ((ours, accuracy), (theirs, zeros)))
-        return gate.compare_claims(gate.claims_on(left, right, params.promote), 0, 400)
-
     zeros = [0.0] * 60
-    both = judged(zeros)
+
+    def with_column(table: pa.Table, name: str, values: list[float]) -> pa.Table:
+        return table.set_column(table.column_names.index(name), name, [pa.array(values)])
+
+    def compared(name: str, ours: pa.Table, accuracy: list[float]) -> gate.Comparison:
+        right = with_column(theirs if name == "accuracy" else with_column(theirs, name, zeros), "accuracy", zeros)
+        claims = gate.claims_on(with_column(ours, "accuracy", accuracy), right, params.promote)
+        return gate.compare_claims(claims, 0, 400)
+
+    both = compared("accuracy", ours, zeros)
     assert (both["accuracy"]["verdict"], both["accuracy"]["passed"]) == ("uninformative", None)
     assert (both["accuracy"]["items"], both["accuracy"]["p"]) == (60, None)
-    assert gate.decision_on(both) == "promoted"  # 60 items without a hit could never show "at most 0.05 worse"
+    assert gate.decide(both) == "promoted"  # 60 items without a hit could never show "at most 0.05 worse"
     assert gate.refusals(both) == []
-    one = judged([1.0, *zeros[1:]])
-    assert one["accuracy"]["verdict"] != "uninformative"
-    ours = ours.set_column(ours.column_names.index("rougeL"), "rougeL", [pa.array(zeros)])
-    theirs = theirs.set_column(theirs.column_names.index("rougeL"), "rougeL", [pa.array(zeros)])
-    assert gate.decision_on(judged(zeros)) != "promoted"  # what has to become better is no guard
+    assert compared("accuracy", ours, [1.0, *zeros[1:]])["accuracy"]["verdict"] != "uninformative"
+    # What has to become better is no guard.
+    assert gate.decide(compared("rougeL", with_column(ours, "rougeL", zeros), zeros)) != "promoted"
 
 
 def test_a_lower_perplexity_is_better(params: Params) -> None:
@@ -244,9 +234,9 @@ def test_a_lower_perplexity_is_better(params: Params) -> None:
     high, low = (pa.table(columns | {"loss": loss}) for loss in (worse, worse - 0.1 * tokens))
     promote = with_(params, promote={"primary_metric": "perplexity", "guard_metrics": {}}).promote
     better = gate.compare_claims(gate.claims_on(low, high, promote), 0)
-    assert gate.decision_on(better) == "promoted"
+    assert gate.decide(better) == "promoted"
     assert better["perplexity"]["high"] < 0
-    assert gate.decision_on(gate.compare_claims(gate.claims_on(high, low, promote), 0)) == "refused"
+    assert gate.decide(gate.compare_claims(gate.claims_on(high, low, promote), 0)) == "refused"
     guard = with_(params, promote={"primary_metric": "perplexity", "guard_metrics": {"perplexity": 0.1}}).promote
     assert [c.metric for c in gate.claims_on(low, high, guard)] == ["perplexity"]
 
@@ -264,10 +254,10 @@ def test_who_forgets_more_than_the_limit_is_refused_whatever_the_gain(params: Pa
         return gate.compare_claims(claims, 0)
 
     kept, lost = judged(0.01), judged(0.3)
-    assert gate.decision_on(kept) == "promoted"
+    assert gate.decide(kept) == "promoted"
     assert "general_accuracy" not in kept  # no row of the set has one right answer
     assert lost["rougeL"]["passed"]
-    assert gate.decision_on(lost) == "refused"
+    assert gate.decide(lost) == "refused"
     assert why(lost, "v1").startswith("general_perplexity is ")
     assert "promote.max_forgetting asks for at most +0.7" in why(lost, "v1")
     few = {"group": [str(i) for i in range(5000)], "loss_tokens": [9.0] * 5000, "accuracy": [None] * 5000}
@@ -282,10 +272,8 @@ def test_who_forgets_more_than_the_limit_is_refused_whatever_the_gain(params: Pa
 
 def test_equal_systems_are_rarely_promoted_and_better_ones_mostly(params: Params) -> None:
     promote = with_(params, promote=WIDE).promote
-    equal = decisions(World(160, group_size=2), 150, promote, 300)
-    assert equal.count("promoted") <= 150 * 0.05
-    better = decisions(World(400, gain=promote.declared_effect), 60, promote, 300)
-    assert better.count("promoted") >= 60 * 0.8
+    assert decisions(World(160, group_size=2), 150, promote, 300).count("promoted") <= 150 * 0.05
+    assert decisions(World(400, gain=promote.declared_effect), 40, promote, 300).count("promoted") >= 40 * 0.8
 
 
 @pytest.mark.faults

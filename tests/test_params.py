@@ -11,8 +11,6 @@ from pipeline.params import Params
 from pipeline.settings import ParamsError, load_params
 
 PROJECT = ROOT / "params.yaml"
-# Known to everyone who trains, or said by the comment of the line above.
-OBVIOUS = {"validation_fraction", "weight_decay", "max_grad_norm", "logging_steps", "seed", "registered_model_name"}
 
 PARTS = [{"path": None, "weight": 0.5, "sha256": None}, {"path": "other", "weight": 0.5, "sha256": "0" * 64}]
 COMBINED = {"combination_type": "linear", "adapters": PARTS, "density": 0.5, "seed": 0}
@@ -32,31 +30,21 @@ def changed(tmp_path: Path, key: str, new: str) -> tuple[Path, int]:
     return path, place + 1
 
 
-def test_the_projects_params_load_as_they_are_written() -> None:
-    text, params = PROJECT.read_text(), load_params(PROJECT)
-    assert f"  lora_r: {params.train.lora_r} " in text
-    assert f"  learning_rate: {params.train.learning_rate} " in text
-    assert f"  primary_metric: {params.promote.primary_metric} " in text
-    assert all(f"    {metric}: {margin}\n" in text for metric, margin in params.promote.guard_metrics.items())
-
-
 @pytest.mark.parametrize(
     ("new", "sentence"),
     [
         ("  lora_r: 0", "train.lora_r is 0; .*greater than or equal to 1"),
         ("  lora_r: '16'", "train.lora_r is '16'; .*integer"),
-        ("  lora_r: 16.0", "train.lora_r is 16.0; .*integer"),
         ("  lora_r: true", "train.lora_r is True; .*integer"),
         ("  lora_r:", "train.lora_r is null; .*integer"),
         ("  packing: yes", "train.packing is 'yes'; .*boolean"),
-        ("  learning_rate: .nan", "train.learning_rate is nan; "),
         ("  learning_rate: .inf", "train.learning_rate is inf; .*finite"),
         ("  optim: sgd", "train.optim is 'sgd'; .*'adamw_torch' or 'paged_adamw_8bit'"),
         ("  lora_dropout: 1.0", "train.lora_dropout is 1.0; .*less than 1"),
         ("  model_revision: main", "prepare.model_revision is 'main'; .*pattern"),
         ("  artifact_store: ftp://b", "publish.artifact_store is 'ftp://b'; .*file"),
-        ("  endpoint_url: s3.example.org", "publish.endpoint_url is 's3.example.org'; .*https"),
         ("  server_side_encryption: aws", "publish.server_side_encryption is 'aws'; .*'AES256' or 'aws:kms'"),
+        ("    bleu: -1.0", r"promote\.guard_metrics\.bleu is -1.0; .*greater than 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_key_file_and_line(tmp_path: Path, new: str, sentence: str) -> None:
@@ -76,12 +64,6 @@ def test_an_unknown_key_is_named_with_file_and_line(tmp_path: Path) -> None:
     ]
 
 
-def test_an_unknown_metric_is_named_with_those_there_are(tmp_path: Path) -> None:
-    path, line = changed(tmp_path, "bleu", "    blue: 2.0")
-    with pytest.raises(ParamsError, match=rf"^promote\.guard_metrics\.blue .*'bleu'.*line {line}\)$"):
-        load_params(path)
-
-
 def section_line(name: str) -> int:
     return PROJECT.read_text().split("\n").index(f"{name}:") + 1
 
@@ -94,12 +76,10 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
     assert [line.split(" ")[0] for line in str(error.value).split("\n")] == ["prepare.on_overlong", "train.lora_r"]
 
 
-@pytest.mark.parametrize(("name", "key"), [("train", "train.lora_r"), ("merge", "merge")])
-def test_a_missing_parameter_or_section_is_named(tmp_path: Path, name: str, key: str) -> None:
-    text = PROJECT.read_text()
+@pytest.mark.parametrize(("cut", "key"), [("(?m)^  lora_r:.*\n", "train.lora_r"), ("(?m)^merge:\n(  .*\n)+", "merge")])
+def test_a_missing_parameter_or_section_is_named(tmp_path: Path, cut: str, key: str) -> None:
     path = tmp_path / "params.yaml"
-    cut = r"(?m)^  lora_r:.*\n" if name == "train" else rf"(?m)^{name}:\n(  .*\n)+"
-    path.write_text(re.sub(cut, "", text))
+    path.write_text(re.sub(cut, "", PROJECT.read_text()))
     with pytest.raises(ParamsError, match=rf"^{re.escape(key)} is missing \({re.escape(str(path))}"):
         load_params(path)
 
@@ -119,15 +99,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("train.init_adapter", {"train": {"method": "full", "load_in_4bit": False, "init_adapter": "champion"}}),
     ("train.init_adapter", {"train": {"method": "adalora", "load_in_4bit": False, "init_adapter": "champion"}}),
     ("train.load_in_4bit", {"train": {"method": "qlora", "load_in_4bit": False}}),
-    ("train.load_in_4bit", {"train": {"method": "lora", "load_in_4bit": True}}),
     ("train.load_in_4bit", {"train": {"method": "full", "load_in_4bit": True}}),
     ("train.packing", {"train": {"method": "prompt", "packing": True}}),
-    ("train.packing", {"train": {"method": "prefix", "packing": True}}),
     ("train.gradient_checkpointing", {"train": {"method": "prefix", "packing": False, "gradient_checkpointing": True}}),
     ("train.max_steps", {"train": {"max_steps": 0}}),
     ("train.gradient_accumulation_steps", {"train": {"tokens_per_step": None}}),
     ("train.strategy", {"train": {"num_processes": 2}}),
-    ("train.strategy", {"train": {"strategy": "ddp"}}),
     ("train.bnb_4bit_quant_storage", {"train": {"strategy": "fsdp", "num_processes": 2}}),
     ("train.early_stopping_patience", {"train": TWO | {"strategy": "deepspeed", "early_stopping_patience": 3}}),
     ("train.optim", {"train": TWO | {"strategy": "deepspeed", "optim": "paged_adamw_8bit"}}),
@@ -148,9 +125,7 @@ def test_a_combination_that_cannot_work_names_the_parameter_alone(parameter: str
 @pytest.mark.parametrize(
     "sections",
     [
-        {"train": {"method": "lora", "load_in_4bit": False}, "merge": {"base": "full"}},
         {"prepare": {"trust_remote_code": True, "model_revision": "a" * 40}},
-        {"train": {"lora_target_modules": ["q_proj"]}},
         {"merge": {"combine": COMBINED}},
         FAR | {"train": {"init_adapter": "champion"}, "publish": {"artifact_store": "s3://bucket/models"}},
         FAR | {"train": {"init_adapter": f"elsewhere@{'0' * 64}"}},
@@ -167,14 +142,9 @@ def test_everything_that_does_not_go_with_another_task_is_named_at_once_with_the
     tmp_path: Path,
 ) -> None:
     text = PROJECT.read_text()
-    for old, new in (
-        ("task: causal-lm", "task: sequence-classification"),
-        ("method: qlora", "method: prompt"),
-        ("on_overlong: drop", "on_overlong: split"),
-        ("export: []", "export: [bnb-8bit]"),
-        ("prompts: []", "prompts: [Who?]"),
-        ("packing: true", "packing: false"),
-    ):
+    for old, new in (("task: causal-lm", "task: sequence-classification"), ("method: qlora", "method: prompt"),
+                     ("on_overlong: drop", "on_overlong: split"), ("export: []", "export: [bnb-8bit]"),
+                     ("packing: true", "packing: false")):  # fmt: skip
         assert f"  {old}" in text
         text = text.replace(f"  {old}", f"  {new}", 1)
     path = tmp_path / "params.yaml"
@@ -182,30 +152,22 @@ def test_everything_that_does_not_go_with_another_task_is_named_at_once_with_the
     with pytest.raises(ParamsError) as error:
         load_params(path)
     *sentences, preset = str(error.value).split("\n")
-    named = ["train.method", "prepare.on_overlong", "promote.primary_metric", "merge.export", "evaluate.prompts"]
+    named = ["train.method", "prepare.on_overlong", "promote.primary_metric", "merge.export"]
     assert [sentence.split()[0] for sentence in sentences] == named
-    for sentence, parameter in zip(sentences, named, strict=True):
-        section, key = parameter.split(".")
-        lines = text.split("\n")
-        line = lines.index(next(x for x in lines[lines.index(f"{section}:") :] if x.startswith(f"  {key}:"))) + 1
-        assert sentence.endswith(f"({path}, line {line})")
+    lines = text.split("\n")
+    for sentence in sentences:
+        line = int(re.findall(r"line (\d+)\)$", sentence)[0])
+        assert lines[line - 1].startswith(f"  {sentence.split()[0].partition('.')[2]}:")
     name = re.search(r"retune preset ([\w.-]+)", preset)
-    assert name is not None
-    assert (ROOT / "infra" / "presets" / f"{name[1]}.yaml").is_file()
+    assert name is not None and (ROOT / "infra" / "presets" / f"{name[1]}.yaml").is_file()
 
 
-@pytest.mark.parametrize("method", ["dora", "rslora", "ia3", "adalora", "prefix", "prompt"])
-def test_other_methods_work_on_either_base(method: str) -> None:
-    packing = method not in ("prefix", "prompt")
-    for load_in_4bit, resolved in (("auto", False), (True, True), (False, False)):
-        train = {"method": method, "load_in_4bit": load_in_4bit, "packing": packing}
+@pytest.mark.parametrize("method", ["lora", "qlora", "full", "dora", "rslora", "ia3", "adalora", "prefix", "prompt"])
+def test_qlora_alone_puts_the_base_in_4_bits_by_itself_and_others_work_on_either(method: str) -> None:
+    fixed = method in ("lora", "qlora", "full")
+    for load_in_4bit, resolved in (("auto", method == "qlora"), *(() if fixed else ((True, True), (False, False)))):
+        train = {"method": method, "load_in_4bit": load_in_4bit, "packing": method not in ("prefix", "prompt")}
         assert with_(load_params(PROJECT), train=train).train.load_in_4bit is resolved
-
-
-def test_qlora_is_the_method_that_puts_the_base_in_4_bits_by_itself() -> None:
-    for method in ("lora", "qlora", "full"):
-        train = with_(load_params(PROJECT), train={"method": method, "load_in_4bit": "auto"}).train
-        assert train.load_in_4bit is (method == "qlora")
 
 
 def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path) -> None:
@@ -217,11 +179,9 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path) -> None:
     ("content", "named"),
     [
         (b"", "no sections"),
-        (b"- a\n", "no sections"),
         ("ingest: # größer\n".encode("latin-1"), "UTF-8"),
         (b"train:\n  a: [16\n  b: 32", "line 3"),
         (b"train:\n  a: 16\n  a: 17", "line 3"),
-        (b"train:\n\ta: 16", "line 2"),
         (None, "is not in a Retune project"),
     ],
 )
@@ -231,17 +191,6 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: byt
     with pytest.raises(ParamsError, match=named) as error:
         load_params(tmp_path / "params.yaml")
     assert len(str(error.value).splitlines()) == 1
-
-
-def test_every_parameter_is_explained() -> None:
-    unexplained = []
-    above = ""
-    for line in PROJECT.read_text().split("\n"):
-        key = re.match(r"  (\w+):", line)
-        if key and "#" not in line and not above.lstrip().startswith("#") and key[1] not in OBVIOUS:
-            unexplained.append(key[1])
-        above = line
-    assert unexplained == []
 
 
 def test_the_sections_are_the_stages_in_the_order_they_run_and_the_machine() -> None:

@@ -102,10 +102,6 @@ def comments(text: str) -> list[str]:
     return re.findall(r"#.*", text)
 
 
-def test_the_presets_that_are_promised_are_there() -> None:
-    assert set(NAMES) == set(MODELS)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_is_written_with_its_values_and_keeps_every_comment(project_file: Path, name: str) -> None:
     before = project_file.read_text()
@@ -158,19 +154,9 @@ def test_a_preset_fits_the_gpu_it_names(name: str) -> None:
     assert memory.peak < (16 * GIB if gpu is None else _kind(gpu).room)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_preset_changes_the_lines_it_must_and_no_other(project_file: Path, name: str) -> None:
-    text = "# A line of my own,   oddly   spaced\n" + project_file.read_text().replace("merge:", "\n\nmerge:   # mine")
-    project_file.write_text(text)
-    changed = apply(name, project_file)
-    before, after = Counter(text.split("\n")), Counter(project_file.read_text().split("\n"))
-    keys = {key.rpartition(".")[2] for key in changed} | {"accuracy", "bleu"}  # those of the guard metrics
-    assert {line.split(":")[0].strip() for line in (before - after) + (after - before)} <= keys
-
-
 def test_a_block_becomes_one_line_when_its_keys_change(tmp_path: Path) -> None:
     file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
-    block = "  export:   # forms\n    - bnb-4bit   # half\n    - bnb-8bit\n"
+    block = "  export:   # forms\n    - bnb-4bit   # half\n    - bnb-8bit\n  # of what comes next\n"
     file.write_text(re.sub(r"  export: \[\] .*\n(    .*\n)*", block, file.read_text()))
     assert load_params(file).merge.export == ["bnb-4bit", "bnb-8bit"]
     before = file.read_text()

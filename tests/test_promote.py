@@ -6,21 +6,20 @@ import os
 import pty
 import random
 import shutil
-import subprocess
-import sys
+import tempfile
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from conftest import environment, with_, write_params
 from test_signature import make_key
 from versions import ITEMS, decide, parameters, published, records, registry_lost
 
 from pipeline import promote as gate
-from pipeline.core.files import write_json
+from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.registry.artifact_store import StoreError, open_store
 from pipeline.registry.decisions import DecisionError, champion, read_log
@@ -38,6 +37,11 @@ NAME = "retune-sample"
 @pytest.fixture
 def params(tmp_path: Path) -> Params:
     return parameters(tmp_path)
+
+
+@pytest.fixture
+def manual(params: Params) -> Params:
+    return with_(params, promote={"approval": "manual"})
 
 
 def serving(root: Path, params: Params) -> str | None:
@@ -58,34 +62,34 @@ def first(tmp_path: Path, params: Params) -> str:
     return version
 
 
-def test_a_worse_version_is_refused_with_its_numbers(tmp_path: Path, params: Params, first: str) -> None:
-    published(tmp_path, params, 0.4)
+def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_overruled(
+    tmp_path: Path, params: Params, first: str
+) -> None:
+    worse = published(tmp_path, params, 0.4)
     refused = decide(tmp_path, params)
     assert (refused.decision, refused.word, refused.number, refused.champion) == ("refused", "refused", "2", first)
     assert f"0.100 worse than that of champion v1 ({first[:6]}…) (0.400 against 0.500 on 100" in refused.reason
     assert f"v1 ({first[:6]}…) stays champion" in refused.title
     assert "retune promote v2 --force" in refused.next
     [rouge] = [row for row in verdict_rows(refused.comparison) if row["metric"] == "rougeL"]
-    assert list(rouge.values())[1:] == [
-        "0.400", "0.500", "-0.100", "-0.100 to -0.100", "more than 0", "1.000", "refused",
-    ]  # fmt: skip
-    assert serving(tmp_path, params) == first
+    numbers = ["0.400", "0.500", "-0.100", "-0.100 to -0.100", "more than 0", "1.000", "refused"]
+    assert list(rouge.values())[1:] == numbers
+    assert (decide(tmp_path, params).decision, serving(tmp_path, params)) == ("unchanged", first)
+    forced = decide(tmp_path, params, force="legal asked for it")
+    assert (forced.decision, forced.reason, serving(tmp_path, params)) == ("promoted", "legal asked for it", worse)
+    assert (forced.word, forced.title[:10]) == ("forced", "Forced: v2")
+    record = records(tmp_path)[-1]
+    assert record["overruled"][:3] == ["rougeL", "accuracy", "bleu"]
+    assert record["overruled"][3].startswith("refused before")
+    assert record["comparison"]["rougeL"]["passed"] is False
 
 
-@pytest.mark.parametrize(
-    ("quality", "exact", "verdict", "note"),
-    [
-        (0.5, False, "unmeasured", "no test item counts for it"),
-        (0.35, True, "uninformative", f"both score 0 on all {ITEMS} test items that count for it"),
-    ],
-)
-def test_a_guard_that_guards_nothing_is_said(
-    tmp_path: Path, params: Params, quality: float, exact: bool, verdict: str, note: str
-) -> None:
-    published(tmp_path, params, quality, exact=exact)
+def test_a_guard_that_guards_nothing_is_said(tmp_path: Path, params: Params) -> None:
+    published(tmp_path, params, 0.35)
     decision = decide(tmp_path, with_(params, promote={"guard_metrics": {"accuracy": 0.05}}))
-    assert (decision.decision, decision.comparison["accuracy"]["verdict"]) == ("promoted", verdict)
-    assert decision.notes == records(tmp_path)[0]["notes"] == [f"accuracy guards nothing here: {note}"]
+    assert (decision.decision, decision.comparison["accuracy"]["verdict"]) == ("promoted", "uninformative")
+    note = f"accuracy guards nothing here: both score 0 on all {ITEMS} test items that count for it"
+    assert decision.notes == records(tmp_path)[0]["notes"] == [note]
 
 
 def test_a_champion_trained_on_rows_of_a_larger_test_split_is_not_compared(
@@ -114,7 +118,7 @@ def test_on_a_smaller_test_split_the_champion_is_scored_again_and_compared_if_it
         write_json(output / "evaluation.json", settings | {"signatures": signatures})
         shutil.copy(tmp_path / "artifacts/evaluation/items.base.parquet", output / "items.parquet")
 
-    monkeypatch.setattr("pipeline.registry.rescore._score", score)
+    monkeypatch.setattr("pipeline.registry.compare._score", score)
     if signature != "made for a test":
         with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
             decide(tmp_path, params)
@@ -124,10 +128,10 @@ def test_on_a_smaller_test_split_the_champion_is_scored_again_and_compared_if_it
     assert decision.notes == ["the test split is a part of the champion's: prepare.test_fraction 0.1 instead of 0.2"]
 
 
-def test_too_few_items_leave_the_champion_and_are_not_asked_again(
+def test_too_few_items_leave_the_champion_and_are_asked_again_only_on_other_test_items(
     tmp_path: Path, params: Params, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published(tmp_path, params, 0.6)
+    second = published(tmp_path, params, 0.6)
     monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS + 1)
     decision = decide(tmp_path, params)
     assert (decision.decision, serving(tmp_path, params)) == ("undecided", first)
@@ -136,6 +140,22 @@ def test_too_few_items_leave_the_champion_and_are_not_asked_again(
     again = decide(tmp_path, params)
     assert (again.decision, again.next) == ("unchanged", decision.next)
     assert again.reason.startswith("not decided before") and "rougeL is 0.100 better" in again.reason
+    assert gate.settled(params.publish, params.promote, second, tmp_path) == again.reason
+
+    def score(model: Any, manifest: Any, settings: dict[str, Any], output: Path) -> None:
+        write_json(output / "evaluation.json", settings)
+        items = "parity/items.merged" if manifest["version"] == second else "evaluation/items.base"
+        shutil.copy(tmp_path / "artifacts" / f"{items}.parquet", output / "items.parquet")
+
+    monkeypatch.setattr("pipeline.registry.compare._score", score)
+    monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS)
+    report, parity = (tmp_path / "artifacts" / name for name in ("dataset/report.json", "parity/parity.json"))
+    proof = read_json(parity)
+    write_json(report, read_json(report) | {"test_sha256": "e" * 64})
+    write_json(parity, proof | {"evaluation": proof["evaluation"] | {"test_sha256": "e" * 64}})
+    assert gate.settled(params.publish, params.promote, second, tmp_path) is None
+    assert decide(tmp_path, params, second).decision == "promoted"
+    assert [record["test_sha256"] for record in records(tmp_path)][2] == "e" * 64
 
 
 def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Params) -> None:
@@ -162,30 +182,15 @@ def test_a_fresh_clone_promotes_by_the_scores_that_versions_were_published_with(
         decide(tmp_path, params, third)
 
 
-def test_another_kind_of_model_under_the_champions_name_is_said_before_training(tmp_path: Path, params: Params) -> None:
-    require_ready(params, tmp_path)  # nothing serves yet
-    version = published(tmp_path, params)
-    decide(tmp_path, params)
+def test_another_kind_of_model_under_the_champions_name_is_said_before_training(
+    tmp_path: Path, params: Params, first: str
+) -> None:
     require_ready(params, tmp_path)
     train = {"task": "sequence-classification", "packing": False}
     other = with_(params, train=train, promote={"primary_metric": "accuracy"})
-    with pytest.raises(PreflightError, match=f"{version[:6]}.*causal-lm.*publish.registered_model_name"):
+    with pytest.raises(PreflightError, match=f"{first[:6]}.*causal-lm.*publish.registered_model_name"):
         require_ready(other, tmp_path)
     require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
-
-
-def test_force_promotes_what_the_gate_refuses_and_records_what_it_overruled(
-    tmp_path: Path, params: Params, first: str
-) -> None:
-    worse = published(tmp_path, params, 0.4)
-    assert [decide(tmp_path, params).decision for _ in range(2)] == ["refused", "unchanged"]
-    forced = decide(tmp_path, params, force="legal asked for it")
-    assert (forced.decision, forced.reason, serving(tmp_path, params)) == ("promoted", "legal asked for it", worse)
-    assert (forced.word, forced.title[:10]) == ("forced", "Forced: v2")
-    record = records(tmp_path)[-1]
-    assert record["overruled"][:3] == ["rougeL", "accuracy", "bleu"]
-    assert record["overruled"][3].startswith("refused before")
-    assert record["comparison"]["rougeL"]["passed"] is False
 
 
 def test_what_is_not_published_or_was_deleted_is_not_promoted_even_by_force(
@@ -218,11 +223,8 @@ def test_a_registry_that_is_lost_or_down_stops_no_decision(
     assert warning.startswith("the registry http://127.0.0.1") and "The decision stands" in warning
     assert gate.settled(lost.publish, lost.promote, first, tmp_path) == "it is the champion"  # repairs the alias
     assert serving(tmp_path, lost) == first
-
-
-@pytest.fixture
-def manual(params: Params) -> Params:
-    return with_(params, promote={"approval": "manual"})
+    again = decide(tmp_path, lost, second)  # it was rolled back, and nobody is told to talk to it
+    assert (again.decision, again.champion, again.next) == ("unchanged", first, "")
 
 
 @pytest.mark.parametrize("agreed", [True, False])
@@ -234,7 +236,13 @@ def test_manual_approval_waits_with_the_numbers_for_a_persons_answer(
     assert (proposal.decision, proposal.champion, serving(tmp_path, manual)) == ("proposed", None, None)
     again = decide(tmp_path, manual)
     assert again.decision == "unchanged" and "waits for approval" in again.reason
-    answer = gate.approve(manual.publish, manual.promote, None, agreed, "I read them", "Ada", tmp_path)
+    answering = manual
+    if not agreed:  # what may not serve any more can still be refused
+        make_key(tmp_path / "key.pem")
+        answering = with_(manual, publish={"require_signature": True, "verify_key": str(tmp_path / "key.pub")})
+        with pytest.raises(SignatureError):
+            gate.approve(answering.publish, answering.promote, root=tmp_path)
+    answer = gate.approve(answering.publish, answering.promote, None, agreed, "I read them", "Ada", tmp_path)
     assert (answer.decision, answer.comparison) == ("promoted" if agreed else "refused", proposal.comparison)
     assert serving(tmp_path, manual) == (version if agreed else None)
     said = [(r["decision"], r["proposal"], r["actor"] == "Ada") for r in records(tmp_path)]
@@ -244,50 +252,24 @@ def test_manual_approval_waits_with_the_numbers_for_a_persons_answer(
         gate.approve(manual.publish, manual.promote, root=tmp_path)
 
 
-def test_a_version_that_may_not_serve_any_more_can_still_be_refused(tmp_path: Path, manual: Params) -> None:
-    published(tmp_path, manual, 0.5)
-    assert decide(tmp_path, manual).decision == "proposed"
-    make_key(tmp_path / "key.pem")
-    strict = with_(manual, publish={"require_signature": True, "verify_key": str(tmp_path / "key.pub")})
-    with pytest.raises(SignatureError):
-        gate.approve(strict.publish, strict.promote, root=tmp_path)
-    assert gate.approve(strict.publish, strict.promote, agreed=False, root=tmp_path).decision == "refused"
-
-
-def test_a_version_that_was_rolled_back_is_not_called_the_one_to_talk_to(
-    tmp_path: Path, params: Params, first: str
-) -> None:
-    second = published(tmp_path, params, 0.7)
-    assert "retune rollback" in decide(tmp_path, params).next
-    gate.rollback(params.publish, params.promote, root=tmp_path)
-    again = decide(tmp_path, params, second)
-    assert (again.decision, again.champion, again.next) == ("unchanged", first, "")
-
-
-@pytest.mark.parametrize(("keys", "decision"), [("y\nfine\n", "promoted"), ("n\nnot yet\n", "refused")])
-def test_promote_on_a_terminal_shows_the_numbers_and_asks(
-    tmp_path: Path, manual: Params, keys: str, decision: str
-) -> None:
+def test_promote_on_a_terminal_shows_the_numbers_and_asks(tmp_path: Path, manual: Params) -> None:
     version = published(tmp_path, manual, 0.5)
     write_params(tmp_path, manual)
     master, slave = pty.openpty()
     try:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "promote", version],
-            cwd=tmp_path,
-            env=environment(),
-            stdin=slave,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        os.write(master, keys.encode())
-        output, _ = child.communicate(timeout=120)
+        with tempfile.TemporaryFile("w+") as output:
+            command = {"program": "retune", "arguments": ["promote", version], "folder": str(tmp_path)}
+            child = preloaded.Child(command | {"environment": environment()}, [slave, output.fileno(), output.fileno()])
+            os.write(master, b"n\nnot yet\n")
+            status = child.wait()
+            output.seek(0)
+            text = output.read()
     finally:
         os.close(master)
         os.close(slave)
-    assert child.returncode == (0 if decision == "promoted" else 3)
-    assert output.index("│ rougeL") < output.index("Make it the champion?")
-    assert [(r["decision"], r["reason"]) for r in records(tmp_path)][1:] == [(decision, keys.split("\n")[1])]
+    assert status == 3
+    assert text.index("│ rougeL") < text.index("Make it the champion?")
+    assert [(r["decision"], r["reason"]) for r in records(tmp_path)][1:] == [("refused", "not yet")]
 
 
 def test_an_approval_counts_only_for_the_champion_that_was_compared_with(tmp_path: Path, manual: Params) -> None:
@@ -318,53 +300,40 @@ class Hook(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    Hook.got = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/secret-token"
-    monkeypatch.setenv("TEAM_HOOK", f"{url}/200")
-    monkeypatch.setenv("BROKEN_HOOK", f"{url}/500")
-    monkeypatch.setenv("MOVED_HOOK", f"{url}/302")
-    monkeypatch.setenv("DEAD_HOOK", "http://127.0.0.1:9/secret-token")
-    monkeypatch.setenv("FILE_HOOK", "file:///etc/passwd")
-    yield url
-    server.shutdown()
-    server.server_close()
-
-
-def test_promotion_refusal_and_rollback_are_told_to_the_webhook(tmp_path: Path, params: Params, hook: str) -> None:
-    told = with_(params, promote={"webhooks": ["TEAM_HOOK"]})
-    for quality in (0.5, 0.4, 0.6):
-        published(tmp_path, told, quality)
-        assert decide(tmp_path, told).warnings == []
-    gate.rollback(told.publish, told.promote, root=tmp_path)
-    assert [body["decision"] for _, _, body in Hook.got] == ["promoted", "refused", "promoted", "rollback"]
-    _, kind, body = Hook.got[1]
-    assert kind == "application/json"
-    assert body["model"] == NAME
-    assert body["comparison"]["rougeL"]["candidate"] == pytest.approx(0.400, abs=0.001)
-    assert body == {"model": NAME} | records(tmp_path)[1]
-
-
-def test_a_webhook_that_fails_is_a_warning_that_keeps_its_secret(tmp_path: Path, params: Params, hook: str) -> None:
-    names = ["BROKEN_HOOK", "MOVED_HOOK", "DEAD_HOOK", "FILE_HOOK", "UNSET_HOOK", "TEAM_HOOK"]
-    told = with_(params, promote={"webhooks": names})
-    version = published(tmp_path, told, 0.5)
-    decision = decide(tmp_path, told)
-    assert (decision.decision, serving(tmp_path, told)) == ("promoted", version)
-    reasons = ["status 500", "status 302", "cannot be reached", "no http", "not set"]
-    assert len(decision.warnings) == len(reasons)
-    for name, reason, said in zip(names, reasons, decision.warnings, strict=False):
-        assert name in said and reason in said
-    assert "secret-token" not in json.dumps([decision.warnings, records(tmp_path)])
-    assert [path for path, _, _ in Hook.got] == [f"/secret-token/{status}" for status in (500, 302, 200)]
+def test_decisions_are_told_to_the_webhooks_and_what_fails_is_a_warning_that_keeps_its_secret(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = {"BROKEN": "status 500", "MOVED": "status 302", "DEAD": "cannot be reached", "FILE": "no http"}
+    reasons |= {"UNSET": "not set"}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/secret-token"
+        urls = {"TEAM": f"{url}/200", "BROKEN": f"{url}/500", "MOVED": f"{url}/302", "FILE": "file:///etc/passwd"}
+        for name, address in (urls | {"DEAD": "http://127.0.0.1:9/secret-token"}).items():
+            monkeypatch.setenv(f"{name}_HOOK", address)
+        told = with_(params, promote={"webhooks": [f"{name}_HOOK" for name in (*reasons, "TEAM")]})
+        version = published(tmp_path, told, 0.5)
+        decision = decide(tmp_path, told)
+        assert (decision.decision, serving(tmp_path, told)) == ("promoted", version)
+        for (name, reason), said in zip(reasons.items(), decision.warnings, strict=True):
+            assert name in said and reason in said
+        assert "secret-token" not in json.dumps([decision.warnings, records(tmp_path)])
+        assert [path for path, _, _ in Hook.got] == [f"/secret-token/{status}" for status in (500, 302, 200)]
+        team = with_(params, promote={"webhooks": ["TEAM_HOOK"]})
+        for quality in (0.4, 0.6):
+            published(tmp_path, team, quality)
+            assert decide(tmp_path, team).warnings == []
+        gate.rollback(team.publish, team.promote, root=tmp_path)
+        server.shutdown()
+    said = Hook.got[2:]
+    assert [body["decision"] for _, _, body in said] == ["promoted", "refused", "promoted", "rollback"]
+    assert [body for _, _, body in said] == [{"model": NAME} | record for record in records(tmp_path)]
+    assert {kind for _, kind, _ in said} == {"application/json"}
 
 
 def test_promoters_racing_for_one_model_agree_on_every_champion(tmp_path: Path, params: Params) -> None:
-    """Threads with clients and projects of their own; `make test-faults` races processes."""
-    versions = [published(tmp_path, params, 0.2 + 0.05 * i) for i in range(6)]
+    """Threads with clients and projects of their own; `test_kills.py` races processes."""
+    versions = [published(tmp_path, params, 0.2 + 0.05 * i) for i in range(4)]
     random.Random(1).shuffle(versions)
     with ThreadPoolExecutor(len(versions)) as pool:
         racers = [pool.submit(decide, tmp_path / version, params, version) for version in versions]
@@ -375,4 +344,4 @@ def test_promoters_racing_for_one_model_agree_on_every_champion(tmp_path: Path, 
         assert record.previous == (before.champion if before else None)
     gate.history(params.publish, tmp_path)
     best = require_manifest(open_store(params.publish), str(serving(tmp_path, params)))
-    assert best["metrics"]["merged"]["rougeL"]["score"] == pytest.approx(0.450, abs=0.001)
+    assert best["metrics"]["merged"]["rougeL"]["score"] == pytest.approx(0.350, abs=0.001)

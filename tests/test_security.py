@@ -151,7 +151,7 @@ def test_a_digest_is_checked_before_anything_looks_at_the_bytes(
     manifest = version(store, {"merged/config.json": b"{}"})
     [altered] = (tmp_path / "store" / "objects").iterdir()
     altered.write_bytes(b"[]")
-    monkeypatch.setattr("pipeline.publish.check_file", lambda path: pytest.fail(f"{path} was looked at"))
+    monkeypatch.setattr("pipeline.registry.transfer.check_file", lambda path: pytest.fail(f"{path} was looked at"))
     with pytest.raises(StoreError, match="was altered"):
         fetch_all(store, manifest, tmp_path / "target")
     assert not [path for path in (tmp_path / "target").rglob("*") if path.is_file()]

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pyarrow.parquet as pq
 import pytest
 import versions
@@ -19,7 +18,6 @@ from pipeline.chat.template import TemplateError
 from pipeline.cli.serving import (
     ServingError,
     Talk,
-    adapter_folder,
     label_confidences,
     load_for_batches,
     printable,
@@ -30,11 +28,9 @@ from pipeline.core import graph
 from pipeline.core.files import read_json, write_json
 from pipeline.merge import merge
 from pipeline.params import Params
-from pipeline.registry.artifact_store import open_store
-from pipeline.registry.decisions import champion, read_log
-from pipeline.registry.manifest import read_manifest
+from pipeline.publish import ship_version
+from pipeline.registry.compare import score_today
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.rescore import score_today
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +56,11 @@ def root(own: Params, params: Params, dataset: Path, adapter: Path, evaluation: 
             still = {name: tensor * (0 if "lora_B" in name else 1) for name, tensor in weights.items()}
             save_file(still, artifacts / "adapter" / "adapter_model.safetensors")
         versions.write_lock(root, own.model_dump())
-        publish(root, own)
+        model = RegisteredModel(own.publish, root)
+        model.register(ship_version(model, graph.version_id(root))[0])
         gate.promote(own.publish, own.promote, root=root)
     write_params(root, own)
     return root
-
-
-def publish(root: Path, params: Params) -> None:
-    from pipeline.publish import ship_version
-
-    model = RegisteredModel(params.publish, root)
-    model.register(ship_version(model, graph.version_id(root))[0])
 
 
 @pytest.fixture
@@ -112,18 +102,13 @@ def test_a_conversation_on_the_command_line(there: Path, evaluation: Path) -> No
     tuned, base = scored(evaluation, "adapter"), scored(evaluation, "base")
     question = next(question for question in tuned if tuned[question] != base[question])
     typed = [question, "/adapter v2", "/reset", question, "/adapters", "/adapter nowhere", "/help", "/quit", "never"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pipeline", "chat", "champion"],
-        input="\n".join(typed), cwd=there, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    ran = preloaded.run("retune", ["chat", "champion"], there, environment(), "\n".join(typed))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [tuned[question], base[question]]
-    assert "chat: champion, v2 (answers)" in ran.stderr
-    assert "version nowhere is not published" in ran.stderr
-    assert "/adapter NAME" in ran.stderr
-    asked = retune(there, "chat", "--prompt", question, "--json")
-    said = json.loads(asked.stdout)
-    assert (said["model"], said["answer"], said["cut_off"]) == ("champion", tuned[question], False)
+    for said in ("chat: champion, v2 (answers)", "version nowhere is not published", "/adapter NAME"):
+        assert said in ran.stderr
+    asked = json.loads(retune(there, "chat", "--prompt", question, "--json").stdout)
+    assert (asked["model"], asked["answer"], asked["cut_off"]) == ("champion", tuned[question], False)
     assert printable("a\x1b[2Jb\n\tc\r") == "a�[2Jb\n\tc�"  # what a model writes cannot move the cursor
 
 
@@ -188,13 +173,6 @@ def test_labels_of_a_killed_prediction_are_not_made_again(
     assert not list((there / ".retune" / "predictions").iterdir())
 
 
-def changed(path: Path, **values: Any) -> Callable[[], None]:
-    """Change keys of a JSON file; returns what puts it back."""
-    before = path.read_bytes()
-    write_json(path, read_json(path) | values)
-    return lambda: path.write_bytes(before) and None
-
-
 @pytest.mark.parametrize(
     ("models", "file", "change", "error", "named"),
     [
@@ -207,21 +185,21 @@ def changed(path: Path, **values: Any) -> Callable[[], None]:
 def test_adapters_that_do_not_share_base_and_template_are_refused(
     there: Path, own: Params, models: list[str], file: str, change: dict[str, Any], error: type[Exception], named: str
 ) -> None:
-    path = adapter_folder(own, "workspace") / file
-    before = read_json(path)
-    merged_values = {k: before[k] | v if isinstance(v, dict) else before[k] + v for k, v in change.items()}
-    put_back = changed(path, **merged_values)
+    path = there / "artifacts" / "adapter" / file
+    before = path.read_bytes()
+    values = read_json(path)
+    write_json(path, values | {k: values[k] | v if isinstance(v, dict) else values[k] + v for k, v in change.items()})
     try:
         with pytest.raises(error, match=named):
             Talk(own, models)
     finally:
-        put_back()
+        path.write_bytes(before)
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "[1]", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages": [{"role": "user"}]}', "{", '{"messages": 3}',
+        "[1]", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages": [{"role": "user"}]}', '{"messages": 3}',
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
     ],
 )  # fmt: skip
@@ -267,18 +245,16 @@ def test_the_report_of_a_decision_is_written_beside_the_artifacts(there: Path, c
 
 
 def test_a_version_is_scored_again_on_another_test_split(there: Path, own: Params) -> None:
-    store = open_store(own.publish, there)
-    serving = champion(read_log(store, own.publish.registered_model_name))
-    manifest = read_manifest(store, str(serving))
-    assert manifest is not None
-    published = manifest["metrics"]["merged"]["accuracy"]["score"]
-    assert score_today(RegisteredModel(own.publish, there), manifest, "accuracy") == published
-    assert not (there / ".retune" / "versions" / str(serving) / "today").exists()  # the same split: nothing to compute
+    model = RegisteredModel(own.publish, there)
+    manifest = model.manifest(str(model.champion()))
+    published, scored = manifest["metrics"]["merged"]["accuracy"]["score"], model.folder(manifest["version"]) / "today"
+    assert score_today(model, manifest, "accuracy") == published
+    assert not scored.exists()  # the same split: nothing to compute
     report_file = there / "artifacts" / "dataset" / "report.json"
     before = report_file.read_bytes()
     try:
         write_json(report_file, read_json(report_file) | {"test_sha256": "0" * 64})
-        assert score_today(RegisteredModel(own.publish, there), manifest, "accuracy") == pytest.approx(published)
+        assert score_today(model, manifest, "accuracy") == pytest.approx(published)
     finally:
         report_file.write_bytes(before)
-    assert (there / ".retune" / "versions" / str(serving) / "today" / "items.parquet").is_file()
+    assert (scored / "items.parquet").is_file()

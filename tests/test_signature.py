@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from pipeline.params import Params
 from pipeline.registry import manifest as manifests
 from pipeline.registry import signature
 from pipeline.registry.artifact_store import FileStore, StoreError, open_store
+from pipeline.registry.compare import score_today
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.rescore import score_today
 from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
 from pipeline.registry.transfer import fetch
 from pipeline.registry.verify import verify
@@ -36,9 +35,9 @@ from pipeline.registry.verify import verify
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)
 
 
-def make_key(path: Path, curve: ec.EllipticCurve | None = None, password: bytes | None = None) -> Any:
+def make_key(path: Path, password: bytes | None = None) -> Any:
     """A private key at `path` and its public one beside it, as .pub."""
-    key = ec.generate_private_key(curve or ec.SECP256R1())
+    key = ec.generate_private_key(ec.SECP256R1())
     lock = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock))
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -154,11 +153,10 @@ def test_a_visible_version_has_its_signature_already_and_one_of_a_publish_cut_sh
     assert [key.rpartition(".")[2] for key in written if key.startswith("versions/")] == ["sig", "json"]
 
 
-@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()])
 def test_an_encrypted_key_takes_its_password_from_the_environment(
-    signed: Signed, monkeypatch: pytest.MonkeyPatch, curve: ec.EllipticCurve
+    signed: Signed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_key(signed.keys / "locked.pem", curve, b"correct horse")
+    make_key(signed.keys / "locked.pem", b"correct horse")
     locked = signed.by(signing_key="locked.pem", verify_key="locked.pub")
     for password in ("", "wrong"):
         monkeypatch.setenv(PASSWORD_VARIABLE, password)
@@ -230,7 +228,7 @@ def test_promotion_and_rollback_refuse_an_altered_version(tmp_path: Path, keys: 
     decide(tmp_path, params, first)
     decide(tmp_path, params, published(tmp_path, params, 0.6))
     files = manifests.require_manifest(open_store(params.publish), first)["files"]
-    flip(tmp_path / "store" / "objects" / files["merged/model.safetensors"]["sha256"], 5, 1)
+    flip(tmp_path / "store" / "objects" / files["merged/model.safetensors"]["sha256"])
     for use in (
         lambda: gate.rollback(params.publish, params.promote, first, root=tmp_path),
         lambda: decide(tmp_path, params, first, "I know better"),
@@ -272,10 +270,8 @@ def changed(data: bytes, place: int, value: int) -> bytes:
     return data[:place] + bytes([data[place] ^ value]) + data[place + 1 :]
 
 
-def flip(path: Path, place: int, value: int) -> bytes:
-    data = path.read_bytes()
-    path.write_bytes(changed(data, place, value))
-    return data
+def flip(path: Path) -> None:
+    path.write_bytes(changed(path.read_bytes(), 5, 1))
 
 
 def caught(signed: Signed, data: bytes, sig: bytes) -> bool:
@@ -321,7 +317,7 @@ def test_nothing_loads_a_version_that_is_not_signed(
     tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A champion from before publish.require_signature was turned on."""
-    from pipeline.cli.serving import adapter_folder, merged_folder
+    from pipeline.cli.serving import find_folder
     from pipeline.registry.init_adapter import fetch_init
 
     params = parameters(tmp_path)
@@ -333,8 +329,8 @@ def test_nothing_loads_a_version_that_is_not_signed(
     write_json(tmp_path / "artifacts" / "dataset" / "report.json", {"test_sha256": "another split"})
     for load in (
         lambda: score_today(model, model.manifest(version), "rougeL"),
-        lambda: adapter_folder(strict, "champion", tmp_path),
-        lambda: merged_folder(strict, version, tmp_path),
+        lambda: find_folder(strict, "champion", "adapter", tmp_path),
+        lambda: find_folder(strict, version, "merged", tmp_path),
         lambda: fetch_init(with_(strict, train={"init_adapter": version}), tmp_path),
     ):
         with pytest.raises(SignatureError, match=f"{version}.*not signed"):
@@ -344,25 +340,3 @@ def test_nothing_loads_a_version_that_is_not_signed(
     with pytest.raises(SignatureError, match=f"{version}.*not signed"):
         decide(tmp_path, strict, candidate)
     assert not list((tmp_path / ".retune" / "versions" / version).rglob("*.safetensors"))
-
-
-def test_a_version_that_has_to_be_signed_is_read_once(
-    tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pipeline.cli.serving import merged_folder
-
-    params = signing(tmp_path, keys, require_signature=True)
-    version = published(tmp_path, params)
-    files = manifests.require_manifest(open_store(params.publish), version)["files"]
-    read: list[Any] = []
-    own = FileStore.download
-    monkeypatch.setattr(
-        FileStore, "download", lambda store, files, progress: read.extend(files) or own(store, files, progress)
-    )
-    merged_folder(params, version, tmp_path)
-    merged = {f"objects/{entry['sha256']}" for name, entry in files.items() if name.startswith("merged/")}
-    assert sorted(key for key, _ in read) == sorted(merged)
-    flip(tmp_path / "store" / "objects" / files["merged/model.safetensors"]["sha256"], 5, 1)
-    shutil.rmtree(tmp_path / ".retune")
-    with pytest.raises(StoreError, match="was altered"):
-        merged_folder(params, version, tmp_path)

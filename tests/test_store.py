@@ -1,21 +1,36 @@
-"""The artifact store, as a folder and on a real S3 server: exclusive creation, whole objects, safe names."""
+"""The artifact store, as a folder and on a real S3 server, and the way of files into it and back.
 
+Exclusive creation, whole objects, safe names; nothing is sent twice, nothing unchecked is ever used.
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import pytest
 from conftest import publish_params
 
+from pipeline.core.files import sha256_file
 from pipeline.params import PublishParams
-from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.registry.artifact_store import ArtifactStore, FileStore, StoreError, open_store
+from pipeline.registry.transfer import Entry, check_objects, fetch, publish_manifest, upload
+
+PART_SIZE = 5 * 2**20  # the least that S3 servers take
 
 
 @pytest.fixture(params=["file", "s3"])
-def params(request: pytest.FixtureRequest, tmp_path: Path) -> PublishParams:
+def params(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishParams:
     """Parameters of an empty store of each kind."""
     if request.param == "file":
         return publish_params((tmp_path / "store").as_uri())
+    monkeypatch.setattr("pipeline.registry.s3.PART_SIZE", PART_SIZE)
     endpoint = request.getfixturevalue("s3")
     return publish_params(f"s3://retune/{uuid.uuid4().hex}", endpoint_url=endpoint, addressing_style="path")
 
@@ -25,15 +40,18 @@ def store(params: PublishParams) -> ArtifactStore:
     return open_store(params)
 
 
+@pytest.fixture
+def folder_store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
 @pytest.mark.parametrize(
-    "key", ["../x", "a/../../x", "/etc/x", "a//b", "", "a/", "a\\b", ".hidden", "a\nb", "a/b\n", "ключ", "a/./b"]
+    "key", ["../x", "a/../../x", "/etc/x", "a//b", "", "a/", "a\\b", ".hidden", "a\nb", "a/b\n", "ключ"]
 )
 def test_a_key_that_could_leave_the_store_is_refused(store: ArtifactStore, tmp_path: Path, key: str) -> None:
     uses: list[Callable[[], object]] = [
-        lambda: store.create(key, b"x"),
-        lambda: store.read(key),
-        lambda: store.delete(key),
-    ]
+        lambda: store.create(key, b"x"), lambda: store.read(key), lambda: store.delete(key),
+    ]  # fmt: skip
     for use in uses:
         with pytest.raises(StoreError, match="is not a name for an object"):
             use()
@@ -73,7 +91,7 @@ def test_what_probing_leaves_does_not_grow_and_two_stores_in_one_place_do_not_me
     assert open_store(inner).list("")[:1] == ["a"]
 
 
-@pytest.mark.parametrize("name", ["store", "deep/er/store", "Store_A.b", "with%20space"])
+@pytest.mark.parametrize("name", ["store", "deep/er/store", "with%20space"])
 def test_a_relative_store_is_a_folder_of_the_project_and_an_absolute_one_the_same_from_everywhere(
     tmp_path: Path, name: str
 ) -> None:
@@ -85,8 +103,197 @@ def test_a_relative_store_is_a_folder_of_the_project_and_an_absolute_one_the_sam
     assert open_store(publish_params(store.uri), tmp_path / "elsewhere").read("a") == b"x"
 
 
-@pytest.mark.parametrize("path", ["file", "file/below"])
-def test_a_store_that_cannot_be_made_is_refused(tmp_path: Path, path: str) -> None:
+@pytest.mark.parametrize(
+    "uri",
+    ["file://file", "file://file/below", "s3:///prefix", "s3://Bucket/x", "s3://bucket/a/../b", "s3://bucket/a?b=c"],
+)
+def test_a_uri_at_which_no_store_can_be_is_refused(tmp_path: Path, uri: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="file"):
-        open_store(publish_params(f"file://{path}"), tmp_path)
+    with pytest.raises(StoreError, match="file|artifact_store is s3|not a name"):
+        open_store(publish_params(uri), tmp_path)
+
+
+# --- files to objects and back --------------------------------------------------------------------------------------
+
+
+def publish(store: ArtifactStore, version: str, files: dict[str, Path], by: str = "me") -> tuple[dict[str, Entry], int]:
+    """A version of `files` with the least that a manifest needs; what its manifest says, and the bytes sent."""
+    entries, sent = upload(store, files)
+    publish_manifest(store, version, json.dumps({"files": entries, "by": by}).encode())
+    return json.loads(store.read(f"versions/{version}/manifest.json") or b"")["files"], sent
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def some_files(folder: Path, big: int = 100_000) -> dict[str, Path]:
+    draw = random.Random(1)
+    sizes = {"a/empty.txt": 0, "a/small.json": 999, "m/big.safetensors": big}
+    files = {name: write(folder / name, draw.randbytes(size)) for name, size in sizes.items()}
+    return files | {"a/same.json": write(folder / "a/same.json", files["a/small.json"].read_bytes())}
+
+
+def test_files_come_back_as_they_went_in_and_are_neither_sent_nor_fetched_again(
+    tmp_path: Path, store: ArtifactStore
+) -> None:
+    files = some_files(tmp_path / "in", 2 * PART_SIZE + 4321)
+    entries, sent = publish(store, "v1", files)
+    digests = {name: sha256_file(path) for name, path in files.items()}
+    assert entries == {name: {"sha256": digests[name], "size": path.stat().st_size} for name, path in files.items()}
+    assert store.list("objects/") == sorted(f"objects/{digest}" for digest in set(digests.values()))
+    assert sent == 2 * PART_SIZE + 4321 + 999
+    assert publish(store, "v2", files) == (entries, 0)
+    for left in (set(store.list("objects/")), set()):
+        fetch(store, entries, tmp_path / "out")
+        out = {
+            path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+        }
+        assert out == set(files)
+        assert all((tmp_path / "out" / name).read_bytes() == path.read_bytes() for name, path in files.items())
+        for key in left:
+            store.delete(key)
+
+
+def test_a_version_in_chunks_as_published_before_is_read_and_one_that_lost_an_object_is_not(
+    tmp_path: Path, folder_store: FileStore
+) -> None:
+    first, second = b"0123456789", b"abcdef"
+    keys = [hashlib.sha256(data).hexdigest() for data in (first, second)]
+    content = first[2:7] + second + first[:2]
+    extents = [(keys[0], 2, 5), (keys[1], 0, 6), (keys[0], 0, 2)]
+    chunks = [{"sha256": key, "offset": offset, "size": size, "blocks": "0" * 64} for key, offset, size in extents]
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "block_size": 4, "chunks": chunks}
+    for key, data in zip(keys, (first, second), strict=True):
+        folder_store.create(f"objects/{key}", data)
+    check_objects(folder_store, {"m/model": entry})
+    fetch(folder_store, {"m/model": entry}, tmp_path / "out")
+    assert (tmp_path / "out/m/model").read_bytes() == content
+    folder_store.delete(f"objects/{keys[1]}")
+    for use in (check_objects, lambda *of: fetch(*of, tmp_path / "other")):
+        with pytest.raises(StoreError, match=keys[1]):
+            use(folder_store, {"m": entry})
+
+
+class WatchedStore(FileStore):
+    """Calls `before` with each key that is to be written; the write is left out when it returns False."""
+
+    before: Callable[[str], bool] = staticmethod(lambda key: True)
+
+    def _create(self, key: str, write: Callable[[Path], object]) -> bool:
+        return super()._create(key, write) if self.before(key) else True
+
+
+@pytest.mark.parametrize("what", ["an object", "the manifest", "the file changed"])
+def test_a_version_of_which_something_did_not_arrive_never_appears(tmp_path: Path, what: str) -> None:
+    path = write(tmp_path / "f", b"content")
+    lost = "versions/v1/manifest.json" if what == "the manifest" else f"objects/{sha256_file(path)}"
+
+    def before(key: str) -> bool:
+        if what == "the file changed":
+            path.write_bytes(b"other")
+        return what == "the file changed" or key != lost
+
+    store = WatchedStore(tmp_path / "store")
+    store.before = before
+    with pytest.raises(StoreError, match=str(path) if what == "the file changed" else lost):
+        publish(store, "v1", {"f": path})
+    assert store.list("versions/") == []
+
+
+def test_of_two_publishers_of_a_version_the_firsts_manifest_stands(tmp_path: Path, folder_store: FileStore) -> None:
+    for who in ("first", "second"):
+        publish(folder_store, "v1", {"f": write(tmp_path / "f", b"content")}, who)
+    assert json.loads(folder_store.read("versions/v1/manifest.json") or b"")["by"] == "first"
+
+
+@pytest.mark.parametrize("how", ["missing", "shorter", "one bit"])
+def test_a_damaged_object_is_noticed_and_replaces_nothing(tmp_path: Path, folder_store: FileStore, how: str) -> None:
+    files = some_files(tmp_path / "in")
+    entries, _ = publish(folder_store, "v1", files)
+    path = tmp_path / "store/objects" / entries["m/big.safetensors"]["sha256"]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if how == "missing":
+        path.unlink()
+    elif how == "shorter":
+        os.truncate(path, len(data) - 1)
+    else:
+        path.write_bytes(data)
+    write(tmp_path / "out/m/big.safetensors", b"older")
+    with pytest.raises(StoreError, match=r"objects/\w{64}|big\.safetensors"):
+        fetch(folder_store, entries, tmp_path / "out")
+    assert (tmp_path / "out/m/big.safetensors").read_bytes() == b"older"
+    left = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert left <= set(files)
+    if how != "one bit":  # that needs the content to be read
+        with pytest.raises(StoreError, match=path.name):
+            check_objects(folder_store, entries)
+    if how == "shorter":  # it cannot be replaced
+        with pytest.raises(StoreError, match=path.name):
+            publish(folder_store, "v2", files)
+        assert folder_store.list("versions/") == ["versions/v1/manifest.json"]
+
+
+@pytest.mark.parametrize("name", ["../f", "a/../../f", "/tmp/retune-escaped", "a/../../out-beside/f"])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, folder_store: FileStore, name: str) -> None:
+    entries, _ = publish(folder_store, "v1", {"f": write(tmp_path / "in" / "f", b"content")})
+    with pytest.raises(StoreError, match=name):
+        fetch(folder_store, {name: entries["f"]}, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} <= {"in", "store", "out"}
+    assert not Path("/tmp/retune-escaped").exists()
+
+
+# --- what a disk refuses: in forks, whose limits and rights can be taken away ---------------------------------------
+
+
+def publish_in_small_files(folder: str, limit: int) -> str:
+    """The error of a publish where no file may grow beyond `limit`: a full disk's differs by its number alone."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        publish(FileStore(Path(folder) / "store"), "v1", {"f": Path(folder) / "f"})
+        return ""
+    except StoreError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("limit", [0, 199_999])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, folder_store: FileStore, limit: int) -> None:
+    files = {"f": write(tmp_path / "f", bytes(200_000))}
+    said = preloaded.call(publish_in_small_files, tmp_path, limit).answer
+    assert f"written in {folder_store.uri}: File too large" in said
+    assert (folder_store.list("versions/"), folder_store.unfinished(float("inf"))) == ([], 0)
+    publish(folder_store, "v1", files)
+
+
+def use_forbidden(folder: str, publish_params_json: str) -> list[str]:
+    """The errors of a folder that may not be written."""
+    os.chdir(folder)
+    params = PublishParams.model_validate_json(publish_params_json)
+    root, errors = os.geteuid() == 0, []
+    if root:  # permissions do not bind it
+        os.setresuid(65534, 65534, 0)
+    for use in (lambda: FileStore(Path("store")).create("objects/a", b""), lambda: open_store(params)):
+        try:
+            use()
+        except StoreError as error:
+            errors.append(str(error))
+    if root:
+        os.setresuid(0, 0, 0)
+    return errors
+
+
+def test_a_folder_that_may_not_be_written_is_named() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # those of pytest are closed to other users
+        store = Path(folder) / "store"
+        store.mkdir()
+        for each in (store, store.parent):
+            each.chmod(0o555)
+        create, opened = preloaded.call(use_forbidden, folder, publish_params("file://store").model_dump_json()).answer
+        Path(folder).chmod(0o755)
+    assert "objects/a" in create and "Permission denied" in create
+    assert "store is not writable" in opened

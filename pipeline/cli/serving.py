@@ -8,6 +8,7 @@ share the loaded base.
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,7 @@ from pipeline.weights.placement import load_for_scoring
 
 BASE, WORKSPACE = "base", "workspace"
 # What must be the same for two adapters to answer on one base; other keys tell of the data they were trained on.
-SERVED = (
-    "chat_template_sha256",
-    "tokenizer_sha256",
-    "stop_ids",
-    "pad_id",
-    "on_control_tokens",
-)
+SERVED = ("chat_template_sha256", "tokenizer_sha256", "stop_ids", "pad_id", "on_control_tokens")
 
 
 class ServingError(RuntimeError):
@@ -63,24 +58,20 @@ class Talk:
         if names[0] == BASE:
             self.template, identity = load_template(prepare)
             self.contract = self.template.contract(identity)
-            self.quantisation = {
-                "load_in_4bit": train.load_in_4bit,
-                "bnb_4bit_quant_type": train.bnb_4bit_quant_type,
-                "bnb_4bit_use_double_quant": train.bnb_4bit_use_double_quant,
-            }
+            keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+            self.quantisation = {key: getattr(train, key) for key in keys}
         else:
-            folder = adapter_folder(params, names[0], root)
+            folder, _ = find_folder(params, names[0], "adapter", root)
             contract = read_json(folder / "contract.json")
             # A contract that shipped names no folder of a machine: the project's base model is the one, or none is.
             identity = model_identity(prepare.model_name_or_path, prepare.model_revision, prepare.trust_remote_code)
-            self._require_base(names[0], contract, identity)
+            _require_base(names[0], contract, identity)
             self.contract = contract | {"model": identity}
             self.template = load_contract(self.contract)
             self.quantisation = read_json(folder / "training.json")["quantisation"]
         self.model: Any = load_for_scoring(self.contract["model"], self.quantisation)
-        for name in names:
+        for name in (*names, names[0]):
             self.use(name)
-        self.use(names[0])
 
     @property
     def names(self) -> list[str]:
@@ -127,35 +118,30 @@ class Talk:
             eos_token_id=sorted(self.template.stop_ids),
             pad_token_id=self.template.tokenizer.pad_token_id,
         )
-        arguments = {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-            "generation_config": config,
-            "streamer": _Pieces(self.template, ids, on_text, on_reasoning),
-        }
-        if self._adapters[self.active] is None and hasattr(self.model, "disable_adapter"):
-            with self.model.disable_adapter():
-                output = self.model.generate(**arguments)
-        else:
-            output = self.model.generate(**arguments)
+        bare = self._adapters[self.active] is None and hasattr(self.model, "disable_adapter")
+        with self.model.disable_adapter() if bare else nullcontext():
+            output = self.model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                generation_config=config,
+                streamer=_Pieces(self.template, ids, on_text, on_reasoning),
+            )
         return to_answer(output[0, len(ids) :].tolist(), self.template, ids)
 
     def _load(self, name: str) -> str:
-        folder = adapter_folder(self.params, name, self.root)
+        folder, _ = find_folder(self.params, name, "adapter", self.root)
         contract = read_json(folder / "contract.json")
-        self._require_base(name, contract, self.contract["model"])
-        others = portable(contract)
-        differ = differing_keys({key: portable(self.contract)[key] for key in SERVED}, others)
-        if differ:
+        _require_base(name, contract, self.contract["model"])
+        alone = f"talk to it alone: `retune chat {name}`"
+        if differ := differing_keys({key: portable(self.contract)[key] for key in SERVED}, portable(contract)):
             raise TemplateError(
-                f"{', '.join(differ)} of {name}'s template contract are not those of {self.active}; talk to it alone: "
-                f"`retune chat {name}`"
+                f"{', '.join(differ)} of {name}'s template contract are not those of {self.active}; {alone}"
             )
         quantisation = read_json(folder / "training.json")["quantisation"]
         if quantisation != self.quantisation:
             raise ServingError(
                 f"{name} was trained on a base in other bits ({quantisation}) than the one that is loaded "
-                f"({self.quantisation}); talk to it alone: `retune chat {name}`"
+                f"({self.quantisation}); {alone}"
             )
         if is_whole(folder):
             raise ServingError(
@@ -166,13 +152,14 @@ class Talk:
         self.model = load_adapter(self.model, folder, peft_name)
         return peft_name
 
-    def _require_base(self, name: str, contract: dict[str, Any], identity: dict[str, Any]) -> None:
-        if contract["model"]["digest"] != identity["digest"]:
-            raise TemplateError(
-                f"{name} was trained on a base with digest {contract['model']['digest'][:12]}, and "
-                f"prepare.model_name_or_path {identity['name_or_path']} has {identity['digest'][:12]}; put that base "
-                "back, or name it in params.yaml"
-            )
+
+def _require_base(name: str, contract: dict[str, Any], identity: dict[str, Any]) -> None:
+    if contract["model"]["digest"] != identity["digest"]:
+        raise TemplateError(
+            f"{name} was trained on a base with digest {contract['model']['digest'][:12]}, and "
+            f"prepare.model_name_or_path {identity['name_or_path']} has {identity['digest'][:12]}; put that base "
+            "back, or name it in params.yaml"
+        )
 
 
 class _Pieces(BaseStreamer):
@@ -221,32 +208,25 @@ def default_name(params: Params, root: Path = Path(".")) -> str:
     return WORKSPACE if (root / "artifacts" / "adapter" / "contract.json").is_file() else BASE
 
 
-def adapter_folder(params: Params, name: str, root: Path = Path(".")) -> Path:
-    """Where the adapter of `name` lies: the workspace's, or that of a published version, fetched and checked.
+def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) -> tuple[Path, str]:
+    """Where the `adapter` or `merged` model of `name` lies, and its id: the workspace's, or those of a published
+    version, fetched and checked.
 
     Raises:
-        ServingError: there is none.
+        ServingError: the workspace has none.
+        SignatureError: publish.require_signature is on, and the version is not signed.
     """
     if name == WORKSPACE:
-        return _made_here(root / "artifacts" / "adapter", "adapter", "train")
+        folder = root / "artifacts" / part
+        if not (folder / "contract.json").is_file():
+            stage = {"adapter": "train", "merged": "merge"}[part]
+            raise ServingError(f"{folder} holds no model; `retune run` or `dvc repro {stage}` makes one")
+        return folder, name
     model = RegisteredModel(params.publish, root)
     manifest = model.manifest(model.find(name))
-    part = "parity" if manifest["parity"].get("combined") else "adapter"
-    folder = model.fetch_signed(manifest, part)
-    return folder / "combined_adapter" if part == "parity" else folder
-
-
-def merged_folder(params: Params, name: str, root: Path = Path(".")) -> tuple[Path, str]:
-    """Where the merged model of `name` lies, fetched if it is a version's, and the id under which it is known.
-
-    Raises:
-        ServingError: there is none.
-    """
-    if name == WORKSPACE:
-        return _made_here(root / "artifacts" / "merged", "merged model", "merge"), name
-    model = RegisteredModel(params.publish, root)
-    manifest = model.manifest(model.find(name))
-    return model.fetch_signed(manifest, "merged"), manifest["version"]
+    if part == "adapter" and manifest["parity"].get("combined"):
+        return model.fetch_signed(manifest, "parity") / "combined_adapter", manifest["version"]
+    return model.fetch_signed(manifest, part), manifest["version"]
 
 
 def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple[Any, ChatTemplate, dict[str, Any]]:
@@ -259,7 +239,7 @@ def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple
     if name == BASE:
         template, identity = load_template(params.prepare)
         return load_for_scoring(identity), template, {"model": BASE, "digest": identity["digest"]}
-    folder, name = merged_folder(params, name, root)
+    folder, name = find_folder(params, name, "merged", root)
     template = load_shipped(folder)
     digest = model_identity(str(folder), None, False)["digest"]
     return load_for_scoring(local_source(folder)), template, {"model": name, "digest": digest}
@@ -291,36 +271,35 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
     Raises:
         ServingError: a line is no JSON object, or has neither `prompt`, `text` nor `messages`, with its number.
     """
-    prompts = []
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
     except UnicodeDecodeError as error:
         raise ServingError(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
+    prompts = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            messages = row.get("messages")
-            if messages is None:
-                messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
-            if not messages or any(not isinstance(m, dict) or not isinstance(m.get("role"), str) for m in messages):
-                raise TypeError
-            if not all(isinstance(m.get("content"), str) for m in messages if "tool_calls" not in m):
-                raise TypeError
-            if messages[-1]["role"] == "assistant":  # a training row: its answer would be answered
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ServingError(
-                f"{file}, line {number}: expected a JSON object with prompt or text, or messages (a list of role "
-                "and content that ends before the answer)"
-            ) from None
-        tools = row.get("tools")
-        prompts.append((row, messages, tools if tools is None or isinstance(tools, str) else json.dumps(tools)))
+        if line.strip():
+            try:
+                row = json.loads(line)
+                tools = row.get("tools")
+                tools = tools if tools is None or isinstance(tools, str) else json.dumps(tools)
+                prompts.append((row, _conversation(row), tools))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ServingError(
+                    f"{file}, line {number}: expected a JSON object with prompt or text, or messages (a list of role "
+                    "and content that ends before the answer)"
+                ) from None
     return prompts
 
 
-def _made_here(folder: Path, what: str, stage: str) -> Path:
-    if not (folder / "contract.json").is_file():
-        raise ServingError(f"{folder} holds no {what}; `retune run` or `dvc repro {stage}` makes one")
-    return folder
+def _conversation(row: dict[str, Any]) -> list[Message]:
+    """The messages of a row; ValueError, KeyError, TypeError or AttributeError where there are none to answer."""
+    messages: list[Message] | None = row.get("messages")
+    if messages is None:
+        messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
+    for message in messages:
+        worded = isinstance(message["role"], str) and isinstance(message.get("content"), str)
+        if not worded and "tool_calls" not in message:
+            raise ValueError
+    if not messages or messages[-1]["role"] == "assistant":  # a training row: its answer would be answered
+        raise ValueError
+    return messages

@@ -52,14 +52,12 @@ def chat(
 ) -> None:
     """Talk to a version or the base, with the tokens that it was trained with; /help lists what can be typed."""
     params = _ready()
-    from pipeline.cli.serving import Talk, default_name
+    from pipeline.cli.serving import Talk
 
     if json_output and prompt is None:
         raise CommandError("--json needs --prompt: a conversation is not one object")
-    names = list(dict.fromkeys(models or [default_name(params)]))
+    names = list(dict.fromkeys(models or [_name_or_default(None, params, "chat", prompt is not None)]))
     talk = Talk(params, names)
-    if not models and prompt is not None:
-        _say_who(names[0], "chat")
     limit = max_new_tokens or params.evaluate.max_new_tokens
     start = [] if system is None else [{"role": "system", "content": system}]
     if prompt is None:
@@ -91,13 +89,7 @@ def predict(
     A model trained with train.task sequence-classification gives each line its label and confidence.
     """
     params = _ready()
-    from pipeline.cli.serving import (
-        BASE,
-        default_name,
-        load_for_batches,
-        merged_folder,
-        read_prompts,
-    )
+    from pipeline.cli.serving import BASE, find_folder, load_for_batches, read_prompts
     from pipeline.core.combinations import CLASSIFICATION
     from pipeline.core.files import WORK_DIR
     from pipeline.scoring.classification import classify
@@ -109,27 +101,22 @@ def predict(
     if choices is not None and len(set(choices)) < 2:
         raise CommandError("--labels needs at least two different labels with commas between")
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
-    rows = read_prompts(file)
+    rows, size, kept_in = read_prompts(file), params.evaluate.batch_size, WORK_DIR / "predictions"
     use_free_cores()
-    results: list[dict[str, Any]] = []
-    name = model or default_name(params)
-    if model is None:
-        _say_who(name, "predict")
+    name = _name_or_default(model, params, "predict")
     if params.train.task == CLASSIFICATION:
         if choices is not None or name == BASE:
             raise CommandError("a classifier has its own labels: leave out --labels, and name no base")
-        folder, name = merged_folder(params, name)
-        texts = [messages for _, messages, _ in rows]
-        classes = classify(folder, texts, params.evaluate.batch_size, WORK_DIR / "predictions")
+        folder, name = find_folder(params, name, "merged")
+        classes = classify(folder, [messages for _, messages, _ in rows], size, kept_in)
         results = [{"label": each.label, "confidence": each.confidence} for each in classes]
         _write_answers(target, rows, results, name, json_output)
         return
     loaded, template, identity = load_for_batches(params, name)
     prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
     limit = 0 if choices else max_new_tokens or params.evaluate.max_new_tokens
-    keep = kept_file(WORK_DIR / "predictions", identity | {"labels": choices}, prompts, limit, template.stop_ids)
+    keep = kept_file(kept_in, identity | {"labels": choices}, prompts, limit, template.stop_ids)
     if choices is None:
-        size = params.evaluate.batch_size
         offered = [tools for *_, tools in rows]
         limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
         settings = (limit, size, "predict", identity["model"], keep, offered, limited_by)
@@ -152,10 +139,10 @@ def _labelled(model: Any, template: Any, rows: list[Any], labels: list[str], kee
         results = list(kept.answers.values())
         progress.resume_at(len(results))
         for _, messages, tools in rows[len(results) :]:
-            found = label_confidences(model, template, messages, tools, labels)
-            best = max(found, key=lambda label: found[label])
-            kept.add(len(results), {"label": best, "confidence": found[best]})
-            results.append({"label": best, "confidence": found[best]})
+            confidences = label_confidences(model, template, messages, tools, labels)
+            best = max(confidences, key=lambda label: confidences[label])
+            results.append({"label": best, "confidence": confidences[best]})
+            kept.add(len(results) - 1, results[-1])
             progress.update(len(results))
     return results
 
@@ -177,7 +164,11 @@ COMMANDS: list[Callable[..., None]] = [report, chat, predict]
 
 def _converse(talk: "Talk", limit: int, start: list[Any]) -> None:
     """Questions from standard input, answers to standard output, until it ends."""
-    print(f"chat: {talk.active} answers; /help lists the commands", file=sys.stderr)
+
+    def tell(text: str) -> None:
+        print(f"chat: {text}", file=sys.stderr)
+
+    tell(f"{talk.active} answers; /help lists the commands")
     messages = list(start)
     while True:
         try:
@@ -185,42 +176,31 @@ def _converse(talk: "Talk", limit: int, start: list[Any]) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        if not line.startswith("/"):
-            if line:
-                messages = _exchange(talk, limit, messages, line)
-            continue
-        if command == "/adapter" and rest.strip():
-            try:
-                talk.use(rest.strip())
-                print(f"chat: {talk.active} answers", file=sys.stderr)
-            except (ValueError, RuntimeError) as error:
-                print(f"chat: {error}", file=sys.stderr)
-        elif command == "/adapters":
-            print(
-                "chat: " + ", ".join(f"{n} (answers)" if n == talk.active else n for n in talk.names), file=sys.stderr
-            )
-        elif command == "/system":
-            messages = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
-        elif command == "/reset":
-            messages = [message for message in messages[:1] if message["role"] == "system"]
-        else:
-            print(HELP, file=sys.stderr)
-
-
-def _exchange(talk: "Talk", limit: int, messages: list[Any], question: str) -> list[Any]:
-    """The conversation after `question` and its answer; as before where there is none, or Ctrl-C cut it off."""
-    asked = [*messages, {"role": "user", "content": question}]
-    try:
-        answer = _show(talk, asked, limit)
-    except (ValueError, RuntimeError) as error:
-        print(f"chat: {error}", file=sys.stderr)
-        return messages
-    except KeyboardInterrupt:
-        print()
-        return messages
-    return [*asked, answer.message()]
+        rest = rest.strip()
+        try:
+            if command == "/quit":
+                return
+            if line and not line.startswith("/"):
+                question = [*messages, {"role": "user", "content": line}]
+                messages = [*question, _show(talk, question, limit).message()]
+            elif command == "/adapter" and rest:
+                talk.use(rest)
+                tell(f"{talk.active} answers")
+            elif command == "/adapters":
+                tell(", ".join(f"{name} (answers)" if name == talk.active else name for name in talk.names))
+            elif command == "/system":
+                messages = [{"role": "system", "content": rest}] if rest else []
+            elif command == "/reset":
+                messages = [message for message in messages[:1] if message["role"] == "system"]
+            elif line:
+                print(HELP, file=sys.stderr)
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # no such model, or no answer to this: the conversation is as before
+            tell(str(error))
+        except KeyboardInterrupt:  # cuts an answer off
+            print()
 
 
 def _show(talk: "Talk", messages: list[Any], limit: int) -> "Answer":
@@ -258,10 +238,14 @@ def _fields(answer: "Answer") -> dict[str, Any]:
     return fields
 
 
-def _say_who(name: str, command: str) -> None:
-    """Where nobody named a model and there is no champion, another one answers."""
-    if name != "champion":
+def _name_or_default(model: str | None, params: Any, command: str, say: bool = True) -> str:
+    """The model that was named, else the default; where there is no champion yet, it says that another one answers."""
+    from pipeline.cli.serving import default_name
+
+    name = model or default_name(params)
+    if model is None and say and name != "champion":
         print(f"{command}: there is no champion yet; {name} answers", file=sys.stderr)
+    return name
 
 
 def _ready() -> Any:

@@ -16,8 +16,6 @@ from pipeline.report.tables import in_short, show_table, show_verdict, verdict_l
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Version = Annotated[str | None, typer.Argument(help="v3, 3, champion or a version's id; else the workspace's.")]
 Reason = Annotated[str, typer.Option(help="Kept in the history.")]
-
-
 SHOWN = 3  # texts of each side that `compare` prints; the page has more
 
 
@@ -111,14 +109,11 @@ def rollback(
 ) -> None:
     """Put the previous champion back."""
     from pipeline.promote import rollback as do
-    from pipeline.registry.model import RegisteredModel
-    from pipeline.settings import load_params
 
-    params = load_params()
+    params, model = _project()
     record, warnings = do(params.publish, params.promote, to, reason)
     _warn(warnings)
-    label = RegisteredModel(params.publish).label
-    said = f"rollback: {label(record.champion)} is champion again; it was {label(record.previous)}"
+    said = f"rollback: {model.label(record.champion)} is champion again; it was {model.label(record.previous)}"
     _answer(json_output, asdict(record), said)
 
 
@@ -128,10 +123,8 @@ def history(
 ) -> None:
     """Every decision: who, when, from which champion to which, why, and with which numbers."""
     from pipeline.promote import history as do
-    from pipeline.registry.model import RegisteredModel
-    from pipeline.settings import load_params
 
-    params = load_params()
+    params, model = _project()
     log, warnings = do(params.publish)
     _warn(warnings)
     if number is not None and number > len(log):
@@ -143,32 +136,28 @@ def history(
     if not log:
         print("history: nothing was decided yet; `retune run` trains, publishes and decides")
         return
-    registry = RegisteredModel(params.publish).registry
 
     def name(version: str | None) -> str:
-        return "none" if version is None else registry.remembered(version)
+        return "none" if version is None else model.registry.remembered(version)
 
-    rows = []
-    for record in shown:
+    def row(record: Any) -> dict[str, str]:
         by_gate = record.word in ("promoted", "refused", "undecided", "proposed") and record.proposal is None
-        rows.append(
-            {
-                "#": str(record.number),
-                "when (UTC)": record.time[:16].replace("T", " "),
-                "who": record.actor,
-                "decision": record.word,
-                "version": name(record.version),
-                "champion": name(record.champion) if record.previous != record.champion else "as before",
-                "why": (in_short(record.comparison) if by_gate else "") or record.reason,
-            }
-        )
-    show_table(rows)
+        return {
+            "#": str(record.number),
+            "when (UTC)": record.time[:16].replace("T", " "),
+            "who": record.actor,
+            "decision": record.word,
+            "version": name(record.version),
+            "champion": name(record.champion) if record.previous != record.champion else "as before",
+            "why": (in_short(record.comparison) if by_gate else "") or record.reason,
+        }
+
+    show_table([row(record) for record in shown])
     if number is None:
         print(f"champion: {name(log[-1].champion)}; `retune history NUMBER` shows one decision's numbers")
         return
     [record] = shown
-    print(f"Champion {name(record.previous)} → {name(record.champion)}")
-    print(f"Why      {record.reason}")
+    print(f"Champion {name(record.previous)} → {name(record.champion)}\nWhy      {record.reason}")
     show_verdict(record.comparison, record.previous is None)
     for line in [*(f"note: {one}" for one in record.notes), *(f"overruled: {one}" for one in record.overruled)]:
         print(line)
@@ -226,21 +215,17 @@ def prune(
     json_output: Json = False,
 ) -> None:
     """List, and with --yes delete, the versions that publish.keep_versions and keep_champions do not keep."""
-    from pipeline.registry.model import RegisteredModel
     from pipeline.registry.retention import delete as do
     from pipeline.registry.retention import outdated
-    from pipeline.settings import load_params
 
-    params = load_params().publish
-    versions, model = outdated(params), RegisteredModel(params)
+    params, model = _project()
+    keep, versions = params.publish.keep_versions, outdated(params.publish)
     lines = [model.label(version) for version in versions]  # while they have numbers
     for version in versions if yes else ():
-        do(params, version, f"older than the newest {params.keep_versions}")
+        do(params.publish, version, f"older than the newest {keep}")
     done = "deleted; `retune gc` collects their files" if yes else "would be deleted; `retune prune --yes` does it"
-    if versions:
-        lines.append(f"prune: {len(versions)} versions {done}")
-    else:
-        lines.append("prune: nothing to delete" + "; publish.keep_versions is null" * (params.keep_versions is None))
+    nothing = "prune: nothing to delete" + "; publish.keep_versions is null" * (keep is None)
+    lines.append(f"prune: {len(versions)} versions {done}" if versions else nothing)
     _answer(json_output, {"versions": versions, "deleted": yes}, "\n".join(lines))
 
 
@@ -275,18 +260,14 @@ def _show(contents: Any) -> None:
     print(f"{contents.items:,} test items: {better:,} better, {worse:,} worse, {same:,} the same.")
     for note in contents.notes:
         print(f"note: {note}.")
-    show_table(change_rows(contents))
-    for heading, rows in contents.tables.items():
-        if rows:
-            show_table(rows, heading)
-        else:
-            print(f"{heading}: none.")
+    for heading, rows in {None: change_rows(contents), **contents.tables}.items():
+        show_table(rows, heading) if rows else print(f"{heading}: none.")
+    old, new = contents.labels[contents.old], contents.labels[contents.new]
     for heading, texts in (("Most improved answers", contents.best), ("Most worsened answers", contents.worst)):
         print(f"{heading}:" if texts else f"{heading}: none.")
         for text in texts[:SHOWN]:
             metric, before, after = text.most
             print(f"  {text.task}, {metric} {before:.3f} → {after:.3f}: {text.prompt}")
-            new, old = contents.labels[contents.new], contents.labels[contents.old]
             for name, said in (("expected", text.reference), (old, text.old), (new, text.new)):
                 print(f"    {name}: {said or '(nothing)'}")
 
@@ -298,12 +279,16 @@ COMMANDS: list[Callable[..., None]] = [
 
 def find(version: str | None) -> tuple[Any, Any, str]:
     """Parameters, the registered model, and the content id of the version that was named."""
+    params, model = _project()
+    return params, model, model.find(version)
+
+
+def _project() -> tuple[Any, Any]:
     from pipeline.registry.model import RegisteredModel
     from pipeline.settings import load_params
 
     params = load_params()
-    model = RegisteredModel(params.publish)
-    return params, model, model.find(version)
+    return params, RegisteredModel(params.publish)
 
 
 def _show_decision(decision: Any, json_output: bool) -> None:

@@ -7,72 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
-
 from pipeline.core.combinations import CLASSIFICATION, RANKED
 from pipeline.core.pages.templates import environment
 from pipeline.registry.manifest import Manifest
 from pipeline.scoring.resampling import METRICS
 
 CHAT = "llm/v1/chat"  # MLflow's name for answering messages
-BODY = """\
-# {{ manifest.name }} {{ manifest.version }}
-
-An adapter and the merged model, made by Retune.
-
-| | |
-|---|---|
-| base model | {{ base }} |
-| base digest | `{{ manifest.base_model.digest }}` |
-| rows | {{ rows }} |
-| code | `{{ manifest.git.commit or "no git commit" }}`{{ " with changes" if manifest.git.dirty }} |
-| trained on | {{ manifest.hardware.train }} |
-| time | {{ minutes }} |
-| cost | {{ cost }} |
-| method | {{ method }} |
-| merged | into the {{ manifest.parity.base }} base; equals the adapter on {{ agreement }} of tokens |
-
-## Scores on the test split
-
-95 % intervals; BLEU and chrF 0–100, perplexity from 1 (lower is better), the others 0–1.
-
-| metric | base | candidate before merge | candidate (merged) | signature |
-|---|---|---|---|---|
-{% for metric, systems in scores.items() %}
-| {{ metric }} | {{ systems|join(" | ") }} | {{ manifest.evaluation.signatures.get(metric, "–") }} |
-{% endfor %}
-
-## Use
-
-```python
-{{ use }}
-```
-
-The dtype is that of `merged/config.json`, in which the scores above were measured.
-
-`manifest.json` holds the whole lineage: parameters, packages, digests of data and files.
-"""
-USE = """\
-from transformers import {{ auto }}, AutoTokenizer
-
-model = {{ auto }}.from_pretrained("merged")
-tokenizer = AutoTokenizer.from_pretrained("merged")
-{% if classifies %}
-logits = model(**tokenizer("A text", return_tensors="pt")).logits
-print(model.config.id2label[int(logits.argmax())])
-{% else %}
-messages = [{"role": "user", "content": "A question"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens={{ longest }}, do_sample=False)[0]
-print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-
-# Or from the registry, with Retune installed:
-import mlflow
-
-model = mlflow.pyfunc.load_model("models:/{{ name }}@champion")
-model.predict({"messages": messages, "max_tokens": {{ longest }}, "do_sample": False})
-{% endif %}
-"""
 # What the card calls each score, in the Hub's vocabulary.
 HUB_METRICS = {"macro_f1": "f1"} | dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), "rouge")
 
@@ -81,112 +21,104 @@ def model_card(manifest: Manifest) -> str:
     """README.md of the version: YAML metadata that the Hub and its tools read, and the same for people."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    base, merged, train = manifest["base_model"], manifest["metrics"]["merged"], manifest["params"]["train"]
-    task = "text-classification" if _classifies(train) else "text-generation"
+    base, metrics, train = manifest["base_model"], manifest["metrics"], manifest["params"]["train"]
+    method = train.get("method", "qlora" if train["load_in_4bit"] else "lora")  # versions before there was a choice
     results = [
         EvalResult(
-            task_type=task,
+            task_type=_task(train),
             dataset_type="retune",
             dataset_name="test split",
             dataset_split="test",
             dataset_revision=manifest["data"]["test_sha256"],
             metric_type=HUB_METRICS.get(metric, metric),
             metric_name=metric,
-            metric_value=merged[metric]["score"],
+            metric_value=metrics["merged"][metric]["score"],
         )
         for metric in METRICS
-        if merged.get(metric)
+        if metrics["merged"].get(metric)
     ]
     data = ModelCardData(
         library_name="peft",
-        pipeline_tag=task,
+        pipeline_tag=_task(train),
         # A folder is no name that the Hub could resolve.
         base_model=base["name_or_path"] if base["revision"] else None,
         base_model_relation="adapter" if base["revision"] else None,
-        tags=["retune", _method(train), "4-bit-base" if train["load_in_4bit"] else "full-precision-base"],
+        tags=["retune", method, "4-bit-base" if train["load_in_4bit"] else "full-precision-base"],
         model_name=manifest["name"],
         eval_results=results,
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest)}"))
-
-
-def mlmodel(manifest: Manifest) -> str:
-    """`MLmodel`: lets `mlflow.transformers.load_model` load the merged model where `merged/` lies."""
-    versions = manifest["packages"]["train"]
-    classifies = _classifies(manifest["params"]["train"])
-    return json.dumps(  # JSON is YAML
-        {
-            "artifact_path": "model",
-            "flavors": {
-                "python_function": {
-                    "loader_module": "mlflow.transformers",
-                    "python_version": manifest["packages"]["publish"]["python"],
-                },
-                "transformers": {
-                    "code": None,
-                    "components": ["tokenizer"],
-                    "framework": "pt",
-                    "instance_type": f"Text{'Classification' if classifies else 'Generation'}Pipeline",
-                    "model_binary": "merged",
-                    "pipeline_model_type": auto_class(manifest["params"]["train"]),
-                    "source_model_name": manifest["base_model"]["name_or_path"],
-                    "task": "text-classification" if classifies else "text-generation",
-                    # pyfunc then takes {"messages": […], "max_tokens": …} and renders them by the model's template
-                    **({} if classifies else {"inference_task": CHAT}),
-                    "tokenizer_type": "AutoTokenizer",
-                    "transformers_version": versions.get("transformers", ""),
-                },
-            },
-            **({} if classifies else {"metadata": {"task": CHAT}}),
-            "utc_time_created": manifest["created"],
-        },
-        indent=2,
-        sort_keys=True,
-    )
-
-
-def _body(manifest: Manifest) -> str:
-    """The card for people, by the template `BODY`."""
-    train, cost = manifest["params"]["train"], manifest["cost"]
-    seconds = [s for s in manifest["time"].values() if s is not None]
-    method = _method(train)
-    rank = f", r {train['lora_r']}, alpha {train['lora_alpha']}" if method in RANKED else ""
-    systems, base = ("base", "adapter", "merged"), manifest["base_model"]
-    cost_text = f"{cost['total']:.2f} at {cost['price_per_hour']:g} an hour" if cost["total"] is not None else ""
-    return _template(BODY).render(
+    text = _render(
+        "card.md.jinja",
         manifest=manifest,
-        base=f"`{base['name_or_path']}`" + (f" at `{base['revision']}`" if base["revision"] else ""),
-        rows=", ".join(f"{count:,} {split}" for split, count in manifest["data"]["rows"].items()),
-        agreement=f"{manifest['parity']['token_agreement']:.1%}",
-        method=f"{method}{rank}, {'4-bit' if train['load_in_4bit'] else 'full-precision'} base",
-        minutes=f"{sum(seconds) / 60:.1f} minutes" if seconds else "not measured",
-        cost=cost_text or "not priced",
-        scores={metric: [_score(manifest["metrics"][system].get(metric)) for system in systems] for metric in METRICS},
-        use=use(manifest["name"], train, manifest["evaluation"]["params"].get("max_new_tokens")),
+        base=base,
+        train=train,
+        cost=manifest["cost"],
+        method=method,
+        ranked=method in RANKED,
+        seconds=sum(seconds for seconds in manifest["time"].values() if seconds is not None),
+        scores={
+            metric: [_score(metrics[of].get(metric)) for of in ("base", "adapter", "merged")] for metric in METRICS
+        },
+        **_use(manifest["name"], train, manifest["evaluation"]["params"].get("max_new_tokens")),
     )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
 def use(name: str, train: dict[str, Any], longest: int | None) -> str:
     """The loading and the call that give the answers that were scored."""
+    return _render("use.py.jinja", **_use(name, train, longest))
+
+
+def auto_class(train: dict[str, Any]) -> str:
+    """The class of transformers that loads a model trained with the parameters `train`."""
+    return "AutoModelForSequenceClassification" if _classifies(train) else "AutoModelForCausalLM"
+
+
+def mlmodel(manifest: Manifest) -> str:
+    """`MLmodel`: lets `mlflow.transformers.load_model` load the merged model where `merged/` lies."""
+    train = manifest["params"]["train"]
     classifies = _classifies(train)
-    return _template(USE).render(name=name, auto=auto_class(train), classifies=classifies, longest=longest).strip()
+    transformers = {
+        "code": None,
+        "components": ["tokenizer"],
+        "framework": "pt",
+        "instance_type": f"Text{'Classification' if classifies else 'Generation'}Pipeline",
+        "model_binary": "merged",
+        "pipeline_model_type": auto_class(train),
+        "source_model_name": manifest["base_model"]["name_or_path"],
+        "task": _task(train),
+        "tokenizer_type": "AutoTokenizer",
+        "transformers_version": manifest["packages"]["train"].get("transformers", ""),
+    }
+    python = {
+        "loader_module": "mlflow.transformers",
+        "python_version": manifest["packages"]["publish"]["python"],
+    }
+    described: dict[str, Any] = {
+        "artifact_path": "model",
+        "flavors": {"python_function": python, "transformers": transformers},
+        "utc_time_created": manifest["created"],
+    }
+    if not classifies:  # pyfunc then takes {"messages": […], "max_tokens": …} and renders them by the model's template
+        transformers["inference_task"] = CHAT
+        described["metadata"] = {"task": CHAT}
+    return json.dumps(described, indent=2, sort_keys=True)  # JSON is YAML
 
 
-def _template(text: str) -> Template:
-    return environment(Path(__file__).parent, html=False).from_string(text)
+def _render(template: str, **values: Any) -> str:
+    return environment(Path(__file__).parent / "pages", html=False).get_template(template).render(values)
 
 
-def _method(train: dict[str, Any]) -> str:
-    """Of versions before there was a choice, what it was then."""
-    return str(train.get("method", "qlora" if train["load_in_4bit"] else "lora"))
+def _use(name: str, train: dict[str, Any], longest: int | None) -> dict[str, Any]:
+    return {"name": name, "auto": auto_class(train), "classifies": _classifies(train), "longest": longest}
 
 
 def _classifies(train: dict[str, Any]) -> bool:
     return train.get("task") == CLASSIFICATION
 
 
-def auto_class(train: dict[str, Any]) -> str:
-    return "AutoModelForSequenceClassification" if _classifies(train) else "AutoModelForCausalLM"
+def _task(train: dict[str, Any]) -> str:
+    return "text-classification" if _classifies(train) else "text-generation"
 
 
 def _score(score: dict[str, Any] | None) -> str:

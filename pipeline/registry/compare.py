@@ -5,17 +5,22 @@ split, decoding, metric signatures and library versions are today's; else the ve
 Items that the champion may have been trained on are not compared on.
 """
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.files import read_json
+from pipeline.core.files import read_json, write_json
+from pipeline.core.processes import environment, python_ending_with_parent
 from pipeline.params import PromoteParams
 from pipeline.registry.gate import CompareError, Comparison, claims_on, compare_claims, forgetting_claims
 from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.rescore import merged_items
+from pipeline.scoring.resampling import corpus_score, metric_items, num_groups
 
 BASE = "the base model"
 
@@ -27,10 +32,9 @@ class UnfairError(CompareError):
 def compare(
     model: RegisteredModel, candidate: Manifest, serving: str | None, params: PromoteParams
 ) -> tuple[Comparison, list[str]]:
-    """Each gating metric's row, and notes that a reader of the numbers needs.
+    """Each gating metric's row, as `gate` has them, and notes that a reader of the numbers needs.
 
-    Without a champion the base model that the candidate was tuned from stands in. What each row says, and when a metric
-    passes, is in `gate`. `passed` is None for a guard metric that no test item counts for.
+    Without a champion the base model that the candidate was tuned from stands in.
 
     Raises:
         UnfairError: the champion was trained on some of the test items.
@@ -38,25 +42,107 @@ def compare(
         SignatureError: one has to be loaded to be scored, and publish.require_signature does not let it.
     """
     notes: list[str] = []
+    settings = settings_of(candidate, serving, model.root)
     if serving is None:
-        ours = merged_items(model, candidate, candidate["evaluation"])
         theirs = pq.read_table(model.fetch(candidate, "evaluation") / "items.base.parquet")
     else:
         champion = read_manifest(model.store, serving)
         if champion is None:
             raise CompareError(f"the champion {serving} is no longer in {model.store.uri}; restore its manifest")
         notes += _split_notes(candidate, champion)
-        settings = settings_of(candidate, model.root)
-        ours, theirs = (merged_items(model, manifest, settings) for manifest in (candidate, champion))
+        theirs = merged_items(model, champion, settings)
+    ours = merged_items(model, candidate, settings)
     if ours.column("id").to_pylist() != theirs.column("id").to_pylist():
         raise CompareError("candidate and champion answered different test items; run `retune run` to score both again")
-    general = []
+    claims = claims_on(ours, theirs, params)
     if "evaluation/general.json" in candidate["files"]:
         folder = model.fetch(candidate, "evaluation")
         before, after = (pq.read_table(folder / f"general.{system}.parquet") for system in ("base", "adapter"))
-        general = forgetting_claims(before, after, params)
-    rows = compare_claims([*claims_on(ours, theirs, params), *general], params.seed)
+        claims += forgetting_claims(before, after, params)
+    rows = compare_claims(claims, params.seed)
     return rows, notes + [_guards_nothing(metric, row) for metric, row in rows.items() if row["passed"] is None]
+
+
+def settings_of(candidate: Manifest, serving: str | None, root: Path) -> dict[str, Any]:
+    """How both are scored, and on which test items: as the workspace's artifacts were; without any, as the candidate.
+
+    A fresh clone has no artifacts, and needs none to compare versions that were scored alike. Against the base model
+    it is always as the candidate was: the base's answers were published with it.
+    """
+    proof = root / "artifacts" / "parity" / "parity.json"
+    settings: dict[str, Any] = candidate["evaluation"]
+    return read_json(proof)["evaluation"] if serving is not None and proof.is_file() else settings
+
+
+def merged_items(
+    model: RegisteredModel, manifest: Manifest, settings: dict[str, Any], may_score: bool = True
+) -> pa.Table:
+    """The merged model's scores on the test split of `settings`; measured again where it was published otherwise.
+
+    Raises:
+        CompareError: it cannot be scored here, or its metrics are not computed as `settings` say.
+        SignatureError: it has to be loaded, and publish.require_signature does not let it.
+    """
+    if manifest["evaluation"] == settings:
+        return pq.read_table(model.fetch(manifest, "parity") / "items.merged.parquet")
+    version = manifest["version"]
+    scored = model.folder(version) / "scored"
+    if not (scored / "evaluation.json").is_file() or read_json(scored / "evaluation.json") != settings:
+        if not may_score:
+            raise CompareError("its answers to these test items are not here")
+        dataset = model.root / "artifacts" / "dataset" / "report.json"
+        if not dataset.is_file() or read_json(dataset)["test_sha256"] != settings["test_sha256"]:
+            raise CompareError(
+                f"version {version} was scored on other test items or otherwise, and the test items to score it on "
+                "are not here; `dvc repro prepare` makes them, `dvc pull` fetches all artifacts"
+            )
+        _score(model, manifest, settings, scored)
+    signatures = read_json(scored / "evaluation.json")["signatures"]
+    for metric, ours in settings["signatures"].items():
+        if signatures.get(metric) != ours:
+            raise CompareError(
+                f"{metric} of the candidate was scored as {ours} and that of version {version} as "
+                f"{signatures.get(metric)}: such scores are not compared. `retune run` scores the candidate anew"
+            )
+    return pq.read_table(scored / "items.parquet")
+
+
+def score_today(model: RegisteredModel, manifest: Manifest, metric: str) -> float:
+    """`metric` of the version's merged model on the prepared test split, decoded as when it was published.
+
+    On the very split it was published with, that is the score of then, and nothing is computed.
+
+    Raises:
+        CompareError: it could not be scored, or no test item counts for the metric.
+        SignatureError: as for `merged_items`.
+    """
+    test = read_json(model.root / "artifacts" / "dataset" / "report.json")["test_sha256"]
+    if manifest["evaluation"]["test_sha256"] == test:
+        score = manifest["metrics"]["merged"].get(metric)
+        if score is None:
+            raise CompareError(f"{metric} was not measured when version {manifest['version']} was published")
+        return float(score["score"])
+    scored = model.folder(manifest["version"]) / "today"
+    _score(model, manifest, manifest["evaluation"], scored)
+    items = metric_items(pq.read_table(scored / "items.parquet"), metric)
+    if not num_groups(items):
+        raise CompareError(f"no item of today's test split counts for {metric}")
+    return corpus_score(items)
+
+
+def _score(model: RegisteredModel, manifest: Manifest, settings: dict[str, Any], output: Path) -> None:
+    """Score the version's merged model on the workspace's test split, in a process of its own: its memory is returned
+    when it ends.
+    """
+    merged = model.fetch_signed(manifest, "merged")
+    with tempfile.TemporaryDirectory(dir=merged.parent) as folder:  # another process may score it with other settings
+        path = Path(folder) / "settings.json"
+        write_json(path, settings)
+        paths = [str(each.resolve()) for each in (merged, path, output)]
+        command = python_ending_with_parent("pipeline", "score", paths[0], "--settings", paths[1], "--output", paths[2])
+        ran = subprocess.run(command, cwd=model.root, env=environment(), stdout=sys.stderr)
+    if ran.returncode != 0:
+        raise CompareError(f"version {manifest['version']} could not be scored on today's test split")
 
 
 def _guards_nothing(metric: str, row: dict[str, Any]) -> str:
@@ -83,13 +169,3 @@ def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:
     if ours < theirs:
         return [f"the test split is a part of the champion's: prepare.test_fraction {ours:g} instead of {theirs:g}"]
     return ["the test split is not the champion's (rows or their preparation changed); the champion was scored again"]
-
-
-def settings_of(candidate: Manifest, root: Path) -> dict[str, Any]:
-    """How both are scored, and on which test items: as the workspace's artifacts were; without any, as the candidate.
-
-    A fresh clone has no artifacts, and needs none to compare versions that were scored alike.
-    """
-    proof = root / "artifacts" / "parity" / "parity.json"
-    settings: dict[str, Any] = read_json(proof)["evaluation"] if proof.is_file() else candidate["evaluation"]
-    return settings

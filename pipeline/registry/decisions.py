@@ -41,6 +41,7 @@ class Record:
     overruled: list[str] = field(default_factory=list)  # what spoke against a forced promotion
     notes: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     proposal: int | None = None  # record that this approval or rejection answers
+    test_sha256: str = ""  # of the test items that were compared on
 
     @property
     def word(self) -> str:
@@ -126,9 +127,7 @@ def deleted(log: list[Record]) -> dict[str, Record]:
 
 
 def refuse_deleted(log: list[Record], version: str) -> None:
-    """Raises:
-    DecisionError: `version` was deleted, which is for good.
-    """
+    """Raise DecisionError if `version` was deleted, which is for good."""
     record = deleted(log).get(version)
     if record is not None:
         raise DecisionError(

@@ -1,4 +1,4 @@
-"""The gate's rule: both systems' scores of the same items in, one row a gating metric and a decision out.
+"""The gate's rule: both systems' scores of the same items in; out come a verdict on each gating metric, and a decision.
 
 The candidate must be superior on the primary metric and not inferior on every guard metric, each by a paired test,
 after Holm's correction. What is seen clearly is decided on any test set; where it is not, and a test set of this size
@@ -30,8 +30,8 @@ from pipeline.scoring.resampling import (
 RESAMPLES = 2000
 MIN_GROUPS = 20  # independent test items (or groups of them) below which nothing is decided
 # metric → candidate, champion, difference, low, high, margin, items, groups, needed, test, p, p_adjusted, power,
-# verdict (passed | failed | open | unmeasured | uninformative), passed; the primary metric's row also has the whole
-# gate's gate_power and gate_rows
+# verdict on this metric (passed | failed | open | unmeasured | uninformative), passed; the primary metric's row also
+# has the whole gate's gate_power and gate_rows
 Comparison = dict[str, Any]
 
 
@@ -137,22 +137,19 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
 
 def _row(claim: Claim, test: Tested, p: float) -> dict[str, Any]:
     """What was tested of one claim; `p` is corrected for all of them."""
-    groups, needed = num_groups(claim.candidate, claim.groups), claim.needed
+    size, needed = _size(claim), claim.needed
     verdict = "passed" if p <= ALPHA else "failed" if test.high < claim.declared else "open"
-    if groups < MIN_GROUPS and claim.margin is None:
+    if size["groups"] < MIN_GROUPS and claim.margin is None:
         verdict = "open"  # an interval over a handful of items is narrower than the truth
-        needed = f"at least {MIN_GROUPS} independent test items, there are {groups}"
+        needed = f"at least {MIN_GROUPS} independent test items, there are {size['groups']}"
     candidate, champion = corpus_score(claim.candidate), corpus_score(claim.champion)
     low, high = sorted((claim.sign * test.low, claim.sign * test.high))
-    return {
+    return size | {
         "candidate": candidate,
         "champion": champion,
         "difference": candidate - champion,
         "low": low,
         "high": high,
-        "margin": claim.margin,
-        "items": num_groups(claim.candidate),  # each item its own group
-        "groups": groups,
         "needed": needed,
         "test": test.test,
         "p": test.p,
@@ -166,24 +163,22 @@ def _untested(claim: Claim, score: float) -> dict[str, Any]:
     """The row of a guard that guards nothing: no item counts for it, or both systems score 0 everywhere."""
     counts = not math.isnan(score)
     scores = dict.fromkeys(("candidate", "champion", "difference", "low", "high"), 0.0 if counts else None)
-    return (
-        scores
-        | dict.fromkeys(("test", "p", "p_adjusted", "power", "passed"))
-        | {
-            "margin": claim.margin,
-            "items": num_groups(claim.candidate),
-            "groups": num_groups(claim.candidate, claim.groups),
-            "needed": claim.needed,
-            "verdict": "uninformative" if counts else "unmeasured",
-        }
-    )
+    tests = dict.fromkeys(("test", "p", "p_adjusted", "power", "passed"))
+    verdict = "uninformative" if counts else "unmeasured"
+    return scores | tests | _size(claim) | {"needed": claim.needed, "verdict": verdict}
 
 
-def decision_on(comparison: Comparison) -> str:
-    """promoted, refused or undecided.
+def _size(claim: Claim) -> dict[str, Any]:
+    """What a row says of the claim's margin and items; of `items` each is its own group."""
+    groups = num_groups(claim.candidate, claim.groups)
+    return {"margin": claim.margin, "items": num_groups(claim.candidate), "groups": groups}
 
-    A test that rejects errs with the same small probability on any number of items, so what was shown is a decision
-    without a look at the power, and so is what the interval excludes. Power counts where nothing was shown.
+
+def decide(comparison: Comparison) -> str:
+    """The decision on a version, from the verdicts on its metrics: promoted, refused or undecided.
+
+    Refused if a metric failed, promoted if all passed. What is still open is refused on a test set that would have
+    shown the declared effect with a probability of POWER; a smaller one leaves it undecided.
     """
     verdicts = [row["verdict"] for row in comparison.values()]
     primary = next(iter(comparison.values()))

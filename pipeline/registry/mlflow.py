@@ -48,7 +48,7 @@ class ModelRegistry:
         return numbers
 
     def remembered(self, version_id: str) -> str:
-        """As `label`, by the numbers that `numbers` found last; asks nobody, since loading MLflow takes seconds."""
+        """What people call a version, by the numbers that were found last; loading MLflow would take seconds."""
         kept = read_json(self._remembered) if self._remembered.is_file() else {}
         same = (kept.get("registry"), kept.get("name")) == (self.uri, self.name)
         return name_of(version_id, kept["numbers"].get(version_id) if same else None)
@@ -56,13 +56,6 @@ class ModelRegistry:
     @property
     def _remembered(self) -> Path:
         return self.root / WORK_DIR / "numbers.json"
-
-    def label(self, version_id: str | None) -> str:
-        """How people call a version; by its id alone while the registry has no number for it or cannot be reached."""
-        try:
-            return name_of(version_id, self.numbers().get(version_id) if version_id else None)
-        except RegistryError:
-            return str(version_id)
 
     def id_of(self, number: str) -> str:
         """The published version behind MLflow's `number`.
@@ -156,14 +149,10 @@ class ModelRegistry:
                 self.client.delete_model_version(self.name, entry.version)
 
     def _entries(self, version_id: str | None = None) -> list[Any]:
-        entries: list[Any] = []
-        token: str | None = None
         with self._reached():
-            while token is None or token:
-                page = self.client.search_model_versions(f"name = '{self.name}'", page_token=token)
-                entries += [entry for entry in page if "version_id" in entry.tags]
-                token = page.token or ""
-        return [entry for entry in entries if version_id in (None, entry.tags["version_id"])]
+            entries = self.client.search_model_versions(f"name = '{self.name}'", max_results=200_000)  # MLflow's most
+        ids = [entry.tags.get("version_id") for entry in entries]
+        return [entry for entry, its in zip(entries, ids, strict=True) if its and version_id in (None, its)]
 
     @property
     def database(self) -> Path | None:

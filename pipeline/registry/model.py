@@ -2,6 +2,7 @@
 
 import csv
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from itertools import takewhile
@@ -14,7 +15,7 @@ from pipeline.core.files import WORK_DIR, read_json, write_json
 from pipeline.params import PublishParams
 from pipeline.registry import manifest as manifests
 from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
-from pipeline.registry.decisions import DecisionError, Record, champion, read_log
+from pipeline.registry.decisions import DecisionError, Record, append, champion, name_of, read_log
 from pipeline.registry.manifest import Manifest, read_manifest, require_manifest
 from pipeline.registry.mlflow import ModelRegistry, RegistryError
 from pipeline.registry.signature import read_signature, require_signed
@@ -42,6 +43,16 @@ class RegisteredModel:
     def champion(self) -> str | None:
         return champion(self.log())
 
+    def decide(self, decide: Callable[[list[Record]], Record]) -> Record:
+        """Add to the log what `decide` makes of it, anew whenever another process wrote first; a record without a
+        number stays outside."""
+        while True:
+            record = decide(self.log())
+            if record.number == 0:
+                return record
+            if written := append(self.store, self.name, record):
+                return written
+
     def find(self, version: str | None) -> str:
         """The content id of a version named by number (3 or v3), id, or `champion`; None: the workspace's.
 
@@ -63,8 +74,11 @@ class RegisteredModel:
         return require_manifest(self.store, version)
 
     def label(self, version: str | None) -> str:
-        """How people call a version: `v4 (295a1c…)`."""
-        return self.registry.label(version)
+        """What people call a version; its id alone while the registry has no number for it or cannot be reached."""
+        try:
+            return name_of(version, self.registry.numbers().get(version) if version else None)
+        except RegistryError:
+            return str(version)
 
     def folder(self, version: str) -> Path:
         """Where this machine keeps what it fetched and measured of a version."""

@@ -16,7 +16,6 @@ from pipeline.registry.artifact_store import OBJECT, ArtifactStore
 from pipeline.registry.decisions import (
     DecisionError,
     Record,
-    append,
     champion,
     champions,
     deleted,
@@ -49,19 +48,20 @@ def delete(publishing: PublishParams, version: str, reason: str, root: Path = Pa
         StoreError: it does not exist.
     """
     model = RegisteredModel(publishing, root)
-    while True:
-        log, version = model.log(), model.find(version)
-        record = deleted(log).get(version)
-        if record is None:
-            if why := _used(log).get(version):
-                raise DecisionError(f"version {model.label(version)} is {why}")
-            model.manifest(version)
-            serving = champion(log)
-            record = append(model.store, model.name, Record(len(log) + 1, "deleted", version, serving, serving, reason))
-        if record is not None:
-            model.store.delete(manifests.key_of(version))
-            model.registry.forget(version)
-            return record
+    version = model.find(version)
+    earlier = deleted(model.log()).get(version)
+
+    def decide(log: list[Record]) -> Record:
+        if why := _used(log).get(version):
+            raise DecisionError(f"version {model.label(version)} is {why}")
+        model.manifest(version)
+        serving = champion(log)
+        return Record(len(log) + 1, "deleted", version, serving, serving, reason)
+
+    record = earlier or model.decide(decide)
+    model.store.delete(manifests.key_of(version))
+    model.registry.forget(version)
+    return record
 
 
 def outdated(publishing: PublishParams, root: Path = Path(".")) -> list[str]:

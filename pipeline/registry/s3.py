@@ -41,17 +41,10 @@ PART_SIZE = 32 * 2**20  # bytes; a bigger file is sent and fetched in parts of t
 PROBE = b"Retune writes this on condition that it is not there, to see that the server heeds the condition.\n"
 PROBE_HOLD_S = 2.0  # how long one write of the probe waits for the other
 BROKEN_BODY = (IncompleteReadError, ResponseStreamingError, ReadTimeoutError)
-ADVICE = {  # by S3's code or status
-    "InvalidAccessKeyId": "renew the credentials, or choose others",
-    "SignatureDoesNotMatch": "renew the credentials, or choose others",
-    "ExpiredToken": "renew the credentials, or choose others",
-    "AuthorizationHeaderMalformed": "set publish.region_name to the bucket's region",
-    "PermanentRedirect": "set publish.region_name to the bucket's region",
-    "NoSuchBucket": "create the bucket, or correct publish.artifact_store",
-    "RequestTimeTooSkewed": "set this machine's clock",
-    "NotImplemented": "use another server: this one lacks what Retune needs",
-    "403": "docs/operations.md lists the rights that are needed",
-}
+ADVICE = (
+    "look at the connection, publish.artifact_store, endpoint_url, region_name and profile_name, the credentials that "
+    "boto3 finds (environment, ~/.aws, this machine's role), and the rights that docs/operations.md lists"
+)
 
 
 class S3Store(ArtifactStore):
@@ -75,20 +68,17 @@ class S3Store(ArtifactStore):
         encryption = {"ServerSideEncryption": params.server_side_encryption, "SSEKMSKeyId": params.sse_kms_key_id}
         self._encryption = {name: value for name, value in encryption.items() if value is not None}
         self._probed = False
+        config = Config(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=read_timeout_s,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            max_pool_connections=max(10, params.max_concurrency + 1),
+            tcp_keepalive=True,
+            s3={"addressing_style": params.addressing_style, "payload_signing_enabled": False},
+        )
         with self._explained():
             session = boto3.Session(profile_name=params.profile_name, region_name=params.region_name)
-            self._client = session.client(
-                "s3",
-                endpoint_url=params.endpoint_url,
-                config=Config(
-                    connect_timeout=CONNECT_TIMEOUT_S,
-                    read_timeout=read_timeout_s,
-                    retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-                    max_pool_connections=max(10, params.max_concurrency + 1),
-                    tcp_keepalive=True,
-                    s3={"addressing_style": params.addressing_style, "payload_signing_enabled": False},
-                ),
-            )
+            self._client = session.client("s3", endpoint_url=params.endpoint_url, config=config)
         for operation in ("PutObject", "CompleteMultipartUpload"):
             self._client.meta.events.register(f"provide-client-params.s3.{operation}", _only_create)
             self._client.meta.events.register(f"needs-retry.s3.{operation}", _pause_at_conflict)
@@ -96,35 +86,32 @@ class S3Store(ArtifactStore):
     def probe(self) -> None:
         """See that the server keeps conditional writes apart: at the first use of a store a race, later one refusal.
 
-        The verdict is kept in the store, so that later probes cost two requests and nothing accumulates.
+        The result is kept in the store, so that later probes cost two requests and nothing accumulates.
         """
         if self._probed:
             return
         with self._explained():
-            if self.read("probe/done") is None:
-                self._race(f"probe/{uuid.uuid4().hex}")
+            first = self.read("probe/done") is None
+            safe = not first or self._race(f"probe/{uuid.uuid4().hex}")
+            if first and safe:
                 self._put("probe/done", PROBE)
-            if self._put("probe/done", PROBE):
-                raise self._unsafe()
-            self._probed = True
+            self._probed = safe and not self._put("probe/done", PROBE)
+        if not self._probed:
+            raise StoreError(
+                f"the S3 server of {self.uri} lets two conditional writes (If-None-Match) of one key both succeed, so "
+                "that two promoters could both win; use AWS S3 or another server that lets one win"
+            )
 
-    def _race(self, key: str) -> None:
-        """Two writes of one key, the second while the first is under way. A server that asks whether the key exists
-        when a write begins, and not when it ends, lets both succeed: OpenStack Swift does."""
+    def _race(self, key: str) -> bool:
+        """Whether one of two writes of a key fails, the second made while the first is under way. A server that asks
+        whether the key exists when a write begins, and not when it ends, lets both succeed: OpenStack Swift does."""
         body = _HeldBody(PROBE)
         with ThreadPoolExecutor(1) as other:
             first = other.submit(self._put, key, PROBE, body=body)
             body.begun.wait(PROBE_HOLD_S)
             second = self._put(key, PROBE)
             body.released.set()
-            if first.result() and second:
-                raise self._unsafe()
-
-    def _unsafe(self) -> StoreError:
-        return StoreError(
-            f"the S3 server of {self.uri} lets two conditional writes (If-None-Match) of one key both succeed, so that "
-            "two promoters could both win; use AWS S3 or another server that lets one win"
-        )
+            return not (first.result() and second)
 
     def create(self, key: str, data: bytes) -> bool:
         check_key(key)
@@ -140,11 +127,12 @@ class S3Store(ArtifactStore):
     def upload(self, files: Files, progress: Progress) -> None:
         self.probe()
         with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
-            subscribers, transfers = [ProgressCallbackInvoker(progress)], []
+            transfers = []
             for key, path in files:
                 # Here the server checks that the content is what the name says; of a file in parts, each part's CRC.
                 whole = path.stat().st_size < PART_SIZE
                 extra = self._encryption | ({"ChecksumSHA256": _base64(bytes.fromhex(key[8:]))} if whole else {})
+                subscribers = [ProgressCallbackInvoker(progress)]
                 transfers.append(manager.upload(str(path), self.bucket, self._name(key), extra, subscribers))
             for transfer in transfers:
                 try:
@@ -154,13 +142,11 @@ class S3Store(ArtifactStore):
                         raise
 
     def read(self, key: str) -> bytes | None:
-        attempt = 1
         with self._explained():
-            while True:
+            for attempt in range(1, ATTEMPTS + 1):
                 try:
                     answer = self._client.get_object(Bucket=self.bucket, Key=self._name(check_key(key)))
-                    data: bytes = answer["Body"].read()
-                    return data
+                    return bytes(answer["Body"].read())
                 except ClientError as error:
                     if _status(error) == 404 and _code(error) != "NoSuchBucket":
                         return None
@@ -168,17 +154,17 @@ class S3Store(ArtifactStore):
                 except BROKEN_BODY:  # botocore sends a request again, but not for a body that breaks off
                     if attempt == ATTEMPTS:
                         raise
-                    attempt += 1
-                    time.sleep(0.05 * 2**attempt)
+                    time.sleep(0.1 * 2**attempt)
+        return None  # the last attempt returned or raised
 
     def download(self, files: Files, progress: Progress) -> None:
         with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
             subscribers = [ProgressCallbackInvoker(progress)]
-            transfers = [
-                (key, manager.download(self.bucket, self._name(check_key(key)), str(path), None, subscribers))
+            transfers = {
+                key: manager.download(self.bucket, self._name(check_key(key)), str(path), None, subscribers)
                 for key, path in files
-            ]
-            for key, transfer in transfers:
+            }
+            for key, transfer in transfers.items():
                 try:
                     transfer.result()
                 except ClientError as error:
@@ -232,9 +218,9 @@ class S3Store(ArtifactStore):
                 **self._encryption,
             )
         except ClientError as error:
-            if _status(error) == 412:
-                return False
-            raise
+            if _status(error) != 412:
+                raise
+            return False
         return True
 
     @contextmanager
@@ -242,24 +228,16 @@ class S3Store(ArtifactStore):
         try:
             yield
         except ClientError as error:
-            code, status = _code(error), _status(error)
             # boto3's operation name in plain words: PutObject is "put object".
             action = re.sub(r"(?<!^)(?=[A-Z])", " ", error.operation_name).lower().replace(" v2", "")
-            advice = ADVICE.get(code) or ADVICE.get(str(status)) or ("try again later" if status >= 500 else "")
-            said = f"the S3 server of {self.uri} ({self.server}) refused to {action}: {status} {code}"
-            raise StoreError(said + (f"; {advice}" if advice else "")) from None
-        except RetriesExceededError as error:
-            raise self._unreachable(error.last_exception) from None
-        except (BotoCoreError, ValueError) as error:
-            raise self._unreachable(error) from None
-
-    def _unreachable(self, error: Exception) -> StoreError:
-        # Only the error's name: what boto3 says itself may quote a credential.
-        return StoreError(
-            f"{self.uri} ({self.server}) cannot be used: {type(error).__name__}, after up to {ATTEMPTS} attempts; look "
-            "at the connection, publish.endpoint_url, region_name and profile_name, and the credentials that boto3 "
-            "finds (environment, ~/.aws, this machine's role)"
-        )
+            problem = f"refused to {action}: {_status(error)} {_code(error)}"
+        except (RetriesExceededError, BotoCoreError, ValueError) as error:
+            # Only the error's name: what boto3 says itself may quote a credential.
+            cause = error.last_exception if isinstance(error, RetriesExceededError) else error
+            problem = f"cannot be used: {type(cause).__name__}, after up to {ATTEMPTS} attempts"
+        else:
+            return
+        raise StoreError(f"the S3 server of {self.uri} ({self.server}) {problem}; {ADVICE}") from None
 
 
 class _HeldBody(io.BytesIO):

@@ -20,29 +20,6 @@ from pipeline.registry.artifact_store import ArtifactStore, StoreError
 Entry = dict[str, Any]
 
 
-def ship(
-    store: ArtifactStore, version: str, files: dict[str, Path], manifest: Callable[[dict[str, Entry]], bytes]
-) -> int:
-    """Publish `files` (manifest name → file) as the version `version`; returns the bytes that were sent.
-
-    `manifest` writes the manifest from the entries; it is stored when every object is there, and read back. When
-    another publisher of the same version was first, its manifest stands.
-
-    Raises:
-        StoreError: the store cannot be written, or does not hold what was written.
-    """
-    key = f"versions/{version}/manifest.json"
-    entries, sent = upload(store, files)
-    text = manifest(entries)
-    check_objects(store, entries)
-    created = store.create(key, text)
-    stored = store.read(key)
-    if stored is None or (created and stored != text):
-        raise StoreError(f"read back from {store.uri}, {key} has different content")
-    check_objects(store, json.loads(stored)["files"])
-    return sent
-
-
 def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entry], int]:
     """Bring `files` (manifest name → file) into the store; returns the manifest's entries and the bytes that were sent.
 
@@ -66,6 +43,23 @@ def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entr
     return entries, size
 
 
+def publish_manifest(store: ArtifactStore, version: str, text: bytes) -> None:
+    """Make a version visible: store its manifest, once every object that it names is there, and read it back.
+
+    When another publisher of the same version was first, its manifest stands.
+
+    Raises:
+        StoreError: the store cannot be written, or does not hold what was written.
+    """
+    key = f"versions/{version}/manifest.json"
+    check_objects(store, json.loads(text)["files"])
+    created = store.create(key, text)
+    stored = store.read(key)
+    if stored is None or (created and stored != text):
+        raise StoreError(f"read back from {store.uri}, {key} has different content")
+    check_objects(store, json.loads(stored)["files"])
+
+
 def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
     """Every object that `entries` need is in the store; that of a whole file has its size.
 
@@ -83,13 +77,8 @@ def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
 
 
 def fetch_version(store: ArtifactStore, manifest: dict[str, Any], part: str, folder: Path) -> Path:
-    """Download one part of a version (adapter, merged, evaluation or parity) to `folder/part`, every file checked.
-
-    Raises:
-        StoreError, UnsafeFileError: as `fetch_files`.
-    """
-    names = [name for name in manifest["files"] if name.startswith(f"{part}/")]
-    fetch_files(store, manifest, {name: name for name in names}, folder)
+    """As `fetch_files`, one part of a version (adapter, merged, evaluation or parity) to `folder/part`."""
+    fetch_files(store, manifest, {name: name for name in manifest["files"] if name.startswith(f"{part}/")}, folder)
     return folder / part
 
 
@@ -135,13 +124,9 @@ def fetch(store: ArtifactStore, entries: dict[str, Entry], folder: Path) -> None
         store.download([(f"objects/{absent[name]['sha256']}", paths[name]) for name in whole], progress)
         for name in absent.keys() - set(whole):
             _join_chunks(store, absent[name], paths[name])
-            progress(absent[name]["size"])
         for name, digest in zip(absent, pool.map(sha256_file, paths.values()), strict=True):
-            if digest != absent[name]["sha256"] or paths[name].stat().st_size != absent[name]["size"]:
-                raise StoreError(
-                    f"{name} in {store.uri} was altered: it has {paths[name].stat().st_size:,} bytes with digest "
-                    f"{digest}, its manifest says {absent[name]['size']:,} and {absent[name]['sha256']}"
-                )
+            if digest != absent[name]["sha256"]:
+                raise StoreError(f"{name} in {store.uri} was altered: its digest is {digest}; its manifest has another")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             paths[name].replace(folder / name)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.core.files import write_text
 from pipeline.core.pages.templates import environment
-from pipeline.registry.verdict import number
+from pipeline.registry.wording import number
 from pipeline.report.contents import Change, Contents
 from pipeline.report.tables import SYSTEMS, markdown, score_rows
 from pipeline.scoring.resampling import PERCENT, num_counting

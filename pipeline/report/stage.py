@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.core.files import read_json, write_json, write_text
 from pipeline.data.report import excerpt
 from pipeline.params import EvaluateParams
-from pipeline.registry.verdict import number
+from pipeline.registry.wording import number
 from pipeline.report.contents import Asked, Contents, System
 from pipeline.report.evaluation_pages import write_report
 from pipeline.report.tables import SYSTEMS, Row, interval

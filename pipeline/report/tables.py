@@ -7,7 +7,7 @@ from rich.table import Table
 
 from pipeline.registry.gate import Comparison
 from pipeline.registry.significance import ALPHA
-from pipeline.registry.verdict import number, span
+from pipeline.registry.wording import number, span
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS
 
 # Keys of metrics.json, and what people call these systems.

@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 from pipeline.core import graph
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
-from pipeline.registry.compare import settings_of
+from pipeline.registry.compare import merged_items, settings_of
 from pipeline.registry.gate import CompareError
 from pipeline.registry.manifest import Manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.rescore import merged_items
-from pipeline.registry.verdict import number, span
+from pipeline.registry.wording import number, span
 from pipeline.report.contents import Contents, System
 from pipeline.report.stage import flat
 from pipeline.report.tables import Row
@@ -51,7 +50,7 @@ def compare_versions(params: Params, old: str, new: str, root: Path = Path("."))
     if before.manifest["version"] == after.manifest["version"]:
         raise CompareError(f"{old} and {new} are both version {before.manifest['version']}; name two")
     alike = before.manifest["evaluation"] == after.manifest["evaluation"]
-    settings = after.manifest["evaluation"] if alike else settings_of(after.manifest, root)
+    settings = after.manifest["evaluation"] if alike else settings_of(after.manifest, before.manifest["version"], root)
     systems = []
     for key, side in ((OLD, before), (NEW, after)):
         items = merged_items(model, side.manifest, settings) if side.items is None else side.items

@@ -13,13 +13,12 @@ import pyarrow.parquet as pq
 from pipeline.core.graph import STAGES
 from pipeline.core.progress import clock
 from pipeline.params import PublishParams
-from pipeline.registry.compare import BASE
+from pipeline.registry.compare import BASE, merged_items
 from pipeline.registry.decisions import Record
 from pipeline.registry.gate import CompareError
 from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.rescore import merged_items
-from pipeline.registry.verdict import next_step, title
+from pipeline.registry.wording import next_step, title
 from pipeline.report.contents import Contents, System, gate_changes
 from pipeline.report.evaluation_pages import write_report
 from pipeline.report.stage import facts, file_parts, read_prompts

@@ -3,10 +3,9 @@
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
 from pipeline.registry.decisions import Record, name_of
-from pipeline.registry.verdict import TITLES, next_step, title, why
+from pipeline.registry.wording import TITLES, next_step, title, why
 from pipeline.report.tables import in_short, markdown, score_rows, show_table, verdict_rows
 
 MANIFEST: dict[str, Any] = {
@@ -77,16 +76,6 @@ def test_every_decision_has_a_title_and_a_forced_one_is_called_so() -> None:
     assert (forced.word, Record(1, "promoted", "abc", "abc", None, "r").word) == ("forced", "promoted")
     names = [name_of("295a1c0011223344", number) for number in ("4", None)]
     assert names == ["v4 (295a1c…)", "295a1c0011223344"]
-
-
-def test_the_guide_shows_the_sentences_that_are_printed() -> None:
-    guide = (ROOT / "docs" / "guide.md").read_text()
-    v1, v2, v3 = "v1 (8b02f1…)", "v2 (295a1c…)", "v3 (77d0e4…)"
-    shown = [("promoted", v2, None), ("refused", v3, v2), ("undecided", v2, v1), ("proposed", v2, v1)]
-    for word, name, serving in shown:
-        assert f"Verdict  {title(word, name, serving)}." in guide
-        assert f"Next     {next_step(word, name.split()[0], UNDECIDED, MANIFEST)}." in guide
-    assert f"Why      {why(UNDECIDED, 'champion v1 (8b02f1…)')}." in guide
 
 
 def test_a_verdicts_row_names_base_or_champion_and_leaves_out_what_was_not_tested() -> None:

@@ -1,13 +1,12 @@
-"""A decision in words: what was decided, why, and what to do next.
+"""A decision in words: what was decided, why, and what to do next; for terminal, dashboard, report and webhooks.
 
-Terminal, dashboard, report and webhooks all take their words from here. In comes a comparison of `gate`, with the
-names of the versions; nothing is decided here.
+A decision is on a version, a verdict on one of its metrics. Both are made in `gate`, nothing is decided here.
 """
 
 import math
 from typing import Any
 
-from pipeline.registry.gate import Comparison, decision_on
+from pipeline.registry.gate import Comparison, decide
 from pipeline.registry.manifest import Manifest
 from pipeline.registry.significance import POWER
 from pipeline.scoring.resampling import LOWER_IS_BETTER, PERCENT
@@ -33,7 +32,7 @@ def title(word: str, name: str, champion: str | None) -> str:
 
 def why(comparison: Comparison, against: str) -> str:
     """The gate's reason in a sentence; `against` names what the candidate was compared with."""
-    decision = decision_on(comparison)
+    decision = decide(comparison)
     metric, primary = next(iter(comparison.items()))
     if decision == "promoted":
         guards = [name for name, row in comparison.items() if row is not primary and row["passed"]]
@@ -123,16 +122,18 @@ def _failed(metric: str, row: dict[str, Any], against: str) -> str:
 
 
 def _open(metric: str, row: dict[str, Any], primary: dict[str, Any], against: str, decision: str) -> str:
-    moved, items = _moved(metric, row, against), f"{row['items']:,} test items"
-    if row["margin"] is None and "independent" in row["needed"]:
-        return f"{moved}, but they are too few to tell: needed {row['needed']}"
-    if decision == "undecided":
-        what = "to tell" if row["margin"] is None else f"to tell whether more than allowed was lost ({row['needed']})"
-        return f"{moved}, but {items} are too few {what}"
-    if row["margin"] is None:
+    items, of_primary = f"{row['items']:,} test items", row["margin"] is None
+    if of_primary and "independent" in row["needed"]:
+        missing = f"but they are too few to tell: needed {row['needed']}"
+    elif decision == "undecided":
+        lost = "" if of_primary else f" whether more than allowed was lost ({row['needed']})"
+        missing = f"but {items} are too few to tell{lost}"
+    elif of_primary:
         shown = f"{items} would have shown an improvement of {primary['declared']:g} (promote.declared_effect)"
-        return f"{moved}, which can be chance; {shown} with a probability of {POWER:g} or more"
-    return f"{moved}, and it is not shown that no more than allowed was lost ({row['needed']})"
+        missing = f"which can be chance; {shown} with a probability of {POWER:g} or more"
+    else:
+        missing = f"and it is not shown that no more than allowed was lost ({row['needed']})"
+    return f"{_moved(metric, row, against)}, {missing}"
 
 
 def _and(names: list[str]) -> str:

@@ -1,0 +1,274 @@
+"""Publishing and promoting in S3 while requests fail, processes die or race: nothing is torn, lost or made twice.
+
+The server is Swift behind a proxy that keeps conditional writes apart, as AWS does. A fault or two by default; all of
+them, at every request, with `make test-faults`. `test_kills.py` does the same for a store in a folder.
+"""
+
+import json
+import random
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from time import sleep  # not the quicker one of `quick`
+from typing import Any
+
+import preloaded
+import pytest
+from conftest import publish_params, with_
+from fault_proxy import FAULTS, KILLS, FaultProxy
+from test_kills import race
+from test_store import publish
+from versions import parameters, published
+
+from pipeline import promote as gate
+from pipeline.params import Params
+from pipeline.registry.artifact_store import StoreError, open_store
+from pipeline.registry.decisions import champion, read_log
+from pipeline.registry.mlflow import ModelRegistry
+from pipeline.registry.s3 import S3Store
+from pipeline.registry.transfer import fetch
+
+PART_SIZE, SIZE = 5 * 2**20, 200_000
+LONG = [pytest.mark.faults, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Parts of the least size that S3 takes; a twentieth of the pauses between attempts; a second for an answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.registry.s3.PART_SIZE", PART_SIZE)
+        patch.setattr("botocore.endpoint.time.sleep", lambda seconds: sleep(seconds / 20))
+        patch.setattr(S3Store.__init__, "__defaults__", (1.0,))
+        yield
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """A second version of small files and one of `size` bytes, published next to a first one."""
+
+    url: str
+    folder: str
+    size: int
+
+    def fresh(self) -> str:
+        place = uuid.uuid4().hex
+        self._publish(place, 1)
+        return place
+
+    def run(self, place: str) -> None:
+        self._publish(place, 2)
+
+    def done(self, place: str) -> bool:
+        """Every version that can be seen is whole, to the last byte."""
+        store = self._store(place)
+        for number, key in enumerate(store.list("versions/"), start=1):
+            out = Path(self.folder) / "out"
+            fetch(store, json.loads(store.read(key) or b"")["files"], out)
+            for name, path in self._files(number).items():
+                assert (out / name).read_bytes() == path.read_bytes()
+            shutil.rmtree(out)
+        return len(store.list("versions/")) == 2
+
+    def check(self, place: str) -> None:
+        assert len(self._store(place).list("objects/")) == 5  # of each version two, and one that both have
+
+    def _publish(self, place: str, number: int) -> None:
+        publish(self._store(place), f"v{number}", self._files(number))
+
+    def _store(self, place: str) -> S3Store:
+        at = {"endpoint_url": self.url, "addressing_style": "path", "max_concurrency": 1}
+        return S3Store(publish_params(f"s3://retune/{place}", **at))
+
+    def _files(self, number: int) -> dict[str, Path]:
+        weights = random.Random(number).randbytes(self.size)
+        content = {"adapter/config.json": b"{}" * number, "evaluation/a": b"same", "merged/model.safetensors": weights}
+        files = {name: Path(self.folder) / f"{number}-{name.replace('/', '-')}" for name in content}
+        for name, path in files.items():
+            if not path.exists():  # written again it would be another file to an upload that is under way
+                path.write_bytes(content[name])
+        return files | {"evaluation/b": files["evaluation/a"]}
+
+
+@dataclass(frozen=True)
+class Promoting:
+    """The second of two versions, promoted over the first; each time as another model of one store."""
+
+    url: str
+    folder: str
+    prefix: str
+
+    @cached_property
+    def _versions(self) -> list[str]:
+        return [published(Path(self.folder), self._params("all"), q, registered=False) for q in (0.4, 0.6)]
+
+    def fresh(self) -> str:
+        place, (first, second) = f"m{uuid.uuid4().hex[:8]}", self._versions
+        (Path(self.folder) / place).write_text(second)
+        assert self._promote(place, first).decision == "promoted"
+        shutil.rmtree(Path(self.folder) / ".retune" / "versions", ignore_errors=True)  # it is to be fetched each time
+        return place
+
+    def run(self, place: str) -> None:
+        decision = self._promote(place, (Path(self.folder) / place).read_text())
+        assert (decision.decision, decision.warnings) in (("promoted", []), ("unchanged", []))
+
+    def done(self, place: str) -> bool:
+        return len(self._log(place)) == 2
+
+    def check(self, place: str) -> None:
+        log = self._log(place)
+        assert [(record.decision, record.version) for record in log] == [("promoted", v) for v in self._versions]
+        client = ModelRegistry(self._params(place).publish.tracking_uri, place).client
+        alias = client.get_registered_model(place).aliases["champion"]
+        assert client.get_model_version(place, alias).tags["version_id"] == champion(log) == self._versions[1]
+
+    def _promote(self, place: str, version: str) -> gate.Decision:
+        params = self._params(place)
+        return gate.promote(params.publish, params.promote, version, Path(self.folder))
+
+    def _log(self, place: str) -> list[Any]:
+        return read_log(open_store(self._params(place).publish), place)
+
+    def _params(self, place: str) -> Params:
+        at = {"endpoint_url": self.url, "addressing_style": "path", "max_concurrency": 1}
+        params = parameters(Path(self.folder), artifact_store=f"s3://retune/{self.prefix}", **at)
+        return with_(params, publish={"registered_model_name": place})
+
+
+Work = Publishing | Promoting
+KINDS = {"Publishing": Publishing, "Promoting": Promoting}
+
+
+def run_in_a_fork(kind: str, fields: dict[str, Any], place: str) -> None:
+    KINDS[kind](**fields).run(place)
+
+
+@pytest.fixture(scope="module")
+def proxy(swift_server: str) -> Iterator[FaultProxy]:
+    with FaultProxy(int(swift_server.rpartition(":")[2])) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def work(request: pytest.FixtureRequest, proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    folder = str(tmp_path_factory.mktemp("work"))
+    if request.param == "promote":
+        return Promoting(proxy.url, folder, uuid.uuid4().hex)
+    return Publishing(proxy.url, folder, {"publish": SIZE, "publish in parts": PART_SIZE + 1}[request.param])
+
+
+@pytest.fixture(scope="module")
+def requests(work: Work, proxy: FaultProxy) -> int:
+    """How many requests it comes to when nothing goes wrong."""
+    place, before = work.fresh(), len(proxy.seen)
+    work.run(place)
+    number = len(proxy.seen) - before
+    assert work.done(place) and number > 8
+    work.check(place)
+    return number
+
+
+def plan(proxy: FaultProxy, fault: str, index: int, lasting: bool = False) -> None:
+    """Let request `index` from now on meet the fault, and those after it if it is lasting."""
+    first = len(proxy.seen) + index
+
+    def fault_of(number: int, line: str) -> str | None:
+        hit = number >= first if lasting else number == first
+        return fault if hit and (line.startswith("PUT") or "Conflict" not in fault) else None  # only writes conflict
+
+    proxy.plan = fault_of
+
+
+def at_first_attempt(work: Work, proxy: FaultProxy, fault: str, index: int, lasting: bool = False) -> bool:
+    """Whether the work came to its end in spite of a fault; if not, the next attempt does. Nothing is ever torn."""
+    place, error = work.fresh(), None
+    plan(proxy, fault, index, lasting)
+    try:
+        work.run(place)
+    except StoreError as raised:
+        error = raised
+    print(fault, index, error)
+    proxy.plan = lambda number, line: None
+    work.done(place)
+    if error is not None:
+        work.run(place)
+    assert work.done(place)
+    work.check(place)
+    return error is None
+
+
+@pytest.mark.parametrize("fault", [None, *(pytest.param(fault, marks=LONG) for fault in FAULTS)])
+@pytest.mark.parametrize(
+    "work", ["publish", pytest.param("publish in parts", marks=LONG), "promote"], indirect=True, ids=str
+)
+def test_a_fault_at_any_request_changes_nothing_of_the_result(
+    work: Work, proxy: FaultProxy, requests: int, fault: str | None
+) -> None:
+    """None: one that is drawn, at a request that is drawn."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    draw = random.Random(seed)
+    indices = range(requests) if fault else [draw.randrange(requests)]
+    failed = [index for index in indices if not at_first_attempt(work, proxy, fault or draw.choice(FAULTS), index)]
+    print("not at the first attempt:", failed)
+    in_parts = isinstance(work, Publishing) and work.size > PART_SIZE
+    assert len(failed) <= in_parts  # the completion of an upload in parts, as its server repeats it or not
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", ["reset", "lost", "500", "stall", "403:AccessDenied"])
+@pytest.mark.parametrize("work", ["publish"], indirect=True)
+def test_a_fault_that_stays_is_a_clear_error_and_the_next_attempt_reaches_the_end(
+    work: Work, proxy: FaultProxy, requests: int, fault: str
+) -> None:
+    for index in range(0, requests - 3, 2):  # without the last two, a publish is done
+        assert not at_first_attempt(work, proxy, fault, index, lasting=True)
+
+
+def effect_of_kill(work: Work, proxy: FaultProxy, how: str, index: int) -> bool:
+    """Whether the work had taken effect when it was killed at a request; the next run leaves everything right."""
+    place = work.fresh()
+    plan(proxy, how, index)
+
+    def started(child: preloaded.Child) -> None:
+        proxy.on_kill = child.kill
+
+    assert preloaded.call(run_in_a_fork, type(work).__name__, asdict(work), place, started=started).killed
+    proxy.plan = lambda number, line: None
+    effect = work.done(place)
+    work.run(place)
+    assert work.done(place)
+    work.check(place)
+    return effect
+
+
+@pytest.mark.parametrize("work", ["promote"], indirect=True)
+def test_a_promotion_killed_beside_its_record_is_repaired_by_the_next_command(
+    work: Work, proxy: FaultProxy, requests: int
+) -> None:
+    assert not effect_of_kill(work, proxy, "kill", 0)
+    assert effect_of_kill(work, proxy, "killed", requests - 1)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("how", KILLS)
+@pytest.mark.parametrize("work", ["publish", "publish in parts", "promote"], indirect=True)
+def test_work_killed_at_any_request_is_lost_or_done_once(
+    work: Work, proxy: FaultProxy, requests: int, how: str
+) -> None:
+    effects = [effect_of_kill(work, proxy, how, index) for index in range(requests)]
+    print(
+        f"killed at each of {requests} requests: {effects.count(False)} before, {effects.count(True)} after the effect"
+    )
+    assert effects == sorted(effects) and set(effects) == {False, True}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("racers", "rounds"), [(4, 6), pytest.param(16, 60, marks=pytest.mark.faults)])
+def test_racing_promoters_make_one_linear_history(s3: str, racers: int, rounds: int) -> None:
+    race(publish_params(f"s3://retune/{uuid.uuid4().hex}", endpoint_url=s3, addressing_style="path"), racers, rounds)
