@@ -241,17 +241,10 @@ def s3(swift_server: str) -> Iterator[str]:
     """The same behind a proxy that lets one of several racing writes win, as AWS does and Swift does not."""
     from fault_proxy import FaultProxy
 
-    with FaultProxy(int(swift_server.rpartition(":")[2])) as proxy:
+    with FaultProxy(int(swift_server.rpartition(":")[2])) as proxy, pytest.MonkeyPatch.context() as patch:
+        # The proxy lets the probe's second write wait for the first.
+        patch.setattr("pipeline.registry.s3.PROBE_HOLD_S", 0.2)
         yield proxy.url
-
-
-@pytest.fixture
-def proxy(swift_server: str) -> Iterator[Any]:
-    """A proxy of the test's own, whose `plan` names the requests that meet a fault."""
-    from fault_proxy import FaultProxy
-
-    with FaultProxy(int(swift_server.rpartition(":")[2])) as proxy:
-        yield proxy
 
 
 @pytest.fixture

@@ -272,7 +272,7 @@ def test_who_forgets_more_than_the_limit_is_refused_whatever_the_gain(params: Pa
 
 def test_equal_systems_are_rarely_promoted_and_better_ones_mostly(params: Params) -> None:
     promote = with_(params, promote=WIDE).promote
-    assert decisions(World(160, group_size=2), 150, promote, 300).count("promoted") <= 150 * 0.05
+    assert decisions(World(160, group_size=2), 100, promote, 300).count("promoted") <= 100 * 0.05
     assert decisions(World(400, gain=promote.declared_effect), 40, promote, 300).count("promoted") >= 40 * 0.8
 
 

@@ -214,7 +214,7 @@ def test_chat_dims_the_thinking_and_gives_it_back_to_the_template(
             return answer
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    messages = try_commands._exchange(Talk(), 8, [], "So?")
+    messages = [try_commands._show(Talk(), [], 8).message()]
     assert capsys.readouterr().out == ("\033[2mIs it?\033[0m\n\n" if terminal else "") + "good […]\n"
     assert messages[-1]["reasoning_content"] == "Is it?"
     assert messages[-1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}

@@ -18,16 +18,11 @@ def store_at(endpoint: str, uri: str | None = None, **values: object) -> S3Store
     return S3Store(publish_params(uri or f"s3://retune/{uuid.uuid4().hex}", **values), read_timeout_s=2)
 
 
-@pytest.fixture
-def store(proxy: FaultProxy) -> S3Store:
-    store = store_at(proxy.url)
-    store.probe()
-    proxy.seen.clear()
-    return store
-
-
-def test_a_server_that_lets_two_racing_writes_both_win_is_refused(swift_server: str) -> None:
+def test_a_server_that_lets_two_racing_writes_both_win_is_refused(
+    swift_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Swift, as it is, does."""
+    monkeypatch.setattr("pipeline.registry.s3.PROBE_HOLD_S", 2.0)
     for _ in range(3):
         with pytest.raises(StoreError, match="two conditional writes"):
             store_at(swift_server).create("promotions/model/00000001.json", b"mine")
@@ -123,7 +118,8 @@ def test_encryption_checksum_and_condition_are_asked_for_with_every_write(
         assert part or begins or b"if-none-match: *\r\n" in head
 
 
-def test_an_object_that_is_not_what_its_name_says_is_refused_by_the_server(store: S3Store, tmp_path: Path) -> None:
+def test_an_object_that_is_not_what_its_name_says_is_refused_by_the_server(s3: str, tmp_path: Path) -> None:
+    store = store_at(s3)
     (tmp_path / "f").write_bytes(b"other bytes")
     with pytest.raises(StoreError, match="BadDigest"):
         store.upload([(f"objects/{'0' * 64}", tmp_path / "f")], lambda size: None)

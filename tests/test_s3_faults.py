@@ -40,6 +40,7 @@ def quick() -> Iterator[None]:
     """Parts of the least size that S3 takes; a twentieth of the pauses between attempts; a second for an answer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.registry.s3.PART_SIZE", PART_SIZE)
+        patch.setattr("pipeline.registry.s3.PROBE_HOLD_S", 0.2)
         patch.setattr("botocore.endpoint.time.sleep", lambda seconds: sleep(seconds / 20))
         patch.setattr(S3Store.__init__, "__defaults__", (1.0,))
         yield

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,13 @@ def test_the_report_of_a_decision_is_written_beside_the_artifacts(there: Path, c
     assert text.splitlines()[2].startswith("**Promoted: v1 ")
 
 
-def test_a_version_is_scored_again_on_another_test_split(there: Path, own: Params) -> None:
+def test_a_version_is_scored_again_on_another_test_split(
+    there: Path, own: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retune_of_tests = str(Path(sys.executable).with_name("retune"))  # the same command, in a fork
+    monkeypatch.setattr(
+        "pipeline.registry.compare.python_ending_with_parent", lambda _, *arguments: [retune_of_tests, *arguments]
+    )
     model = RegisteredModel(own.publish, there)
     manifest = model.manifest(str(model.champion()))
     published, scored = manifest["metrics"]["merged"]["accuracy"]["score"], model.folder(manifest["version"]) / "today"

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from conftest import CACHE, ROOT, with_
+from conftest import CACHE, ROOT, git, with_
 from ruamel.yaml import YAML
 from safetensors.numpy import save_file
 
@@ -77,13 +76,16 @@ def make_workspace(
     """
     artifacts = root / "artifacts"
     shutil.rmtree(artifacts, ignore_errors=True)
-    contract = {
-        "model": {},
-        "chat_template_sha256": "c" * 64,
-        "tokenizer_sha256": "d" * 64,
-        "train_on": "all_responses",
-    }
     test_sha256 = sha256_json(test_split)
+    base, merged = items(0.1, exact, test_split), items(quality, exact, test_split)
+    digests = {"chat_template_sha256": "c" * 64, "tokenizer_sha256": "d" * 64}
+    contract = {"model": {}, "train_on": "all_responses"} | digests
+    training = {
+        "params": params.train.model_dump(),
+        "base_model": {"name_or_path": "data/base", "revision": None, "digest": "b" * 64},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "device": "cpu",
+    }
     evaluation = {
         "test_sha256": test_sha256,
         "params": params.evaluate.model_dump(),
@@ -91,53 +93,40 @@ def make_workspace(
         "signatures": dict.fromkeys(METRICS, "made for a test"),
         "versions": {"torch": "2.13.0"},
     }
+    proof = {"base": "nf4", "token_agreement": 1.0, "identical_answers": 1.0, "prompts": ITEMS}
     if model is not None:
         shutil.copytree(model, artifacts / "merged")
-    else:
-        write_json(artifacts / "merged" / "config.json", {"quality": quality})
-        write_json(artifacts / "merged" / "tokenizer.json", {})
+    documents = {
+        "adapter/contract.json": contract,
+        "adapter/training.json": training,
+        "merged/contract.json": contract,
+        "dataset/report.json": {"rows": {"train": 90, "test": ITEMS}, "test_sha256": test_sha256},
+        "evaluation/scores.json": {"base": _scores(base), "adapter": _scores(merged)},
+        "parity/scores.json": {"merged": _scores(merged)},
+        "parity/parity.json": proof | {"evaluation": evaluation},
+    } | ({} if model else {"merged/config.json": {"quality": quality}, "merged/tokenizer.json": {}})
+    for name, content in documents.items():
+        write_json(artifacts / name, content)
+    if model is None:
         weights(artifacts / "merged" / "model.safetensors", quality, 100)
-    base, merged = items(0.1, exact, test_split), items(quality, exact, test_split)
-    for folder in ("adapter", "merged"):
-        write_json(artifacts / folder / "contract.json", contract)
-    write_json(
-        artifacts / "dataset" / "report.json", {"rows": {"train": 90, "test": ITEMS}, "test_sha256": test_sha256}
-    )
-    write_json(
-        artifacts / "adapter" / "training.json",
-        {
-            "params": params.train.model_dump(),
-            "base_model": {"name_or_path": "data/base", "revision": None, "digest": "b" * 64},
-            "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-            "device": "cpu",
-        },
-    )
-    (artifacts / "adapter" / "loss.csv").write_text("step,loss,validation_loss\n1,2.0,\n2,1.0,1.5\n")
     weights(artifacts / "adapter" / "adapter_model.safetensors", quality, 10)
-    scores = {"base": _scores(base), "adapter": _scores(merged)}
-    write_json(artifacts / "evaluation" / "scores.json", scores)
+    (artifacts / "adapter" / "loss.csv").write_text("step,loss,validation_loss\n1,2.0,\n2,1.0,1.5\n")
     (artifacts / "evaluation" / "report.md").write_text("# Evaluation\n")
     pq.write_table(base, artifacts / "evaluation" / "items.base.parquet")
     pq.write_table(merged, artifacts / "evaluation" / "items.adapter.parquet")
+    pq.write_table(merged, artifacts / "parity" / "items.merged.parquet")
     if forgets is not None:
         columns = {"id": merged["id"], "group": merged["group"], "loss_tokens": [10] * ITEMS, "accuracy": [1.0] * ITEMS}
         for system, loss in (("base", 20.0), ("adapter", 20.0 + 10 * forgets)):
             table = pa.table(columns | {"loss": [loss + (i % 7) / 10 for i in range(ITEMS)]})
             pq.write_table(table, artifacts / "evaluation" / f"general.{system}.parquet")
         write_json(artifacts / "evaluation" / "general.json", {"rows": ITEMS})
-    (artifacts / "parity").mkdir()
-    pq.write_table(merged, artifacts / "parity" / "items.merged.parquet")
-    write_json(artifacts / "parity" / "scores.json", {"merged": _scores(merged)})
-    proof = {"base": "nf4", "token_agreement": 1.0, "identical_answers": 1.0, "prompts": ITEMS}
-    write_json(artifacts / "parity" / "parity.json", proof | {"evaluation": evaluation})
     tree = params.model_dump()
     tree["prepare"]["test_fraction"] = test_fraction
     write_lock(root, tree)
     if commit:
         for command in (["init", "-q"], ["add", "dvc.lock"], ["commit", "-qm", "start"]):
-            subprocess.run(
-                ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *command], cwd=root, check=True
-            )
+            git(root, *command)
 
 
 def write_lock(root: Path, tree: dict[str, Any]) -> None:
