@@ -1,8 +1,8 @@
 """prepare: instruction data in, tokenised train, validation and test splits with their template contract out.
 
-Every row gets a verdict: kept, repaired or dropped with a reason; dropped rows are kept in `dropped.jsonl`. A row's
-split follows from the hash of its group alone, so a row never moves between splits when data is added or removed. A row
-of the test split is dropped on no other row's account; a copy of one, near or exact, is never trained on.
+Every row is kept, repaired or dropped with a reason; dropped rows stand in `dropped.jsonl`. A row's split follows from
+the hash of its group alone, so a row never moves between splits when data is added or removed. A row of the test split
+is dropped on no other row's account; a copy of one, near or exact, is never trained on.
 """
 
 import hashlib
@@ -11,9 +11,14 @@ import os
 import shutil
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,17 +30,17 @@ import pyarrow.parquet as pq
 
 from pipeline.core.dependencies import code_digests
 from pipeline.core.files import sha256_file, sha256_json, whole_directory, write_json
+from pipeline.core.processes import available_cores, end_with_parent
 from pipeline.core.progress import Progress
-from pipeline.core.workers import Workers
 from pipeline.data.benchmarks import read_benchmark_files
 from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.default_scoring import Choice, choose_scoring
-from pipeline.data.encoding import ROWS, TOKENS, Encoder, compared_text, encode_shard, is_encoded, load_encoding
+from pipeline.data.encoding import ROWS, TOKENS, Encoder, compared_text, encode_shard, load_encoding
+from pipeline.data.outcomes import SPLITS, Outcomes, decide, joined_groups
 from pipeline.data.records import Rejected
 from pipeline.data.report import DataStats, write_report
 from pipeline.data.shards import Part, Rejection, canonical_shards
 from pipeline.data.shingles import signature_version
-from pipeline.data.verdicts import SPLITS, Verdicts, decide, joined_groups
 from pipeline.params import PrepareParams
 
 PARALLEL_ROWS = 20_000  # fewer are encoded before a second process has imported its libraries
@@ -64,14 +69,14 @@ class Prepared:
 
 
 def prepare(
-    params: PrepareParams, data: Path, output: Path, cache: Path | None = None, task: str = "causal-lm"
+    params: PrepareParams, data: Path, output: Path, cache: Path | None = None, train_task: str = "causal-lm"
 ) -> Prepared:
     """Write `train|validation|test.parquet`, `contract.json`, `report.json|md|html` and `dropped.jsonl` to `output`.
 
     Train and validation shards have `id, source, task, language, input_ids, labels` (labels −100 where a token carries
     no loss); the test shard, ordered by id, has `id, source, task, language, group, scoring, messages` (JSON), `tools,
     prompt` (rendered), `input_ids` (its tokens) and `reference`, the expected answer. Lengths are in tokens.
-    With `task` (train.task) sequence-classification no token carries loss; train and validation shards have the class
+    With the `train_task` sequence-classification no token carries loss; train and validation shards have the class
     as `label`, the test shard as `reference`, and the contract lists the classes of the training rows as `labels`.
     Encoded shards stay in `cache`, if one is given: the next call reads from there what has not changed.
 
@@ -80,19 +85,21 @@ def prepare(
         PrepareError: too many unusable rows, an overlong row with `on_overlong: error`, or an empty split.
         ClassError: see `class_names`.
     """
-    template, identity = load_encoding(params, task)
+    template, identity = load_encoding(params, train_task)
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="retune-") as work:
         parts, rejected = canonical_shards(data, Path(work) / "shards")
         contract = template.contract(identity)
-        folders = _encode([part.shard for part in parts], params, contract, Path(work) / "encoded", task)
-        verdicts = decide(folders, params.near_duplicate_threshold)
-        _require_usable(params, verdicts, [row for row, *_ in rejected])
+        folders = _encode([part.shard for part in parts], params, contract, Path(work) / "encoded", train_task)
+        outcomes = decide(folders, params.near_duplicate_threshold)
+        _require_usable(params, outcomes, [row for row, *_ in rejected])
         with whole_directory(output) as folder:
             _name_unsearchable_items(params, folder)
-            return _write(parts, rejected, folders, verdicts, template, contract, params, folder)
+            return _write(parts, rejected, folders, outcomes, template, contract, params, folder)
 
 
-def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any], cache: Path, task: str) -> list[Path]:
+def _encode(
+    shards: list[Path], params: PrepareParams, contract: dict[str, Any], cache: Path, train_task: str
+) -> list[Path]:
     """A folder of encoded rows for each shard, in order; what an earlier call left in `cache` is used again."""
     settings = params.model_dump(exclude={"max_dropped_fraction", "default_scoring"})
     benchmarks = [sha256_file(Path(name)) for name in params.decontaminate if Path(name).is_file()]
@@ -100,53 +107,60 @@ def _encode(shards: list[Path], params: PrepareParams, contract: dict[str, Any],
     identity = sha256_json([settings, contract, benchmarks, code, signature_version()])
     cache.mkdir(parents=True, exist_ok=True)
     folders = [cache / sha256_json([identity, sha256_file(shard)])[:32] for shard in shards]
-    todo = {folder: shard for folder, shard in zip(folders, shards, strict=True) if not is_encoded(folder, params)}
+    todo = {folder: shard for folder, shard in zip(folders, shards, strict=True) if not folder.exists()}
     sizes = [pq.read_metadata(shard).num_rows for shard in todo.values()]
     progress = Progress("prepare", sum(sizes), "rows", every=2.0)
-    arguments = [(params.model_dump_json(), shard, folder, task) for folder, shard in todo.items()]
-    if sum(sizes) < PARALLEL_ROWS:
-        for each, done in zip(arguments, np.cumsum(sizes).tolist(), strict=True):
-            encode_shard(*each)
+    encode = partial(encode_shard, params.model_dump_json(), train_task)
+    with nullcontext() if sum(sizes) < PARALLEL_ROWS else _processes() as pool:
+        encoded = (pool.map if pool else map)(encode, todo.values(), todo)
+        for done, _ in zip(np.cumsum(sizes).tolist(), encoded, strict=True):
             progress.update(done)
-    else:
-        with Workers(_begin_worker) as workers:
-            calls = [workers.submit(encode_shard, *each) for each in arguments]
-            for call, done in zip(calls, np.cumsum(sizes).tolist(), strict=True):
-                call.result()
-                progress.update(done)
     for left_over in set(cache.iterdir()) - set(folders):
         shutil.rmtree(left_over)
     return folders
 
 
-def _begin_worker() -> None:
+@contextmanager
+def _processes() -> Iterator[ProcessPoolExecutor]:
+    """A process for each core; spawned, since a fork would copy this one's threads and locks half-way."""
+    pool = ProcessPoolExecutor(available_cores(), get_context("spawn"), _begin_process, (os.getpid(),))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise PrepareError("a process was killed, most likely because memory ran out; free some, try again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_process(parent: int) -> None:
+    end_with_parent(parent=parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
 
 
-def _require_usable(params: PrepareParams, verdicts: Verdicts, rejected: list[Rejected]) -> None:
+def _require_usable(params: PrepareParams, outcomes: Outcomes, rejected: list[Rejected]) -> None:
     """Refuse data of which too much cannot be used, an overlong row where none may be, and an empty split."""
-    total = len(verdicts.reason) + len(rejected)
-    overlong, unusable = verdicts.cause == "overlong", verdicts.cause == "unusable"
+    total = len(outcomes.reason) + len(rejected)
+    overlong, unusable = outcomes.cause == "overlong", outcomes.cause == "unusable"
     if params.on_overlong == "error" and overlong.any():
         first = int(np.argmax(overlong))
-        row = f"{verdicts.sources[first].as_py()} {verdicts.details[first].as_py()}"
+        row = f"{outcomes.sources[first].as_py()} {outcomes.details[first].as_py()}"
         raise PrepareError(f"{row}: raise it, or set prepare.on_overlong to drop, truncate_prompt or split")
     count = int(unusable.sum()) + len(rejected)
     if count > params.max_dropped_fraction * total:
-        reasons = Counter(verdicts.reason[unusable]) + Counter(f"a row {row.reason}" for row in rejected)
-        source = rejected[0].source if rejected else verdicts.sources[int(np.argmax(unusable))].as_py()
+        reasons = Counter(outcomes.reason[unusable]) + Counter(f"a row {row.reason}" for row in rejected)
+        source = rejected[0].source if rejected else outcomes.sources[int(np.argmax(unusable))].as_py()
         raise PrepareError(
             f"{count} of {total} rows are unusable, more than prepare.max_dropped_fraction "
             f"({params.max_dropped_fraction:g}) allows: "
             f"{'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(3))}. The first is {source}"
         )
-    too_long = int(overlong.sum())
-    for split, way_out in (("train", "add rows"), ("test", "add rows, or raise prepare.test_fraction")):
-        if not (verdicts.kept & (verdicts.split == split)).any():
-            long = f", {too_long} of them longer than prepare.max_length ({params.max_length} tokens)"
-            if 2 * too_long > total:
-                way_out = "raise it, or set prepare.on_overlong to truncate_prompt or split"
-            raise PrepareError(f"the {split} split is empty: {total} rows came in{long if too_long else ''}; {way_out}")
+    for split in ("train", "test"):
+        if not (outcomes.kept & (outcomes.split == split)).any():
+            raise PrepareError(
+                f"the {split} split is empty: {total} rows came in, {int(overlong.sum())} of them longer than "
+                f"prepare.max_length ({params.max_length} tokens); add rows, raise prepare.test_fraction or "
+                "prepare.max_length, or set prepare.on_overlong to truncate_prompt or split"
+            )
 
 
 def _name_unsearchable_items(params: PrepareParams, output: Path) -> None:
@@ -163,7 +177,7 @@ def _write(
     parts: list[Part],
     rejected: list[Rejection],
     folders: list[Path],
-    verdicts: Verdicts,
+    outcomes: Outcomes,
     template: Encoder,
     contract: dict[str, Any],
     params: PrepareParams,
@@ -172,7 +186,7 @@ def _write(
     """Stream the kept rows to their split's file and the others to `dropped.jsonl`, and report on all of them."""
     by_class = isinstance(template, TextEncoder)
     schema = TRAIN.append(pa.field("label", pa.string())) if by_class else TRAIN
-    scoring = choose_scoring(folders, ROWS, verdicts.kept, "exact" if by_class else params.default_scoring)
+    scoring = choose_scoring(folders, ROWS, outcomes.kept, "exact" if by_class else params.default_scoring)
     stats = DataStats()
     tests: list[pa.Table] = []
     example: list[tuple[str, bool]] = []
@@ -186,7 +200,7 @@ def _write(
         for row, file, format in rejected:
             stats.add_read(format, file, 1)
             dropped.write(_dropped_line(stats, row.source, f"a row {row.reason}", row.record) + "\n")
-        progress = Progress("prepare", len(verdicts.reason), "rows written", every=2.0)
+        progress = Progress("prepare", len(outcomes.reason), "rows written", every=2.0)
         for part, folder in zip(parts, folders, strict=True):
             progress.update(start)
             rows = pq.read_table(folder / ROWS)
@@ -194,7 +208,7 @@ def _write(
             stats.add_read(part.format, part.file, rows_in)
             stats.more += len(rows) - rows_in
             rows = rows.append_column("number", pa.array(np.arange(start, start + len(rows))))
-            kept, split = (of_all[start : start + len(rows)] for of_all in (verdicts.kept, verdicts.split))
+            kept, split = (of_all[start : start + len(rows)] for of_all in (outcomes.kept, outcomes.split))
             start += len(rows)
             for name in SPLITS:
                 of_split = rows.filter(pa.array(kept & (split == name)))
@@ -211,12 +225,12 @@ def _write(
                 if name == "train" and len(of_split) and not example:
                     example = _segments(of_split.slice(0, 1), template)
             for row in rows.filter(pa.array(~kept)).select(["source", "record", "number"]).to_pylist():
-                dropped.write(_dropped(stats, row, verdicts) + "\n")
+                dropped.write(_dropped(stats, row, outcomes) + "\n")
     test = pa.concat_tables(tests).sort_by([("id", "ascending"), ("prompt", "ascending")])
-    groups = joined_groups(test["group"].to_pylist(), verdicts.cluster[test["number"].to_numpy()])
+    groups = joined_groups(test["group"].to_pylist(), outcomes.cluster[test["number"].to_numpy()])
     test = test.set_column(test.column_names.index("group"), "group", pa.array(groups, pa.string()))
     pq.write_table(test.drop_columns("number"), output / "test.parquet")
-    report = stats.report(params.max_length, _digest(test), example, verdicts.crowded, scoring)
+    report = stats.report(params.max_length, _digest(test), example, outcomes.crowded, scoring)
     write_report(report, output)
     tokens = report["train_tokens"]
     contract |= {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
@@ -293,20 +307,20 @@ def _segments(row: pa.Table, template: Encoder) -> list[tuple[str, bool]]:
     return [(template.tokenizer.decode([id for id, _ in tokens]), trained) for trained, tokens in parts]
 
 
-def _dropped(stats: DataStats, row: dict[str, Any], verdicts: Verdicts) -> str:
+def _dropped(stats: DataStats, row: dict[str, Any], outcomes: Outcomes) -> str:
     """Count a row that is not kept; its line of `dropped.jsonl`."""
     number, source, record = row["number"], row["source"], json.loads(row["record"])
-    reason, original = verdicts.reason[number], int(verdicts.copy_of[number])
-    more = {"detail": detail} if (detail := verdicts.details[number].as_py()) else {}
+    reason, original = outcomes.reason[number], int(outcomes.copy_of[number])
+    more = {"detail": detail} if (detail := outcomes.details[number].as_py()) else {}
     if original >= 0:
-        more["copy_of"] = verdicts.sources[original].as_py()
+        more["copy_of"] = outcomes.sources[original].as_py()
         stats.duplicates.add_example(
             reason,
             source=source,
             of=more["copy_of"],
-            similarity=float(verdicts.similarity[number]),
+            similarity=float(outcomes.similarity[number]),
             text=record,
-            of_text=verdicts.texts(original),
+            of_text=outcomes.texts(original),
         )
     return _dropped_line(stats, source, reason, record, **more)
 

@@ -8,15 +8,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import sample_rows
-from test_prepare import ask, dropped, group_in, read, run
+from test_prepare import ask, dropped, group_in, read, run, talks
 
 from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
-from pipeline.data import verdicts
+from pipeline.data import outcomes
 from pipeline.data.benchmarks import COMMON, read_benchmark_files
 from pipeline.data.formats import read_rows
+from pipeline.data.outcomes import SPLITS
 from pipeline.data.shards import ShardWriter, tables
-from pipeline.data.verdicts import SPLITS
 from pipeline.params import Params
 
 
@@ -78,7 +78,7 @@ def test_a_long_conversation_is_split_between_turns_and_every_answer_is_trained_
     _, output = run(
         params,
         tmp_path,
-        [{"messages": turns, "group": group_in("train", params)}, *rows_of_messages(100)],
+        [{"messages": turns, "group": group_in("train", params)}, *talks("question", "answer", number=100)],
         on_overlong="split",
     )
     tokenizer = load_contract(read_json(output / "contract.json")).tokenizer
@@ -89,28 +89,6 @@ def test_a_long_conversation_is_split_between_turns_and_every_answer_is_trained_
     ]
     for i in range(12):
         assert sum(f"answer{i} said once" in text for text in trained) == 1
-
-
-def rows_of_messages(number: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": row["instruction"]},
-                {"role": "assistant", "content": row["output"]},
-            ]
-        }
-        for row in sample_rows(number)
-    ]
-
-
-def test_rows_that_hold_a_benchmarks_item_are_not_trained_on(params: Params, tmp_path: Path) -> None:
-    item = "Which of the seven bridges over the old river was built before the mill burned down in the great winter?"
-    bench = tmp_path / "bench.jsonl"
-    bench.write_text(json.dumps(ask(item, "The third one.")) + "\n")
-    rows = [*sample_rows(100), ask(f"Please tell me: {item}", "The third.")]
-    _, output = run(params, tmp_path, rows, decontaminate=[str(bench)], max_length=256)
-    [found] = [each for each in dropped(output) if "benchmark" in each["reason"]]
-    assert found["reason"] == "has an item of the benchmark bench.jsonl" and "bridges" in json.dumps(found["record"])
 
 
 def test_benchmarks_of_one_file_name_are_all_searched_and_what_cannot_be_is_named(
@@ -150,8 +128,8 @@ def test_items_without_a_phrase_of_their_own_are_named(tmp_path: Path) -> None:
 def test_rows_with_more_likely_copies_than_are_compared_are_reported(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verdicts.near_duplicates
-    monkeypatch.setattr(verdicts, "near_duplicates", lambda *given: replace(real(*given), crowded=7))
+    real = outcomes.near_duplicates
+    monkeypatch.setattr(outcomes, "near_duplicates", lambda *given: replace(real(*given), crowded=7))
     _, output = run(params, tmp_path, sample_rows(100))
     assert read_json(output / "report.json")["crowded"] == 7
     assert "7 rows resemble so many others" in (output / "report.html").read_text()

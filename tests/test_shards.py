@@ -1,6 +1,6 @@
-"""Shards follow from their rows' content: rows added at the end change the last one alone."""
+"""Shards: rows added at the end change the last one alone, and what is read is what was written."""
 
-import random
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,34 +35,19 @@ def write(folder: Path, *tables: pa.Table) -> list[str]:
     return names
 
 
-def test_rows_added_at_the_end_leave_all_shards_but_the_last(tmp_path: Path) -> None:
-    old = write(tmp_path / "old", table(50_000))
-    new = write(tmp_path / "new", table(50_500))
-    assert 3 < len(old) < 12
-    assert new[: len(old) - 1] == old[:-1]
-    for name in old[:-1]:
+def test_rows_added_at_the_end_change_the_last_shard_alone_however_they_arrive(tmp_path: Path) -> None:
+    old, whole = write(tmp_path / "old", table(30_000)), table(30_500)
+    sizes = [1, 7, 1000, 9000, 15_000, len(whole)]
+    new = write(tmp_path / "new", *(whole.slice(start, end - start) for start, end in pairwise([0, *sizes])))
+    assert len(old) == 4 and new[:3] == old[:3]
+    for name in old[:3]:
         assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
-
-
-def test_the_way_rows_arrive_changes_no_byte(tmp_path: Path) -> None:
-    seed = random.randrange(10**6)
-    print("seed", seed)
-    draw, whole, parts, at = random.Random(seed), table(30_000), [], 0
-    while at < len(whole):
-        size = draw.choice([1, 7, 1000, 9000])
-        parts.append(whole.slice(at, size))
-        at += size
-    names = write(tmp_path / "whole", whole)
-    assert write(tmp_path / "parts", *parts) == names
-    rows = pa.concat_tables(read_shard(tmp_path / "parts" / name) for name in names)
+    rows = pa.concat_tables(read_shard(tmp_path / "new" / name) for name in new)
     assert rows.equals(whole.drop(["content"]).cast(SHARD_SCHEMA))
 
 
-def test_no_shard_passes_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_ROWS", 3000)
-    rows = [pq.read_metadata(tmp_path / "rows" / name).num_rows for name in write(tmp_path / "rows", table(20_000))]
-    assert all(shards.MIN_ROWS <= number <= 3000 for number in rows[:-1])
-    monkeypatch.setattr(shards, "MAX_BYTES", 100_000)
+def test_no_shard_passes_its_limit_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     for name in write(tmp_path / "bytes", table(2000, size=1000), table(100, 2000, size=200_000)):
         assert pq.read_metadata(tmp_path / "bytes" / name).num_rows < 100
 

@@ -34,6 +34,11 @@ def lives(named: str | None) -> bool:
         return False
 
 
+def available_cores() -> int:
+    """Cores that this process may use; fewer than the machine has under taskset, a batch system or a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
     """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
 

@@ -6,7 +6,6 @@ those of an earlier run is not encoded again. Nothing is left out: a row that ca
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -71,11 +70,10 @@ Encoder = ChatTemplate | classes.TextEncoder
 CHUNK = 1024  # rows whose tokens are Python lists at once
 
 
-def encode_shard(params_json: str, shard: Path, folder: Path, task: str = "causal-lm") -> None:
+def encode_shard(params_json: str, train_task: str, shard: Path, folder: Path) -> None:
     """Encode a canonical shard to `folder`, which appears whole.
 
-    `task` is `train.task`: with sequence-classification a row's answer is the class of its text.
-
+    With the `train_task` sequence-classification a row's answer is the class of its text.
     `rows.parquet` has `SCHEMA`; `text.arrow` (one string column, to be memory-mapped) and `signatures.npy`, row by row
     the same, are what near duplicates are found by.
 
@@ -83,7 +81,7 @@ def encode_shard(params_json: str, shard: Path, folder: Path, task: str = "causa
         FormatError, TemplateError: the shard is damaged; the template cannot be trained with.
     """
     params = PrepareParams.model_validate_json(params_json)
-    template = _template(params_json, task)
+    template = _template(params_json, train_task)
     table = read_shard(shard)
     with whole_directory(folder) as partial:
         text = pa.schema([("text", pa.string())])
@@ -105,27 +103,13 @@ def encode_shard(params_json: str, shard: Path, folder: Path, task: str = "causa
             np.save(partial / SIGNATURES, np.concatenate(signed))
 
 
-def is_encoded(folder: Path, params: PrepareParams) -> bool:
-    """Whether `folder` holds the whole rows of an earlier call; what a full disk or a power cut left is removed."""
-    try:
-        rows = pq.read_metadata(folder / ROWS).num_rows
-        with pa.memory_map(str(folder / TEXT)) as file:
-            counts = {rows, pa.ipc.open_file(file).read_all().num_rows}
-        if params.near_duplicate_threshold is not None:
-            counts.add(len(np.load(folder / SIGNATURES, mmap_mode="r")))
-        return len(counts) == 1
-    except (OSError, ValueError, pa.ArrowException):
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-
-
-def load_encoding(params: PrepareParams, task: str) -> tuple[Encoder, dict[str, Any]]:
+def load_encoding(params: PrepareParams, train_task: str) -> tuple[Encoder, dict[str, Any]]:
     """What rows are encoded by for `train.task`, and the identity of the base model.
 
     Raises:
         TemplateError: see `load_template` and `classes.load_encoder`.
     """
-    return classes.load_encoder(params) if task == CLASSIFICATION else load_template(params)
+    return classes.load_encoder(params) if train_task == CLASSIFICATION else load_template(params)
 
 
 def rows_of(table: pa.Table) -> Iterator[Row]:
@@ -270,13 +254,13 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
 
 def _dropped(row: Rejected, cause: str, detail: str | None = None) -> dict[str, Any]:
     record = json.dumps(row.record, ensure_ascii=False, default=str)
-    verdict = {"reason": row.reason, "cause": cause, "detail": detail}
-    return {"source": row.source, "repairs": [], "record": record, "text": ""} | verdict
+    why = {"reason": row.reason, "cause": cause, "detail": detail}
+    return {"source": row.source, "repairs": [], "record": record, "text": ""} | why
 
 
 @lru_cache(maxsize=1)
-def _template(params_json: str, task: str) -> Encoder:
-    return load_encoding(PrepareParams.model_validate_json(params_json), task)[0]
+def _template(params_json: str, train_task: str) -> Encoder:
+    return load_encoding(PrepareParams.model_validate_json(params_json), train_task)[0]
 
 
 @lru_cache(maxsize=1)

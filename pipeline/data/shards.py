@@ -1,8 +1,8 @@
-"""The shards of a data snapshot: Parquet files of validated conversations, cut where their content says so.
+"""The shards of a data snapshot: Parquet files of validated conversations, each named by a digest of its bytes.
 
-A shard is named by a digest of its bytes. Rows added at the end of a source leave all its shards but the last as they
-are, byte for byte, so that DVC stores, and `prepare` works on, what is new. A row's line is part of its shard: rows put
-in the middle of a file change the shards from there on.
+Rows added at the end of a source leave all its shards but the last as they are, byte for byte, so that DVC stores, and
+`prepare` works on, what is new. A row's line is part of its shard: rows put in the middle of a file change the shards
+from there on.
 """
 
 import json
@@ -29,12 +29,10 @@ from pipeline.data.records import Rejected, Row
 SHARD_SCHEMA = pa.schema(
     [(name, pa.list_(pa.string()) if name == "repairs" else pa.string()) for name in SHARD_COLUMNS]
 )
-# xxHash of what a row says, its source apart; shards are cut and sampled by it.
+# xxHash of what a row says, its source apart: weights and caps choose rows by it.
 SCHEMA = SHARD_SCHEMA.append(pa.field("content", pa.uint64()))
 BATCH_ROWS = 2048  # that are Python objects at once
-MIN_ROWS, MAX_ROWS = 2048, 32768
-CUT_EVERY = 6144  # a row in so many, chosen by its content, ends a shard: with MIN_ROWS 8,192 rows at the mean
-MAX_BYTES = 64 << 20  # of messages
+SHARD_ROWS, SHARD_BYTES = 8192, 64 << 20  # a shard ends with the row that reaches either; bytes are those of messages
 
 
 def tables(rows: Iterator[Row | Rejected]) -> Iterator[tuple[pa.Table, list[Rejected]]]:
@@ -65,48 +63,39 @@ class ShardWriter:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, re.sub(r"[^\w.-]+", "-", name).strip("-.") or "rows"
-        self.held: list[pa.Table] = []
-        self.rows = self.bytes = 0  # in `held`
+        self.rows = SCHEMA.empty_table()  # that are in no shard yet
         self.shards: list[str] = []
 
     def add(self, table: pa.Table) -> None:
         """Take a table of `SCHEMA`; how rows are spread over calls does not change the shards."""
-        ends = np.flatnonzero(table["content"].to_numpy() % CUT_EVERY == 0) + 1  # a shard may end before these rows
-        sizes = np.cumsum(pc.binary_length(table["messages"]).to_numpy().astype(np.int64))
-        start = 0
-        while start < len(table):
-            before = int(sizes[start - 1]) if start else 0
-            natural = ends[ends >= start + max(MIN_ROWS - self.rows, 1)]
-            full = int(np.searchsorted(sizes, before + MAX_BYTES - self.bytes)) + 1
-            end = min([*natural[:1].tolist(), start + MAX_ROWS - self.rows, full])
-            part = table.slice(start, end - start)
-            self.held.append(part)
-            self.rows += len(part)
-            self.bytes += int(sizes[start + len(part) - 1]) - before
-            if end <= len(table):
-                self._write()
-            start = end
+        self.rows = pa.concat_tables([self.rows, table])
+        while len(self.rows) >= (end := self._full()):
+            self._write(end)
 
     def close(self) -> list[str]:
-        if self.rows:
-            self._write()
+        if len(self.rows):
+            self._write(len(self.rows))
         return self.shards
 
-    def _write(self) -> None:
-        table = pa.concat_tables(self.held).select(SHARD_SCHEMA.names).combine_chunks()
+    def _full(self) -> int:
+        """How many rows fill the next shard; more than there are where these do not."""
+        sizes = np.cumsum(pc.binary_length(self.rows["messages"]).to_numpy().astype(np.int64))
+        return min(SHARD_ROWS, int(np.searchsorted(sizes, SHARD_BYTES)) + 1)
+
+    def _write(self, number: int) -> None:
+        table, self.rows = self.rows.slice(0, number), self.rows.slice(number)
         partial = self.folder / f"{self.name}.partial"
         pq.write_table(
-            table.cast(SHARD_SCHEMA),
+            table.select(SHARD_SCHEMA.names).combine_chunks(),
             partial,
             compression="zstd",
-            row_group_size=MAX_ROWS,
+            row_group_size=SHARD_ROWS,
             use_dictionary=["task", "group", "scoring", "tools"],
             write_statistics=False,  # the least and the greatest message would be kept whole
         )
         shard = f"{self.name}-{sha256_file(partial)[:12]}.parquet"
         partial.replace(self.folder / shard)
         self.shards.append(shard)
-        self.held, self.rows, self.bytes = [], 0, 0
 
 
 def is_shard(path: Path) -> bool:

@@ -20,9 +20,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.core.files import read_json, write_json
+from pipeline.core.processes import available_cores
 from pipeline.core.progress import note
 from pipeline.core.vetting import check_adapter, check_model
-from pipeline.core.workers import available_cores
 
 disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
 

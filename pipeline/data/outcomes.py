@@ -26,7 +26,7 @@ RANK = {"test": 0, "validation": 1, "train": 2}  # of two near copies the one wi
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class Outcomes:
     """By row, in the order of the shards; N rows."""
 
     kept: NDArray[np.bool_]  # (N,)
@@ -55,7 +55,7 @@ class Texts:
         return self.chunks[chunk][number - int(self.starts[chunk])].as_py()
 
 
-def decide(folders: list[Path], threshold: float | None) -> Verdicts:
+def decide(folders: list[Path], threshold: float | None) -> Outcomes:
     """Compare all rows of the encoded shards in `folders`.
 
     Args:
@@ -65,7 +65,7 @@ def decide(folders: list[Path], threshold: float | None) -> Verdicts:
     rows = pa.concat_tables(pq.read_table(folder / ROWS, columns=columns) for folder in folders)
     reason, cause, split = (_objects(rows[name]) for name in ("reason", "cause", "split"))
     count = len(rows)
-    verdicts = Verdicts(
+    outcomes = Outcomes(
         rows["reason"].is_null().to_numpy(),
         reason,
         cause,
@@ -79,49 +79,49 @@ def decide(folders: list[Path], threshold: float | None) -> Verdicts:
     )
     test = split == "test"
     for part in (test, ~test):
-        (numbers,) = np.nonzero(verdicts.kept & part)
+        (numbers,) = np.nonzero(outcomes.kept & part)
         # Codes count up in order of first appearance: a row is the first of its key where its code is a new maximum.
         codes = _codes(rows["key"].take(pa.array(numbers)))
         first = codes > np.maximum.accumulate(np.concatenate([[-1], codes]))[:-1]
-        _drop(verdicts, numbers[~first], DUPLICATE, "duplicate", numbers[first][codes[~first]], 1.0)
-    (tests,) = np.nonzero(verdicts.kept & test)
+        _drop(outcomes, numbers[~first], DUPLICATE, "duplicate", numbers[first][codes[~first]], 1.0)
+    (tests,) = np.nonzero(outcomes.kept & test)
     asked = rows["asked"].combine_chunks()
     places = pc.index_in(asked.flatten(), value_set=rows["prompt_key"].take(pa.array(tests)).combine_chunks())
     hits, owners = places.is_valid(), pc.list_parent_indices(asked)
     leaking, which = np.unique(owners.filter(hits).to_numpy(), return_index=True)
     leaked = tests[places.filter(hits).to_numpy()[which]]
-    other = verdicts.kept[leaking] & ~test[leaking]
-    _drop(verdicts, leaking[other], LEAKED, "leaked", leaked[other], np.nan)
+    other = outcomes.kept[leaking] & ~test[leaking]
+    _drop(outcomes, leaking[other], LEAKED, "leaked", leaked[other], np.nan)
     if threshold is None:
-        return verdicts
-    return replace(verdicts, crowded=_near(verdicts, folders, threshold))
+        return outcomes
+    return replace(outcomes, crowded=_near(outcomes, folders, threshold))
 
 
-def _near(verdicts: Verdicts, folders: list[Path], threshold: float) -> int:
+def _near(outcomes: Outcomes, folders: list[Path], threshold: float) -> int:
     """Mark near copies; returns how many rows had too many likely ones to compare them all."""
-    (numbers,) = np.nonzero(verdicts.kept)
+    (numbers,) = np.nonzero(outcomes.kept)
     signatures = np.concatenate([np.load(folder / SIGNATURES) for folder in folders])[numbers]
-    split = verdicts.split[numbers]
-    rank = sum(RANK[name] * (split == name) for name in RANK) * len(verdicts.reason) + numbers
+    split = outcomes.split[numbers]
+    rank = sum(RANK[name] * (split == name) for name in RANK) * len(outcomes.reason) + numbers
     near = near_duplicates(
-        signatures, lambda place: verdicts.texts(int(numbers[place])), rank, split == "test", threshold
+        signatures, lambda place: outcomes.texts(int(numbers[place])), rank, split == "test", threshold
     )
     (places,) = np.nonzero(near.duplicate_of >= 0)
     originals = numbers[near.duplicate_of[places]]
-    leaks = verdicts.split[originals] == "test"
+    leaks = outcomes.split[originals] == "test"
     for which, why, kind in ((leaks, NEAR_TEST, "leaked"), (~leaks, NEAR_DUPLICATE, "duplicate")):
-        _drop(verdicts, numbers[places[which]], why, kind, originals[which], near.jaccard[places[which]])
+        _drop(outcomes, numbers[places[which]], why, kind, originals[which], near.jaccard[places[which]])
     protected = near.cluster >= 0
-    verdicts.cluster[numbers[protected]] = numbers[near.cluster[protected]]
+    outcomes.cluster[numbers[protected]] = numbers[near.cluster[protected]]
     return near.crowded
 
 
 def _drop(
-    verdicts: Verdicts, numbers: NDArray[np.int64], reason: str, cause: str, of: NDArray[np.int64], similarity: Any
+    outcomes: Outcomes, numbers: NDArray[np.int64], reason: str, cause: str, of: NDArray[np.int64], similarity: Any
 ) -> None:
-    verdicts.kept[numbers] = False
-    verdicts.reason[numbers], verdicts.cause[numbers] = reason, cause
-    verdicts.copy_of[numbers], verdicts.similarity[numbers] = of, similarity
+    outcomes.kept[numbers] = False
+    outcomes.reason[numbers], outcomes.cause[numbers] = reason, cause
+    outcomes.copy_of[numbers], outcomes.similarity[numbers] = of, similarity
 
 
 def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
