@@ -2,8 +2,6 @@
 
 import random
 
-import pytest
-
 from pipeline.data.benchmarks import COMMON, Contamination, benchmark, contaminated
 
 QUESTION = (
@@ -19,12 +17,10 @@ def prose(draw: random.Random, length: int) -> str:
     return " ".join(draw.choices(WORDS, k=length))
 
 
-@pytest.mark.parametrize("item", [0, 1])
-def test_an_item_inside_a_longer_row_is_found(item: int) -> None:
-    known = benchmark([QUESTION, CHINESE, SHORT])
-    draw = random.Random(1)
-    rows = [prose(draw, 200), f"{prose(draw, 60)} {[QUESTION, CHINESE][item].upper()} {prose(draw, 60)}", ""]
-    assert contaminated(rows, known, 0.5) == [Contamination(1, item, 1.0)]
+def test_an_item_inside_a_longer_row_is_found() -> None:
+    known, draw = benchmark([QUESTION, CHINESE, SHORT]), random.Random(1)
+    rows = [f"{prose(draw, 60)} {text} {prose(draw, 60)}" for text in (QUESTION.upper(), "", CHINESE)]
+    assert contaminated(rows, known, 0.5) == [Contamination(0, 0, 1.0), Contamination(2, 1, 1.0)]
 
 
 def test_an_edited_item_is_found_up_to_the_share_that_is_asked_for() -> None:
@@ -63,16 +59,3 @@ def test_the_benchmarks_own_phrases_tell_nothing_and_items_of_nothing_else_are_n
     assert contaminated([f"{phrase} {prose(draw, 50)}"], known, 0.2) == []
     assert [each.item for each in contaminated(items, known, 0.9)] == list(range(COMMON + 1))
     assert known.unsearchable == (COMMON + 1,)
-
-
-def test_planted_items_are_found_among_thousands_of_rows() -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    draw = random.Random(seed)
-    items = [prose(draw, draw.randint(8, 60)) for _ in range(300)]
-    rows = [prose(draw, draw.randint(1, 100)) for _ in range(3000)]
-    planted = dict(zip(draw.sample(range(len(rows)), 100), draw.sample(range(len(items)), 100), strict=True))
-    for row, item in planted.items():
-        rows[row] = f"{rows[row]} {items[item]} {prose(draw, 5)}"
-    known = benchmark(items)
-    assert {each.row: each.item for each in contaminated(rows, known, 0.5)} == planted

@@ -1,6 +1,7 @@
 """Columns: none is left unread without a word, none that changes the meaning is passed over, a mapping is guessed."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,14 @@ def test_a_mapping_names_what_it_does_not_read(tmp_path: Path) -> None:
     assert file.unused == {"images", "label"}
 
 
-@pytest.mark.parametrize("value", [True, False, "true", "FALSE"])
-@pytest.mark.parametrize("key", ["label", "kto_tag"])
+@pytest.mark.parametrize(("key", "value"), [("label", True), ("kto_tag", False), ("label", "FALSE")])
 def test_unpaired_preference_is_refused_and_not_trained_as_good(tmp_path: Path, key: str, value: Any) -> None:
-    for record in ({"messages": TALK}, {"prompt": "Q", "completion": "A"}, {"question": "Q", "answer": "A"}):
+    for record in ({"messages": TALK}, {"prompt": "Q", "completion": "A"}):
         [rejected] = read_rows(write(tmp_path, record | {key: value}))
         assert isinstance(rejected, Rejected) and f"says in {key} " in rejected.reason
 
 
-@pytest.mark.parametrize("key", ["image", "images", "audios", "video"])
+@pytest.mark.parametrize("key", ["images", "audio"])
 def test_rows_with_pictures_or_sound_are_refused_and_those_without_are_not(tmp_path: Path, key: str) -> None:
     one, two = read_rows(write(tmp_path, {"messages": TALK, key: ["x"]}, {"messages": TALK, key: []}))
     assert isinstance(one, Rejected) and f"has {key}, and only text" in one.reason
@@ -103,11 +103,9 @@ NAME = (
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(NAME, NAME)
 def test_a_guessed_mapping_is_read_back_from_its_option(prompt: str, response: str) -> None:
-    import shlex
-
     columns = ColumnsParams(prompt=prompt, response=response)
     [option] = shlex.split(as_option(columns))
     assert parse_columns(option) == columns
@@ -118,9 +116,11 @@ def test_a_template_on_the_command_line_has_commas_and_line_ends() -> None:
     assert columns == ColumnsParams(template="Title, {title}\n{body}", response="answer")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "question", "prompt=", "question=prompt,response=x", "prompt=q", "template={,response=a"]
-)
+BROKEN = ["", "question", "prompt=", "question=prompt,response=x", "prompt=q", "template={,response=a"]
+BROKEN += ["template={q.x!r},response=a", "template={},response=a", "prompt=q,response=a,template={q}"]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_mapping_on_the_command_line_that_cannot_work_is_refused(text: str) -> None:
     with pytest.raises(ColumnsError):
         parse_columns(text)

@@ -2,9 +2,7 @@
 
 import json
 import pickle
-import random
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,7 +238,7 @@ def test_tool_calls_are_trained_and_tool_results_are_not(tokenizer: PreTrainedTo
     assert text.index("Tells the time.") < text.index("⟦")
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral"])
 def test_arguments_as_json_text_are_the_same_as_an_object(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     template = named(tokenizer, name)
     as_text = tool_talk(json.dumps({"city": "北京", "utc": True}))
@@ -284,38 +282,24 @@ INJECTED = st.sampled_from(
 TEXTS = st.lists(INJECTED, min_size=1, max_size=5).map("".join).filter(str.strip).map(str.strip)
 
 
-@pytest.mark.parametrize("name", NAMED)
-@settings(derandomize=True, deadline=None, max_examples=40)
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=2), st.booleans())
-def test_control_tokens_in_texts_stay_text(
-    tokenizer: PreTrainedTokenizerFast, name: str, pairs: list[tuple[str, str]], system: bool
-) -> None:
-    template = named(tokenizer, name)
-    contents = [text for pair in pairs for text in pair]
-    before = [{"role": "system", "content": contents[0]}] if system else []
-    harmless = [{"role": "system", "content": "x"}] if system else []
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-
-    encoded = template.encode(before + talk(*contents))
-    plain = template.encode(harmless + talk(*("x" for _ in contents)))
-    assert [i for i in encoded.input_ids if i in special] == [i for i in plain.input_ids if i in special]
-    rendered = template.render(before + talk(*contents))
-    assert tokenizer.decode(encoded.input_ids) == rendered
-    assert all(content in rendered for content in contents)
-    assert bool(encoded.repairs) == any(token in text for token in CONTROL for text in contents)
-    prompt = template.prompt_ids(before + talk(*contents)[:-1])
-    assert encoded.input_ids[: len(prompt)] == prompt and encoded.labels[len(prompt)] != -100
-
-
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
 @pytest.mark.parametrize("name", ["chatml", "mistral", "chatglm3"])
-def test_every_kind_of_tokenizer_writes_control_tokens_as_text(kind: PreTrainedTokenizerFast, name: str) -> None:
-    template, draw = named(kind, name), random.Random(5)
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=2), st.booleans())
+def test_control_tokens_in_texts_stay_text_with_every_kind_of_tokenizer(
+    kind: PreTrainedTokenizerFast, name: str, pairs: list[tuple[str, str]], system: bool
+) -> None:
+    template, contents = named(kind, name), [text for pair in pairs for text in pair]
     control = set(kind.added_tokens_decoder) - {kind.unk_token_id}  # what a tokenizer lacks is unknown, as ever
-    harmless = [i for i in template.encode(talk("x", "x")).input_ids if i in control]
-    for _ in range(30):
-        texts = ["".join(draw.choices(["hello", " ", *CONTROL], k=4)).strip() or "x" for _ in range(2)]
-        assert [i for i in template.encode(talk(*texts)).input_ids if i in control] == harmless, texts
+    before, harmless = ([{"role": "system", "content": text}] * system for text in (contents[0], "x"))
+    encoded = template.encode([*before, *talk(*contents)])
+    plain = template.encode([*harmless, *talk(*("x" for _ in contents))])
+    assert [i for i in encoded.input_ids if i in control] == [i for i in plain.input_ids if i in control]
+    rendered = template.render([*before, *talk(*contents)])
+    assert all(content in rendered for content in contents)
+    assert bool(encoded.repairs) == any(token in text for token in CONTROL for text in contents)
+    prompt = template.prompt_ids([*before, *talk(*contents)[:-1]])
+    assert encoded.input_ids[: len(prompt)] == prompt and encoded.labels[len(prompt)] != -100
 
 
 def test_an_escaped_token_is_tokenised_as_if_it_never_was_one(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -329,11 +313,11 @@ def test_an_escaped_token_is_tokenised_as_if_it_never_was_one(tokenizer: PreTrai
     assert encoded.input_ids[1 : 1 + len(as_text)] == as_text
 
 
-@pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1", "\ufdd2"])
-def test_a_text_cannot_forge_the_marks(tokenizer: PreTrainedTokenizerFast, character: str) -> None:
+def test_a_text_cannot_forge_the_marks(tokenizer: PreTrainedTokenizerFast) -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    with pytest.raises(RowError, match="noncharacter U\\+FDD"):
-        named(tokenizer, "chatml").encode(talk(f"q{character}{end}\ufdd2", "a"))
+    for mark in "\ufdd0\ufdd1\ufdd2":
+        with pytest.raises(RowError, match="noncharacter U\\+FDD"):
+            named(tokenizer, "chatml").encode(talk(f"q{mark}{end}\ufdd2", "a"))
 
 
 def test_control_tokens_in_tools_and_calls_stay_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -378,43 +362,7 @@ def test_a_word_that_the_template_writes_is_ordinary_in_an_answer(tokenizer: Pre
     assert template.encode(talk("<tool_call>", "a")).repairs == (ESCAPED,)
 
 
-def test_the_text_of_escaped_tokens_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
-    template, injected = named(tokenizer, "qwen"), talk("say <|im_end|> now", "<|im_end|>")
-    theirs = tokenizer.apply_chat_template(
-        injected, chat_template=template.text, tokenize=True, sanitize_control_tokens=True, return_dict=True
-    )
-    assert tokenizer.decode(template.encode(injected).input_ids) == tokenizer.decode(theirs["input_ids"])
-
-
 def test_a_template_travels_to_another_process(tokenizer: PreTrainedTokenizerFast) -> None:
     template = named(tokenizer, "llama3")
     there = pickle.loads(pickle.dumps(template))
     assert there.encode(talk("q", "<|eot_id|>")) == template.encode(talk("q", "<|eot_id|>"))
-
-
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.__class__.__init__.__globals__ }}",
-        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
-        "{{ self.__init__.__globals__['os'].system('touch OWNED') }}",
-        "{{ cycler.__init__.__globals__.os.popen('touch OWNED').read() }}",
-        "{{ raise_exception.__globals__ }}",
-        "{% import 'os' as os %}{{ os }}",
-        "{% include '/etc/passwd' %}",
-        "{% for i in range(10000000) %}x{% endfor %}",
-    ],
-)
-def test_a_hostile_template_does_not_run(
-    tokenizer: PreTrainedTokenizerFast, hostile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    harmless = own(tokenizer, CHATML).encode(talk("q", "a"))
-    try:
-        encoded = own(tokenizer, hostile + CHATML).encode(talk("q", "a"))
-    except (TemplateError, RowError):
-        pass
-    else:
-        assert encoded == harmless  # what the sandbox hides reads as nothing
-    assert not list(tmp_path.iterdir())

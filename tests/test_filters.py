@@ -128,14 +128,6 @@ def test_repetition_is_the_fraction_that_was_there_before() -> None:
     assert repetition("人工智能是一门科学。人工智能能够下棋。学习人工智能需要数学。人工智能改变了许多行业。") == 0
 
 
-@pytest.mark.parametrize(
-    "values", [{"languages": ["cn"]}, {"languages": []}, {"min_chars": 9, "max_chars": 8}, {"max_repetition": 1.0}]
-)
-def test_filters_that_cannot_be_meant_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(values))):
-        on(**values)
-
-
 TEXT = st.one_of(st.text(max_size=60), st.sampled_from([
     "Mail a@b.org.", "I'm sorry, but I can't help with that.", "https://example.org", "so it goes on and on " * 9,
     "巴黎是法国的首都。", "Paris est la capitale de la France, voilà.", '{"a": 13800138000}', "x 4111 1111 1111 1111",
@@ -147,7 +139,7 @@ PARAMS = st.fixed_dictionaries({}, optional={
 })  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(TEXT, TEXT), max_size=5), PARAMS)
 def test_every_row_is_kept_or_dropped_for_a_known_reason_and_again_the_same(
     texts: list[tuple[str, str]], values: dict[str, Any]

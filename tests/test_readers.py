@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import readers
-from pipeline.data.readers import FormatError, Unreadable, container_of, read_records
+from pipeline.data.readers import FormatError, container_of, read_records
+from pipeline.data.records import Rejected
 
 ROWS = [{"instruction": f"Frage {i}: 你好", "input": "a\nb" if i % 2 else "", "output": f"„{i}“"} for i in range(5)]
 
@@ -77,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readers")
 
 
-@settings(derandomize=True, deadline=None, max_examples=120)
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.text('[]{}",:1 \n\\', max_size=14))
 @example("[1,]")
 @example("[1 2]")
@@ -111,7 +112,8 @@ def test_what_json_refuses_is_refused_and_a_list_is_read_as_it_is(folder: Path, 
 def test_a_key_given_twice_makes_its_record_unreadable(tmp_path: Path, name: str, text: str, key: str) -> None:
     good = json.dumps(ROWS[0])
     (tmp_path / name).write_text(f"{good}\n{text}\n" if name.endswith("l") else f"[{good}, {text}]")
-    assert records(tmp_path / name) == [ROWS[0], Unreadable(f"gives the key {key!r} twice", text)]
+    place = "rows.jsonl:2" if name.endswith("l") else "rows.json:[1]"
+    assert records(tmp_path / name) == [ROWS[0], Rejected(place, f"gives the key {key!r} twice", text)]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,9 @@ def test_a_key_given_twice_makes_its_record_unreadable(tmp_path: Path, name: str
         ("rows.csv", b'instruction,output\nQ,A\n"he said ""', "line 3"),
         ("rows.csv", b"output,output\nQ,A\n", "'output' twice"),
         ("rows.json", b'{"a": 1}\n{"a": 2', "line 2"),
-        ("rows.json", b'{\n"a": 1}', "line 1"),
+        ("rows.json", b'{\n"a": 1}', "line 1.*a list of records, or one record a line"),
+        ("rows.json", b"[" * 100_000, "line 1"),
+        ("rows.json", b'[{"a": ' + b"9" * 5000 + b"}]", "line 1"),
         ("rows.txt", b"Q", "ends in .txt"),
         ("rows.parquet.gz", b"Q", "ends in .gz"),
     ],
@@ -154,12 +158,11 @@ def test_a_row_of_another_width_than_the_header_is_unreadable_alone(tmp_path: Pa
     (tmp_path / "rows.csv").write_text('instruction,output\nQ,A\n\nQ,"a\nb",C\nQ,B\n')
     (one, first), (two, wide), (three, last) = read_records(tmp_path / "rows.csv")
     assert (one, two, three) == ("rows.csv:2", "rows.csv:4", "rows.csv:6")
-    assert isinstance(wide, Unreadable) and wide.reason == "has 3 fields where the header has 2"
+    assert isinstance(wide, Rejected) and wide.reason == "has 3 fields where the header has 2"
     assert (first["output"], last["output"]) == ("A", "B")
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv.gz"])
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "rows.csv"), ("|", "rows.csv"), (",", "rows.tsv.gz")])
 def test_the_delimiter_is_recognised_whatever_the_file_is_called(tmp_path: Path, delimiter: str, name: str) -> None:
     (tmp_path / name).write_bytes(packed(name, b"\xef\xbb\xbf" + as_csv(delimiter)))
     assert records(tmp_path / name) == ROWS
@@ -179,7 +182,7 @@ def test_delimiters_inside_of_texts_divide_nothing(tmp_path: Path, text: str, an
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
-@pytest.mark.parametrize("megabytes", [5, 100])
+@pytest.mark.parametrize("megabytes", [5, 40])
 def test_a_long_record_is_read_and_an_absurd_one_refused(tmp_path: Path, name: str, megabytes: int) -> None:
     row = {"instruction": "Q", "output": "A" * (megabytes << 20)}
     text = {"rows.jsonl": json.dumps(row), "rows.json": f"[{json.dumps(row)}]"}
@@ -198,9 +201,9 @@ def test_a_json_list_larger_than_the_limit_is_refused(tmp_path: Path, monkeypatc
         records(tmp_path / "rows.json")
 
 
-@pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.jsonl.zst", "bomb.json.gz"])
+@pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.json.zst"])
 def test_an_archive_that_unpacks_to_an_absurd_size_is_refused_on_the_way(tmp_path: Path, name: str) -> None:
-    data = (json.dumps(ROWS[0]) + "\n").encode() * 3_000_000  # 200 MB
+    data = (json.dumps(ROWS[0]) + "\n").encode() * 1_500_000  # 100 MB
     (tmp_path / name).write_bytes(packed(name, data))
     with pytest.raises(FormatError, match=f"{name} unpacks to more than 6. MB"):
         records(tmp_path / name)

@@ -46,19 +46,13 @@ def similarity(left: str, right: str) -> float:
     return jaccard(shingles(left), shingles(right))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(TEXTS, min_size=1, max_size=5))
 def test_the_similarity_of_any_two_texts_is_that_of_plainly_counted_shingles(texts: list[str]) -> None:
     fast, plain = [shingles(text) for text in texts], [plain_shingles(text) for text in texts]
     for i in range(len(texts)):
         for j in range(len(texts)):
             assert jaccard(fast[i], fast[j]) == len(plain[i] & plain[j]) / len(plain[i] | plain[j])
-
-
-@settings(deadline=None)
-@given(st.lists(TEXTS, min_size=1, max_size=5))
-def test_a_signature_depends_on_the_text_alone(texts: list[str]) -> None:
-    assert [signatures([text])[0].tolist() for text in texts] == signatures(texts).tolist()
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, make_base, sample_rows, tiny
+from conftest import sample_rows
 
 from pipeline.chat.responses import as_calls, canonical_calls, read_response
-from pipeline.chat.template import ChatTemplate, load_contract
+from pipeline.chat.template import ChatTemplate, load_contract, local_source
 from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.scoring.generation import Answer, to_answer
 from pipeline.scoring.items import score_items, summarise
 from pipeline.scoring.likelihood import reference_losses
-from pipeline.settings import load_params
 from pipeline.weights.loading import load_base
 
 TOOLS = [{"type": "function", "function": {"name": "move", "parameters": {"type": "object", "properties": {}}}}]
@@ -35,17 +34,12 @@ def call_row(i: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Params:
-    return tiny(load_params(ROOT / "params.yaml"), make_base(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, settings: Params) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
     data = tmp_path_factory.mktemp("data")
     (data / "calls.jsonl").write_text("\n".join(json.dumps(call_row(i)) for i in range(60)))
     (data / "rows.json").write_text(json.dumps(sample_rows(60)))
     output = tmp_path_factory.mktemp("prepared") / "dataset"
-    wide = settings.prepare.model_copy(update={"max_length": 400, "near_duplicate_threshold": None})
+    wide = params.prepare.model_copy(update={"max_length": 400, "near_duplicate_threshold": None})
     prepare(wide, data, output)
     return output
 
@@ -83,7 +77,7 @@ def test_what_is_trained_is_read_as_the_reference(dataset: Path, template: ChatT
         assert not to_answer(written, template, item["input_ids"], item["tools"]).cut_off
 
 
-def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path, settings: Params) -> None:
+def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path, params: Params) -> None:
     test = of_calls(dataset).slice(0, 5)
     expected = [json.loads(reference) for reference in test["reference"].to_pylist()]
     swapped = [dict(reversed(call.items())) for call in reversed(expected[1])]
@@ -100,19 +94,19 @@ def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path,
     assert items["accuracy"].to_pylist() == [1, 1, 0, 0, 0]
     for metric in TEXTS:
         assert items[metric].to_pylist() == [None] * 5
-    scores = summarise(items, settings.evaluate)
+    scores = summarise(items, params.evaluate)
     assert scores["accuracy"]["score"] == pytest.approx(0.4)
     assert [scores[metric] for metric in TEXTS] == [None] * len(TEXTS)
 
 
-def test_texts_beside_calls_are_scored_as_without_them(dataset: Path, settings: Params) -> None:
+def test_texts_beside_calls_are_scored_as_without_them(dataset: Path, params: Params) -> None:
     test = pq.read_table(dataset / "test.parquet")
     texts = test.filter([kind != "tool_calls" for kind in test["scoring"].to_pylist()])
     assert 0 < len(texts) < len(test)
 
     def scored(table: Any) -> Any:
         answers = [Answer(f"{text[:4]} or so", [1], False) for text in table["reference"].to_pylist()]
-        return summarise(score_items(table, answers, ([1.0] * len(table), [2] * len(table)))[0], settings.evaluate)
+        return summarise(score_items(table, answers, ([1.0] * len(table), [2] * len(table)))[0], params.evaluate)
 
     whole, alone = scored(test), scored(texts)
     for metric in TEXTS:
@@ -121,14 +115,9 @@ def test_texts_beside_calls_are_scored_as_without_them(dataset: Path, settings: 
     assert whole["length_ratio"] == alone["length_ratio"]
 
 
-def test_the_likelihood_of_a_call_is_that_of_its_tokens(
-    dataset: Path, template: ChatTemplate, settings: Params
-) -> None:
+def test_the_likelihood_of_a_call_is_that_of_its_tokens(dataset: Path, template: ChatTemplate, base: Path) -> None:
     test = of_calls(dataset).slice(0, 4)
-    model = load_base(
-        {"name_or_path": settings.prepare.model_name_or_path, "revision": None, "trust_remote_code": False}
-    )
-    _, counts = reference_losses(model, template, test, "test", "base")
+    _, counts = reference_losses(load_base(local_source(base)), template, test, "test", "base")
     for item, count in zip(test.to_pylist(), counts, strict=True):
         calls = "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in json.loads(item["reference"]))
         assert count == len(template.tokenizer.encode(calls, add_special_tokens=False)) + 1

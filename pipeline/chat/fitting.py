@@ -5,13 +5,13 @@ Each conversation gives the rows that take its place, with what was done to them
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from pipeline.chat import Message
-from pipeline.chat.conversation import ChatTemplate, Conversation, Encoded
+from pipeline.chat.conversation import ChatTemplate, Encoded
 from pipeline.chat.rendering import RowError
 
 TURNS_LEFT_OUT = "oldest turns left out to fit prepare.max_length"
@@ -32,27 +32,19 @@ class Fitted:
 Fits = Callable[..., Fitted | None]  # messages, and what was done to them: the row, if it is short enough
 
 
-def fit_batch(
-    template: Any, conversations: Sequence[Conversation], max_length: int, on_overlong: str
-) -> list[list[Fitted] | RowError]:
-    """For each conversation the rows that take its place, or the `RowError` that says why there are none.
+def fit(template: Any, messages: list[Message], tools: str | None, max_length: int, on_overlong: str) -> list[Fitted]:
+    """The rows that take the place of a conversation.
 
-    A conversation of no more than `max_length` tokens stays as it is. `truncate_prompt` leaves out the oldest exchanges
-    (a question with all that follows up to the next), never the system message or the last exchange, then cuts the
-    start of the last question. `split` makes rows of whole exchanges, each with the system message, so that every
-    trained answer is trained once; with `train_on: last_response` only the last row has one, and the others are not
-    made. `drop` and `error` change nothing.
+    One of no more than `max_length` tokens stays as it is. `truncate_prompt` leaves out the oldest exchanges (a
+    question with all that follows up to the next), never the system message or the last exchange, then cuts the start
+    of the last question. `split` makes rows of whole exchanges, each with the system message, so that every trained
+    answer is trained once; with `train_on: last_response` only the last row has one, and the others are not made.
+    `drop` and `error` change nothing.
+
+    Raises:
+        Overlong: it fits in no way that `on_overlong` allows.
+        RowError: see `ChatTemplate.encode`.
     """
-    fitted: list[list[Fitted] | RowError] = []
-    for messages, tools in conversations:
-        try:
-            fitted.append(_fit(template, messages, tools, max_length, on_overlong))
-        except RowError as error:
-            fitted.append(error)
-    return fitted
-
-
-def _fit(template: Any, messages: list[Message], tools: str | None, max_length: int, how: str) -> list[Fitted]:
     encoded: Encoded = template.encode(messages, tools)
     if encoded.length <= max_length:
         return [Fitted(messages, encoded)]
@@ -65,15 +57,15 @@ def _fit(template: Any, messages: list[Message], tools: str | None, max_length: 
 
     system = [message for message in messages[:1] if message["role"] == "system"]
     exchanges = _exchanges(messages[len(system) :])
-    if how == "split" and template.train_on == "all_responses":
+    if on_overlong == "split" and template.train_on == "all_responses":
         rows = _split(system, exchanges, fits)
         if rows is None:
             raise Overlong(f"{too_long}, and a single exchange of it is longer already")
         return rows
-    if how not in ("split", "truncate_prompt"):
+    if on_overlong not in ("split", "truncate_prompt"):
         raise Overlong(too_long)
     row = _without_oldest(system, exchanges, fits)
-    if row is None and how == "truncate_prompt":
+    if row is None and on_overlong == "truncate_prompt":
         row = _with_less_question([*system, *exchanges[-1]], len(system), len(exchanges) > 1, fits)
     if row is None:
         raise Overlong(f"{too_long}, and its last answer leaves no room for the question")

@@ -77,9 +77,13 @@ class TokenEncoder:
         return value
 
     def hide_messages(self, messages: list[Message]) -> list[Message]:
-        """`messages` with every control token in their texts and calls hidden."""
-        hidden: list[Message] = [self.hide(message, message["role"] == "assistant") for message in messages]
-        return [after | {"role": before["role"]} for before, after in zip(messages, hidden, strict=True)]
+        """`messages` with every control token in their texts and calls hidden; one without any is itself."""
+        return [
+            self.hide(message, message["role"] == "assistant") | {"role": message["role"]}
+            if len(message) > 2 or self._suspicious(message.get("content") or "")
+            else message
+            for message in messages
+        ]
 
     def _suspicious(self, text: str) -> bool:
         return self._normalizer is not None or any(map(text.__contains__, self._first))
@@ -111,7 +115,8 @@ class TokenEncoder:
             RowError: as `text`, or the tokenizer cannot write a control token as ordinary text.
         """
         if not BROKEN.search(rendered):
-            return list(self._plain.encode(rendered, add_special_tokens=False).ids)
+            [encoding] = self._plain.encode_batch_fast([rendered], add_special_tokens=False)  # without offsets
+            return list(encoding.ids)
         self.text(rendered)
         marked = self._control.sub(lambda m: f"{SHOWN}{self._id[m[0]]}{END}", rendered)
         marked = HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], marked)

@@ -20,7 +20,6 @@ from pipeline.data.report import SPLITS, over_splits
 
 DATASET = "artifacts/dataset"
 MOST_LINES = 12  # of changes by task, language or reason
-LENGTHS = ("median tokens of a training row", "mean", "longest", "training tokens", "fraction that carries loss")
 
 
 class DataDiffError(RuntimeError):
@@ -49,8 +48,8 @@ def compare(before: Dataset, now: Dataset, names: tuple[str, str] = ("before", "
         "dropped": _changed(old["dropped"], new["dropped"]),
         "repaired": _changed(old["repaired"], new["repaired"]),
     }
-    both = zip(LENGTHS, _lengths(old), _lengths(new), strict=True)
-    lengths = [(what, length, length_now) for what, length, length_now in both if length != length_now]
+    was, now_is = _lengths(old), _lengths(new)
+    lengths = [(what, was[what], now_is[what]) for what in was if was[what] != now_is[what]]
     moved = any(split["added"] or split["removed"] for split in splits)
     return {
         "old": names[0],
@@ -69,24 +68,22 @@ def dataset_at(revision: str | None, root: Path = Path(".")) -> Dataset:
     Raises:
         DataDiffError: there is no such revision, it records no dataset, or its files cannot be found.
     """
-    if revision is None:
-        if not (root / DATASET / "report.json").exists():
-            raise DataDiffError(f"{DATASET}/report.json does not exist; `dvc repro prepare` makes it")
-        return _read(lambda name: (root / DATASET / name).open("rb"))
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
 
-    if git.ask(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
-        raise DataDiffError(f"{revision} is not a git revision here")
     try:
+        if revision is None:
+            return _read(lambda name: (root / DATASET / name).open("rb"))
+        if git.ask(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
+            raise DataDiffError(f"{revision} is not a git revision here")
         files = DVCFileSystem(str(root), rev=revision)
         return _read(lambda name: files.open(f"{DATASET}/{name}", "rb"))
     except (DvcException, DataIndexDirError, OSError) as error:
         raise DataDiffError(
-            f"the dataset of commit {revision} is neither on this machine nor in a DVC remote ({error}); `dvc fetch "
-            f"{DATASET} --all-commits` brings what a remote has, and `git checkout {revision}` with `dvc repro "
-            "prepare` makes it again"
+            f"the dataset of {revision or 'this folder'} is neither here nor in a DVC remote ({error}); `dvc fetch "
+            f"{DATASET} --all-commits` brings what a remote has, and `dvc repro prepare` makes it again, of a commit "
+            "after `git checkout`"
         ) from None
 
 
@@ -123,15 +120,15 @@ def _read(open_file: Callable[[str], BinaryIO]) -> Dataset:
         return Dataset(json.load(file), ids)
 
 
-def _lengths(report: dict[str, Any]) -> tuple[float, ...]:
+def _lengths(report: dict[str, Any]) -> dict[str, float]:
     tokens, rows = report["train_tokens"], report["rows"]["train"]
-    return (
-        tokens["median_per_row"],
-        round(tokens["total"] / max(1, rows), 1),
-        tokens["max_per_row"],
-        tokens["total"],
-        round(tokens["trained"] / max(1, tokens["total"]), 3),
-    )
+    return {
+        "median tokens of a training row": tokens["median_per_row"],
+        "mean": round(tokens["total"] / max(1, rows), 1),
+        "longest": tokens["max_per_row"],
+        "training tokens": tokens["total"],
+        "fraction that carries loss": round(tokens["trained"] / max(1, tokens["total"]), 3),
+    }
 
 
 def _split(split: str, old: pa.ChunkedArray, new: pa.ChunkedArray) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
-from pipeline.chat.fitting import Fitted, Overlong, fit_batch, fit_text
+from pipeline.chat.fitting import Fitted, Overlong, fit, fit_text
 from pipeline.chat.rendering import RowError
 from pipeline.chat.responses import canonical_calls, read_response
 from pipeline.chat.template import load_template
@@ -123,20 +123,16 @@ def encode_rows(
 ) -> list[dict[str, Any]]:
     """Each row as a record of `SCHEMA` (several when a long one is split), with the `text` it is compared by."""
     records: list[dict[str, Any]] = []
-    passed = [(row, apply_filters(row, params.filters) if params.filters.any_on else row) for row in rows]
-    fitted = iter(fit_rows([row for _, row in passed if isinstance(row, Row)], template, params))
-    for before, row in passed:
+    for before in rows:
+        row = apply_filters(before, params.filters) if params.filters.any_on else before
         if isinstance(row, Rejected):
             records.append(_dropped(row, "filtered"))
             continue
-        pieces = next(fitted)
         split = split_of(before, params)  # as it came: what a filter masks moves no row to another split
         if split == "test" and is_plain_text(row.messages):
             split = "validation"  # it has no prompt that a model could answer; its loss can be measured
         try:
-            if isinstance(pieces, RowError):
-                raise pieces
-            records += [_record(row, before, piece, split, template) for piece in pieces]
+            records += [_record(row, before, piece, split, template) for piece in fit_row(row, template, params)]
         except Overlong as error:
             records.append(_dropped(Rejected(row.source, OVERLONG, row.messages), "overlong", str(error)))
         except RowError as error:
@@ -149,11 +145,17 @@ def encode_rows(
     return records
 
 
-def fit_rows(rows: list[Row], template: Encoder, params: PrepareParams) -> list[list[Fitted] | RowError]:
-    """Each row in the pieces that are trained on, as `prepare.on_overlong` says, or why it cannot be."""
-    chats = [row for row in rows if not is_plain_text(row.messages)]
-    fitted = iter(fit_batch(template, [(r.messages, r.tools) for r in chats], params.max_length, params.on_overlong))
-    return [_fit_text(template, row, params) if is_plain_text(row.messages) else next(fitted) for row in rows]
+def fit_row(row: Row, template: Encoder, params: PrepareParams) -> list[Fitted]:
+    """The row in the pieces that are trained on, as `prepare.on_overlong` says.
+
+    Raises:
+        Overlong, RowError: it cannot be trained on.
+    """
+    if not is_plain_text(row.messages):
+        return fit(template, row.messages, row.tools, params.max_length, params.on_overlong)
+    if isinstance(template, classes.TextEncoder):
+        raise RowError("is text without a class; train.task is sequence-classification")
+    return fit_text(template, row.messages[0]["content"], params.max_length, params.on_overlong)
 
 
 def split_of(row: Row, params: PrepareParams) -> str:
@@ -188,15 +190,6 @@ def _texts(message: Message) -> list[str]:
 
 def _group(row: Row) -> str:
     return row.group if row.group is not None else prompt_key(row.messages[:-1] or row.messages, row.tools)
-
-
-def _fit_text(template: Encoder, row: Row, params: PrepareParams) -> list[Fitted] | RowError:
-    try:
-        if isinstance(template, classes.TextEncoder):
-            raise RowError("is text without a class; train.task is sequence-classification")
-        return fit_text(template, row.messages[0]["content"], params.max_length, params.on_overlong)
-    except RowError as error:
-        return error
 
 
 def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder) -> dict[str, Any]:

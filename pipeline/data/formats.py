@@ -14,10 +14,11 @@ from typing import Any
 
 from pipeline.data.columns import as_option, columns_read, guess_columns, named_columns, note_unread
 from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, SHARD_COLUMNS, Converter, converter, is_dialogue
-from pipeline.data.readers import CONTAINERS, KNOWN, FormatError, Unreadable, class_labels, read_records, split_name
+from pipeline.data.readers import KNOWN, FormatError, class_names, read_records, split_name
 from pipeline.data.records import Rejected, Row
 from pipeline.params import ColumnsParams
 
+NOTES = ("snapshot.json", "rejected.jsonl")  # of `retune ingest`, next to its shards
 SAMPLE = 1000  # records at the start of a file by which its format is recognised
 
 
@@ -47,17 +48,13 @@ def find_files(path: Path) -> list[Path]:
 
     What `retune ingest` keeps next to its shards (snapshot.json, rejected.jsonl) is not data.
     """
-    if path.is_file() and split_name(path)[1]:
-        return [path]
-    if path.is_file() or not path.exists():
-        fault = f"ends in {path.suffix or 'nothing'}" if path.exists() else "does not exist"
-        raise FormatError(f"{path} {fault}; expected a file that ends in {KNOWN}, or a folder of them")
-    files = sorted(file for file in path.rglob("*") if split_name(file)[1] and file.is_file())
-    snapshots = [file.parent for file in files if file.name == "snapshot.json"]
-    notes = {folder / name for folder in snapshots for name in ("snapshot.json", "rejected.jsonl")}
-    files = [file for file in files if file not in notes]
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    notes = {file.parent / name for file in files for name in NOTES if file.name == "snapshot.json"}
+    files = [file for file in files if split_name(file)[1] and file not in notes]
     if not files:
-        raise FormatError(f"{path} holds no file that ends in {', '.join(CONTAINERS)}")
+        fault = "does not exist" if not path.exists() else f"holds no file that ends in {KNOWN}"
+        fault = f"ends in {path.suffix or 'nothing'}; expected {KNOWN}" if path.is_file() else fault
+        raise FormatError(f"{path} {fault}")
     return files
 
 
@@ -106,7 +103,7 @@ def open_rows(
             format, columns = ask(error)
     every = chain(first, records)
     unused: set[str] = set()
-    convert = converter(known, columns, class_labels(path))
+    convert = converter(known, columns, class_names(path))
     rows = _convert(best_paths(every) if known == "openassistant" else every, known, columns, convert, unused)
     return RowFile(known, rows, unused)
 
@@ -174,7 +171,7 @@ def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
     if len(certain) == 1:
         return certain[0]
     possible = certain or next((formats for formats in candidates if len(formats) > 1), [])
-    readable = next((record for record in records if not isinstance(record, Unreadable)), records[0])
+    readable = next((record for record in records if not isinstance(record, Rejected)), records[0])
     columns_seen = ", ".join(seen) or type(readable).__name__
     which = f"looks like {' and '.join(possible)}" if possible else "is of no known format"
     raise _unclear(f"{path} has {columns_seen} and {which}", records, possible)
@@ -198,8 +195,8 @@ def _convert(
     """Every record as rows or rejections (one record of self-instruct can be several)."""
     reads = columns_read(format, columns)
     for source, record in records:
-        if isinstance(record, Unreadable):
-            yield Rejected(source, record.reason, record.text)
+        if isinstance(record, Rejected):
+            yield record
             continue
         try:
             if not isinstance(record, dict):
@@ -217,47 +214,30 @@ def best_paths(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The best conversation of each tree of OpenAssistant's flat files, in which a message a record names its parent.
 
     That is, from the first message on, the answer with the lowest rank: (source, {path, left_out}) with the messages
-    that are not in it counted. A message that no first message leads to is an `Unreadable`. All messages of a file are
-    in memory at once: those of a tree may stand anywhere in it.
+    that are not in it counted. A message that no first message leads to is a `Rejected`. All messages of a file are in
+    memory at once: those of a tree may stand anywhere in it.
     """
-    messages: list[tuple[str, dict[str, Any]]] = []
-    children: dict[str, list[int]] = defaultdict(list)
+    waiting: dict[str, list[tuple[str, Any]]] = defaultdict(list)  # by the id of their parent; "" begins a tree
     for source, record in records:
-        if not isinstance(record, dict):
+        if isinstance(record, dict):
+            waiting[str(record.get("parent_id") or "")].append((source, record))
+        else:
             yield source, record
-            continue
-        children[str(record.get("parent_id") or "")].append(len(messages))
-        messages.append((source, record))
-    reached: set[int] = set()
-    for root in children.pop("", []):
-        tree: set[int] = set()
-        todo = [root]
-        while todo:
-            number = todo.pop()
-            if number not in tree:
-                tree.add(number)
-                todo += children[str(messages[number][1].get("message_id"))]
-        reached |= tree
-        path = _best(root, messages, children)
-        yield messages[root][0], {"path": path, "left_out": len(tree) - len(path)}
-    for number, (source, record) in enumerate(messages):
-        if number not in reached:
-            text = json.dumps(record, ensure_ascii=False, default=str)
-            yield source, Unreadable("answers a message that is not in the file", text)
-
-
-def _best(
-    root: int, messages: list[tuple[str, dict[str, Any]]], children: dict[str, list[int]]
-) -> list[dict[str, Any]]:
-    path: list[dict[str, Any]] = []
-    seen: set[int] = set()
-    answers = [root]
-    while usable := [number for number in answers if number not in seen and _is_usable(messages[number][1])]:
-        best = min(usable, key=lambda number: (_rank(messages[number][1]), number))
-        seen.add(best)
-        path.append(messages[best][1])
-        answers = children[str(path[-1].get("message_id"))]
-    return path
+    for source, first in waiting.pop("", []):
+        tree, replies = [first], {}
+        for message in tree:  # grows on the way; what was taken once is not waiting any more, so no circle is endless
+            taken = [reply for _, reply in waiting.pop(str(message.get("message_id")), [])]
+            replies.setdefault(str(message.get("message_id")), taken)
+            tree += taken
+        path: list[dict[str, Any]] = []
+        answers = [first]
+        while usable := [message for message in answers if _is_usable(message)]:
+            path.append(min(usable, key=_rank))
+            answers = replies.pop(str(path[-1].get("message_id")), [])
+        yield source, {"path": path, "left_out": len(tree) - len(path)}
+    for source, record in chain(*waiting.values()):
+        text = json.dumps(record, ensure_ascii=False, default=str)
+        yield source, Rejected(source, "answers a message that is not in the file", text)
 
 
 def _is_usable(message: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from pipeline.chat.template import load_contract
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import read_json
 from pipeline.data import classes
-from pipeline.data.encoding import Encoder, fit_rows, load_encoding
+from pipeline.data.encoding import Encoder, fit_row, load_encoding
 from pipeline.data.filters import apply_filters
 from pipeline.data.formats import Ask, find_files, read_rows
 from pipeline.data.records import Rejected, Row
@@ -152,17 +152,17 @@ def _records(
 
 def _as_prepared(template: Encoder, params: Params, place: str, row: Row | Rejected) -> list[Shown]:
     filters = params.prepare.filters
-    if isinstance(row, Rejected):
-        return [Shown(place, "dropped", [f"a row {row.reason}"], "", [], source=row.source, record=row.record)]
-    passed = apply_filters(row, filters) if filters.any_on else row
+    passed = apply_filters(row, filters) if isinstance(row, Row) and filters.any_on else row
+    task = row.task if isinstance(row, Row) else ""
     if isinstance(passed, Rejected):
-        return [Shown(place, "dropped", [passed.reason], row.task, [], source=row.source, record=passed.record)]
-    [fitted] = fit_rows([passed], template, params.prepare)
-    if isinstance(fitted, RowError):
-        reason = f"the row {fitted}"
-        if isinstance(fitted, Overlong) and params.prepare.on_overlong == "error":
-            reason += "; prepare.on_overlong is error, so it would stop the stage"
-        return [Shown(place, "dropped", [reason], row.task, [], source=row.source, record=passed.messages)]
+        reason = passed.reason if isinstance(row, Row) else f"a row {passed.reason}"
+        return [Shown(place, "dropped", [reason], task, [], source=row.source, record=passed.record)]
+    try:
+        fitted = fit_row(passed, template, params.prepare)
+    except RowError as error:
+        stops = isinstance(error, Overlong) and params.prepare.on_overlong == "error"
+        reason = f"the row {error}{'; prepare.on_overlong is error, so it would stop the stage' * stops}"
+        return [Shown(place, "dropped", [reason], task, [], source=row.source, record=passed.messages)]
     shown = []
     for part, piece in enumerate(fitted, start=1):
         repairs = [*passed.repairs, *piece.encoded.repairs]
@@ -171,7 +171,7 @@ def _as_prepared(template: Encoder, params: Params, place: str, row: Row | Rejec
                 place=place if len(fitted) == 1 else f"{place}, part {part} of {len(fitted)}",
                 verdict="repaired" if repairs else "kept",
                 reasons=repairs,
-                task=row.task,
+                task=task,
                 tokens=tokens_of(template.tokenizer, piece.encoded.input_ids, piece.encoded.labels),
                 source=row.source,
                 label=piece.messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,

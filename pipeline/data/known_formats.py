@@ -112,11 +112,11 @@ def _history(record: dict[str, Any], key: str = "history") -> list[Message]:
     return _alternating([checked(text, key) for pair in pairs for text in pair])
 
 
-def _answer(record: dict[str, Any], key: str, labels: dict[str, list[str]]) -> str:
+def _answer(record: dict[str, Any], key: str, class_names: dict[str, list[str]]) -> str:
     """The answer in a column; a number is the name of the class that the file gives it, else its digits."""
     value = record.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
-        names = labels.get(key)
+        names = class_names.get(key)
         if names is not None and not 0 <= value < len(names):
             raise ValueError(f"{key} is {value}; the file names classes 0 to {len(names) - 1}")
         value = str(value) if names is None else names[value]
@@ -253,7 +253,7 @@ def _from_shard(record: dict[str, Any], source: str, unused: set[str]) -> Row:
     return replace(row, repairs=[*(record["repairs"] or []), *row.repairs])
 
 
-def _mapping(format: str, columns: ColumnsParams, labels: dict[str, list[str]]) -> Converter:
+def _mapping(format: str, columns: ColumnsParams, class_names: dict[str, list[str]]) -> Converter:
     """The converter for columns that a person named; classification is text → label unless they say otherwise."""
     template = list(string.Formatter().parse(columns.template)) if columns.template is not None else None
 
@@ -265,7 +265,7 @@ def _mapping(format: str, columns: ColumnsParams, labels: dict[str, list[str]]) 
         else:
             parts = [literal + (scalar_of(record, name) if name else "") for literal, name, _, _ in template]
             question = checked("".join(parts), "template")
-        answer = _answer(record, columns.response or "label", labels)
+        answer = _answer(record, columns.response or "label", class_names)
         others = {name: record.get(getattr(columns, name) or name) for name in ("task", "group", "scoring", "tools")}
         if format == "classification":  # a class is a name, in which spaces at the ends say nothing
             answer = answer.strip()
@@ -343,7 +343,7 @@ KNOWN_FORMATS: dict[str, Format] = {
 FORMATS = tuple(name for name in KNOWN_FORMATS if name not in ("shard", "preference"))  # those that a person can name
 
 
-def converter(format: str, columns: ColumnsParams | None, labels: dict[str, list[str]]) -> Converter:
-    """What makes rows of the records of a format; `labels` are the names of classes, by column."""
+def converter(format: str, columns: ColumnsParams | None, class_names: dict[str, list[str]]) -> Converter:
+    """What makes rows of the records of a format; `class_names` are by column."""
     known = KNOWN_FORMATS.get(format, Format())
-    return known.convert or _mapping(format, columns or ColumnsParams(), labels)
+    return known.convert or _mapping(format, columns or ColumnsParams(), class_names)

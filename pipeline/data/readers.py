@@ -1,7 +1,7 @@
 """Files of records, read as a stream: JSON, JSONL, CSV, TSV (also in gzip or zstd), Parquet and Arrow.
 
 A file that is cut off, not UTF-8, not what its name says, or absurdly large is refused with file and line. A record
-whose meaning is not plain (a key given twice, a CSV row of another width than its header) is an `Unreadable`.
+whose meaning is not plain (a key given twice, a CSV row of another width than its header) is a `Rejected`.
 """
 
 import csv
@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.files import KeyTwiceError, unique_keys
+from pipeline.data.records import Rejected
 
 CONTAINERS = {
     ".json": "JSON",
@@ -46,14 +47,6 @@ class FormatError(ValueError):
     """A file that cannot be read as instruction data; the message names file, line and way out."""
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A record whose text is whole but whose meaning is not plain, such as a key given twice."""
-
-    reason: str
-    text: str
-
-
 def split_name(path: Path) -> tuple[str, str, str]:
     """(stem, container suffix, packing suffix) of a file name; the suffixes are "" where they are not known ones."""
     packing = path.suffix.lower() if path.suffix.lower() in PACKINGS else ""
@@ -71,7 +64,7 @@ def container_of(path: Path) -> str:
 
 
 def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any]]:
-    """(source, record) of each record of `path`, in order; a record whose meaning is not plain is an `Unreadable`.
+    """(source, record) of each record of `path`, in order; a record whose meaning is not plain is a `Rejected`.
 
     Args:
         name: what the file is called in `source` (name:line, or name:[index]); by default its file name.
@@ -82,30 +75,30 @@ def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any
     _, suffix, packing = split_name(path)
     if not suffix:
         raise FormatError(f"{path} ends in {path.suffix or 'nothing'}; expected {KNOWN}")
-    container = CONTAINERS[suffix]
     try:
-        if container in ("Parquet", "Arrow"):
-            records = _table_records(_parquet_batches(path) if container == "Parquet" else _arrow_batches(path))
-        else:
-            records = _text_records(path, container, packing)
-        for place, record in records:
-            yield f"{name or path.name}:{place}", record
+        for place, record in _places(path, suffix, packing):
+            source = f"{name or path.name}:{place}"
+            yield source, replace(record, source=source) if isinstance(record, Rejected) else record
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise FormatError(f"{path} is cut off, damaged or not a {container_of(path)} file: {error}") from None
 
 
-def _text_records(path: Path, container: str, packing: str) -> Iterator[tuple[int | str, Any]]:
+def _places(path: Path, suffix: str, packing: str) -> Iterator[tuple[int | str, Any]]:
+    """Each record with its place in the file: a line, or [an index]."""
+    if suffix in (".parquet", ".arrow"):
+        yield from _table_records(_parquet_batches(path) if suffix == ".parquet" else _arrow_batches(path))
+        return
     with _open_text(path, packing) as stream:
-        match container:
+        match CONTAINERS[suffix]:
             case "JSON":
                 yield from _json_records(path, stream)
             case "JSONL":
                 yield from _line_records(path, stream)
-            case _:
+            case container:
                 yield from _csv_records(path, stream, "," if container == "CSV" else "\t")
 
 
-def class_labels(path: Path) -> dict[str, list[str]]:
+def class_names(path: Path) -> dict[str, list[str]]:
     """Names of the classes that Hugging Face's `datasets` wrote into a Parquet or Arrow file, by column."""
     suffix = split_name(path)[1]
     if suffix not in (".parquet", ".arrow"):
@@ -233,7 +226,7 @@ def _parsed(path: Path, text: str, at: int, line: int | None = None) -> tuple[An
             return STRICT_JSON.raw_decode(text, at)
         except KeyTwiceError as error:
             _, end = json.JSONDecoder().raw_decode(text, at)
-            return Unreadable(f"gives the key {error.key!r} twice", text[at:end]), end
+            return Rejected("", f"gives the key {error.key!r} twice", text[at:end]), end
     except json.JSONDecodeError as error:
         raise _not_json(path, error, line) from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, a thousand brackets
@@ -263,8 +256,7 @@ def _csv_records(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[tuple
         line = rows.line_num + 1
         for row in rows:
             if row and len(row) != len(header):
-                reason = f"has {len(row)} fields where the header has {len(header)}"
-                yield line, Unreadable(reason, json.dumps(row))
+                yield line, Rejected("", f"has {len(row)} fields where the header has {len(header)}", json.dumps(row))
             elif row:
                 yield line, dict(zip(header, row, strict=True))
             line = rows.line_num + 1

@@ -192,7 +192,7 @@ def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None 
         report={"scoring": {}} | dict(report),  # an earlier release wrote none
         diff=diff,
         rows_of=_in_order(report["rows"]),
-        verdict=verdict(report),
+        summary=summary(report),
         kept=sum(report["rows"].values()),
         dropped=sum(report["dropped"].values()),
         languages=languages,
@@ -203,7 +203,7 @@ def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None 
     )
 
 
-def verdict(report: Mapping[str, Any]) -> str:
+def summary(report: Mapping[str, Any]) -> str:
     """One sentence: how many rows came in, what became of them, and the commonest reason for dropping one."""
     rows, dropped = report["rows"], sum(report["dropped"].values())
     splits = ", ".join(f"{count:,} {split}" for split, count in _in_order(rows).items())
