@@ -126,7 +126,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(params: Params, data: Path, folder: Path) -> Path:
-    prepare(params.prepare, data, folder / "dataset", task=params.train.task)
+    prepare(params.prepare, data, folder / "dataset", train_task=params.train.task)
     return folder / "dataset"
 
 
@@ -210,7 +210,7 @@ def test_a_text_longer_than_the_context_is_dropped_or_its_end_is_cut(
     data = write_rows(tmp_path / "data", [*reviews(60), (long, "pos")])
     settings = classifying(params, encoder)
     settings = with_(settings, prepare={"on_overlong": overlong, "max_length": 64, "test_fraction": 0.1})
-    done = prepare(settings.prepare, data, tmp_path / "dataset", task=settings.train.task)
+    done = prepare(settings.prepare, data, tmp_path / "dataset", train_task=settings.train.task)
     assert sum(done.rows.values()) == 60 + kept
     longest = max(len(r) for r in pq.read_table(tmp_path / "dataset" / "train.parquet")["input_ids"].to_pylist())
     assert longest == 64 if kept else longest < 64

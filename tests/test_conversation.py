@@ -185,24 +185,6 @@ def test_a_named_template_writes_its_familys_format_and_trains_answer_and_end(
     assert marked(template, talk("q", "a", "q2", "a2")) == both
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("kind", KINDS, indirect=True)
-def test_what_is_asked_before_an_answer_is_the_beginning_of_what_was_trained(
-    kind: PreTrainedTokenizerFast, name: str
-) -> None:
-    template = named(kind, name)
-    for messages, tools in (
-        (talk("q", "a", "quick", "fox", "dog", "hello world"), None),
-        ([SYSTEM, *talk("q", "a", "q2", "a2")], None),
-        ([SYSTEM, *tool_talk()], TOOLS),
-    ):
-        encoded = template.encode(messages, tools)
-        for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-            prompt = template.prompt_ids(messages[:i], tools)
-            assert encoded.input_ids[: len(prompt)] == prompt
-            assert encoded.labels[len(prompt)] != -100
-
-
 def test_a_named_template_is_refused_by_a_tokenizer_without_its_tokens() -> None:
     state = byte_level().to_str().replace('"<|im_end|>"', '"<|IM_END|>"')
     with pytest.raises(TemplateError, match=r"<\|im_end\|>"):

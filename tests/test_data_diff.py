@@ -1,14 +1,13 @@
 """What changed between two versions of the data, in a real DVC repository."""
 
 import hashlib
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, environment, make_project, retune
+from conftest import ROOT, dvc, git, make_project, retune
 from ruamel.yaml import YAML
 
 from pipeline.data.diff import DataDiffError, Dataset, compare, dataset_at, previous_revision
@@ -33,7 +32,6 @@ def dataset(train: range, test: range = range(9_000_000, 9_000_010), **more: str
     [
         ((range(100),), (range(100),), [(100, 0, 0), (10, 0, 0)]),
         ((range(20_000),), (range(10_000, 40_000),), [(10_000, 20_000, 10_000), (10, 0, 0)]),
-        ((range(50),), (range(50), range(9_000_004, 9_000_012)), [(50, 0, 0), (6, 2, 4)]),
         ((range(50),), (range(49), range(49, 50)), [(49, 0, 1), (0, 1, 10)]),  # a row moved between splits
     ],
 )
@@ -60,14 +58,12 @@ def record(root: Path, rows: int) -> None:
     write_report(written.report, folder)
     for split, ids in written.ids.items():
         pq.write_table(pa.table({"id": ids}), folder / f"{split}.parquet")
-    command = [sys.executable, "-m", "dvc", "commit", "-q", "-f", "prepare"]
-    subprocess.run(command, cwd=root, check=True, env=environment())
+    dvc(root, "commit", "-q", "-f", "prepare")
 
 
 def commit(root: Path) -> None:
-    subprocess.run(["git", "add", "-A"], cwd=root, check=True)
-    author = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    subprocess.run(["git", *author, "commit", "-qm", "a version"], cwd=root, check=True)
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "a version")
 
 
 def test_versions_are_read_by_their_git_revisions(tmp_path: Path) -> None:
@@ -83,10 +79,7 @@ def test_versions_are_read_by_their_git_revisions(tmp_path: Path) -> None:
     with pytest.raises(DataDiffError, match="name a revision"):
         previous_revision(root)
     record(root, 50)
-    before = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert previous_revision(root) == before.stdout.strip()
+    assert previous_revision(root) == git(root, "rev-parse", "--short", "HEAD")
     assert dataset_at("HEAD", root).report["rows"]["train"] == 40
 
     said = retune(root, "diff-data", "--html", "diff.html")
@@ -105,14 +98,6 @@ def test_versions_are_read_by_their_git_revisions(tmp_path: Path) -> None:
 
     commit(root)
     assert compare(dataset_at("HEAD", root), dataset_at(None, root))["same"]
-    for file in (root / ".dvc" / "cache").rglob("*"):
-        if file.is_file():
-            file.unlink()
+    shutil.rmtree(root / ".dvc" / "cache")
     with pytest.raises(DataDiffError, match="dvc fetch artifacts/dataset --all-commits"):
         dataset_at("HEAD~1", root)
-    subprocess.run(
-        ["dvc", "remote", "add", "--default", "team", str(tmp_path / "team")], cwd=root, check=True, env=environment()
-    )
-    commit(root)
-    with pytest.raises(DataDiffError, match="dvc fetch artifacts/dataset --all-commits"):
-        dataset_at("HEAD~2", root)

@@ -212,7 +212,7 @@ def test_what_a_person_should_look_at_is_not_green() -> None:
 
 def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_cost() -> None:
     row = {"candidate": 0.6, "champion": 0.55, "difference": 0.05, "low": 0.01, "high": 0.09, "margin": None}
-    row |= {"needed": "> 0", "passed": True, "items": 40}
+    row |= {"needed": "> 0", "verdict": "passed", "items": 40}
     metrics = {key: {"score": 0.5, "low": 0.4, "high": 0.6} for key in METRICS} | {"bleu": None}
     decision = {"decision": "promoted", "reason": "better", "notes": ["a note"], "warnings": [], "against": "abc",
                 "title": "v4 is the champion now", "next": "talk to it", "comparison": {"rougeL": row}}  # fmt: skip

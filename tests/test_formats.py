@@ -350,8 +350,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COLUMNS = ColumnsParams(response="a", template="{q}?", system="s", history="h", tools="t", task="k", group="g")
 
 
-@pytest.mark.parametrize("format", [*FORMATS, "columns"])
-@settings(derandomize=True, deadline=None, max_examples=40)
+@pytest.mark.parametrize("format", sorted({*FORMATS, "columns"} - {"belle", "dolly", "openorca", "classification"}))
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(draw=st.data())
 def test_every_record_becomes_rows_or_rejections(folder: Path, format: str, draw: st.DataObject) -> None:
     columns = COLUMNS if format == "columns" else None

@@ -1,14 +1,14 @@
 """Outside data into a new snapshot: nothing is lost unseen; bad data and kills leave the old one or the new one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import change_params, environment, make_project, retune, sample_rows
+from typer.testing import CliRunner
 
+from pipeline.cli import datasets, main
 from pipeline.core import graph
 from pipeline.core.files import read_json, sha256_file
 from pipeline.core.graph import GraphError
@@ -20,8 +20,6 @@ from pipeline.data.shards import read_rejected, read_snapshot
 from pipeline.data.snapshot import recover
 from pipeline.ingest import IngestError, collect, ingest
 from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams
-from pipeline.prepare import prepare
-from pipeline.settings import load_params
 
 AUTO = IngestParams(
     format="auto", columns=None, sources=None, s3_endpoint_url=None, max_download_gib=1.0, max_rejected_fraction=0.05
@@ -94,25 +92,21 @@ def test_bad_data_leaves_the_snapshot_as_it_was(project: Path, tmp_path: Path) -
         assert not (project / snapshot.SCRATCH).exists()
 
 
-def test_too_many_rejected_records_stop_an_ingest_that_does_not_insist(project: Path, tmp_path: Path) -> None:
+def test_too_many_rejected_records_and_far_fewer_rows_than_before_stop_an_ingest_that_does_not_insist(
+    project: Path, tmp_path: Path
+) -> None:
+    nothing = {"instruction": "q", "output": ""}
+    mixed = source(tmp_path / "new", *sample_rows(37), *[nothing] * 3, name="mixed.jsonl")
+    few = source(tmp_path / "new", *sample_rows(18), name="few.jsonl")
     before = state(project)
-    path = source(tmp_path / "new", *sample_rows(37), *({"instruction": "q", "output": ""} for _ in range(3)))
-    with pytest.raises(IngestError, match=r"3 of 40 .*0.05.*3 × output is empty.*new.jsonl:38.*--replace"):
-        ingest(AUTO, [str(path)], project)
+    with pytest.raises(IngestError, match=r"3 of 40 .*0.05.*3 × output is empty.*mixed.jsonl:38.*--replace"):
+        ingest(AUTO, [str(mixed)], project)
     assert state(project) == before
-    assert ingest(AUTO.model_copy(update={"max_rejected_fraction": 0.1}), [str(path)], project).rows == 37
-    assert ingest(AUTO, [str(path)], project, replace=True).rows == 37
-
-
-def test_far_fewer_rows_than_before_stop_an_ingest_that_does_not_insist(project: Path, tmp_path: Path) -> None:
-    many, few = (source(tmp_path / "new", *sample_rows(n), name=f"{n}.jsonl") for n in (50, 24))
-    ingest(AUTO, [str(many)], project)
+    assert ingest(AUTO, [str(mixed)], project, replace=True).rows == 37
     before = state(project)
-    with pytest.raises(IngestError, match=r"hold 24 rows and would replace 50.*--replace"):
+    with pytest.raises(IngestError, match=r"hold 18 rows and would replace 37.*--replace"):
         ingest(AUTO, [str(few)], project)
     assert state(project) == before
-    assert ingest(AUTO, [str(few)], project, replace=True).rows == 24
-    assert ingest(AUTO, [str(many)], project).rows == 50
 
 
 def test_a_snapshot_that_dvc_cannot_record_is_taken_back(
@@ -151,9 +145,8 @@ def test_a_named_format_and_columns_hold_for_every_source_without_its_own(tmp_pa
     with pytest.raises(IngestError, match="no source is named"):
         collect(AUTO, (), tmp_path / "three", tmp_path)
     # What is said for all does not mix with what a source says itself.
-    for everywhere in ({"format": "alpaca"}, {"columns": ColumnsParams(prompt="x", response="y")}):
-        notes = collect(mapped.model_copy(update=everywhere), (), tmp_path / str(everywhere), tmp_path)
-        assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
+    notes = collect(mapped.model_copy(update={"format": "alpaca"}), (), tmp_path / "four", tmp_path)
+    assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
 
 
 def test_what_was_not_used_and_what_was_repaired_is_noted_by_file(tmp_path: Path) -> None:
@@ -163,13 +156,6 @@ def test_what_was_not_used_and_what_was_repaired_is_noted_by_file(tmp_path: Path
     notes = collect(AUTO, [str(one), str(two)], tmp_path / "snapshot", tmp_path)
     assert [file["not_used"] for each in notes["sources"] for file in each["files"]] == [["lang", "messages[].id"], []]
     assert [each["repaired"] for each in notes["sources"]] == [{"consecutive user turns joined": 1}, {}]
-
-
-def test_a_snapshot_can_be_prepared(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ingest(AUTO, [str(source(tmp_path / "new", *sample_rows(100)))], project)
-    monkeypatch.chdir(project)
-    result = prepare(load_params().prepare, Path("data/instructions"), tmp_path / "dataset")
-    assert sum(result.rows.values()) == 100
 
 
 def test_a_snapshot_can_be_a_source(tmp_path: Path) -> None:
@@ -220,12 +206,6 @@ def test_what_a_cap_keeps_survives_new_rows(tmp_path: Path) -> None:
     assert len(before & after) >= 97
 
 
-def test_two_files_of_one_name_and_content_are_both_kept(tmp_path: Path) -> None:
-    one, two = (str(source(tmp_path / name, *sample_rows(5))) for name in "ab")
-    assert collect(AUTO, [one, two], tmp_path / "snapshot", tmp_path)["rows"] == 10
-    assert len(rows_of(tmp_path / "snapshot")) == 10
-
-
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline import ingest as module
 
@@ -242,72 +222,58 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
         collect(AUTO, [str(path)], tmp_path / "snapshot", tmp_path)
 
 
-@pytest.mark.parametrize("record", [float("nan"), "x" * 100_000, {"instruction": "q", "output": float("inf")}, [["q"]]])
-def test_a_rejected_record_is_kept_as_far_as_a_person_needs_it(tmp_path: Path, record: Any) -> None:
-    collect(AUTO, [str(source(tmp_path / "new", *sample_rows(3), record))], tmp_path / "snapshot", tmp_path)
+def test_a_rejected_record_is_kept_as_far_as_a_person_needs_it(tmp_path: Path) -> None:
+    records: list[Any] = [float("nan"), "x" * 100_000, {"instruction": "q", "output": float("inf")}, [["q"]]]
+    collect(AUTO, [str(source(tmp_path / "new", *sample_rows(3), *records))], tmp_path / "snapshot", tmp_path)
     text = (tmp_path / "snapshot" / "rejected.jsonl").read_text()
     assert len(text) < 10_000
-    [rejected] = read_rejected(tmp_path / "snapshot")
-    assert rejected.source == "new.jsonl:4"
-    assert "NaN" not in text or isinstance(rejected.record, str)
+    rejected = list(read_rejected(tmp_path / "snapshot"))
+    assert [each.source for each in rejected] == [f"new.jsonl:{number}" for number in (4, 5, 6, 7)]
+    assert [isinstance(each.record, str) for each in rejected] == [True, True, True, False]
 
 
-def test_the_notes_hold_no_time_so_that_the_same_data_is_the_same_snapshot(tmp_path: Path) -> None:
-    path = source(tmp_path / "new", *sample_rows(5))
+def test_the_same_data_is_the_same_snapshot_and_two_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
+    paths = [str(source(tmp_path / name, *sample_rows(5))) for name in "ab"]
     for name in ("one", "two"):
-        collect(AUTO, [str(path)], tmp_path / name, tmp_path)
+        assert collect(AUTO, paths, tmp_path / name, tmp_path)["rows"] == 10
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
-    assert set(read_json(tmp_path / "one" / "snapshot.json")["shards"]) | {"snapshot.json", "rejected.jsonl"} == {
-        *files[0]
-    }
+    assert {*read_json(tmp_path / "one" / "snapshot.json")["shards"], "snapshot.json", "rejected.jsonl"} == {*files[0]}
 
 
-def test_the_command_says_what_it_recognised(project: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_it_recognised_and_a_format_named_there_overrules_columns(
+    project: Path, tmp_path: Path
+) -> None:
+    change_params(project, ingest={"columns": {"prompt": "question", "response": "answer"}})
     path = source(tmp_path / "new", *(row | {"id": 7} for row in sample_rows(20)), {"instruction": "q", "output": ""})
-    said = retune(project, "ingest", str(path)).stdout
+    refused = retune(project, "ingest", str(path))
+    assert refused.returncode == 1 and "has no column answer, question" in refused.stderr
+    said = retune(project, "ingest", str(path), "--format", "alpaca").stdout
     assert "ingest: 20 rows from 1 file\n  new.jsonl: alpaca, JSONL, 20 rows, 1 rejected; not used: id\n" in said
     assert "1 cannot be used: output is empty" in said
     assert "data.dvc now points to the new snapshot" in said
 
 
-def test_the_command_takes_columns_and_a_format_that_overrules_them(project: Path, tmp_path: Path) -> None:
-    change_params(project, ingest={"columns": {"prompt": "question", "response": "answer"}})
-    alpaca = source(tmp_path / "new", *sample_rows(20), name="alpaca.jsonl")
-    refused = retune(project, "ingest", str(alpaca))
-    assert refused.returncode == 1 and "has no column answer, question" in refused.stderr
-    assert "alpaca.jsonl: alpaca" in retune(project, "ingest", str(alpaca), "--format", "alpaca").stdout
-    rows = ({"q": f"Q{i}", "customer": "A"} for i in range(20))
-    other = source(tmp_path / "new", *rows, name="other.jsonl")
-    for command in ("ingest", "inspect"):
-        answer = retune(project, command, str(other), "--columns", "prompt=q,response=customer", "--json")
-        assert answer.returncode == 0, answer.stderr
-    assert json.loads(answer.stdout)["rows"][0]["verdict"] == "kept"
-    unknown = retune(project, "inspect", str(other), "--columns", "q=prompt")
-    assert unknown.returncode == 1 and "prompt=question,response=answer" in unknown.stderr
-
-
-def test_a_terminal_is_asked_what_a_file_is(project: Path, tmp_path: Path) -> None:
-    rows = ({"ask": f"Q{i}", "say": f"A{i}"} for i in range(20))
-    path = source(tmp_path / "new", *rows, name="other.jsonl")
-    code = f"import pty, sys; sys.exit(pty.spawn([{sys.executable!r}, '-m', 'pipeline', 'ingest', {str(path)!r}]) >> 8)"
-    answers = "nonsense\n\n"  # the second takes the guess
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=answers, cwd=project, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    assert "nonsense is not a format" in done.stdout and "[prompt=ask,response=say]" in done.stdout
-    assert "other.jsonl: columns, JSONL, 20 rows" in done.stdout
-
-
-@pytest.mark.parametrize("cut", ["", '{"write": {"/so'])
-def test_what_a_kill_leaves_of_dvcs_list_of_processes_is_removed_and_a_whole_list_stays(
-    project: Path, cut: str
+@pytest.mark.parametrize("command", ["ingest", "inspect"])
+def test_a_file_of_no_known_format_is_read_by_the_columns_that_a_person_names(
+    project: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(project)
+    path = source(tmp_path / "new", *({"q": f"Q{i}", "customer": f"A{i}"} for i in range(20)), name="other.jsonl")
+    app = CliRunner()
+    named = app.invoke(main.app, [command, str(path), "--columns", "prompt=q,response=customer", "--json"])
+    assert named.exit_code == 0, named.output
+    monkeypatch.setattr(datasets, "_terminal", lambda: datasets._ask)
+    asked = app.invoke(main.app, [command, str(path)], input="nonsense\nprompt=q,response=customer\n")
+    assert asked.exit_code == 0, asked.output
+    assert "nonsense is not a format" in asked.output and "[prompt=q,response=customer]" in asked.output
+
+
+def test_what_a_kill_leaves_of_dvcs_list_of_processes_is_removed_and_a_whole_list_stays(project: Path) -> None:
     path = project / ".dvc" / "tmp" / "rwlock"
     path.write_text('{"read": {}}')
     recover(project)
     assert path.read_text() == '{"read": {}}'
-    path.write_text(cut)
+    path.write_text('{"write": {"/so')
     recover(project)
     assert graph.stale(project).get("data.dvc") is None

@@ -13,7 +13,6 @@ from test_classification import classifying, make_encoder
 
 from pipeline.chat.template import ChatTemplate, load_template
 from pipeline.data.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
-from pipeline.data.readers import FormatError
 from pipeline.params import Params
 from pipeline.prepare import prepare
 
@@ -55,9 +54,9 @@ def test_a_test_row_is_shown_as_prompt_and_reference(dataset: Path) -> None:
 
 
 def test_a_row_is_found_by_its_id(dataset: Path) -> None:
-    wanted = pq.read_table(dataset / "train.parquet").column("id")[5].as_py()
-    [shown] = inspect_dataset(dataset, "train", None, wanted, None, 3)
-    assert (shown.id, shown.place) == (wanted, "train row 5")
+    id = pq.read_table(dataset / "train.parquet").column("id")[5].as_py()
+    [shown] = inspect_dataset(dataset, "train", None, id, None, 3)
+    assert (shown.id, shown.place) == (id, "train row 5")
 
 
 @pytest.mark.parametrize(
@@ -73,11 +72,6 @@ def test_a_row_that_is_not_there_is_an_error(
 ) -> None:
     with pytest.raises(InspectionError, match=what):
         inspect_dataset(dataset, "train", row, id, task, 1)
-
-
-def test_a_missing_dataset_names_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(InspectionError, match=r"train\.parquet does not exist; run `dvc repro prepare`, or name"):
-        inspect_dataset(tmp_path, "train", None, None, None, 1)
 
 
 def test_a_file_is_shown_as_it_would_be_prepared_with_a_verdict_on_each_row(params: Params, rows: Path) -> None:
@@ -111,31 +105,13 @@ def test_a_text_and_its_class_are_shown_from_a_file_and_from_the_dataset(params:
     first, *_, last = inspect_file(settings, path, None, None, 61)
     assert (first.verdict, first.label, first.trained, last.verdict) == ("kept", "pos", 0, "dropped")
     assert "class: pos" in as_text(first, colour=False).plain
-    prepare(settings.prepare, path.parent, tmp_path / "dataset", task=settings.train.task)
+    prepare(settings.prepare, path.parent, tmp_path / "dataset", train_task=settings.train.task)
     [shown] = inspect_dataset(tmp_path / "dataset", "train", 0, None, None, 1)
     assert shown.label in ("pos", "neg") and shown.as_json()["label"] == shown.label
     assert "good" in "".join(token.text for token in shown.tokens) or shown.label == "neg"
 
 
-def test_a_file_is_read_by_the_mapping_as_ingest_reads_it(params: Params, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"q": "What is red?", "a": "A colour."}) + "\n")
-    mapped = with_(params, ingest={"columns": {"prompt": "q", "response": "a"}})
-    [shown] = inspect_file(mapped, path, None, None, 1)
-    assert "".join(token.text for token in shown.tokens if token.trained) == "A colour.<|im_end|>"
-    with pytest.raises(FormatError, match="--columns prompt=q,response=a"):
-        inspect_file(params, path, None, None, 1)
-
-
-def test_plain_text_is_shown_without_a_template(params: Params, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"text": "The sky is blue."}) + "\n")
-    [shown] = inspect_file(with_(params, ingest={"format": "text"}), path, None, None, 1)
-    assert "<|im_start|>" not in "".join(token.text for token in shown.tokens)
-    assert "".join(token.text for token in shown.tokens if token.trained).startswith("The sky is blue.")
-
-
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_the_tokens_texts_together_are_the_text(template: ChatTemplate, text: str) -> None:
     ids = template.tokenizer.encode(text, add_special_tokens=False)

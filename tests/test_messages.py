@@ -7,34 +7,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_formats import QUESTION, answered, read, row
 
 from pipeline.data.formats import read_rows
-from pipeline.data.records import Rejected, Row
+from pipeline.data.records import Rejected
 
-QUESTION = {"role": "user", "content": "Q"}
 THOUGHT = {"role": "assistant", "content": "A", "reasoning_content": "T"}
 CALLS = [{"name": "weather", "arguments": {"city": city}} for city in ("Oslo", "Rome")]
 TOOL_CALLS = [{"type": "function", "function": call} for call in CALLS]
 
 
-def read(folder: Path, *records: Any) -> list[Row | Rejected]:
-    (folder / "data.json").write_text(json.dumps(records))
-    return list(read_rows(folder / "data.json"))
-
-
-def row(folder: Path, record: Any) -> Row:
-    [each] = read(folder, record)
-    assert isinstance(each, Row), each
-    return each
-
-
 def talk(*turns: Any) -> dict[str, Any]:
     """Turns as (role, content) or (role, content, other keys)."""
     return {"messages": [{"role": role, "content": content, **dict(*more)} for role, content, *more in turns]}
-
-
-def answered(**answer: Any) -> dict[str, Any]:
-    return {"messages": [QUESTION, {"role": "assistant"} | answer]}
 
 
 def sharegpt(*turns: Any) -> dict[str, Any]:

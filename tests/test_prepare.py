@@ -17,7 +17,6 @@ from pipeline.data.default_scoring import reason, sentence
 from pipeline.data.encoding import OVERLONG, split_of
 from pipeline.data.outcomes import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
 from pipeline.data.readers import FormatError
-from pipeline.data.records import Row
 from pipeline.params import Params
 from pipeline.prepare import Prepared, PrepareError, prepare
 
@@ -53,10 +52,12 @@ def dropped(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "dropped.jsonl").read_text().splitlines()]
 
 
+def groups_in(split: str, params: Params) -> list[str]:
+    return [group for group in (f"g{i}" for i in range(200)) if split_of(group, params.prepare) == split]
+
+
 def group_in(split: str, params: Params) -> str:
-    row = Row(messages=[], source="")
-    names = (f"g{i}" for i in range(1000))
-    return next(g for g in names if split_of(Row(**vars(row) | {"group": g}), params.prepare) == split)
+    return groups_in(split, params)[0]
 
 
 def ask(question: str, answer: str, **columns: Any) -> dict[str, Any]:
@@ -100,9 +101,8 @@ def test_a_row_never_moves_between_splits(params: Params, tmp_path: Path) -> Non
 
 
 def test_the_splits_have_the_sizes_asked_for(params: Params) -> None:
-    rows = [Row(messages=[], source="", group=f"g{i}") for i in range(4000)]
     fractions = params.prepare.model_copy(update={"test_fraction": 0.1, "validation_fraction": 0.05})
-    counts = Counter(split_of(row, fractions) for row in rows)
+    counts = Counter(split_of(f"g{i}", fractions) for i in range(4000))
     assert counts["test"] == pytest.approx(400, abs=80)  # 4 standard deviations
     assert counts["validation"] == pytest.approx(200, abs=56)
 
@@ -316,20 +316,20 @@ def test_what_was_encoded_before_is_read_from_the_cache_unless_a_parameter_chang
     assert files("short", "cache", max_length=110)[0] != more[0]
 
 
-def test_several_processes_give_the_same_bytes(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_gives_the_same_bytes(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     for name in ("a", "b"):
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps(varied_rows(100, seed=ord(name))))
     prepare(params.prepare, tmp_path / "data", tmp_path / "one")
     monkeypatch.setattr(pipeline.prepare, "PARALLEL_ROWS", 0)
+    monkeypatch.setattr(pipeline.prepare, "available_cores", lambda: 1)
     prepare(params.prepare, tmp_path / "data", tmp_path / "two")
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
 
 
 def test_near_copies_in_the_test_split_stay_and_count_as_one_group(params: Params, tmp_path: Path) -> None:
-    names = [f"g{i}" for i in range(100)]
-    groups = [g for g in names if split_of(Row(messages=[], source="", group=g), params.prepare) == "test"][:2]
+    groups = groups_in("test", params)[:2]
     rows = [*varied_rows(100), *(ask(f"{LIGHTHOUSE}{i}", "Yes", group=group) for i, group in enumerate(groups))]
     result, output = run(params, tmp_path, rows, max_length=512)
     assert result.dropped == {}

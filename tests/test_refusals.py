@@ -43,11 +43,6 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answer", REFUSALS)
-def test_a_refusal_is_seen(answer: str) -> None:
-    assert is_refusal(answer)
-
-
-@pytest.mark.parametrize("answer", ANSWERS, ids=[answer[:40] for answer in ANSWERS])
-def test_an_answer_is_no_refusal(answer: str) -> None:
-    assert not is_refusal(answer)
+@pytest.mark.parametrize(("answers", "refused"), [(REFUSALS, True), (ANSWERS, False)])
+def test_only_answers_that_do_nothing_but_decline_are_refusals(answers: list[str], refused: bool) -> None:
+    assert [answer for answer in answers if is_refusal(answer) != refused] == []

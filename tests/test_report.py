@@ -11,13 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import CHROMIUM, dump_dom
-from conftest import make_base, with_
 
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
-from pipeline.prepare import prepare
 from pipeline.report.contents import EXAMPLES, Asked, Contents, System, differences
-from pipeline.report.evaluation_pages import Bar, Plot, render
+from pipeline.report.evaluation_pages import Plot, render
 from pipeline.report.stage import read_curve, read_other_sets, read_prompts, stage_contents, write_scores
 from pipeline.report.tables import interval
 from pipeline.scoring.generation import Answer
@@ -36,14 +34,6 @@ def with_answers(items: pa.Table, **columns: list[Any]) -> pa.Table:
     for name, values in columns.items():
         items = items.set_column(items.column_names.index(name), name, [values])
     return items
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, params: Params, data: Path) -> Path:
-    """A prepared dataset of a base that knows nothing: no page depends on what a model can."""
-    folder = tmp_path_factory.mktemp("report")
-    prepare(with_(params, prepare={"model_name_or_path": str(make_base(folder / "base"))}).prepare, data, folder / "d")
-    return folder / "d"
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +166,6 @@ def test_a_slice_shows_the_metric_that_says_something(contents: Contents, params
     assert shown([1.0] * 3 + [None] * (number - 3)) == ("rougeL", number)  # three items are not the slice
 
 
-def test_a_metric_that_counts_few_items_says_how_few(contents: Contents, params: Params) -> None:
-    items = contents.systems[1].items
-    few = with_answers(items, accuracy=[1.0] * 3 + [None] * (len(items) - 3))
-    shown = replace(contents, systems=[contents.systems[0], system("adapter", few, params)])
-    assert f"| accuracy (3 of {len(items)} items) |" in render(shown, "report.md")
-    assert f"3 of {len(items)} items" in render(shown, "report.html")
-
-
 def test_nothing_that_was_written_by_a_model_is_markup_and_the_page_needs_nothing_else(full: Contents) -> None:
     page = render(full, "report.html")
     assert "<script" not in page and "<img" not in page and 'onerror="' not in page
@@ -231,12 +213,6 @@ def test_the_curve_leaves_out_what_is_no_number() -> None:
     assert Plot.of(read_curve("step,loss,validation_loss\n10,0.0,\n")) is not None
 
 
-def test_a_bar_stays_on_its_track() -> None:
-    assert Bar.of("bleu", {"score": 50.0, "low": 0.0, "high": 100.0}) == Bar("50.0", 50.0, 0.0, 100.0)
-    assert Bar.of("accuracy", {"score": 0.5, "low": -0.1, "high": 1.2}) == Bar("0.500", 50.0, 0.0, 100.0)
-    assert Bar.of("accuracy", None) is None
-
-
 FRAME = """<html><body><script>
 const frame = document.createElement("iframe");
 frame.style = "width: %dpx; height: 900px; border: 0";
@@ -276,16 +252,3 @@ def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp
         "Your prompts", HOSTILE.strip(), "Most improved answers",
         "Most worsened answers", "Loss", "Where the numbers come from",
     ]  # fmt: skip
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
-def test_the_page_opens_offline_without_a_complaint_of_the_browser(evaluation: Path, tmp_path: Path) -> None:
-    ran = dump_dom(
-        f"--user-data-dir={tmp_path}",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        "--enable-logging=stderr",
-        f"file://{evaluation}/report.html",
-    )
-    assert "Evaluation report" in ran.stdout
-    assert "CONSOLE" not in ran.stderr

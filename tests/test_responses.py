@@ -94,7 +94,10 @@ def test_calls_are_read_with_their_arguments(name: str) -> None:
     ],
 )  # fmt: skip
 def test_what_real_models_write(name: str, prompt: str, written: str, response: Response) -> None:
-    assert read(template_of(name), prompt, written) == response
+    template = template_of(name)
+    assert read(template, prompt, written) == response
+    answer = to_answer(tokens(template, written), template, tokens(template, prompt))
+    assert (answer.text, answer.cut_off) == (response.content, False)  # what is scored
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from hostile import BAD_NAMES, BAD_TEMPLATES, CANARY, GOOD_NAMES, watching
 from pipeline.chat.template import load_template, local_source
 from pipeline.core.allowlist import PARTS, UnsafeFileError, check_file
 from pipeline.core.files import read_json, sha256_file, write_json
+from pipeline.core.pages.templates import cell
 from pipeline.core.vetting import STATES, UnsafeModelError, check_checkpoint, check_model
 from pipeline.params import Params
 from pipeline.prepare import prepare
@@ -586,27 +587,27 @@ HOSTILE_TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("text", part(HOSTILE_TEXTS, 4), ids=range(len(HOSTILE_TEXTS)))
-def test_a_hostile_row_stays_text(tmp_path: Path, params: Params, text: str) -> None:
-    rows = [{"instruction": f"{text} {i}", "input": "", "output": text, "task": text[:100]} for i in range(20)]
+def test_a_hostile_row_stays_text(tmp_path: Path, params: Params) -> None:
+    rows = [
+        {"instruction": f"{text} {i}", "input": "", "output": text, "task": text[:100]}
+        for text in HOSTILE_TEXTS
+        for i in range(5)
+    ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.json").write_text(json.dumps(sample_rows(60) + rows))
     settings = with_(params, prepare={"max_dropped_fraction": 0.9})
     with watching(tmp_path):
         prepare(settings.prepare, tmp_path / "data", tmp_path / "dataset", tmp_path / "cache")
     report = read_json(tmp_path / "dataset" / "report.json")
-    assert sum(report["rows"].values()) + sum(report["dropped"].values()) == 80
+    assert sum(report["rows"].values()) + sum(report["dropped"].values()) == 60 + len(rows)
     assert tree(tmp_path) >= {"dataset/report.md"}
 
 
-@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
-def test_a_hostile_answer_is_no_markup_in_the_report(text: str) -> None:
-    from pipeline.core.pages.templates import cell
-
-    shown = cell(text)
-    assert not re.search(r"(?<!\\)<", shown)
-    assert "](" not in shown.replace("\\](", "")
-    assert "\n" not in shown
+def test_a_hostile_answer_is_no_markup_in_the_report() -> None:
+    for shown in map(cell, HOSTILE_TEXTS):
+        assert not re.search(r"(?<!\\)<", shown)
+        assert "](" not in shown.replace("\\](", "")
+        assert "\n" not in shown
 
 
 @pytest.mark.parametrize("template", part(BAD_TEMPLATES, 4))

@@ -59,10 +59,9 @@ def test_a_path_or_glob_gives_its_files(
         assert all(path.read_bytes() == ROWS for path, _ in source.files)
 
 
-@pytest.mark.parametrize("uri", ["a/*/../../outside/*.jsonl", "a/*/../b/two.jsonl"])
-def test_a_glob_that_climbs_out_of_its_root_is_refused(tmp_path: Path, uri: str) -> None:
+def test_a_glob_that_climbs_out_of_its_root_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="leaves the folder"):
-        fetch(str(tree(tmp_path) / uri), PARAMS, tmp_path / "scratch")
+        fetch(str(tree(tmp_path) / "a/*/../../outside/*.jsonl"), PARAMS, tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("uri", ["a", "a/*", "a/**/*.jsonl"])
@@ -276,7 +275,6 @@ def test_a_key_that_vanishes_or_changes_after_the_listing_is_refused(
     ("uri", "what"),
     [
         ("s3://retune/nothing/", "holds no object that ends in"),
-        ("s3://retune/nothing.jsonl", "holds no object that ends in"),
         ("s3://no-such-bucket/a/", "NoSuchBucket"),
         ("s3:///a", "names no bucket"),
     ],

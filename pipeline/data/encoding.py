@@ -128,11 +128,15 @@ def encode_rows(
         if isinstance(row, Rejected):
             records.append(_dropped(row, "filtered"))
             continue
-        split = split_of(before, params)  # as it came: what a filter masks moves no row to another split
+        asked = prompt_keys(before.messages, before.tools)
+        group = before.group if before.group is not None else asked[-1]
+        split = split_of(group, params)  # as it came: what a filter masks moves no row to another split
         if split == "test" and is_plain_text(row.messages):
             split = "validation"  # it has no prompt that a model could answer; its loss can be measured
         try:
-            records += [_record(row, before, piece, split, template) for piece in fit_row(row, template, params)]
+            for piece in fit_row(row, template, params):
+                keys = asked if piece.messages is before.messages else prompt_keys(piece.messages, row.tools)
+                records.append(_record(row, piece, keys, group, split, template))
         except Overlong as error:
             records.append(_dropped(Rejected(row.source, OVERLONG, row.messages), "overlong", str(error)))
         except RowError as error:
@@ -158,18 +162,19 @@ def fit_row(row: Row, template: Encoder, params: PrepareParams) -> list[Fitted]:
     return fit_text(template, row.messages[0]["content"], params.max_length, params.on_overlong)
 
 
-def split_of(row: Row, params: PrepareParams) -> str:
-    """The split of a row, from its group (its prompt when it names none) and the two fractions alone."""
-    place = int(hashlib.sha256(_group(row).encode()).hexdigest()[:8], 16) / 2**32
+def split_of(group: str, params: PrepareParams) -> str:
+    """The split of a row, from its group (its prompt where it names none) and the two fractions alone."""
+    place = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
     if place < params.test_fraction:
         return "test"
     return "validation" if place < params.test_fraction + params.validation_fraction else "train"
 
 
-def prompt_key(messages: list[Message], tools: str | None) -> str:
-    """What is asked by `messages`, whatever the answer: a digest with spaces and case folded."""
+def prompt_keys(messages: list[Message], tools: str | None) -> list[str]:
+    """A digest of what is asked before each answer, spaces and case folded; of plain text, of the text itself."""
     turns = [[turn["role"], " ".join(turn["content"].casefold().split()), *_calls(turn)] for turn in messages]
-    return sha256_json([turns, tools])
+    answers = [i or len(turns) for i, turn in enumerate(turns) if turn[0] == "assistant"]
+    return [sha256_json([turns[:i], tools]) for i in answers]
 
 
 def compared_text(messages: list[Message]) -> str:
@@ -188,13 +193,8 @@ def _texts(message: Message) -> list[str]:
     return [message["content"], *([reasoning] if reasoning else []), *_calls(message)]
 
 
-def _group(row: Row) -> str:
-    return row.group if row.group is not None else prompt_key(row.messages[:-1] or row.messages, row.tools)
-
-
-def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder) -> dict[str, Any]:
+def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, template: Encoder) -> dict[str, Any]:
     messages, tools = piece.messages, row.tools
-    keys = [prompt_key(messages[:i], tools) for i, message in enumerate(messages) if message["role"] == "assistant"]
     answer = "\n".join(_texts(messages[-1]))
     record = {
         "source": row.source,
@@ -220,7 +220,7 @@ def _record(row: Row, before: Row, piece: Fitted, split: str, template: Encoder)
         prompt, prompt_ids = template.prompt(messages[:-1], tools)
         if piece.encoded.input_ids[: len(prompt_ids)] != prompt_ids:
             raise RowError("has other tokens in its prompt alone than before its answer")
-        record |= {"group": _group(before), "tools": tools, "prompt": prompt, "prompt_ids": prompt_ids}
+        record |= {"group": group, "tools": tools, "prompt": prompt, "prompt_ids": prompt_ids}
         record |= _reference(piece, template, tools)
     return record
 

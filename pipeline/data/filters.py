@@ -88,7 +88,7 @@ _HOWEVER = re.compile(r"\b(?:however|instead|that said|but (?:i|here|if))\b|但|
 
 
 def apply_filters(row: Row, filters: FilterParams) -> Row | Rejected:
-    """The verdict on `row`: itself, a masked copy that says so in `repairs`, or why it is dropped.
+    """What becomes of `row`: itself, a masked copy that says so in `repairs`, or why it is dropped.
 
     A dropped row's record is masked as the filters say: personal data that may not be trained on is not kept either.
     """

@@ -224,7 +224,7 @@ def best_paths(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         else:
             yield source, record
     for source, first in waiting.pop("", []):
-        tree, replies = [first], {}
+        tree, replies = [first], dict[str, list[Any]]()
         for message in tree:  # grows on the way; what was taken once is not waiting any more, so no circle is endless
             taken = [reply for _, reply in waiting.pop(str(message.get("message_id")), [])]
             replies.setdefault(str(message.get("message_id")), taken)

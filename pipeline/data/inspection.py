@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from rich.text import Text
@@ -92,20 +91,16 @@ def inspect_dataset(
     file = dataset / f"{split}.parquet"
     if not file.is_file():
         raise InspectionError(f"{file} does not exist; run `dvc repro prepare`, or name a data file to look into")
-    names = pq.read_table(file, columns=["id", "task"])
-    numbers = range(row or 0, len(names))
-    for column, value in (("id", id), ("task", task)):
-        if value is not None:
-            chosen = set(pc.indices_nonzero(pc.equal(names[column], value)).to_pylist())
-            numbers = [number for number in numbers if number in chosen]  # type: ignore[assignment]
+    names = pq.read_table(file, columns=["id", "task"]).to_pylist()
+    named = {key: value for key, value in (("id", id), ("task", task)) if value is not None}
+    numbers = [n for n, name in enumerate(names) if n >= (row or 0) and named.items() <= name.items()][:count]
     if not numbers:
-        asked = ", ".join(f"{key} {value}" for key, value in (("row", row), ("id", id), ("task", task)) if value)
-        tasks = ", ".join(sorted(set(names["task"].to_pylist()))[:20])
+        asked = ", ".join(f"{key} {value}" for key, value in ({"row": row} | named).items() if value is not None)
+        tasks = ", ".join(sorted({name["task"] for name in names})[:20])
         raise InspectionError(f"the {split} split has no {asked}; it has {len(names)} rows, of {tasks}")
     contract = read_json(dataset / "contract.json")
     load = classes.load_classes if contract.get("task") == CLASSIFICATION else load_contract
     tokenizer = load(contract).tokenizer
-    numbers = numbers[:count]
     records = pads.dataset(file).take(pa.array(numbers)).to_pylist()
     return [
         Shown(

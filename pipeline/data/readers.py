@@ -1,6 +1,6 @@
 """Files of records, read as a stream: JSON, JSONL, CSV, TSV (also in gzip or zstd), Parquet and Arrow.
 
-A file that is cut off, not UTF-8, not what its name says, or absurdly large is refused with file and line. A record
+A file that is cut off, not UTF-8, or not what its name says is refused with file and line. A record
 whose meaning is not plain (a key given twice, a CSV row of another width than its header) is a `Rejected`.
 """
 
@@ -37,9 +37,6 @@ DELIMITERS = ",;\t|"
 BATCH_ROWS = 2048  # of a Parquet or Arrow file that are Python objects at once
 MAX_RECORD_BYTES = 32 << 20  # a longer record is no conversation
 MAX_JSON_BYTES = 1 << 30  # of a .json file, which is read whole; .jsonl has no limit
-MAX_UNPACKED_BYTES = 64 << 30
-MAX_RATIO = 200  # unpacked / packed; text packs 3 to 20 times, a bomb a thousand times and more
-RATIO_FROM_BYTES = 64 << 20  # small files may be as repetitive as they like
 STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
@@ -115,32 +112,10 @@ def class_names(path: Path) -> dict[str, list[str]]:
         return {}
 
 
-class _Unpacked(io.RawIOBase):
-    """The bytes of a file, unpacked; one that unpacks to an absurd size is refused on the way."""
-
-    def __init__(self, path: Path, packing: str) -> None:
-        self.path, self.packed, self.size = path, pa.OSFile(str(path)), 0
-        self.stream = pa.CompressedInputStream(self.packed, PACKINGS[packing])
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.stream.read(min(len(buffer), 1 << 20))  # a large buffer is no reason to unpack a bomb
-        buffer[: len(data)] = data
-        self.size += len(data)
-        ratio = self.size / max(self.packed.tell(), 1)
-        if self.size > MAX_UNPACKED_BYTES or (self.size > RATIO_FROM_BYTES and ratio > MAX_RATIO):
-            raise FormatError(
-                f"{self.path} unpacks to more than {self.size / 1e6:,.0f} MB, {ratio:,.0f} times its size, which is "
-                "not instruction data; unpack it yourself if it is"
-            )
-        return len(data)
-
-
 def _open_text(path: Path, packing: str) -> BinaryIO:
-    stream: BinaryIO = io.BufferedReader(_Unpacked(path, packing), 1 << 20) if packing else path.open("rb")  # type: ignore[assignment]
-    head = stream.peek(4096)[:4096]  # type: ignore[attr-defined]
+    unpacked: Any = pa.input_stream(str(path), compression=PACKINGS.get(packing))
+    stream = io.BufferedReader(unpacked, 1 << 20)
+    head = stream.peek(4096)[:4096]
     if b"\x00" in head:
         raise FormatError(f"{path} is not UTF-8 text but binary, or UTF-16; convert it, e.g. with `iconv -t UTF-8`")
     if head.startswith(BOM):

@@ -189,7 +189,7 @@ def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None 
     all_tokens, trained = report["lengths"].get("train", {}), report["trained_lengths"]
     languages = _ranked(over_splits(report["languages"]))
     return pages.get_template(f"data_{name}.jinja").render(
-        report={"scoring": {}} | dict(report),  # an earlier release wrote none
+        report=report,
         diff=diff,
         rows_of=_in_order(report["rows"]),
         summary=summary(report),
@@ -208,12 +208,12 @@ def summary(report: Mapping[str, Any]) -> str:
     rows, dropped = report["rows"], sum(report["dropped"].values())
     splits = ", ".join(f"{count:,} {split}" for split, count in _in_order(rows).items())
     sentence = f"{report['rows_in']:,} rows came in, {sum(rows.values()):,} go on ({splits})"
-    if conversations := report.get("rewritten_conversations", 0):
+    if conversations := report["rewritten_conversations"]:
         sentence += (
             f", {conversations:,} conversation{'s' * (conversations != 1)} with a row for each answer, since the chat "
             "template rewrites earlier turns"
         )
-    if untrained := report.get("untrained_answers", 0):
+    if untrained := report["untrained_answers"]:
         sentence += f", {untrained:,} answer{'s' * (untrained != 1)} marked as not trained"
     if repaired := sum(report["repaired"].values()):
         sentence += f" with {repaired:,} repair{'s' * (repaired != 1)}"

@@ -7,6 +7,7 @@ or checksum, leaves its own root, changes while it is read, or needs code to be 
 import glob
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import takewhile
@@ -40,12 +41,22 @@ class Source:
 
 
 class _Download:
-    """Counts the bytes of a download, prints how far it is, and refuses more than `ingest.max_download_gib`."""
+    """Writes remote files, prints how far it is, and refuses more than `ingest.max_download_gib`."""
 
     def __init__(self, uri: str, size: int, limit_gib: float) -> None:
         self.uri, self.limit_gib, self.done = uri, limit_gib, 0
         self.progress = Progress("ingest", max(size >> 20, 1), "MiB", every=2.0)
         self._require_room(size)
+
+    def write(self, target: Path, chunks: Iterable[bytes]) -> str:
+        """Write `chunks` to `target`; returns their SHA-256."""
+        digest = hashlib.sha256()
+        with target.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                self.add(len(chunk))
+        return digest.hexdigest()
 
     def add(self, size: int) -> None:
         self.done += size
@@ -94,15 +105,13 @@ def public(uri: str) -> str:
 def _local(uri: str) -> Source:
     path = Path(uri)
     if path.exists() or not glob.has_magic(uri):
-        root = path if path.is_dir() else path.parent
-        files = find_files(path)
+        root, files = path if path.is_dir() else path.parent, find_files(path)
     else:
-        fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
-        root = Path(*fixed)
-        if ".." in path.parts[len(fixed) :]:
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        if ".." in path.relative_to(root).parts:
             raise FormatError(f"{uri} leaves the folder {root} by `..` behind a wildcard; name the other folder itself")
-        files = [file for file in map(Path, sorted(glob.glob(uri, recursive=True))) if file.is_file()]
-        files = [file for file in files if split_name(file)[1]]
+        matches = map(Path, sorted(glob.glob(uri, recursive=True)))
+        files = [file for file in matches if file.is_file() and split_name(file)[1]]
         if not files:
             raise FormatError(f"{uri} matches no file that ends in {KNOWN}")
     for file in files:
@@ -126,23 +135,18 @@ def _http(uri: str, folder: Path, limit_gib: float) -> Source:
     if not split_name(Path(name))[1]:
         raise SourceError(f"{public(uri)} names the file {name!r}; expected one that ends in {KNOWN}")
     target = folder / f"file{''.join(split_name(Path(name))[1:])}"
-    digest = hashlib.sha256()
     headers = {"Accept-Encoding": "identity"}
     try:
         with httpx.stream("GET", address, follow_redirects=True, timeout=TIMEOUT, headers=headers) as response:
             response.raise_for_status()
             download = _Download(public(uri), int(response.headers.get("Content-Length", 0)), limit_gib)
-            with target.open("wb") as file:
-                for chunk in response.iter_raw(CHUNK):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    download.add(len(chunk))
+            read = download.write(target, response.iter_raw(CHUNK))
     except httpx.HTTPStatusError as error:
         raise SourceError(f"{public(uri)} answers {error.response.status_code}; expected the file") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise SourceError(f"{public(uri)} could not be read: {str(error) or type(error).__name__}") from None
-    if digest.hexdigest() != sha256:
-        raise SourceError(f"{public(uri)} has the SHA-256 {digest.hexdigest()}; it is not the file that was named")
+    if read != sha256:
+        raise SourceError(f"{public(uri)} has the SHA-256 {read}; it is not the file that was named")
     return Source(public(uri), [(target, name)], {"sha256": sha256})
 
 
@@ -172,15 +176,11 @@ def _s3(uri: str, endpoint: str | None, folder: Path, limit_gib: float) -> Sourc
             target = folder / f"{number:06}{''.join(split_name(Path(name))[1:])}"
             # The ETag was listed: another object under the same key is refused, by the server.
             answer = client.get_object(Bucket=bucket, Key=each["Key"], IfMatch=each["ETag"])
-            with target.open("wb") as file:
-                for chunk in answer["Body"].iter_chunks(CHUNK):
-                    file.write(chunk)
-                    download.add(len(chunk))
+            download.write(target, answer["Body"].iter_chunks(CHUNK))
             files.append((target, name))
-            version = answer.get("VersionId", "null")
-            pinned[each["Key"]] = {"etag": each["ETag"].strip('"')} | (
-                {"version_id": version} if version != "null" else {}
-            )
+            pinned[each["Key"]] = {"etag": each["ETag"].strip('"')}
+            if (version := answer.get("VersionId", "null")) != "null":
+                pinned[each["Key"]]["version_id"] = version
     except (ClientError, BotoCoreError, OSError) as error:
         raise SourceError(
             f"{reading} could not be read: {error}; if it changed while it was read, try again when nobody writes to it"

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.data.report import excerpt
 from pipeline.registry.significance import binary_test
-from pipeline.report.tables import WORDS, Row, verdict_of
+from pipeline.report.tables import WORDS, Row
 from pipeline.scoring.resampling import (
     BINARY,
     LOWER_IS_BETTER,
@@ -152,7 +152,7 @@ class Contents:
         zeros of answers in free text say nothing.
         """
         shown = self.systems[-1]
-        scores = shown.metrics.get(kind, {})  # versions of before there were slices have none
+        scores = shown.metrics.get(kind, {})
         ranked = sorted(scores, key=lambda name: (-scores[name]["num_samples"], name))
         parts = slices_of(shown.items, kind) if ranked else {}
         result = []
@@ -190,7 +190,7 @@ def gate_changes(comparison: dict[str, Any]) -> list[Change]:
     """The gate's own rows, of those metrics that some item counts for."""
     keys = ("difference", "low", "high", "needed")
     return [
-        Change(metric, row["candidate"], row["champion"], **{k: row[k] for k in keys}, verdict=WORDS[verdict_of(row)])
+        Change(metric, row["candidate"], row["champion"], **{k: row[k] for k in keys}, verdict=WORDS[row["verdict"]])
         for metric, row in comparison.items()
         if row["items"]
     ]
@@ -219,13 +219,13 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
         for metric in ("accuracy", "rougeL")
         if ours[metric] is not None and theirs[metric] is not None
     ]
-    messages = json.loads(ours["messages"]) if ours.get("messages") else None
     turns = [
-        (str(turn["role"]), excerpt(turn.get("content") or turn.get("tool_calls") or "")) for turn in messages or ()
+        (str(turn["role"]), excerpt(turn.get("content") or turn.get("tool_calls") or ""))
+        for turn in json.loads(ours.get("messages") or "[]")
     ]
     return Difference(
         task=ours["task"],
-        turns=turns or [("prompt", excerpt(ours["prompt"]))],  # items scored before they kept their turns
+        turns=turns or [("prompt", excerpt(ours["prompt"]))],  # what a classifier is given has no turns
         reference=excerpt(ours["reference"]),
         new=excerpt(ours["answer"]),
         old=excerpt(theirs["answer"]),

@@ -76,7 +76,7 @@ def verdict_rows(comparison: Comparison, first: bool = False) -> list[Row]:
     """The comparison as text, one row for each metric; `first`: with the base model, for want of a champion."""
     rows = []
     for metric, row in comparison.items():
-        verdict = verdict_of(row)
+        verdict = row["verdict"]
         scored, tested = verdict != "unmeasured", verdict not in ("unmeasured", "uninformative")
         p = row.get("p_adjusted") if tested else None
         rows.append(
@@ -94,16 +94,11 @@ def verdict_rows(comparison: Comparison, first: bool = False) -> list[Row]:
     return rows
 
 
-def verdict_of(row: dict[str, Any]) -> str:
-    """A key of `WORDS`. Records of the log from before the tests know only whether a metric passed."""
-    return str(row.get("verdict") or {True: "passed", False: "failed", None: "unmeasured"}[row["passed"]])
-
-
 def in_short(comparison: Comparison) -> str:
     """The metric that decided, with both scores; nothing for a decision without numbers."""
     if not comparison:
         return ""
-    failed = [metric for metric, row in comparison.items() if verdict_of(row) == "failed"]
+    failed = [metric for metric, row in comparison.items() if row["verdict"] == "failed"]
     metric = failed[0] if failed else next(iter(comparison))
     row = comparison[metric]
     return f"{metric} {number(metric, row['candidate'])} against {number(metric, row['champion'])}"
