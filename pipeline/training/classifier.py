@@ -21,29 +21,20 @@ def class_sequences(path: Path, labels: Sequence[str]) -> Dataset:
     """Rows of a split as the trainer takes them: `input_ids`, the number of the class, and `rows` as with texts."""
     table = pq.read_table(path, columns=["input_ids", "label"])
     number = {name: i for i, name in enumerate(labels)}
-    ids = table["input_ids"].to_pylist()
-    return Dataset(
-        pa.table(
-            {
-                "input_ids": table["input_ids"],
-                "label": pa.array([number[name] for name in table["label"].to_pylist()], pa.int64()),
-                "rows": pa.array([[row] * len(each) for row, each in enumerate(ids)], pa.list_(pa.int32())),
-            }
-        )
-    )
+    labels_of_rows = pa.array([number[name] for name in table["label"].to_pylist()], pa.int64())
+    rows = pa.array([[row] for row in range(len(table))], pa.list_(pa.int64()))
+    return Dataset(pa.table({"input_ids": table["input_ids"], "label": labels_of_rows, "rows": rows}))
 
 
 class ClassCollate:
-    """`input_ids`, `attention_mask` and `rows` (B, T), `labels` (B,)."""
+    """`input_ids` and `attention_mask` (B, T), `labels` and `rows` (B,)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.collate = DataCollatorWithPadding(tokenizer)
 
     def __call__(self, sequences: list[Batch]) -> Batch:
         batch = dict(self.collate([{"input_ids": s["input_ids"], "label": s["label"]} for s in sequences]))
-        rows = [torch.tensor(sequence["rows"]) for sequence in sequences]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        batch["rows"] = padded.flip(1) if self.collate.tokenizer.padding_side == "left" else padded
+        batch["rows"] = torch.tensor([sequence["rows"][0] for sequence in sequences])
         return batch
 
 

@@ -1,7 +1,7 @@
 """Rows as training sequences without padding: several rows share one, isolated from each other, and none is cut.
 
-A batch carries `rows`, the number of the row behind each token, so that a step can name its rows and be split between
-rows when memory runs out. `attention.py` keeps packed rows apart.
+A batch carries `rows`, the numbers of its rows, so that a step can name them and be split between rows when memory runs
+out. `attention.py` keeps packed rows apart.
 """
 
 from itertools import pairwise
@@ -29,22 +29,20 @@ def training_sequences(path: Path, params: TrainParams) -> Dataset:
     """
     table = pq.read_table(path, columns=["input_ids", "labels"]).combine_chunks()
     lengths = np.asarray(table.column("input_ids").combine_chunks().value_lengths(), dtype=np.int64)
-    table = table.append_column(
-        "rows", _lists(pa.array(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)), lengths)
-    )
     if not params.packing or not len(lengths):
-        return Dataset(table)
+        return Dataset(table.append_column("rows", _lists(np.arange(len(lengths)), np.ones_like(lengths))))
     lines = fill_lines(lengths.tolist(), params.packed_length, params.seed)
     order = np.concatenate(lines)
     taken = table.take(pa.array(order)).combine_chunks()
     line_lengths = np.array([lengths[line].sum() for line in lines])
     columns = {name: _lists(taken.column(name).combine_chunks().flatten(), line_lengths) for name in taken.column_names}
     sizes = np.array([len(line) for line in lines])
-    return Dataset(pa.table(columns | {"seq_lengths": _lists(pa.array(lengths[order].astype(np.int32)), sizes)}))
+    columns |= {"rows": _lists(order, sizes), "seq_lengths": _lists(lengths[order], sizes)}
+    return Dataset(pa.table(columns))
 
 
-def _lists(values: pa.Array, lengths: np.ndarray[Any, Any]) -> pa.Array:
-    return pa.LargeListArray.from_arrays(np.concatenate([[0], lengths.cumsum()]), values)
+def _lists(values: Any, lengths: np.ndarray[Any, Any]) -> pa.Array:
+    return pa.LargeListArray.from_arrays(np.concatenate([[0], lengths.cumsum()]), pa.array(values))
 
 
 def fill_lines(lengths: list[int], line: int, seed: int) -> list[list[int]]:
@@ -74,22 +72,17 @@ def fill_lines(lengths: list[int], line: int, seed: int) -> list[list[int]]:
 
 
 class Collate:
-    """Sequences as one batch, by TRL's collator, with `rows` beside `input_ids` (-1 at padding).
+    """Sequences as one batch, by TRL's collator, with the numbers of their `rows`, (R,).
 
     Packed, they follow each other in one line: `input_ids` is (1, T) and `cu_seq_lens_q` says where each row starts.
     """
 
     def __init__(self, pad_token_id: int, packed: bool) -> None:
         self.collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=packed)
-        self.packed = packed
 
     def __call__(self, sequences: list[Batch]) -> Batch:
         batch = self.collate(sequences)
-        rows = [torch.tensor(sequence["rows"]) for sequence in sequences]
-        if self.packed:
-            batch["rows"] = torch.cat(rows)[None]
-        else:
-            batch["rows"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        batch["rows"] = torch.tensor([row for sequence in sequences for row in sequence["rows"]])
         return batch
 
 
@@ -99,11 +92,13 @@ def lengths_of(sequences: Dataset) -> list[int]:
 
 
 def rows_in(batch: Batch) -> list[int]:
-    return [row for row in batch["rows"].unique().tolist() if row >= 0]
+    numbers: list[int] = batch["rows"].tolist()
+    return numbers
 
 
 def tokens_in(batch: Batch) -> int:
-    return int((batch["rows"] >= 0).sum())
+    """Real ones: packed lines have no padding, and no mask."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 def pieces(batch: Batch, number: int) -> list[Batch]:
@@ -123,11 +118,12 @@ def pieces(batch: Batch, number: int) -> list[Batch]:
 
 
 def _piece(batch: Batch, bounds: list[int], first: int, last: int) -> Batch:
-    flat = {key: batch[key][:, bounds[first] : bounds[last]] for key in ("input_ids", "labels", "position_ids", "rows")}
+    flat = {key: batch[key][:, bounds[first] : bounds[last]] for key in ("input_ids", "labels", "position_ids")}
     starts = batch["cu_seq_lens_q"][first : last + 1] - bounds[first]
     longest = int(starts.diff().max())
     index = batch["seq_idx"][:, bounds[first] : bounds[last]] - first
     return flat | {
+        "rows": batch["rows"][first:last],
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": longest,
@@ -163,5 +159,7 @@ def shortest_row(sequences: Dataset) -> Batch:
 
 def rows_of(sequence: Batch) -> list[Batch]:
     bounds = [0, *torch.tensor(sequence["seq_lengths"]).cumsum(0).tolist()]
-    columns = ("input_ids", "labels", "rows")
-    return [{key: sequence[key][a:b] for key in columns} | {"seq_lengths": [b - a]} for a, b in pairwise(bounds)]
+    return [
+        {key: sequence[key][a:b] for key in ("input_ids", "labels")} | {"rows": [row], "seq_lengths": [b - a]}
+        for row, (a, b) in zip(sequence["rows"], pairwise(bounds), strict=True)
+    ]
