@@ -17,9 +17,14 @@ PREFILL_TOKENS = 16_384  # of one forward pass over prompts: what bounds its mem
 
 
 def remembers_keys_and_values_alone(model: Any) -> bool:
-    """Whether rows of `model` can join and leave: not if it keeps another state (Mamba, RWKV), or trained vectors."""
+    """Whether rows of `model` can join and leave, by transformers' own rules.
+
+    Not where it has another memory (Mamba), trained vectors before the text, or code from its repository.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base is not model and model.active_peft_config.is_prompt_learning:
+        return False
+    if not type(base).__module__.startswith("transformers."):
         return False
     layers = DynamicCache(config=base.config).layers
     known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
