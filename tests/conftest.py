@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,8 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     HF_MODULES_CACHE=f"{CACHE}/modules",
     DVC_SITE_CACHE_DIR=f"{CACHE}/dvc",
+    PREFECT_HOME=f"{CACHE}/prefect",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
     DO_NOT_TRACK="true",
     DVC_NO_ANALYTICS="1",  # a process that asks for the network after every command
     TOKENIZERS_PARALLELISM="false",
@@ -43,12 +44,13 @@ os.environ.update(
 
 import preloaded
 import pytest
-import torch
-
-torch.set_num_threads(1)  # two threads that wait for each other beside a busy process take minutes for seconds of work
 from ruamel.yaml import YAML
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_model import CHATML as CHATML
+from tiny_model import COLOURS as COLOURS
+from tiny_model import STEPS as STEPS
+from tiny_model import byte_level as byte_level
+from tiny_model import make_base as make_base
+from tiny_model import sample_rows as sample_rows
 
 from pipeline.core.files import sha256_json
 from pipeline.params import Params, PublishParams
@@ -60,12 +62,6 @@ PYTHON = os.environ["RETUNE_TESTS_PYTHON"]  # next to which `retune` is a progra
 if not REAL:
     preloaded.make_interpreter()
     sys.executable = str(preloaded.INTERPRETER)  # next to which it is a fork
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-STEPS = 600
-COLOURS = ["red", "blue", "green", "black", "white"]
 
 
 def pytest_unconfigure() -> None:
@@ -76,79 +72,27 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    torch.set_num_threads(1)  # again: code under test sets it
+    import torch  # not at the top: xdist's own process, which runs no test, reads this file too
 
-
-def sample_rows(number: int) -> list[dict[str, str]]:
-    """Alpaca rows a tiny model can learn: the answer is a word of the question."""
-    draw = random.Random(0)
-    rows = []
-    for i in range(number):
-        colour = draw.choice(COLOURS)
-        rows.append({"instruction": f"Name the colour of box {i}: {colour}", "input": "", "output": colour})
-    return rows
-
-
-def byte_level() -> Tokenizer:
-    """A tokenizer as GPT-2's, of the words in `sample_rows`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((row["instruction"] for row in sample_rows(200)), trainer)
-    return tokenizer
-
-
-def make_base(folder: Path, seed: int = 0, steps: int = 0, tokenizer: Tokenizer | None = None, **sizes: int) -> Path:
-    """A random Llama (trained for `steps`) with 2 layers, or other `sizes`, its own tokenizer and a ChatML template."""
-    tokens = tokenizer or byte_level()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = CHATML
-    fast.save_pretrained(folder)
-    torch.manual_seed(seed)
-    default = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    default |= {"num_key_value_heads": 4, "max_position_embeddings": 512}
-    config = LlamaConfig(
-        vocab_size=len(fast), eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id, **default | sizes
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
-    if steps:
-        teach_format(model, fast, steps)
-    model.save_pretrained(folder)
-    return folder
-
-
-def teach_format(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    """Chats whose answer is any colour: the base knows the words and when to stop, but not what is asked."""
-    draw = random.Random(1)
-    texts = []
-    for row in sample_rows(256):
-        turns = [
-            {"role": "user", "content": row["instruction"]},
-            {"role": "assistant", "content": draw.choice(COLOURS)},
-        ]
-        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(steps):
-        rows = torch.arange(16) + 16 * (step % 16)
-        model(
-            batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows], labels=labels[rows]
-        ).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    torch.set_num_threads(1)  # two that wait for each other beside a busy process take minutes for seconds of work
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: the tests of one process should not wait for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_flow.py")
+    """The longest files first, so that no process waits for one of them at the end."""
+    longest = (
+        "flow",
+        "flow_runs",
+        "methods",
+        "presets",
+        "promote",
+        "kills",
+        "formats",
+        "ingest",
+        "registry",
+        "handover",
+    )
+    order = {f"test_{name}.py": number for number, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_collection() -> None:

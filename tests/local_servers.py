@@ -1,7 +1,11 @@
 """A Prefect server for the tests of one file, what it answers, and waiting for what others do."""
 
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -9,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import write_json
+from conftest import once
+
+from pipeline.core.files import WORK_DIR, write_json
 from pipeline.core.processes import end_group, identity
 from pipeline.services import server
 
@@ -17,12 +23,23 @@ from pipeline.services import server
 @contextmanager
 def prefect_server(folder: Path) -> Iterator[str]:
     """The URL of a server that keeps its data in `folder`; `use_server` points projects to it."""
+    give_database(folder)
     port = free_port()
     child = server._start(folder, port)
     try:
         yield f"http://{server.HOST}:{port}"
     finally:
         end_group(child, grace=10)
+
+
+def give_database(root: Path) -> None:
+    """Prefect's database as it makes it itself: a server of this project finds it and has to make none."""
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+        subprocess.run(command, env=os.environ | {"PREFECT_HOME": str(folder)}, check=True, capture_output=True)
+
+    shutil.copytree(once("prefect-home", make), root / WORK_DIR / "prefect", dirs_exist_ok=True)
 
 
 def use_server(root: Path, url: str) -> None:

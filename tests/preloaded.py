@@ -25,7 +25,19 @@ READY_SECONDS = 180
 FOLDER = Path(os.environ["RETUNE_TESTS_CACHE"]) / "preloaded"  # conftest makes it; one for all workers of a test run
 ADDRESS = FOLDER / "socket"
 INTERPRETER = FOLDER / "venv" / "bin" / "python"  # beside which `retune` is such a fork, whatever starts it
+REAL = INTERPRETER.with_name("python3")
 SERVER = Path(__file__).with_name("preloaded_server.py")
+# `python -m` of these three, as tests and the product start them, alone or behind the line of `ending_with_parent`, are
+# forks; all else is Python.
+PYTHON = f"""\
+module= skipped=
+if [ "$1" = -m ]; then module=$2 skipped=2; fi
+if [ "$1 $2" = "-u -m" ]; then module=$3 skipped=3; fi
+if [ "$1 $5 $6" = "-c -u -m" ]; then module=$7 skipped=7; fi
+case $module in
+    dvc | flows | pipeline) shift $skipped; exec {REAL} -IS {__file__} $module "$@";;
+esac
+exec {REAL} "$@\""""
 
 
 @dataclass(frozen=True)
@@ -152,15 +164,22 @@ def make_interpreter() -> None:
         programs.mkdir(parents=True)
         (programs.parent / "lib").symlink_to(own / "lib")
         (programs.parent / "pyvenv.cfg").write_bytes((own / "pyvenv.cfg").read_bytes())
-        (programs / "retune").write_text(f'#!/bin/sh\nexec {INTERPRETER} -IS {__file__} "$@"\n')
-        (programs / "retune").chmod(0o755)
+        for name, text in (("python", PYTHON), ("retune", f'exec {REAL} -IS {__file__} pipeline "$@"')):
+            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+            (programs / name).chmod(0o755)
         for program in (own / "bin").iterdir():
-            if program.name != "retune":
+            if program.name not in ("python", "retune"):
                 target = program.resolve() if program.name.startswith("python") else program
                 (programs / program.name).symlink_to(target)
 
 
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: with whoever started it
-    stage = {"program": "retune", "arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}
-    sys.exit(Child(stage, [0, 1, 2]).wait() & 0xFF)
+    umask = os.umask(0)
+    command = {"program": sys.argv[1], "arguments": sys.argv[2:], "umask": umask}
+    command |= {"folder": os.getcwd(), "environment": dict(os.environ)}
+    lock = os.environ.get("RETUNE_RUN_LOCK") if sys.argv[1] == "flows" else None  # a descriptor that it inherits
+    status = Child(command, [0, 1, 2, *([int(lock)] if lock else [])]).wait()
+    if status < 0:
+        os.kill(os.getpid(), -status)  # it ended by this signal, and so do we
+    sys.exit(status)

@@ -7,6 +7,7 @@ import atexit
 import gc
 import importlib
 import json
+import logging
 import os
 import selectors
 import signal
@@ -27,6 +28,7 @@ MODULES = (
     "dvc.cli",
     "dvc.cli.parser",
     "dvc.repo",
+    "flows.retrain",
 )
 
 
@@ -34,6 +36,7 @@ def serve(address: Path, owner: int) -> None:
     """Fork children until `owner` ends."""
     for module in MODULES:
         importlib.import_module(module)
+    logging.getLogger().handlers.clear()  # Prefect's, which are for flows alone
     assert threading.active_count() == 1, "a fork would lose the other threads"
     gc.collect()
     gc.freeze()
@@ -81,7 +84,7 @@ def serve(address: Path, owner: int) -> None:
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """The request and three descriptors; nothing of a client that went away."""
-    text, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    text, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 4)
     while not text.endswith(b"\n"):
         part = connection.recv(1 << 20)
         if not part:
@@ -94,9 +97,14 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     """The child: runs what was asked for, and ends."""
     status = 1
     try:
-        for number, descriptor in enumerate(descriptors):
+        numbers = [0, 1, 2, int(request["environment"].get("RETUNE_RUN_LOCK", 3))]
+        for descriptor, number in zip(descriptors, numbers, strict=False):
             os.dup2(descriptor, number)
-        os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number not in numbers[: len(descriptors)]:
+                with suppress(OSError):
+                    os.close(number)
+        os.umask(request.get("umask", 0o022))
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
@@ -113,21 +121,37 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 def run_command(program: str, arguments: list[str]) -> int:
-    sys.argv = [program, *arguments]
+    sys.argv = [program.replace("pipeline", "retune"), *arguments]
     try:
-        if program == "dvc":
-            from dvc.cli import main
+        match program:
+            case "dvc":
+                from dvc.cli import main
 
-            return int(main(arguments))
-        from pipeline.cli.main import main as retune
+                return int(main(arguments))
+            case "flows":
+                from flows.__main__ import main as flow
 
-        retune()
+                read_prefect_settings()
+                flow()
+            case _:
+                from pipeline.cli.main import main as retune
+
+                retune()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return (end.code or 0) & 0xFF
         print(end.code, file=sys.stderr)
         return 1
     return 0
+
+
+def read_prefect_settings() -> None:
+    """Prefect reads them when it is imported, which was before this process had its environment."""
+    from prefect.context import refresh_global_settings_context
+    from prefect.logging.configuration import setup_logging
+
+    refresh_global_settings_context()
+    setup_logging(incremental=False)
 
 
 def call(request: dict[str, Any]) -> int:

@@ -1,8 +1,6 @@
 """What the code may know of what: the rules that no single module can break unseen."""
 
 import ast
-import importlib
-import inspect
 import re
 import subprocess
 import sys
@@ -24,7 +22,6 @@ MODULES = {
     if "metrics" not in path.parts and "__" not in path.name
 }
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-ALL_STAGES = ("ingest", "prepare", "train", "evaluate", "merge", "publish", "promote")
 # Each folder imports those before it; the stages stand on all of them, the command on the stages.
 FOLDERS = ("core", "params", "settings", "chat", "data", "weights", "training", "scoring", "registry", "report")
 SERVICES_KNOW = {"core", "params", "settings"}
@@ -74,15 +71,10 @@ def test_folders_import_in_one_direction_and_no_stage_another() -> None:
     assert not wrong
 
 
-def test_the_pipeline_runs_without_prefect() -> None:
-    names = [name for name in MODULES if name.startswith("pipeline.")]
-    code = (
-        "import importlib, sys\n"
-        f"for name in {names!r}: importlib.import_module(name)\n"
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'prefect', 'flows'}))"
-    )
+def test_the_flow_starts_without_the_libraries_of_its_stages() -> None:
+    code = "import flows.retrain, sys; print({'torch', 'transformers', 'evaluate'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert ran.stdout == "[]\n"
+    assert ran.stdout == "set()\n"
 
 
 def test_only_flows_know_prefect_and_flows_and_no_command() -> None:
@@ -97,18 +89,6 @@ def test_no_module_has_a_name_of_the_standard_library_or_of_another() -> None:
     names = [module.rpartition(".")[2] for module in MODULES if module.startswith("pipeline.")]
     assert not set(names) & sys.stdlib_module_names
     assert len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize("stage", ALL_STAGES)
-def test_a_stage_function_says_what_it_raises(stage: str) -> None:
-    module = importlib.import_module(f"pipeline.{stage}")
-    docstring = inspect.getdoc(getattr(module, stage)) or ""
-    assert docstring.split("\n")[0]
-    [_, raises] = docstring.split("\nRaises:\n")
-    assert re.match(r"    \w+(, \w+)*: ", raises)
-    for name, value in vars(module).items():
-        if inspect.isclass(value) and value.__module__ == module.__name__ and name.endswith("Error"):
-            assert name in docstring
 
 
 def test_a_module_begins_with_its_purpose_and_leaves_nothing_for_later() -> None:
@@ -128,11 +108,6 @@ def test_no_code_is_loaded_from_files_of_data() -> None:
                 assert ast.unparse(keywords.get("weights_only", ast.Constant(False))) == "True", path
 
 
-def test_the_stages_of_dvc_are_those_of_the_graph() -> None:
-    assert tuple(STAGES) == DVC_STAGES
-    assert set(SHIPPED) <= {out for stage in STAGES.values() for out in stage["outs"]}
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_dvc_stage_depends_on_exactly_the_code_that_shapes_its_result(stage: str) -> None:
     listed = {path for path in STAGES[stage]["deps"] if path.startswith("pipeline/")}
@@ -142,10 +117,12 @@ def test_a_dvc_stage_depends_on_exactly_the_code_that_shapes_its_result(stage: s
 def test_what_only_speaks_or_refuses_trains_nothing_again() -> None:
     listed = {path for stage in STAGES.values() for path in stage["deps"]}
     assert not [path for path in listed if path.startswith(("pipeline/cli/", "pipeline/services/"))]
-    assert not listed & {"pipeline/training/presets.py", "pipeline/training/plan.py"}
     assert [stage for stage in STAGES if "pipeline/training/loss.py" in STAGES[stage]["deps"]] == ["train"]
-    assert not [path for path in STAGES["train"]["deps"] if "/pages/" in path]
-    assert "pipeline/data/personal_data.py" in STAGES["prepare"]["deps"]
+
+
+def test_the_stages_of_dvc_are_those_of_the_graph() -> None:
+    assert tuple(STAGES) == DVC_STAGES
+    assert set(SHIPPED) <= {out for stage in STAGES.values() for out in stage["outs"]}
 
 
 @pytest.mark.parametrize("stage", STAGES)

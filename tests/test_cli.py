@@ -118,15 +118,6 @@ def test_outside_a_project_the_way_in_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / ".retune").exists()
 
 
-def test_data_changed_by_hand_is_not_run_on(root: Path) -> None:
-    file = root / "data" / "instructions" / "rows.json"
-    text = file.read_text()
-    file.unlink()
-    file.write_text(json.dumps(json.loads(text)[:50]))
-    assert "data/ was changed by hand" in sentence(root, "run")
-    file.write_text(text)
-
-
 def test_one_run_at_a_time(root: Path) -> None:
     (root / ".retune").mkdir(exist_ok=True)
     with (root / ".retune" / "run.lock").open("a+") as lock:

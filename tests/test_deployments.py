@@ -33,11 +33,6 @@ from flows.summary import page, state_of
 from pipeline import promote as gate
 from pipeline.core.run_lock import only_run
 from pipeline.params import Params
-from pipeline.registry.artifact_store import open_store
-from pipeline.registry.compare import score_today
-from pipeline.registry.gate import CompareError
-from pipeline.registry.manifest import read_manifest
-from pipeline.registry.model import RegisteredModel
 from pipeline.report.tables import P_NOTE
 from pipeline.scoring.resampling import METRICS
 from pipeline.services import stack
@@ -57,20 +52,6 @@ def test_a_deployment_names_a_flow_that_exists_and_parameters_it_has(deployment:
     for asks in (*deployment.get("schedules", []), *deployment.get("triggers", []), deployment):
         assert set(asks.get("parameters", {})) <= known
     assert deployment["work_pool"]["name"] in ("cpu", "gpu")
-
-
-def test_the_installed_sqlalchemy_takes_the_runs_that_a_schedule_makes() -> None:
-    """Prefect's scheduler inserts runs together with their state; SQLAlchemy 2.1 refuses that, in its log alone."""
-    import sqlalchemy as sa
-    from prefect.server.database.orm_models import FlowRun
-    from sqlalchemy.orm import Session
-
-    run = {"id": UUID(int=1), "flow_id": UUID(int=2), "state": {"type": "SCHEDULED"}}
-    with (
-        Session(sa.create_engine("sqlite://")) as session,
-        pytest.raises(sa.exc.OperationalError, match="no such table: flow_run"),  # so far it came
-    ):
-        session.execute(sa.insert(FlowRun), [run])
 
 
 @contextmanager
@@ -234,28 +215,18 @@ def test_the_page_of_a_run_says_what_was_decided_with_which_numbers_and_at_what_
     assert f"| rougeL | {scored} | {scored} | {scored} |" in page(result, {}, "store", "sqlite:///mlflow.db")
 
 
-@pytest.mark.parametrize("primary", ["macro_f1", "accuracy"])
 def test_the_nightly_evaluation_is_skipped_where_the_primary_metric_was_never_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, primary: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = parameters(tmp_path)
     version = published(tmp_path, params, exact=False)
     gate.promote(params.publish, params.promote, version, tmp_path)
-    write_params(tmp_path, with_(params, promote={"primary_metric": primary, "guard_metrics": {}}))
+    write_params(tmp_path, with_(params, promote={"primary_metric": "macro_f1", "guard_metrics": {}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("flows.deployments._enter", lambda: None)
     state = evaluate_champion.fn()
     assert (state.name, state.type.value) == ("Skipped", "COMPLETED")
-    assert primary in state.message and f"({version[:6]}…)" in state.message
-
-
-def test_a_metric_that_was_never_measured_is_no_score(tmp_path: Path) -> None:
-    params = parameters(tmp_path)
-    version = published(tmp_path, params, exact=False)
-    manifest = read_manifest(open_store(params.publish), version)
-    assert manifest is not None
-    with pytest.raises(CompareError, match="accuracy"):
-        score_today(RegisteredModel(params.publish, tmp_path), manifest, "accuracy")
+    assert "macro_f1" in state.message and f"({version[:6]}…)" in state.message
 
 
 def test_automations_crash_dead_runs_and_tell_whoever_was_named() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import PYTHON, change_params, dvc, environment, git, make_project, retune, with_
-from local_servers import api, prefect_server, read, use_server, wait_until
+from local_servers import api, give_database, prefect_server, read, use_server, wait_until
 
 from pipeline.core.files import read_json
 from pipeline.params import Params
@@ -202,30 +202,14 @@ def test_the_champion_is_downloaded_verified_and_looked_up(root: Path, tmp_path:
         assert name in said.stdout + said.stderr
 
 
-def test_dvc_and_the_flow_see_each_others_work_as_done_and_dvc_shows_a_dozen_scores(root: Path) -> None:
-    assert "Running stage" not in dvc(root, "repro")
-    change_params(root, evaluate={"seed": 1})
-    ran = dvc(root, "repro")
-    assert "Running stage 'evaluate'" in ran
-    assert "Running stage 'train'" not in ran
-    stages = outcomes(run(root))
-    assert {stages[stage] for stage in ("prepare", "train", "evaluate", "merge")} == {"cached"}
-
-    [(path, shown)] = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"].items()
-    scores = read_json(root / "artifacts" / "parity" / "scores.json")["merged"]
-    assert path == "artifacts/parity/metrics.json"
-    assert [shown["data"].pop(name) for name in ("rougeL", "bleu")] == [scores[n]["score"] for n in ("rougeL", "bleu")]
-    assert len(shown["data"]) + len(shown["data"]["base"]) <= 12
-    columns = ["--only-changed", "--drop", "^(pipeline|artifacts|data)"]
-    [header, *_] = dvc(root, "exp", "show", *columns, "--csv").splitlines()
-    assert "rougeL" in header and len(header.split(",")) < 40
-
-
-def test_a_worse_candidate_is_refused_with_both_numbers_and_not_decided_again(root: Path) -> None:
+def test_what_dvc_made_is_done_for_the_flow_which_refuses_a_worse_candidate_with_both_numbers(root: Path) -> None:
+    assert "Running stage" not in dvc(root, "repro")  # nor is what the flow made done again
     champion = served(root)
     change_params(root, train=WORSE)
+    ran = dvc(root, "repro")
+    assert "Running stage 'train'" in ran and "Running stage 'prepare'" not in ran
     result = run(root)
-    assert (outcomes(result)["prepare"], outcomes(result)["train"]) == ("cached", "ran")
+    assert {outcomes(result)[stage] for stage in ("prepare", "train", "evaluate", "merge")} == {"cached"}
     decision = result["decision"]
     assert decision["decision"] == "refused"
     row = decision["comparison"]["rougeL"]
@@ -234,6 +218,17 @@ def test_a_worse_candidate_is_refused_with_both_numbers_and_not_decided_again(ro
     before = history(root)
     assert json.loads(retune(root, "promote", "--json").stdout)["decision"] == "unchanged"
     assert history(root) == before
+
+
+def test_dvc_shows_a_dozen_scores_and_few_columns(root: Path) -> None:
+    [(path, shown)] = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"].items()
+    scores = read_json(root / "artifacts" / "parity" / "scores.json")["merged"]
+    assert path == "artifacts/parity/metrics.json"
+    assert [shown["data"].pop(name) for name in ("rougeL", "bleu")] == [scores[n]["score"] for n in ("rougeL", "bleu")]
+    assert len(shown["data"]) + len(shown["data"]["base"]) <= 12
+    columns = ["--only-changed", "--drop", "^(pipeline|artifacts|data)"]
+    [header, *_] = dvc(root, "exp", "show", *columns, "--csv").splitlines()
+    assert "rougeL" in header and len(header.split(",")) < 40
 
 
 def test_a_better_candidate_is_promoted_and_a_rollback_restores_the_one_before(
@@ -315,6 +310,7 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
     root: Path, victim: str, number: signal.Signals
 ) -> None:
     (root / ".retune" / "server.json").unlink()  # this run starts its own server
+    give_database(root)
     change_params(root, train={"num_train_epochs": 5000.0, "save_steps": 20})
     command = [PYTHON, "-m", "pipeline", "run"]  # forks of `preloaded` have another parent
     child = subprocess.Popen(command, cwd=root, env=environment(), stdout=subprocess.PIPE, text=True)

@@ -1,18 +1,11 @@
 """A promoted run as a commit on a branch of its own: nothing that is checked out changes."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import git
 
 from pipeline.core.git import GitError, record_version
-
-
-def git(root: Path, *arguments: str) -> str:
-    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    return subprocess.run(
-        ["git", *who, *arguments], cwd=root, check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 @pytest.fixture

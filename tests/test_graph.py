@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import environment
+from conftest import PYTHON, environment
 
 from pipeline.core import graph
 from pipeline.core.graph import GraphError
@@ -34,6 +34,11 @@ stages:
   leaver:
     cmd: sleep 600 & echo pid $!
 """
+
+
+@pytest.fixture(autouse=True)
+def real_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", PYTHON)  # a fork of `preloaded` has another parent, session and group
 
 
 @pytest.fixture(scope="module")

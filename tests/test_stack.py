@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT, change_params, make_project, retune, with_
-from local_servers import free_port, read, wait_until
+from local_servers import free_port, give_database, read, wait_until
 
 from pipeline.params import Params
 from pipeline.services import stack
@@ -22,6 +22,7 @@ from pipeline.settings import load_params
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Iterator[Path]:
     folder = make_project(tmp_path_factory.mktemp("stack") / "project", base, params)
+    give_database(folder)
     yield folder
     retune(folder, "down")
 

@@ -20,7 +20,6 @@ from pipeline.registry.wording import number
 from pipeline.report.contents import Asked, Contents, System
 from pipeline.report.evaluation_pages import write_report
 from pipeline.report.tables import SYSTEMS, Row, interval
-from pipeline.scoring.items import Metrics, summarise
 from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT
 
 OPEN = (
@@ -36,8 +35,10 @@ def write_scores(
     dataset: Path,
     adapter: Path,
     folder: Path,
-) -> dict[str, Metrics]:
+) -> dict[str, dict[str, Any]]:
     """Scores, items, what they depend on (`recorded`) and the report of `base` and `adapter`; answers or classes."""
+    from pipeline.scoring.items import summarise  # brings torch, and the flow writes reports without it
+
     systems = [System(name, summarise(items[name], params), items[name]) for name in ("base", "adapter")]
     metrics = {system.name: system.metrics for system in systems}
     for system in systems:

@@ -16,19 +16,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from xmlrpc.client import Fault, ServerProxy
+from xmlrpc.client import ServerProxy
 
 import psutil
 
 from pipeline.core.files import WORK_DIR, write_json, write_text
 from pipeline.core.handover import make_clone
-from pipeline.core.http_client import HttpError, send
 from pipeline.core.processes import ending_with_parent, identity, python_ending_with_parent, start_logged
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
 from pipeline.services import server
 from pipeline.services.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs, refuse_runs_by_hand
-from pipeline.services.server import HOST, LOGS, STATE, ServerError, wait_for
+from pipeline.services.server import HOST, LOGS, STATE, ServerError, answers, wait_for
 
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
 CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains: it overwrites its working tree
@@ -72,6 +71,9 @@ class Service:
     arguments: tuple[str, ...]  # of `python -m`
     url: str | None = None  # where a person opens it
     health: str | None = None  # what answers 200 when it works; without one, a living process is enough
+
+    def answers(self) -> bool:
+        return self.health is None or answers(self.health)
 
 
 def services(params: Params) -> list[Service]:
@@ -138,7 +140,7 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
             if service.name == "gpu-worker" and params.operations.train_pool == "gpu":
                 make_clone(root / CLONE, params.operations.git_remote, root)
             _ask(root, "startProcess", service.name, False)
-            wait_for(service.name, partial(_is_up, service), partial(_has_ended, root, service))
+            wait_for(service.name, service.answers, partial(_has_ended, root, service))
             if service.name == "prefect-server":
                 on_wait("making the work pools and deployments")
                 _prepare_server(root, params, f"http://{HOST}:{params.operations.prefect_port}")
@@ -181,7 +183,7 @@ def state(root: Path = Path(".")) -> dict[str, Any]:
         process = processes.get(service["name"], {"pid": 0, "statename": "STARTING"})
         service |= {"pid": process["pid"], "state": STATES.get(process["statename"], process["statename"].lower())}
         if service["state"] in ("starting", "running") and service["health"] is not None:
-            service["state"] = "healthy" if _answers(service["health"]) else "does not answer"
+            service["state"] = "healthy" if answers(service["health"]) else "does not answer"
     return known
 
 
@@ -235,22 +237,12 @@ def _write_config(root: Path, stack: list[Service]) -> None:
 
 
 def _ask(root: Path, method: str, *arguments: Any) -> Any:
-    """What supervisord answers.
-
-    Raises:
-        OSError: it cannot be reached.
-        ServerError: it refuses.
-    """
+    """What supervisord answers; an OSError where it cannot be reached."""
     from supervisor.xmlrpc import SupervisorTransport
 
     transport = SupervisorTransport(None, None, f"unix://{SOCKET}")
-    try:
-        with chdir(root):
-            return getattr(ServerProxy("http://127.0.0.1", transport).supervisor, method)(*arguments)
-    except Fault as error:
-        raise ServerError(
-            f"supervisord does not {method}: {error.faultString}; its log is {LOGS / 'supervisor.log'}"
-        ) from None
+    with chdir(root):
+        return getattr(ServerProxy("http://127.0.0.1", transport).supervisor, method)(*arguments)
 
 
 def _prepare_server(root: Path, params: Params, url: str) -> None:
@@ -286,17 +278,5 @@ def _require_free(service: Service) -> None:
             ) from None
 
 
-def _is_up(service: Service) -> bool:
-    return service.health is None or _answers(service.health)
-
-
 def _has_ended(root: Path, service: Service) -> bool:
     return _ask(root, "getProcessInfo", service.name)["statename"] not in ("STARTING", "RUNNING")
-
-
-def _answers(url: str) -> bool:
-    try:
-        send(url, timeout_s=5)
-    except HttpError:
-        return False
-    return True

@@ -1,0 +1,86 @@
+"""A tiny real base model with a tokenizer of its own, and rows that it can learn; no network."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STEPS = 600
+COLOURS = ["red", "blue", "green", "black", "white"]
+
+
+def sample_rows(number: int) -> list[dict[str, str]]:
+    """Alpaca rows a tiny model can learn: the answer is a word of the question."""
+    draw = random.Random(0)
+    rows = []
+    for i in range(number):
+        colour = draw.choice(COLOURS)
+        rows.append({"instruction": f"Name the colour of box {i}: {colour}", "input": "", "output": colour})
+    return rows
+
+
+def byte_level() -> Any:
+    """A tokenizer as GPT-2's, of the words in `sample_rows`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((row["instruction"] for row in sample_rows(200)), trainer)
+    return tokenizer
+
+
+def make_base(folder: Path, seed: int = 0, steps: int = 0, tokenizer: Any = None, **sizes: int) -> Path:
+    """A random Llama (trained for `steps`) with 2 layers, or other `sizes`, its own tokenizer and a ChatML template."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokens = tokenizer or byte_level()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    default = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    default |= {"num_key_value_heads": 4, "max_position_embeddings": 512}
+    config = LlamaConfig(
+        vocab_size=len(fast), eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id, **default | sizes
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
+    if steps:
+        teach_format(model, fast, steps)
+    model.save_pretrained(folder)
+    return folder
+
+
+def teach_format(model: Any, tokenizer: Any, steps: int) -> None:
+    """Chats whose answer is any colour: the base knows the words and when to stop, but not what is asked."""
+    import torch
+
+    draw = random.Random(1)
+    texts = []
+    for row in sample_rows(256):
+        turns = [
+            {"role": "user", "content": row["instruction"]},
+            {"role": "assistant", "content": draw.choice(COLOURS)},
+        ]
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        rows = torch.arange(16) + 16 * (step % 16)
+        model(
+            batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows], labels=labels[rows]
+        ).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
