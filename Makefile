@@ -18,8 +18,8 @@ run: $(READY)        ## the whole loop once: data, training, evaluation, merge, 
 	@echo "Bringing the loop up to date: about 4 minutes on 2 cores at first, seconds when nothing has changed."
 	@retune run
 
-test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about 20 minutes)
-	@echo "Testing: about 20 minutes on 2 cores."
+test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about 12 minutes)
+	@echo "Testing: about 12 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), GGUF (needs a package index), the guide's own-data chapter (about half an hour)

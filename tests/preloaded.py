@@ -1,8 +1,8 @@
 """Forks of a process that has imported everything, for the commands and functions that tests ask for.
 
-Python takes ten seconds to import PyTorch, transformers, PEFT and MLflow. So the `retune` of a test, and the stages
-that DVC starts for it, are forks of one process that did it once (`preloaded_server.py`): processes of their own, with
-their own folder, environment, output and exit status. `RETUNE_TESTS_REAL=1` starts real ones. As a program: `retune`.
+Python takes ten seconds to import PyTorch, transformers, PEFT and MLflow. So `retune`, `dvc` and flows of a test are
+forks of one process that did it once (`preloaded_server.py`): processes with their own folder, environment, output and
+exit status. `RETUNE_TESTS_REAL=1` starts real ones. As a program: whoever started it sees such a fork as its child.
 """
 
 import ctypes
