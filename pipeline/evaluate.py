@@ -1,23 +1,23 @@
 """evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.chat.template import load_contract, require_same_contract
+from pipeline.chat.template import ChatTemplate, load_contract, require_same_contract
 from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams, JudgeParams
 from pipeline.report.stage import write_scores
 from pipeline.scoring.classification import by_class, class_provenance, predict, predictions, score_classes
-from pipeline.scoring.general import forgetting, general_items, read_general
+from pipeline.scoring.general import General, forgetting, general_items, read_general
 from pipeline.scoring.generation import Answer, generate, to_answer
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
 from pipeline.scoring.judge.endpoint import Endpoint, JudgeError
-from pipeline.scoring.judge.judging import answer_turns, judge, questions, signature
+from pipeline.scoring.judge.judging import Question, answer_turns, judge, questions, signature
 from pipeline.scoring.kept import forget_others, kept_file
 from pipeline.scoring.likelihood import reference_losses, sequence_losses
 from pipeline.scoring.vllm import vllm_tokens
@@ -77,27 +77,52 @@ def evaluate(
         return _evaluate_classes(params, dataset, adapter, output, contract, quantisation)
     template = load_contract(contract)
     test = test_items(dataset, params.max_samples)
-    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
     by_vllm: dict[str, list[list[int]]] = {}
     if params.backend == "vllm":  # before another copy of the base is on the GPU
-        limit, stops = params.max_new_tokens, template.stop_ids
+        prompts, limit, stops = test.column("input_ids").to_pylist(), params.max_new_tokens, template.stop_ids
         by_vllm = vllm_tokens(contract["model"], adapter, prompts, limit, stops, quantisation["load_in_4bit"])
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else None
     judge_endpoint = endpoint(params.judge, judge_key) if params.judge else None
-    open_questions = questions(params.judge.languages) if params.judge else []
-    extra = [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts]
-    files: list[Path] = []
+    exam = _Exam(params, template, test, general, questions(params.judge.languages) if params.judge else [], kept)
+    identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
+    weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
+    answers = {"adapter": exam.answers_of(model, "adapter", identity | {"adapter": weights}, by_vllm)}
+    with untuned(model, contract["model"]) as base:
+        answers["base"] = exam.answers_of(base, "base", identity, by_vllm)
+    with whole_directory(output) as folder:
+        items, signatures = exam.write(answers, judge_endpoint, folder)
+        metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
+    if kept is not None:
+        forget_others(kept, exam.files)
+    return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
 
-    def answers_of(model: Any, system: str, **identity: Any) -> _Answers:
-        label = f"the {system}"
+
+@dataclass(frozen=True)
+class _Exam:
+    """What base and adapter are asked, and what is written of their answers."""
+
+    params: EvaluateParams
+    template: ChatTemplate
+    test: pa.Table
+    general: General | None
+    open_questions: list[Question]
+    kept: Path | None
+    files: list[Path] = field(default_factory=list)  # of kept answers
+
+    def answers_of(
+        self, model: Any, system: str, identity: dict[str, Any], by_vllm: dict[str, list[list[int]]]
+    ) -> _Answers:
+        """All answers of one system; `identity` is what they depend on, beside the prompts."""
+        params, template, label = self.params, self.template, f"the {system}"
+        prompts, tools = (self.test.column(name).to_pylist() for name in ("input_ids", "tools"))
 
         def answer(prompts: list[list[int]], what: str = "", tools: list[str | None] | None = None) -> list[Answer]:
             keep = None
-            if kept is not None:
-                keep = kept_file(kept, identity, prompts, params.max_new_tokens, template.stop_ids)
-                files.append(keep)
+            if self.kept is not None:
+                keep = kept_file(self.kept, identity, prompts, params.max_new_tokens, template.stop_ids)
+                self.files.append(keep)
             limits = (params.max_new_tokens, params.batch_size)
             return generate(model, template, prompts, *limits, "evaluate", f"{label}{what}", keep, tools)
 
@@ -108,28 +133,28 @@ def evaluate(
             return generate(model, template, turns, *settings, limited_by="evaluate.judge.max_new_tokens")
 
         table = None
-        if general is not None:
-            losses = sequence_losses(model, general.sequences, template.tokenizer.pad_token_id, "evaluate", label)
-            table = general_items(general, answer(list(general.prompts.values()), ", general"), losses)
-        losses = reference_losses(model, template, test, "evaluate", label)
+        if self.general is not None:
+            losses = sequence_losses(model, self.general.sequences, template.tokenizer.pad_token_id, "evaluate", label)
+            table = general_items(self.general, answer(list(self.general.prompts.values()), ", general"), losses)
+        losses = reference_losses(model, template, self.test, "evaluate", label)
         if by_vllm:
             rows = zip(by_vllm[system], prompts, tools, strict=True)
             answers = [to_answer(ids, template, prompt, offered) for ids, prompt, offered in rows]
         else:
             answers = answer(prompts, tools=tools)
-        turns = answer_turns(open_questions, in_conversation) if open_questions else []
+        turns = answer_turns(self.open_questions, in_conversation) if self.open_questions else []
+        extra = [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts]
         return _Answers(answers, losses, answer(extra, ", prompts") if extra else [], table, turns)
 
-    identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
-    weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
-    answers = {"adapter": answers_of(model, "adapter", **identity, adapter=weights)}
-    with untuned(model, contract["model"]) as base:
-        answers["base"] = answers_of(base, "base", **identity)
-    items: dict[str, pa.Table] = {}
-    signatures: dict[str, str] = {}
-    with whole_directory(output) as folder:
+    def write(
+        self, answers: dict[str, _Answers], judge_endpoint: Endpoint | None, folder: Path
+    ) -> tuple[dict[str, pa.Table], dict[str, str]]:
+        """Everything but the scores of test items, which are returned with the signature of each metric."""
+        params = self.params
+        items: dict[str, pa.Table] = {}
+        signatures: dict[str, str] = {}
         for system in ("base", "adapter"):
-            items[system], signatures = score_items(test, answers[system].test, answers[system].losses)
+            items[system], signatures = score_items(self.test, answers[system].test, answers[system].losses)
             if (table := answers[system].general) is not None:
                 pq.write_table(table, folder / f"general.{system}.parquet")
         if answers["base"].general is not None and answers["adapter"].general is not None:
@@ -138,15 +163,12 @@ def evaluate(
         if params.judge is not None and judge_endpoint is not None:
             turns = {system: answers[system].turns for system in ("adapter", "base")}
             limits = (params.judge.max_concurrency, params.bootstrap_samples, params.seed)
-            judged = judge(judge_endpoint.complete, open_questions, turns, *limits)
+            judged = judge(judge_endpoint.complete, self.open_questions, turns, *limits)
             judge_signature = {"signature": signature(params.judge.model, params.judge.languages)}
             write_json(folder / "judge.json", judge_signature | judged.summary)
             pq.write_table(judged.verdicts, folder / "judge.parquet")
         write_json(folder / "prompts.json", side_by_side(params.prompts, answers))
-        metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
-    if kept is not None:
-        forget_others(kept, files)
-    return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
+        return items, signatures
 
 
 def endpoint(params: JudgeParams, key: str) -> Endpoint:

@@ -6,7 +6,7 @@ into packed 4-bit weights. The scores that the gate reads are measured on the me
 """
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.chat.template import ChatTemplate, load_contract, load_shipped, lo
 from pipeline.core.files import read_json, whole_directory, write_json
 from pipeline.core.sanitise import clean_folder, portable
 from pipeline.data.classes import load_classes
-from pipeline.params import MergeParams
+from pipeline.params import EvaluateParams, MergeParams
 from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
 from pipeline.scoring.generation import Answer, generate
 from pipeline.scoring.items import Metrics, provenance, score_items, scoring_params, summarise, test_items
@@ -68,20 +68,9 @@ def merge(
     settings = read_json(evaluation / "evaluation.json")
     evaluated = scoring_params(settings)
     test = test_items(dataset, evaluated.max_samples)
-    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
+    prompts = test.column("input_ids").to_pylist()
     quantisation, pad = read_json(adapter / "training.json")["quantisation"], template.tokenizer.pad_token_id
-
-    def answer(model: Any, system: str) -> list[Answer]:
-        limits = (evaluated.max_new_tokens, evaluated.batch_size)
-        return generate(model, template, prompts, *limits, "merge", system, tools=tools)
-
-    def score(kind: str, folder: Path, target: Path) -> Metrics:
-        return summarise(scored(export(kind, folder, target), f"the {kind} export")[0], evaluated)
-
-    def scored(model: Any, system: str, answers: list[Answer] | None = None) -> tuple[pa.Table, dict[str, str]]:
-        losses = reference_losses(model, template, test, "merge", system)
-        return score_items(test, answer(model, system) if answers is None else answers, losses)
-
+    score = _Scorer(template, test, evaluated, "merge")
     with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
         if params.combine is not None:
             adapter = combine(params.combine, contract, adapter, proof / "combined_adapter")
@@ -93,9 +82,8 @@ def merge(
             expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
             adapter_metrics = read_scores(evaluation)["adapter"]
         else:
-            answers = answer(quantised, "the combined adapter")
-            expected_ids = [each.ids for each in answers]
-            adapter_metrics = summarise(scored(quantised, "the combined adapter", answers)[0], evaluated)
+            answers, items, _ = score(quantised, "the combined adapter", prompts)
+            expected_ids, adapter_metrics = [each.ids for each in answers], summarise(items, evaluated)
         del quantised, before  # or both names would keep it in the memory of the GPU
 
         def error_of(_: str, folder: Path) -> float:
@@ -104,9 +92,8 @@ def merge(
         chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of)
         shipped = load_for_scoring(local_source(folder))
         _complete(folder, template, contract, shipped.generation_config.bos_token_id)
-        answers = answer(shipped, "the merged model")
+        answers, items, signatures = score(shipped, "the merged model", prompts)
         agreement = token_agreement(shipped, prompts, expected_ids, pad, "merge", "the merged model")
-        items, signatures = scored(shipped, "the merged model", answers)
         del shipped
         metrics = summarise(items, evaluated)
         identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
@@ -115,15 +102,37 @@ def merge(
         combined = params.combine.model_dump() if params.combine else None
         recorded = provenance(evaluated, dataset, signatures)
         prove(params, proof, items, merged, compared, combined=combined, evaluation=recorded)
-        exported: dict[str, Metrics] = {kind: score(kind, folder, others / kind) for kind in params.export}
-        write_json(
-            others / "exports.json",  # always there: DVC warns of an empty folder
-            {
-                kind: {"metrics": scores, "metric_difference": metric_differences(scores, metrics)}
-                for kind, scores in exported.items()
-            },
-        )
+        exported: dict[str, Metrics] = {
+            kind: score.export(kind, folder, others / kind, prompts) for kind in params.export
+        }
+        differences = {kind: metric_differences(scores, metrics) for kind, scores in exported.items()}
+        record = {kind: {"metrics": exported[kind], "metric_difference": differences[kind]} for kind in exported}
+        write_json(others / "exports.json", record)  # always there: DVC warns of an empty folder
     return replace(merged, exports=exported)
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """One test split, answered and scored by several models as one evaluation was."""
+
+    template: ChatTemplate
+    test: pa.Table
+    params: EvaluateParams
+    stage: str
+
+    def __call__(
+        self, model: Any, system: str, prompts: list[list[int]]
+    ) -> tuple[list[Answer], pa.Table, dict[str, str]]:
+        """Answers, scored items and the signature of each metric."""
+        settings = (self.params.max_new_tokens, self.params.batch_size, self.stage, system)
+        tools = self.test.column("tools").to_pylist()
+        answers = generate(model, self.template, prompts, *settings, tools=tools)
+        losses = reference_losses(model, self.template, self.test, self.stage, system)
+        return answers, *score_items(self.test, answers, losses)
+
+    def export(self, kind: str, merged: Path, target: Path, prompts: list[list[int]]) -> Metrics:
+        """Write `merged` to `target` as `kind` and score it."""
+        return summarise(self(export(kind, merged, target), f"the {kind} export", prompts)[1], self.params)
 
 
 def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
@@ -145,11 +154,8 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
         template = load_shipped(model_folder)
         messages, tools = (test.column(name).to_pylist() for name in ("messages", "tools"))
         prompts = [template.prompt_ids(json.loads(m), offered) for m, offered in zip(messages, tools, strict=True)]
-        model = load_for_scoring(source)
-        limits = (params.max_new_tokens, params.batch_size)
-        answers = generate(model, template, prompts, *limits, "promote", "the champion", tools=tools)
-        losses = reference_losses(model, template, test, "promote", "the champion")
-        items, signatures = score_items(test, answers, losses)
+        score = _Scorer(template, test, params, "promote")
+        _, items, signatures = score(load_for_scoring(source), "the champion", prompts)
         recorded = provenance(params, dataset, signatures)
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftConfig
 from transformers import AutoConfig, PrinterCallback, set_seed
 from trl import SFTConfig
 
@@ -117,25 +118,42 @@ def train(
         check_init(init, contract, adapter)
     folder = open_run(params, dataset, checkpoints, init)
     sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
-    watch = Watch(params, sources)
     attention_used = model.config._attn_implementation
     if params.packing and not labels:
         require_isolation(model, train_rows)
         if attention is None:
             attention_used = use_packed_attention(model, train_rows)
     layers_used = use_liger(model, params)
+    trainer = _trainer(
+        params, init, adapter, model=model, watch=Watch(params, sources), args=_arguments(params, folder, *batch),
+        train_dataset=train_rows, eval_dataset=validation_rows if len(validation_rows) else None,
+        processing_class=tokenizer,
+        data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
+    )  # fmt: skip
+    print(
+        f"train · attention: {attention_used} · loss: {trainer.loss_used} · layers: {layers_used} · {batch[0]} × "
+        f"{batch[1]} sequences a step",
+        flush=True,
+    )
+    trained = _run(trainer, params, folder)
+    gathered = gather_trained(trainer.model)  # of a sharded model every process gives its part
+    trainer.accelerator.wait_for_everyone()  # nobody reads a checkpoint any more: the first process removes them
+    if trainer.is_world_process_zero():
+        _write(trainer, gathered, output, portable(contract), portable(_record(params, contract, trained, init)))
+        if tables is not None:
+            used = {"attention": attention_used, "layers": layers_used, "micro_batch": batch[0], "threads": threads}
+            _write_tables(trainer, tables, used | {"resumed_from_step": trained.resumed_from_step})
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return trained
+
+
+def _trainer(params: TrainParams, init: Path | None, adapter: PeftConfig | None, **settings: Any) -> AdapterTrainer:
+    """The trainer with its adapter, new or with the weights of the one in `init`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 asks transformers by the old name
-        trainer = (ClassTrainer if labels else AdapterTrainer)(
-            model=model,
-            args=_arguments(params, folder, *batch),
-            train_dataset=train_rows,
-            eval_dataset=validation_rows if len(validation_rows) else None,
-            processing_class=tokenizer,
-            data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
-            peft_config=adapter,
-            watch=watch,
-        )
+        kind = ClassTrainer if params.task == CLASSIFICATION else AdapterTrainer
+        trainer: AdapterTrainer = kind(peft_config=adapter, **settings)
     if params.strategy == "fsdp" and not torch.cuda.is_available():
         shard_on_cpus(trainer)
     if adapter is not None:
@@ -153,12 +171,12 @@ def train(
         print(f"train · the adapter starts from {init}", flush=True)
     # The trainer's own printer of raw dictionaries; `watch` prints lines people read.
     trainer.pop_callback(PrinterCallback)
-    print(
-        f"train · attention: {attention_used} · loss: {trainer.loss_used} · layers: {layers_used} · {batch[0]} × "
-        f"{batch[1]} sequences a step",
-        flush=True,
-    )
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return trainer
+
+
+def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
+    """Train to the end, from the last checkpoint in `folder` if there is one; the model has the weights that ship."""
+    watch, trainable = trainer.watch, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     require_gradients(trainer)
     watch.remember_start(trainer.model)
     start = last_checkpoint(folder)
@@ -174,14 +192,13 @@ def train(
     if (watch.interrupted or watch.out_of_time) and step < trainer.state.max_steps:
         why = "by a signal" if watch.interrupted else f"after train.max_hours ({params.max_hours})"
         raise Interrupted(f"stopped {why} at step {step}; the next run goes on from there")
-    best = trainer.load_best()
+    shipped = trainer.load_best()
     if not watch.moved(trainer.model):
         raise TrainError(
             f"the adapter did not change in {step} steps; with very few of them set train.warmup_ratio to 0, else no "
             "gradient reached it"
         )
-    shipped = step if best is None else best
-    trained = Trained(
+    return Trained(
         steps=step,
         shipped_step=shipped,
         loss=watch.row(shipped)["loss"],
@@ -190,16 +207,6 @@ def train(
         tokens_per_second=watch.tokens / max(watch.seconds, 1e-9),
         resumed_from_step=resumed,
     )
-    gathered = gather_trained(trainer.model)  # of a sharded model every process gives its part
-    trainer.accelerator.wait_for_everyone()  # nobody reads a checkpoint any more: the first process removes them
-    if trainer.is_world_process_zero():
-        _write(trainer, gathered, output, portable(contract), portable(_record(params, contract, trained, init)))
-        if tables is not None:
-            used = {"attention": attention_used, "layers": layers_used, "micro_batch": batch[0], "threads": threads}
-            _write_tables(trainer, tables, used | {"resumed_from_step": resumed})
-        shutil.rmtree(folder, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    return trained
 
 
 def _write(

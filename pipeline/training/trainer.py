@@ -251,14 +251,14 @@ class AdapterTrainer(ShardedTrainer):
         save_file(weights, folder / "adapter.safetensors")
         seal(folder)
 
-    def load_best(self) -> int | None:
-        """With early stopping, put the best step's weights into the model; returns the step, None if it is the last."""
-        best = self.watch.best
-        if self.watch.params.early_stopping_patience is None or best is None or best[1] == self.state.global_step:
-            return None
+    def load_best(self) -> int:
+        """With early stopping, put the best step's weights into the model; returns the step that these are of."""
+        best, last = self.watch.best, self.state.global_step
+        if self.watch.params.early_stopping_patience is None or best is None or best[1] == last:
+            return last
         weights = load_file(Path(self.args.output_dir) / f"best-{best[1]}" / "adapter.safetensors")
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(weights[name])
-        return best[1]
+        return int(best[1])
