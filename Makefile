@@ -9,7 +9,7 @@ export DVC_SITE_CACHE_DIR := $(CURDIR)/.retune/dvc
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: run test test-integration test-browser test-faults test-gpu check bench bench-stages bench-data bench-store bench-flow bench-gpu sample lock clean help
+.PHONY: run test test-integration test-browser test-faults test-gpu check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow bench-gpu sample lock clean help
 
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,13 +39,22 @@ check: $(READY)      ## formatting, lint, types
 	@ruff check .
 	@mypy
 
-bench: bench-stages bench-data bench-store bench-flow  ## every benchmark
+bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow  ## every benchmark
 
 bench-stages: $(READY)  ## time and peak memory by stage of the last run
 	@python -m tests.bench.stages
 
 bench-data: $(READY)  ## ingest and prepare next to datasets.map and datasketch (about 4 minutes)
 	@python -m tests.bench.data
+
+bench-train: $(READY)  ## train next to `trl sft` with its defaults, on rows of the last prepare (about 8 minutes)
+	@python -m tests.bench.train
+
+bench-evaluate: $(READY)  ## answers of rows that come and go next to transformers' batches (about 3 minutes)
+	@python -m tests.bench.generation
+
+bench-merge: $(READY)  ## merging shard by shard next to PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
+	@python -m tests.bench.merge
 
 bench-store: $(READY)  ## the artifact store next to boto3's upload_file (about 1 minute)
 	@python -m tests.bench.store

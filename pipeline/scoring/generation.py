@@ -115,7 +115,7 @@ def new_tokens(
         note("answers are made in fixed batches, each as slow as its longest: rows of this model cannot be exchanged")
     while left := [i for i in range(len(prompts)) if i not in done]:
         waiting = [prompts[i] for i in left]
-        answers = (rolling_answers if rolling else _in_batches)(model, waiting, limit, template, batch_size)
+        answers = (rolling_answers if rolling else in_batches)(model, waiting, limit, template, batch_size)
         try:
             for number, ids in answers:
                 done.add(left[number])
@@ -165,7 +165,7 @@ def rolling_answers(
 
 
 @torch.inference_mode()
-def _in_batches(
+def in_batches(
     model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
     """As `new_tokens`, by transformers' own `generate`, for models with another memory than keys and values."""

@@ -1,17 +1,17 @@
 """`make bench-gpu`: training and generation with a random Llama-3.1-8B on this GPU, next to `trl sft`, in one table.
 
 Needs torch with CUDA and the packages of requirements.lock on the path, but no installed Retune, DVC, Prefect or
-network. A row that fails says why in the table, and the others go on. `--device cpu --tiny` takes a tiny model through
-the same code.
+network. Each row is a process of its own, so its peak of memory is its own; one that fails says why in the table, and
+the others go on. `--device cpu --tiny` takes a tiny model through the same code in one process.
 """
 
 import argparse
 import csv
-import gc
 import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +27,7 @@ from tests.bench.measuring import TRL_LORA, header, row, timed, trl_sft
 GIB = 2**30
 ROWS = 853
 MAX_TOKENS = 1024  # of a row: none is cut by `trl sft`
+ROW_SECONDS = 150  # a row that takes longer is ended
 Result = dict[str, Any]
 
 
@@ -78,32 +79,39 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark itself")
     parser.add_argument("--seconds", type=float, default=480, help="no row begins when so much time is spent")
     parser.add_argument("--folder", type=Path, help="where 20 GB of files may lie for that time (default: TMPDIR)")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one row, whose result is written to the folder
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    size = TINY if options.tiny else LLAMA_3_1_8B
+    if options.only:
+        _write(options.folder / "result.json", _measure(options.only, size, options.folder))
+        return
     with tempfile.TemporaryDirectory(prefix="retune-bench-gpu-", dir=options.folder) as folder:
-        table(TINY if options.tiny else LLAMA_3_1_8B, Path(folder), options.seconds)
+        table(size, Path(folder), options)
 
 
-def table(size: Size, folder: Path, seconds_in_all: float) -> None:
+def table(size: Size, folder: Path, options: argparse.Namespace) -> None:
     """Print a line for each row as it is measured, then the bars."""
     started = time.monotonic()
-    machine = make(size, folder)
+    machine = _in_process("machine", folder, options, options.seconds)
+    if "error" in machine:
+        sys.exit(f"bench-gpu: {machine['error']}")
     print(f"{machine['name']}, torch {machine['torch']}: {machine['flops'] / 1e12:,.3g} TFLOP/s on a bf16 product")
     header("run", "tokens/s", "of the matrix rate", "peak GiB", "planned GiB", "micro-batch", "seconds in all")
     results: dict[str, Result] = {}
     for name in (TRL, *TRAININGS, GENERATION):
-        if time.monotonic() - started > seconds_in_all - 30:
+        left = options.seconds - (time.monotonic() - started)
+        if left < 30:
             row(name, "not run: the time is spent")
             continue
-        try:
-            seconds, result = timed(partial(_measure, name, size, folder))
-        except Exception as error:
-            traceback.print_exc()
-            row(name, f"failed: {type(error).__name__}: {str(error)[:300]}".replace("|", "/").replace("\n", " "))
-            continue
+        run = _here if options.tiny else _in_process
+        seconds, result = timed(partial(run, name, folder, options, min(left, ROW_SECONDS)))
         results[name] = result
+        if "error" in result:
+            row(name, f"failed: {result['error']}")
+            continue
         share = result.get("flops_per_token", 0) * result["tokens_per_s"] / machine["flops"]
         row(
             name, f"{result['tokens_per_s']:,.0f}", f"{share:.0%}" if share else "",
@@ -137,13 +145,37 @@ def _peak_gib(results: dict[str, Result], name: str) -> float:
     return peak / GIB
 
 
-def _measure(name: str, size: Size, folder: Path) -> Result:
-    import torch
+def _in_process(name: str, folder: Path, options: argparse.Namespace, seconds: float) -> Result:
+    """A row in a process of its own, ended after `seconds`; its error is the last line that it wrote."""
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tests.bench.gpu", "--device", options.device, "--only", name]
+    command += ["--folder", str(folder), *(["--tiny"] if options.tiny else [])]
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        try:
+            subprocess.run(command, stdout=file, stderr=file, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {seconds:.0f} s"}
+    if result.is_file():
+        read: Result = json.loads(result.read_text())
+        return read
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
+    print("\n".join(lines[-20:]), file=sys.stderr)
+    return {"error": lines[-1][:300].replace("|", "/")}
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+
+def _here(name: str, folder: Path, options: argparse.Namespace, seconds: float) -> Result:
+    try:
+        return _measure(name, TINY, folder)
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _measure(name: str, size: Size, folder: Path) -> Result:
+    if name == "machine":
+        return make(size, folder)
     if name == TRL:
         return with_trl(size, folder)
     return generation(size, folder) if name == GENERATION else training(name, size, folder)

@@ -1,7 +1,13 @@
-"""What the benchmarks share: one clock, one kind of table, and `trl sft`, the peer of every training."""
+"""What the benchmarks share: one clock, one kind of table, and `trl sft`, the peer of every training.
 
+`python -m tests.bench.measuring RESULT OPTION…` is `trl sft OPTION…`, timed.
+"""
+
+import json
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -49,3 +55,7 @@ def trl_sft(options: Sequence[Any]) -> dict[str, float]:
     (start, before), (end, tokens) = steps[len(steps) // 5], steps[-1]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"seconds": marks[-1][0] - marks[0][0], "tokens_per_s": (tokens - before) / (end - start), "peak": peak}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(trl_sft(sys.argv[2:])))
