@@ -181,8 +181,8 @@ class ChatTemplate:
 
     @cached_property
     def _cue(self) -> tuple[str, list[int]] | None:
-        """What prompts mostly end with, from its last control token on, and its tokens: a long prompt before it decides
-        nothing about an answer's tokens, and need not be tokenised twice."""
+        """What prompts mostly end with, from its last control token on, and its tokens: where these stand in the tokens
+        of prompt and answer, the prompt ends, and need not be tokenised alone."""
         try:
             prompt = self.render(_talk("Hello"), add_generation_prompt=True)
         except RowError:
@@ -245,11 +245,7 @@ class ChatTemplate:
                 text, ids = "", []
             new = turn.prompt[len(text) :]
             new = self._token(ids[-1]) + new if ids else new
-            prompt = self._encoder.ids(new)
-            tail, tail_ids = self._cue if self._cue and new.endswith(self._cue[0]) else (new, prompt)
-            joined = self._encoder.ids(tail + turn.answer)
-            alike = joined[: len(tail_ids)] == tail_ids
-            answer = joined[len(tail_ids) :] if alike else self._encoder.continued(turn.answer)
+            prompt, answer, alike = self._ids(new, turn.answer)
             if not answer or answer[-1] not in self.stop_ids:
                 raise RowError("has an answer that does not end with an end token of its own")
             prompt = [*ids, *prompt[1:]] if ids else prompt
@@ -264,6 +260,19 @@ class ChatTemplate:
             more = self._known_ids(self._token(ids[-1]) + rest)[1:] if rest else []
             encoded.append(Encoded([*ids, *more], [*labels, *[-100] * len(more)]))
         return encoded
+
+    def _ids(self, prompt: str, answer: str) -> tuple[list[int], list[int], bool]:
+        """The tokens of a prompt and of its answer, and whether these are the tokens of both as one text."""
+        joined = self._encoder.ids(prompt + answer)
+        cue, cue_ids = self._cue or ("", [])
+        if cue and prompt.endswith(cue) and cue_ids[0] in joined and self._token(cue_ids[0]) not in answer:
+            end = len(joined) - joined[::-1].index(cue_ids[0]) - 1 + len(cue_ids)
+            if joined[end - len(cue_ids) : end] == cue_ids:
+                return joined[:end], joined[end:], True
+        ids = self._encoder.ids(prompt)
+        if joined[: len(ids)] == ids:
+            return ids, joined[len(ids) :], True
+        return ids, self._encoder.continued(answer), False
 
     def _labels_before(self, prompt: list[int], ids: list[int], labels: list[int]) -> list[int] | None:
         """The labels of the row `ids` where `prompt` begins with it, else None.

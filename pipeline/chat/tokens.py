@@ -115,8 +115,7 @@ class TokenEncoder:
             RowError: as `text`, or the tokenizer cannot write a control token as ordinary text.
         """
         if not BROKEN.search(rendered):
-            [encoding] = self._plain.encode_batch_fast([rendered], add_special_tokens=False)  # without offsets
-            return list(encoding.ids)
+            return list(self._plain.encode(rendered, add_special_tokens=False).ids)
         self.text(rendered)
         marked = self._control.sub(lambda m: f"{SHOWN}{self._id[m[0]]}{END}", rendered)
         marked = HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], marked)
