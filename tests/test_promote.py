@@ -4,27 +4,24 @@ import http.server
 import json
 import os
 import pty
-import random
 import shutil
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import preloaded
 import pytest
-from conftest import environment, with_, write_params
+from conftest import environment, once, with_, write_params
 from test_signature import make_key
 from versions import ITEMS, decide, parameters, published, records, registry_lost
 
 from pipeline import promote as gate
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
-from pipeline.registry.artifact_store import StoreError, open_store
+from pipeline.registry.artifact_store import FileStore, StoreError, open_store
 from pipeline.registry.decisions import DecisionError, champion, read_log
 from pipeline.registry.gate import CompareError
-from pipeline.registry.manifest import require_manifest
 from pipeline.registry.mlflow import ModelRegistry
 from pipeline.registry.preflight import PreflightError, require_ready
 from pipeline.registry.retention import delete
@@ -56,10 +53,14 @@ def serving(root: Path, params: Params) -> str | None:
 
 @pytest.fixture
 def first(tmp_path: Path, params: Params) -> str:
-    """The champion, v1."""
-    version = published(tmp_path, params, 0.5)
-    assert decide(tmp_path, params).decision == "promoted"
-    return version
+    """The champion, v1; made once and copied."""
+
+    def make(folder: Path) -> None:
+        (folder / "version").write_text(published(folder, parameters(folder), 0.5))
+        assert decide(folder, parameters(folder)).decision == "promoted"
+
+    shutil.copytree(once("champion", make), tmp_path, dirs_exist_ok=True)
+    return (tmp_path / "version").read_text()
 
 
 def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_overruled(
@@ -331,17 +332,21 @@ def test_decisions_are_told_to_the_webhooks_and_what_fails_is_a_warning_that_kee
     assert {kind for _, kind, _ in said} == {"application/json"}
 
 
-def test_promoters_racing_for_one_model_agree_on_every_champion(tmp_path: Path, params: Params) -> None:
-    """Threads with clients and projects of their own; `test_kills.py` races processes."""
-    versions = [published(tmp_path, params, 0.2 + 0.05 * i) for i in range(4)]
-    random.Random(1).shuffle(versions)
-    with ThreadPoolExecutor(len(versions)) as pool:
-        racers = [pool.submit(decide, tmp_path / version, params, version) for version in versions]
-    assert [racer.exception() for racer in racers] == [None] * len(versions)
-    log = read_log(open_store(params.publish), NAME)
-    assert {record.version for record in log} == set(versions)
-    for before, record in zip([None, *log], log, strict=False):
-        assert record.previous == (before.champion if before else None)
-    gate.history(params.publish, tmp_path)
-    best = require_manifest(open_store(params.publish), str(serving(tmp_path, params)))
-    assert best["metrics"]["merged"]["rougeL"]["score"] == pytest.approx(0.350, abs=0.001)
+def test_a_promoter_that_comes_second_decides_anew_against_the_new_champion(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`test_kills.py` races processes for the log."""
+    slow, quick = (published(tmp_path, params, quality) for quality in (0.4, 0.6))
+    create, raced = FileStore.create, []
+
+    def create_late(store: FileStore, key: str, data: bytes) -> bool:
+        if key.startswith("promotions/") and not raced:
+            raced.append(key)
+            assert decide(tmp_path / "other", params, quick).decision == "promoted"
+        return create(store, key, data)
+
+    monkeypatch.setattr(FileStore, "create", create_late)
+    assert decide(tmp_path, params, slow).decision == "refused"
+    said = [(record["decision"], record["version"], record["previous"]) for record in records(tmp_path)]
+    assert said == [("promoted", quick, None), ("refused", slow, quick)]
+    assert serving(tmp_path, params) == quick

@@ -92,7 +92,7 @@ def test_only_old_objects_that_nothing_names_go_and_what_others_have_in_such_fol
     put(store, *DIGESTS[:6])
     for key in ("objects/report.pdf", f"objects/{DIGESTS[9]}/part", "probe/report", "backup/a"):
         store.create(key, b"theirs")
-    files = {"f": {"sha256": DIGESTS[0]}, "chunked": {"sha256": DIGESTS[8], "chunks": [{"sha256": DIGESTS[3]}]}}
+    files = {"f": {"sha256": DIGESTS[0]}, "g": {"sha256": DIGESTS[3]}}
     store.create("versions/v1/manifest.json", json.dumps({"files": files}).encode())
     store.create("versions/v1/signature.json", json.dumps({"predicate": [DIGESTS[1]]}).encode())
     append(store, "model", Record(1, "refused", "v9", None, None, f"see report {DIGESTS[2]}"))

@@ -16,11 +16,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from versions import decide, make_workspace, parameters, published, write_lock
+from versions import decide, parameters, published
 
 from pipeline import promote as gate
 from pipeline import publish
-from pipeline.core import graph
 from pipeline.core.files import write_json
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
@@ -110,18 +109,6 @@ def signed(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Signed:
 def failed(params: Params, root: Path, version: str) -> list[str]:
     checks = verify(RegisteredModel(params.publish, root), version)
     return [check.name for check in checks if check.passed is False]
-
-
-def test_a_version_of_an_earlier_release_with_its_scores_in_metrics_json_passes_every_check(tmp_path: Path) -> None:
-    params = parameters(tmp_path)
-    make_workspace(tmp_path, params)
-    for folder in ("evaluation", "parity"):
-        (tmp_path / "artifacts" / folder / "scores.json").rename(tmp_path / "artifacts" / folder / "metrics.json")
-    write_lock(tmp_path, params.model_dump())
-    version = graph.version_id(tmp_path)
-    manifest, _ = publish.ship_version(RegisteredModel(params.publish, tmp_path), version)
-    assert {"evaluation/metrics.json", "parity/metrics.json"} <= set(manifest["files"])
-    assert failed(params, tmp_path, version) == []
 
 
 def test_a_signed_version_passes_every_check_and_openssfs_own_tool(signed: Signed, tmp_path: Path) -> None:

@@ -3,12 +3,10 @@
 Exclusive creation, whole objects, safe names; nothing is sent twice, nothing unchecked is ever used.
 """
 
-import hashlib
 import json
 import os
 import random
 import resource
-import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -157,26 +155,6 @@ def test_files_come_back_as_they_went_in_and_are_neither_sent_nor_fetched_again(
             store.delete(key)
 
 
-def test_a_version_in_chunks_as_published_before_is_read_and_one_that_lost_an_object_is_not(
-    tmp_path: Path, folder_store: FileStore
-) -> None:
-    first, second = b"0123456789", b"abcdef"
-    keys = [hashlib.sha256(data).hexdigest() for data in (first, second)]
-    content = first[2:7] + second + first[:2]
-    extents = [(keys[0], 2, 5), (keys[1], 0, 6), (keys[0], 0, 2)]
-    chunks = [{"sha256": key, "offset": offset, "size": size, "blocks": "0" * 64} for key, offset, size in extents]
-    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "block_size": 4, "chunks": chunks}
-    for key, data in zip(keys, (first, second), strict=True):
-        folder_store.create(f"objects/{key}", data)
-    check_objects(folder_store, {"m/model": entry})
-    fetch(folder_store, {"m/model": entry}, tmp_path / "out")
-    assert (tmp_path / "out/m/model").read_bytes() == content
-    folder_store.delete(f"objects/{keys[1]}")
-    for use in (check_objects, lambda *of: fetch(*of, tmp_path / "other")):
-        with pytest.raises(StoreError, match=keys[1]):
-            use(folder_store, {"m": entry})
-
-
 class WatchedStore(FileStore):
     """Calls `before` with each key that is to be written; the write is left out when it returns False."""
 
@@ -246,7 +224,7 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, folder_store: 
     assert not Path("/tmp/retune-escaped").exists()
 
 
-# --- what a disk refuses: in forks, whose limits and rights can be taken away ---------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------------------------
 
 
 def publish_in_small_files(folder: str, limit: int) -> str:
@@ -268,32 +246,3 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, folder_store: F
     assert f"written in {folder_store.uri}: File too large" in said
     assert (folder_store.list("versions/"), folder_store.unfinished(float("inf"))) == ([], 0)
     publish(folder_store, "v1", files)
-
-
-def use_forbidden(folder: str, publish_params_json: str) -> list[str]:
-    """The errors of a folder that may not be written."""
-    os.chdir(folder)
-    params = PublishParams.model_validate_json(publish_params_json)
-    root, errors = os.geteuid() == 0, []
-    if root:  # permissions do not bind it
-        os.setresuid(65534, 65534, 0)
-    for use in (lambda: FileStore(Path("store")).create("objects/a", b""), lambda: open_store(params)):
-        try:
-            use()
-        except StoreError as error:
-            errors.append(str(error))
-    if root:
-        os.setresuid(0, 0, 0)
-    return errors
-
-
-def test_a_folder_that_may_not_be_written_is_named() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # those of pytest are closed to other users
-        store = Path(folder) / "store"
-        store.mkdir()
-        for each in (store, store.parent):
-            each.chmod(0o555)
-        create, opened = preloaded.call(use_forbidden, folder, publish_params("file://store").model_dump_json()).answer
-        Path(folder).chmod(0o755)
-    assert "objects/a" in create and "Permission denied" in create
-    assert "store is not writable" in opened

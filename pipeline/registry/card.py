@@ -22,7 +22,7 @@ def model_card(manifest: Manifest) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     base, metrics, train = manifest["base_model"], manifest["metrics"], manifest["params"]["train"]
-    method = train.get("method", "qlora" if train["load_in_4bit"] else "lora")  # versions before there was a choice
+    method = train["method"]
     results = [
         EvalResult(
             task_type=_task(train),
@@ -114,7 +114,7 @@ def _use(name: str, train: dict[str, Any], longest: int | None) -> dict[str, Any
 
 
 def _classifies(train: dict[str, Any]) -> bool:
-    return train.get("task") == CLASSIFICATION
+    return bool(train["task"] == CLASSIFICATION)
 
 
 def _task(train: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ def require_ready(params: Params, root: Path = Path(".")) -> None:
     version = model.champion()
     manifest = read_manifest(model.store, version) if version else None
     kind = "classifier" if "classification" in params.train.task else "chat"
-    task = manifest["params"]["train"].get("task", "causal-lm") if manifest else params.train.task
+    task = manifest["params"]["train"]["task"] if manifest else params.train.task
     if task != params.train.task:
         raise PreflightError(
             f"train.task is {params.train.task}, but version {model.label(version)}, the champion of {model.name}, "

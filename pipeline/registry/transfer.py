@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from pipeline.core.files import sha256_file
 from pipeline.core.progress import Progress
 from pipeline.registry.artifact_store import ArtifactStore, StoreError
 
-# {"sha256", "size"}. Versions that were published before 2026-11-26 have "chunks" for a file over 16 MiB, the extents
-# of objects that it consists of: {"sha256": object, "offset", "size"}.
-Entry = dict[str, Any]
+Entry = dict[str, Any]  # {"sha256", "size"}
 
 
 def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entry], int]:
@@ -61,18 +58,17 @@ def publish_manifest(store: ArtifactStore, version: str, text: bytes) -> None:
 
 
 def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
-    """Every object that `entries` need is in the store; that of a whole file has its size.
+    """Every object that `entries` need is in the store, with its size.
 
     Raises:
         StoreError: one is missing or has another size.
     """
     sizes = {stored.key: stored.size for stored in store.scan("objects/")}
     for name, entry in entries.items():
-        for part in entry.get("chunks", [entry]):
-            key = f"objects/{part['sha256']}"
-            if key not in sizes:
-                raise StoreError(f"{store.uri} has lost {key} ({name}); `retune publish` sends it again")
-        if "chunks" not in entry and sizes[key] != entry["size"]:
+        key = f"objects/{entry['sha256']}"
+        if key not in sizes:
+            raise StoreError(f"{store.uri} has lost {key} ({name}); `retune publish` sends it again")
+        if sizes[key] != entry["size"]:
             raise StoreError(f"{key} in {store.uri} ({name}) has {sizes[key]:,} bytes; expected {entry['size']:,}")
 
 
@@ -120,25 +116,12 @@ def fetch(store: ArtifactStore, entries: dict[str, Entry], folder: Path) -> None
     progress = _meter("fetch", sum(entry["size"] for entry in absent.values()))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary, ThreadPoolExecutor(2) as pool:
         paths = {name: Path(temporary) / str(number) for number, name in enumerate(absent)}
-        whole = [name for name in absent if "chunks" not in absent[name]]
-        store.download([(f"objects/{absent[name]['sha256']}", paths[name]) for name in whole], progress)
-        for name in absent.keys() - set(whole):
-            _join_chunks(store, absent[name], paths[name])
+        store.download([(f"objects/{absent[name]['sha256']}", path) for name, path in paths.items()], progress)
         for name, digest in zip(absent, pool.map(sha256_file, paths.values()), strict=True):
             if digest != absent[name]["sha256"]:
                 raise StoreError(f"{name} in {store.uri} was altered: its digest is {digest}; its manifest has another")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             paths[name].replace(folder / name)
-
-
-def _join_chunks(store: ArtifactStore, entry: Entry, path: Path) -> None:
-    read = lru_cache(maxsize=8)(store.read)  # objects of up to 16 MiB, of which a file may have many extents
-    with path.open("wb") as file:
-        for chunk in entry["chunks"]:
-            data = read(f"objects/{chunk['sha256']}")
-            if data is None:
-                raise StoreError(f"{store.uri} has no objects/{chunk['sha256']}")
-            file.write(data[chunk["offset"] : chunk["offset"] + chunk["size"]])
 
 
 def _meter(stage: str, total: int) -> Callable[[int], None]:

@@ -102,27 +102,18 @@ def _check_lineage(manifest: Manifest, texts: dict[str, bytes]) -> Check:
     except ValueError as error:
         return Check("lineage", False, f"a file of the version is not JSON: {error}")
     parity = dict(files.get("parity/parity.json", {}))
+    scores = {k: v for part in ("evaluation", "parity") for k, v in files.get(f"{part}/scores.json", {}).items()}
     repeated: list[tuple[str, Any, str]] = [  # key of the manifest, what it has to be, and where that is said
         ("evaluation", parity.pop("evaluation", None), "parity/parity.json"),
         ("parity", parity, "parity/parity.json"),
         ("base_model", files.get("adapter/training.json", {}).get("base_model"), "adapter/training.json"),
-        (
-            "metrics",
-            _scores(files, "evaluation") | _scores(files, "parity"),
-            "evaluation/scores.json, parity/scores.json",
-        ),
+        ("metrics", scores, "evaluation/scores.json, parity/scores.json"),
     ]
     for part in ("adapter", "merged"):
         contract = files.get(f"{part}/contract.json", {})
         repeated.append(("contract", manifests.contract_digests(contract), f"{part}/contract.json"))
     wrong = [f"{key} is not that of {where}" for key, expected, where in repeated if manifest[key] != expected]
     return Check("lineage", not wrong, "; ".join(wrong) or "contract, base model, metrics and parity as in the files")
-
-
-def _scores(files: dict[str, Any], folder: str) -> dict[str, Any]:
-    """As `resampling.read_scores`, of a version's parsed files."""
-    scores: dict[str, Any] = files.get(f"{folder}/scores.json", files.get(f"{folder}/metrics.json", {}))
-    return scores
 
 
 def _check_commit(manifest: Manifest, root: Path) -> Check:

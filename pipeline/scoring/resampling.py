@@ -45,12 +45,8 @@ class Score:
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """Scores of each system with intervals and slices: `scores.json` of an evaluation or a parity folder.
-
-    Versions published before it was called so have them in `metrics.json`.
-    """
-    path = folder / "scores.json"
-    scores: dict[str, Any] = read_json(path if path.is_file() else folder / "metrics.json")
+    """Scores of each system with intervals and slices: `scores.json` of an evaluation or a parity folder."""
+    scores: dict[str, Any] = read_json(folder / "scores.json")
     return scores
 
 
