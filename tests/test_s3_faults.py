@@ -35,14 +35,18 @@ PART_SIZE, SIZE = 5 * 2**20, 200_000
 LONG = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 
+def quicken(patch: pytest.MonkeyPatch) -> None:
+    """Parts of the least size that S3 takes; a twentieth of the pauses between attempts; a second for an answer."""
+    patch.setattr("pipeline.registry.s3.PART_SIZE", PART_SIZE)
+    patch.setattr("pipeline.registry.s3.PROBE_HOLD_S", 0.2)
+    patch.setattr("botocore.endpoint.time.sleep", lambda seconds: sleep(seconds / 20))
+    patch.setattr(S3Store.__init__, "__defaults__", (1.0,))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """Parts of the least size that S3 takes; a twentieth of the pauses between attempts; a second for an answer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.registry.s3.PART_SIZE", PART_SIZE)
-        patch.setattr("pipeline.registry.s3.PROBE_HOLD_S", 0.2)
-        patch.setattr("botocore.endpoint.time.sleep", lambda seconds: sleep(seconds / 20))
-        patch.setattr(S3Store.__init__, "__defaults__", (1.0,))
+        quicken(patch)
         yield
 
 
@@ -144,6 +148,7 @@ KINDS = {"Publishing": Publishing, "Promoting": Promoting}
 
 
 def run_in_a_fork(kind: str, fields: dict[str, Any], place: str) -> None:
+    quicken(pytest.MonkeyPatch())
     KINDS[kind](**fields).run(place)
 
 
