@@ -30,7 +30,8 @@ from pipeline.settings import load_params
 
 @flow(name="retrain", flow_run_name="retrain-{trigger}", validate_parameters=False)
 def retrain(trigger: str = "by-hand") -> State[Any]:
-    return ended(run_stages(trigger))
+    result = run_stages(trigger)
+    return state_of(result["decision"]["decision"], result["decision"]["reason"], result)
 
 
 def run_stages(trigger: str) -> dict[str, Any]:
@@ -50,11 +51,6 @@ def run_stages(trigger: str) -> dict[str, Any]:
         )
         show_run(params, trigger, result)
         return wait_for_approval(params, trigger, result)
-
-
-def ended(result: dict[str, Any]) -> State[Any]:
-    """The run's last state, named after the decision: automations wait for *Refused*."""
-    return state_of(result["decision"]["decision"], result["decision"]["reason"], result)
 
 
 def summary(states: list[State[Any]]) -> dict[str, Any]:

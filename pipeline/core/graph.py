@@ -237,24 +237,19 @@ def lock(root: Path = Path(".")) -> dict[str, Any]:
     return _yaml(root / "dvc.lock")
 
 
-def digests_of_outputs(stages: dict[str, Any]) -> dict[str, str]:
-    """DVC's digest of each folder that a version consists of, from the stages of a `dvc.lock`.
+def version_id(root: Path = Path("."), stages: dict[str, Any] | None = None) -> str:
+    """Name of the version that the workspace's artifacts, or those of `stages` (of a `dvc.lock`), are.
+
+    It is made from DVC's digest of each folder that ships: the same content has the same name on every machine.
 
     Raises:
         GraphError: a stage has not run.
     """
+    stages = lock(root)["stages"] if stages is None else stages
     outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
     if missing := [path for path in SHIPPED if path not in outs]:
         raise GraphError(f"dvc.lock has no {', '.join(missing)}; `dvc repro` runs the missing stages")
-    return {path: outs[path] for path in SHIPPED}
-
-
-def version_id(root: Path = Path("."), stages: dict[str, Any] | None = None) -> str:
-    """Name of the version that the workspace's artifacts, or those of `stages` (of a `dvc.lock`), are.
-
-    The same content has the same name on every machine.
-    """
-    return sha256_json(digests_of_outputs(lock(root)["stages"] if stages is None else stages))[:16]
+    return sha256_json({path: outs[path] for path in SHIPPED})[:16]
 
 
 def _yaml(path: Path) -> Any:
