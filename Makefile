@@ -14,12 +14,12 @@ export DVC_NO_ANALYTICS := 1
 help:                ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-run: $(READY)        ## the whole loop once: data, training, evaluation, merge, publish, promotion (about 4 minutes)
-	@echo "Bringing the loop up to date: about 4 minutes on 2 cores at first, seconds when nothing has changed."
+run: $(READY)        ## the whole loop once: data, training, evaluation, merge, publish, promotion (4 to 7 minutes)
+	@echo "Bringing the loop up to date: 4 to 7 minutes on 2 cores at first, seconds when nothing has changed."
 	@retune run
 
-test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about 12 minutes)
-	@echo "Testing: about 12 minutes on 2 cores."
+test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about 10 minutes)
+	@echo "Testing: about 10 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), GGUF (needs a package index), the guide's own-data chapter (about half an hour)
