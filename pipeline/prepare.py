@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -134,6 +135,7 @@ def _processes() -> Iterator[ProcessPoolExecutor]:
 
 def _begin_process(parent: int) -> None:
     end_with_parent(parent=parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
 
 

@@ -1,6 +1,7 @@
 """Instruction data into splits: who goes where, who is dropped and why, and that nothing is lost or leaked."""
 
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -326,6 +327,11 @@ def test_another_process_gives_the_same_bytes(params: Params, tmp_path: Path, mo
     prepare(params.prepare, tmp_path / "data", tmp_path / "two")
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
+
+
+def test_a_process_that_is_killed_ends_the_stage() -> None:
+    with pytest.raises(PrepareError), pipeline.prepare._processes() as pool:
+        pool.submit(os._exit, 1).result()
 
 
 def test_near_copies_in_the_test_split_stay_and_count_as_one_group(params: Params, tmp_path: Path) -> None:
