@@ -396,6 +396,7 @@ def test_a_file_that_the_hub_did_not_answer_for_is_not_taken_for_absent(
     check_model("evil/repo", commit)  # offline: what is not in the cache, no loader gets
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
     with pytest.raises(UnsafeModelError, match="evil/repo: .* model.safetensors.index.json"):
         check_model("evil/repo", commit)
     (folder / ".no_exist" / commit).mkdir(parents=True)
