@@ -222,7 +222,7 @@ def _csv_records(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[tuple
     if delimiter not in first:
         delimiter = max(DELIMITERS, key=first.count)
     csv.field_size_limit(MAX_RECORD_BYTES)  # the library's own limit of 128 KiB is one long answer
-    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    rows, line = csv.reader(chain([first], lines), delimiter=delimiter, strict=True), 1
     try:
         header = next(rows, [])
         twice = {column for column in header if header.count(column) > 1}
@@ -236,7 +236,10 @@ def _csv_records(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[tuple
                 yield line, dict(zip(header, row, strict=True))
             line = rows.line_num + 1
     except csv.Error as error:
-        raise FormatError(f"{path}, line {rows.line_num}: not CSV ({delimiter!r} between fields): {error}") from None
+        raise FormatError(
+            f"{path}, line {line}: not CSV ({delimiter!r} between fields): {error}; correct the record that begins "
+            "there (a quote may not be closed), or copy the file again if it is cut off"
+        ) from None
 
 
 def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
