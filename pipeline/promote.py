@@ -73,9 +73,10 @@ def promote(
         nonlocal earlier
         refuse_deleted(log, version)
         serving = champion(log)
-        why_settled = settled_reason(log, version, params, _test_items(model, candidate, serving))
+        test_sha256 = _test_items(model, candidate, serving)
+        why_settled = settled_reason(log, version, params, test_sha256)
         if version != serving and (why_settled is None or force is not None):
-            return _judge(model, candidate, log, params, force, why_settled)
+            return replace(_judge(model, candidate, log, params, force, why_settled), test_sha256=test_sha256)
         earlier = next((record for record in reversed(log) if record.version == version), None)
         if earlier is not None and (version == serving or earlier.decision == "promoted"):
             earlier = None  # it serves, or was rolled back: that decision asks for nothing any more
@@ -121,7 +122,6 @@ def _judge(
         manifest_sha256=manifest.digest(candidate),
         overruled=overruled if force is not None else [],
         notes=notes,
-        test_sha256=_test_items(model, candidate, serving),
     )
 
 

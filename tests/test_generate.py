@@ -91,9 +91,9 @@ def test_models_in_fixed_batches_end_at_their_stop_tokens_too(
     template = load_contract(read_json(dataset / "contract.json"))
     model = load_base(identity(base))
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
-    ours = dict(new_tokens(model, prompts, 5, template, 4))
+    ours = dict(new_tokens(model, prompts, 5, template, 4, "--max-new-tokens"))
     monkeypatch.setattr("pipeline.scoring.generation.remembers_keys_and_values_alone", lambda _: False)
-    assert dict(new_tokens(model, prompts, 5, template, 4)) == ours
+    assert dict(new_tokens(model, prompts, 5, template, 4, "--max-new-tokens")) == ours
     assert "fixed batches" in capsys.readouterr().err
 
 

@@ -83,6 +83,9 @@ def test_a_checkpoint_in_another_type_is_offloaded_and_its_folder_ends_with_it(
     del model
     gc.collect()
     assert not list(offload_folder.iterdir())
+    first, second = placement._offload_folder(), placement._offload_folder()
+    first.rmdir()  # the earlier of two models ended
+    assert placement._offload_folder() not in (first, second)
 
 
 def test_stages_give_the_same_results_under_a_limit_below_their_model(

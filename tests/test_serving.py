@@ -202,6 +202,7 @@ def test_adapters_that_do_not_share_base_and_template_are_refused(
     [
         "[1]", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages": [{"role": "user"}]}', '{"messages": 3}',
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": [{"role": 5, "tool_calls": []}]}',
     ],
 )  # fmt: skip
 def test_a_line_that_asks_nothing_is_named(tmp_path: Path, line: str) -> None:

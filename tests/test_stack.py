@@ -4,8 +4,11 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from conftest import ROOT, change_params, make_project, retune, with_
 from local_servers import free_port, give_database, read, wait_until
 
 from pipeline.params import Params
-from pipeline.services import stack
+from pipeline.services import server, stack
+from pipeline.services.server import ServerError
 from pipeline.settings import load_params
 
 
@@ -55,12 +59,26 @@ def test_a_taken_port_is_one_sentence_and_leaves_nothing(root: Path) -> None:
     assert "nothing was running" in retune(root, "down").stdout
 
 
+def test_another_program_that_answers_is_no_prefect_server(tmp_path: Path) -> None:
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api" / "health").write_text("ok")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        assert server.answers(f"{url}/api/health")
+        assert not server.healthy(url)
+        other.shutdown()
+
+
 def test_a_killed_supervisor_takes_every_process_with_it(root: Path) -> None:
     known = up(root, "cpu")
     assert json.loads(retune(root, "up", "--json").stdout)["url"] == known["url"]
     moved = retune(root, "up", "--port", str(free_port()))
     assert moved.returncode == 1
     assert known["url"] in moved.stderr
+    with pytest.raises(ServerError, match="no-such-service"):
+        stack._ask(root, "startProcess", "no-such-service", False)
     processes = stack.marked(root)
     assert listening(processes) == {"127.0.0.1"}
     shown = json.loads(retune(root, "status", "--json").stdout)

@@ -297,8 +297,8 @@ def _conversation(row: dict[str, Any]) -> list[Message]:
     if messages is None:
         messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
     for message in messages:
-        worded = isinstance(message["role"], str) and isinstance(message.get("content"), str)
-        if not worded and "tool_calls" not in message:
+        worded = isinstance(message.get("content"), str) or "tool_calls" in message
+        if not isinstance(message["role"], str) or not worded:
             raise ValueError
     if not messages or messages[-1]["role"] == "assistant":  # a training row: its answer would be answered
         raise ValueError

@@ -194,10 +194,7 @@ def _converse(talk: "Talk", limit: int, start: list[Any]) -> None:
                 messages = [message for message in messages[:1] if message["role"] == "system"]
             elif line:
                 print(HELP, file=sys.stderr)
-        except (
-            ValueError,
-            RuntimeError,
-        ) as error:  # no such model, or no answer to this: the conversation is as before
+        except (ValueError, RuntimeError) as error:  # no such model, or no answer: the conversation is as before
             tell(str(error))
         except KeyboardInterrupt:  # cuts an answer off
             print()

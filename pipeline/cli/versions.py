@@ -260,8 +260,12 @@ def _show(contents: Any) -> None:
     print(f"{contents.items:,} test items: {better:,} better, {worse:,} worse, {same:,} the same.")
     for note in contents.notes:
         print(f"note: {note}.")
-    for heading, rows in {None: change_rows(contents), **contents.tables}.items():
-        show_table(rows, heading) if rows else print(f"{heading}: none.")
+    show_table(change_rows(contents))
+    for heading, rows in contents.tables.items():
+        if rows:
+            show_table(rows, heading)
+        else:
+            print(f"{heading}: none.")
     old, new = contents.labels[contents.old], contents.labels[contents.new]
     for heading, texts in (("Most improved answers", contents.best), ("Most worsened answers", contents.worst)):
         print(f"{heading}:" if texts else f"{heading}: none.")

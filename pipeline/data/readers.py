@@ -1,7 +1,7 @@
 """Files of records, read as a stream: JSON, JSONL, CSV, TSV (also in gzip or zstd), Parquet and Arrow.
 
-A file that is cut off, not UTF-8, or not what its name says is refused with file and line. A record
-whose meaning is not plain (a key given twice, a CSV row of another width than its header) is a `Rejected`.
+A file that is cut off, not UTF-8, or not what its name says is refused with file and line. A record whose meaning is
+not plain (a key given twice, a CSV row of another width than its header) is a `Rejected`.
 """
 
 import csv

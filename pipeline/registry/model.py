@@ -45,10 +45,11 @@ class RegisteredModel:
 
     def decide(self, decide: Callable[[list[Record]], Record]) -> Record:
         """Add to the log what `decide` makes of it, anew whenever another process wrote first; a record without a
-        number stays outside."""
+        number stays outside, and one that is in it already is not added again."""
         while True:
-            record = decide(self.log())
-            if record.number == 0:
+            log = self.log()
+            record = decide(log)
+            if record.number <= len(log):
                 return record
             if written := append(self.store, self.name, record):
                 return written

@@ -49,16 +49,17 @@ def delete(publishing: PublishParams, version: str, reason: str, root: Path = Pa
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version)
-    earlier = deleted(model.log()).get(version)
 
     def decide(log: list[Record]) -> Record:
+        if earlier := deleted(log).get(version):
+            return earlier
         if why := _used(log).get(version):
             raise DecisionError(f"version {model.label(version)} is {why}")
         model.manifest(version)
         serving = champion(log)
         return Record(len(log) + 1, "deleted", version, serving, serving, reason)
 
-    record = earlier or model.decide(decide)
+    record = model.decide(decide)
     model.store.delete(manifests.key_of(version))
     model.registry.forget(version)
     return record

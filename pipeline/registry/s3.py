@@ -127,12 +127,11 @@ class S3Store(ArtifactStore):
     def upload(self, files: Files, progress: Progress) -> None:
         self.probe()
         with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
-            transfers = []
+            subscribers, transfers = [ProgressCallbackInvoker(progress)], []
             for key, path in files:
                 # Here the server checks that the content is what the name says; of a file in parts, each part's CRC.
                 whole = path.stat().st_size < PART_SIZE
                 extra = self._encryption | ({"ChecksumSHA256": _base64(bytes.fromhex(key[8:]))} if whole else {})
-                subscribers = [ProgressCallbackInvoker(progress)]
                 transfers.append(manager.upload(str(path), self.bucket, self._name(key), extra, subscribers))
             for transfer in transfers:
                 try:

@@ -106,7 +106,7 @@ def rows_at_once(model: Any, batch_size: BatchSize, tokens: int) -> int:
 
 
 def new_tokens(
-    model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int, limited_by: str = ""
+    model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int, limited_by: str
 ) -> Iterator[tuple[int, list[int]]]:
     """Each prompt's number and its greedy tokens, at most `limit` of them, as they end; the end token included."""
     done: set[int] = set()

@@ -82,8 +82,11 @@ def for_one_run(root: Path = Path(".")) -> Iterator[str]:
 
 
 def healthy(url: str) -> bool:
-    """Whether the Prefect server at `url` works."""
-    return answers(f"{url}/api/health")
+    """Whether it is a Prefect server that answers at `url`, and works."""
+    try:
+        return json.loads(send(f"{url}/api/health", timeout_s=5)) is True
+    except (HttpError, ValueError):
+        return False
 
 
 def answers(url: str) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from xmlrpc.client import ServerProxy
+from xmlrpc.client import Fault, ServerProxy
 
 import psutil
 
@@ -237,12 +237,22 @@ def _write_config(root: Path, stack: list[Service]) -> None:
 
 
 def _ask(root: Path, method: str, *arguments: Any) -> Any:
-    """What supervisord answers; an OSError where it cannot be reached."""
+    """What supervisord answers.
+
+    Raises:
+        OSError: it cannot be reached.
+        ServerError: it refuses.
+    """
     from supervisor.xmlrpc import SupervisorTransport
 
     transport = SupervisorTransport(None, None, f"unix://{SOCKET}")
-    with chdir(root):
-        return getattr(ServerProxy("http://127.0.0.1", transport).supervisor, method)(*arguments)
+    try:
+        with chdir(root):
+            return getattr(ServerProxy("http://127.0.0.1", transport).supervisor, method)(*arguments)
+    except Fault as error:
+        raise ServerError(
+            f"supervisord does not {method}: {error.faultString}; its log is {LOGS / 'supervisor.log'}"
+        ) from None
 
 
 def _prepare_server(root: Path, params: Params, url: str) -> None:
