@@ -59,9 +59,10 @@ def test_a_taken_port_is_one_sentence_and_leaves_nothing(root: Path) -> None:
     assert "nothing was running" in retune(root, "down").stdout
 
 
-def test_another_program_that_answers_is_no_prefect_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("health", ["ok", "{}"])
+def test_another_program_that_answers_is_no_prefect_server(tmp_path: Path, health: str) -> None:
     (tmp_path / "api").mkdir()
-    (tmp_path / "api" / "health").write_text("ok")
+    (tmp_path / "api" / "health").write_text(health)
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
