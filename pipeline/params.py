@@ -11,17 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pipeline.core.combinations import conflicts, in_4bit
 
-# What the model can answer, https://fasttext.cc/docs/en/language-identification.html
-_CODES = (
-    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de "
-    "diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo "
-    "io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms "
-    "mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn "
-    "sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf "
-    "yi yo yue zh"
-)
-LANGUAGES = frozenset(_CODES.split())
-
 Metric = Literal[
     "accuracy", "macro_f1", "exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity"
 ]
@@ -94,16 +83,7 @@ class FilterParams(Section):
     max_answer_chars: Positive | None
     min_chars: Positive | None
     max_chars: Positive | None
-    languages: Annotated[list[str], Field(min_length=1)] | None
-    max_repetition: Annotated[float, Field(gt=0, lt=1)] | None
-    pii: Literal["keep", "mask", "drop"]
-    links: Literal["keep", "mask", "drop"]
-    refusals: Literal["keep", "drop"]
-
-    @property
-    def any_on(self) -> bool:
-        """Whether a row could come out of the filters another than it went in."""
-        return any(value not in (None, "keep") for value in self.model_dump().values())
+    languages: Annotated[list[Annotated[str, Field(pattern="^[a-z]{2,3}$")]], Field(min_length=1)] | None
 
     @model_validator(mode="after")
     def check(self) -> "FilterParams":
@@ -111,10 +91,6 @@ class FilterParams(Section):
             low, high = getattr(self, least), getattr(self, most)
             if low is not None and high is not None and low > high:
                 raise ValueError(f"prepare.filters.{least} is {low} and {most} {high}: no row is both")
-        for code in self.languages or []:
-            if code not in LANGUAGES:
-                hint = "expected ISO 639 codes such as en, zh or de"
-                raise ValueError(f"prepare.filters.languages names {code!r}, which no row could be in; {hint}")
         return self
 
 
@@ -132,8 +108,6 @@ class PrepareParams(Section):
     on_overlong: Literal["drop", "error", "truncate_prompt", "split"]
     on_control_tokens: Literal["escape", "drop"]
     near_duplicate_threshold: Annotated[float, Field(ge=0.3, le=1)] | None
-    decontaminate: list[str]
-    decontaminate_share: Annotated[float, Field(gt=0, le=1)]
     max_dropped_fraction: Fraction
     default_scoring: Literal["auto", "exact", "text"]
     test_fraction: Annotated[float, Field(gt=0, lt=1)]

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,10 +32,9 @@ from pipeline.core.dependencies import code_digests
 from pipeline.core.files import sha256_file, sha256_json, whole_directory, write_json
 from pipeline.core.processes import available_cores, end_with_parent
 from pipeline.core.progress import Progress
-from pipeline.data.benchmarks import read_benchmark_files
 from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.default_scoring import Choice, choose_scoring
-from pipeline.data.encoding import ROWS, TOKENS, Encoder, compared_text, encode_shard, load_encoding
+from pipeline.data.encoding import ROWS, TOKENS, Encoder, encode_shard, load_encoding
 from pipeline.data.outcomes import SPLITS, Outcomes, decide, joined_groups
 from pipeline.data.records import Rejected
 from pipeline.data.report import DataStats, write_report
@@ -94,7 +92,6 @@ def prepare(
         outcomes = decide(folders, params.near_duplicate_threshold)
         _require_usable(params, outcomes, [row for row, *_ in rejected])
         with whole_directory(output) as folder:
-            _name_unsearchable_items(params, folder)
             return _write(parts, rejected, folders, outcomes, template, contract, params, folder)
 
 
@@ -103,9 +100,8 @@ def _encode(
 ) -> list[Path]:
     """A folder of encoded rows for each shard, in order; what an earlier call left in `cache` is used again."""
     settings = params.model_dump(exclude={"max_dropped_fraction", "default_scoring"})
-    benchmarks = [sha256_file(Path(name)) for name in params.decontaminate if Path(name).is_file()]
     code = code_digests("pipeline.data.encoding")
-    identity = sha256_json([settings, contract, benchmarks, code, signature_version()])
+    identity = sha256_json([settings, contract, code, signature_version()])
     cache.mkdir(parents=True, exist_ok=True)
     folders = [cache / sha256_json([identity, sha256_file(shard)])[:32] for shard in shards]
     todo = {folder: shard for folder, shard in zip(folders, shards, strict=True) if not folder.exists()}
@@ -163,16 +159,6 @@ def _require_usable(params: PrepareParams, outcomes: Outcomes, rejected: list[Re
                 f"prepare.max_length ({params.max_length} tokens); add rows, raise prepare.test_fraction or "
                 "prepare.max_length, or set prepare.on_overlong to truncate_prompt or split"
             )
-
-
-def _name_unsearchable_items(params: PrepareParams, output: Path) -> None:
-    """Say, and write to `benchmarks.json`, which items of the benchmarks could not be searched for."""
-    files = read_benchmark_files(params.decontaminate, compared_text)
-    for file in files:
-        for line in file.warnings():
-            print(f"prepare: {line}", file=sys.stderr, flush=True)
-    if files:
-        write_json(output / "benchmarks.json", {file.name: file.as_json() for file in files})
 
 
 def _write(

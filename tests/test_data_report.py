@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.files import read_json
 from pipeline.data.report import (
     EXAMPLES,
     MOST_KEYS,
@@ -15,7 +14,6 @@ from pipeline.data.report import (
     DataStats,
     Histogram,
     excerpt,
-    render,
     write_report,
 )
 
@@ -105,16 +103,15 @@ def test_memory_stays_bounded_whatever_the_data_calls_itself() -> None:
     assert sum(map(len, report["dropped_examples"].values())) <= EXAMPLES * (MOST_KEYS + 1)
 
 
-def test_the_example_and_the_excerpts_hold_no_personal_data() -> None:
+def test_the_example_and_the_excerpts_hold_no_secrets() -> None:
     stats = DataStats()
     stats.add_read("a", "f", 1)
-    text = turns("mail a@b.org or 13800138000 " + "word " * 500)
-    stats.dropped.add_example("reason", source="f:1", text=text)
-    report = stats.report(MAX_LENGTH, "0" * 64, [("mail a@b.org", False)])
-    assert report["example"] == "mail <EMAIL>"
+    key = "AKIA" + "A1B2" * 4
+    stats.dropped.add_example("reason", source="f:1", text=turns(f"use {key} " + "word " * 500))
+    report = stats.report(MAX_LENGTH, "0" * 64, [(f"use {key}", False)])
+    assert report["example"] == "use ***"
     (example,) = report["dropped_examples"]["reason"]
-    assert example["text"].startswith("user: mail <EMAIL> or <PHONE> word")
-    assert len(example["text"]) <= 600
+    assert example["text"].startswith("user: use *** word") and len(example["text"]) <= 600
 
 
 @pytest.mark.parametrize("record", [None, 5, "x", [], [1], {"a": float("nan")}, [{"role": "user"}], {"a": b"\xff"},
@@ -139,9 +136,6 @@ def test_the_same_rows_give_the_same_bytes(full: dict[str, Any], tmp_path: Path)
         write_report(full, tmp_path / folder)
     for name in ("report.json", "report.md", "report.html"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    # Read back, keys in another order, it is the same page: the diff shows the report of an earlier commit so.
-    again = read_json(tmp_path / "a" / "report.json")
-    assert render(again, "report.html") == (tmp_path / "a" / "report.html").read_text()
 
 
 def test_the_limit_stands_where_its_tokens_are() -> None:

@@ -14,10 +14,10 @@ from pipeline.chat.template import TemplateError, load_contract
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.evaluate import evaluate
 from pipeline.params import GeneralParams, Params
-from pipeline.scoring.general import GeneralError, general_items, read_general
+from pipeline.scoring.general import GeneralError, read_general
 from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import class_labels, score_items, summarise
-from pipeline.scoring.likelihood import reference_losses, sequence_losses
+from pipeline.scoring.likelihood import reference_losses
 from pipeline.scoring.resampling import METRICS, PERCENT
 from pipeline.weights.loading import load_base
 
@@ -140,17 +140,6 @@ def test_forgetting_is_measured_on_rows_of_its_own_and_prompts_are_answered_side
     assert asked["adapter"]["answer"] == "red"
     assert asked["base"] != asked["adapter"]
     assert "prompts" not in read_json(tmp_path / "evaluation" / "evaluation.json")["params"]
-
-
-def test_plain_texts_have_a_perplexity_alone(tmp_path: Path, base: Path, dataset: Path) -> None:
-    path = tmp_path / "general.text.jsonl"
-    path.write_text('{"text": "Name the colour of box 1."}\n{"text": "A box is red."}\n')
-    template = load_contract(read_json(dataset / "contract.json"))
-    rows = read_general(GeneralParams(path=str(path), sha256=sha256_file(path)), template, 512)
-    losses = sequence_losses(load_base(identity(base)), rows.sequences, 0, "test", "base")
-    table = general_items(rows, [], losses)
-    assert table.column("accuracy").null_count == 2
-    assert min(table.column("loss").to_pylist()) > 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pipeline.data.columns import columns_read
 from pipeline.data.formats import UnclearFormatError, find_files, read_rows
 from pipeline.data.known_formats import FORMATS
 from pipeline.data.readers import FormatError
-from pipeline.data.records import Rejected, Row, is_plain_text
+from pipeline.data.records import Rejected, Row
 from pipeline.params import ColumnsParams, Format
 
 ALPACA = {"instruction": "Q", "input": "", "output": "A"}
@@ -277,12 +277,10 @@ def test_every_instance_of_self_instruct_is_a_row(tmp_path: Path) -> None:
     assert isinstance(third, Rejected) and third.reason == "output is empty"
 
 
-def test_text_is_plain_text_or_the_dialogue_it_holds_and_only_when_named(tmp_path: Path) -> None:
-    plain, dialogue = read(tmp_path, {"text": "T"}, {"text": "### Human: Q\n### Assistant: A"}, format="text")
-    assert isinstance(plain, Row) and isinstance(dialogue, Row)
-    assert is_plain_text(plain.messages) and plain.task == "text"
-    assert turns(dialogue) == said("Q", "A")
-    assert not is_plain_text(dialogue.messages)
+def test_a_text_is_the_dialogue_it_holds_or_no_row(tmp_path: Path) -> None:
+    plain, dialogue = read(tmp_path, {"text": "T"}, {"text": "### Human: Q\n### Assistant: A"})
+    assert isinstance(dialogue, Row) and turns(dialogue) == said("Q", "A")
+    assert isinstance(plain, Rejected) and "without a prompt" in plain.reason
 
 
 def test_classes_become_their_names_and_digits_without_names(tmp_path: Path) -> None:
@@ -316,7 +314,7 @@ def test_a_mapping_to_a_column_that_is_not_there_lists_what_there_is(tmp_path: P
         ([["Q", "A"]], "has list and is of no known format"),
         ([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "holds preference pairs .*response=chosen"),
         ([ALPACA | {"chosen": "A", "rejected": "B"}], "holds preference pairs .*response=chosen"),
-        ([{"text": "T", "id": 1}], "has text and no prompt .id, text.; .*--format text"),
+        ([{"text": "T", "id": 1}], "has id, text and is of no known format; .*--columns template=…,response=…"),
     ],
 )
 def test_a_file_of_no_or_two_formats_asks_which_it_is(tmp_path: Path, records: list[Any], what: str) -> None:
@@ -368,7 +366,7 @@ def test_every_record_becomes_rows_or_rejections(folder: Path, format: str, draw
             assert each.reason
             continue
         assert each.messages[-1]["role"] == "assistant"
-        assert each.messages[0]["role"] != "assistant" or (format == "text" and is_plain_text(each.messages))
+        assert each.messages[0]["role"] != "assistant"
         assert all(message["content"].strip() or message["tool_calls"] for message in each.messages)
         json.dumps(vars(each), ensure_ascii=False, allow_nan=False).encode()  # half a surrogate does not survive this
 

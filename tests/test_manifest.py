@@ -66,7 +66,7 @@ def test_what_a_run_writes_itself_is_no_change_of_the_code(tmp_path: Path) -> No
         (".dvc/init_adapter.json", "as a run left it", []),
         ("rows.csv", "nothing reads it", []),
         ("pipeline/new.py", "", ["pipeline/new.py"]),
-        ("params.yaml", "prepare: {decontaminate: [./rows.csv]}", ["params.yaml", "pipeline/new.py", "rows.csv"]),
+        ("params.yaml", "evaluate: {general: {path: ./rows.csv}}", ["params.yaml", "pipeline/new.py", "rows.csv"]),
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

@@ -360,3 +360,28 @@ def test_a_file_put_in_by_hand_that_needs_a_mapping_is_sent_to_ingest(params: Pa
     (tmp_path / "tickets.csv").write_text("ticket,team\nIt is late.,delivery\n")
     with pytest.raises(FormatError, match=r"retune ingest tickets\.csv"):
         prepare(params.prepare, tmp_path, tmp_path / "out")
+
+
+def test_a_long_conversation_is_split_between_turns_and_every_answer_is_trained_once(
+    params: Params, tmp_path: Path
+) -> None:
+    turns = [
+        {"role": role, "content": f"{name}{i} said once"}
+        for i in range(12)
+        for role, name in (("user", "question"), ("assistant", "answer"))
+    ]
+    _, output = run(
+        params,
+        tmp_path,
+        [{"messages": turns, "group": group_in("train", params)}, *talks("question", "answer", number=100)],
+        on_overlong="split",
+    )
+    tokenizer = load_contract(read_json(output / "contract.json")).tokenizer
+    trained = [
+        tokenizer.decode([id for id, label in zip(ids, labels, strict=True) if label != -100])
+        for split in ("train", "validation")
+        for row in pq.read_table(output / f"{split}.parquet").to_pylist()
+        for ids, labels in [(row["input_ids"], row["labels"])]
+    ]
+    for i in range(12):
+        assert sum(f"answer{i} said once" in text for text in trained) == 1

@@ -109,17 +109,6 @@ class ChatTemplate:
         *earlier, row = self._rows(turns)
         return replace(row, repairs=repairs, earlier=tuple(earlier))
 
-    def encode_text(self, text: str) -> Encoded:
-        """Tokens of plain text, without any template around it, and the end token; all of them trained.
-
-        Raises:
-            RowError: control tokens in the text, with `on_control_tokens: drop`.
-        """
-        hidden = self._encoder.hide(text, answer=True)
-        repairs = (ESCAPED,) if self._escaped(hidden, text) else ()
-        ids = [*self._encoder.ids(hidden), self.end_id]
-        return Encoded(ids, list(ids), repairs)
-
     def golden(self, conversations: Sequence[Conversation] | None = None) -> list[dict[str, Any]]:
         """Tokens and labels of fixed conversations: the contract's fingerprint of rendering and tokenising.
 

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from pipeline.chat import Message
-from pipeline.chat.conversation import ChatTemplate, Encoded
+from pipeline.chat.conversation import Encoded
 from pipeline.chat.rendering import RowError
 
 TURNS_LEFT_OUT = "oldest turns left out to fit prepare.max_length"
@@ -125,28 +125,3 @@ def _exchanges(messages: list[Message]) -> list[list[Message]]:
         parts[-1].append(message)
         answered = answered or message["role"] == "assistant"
     return parts
-
-
-def fit_text(template: ChatTemplate, text: str, max_length: int, on_overlong: str) -> list[Fitted]:
-    """Plain text as rows of at most `max_length` tokens, all of them trained, the last with the end token.
-
-    There is no prompt to cut: `truncate_prompt` and `split` both cut the text into pieces.
-
-    Raises:
-        Overlong: it is longer, and `on_overlong` is drop or error.
-        RowError: see `ChatTemplate.encode_text`.
-    """
-    encoded = template.encode_text(text)
-    length = len(encoded.input_ids)
-    message: Message = {"role": "assistant", "content": text}
-    if length <= max_length:
-        return [Fitted([message], encoded)]
-    if on_overlong not in ("split", "truncate_prompt"):
-        raise Overlong(f"has {length} tokens, more than prepare.max_length ({max_length})")
-    pieces = []
-    for start in range(0, length, max_length):
-        ids = encoded.input_ids[start : start + max_length]
-        # The content tells the pieces apart; what is trained are the tokens.
-        part = message | {"content": template.tokenizer.decode(ids)}
-        pieces.append(Fitted([part], Encoded(ids, list(ids), (*encoded.repairs, SPLIT))))
-    return pieces

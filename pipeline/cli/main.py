@@ -133,36 +133,6 @@ for module in (datasets, versions, models, talk, operate):
         app.command(cls=ProjectCommand)(command)
 
 
-@app.command("diff-data", cls=ProjectCommand)
-def diff_data(
-    old: Annotated[str | None, typer.Argument(help="A git revision; else the last with another dataset.")] = None,
-    new: Annotated[str | None, typer.Argument(help="A git revision; else the workspace.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the data report of NEW with the differences.")] = None,
-    json_output: Json = False,
-) -> None:
-    """What changed in the prepared data between two versions: rows, test items, tasks, languages, reasons, lengths."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from pipeline.core.files import write_text
-    from pipeline.data.diff import compare, data_is_newer, dataset_at, previous_revision
-    from pipeline.data.report import render
-
-    if new is None and data_is_newer():
-        print("diff-data: data/ is newer than the prepared dataset; `dvc repro prepare` updates it", file=sys.stderr)
-    old = old or previous_revision()
-    now = dataset_at(new)
-    diff = compare(dataset_at(old), now, (old, new or "workspace"))
-    if html is not None:
-        write_text(html, render(now.report, "report.html", diff))
-    if json_output:
-        print(json.dumps(diff))
-        return
-    Console().print(Markdown(render(now.report, "diff.md", diff)))
-    if html is not None:
-        print(f"diff-data: {html} shows it beside the data report")
-
-
 @app.command("gc", cls=ProjectCommand)
 def collect_garbage(
     delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only counted.")] = False,

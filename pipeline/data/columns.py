@@ -20,7 +20,7 @@ UNPAIRED = frozenset(("label", "kto_tag"))  # of TRL and LLaMA-Factory: whether 
 PROMPT_NAMES = ("question", "prompt", "query", "instruction", "request", "user", "human", "input", "title", "source")
 ANSWER_NAMES = ("answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution")
 NOT_TEXT = re.compile(r"(^|_)(uu)?(id|date|time|url|lang|language)$", re.IGNORECASE)
-MAPPED = ("columns", "classification", "text")  # formats of which a person, or the task, says which columns count
+MAPPED = ("columns", "classification")  # formats of which a person, or the task, says which columns count
 
 
 class ColumnsError(ValueError):

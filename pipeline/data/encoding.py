@@ -6,7 +6,6 @@ those of an earlier run is not encoded again. Nothing is left out: a row that ca
 
 import hashlib
 import json
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,16 @@ import pyarrow.parquet as pq
 
 from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
-from pipeline.chat.fitting import Fitted, Overlong, fit, fit_text
+from pipeline.chat.fitting import Fitted, Overlong, fit
 from pipeline.chat.rendering import RowError
 from pipeline.chat.responses import canonical_calls, read_response
 from pipeline.chat.template import load_template
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import sha256_json, whole_directory
 from pipeline.data import classes
-from pipeline.data.benchmarks import Benchmark, contaminated, read_benchmark_files
 from pipeline.data.default_scoring import short_answer
-from pipeline.data.filters import apply_filters
-from pipeline.data.language import language_of_row
-from pipeline.data.records import TOOL_CALLS, Rejected, Row, is_plain_text
+from pipeline.data.filters import filter_reason, language_of_row
+from pipeline.data.records import TOOL_CALLS, Row
 from pipeline.data.shards import read_shard
 from pipeline.data.shingles import signatures
 from pipeline.params import PrepareParams
@@ -39,8 +36,8 @@ SCHEMA = pa.schema(
     [
         ("source", pa.string()),
         ("reason", pa.string()),  # null: the row can be used
-        ("cause", pa.string()),  # of the reason: unusable | overlong | filtered | contaminated
-        ("detail", pa.string()),  # what the reason leaves out, since reasons are counted: lengths, items
+        ("cause", pa.string()),  # of the reason: unusable | overlong | filtered
+        ("detail", pa.string()),  # what the reason leaves out, since reasons are counted: lengths
         ("repairs", pa.list_(pa.string())),
         ("record", pa.string()),  # JSON: the conversation
         ("id", pa.string()),
@@ -93,7 +90,7 @@ def encode_shard(params_json: str, train_task: str, shard: Path, folder: Path) -
         ):
             for start in range(0, len(table), CHUNK):
                 chunk = table.slice(start, CHUNK)
-                records = encode_rows(rows_of(chunk), template, params, _benchmarks(params_json))
+                records = encode_rows(rows_of(chunk), template, params)
                 compared = [record.pop("text") for record in records]
                 rows.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
                 texts.write_table(pa.table({"text": compared}, schema=text))
@@ -112,63 +109,43 @@ def load_encoding(params: PrepareParams, train_task: str) -> tuple[Encoder, dict
     return classes.load_encoder(params) if train_task == CLASSIFICATION else load_template(params)
 
 
-def rows_of(table: pa.Table) -> Iterator[Row]:
+def rows_of(table: pa.Table) -> list[Row]:
     """The rows of a shard's table."""
-    for record in table.to_pylist():
-        yield Row(**record | {"messages": json.loads(record["messages"]), "repairs": record["repairs"] or []})
+    return [
+        Row(**record | {"messages": json.loads(record["messages"]), "repairs": record["repairs"] or []})
+        for record in table.to_pylist()
+    ]
 
 
-def encode_rows(
-    rows: Iterator[Row], template: Encoder, params: PrepareParams, benchmarks: dict[str, Benchmark]
-) -> list[dict[str, Any]]:
+def encode_rows(rows: list[Row], template: Encoder, params: PrepareParams) -> list[dict[str, Any]]:
     """Each row as a record of `SCHEMA` (several when a long one is split), with the `text` it is compared by."""
     records: list[dict[str, Any]] = []
-    passed = [(row, apply_filters(row, params.filters) if params.filters.any_on else row) for row in rows]
+    reasons = [filter_reason(row, params.filters) for row in rows]
     # All rows take one step before the next begins: going back and forth between libraries costs a quarter more.
-    fitted = [_fitted(row, template, params) if isinstance(row, Row) else [] for _, row in passed]
-    for (before, row), pieces in zip(passed, fitted, strict=True):
-        if isinstance(row, Rejected):
-            records.append(_dropped(row, "filtered"))
+    fitted = [[] if reason else _fitted(row, template, params) for row, reason in zip(rows, reasons, strict=True)]
+    for row, reason, pieces in zip(rows, reasons, fitted, strict=True):
+        if reason is not None:
+            records.append(_dropped(row, reason, "filtered"))
             continue
-        asked = prompt_keys(before.messages, before.tools)
-        group = before.group if before.group is not None else asked[-1]
-        split = split_of(group, params)  # as it came: what a filter masks moves no row to another split
-        if split == "test" and is_plain_text(row.messages):
-            split = "validation"  # it has no prompt that a model could answer; its loss can be measured
+        asked = prompt_keys(row.messages, row.tools)
+        group = row.group if row.group is not None else asked[-1]
+        split = split_of(group, params)
         try:
             if isinstance(pieces, RowError):
                 raise pieces
             for piece in pieces:
-                keys = asked if piece.messages is before.messages else prompt_keys(piece.messages, row.tools)
+                keys = asked if piece.messages is row.messages else prompt_keys(piece.messages, row.tools)
                 records.append(_record(row, piece, keys, group, split, template))
         except Overlong as error:
-            records.append(_dropped(Rejected(row.source, OVERLONG, row.messages), "overlong", str(error)))
+            records.append(_dropped(row, OVERLONG, "overlong", str(error)))
         except RowError as error:
-            records.append(_dropped(Rejected(row.source, f"a row {error}", row.messages), "unusable"))
-    for name, known in benchmarks.items():
-        usable = [record for record in records if record.get("reason") is None and record["split"] != "test"]
-        for hit in contaminated([record["text"] for record in usable], known, params.decontaminate_share):
-            reason = f"has an item of the benchmark {name}"
-            usable[hit.row].update(reason=reason, cause="contaminated", detail=f"item {hit.item + 1}")
+            records.append(_dropped(row, f"a row {error}", "unusable"))
     return records
-
-
-def fit_row(row: Row, template: Encoder, params: PrepareParams) -> list[Fitted]:
-    """The row in the pieces that are trained on, as `prepare.on_overlong` says.
-
-    Raises:
-        Overlong, RowError: it cannot be trained on.
-    """
-    if not is_plain_text(row.messages):
-        return fit(template, row.messages, row.tools, params.max_length, params.on_overlong)
-    if isinstance(template, classes.TextEncoder):
-        raise RowError("is text without a class; train.task is sequence-classification")
-    return fit_text(template, row.messages[0]["content"], params.max_length, params.on_overlong)
 
 
 def _fitted(row: Row, template: Encoder, params: PrepareParams) -> list[Fitted] | RowError:
     try:
-        return fit_row(row, template, params)
+        return fit(template, row.messages, row.tools, params.max_length, params.on_overlong)
     except RowError as error:
         return error
 
@@ -182,10 +159,9 @@ def split_of(group: str, params: PrepareParams) -> str:
 
 
 def prompt_keys(messages: list[Message], tools: str | None) -> list[str]:
-    """A digest of what is asked before each answer, spaces and case folded; of plain text, of the text itself."""
+    """A digest of what is asked before each answer, spaces and case folded."""
     turns = [[turn["role"], " ".join(turn["content"].casefold().split()), *_calls(turn)] for turn in messages]
-    answers = [i or len(turns) for i, turn in enumerate(turns) if turn[0] == "assistant"]
-    return [sha256_json([turns[:i], tools]) for i in answers]
+    return [sha256_json([turns[:i], tools]) for i, turn in enumerate(turns) if turn[0] == "assistant"]
 
 
 def compared_text(messages: list[Message]) -> str:
@@ -219,8 +195,7 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
         "short_answer": short_answer(messages[-1]),
         "key": hashlib.sha256((keys[-1] + answer).encode()).digest()[:16],
         "prompt_key": bytes.fromhex(keys[-1][:32]),
-        # Texts without a prompt all ask the same nothing.
-        "asked": [bytes.fromhex(key[:32]) for key in keys] if len(messages) > 1 else [],
+        "asked": [bytes.fromhex(key[:32]) for key in keys],
         "input_ids": piece.encoded.input_ids,
         "labels": piece.encoded.labels,
         "earlier_ids": [row.input_ids for row in piece.encoded.earlier],
@@ -256,18 +231,12 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
     return {"reference": response.content, "scoring": "text"}
 
 
-def _dropped(row: Rejected, cause: str, detail: str | None = None) -> dict[str, Any]:
-    record = json.dumps(row.record, ensure_ascii=False, default=str)
-    why = {"reason": row.reason, "cause": cause, "detail": detail}
+def _dropped(row: Row, reason: str, cause: str, detail: str | None = None) -> dict[str, Any]:
+    record = json.dumps(row.messages, ensure_ascii=False, default=str)
+    why = {"reason": reason, "cause": cause, "detail": detail}
     return {"source": row.source, "repairs": [], "record": record, "text": ""} | why
 
 
 @lru_cache(maxsize=1)
 def _template(params_json: str, train_task: str) -> Encoder:
     return load_encoding(PrepareParams.model_validate_json(params_json), train_task)[0]
-
-
-@lru_cache(maxsize=1)
-def _benchmarks(params_json: str) -> dict[str, Benchmark]:
-    names = PrepareParams.model_validate_json(params_json).decontaminate
-    return {file.name: file.known for file in read_benchmark_files(names, compared_text)}

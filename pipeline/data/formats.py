@@ -149,8 +149,8 @@ def _formats_of(record: Any) -> list[str]:
     if not isinstance(record, dict):
         return []
     formats = [name for name, known in KNOWN_FORMATS.items() if known.looks_like(record)]
-    # tatsu-lab's Alpaca carries its rendered prompt as `text`: that column counts where nothing else does.
-    return formats or (["text"] if "text" in record else [])
+    # A rendered prompt as `text` next to the columns it was made of counts where nothing else does.
+    return [name for name in formats if name != "text"] or formats
 
 
 def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
@@ -161,13 +161,6 @@ def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
             "with --columns prompt=prompt,response=chosen (texts), or write them to a file of messages"
         )
     certain = sorted({formats[0] for formats in candidates if len(formats) == 1})
-    if certain == ["text"]:
-        raise UnclearFormatError(
-            f"{path} has text and no prompt ({', '.join(seen)}); --format text trains on it as plain text, --columns "
-            "with a template and response=text gives it a prompt",
-            ["text"],
-            guess_columns(records),
-        )
     if len(certain) == 1:
         return certain[0]
     possible = certain or next((formats for formats in candidates if len(formats) > 1), [])
@@ -180,9 +173,10 @@ def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
 def _unclear(what: str, records: list[Any], formats: list[str] | None = None) -> UnclearFormatError:
     """The question which format or columns are meant, with a mapping that could be."""
     columns = guess_columns(records)
-    mapping = f"; map its columns, perhaps with --columns {as_option(columns)}" if columns is not None else ""
+    guess = "template=…,response=…" if columns is None else as_option(columns)
     known = "; ".join(f"{name} ({KNOWN_FORMATS[name]})" for name in FORMATS if str(KNOWN_FORMATS[name]))
-    return UnclearFormatError(f"{what}{mapping}; or name its format with --format: {known}", formats or [], columns)
+    question = f"{what}; map its columns, perhaps with --columns {guess}; or name its format with --format: {known}"
+    return UnclearFormatError(question, formats or [], columns)
 
 
 def _convert(

@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat.fitting import Overlong
+from pipeline.chat.fitting import Overlong, fit
 from pipeline.chat.rendering import RowError
 from pipeline.chat.template import load_contract
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import read_json
 from pipeline.data import classes
-from pipeline.data.encoding import Encoder, fit_row, load_encoding
-from pipeline.data.filters import apply_filters
+from pipeline.data.encoding import Encoder, load_encoding
+from pipeline.data.filters import filter_reason
 from pipeline.data.formats import Ask, find_files, read_rows
 from pipeline.data.records import Rejected, Row
 from pipeline.params import Params
@@ -146,27 +146,26 @@ def _records(
 
 
 def _as_prepared(template: Encoder, params: Params, place: str, row: Row | Rejected) -> list[Shown]:
-    filters = params.prepare.filters
-    passed = apply_filters(row, filters) if isinstance(row, Row) and filters.any_on else row
-    task = row.task if isinstance(row, Row) else ""
-    if isinstance(passed, Rejected):
-        reason = passed.reason if isinstance(row, Row) else f"a row {passed.reason}"
-        return [Shown(place, "dropped", [reason], task, [], source=row.source, record=passed.record)]
+    prepare = params.prepare
+    if isinstance(row, Rejected):
+        return [Shown(place, "dropped", [f"a row {row.reason}"], "", [], source=row.source, record=row.record)]
+    reason = filter_reason(row, prepare.filters)
     try:
-        fitted = fit_row(passed, template, params.prepare)
+        fitted = [] if reason else fit(template, row.messages, row.tools, prepare.max_length, prepare.on_overlong)
     except RowError as error:
-        stops = isinstance(error, Overlong) and params.prepare.on_overlong == "error"
+        stops = isinstance(error, Overlong) and prepare.on_overlong == "error"
         reason = f"the row {error}{'; prepare.on_overlong is error, so it would stop the stage' * stops}"
-        return [Shown(place, "dropped", [reason], task, [], source=row.source, record=passed.messages)]
+    if reason:
+        return [Shown(place, "dropped", [reason], row.task, [], source=row.source, record=row.messages)]
     shown = []
     for part, piece in enumerate(fitted, start=1):
-        repairs = [*passed.repairs, *piece.encoded.repairs]
+        repairs = [*row.repairs, *piece.encoded.repairs]
         shown.append(
             Shown(
                 place=place if len(fitted) == 1 else f"{place}, part {part} of {len(fitted)}",
                 verdict="repaired" if repairs else "kept",
                 reasons=repairs,
-                task=task,
+                task=row.task,
                 tokens=tokens_of(template.tokenizer, piece.encoded.input_ids, piece.encoded.labels),
                 source=row.source,
                 label=piece.messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,

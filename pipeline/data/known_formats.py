@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.chat import Message
 from pipeline.data.messages import chat_messages, join_turns, sharegpt_messages, split_thoughts, tools_of
-from pipeline.data.records import SCORINGS, Rejected, Row, checked, is_plain_text, list_of, scalar_of, short, text_of
+from pipeline.data.records import SCORINGS, Rejected, Row, checked, list_of, scalar_of, short, text_of
 from pipeline.params import ColumnsParams
 
 OPTIONAL = frozenset(("system", "tools", "functions", "task", "group", "scoring"))
@@ -57,12 +57,7 @@ class Format:
 
 
 def row_of(
-    messages: list[Message],
-    record: dict[str, Any],
-    source: str,
-    unused: set[str],
-    plain: bool = False,
-    repairs: list[str] | None = None,
+    messages: list[Message], record: dict[str, Any], source: str, unused: set[str], repairs: list[str] | None = None
 ) -> Row:
     """The row of a conversation up to its last trained answer, with the optional columns of its record."""
     repairs = repairs or []
@@ -73,10 +68,10 @@ def row_of(
     if trained[-1] + 1 < len(messages):
         repairs.append(f"turns after the last {'' if trained == answers else 'trained '}answer left out")
         messages = messages[: trained[-1] + 1]
-    if not plain and messages[0]["role"] == "assistant":
+    if messages[0]["role"] == "assistant":
         raise ValueError("begins with an answer to nothing")
     for message in messages:
-        if not plain and message["role"] == "assistant" and "think>" in message["content"]:
+        if message["role"] == "assistant" and "think>" in message["content"]:
             split_thoughts(message)
     scoring = record.get("scoring") or None
     if scoring is not None and scoring not in SCORINGS:
@@ -242,14 +237,14 @@ def _from_tree(record: dict[str, Any], source: str, unused: set[str]) -> Row:
 
 def _from_text(record: dict[str, Any], source: str, unused: set[str]) -> Row:
     text = text_of(record, "text")
-    if is_dialogue(text):
-        return row_of(_dialogue(text, "text", open_end=False), record, source, unused)
-    return row_of([{"role": "assistant", "content": text}], {"task": "text"} | record, source, unused, plain=True)
+    if not is_dialogue(text):
+        raise ValueError("has a text without a prompt; give it one with --columns template=…,response=text")
+    return row_of(_dialogue(text, "text", open_end=False), record, source, unused)
 
 
 def _from_shard(record: dict[str, Any], source: str, unused: set[str]) -> Row:
     messages = chat_messages(list_of(record, "messages"), "messages", unused)
-    row = row_of(messages, record, text_of(record, "source"), unused, plain=is_plain_text(messages))
+    row = row_of(messages, record, text_of(record, "source"), unused)
     return replace(row, repairs=[*(record["repairs"] or []), *row.repairs])
 
 
@@ -336,7 +331,13 @@ KNOWN_FORMATS: dict[str, Format] = {
         OPTIONAL - {"system"},
     ),
     "classification": Format(None, ("text", "label")),
-    "text": Format(_from_text, (), OPTIONAL - {"system"} | {"text"}),
+    "text": Format(
+        _from_text,
+        ("text",),
+        OPTIONAL - {"system"},
+        fits=lambda record: is_dialogue(record["text"]),
+        keys="text that holds Human: and Assistant:",
+    ),
     "shard": Format(_from_shard, (), frozenset(SHARD_COLUMNS)),
     "preference": Format(None, ("chosen", "rejected")),
 }

@@ -31,7 +31,7 @@ class Outcomes:
 
     kept: NDArray[np.bool_]  # (N,)
     reason: NDArray[np.object_]  # (N,) str, None where the row is kept
-    cause: NDArray[np.object_]  # (N,) unusable | overlong | filtered | contaminated | duplicate | leaked; None: kept
+    cause: NDArray[np.object_]  # (N,) unusable | overlong | filtered | duplicate | leaked; None: kept
     split: NDArray[np.object_]  # (N,) str, None where the row could not be encoded
     copy_of: NDArray[np.int64]  # (N,) the row that a dropped one copies or leaks; −1: none
     similarity: NDArray[np.float64]  # (N,) Jaccard similarity of the two, 1 for exact copies; NaN where not measured

@@ -19,7 +19,6 @@ class Row:
 
     `task`, `group` and `scoring` are optional columns of the source: a label for scores by task, what must stay in one
     split (e.g. all questions about one thing), and whether there is one right answer ("exact") or not ("text").
-    A row whose only message is the assistant's is plain text (see `is_plain_text`); no format but `text` makes one.
     """
 
     messages: list[Message]
@@ -36,11 +35,6 @@ class Rejected:
     source: str
     reason: str
     record: Any
-
-
-def is_plain_text(messages: list[Message]) -> bool:
-    """Whether a row is text to continue rather than an answer to a prompt: no chat template belongs around it."""
-    return len(messages) == 1
 
 
 def text_of(record: dict[str, Any], key: str, required: bool = True) -> str:

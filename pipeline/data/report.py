@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline.core.files import write_json, write_text
 from pipeline.core.pages.templates import environment
+from pipeline.core.redaction import redact
 from pipeline.data.default_scoring import Choice, reason
-from pipeline.data.personal_data import mask_text
 
 EXAMPLES = 5  # kept for each reason, kind of repair and kind of duplicate
 EXCERPT = 300  # characters of an example
@@ -112,7 +112,7 @@ class DataStats:
                 "counted twice"
             )
         lengths, trained = _values(self.lengths.get("train", Counter())), _values(self.trained)
-        segments = [(mask_text(text)[0], has_loss) for text, has_loss in example]
+        segments = [(redact(text), has_loss) for text, has_loss in example]
         return {
             "rows_in": rows_in,
             "rows": {split: self.rows[split] for split in SPLITS},
@@ -154,7 +154,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def excerpt(record: Any) -> str:
-    """The beginning of a row for people: its turns in short, personal data masked."""
+    """The beginning of a row for people: its turns in short, without secrets."""
     if isinstance(record, list) and record and all(isinstance(turn, dict) and "role" in turn for turn in record):
         room = max(60, EXCERPT // len(record))
         lines = (f"{turn['role']}: {_short(turn.get('content') or turn, room)}" for turn in record)
@@ -164,7 +164,7 @@ def excerpt(record: Any) -> str:
 
 def _short(value: Any, room: int) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(mask_text(text[:2000])[0].split())
+    text = " ".join(redact(text[:2000]).split())
     text = "".join(character if character.isprintable() else "�" for character in text)
     return text if len(text) <= room else text[: room - 1] + "…"
 
@@ -180,17 +180,14 @@ def _binned(counts: Counter[int]) -> dict[str, int]:
     return {str(edge): bins[edge] for edge in sorted(bins)}
 
 
-def render(report: Mapping[str, Any], name: str, diff: Mapping[str, Any] | None = None) -> str:
-    """The page `name`: report.md, report.html, or diff.md (of `diff` alone)."""
+def render(report: Mapping[str, Any], name: str) -> str:
+    """The page `name`: report.md or report.html."""
     pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
     pages.filters |= {"ranked": _ranked, "reason": reason}
-    if name == "diff.md":
-        return pages.get_template("data_diff.md.jinja").render(diff=diff)
     all_tokens, trained = report["lengths"].get("train", {}), report["trained_lengths"]
     languages = _ranked(over_splits(report["languages"]))
     return pages.get_template(f"data_{name}.jinja").render(
         report=report,
-        diff=diff,
         rows_of=_in_order(report["rows"]),
         summary=summary(report),
         kept=sum(report["rows"].values()),

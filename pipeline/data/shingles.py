@@ -46,14 +46,14 @@ def signature_version() -> str:
     return f"rensa {version('rensa')}, regex {version('regex')}, Unicode {unicodedata.unidata_version}"
 
 
-def shingles(text: str, words: int = WORDS, characters: int = CHARACTERS) -> set[str]:
-    """Every run of `words` tokens, or of `characters` where it begins with a character of an unspaced script."""
+def shingles(text: str) -> set[str]:
+    """Every run of WORDS tokens, or of CHARACTERS where it begins with a character of an unspaced script."""
     folded = _fold(text)
     tokens = (_ASCII_TOKEN if folded.isascii() else _TOKEN).findall(folded) or ["".join(folded.split())]
     if folded.isascii() or not _ANY_UNSPACED.search(folded):
-        runs = {" ".join(run) for run in zip(*(tokens[start:] for start in range(words)), strict=False)}
+        runs = {" ".join(run) for run in zip(*(tokens[start:] for start in range(WORDS)), strict=False)}
     else:
-        widths = [characters if _ANY_UNSPACED.match(token) else words for token in tokens]
+        widths = [CHARACTERS if _ANY_UNSPACED.match(token) else WORDS for token in tokens]
         ends = [start + width for start, width in enumerate(widths)]
         runs = {" ".join(tokens[start:end]) for start, end in enumerate(ends) if end <= len(tokens)}
     return runs or {" ".join(tokens)}

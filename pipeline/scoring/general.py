@@ -1,7 +1,7 @@
 """The forgetting check: what the base could do before tuning, on rows that have nothing to do with the task.
 
 Its rows are a file in any format that ingest reads, pinned by its sha256. For base and adapter: the loss of each
-row's last answer (or of a plain text), and whether an answer with one right answer was right.
+row's last answer, and whether an answer with one right answer was right.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pipeline.chat.rendering import RowError
 from pipeline.chat.template import ChatTemplate
 from pipeline.core.files import sha256_file
 from pipeline.data.formats import read_rows
-from pipeline.data.records import Rejected, is_plain_text
+from pipeline.data.records import Rejected
 from pipeline.params import EvaluateParams, GeneralParams
 from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import compute
@@ -60,17 +60,13 @@ def read_general(params: GeneralParams, template: ChatTemplate, context: int | N
         if isinstance(row, Rejected):
             raise GeneralError(f"{row.source} is no usable row: {row.reason}")
         answer = str(row.messages[-1].get("content") or "")
-        prompt: list[int] = []
         try:
-            if is_plain_text(row.messages):
-                encoded = template.encode_text(answer)
-            else:
-                encoded = template.encode(row.messages, row.tools)
-                prompt = template.prompt_ids(row.messages[:-1], row.tools)
+            encoded = template.encode(row.messages, row.tools)
+            prompt = template.prompt_ids(row.messages[:-1], row.tools)
         except RowError as error:
             raise GeneralError(f"{row.source}: {error}") from None
         labels = [-100] * len(prompt) + encoded.labels[len(prompt) :]
-        if prompt and row.scoring == "exact" and not row.messages[-1].get("tool_calls"):
+        if row.scoring == "exact" and not row.messages[-1].get("tool_calls"):
             general.prompts[number] = prompt
         if context is not None and len(encoded.input_ids) > context:
             raise GeneralError(
