@@ -249,7 +249,6 @@ class PublishParams(Section):
     registered_model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     price_per_hour: Annotated[float, Field(ge=0)] | None
     signing_key: str | None
-    signing_certificate: str | None
     verify_key: str | None
     require_signature: bool
     keep_versions: Positive | None

@@ -91,7 +91,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("prepare.trust_remote_code", {"prepare": {"trust_remote_code": True}}),
     ("prepare.chat_template_kwargs", {"prepare": {"chat_template_kwargs": {"tools": []}}}),
     ("publish.sse_kms_key_id", {"publish": {"sse_kms_key_id": "alias/key"}}),
-    ("publish.signing_certificate", {"publish": {"signing_certificate": "c.pem"}}),
     ("publish.require_signature", {"publish": {"require_signature": True}}),
     ("evaluate.general", {"merge": {"combine": COMBINED}, "evaluate": {"general": GENERAL}}),
     ("train.init_adapter", FAR | {"train": {"init_adapter": "champion"}}),

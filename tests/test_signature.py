@@ -1,21 +1,17 @@
-"""Only what was signed passes: any change of manifest, signature or file is found, by retune and by OpenSSF's tool."""
+"""Only what was signed passes: any change of manifest, signature or file is found, by retune and by openssl."""
 
 import json
 import os
 import random
 import subprocess
-import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import with_
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from versions import decide, parameters, published
 
 from pipeline import promote as gate
@@ -28,7 +24,6 @@ from pipeline.registry.artifact_store import FileStore, StoreError, open_store
 from pipeline.registry.compare import score_today
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
-from pipeline.registry.transfer import fetch
 from pipeline.registry.verify import verify
 
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)
@@ -42,30 +37,6 @@ def make_key(path: Path, password: bytes | None = None) -> Any:
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     path.with_suffix(".pub").write_bytes(public)
     return key
-
-
-def make_certificate(path: Path, name: str, key: Any, issuer: Any = None, issuer_key: Any = None) -> Any:
-    """A certificate at `path`; without an issuer its own root."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now, root = datetime.now(UTC), issuer is None
-    usage = x509.KeyUsage(True, False, False, False, False, root, root, False, False)
-    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key((issuer_key or key).public_key())
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer.subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=30))
-        .add_extension(x509.BasicConstraints(ca=root, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(authority, critical=False)
-    )
-    certificate = builder.sign(issuer_key or key, hashes.SHA256())
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    return certificate
 
 
 @dataclass
@@ -111,18 +82,15 @@ def failed(params: Params, root: Path, version: str) -> list[str]:
     return [check.name for check in checks if check.passed is False]
 
 
-def test_a_signed_version_passes_every_check_and_openssfs_own_tool(signed: Signed, tmp_path: Path) -> None:
+def test_a_signed_version_passes_every_check_and_openssls_as_well(signed: Signed, tmp_path: Path) -> None:
     assert failed(signed.params, signed.root, signed.version) == []
-    folder = tmp_path / "version"
-    fetch(open_store(signed.params.publish), json.loads(signed.data)["files"], folder)
-    (folder / "manifest.json").write_bytes(signed.data)
+    (tmp_path / "manifest.json").write_bytes(signed.data)
     (tmp_path / "manifest.sig").write_bytes(signed.sig)
-    command = [sys.executable, "-m", "model_signing", "verify", "key", str(folder)]
-    command += ["--signature", str(tmp_path / "manifest.sig"), "--public_key", str(signed.keys / "ours.pub")]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    (folder / "merged" / "config.json").write_text("{}")
-    assert subprocess.run(command, capture_output=True).returncode != 0
+    command = ["openssl", "dgst", "-sha256", "-verify", str(signed.keys / "ours.pub")]
+    command += ["-signature", "manifest.sig", "manifest.json"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    (tmp_path / "manifest.json").write_bytes(changed(signed.data, 99, 1))
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
 
 
 def test_a_visible_version_has_its_signature_already_and_one_of_a_publish_cut_short_does_not_count(
@@ -153,25 +121,6 @@ def test_an_encrypted_key_takes_its_password_from_the_environment(
     assert signature.verify(locked, signed.data, signature.sign(locked, signed.data) or b"")
 
 
-def test_a_certificate_signs_and_its_root_verifies(signed: Signed) -> None:
-    keys = signed.keys
-    root_key, leaf_key = make_key(keys / "root.pem"), make_key(keys / "leaf.pem")
-    authority = make_certificate(keys / "root.crt", "our root", root_key)
-    make_certificate(keys / "leaf.crt", "the release team", leaf_key, authority, root_key)
-    make_certificate(keys / "other.crt", "another root", make_key(keys / "other.pem"))
-    certified = signed.by(signing_key="leaf.pem", signing_certificate="leaf.crt", verify_key="root.crt")
-    sig = signature.sign(certified, signed.data) or b""
-    assert signature.verify(certified, signed.data, sig) == "certificate CN=the release team"
-    other = signed.data.replace(b"retune-sample", b"retune-simple")
-    for params, data in (
-        (signed.by(verify_key="other.crt"), signed.data),
-        (signed.by(verify_key="root.pub"), signed.data),
-        (certified, other),
-    ):
-        with pytest.raises(SignatureError):
-            signature.verify(params, data, sig)
-
-
 def test_a_key_is_rotated_by_trusting_both_and_no_other_is_trusted(signed: Signed) -> None:
     both = (signed.keys / "theirs.pub").read_bytes() + (signed.keys / "ours.pub").read_bytes()
     (signed.keys / "both.pub").write_bytes(both)
@@ -179,12 +128,8 @@ def test_a_key_is_rotated_by_trusting_both_and_no_other_is_trusted(signed: Signe
     new = signature.sign(rotated, signed.data) or b""
     names = [signature.verify(rotated, signed.data, sig) for sig in (signed.sig, new)]
     assert names[0] != names[1]
-    for key, words in (
-        ("theirs.pub", "Key mismatch"),
-        ("ours.pem", "holds no public key"),
-        ("nowhere.pub", "nowhere.pub"),
-    ):
-        with pytest.raises(SignatureError, match=words):
+    for key in ("theirs.pub", "ours.pem", "nowhere.pub"):
+        with pytest.raises(SignatureError, match=key):
             signature.verify(signed.by(verify_key=key), signed.data, signed.sig)
 
 
@@ -278,13 +223,10 @@ def test_changed_bytes_of_manifest_and_signature_are_caught_at_every_place(signe
     draw = random.Random(SEED)
     data, sig = signed.data, signed.sig
     assert not caught(signed, data, sig)
-    # The last characters of the signature's base64 have bits that no decoder reads: more places there.
-    tail = draw.sample(range(len(sig) - 130, len(sig)), max(20, int(share * 130)))
-    places = {*draw.sample(range(len(sig)), int(share * len(sig))), *tail}
     try:
         for place in draw.sample(range(len(data)), int(share * len(data))):
             assert caught(signed, changed(data, place, draw.randrange(1, 256)), sig), place
-        for place in places:
+        for place in range(len(sig)):
             assert caught(signed, data, changed(sig, place, draw.randrange(1, 256))), place
     finally:
         signed.manifest.write_bytes(data)

@@ -1,19 +1,12 @@
-"""`retune doctor`: everything a run needs, one line each: in order, or what to do.
+"""`retune doctor`: what a run needs, one line each: in order, or what to do.
 
 Every check is made, whatever the others found. Nothing is changed, except that an artifact store never used before is
 probed as its first use would.
 """
 
 import json
-import shutil
-import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-
-import psutil
-from packaging.requirements import Requirement
 
 from pipeline.core import git, graph
 from pipeline.core.checks import Check
@@ -21,75 +14,39 @@ from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.redaction import redact
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
+from pipeline.registry.model import RegisteredModel
 from pipeline.services import stack
 from pipeline.settings import ParamsError, load_params
 
-DISK_GIB, MEMORY_GIB, CLOCK_SECONDS, REMOTE_SECONDS = 5.0, 2.0, 60.0, 60.0
+REMOTE_SECONDS = 60.0
 Finding = tuple[bool | None, str] | tuple[bool | None, str, str]  # passed, detail, advice
 
 
 def doctor(root: Path = Path(".")) -> list[Check]:
     """Every check, in the order in which their failures should be mended."""
-    checks = [_made("packages", _packages), _made("disk", lambda: _disk(root)), _made("memory", _memory)]
-    checks.append(_made("gpu", _gpu))
     try:
         params = load_params(root / "params.yaml")
     except ParamsError as error:
-        return [*checks, Check("parameters", False, str(error), "mend params.yaml; the checks below it need it")]
-    checks.append(Check("parameters", True, "params.yaml is valid"))
-    of_project: dict[str, Callable[[], Finding]] = {
+        return [Check("parameters", False, str(error), "mend params.yaml; every other check needs it")]
+    model = RegisteredModel(params.publish, root)
+    looks: dict[str, Callable[[], Finding]] = {
+        "gpu": _gpu,
         "git": lambda: _git(root),
         "data": lambda: _data(root),
         "dvc remote": lambda: _remote(root),
         "base model": lambda: _base(params),
-        "exports": lambda: _exports(params),
-        "artifact store": lambda: _store(params, root),
-        "registry": lambda: _registry(params, root),
-        "signing": lambda: _signing(params),
+        "artifact store": lambda: _store(model),
+        "registry": lambda: (True, f"{params.publish.tracking_uri}, {len(model.registry.numbers())} versions"),
         "servers": lambda: _servers(root),
-        "clock": lambda: _clock(params, root),
     }
-    return checks + [_made(name, look) for name, look in of_project.items()]
-
-
-def _made(name: str, look: Callable[[], Finding]) -> Check:
-    """A check that raises has failed, and its error says what to do: errors of this project are written so."""
-    try:
-        return Check(name, *look())
-    except Exception as error:  # whatever a broken machine comes up with, the next check is still made
-        ours = type(error).__module__.startswith("pipeline.")
-        return Check(name, False, redact(str(error) if ours else f"{type(error).__name__}: {error}"))
-
-
-def _packages() -> Finding:
-    """What pyproject.toml asks for, against what is installed."""
-    try:
-        requirements = [Requirement(line) for line in requires("retune") or []]
-    except PackageNotFoundError:
-        return False, "retune itself is not installed", "`make run` installs it"
-    wrong = []
-    for requirement in (each for each in requirements if each.marker is None or each.marker.evaluate()):
+    checks = [Check("parameters", True, "params.yaml is valid")]
+    for name, look in looks.items():
         try:
-            installed = version(requirement.name)
-        except PackageNotFoundError:
-            installed = "missing"
-        if installed == "missing" or not requirement.specifier.contains(installed, prereleases=True):
-            wrong.append(f"{requirement.name} is {installed}, expected {requirement.specifier}")
-    names = ("torch", "transformers", "trl", "peft", "dvc", "prefect")
-    named = f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in names)
-    return not wrong, "; ".join(wrong) or named, "`make clean run` installs requirements.lock" if wrong else ""
-
-
-def _disk(root: Path) -> Finding:
-    free = shutil.disk_usage(root).free / 2**30
-    advice = "" if free >= DISK_GIB else "`retune prune`, `retune gc --delete`, `dvc gc --workspace` make room"
-    return free >= DISK_GIB, f"{free:.1f} GiB free here", advice
-
-
-def _memory() -> Finding:
-    free = psutil.virtual_memory().available / 2**30
-    advice = "" if free >= MEMORY_GIB else "`retune plan` says what a training takes"
-    return free >= MEMORY_GIB, f"{free:.1f} GiB available", advice
+            checks.append(Check(name, *look()))
+        except Exception as error:  # whatever a broken machine comes up with, the next check is still made
+            ours = type(error).__module__.startswith("pipeline.")  # written for people
+            checks.append(Check(name, False, redact(str(error) if ours else f"{type(error).__name__}: {error}")))
+    return checks
 
 
 def _gpu() -> Finding:
@@ -104,8 +61,6 @@ def _gpu() -> Finding:
 
 
 def _git(root: Path) -> Finding:
-    if shutil.which("git") is None:
-        return False, "not installed, and DVC needs it", "apt-get install git, brew install git, …"
     try:
         changed = len(git.run(root, "status", "--porcelain").splitlines())
     except git.GitError as error:
@@ -161,37 +116,10 @@ def _base(params: Params) -> Finding:
     return True, f"{identity['name_or_path']} (digest {identity['digest'][:12]}), {template}"
 
 
-def _exports(params: Params) -> Finding:
-    from pipeline.weights.gguf import require_programs
-
-    require_programs(params.merge.export)
-    return True if params.merge.export else None, ", ".join(params.merge.export) or "none asked for"
-
-
-def _store(params: Params, root: Path) -> Finding:
-    from pipeline.registry.model import RegisteredModel
-
-    model = RegisteredModel(params.publish, root)
+def _store(model: RegisteredModel) -> Finding:
     model.store.probe()
     serving = model.champion()
-    name = model.registry.remembered(serving) if serving else "none yet"
-    return True, f"{model.store.uri}, champion {name}"
-
-
-def _registry(params: Params, root: Path) -> Finding:
-    from pipeline.registry.model import RegisteredModel
-
-    numbers = RegisteredModel(params.publish, root).registry.numbers()
-    return True, f"{params.publish.tracking_uri}, {len(numbers)} versions"
-
-
-def _signing(params: Params) -> Finding:
-    paths = [params.publish.signing_key, params.publish.signing_certificate, params.publish.verify_key]
-    missing = [path for path in paths if path is not None and not Path(path).is_file()]
-    if missing:
-        return False, f"{', '.join(missing)} is not there", "docs/operations.md, Signing"
-    signed = params.publish.signing_key is not None
-    return True if signed else None, f"versions are {'' if signed else 'not '}signed"
+    return True, f"{model.store.uri}, champion {model.registry.remembered(serving) if serving else 'none yet'}"
 
 
 def _servers(root: Path) -> Finding:
@@ -201,14 +129,3 @@ def _servers(root: Path) -> Finding:
     wrong = "; ".join(f"{each['name']} {each['state']}, {each['log']}" for each in services)
     advice = "look at the log; `retune down` and `retune up`" if wrong else ""
     return not wrong, wrong or f"dashboard at {known['url']}", advice
-
-
-def _clock(params: Params, root: Path) -> Finding:
-    """Against the store's clock, by which sweeps decide what is old."""
-    from pipeline.registry.artifact_store import open_store
-
-    off = time.time() - open_store(params.publish, root).now()
-    if abs(off) > CLOCK_SECONDS:
-        advice = "set this machine's clock (timedatectl set-ntp true)"
-        return False, f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the store's", advice
-    return True, f"within {max(abs(off), 1):.0f} s of the store's"

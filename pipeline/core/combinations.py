@@ -101,8 +101,6 @@ def _rules(p: Any) -> list[tuple[str, bool, str]]:
          "it measures the adapter before merge.combine: set one of them to null"),
         ("publish.require_signature", publish.require_signature and publish.verify_key is None,
          "publish.verify_key names no key to check with"),
-        ("publish.signing_certificate", publish.signing_certificate is not None and publish.signing_key is None,
-         "publish.signing_key, its private key, is missing"),
         ("publish.sse_kms_key_id", publish.sse_kms_key_id is not None and publish.server_side_encryption != "aws:kms",
          "a key is for publish.server_side_encryption aws:kms"),
         ("promote.declared_effect", p.promote.declared_effect <= p.promote.min_improvement,

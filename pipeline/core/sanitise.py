@@ -12,7 +12,7 @@ CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "ad
 _DROPPED = (
     "auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "is_local", "local_files_only", "_commit_hash"
 )  # fmt: skip
-_PATH_KEY = re.compile(r"(path|file|dir|folder|_key|_certificate|_store|_uri|chat_template)$")
+_PATH_KEY = re.compile(r"(path|file|dir|folder|_key|_store|_uri|chat_template)$")
 
 
 def clean_folder(folder: Path) -> None:
