@@ -22,7 +22,7 @@ test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about
 	@echo "Testing: about 10 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), GGUF (needs a package index), the guide's own-data chapter (about half an hour)
+test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), the guide's own-data chapter (about half an hour)
 	@python -m pytest -q -m integration tests
 
 test-browser: $(READY)  ## the reports and the dashboard in a real browser (needs Chromium; about 4 minutes)

@@ -10,14 +10,12 @@ import pyarrow.parquet as pq
 from pipeline.chat.template import ChatTemplate, load_contract, require_same_contract
 from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.data.classes import load_classes
-from pipeline.params import EvaluateParams, JudgeParams
+from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
 from pipeline.scoring.classification import by_class, class_provenance, predict, predictions, score_classes
 from pipeline.scoring.general import General, forgetting, general_items, read_general
 from pipeline.scoring.generation import Answer, generate, to_answer
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
-from pipeline.scoring.judge.endpoint import Endpoint, JudgeError
-from pipeline.scoring.judge.judging import Question, answer_turns, judge, questions, signature
 from pipeline.scoring.kept import forget_others, kept_file
 from pipeline.scoring.likelihood import reference_losses, sequence_losses
 from pipeline.scoring.vllm import vllm_tokens
@@ -25,47 +23,23 @@ from pipeline.weights.loading import use_free_cores
 from pipeline.weights.placement import load_tuned, untuned
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What one system answered."""
-
-    test: list[Answer]
-    losses: tuple[list[float], list[int]]  # of the test split's references
-    prompts: list[Answer]  # to params.prompts
-    general: pa.Table | None
-    turns: list[tuple[Answer, Answer]]  # to the judge's questions
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    base: Metrics
-    adapter: Metrics
-
-
 def evaluate(
-    params: EvaluateParams,
-    dataset: Path,
-    adapter: Path,
-    output: Path,
-    kept: Path | None = None,
-    judge_key: str = "",
-) -> Evaluated:
+    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, kept: Path | None = None
+) -> dict[str, Metrics]:
     """Score the adapter and the untouched base, quantised as in training, on the same test prompts.
 
     Writes to `output`: `scores.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
     others 0–1), `items.base.parquet` and `items.adapter.parquet` (every answer with its scores), `prompts.json`
     (answers to `params.prompts`), `evaluation.json` (what the scores depend on: test split, decoding, signatures) and
     `report.md` and `report.html`; with `params.general` also `general.json`, `general.base.parquet` and
-    `general.adapter.parquet`; with `params.judge` also `judge.json` and `judge.parquet` (every reply of the judge).
+    `general.adapter.parquet`. Returns what is in `scores.json`.
 
     Args:
         kept: a folder for answers: a killed run leaves them to the next one, and so does one with other metrics.
-        judge_key: the key of the judge's endpoint.
 
     Raises:
         TemplateError: base model or tokenizer is not what the dataset was prepared for, or the adapter was trained on.
         ModelError: the adapter is missing or does not fit the base.
-        JudgeError: `params.judge` cannot be asked, or does not answer in the form that it is asked for.
         GeneralError: `params.general` is not the file that was pinned, or has a row that cannot be used.
         BackendError: `params.backend` cannot be used here.
     """
@@ -84,37 +58,44 @@ def evaluate(
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else None
-    judge_endpoint = endpoint(params.judge, judge_key) if params.judge else None
-    exam = _Exam(params, template, test, general, questions(params.judge.languages) if params.judge else [], kept)
+    exam = _Exam(params, template, test, general, by_vllm, kept)
     identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
-    answers = {"adapter": exam.answers_of(model, "adapter", identity | {"adapter": weights}, by_vllm)}
+    answers = {"adapter": exam.answers_of(model, "adapter", identity | {"adapter": weights})}
     with untuned(model, contract["model"]) as base:
-        answers["base"] = exam.answers_of(base, "base", identity, by_vllm)
+        answers["base"] = exam.answers_of(base, "base", identity)
     with whole_directory(output) as folder:
-        items, signatures = exam.write(answers, judge_endpoint, folder)
+        items, signatures = _write_answers(answers, test, params, folder)
         metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
         forget_others(kept, exam.files)
-    return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
+    return metrics
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What one system answered."""
+
+    test: list[Answer]
+    losses: tuple[list[float], list[int]]  # of the test split's references
+    prompts: list[Answer]  # to params.prompts
+    general: pa.Table | None
 
 
 @dataclass(frozen=True)
 class _Exam:
-    """What base and adapter are asked, and what is written of their answers."""
+    """What base and adapter are asked."""
 
     params: EvaluateParams
     template: ChatTemplate
     test: pa.Table
     general: General | None
-    open_questions: list[Question]
+    by_vllm: dict[str, list[list[int]]]  # tokens of each system's answers to `test`, where vLLM made them
     kept: Path | None
     files: list[Path] = field(default_factory=list)  # of kept answers
 
-    def answers_of(
-        self, model: Any, system: str, identity: dict[str, Any], by_vllm: dict[str, list[list[int]]]
-    ) -> _Answers:
-        """All answers of one system; `identity` is what they depend on, beside the prompts."""
+    def answers_of(self, model: Any, system: str, identity: dict[str, Any]) -> _Answers:
+        """All answers of one system; `identity` is what they depend on, next to the prompts."""
         params, template, label = self.params, self.template, f"the {system}"
         prompts, tools = (self.test.column(name).to_pylist() for name in ("input_ids", "tools"))
 
@@ -126,69 +107,45 @@ class _Exam:
             limits = (params.max_new_tokens, params.batch_size)
             return generate(model, template, prompts, *limits, "evaluate", f"{label}{what}", keep, tools)
 
-        def in_conversation(conversations: list[list[dict[str, str]]]) -> list[Answer]:
-            turns = [template.prompt_ids(messages) for messages in conversations]
-            longest = params.judge.max_new_tokens if params.judge else 0
-            settings = (longest, params.batch_size, "evaluate", f"{label}, for the judge")
-            return generate(model, template, turns, *settings, limited_by="evaluate.judge.max_new_tokens")
-
         table = None
         if self.general is not None:
             losses = sequence_losses(model, self.general.sequences, template.tokenizer.pad_token_id, "evaluate", label)
             table = general_items(self.general, answer(list(self.general.prompts.values()), ", general"), losses)
         losses = reference_losses(model, template, self.test, "evaluate", label)
-        if by_vllm:
-            rows = zip(by_vllm[system], prompts, tools, strict=True)
+        if self.by_vllm:
+            rows = zip(self.by_vllm[system], prompts, tools, strict=True)
             answers = [to_answer(ids, template, prompt, offered) for ids, prompt, offered in rows]
         else:
             answers = answer(prompts, tools=tools)
-        turns = answer_turns(self.open_questions, in_conversation) if self.open_questions else []
         extra = [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts]
-        return _Answers(answers, losses, answer(extra, ", prompts") if extra else [], table, turns)
-
-    def write(
-        self, answers: dict[str, _Answers], judge_endpoint: Endpoint | None, folder: Path
-    ) -> tuple[dict[str, pa.Table], dict[str, str]]:
-        """Everything but the scores of test items, which are returned with the signature of each metric."""
-        params = self.params
-        items: dict[str, pa.Table] = {}
-        signatures: dict[str, str] = {}
-        for system in ("base", "adapter"):
-            items[system], signatures = score_items(self.test, answers[system].test, answers[system].losses)
-            if (table := answers[system].general) is not None:
-                pq.write_table(table, folder / f"general.{system}.parquet")
-        if answers["base"].general is not None and answers["adapter"].general is not None:
-            lost = forgetting(answers["base"].general, answers["adapter"].general, params)
-            write_json(folder / "general.json", lost)
-        if params.judge is not None and judge_endpoint is not None:
-            turns = {system: answers[system].turns for system in ("adapter", "base")}
-            limits = (params.judge.max_concurrency, params.bootstrap_samples, params.seed)
-            judged = judge(judge_endpoint.complete, self.open_questions, turns, *limits)
-            judge_signature = {"signature": signature(params.judge.model, params.judge.languages)}
-            write_json(folder / "judge.json", judge_signature | judged.summary)
-            pq.write_table(judged.verdicts, folder / "judge.parquet")
-        write_json(folder / "prompts.json", side_by_side(params.prompts, answers))
-        return items, signatures
+        return _Answers(answers, losses, answer(extra, ", prompts") if extra else [], table)
 
 
-def endpoint(params: JudgeParams, key: str) -> Endpoint:
-    if params.api_key_variable is not None and not key:
-        raise JudgeError(f"evaluate.judge needs its key in the environment variable {params.api_key_variable}")
-    return Endpoint(params.endpoint, params.model, key, params.timeout_s, params.max_tokens)
-
-
-def side_by_side(prompts: list[str], answers: dict[str, _Answers]) -> list[dict[str, Any]]:
-    """Each of the user's own prompts with the answer of every system, to be read."""
-    return [
-        {"prompt": prompt}
-        | {s: {"answer": one.prompts[i].text, "cut_off": one.prompts[i].cut_off} for s, one in answers.items()}
-        for i, prompt in enumerate(prompts)
-    ]
+def _write_answers(
+    answers: dict[str, _Answers], test: pa.Table, params: EvaluateParams, folder: Path
+) -> tuple[dict[str, pa.Table], dict[str, str]]:
+    """Write answers to other sets than the test split; its scored items are returned, and each metric's signature."""
+    items: dict[str, pa.Table] = {}
+    signatures: dict[str, str] = {}
+    for system in ("base", "adapter"):
+        items[system], signatures = score_items(test, answers[system].test, answers[system].losses)
+    before, after = answers["base"].general, answers["adapter"].general
+    if before is not None and after is not None:
+        pq.write_table(before, folder / "general.base.parquet")
+        pq.write_table(after, folder / "general.adapter.parquet")
+        write_json(folder / "general.json", forgetting(before, after, params))
+    asked = []
+    for number, prompt in enumerate(params.prompts):
+        given = {system: of.prompts[number] for system, of in answers.items()}
+        said = {system: {"answer": one.text, "cut_off": one.cut_off} for system, one in given.items()}
+        asked.append({"prompt": prompt} | said)
+    write_json(folder / "prompts.json", asked)
+    return items, signatures
 
 
 def _evaluate_classes(
     params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: dict[str, Any], quantisation: Any
-) -> Evaluated:
+) -> dict[str, Metrics]:
     """`evaluate` for a sequence classification model, whose answers are classes."""
     labels, encoder, test = contract["labels"], load_classes(contract), test_items(dataset, params.max_samples)
     rows = test.column("input_ids").to_pylist()
@@ -206,4 +163,4 @@ def _evaluate_classes(
         metrics = write_scores(items, params, class_provenance(params, dataset), dataset, adapter, folder)
         with (folder / "report.md").open("a", encoding="utf-8") as page:
             page.write(by_class(items["adapter"]))
-    return Evaluated(base=metrics["base"], adapter=metrics["adapter"])
+    return metrics

@@ -6,7 +6,6 @@ into packed 4-bit weights. The scores that the gate reads are measured on the me
 """
 
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,10 @@ from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
 from pipeline.scoring.generation import Answer, generate
-from pipeline.scoring.items import Metrics, provenance, score_items, scoring_params, summarise, test_items
+from pipeline.scoring.items import provenance, score_items, scoring_params, summarise, test_items
 from pipeline.scoring.likelihood import per_sequence, reference_losses, token_agreement
-from pipeline.scoring.parity import Merged, merge_closest, metric_differences, prove
+from pipeline.scoring.parity import Merged, merge_closest, prove
 from pipeline.scoring.resampling import read_scores
-from pipeline.weights.combination import combine
-from pipeline.weights.export import export
-from pipeline.weights.gguf import require_programs
 from pipeline.weights.loading import record_dtype, use_free_cores
 from pipeline.weights.merging import require_mergeable
 from pipeline.weights.placement import load_for_scoring, load_tuned, untuned
@@ -38,101 +34,69 @@ from pipeline.weights.placement import load_for_scoring, load_tuned, untuned
 LOGIT_PROMPTS, LOGIT_POSITIONS = 16, 64  # whose logits are compared; the answers are compared on all prompts
 
 
-def merge(
-    params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path, exports: Path
-) -> Merged:
-    """Write the merged model to `output`, its other forms to `exports`, and to `parity` what was measured.
+def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path) -> Merged:
+    """Write the merged model to `output`, and to `parity` how it was merged and how far it is from the adapter.
 
-    `parity` holds `parity.json` (how it was merged and how far it is from the adapter), `scores.json`, `metrics.json`
-    (what `dvc metrics` shows of them), `items.merged.parquet`, and with `params.combine` the combined adapter that was
-    merged. `exports` holds a folder for each of `params.export`, and `exports.json`: their scores, and how far these
-    are from the merged model's.
+    `parity` holds `parity.json`, `scores.json`, `metrics.json` (what `dvc metrics` shows of them) and
+    `items.merged.parquet`.
 
     Raises:
         MergeError: a module did not change, the merged model is further from the adapter than `params` allow, or
             adapter or base are of a kind that cannot be merged.
         WeightsError: a shard of the base is missing or damaged.
-        CombinationError: an adapter to combine is not the one that `params` name.
-        ExportError: an export failed, or needs a program that is not installed.
         TemplateError, ModelError: the base is not the one the adapter was trained on.
     """
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     identity = contract["model"]
     require_mergeable(adapter)
-    if "labels" in contract:
-        return _merge_classes(params, dataset, adapter, evaluation, (output, parity, exports), contract)
-    require_programs(params.export)
-    template = load_contract(contract)
     use_free_cores()
     settings = read_json(evaluation / "evaluation.json")
     evaluated = scoring_params(settings)
     test = test_items(dataset, evaluated.max_samples)
+    if "labels" in contract:
+        return _merge_classes(params, test, evaluated, settings, adapter, evaluation, output, parity, contract)
+    template = load_contract(contract)
     prompts = test.column("input_ids").to_pylist()
     quantisation, pad = read_json(adapter / "training.json")["quantisation"], template.tokenizer.pad_token_id
-    score = _Scorer(template, test, evaluated, "merge")
-    with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
-        if params.combine is not None:
-            adapter = combine(params.combine, contract, adapter, proof / "combined_adapter")
-        quantised = load_tuned(identity, quantisation, adapter)
-        expected = _logits(quantised, prompts[:LOGIT_PROMPTS], pad)
-        with untuned(quantised, identity) as before:
-            reach = _difference(expected, _logits(before, prompts[:LOGIT_PROMPTS], pad))
-        if params.combine is None:
-            expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
-            adapter_metrics = read_scores(evaluation)["adapter"]
-        else:
-            answers, items, _ = score(quantised, "the combined adapter", prompts)
-            expected_ids, adapter_metrics = [each.ids for each in answers], summarise(items, evaluated)
-        del quantised, before  # or both names would keep it in the memory of the GPU
+    quantised = load_tuned(identity, quantisation, adapter)
+    expected = _logits(quantised, prompts[:LOGIT_PROMPTS], pad)
+    with untuned(quantised, identity) as before:
+        reach = _difference(expected, _logits(before, prompts[:LOGIT_PROMPTS], pad))
+    del quantised, before  # or both names would keep it in the memory of the GPU
 
-        def error_of(_: str, folder: Path) -> float:
-            return _difference(expected, _logits(load_for_scoring(local_source(folder)), prompts[:LOGIT_PROMPTS], pad))
+    def error_of(_: str, folder: Path) -> float:
+        return _difference(expected, _logits(load_for_scoring(local_source(folder)), prompts[:LOGIT_PROMPTS], pad))
 
+    with whole_directory(output) as folder, whole_directory(parity) as proof:
         chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of)
         shipped = load_for_scoring(local_source(folder))
         _complete(folder, template, contract, shipped.generation_config.bos_token_id)
-        answers, items, signatures = score(shipped, "the merged model", prompts)
+        answers, items, signatures = _score(shipped, "the merged model", template, test, prompts, evaluated, "merge")
+        expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
         agreement = token_agreement(shipped, prompts, expected_ids, pad, "merge", "the merged model")
-        del shipped
-        metrics = summarise(items, evaluated)
         identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
-        merged = Merged(chosen, merging, errors, reach, agreement, identical, metrics, {})
-        compared = {"adapter": adapter_metrics, "base": read_scores(evaluation)["base"]}
-        combined = params.combine.model_dump() if params.combine else None
+        merged = Merged(chosen, merging, errors, reach, agreement, identical, summarise(items, evaluated))
         recorded = provenance(evaluated, dataset, signatures)
-        prove(params, proof, items, merged, compared, combined=combined, evaluation=recorded)
-        exported: dict[str, Metrics] = {
-            kind: score.export(kind, folder, others / kind, prompts) for kind in params.export
-        }
-        differences = {kind: metric_differences(scores, metrics) for kind, scores in exported.items()}
-        record = {kind: {"metrics": exported[kind], "metric_difference": differences[kind]} for kind in exported}
-        write_json(others / "exports.json", record)  # always there: DVC warns of an empty folder
-    return replace(merged, exports=exported)
+        prove(params, proof, items, merged, read_scores(evaluation), recorded)
+    return merged
 
 
-@dataclass(frozen=True)
-class _Scorer:
-    """One test split, answered and scored by several models as one evaluation was."""
-
-    template: ChatTemplate
-    test: pa.Table
-    params: EvaluateParams
-    stage: str
-
-    def __call__(
-        self, model: Any, system: str, prompts: list[list[int]]
-    ) -> tuple[list[Answer], pa.Table, dict[str, str]]:
-        """Answers, scored items and the signature of each metric."""
-        settings = (self.params.max_new_tokens, self.params.batch_size, self.stage, system)
-        tools = self.test.column("tools").to_pylist()
-        answers = generate(model, self.template, prompts, *settings, tools=tools)
-        losses = reference_losses(model, self.template, self.test, self.stage, system)
-        return answers, *score_items(self.test, answers, losses)
-
-    def export(self, kind: str, merged: Path, target: Path, prompts: list[list[int]]) -> Metrics:
-        """Write `merged` to `target` as `kind` and score it."""
-        return summarise(self(export(kind, merged, target), f"the {kind} export", prompts)[1], self.params)
+def _score(
+    model: Any,
+    system: str,
+    template: ChatTemplate,
+    test: pa.Table,
+    prompts: list[list[int]],
+    params: EvaluateParams,
+    stage: str,
+) -> tuple[list[Answer], pa.Table, dict[str, str]]:
+    """A model's answers to the test split, the scored items and each metric's signature."""
+    tools = test.column("tools").to_pylist()
+    limits = (params.max_new_tokens, params.batch_size)
+    answers = generate(model, template, prompts, *limits, stage, system, tools=tools)
+    losses = reference_losses(model, template, test, stage, system)
+    return answers, *score_items(test, answers, losses)
 
 
 def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
@@ -154,8 +118,8 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
         template = load_shipped(model_folder)
         messages, tools = (test.column(name).to_pylist() for name in ("messages", "tools"))
         prompts = [template.prompt_ids(json.loads(m), offered) for m, offered in zip(messages, tools, strict=True)]
-        score = _Scorer(template, test, params, "promote")
-        _, items, signatures = score(load_for_scoring(source), "the champion", prompts)
+        model = load_for_scoring(source)
+        _, items, signatures = _score(model, "the champion", template, test, prompts, params, "promote")
         recorded = provenance(params, dataset, signatures)
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")
@@ -192,18 +156,17 @@ def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> flo
 
 def _merge_classes(
     params: MergeParams,
-    dataset: Path,
+    test: pa.Table,
+    evaluated: EvaluateParams,
+    settings: dict[str, Any],
     adapter: Path,
     evaluation: Path,
-    outputs: tuple[Path, Path, Path],
+    output: Path,
+    parity: Path,
     contract: dict[str, Any],
 ) -> Merged:
     """`merge` for classes: the same files, and parity by the classes and logits of all test texts."""
     labels, identity, encoder = contract["labels"], contract["model"], load_classes(contract)
-    use_free_cores()
-    settings = read_json(evaluation / "evaluation.json")
-    evaluated = scoring_params(settings)
-    test = test_items(dataset, evaluated.max_samples)
     rows = test.column("input_ids").to_pylist()
     quantisation = read_json(adapter / "training.json")["quantisation"]
     expected, before = (
@@ -218,17 +181,14 @@ def _merge_classes(
         logits[choice] = predict(model, encoder, rows, evaluated.batch_size, "merge", system)
         return float(np.abs(logits[choice] - expected).mean())
 
-    output, parity, exports = outputs
-    with whole_directory(output) as folder, whole_directory(parity) as proof, whole_directory(exports) as others:
+    with whole_directory(output) as folder, whole_directory(parity) as proof:
         chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of, labels)
         encoder.tokenizer.save_pretrained(str(folder))
         record_dtype(folder)
         clean_folder(folder)
         write_json(folder / "contract.json", portable(contract))
         items = score_classes(test, predictions(logits[chosen], labels))
-        metrics = summarise(items, evaluated)
         agreement = float((logits[chosen].argmax(axis=1) == expected.argmax(axis=1)).mean())
-        merged = Merged(chosen, merging, errors, reach, agreement, agreement, metrics, {})
-        write_json(others / "exports.json", {})
-        prove(params, proof, items, merged, read_scores(evaluation), combined=None, evaluation=settings)
+        merged = Merged(chosen, merging, errors, reach, agreement, agreement, summarise(items, evaluated))
+        prove(params, proof, items, merged, read_scores(evaluation), settings)
     return merged

@@ -181,17 +181,6 @@ class GeneralParams(Section):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class JudgeParams(Section):
-    endpoint: Annotated[str, Field(pattern=r"^https?://[^@?#]+$")]
-    model: Annotated[str, Field(min_length=1)]
-    api_key_variable: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None
-    languages: Annotated[list[Literal["en", "zh"]], Field(min_length=1)]
-    max_tokens: Positive
-    max_new_tokens: Positive
-    max_concurrency: Annotated[int, Field(ge=1, le=64)]
-    timeout_s: Annotated[float, Field(gt=0)]
-
-
 class EvaluateParams(Section):
     backend: Literal["auto", "transformers", "vllm"]
     max_new_tokens: Positive
@@ -200,30 +189,7 @@ class EvaluateParams(Section):
     bootstrap_samples: Annotated[int, Field(ge=100)]
     prompts: list[Annotated[str, Field(min_length=1)]]
     general: GeneralParams | None
-    judge: JudgeParams | None
     seed: Annotated[int, Field(ge=0)]
-
-
-class CombinedAdapter(Section):
-    path: str | None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    weight: float
-
-    @model_validator(mode="after")
-    def check(self) -> "CombinedAdapter":
-        if (self.path is None) != (self.sha256 is None):
-            raise ValueError(
-                f"merge.combine has path {self.path} with sha256 {self.sha256}: an adapter from elsewhere needs the "
-                "sha256 of its adapter_model.safetensors, the one trained in this run (path: null) has none"
-            )
-        return self
-
-
-class CombineParams(Section):
-    combination_type: Literal["linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-    density: Annotated[float, Field(gt=0, le=1)]
-    seed: Annotated[int, Field(ge=0)]
-    adapters: Annotated[list[CombinedAdapter], Field(min_length=2)]
 
 
 class MergeParams(Section):
@@ -232,8 +198,6 @@ class MergeParams(Section):
     min_agreement: Annotated[float, Field(ge=0, le=1)]
     max_logit_error: Annotated[float, Field(gt=0)]
     max_metric_drop: Annotated[float, Field(ge=0, le=1)]
-    combine: CombineParams | None
-    export: list[Literal["bnb-4bit", "bnb-8bit", "gguf-f16", "gguf-bf16", "gguf-q8_0"]]
 
 
 class PublishParams(Section):

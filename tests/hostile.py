@@ -245,14 +245,13 @@ GOOD_NAMES = [
         "adapter": "README.md adapter_config.json adapter_model.safetensors chat_template.jinja contract.json "
         "loss.csv tokenizer.json tokenizer_config.json training.json",
         "evaluation": "evaluation.json general.adapter.parquet general.base.parquet general.json items.adapter.parquet "
-        "items.base.parquet judge.json judge.parquet metrics.json prompts.json report.md scores.json",
+        "items.base.parquet metrics.json prompts.json report.md scores.json",
         "merged": "added_tokens.json additional_chat_templates/rag.jinja additional_chat_templates/tool_use.jinja "
         "config.json generation_config.json merges.txt model-00001-of-00002.safetensors "
         "model-00002-of-00002.safetensors model.safetensors model.safetensors.index.json "
         "sentencepiece.bpe.model special_tokens_map.json spiece.model tokenizer.model vocab.json "
         "vocab.txt",
-        "parity": "combined_adapter/adapter_model.safetensors items.merged.parquet metrics.json parity.json "
-        "scores.json",
+        "parity": "items.merged.parquet metrics.json parity.json scores.json",
     }.items()
     for name in names.split()
 ]  # fmt: skip

@@ -8,17 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import with_
-from safetensors.torch import load_file, save_file
 from test_train import identity
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pipeline.chat.template import TemplateError, load_shipped
-from pipeline.core.files import read_json, sha256_file, write_json
+from pipeline.chat.template import TemplateError
+from pipeline.core.files import read_json, write_json
 from pipeline.merge import merge, score_model
-from pipeline.params import CombineParams, Params
+from pipeline.params import Params
 from pipeline.registry import card
 from pipeline.scoring.resampling import METRICS
-from pipeline.weights.combination import CombinationError, combine
 from pipeline.weights.loading import compute_dtype, load_adapter, load_base, record_dtype
 from pipeline.weights.merging import MergeError
 
@@ -37,7 +35,7 @@ def merged(
 ) -> Path:
     folder = tmp_path_factory.mktemp("merge")
     exact = with_(params, merge={"dtype": "float32", "min_agreement": 1.0}).merge
-    merge(exact, dataset, adapter, evaluation, folder / "merged", folder / "parity", folder / "exports")
+    merge(exact, dataset, adapter, evaluation, folder / "merged", folder / "parity")
     return folder
 
 
@@ -59,7 +57,6 @@ def test_the_closer_base_is_chosen_and_what_was_measured_is_recorded(merged: Pat
     assert parity["token_agreement"] == parity["identical_answers"] == 1.0
     assert abs(parity["metric_difference"].pop("perplexity")) < 1e-3
     assert set(parity["metric_difference"].values()) == {0.0}
-    assert [path.name for path in (merged / "exports").iterdir()] == ["exports.json"]
     scores = read_json(merged / "parity" / "scores.json")["merged"]
     evaluated = read_json(evaluation / "scores.json")
     for metric in set(METRICS) - {"perplexity"}:
@@ -139,7 +136,7 @@ def test_a_model_too_far_from_the_adapter_is_refused_and_not_written(
 ) -> None:
     other = Path(shutil.copytree(evaluation, tmp_path / "evaluation"))
     change(other)
-    outputs = [tmp_path / name for name in ("merged", "parity", "exports")]
+    outputs = [tmp_path / name for name in ("merged", "parity")]
     with pytest.raises(MergeError, match=named):
         merge(with_(params, merge=settings).merge, dataset, adapter, other, *outputs)
     assert not any(folder.exists() for folder in outputs)
@@ -159,98 +156,10 @@ def test_another_base_or_one_cut_short_is_refused(
     tmp_path: Path, params: Params, base: Path, dataset: Path, adapter: Path, evaluation: Path, merged: Path
 ) -> None:
     place, dataset, adapter = moved(tmp_path, base, dataset, adapter)
-    outputs = [tmp_path / name for name in ("out", "parity", "exports")]
+    outputs = [tmp_path / name for name in ("out", "parity")]
     whole = (base / "model.safetensors").read_bytes()
     for other in ((merged / "merged" / "model.safetensors").read_bytes(), whole[:-1]):
         (place / "model.safetensors").write_bytes(other)
         with pytest.raises(TemplateError):
             merge(params.merge, dataset, adapter, evaluation, *outputs)
     assert not any(path.exists() for path in outputs)
-
-
-def other_adapter(tmp_path: Path, adapter: Path) -> tuple[Path, str]:
-    """An adapter of the same base that changes other things, and its digest."""
-    other = Path(shutil.copytree(adapter, tmp_path / "other"))
-    torch.manual_seed(1)
-    weights = load_file(other / "adapter_model.safetensors")
-    noisy = {k: v + 0.01 * torch.randn_like(v) for k, v in weights.items()}
-    save_file(noisy, other / "adapter_model.safetensors", metadata={"format": "pt"})
-    return other, sha256_file(other / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("kind", ["cat", "dare_ties"])
-def test_a_combination_of_adapters_is_merged_as_peft_combines_them(
-    tmp_path: Path, params: Params, base: Path, dataset: Path, adapter: Path, evaluation: Path, kind: str
-) -> None:
-    other, digest = other_adapter(tmp_path, adapter)
-    parts = [
-        {"path": None, "sha256": None, "weight": 0.75},
-        {"path": str(other), "sha256": digest, "weight": 0.25},
-    ]
-    combined = {"combination_type": kind, "density": 0.8, "seed": 3, "adapters": parts}
-    chosen = with_(params, merge={"combine": combined, "base": "full", "dtype": "float32"} | ANYTHING)
-    merge(chosen.merge, dataset, adapter, evaluation, *(tmp_path / name for name in ("out", "parity", "exports")))
-
-    model = load_adapter(load_base(identity(base)), adapter)
-    model.load_adapter(str(other), "adapter_1")
-    torch.manual_seed(3)
-    model.add_weighted_adapter(["default", "adapter_1"], [0.75, 0.25], "both", combination_type=kind, density=0.8)
-    expected = model.merge_and_unload(adapter_names=["both"]).state_dict()
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    for name, tensor in written.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
-    if kind == "cat":  # the exact weighted sum
-        deltas = [
-            load_adapter(load_base(identity(base)), path).merge_and_unload().state_dict() for path in (adapter, other)
-        ]
-        name = "model.layers.0.self_attn.q_proj.weight"
-        torch.testing.assert_close(written[name], 0.75 * deltas[0][name] + 0.25 * deltas[1][name], rtol=0, atol=1e-6)
-    parity = read_json(tmp_path / "parity" / "parity.json")
-    assert parity["combined"] == combined
-    assert (tmp_path / "parity" / "combined_adapter" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.parametrize(
-    ("folder", "digest", "template", "error"),
-    [
-        ("other", "0" * 64, None, CombinationError),
-        ("nowhere", None, None, CombinationError),
-        ("other", None, "{{ messages }}", TemplateError),
-    ],
-)
-def test_an_adapter_to_combine_must_be_the_one_named_and_of_the_same_contract(
-    tmp_path: Path, dataset: Path, adapter: Path, folder: str, digest: str | None, template: str | None, error: Any
-) -> None:
-    other, sha256 = other_adapter(tmp_path, adapter)
-    if template is not None:
-        write_json(other / "contract.json", read_json(other / "contract.json") | {"chat_template": template})
-    adapters = [
-        {"path": None, "sha256": None, "weight": 1.0},
-        {"path": str(tmp_path / folder), "sha256": digest or sha256, "weight": 1.0},
-    ]
-    settings = {"combination_type": "cat", "density": 1.0, "seed": 0, "adapters": adapters}
-    contract = read_json(dataset / "contract.json")
-    with pytest.raises(error):
-        combine(CombineParams.model_validate(settings), contract, adapter, tmp_path / "both")
-    assert not (tmp_path / "both").exists()
-
-
-def test_each_export_loads_as_it_is_and_its_scores_are_recorded(
-    tmp_path: Path, params: Params, dataset: Path, adapter: Path, evaluation: Path
-) -> None:
-    chosen = with_(params, merge={"export": ["bnb-4bit", "bnb-8bit"]}).merge
-    merge(chosen, dataset, adapter, evaluation, *(tmp_path / name for name in ("out", "parity", "exports")))
-    records = read_json(tmp_path / "exports" / "exports.json")
-    merged_scores = read_json(tmp_path / "parity" / "scores.json")["merged"]
-    for kind, flag in (("bnb-4bit", "is_loaded_in_4bit"), ("bnb-8bit", "is_loaded_in_8bit")):
-        folder = tmp_path / "exports" / kind
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        assert getattr(model, flag)
-        assert load_shipped(folder)
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        assert size < 0.8 * (tmp_path / "out" / "model.safetensors").stat().st_size
-        record = records[kind]
-        assert record["metrics"]["num_samples"] == merged_scores["num_samples"]
-        score, whole = record["metrics"]["rougeL"]["score"], merged_scores["rougeL"]["score"]
-        assert record["metric_difference"]["rougeL"] == score - whole
-    assert records["bnb-8bit"]["metrics"]["accuracy"]["score"] > 0.5

@@ -124,7 +124,7 @@ def trained(params: Params, dataset: Path, folder: Path) -> Trained:
 
 
 def merged(params: Params, dataset: Path, folder: Path) -> Merged:
-    outputs = (folder / name for name in ("merged", "parity", "exports"))
+    outputs = (folder / name for name in ("merged", "parity"))
     return merge(params.merge, dataset, folder / "adapter", folder / "evaluation", *outputs)
 
 

@@ -12,9 +12,6 @@ from pipeline.settings import ParamsError, load_params
 
 PROJECT = ROOT / "params.yaml"
 
-PARTS = [{"path": None, "weight": 0.5, "sha256": None}, {"path": "other", "weight": 0.5, "sha256": "0" * 64}]
-COMBINED = {"combination_type": "linear", "adapters": PARTS, "density": 0.5, "seed": 0}
-GENERAL = {"path": "general.jsonl", "sha256": "0" * 64}
 FAR = {"operations": {"train_pool": "gpu"}}
 TWO: dict[str, Any] = {"num_processes": 2}
 CLASSES = {"train": {"task": "sequence-classification", "packing": False}, "promote": {"primary_metric": "accuracy"}}
@@ -92,7 +89,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("prepare.chat_template_kwargs", {"prepare": {"chat_template_kwargs": {"tools": []}}}),
     ("publish.sse_kms_key_id", {"publish": {"sse_kms_key_id": "alias/key"}}),
     ("publish.require_signature", {"publish": {"require_signature": True}}),
-    ("evaluate.general", {"merge": {"combine": COMBINED}, "evaluate": {"general": GENERAL}}),
     ("train.init_adapter", FAR | {"train": {"init_adapter": "champion"}}),
     ("train.init_adapter", {"train": {"init_adapter": "v3"}}),
     ("train.init_adapter", {"train": {"method": "full", "load_in_4bit": False, "init_adapter": "champion"}}),
@@ -125,7 +121,6 @@ def test_a_combination_that_cannot_work_names_the_parameter_alone(parameter: str
     "sections",
     [
         {"prepare": {"trust_remote_code": True, "model_revision": "a" * 40}},
-        {"merge": {"combine": COMBINED}},
         FAR | {"train": {"init_adapter": "champion"}, "publish": {"artifact_store": "s3://bucket/models"}},
         FAR | {"train": {"init_adapter": f"elsewhere@{'0' * 64}"}},
         CLASSES | {"evaluate": {"backend": "transformers"}},
@@ -142,7 +137,7 @@ def test_everything_that_does_not_go_with_another_task_is_named_at_once_with_the
 ) -> None:
     text = PROJECT.read_text()
     for old, new in (("task: causal-lm", "task: sequence-classification"), ("method: qlora", "method: prompt"),
-                     ("on_overlong: drop", "on_overlong: split"), ("export: []", "export: [bnb-8bit]"),
+                     ("on_overlong: drop", "on_overlong: split"), ("prompts: []", "prompts: [Why?]"),
                      ("packing: true", "packing: false")):  # fmt: skip
         assert f"  {old}" in text
         text = text.replace(f"  {old}", f"  {new}", 1)
@@ -151,7 +146,7 @@ def test_everything_that_does_not_go_with_another_task_is_named_at_once_with_the
     with pytest.raises(ParamsError) as error:
         load_params(path)
     *sentences, preset = str(error.value).split("\n")
-    named = ["train.method", "prepare.on_overlong", "promote.primary_metric", "merge.export"]
+    named = ["train.method", "prepare.on_overlong", "promote.primary_metric", "evaluate.prompts"]
     assert [sentence.split()[0] for sentence in sentences] == named
     lines = text.split("\n")
     for sentence in sentences:

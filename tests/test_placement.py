@@ -101,7 +101,7 @@ def test_stages_give_the_same_results_under_a_limit_below_their_model(
         for item in answers.to_pylist():
             assert item["answer"] == whole[item["id"]]["answer"]
             assert item["loss"] == pytest.approx(whole[item["id"]]["loss"], rel=1e-5)
-    outputs = [tmp_path / name for name in ("merged", "parity", "exports")]
+    outputs = [tmp_path / name for name in ("merged", "parity")]
     merge(params.merge, dataset, adapter, tmp_path / "evaluation", *outputs)
     assert read_json(tmp_path / "parity" / "parity.json")["token_agreement"] == 1.0
 

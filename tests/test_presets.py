@@ -156,13 +156,13 @@ def test_a_preset_fits_the_gpu_it_names(name: str) -> None:
 
 def test_a_block_becomes_one_line_when_its_keys_change(tmp_path: Path) -> None:
     file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
-    block = "  export:   # forms\n    - bnb-4bit   # half\n    - bnb-8bit\n  # of what comes next\n"
-    file.write_text(re.sub(r"  export: \[\] .*\n(    .*\n)*", block, file.read_text()))
-    assert load_params(file).merge.export == ["bnb-4bit", "bnb-8bit"]
+    block = "  prompts:   # questions\n    - Who?   # half\n    - Why?\n  # of what comes next\n"
+    file.write_text(re.sub(r"  prompts: \[\] .*\n", block, file.read_text()))
+    assert load_params(file).evaluate.prompts == ["Who?", "Why?"]
     before = file.read_text()
-    change_params({"merge.export": [], "promote.guard_metrics": {"chrf": 1.0}}, file)
+    change_params({"evaluate.prompts": [], "promote.guard_metrics": {"chrf": 1.0}}, file)
     now = load_params(file)
-    assert (now.merge.export, now.promote.guard_metrics) == ([], {"chrf": 1.0})
+    assert (now.evaluate.prompts, now.promote.guard_metrics) == ([], {"chrf": 1.0})
     assert comments(file.read_text()) == [each for each in comments(before) if each != "# half"]
     lost = Counter(before.split("\n")) - Counter(file.read_text().split("\n"))
     assert lost.total() == 6  # two keys, two items, two metrics

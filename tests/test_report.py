@@ -182,17 +182,9 @@ def test_what_other_sets_and_own_prompts_gave_is_in_the_report(tmp_path: Path) -
     score = {"score": 4.0, "low": 3.0, "high": 5.0}
     general = {"base": {"perplexity": score, "accuracy": None}, "adapter": {"perplexity": score, "accuracy": None}}
     write_json(tmp_path / "general.json", general | {"rows": 5, "lost": {"perplexity": 0.25, "accuracy": None}})
-    rating = {"rating": score, "by_language": {"en": score}, "by_category": {"writing": None}}
-    pairs = {"wins": 3, "ties": 2, "losses": 1, "win_rate": {"score": 2 / 3, "low": 0.5, "high": 0.9}}
-    write_json(tmp_path / "judge.json", {"base": rating, "adapter": rating, "pairwise": pairs})
     sets = read_other_sets(tmp_path)
-    forgotten, judged = (
-        [list(row.values()) for row in sets[name]]
-        for name in ("General set: what was forgotten", "Judge: ratings from 1 to 10")
-    )
+    forgotten = [list(row.values()) for row in sets["General set: what was forgotten"]]
     assert forgotten == [["perplexity", "4.000 (3.000 to 5.000)", "4.000 (3.000 to 5.000)", "+25.0 %"]]
-    assert judged[0] == ["rating", "4.00 (3.00 to 5.00)", "4.00 (3.00 to 5.00)", "+0.00"]
-    assert judged[-1][1:3] == ["3, 2, 1", "67 %"]
     said = {"base": {"answer": "blue", "cut_off": False}, "adapter": {"answer": "red", "cut_off": True}}
     write_json(tmp_path / "prompts.json", [{"prompt": "Which colour?"} | said])
     (tmp_path / "old").mkdir()

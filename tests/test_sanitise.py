@@ -36,13 +36,11 @@ def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
         train={"max_steps": 3},
         merge={"min_agreement": 0.0, "max_metric_drop": 1.0, "max_logit_error": 1000.0},
     )
-    folders = {name: tmp_path / name for name in (*PARTS, "dataset", "exports")}
+    folders = {name: tmp_path / name for name in (*PARTS, "dataset")}
     prepare(settings.prepare, data, folders["dataset"])
     train(settings.train, folders["dataset"], folders["adapter"], tmp_path / "checkpoints")
     shutil.copytree(evaluation, folders["evaluation"])
-    merge(
-        settings.merge, *(folders[name] for name in ("dataset", "adapter", "evaluation", "merged", "parity", "exports"))
-    )
+    merge(settings.merge, *(folders[name] for name in ("dataset", "adapter", "evaluation", "merged", "parity")))
     names = [
         f"{part}/{path.name}"
         for part in PARTS

@@ -11,7 +11,7 @@ import preloaded
 import pyarrow.parquet as pq
 import pytest
 import versions
-from conftest import COLOURS, environment, retune, with_, write_params
+from conftest import environment, retune, with_, write_params
 from safetensors.torch import load_file, save_file
 
 from pipeline import promote as gate
@@ -19,8 +19,6 @@ from pipeline.chat.template import TemplateError
 from pipeline.cli.serving import (
     ServingError,
     Talk,
-    label_confidences,
-    load_for_batches,
     printable,
     read_prompts,
 )
@@ -50,7 +48,7 @@ def root(own: Params, params: Params, dataset: Path, adapter: Path, evaluation: 
     for folder in (dataset, adapter, evaluation):
         shutil.copytree(folder, artifacts / folder.name)
     exact = with_(params, merge={"dtype": "float32"}).merge
-    merge(exact, dataset, adapter, evaluation, *(artifacts / name for name in ("merged", "parity", "exports")))
+    merge(exact, dataset, adapter, evaluation, *(artifacts / name for name in ("merged", "parity")))
     for version in (1, 2):
         if version == 2:
             weights = load_file(artifacts / "adapter" / "adapter_model.safetensors")
@@ -126,54 +124,6 @@ def test_a_file_is_answered_line_by_line_by_the_merged_model(there: Path, tmp_pa
     assert not list((there / ".retune" / "predictions").iterdir())
 
 
-def test_classification_has_a_label_and_its_confidence(
-    there: Path, own: Params, tmp_path: Path, evaluation: Path
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    question, answer = next(
-        (question, answer) for question, answer in scored(evaluation, "adapter").items() if answer in COLOURS
-    )
-    file.write_text(json.dumps({"prompt": question}) + "\n")
-    predict(file, labels=", ".join(COLOURS))
-    [row] = [json.loads(line) for line in (tmp_path / "rows.answers.jsonl").read_text().splitlines()]
-    assert row["label"] == answer
-    assert 1 / len(COLOURS) < row["confidence"] <= 1
-    model, template, _ = load_for_batches(own, "champion")
-    asked = [{"role": "user", "content": question}]
-    found = label_confidences(model, template, asked, None, ["red", "blue", "green"])
-    assert sum(found.values()) == pytest.approx(1)
-    alone = [label_confidences(model, template, asked, None, pair) for pair in (["red", "blue"], ["blue", "red"])]
-    assert alone[0] == pytest.approx(alone[1])  # padding of the other label changes nothing
-    assert alone[0]["blue"] / alone[0]["red"] == pytest.approx(found["blue"] / found["red"])
-
-
-def test_labels_of_a_killed_prediction_are_not_made_again(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    cut = 2
-
-    def counted(model: Any, template: Any, messages: Any, tools: Any, labels: list[str]) -> dict[str, float]:
-        if len(asked) == cut:
-            raise KeyboardInterrupt
-        asked.append(messages[0]["content"])
-        return {"red": 0.9, "blue": 0.1}
-
-    monkeypatch.setattr("pipeline.cli.serving.label_confidences", counted)
-    file = tmp_path / "labels.jsonl"
-    questions = [f"Name the colour of box {i}: red" for i in range(4)]
-    file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
-    with pytest.raises(KeyboardInterrupt):
-        predict(file, labels="red, blue")
-    first, asked[:] = list(asked), []
-    cut = -1
-    predict(file, labels="red, blue")
-    assert first + asked == questions
-    rows = [json.loads(line) for line in file.with_name(f"{file.stem}.answers.jsonl").read_text().splitlines()]
-    assert [(row["prompt"], row["label"]) for row in rows] == [(question, "red") for question in questions]
-    assert not list((there / ".retune" / "predictions").iterdir())
-
-
 @pytest.mark.parametrize(
     ("models", "file", "change", "error", "named"),
     [
@@ -224,7 +174,6 @@ def test_a_line_that_asks_nothing_is_named(tmp_path: Path, line: str) -> None:
         (lambda: chat(["v9"], prompt="a"), "has no version v9"),
         (lambda: chat(["0123456789abcdef"], prompt="a"), "version 0123456789abcdef is not published"),
         (lambda: chat(json_output=True), "--json needs --prompt"),
-        (lambda: predict(Path("params.yaml"), labels="one"), "--labels needs at least two"),
         (lambda: predict(Path("params.yaml")), "params.yaml, line 1: expected a JSON object"),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_thinking_model_is_scored_by_its_contents_and_merged_with_its_template
     assert any(tokenizer.token_to_id("<think>") in item["answer_ids"] for item in answers)
     scores = json.loads((evaluation / "scores.json").read_text())
     assert scores["adapter"]["accuracy"]["score"] > scores["base"]["accuracy"]["score"]
-    outputs = (tmp_path / name for name in ("merged", "parity", "exports"))
+    outputs = (tmp_path / name for name in ("merged", "parity"))
     assert merge(params.merge, dataset, adapter, evaluation, *outputs).agreement > 0.9
     shipped = (tmp_path / "merged" / "chat_template.jinja").read_text(encoding="utf-8")
     assert shipped == QWEN3.read_text(encoding="utf-8")

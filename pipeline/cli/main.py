@@ -218,19 +218,16 @@ def _run_stage(name: str, params: Any) -> str:
         case "evaluate":
             from pipeline.evaluate import evaluate
 
-            judge = params.evaluate.judge
-            key = os.environ.get(judge.api_key_variable, "") if judge and judge.api_key_variable else ""
-            scored = evaluate(params.evaluate, dataset, adapter, evaluation, WORK_DIR / "answers", key)
+            scored = evaluate(params.evaluate, dataset, adapter, evaluation, WORK_DIR / "answers")
             return ", ".join(
-                f"{metric} {scored.base[metric]['score']:.3g} → {scored.adapter[metric]['score']:.3g}"
+                f"{metric} {scored['base'][metric]['score']:.3g} → {scored['adapter'][metric]['score']:.3g}"
                 for metric in (("accuracy", "macro_f1") if classes else ("accuracy", "bleu", "rougeL"))
-                if scored.base[metric]
+                if scored["base"][metric]
             )
         case "merge":
             from pipeline.merge import merge
 
-            outputs = (ARTIFACTS / name for name in ("merged", "parity", "exports"))
-            merged = merge(params.merge, dataset, adapter, evaluation, *outputs)
+            merged = merge(params.merge, dataset, adapter, evaluation, ARTIFACTS / "merged", ARTIFACTS / "parity")
             if classes:
                 return f"into the {merged.base} base; {merged.agreement:.1%} of the test texts have the adapter's class"
             peft = f", by PEFT because {merged.merging.reason}" if merged.merging.reason else ""

@@ -17,7 +17,6 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.chat import Message
-from pipeline.chat.rendering import RowError
 from pipeline.chat.responses import read_response
 from pipeline.chat.template import (
     ChatTemplate,
@@ -34,7 +33,6 @@ from pipeline.core.sanitise import portable
 from pipeline.params import Params
 from pipeline.registry.model import RegisteredModel
 from pipeline.scoring.generation import Answer, to_answer
-from pipeline.scoring.likelihood import sequence_losses
 from pipeline.weights.loading import ModelError, input_device, is_whole, load_adapter
 from pipeline.weights.placement import load_for_scoring
 
@@ -224,8 +222,6 @@ def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) ->
         return folder, name
     model = RegisteredModel(params.publish, root)
     manifest = model.manifest(model.find(name))
-    if part == "adapter" and manifest["parity"].get("combined"):
-        return model.fetch_signed(manifest, "parity") / "combined_adapter", manifest["version"]
     return model.fetch_signed(manifest, part), manifest["version"]
 
 
@@ -243,26 +239,6 @@ def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple
     template = load_shipped(folder)
     digest = model_identity(str(folder), None, False)["digest"]
     return load_for_scoring(local_source(folder)), template, {"model": name, "digest": digest}
-
-
-def label_confidences(
-    model: Any, template: ChatTemplate, messages: list[Message], tools: str | None, labels: list[str]
-) -> dict[str, float]:
-    """The probability of each label as the whole answer, its end included, among all `labels`.
-
-    Raises:
-        RowError: the template does not write a label behind the prompt as it would in training.
-    """
-    prompt = template.prompt_ids(messages, tools)
-    sequences = []
-    for label in labels:
-        ids = template.encode([*messages, {"role": "assistant", "content": label}], tools).input_ids
-        if ids[: len(prompt)] != prompt:
-            raise RowError(f"the label {label} does not follow the prompt token by token")
-        end = next((k for k in range(len(prompt), len(ids)) if ids[k] in template.stop_ids), len(ids) - 1)
-        sequences.append((ids[: end + 1], [-100] * len(prompt) + ids[len(prompt) : end + 1]))
-    losses, _ = sequence_losses(model, sequences, template.tokenizer.pad_token_id, "predict", "labels")
-    return dict(zip(labels, (-torch.tensor(losses, dtype=torch.float64)).softmax(0).tolist(), strict=True))
 
 
 def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | None]]:

@@ -78,9 +78,6 @@ def predict(
     ],
     model: Annotated[str | None, typer.Option(help="As for chat; none: the champion.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="Where to; else FILE with .answers.jsonl as its ending.")] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Classify instead: the labels, with commas between; adds label and confidence.")
-    ] = None,
     max_new_tokens: MaxNewTokens = None,
     json_output: Json = False,
 ) -> None:
@@ -97,16 +94,13 @@ def predict(
     from pipeline.scoring.kept import kept_file
     from pipeline.weights.loading import use_free_cores
 
-    choices = None if labels is None else [label.strip() for label in labels.split(",") if label.strip()]
-    if choices is not None and len(set(choices)) < 2:
-        raise CommandError("--labels needs at least two different labels with commas between")
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
     rows, size, kept_in = read_prompts(file), params.evaluate.batch_size, WORK_DIR / "predictions"
     use_free_cores()
     name = _name_or_default(model, params, "predict")
     if params.train.task == CLASSIFICATION:
-        if choices is not None or name == BASE:
-            raise CommandError("a classifier has its own labels: leave out --labels, and name no base")
+        if name == BASE:
+            raise CommandError("a base model has no classes; name a version, or workspace")
         folder, name = find_folder(params, name, "merged")
         classes = classify(folder, [messages for _, messages, _ in rows], size, kept_in)
         results = [{"label": each.label, "confidence": each.confidence} for each in classes]
@@ -114,37 +108,14 @@ def predict(
         return
     loaded, template, identity = load_for_batches(params, name)
     prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
-    limit = 0 if choices else max_new_tokens or params.evaluate.max_new_tokens
-    keep = kept_file(kept_in, identity | {"labels": choices}, prompts, limit, template.stop_ids)
-    if choices is None:
-        offered = [tools for *_, tools in rows]
-        limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
-        settings = (limit, size, "predict", identity["model"], keep, offered, limited_by)
-        answers = generate(loaded, template, prompts, *settings)
-        results = [_fields(answer) for answer in answers]
-    else:
-        results = _labelled(loaded, template, rows, choices, keep)
+    limit = max_new_tokens or params.evaluate.max_new_tokens
+    keep = kept_file(kept_in, identity, prompts, limit, template.stop_ids)
+    offered = [tools for *_, tools in rows]
+    limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
+    settings = (limit, size, "predict", identity["model"], keep, offered, limited_by)
+    results = [_fields(answer) for answer in generate(loaded, template, prompts, *settings)]
     _write_answers(target, rows, results, identity["model"], json_output)
     keep.unlink(missing_ok=True)
-
-
-def _labelled(model: Any, template: Any, rows: list[Any], labels: list[str], keep: Path) -> list[dict[str, Any]]:
-    """The most likely of `labels` for each row, with its confidence; rows that `keep` has are not done again."""
-    from pipeline.cli.serving import label_confidences
-    from pipeline.core.progress import Progress
-    from pipeline.scoring.kept import KeptAnswers
-
-    progress = Progress("predict", len(rows), "lines")
-    with KeptAnswers(keep) as kept:
-        results = list(kept.answers.values())
-        progress.resume_at(len(results))
-        for _, messages, tools in rows[len(results) :]:
-            confidences = label_confidences(model, template, messages, tools, labels)
-            best = max(confidences, key=lambda label: confidences[label])
-            results.append({"label": best, "confidence": confidences[best]})
-            kept.add(len(results) - 1, results[-1])
-            progress.update(len(results))
-    return results
 
 
 def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]], model: str, json_output: bool) -> None:

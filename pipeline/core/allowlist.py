@@ -15,21 +15,20 @@ PARTS = ("adapter", "evaluation", "merged", "parity")
 # By suffix, what may stand before it. Letters, digits, '.', '_' and '-' only: no other spelling of a name gets past.
 NAMES = {
     ".safetensors": r"(adapter_)?model(-\d{5}-of-\d{5})?",
-    ".json": r"adapter_config|added_tokens|config|contract|evaluation|exports|general|generation_config|"
-    r"judge|metrics|model\.safetensors\.index|parity|prompts|scores|special_tokens_map|tokenizer|tokenizer_config|training|vocab",
+    ".json": r"adapter_config|added_tokens|config|contract|evaluation|general|generation_config|"
+    r"metrics|model\.safetensors\.index|parity|prompts|scores|special_tokens_map|tokenizer|tokenizer_config|training|vocab",
     ".jinja": r"chat_template|additional_chat_templates/[a-z0-9][a-z0-9_-]{0,63}",
     ".model": r"tokenizer|spiece|sentencepiece\.bpe",
     ".txt": "merges|vocab",
-    ".parquet": r"(general|items)\.(adapter|base)|items\.merged|judge",
+    ".parquet": r"(general|items)\.(adapter|base)|items\.merged",
     ".csv": "loss|scores|tasks",
     ".md": "README|report",
 }
 _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
 # The card, and what MLflow's own loader looks for: its description and a second name of the tokenizer's files.
-_GGUF = "exports/gguf-(f16|bf16|q8_0)"
-_FOLDERS = "|".join((*PARTS, r"exports(/bnb-[48]bit)?", _GGUF, "parity/combined_adapter", "components/tokenizer"))
+_FOLDERS = "|".join((*PARTS, "components/tokenizer"))
 _DEVICE = r"(?!.*/(con|prn|aux|nul|com\d|lpt\d)\.)"  # on Windows
-_PATTERN = re.compile(rf"{_DEVICE}({_FOLDERS})/({_FILE})|{_GGUF}/model\.gguf|README\.md|MLmodel")
+_PATTERN = re.compile(rf"{_DEVICE}({_FOLDERS})/({_FILE})|README\.md|MLmodel")
 MAX_TEXT_BYTES = 256 * 2**20  # a JSON or text file; the largest tokenizer.json in use has 33 MB
 MAX_TABLE_BYTES = 4 * 2**30  # a Parquet table in memory
 # A link into a content-addressed cache names its bytes by their digest: DVC's (cache.type symlink) or the Hub's.
@@ -69,10 +68,6 @@ def check_file(path: Path) -> None:
                 strict_json(_bounded(path))
             case ".parquet":
                 _check_table(path)
-            case ".gguf":  # for llama.cpp, and never loaded here
-                with path.open("rb") as head:
-                    if head.read(4) != b"GGUF":
-                        raise ValueError("it does not begin as GGUF does")
             case ".csv" | ".jinja" | ".md" | ".txt":
                 _check_text(_bounded(path))
             case ".model":  # SentencePiece begins with its first field; tiktoken's is lines of text

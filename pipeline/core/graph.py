@@ -19,7 +19,7 @@ from pipeline.core.processes import end_group, environment, python_ending_with_p
 STAGES = ("prepare", "train", "evaluate", "merge")
 SAMPLE_REMOTE = "sample"  # in .dvc/config: a folder of this git repository, for the sample's bytes and no others
 SAMPLE_FOLDER = Path("infra/sample-remote")
-SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity", "artifacts/exports")
+SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity")
 PATIENCE = 5.0  # seconds for another DVC to be done with a path; for the whole repository DVC itself waits three
 
 

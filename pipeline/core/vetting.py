@@ -159,9 +159,7 @@ def _problems(name: str, config: Any) -> list[str]:
         ]
     problems = []
     for key, value in _items(config):
-        # Stored in 8 or 4 bits as `merge.export` stores them; nothing else is read as quantised.
-        exported = value is None or (isinstance(value, dict) and value.get("quant_method") == "bitsandbytes")
-        if key == "quantization_config" and not exported:
+        if key == "quantization_config" and value is not None:
             problems.append("has a quantization_config; name the full-precision model, Retune quantises it itself")
         elif key == "transformers_weights" and value is not None:
             problems.append(f"has transformers_weights = {value!r}; weights are model.safetensors or its shards")

@@ -5,7 +5,6 @@ from pathlib import Path
 from pipeline.params import Params
 from pipeline.registry.manifest import read_manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.weights.gguf import require_programs
 
 
 class PreflightError(RuntimeError):
@@ -13,15 +12,14 @@ class PreflightError(RuntimeError):
 
 
 def require_ready(params: Params, root: Path = Path(".")) -> None:
-    """Check that the store can be written, that programs of exports are there, and that the champion can be compared.
+    """Check that the store can be written and that the champion can be compared.
 
     Raises:
-        StoreError, ExportError: the store or a program.
+        StoreError: the store cannot be written.
         PreflightError: the champion under this name is another kind of model.
     """
     model = RegisteredModel(params.publish, root)
     model.store.probe()
-    require_programs(params.merge.export)
     version = model.champion()
     manifest = read_manifest(model.store, version) if version else None
     kind = "classifier" if "classification" in params.train.task else "chat"

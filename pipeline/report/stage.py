@@ -148,7 +148,7 @@ def _said(answer: dict[str, Any]) -> str:
 
 
 def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
-    """Candidate before merge against base on the general set and before the judge, where they were asked for."""
+    """Candidate before merge against base on the general set, where there is one."""
     tables: dict[str, list[Row]] = {}
     if (evaluation / "general.json").is_file():
         general = read_json(evaluation / "general.json")
@@ -162,24 +162,7 @@ def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
             for metric, lost in general["lost"].items()
             if lost is not None
         ]
-    if (evaluation / "judge.json").is_file():
-        judged = read_json(evaluation / "judge.json")
-        base, adapter, pairs = judged["base"], judged["adapter"], judged["pairwise"]
-        rows = [_rated("rating", base["rating"], adapter["rating"])]
-        for kind in ("by_language", "by_category"):
-            rows += [_rated(name, base[kind][name], rating) for name, rating in adapter[kind].items()]
-        rate = "–" if pairs["win_rate"] is None else f"{100 * pairs['win_rate']['score']:.0f} %"
-        counts = f"{pairs['wins']}, {pairs['ties']}, {pairs['losses']}"
-        tables["Judge: ratings from 1 to 10"] = [*rows, _row("the candidate wins, ties, loses", counts, rate, "")]
     return tables
-
-
-def _rated(name: str, old: dict[str, float] | None, new: dict[str, float] | None) -> Row:
-    change = f"{new['score'] - old['score']:+.2f}" if old and new else "–"
-    before, after = (
-        f"{one['score']:.2f} ({one['low']:.2f} to {one['high']:.2f})" if one else "–" for one in (old, new)
-    )
-    return _row(name, before, after, change)
 
 
 def _row(what: str, base: str, candidate: str, difference: str) -> Row:

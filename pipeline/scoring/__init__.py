@@ -1,1 +1,1 @@
-"""Answers and what they are worth: generation, likelihood, metrics, resampling, a judge. It knows data and weights."""
+"""Answers and what they are worth: generation, likelihood, metrics, resampling. It knows data and weights."""

@@ -29,10 +29,10 @@ METRICS_FILE = Path(text_metrics.__file__)
 TEXT_METRICS = [
     name for name in METRICS if name not in ("accuracy", "macro_f1", "perplexity") and not name.startswith("rouge")
 ]
-NOT_SCORED = {"prompts", "general", "judge"}  # parameters that no score of a test item depends on
+NOT_SCORED = {"prompts", "general"}  # parameters that no score of a test item depends on
 STATUSES = ("ok", "cut_off", "empty", "failed")
-# {metric: {score, low, high}, distinct_1, distinct_2, length_ratio, num_samples, num_cut_off, num_empty, num_failed,
-#  by_task, by_language, by_length: {name: the same}}
+# {metric: {score, low, high}, num_samples, num_cut_off, num_empty, num_failed, by_task, by_language, by_length: {name:
+# the same}}
 Metrics = dict[str, Any]
 
 
@@ -140,15 +140,7 @@ def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
     scores |= {f"num_{state}": status.count(state) for state in STATUSES if state != "ok"}
     values = {metric: metric_items(items, metric) for metric in METRICS}
     measured = bootstrap_metrics(values, group_of(items), params.bootstrap_samples, params.seed)
-    scores |= {metric: score.as_dict() if score else None for metric, score in measured.items()}
-    kinds = items.column("scoring").to_pylist()
-    texts = [state == "ok" and kind != TOOL_CALLS for state, kind in zip(status, kinds, strict=True)]
-    answers, references = (_where(texts, items.column(name).to_pylist()) for name in ("answer", "reference"))
-    return scores | {
-        "distinct_1": compute("distinct_n", predictions=answers, n=1)["score"],
-        "distinct_2": compute("distinct_n", predictions=answers, n=2)["score"],
-        "length_ratio": compute("length_ratio", predictions=answers, references=references)["score"],
-    }
+    return scores | {metric: score.as_dict() if score else None for metric, score in measured.items()}
 
 
 def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]) -> dict[str, Any]:
@@ -164,7 +156,7 @@ def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]
 
 def scoring_params(provenance: dict[str, Any]) -> EvaluateParams:
     """The parameters that scores were made with, from their provenance."""
-    return EvaluateParams.model_validate({"prompts": [], "general": None, "judge": None} | provenance["params"])
+    return EvaluateParams.model_validate({"prompts": [], "general": None} | provenance["params"])
 
 
 def _status(answer: Answer | None) -> str:

@@ -31,7 +31,6 @@ class Merged:
     agreement: float  # fraction of the adapter's answer tokens, or classes, that it chooses, given the text so far
     identical: float  # fraction of test prompts with the very same answer; one close call changes all that follows it
     metrics: Metrics
-    exports: dict[str, Metrics]
 
 
 def merge_closest(
@@ -68,31 +67,30 @@ def merge_closest(
     return chosen, mergings[chosen], errors
 
 
-def metric_differences(metrics: Metrics, others: Metrics) -> dict[str, float]:
-    """How much higher each of `metrics` is than in `others`, where both count (bleu, chrf 0-100; the others 0-1).
-
-    Perplexity, which has no range, as a fraction of the other.
-    """
-    return {
-        m: (metrics[m]["score"] - others[m]["score"]) / (others[m]["score"] if m in LOWER_IS_BETTER else 1)
-        for m in METRICS
-        if metrics[m] and others[m]
-    }
-
-
 def prove(
-    params: MergeParams, folder: Path, items: pa.Table, merged: Merged, evaluated: dict[str, Metrics], **record: Any
+    params: MergeParams,
+    folder: Path,
+    items: pa.Table,
+    merged: Merged,
+    evaluated: dict[str, Metrics],
+    recorded: dict[str, Any],
 ) -> None:
     """Write how far `merged` is from the adapter: `items.merged.parquet`, `scores.json`, `metrics.json` (for
-    `dvc metrics`) and, with `record`, `parity.json`.
+    `dvc metrics`) and `parity.json`.
 
     Args:
         evaluated: scores of `base` and `adapter`.
+        recorded: what the scores of `items` depend on.
 
     Raises:
         MergeError: it is further than `params` allow; with the number and what to set.
     """
-    differences = metric_differences(merged.metrics, evaluated["adapter"])
+    differences = {}  # how much higher than the adapter's, where both count; of perplexity as a fraction
+    for metric in METRICS:
+        ours, theirs = merged.metrics[metric], evaluated["adapter"][metric]
+        if ours and theirs:
+            scale = theirs["score"] if metric in LOWER_IS_BETTER else 1
+            differences[metric] = (ours["score"] - theirs["score"]) / scale
     _require_parity(params, merged, differences)
     pq.write_table(items, folder / "items.merged.parquet")
     write_json(folder / "scores.json", {"merged": merged.metrics})
@@ -108,7 +106,7 @@ def prove(
             "identical_answers": merged.identical,
             "metric_difference": differences,
             "prompts": len(items),
-            **record,
+            "evaluation": recorded,
         },
     )
 

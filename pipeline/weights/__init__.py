@@ -1,1 +1,1 @@
-"""Base models, adapters and what is made of both: loading, merging, combining, exports. It knows chat."""
+"""Base models, adapters and what is made of both: loading and merging. It knows chat."""

@@ -180,8 +180,7 @@ def refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
         if isinstance(module, bnb.nn.Linear4bit) and device().type == "cpu" and module.in_features % 64:
             raise ModelError(
                 f"{path} of {name} has rows of {module.in_features} numbers, not a multiple of 64; bitsandbytes "
-                "computes wrongly with those in 4 bits on a CPU: set train.method to lora (and merge.export to []), or "
-                "use a GPU"
+                "computes wrongly with those in 4 bits on a CPU: set train.method to lora, or use a GPU"
             )
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.weights.architecture import auto_class, base_config, checkpoint_names, empty_model, rounded_weights
@@ -96,13 +96,6 @@ def require_mergeable(adapter: Path) -> None:
             f"{adapter} is {settings.peft_type.value} and changes no weight: it cannot be merged, and ships as the "
             "adapter that it is, on its base"
         )
-
-
-def empty_base(identity: Mapping[str, Any]) -> PreTrainedModel:
-    """The base with the shapes of its parameters and without their numbers: adapters can be put on it, no more."""
-    model = empty_model(base_config(identity))
-    _without_weights(model)
-    return model
 
 
 def _edits(

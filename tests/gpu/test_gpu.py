@@ -65,7 +65,7 @@ def stages(params: Params, data: Path, folder: Path) -> Iterator[tuple[str, Any]
     yield "prepare", prepare(params.prepare, data, dataset)
     yield "train", train(params.train, dataset, adapter, folder / "checkpoints", tables=folder / "tables")
     yield "evaluate", evaluate(params.evaluate, dataset, adapter, evaluation)
-    outputs = (folder / "merged", folder / "parity", folder / "exports")
+    outputs = (folder / "merged", folder / "parity")
     yield "merge", merge(params.merge, dataset, adapter, evaluation, *outputs)
 
 

@@ -131,33 +131,6 @@ def _perplexity(losses, tokens):
     return {"score": score, "items": items, "signature": "perplexity|tokens:trained-of-the-last-answer|mean:token"}
 
 
-def _distinct_n(predictions, n=2):
-    """The share of n-grams of all answers that are not repetitions of another (Li et al. 2016): 0-1, falling with the
-    number of answers. Items: [n-grams that no earlier answer has, n-grams]."""
-    seen, items = set(), []
-    for text in predictions:
-        tokens = words(text)
-        grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-        items.append([len(set(grams) - seen), len(grams)])
-        seen |= set(grams)
-    total = sum(grams for _, grams in items)
-    return {
-        "score": len(seen) / total if total else None,
-        "items": items,
-        "signature": f"distinct-{n}|{_WORDS}|case:lc",
-    }
-
-
-def _length_ratio(predictions, references):
-    """Words of all answers by words of all references, characters in scripts without spaces; 1 is as long.
-
-    Items: [words of the answer, of the reference].
-    """
-    items = [[len(words(p)), len(words(r))] for p, r in zip(predictions, references, strict=True)]
-    said, expected = (sum(column) for column in zip(*items, strict=True)) if items else (0, 0)
-    return {"score": said / expected if expected else None, "items": items, "signature": f"length-ratio|{_WORDS}"}
-
-
 _PAIR = {"predictions": "string", "references": "string"}
 _METRICS = {
     "accuracy": (_accuracy, _PAIR | {"scoring": "string"}),
@@ -167,8 +140,6 @@ _METRICS = {
     "rouge": (_rouge, _PAIR),
     "macro_f1": (_macro_f1, _PAIR),
     "perplexity": (_perplexity, {"losses": "float64", "tokens": "int64"}),
-    "distinct_n": (_distinct_n, {"predictions": "string"}),
-    "length_ratio": (_length_ratio, _PAIR),
 }
 
 
