@@ -150,7 +150,7 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     assert read_json(dataset / "contract.json")["labels"] == ["neg", "pos"]
     train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     scores = evaluate(settings.evaluate, dataset, tmp_path / "adapter", tmp_path / "evaluation")
-    untrained, tuned = scores.base, scores.adapter
+    untrained, tuned = scores["base"], scores["adapter"]
     assert tuned["accuracy"]["low"] > untrained["accuracy"]["high"] and tuned["accuracy"]["score"] > 0.85
     assert tuned["macro_f1"]["low"] <= tuned["macro_f1"]["score"] <= tuned["macro_f1"]["high"] <= 1
     assert "macro_f1" in (tmp_path / "evaluation" / "report.html").read_text()
@@ -178,8 +178,8 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     assert [(row["id"], row["label"], row["confidence"], row["model"]) for row in rows] == [
         (number, said[number].label, pytest.approx(said[number].confidence, abs=1e-4), "workspace") for number in (0, 1)
     ]
-    with pytest.raises(CommandError, match="a classifier has its own labels"):
-        answer_file(Path("reviews.jsonl"), model="workspace", labels="pos, neg")
+    with pytest.raises(CommandError, match="a base model has no classes"):
+        answer_file(Path("reviews.jsonl"), model="base")
     score_model(
         tmp_path / "merged", dataset, read_json(tmp_path / "evaluation" / "evaluation.json"), tmp_path / "again"
     )

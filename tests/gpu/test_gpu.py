@@ -77,7 +77,7 @@ def test_the_sample_goes_from_prepare_to_merge(tmp_path: Path) -> None:
     params = load_params(ROOT / "params.yaml")
     params = with_(params, prepare={"model_name_or_path": str(ROOT / "data" / "base")})
     results = dict(stages(params, ROOT / "data" / "instructions", tmp_path))
-    assert results["evaluate"].adapter["accuracy"]["score"] > 0.55 > results["evaluate"].base["accuracy"]["score"]
+    assert results["evaluate"]["adapter"]["accuracy"]["score"] > 0.55 > results["evaluate"]["base"]["accuracy"]["score"]
     assert results["merge"].agreement > 0.98
 
 
