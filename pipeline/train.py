@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftConfig
 from transformers import AutoConfig, PrinterCallback, set_seed
 from trl import SFTConfig
@@ -32,7 +33,7 @@ from pipeline.training.checkpoints import last_checkpoint, open_run, versions
 from pipeline.training.classifier import ClassCollate, ClassTrainer, class_sequences
 from pipeline.training.footprint import UnplannedError, count
 from pipeline.training.gradients import require_gradients
-from pipeline.training.hardware import batches, gpus, remarks, require_kernels, use_liger
+from pipeline.training.hardware import batches, require_kernels, this_gpu, use_liger
 from pipeline.training.launch import launch, must_launch, run_one
 from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of
 from pipeline.training.packing import Collate, lengths_of, training_sequences
@@ -40,14 +41,17 @@ from pipeline.training.sharding import gather_trained, shard_on_cpus
 from pipeline.training.targets import describe_experts
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.warm_start import check_init, load_init
-from pipeline.training.watching import Interrupted, TrainError, Watch
+from pipeline.training.watching import LOSS, SPEED, Interrupted, TrainError, Watch, write_table
 from pipeline.weights.loading import compute_dtype, load_base, sort_sets, use_free_cores, use_threads
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+RECORDED = ("steps", "shipped_step", "loss", "validation_loss", "trainable_parameters")
 
 
 @dataclass(frozen=True)
 class Trained:
+    """What a training reports."""
+
     steps: int
     shipped_step: int  # whose weights the adapter has: with early stopping the best one, else the last
     loss: float  # nats a trained token, mean over up to logging_steps steps before and with the shipped one
@@ -70,19 +74,15 @@ def train(
 
     Beside it: `contract.json` (copied from the dataset), `training.json` (resolved parameters, versions, final losses)
     and `loss.csv` (step, loss in nats a token, validation loss, learning rate, gradient norm, weight change) for
-    `dvc plots`. What differs between two equal runs (speed, memory, rungs taken) goes to the folder `tables`.
+    `dvc plots`. What differs between two equal runs (speed, memory, retries) goes to the folder `tables`.
 
     Args:
         init: the folder of an adapter whose weights this one starts with.
 
     Raises:
-        InitError: that adapter is of another base, method or other settings.
-        HardwareError: a kernel is asked for that needs a GPU or a package that is not here, or other processes hold
-            the GPU's memory.
-        TemplateError, ModelError: base model or tokenizer is not what the dataset was prepared for.
-        MethodError: a target module that the model lacks.
-        TrainError: a loss of NaN or infinity or one that jumps, a layer that passes no gradient, or an adapter that did
-            not change.
+        InitError, MethodError, TemplateError, ModelError: adapter, target modules or base are not what they should be.
+        HardwareError: a kernel or memory is asked for that this machine does not have.
+        TrainError: a loss of NaN or one that jumps, a layer that passes no gradient, an adapter that did not change.
         OutOfMemory: memory ran out with the smallest piece of a batch.
         Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
     """
@@ -96,44 +96,27 @@ def train(
             f"train.task is {params.task}, but the dataset was prepared for another task; run `dvc repro prepare`"
         )
     require_kernels(params, torch.cuda.is_available())
-    for line in remarks(gpus()[: params.num_processes]):
-        print(f"train · {line}", flush=True)
     tokenizer = (load_classes if labels else load_contract)(contract).tokenizer
     threads = use_free_cores() if params.num_threads == "auto" else use_threads(params.num_threads)
     set_seed(params.seed)
-    attention = None if params.attn_implementation == "auto" else params.attn_implementation
     train_rows, validation_rows = (
         class_sequences(path, labels) if labels else training_sequences(path, params)
         for path in (dataset / "train.parquet", dataset / "validation.parquet")
     )
     batch = _batches(params, contract["model"], lengths_of(train_rows))
-    model = load_base(contract["model"], quantisation_of(params), labels, attention)
-    if params.method == "full":
-        model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
-    require_context(params, model.config, contract["max_length"])
-    adapter = adapter_config(params, model)
-    for line in describe_experts(params, model):
-        print(f"train · {line}", flush=True)
-    if init is not None and adapter is not None:
-        check_init(init, contract, adapter)
+    model, adapter = _model(params, contract, init)
     folder = open_run(params, dataset, checkpoints, init)
     sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
-    attention_used = model.config._attn_implementation
-    if params.packing and not labels:
-        require_isolation(model, train_rows)
-        if attention is None:
-            attention_used = use_packed_attention(model, train_rows)
-    layers_used = use_liger(model, params)
+    used = _use_fast_paths(params, model, train_rows)
     trainer = _trainer(
         params, init, adapter, model=model, watch=Watch(params, sources), args=_arguments(params, folder, *batch),
         train_dataset=train_rows, eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
         data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
     )  # fmt: skip
-    print(
-        f"train · attention: {attention_used} · loss: {trainer.loss_used} · layers: {layers_used} · {batch[0]} × "
-        f"{batch[1]} sequences a step",
-        flush=True,
+    _say(
+        f"attention: {used['attention']} · loss: {trainer.loss_used} · layers: {used['layers']} · {batch[0]} × "
+        f"{batch[1]} sequences a step"
     )
     trained = _run(trainer, params, folder)
     gathered = gather_trained(trainer.model)  # of a sharded model every process gives its part
@@ -141,11 +124,40 @@ def train(
     if trainer.is_world_process_zero():
         _write(trainer, gathered, output, portable(contract), portable(_record(params, contract, trained, init)))
         if tables is not None:
-            used = {"attention": attention_used, "layers": layers_used, "micro_batch": batch[0], "threads": threads}
-            _write_tables(trainer, tables, used | {"resumed_from_step": trained.resumed_from_step})
+            used |= {"micro_batch": batch[0], "threads": threads, "resumed_from_step": trained.resumed_from_step}
+            _write_tables(trainer, tables, used)
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return trained
+
+
+def _say(line: str) -> None:
+    print(f"train · {line}", flush=True)
+
+
+def _model(params: TrainParams, contract: dict[str, Any], init: Path | None) -> tuple[Any, PeftConfig | None]:
+    """The base as it is trained on, and the adapter to put on it."""
+    attention = None if params.attn_implementation == "auto" else params.attn_implementation
+    model = load_base(contract["model"], quantisation_of(params), contract.get("labels"), attention)
+    if params.method == "full":
+        model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
+    require_context(params, model.config, contract["max_length"])
+    adapter = adapter_config(params, model)
+    if line := describe_experts(params, model):
+        _say(line)
+    if init is not None and adapter is not None:
+        check_init(init, contract, adapter)
+    return model, adapter
+
+
+def _use_fast_paths(params: TrainParams, model: Any, rows: Dataset) -> dict[str, Any]:
+    """Give `model` the fastest attention and layers that change nothing; says which it has."""
+    attention = model.config._attn_implementation
+    if params.packing and params.task != CLASSIFICATION:
+        require_isolation(model, rows)
+        if params.attn_implementation == "auto":
+            attention = use_packed_attention(model, rows)
+    return {"attention": attention, "layers": use_liger(model, params)}
 
 
 def _trainer(params: TrainParams, init: Path | None, adapter: PeftConfig | None, **settings: Any) -> AdapterTrainer:
@@ -168,7 +180,7 @@ def _trainer(params: TrainParams, init: Path | None, adapter: PeftConfig | None,
                 parameter.data = parameter.data.float()
     if init is not None:
         load_init(trainer.model, init)
-        print(f"train · the adapter starts from {init}", flush=True)
+        _say(f"the adapter starts from {init}")
     # The trainer's own printer of raw dictionaries; `watch` prints lines people read.
     trainer.pop_callback(PrinterCallback)
     return trainer
@@ -182,7 +194,7 @@ def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
     start = last_checkpoint(folder)
     resumed = int(start.name.split("-")[1]) if start else 0
     if start:
-        print(f"train · going on from step {resumed} ({start})", flush=True)
+        _say(f"going on from step {resumed} ({start})")
         trainer.go_on_from(start)
     with watch:
         # Killed after its last step, it has nothing left to train; the loop would take a step more.
@@ -193,7 +205,7 @@ def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
         why = "by a signal" if watch.interrupted else f"after train.max_hours ({params.max_hours})"
         raise Interrupted(f"stopped {why} at step {step}; the next run goes on from there")
     shipped = trainer.load_best()
-    if not watch.moved(trainer.model):
+    if not any(watch.changes(trainer.model).values()):
         raise TrainError(
             f"the adapter did not change in {step} steps; with very few of them set train.warmup_ratio to 0, else no "
             "gradient reached it"
@@ -209,13 +221,7 @@ def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
     )
 
 
-def _write(
-    trainer: AdapterTrainer,
-    gathered: dict[str, torch.Tensor] | None,
-    output: Path,
-    contract: dict[str, Any],
-    record: dict[str, Any],
-) -> None:
+def _write(trainer: AdapterTrainer, gathered: Any, output: Path, contract: Any, record: dict[str, Any]) -> None:
     """The adapter's folder: the same files for two equal trainings."""
     with whole_directory(output) as folder:
         if gathered is None:
@@ -229,16 +235,15 @@ def _write(
         clean_folder(folder)
         write_json(folder / "contract.json", contract)
         write_json(folder / "training.json", record)
-        trainer.watch.write_curve(folder / "loss.csv")
+        write_table(folder / "loss.csv", LOSS, trainer.watch.loss_rows)
 
 
 def _write_tables(trainer: AdapterTrainer, tables: Path, used: dict[str, Any]) -> None:
     """What differs from run to run: speed, memory, what the machine made possible."""
     with whole_directory(tables) as folder:
-        trainer.watch.write_tables(folder)
-        memory = [rung.record() for rung in trainer.rungs[1:]]
-        seconds = trainer.watch.earlier_seconds
-        write_json(folder / "run.json", {"memory": memory, "earlier_seconds": seconds} | used)
+        write_table(folder / "speed.csv", SPEED, trainer.watch.speed_rows)
+        memory = [vars(rung) for rung in trainer.rungs[1:]]
+        write_json(folder / "run.json", used | {"memory": memory, "earlier_seconds": trainer.watch.earlier_seconds})
 
 
 def quantisation_of(params: TrainParams) -> dict[str, Any]:
@@ -251,14 +256,16 @@ def _batches(params: TrainParams, base: dict[str, Any], lengths: list[int]) -> t
     """Sequences of a micro-batch and micro-batches of a step; the same in every process."""
     card = counts = None
     if torch.cuda.is_available():
-        card = gpus()[0]
+        card = this_gpu()
+        if compute_dtype() is torch.float16:
+            _say(f"the {card.name} has no bfloat16; computing in float16, with a scaled loss")
         config = AutoConfig.from_pretrained(
             base["name_or_path"], revision=base["revision"], trust_remote_code=base["trust_remote_code"]
         )
         try:
             counts = count(config, params)
         except UnplannedError as error:
-            print(f"train · the memory of {error} cannot be planned; one sequence at a time", flush=True)
+            _say(f"the memory of {error} cannot be planned; one sequence at a time")
     rows, accumulation = batches(params, counts, card, lengths)
     if card is not None and params.strategy == "ddp":
         PartialState()
@@ -314,12 +321,7 @@ def _record(params: TrainParams, contract: dict[str, Any], trained: Trained, ini
         "init_adapter_sha256": None if init is None else sha256_file(init / "adapter_model.safetensors"),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "steps": trained.steps,
-        "shipped_step": trained.shipped_step,
-        "loss": trained.loss,
-        "validation_loss": trained.validation_loss,
-        "trainable_parameters": trained.trainable_parameters,
-    }
+    } | {key: getattr(trained, key) for key in RECORDED}
 
 
 if __name__ == "__main__":  # one of several processes

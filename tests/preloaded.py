@@ -27,7 +27,7 @@ ADDRESS = FOLDER / "socket"
 INTERPRETER = FOLDER / "venv" / "bin" / "python"  # beside which `retune` is such a fork, whatever starts it
 REAL = INTERPRETER.with_name("python3")
 SERVER = Path(__file__).with_name("preloaded_server.py")
-# `python -m` of these three, as tests and the product start them, alone or behind the line of `ending_with_parent`, are
+# `python -m` of these, as tests and the product start them, alone or behind the line of `ending_with_parent`, are
 # forks; all else is Python.
 PYTHON = f"""\
 module= skipped=
@@ -35,7 +35,7 @@ if [ "$1" = -m ]; then module=$2 skipped=2; fi
 if [ "$1 $2" = "-u -m" ]; then module=$3 skipped=3; fi
 if [ "$1 $5 $6" = "-c -u -m" ]; then module=$7 skipped=7; fi
 case $module in
-    dvc | flows | pipeline) shift $skipped; exec {REAL} -IS {__file__} $module "$@";;
+    dvc | flows | flows.setup | pipeline | pipeline.train) shift $skipped; exec {REAL} -IS {__file__} $module "$@";;
 esac
 exec {REAL} "$@\""""
 

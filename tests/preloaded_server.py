@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import runpy
 import selectors
 import signal
 import socket
@@ -29,6 +30,7 @@ MODULES = (
     "dvc.cli.parser",
     "dvc.repo",
     "flows.retrain",
+    "prefect.cli.deploy",
 )
 
 
@@ -133,6 +135,11 @@ def run_command(program: str, arguments: list[str]) -> int:
 
                 read_prefect_settings()
                 flow()
+            case "flows.setup":
+                read_prefect_settings()
+                runpy.run_module("flows.setup", run_name="__main__")
+            case "pipeline.train":  # one of several processes
+                runpy.run_module("pipeline.train", run_name="__main__")
             case _:
                 from pipeline.cli.main import main as retune
 

@@ -1,4 +1,4 @@
-"""What a training makes of the GPUs it finds: kernels by choice, precision, memory, and the same steps on any card.
+"""What a training makes of its GPU: kernels by choice, memory, and the same steps on any card.
 
 Cards are values as PyTorch reports them; no test here needs one.
 """
@@ -17,14 +17,14 @@ from transformers import LlamaConfig
 from pipeline.params import Params
 from pipeline.train import train
 from pipeline.training.footprint import Counts, count, step_memory
-from pipeline.training.hardware import GIB, Gpu, HardwareError, batches, remarks, require_kernels, use_liger
+from pipeline.training.hardware import GIB, Gpu, HardwareError, batches, require_kernels, use_liger
 from pipeline.training.watching import Watch
 
 LLAMA_8B = LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
 
 
-def card(total: float, free: float | None = None, name: str = "A100", bfloat16: bool = True) -> Gpu:
-    return Gpu(name, int(total * GIB), int((total if free is None else free) * GIB), bfloat16)
+def card(total: float, free: float | None = None) -> Gpu:
+    return Gpu("A100", int(total * GIB), int((total if free is None else free) * GIB))
 
 
 @pytest.mark.parametrize(
@@ -48,21 +48,6 @@ def test_a_kernel_without_its_gpu_or_package_is_refused(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     require_kernels(asked, cuda=True)
     require_kernels(params.train, cuda=False)  # nothing is asked for by name
-
-
-@pytest.mark.parametrize(
-    ("cards", "said"),
-    [
-        ([], []),
-        ([card(80)], []),
-        ([card(15, name="T4", bfloat16=False)], ["T4 has no bfloat16"]),
-        ([card(24), card(12)], ["12 and 24 GiB"]),
-    ],
-    ids=["no GPU", "one", "no bfloat16", "two sizes"],
-)
-def test_what_is_odd_about_the_gpus_is_said_in_a_sentence(cards: list[Gpu], said: list[str]) -> None:
-    sentences = remarks(cards)
-    assert len(sentences) == len(said) and all(word in line for word, line in zip(said, sentences, strict=True))
 
 
 @pytest.fixture(scope="module")

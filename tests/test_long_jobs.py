@@ -29,7 +29,7 @@ from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.watching import Interrupted
 from pipeline.weights.loading import load_base
 
-CHECKS = 11  # forward passes before the first step: 2 for isolation, 8 for row attention, 1 for gradients
+CHECKS = 9  # forward passes before the first step: 2 for isolation, 6 for row attention, 1 for gradients
 
 
 @contextmanager
@@ -228,10 +228,6 @@ def test_what_was_watched_is_in_the_tables_and_a_validation_changes_nothing(
     assert all(float(row[key]) > 0 for row in curve for key in ("loss", "learning_rate", "grad_norm", "weight_change"))
     speed = list(csv.DictReader((tmp_path / "tables" / "speed.csv").open()))
     assert all(float(row["tokens_per_second"]) > 0 and float(row["memory_gib"]) > 0 for row in speed)
-    modules = list(csv.DictReader((tmp_path / "tables" / "modules.csv").open()))
-    assert {row["step"] for row in modules} == {"2", "4"}
-    assert len({row["module"] for row in modules}) == 14  # 7 linear layers in each of 2 blocks
-    assert "model.layers.0.mlp.up_proj" in {row["module"] for row in modules}
 
 
 def test_an_adapter_that_does_not_move_is_warned_about(
@@ -284,7 +280,7 @@ def test_a_run_that_differs_starts_afresh_and_says_why(
 ) -> None:
     folder = open_run(params.train, dataset, tmp_path)
     assert open_run(with_(params, train={"learning_rate": 0.001}).train, dataset, tmp_path) != folder
-    assert "other parameters (train.learning_rate); this training starts afresh" in capsys.readouterr().out
+    assert "other train.learning_rate; this one starts afresh" in capsys.readouterr().out
     assert open_run(with_(params, train={"max_hours": 2.0}).train, dataset, tmp_path) == folder
     assert "afresh" not in capsys.readouterr().out
     assert identity(params.train, dataset) != identity(params.train, dataset, adapter)

@@ -174,13 +174,13 @@ def test_the_untuned_base_answers_as_the_base_alone(
 
 
 def test_adalora_cuts_rank_and_keeps_its_factors_orthogonal(tmp_path: Path, params: Params, dataset: Path) -> None:
-    settings = short(params, "adalora", max_steps=20, lora_r=4)
+    settings = short(params, "adalora", max_steps=10, lora_r=4)
     train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     config = read_json(tmp_path / "adapter" / "adapter_config.json")
     ranks = [sum(rank) for rank in config["rank_pattern"].values()]
     assert (config["init_r"], config["target_r"]) == (6, 4)
     assert sum(ranks) == 4 * len(ranks)  # the budget is spent, by importance and not evenly
-    assert config["total_step"] == 20
+    assert config["total_step"] == 10
 
 
 @pytest.mark.parametrize(

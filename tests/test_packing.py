@@ -13,14 +13,7 @@ from pipeline.params import Params
 from pipeline.training import loss as loss_module
 from pipeline.training.attention import use_packed_attention
 from pipeline.training.loss import add_chunked_loss, chunked_loss
-from pipeline.training.packing import (
-    Collate,
-    fill_lines,
-    pieces,
-    rows_in,
-    tokens_in,
-    training_sequences,
-)
+from pipeline.training.packing import Collate, fill_lines, pieces, tokens_in, training_sequences
 from pipeline.weights.loading import load_base
 
 
@@ -57,12 +50,12 @@ def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: P
         add_chunked_loss(model)
         for sequence in sequences.select(range(4)):
             for piece in pieces(Collate(0, packed=True)([sequence]), 1000):
-                [number] = rows_in(piece)
+                [number] = piece["rows"].tolist()
                 count = (piece["labels"][:, 1:] != -100).sum()
                 packed[number] = float(model(**inputs(piece), chunked_loss=True).loss / count)
             whole = Collate(0, packed=True)([sequence])
             total = float(model(**inputs(whole), chunked_loss=True).loss)
-            counts = {n: sum(label != -100 for label in rows[n]["labels"][1:]) for n in rows_in(whole)}
+            counts = {n: sum(label != -100 for label in rows[n]["labels"][1:]) for n in whole["rows"].tolist()}
             assert total == pytest.approx(sum(alone[n] * counts[n] for n in counts), rel=1e-5)
     assert len(alone) > 8
     assert packed == pytest.approx(alone, abs=1e-5)
@@ -76,7 +69,7 @@ def test_pieces_of_a_batch_are_its_rows(dataset: Path) -> None:
         for number in (1, 2, 3, 5, 9):
             parts = pieces(batch, number)
             assert len(parts) == min(number, 5)
-            assert [row for part in parts for row in rows_in(part)] == [0, 1, 2, 3, 4]
+            assert [row for part in parts for row in part["rows"].tolist()] == [0, 1, 2, 3, 4]
             assert sum(map(tokens_in, parts)) == tokens_in(batch)
 
 

@@ -30,10 +30,11 @@ from transformers import (
 )
 
 from pipeline.chat.template import NAMED
+from pipeline.params import Params
 from pipeline.settings import change_params, load_params, yaml_text
 from pipeline.training.footprint import GIB, count, step_memory
 from pipeline.training.methods import adapter_config
-from pipeline.training.plan import _kind
+from pipeline.training.plan import gpu_kind
 from pipeline.training.presets import PRESETS, PresetError, apply, available, values
 
 PRESET = {each.name: each for each in available()}
@@ -102,56 +103,51 @@ def comments(text: str) -> list[str]:
     return re.findall(r"#.*", text)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_preset_is_written_with_its_values_and_keeps_every_comment(project_file: Path, name: str) -> None:
+def test_a_preset_is_written_with_its_values_and_keeps_every_comment(project_file: Path) -> None:
     before = project_file.read_text()
-    for task in (None, *PRESET[name].tasks):
+    for name, task in (("gpt2-lora", None), ("qwen3-8b-qlora", "reasoning"), ("roberta-base-imdb", None)):
         apply(name, project_file, task)
         assert comments(project_file.read_text()) == comments(before)
         params = load_params(project_file).model_dump()
         for section, settings in values(name, task).items():
             for key, value in settings.items():
                 assert params[section][key] == value or value == "auto", f"{section}.{key}"
-        assert apply(name, project_file, task) == {}
+    assert apply(name, project_file, task) == {}
 
 
-def test_nothing_of_an_earlier_preset_is_left_over(project_file: Path) -> None:
+def test_nothing_of_an_earlier_preset_is_left_over() -> None:
     keys = [{(section, key) for section, settings in values(name).items() for key in settings} for name in NAMES]
     assert all(of_one == keys[0] for of_one in keys)
-    apply("gpt2-lora", project_file, "reasoning")
-    alone = load_params(project_file)
-    apply("roberta-base-imdb", project_file)
-    apply("gpt2-lora", project_file, "reasoning")
-    assert load_params(project_file) == alone
+
+
+@pytest.fixture(scope="module")
+def own() -> Params:
+    return load_params(ROOT / "params.yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_pins_its_model_and_names_a_template_there_is(name: str) -> None:
+def test_a_preset_pins_its_model_names_a_template_and_target_modules_that_there_are(name: str, own: Params) -> None:
     prepare = values(name)["prepare"]
     assert re.fullmatch(r"[0-9a-f]{40}", prepare["model_revision"])
     assert prepare["chat_template"] in {*NAMED, None}  # null: the tokenizer's own
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_target_modules_are_there_in_the_real_architecture(name: str) -> None:
     with torch.device("meta"):
         auto: Any = AutoModelForSequenceClassification if "imdb" in name else AutoModelForCausalLM
         model = auto.from_config(MODELS[name])
     for task in PRESET[name].tasks:
-        params = with_(load_params(ROOT / "params.yaml"), **values(name, task))
+        params = with_(own, **values(name, task))
         adapter_config(params.train, model)
         context = getattr(MODELS[name].get_text_config(), "max_position_embeddings", None) or 2048
         assert params.prepare.max_length <= context
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SMALL else pytest.mark.faults) for n in NAMES])
-def test_a_preset_fits_the_gpu_it_names(name: str) -> None:
-    params = with_(load_params(ROOT / "params.yaml"), **values(name))
+def test_a_preset_fits_the_gpu_it_names(name: str, own: Params) -> None:
+    params = with_(own, **values(name))
     gpu, size = PRESET[name].gpu, params.train.per_device_train_batch_size
     length = max(params.prepare.max_length, params.train.packed_length if params.train.packing else 0)
     counts = count(MODELS[name], params.train)
     memory = step_memory(counts, params.train, 1 if size == "auto" else size, length, on_gpu=gpu is not None)
-    assert memory.peak < (16 * GIB if gpu is None else _kind(gpu).room)
+    assert memory.peak < (16 * GIB if gpu is None else gpu_kind(gpu).room)
 
 
 def test_a_block_becomes_one_line_when_its_keys_change(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ whole step. Each rung is taken from the step that failed on, and recorded.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -20,20 +20,13 @@ class OutOfMemory(RuntimeError):
 
 @dataclass(frozen=True)
 class Rung:
-    """`pieces`: into how many parts, split between rows, a batch goes through the model one after the other."""
-
     step: int = 0
-    pieces: int = 1
+    pieces: int = 1  # into how many parts, split between rows, a batch goes through the model one after the other
     gradient_checkpointing: bool = False
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, Exception) and bool(should_reduce_batch_size(error))
-    )
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
 
 
 def free() -> None:
@@ -61,12 +54,3 @@ def in_fitting_batch(size: int, attempt: Callable[[int], T], of: str) -> tuple[i
             )
         size, failed = (size + 1) // 2, size
         print(f"memory ran out with {failed} of a {of} at once; it goes on with {size}", flush=True)
-
-
-def next_rung(rung: Rung, step: int, rows: int) -> Rung | None:
-    """The rung below, for a batch of `rows` rows that did not fit; None below the last."""
-    if rung.pieces < rows:
-        return Rung(step, min(rung.pieces * 2, rows), rung.gradient_checkpointing)
-    if not rung.gradient_checkpointing:
-        return Rung(step, rung.pieces, gradient_checkpointing=True)
-    return None

@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from pipeline.training.footprint import attention_dropout
-from pipeline.training.packing import Batch, Collate, fullest_line, line_with_longest_row, rows_of
+from pipeline.training.packing import Batch, Collate, rows_of
 from pipeline.weights.loading import ModelError, compute_dtype
 
 # query (T, heads, width), key and value (T, key heads, width), bounds (rows + 1), tokens of the longest row; then
 # scale, window (tokens that a query looks back on, itself among them; None: to the row's start) and dropout.
-Kernel = Callable[..., torch.Tensor]
+Kernel = Callable[..., Tensor]
 
 
 class UnsupportedAttention(ValueError):
@@ -31,17 +32,17 @@ class UnsupportedAttention(ValueError):
 def packed_attention(
     kernel: Kernel,
     module: torch.nn.Module,
-    query: torch.Tensor,  # (1, heads, T, width)
-    key: torch.Tensor,  # (1, key heads, T, width)
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,  # (1, heads, T, width)
+    key: Tensor,  # (1, key heads, T, width)
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """What transformers calls: causal attention within rows, by `kernel`.
 
     Raises:
@@ -56,77 +57,58 @@ def packed_attention(
     return output[None].contiguous(), None
 
 
-def side_by_side(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
-    *,
-    scale: float | None,
-    window: int | None,
-    dropout: float,
-) -> torch.Tensor:
+def side_by_side(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, **options: Any) -> Tensor:
     """The kernel for CPUs: a table of rows, padded to the longest, through scaled_dot_product_attention."""
     lengths = bounds.diff().long()
     # Where each token lies in the table; padding comes after a row's end, where causal queries do not look.
     offsets = (torch.arange(len(lengths)) * longest - bounds[:-1]).long()
     cells = torch.arange(len(query)) + offsets.repeat_interleave(lengths)
 
-    def table(x: torch.Tensor) -> torch.Tensor:  # (rows, heads, longest, width)
+    def table(x: Tensor) -> Tensor:  # (rows, heads, longest, width)
         flat = x.new_zeros(len(lengths) * longest, *x.shape[1:]).index_copy(0, cells, x)
         return repeat_kv(flat.view(len(lengths), longest, *x.shape[1:]).transpose(1, 2), query.shape[1] // x.shape[1])
 
     mask = None
-    if window is not None:
-        mask = torch.ones(longest, longest, dtype=torch.bool).tril().triu(1 - window)
+    if options["window"] is not None:
+        mask = torch.ones(longest, longest, dtype=torch.bool).tril().triu(1 - options["window"])
     q, k, v = table(query), table(key), table(value)
-    output = scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale)
+    output = scaled_dot_product_attention(q, k, v, mask, options["dropout"], mask is None, scale=options["scale"])
     return output.transpose(1, 2).flatten(0, 1)[cells]
 
 
 def varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
-    *,
-    scale: float | None,
-    window: int | None,
-    dropout: float,
-    varlen_attn: Any = None,
-) -> torch.Tensor:
-    """The kernel for GPUs: `torch.nn.attention.varlen`, which has no float32.
-
-    Args:
-        varlen_attn: PyTorch's function, or one of the same contract.
-    """
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, varlen_attn: Any = None, **options: Any
+) -> Tensor:
+    """The kernel for GPUs: PyTorch's `varlen_attn`, or one of the same contract; it has no float32 and no dropout."""
     if varlen_attn is None:
         from torch.nn.attention.varlen import varlen_attn
-    if dropout:
-        raise UnsupportedAttention(f"its attention has a dropout of {dropout:g}")
-    groups, grouped = query.shape[1] // key.shape[1], {}
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        grouped = {"enable_gqa": True}
-    elif groups > 1:  # PyTorch 2.11
+    if options["dropout"]:
+        raise UnsupportedAttention(f"its attention has a dropout of {options['dropout']:g}")
+    groups, dtype, bounds = query.shape[1] // key.shape[1], query.dtype, bounds.to(torch.int32)
+    grouped = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        grouped = {"enable_gqa": groups > 1}
+    else:  # PyTorch 2.11
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    dtype, bounds = query.dtype, bounds.to(torch.int32)
     if query.is_cuda and dtype is torch.float32:
         query, key, value = (x.to(compute_dtype()) for x in (query, key, value))
-    left = -1 if window is None else window - 1
-    return varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0), **grouped
-    ).to(dtype)
+    window = (-1 if options["window"] is None else options["window"] - 1, 0)
+    sizes = (bounds, bounds, longest, longest)
+    return varlen_attn(query, key, value, *sizes, scale=options["scale"], window_size=window, **grouped).to(dtype)
 
 
 def use_packed_attention(model: Any, sequences: Dataset, kernel: Kernel | None = None) -> str:
     """Let `model` compute attention by the kernel of its device, where that changes nothing; returns which attention
     it has now, and why not the faster one."""
-    on_gpu, before = model.device.type == "cuda", model.config._attn_implementation
-    kernel = kernel or (varlen if on_gpu else side_by_side)
-    reason = _reason_against(model, kernel)
-    if reason is None:
+    on_gpu, before, kind = model.device.type == "cuda", model.config._attn_implementation, model.config.model_type
+    kernel, dropout = kernel or (varlen if on_gpu else side_by_side), attention_dropout(model.config.get_text_config())
+    if before != "sdpa":
+        reason: str | None = f"{kind} has {before} attention"
+    elif not getattr(model, "_supports_attention_backend", False):
+        reason = f"{kind} does not take its attention from transformers' interface"
+    elif dropout and kernel is not side_by_side:
+        reason = f"its attention has a dropout of {dropout:g}"
+    else:
         # Registered without a mask function, so transformers builds no mask.
         AttentionInterface.register("packed_rows", partial(packed_attention, kernel))
         reason = _difference(model, sequences)
@@ -136,27 +118,17 @@ def use_packed_attention(model: Any, sequences: Dataset, kernel: Kernel | None =
     return f"{before} ({'varlen' if on_gpu else 'row by row'} does not fit: {reason})"
 
 
-def _reason_against(model: Any, kernel: Kernel) -> str | None:
-    """Why the kernel is not even tried; None: it is."""
-    kind, dropout = model.config.model_type, attention_dropout(model.config.get_text_config())
-    if model.config._attn_implementation != "sdpa":
-        return f"{kind} has {model.config._attn_implementation} attention"
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{kind} does not take its attention from transformers' interface"
-    if dropout and kernel is not side_by_side:
-        return f"its attention has a dropout of {dropout:g}"
-    return None
-
-
 def _difference(model: Any, sequences: Dataset) -> str | None:
     """Switch `model` to the registered kernel; what speaks against it, None if nothing does.
 
     Masks of an architecture's own (chunks, say) show as a difference larger than what the model itself makes of the
-    same rows in other lines. They are looked for in the line with most rows and in that with the longest.
+    same rows in another order. What depends on distance shows on long rows alone.
     """
-    lines = [rows_of(line) for line in (fullest_line(sequences), line_with_longest_row(sequences))]
+    lengths = sequences["seq_lengths"]
+    chosen = (_fullest(lengths), max(range(len(lengths)), key=lambda i: max(lengths[i])))
+    lines = [rows_of(sequences[i]) for i in chosen]
     expected = [last_hidden(model, rows) for rows in lines]
-    noise = max(_largest(_repacked(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
+    noise = max(_largest(_reordered(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
     model.set_attn_implementation("packed_rows")
     try:
         apart = max(_largest(last_hidden(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
@@ -175,7 +147,7 @@ def require_isolation(model: Any, sequences: Dataset) -> None:
     Raises:
         ModelError: the architecture ignores where rows begin.
     """
-    first, *others = rows_of(fullest_line(sequences))
+    first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"])])
     if not others:
         return  # no line holds two rows
     vocabulary = model.config.get_text_config().vocab_size
@@ -191,14 +163,14 @@ def require_isolation(model: Any, sequences: Dataset) -> None:
 
 
 @torch.no_grad()
-def last_hidden(model: Any, rows: list[Batch]) -> torch.Tensor:
+def last_hidden(model: Any, rows: list[Batch]) -> Tensor:
     """(T, hidden) of `rows` in one line, in float32: what the output layer sees, which costs no logits."""
     batch = Collate(0, packed=True)(rows)  # nothing is padded
     batch = {key: value for key, value in batch.items() if key not in ("rows", "labels")}
     batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
-    seen: list[torch.Tensor] = []
+    seen: list[Tensor] = []
 
-    def keep(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    def keep(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         seen.append(inputs[0][0].float())
         return (inputs[0][:, -1:],)
 
@@ -213,14 +185,17 @@ def last_hidden(model: Any, rows: list[Batch]) -> torch.Tensor:
     return seen[0]
 
 
-def _repacked(model: Any, rows: list[Batch]) -> torch.Tensor:
-    """`last_hidden` of the same rows in other lines: the first alone, the others in reverse; a single row twice."""
-    if len(rows) == 1:
-        return last_hidden(model, rows * 2)[: len(rows[0]["input_ids"])]
-    others = torch.split(last_hidden(model, rows[:0:-1]), [len(row["input_ids"]) for row in rows[:0:-1]])
-    return torch.cat([last_hidden(model, rows[:1]), *others[::-1]])
+def _fullest(lengths: list[list[int]]) -> int:
+    return max(range(len(lengths)), key=lambda i: len(lengths[i]))
 
 
-def _largest(hidden: torch.Tensor) -> float:
+def _reordered(model: Any, rows: list[Batch]) -> Tensor:
+    """`last_hidden` of the same rows, computed in reverse order; of a single row, next to itself."""
+    order = rows[::-1] if len(rows) > 1 else rows * 2
+    parts = torch.split(last_hidden(model, order), [len(row["input_ids"]) for row in order])
+    return torch.cat(parts[::-1] if len(rows) > 1 else parts[:1])
+
+
+def _largest(hidden: Tensor) -> float:
     """The largest token, as the root of its mean square."""
     return float(hidden.pow(2).mean(-1).sqrt().max())

@@ -1,7 +1,7 @@
 """Checkpoints of one run: kept under a hash of all that shapes its result, sealed with digests, checked before a load.
 
 A checkpoint without a seal, or with a file that its seal does not know as it is, is passed over for the one before.
-Checkpoints of another run are never continued; `say_what_changed` tells why a training starts afresh.
+Checkpoints of another run are never continued.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from pipeline.params import TrainParams
 
 SEAL = "digests.json"  # {file: sha256}, written last: a checkpoint that a kill cut short has none
 WATCH = "watch.json"  # what `Watch` has to know of the steps before
-KEPT_DAYS = 30.0
+KEPT_DAYS = 30
 # They change when and where a run stops, not what comes out of it: a stopped run goes on with other values.
 WITHOUT_EFFECT = {"max_hours", "num_threads"}
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
@@ -47,25 +47,19 @@ def open_run(params: TrainParams, dataset: Path, checkpoints: Path, init: Path |
     if not folder.exists():
         others = sorted(checkpoints.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
         if others:
-            print(f"train · {_difference(read_json(others[-1]), current)}; this training starts afresh", flush=True)
+            before = read_json(others[-1])
+            names = [f"train.{key}" for key in current["parameters"]
+                     if before["parameters"].get(key) != current["parameters"][key]]  # fmt: skip
+            changed = [kind for kind in current if before.get(kind) != current[kind] and kind != "parameters"]
+            what = ", ".join([*changed, *names])
+            print(f"train · the last checkpoints are of a run with other {what}; this one starts afresh", flush=True)
         write_json(folder / "run.json", current)
     for path in [file.parent for file in checkpoints.glob("*/run.json")]:
-        if path != folder and time.time() - _last_change(path) > KEPT_DAYS * 86400:
-            print(f"train · {path} was not touched for {KEPT_DAYS:.0f} days and is removed", flush=True)
+        last_change = max(each.stat().st_mtime for each in [path, *path.iterdir()])
+        if path != folder and time.time() - last_change > KEPT_DAYS * 86400:
+            print(f"train · {path} was not touched for {KEPT_DAYS} days and is removed", flush=True)
             shutil.rmtree(path, ignore_errors=True)
     return folder
-
-
-def _difference(other: Identity, current: Identity) -> str:
-    changed = [kind for kind in current if other.get(kind) != current[kind]]
-    before, now = other.get("parameters", {}), current["parameters"]
-    names = ", ".join(f"train.{key}" for key in now if before.get(key) != now[key])
-    what = " and ".join(f"{kind} ({names})" if kind == "parameters" and names else kind for kind in changed)
-    return f"the last checkpoints are of a run with other {what or 'contents'}"
-
-
-def _last_change(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in [folder, *folder.iterdir()]), default=0.0)
 
 
 def seal(checkpoint: Path) -> None:

@@ -218,21 +218,3 @@ def without_mask(params: TrainParams) -> bool:
     """Whether a GPU's attention takes the bounds of rows instead of a mask (FlashAttention, PyTorch's varlen)."""
     auto = params.attn_implementation == "auto" and params.packing
     return auto or params.attn_implementation.startswith("flash_attention")
-
-
-def sequences_per_step(params: TrainParams, mean_tokens: float) -> int:
-    """Sequences of one process in a step of the optimiser: packed lines, or rows of `mean_tokens` tokens."""
-    if params.tokens_per_step is None:
-        return int(params.per_device_train_batch_size) * int(params.gradient_accumulation_steps)
-    each = params.packed_length if params.packing else mean_tokens
-    return max(1, round(params.tokens_per_step / each / params.num_processes))
-
-
-def micro_batch(counts: Counts, params: TrainParams, per_step: int, length: int, room: float) -> int:
-    """The largest part of a step that fits into `room` bytes of a GPU, and that the step is a multiple of; at least 1.
-
-    So the rows of a step are the same on every card. A sharded model (FSDP, DeepSpeed) takes 1: what a GPU holds of it
-    is not known here.
-    """
-    parts = [n for n in range(per_step, 1, -1) if per_step % n == 0] if params.strategy in ("single", "ddp") else []
-    return next((n for n in parts if step_memory(counts, params, n, length, on_gpu=True).peak <= room), 1)

@@ -26,9 +26,7 @@ def require_gradients(trainer: Any) -> None:
     model = trainer.model.train()
     if trainer.args.activation_checkpointing:  # as the training itself, which turns it on only as it starts
         checkpoint_activations(model)
-    entered: set[str] = set()
-    reached: set[str] = set()
-    passed: set[str] = set()
+    entered, reached, passed = set[str](), set[str](), set[str]()
     hooks: list[Any] = []
 
     def mark(into: set[str], name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The GPUs that a training finds, what it says about them, and the kernels that are packages of their own.
+"""The GPU of a training: the micro-batch that fits it, and the kernels that are packages of their own.
 
 Decisions are functions of the values that PyTorch reports, so they are tested without a GPU.
 """
@@ -10,16 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.params import TrainParams
-from pipeline.training.footprint import (
-    GIB,
-    Counts,
-    has_c_compiler,
-    lacking_for_liger,
-    sequences_per_step,
-    step_memory,
-    uses_liger,
-)
-from pipeline.training.footprint import micro_batch as largest_micro_batch
+from pipeline.training.footprint import GIB, Counts, has_c_compiler, lacking_for_liger, step_memory, uses_liger
 
 FREE_FRACTION = 0.92  # of a GPU's memory: the rest is the CUDA context and what the allocator cannot use
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -31,47 +22,23 @@ class HardwareError(ValueError):
 
 @dataclass(frozen=True)
 class Gpu:
-    """As PyTorch reports it; memory in bytes."""
+    """Memory in bytes; `free`: of it, what other processes leave."""
 
     name: str
     total: int
     free: int
-    bfloat16: bool
 
 
-def gpus() -> list[Gpu]:
-    """The GPUs that this process may use, its own first; none without CUDA."""
-    if not torch.cuda.is_available():
-        return []
-    current = torch.cuda.current_device()
-    free = torch.cuda.mem_get_info(current)[0]
-    cards = []
-    for index in [current, *(i for i in range(torch.cuda.device_count()) if i != current)]:
-        properties = torch.cuda.get_device_properties(index)
-        # What is free elsewhere stays unasked: the question alone takes half a GiB of a GPU.
-        room = free if index == current else properties.total_memory
-        cards.append(Gpu(properties.name, properties.total_memory, room, bfloat16=properties.major >= 8))
-    return cards
-
-
-def remarks(cards: list[Gpu]) -> list[str]:
-    """What a person should know of the GPUs that a training uses, a sentence each."""
-    sentences = [
-        f"the {name} has no bfloat16; computing in float16, with a scaled loss"
-        for name in sorted({card.name for card in cards if not card.bfloat16})
-    ]
-    sizes = sorted(card.total for card in cards)
-    if sizes and sizes[-1] - sizes[0] > 0.05 * sizes[-1]:
-        shown = " and ".join(f"{size / GIB:.0f}" for size in dict.fromkeys(sizes))
-        sentences.append(f"the GPUs have {shown} GiB; all take the micro-batch that fits the smallest")
-    return sentences
+def this_gpu() -> Gpu:
+    free, total = torch.cuda.mem_get_info()
+    return Gpu(torch.cuda.get_device_name(), total, free)
 
 
 def require_kernels(params: TrainParams, cuda: bool) -> None:
     """Refuse kernels that are asked for by name and that this machine cannot run.
 
     Raises:
-        HardwareError: no GPU, or the package is not installed.
+        HardwareError: no GPU, no C compiler for Triton, or the package is not installed.
     """
     attention = params.attn_implementation
     choices = [
@@ -80,19 +47,20 @@ def require_kernels(params: TrainParams, cuda: bool) -> None:
         (params.torch_compile, "torch_compile", "torch", "false"),
     ]
     for is_chosen, what, package, instead in choices:
-        lacking = [] if cuda else ["a GPU"]
-        if is_chosen and importlib.util.find_spec(package) is None:
-            lacking.append(f"the Python package {package}")
-        if is_chosen and package in ("liger_kernel", "torch") and not has_c_compiler():
-            lacking.append("a C compiler (gcc), with which Triton makes kernels")
-        if is_chosen and lacking:
-            raise HardwareError(f"train.{what} needs {' and '.join(lacking)}; set it to {instead}")
+        runs = cuda and (package in PACKAGES.values() or has_c_compiler())
+        if is_chosen and not (runs and importlib.util.find_spec(package)):
+            raise HardwareError(
+                f"train.{what} needs a GPU, the Python package {package} and, for Triton, a C compiler; set it to "
+                f"{instead}"
+            )
 
 
 def batches(params: TrainParams, counts: Counts | None, card: Gpu | None, lengths: list[int]) -> tuple[int, int]:
     """Sequences of a micro-batch, and micro-batches of an optimiser step; `lengths` are the sequences' tokens.
 
-    On a CPU `auto` takes one sequence at a time: more are no faster there.
+    `auto` takes the largest micro-batch that fits and that the step is a multiple of, so the rows of a step are the
+    same on every card. It takes one sequence on a CPU, where more are no faster, and of a sharded model (FSDP,
+    DeepSpeed), of which a GPU holds a part that is not known here.
 
     Args:
         counts: of the model; None where the formula does not know its architecture.
@@ -100,18 +68,22 @@ def batches(params: TrainParams, counts: Counts | None, card: Gpu | None, length
     Raises:
         HardwareError: another process holds the memory that the training needs.
     """
-    mean, longest = sum(lengths) / max(len(lengths), 1), max(lengths, default=1)
-    per_step, auto = sequences_per_step(params, mean), params.per_device_train_batch_size == "auto"
+    auto = params.per_device_train_batch_size == "auto"
     rows = 1 if auto else int(params.per_device_train_batch_size)
-    if card is not None and counts is not None:
-        if auto:
-            rows = largest_micro_batch(counts, params, per_step, longest, card.free * FREE_FRACTION)
-        needed = step_memory(counts, params, rows, longest, on_gpu=True).peak
-        sharded = params.strategy in ("fsdp", "deepspeed")
-        if not sharded and card.free * FREE_FRACTION < needed <= card.total * FREE_FRACTION:
+    if params.tokens_per_step is None:
+        per_step = rows * int(params.gradient_accumulation_steps)
+    else:
+        each = params.packed_length if params.packing else sum(lengths) / max(len(lengths), 1)
+        per_step = max(1, round(params.tokens_per_step / each / params.num_processes))
+    if card is not None and counts is not None and params.strategy not in ("fsdp", "deepspeed"):
+        parts = [n for n in range(per_step, 1, -1) if per_step % n == 0] if auto else []
+        needed = {n: step_memory(counts, params, n, max(lengths), on_gpu=True).peak for n in [*parts, rows]}
+        room = card.free * FREE_FRACTION
+        rows = next((n for n in parts if needed[n] <= room), rows)
+        if room < needed[rows] <= card.total * FREE_FRACTION:
             raise HardwareError(
-                f"this training needs {needed / GIB:.1f} GiB, and of the {card.name}'s {card.total / GIB:.1f} other "
-                f"processes leave {card.free / GIB:.1f}; stop them, or choose a GPU with CUDA_VISIBLE_DEVICES"
+                f"this training needs {needed[rows] / GIB:.1f} GiB, and of the {card.name}'s {card.total / GIB:.1f} "
+                f"other processes leave {card.free / GIB:.1f}; stop them, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
     return rows, max(1, round(per_step / rows))
 

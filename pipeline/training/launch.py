@@ -34,18 +34,16 @@ def launch(params: TrainParams, **folders: Path | None) -> dict[str, Any]:
         TrainError: fewer GPUs than processes, or a process failed; its own message is on stderr.
         Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
     """
-    gpus = torch.cuda.device_count()
-    if torch.cuda.is_available() and gpus < params.num_processes:
+    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    if cuda and gpus < params.num_processes:
         raise TrainError(f"train.num_processes is {params.num_processes}, and this machine has {gpus} GPUs")
     with tempfile.TemporaryDirectory(prefix="retune-train-") as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         paths = {name: None if path is None else str(path.resolve()) for name, path in folders.items()}
         write_json(job, {"params": params.model_dump_json(), "result": str(result), "folders": paths})
-        on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-        status = run_forwarding_sigterm(
-            [*launcher(params), "-m", "pipeline.train", str(job)],
-            os.environ | ({} if torch.cuda.is_available() else on_cpu),
-        )
+        on_cpu = {} if cuda else {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        command = [*launcher(params), "-m", "pipeline.train", str(job)]
+        status = run_forwarding_sigterm(command, os.environ | on_cpu)
         if result.is_file():
             answer = read_json(result)
             if "interrupted" in answer:
@@ -90,20 +88,19 @@ def run_one(job_file: str, train: Callable[..., Any]) -> int:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    answer: dict[str, Any] | None = None
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what the first one says holds for all
     folders = {name: None if path is None else Path(path) for name, path in job["folders"].items()}
     try:
-        trained = train(TrainParams.model_validate_json(job["params"]), **folders)
+        status, answer = 0, asdict(train(TrainParams.model_validate_json(job["params"]), **folders))
     except Interrupted as error:
-        if first:
-            write_json(Path(job["result"]), {"interrupted": str(error)})
-        return INTERRUPTED
+        status, answer = INTERRUPTED, {"interrupted": str(error)}
     except ValueError as error:
+        status = FAILED
         if first:
             print(f"train: {error}", file=sys.stderr, flush=True)
-        return FAILED
-    if first:
-        write_json(Path(job["result"]), asdict(trained))
-    return 0
+    if first and answer is not None:
+        write_json(Path(job["result"]), answer)
+    return status

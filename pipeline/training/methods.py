@@ -6,15 +6,7 @@
 from typing import Any
 
 import torch
-from peft import (
-    AdaLoraConfig,
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    TaskType,
-)
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, TaskType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
@@ -39,13 +31,8 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
             return PromptTuningConfig(task_type=task, num_virtual_tokens=params.num_virtual_tokens)
         case "ia3":
             targets = target_modules(params, model)
-            return IA3Config(
-                task_type=task,
-                target_modules=targets,
-                feedforward_modules=feedforward(model, targets),
-                modules_to_save=new,
-            )
-    experts = target_parameters(params, model)
+            inputs = feedforward(model, targets)
+            return IA3Config(task_type=task, target_modules=targets, feedforward_modules=inputs, modules_to_save=new)
     lora: dict[str, Any] = {
         "task_type": task,
         "target_modules": target_modules(params, model),
@@ -61,7 +48,7 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
         r=params.lora_r,
         use_dora=params.method == "dora",
         use_rslora=params.method == "rslora",
-        target_parameters=experts or None,
+        target_parameters=target_parameters(params, model) or None,
     )
 
 

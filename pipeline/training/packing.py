@@ -91,11 +91,6 @@ def lengths_of(sequences: Dataset) -> list[int]:
     return pc.list_value_length(sequences.data.column("input_ids")).to_pylist()
 
 
-def rows_in(batch: Batch) -> list[int]:
-    numbers: list[int] = batch["rows"].tolist()
-    return numbers
-
-
 def tokens_in(batch: Batch) -> int:
     """Real ones: packed lines have no padding, and no mask."""
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
@@ -118,48 +113,34 @@ def pieces(batch: Batch, number: int) -> list[Batch]:
 
 
 def _piece(batch: Batch, bounds: list[int], first: int, last: int) -> Batch:
-    flat = {key: batch[key][:, bounds[first] : bounds[last]] for key in ("input_ids", "labels", "position_ids")}
+    tokens = slice(bounds[first], bounds[last])
     starts = batch["cu_seq_lens_q"][first : last + 1] - bounds[first]
     longest = int(starts.diff().max())
-    index = batch["seq_idx"][:, bounds[first] : bounds[last]] - first
-    return flat | {
+    return {key: batch[key][:, tokens] for key in ("input_ids", "labels", "position_ids")} | {
         "rows": batch["rows"][first:last],
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": longest,
         "max_length_k": longest,
-        "seq_idx": index,
+        "seq_idx": batch["seq_idx"][:, tokens] - first,
     }
-
-
-def fullest_line(sequences: Dataset) -> Batch:
-    """The line with most rows."""
-    rows = [len(lengths) for lengths in sequences["seq_lengths"]]
-    return sequences[rows.index(max(rows))]
-
-
-def line_with_longest_row(sequences: Dataset) -> Batch:
-    """What depends on distance (windows, chunks, positions) shows on long rows alone."""
-    longest = [max(lengths) for lengths in sequences["seq_lengths"]]
-    return sequences[longest.index(max(longest))]
 
 
 def shortest_row(sequences: Dataset) -> Batch:
     """The shortest row of all lines, of those that have some context if there are any."""
+    packed = "seq_lengths" in sequences.column_names
+    lines = sequences["seq_lengths"] if packed else [[length] for length in lengths_of(sequences)]
 
     def rank(length: int) -> tuple[bool, int]:
         return length < 16, length
 
-    if "seq_lengths" not in sequences.column_names:
-        return sequences[min(range(len(sequences)), key=lambda i: rank(len(sequences[i]["input_ids"])))]
-    lines = sequences["seq_lengths"]
-    line = min(range(len(lines)), key=lambda i: min(map(rank, lines[i])))
-    return min(rows_of(sequences[line]), key=lambda row: rank(len(row["input_ids"])))
+    line = sequences[min(range(len(lines)), key=lambda i: min(map(rank, lines[i])))]
+    return min(rows_of(line) if packed else [line], key=lambda row: rank(len(row["input_ids"])))
 
 
-def rows_of(sequence: Batch) -> list[Batch]:
-    bounds = [0, *torch.tensor(sequence["seq_lengths"]).cumsum(0).tolist()]
+def rows_of(line: Batch) -> list[Batch]:
+    bounds = [0, *torch.tensor(line["seq_lengths"]).cumsum(0).tolist()]
     return [
-        {key: sequence[key][a:b] for key in ("input_ids", "labels")} | {"rows": [row], "seq_lengths": [b - a]}
-        for row, (a, b) in zip(sequence["rows"], pairwise(bounds), strict=True)
+        {key: line[key][a:b] for key in ("input_ids", "labels")} | {"rows": [row], "seq_lengths": [b - a]}
+        for row, (a, b) in zip(line["rows"], pairwise(bounds), strict=True)
     ]

@@ -30,8 +30,8 @@ class Preset:
 
 def available() -> list[Preset]:
     """All presets by name, as infra/presets has them."""
-    trees = ((path.stem, _read(path.stem)) for path in sorted(PRESETS.glob("*.yaml")))
-    return [Preset(name, tree["about"], tree["gpu"], list(tree["for"]), tree["first"]) for name, tree in trees]
+    trees = {path.stem: _read(path.stem) for path in sorted(PRESETS.glob("*.yaml"))}
+    return [Preset(name, tree["about"], tree["gpu"], list(tree["for"]), tree["first"]) for name, tree in trees.items()]
 
 
 def apply(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any, Any]]:
@@ -57,11 +57,7 @@ def apply(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any
 
 
 def values(name: str, task: str | None = None) -> dict[str, dict[str, Any]]:
-    """What a preset sets: section → parameter → value.
-
-    Raises:
-        PresetError: no such preset or task.
-    """
+    """What a preset sets: section → parameter → value."""
     tree = _read(name)
     if task is not None and task not in tree["for"]:
         raise PresetError(f"{name} has no values for {task}; it has them for {', '.join(tree['for'])}")
@@ -72,9 +68,8 @@ def values(name: str, task: str | None = None) -> dict[str, dict[str, Any]]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = PRESETS / f"{name}.yaml"
-    if path.parent != PRESETS or not path.is_file():
-        known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
-        raise PresetError(f"{name} is no preset; there are {known}")
-    tree: dict[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    if name not in files:
+        raise PresetError(f"{name} is not a preset; there are {', '.join(files)}")
+    tree: dict[str, Any] = YAML(typ="safe").load(files[name].read_text(encoding="utf-8"))
     return tree

@@ -75,15 +75,12 @@ class ShardedTrainer(SFTTrainer):
         if not isinstance(self.model, FSDP):
             super()._load_from_checkpoint(checkpoint, model)
 
-    def _optimizer_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"optimizer-{self.args.process_index}.pt"
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not isinstance(self.model, FSDP):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        torch.save(self.optimizer.state_dict(), self._optimizer_file(output_dir))
+        torch.save(self.optimizer.state_dict(), Path(output_dir) / f"optimizer-{self.args.process_index}.pt")
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
         self.accelerator.wait_for_everyone()
@@ -92,7 +89,8 @@ class ShardedTrainer(SFTTrainer):
         if checkpoint is None or not isinstance(self.model, FSDP):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.optimizer.load_state_dict(
-            torch.load(self._optimizer_file(checkpoint), map_location="cpu", weights_only=True)
-        )
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        for part, file in (
+            (self.optimizer, f"optimizer-{self.args.process_index}.pt"),
+            (self.lr_scheduler, "scheduler.pt"),
+        ):
+            part.load_state_dict(torch.load(Path(checkpoint) / file, map_location="cpu", weights_only=True))

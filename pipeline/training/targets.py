@@ -59,32 +59,25 @@ def target_parameters(params: TrainParams, model: Any) -> list[str]:
     return chosen
 
 
-def describe_experts(params: TrainParams, model: Any) -> list[str]:
-    """Sentences on what training a mixture of experts does not do, though its parameters might seem to say so."""
-    experts = dict(expert_parameters(model))
+def describe_experts(params: TrainParams, model: Any) -> str | None:
+    """A sentence on what training a mixture of experts does not do, though its parameters might seem to say so."""
+    experts = [weight for _, weight in expert_parameters(model)]
     if not experts or params.method in ("full", *VIRTUAL_TOKENS):
-        return []
-    sentences, targets = [], target_modules(params, model)
-    linear = dict(linear_modules(model))
+        return None
+    linear, targets = dict(linear_modules(model)), target_modules(params, model)
     missed = sorted({_short(path, linear) for path in linear if not any(_matches(name, [path]) for name in targets)})
-    if params.lora_target_modules == "all-linear" and missed:
-        sentences.append(
-            f"{', '.join(missed)} of layers without experts and of shared experts are not trained: PEFT takes these "
-            "names for the experts' own"
-        )
+    parts = [f"not trained next to the experts: {', '.join(missed)}"] if missed else []
     if params.load_in_4bit:
-        share = sum(p.numel() for p in experts.values()) / model.num_parameters()
-        sentences.append(
-            f"the experts ({share:.0%} of the parameters) stay in {next(iter(experts.values())).dtype}: bitsandbytes "
-            "quantises linear layers alone"
-        )
-    return sentences
+        share = sum(p.numel() for p in experts) / model.num_parameters()
+        parts.append(f"not quantised, but in {experts[0].dtype}: the experts, {share:.0%} of the parameters")
+    return "; ".join(parts) or None
 
 
 def linear_modules(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     """Every linear layer by its path; the output layer, the classification head, routers and what texts do not pass
     (parts for pictures and sound) left out."""
-    head, text = _head(model), _language_model(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    text = _language_model(model)
     for name, module in model.named_modules():
         outside = name.split(".")[0] in HEADS or name in getattr(model, "new_modules", ()) or not name.startswith(text)
         if isinstance(module, torch.nn.Linear | Conv1D) and not (module is head or outside or _is_router(name)):
@@ -165,10 +158,6 @@ def _language_model(model: Any) -> str:
         return ""
     decoder = model.get_decoder()
     return next(f"{path}." for path, module in model.named_modules() if module is decoder)
-
-
-def _head(model: Any) -> Any:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _is_router(name: str) -> bool:

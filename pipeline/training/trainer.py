@@ -6,7 +6,6 @@ The training loop itself, accumulation, clipping, optimiser and schedule are tra
 
 import math
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from transformers import TrainerState
 from trl import SFTTrainer
 
 from pipeline.core.files import read_json, write_json
-from pipeline.core.memory import OutOfMemory, Rung, free, next_rung, out_of_memory
+from pipeline.core.memory import OutOfMemory, Rung, free, out_of_memory
 from pipeline.training.checkpoints import WATCH, problem_of, seal
 from pipeline.training.gradients import checkpoint_activations
 from pipeline.training.loss import add_chunked_loss, has_plain_frozen_head
-from pipeline.training.packing import Batch, pieces, rows_in, tokens_in
+from pipeline.training.packing import Batch, pieces, tokens_in
 from pipeline.training.sharding import ShardedTrainer
-from pipeline.training.watching import TrainError, Watch
+from pipeline.training.watching import TrainError, Watch, shortened
 
 
 class AdapterTrainer(ShardedTrainer):
@@ -67,9 +66,7 @@ class AdapterTrainer(ShardedTrainer):
     # --- a step ---
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        started = time.monotonic()
         self.window, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.watch.waited += time.monotonic() - started
         self.done = 0
         return self.window, items
 
@@ -86,7 +83,7 @@ class AdapterTrainer(ShardedTrainer):
             super(AdapterTrainer, self).training_step(model, p, items) for p in pieces(inputs, self.rungs[-1].pieces)
         ]
         loss = torch.stack(losses).sum()
-        self.watch.add(loss, tokens_in(inputs), rows_in(inputs))
+        self.watch.add(loss, tokens_in(inputs), inputs["rows"].tolist())
         return loss
 
     def _again(self, model: Any, items: Any) -> torch.Tensor:
@@ -95,8 +92,7 @@ class AdapterTrainer(ShardedTrainer):
         self.watch.begin_step()
         return [self._micro_batch(model, batch, items) for batch in self.window[: self.done]][-1]
 
-    def _until_it_fits(self, batch: Batch, first: Callable[[], Any], again: Callable[[], Any]) -> Any:
-        attempt = first
+    def _until_it_fits(self, batch: Batch, attempt: Callable[[], Any], again: Callable[[], Any]) -> Any:
         while True:
             try:
                 return attempt()
@@ -109,24 +105,27 @@ class AdapterTrainer(ShardedTrainer):
 
     def _lower(self, batch: Batch, reason: str) -> None:
         step = self.state.global_step + 1
-        rung = next_rung(self.rungs[-1], step, len(rows_in(batch)))
         if self.accelerator.num_processes > 1:
             raise OutOfMemory(
                 f"out of memory at step {step} ({reason}), and one of several processes cannot retry alone; halve "
                 "train.per_device_train_batch_size, double train.gradient_accumulation_steps, or set "
                 "train.gradient_checkpointing to true"
             )
-        if rung is None or (rung.gradient_checkpointing and self.args.activation_checkpointing):
-            longest = tokens_in(batch) if len(rows_in(batch)) == 1 else max(map(tokens_in, pieces(batch, 2**30)))
+        rung, rows = self.rungs[-1], len(batch["rows"])
+        if rung.pieces < rows:
+            self.rungs.append(Rung(step, min(rung.pieces * 2, rows), rung.gradient_checkpointing))
+            how = f"in {self.rungs[-1].pieces} pieces"
+        elif rung.gradient_checkpointing or self.args.activation_checkpointing:
+            longest = max(map(tokens_in, pieces(batch, rows)))
             raise OutOfMemory(
                 f"out of memory at step {step} with one row of {longest} tokens and gradient checkpointing ({reason}); "
                 "lower prepare.max_length or train.lora_r, set train.load_in_4bit to true, or take a machine with more "
                 "memory (`retune plan` says how much)"
             )
-        if rung.gradient_checkpointing and not self.rungs[-1].gradient_checkpointing:
+        else:
             checkpoint_activations(self.model)
-        self.rungs.append(rung)
-        how = "with gradient checkpointing" if rung.gradient_checkpointing else f"in {rung.pieces} pieces"
+            self.rungs.append(Rung(step, rung.pieces, gradient_checkpointing=True))
+            how = "with gradient checkpointing"
         print(f"train · out of memory at step {step}; retrying the same batch {how}", flush=True)
         free()
 
@@ -145,8 +144,9 @@ class AdapterTrainer(ShardedTrainer):
         problem = watch.problem(loss, 0.0 if scaled else value)
         if problem is not None:
             rows = gather_object(watch.step_rows) if processes > 1 else watch.step_rows
+            named = shortened([watch.sources[row] for row in sorted(set(rows))], 12)
             raise TrainError(
-                f"{problem} at step {self.state.global_step + 1}, whose batch is {watch.name_rows(rows)}; lower "
+                f"{problem} at step {self.state.global_step + 1}, whose batch is {named}; lower "
                 "train.learning_rate or train.max_grad_norm, or look at these rows"
             )
         watch.finish_step(loss, value, int(tokens), interrupted > 0, out_of_time > 0)
@@ -175,7 +175,7 @@ class AdapterTrainer(ShardedTrainer):
         metrics = {f"{metric_key_prefix}_loss": nats / max(tokens, 1)}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.watch.is_best and self.watch.params.early_stopping_patience is not None and self.args.should_save:
+        if self.watch.worse == 0 and self.watch.params.early_stopping_patience is not None and self.args.should_save:
             self._save_best()
         return metrics
 
@@ -205,8 +205,7 @@ class AdapterTrainer(ShardedTrainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir)
             checkpoint = folder / f"checkpoint-{self.state.global_step}"
-            rungs = [rung.record() for rung in self.rungs]
-            write_json(checkpoint / WATCH, self.watch.state() | {"rungs": rungs})
+            write_json(checkpoint / WATCH, self.watch.state() | {"rungs": [vars(rung) for rung in self.rungs]})
             seal(checkpoint)
             for other in folder.glob("best-*"):
                 if self.watch.best is None or other.name != f"best-{self.watch.best[1]}":

@@ -28,16 +28,15 @@ def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> No
         UnsafeModelError: see `check_adapter`.
     """
     if is_whole(folder):
-        raise InitError(
-            f"{folder} holds a whole model (train.method: full) and no adapter; name it as the base instead"
-        )
+        raise InitError(f"{folder} holds a whole model and no adapter; name it as the base instead")
     check_adapter(folder)
     theirs = read_json(folder / "contract.json")
     if theirs["model"]["digest"] != contract["model"]["digest"]:
+        base, own = (
+            f"{of['name_or_path']} (digest {of['digest'][:12]})" for of in (theirs["model"], contract["model"])
+        )
         raise InitError(
-            f"the adapter in {folder} was trained on another base: {theirs['model']['name_or_path']} (digest "
-            f"{theirs['model']['digest'][:12]}), not {contract['model']['name_or_path']} (digest "
-            f"{contract['model']['digest'][:12]}); set train.init_adapter to none"
+            f"the adapter in {folder} was trained on another base: {base}, not {own}; set train.init_adapter to none"
         )
     if theirs.get("labels") != contract.get("labels"):
         raise InitError(f"the adapter in {folder} has other classes than the dataset; set train.init_adapter to none")
@@ -45,8 +44,8 @@ def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> No
     # What must be the same for the weights to mean the same; which modules there are, their names say.
     variants = [key for key in vars(config) if key.startswith("use_")]
     for key in ("peft_type", *NAMES, "feedforward_modules", *variants):
-        have, want = (_plain(getattr(each, key, None)) for each in (saved, config))
-        if have != want:
+        have, want = getattr(saved, key, None), getattr(config, key, None)
+        if (set(have or ()) != set(want or ())) if key == "feedforward_modules" else have != want:
             name = NAMES.get(key, "train.method")
             raise InitError(
                 f"the adapter in {folder} has {key} {have}, but {name} asks for {want}; set it alike, or "
@@ -68,8 +67,3 @@ def load_init(model: Any, folder: Path) -> None:
             f"the adapter in {folder} is for other modules than train.lora_target_modules asks for (first {first}); "
             "set it alike, or train.init_adapter to none"
         )
-
-
-def _plain(value: Any) -> Any:
-    value = getattr(value, "value", value)
-    return sorted(value) if isinstance(value, set | list) else value

@@ -1,8 +1,8 @@
 """What is seen of a training while it runs, and what stops it: divergence, a signal, its time, no more progress.
 
 `Watch` gets each step's loss, gradient norm and rows; it prints the progress line, decides when to validate and save,
-and keeps the tables that become `loss.csv` (what two equal runs share), `speed.csv` and `modules.csv`. Its state is
-saved with each checkpoint, so a resumed run's tables are those of an uninterrupted one.
+and keeps the tables `loss.csv` (the same in two equal runs) and `speed.csv`. Its state is saved with each checkpoint,
+so a resumed run's tables are those of an uninterrupted one.
 """
 
 import csv
@@ -27,9 +27,8 @@ from pipeline.core.progress import Progress
 from pipeline.params import TrainParams
 
 LOSS = ("step", "loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
-SPEED = ("step", "tokens_per_second", "memory_gib", "waited_for_data", "seconds")
-MODULES = ("step", "module", "weight_change")
-STATE = ("loss_rows", "speed_rows", "module_rows", "recent", "unlogged", "best", "worse")
+SPEED = ("step", "tokens_per_second", "memory_gib", "seconds")
+STATE = ("loss_rows", "speed_rows", "recent", "unlogged", "best", "worse")
 WINDOW = 50  # steps whose median a loss is compared with
 ENOUGH = 10  # of them; fewer say nothing yet
 SAMPLE = 2**16  # numbers of a parameter that say how far it moved
@@ -40,6 +39,10 @@ class TrainError(ValueError):
     """Training cannot start or did not finish; the message says why and what to change."""
 
 
+class Interrupted(RuntimeError):
+    """A signal or `max_hours` ended the run after a checkpoint was saved; the same command goes on from there."""
+
+
 class Watch(TrainerCallback):
     """Callback of one training; `sources` names the rows of the train split."""
 
@@ -48,36 +51,31 @@ class Watch(TrainerCallback):
         self.eval_steps: int | None = None  # set by the trainer, which knows how long an epoch is
         self.loss_rows: list[dict[str, Any]] = []
         self.speed_rows: list[dict[str, Any]] = []
-        self.module_rows: list[dict[str, Any]] = []
         self.recent: list[float] = []  # losses of the last WINDOW steps
         self.unlogged: list[float] = []  # losses since the last row of loss.csv
         self.tokens = 0  # of this process, since it started; padding not counted
         self.best: Sequence[Any] | None = None  # validation loss, step
         self.worse = 0  # validations since the best one
-        self.interrupted = False
-        self.out_of_time = False
+        self.interrupted = self.out_of_time = False
         self.seconds = 0.0  # of this process
         self.earlier_seconds = 0.0  # of those before, until their checkpoint
         self.grad_norm = math.nan
-        self.step_loss = torch.zeros(())
-        self.step_rows: list[int] = []
-        self.step_tokens = 0
         self._logged_at, self._logged_tokens = 0.0, 0
-        self.waited = 0.0  # seconds for data, since the last row of speed.csv
         self._start: dict[str, torch.Tensor] = {}
         self._warned = False
+        self.begin_step()
 
     def __enter__(self) -> "Watch":
-        self.previous = signal.signal(signal.SIGTERM, self._on_signal)
+        def interrupt(*_: object) -> None:
+            self.interrupted = True
+
+        self.previous = signal.signal(signal.SIGTERM, interrupt)
         self.started = self._logged_at = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self.previous)
         self.seconds = time.monotonic() - self.started
-
-    def _on_signal(self, *_: object) -> None:
-        self.interrupted = True
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know; JSON."""
@@ -93,25 +91,33 @@ class Watch(TrainerCallback):
         """The row of loss.csv for `step`, which was logged."""
         return next(row for row in reversed(self.loss_rows) if row["step"] == step)
 
-    def moved(self, model: torch.nn.Module) -> bool:
-        return any(weight_changes(model, self._start).values())
-
     def remember_start(self, model: torch.nn.Module) -> None:
         """Keep the trained weights as they are first (of large ones a sample, where they are), to say later how far
         each module moved. The trainer makes the same ones from the same seed when a run is resumed."""
         self._start = {name: _sample(p).clone() for name, p in _trainable(model)}
 
+    def changes(self, model: torch.nn.Module) -> dict[str, float]:
+        """How far each module's weights are from their start: the Euclidean norm of the difference, from the sample."""
+        squares: dict[str, float] = {}
+        for name, parameter in _trainable(model):
+            now, before = _sample(parameter), self._start.get(name)
+            # Of a sharded model a process has other, or no, numbers.
+            if before is not None and now.shape == before.shape and now.numel():
+                square = float((now - before).norm()) ** 2 * (parameter.numel() / now.numel())
+                squares[_module(name)] = squares.get(_module(name), 0.0) + square
+        return {module: math.sqrt(square) for module, square in squares.items()}
+
     # --- what the trainer reports of a step ---
+
+    def begin_step(self) -> None:
+        """The step begins, or begins again."""
+        self.step_loss, self.step_rows, self.step_tokens = torch.zeros(()), list[int](), 0
 
     def add(self, loss: torch.Tensor, tokens: int, rows: Iterable[int]) -> None:
         """A micro-batch: its share of the step's loss, its tokens, its rows."""
         self.step_loss = self.step_loss.to(loss.device) + loss
         self.step_tokens += tokens
         self.step_rows.extend(rows)
-
-    def begin_step(self) -> None:
-        """The step begins, or begins again."""
-        self.step_loss, self.step_rows, self.step_tokens = torch.zeros(()), [], 0
 
     @property
     def time_is_up(self) -> bool:
@@ -138,19 +144,15 @@ class Watch(TrainerCallback):
         self.tokens += tokens
         self.interrupted, self.out_of_time = interrupted, out_of_time
 
-    def name_rows(self, rows: Iterable[int]) -> str:
-        return shortened([self.sources[row] for row in sorted(set(rows))], 12)
-
     # --- the trainer's events ---
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if not weight_changes(model, self._start):
+        if not self.changes(model):
             self.remember_start(model)  # sharded by now: a process watches the part that it holds
-        self.progress = Progress(
-            "train", state.max_steps, "steps", every=5.0 if state.is_world_process_zero else math.inf
-        )
+        every = 5.0 if state.is_world_process_zero else math.inf
+        self.progress = Progress("train", state.max_steps, "steps", every)
         self.progress.resume_at(state.global_step)
         self.warmup_steps = args.get_warmup_steps(state.max_steps)
 
@@ -173,7 +175,7 @@ class Watch(TrainerCallback):
         step, last = state.global_step, state.global_step == state.max_steps
         control.should_evaluate = self.eval_steps is not None and (step % self.eval_steps == 0 or last)
         if step % self.params.logging_steps == 0 or last or control.should_evaluate:
-            self._log(step, model, by_module=last or control.should_evaluate)
+            self._log(step, model)
         if self.interrupted or self.out_of_time:
             control.should_save = control.should_training_stop = True
         speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
@@ -194,7 +196,7 @@ class Watch(TrainerCallback):
             self.best, self.worse = (loss, state.global_step), 0
         else:
             self.worse += 1
-        if self.best is not None and self.patience_is_spent and state.global_step < state.max_steps:
+        if self.patience_is_spent and state.global_step < state.max_steps:
             control.should_training_stop = True
             print(
                 f"train · the validation loss has not fallen below {self.best[0]:.4f} (step {self.best[1]}) in "
@@ -207,14 +209,8 @@ class Watch(TrainerCallback):
         patience = self.params.early_stopping_patience
         return patience is not None and self.worse >= patience
 
-    @property
-    def is_best(self) -> bool:
-        """Whether the last validation was the best so far."""
-        return self.best is not None and self.worse == 0
-
-    def _log(self, step: int, model: torch.nn.Module, by_module: bool) -> None:
-        changes = weight_changes(model, self._start)
-        now = time.monotonic()
+    def _log(self, step: int, model: torch.nn.Module) -> None:
+        changes, now = self.changes(model), time.monotonic()
         self.loss_rows.append(
             {
                 "step": step,
@@ -224,52 +220,21 @@ class Watch(TrainerCallback):
                 "weight_change": math.sqrt(sum(change**2 for change in changes.values())),
             }
         )
-        seconds = max(now - self._logged_at, 1e-9)
-        self.speed_rows.append(
-            {
-                "step": step,
-                "tokens_per_second": round((self.tokens - self._logged_tokens) / seconds, 1),
-                "memory_gib": round(memory_gib(), 3),
-                "waited_for_data": round(self.waited / seconds, 4),  # share of the time
-                "seconds": round(now - self.started, 2),
-            }
-        )
-        if by_module:
-            self.module_rows += [{"step": step, "module": m, "weight_change": change} for m, change in changes.items()]
-        self.unlogged, self._logged_at, self._logged_tokens, self.waited = [], now, self.tokens, 0.0
+        speed = (self.tokens - self._logged_tokens) / max(now - self._logged_at, 1e-9)
+        figures = (step, round(speed, 1), round(memory_gib(), 3), round(now - self.started, 2))
+        self.speed_rows.append(dict(zip(SPEED, figures, strict=True)))
+        self.unlogged, self._logged_at, self._logged_tokens = [], now, self.tokens
         still = [name for name, change in changes.items() if change == 0]
         if still and not self._warned and step >= self.warmup_steps + MOVED_BY:
             self._warned = True
             print(f"train · warning: the weights of {shortened(still)} have not changed after {step} steps", flush=True)
 
-    def write_tables(self, folder: Path) -> None:
-        """speed.csv and modules.csv: what differs from run to run, so not part of the adapter."""
-        _write(folder / "speed.csv", SPEED, self.speed_rows)
-        _write(folder / "modules.csv", MODULES, self.module_rows)
 
-    def write_curve(self, path: Path) -> None:
-        _write(path, LOSS, self.loss_rows)
-
-
-def weight_changes(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far each module's weights are from `start`: the Euclidean norm of the difference, from the sample."""
-    pairs = {name: (p, _sample(p), start[name]) for name, p in _trainable(model) if name in start}
-    # Of a sharded model a process has other, or no, numbers.
-    alike = {name: pair for name, pair in pairs.items() if pair[1].shape == pair[2].shape and pair[1].numel()}
-    if not alike:
-        return {}
-    distances = torch.stack([(now - before).norm() for _, now, before in alike.values()]).tolist()
-    squares: dict[str, float] = {}
-    for (name, (parameter, now, _)), distance in zip(alike.items(), distances, strict=True):
-        module = _module(name)
-        squares[module] = squares.get(module, 0.0) + distance**2 * (parameter.numel() / now.numel())
-    return {module: math.sqrt(square) for module, square in squares.items()}
-
-
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """Up to 2^16 of its numbers, evenly spread, in float32 on its device: a copy of all weights is never made."""
-    step = -(-parameter.numel() // SAMPLE) or 1
-    return parameter.detach().flatten()[::step].float()
+def write_table(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def memory_gib() -> float:
@@ -286,6 +251,12 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Up to 2^16 of its numbers, evenly spread, in float32 on its device: a copy of all weights is never made."""
+    step = -(-parameter.numel() // SAMPLE) or 1
+    return parameter.detach().flatten()[::step].float()
+
+
 def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [
         (name.removeprefix("module.").replace("_fsdp_wrapped_module.", "").replace("_flat_param", "weight"), p)
@@ -299,14 +270,3 @@ def _module(name: str) -> str:
     for mark in (".lora_", ".ia3_", ".modules_to_save"):
         name = name.split(mark)[0]
     return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias")
-
-
-def _write(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-class Interrupted(RuntimeError):
-    """A signal or `max_hours` ended the run after a checkpoint was saved; the same command goes on from there."""
