@@ -76,11 +76,7 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
 
 
 def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
-    """The flow run once it has ended; it is cancelled when this process stops waiting.
-
-    Raises:
-        TrainingFailed: for so many minutes no worker was there to begin it.
-    """
+    """The flow run once it has ended; it is cancelled when this process stops waiting."""
     artifacts = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
     said, deserted_since = "", None
     with get_client(sync_client=True) as client:

@@ -24,10 +24,10 @@ def test_a_thinking_model_is_scored_by_its_contents_and_merged_with_its_template
     """A base with Qwen 3's template, from prepare to merge; half of the rows reason."""
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
-    base = make_base(tmp_path / "base", steps=150, tokenizer=tokenizer)
+    base = make_base(tmp_path / "base", steps=200, tokenizer=tokenizer)
     (base / "chat_template.jinja").write_text(QWEN3.read_text(encoding="utf-8"), encoding="utf-8")
     rows: list[dict[str, Any]] = []
-    for number, row in enumerate(sample_rows(120)):
+    for number, row in enumerate(sample_rows(200)):
         thought = f"It says {row['output']}." if number % 2 else None
         rows.append({"messages": talk(row["instruction"], row["output"], thought=thought), "scoring": "exact"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -105,11 +105,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def strict_json(data: bytes) -> Any:
-    """JSON in which no key comes twice, so that nobody reads another value than was checked.
-
-    Raises:
-        ValueError: not JSON, not UTF-8, or a repeated key.
-    """
+    """JSON in which no key comes twice, so that nobody reads another value than was checked."""
     try:
         return json.loads(data.decode(), object_pairs_hook=unique_keys)  # json alone would guess UTF-16 and 32
     except RecursionError:

@@ -23,11 +23,7 @@ class GitError(RuntimeError):
 
 
 def run(root: Path, *arguments: str, **environment: str) -> str:
-    """What a command of git prints, without the last line's end.
-
-    Raises:
-        GitError: it failed; the message is git's own.
-    """
+    """What a command of git prints, without the last line's end."""
     done = _git(root, *arguments, **environment)
     if done.returncode != 0:
         raise GitError(redact(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}"))

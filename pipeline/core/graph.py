@@ -54,11 +54,7 @@ def outcome(lines: list[str], stage: str) -> str:
 
 
 def stale(root: Path = Path(".")) -> dict[str, Any]:
-    """Stages and snapshots that `dvc status` finds changed, each with its reasons; empty when nothing is to be done.
-
-    Raises:
-        GraphError: `dvc status` fails.
-    """
+    """Stages and snapshots that `dvc status` finds changed, each with its reasons; empty when nothing is to be done."""
     changed: dict[str, Any] = json.loads(ask(root, "status", "--json"))
     return changed
 
@@ -139,11 +135,7 @@ def restore_base(root: Path = Path(".")) -> str | None:
 
 
 def add_data(root: Path = Path(".")) -> None:
-    """Record what `data/` holds now as the snapshot of `data.dvc`; other rows than the sample's leave its remote.
-
-    Raises:
-        GraphError: DVC could not.
-    """
+    """Record what `data/` holds now as the snapshot of `data.dvc`; other rows than the sample's leave its remote."""
     path = root / "data.dvc"
     before = snapshot(root) if path.exists() else {}
     ask(root, "add", "data")
@@ -226,11 +218,7 @@ def _refuse_conflicts(root: Path) -> None:
 
 
 def lock(root: Path = Path(".")) -> dict[str, Any]:
-    """`dvc.lock` as plain data.
-
-    Raises:
-        GraphError: there is none, because no stage has run here, or a merge left its conflict in it.
-    """
+    """`dvc.lock` as plain data."""
     _refuse_conflicts(root)
     if not (root / "dvc.lock").exists():
         raise GraphError("dvc.lock is missing: no stage has run here; `retune run` or `dvc repro` runs them")
@@ -240,11 +228,7 @@ def lock(root: Path = Path(".")) -> dict[str, Any]:
 def version_id(root: Path = Path("."), stages: dict[str, Any] | None = None) -> str:
     """Name of the version that the workspace's artifacts, or those of `stages` (of a `dvc.lock`), are.
 
-    It is made from DVC's digest of each folder that ships: the same content has the same name on every machine.
-
-    Raises:
-        GraphError: a stage has not run.
-    """
+    It is made from DVC's digest of each folder that ships: the same content has the same name on every machine."""
     stages = lock(root)["stages"] if stages is None else stages
     outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
     if missing := [path for path in SHIPPED if path not in outs]:

@@ -23,12 +23,7 @@ class HandoverError(RuntimeError):
 
 
 def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
-    """Push the working tree as a commit, and the stage's inputs; returns the commit, which a worker is to be given.
-
-    Raises:
-        GitError, GraphError: they could not push; the message is theirs.
-        HandoverError: a file that the stage needs is not known to git.
-    """
+    """Push the working tree as a commit, and the stage's inputs; returns the commit, which a worker is to be given."""
     inputs = [name for name in graph.STAGES[: graph.STAGES.index(stage)] if name in graph.lock(root)["stages"]]
     graph.ask(root, "push", "data.dvc", *inputs)
     _refuse_untracked(stage, root)
@@ -65,11 +60,7 @@ def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], r
 
 
 def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
-    """Merge the stage's entry of the answer into our `dvc.lock`, and fetch its outputs.
-
-    Raises:
-        GitError, GraphError, HandoverError: there is no answer, or it was made from other inputs than ours.
-    """
+    """Merge the stage's entry of the answer into our `dvc.lock`, and fetch its outputs."""
     git.run(root, "fetch", "--quiet", remote, f"{ANSWERED}/{commit}")
     yaml = YAML(typ="safe")
     entry = yaml.load(git.run(root, "show", "FETCH_HEAD:dvc.lock"))["stages"].get(stage)
@@ -98,11 +89,7 @@ def forget(commit: str, remote: str, root: Path = Path(".")) -> None:
 
 
 def make_clone(folder: Path, remote: str, root: Path = Path(".")) -> None:
-    """A worker's own clone of the project at `folder`, which fetches from where the project pushes to.
-
-    Raises:
-        GitError: git could not clone, or the project has no remote of that name.
-    """
+    """A worker's own clone of the project at `folder`, which fetches from where the project pushes to."""
     url = git.run(root, "remote", "get-url", remote)
     if not (folder / ".git").exists():
         git.run(

@@ -35,11 +35,7 @@ def free() -> None:
 
 
 def in_fitting_batch(size: int, attempt: Callable[[int], T], of: str) -> tuple[int, T]:
-    """The result of `attempt(size)`, or of half as much, and half of that, until it fits; and the size that did.
-
-    Raises:
-        OutOfMemory: one does not fit; `of` says what it is one of.
-    """
+    """The result of `attempt(size)`, or of half as much, and half of that, until it fits; and the size that did."""
     while True:
         try:
             return size, attempt(size)

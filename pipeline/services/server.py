@@ -117,11 +117,7 @@ def own_password() -> str | None:
 
 
 def wait_for(name: str, answers: Callable[[], bool], has_ended: Callable[[], bool]) -> None:
-    """Return when a server or worker answers.
-
-    Raises:
-        ServerError: it has ended, or takes too long; with its log.
-    """
+    """Return when a server or worker answers."""
     deadline, log = time.monotonic() + STARTUP_SECONDS, LOGS / f"{name}.log"
     while not answers():
         if has_ended():

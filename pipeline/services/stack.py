@@ -237,12 +237,7 @@ def _write_config(root: Path, stack: list[Service]) -> None:
 
 
 def _ask(root: Path, method: str, *arguments: Any) -> Any:
-    """What supervisord answers.
-
-    Raises:
-        OSError: it cannot be reached.
-        ServerError: it refuses.
-    """
+    """What supervisord answers."""
     from supervisor.xmlrpc import SupervisorTransport
 
     transport = SupervisorTransport(None, None, f"unix://{SOCKET}")

@@ -43,11 +43,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: causal attention within rows, by `kernel`.
-
-    Raises:
-        UnsupportedAttention: the layer asks for a cap, a bias or sinks, or the batch does not say where rows begin.
-    """
+    """What transformers calls: causal attention within rows, by `kernel`."""
     extras = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if extras or cu_seq_lens_q is None or max_length_q is None:
         raise UnsupportedAttention(f"its attention takes {extras[0]}" if extras else "rows are not packed")
@@ -142,11 +138,7 @@ def _difference(model: Any, sequences: Dataset) -> str | None:
 
 
 def require_isolation(model: Any, sequences: Dataset) -> None:
-    """See that a row comes out of the model the same whatever its neighbour in a packed line says.
-
-    Raises:
-        ModelError: the architecture ignores where rows begin.
-    """
+    """See that a row comes out of the model the same whatever its neighbour in a packed line says."""
     first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"])])
     if not others:
         return  # no line holds two rows

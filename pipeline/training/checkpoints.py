@@ -70,11 +70,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is sealed and whole; each that is not is named and passed over.
-
-    Raises:
-        UnsafeModelError: a whole one holds what no training saves; see `check_checkpoint`.
-    """
+    """The newest checkpoint in `folder` that is sealed and whole; each that is not is named and passed over."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for checkpoint in newest_first:
         problem = problem_of(checkpoint, "trainer_state.json")

@@ -75,12 +75,7 @@ class Memory:
 
 
 def count(config: PreTrainedConfig, params: TrainParams) -> Counts:
-    """The sizes of the model of `config` with the adapter of `params`.
-
-    Raises:
-        UnplannedError: not an architecture of attention and feed-forward layers.
-        MethodError: an adapter that the model cannot have.
-    """
+    """The sizes of the model of `config` with the adapter of `params`."""
     for size in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         if not hasattr(config.get_text_config(), size):
             raise UnplannedError(f"{config.model_type} (it has no {size})")

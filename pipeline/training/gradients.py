@@ -18,11 +18,7 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def require_gradients(trainer: Any) -> None:
-    """Train on the shortest row without taking the step, with no more memory than a step takes.
-
-    Raises:
-        TrainError: names the frozen layers that got a gradient from above and passed none on.
-    """
+    """Train on the shortest row without taking the step, with no more memory than a step takes."""
     model = trainer.model.train()
     if trainer.args.activation_checkpointing:  # as the training itself, which turns it on only as it starts
         checkpoint_activations(model)

@@ -35,11 +35,7 @@ def this_gpu() -> Gpu:
 
 
 def require_kernels(params: TrainParams, cuda: bool) -> None:
-    """Refuse kernels that are asked for by name and that this machine cannot run.
-
-    Raises:
-        HardwareError: no GPU, no C compiler for Triton, or the package is not installed.
-    """
+    """Refuse kernels that are asked for by name and that this machine cannot run."""
     attention = params.attn_implementation
     choices = [
         (attention in PACKAGES, f"attn_implementation {attention}", PACKAGES.get(attention, ""), "auto"),

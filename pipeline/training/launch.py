@@ -28,12 +28,7 @@ def must_launch(params: TrainParams) -> bool:
 
 
 def launch(params: TrainParams, **folders: Path | None) -> dict[str, Any]:
-    """Run `train` with its `folders` in `params.num_processes` processes; returns the fields of its result.
-
-    Raises:
-        TrainError: fewer GPUs than processes, or a process failed; its own message is on stderr.
-        Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
-    """
+    """Run `train` with its `folders` in `params.num_processes` processes; returns the fields of its result."""
     cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
     if cuda and gpus < params.num_processes:
         raise TrainError(f"train.num_processes is {params.num_processes}, and this machine has {gpus} GPUs")

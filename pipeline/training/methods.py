@@ -15,11 +15,7 @@ from pipeline.training.targets import MethodError, feedforward, target_modules, 
 
 
 def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | None:
-    """The adapter to train on `model`; None trains the model itself.
-
-    Raises:
-        MethodError: `lora_target_modules` matches nothing in the model, or not on this family.
-    """
+    """The adapter to train on `model`; None trains the model itself."""
     task = TaskType.SEQ_CLS if params.task == CLASSIFICATION else TaskType.CAUSAL_LM
     new = getattr(model, "new_modules", None) or None  # beside the head, which PEFT knows
     match params.method:
@@ -53,11 +49,7 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
 
 
 def require_context(params: TrainParams, config: Any, max_length: int) -> None:
-    """Refuse virtual tokens that leave the longest rows no place in the model's context.
-
-    Raises:
-        MethodError: with what would fit.
-    """
+    """Refuse virtual tokens that leave the longest rows no place in the model's context."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if params.method in VIRTUAL_TOKENS and limit and max_length + params.num_virtual_tokens > limit:
         raise MethodError(

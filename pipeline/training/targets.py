@@ -27,11 +27,7 @@ class MethodError(ValueError):
 
 
 def target_modules(params: TrainParams, model: Any) -> str | list[str]:
-    """`all-linear` for PEFT to resolve, or names of which each matches a linear layer of `model`, sorted.
-
-    Raises:
-        MethodError: a name matches nothing, or nothing that can be trained.
-    """
+    """`all-linear` for PEFT to resolve, or names of which each matches a linear layer of `model`, sorted."""
     experts, linear, text = target_parameters(params, model), dict(linear_modules(model)), _language_model(model)
     routed = bool(experts) or any(_is_router(name) for name, _ in model.named_modules())
     if params.lora_target_modules == "all-linear" and params.method != "ia3" and not (routed or text):
@@ -43,11 +39,7 @@ def target_modules(params: TrainParams, model: Any) -> str | list[str]:
 
 
 def target_parameters(params: TrainParams, model: Any) -> list[str]:
-    """Stacked weights of experts that LoRA is put on, as PEFT's `target_parameters` names them.
-
-    Raises:
-        MethodError: they are asked for, and the method has nothing for them.
-    """
+    """Stacked weights of experts that LoRA is put on, as PEFT's `target_parameters` names them."""
     experts, targets = _experts(model), params.lora_target_modules
     chosen = experts if targets == "all-linear" else [name for name in experts if name in targets]
     if chosen and (not METHODS[params.method].trains_experts or params.lora_dropout):

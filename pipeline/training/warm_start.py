@@ -21,12 +21,7 @@ class InitError(ValueError):
 
 
 def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> None:
-    """Refuse an adapter that the one of `config` cannot start from.
-
-    Raises:
-        InitError: of another base, other classes, another method, or other settings.
-        UnsafeModelError: see `check_adapter`.
-    """
+    """Refuse an adapter that the one of `config` cannot start from."""
     if is_whole(folder):
         raise InitError(f"{folder} holds a whole model and no adapter; name it as the base instead")
     check_adapter(folder)
@@ -54,11 +49,7 @@ def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> No
 
 
 def load_init(model: Any, folder: Path) -> None:
-    """Put the weights of the adapter in `folder` into the new one of `model`.
-
-    Raises:
-        InitError: they are for other modules.
-    """
+    """Put the weights of the adapter in `folder` into the new one of `model`."""
     loaded = model.load_adapter(str(folder), "default", is_trainable=True)
     unexpected = [key for key in loaded.unexpected_keys if key != PROMPT]
     if loaded.missing_keys or unexpected:
