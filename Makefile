@@ -62,7 +62,7 @@ bench-store: $(READY)  ## the artifact store next to boto3's upload_file (about 
 bench-flow: $(READY)  ## the flow next to dvc repro, runs with nothing to do (about 10 minutes)
 	@python -m tests.bench.flow
 
-bench-gpu: $(READY)  ## training and generation of an 8B model on this GPU next to `trl sft`, against the bars (at most 8 minutes, 20 GB of disk)
+bench-gpu: $(READY)  ## training and generation of an 8B model on this GPU next to `trl sft` (at most 8 minutes, 20 GB of disk)
 	@python -m tests.bench.gpu
 
 sample: $(READY)     ## make the sample data and base model again (about 10 minutes)

@@ -155,20 +155,10 @@ def test_a_command_about_versions_says_what_it_lacks(root: Path, arguments: list
     assert words in sentence(root, *arguments)
 
 
-def test_a_version_without_a_reason_is_not_deleted(root: Path) -> None:
-    assert retune(root, "delete", "v1").returncode == 2
-
-
 def test_a_store_that_cannot_be_written_is_named(root: Path) -> None:
     change_params(root, publish={"artifact_store": "file://params.yaml/store"})
     assert "the artifact store params.yaml/store cannot be" in sentence(root, "history")
     change_params(root, publish={"artifact_store": "file://store"})
-
-
-def test_a_stage_that_is_none_is_a_usage_error(root: Path) -> None:
-    done = retune(root, "stage", "deploy")
-    assert done.returncode == 2
-    assert "expected prepare, train, evaluate or merge" in done.stderr
 
 
 def test_a_folder_of_another_user_is_one_sentence(

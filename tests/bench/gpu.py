@@ -2,7 +2,7 @@
 
 Needs torch with CUDA and the packages of requirements.lock on the path, but no installed Retune, DVC, Prefect or
 network. Each row is a process of its own, so its peak of memory is its own; one that fails says why in the table, and
-the others go on. `--device cpu --tiny` takes a tiny model through the same code in one process.
+the others go on. `--device cpu --tiny` takes a tiny model through the same code.
 """
 
 import argparse
@@ -15,8 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,15 +60,6 @@ TRAININGS: dict[str, dict[str, Any]] = {
     CHECKPOINTED: FIXED | {"gradient_checkpointing": True},
     BF16: FIXED | {"method": "lora", "load_in_4bit": "auto"},
 }
-# What is measured, in which unit, at least or at most how much on an H200, and the aim.
-BARS: tuple[tuple[str, Callable[[dict[str, Result]], float], str, str, float, str], ...] = (
-    ("auto against `trl sft`", lambda r: _rate(r, "QLoRA, auto") / _rate(r, TRL), "×", "≥", 5, ""),
-    ("QLoRA, 2 × 2,048", lambda r: _rate(r, QLORA), "tokens/s", "≥", 10_500, ""),
-    ("QLoRA, auto", lambda r: _rate(r, "QLoRA, auto"), "tokens/s", "≥", 12_500, "16,000"),
-    ("QLoRA against LoRA on bf16", lambda r: _rate(r, QLORA) / _rate(r, BF16), "×", "≥", 0.9, ""),
-    ("generation", lambda r: _rate(r, GENERATION), "tokens/s", "≥", 3_000, "10,000"),
-    ("peak with checkpointing, whole train", lambda r: _peak_gib(r, CHECKPOINTED), "GiB", "≤", 8.5, ""),
-)
 
 
 def main() -> None:
@@ -93,22 +82,19 @@ def main() -> None:
 
 
 def table(size: Size, folder: Path, options: argparse.Namespace) -> None:
-    """Print a line for each row as it is measured, then the bars."""
+    """Print a line for each row as it is measured."""
     started = time.monotonic()
     machine = _in_process("machine", folder, options, options.seconds)
     if "error" in machine:
         sys.exit(f"bench-gpu: {machine['error']}")
     print(f"{machine['name']}, torch {machine['torch']}: {machine['flops'] / 1e12:,.3g} TFLOP/s on a bf16 product")
     header("run", "tokens/s", "of the matrix rate", "peak GiB", "planned GiB", "micro-batch", "seconds in all")
-    results: dict[str, Result] = {}
     for name in (TRL, *TRAININGS, GENERATION):
         left = options.seconds - (time.monotonic() - started)
         if left < 30:
             row(name, "not run: the time is spent")
             continue
-        run = _here if options.tiny else _in_process
-        seconds, result = timed(partial(run, name, folder, options, min(left, ROW_SECONDS)))
-        results[name] = result
+        seconds, result = timed(partial(_in_process, name, folder, options, min(left, ROW_SECONDS)))
         if "error" in result:
             row(name, f"failed: {result['error']}")
             continue
@@ -118,31 +104,6 @@ def table(size: Size, folder: Path, options: argparse.Namespace) -> None:
             f"{result['peak'] / GIB:.2f}" if result["peak"] else "",
             f"{result['planned'] / GIB:.2f}" if "planned" in result else "", result.get("rows", ""), f"{seconds:.0f}",
         )  # fmt: skip
-    header("bars (of one H200)", "measured", "bar", "")
-    for what, measure, unit, sign, bar, aim in BARS:
-        try:
-            value = measure(results)
-        except (KeyError, ZeroDivisionError):
-            row(what, "not measured", f"{sign} {bar:,} {unit}", "")
-            continue
-        met = "met" if (value >= bar if sign == "≥" else value <= bar) else "missed"
-        row(what, f"{value:,.2f} {unit}", f"{sign} {bar:,} {unit}", met + (f"; aim {aim}" if aim else ""))
-    for name, result in results.items():
-        if result.get("planned") and result["peak"]:
-            off = result["peak"] / result["planned"] - 1
-            row(f"peak of {name} against plan", f"{off:+.0%}", "± 10 %", "met" if abs(off) <= 0.1 else "missed")
-
-
-def _rate(results: dict[str, Result], name: str) -> float:
-    rate: float = results[name]["tokens_per_s"]
-    return rate
-
-
-def _peak_gib(results: dict[str, Result], name: str) -> float:
-    peak: float = results[name]["peak"]
-    if not peak:
-        raise KeyError("a CPU has no peak")
-    return peak / GIB
 
 
 def _in_process(name: str, folder: Path, options: argparse.Namespace, seconds: float) -> Result:
@@ -163,14 +124,6 @@ def _in_process(name: str, folder: Path, options: argparse.Namespace, seconds: f
     lines = log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
     print("\n".join(lines[-20:]), file=sys.stderr)
     return {"error": lines[-1][:300].replace("|", "/")}
-
-
-def _here(name: str, folder: Path, options: argparse.Namespace, seconds: float) -> Result:
-    try:
-        return _measure(name, TINY, folder)
-    except Exception as error:
-        traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def _measure(name: str, size: Size, folder: Path) -> Result:
