@@ -14,6 +14,11 @@ from pipeline.training.launch import launcher
 from pipeline.training.watching import Interrupted
 
 
+@pytest.fixture(autouse=True)
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", sys.executable)  # of what torchrun starts: forks of `preloaded`
+
+
 @pytest.fixture(scope="module")
 def few(params: Params) -> Params:
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "tokens_per_step": None}
