@@ -154,10 +154,12 @@ def _require_usable(params: PrepareParams, outcomes: Outcomes, rejected: list[Re
         )
     for split in ("train", "test"):
         if not (outcomes.kept & (outcomes.split == split)).any():
+            reasons = Counter(outcomes.reason[~outcomes.kept])
+            dropped = "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(3)) or "none dropped"
             raise PrepareError(
-                f"the {split} split is empty: {total} rows came in, {int(overlong.sum())} of them longer than "
-                f"prepare.max_length ({params.max_length} tokens); add rows, raise prepare.test_fraction or "
-                "prepare.max_length, or set prepare.on_overlong to truncate_prompt or split"
+                f"the {split} split is empty: {total} rows came in ({dropped}; prepare.max_length is "
+                f"{params.max_length} tokens); add rows, or change prepare.test_fraction, prepare.max_length, "
+                "prepare.on_overlong or prepare.filters"
             )
 
 
@@ -179,7 +181,6 @@ def _write(
     tests: list[pa.Table] = []
     example: list[tuple[str, bool]] = []
     classes: dict[str, set[str]] = {name: set() for name in SPLITS}
-    start = 0
     with (
         pq.ParquetWriter(output / "train.parquet", schema) as train,
         pq.ParquetWriter(output / "validation.parquet", schema) as validation,
@@ -188,16 +189,9 @@ def _write(
         for row, file, format in rejected:
             stats.add_read(format, file, 1)
             dropped.write(_dropped_line(stats, row.source, f"a row {row.reason}", row.record) + "\n")
-        progress = Progress("prepare", len(outcomes.reason), "rows written", every=2.0)
-        for part, folder in zip(parts, folders, strict=True):
-            progress.update(start)
-            rows = pq.read_table(folder / ROWS)
-            rows_in = pq.read_metadata(part.shard).num_rows
-            stats.add_read(part.format, part.file, rows_in)
-            stats.more += len(rows) - rows_in
-            rows = rows.append_column("number", pa.array(np.arange(start, start + len(rows))))
-            kept, split = (of_all[start : start + len(rows)] for of_all in (outcomes.kept, outcomes.split))
-            start += len(rows)
+        for rows in _rows_of(parts, folders, len(outcomes.reason), stats):
+            numbers = rows["number"].to_numpy()
+            kept, split = outcomes.kept[numbers], outcomes.split[numbers]
             for name in SPLITS:
                 of_split = rows.filter(pa.array(kept & (split == name)))
                 if name != "test":  # a test item asks for the last answer alone, whatever the template
@@ -214,10 +208,8 @@ def _write(
                     example = _segments(of_split.slice(0, 1), template)
             for row in rows.filter(pa.array(~kept)).select(["source", "record", "number"]).to_pylist():
                 dropped.write(_dropped(stats, row, outcomes) + "\n")
-    test = pa.concat_tables(tests).sort_by([("id", "ascending"), ("prompt", "ascending")])
-    groups = joined_groups(test["group"].to_pylist(), outcomes.cluster[test["number"].to_numpy()])
-    test = test.set_column(test.column_names.index("group"), "group", pa.array(groups, pa.string()))
-    pq.write_table(test.drop_columns("number"), output / "test.parquet")
+    test = _whole_test(tests, outcomes)
+    pq.write_table(test, output / "test.parquet")
     report = stats.report(params.max_length, _digest(test), example, outcomes.crowded, scoring)
     write_report(report, output)
     tokens = report["train_tokens"]
@@ -226,6 +218,28 @@ def _write(
         contract["labels"] = class_names(classes["train"], classes["validation"] | classes["test"])
     write_json(output / "contract.json", contract)
     return Prepared(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
+
+
+def _rows_of(parts: list[Part], folders: list[Path], total: int, stats: DataStats) -> Iterator[pa.Table]:
+    """The encoded rows of each part with their `number` among all."""
+    progress, start = Progress("prepare", total, "rows written", every=2.0), 0
+    for part, folder in zip(parts, folders, strict=True):
+        progress.update(start)
+        rows = pq.read_table(folder / ROWS)
+        read = pq.read_metadata(part.shard).num_rows
+        stats.add_read(part.format, part.file, read)
+        stats.more += len(rows) - read
+        yield rows.append_column("number", pa.array(np.arange(start, start + len(rows))))
+        start += len(rows)
+
+
+def _whole_test(tests: list[pa.Table], outcomes: Outcomes) -> pa.Table:
+    """The test split in the order of its ids; near copies in it are one group."""
+    test = pa.concat_tables(tests).sort_by([("id", "ascending"), ("prompt", "ascending")])
+    groups = joined_groups(test["group"].to_pylist(), outcomes.cluster[test["number"].to_numpy()])
+    return test.set_column(test.column_names.index("group"), "group", pa.array(groups, pa.string())).drop_columns(
+        "number"
+    )
 
 
 def _one_row_an_answer(rows: pa.Table, stats: DataStats) -> pa.Table:
@@ -250,19 +264,16 @@ def _with_label(rows: pa.Table) -> pa.Table:
 
 
 def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
-    lengths = pc.list_value_length(rows["input_ids"]).to_pylist()
-    trained: list[int] = []
+    stats.tasks[split].update(rows["task"].to_pylist())
+    stats.languages[split].update(rows["language"].to_pylist())
     if split == "train":
-        labels = rows["labels"].combine_chunks()
-        carries = pc.greater_equal(labels.flatten(), 0).to_numpy(zero_copy_only=False)
-        owners = pc.list_parent_indices(labels).to_numpy()
-        trained = np.bincount(owners[carries], minlength=len(rows)).tolist()
-    stats.add_kept(split, rows["task"].to_pylist(), lengths, trained, rows["language"].to_pylist())
+        stats.lengths.update(pc.list_value_length(rows["input_ids"]).to_pylist())
+        stats.trained_tokens += pc.sum(pc.greater_equal(rows["labels"].combine_chunks().flatten(), 0)).as_py() or 0
     stats.untrained += pc.sum(pc.count_substring(rows["record"], '"weight": 0')).as_py() or 0
     repaired = rows.filter(pc.greater(pc.list_value_length(rows["repairs"]), 0))
     for row in repaired.select(["repairs", "source", "record"]).to_pylist():
         for repair in row["repairs"]:
-            stats.repaired.add_example(repair, source=row["source"], text=json.loads(row["record"]))
+            stats.repaired.add(repair, source=row["source"], text=json.loads(row["record"]))
 
 
 def _as_test(rows: pa.Table, choices: dict[str, Choice]) -> pa.Table:
@@ -302,7 +313,7 @@ def _dropped(stats: DataStats, row: dict[str, Any], outcomes: Outcomes) -> str:
     more = {"detail": detail} if (detail := outcomes.details[number].as_py()) else {}
     if original >= 0:
         more["copy_of"] = outcomes.sources[original].as_py()
-        stats.duplicates.add_example(
+        stats.duplicates.add(
             reason,
             source=source,
             of=more["copy_of"],
@@ -314,5 +325,5 @@ def _dropped(stats: DataStats, row: dict[str, Any], outcomes: Outcomes) -> str:
 
 
 def _dropped_line(stats: DataStats, source: str, reason: str, record: Any, **more: str) -> str:
-    stats.dropped.add_example(reason, source=source, text=record)
+    stats.dropped.add(reason, source=source, text=record)
     return json.dumps({"source": source, "reason": reason, "record": record, **more}, default=str)

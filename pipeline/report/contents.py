@@ -1,7 +1,7 @@
 """What the evaluation report says: scores, differences, tasks and texts, from the items that systems were scored on.
 
 `Contents` holds plain values in the order in which a reader asks for them, from the metrics and items of two to four
-systems. Texts are cut and personal data in them is masked.
+systems. Texts are cut, and secrets in them are hidden.
 """
 
 import json
