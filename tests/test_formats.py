@@ -307,7 +307,7 @@ def test_a_mapping_to_a_column_that_is_not_there_lists_what_there_is(tmp_path: P
 @pytest.mark.parametrize(
     ("records", "what"),
     [
-        ([{"ask": "Q", "say": "A"}], "has ask, say and .*--columns prompt=ask,response=say;.*: alpaca "),
+        ([{"ask": "Q", "say": "A"}], "has ask, say and .*--columns prompt=ask,response=say,.*: alpaca "),
         ([], "holds no records"),
         ([ALPACA, SHAREGPT], "looks like alpaca and sharegpt; "),
         ([ALPACA | SHAREGPT], "has conversations, input, instruction, output and looks like alpaca and sharegpt;"),

@@ -50,7 +50,7 @@ def test_a_test_row_is_shown_as_prompt_and_reference(dataset: Path) -> None:
     record = pq.read_table(dataset / "test.parquet").slice(0, 1).to_pylist()[0]
     assert "".join(token.text for token in shown.tokens) == record["prompt"]
     assert (shown.reference, shown.trained) == (record["reference"], 0)
-    assert f"expected: {record['reference']}" in as_text(shown, colour=False).plain
+    assert f"expected: {record['reference']}" in as_text(shown).plain
 
 
 def test_a_row_is_found_by_its_id(dataset: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_file_is_shown_as_it_would_be_prepared_with_a_verdict_on_each_row(para
     assert "".join(token.text for token in kept.tokens if token.trained) == "A colour.<|im_end|>"
     assert (repaired.verdict, repaired.reasons) == ("repaired", ["control tokens in its text escaped"])
     assert (dropped.verdict, dropped.tokens) == ("dropped", [])
-    assert "output is empty" in dropped.reasons[0] and "output is empty" in as_text(dropped, colour=False).plain
+    assert "output is empty" in dropped.reasons[0] and "output is empty" in as_text(dropped).plain
     assert overlong.verdict == "dropped" and "more than prepare.max_length (128)" in overlong.reasons[0]
     cut = with_(params, prepare={"on_overlong": "truncate_prompt"})
     assert inspect_file(cut, rows, 3, None, 1)[0].verdict == "repaired"
@@ -97,7 +97,7 @@ def test_a_text_and_its_class_are_shown_from_a_file_and_from_the_dataset(params:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + json.dumps({"text": "x", "label": ""}) + "\n")
     first, *_, last = inspect_file(settings, path, None, None, 61)
     assert (first.verdict, first.label, first.trained, last.verdict) == ("kept", "pos", 0, "dropped")
-    assert "class: pos" in as_text(first, colour=False).plain
+    assert "class: pos" in as_text(first).plain
     prepare(settings.prepare, path.parent, tmp_path / "dataset", train_task=settings.train.task)
     [shown] = inspect_dataset(tmp_path / "dataset", "train", 0, None, None, 1)
     assert shown.label in ("pos", "neg") and shown.as_json()["label"] == shown.label
@@ -113,25 +113,23 @@ def test_the_tokens_texts_together_are_the_text(template: ChatTemplate, text: st
     assert [number for token in tokens for number in token.ids] == ids
 
 
-def test_without_colour_the_trained_tokens_stand_in_brackets(template: ChatTemplate) -> None:
+def test_the_trained_tokens_stand_in_brackets_and_green(template: ChatTemplate) -> None:
     encoded = template.encode([{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}])
     tokens = tokens_of(template.tokenizer, encoded.input_ids, encoded.labels)
-    shown = as_text(Shown("row 0", "kept", [], "t", tokens), colour=False).plain
-    *_, start, answer, _ = shown.split("\n")
+    text = as_text(Shown("row 0", "kept", [], "t", tokens))
+    *_, start, answer, _ = text.plain.split("\n")
     assert start.replace("·", "") == "<|im_start|>assistant⏎"
     assert answer.endswith("·<|im_end|>⟧⏎") and answer.replace("·", "") == "⟦blue<|im_end|>⟧⏎"
-    coloured = as_text(Shown("row 0", "kept", [], "t", tokens), colour=True)
-    green = [coloured.plain[span.start : span.end] for span in coloured.spans if "green" in str(span.style)]
+    green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert "".join(green) == "blue<|im_end|>"
 
 
 def test_text_cannot_drive_the_terminal(template: ChatTemplate) -> None:
     hostile = "\x1b[2J\x07\x9b31m[bold]"
     tokens = tokens_of(template.tokenizer, template.tokenizer.encode(hostile))
-    for colour in (True, False):
-        plain = as_text(Shown("row 0", "kept", [], "t", tokens, reference=hostile), colour).plain
-        assert not set(plain) & set("\x1b\x07\x9b")
-        assert "[bold]" in plain.replace("·", "")
+    plain = as_text(Shown("row 0", "kept", [], "t", tokens, reference=hostile)).plain
+    assert not set(plain) & set("\x1b\x07\x9b")
+    assert "[bold]" in plain.replace("·", "")
 
 
 def test_the_command_shows_a_file_in_text_and_as_json(params: Params, rows: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from pipeline.core.files import read_json
 from pipeline.data.default_scoring import reason, sentence
 from pipeline.data.encoding import OVERLONG, split_of
 from pipeline.data.outcomes import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
-from pipeline.data.readers import FormatError
 from pipeline.params import Params
 from pipeline.prepare import Prepared, PrepareError, prepare
 
@@ -271,7 +270,7 @@ def test_rows_without_a_scoring_are_scored_by_what_their_answers_look_like(
     assert made.scoring == read_json(output / "report.json")["scoring"]
     assert choice.items() <= made.scoring["default"].items()
     assert made.scoring["default"]["scoring"] == scoring
-    assert scoring in sentence(made.scoring, "auto")
+    assert scoring in sentence(made.scoring)
     assert reason(made.scoring["default"]) in (output / "report.md").read_text()
 
 
@@ -284,8 +283,6 @@ def test_the_parameter_and_a_rows_own_scoring_overrule(params: Params, tmp_path:
         scoring = dict(zip(table.column("task").to_pylist(), table.column("scoring").to_pylist(), strict=True))
         assert scoring == {"default": default, "o": "text"}
         assert set(made.scoring) == {"default"}
-        assert "prepare.default_scoring" in sentence(made.scoring, default)
-    assert sentence({}, "auto") == ""
 
 
 def files_of(output: Path) -> dict[str, bytes]:
@@ -354,12 +351,6 @@ def test_rows_for_training_leave_the_test_split_as_it_was(params: Params, tmp_pa
     _, after = run(params, tmp_path, [*train, *rows])
     assert pq.read_table(after / "test.parquet").drop_columns("source").equals(frozen)
     assert read_json(after / "report.json")["test_sha256"] == digest
-
-
-def test_a_file_put_in_by_hand_that_needs_a_mapping_is_sent_to_ingest(params: Params, tmp_path: Path) -> None:
-    (tmp_path / "tickets.csv").write_text("ticket,team\nIt is late.,delivery\n")
-    with pytest.raises(FormatError, match=r"retune ingest tickets\.csv"):
-        prepare(params.prepare, tmp_path, tmp_path / "out")
 
 
 def test_a_long_conversation_is_split_between_turns_and_every_answer_is_trained_once(

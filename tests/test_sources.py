@@ -60,7 +60,7 @@ def test_a_path_or_glob_gives_its_files(
 
 
 def test_a_glob_that_climbs_out_of_its_root_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="leaves the folder"):
+    with pytest.raises(FormatError, match="lies outside"):
         fetch(str(tree(tmp_path) / "a/*/../../outside/*.jsonl"), PARAMS, tmp_path / "scratch")
 
 
@@ -71,7 +71,7 @@ def test_a_link_out_of_the_root_is_refused_unless_it_is_named_itself(tmp_path: P
     if uri != "a/**/*.jsonl":  # a linked folder is not entered
         assert "three.jsonl" not in str(fetch(str(tmp_path / uri), PARAMS, tmp_path / "scratch").files)
     (tmp_path / "a" / "link.jsonl").symlink_to(target / "three.jsonl")
-    with pytest.raises(FormatError, match=r"is a link out of .*three\.jsonl\); name that file itself"):
+    with pytest.raises(FormatError, match=r"lies outside .*three\.jsonl\); name that file itself"):
         fetch(str(tmp_path / uri), PARAMS, tmp_path / "scratch")
     assert len(fetch(str(tmp_path / "a" / "link.jsonl"), PARAMS, tmp_path / "scratch").files) == 1
 
@@ -152,12 +152,12 @@ def test_a_file_is_downloaded_and_its_checksum_holds(tmp_path: Path, web: tuple[
 @pytest.mark.parametrize(
     ("address", "gib", "what"),
     [
-        ("/rows.jsonl", 1, "has no checksum; write http"),
-        ("/rows.jsonl#sha256=123", 1, "has no checksum"),
+        ("/rows.jsonl", 1, "names no file with its checksum"),
+        ("/rows.jsonl#sha256=123", 1, "names no file with its checksum"),
         (f"/rows.jsonl#sha256={'0' * 64}", 1, f"has the SHA-256 {SHA256}; it is not the file that was named"),
         (f"/rows.jsonl#sha256={SHA256}", 1e-8, "ingest.max_download_gib is"),
         (f"/none.jsonl#sha256={SHA256}", 1, "answers 404"),
-        (f"/rows#sha256={SHA256}", 1, "names the file 'rows'; expected one that ends in"),
+        (f"/rows#sha256={SHA256}", 1, "names no file with its checksum"),
         (f"http://127.0.0.1:9/rows.jsonl#sha256={SHA256}", 1, "could not be read"),
     ],
 )
@@ -194,13 +194,8 @@ def test_a_hub_dataset_gives_its_data_files_at_its_revision(tmp_path: Path, hub:
 @pytest.mark.parametrize(
     ("uri", "files", "what"),
     [
-        (
-            f"own/set@{REVISION}",
-            {"set.py": b"import os"},
-            "needs code to be read, which Retune does not run",
-        ),
+        (f"own/set@{REVISION}", {"set.py": b"import os"}, "holds no file that ends in"),
         (f"own/set@{REVISION}", {"../../evil.jsonl": ROWS}, "leads out of its folder"),
-        (f"own/set@{REVISION}", {"README.md": b"#"}, "holds no file that ends in"),
         ("own/set", {"rows.jsonl": ROWS}, "names no revision"),
     ],
 )
@@ -226,7 +221,7 @@ def test_a_branch_of_the_hub_is_read_at_its_newest_commit_which_is_recorded(
 
 def test_no_hub_is_asked_offline(tmp_path: Path) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(SourceError, match="HF_HUB_OFFLINE forbids"):
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE"):
         fetch(f"hf://datasets/own/set@{REVISION}", PARAMS, tmp_path / "scratch")
 
 

@@ -115,7 +115,7 @@ def inspect(
         return
     console = Console(highlight=False, soft_wrap=True)
     for each in shown:
-        console.print(as_text(each, colour=console.is_terminal and not console.no_color))
+        console.print(as_text(each))
 
 
 def _reading(params: "IngestParams", format: str | None, columns: str | None) -> "IngestParams":

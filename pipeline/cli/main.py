@@ -202,8 +202,8 @@ def _run_stage(name: str, params: Any) -> str:
             dropped = f", {sum(prepared.dropped.values()):,} dropped ({reasons})" if prepared.dropped else ""
             rows = ", ".join(f"{count:,} {split}" for split, count in prepared.rows.items())
             loss = "" if classes else f"; {prepared.trained_tokens:,} of {prepared.tokens:,} training tokens carry loss"
-            scoring = sentence(prepared.scoring, params.prepare.default_scoring)
-            return f"{rows} rows{dropped}{loss}" + (f"; {scoring}" if scoring and not classes else "")
+            chosen = prepared.scoring and params.prepare.default_scoring == "auto" and not classes
+            return f"{rows} rows{dropped}{loss}" + (f"; {sentence(prepared.scoring)}" if chosen else "")
         case "train":
             from pipeline.registry.init_adapter import fetch_init
             from pipeline.train import train

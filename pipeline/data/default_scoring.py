@@ -68,14 +68,9 @@ def reason(choice: Choice) -> str:
     return f"{choice['answers']:,} different answer{'s' * (choice['answers'] != 1)} in {choice['rows']:,} rows"
 
 
-def sentence(choices: Mapping[str, Choice], default_scoring: str) -> str:
-    """What a person is told of the choices; empty where every row says how it is scored."""
-    if not choices:
-        return ""
-    if default_scoring != "auto":
-        rows = sum(choice["rows"] for choice in choices.values())
-        return f"{rows:,} rows without a scoring are scored as {default_scoring} (prepare.default_scoring)"
+def sentence(choices: Mapping[str, Choice]) -> str:
+    """What a person is told of the choices, of the largest tasks first."""
     first = sorted(choices, key=lambda task: -choices[task]["rows"])[:MOST_TASKS]
     parts = [f"{task} as {choices[task]['scoring']} ({reason(choices[task])})" for task in first]
-    more = f", {len(choices) - len(first):,} more tasks in the data report" if len(choices) > len(first) else ""
-    return f"rows without a scoring are scored by their answers: {', '.join(parts)}{more}"
+    more = ["others in the data report"] if len(choices) > len(first) else []
+    return f"rows without a scoring are scored by their answers: {', '.join(parts + more)}"

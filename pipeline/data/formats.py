@@ -175,7 +175,10 @@ def _unclear(what: str, records: list[Any], formats: list[str] | None = None) ->
     columns = guess_columns(records)
     guess = "template=…,response=…" if columns is None else as_option(columns)
     known = "; ".join(f"{name} ({KNOWN_FORMATS[name]})" for name in FORMATS if str(KNOWN_FORMATS[name]))
-    question = f"{what}; map its columns, perhaps with --columns {guess}; or name its format with --format: {known}"
+    question = (
+        f"{what}; `retune ingest` reads it with its columns mapped, perhaps --columns {guess}, or with the name of its "
+        f"format, --format: {known}"
+    )
     return UnclearFormatError(question, formats or [], columns)
 
 

@@ -5,7 +5,6 @@ repaired, dropped).
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat.fitting import Overlong, fit
+from pipeline.chat.fitting import fit
 from pipeline.chat.rendering import RowError
 from pipeline.chat.template import load_contract
 from pipeline.core.combinations import CLASSIFICATION
@@ -31,12 +30,6 @@ from pipeline.params import Params
 
 BYTES = "\ufffd"  # what a tokenizer decodes the part of a character to
 LONGEST_CHARACTER = 8  # tokens; a character has at most 4 bytes, some tokenizers put a token before it
-STYLES = {  # (trained, every other token): neighbours differ, so that one sees where tokens end
-    (False, False): "dim",
-    (False, True): "dim underline",
-    (True, False): "bold green",
-    (True, True): "bold green underline",
-}
 # Control characters, which could drive a terminal, as pictures; line breaks are marked.
 PICTURES = {number: chr(0x2400 + number) for number in range(32)} | {0x0A: "⏎\n", 0x7F: "\u2421"}
 PICTURES |= {number: f"\\x{number:02x}" for number in range(0x80, 0xA0)}
@@ -127,22 +120,19 @@ def inspect_file(
         FormatError, TemplateError: see `read_rows` and `load_encoding`.
         InspectionError: no such row.
     """
-    chosen = list(islice(_records(params, path, row or 0, task, ask), count))  # a question about the file comes first
+    format, columns = params.ingest.format, params.ingest.columns
+    records = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))
+    wanted = (
+        (number, record)
+        for number, record in enumerate(records)
+        if number >= (row or 0) and (task is None or (isinstance(record, Row) and record.task == task))
+    )
+    chosen = list(islice(wanted, count))  # a question about the file comes first
     if not chosen:
         what = f"no row of task {task}" if task is not None else f"no row {row}"
         raise InspectionError(f"{path} has {what} (0 is the first)")
     template, _ = load_encoding(params.prepare, params.train.task)
     return [each for number, record in chosen for each in _as_prepared(template, params, f"record {number}", record)]
-
-
-def _records(
-    params: Params, path: Path, first: int, task: str | None, ask: Ask | None
-) -> Iterator[tuple[int, Row | Rejected]]:
-    format, columns = params.ingest.format, params.ingest.columns
-    records = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))
-    for number, record in enumerate(records):
-        if number >= first and (task is None or (isinstance(record, Row) and record.task == task)):
-            yield number, record
 
 
 def _as_prepared(template: Encoder, params: Params, place: str, row: Row | Rejected) -> list[Shown]:
@@ -153,8 +143,7 @@ def _as_prepared(template: Encoder, params: Params, place: str, row: Row | Rejec
     try:
         fitted = [] if reason else fit(template, row.messages, row.tools, prepare.max_length, prepare.on_overlong)
     except RowError as error:
-        stops = isinstance(error, Overlong) and prepare.on_overlong == "error"
-        reason = f"the row {error}{'; prepare.on_overlong is error, so it would stop the stage' * stops}"
+        reason = f"the row {error}"
     if reason:
         return [Shown(place, "dropped", [reason], row.task, [], source=row.source, record=row.messages)]
     shown = []
@@ -192,45 +181,32 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[i
     return tokens
 
 
-def as_text(shown: Shown, colour: bool) -> Text:
-    """A row for people: trained tokens green, or without colour in ⟦ ⟧ with a dot between tokens."""
+def as_text(shown: Shown) -> Text:
+    """A row for people: trained tokens in ⟦ ⟧ and green, a dot between tokens."""
     head = [shown.place, f"task {shown.task}" if shown.task else "", f"id {shown.id}" if shown.id else ""]
     head += [shown.source or "", shown.verdict if shown.verdict != "prepared" else ""]
     if shown.tokens:
         trained = "a prompt, nothing trained" if shown.reference is not None else f"{shown.trained} trained"
         head.append(f"{shown.length} tokens" if shown.label is not None else f"{shown.length} tokens, {trained}")
     text = Text()
-    text.append(" · ".join(part for part in head if part) + "\n", "bold" if colour else "")
+    text.append(" · ".join(part for part in head if part) + "\n", "bold")
     for reason in shown.reasons:
         text.append(f"{shown.verdict}: {reason}\n")
     if shown.record is not None:
-        text.append(_plain(shown.record).translate(PICTURES) + "\n")
-    before: Token | None = None
-    for number, token in enumerate(shown.tokens):
-        if not colour and token.trained != (before is not None and before.trained):
+        text.append(json.dumps(shown.record, ensure_ascii=False, default=str).translate(PICTURES) + "\n")
+    before = Token("\n", [], False)
+    for token in shown.tokens:
+        if token.trained != before.trained:
             text.append("⟦" if token.trained else "⟧")
-        elif not colour and before is not None and not before.text.endswith("\n"):
+        elif not before.text.endswith("\n"):
             text.append("·")
-        text.append(token.text.translate(PICTURES), STYLES[token.trained, number % 2 == 1] if colour else "")
+        text.append(token.text.translate(PICTURES), "green" if token.trained else "dim")
         before = token
-    if before is not None and before.trained and not colour:
+    if before.trained:
         text.append("⟧")
     if shown.tokens and not text.plain.endswith("\n"):
         text.append("\n")
     for name, value in (("expected", shown.reference), ("class", shown.label)):
         if value is not None:
-            text.append(f"{name}: ", "bold" if colour else "")
-            text.append(value.translate(PICTURES) + "\n")
+            text.append(f"{name}: {value.translate(PICTURES)}\n")
     return text
-
-
-def _plain(record: Any) -> str:
-    """A record that has no tokens: a conversation turn by turn, anything else as JSON."""
-    if not isinstance(record, list) or not all(isinstance(turn, dict) and "role" in turn for turn in record):
-        return json.dumps(record, ensure_ascii=False, default=str)
-    lines = []
-    for turn in record:
-        rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
-        parts = [turn.get("content") or "", json.dumps(rest, ensure_ascii=False) if rest else ""]
-        lines.append(f"{turn['role']}: {' '.join(part for part in parts if part)}")
-    return "\n".join(lines)

@@ -90,12 +90,12 @@ def join_turns(messages: list[Message]) -> tuple[list[Message], list[str]]:
             joined.append(message)
             continue
         last = joined[-1]
-        if last.get("tool_calls") and message["content"]:
-            raise ValueError("has an answer right after a tool call; expected the tool's result between them")
-        if last.get("weight") != message.get("weight"):
-            raise ValueError("has two assistant turns in a row of which one is not trained")
-        if "reasoning_content" in message:
-            raise ValueError("has reasoning in the second of two assistant turns in a row")
+        unlike = last.get("weight") != message.get("weight") or "reasoning_content" in message
+        if unlike or (last.get("tool_calls") and message["content"]):
+            raise ValueError(
+                "has two assistant turns in a row that are not one: an answer after a tool call, reasoning in the "
+                "second, or one of them not trained"
+            )
         calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
         texts = [text for text in (last["content"], message["content"]) if text]
         joined[-1] = last | {"content": "\n\n".join(texts)} | ({"tool_calls": calls} if calls else {})
@@ -188,11 +188,9 @@ def _add_weight(message: Message, turn: dict[str, Any]) -> None:
     """weight 0 where a turn says that it is not trained; an assistant's turn without a flag is."""
     flags = {key: turn[key] for key in FLAGS if turn.get(key) is not None}
     said = ", ".join(f"{key} {short(value)}" for key, value in flags.items())
-    if any(not isinstance(value, int | float) or value not in (0, 1) for value in flags.values()):
-        raise ValueError(f"a turn has {said}; expected 0 (not trained) or 1")
-    if len(set(map(bool, flags.values()))) > 1:
-        raise ValueError(f"a turn has {said}, which contradict each other")
-    if message["role"] != "assistant" and any(flags.values()):
-        raise ValueError(f"a {message['role']} turn has {said}; only the assistant's can be trained")
+    if any(not isinstance(value, int | float) or value not in (0, 1) for value in flags.values()) or (
+        len(set(map(bool, flags.values()))) > 1 or (message["role"] != "assistant" and any(flags.values()))
+    ):
+        raise ValueError(f"a turn of role {message['role']} has {said}; expected 0 (not trained), or 1 in an answer")
     if message["role"] == "assistant" and flags and not any(flags.values()):
         message["weight"] = 0

@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import charset_normalizer
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -76,14 +75,14 @@ def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any
         for place, record in _places(path, suffix, packing):
             source = f"{name or path.name}:{place}"
             yield source, replace(record, source=source) if isinstance(record, Rejected) else record
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
         raise FormatError(f"{path} is cut off, damaged or not a {container_of(path)} file: {error}") from None
 
 
 def _places(path: Path, suffix: str, packing: str) -> Iterator[tuple[int | str, Any]]:
     """Each record with its place in the file: a line, or [an index]."""
     if suffix in (".parquet", ".arrow"):
-        yield from _table_records(_parquet_batches(path) if suffix == ".parquet" else _arrow_batches(path))
+        yield from _table_records(_batches(path, suffix))
         return
     with _open_text(path, packing) as stream:
         match CONTAINERS[suffix]:
@@ -115,10 +114,7 @@ def class_names(path: Path) -> dict[str, list[str]]:
 def _open_text(path: Path, packing: str) -> BinaryIO:
     unpacked: Any = pa.input_stream(str(path), compression=PACKINGS.get(packing))
     stream = io.BufferedReader(unpacked, 1 << 20)
-    head = stream.peek(4096)[:4096]
-    if b"\x00" in head:
-        raise FormatError(f"{path} is not UTF-8 text but binary, or UTF-16; convert it, e.g. with `iconv -t UTF-8`")
-    if head.startswith(BOM):
+    if stream.peek(len(BOM)).startswith(BOM):
         stream.read(len(BOM))
     return stream
 
@@ -128,7 +124,8 @@ def _lines(path: Path, stream: BinaryIO) -> Iterator[str]:
     while line := stream.readline(MAX_RECORD_BYTES + 1):
         number += 1
         if len(line) > MAX_RECORD_BYTES:
-            raise _too_long(path, number)
+            limit = MAX_RECORD_BYTES >> 20
+            raise FormatError(f"{path}, line {number}: the record is longer than {limit} MiB, which no conversation is")
         yield _decoded(path, line, number)
 
 
@@ -136,18 +133,10 @@ def _decoded(path: Path, data: bytes, line: int) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        legacy = ["cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251", "latin_1"]
-        best = charset_normalizer.from_bytes(data[:65536], cp_isolation=legacy).best()
-        encoding = best.encoding if best is not None else "ITS_ENCODING"
         line += data.count(b"\n", 0, error.start)
         raise FormatError(
-            f"{path} is not UTF-8 (line {line}); convert it, perhaps with `iconv -f {encoding} -t UTF-8`"
+            f"{path}, line {line}: not UTF-8; convert the file, as with `iconv -f ITS_ENCODING -t UTF-8`"
         ) from None
-
-
-def _too_long(path: Path, line: int) -> FormatError:
-    limit = MAX_RECORD_BYTES >> 20
-    return FormatError(f"{path}, line {line}: the record is longer than {limit} MiB, which no conversation is")
 
 
 def _line_records(path: Path, stream: BinaryIO) -> Iterator[tuple[int | str, Any]]:
@@ -155,7 +144,7 @@ def _line_records(path: Path, stream: BinaryIO) -> Iterator[tuple[int | str, Any
         if line.strip():
             record, end = _parsed(path, line, len(line) - len(line.lstrip()), number)
             if line[end:].strip():
-                raise FormatError(f"{path}, line {number}, column {end + 1}: more than one record in a line")
+                raise _not_json(path, line, end, "more than one record in a line", number)
             yield number, record
 
 
@@ -165,27 +154,22 @@ def _json_records(path: Path, stream: BinaryIO) -> Iterator[tuple[int | str, Any
     if len(data) > MAX_JSON_BYTES:
         raise FormatError(f"{path} is larger than {MAX_JSON_BYTES >> 30} GiB; write one record a line (.jsonl)")
     if not re.match(rb"\s*\[", data):
-        try:
-            yield from _line_records(path, io.BytesIO(data))
-        except FormatError as error:
-            raise FormatError(f"{error}; a .json file holds a list of records, or one record a line") from None
+        yield from _line_records(path, io.BytesIO(data))
         return
     text = _decoded(path, data, 1)
     number, at = 0, _after_space(text, text.index("[") + 1)
     closed = text[at : at + 1] == "]"
     while not closed:
         record, end = _parsed(path, text, at)
-        if end - at > MAX_RECORD_BYTES:
-            raise _too_long(path, text.count("\n", 0, at) + 1)
         yield f"[{number}]", record
         number, at = number + 1, _after_space(text, end)
         closed = text[at : at + 1] == "]"
         if not closed:
             if text[at : at + 1] != ",":
-                raise _not_json(path, json.JSONDecodeError("Expecting ',' or ']'", text, at))
+                raise _not_json(path, text, at, "expecting ',' or ']'")
             at = _after_space(text, at + 1)
     if text[at + 1 :].strip():
-        raise _not_json(path, json.JSONDecodeError("Expecting the end of the file", text, at + 1))
+        raise _not_json(path, text, at + 1, "more behind the list")
 
 
 def _after_space(text: str, at: int) -> int:
@@ -203,16 +187,16 @@ def _parsed(path: Path, text: str, at: int, line: int | None = None) -> tuple[An
             _, end = json.JSONDecoder().raw_decode(text, at)
             return Rejected("", f"gives the key {error.key!r} twice", text[at:end]), end
     except json.JSONDecodeError as error:
-        raise _not_json(path, error, line) from None
+        raise _not_json(path, text, error.pos, error.msg, line) from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, a thousand brackets
-        number = line or text.count("\n", 0, at) + 1
-        raise FormatError(f"{path}, line {number}: not instruction data: {error}") from None
+        raise _not_json(path, text, at, str(error), line) from None
 
 
-def _not_json(path: Path, error: json.JSONDecodeError, line: int | None = None) -> FormatError:
+def _not_json(path: Path, text: str, at: int, fault: str, line: int | None = None) -> FormatError:
+    line, column = line or text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
     return FormatError(
-        f"{path}, line {line or error.lineno}, column {error.colno}: not JSON: {error.msg}; correct the file there, or "
-        "copy it again if it is cut off"
+        f"{path}, line {line}, column {column}: not JSON: {fault}; correct the file there (it holds a list of records, "
+        "or one record a line), or copy it again if it is cut off"
     )
 
 
@@ -242,12 +226,11 @@ def _csv_records(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[tuple
         ) from None
 
 
-def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=BATCH_ROWS)
-
-
-def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, suffix: str) -> Iterator[pa.RecordBatch]:
+    if suffix == ".parquet":
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=BATCH_ROWS)
+        return
     reader = _open_arrow(path)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
     for batch in batches:

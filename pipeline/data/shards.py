@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.core.files import read_json, sha256_file
-from pipeline.data.formats import UnclearFormatError, find_files, open_rows
+from pipeline.data.formats import find_files, open_rows
 from pipeline.data.known_formats import SHARD_COLUMNS
 from pipeline.data.readers import FormatError
 from pipeline.data.records import Rejected, Row
@@ -157,13 +157,7 @@ def canonical_shards(data: Path, scratch: Path) -> tuple[list[Part], list[Reject
         if is_shard(path):
             parts.append(Part(path, *origin.get(path.name, (name, "messages"))))
             continue
-        try:
-            writer, file = ShardWriter(scratch, name), open_rows(path)
-        except UnclearFormatError:
-            raise FormatError(
-                f"{path} fits no known format, or several, and ingest.columns is not for files put into {data} by "
-                f"hand: move it out and take it in with `retune ingest {path.name}`"
-            ) from None
+        writer, file = ShardWriter(scratch, name), open_rows(path)
         for table, rejections in tables(file.rows):
             writer.add(table)
             rejected += [(row, name, file.format) for row in rejections]

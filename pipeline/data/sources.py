@@ -1,13 +1,14 @@
 """Where data comes from: files, folders and globs, Hub datasets, S3 and HTTP, as local files with a pinned identity.
 
 The identity is the commit, digest or ETags that say which bytes they were. Refused is a source that names no revision
-or checksum, leaves its own root, changes while it is read, or needs code to be read.
+or checksum, leaves its own root, or changes while it is read.
 """
 
 import glob
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import takewhile
@@ -41,7 +42,7 @@ class Source:
 
 
 class _Download:
-    """Writes remote files, prints how far it is, and refuses more than `ingest.max_download_gib`."""
+    """Counts what is downloaded, prints how far it is, and refuses more than `ingest.max_download_gib`."""
 
     def __init__(self, uri: str, size: int, limit_gib: float) -> None:
         self.uri, self.limit_gib, self.done = uri, limit_gib, 0
@@ -102,23 +103,29 @@ def public(uri: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", parts.fragment))
 
 
+@contextmanager
+def _reading(uri: str, *errors: type[Exception]) -> Iterator[None]:
+    """A client's own errors as one sentence, its first line: none of those named here holds the address's query."""
+    try:
+        yield
+    except errors as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise SourceError(f"{public(uri)} could not be read: {reason}") from None
+
+
 def _local(uri: str) -> Source:
     path = Path(uri)
     if path.exists() or not glob.has_magic(uri):
         root, files = path if path.is_dir() else path.parent, find_files(path)
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        if ".." in path.relative_to(root).parts:
-            raise FormatError(f"{uri} leaves the folder {root} by `..` behind a wildcard; name the other folder itself")
         matches = map(Path, sorted(glob.glob(uri, recursive=True)))
         files = [file for file in matches if file.is_file() and split_name(file)[1]]
         if not files:
             raise FormatError(f"{uri} matches no file that ends in {KNOWN}")
     for file in files:
         if path != file and not file.resolve().is_relative_to(root.resolve()):
-            raise FormatError(
-                f"{file} is a link out of {root} (to {file.resolve()}); name that file itself if it is meant"
-            )
+            raise FormatError(f"{file} lies outside {root} (it is {file.resolve()}); name that file itself if meant")
     return Source(uri, [(file, file.name if file == path else file.relative_to(root).as_posix()) for file in files])
 
 
@@ -127,24 +134,23 @@ def _http(uri: str, folder: Path, limit_gib: float) -> Source:
 
     address, _, fragment = uri.partition("#")
     sha256 = fragment.removeprefix("sha256=").lower()
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise SourceError(
-            f"{public(uri)} has no checksum; write {public(address)}#sha256= and the file's SHA-256 in 64 hex digits"
-        )
     name = unquote(PurePosixPath(urlsplit(address).path).name)
-    if not split_name(Path(name))[1]:
-        raise SourceError(f"{public(uri)} names the file {name!r}; expected one that ends in {KNOWN}")
-    target = folder / f"file{''.join(split_name(Path(name))[1:])}"
+    suffixes = split_name(Path(name))[1:]
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256) or not suffixes[0]:
+        raise SourceError(
+            f"{public(uri)} names no file with its checksum; expected {public(address)}#sha256=…, the file's SHA-256 "
+            f"in 64 hex digits, of a file that ends in {KNOWN}"
+        )
+    target = folder / f"file{''.join(suffixes)}"
     headers = {"Accept-Encoding": "identity"}
-    try:
-        with httpx.stream("GET", address, follow_redirects=True, timeout=TIMEOUT, headers=headers) as response:
-            response.raise_for_status()
-            download = _Download(public(uri), int(response.headers.get("Content-Length", 0)), limit_gib)
-            read = download.write(target, response.iter_raw(CHUNK))
-    except httpx.HTTPStatusError as error:
-        raise SourceError(f"{public(uri)} answers {error.response.status_code}; expected the file") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise SourceError(f"{public(uri)} could not be read: {str(error) or type(error).__name__}") from None
+    with (
+        _reading(uri, httpx.HTTPError, httpx.InvalidURL),
+        httpx.stream("GET", address, follow_redirects=True, timeout=TIMEOUT, headers=headers) as response,
+    ):
+        if response.status_code != 200:
+            raise SourceError(f"{public(uri)} answers {response.status_code}; expected the file")
+        download = _Download(public(uri), int(response.headers.get("Content-Length", 0)), limit_gib)
+        read = download.write(target, response.iter_raw(CHUNK))
     if read != sha256:
         raise SourceError(f"{public(uri)} has the SHA-256 {read}; it is not the file that was named")
     return Source(public(uri), [(target, name)], {"sha256": sha256})
@@ -157,34 +163,27 @@ def _s3(uri: str, endpoint: str | None, folder: Path, limit_gib: float) -> Sourc
 
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket or "@" in bucket:
-        raise SourceError(
-            f"{public(uri)} names no bucket; expected s3://BUCKET/KEY, or s3://BUCKET/PREFIX/ for all below it"
-        )
+        raise SourceError(f"{public(uri)} names no bucket; expected s3://BUCKET/KEY, or s3://BUCKET/PREFIX/")
     config = Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries={"mode": "standard"})
     files: list[tuple[Path, str]] = []
     pinned = {}
-    reading = public(uri)
-    try:
+    with _reading(uri, ClientError, BotoCoreError, OSError):
         client = boto3.client("s3", endpoint_url=endpoint, config=config)
         objects = _s3_objects(client, bucket, key)
         if not objects:
             raise SourceError(f"{public(uri)} holds no object that ends in {KNOWN}")
         download = _Download(public(uri), sum(each["Size"] for each in objects), limit_gib)
         for number, each in enumerate(objects):
-            reading = f"s3://{bucket}/{each['Key']}"
             name = PurePosixPath(key).name if each["Key"] == key else each["Key"].removeprefix(key).lstrip("/")
             target = folder / f"{number:06}{''.join(split_name(Path(name))[1:])}"
-            # The ETag was listed: another object under the same key is refused, by the server.
-            answer = client.get_object(Bucket=bucket, Key=each["Key"], IfMatch=each["ETag"])
+            with _reading(f"s3://{bucket}/{each['Key']}", ClientError):
+                # The ETag was listed: another object under the same key is refused, by the server.
+                answer = client.get_object(Bucket=bucket, Key=each["Key"], IfMatch=each["ETag"])
             download.write(target, answer["Body"].iter_chunks(CHUNK))
             files.append((target, name))
             pinned[each["Key"]] = {"etag": each["ETag"].strip('"')}
             if (version := answer.get("VersionId", "null")) != "null":
                 pinned[each["Key"]]["version_id"] = version
-    except (ClientError, BotoCoreError, OSError) as error:
-        raise SourceError(
-            f"{reading} could not be read: {error}; if it changed while it was read, try again when nobody writes to it"
-        ) from None
     return Source(public(uri), files, {"objects": pinned})
 
 
@@ -201,7 +200,7 @@ def _s3_objects(client: Any, bucket: str, key: str) -> list[dict[str, Any]]:
 def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
     import httpx
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     named = HUB.fullmatch(uri)
     if named is None:
@@ -212,7 +211,7 @@ def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
         )
     repo, revision, pattern = named["repo"], named["revision"], named["pattern"]
     files = []
-    try:
+    with _reading(uri, HfHubHTTPError, httpx.HTTPError, OSError):
         # All files are read at the commit that the revision is now, whatever is pushed meanwhile.
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
         commit = info.sha or ""
@@ -221,9 +220,7 @@ def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
         sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
         chosen = [path for path in sorted(sizes) if _is_hub_data(path, pattern)]
         if not chosen:
-            has_code = any(path.endswith(".py") for path in sizes)
-            advice = "; it needs code to be read, which Retune does not run: export its rows to a file" * has_code
-            raise SourceError(f"{uri} holds no file that ends in {KNOWN}{advice}")
+            raise SourceError(f"{uri} holds no file that ends in {KNOWN}")
         download = _Download(uri, sum(sizes[path] for path in chosen), limit_gib)
         for path in chosen:
             if not (folder / path).resolve().is_relative_to(folder.resolve()):
@@ -231,10 +228,6 @@ def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
             local = hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=folder)
             files.append((Path(local), path))
             download.add(Path(local).stat().st_size)
-    except OfflineModeIsEnabled:
-        raise SourceError(f"{uri} is on the Hub, and HF_HUB_OFFLINE forbids to ask it; unset it") from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise SourceError(f"{uri} could not be read: {str(error).splitlines()[0]}") from None
     return Source(uri, files, {"revision": commit} | ({"branch": revision} if revision != commit else {}))
 
 
