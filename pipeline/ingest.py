@@ -111,11 +111,7 @@ def collect(
 ) -> dict[str, Any]:
     """Write shards, `rejected.jsonl` and `snapshot.json` to the folder `new`; returns what `snapshot.json` holds.
 
-    Args:
-        scratch: a folder for downloads, and for rows until it is known which of them stay.
-
-    Raises:
-        FormatError, SourceError, IngestError: as `ingest`.
+    `scratch` is for downloads, and for rows until it is known which of them stay.
     """
     named = [SourceParams(uri=uri) for uri in sources] or params.sources
     if not named:
@@ -238,7 +234,7 @@ def _rejection(row: Rejected) -> str:
 
 def _notes(named: list[SourceParams], fetched: list[Source], files: list[_File]) -> dict[str, Any]:
     """`snapshot.json`; it holds no time, so that the same sources make the same snapshot."""
-    sources = []
+    sources: list[dict[str, Any]] = []
     for source, read in zip(named, fetched, strict=True):
         of_source = [file for file in files if file.source is source]
         rejected = sum((file.rejected for file in of_source), Counter[str]())
@@ -270,13 +266,12 @@ def _notes(named: list[SourceParams], fetched: list[Source], files: list[_File])
                 ],
             }
         )
-    counts = {
-        "rows": sum(int(file.kept.sum()) for file in files),
-        "left_out": sum(int((~file.kept).sum()) for file in files),
-    }
+    kept, left_out = (sum(source[key] for source in sources) for key in ("rows", "left_out"))
     rejected_records = sum(file.rejected.total() for file in files)
-    return counts | {
-        "records": sum(counts.values()) + rejected_records,
+    return {
+        "rows": kept,
+        "left_out": left_out,
+        "records": kept + left_out + rejected_records,
         "rejected": rejected_records,
         "shards": [shard for file in files for shard in file.shards],
         "sources": sources,

@@ -62,19 +62,17 @@ def note_unread(record: dict[str, Any], format: str, reads: frozenset[str], unus
 
 
 def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
-    """A mapping that could be meant: by the names of text columns, else by question marks and lengths."""
-    texts: dict[str, list[str]] = {}
+    """A mapping that could be meant: by the names of text columns, else by their lengths."""
+    texts: dict[str, int] = {}  # column → characters
     for record in records:
         for key, value in record.items() if isinstance(record, dict) else ():
             if isinstance(value, str) and value.strip() and not NOT_TEXT.search(key):
-                texts.setdefault(key, []).append(value.rstrip())
+                texts[key] = texts.get(key, 0) + len(value.rstrip())
     if len(texts) < 2:
         return None
-    names = sorted(texts, key=lambda name: sum(map(len, texts[name])))[::-1]  # of equal ones the last is the answer
-    asking = (name for name in names if 2 * sum(text[-1] in "?？" for text in texts[name]) > len(texts[name]))
+    names = sorted(texts, key=texts.__getitem__)[::-1]  # of equal ones the last is the answer
     response = _named_like(names, ANSWER_NAMES)
     prompt = _named_like([name for name in names if name != response], PROMPT_NAMES)
-    prompt = prompt or next((name for name in asking if name != response), None)
     response = response or next(name for name in names if name != prompt)
     prompt = prompt or next(name for name in names if name != response)
     context = _named_like([name for name in names if name not in (prompt, response)], CONTEXT_NAMES)

@@ -39,13 +39,7 @@ def short_answer(message: Message) -> str | None:
 def choose_scoring(
     folders: list[Path], rows_file: str, kept: NDArray[np.bool_], default_scoring: str
 ) -> dict[str, Choice]:
-    """Task → how its rows without a scoring are scored, from the kept rows of all splits.
-
-    Args:
-        folders: of encoded shards, whose `rows_file` has `task, scoring, short_answer`.
-        kept: (N,) by row, in the order of the shards.
-        default_scoring: `prepare.default_scoring`; auto looks at the answers.
-    """
+    """Task → how its rows without a scoring are scored, from the rows that are `kept` (N,), of all splits."""
     columns = ["task", "scoring", "short_answer"]
     rows = pa.concat_tables(pq.read_table(folder / rows_file, columns=columns) for folder in folders)
     rows = rows.filter(pc.and_(pa.array(kept), rows["scoring"].is_null()))

@@ -70,12 +70,8 @@ CHUNK = 1024  # rows whose tokens are Python lists at once
 def encode_shard(params_json: str, train_task: str, shard: Path, folder: Path) -> None:
     """Encode a canonical shard to `folder`, which appears whole.
 
-    With the `train_task` sequence-classification a row's answer is the class of its text.
     `rows.parquet` has `SCHEMA`; `text.arrow` (one string column, to be memory-mapped) and `signatures.npy`, row by row
     the same, are what near duplicates are found by.
-
-    Raises:
-        FormatError, TemplateError: the shard is damaged; the template cannot be trained with.
     """
     params = PrepareParams.model_validate_json(params_json)
     template = _template(params_json, train_task)
@@ -101,11 +97,7 @@ def encode_shard(params_json: str, train_task: str, shard: Path, folder: Path) -
 
 
 def load_encoding(params: PrepareParams, train_task: str) -> tuple[Encoder, dict[str, Any]]:
-    """What rows are encoded by for `train.task`, and the identity of the base model.
-
-    Raises:
-        TemplateError: see `load_template` and `classes.load_encoder`.
-    """
+    """What rows are encoded by for `train.task`, and the identity of the base model."""
     return classes.load_encoder(params) if train_task == CLASSIFICATION else load_template(params)
 
 

@@ -52,8 +52,7 @@ def find_files(path: Path) -> list[Path]:
     notes = {file.parent / name for file in files for name in NOTES if file.name == "snapshot.json"}
     files = [file for file in files if split_name(file)[1] and file not in notes]
     if not files:
-        fault = "does not exist" if not path.exists() else f"holds no file that ends in {KNOWN}"
-        fault = f"ends in {path.suffix or 'nothing'}; expected {KNOWN}" if path.is_file() else fault
+        fault = f"holds no file that ends in {KNOWN}" if path.exists() else "does not exist"
         raise FormatError(f"{path} {fault}")
     return files
 
@@ -82,9 +81,6 @@ def open_rows(
     Args:
         name: what the file is called in `Row.source`; by default its file name.
         ask: answers what an `UnclearFormatError` asks.
-
-    Raises:
-        FormatError: as `read_rows`; faults behind the first records show when they are read.
     """
     records = read_records(path, name)
     first = list(islice(records, SAMPLE))
@@ -114,21 +110,14 @@ def maps(columns: ColumnsParams | None) -> bool:
 
 
 def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParams | None) -> str:
-    """The format of a file that begins with `records`; `columns` where they are read by a mapping.
-
-    Raises:
-        FormatError: as `read_rows`.
-    """
+    """The format of a file that begins with `records`; `columns` where they are read by a mapping."""
     seen = sorted({key for record in records if isinstance(record, dict) for key in record})
     if split_name(path)[1] == ".parquet" and sorted(SHARD_COLUMNS) == seen:
         return "shard"
     if columns is not None:
-        missing = sorted(set(named_columns(columns)) - set(seen))
-        if missing:
-            columns_seen = ", ".join(seen) or "none"
-            raise _unclear(
-                f"{path} has no column {', '.join(missing)}, which the mapping names; it has {columns_seen}", records
-            )
+        if missing := sorted(set(named_columns(columns)) - set(seen)):
+            what = f"{path} has no column {', '.join(missing)}, which the mapping names; it has {', '.join(seen)}"
+            raise _unclear(what, records)
         if format == "auto" and maps(columns):
             return "columns"
     if format == "auto":

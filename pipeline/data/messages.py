@@ -26,11 +26,7 @@ MIDDLE_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def chat_messages(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
-    """OpenAI's messages; text parts of a content are joined, any other part cannot be trained on here.
-
-    Args:
-        unused: takes up the names of the keys that say something and are not read, such as `messages[].id`.
-    """
+    """OpenAI's messages; `unused` takes up the keys that say something and are not read, such as `messages[].id`."""
     messages: list[Message] = []
     for turn in turns:
         role = turn.get("role") if isinstance(turn, dict) else turn

@@ -56,11 +56,7 @@ class Texts:
 
 
 def decide(folders: list[Path], threshold: float | None) -> Outcomes:
-    """Compare all rows of the encoded shards in `folders`.
-
-    Args:
-        threshold: Jaccard similarity from which two rows are near copies; None looks for exact ones only.
-    """
+    """Compare all rows of the encoded shards in `folders`; without a `threshold` for exact copies only."""
     columns = ["source", "reason", "cause", "detail", "split", "key", "prompt_key", "asked"]
     rows = pa.concat_tables(pq.read_table(folder / ROWS, columns=columns) for folder in folders)
     reason, cause, split = (_objects(rows[name]) for name in ("reason", "cause", "split"))

@@ -109,11 +109,7 @@ def is_shard(path: Path) -> bool:
 
 
 def read_shard(path: Path) -> pa.Table:
-    """All rows of a shard, with the columns of `SHARD_SCHEMA`; `messages` is JSON text.
-
-    Raises:
-        FormatError: it is damaged, or no shard.
-    """
+    """All rows of a shard, with the columns of `SHARD_SCHEMA`; `messages` is JSON text."""
     try:
         table = pq.read_table(path, memory_map=False, partitioning=None)
     except (OSError, pa.ArrowException) as error:
