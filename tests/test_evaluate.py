@@ -53,24 +53,27 @@ def test_an_adapter_trained_under_another_template_is_refused(
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_failed_empty_and_cut_off_answers_are_counted_apart_and_never_scored_as_text(
-    dataset: Path, params: Params
-) -> None:
+def test_empty_and_cut_off_answers_are_counted_apart_and_never_scored_as_text(dataset: Path, params: Params) -> None:
     test = pq.read_table(dataset / "test.parquet").slice(0, 4)
     right = test.column("reference").to_pylist()
     scoring = test.column_names.index("scoring")
     test = test.set_column(scoring, "scoring", [["exact"] * 3 + ["text"]])
-    answers = [Answer(right[0], [1], False), Answer(right[1], [1], True), Answer(" ", [1], False), None]
+    answers = [
+        Answer(right[0], [1], False),
+        Answer(right[1], [1], True),
+        Answer(" ", [1], False),
+        Answer("", [1], False),
+    ]
     items, signatures = score_items(test, answers, ([1.0] * 4, [2] * 4))
     assert set(signatures) == set(METRICS)
     assert items.column("accuracy").to_pylist() == [1.0, 0.0, 0.0, None]  # the last has no one right answer
-    assert items.column("status").to_pylist() == ["ok", "cut_off", "empty", "failed"]
+    assert items.column("status").to_pylist() == ["ok", "cut_off", "empty", "empty"]
     assert items.column("answer").to_pylist()[1] == right[1]  # kept to be read
     for metric in ("exact_match", "rouge1", "rougeLsum"):
         assert items.column(metric).to_pylist() == [1.0, 0.0, 0.0, 0.0]
     assert [statistics[0] for statistics in items.column("bleu").to_pylist()][1:] == [0.0] * 3
     scores = summarise(items, params.evaluate)
-    assert [scores[f"num_{state}"] for state in ("cut_off", "empty", "failed")] == [1, 1, 1]
+    assert [scores[f"num_{state}"] for state in ("cut_off", "empty")] == [1, 2]
     assert scores["exact_match"]["score"] == 0.25
 
 

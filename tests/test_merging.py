@@ -29,9 +29,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
-    MistralConfig,
     MixtralConfig,
-    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -51,9 +49,7 @@ MODELS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**WIDE, num_key_value_heads=4),
     "llama-tied": LlamaConfig(**WIDE, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**WIDE, num_key_value_heads=2),
-    "mistral": MistralConfig(**WIDE, num_key_value_heads=2, head_dim=16),
     "gemma": GemmaConfig(**WIDE, num_key_value_heads=1, head_dim=16),
-    "phi": PhiConfig(**WIDE),
     "bloom": BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4),
     "gpt2": GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64),
 }
@@ -283,7 +279,6 @@ def test_a_prompt_tuning_is_refused_because_it_changes_no_weight(make: Make) -> 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised themselves"),
         (
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}},
             "Python code",

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import sacrebleu
 
-from pipeline.scoring.resampling import Items, Score, bootstrap, corpus_score, metric_items, paired_difference
+from pipeline.scoring.resampling import Items, Score, bootstrap_metrics, corpus_score, metric_items, paired_difference
 
 WORDS = ["the", "a", "red", "blue", "box", "stands", "on", "under", "table", "house", ".", ","]
 
@@ -37,6 +37,12 @@ def bleu_items(predictions: list[str], references: list[str]) -> Items:
 
 def system(seed: int, items: int, quality: float) -> Items:
     return (np.random.default_rng(seed).random(items) < quality).astype(np.float64)
+
+
+def bootstrap(items: Items, resamples: int, seed: int) -> Score:
+    score = bootstrap_metrics({"": items}, np.arange(len(items)), resamples, seed)[""]
+    assert score is not None
+    return score
 
 
 def test_bleu_from_item_statistics_is_sacrebleus_corpus_score() -> None:
@@ -69,13 +75,13 @@ def test_items_that_do_not_count_change_nothing() -> None:
     items = metric_items(table, "accuracy")
     counting = np.array([1.0, 0.0, 1.0])
     assert corpus_score(items) == corpus_score(counting) == pytest.approx(2 / 3)
-    assert bootstrap(items, 200, seed=0) == bootstrap(counting, 200, seed=0)
     other = np.array([0.0, np.nan, 0.0, 1.0, np.nan])
     expected = paired_difference(counting, np.array([0.0, 0.0, 1.0]), 200, seed=0)
     assert paired_difference(items, other, 200, seed=0) == expected
     nothing = np.array([np.nan, np.nan])
-    for score in (bootstrap(nothing, 100, 0), paired_difference(nothing, nothing, 100, 0)):
-        assert np.isnan([score.score, score.low, score.high]).all()
+    score = paired_difference(nothing, nothing, 100, 0)
+    assert np.isnan([score.score, score.low, score.high]).all()
+    assert bootstrap_metrics({"": nothing}, np.arange(2), 100, 0) == {"": None}
 
 
 @pytest.mark.parametrize("items", [system(0, 100, 0.5), bleu_items(*corpus(7))], ids=["mean", "bleu"])

@@ -35,7 +35,7 @@ def render(contents: Contents, name: str) -> str:
         score_rows=score_rows({s.name: s.metrics for s in systems}, num_counting(shown.items), contents.items, names),
         failures=[
             (state.replace("_", " "), [system.metrics[f"num_{state}"] for system in systems])
-            for state in ("cut_off", "empty", "failed")
+            for state in ("cut_off", "empty")
         ],
         items=contents.items,
         forest=[(change, *_place(change, contents.changes)) for change in contents.changes],

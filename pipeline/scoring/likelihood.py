@@ -87,10 +87,8 @@ def per_sequence(model: Any, sequences: list[Sequence], pad: int, reduce: Reduce
     progress = Progress(stage, len(order), unit)
     tokens_at_once = BATCH_TOKENS
     while left := order[len(results) :]:
-        width, most = (
-            len(sequences[left[0]][0]),
-            _fitting_rows([sequences[i] for i in left], tokens_at_once, vocabulary),
-        )
+        width = len(sequences[left[0]][0])
+        most = _fitting_rows([sequences[i] for i in left], tokens_at_once, vocabulary)
 
         def attempt(rows: int, left: list[int] = left) -> list[T]:
             return _reduced(model, [sequences[i] for i in left[:rows]], pad, reduce)

@@ -17,7 +17,7 @@ import torch
 from pipeline.core.files import write_json
 from pipeline.params import MergeParams
 from pipeline.scoring.items import Metrics
-from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT, headline
+from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT
 from pipeline.weights.loading import Quantisation
 from pipeline.weights.merging import MergeError, Merging, merge_adapter
 
@@ -94,7 +94,9 @@ def prove(
     _require_parity(params, merged, differences)
     pq.write_table(items, folder / "items.merged.parquet")
     write_json(folder / "scores.json", {"merged": merged.metrics})
-    write_json(folder / "metrics.json", headline(merged.metrics, evaluated["base"]))
+    shown = {metric: merged.metrics[metric]["score"] for metric in METRICS if merged.metrics[metric]}
+    base = {m: evaluated["base"][m]["score"] for m in ("accuracy", "rougeL") if evaluated["base"][m]}
+    write_json(folder / "metrics.json", shown | {"base": base})
     write_json(
         folder / "parity.json",
         {

@@ -31,7 +31,7 @@ def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) ->
         labels: the classes of a sequence classification model.
 
     Raises:
-        ModelError: transformers does not know the architecture, or the weights are quantised themselves.
+        ModelError: transformers does not know the architecture.
     """
     name = identity["name_or_path"]
     try:
@@ -44,11 +44,6 @@ def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) ->
             f"transformers does not know the architecture of {name} without running Python code from its repository, "
             f"which no version ships: it cannot be merged into ({str(error).splitlines()[0]})"
         ) from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"the weights of {name} are quantised themselves, and adding to them would round them again; set "
-            "prepare.model_name_or_path to the model that they were made from"
-        )
     if hasattr(config, "auto_map"):
         del config.auto_map  # names Python files that are not shipped
     return config
@@ -75,7 +70,7 @@ def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     parameters = model.state_dict()
     names = {}
-    for key, stored in checkpoint.tensors.items():
+    for key, stored in checkpoint.items():
         name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if name not in parameters and key in parameters:
             name, converted = key, None

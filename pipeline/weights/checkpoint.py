@@ -18,6 +18,7 @@ from pipeline.core.files import read_json, write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WIDTHS = {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}  # bytes of a number; the others have one
 SHARD_BYTES = 2**30  # of an output shard at most, unless one tensor alone is larger
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -41,29 +42,13 @@ class Stored:
             tensor: torch.Tensor = file.get_tensor(self.name)
         return tensor
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.size_in(None)
-
-    def size_in(self, dtype: torch.dtype | None) -> int:
-        """Bytes of it when floating-point numbers are written as `dtype`."""
-        wide = {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+    def size(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes, of floating-point numbers when they are written as `dtype`."""
         is_float = self.dtype in FLOATS
-        width = (dtype or FLOATS[self.dtype]).itemsize if is_float else wide.get(self.dtype, 1)
-        return prod(self.shape) * width
+        return prod(self.shape) * ((dtype or FLOATS[self.dtype]).itemsize if is_float else WIDTHS.get(self.dtype, 1))
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    tensors: dict[str, Stored]
-    num_shards: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating-point type that most of its bytes are in."""
-        sizes = {name: sum(t.size for t in self.tensors.values() if t.dtype == name) for name in FLOATS}
-        return FLOATS[max(sizes, key=lambda name: sizes[name])]
+Checkpoint = dict[str, Stored]  # by the tensor's name
 
 
 def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
@@ -74,63 +59,70 @@ def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Ch
     """
     single = _locate(name_or_path, revision, SINGLE)
     if single is not None:
-        return Checkpoint(_header(single), 1)
+        return _header(single)
     index = _locate(name_or_path, revision, INDEX)
     if index is None:
         raise WeightsError(f"{name_or_path} holds neither {SINGLE} nor {INDEX}; pickled weights are not loaded")
     try:
-        files: dict[str, str] = read_json(index)["weight_map"]
-        names = sorted(set(files.values()))
+        shard_of: dict[str, str] = read_json(index)["weight_map"]
+        names = sorted(set(shard_of.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is damaged ({error}); fetch the checkpoint again") from None
-    shards = {}
-    for name in names:
-        path = _locate(name_or_path, revision, name)
-        if path is None:
-            raise WeightsError(f"{name_or_path} lacks the shard {name} that {INDEX} names; fetch the checkpoint again")
-        shards[name] = _header(path)
-    absent = [tensor for tensor, name in files.items() if tensor not in shards[name]]
+    shards = {name: _header(_locate(name_or_path, revision, name) or index.with_name(name)) for name in names}
+    absent = [tensor for tensor, name in shard_of.items() if tensor not in shards[name]]
     if absent:
         raise WeightsError(
             f"{INDEX} of {name_or_path} names {len(absent)} tensors that are not in their shards "
             f"({', '.join(absent[:3])}); the checkpoint is incomplete, fetch it again"
         )
-    return Checkpoint({name: tensor for shard in shards.values() for name, tensor in shard.items()}, len(shards))
+    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
 
 
-def rewrite(
-    checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None = None
-) -> Checkpoint:
-    """Write `checkpoint` to `folder` with `edits` by tensor name, in shards of SHARD_BYTES, and return it as read back.
+def _locate(name_or_path: str | Path, revision: str | None, file: str) -> Path | None:
+    if Path(name_or_path).is_dir():
+        path = Path(name_or_path) / file
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(name_or_path), file, revision=revision))
+    except EntryNotFoundError:
+        return None
+
+
+def _header(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:  # refuses a header that does not fit the file
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Stored(path, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is missing, cut short or damaged ({error}); fetch it again") from None
+
+
+def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None = None) -> None:
+    """Write `checkpoint` to `folder` with `edits` by tensor name, in shards of SHARD_BYTES, and read it back.
 
     Args:
         dtype: what floating-point tensors are written in; None keeps each in its own.
     """
     plan = split_state_dict_into_shards_factory(
-        checkpoint.tensors,
-        get_storage_size=lambda stored: stored.size_in(dtype),
+        checkpoint,
+        get_storage_size=lambda stored: stored.size(dtype),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
     for file, names in plan.filename_to_tensors.items():
-        save_file(
-            {name: _edited(checkpoint.tensors[name], edits.get(name), dtype) for name in names},
-            folder / file,
-            metadata={"format": "pt"},
-        )
+        shard = {}
+        for name in names:
+            stored, tensor = checkpoint[name], checkpoint[name].load()
+            if stored.dtype in FLOATS:
+                edited = edits[name](tensor) if name in edits else tensor
+                tensor = edited.to(dtype or FLOATS[stored.dtype]).contiguous()
+            shard[name] = tensor
+        save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     written = open_checkpoint(folder)
-    if {n: t.shape for n, t in written.tensors.items()} != {n: t.shape for n, t in checkpoint.tensors.items()}:
+    if {n: t.shape for n, t in written.items()} != {n: t.shape for n, t in checkpoint.items()}:
         raise WeightsError(f"what was written to {folder} reads back with other tensors than its base has")
-    return written
-
-
-def _edited(stored: Stored, edit: Edit | None, dtype: torch.dtype | None) -> torch.Tensor:
-    tensor = stored.load()
-    if stored.dtype not in FLOATS:
-        return tensor
-    return (tensor if edit is None else edit(tensor)).to(dtype or FLOATS[stored.dtype]).contiguous()
 
 
 def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch.device, transposed: bool) -> Edit:
@@ -156,22 +148,3 @@ def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch
         return rounded.T if transposed else rounded
 
     return edit
-
-
-def _locate(name_or_path: str | Path, revision: str | None, file: str) -> Path | None:
-    if Path(name_or_path).is_dir():
-        path = Path(name_or_path) / file
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(str(name_or_path), file, revision=revision))
-    except EntryNotFoundError:
-        return None
-
-
-def _header(path: Path) -> dict[str, Stored]:
-    try:
-        with safe_open(path, framework="pt") as file:  # refuses a header that does not fit the file
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: Stored(path, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is cut short or damaged ({error}); fetch it again") from None

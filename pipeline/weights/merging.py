@@ -57,15 +57,15 @@ def merge_adapter(
         labels: the classes of a sequence classification model, whose head comes from the adapter.
 
     Raises:
-        MergeError: the adapter changes nothing in a module that it targets, holds weights for modules that the base
-            does not have, or cannot be merged; or the base is quantised or needs its repository's Python code.
+        MergeError: the adapter changes nothing in a module that it targets, or cannot be merged.
+        ModelError: it holds weights for modules that the base does not have, or the base needs its own Python code.
         WeightsError: the base is not whole.
     """
     require_mergeable(adapter)
     if is_whole(adapter):  # nothing is added to it, but its numbers may become narrower
         config, checkpoint = AutoConfig.from_pretrained(adapter, trust_remote_code=False), open_checkpoint(adapter)
         edits: dict[str, Edit] = {}
-        merging = Merging("whole", None, len(checkpoint.tensors))
+        merging = Merging("whole", None, len(checkpoint))
     else:
         settings, config = PeftConfig.from_pretrained(str(adapter)), base_config(identity, labels)
         checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
@@ -83,15 +83,9 @@ def merge_adapter(
 
 
 def require_mergeable(adapter: Path) -> None:
-    """Refuse what cannot become one model with its base.
-
-    Raises:
-        MergeError: prompt and prefix tuning.
-    """
-    if is_whole(adapter):
-        return
-    settings = PeftConfig.from_pretrained(str(adapter))
-    if settings.is_prompt_learning:
+    """Raise MergeError for prompt and prefix tuning, which cannot become one model with their base."""
+    settings = None if is_whole(adapter) else PeftConfig.from_pretrained(str(adapter))
+    if settings is not None and settings.is_prompt_learning:
         raise MergeError(
             f"{adapter} is {settings.peft_type.value} and changes no weight: it cannot be merged, and ships as the "
             "adapter that it is, on its base"
@@ -139,7 +133,7 @@ def _edits(
             variant = next(iter(module.lora_variant.values()), "with a bias")
             raise _OnlyPeft(f"{path} is a LoRA {getattr(variant, '__name__', type(variant).__name__)}")
         name = stored_as(f"{path}.weight")
-        written = dtype or FLOATS[checkpoint.tensors[name].dtype]
+        written = dtype or FLOATS[checkpoint[name].dtype]
         edits[name] = partial(_added, path, module, edits.get(name), written)
     for path, wrapper in model.named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper) and type(wrapper) is not ModulesToSaveWrapper:
@@ -198,7 +192,8 @@ def _merge_with_peft(
     dtype: torch.dtype | None,
 ) -> int:
     """`merge_adapter` by `merge_and_unload`, with the whole model in memory; on the CPU, in the checkpoint's type."""
-    out = dtype or checkpoint.dtype
+    stored = {name: sum(t.size() for t in checkpoint.values() if t.dtype == name) for name in FLOATS}
+    out = dtype or FLOATS[max(stored, key=lambda name: stored[name])]  # the type that most of its bytes are in
     base = auto_class(config).from_pretrained(
         identity["name_or_path"],
         revision=identity["revision"],

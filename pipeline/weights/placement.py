@@ -10,7 +10,6 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ CPU_BYTES_PER_S, DISK_BYTES_PER_S = 12e9, 1.5e9  # over PCIe 4, from an SSD; for
 Memory = dict[int | str, int]  # bytes for weights: of each GPU by its number, and "cpu"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model's weights: as plain numbers, and with those that training rounds in 4 bits."""
-
-    plain: int
-    packed: int
-
-
 def load_for_scoring(
     identity: dict[str, Any], quantisation: Quantisation | None = None, labels: list[str] | None = None
 ) -> PreTrainedModel:
@@ -60,34 +51,28 @@ def load_for_scoring(
     """
     try:
         config = base_config(identity, labels)
-    except ModelError:  # stored in few bits, or known by its repository's code alone: only its own loader can place it
+    except ModelError:  # known by its repository's code alone: only its own loader can place it
         return load_base(identity, quantisation, labels)
     rounded = rounded_weights(config, quantisation)
-    sizes = sizes_of(config, rounded)
+    numbers = {name: parameter.numel() for name, parameter in empty_model(config).named_parameters()}
+    width = compute_dtype().itemsize
+    plain = sum(numbers.values()) * width  # bytes
+    packed = int(plain - (width - PACKED) * sum(numbers[name] for name in rounded))
     memory = available_memory()
-    if (where := place(sizes.plain, memory)) is not None:
+    if (where := place(plain, memory)) is not None:
         model = load_base(identity, None, labels, **where)
         for parameter, transposed in rounded.items():
             weight = model.get_parameter(parameter).data
             weight.copy_(round_trip(quantisation or {}, weight.dtype, weight.device, transposed)(weight))
         return model
-    if rounded and (where := place(sizes.packed, memory)) is not None:
+    if rounded and (where := place(packed, memory)) is not None:
         note(
-            f"the base stays in 4 bits, which takes several times as long: {_gib(sizes.plain)} of plain weights do not "
+            f"the base stays in 4 bits, which takes several times as long: {_gib(plain)} of plain weights do not "
             f"fit into {_gib(_largest(memory))} of free memory"
         )
         return load_base(identity, quantisation, labels, **where)
-    _refuse_full_gpu(sizes, memory)
-    _say_how_slow(sizes.plain, memory)
-    return _offloaded(identity, config, rounded, quantisation, labels, memory)
-
-
-def sizes_of(config: PretrainedConfig, rounded: dict[str, bool]) -> Sizes:
-    numbers = {name: parameter.numel() for name, parameter in empty_model(config).named_parameters()}
-    width = compute_dtype().itemsize
-    in_4_bits = sum(numbers[name] for name in rounded)
-    total = sum(numbers.values())
-    return Sizes(total * width, int((total - in_4_bits) * width + in_4_bits * PACKED))
+    _refuse_full_gpu(packed, memory)
+    return _offloaded(identity, config, rounded, quantisation, labels, plain, memory)
 
 
 def available_memory() -> Memory:
@@ -113,11 +98,11 @@ def _limits() -> dict[str, int]:
     for part in filter(None, os.environ.get(VARIABLE, "").split(",")):
         where, _, size = part.strip().partition("=")
         try:
-            limits[where] = int(float(size[:-3]) * units[size[-3:]])
+            limits[{"gpu": "gpu", "cpu": "cpu"}[where]] = int(float(size[:-3]) * units[size[-3:]])
         except (ValueError, KeyError):
-            where = ""
-        if where not in ("gpu", "cpu"):
-            raise ModelError(f"{VARIABLE} has {part!r}; write it like gpu=6GiB,cpu=20GiB (of each GPU, of CPU memory)")
+            raise ModelError(
+                f"{VARIABLE} has {part!r}; write it like gpu=6GiB,cpu=20GiB (of each GPU, of CPU memory)"
+            ) from None
     return limits
 
 
@@ -138,17 +123,17 @@ def _largest(memory: Memory) -> int:
     return memory.get(0, memory["cpu"])
 
 
-def _refuse_full_gpu(sizes: Sizes, memory: Memory) -> None:
+def _refuse_full_gpu(size: int, memory: Memory) -> None:
     """A GPU that another process fills is a mistake more often than a wish to wait for CPU memory at every token."""
     if 0 not in memory or "gpu" in _limits():
         return
     unused, total = torch.cuda.mem_get_info(0)
     others = total - unused - torch.cuda.memory_reserved(0)
-    if min(sizes.plain, sizes.packed) <= memory[0] + others - GIB:  # of which a CUDA context takes half a GiB
+    if size <= memory[0] + others - GIB:  # of which a CUDA context takes half a GiB
         raise ModelError(
-            f"the model needs {_gib(min(sizes.plain, sizes.packed))} on the GPU, and other processes use "
-            f"{_gib(others)} of its {_gib(total)} (`nvidia-smi` lists them): end them, or set {VARIABLE}="
-            f"gpu={memory[0] // 2**20}MiB to compute with CPU memory as well"
+            f"the model needs {_gib(size)} on the GPU, and other processes use {_gib(others)} of its {_gib(total)} "
+            f"(`nvidia-smi` lists them): end them, or set {VARIABLE}=gpu={memory[0] // 2**20}MiB to compute with CPU "
+            "memory as well"
         )
 
 
@@ -158,10 +143,25 @@ def _offloaded(
     rounded: dict[str, bool],
     quantisation: Quantisation | None,
     labels: list[str] | None,
+    size: int,
     memory: Memory,
 ) -> PreTrainedModel:
     """The model with those weights on the GPU that fit; the others come from CPU memory and disk at each pass."""
-    folder = _offload_folder()
+    gpus = sum(limit for where, limit in memory.items() if where != "cpu")
+    on_disk = max(0, size - gpus - memory["cpu"])
+    in_memory = size - gpus - on_disk if gpus else 0
+    seconds = in_memory / CPU_BYTES_PER_S + on_disk / DISK_BYTES_PER_S
+    note(
+        f"the model ({_gib(size)}) is larger than the memory of the device ({_gib(_largest(memory))} free): "
+        f"{_gib(in_memory)} in CPU memory and {_gib(on_disk)} on disk are read for every token of a batch, about "
+        f"{seconds:.2g} s each time"
+    )
+    parent = (WORK_DIR / "offload").absolute()
+    for left in parent.glob("*-*"):  # by processes that were killed
+        if not psutil.pid_exists(int(left.name.partition("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
     source = identity
     if quantisation is not None and rounded:
         # 4-bit weights cannot be offloaded, so a copy of the base holds the same numbers.
@@ -183,28 +183,6 @@ def _offloaded(
     model = load_base(source, None, labels, device_map="auto", max_memory=memory, offload_folder=str(folder / "disk"))
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     return model
-
-
-def _say_how_slow(size: int, memory: Memory) -> None:
-    gpus = sum(limit for where, limit in memory.items() if where != "cpu")
-    on_disk = max(0, size - gpus - memory["cpu"])
-    in_memory = size - gpus - on_disk if gpus else 0
-    seconds = in_memory / CPU_BYTES_PER_S + on_disk / DISK_BYTES_PER_S
-    note(
-        f"the model ({_gib(size)}) is larger than the memory of the device ({_gib(_largest(memory))} free): "
-        f"{_gib(in_memory)} in CPU memory and {_gib(on_disk)} on disk are read for every token of a batch, about "
-        f"{seconds:.2g} s each time"
-    )
-
-
-def _offload_folder() -> Path:
-    """A folder for weights on disk, which ends with the model; those of killed processes are removed."""
-    parent = (WORK_DIR / "offload").absolute()
-    for folder in parent.glob("*-*"):
-        if not psutil.pid_exists(int(folder.name.partition("-")[0])):
-            shutil.rmtree(folder, ignore_errors=True)
-    parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
 
 
 def load_tuned(

@@ -47,14 +47,14 @@ def _exact_match(predictions, references):
     return {"score": _mean(items), "items": items, "signature": f"exact-match|{_FOLDED}"}
 
 
-def _bleu(predictions, references, tokenize="auto"):
-    """Corpus BLEU 0-100 (Papineni et al. 2002) by sacrebleu. `tokenize`: a sacrebleu tokeniser for all items; auto
-    takes each item's from its reference, so that what an item scores does not depend on the others.
+def _bleu(predictions, references):
+    """Corpus BLEU 0-100 (Papineni et al. 2002) by sacrebleu. Each item's tokeniser follows from its reference, so that
+    what an item scores does not depend on the others.
 
     Items: [sys_len, ref_len, correct 1-4, total 1-4]. The signature is sacrebleu's own with the tokenisers that were
     used: `tok:13a+zh`.
     """
-    chosen = [tokeniser_for(text) if tokenize == "auto" else tokenize for text in references]
+    chosen = [tokeniser_for(text) for text in references]
     used = sorted(set(chosen)) or ["13a"]
     scorers = {name: sacrebleu.BLEU(tokenize=name, effective_order=True) for name in used}
     items = []
