@@ -12,7 +12,7 @@ from pipeline.core.files import read_json, sha256_file, whole_directory, write_j
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
-from pipeline.scoring.classification import by_class, class_provenance, predict, predictions, score_classes
+from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
 from pipeline.scoring.general import General, forgetting, general_items, read_general
 from pipeline.scoring.generation import Answer, generate, to_answer
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
@@ -161,6 +161,4 @@ def _evaluate_classes(
     }
     with whole_directory(output) as folder:
         metrics = write_scores(items, params, class_provenance(params, dataset), dataset, adapter, folder)
-        with (folder / "report.md").open("a", encoding="utf-8") as page:
-            page.write(by_class(items["adapter"]))
     return metrics

@@ -104,12 +104,6 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def install(folder: Path, *packages: str) -> None:
-    """Packages in a folder of their own, for tests of what is no dependency of Retune."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(folder), *packages], check=True)
-
-
 def once(name: str, make: Callable[[Path], object]) -> Path:
     """A folder that `make` fills, once for all workers of a test run; tests only read it."""
     folder, done = Path(CACHE) / name, Path(CACHE) / f"{name}.done"

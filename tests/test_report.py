@@ -14,8 +14,8 @@ from browser import CHROMIUM, dump_dom
 
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
-from pipeline.report.contents import EXAMPLES, Asked, Contents, System, differences
-from pipeline.report.evaluation_pages import Plot, render
+from pipeline.report.contents import EXAMPLES, Contents, System, differences
+from pipeline.report.evaluation_pages import plot, render
 from pipeline.report.stage import read_curve, read_other_sets, read_prompts, stage_contents, write_scores
 from pipeline.report.tables import interval
 from pipeline.scoring.generation import Answer
@@ -106,7 +106,7 @@ def full(contents: Contents, params: Params) -> Contents:
         contents, systems=systems, old="champion", changes=changes, better=count, worse=fewer, best=best,
         worst=worst, decision="refused", verdict=HOSTILE * 3, title=HOSTILE, about={"model": HOSTILE}, next="go on",
         notes=[HOSTILE], facts={HOSTILE: {HOSTILE: HOSTILE}},
-        prompts=[Asked(HOSTILE, [(system.name, HOSTILE) for system in systems])],
+        prompts={HOSTILE: [(system.name, HOSTILE) for system in systems]},
         tables={HOSTILE: [dict.fromkeys(("", "base", HOSTILE), HOSTILE)]},
     )  # fmt: skip
 
@@ -191,18 +191,18 @@ def test_what_other_sets_and_own_prompts_gave_is_in_the_report(tmp_path: Path) -
     write_json(tmp_path / "old" / "prompts.json", [])
     where = {"base": (tmp_path, "base"), "champion": (tmp_path / "old", "adapter"), "adapter": (tmp_path, "adapter")}
     answers = [("base", "blue"), ("champion", "(was not asked)"), ("adapter", "red (cut off)")]
-    assert read_prompts(where) == [Asked("Which colour?", answers)]
+    assert read_prompts(where) == {"Which colour?": answers}
 
 
 def test_the_curve_leaves_out_what_is_no_number() -> None:
     curve = read_curve("step,loss,validation_loss\n10,4.0,\n20,nan,\n30,1.0,2.0\n")
     assert curve == [{"step": 10, "loss": 4.0}, {"step": 20}, {"step": 30, "loss": 1.0, "validation_loss": 2.0}]
-    plot = Plot.of(curve)
-    assert plot is not None
-    assert plot.lines == {"loss": "0.0,0.0 100.0,75.0", "validation_loss": "100.0,50.0"}
-    assert plot.y_ticks[-1] == ("4", 0.0)
-    assert Plot.of([]) is None
-    assert Plot.of(read_curve("step,loss,validation_loss\n10,0.0,\n")) is not None
+    drawn = plot(curve)
+    assert drawn is not None
+    assert drawn["lines"] == {"loss": "0.0,0.0 100.0,75.0", "validation_loss": "100.0,50.0"}
+    assert drawn["y_ticks"][-1] == ("4", 0.0)
+    assert plot([]) is None
+    assert plot(read_curve("step,loss,validation_loss\n10,0.0,\n")) is not None
 
 
 FRAME = """<html><body><script>

@@ -128,9 +128,15 @@ def test_a_file_is_answered_line_by_line_by_the_merged_model(there: Path, tmp_pa
     ("models", "file", "change", "error", "named"),
     [
         (["workspace"], "contract.json", {"chat_template": " "}, TemplateError, "chat_template"),
-        (["champion", "workspace"], "contract.json", {"chat_template_sha256": "0"}, TemplateError, "sha256"),
+        (["champion", "workspace"], "contract.json", {"chat_template_sha256": "0"}, ServingError, "sha256"),
         (["base", "workspace"], "contract.json", {"model": {"digest": "0" * 64}}, TemplateError, "0" * 12),
-        (["champion", "workspace"], "training.json", {"quantisation": {"load_in_4bit": False}}, ServingError, "bits"),
+        (
+            ["champion", "workspace"],
+            "training.json",
+            {"quantisation": {"load_in_4bit": False}},
+            ServingError,
+            "quantisation",
+        ),
     ],
 )
 def test_adapters_that_do_not_share_base_and_template_are_refused(

@@ -130,22 +130,14 @@ class Talk:
         folder, _ = find_folder(self.params, name, "adapter", self.root)
         contract = read_json(folder / "contract.json")
         _require_base(name, contract, self.contract["model"])
-        alone = f"talk to it alone: `retune chat {name}`"
-        if differ := differing_keys({key: portable(self.contract)[key] for key in SERVED}, portable(contract)):
-            raise TemplateError(
-                f"{', '.join(differ)} of {name}'s template contract are not those of {self.active}; {alone}"
+        differ = differing_keys({key: portable(self.contract)[key] for key in SERVED}, portable(contract))
+        if read_json(folder / "training.json")["quantisation"] != self.quantisation:
+            differ.append("the base's quantisation")
+        if differ or is_whole(folder):
+            what = (
+                f"differs from {self.active} in {', '.join(differ)}" if differ else "has no adapter (train.method full)"
             )
-        quantisation = read_json(folder / "training.json")["quantisation"]
-        if quantisation != self.quantisation:
-            raise ServingError(
-                f"{name} was trained on a base in other bits ({quantisation}) than the one that is loaded "
-                f"({self.quantisation}); {alone}"
-            )
-        if is_whole(folder):
-            raise ServingError(
-                f"{name} was trained as a whole (train.method full) and has no adapter to put on the base; use its "
-                "merged model: `retune predict`, or `retune download` and transformers"
-            )
+            raise ServingError(f"{name} {what}; talk to it alone: `retune chat {name}`")
         peft_name = f"adapter{len(self._adapters)}"
         self.model = load_adapter(self.model, folder, peft_name)
         return peft_name
@@ -253,29 +245,24 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
         raise ServingError(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                tools = row.get("tools")
-                tools = tools if tools is None or isinstance(tools, str) else json.dumps(tools)
-                prompts.append((row, _conversation(row), tools))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ServingError(
-                    f"{file}, line {number}: expected a JSON object with prompt or text, or messages (a list of role "
-                    "and content that ends before the answer)"
-                ) from None
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            tools = row.get("tools")
+            messages = row.get("messages")
+            if messages is None:
+                messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
+            said = [
+                isinstance(m["role"], str) and (isinstance(m.get("content"), str) or "tool_calls" in m)
+                for m in messages
+            ]
+            if not said or not all(said) or messages[-1]["role"] == "assistant":  # a training row has its answer
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ServingError(
+                f"{file}, line {number}: expected a JSON object with prompt or text, or messages (a list of role and "
+                "content that ends before the answer)"
+            ) from None
+        prompts.append((row, messages, tools if tools is None or isinstance(tools, str) else json.dumps(tools)))
     return prompts
-
-
-def _conversation(row: dict[str, Any]) -> list[Message]:
-    """The messages of a row; ValueError, KeyError, TypeError or AttributeError where there are none to answer."""
-    messages: list[Message] | None = row.get("messages")
-    if messages is None:
-        messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
-    for message in messages:
-        worded = isinstance(message.get("content"), str) or "tool_calls" in message
-        if not isinstance(message["role"], str) or not worded:
-            raise ValueError
-    if not messages or messages[-1]["role"] == "assistant":  # a training row: its answer would be answered
-        raise ValueError
-    return messages

@@ -94,14 +94,6 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One of the user's own prompts (`evaluate.prompts`) and what each system answered."""
-
-    prompt: str
-    answers: list[tuple[str, str]]  # system, answer
-
-
-@dataclass(frozen=True)
 class Contents:
     about: dict[str, str]  # model, version, date: what the page is about
     title: str  # what was decided
@@ -118,7 +110,8 @@ class Contents:
     curve: list[dict[str, float]] = field(default_factory=list)  # step, and loss and validation_loss where measured
     facts: dict[str, dict[str, str]] = field(default_factory=dict)  # heading → what, and its value
     notes: list[str] = field(default_factory=list)
-    prompts: list[Asked] = field(default_factory=list)
+    # Of `evaluate.prompts`: each system and what it answered.
+    prompts: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)  # what systems are called, where tables.SYSTEMS does not say
     tables: dict[str, list[Row]] = field(default_factory=dict)  # heading → more rows, of other sets than the test split
 
@@ -128,8 +121,8 @@ class Contents:
         new = systems[-1]
         changes = words.pop("changes", None) or compare_items(new, old, params["bootstrap_samples"], params["seed"])
         better, worse, best, worst = differences(new, old)
-        return cls(systems=systems, old=old.name, changes=changes, better=better, worse=worse, best=best, worst=worst,
-                   **words)  # fmt: skip
+        words |= {"better": better, "worse": worse, "best": best, "worst": worst}
+        return cls(systems=systems, old=old.name, changes=changes, **words)
 
     @property
     def new(self) -> str:
@@ -152,11 +145,9 @@ class Contents:
         zeros of answers in free text say nothing.
         """
         shown = self.systems[-1]
-        scores = shown.metrics.get(kind, {})
-        ranked = sorted(scores, key=lambda name: (-scores[name]["num_samples"], name))
-        parts = slices_of(shown.items, kind) if ranked else {}
+        parts = slices_of(shown.items, kind) if kind in shown.metrics else {}  # a manifest's scores have no slices
         result = []
-        for name in ranked[:MOST_TASKS]:
+        for name in sorted(parts, key=lambda name: (-len(parts[name]), name))[:MOST_TASKS]:
             items, exact = len(parts[name]), num_groups(metric_items(parts[name], "accuracy"))
             accuracies = [system.slice_score(kind, name, "accuracy") for system in self.systems]
             classes = parts[name].column("label").null_count == 0  # whose rougeL would say nothing more
@@ -223,11 +214,6 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
         (str(turn["role"]), excerpt(turn.get("content") or turn.get("tool_calls") or ""))
         for turn in json.loads(ours.get("messages") or "[]")
     ]
-    return Difference(
-        task=ours["task"],
-        turns=turns or [("prompt", excerpt(ours["prompt"]))],  # what a classifier is given has no turns
-        reference=excerpt(ours["reference"]),
-        new=excerpt(ours["answer"]),
-        old=excerpt(theirs["answer"]),
-        scores=scores,
-    )
+    turns = turns or [("prompt", excerpt(ours["prompt"]))]  # what a classifier is given has no turns
+    reference, new, old = excerpt(ours["reference"]), excerpt(ours["answer"]), excerpt(theirs["answer"])
+    return Difference(ours["task"], turns, reference, new, old, scores)

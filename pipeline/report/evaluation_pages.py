@@ -5,8 +5,8 @@ policy.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.files import write_text
 from pipeline.core.pages.templates import environment
@@ -44,78 +44,60 @@ def render(contents: Contents, name: str) -> str:
             for kind, heading in SLICES.items()
             if len(contents.slices(kind)) > (kind != "by_task")
         ],
-        plot=Plot.of(contents.curve),
+        plot=plot(contents.curve),
         number=number,
         label=lambda name: names.get(name, name),
         markdown=markdown,
     )
 
 
-def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, int, list[tuple[str, "Bar | None"]]]]:
+Bar = tuple[str, float, float, float]  # a score as text; it and its interval on a scale from 0 to 100
+
+
+def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, int, list[tuple[str, Bar | None]]]]:
     """Name, items, metric, the items that it counts, and each system's bar."""
+
+    def bar(metric: str, score: dict[str, float] | None) -> Bar | None:
+        if score is None:
+            return None
+        scale = 1 if metric in PERCENT else 100
+        at, low, high = (min(100.0, max(0.0, scale * score[key])) for key in ("score", "low", "high"))
+        return number(metric, score["score"]), at, low, high
+
     return [
-        (
-            *part,
-            [(system.name, Bar.of(part[2], system.slice_score(kind, part[0], part[2]))) for system in contents.systems],
-        )
+        (*part, [(each.name, bar(part[2], each.slice_score(kind, part[0], part[2]))) for each in contents.systems])
         for part in contents.slices(kind)
     ]
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A score on a scale from 0 to 100, with its interval."""
+def plot(curve: list[dict[str, float]]) -> dict[str, Any] | None:
+    """Loss by step in a box of 100 × 100, y downwards: points of polylines, ticks as text and place, last values."""
+    measured = {
+        kind: [(row["step"], row[kind]) for row in curve if kind in row] for kind in ("loss", "validation_loss")
+    }
+    measured = {kind: values for kind, values in measured.items() if values}
+    if not measured:
+        return None
+    steps = sorted({row["step"] for row in curve})
+    first, width = steps[0], (steps[-1] - steps[0]) or 1.0
+    top = max(value for values in measured.values() for _, value in values) or 1.0
+    power = 10.0 ** math.floor(math.log10(top / 4))
+    tick = next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= top / 4 * 0.999)
+    high = tick * math.ceil(top / tick)
 
-    text: str
-    at: float
-    low: float
-    high: float
+    def x(step: float) -> float:
+        return round(100 * (step - first) / width, 2)
 
-    @classmethod
-    def of(cls, metric: str, score: dict[str, float] | None) -> "Bar | None":
-        if score is None:
-            return None
-        scale = 1 if metric in PERCENT else 100
-        places = (min(100.0, max(0.0, scale * score[key])) for key in ("score", "low", "high"))
-        return cls(number(metric, score["score"]), *places)
+    def y(value: float) -> float:
+        return round(100 - 100 * value / high, 2)
 
-
-@dataclass(frozen=True)
-class Plot:
-    """Loss by step in a box of 100 × 100, y downwards; ticks as text and place."""
-
-    lines: dict[str, str]  # loss, validation_loss → points of a polyline
-    x_ticks: list[tuple[str, float]]
-    y_ticks: list[tuple[str, float]]
-    last: dict[str, str]
-
-    @classmethod
-    def of(cls, curve: list[dict[str, float]]) -> "Plot | None":
-        points = {
-            kind: [(row["step"], row[kind]) for row in curve if kind in row] for kind in ("loss", "validation_loss")
-        }
-        points = {kind: values for kind, values in points.items() if values}
-        if not points:
-            return None
-        steps = sorted({row["step"] for row in curve})
-        first, width = steps[0], (steps[-1] - steps[0]) or 1.0
-        top = max(value for values in points.values() for _, value in values) or 1.0
-        tick = _round_step(top / 4)
-        high = tick * math.ceil(top / tick)
-
-        def x(step: float) -> float:
-            return round(100 * (step - first) / width, 2)
-
-        def y(value: float) -> float:
-            return round(100 - 100 * value / high, 2)
-
-        ticks = [first + width * k / 4 for k in range(5)] if len(steps) > 4 else steps
-        return cls(
-            {kind: " ".join(f"{x(step)},{y(value)}" for step, value in values) for kind, values in points.items()},
-            [(f"{round(step):,}", x(round(step))) for step in ticks],
-            [(f"{tick * k:g}", y(tick * k)) for k in range(round(high / tick) + 1)],
-            {kind: f"{values[-1][1]:.3f}" for kind, values in points.items()},
-        )
+    ticks = [first + width * k / 4 for k in range(5)] if len(steps) > 4 else steps
+    return {
+        "lines": {kind: " ".join(f"{x(s)},{y(value)}" for s, value in values) for kind, values in measured.items()},
+        "x_ticks": [(f"{round(step):,}", x(round(step))) for step in ticks],
+        "y_ticks": [(f"{tick * k:g}", y(tick * k)) for k in range(round(high / tick) + 1)],
+        "last": {kind: f"{values[-1][1]:.3f}" for kind, values in measured.items()},
+    }
 
 
 def _place(change: Change, changes: list[Change]) -> tuple[float, float, float]:
@@ -123,9 +105,3 @@ def _place(change: Change, changes: list[Change]) -> tuple[float, float, float]:
     reach = max((abs(share) for each in changes for share in each.gain), default=0) or 1.0
     low, at, high = (50 + 48 * share / reach for share in change.gain)
     return low, high, at
-
-
-def _round_step(value: float) -> float:
-    """1, 2, 2.5 or 5 times a power of ten, at least `value`."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= value * 0.999)

@@ -17,7 +17,7 @@ from pipeline.core.files import read_json, write_json, write_text
 from pipeline.data.report import excerpt
 from pipeline.params import EvaluateParams
 from pipeline.registry.wording import number
-from pipeline.report.contents import Asked, Contents, System
+from pipeline.report.contents import Contents, System
 from pipeline.report.evaluation_pages import write_report
 from pipeline.report.tables import SYSTEMS, Row, interval
 from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT
@@ -127,7 +127,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def read_prompts(answered: dict[str, tuple[Path, str]]) -> list[Asked]:
+def read_prompts(answered: dict[str, tuple[Path, str]]) -> dict[str, list[tuple[str, str]]]:
     """The candidate's prompts (of `adapter`) with the answers of all; of a system that was not asked one, that is said.
 
     Args:
@@ -136,37 +136,32 @@ def read_prompts(answered: dict[str, tuple[Path, str]]) -> list[Asked]:
     answers: dict[str, dict[str, str]] = {}
     for system, (folder, name) in answered.items():
         path = folder / "prompts.json"  # a classifier has none
-        answers[system] = {one["prompt"]: _said(one[name]) for one in (read_json(path) if path.is_file() else [])}
-    return [
-        Asked(prompt, [(system, said.get(prompt, "(was not asked)")) for system, said in answers.items()])
+        answers[system] = {}
+        for one in read_json(path) if path.is_file() else []:
+            cut_off = " (cut off)" if one[name]["cut_off"] else ""
+            answers[system][one["prompt"]] = excerpt(one[name]["answer"]) + cut_off
+    return {
+        prompt: [(system, said.get(prompt, "(was not asked)")) for system, said in answers.items()]
         for prompt in answers["adapter"]
-    ]
-
-
-def _said(answer: dict[str, Any]) -> str:
-    return excerpt(answer["answer"]) + (" (cut off)" if answer["cut_off"] else "")
+    }
 
 
 def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
     """Candidate before merge against base on the general set, where there is one."""
-    tables: dict[str, list[Row]] = {}
-    if (evaluation / "general.json").is_file():
-        general = read_json(evaluation / "general.json")
-        tables["General set: what was forgotten"] = [
-            _row(
-                metric,
-                interval(metric, general["base"][metric]),
-                interval(metric, general["adapter"][metric]),
-                f"{100 * lost:+.1f} %" if metric in LOWER_IS_BETTER else number(metric, -lost, "+"),
-            )
-            for metric, lost in general["lost"].items()
-            if lost is not None
-        ]
-    return tables
-
-
-def _row(what: str, base: str, candidate: str, difference: str) -> Row:
-    return {"": what, SYSTEMS["base"]: base, SYSTEMS["adapter"]: candidate, "difference": difference}
+    if not (evaluation / "general.json").is_file():
+        return {}
+    general = read_json(evaluation / "general.json")
+    rows = [
+        {
+            "": metric,
+            SYSTEMS["base"]: interval(metric, general["base"][metric]),
+            SYSTEMS["adapter"]: interval(metric, general["adapter"][metric]),
+            "difference": f"{100 * lost:+.1f} %" if metric in LOWER_IS_BETTER else number(metric, -lost, "+"),
+        }
+        for metric, lost in general["lost"].items()
+        if lost is not None
+    ]
+    return {"General set: what was forgotten": rows}
 
 
 def read_curve(table: str) -> list[dict[str, float]]:

@@ -18,7 +18,6 @@ from pipeline.chat import Message
 from pipeline.chat.template import local_source
 from pipeline.core.files import read_json, sha256_file
 from pipeline.core.memory import in_fitting_batch
-from pipeline.core.pages.templates import cell
 from pipeline.core.progress import Progress
 from pipeline.data.classes import TextEncoder, load_classes
 from pipeline.params import BatchSize, EvaluateParams
@@ -148,21 +147,3 @@ def score_classes(test: pa.Table, predicted: list[Prediction]) -> pa.Table:
 def class_provenance(params: EvaluateParams, dataset: Path) -> dict[str, Any]:
     """`provenance` of scores of classes."""
     return provenance(params, dataset, SIGNATURES) | {"decoding": "most probable"}
-
-
-def by_class(items: pa.Table) -> str:
-    """Markdown: precision and recall of each class, and the texts that were wrong with the most confidence."""
-    lines = ["", "## By class", "", "| class | texts | precision | recall | F1 |", "|---" * 5 + "|"]
-    label, predicted = items["label"].to_pylist(), items["predicted"].to_pylist()
-    for name in sorted({*label, *predicted}):
-        hits = sum(a == b == name for a, b in zip(label, predicted, strict=True))
-        there, named = label.count(name), predicted.count(name)
-        numbers = [hits / named if named else 0.0, hits / there if there else 0.0, 2 * hits / (there + named)]
-        lines.append(f"| {cell(name)} | {there} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |")
-    rows = items.select(["prompt", "label", "predicted", "confidence"]).to_pylist()
-    wrong = sorted((r for r in rows if r["label"] != r["predicted"]), key=lambda r: -r["confidence"])[:10]
-    lines += ["", "## Wrong with the most confidence", ""]
-    for row in wrong:
-        text = cell(" ".join(row["prompt"].split())[:160])
-        lines.append(f"- {cell(row['predicted'])} ({row['confidence']:.2f}) for {cell(row['label'])}: {text}")
-    return "\n".join([*lines, *([] if wrong else ["None."]), ""])

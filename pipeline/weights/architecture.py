@@ -25,14 +25,7 @@ from pipeline.weights.loading import UNQUANTISED, ModelError, Quantisation, clas
 
 
 def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) -> PretrainedConfig:
-    """The base's configuration as transformers itself knows it; no Python code of a repository is run.
-
-    Args:
-        labels: the classes of a sequence classification model.
-
-    Raises:
-        ModelError: transformers does not know the architecture.
-    """
+    """The base's configuration as transformers itself knows it, or ModelError; no code of a repository is run."""
     name = identity["name_or_path"]
     try:
         config = AutoConfig.from_pretrained(

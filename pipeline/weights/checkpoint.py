@@ -52,11 +52,7 @@ Checkpoint = dict[str, Stored]  # by the tensor's name
 
 
 def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
-    """The safetensors weights in a folder, or of a Hub repository at `revision`; every header is read and checked.
-
-    Raises:
-        WeightsError: there are none, a shard is missing or damaged, or the index names a tensor that is not there.
-    """
+    """The safetensors weights in a folder, or of a Hub repository at `revision`; every header is read and checked."""
     single = _locate(name_or_path, revision, SINGLE)
     if single is not None:
         return _header(single)
@@ -98,11 +94,7 @@ def _header(path: Path) -> Checkpoint:
 
 
 def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None = None) -> None:
-    """Write `checkpoint` to `folder` with `edits` by tensor name, in shards of SHARD_BYTES, and read it back.
-
-    Args:
-        dtype: what floating-point tensors are written in; None keeps each in its own.
-    """
+    """Write `checkpoint` to `folder`, with `edits` by tensor name and floats as `dtype` (None: as stored)."""
     plan = split_state_dict_into_shards_factory(
         checkpoint,
         get_storage_size=lambda stored: stored.size(dtype),
@@ -126,14 +118,9 @@ def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dty
 
 
 def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch.device, transposed: bool) -> Edit:
-    """What 4-bit quantisation leaves of a weight, bit for bit as the quantised model computes with it.
+    """What 4-bit quantisation leaves of a weight, bit for bit as the quantised model computes with it in `dtype`.
 
-    `refuse_ragged_blocks` has refused the weights that bitsandbytes gets wrong on a CPU.
-
-    Args:
-        quantisation: bnb_4bit_quant_type, bnb_4bit_use_double_quant.
-        dtype: type that the weight is quantised from, and computed in.
-        transposed: a Conv1D weight, (in, out), which bitsandbytes holds as (out, in).
+    `transposed`: a Conv1D weight, (in, out), which bitsandbytes holds as (out, in).
     """
 
     def edit(weight: torch.Tensor) -> torch.Tensor:

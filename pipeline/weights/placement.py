@@ -76,11 +76,7 @@ def load_for_scoring(
 
 
 def available_memory() -> Memory:
-    """Bytes that weights may take now; the environment variable RETUNE_MAX_MEMORY (`gpu=6GiB,cpu=20GiB`) lowers them.
-
-    Raises:
-        ModelError: the variable cannot be read.
-    """
+    """Bytes that weights may take now; the environment variable RETUNE_MAX_MEMORY (`gpu=6GiB,cpu=20GiB`) lowers them."""
     limits = _limits()
     memory: Memory = {}
     if torch.cuda.is_available():
@@ -188,11 +184,7 @@ def _offloaded(
 def load_tuned(
     identity: dict[str, Any], quantisation: Quantisation, folder: Path, labels: list[str] | None = None
 ) -> Any:
-    """What `train` made in `folder`: the base with its adapter on top, or the whole model that was trained.
-
-    Raises:
-        ModelError, UnsafeModelError, UnsafeFileError: see `load_base` and `load_adapter`.
-    """
+    """What `train` made in `folder`: the base with its adapter on top, or the whole model; raises as `load_base` does."""
     if is_whole(folder):
         whole = {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
         return load_for_scoring(whole, None, labels).eval()
