@@ -76,7 +76,7 @@ def load_for_scoring(
 
 
 def available_memory() -> Memory:
-    """Bytes that weights may take now; the environment variable RETUNE_MAX_MEMORY (`gpu=6GiB,cpu=20GiB`) lowers them."""
+    """Bytes that weights may take now; RETUNE_MAX_MEMORY (`gpu=6GiB,cpu=20GiB`) in the environment lowers them."""
     limits = _limits()
     memory: Memory = {}
     if torch.cuda.is_available():
@@ -184,7 +184,7 @@ def _offloaded(
 def load_tuned(
     identity: dict[str, Any], quantisation: Quantisation, folder: Path, labels: list[str] | None = None
 ) -> Any:
-    """What `train` made in `folder`: the base with its adapter on top, or the whole model; raises as `load_base` does."""
+    """What `train` made in `folder`: the base with its adapter on top, or the whole model; raises as `load_base`."""
     if is_whole(folder):
         whole = {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
         return load_for_scoring(whole, None, labels).eval()
