@@ -120,10 +120,3 @@ def test_nothing_of_the_data_is_markup(full: dict[str, Any], tmp_path: Path) -> 
     outside_code = re.sub(r"^````\n.*?^````$", "", text, flags=re.DOTALL | re.MULTILINE)
     assert "````" in text and not re.search(r"(?<!\\)<(?:script|img)", outside_code)
     assert "](javascript" not in outside_code.replace("\\]", "")
-
-
-def test_the_same_rows_give_the_same_bytes(full: dict[str, Any], tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        write_report(full, tmp_path / folder)
-    for name in ("report.json", "report.md", "report.html"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.columns import columns_read
-from pipeline.data.formats import UnclearFormatError, find_files, read_rows
+from pipeline.data.formats import find_files, read_rows
 from pipeline.data.known_formats import FORMATS
 from pipeline.data.readers import FormatError
 from pipeline.data.records import Rejected, Row
@@ -221,14 +221,6 @@ def test_a_format_is_recognised_by_its_keys(tmp_path: Path, record: dict[str, An
     assert turns(read(tmp_path, record, format=format)[0]) == said("Q", "A")  # type: ignore[arg-type]
 
 
-def test_a_question_about_a_text_in_another_column_asks_for_a_template(tmp_path: Path) -> None:
-    record = {"question": "Q", "context": "A long text.", "answer": "A"}
-    with pytest.raises(UnclearFormatError) as error:
-        read(tmp_path, record)
-    [read_row] = read(tmp_path, record, columns=error.value.columns)
-    assert isinstance(read_row, Row) and turns(read_row) == said("Q\nA long text.", "A")
-
-
 def tree(*messages: tuple[str, str | None, float | None, dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages of OpenAssistant by (id, parent, rank); a letter Q or A says whose they are."""
     return [
@@ -297,11 +289,6 @@ def test_classes_become_their_names_and_digits_without_names(tmp_path: Path) -> 
     assert third.reason == "label is -1; the file names classes 0 to 1"
     plain = [r.messages[1]["content"] for r in read_rows(tmp_path / "plain.parquet") if isinstance(r, Row)]
     assert plain == ["0", "1", "-1"]
-
-
-def test_a_mapping_to_a_column_that_is_not_there_lists_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="has no column q, s, which the mapping names; it has a, question"):
-        read(tmp_path, {"question": "Q", "a": "A"}, columns=ColumnsParams(prompt="q", response="a", system="s"))
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,9 @@ def test_a_shard_reads_as_the_rows_it_was_made_of(tmp_path: Path) -> None:
     assert is_shard(path)
 
 
-def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_shard_is_told_and_a_damaged_one_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
     assert not is_shard(tmp_path / "other.parquet")
-    with pytest.raises(FormatError, match="has columns text; expected a shard"):
-        read_shard(tmp_path / "other.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(FormatError, match="is damaged"):
         read_shard(tmp_path / "broken.parquet")

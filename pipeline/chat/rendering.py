@@ -35,11 +35,7 @@ class RowError(ValueError):
 
 
 class Renderer:
-    """A compiled template, and what it can do by itself: found by trying it, since its text does not say.
-
-    Raises:
-        TemplateError: not Jinja.
-    """
+    """A compiled template, and what it can do by itself: found by trying it, since its text does not say."""
 
     def __init__(
         self,
@@ -145,11 +141,7 @@ def _as_served(message: Message) -> Message:
 
 
 def with_objects(messages: list[Message]) -> list[Message]:
-    """`messages` with the arguments of every call as an object, so that nothing is hidden in the escapes of JSON text.
-
-    Raises:
-        RowError: they are no JSON object.
-    """
+    """`messages` with the arguments of every call as an object, so that nothing is hidden in the escapes of JSON."""
     return [_with_arguments(message, "object") if "tool_calls" in message else message for message in messages]
 
 

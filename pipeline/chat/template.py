@@ -189,10 +189,7 @@ def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[Chat
             "the dataset is for train.task sequence-classification, which has no conversations; `retune classify TEXT` "
             "asks its model"
         )
-    missing = sorted({"chat_template_name", *SETTINGS} - set(contract))
-    if missing:
-        raise TemplateError(f"the template contract lacks {', '.join(missing)}: an older Retune wrote it; `dvc repro`")
-    settings = {key: contract[key] for key in SETTINGS}
+    settings = {key: contract.get(key) for key in SETTINGS}
     template = _load(source, contract["chat_template"], contract["chat_template_name"], settings)
     # The conversations are those of the contract, so that later versions may have others.
     golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
@@ -252,11 +249,7 @@ def _load(identity: dict[str, Any], text: str | None, name: str | None, settings
 
 
 def named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:
-    """The ids of the tokens that end a turn of the named template.
-
-    Raises:
-        TemplateError: one of the template's tokens is not a single token of this tokenizer.
-    """
+    """The ids of the tokens that end a turn of the named template, of which each must be one token."""
     ids: dict[str, int] = {}
     lacking = []
     for token in NAMED[name].tokens:
@@ -295,9 +288,6 @@ def _require_vocabulary(config: Any, template: ChatTemplate) -> None:
 
     Control tokens that the template does not write cannot come up: in people's texts they are escaped. (Some published
     tokenizers have such beyond the model's vocabulary.)
-
-    Raises:
-        TemplateError: names the first such token.
     """
     tokenizer = template.tokenizer
     used = {id for entry in template.golden() for id in entry["input_ids"] or []} | template.stop_ids

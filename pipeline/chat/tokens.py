@@ -54,11 +54,8 @@ class TokenEncoder:
     def hide(self, value: Any, answer: bool = False) -> Any:
         """`value` (text, or lists and objects of it) with every control token in it hidden; itself if there is none.
 
-        Args:
-            answer: the text is the assistant's own.
-
-        Raises:
-            RowError: noncharacters that this module uses as marks, or what normalising makes a control token of.
+        `answer` is for the assistant's own text. Noncharacters that this module uses as marks are a RowError, and so is
+        what normalising makes a control token of.
         """
         if isinstance(value, str):
             if not self._suspicious(value):
@@ -98,22 +95,14 @@ class TokenEncoder:
         return self._text[int(found[1])] if found else None
 
     def text(self, rendered: str) -> str:
-        """Rendered text as its reader sees it.
-
-        Raises:
-            RowError: the template took the mark of a hidden token apart.
-        """
+        """Rendered text as its reader sees it; a RowError where the template took the mark of a hidden token apart."""
         text = HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], rendered)
         if BROKEN.search(text):
             raise RowError("contains a control token that the chat template rewrites")
         return text
 
     def ids(self, rendered: str) -> list[int]:
-        """The tokens (T,) of rendered text.
-
-        Raises:
-            RowError: as `text`, or the tokenizer cannot write a control token as ordinary text.
-        """
+        """The tokens (T,) of rendered text; a RowError as `text`, or where a control token cannot be ordinary text."""
         if not BROKEN.search(rendered):
             return list(self._plain.encode(rendered, add_special_tokens=False).ids)
         self.text(rendered)

@@ -53,10 +53,7 @@ def opened_thinking(prompt: str) -> tuple[str, str] | None:
 class TurnWriter:
     """Prompts and answers of one chat template.
 
-    Args:
-        stops: texts of the tokens that end a turn.
-        end: the text of the token that ends a generation where the template itself writes none.
-        reasoning: what happens to reasoning that has no place: drop, inline or refuse.
+    `stops` are the texts of the tokens that end a turn; `end` ends a generation where the template writes none.
     """
 
     def __init__(self, renderer: Renderer, stops: Sequence[str], end: str, reasoning: str) -> None:
@@ -66,11 +63,7 @@ class TurnWriter:
         self._end = {calls: self._next_header(calls) or end for calls in (False, True)}
 
     def turn(self, messages: list[Message], tools: Tools | None, index: int) -> Turn:
-        """The answer at `index` of adapted `messages`.
-
-        Raises:
-            RowError: the template refuses the conversation or leaves the answer out.
-        """
+        """The answer at `index` of adapted `messages`; a RowError where the template leaves it out."""
         before, message = messages[:index], messages[index]
         plain = {key: value for key, value in message.items() if key not in REASONING_KEYS}
         prompt = self._renderer.render(before, tools, add_generation_prompt=True)

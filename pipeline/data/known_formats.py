@@ -39,7 +39,6 @@ class Format:
     convert: Converter | None = None
     needs: tuple[str, ...] = ()  # a record with all of these looks like it
     also_reads: frozenset[str] = OPTIONAL
-    turns: str | None = None  # or one whose conversation is of this kind (see `_turns_kind`)
     fits: Callable[[dict[str, Any]], bool] = lambda record: True  # what else is asked of such a record
     keys: str = ""  # what its records have, for people, where it is not `needs`
 
@@ -51,8 +50,6 @@ class Format:
         return self.also_reads.union(self.needs)
 
     def looks_like(self, record: dict[str, Any]) -> bool:
-        if self.turns is not None:
-            return _turns_kind(record) == self.turns
         return bool(self.needs or self.keys) and record.keys() >= set(self.needs) and self.fits(record)
 
 
@@ -78,17 +75,6 @@ def row_of(
         raise ValueError(f"scoring is {short(scoring)}; expected exact or text")
     task, group = (scalar_of(record, key).strip() or None for key in ("task", "group"))
     return Row(messages, source, tools_of(record, unused), task or "default", group, scoring, repairs)
-
-
-def _row_of_turns(messages: list[Message], record: dict[str, Any], source: str, unused: set[str]) -> Row:
-    """The row of a conversation given turn by turn, with the system message of its own column first."""
-    if system := _system(record):
-        if not messages or messages[0]["role"] != "system":
-            messages = system + messages
-        elif messages[0] != system[0]:
-            raise ValueError("has a system column and another system message in its turns")
-    messages, repairs = join_turns(messages)
-    return row_of(messages, record, source, unused, repairs=repairs)
 
 
 def _system(record: dict[str, Any], key: str = "system") -> list[Message]:
@@ -197,7 +183,14 @@ def _from_turns(
     filled = [key for key in names if record.get(key) is not None]
     unused.update(filled[1:])
     key = filled[0] if filled else next((key for key in names if key in record), names[0])
-    return _row_of_turns(read(list_of(record, key), key, unused), record, source, unused)
+    messages = read(list_of(record, key), key, unused)
+    if system := _system(record):
+        if not messages or messages[0]["role"] != "system":
+            messages = system + messages
+        elif messages[0] != system[0]:
+            raise ValueError("has a system column and another system message in its turns")
+    messages, repairs = join_turns(messages)
+    return row_of(messages, record, source, unused, repairs)
 
 
 def _from_pair(prompt: str, response: str, system: str, record: dict[str, Any], source: str, unused: set[str]) -> Row:
@@ -210,7 +203,7 @@ def _from_pair(prompt: str, response: str, system: str, record: dict[str, Any], 
             text = _answer(record, key, {}) if role == "assistant" else text_of(record, key)
             messages.append({"role": role, "content": text})
     messages, repairs = join_turns(messages)
-    return row_of(messages, record, source, unused, repairs=repairs)
+    return row_of(messages, record, source, unused, repairs)
 
 
 def _from_question_answer(record: dict[str, Any], source: str, unused: set[str]) -> Row:
@@ -232,7 +225,7 @@ def _from_tree(record: dict[str, Any], source: str, unused: set[str]) -> Row:
         unused.update(key for key in message.keys() - TREE_READ if message[key])
     messages, repairs = join_turns(messages)
     repairs += ["other paths of its message tree left out"] if record["left_out"] else []
-    return row_of(messages, record, source, unused, repairs=repairs)
+    return row_of(messages, record, source, unused, repairs)
 
 
 def _from_text(record: dict[str, Any], source: str, unused: set[str]) -> Row:
@@ -299,7 +292,11 @@ def _is_pair(record: dict[str, Any]) -> bool:
     return len(pairs) == 1 and "system_prompt" not in record and not any(record.get(name) for name in CONTEXT_NAMES)
 
 
-_TALK = OPTIONAL.union(CONVERSATIONS)
+def _turns(kind: str, read: Callable[[list[Any], str, set[str]], list[Message]], keys: str) -> Format:
+    also_reads = OPTIONAL.union(CONVERSATIONS, ["data"] if read is _texts else [])
+    return Format(partial(_from_turns, read), (), also_reads, lambda record: _turns_kind(record) == kind, keys)
+
+
 _HISTORY = OPTIONAL | {"history"}
 KNOWN_FORMATS: dict[str, Format] = {
     "alpaca": Format(_from_alpaca, ("instruction", "output"), _HISTORY | {"input"}),
@@ -312,14 +309,10 @@ KNOWN_FORMATS: dict[str, Format] = {
         keys="instruction, context, response",
     ),
     "self-instruct": Format(_from_self_instruct, ("instruction", "instances"), _HISTORY),
-    "sharegpt": Format(
-        partial(_from_turns, sharegpt_messages), (), _TALK, "sharegpt", keys="conversations with from and value"
-    ),
-    "messages": Format(partial(_from_turns, chat_messages), (), _TALK, "messages", keys="messages with role, content"),
-    "turn-pairs": Format(
-        partial(_from_turns, _turn_pairs), (), _TALK, "turn-pairs", keys="conversation with human, assistant"
-    ),
-    "ultrachat": Format(partial(_from_turns, _texts), (), _TALK | {"data"}, "ultrachat", keys="data, a list of texts"),
+    "sharegpt": _turns("sharegpt", sharegpt_messages, "conversations with from and value"),
+    "messages": _turns("messages", chat_messages, "messages with role, content"),
+    "turn-pairs": _turns("turn-pairs", _turn_pairs, "conversation with human, assistant"),
+    "ultrachat": _turns("ultrachat", _texts, "data, a list of texts"),
     "openassistant": Format(_from_tree, TREE_KEYS, frozenset(("path", "left_out"))),
     "prompt-completion": Format(partial(_from_pair, "prompt", "completion", "system"), ("prompt", "completion")),
     "question-answer": Format(

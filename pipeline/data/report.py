@@ -155,16 +155,13 @@ def summary(report: Mapping[str, Any]) -> str:
     """One sentence: how many rows came in, what became of them, and the commonest reason for dropping one."""
     rows, dropped = report["rows"], sum(report["dropped"].values())
     splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
-    sentence = f"{report['rows_in']:,} rows came in, {sum(rows.values()):,} go on ({splits})"
-    if conversations := report["rewritten_conversations"]:
-        sentence += (
-            f", {conversations:,} conversation{'s' * (conversations != 1)} with a row for each answer, since the chat "
-            "template rewrites earlier turns"
-        )
-    if untrained := report["untrained_answers"]:
-        sentence += f", {untrained:,} answer{'s' * (untrained != 1)} marked as not trained"
-    if repaired := sum(report["repaired"].values()):
-        sentence += f" with {repaired:,} repair{'s' * (repaired != 1)}"
+    counts = {
+        "conversations with a row for each answer as the template needs it": report["rewritten_conversations"],
+        "answers marked as not trained": report["untrained_answers"],
+        "repairs": sum(report["repaired"].values()),
+    }
+    parts = [f"{report['rows_in']:,} rows came in", f"{sum(rows.values()):,} go on ({splits})"]
+    sentence = ", ".join([*parts, *(f"{count:,} {what}" for what, count in counts.items() if count)])
     if not dropped:
         return f"{sentence}; none is dropped."
     reason, count = _ranked(report["dropped"])[0]

@@ -111,12 +111,9 @@ def is_shard(path: Path) -> bool:
 def read_shard(path: Path) -> pa.Table:
     """All rows of a shard, with the columns of `SHARD_SCHEMA`; `messages` is JSON text."""
     try:
-        table = pq.read_table(path, memory_map=False, partitioning=None)
+        return pq.read_table(path, memory_map=False, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise FormatError(f"{path} is damaged: {error}; `dvc checkout --force data.dvc` puts it back") from None
-    if not table.schema.equals(SHARD_SCHEMA):
-        raise FormatError(f"{path} has columns {', '.join(table.column_names)}; expected a shard of `retune ingest`")
-    return table
 
 
 def read_snapshot(folder: Path) -> dict[str, Any] | None:
