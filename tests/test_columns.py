@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.columns import ColumnsError, as_option, guess_columns, parse_columns
+from pipeline.data.columns import as_option, guess_columns, parse_columns
 from pipeline.data.formats import UnclearFormatError, open_rows, read_rows
+from pipeline.data.readers import FormatError
 from pipeline.data.records import Rejected, Row
 from pipeline.params import ColumnsParams
 
@@ -122,7 +123,7 @@ BROKEN += ["template={q.x!r},response=a", "template={},response=a", "prompt=q,re
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_mapping_on_the_command_line_that_cannot_work_is_refused(text: str) -> None:
-    with pytest.raises(ColumnsError):
+    with pytest.raises(FormatError):
         parse_columns(text)
 
 

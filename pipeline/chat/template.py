@@ -189,7 +189,10 @@ def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[Chat
             "the dataset is for train.task sequence-classification, which has no conversations; `retune classify TEXT` "
             "asks its model"
         )
-    settings = {key: contract.get(key) for key in SETTINGS}
+    missing = sorted({"chat_template_name", *SETTINGS} - set(contract))
+    if missing:
+        raise TemplateError(f"the template contract lacks {', '.join(missing)}: an older Retune wrote it; `dvc repro`")
+    settings = {key: contract[key] for key in SETTINGS}
     template = _load(source, contract["chat_template"], contract["chat_template_name"], settings)
     # The conversations are those of the contract, so that later versions may have others.
     golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None

@@ -139,7 +139,7 @@ def _terminal() -> "Ask | None":
 
 def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
     """The format, or the columns, that a person names on the terminal."""
-    from pipeline.data.columns import ColumnsError, as_pairs, parse_columns
+    from pipeline.data.columns import as_pairs, parse_columns
     from pipeline.data.known_formats import FORMATS
 
     print(error, file=sys.stderr)
@@ -150,7 +150,7 @@ def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
             return answer, None
         try:
             return "auto", parse_columns(shlex.split(answer)[0] if answer[:1] in "'\"" else answer)
-        except (ColumnsError, ValueError) as fault:
+        except ValueError as fault:
             print(f"{answer} is not a format; expected {', '.join(sorted(FORMATS))}; {fault}", file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.data.known_formats import CONTEXT_NAMES, KNOWN_FORMATS
+from pipeline.data.readers import FormatError
 from pipeline.params import ColumnsParams
 
 MEDIA = frozenset(name + s for name in ("image", "audio", "video") for s in ("", "s"))
@@ -21,10 +22,6 @@ PROMPT_NAMES = ("question", "prompt", "query", "instruction", "request", "user",
 ANSWER_NAMES = ("answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution")
 NOT_TEXT = re.compile(r"(^|_)(uu)?(id|date|time|url|lang|language)$", re.IGNORECASE)
 MAPPED = ("columns", "classification")  # formats of which a person, or the task, says which columns count
-
-
-class ColumnsError(ValueError):
-    """A mapping of columns on the command line cannot be used; the message says why."""
 
 
 def named_columns(columns: ColumnsParams) -> list[str]:
@@ -98,13 +95,13 @@ def parse_columns(text: str) -> ColumnsParams:
     """A mapping from the command line, such as `prompt=question,response=answer`; \\n in a template is a line's end.
 
     Raises:
-        ColumnsError: a part is not KEY=COLUMN, or the mapping cannot work.
+        FormatError: a part is not KEY=COLUMN, or the mapping cannot work.
     """
     keys = "|".join(ColumnsParams.model_fields)
     parts = re.split(rf"(?:^|,)\s*({keys})\s*=", text)
     pairs = dict(zip(parts[1::2], (part.strip().replace("\\n", "\n") for part in parts[2::2]), strict=True))
     if parts[0].strip() or not pairs or not all(pairs.values()):
-        raise ColumnsError(
+        raise FormatError(
             f"--columns is {text!r}; expected KEY=COLUMN with commas between, such as prompt=question,response=answer; "
             f"the keys are {', '.join(ColumnsParams.model_fields)}"
         )
@@ -112,7 +109,7 @@ def parse_columns(text: str) -> ColumnsParams:
         return ColumnsParams.model_validate(pairs)
     except ValidationError as error:
         faults = "; ".join(str(each["ctx"]["error"]) for each in error.errors())
-        raise ColumnsError(f"--columns is {text!r}; {faults}") from None
+        raise FormatError(f"--columns is {text!r}; {faults}") from None
 
 
 def _named_like(keys: Iterable[str], names: Iterable[str]) -> str | None:
