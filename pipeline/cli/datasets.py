@@ -101,12 +101,11 @@ def inspect(
             _pull_base(str(model))
     if model.is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
+    misplaced = format or columns if file is None else id
+    if misplaced is not None:
+        raise CommandError("--format and --columns are for a file, --id is for the prepared dataset")
     if file is None:
-        if format is not None or columns is not None:
-            raise CommandError("--format and --columns say how a file is read; name the file")
         shown = inspect_dataset(Path("artifacts/dataset"), split.value, row, id, task, count)
-    elif id is not None:
-        raise typer.BadParameter("--id names a row of the prepared dataset; use --row with a file")
     else:
         params = params.model_copy(update={"ingest": _reading(params.ingest, format, columns)})
         shown = inspect_file(params, file, row, task, count, None if json_output else _terminal())
