@@ -1,18 +1,16 @@
 """What ships names no code, no folder and no user of this machine."""
 
 import getpass
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import with_
 
 from pipeline.chat.template import load_shipped
-from pipeline.core.allowlist import PARTS, UnsafeFileError, check_file, check_names
+from pipeline.core.allowlist import PARTS, check_file, check_names
 from pipeline.core.files import read_json, write_json
-from pipeline.core.sanitise import clean_folder, portable, portable_name
+from pipeline.core.sanitise import portable, portable_name
 from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.prepare import prepare
@@ -64,12 +62,9 @@ def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
     ("name", "expected"),
     [
         ("/home/alice/models/x", "x"),
-        ("/home/alice/models/x/", "x"),
         ("~/models/x", "x"),
         ("../models/x", "x"),
         ("C:\\Users\\alice\\x", "x"),
-        ("\\\\server\\share\\models\\x", "x"),
-        ("data/base", "data/base"),
         ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
         ("file:///home/alice/store", "file://…/store"),
         ("file://store", "file://store"),
@@ -77,54 +72,9 @@ def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
         ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
         ("s3://bucket/prefix", "s3://bucket/prefix"),
         ("/{{ x }}", "/{{ x }}"),
-        ("", ""),
     ],
 )
 def test_only_paths_of_this_machine_are_shortened(name: str, expected: str) -> None:
     assert portable_name(name) == expected
     assert portable({"a": [{"model_name_or_path": name}]}) == {"a": [{"model_name_or_path": expected}]}
     assert portable({"content": name, "n": 1, "none": None}) == {"content": name, "n": 1, "none": None}
-
-
-def test_cleaning_changes_nothing_else(tmp_path: Path, base: Path) -> None:
-    shutil.copytree(base, tmp_path / "base")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
-    clean_folder(tmp_path / "base")
-    after = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
-    assert {name for name in before if after[name] != before[name]} <= {
-        "tokenizer_config.json",
-        "config.json",
-        "generation_config.json",
-    }
-    for name in ("config.json", "generation_config.json"):
-        assert json.loads(after[name]) == json.loads(before[name])
-
-
-def mlmodel(**changes: Any) -> dict[str, Any]:
-    flavors: dict[str, Any] = {
-        "python_function": {"loader_module": "mlflow.transformers", "python_version": "3.11.1"},
-        "transformers": {"code": None, "components": ["tokenizer"], "model_binary": "merged"},
-    }
-    return {"artifact_path": "model", "flavors": flavors | changes}
-
-
-@pytest.mark.parametrize(
-    "description",
-    [
-        mlmodel(python_function={"loader_module": "os"}),
-        mlmodel(python_function={"loader_module": "mlflow.sklearn", "model_path": "model.pkl"}),
-        mlmodel(python_function={"loader_module": "mlflow.transformers", "code": "code"}),
-        mlmodel(sklearn={"pickled_model": "model.pkl", "serialization_format": "cloudpickle"}),
-        mlmodel(transformers={"code": "code"}),
-        [1],
-    ],
-)
-def test_a_description_that_has_mlflow_import_or_unpickle_is_refused(tmp_path: Path, description: Any) -> None:
-    write_json(tmp_path / "MLmodel", mlmodel())
-    check_file(tmp_path / "MLmodel")
-    write_json(tmp_path / "MLmodel", description)
-    if isinstance(description, list):
-        check_file(tmp_path / "MLmodel")  # no flavor: MLflow itself has nothing to load
-        return
-    with pytest.raises(UnsafeFileError, match="MLmodel"):
-        check_file(tmp_path / "MLmodel")

@@ -1,12 +1,13 @@
-"""The files that a version may hold: a list of names, none of which leaves its folder or runs, and their contents."""
+"""The files that a version may hold: a list of names, none of which leaves its folder or runs.
+
+Of the contents only that is checked which decides what a loader does; docs/security.md says what readers refuse.
+"""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from pipeline.core.files import strict_json
@@ -29,8 +30,6 @@ _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.item
 _FOLDERS = "|".join((*PARTS, "components/tokenizer"))
 _DEVICE = r"(?!.*/(con|prn|aux|nul|com\d|lpt\d)\.)"  # on Windows
 _PATTERN = re.compile(rf"{_DEVICE}({_FOLDERS})/({_FILE})|README\.md|MLmodel")
-MAX_TEXT_BYTES = 256 * 2**20  # a JSON or text file; the largest tokenizer.json in use has 33 MB
-MAX_TABLE_BYTES = 4 * 2**30  # a Parquet table in memory
 # A link into a content-addressed cache names its bytes by their digest: DVC's (cache.type symlink) or the Hub's.
 _CACHED = re.compile(r"files/md5/[0-9a-f]{2}/[0-9a-f]{30}|blobs/([0-9a-f]{40}|[0-9a-f]{64})")
 
@@ -53,33 +52,22 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuse the file `path` unless its content is what its suffix says. Reads headers of weights and tables only.
+    """Refuse a link, weights that are not safetensors, JSON that readers could take in two ways, and a foreign MLmodel.
 
     Raises:
-        UnsafeFileError: the bytes are of another type, or too many.
+        UnsafeFileError: the file is one of them.
     """
     check_link(path)
     try:
-        match path.suffix:
-            case ".safetensors":
-                with safe_open(path, framework="np") as file:  # no torch for a header
-                    file.keys()
-            case ".json":
-                strict_json(_bounded(path))
-            case ".parquet":
-                _check_table(path)
-            case ".csv" | ".jinja" | ".md" | ".txt":
-                _check_text(_bounded(path))
-            case ".model":  # SentencePiece begins with its first field; tiktoken's is lines of text
-                if not (data := _bounded(path)).startswith(b"\n"):
-                    _check_text(data)
-            case "" if path.name == "MLmodel":
-                _check_mlmodel(strict_json(_bounded(path)))
-            case suffix:
-                raise ValueError(f"files ending in {suffix or 'nothing'} are neither shipped nor loaded")
-    except (SafetensorError, pa.ArrowException, ValueError, RecursionError) as error:
-        kind = path.suffix.removeprefix(".")
-        raise UnsafeFileError(f"{path} is not a sound {kind} file: {str(error).splitlines()[0]}") from None
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:  # reads the header, by no torch
+                file.keys()
+        elif path.suffix == ".json":
+            strict_json(path.read_bytes())
+        elif path.name == "MLmodel":
+            _check_mlmodel(strict_json(path.read_bytes()))
+    except (SafetensorError, ValueError) as error:
+        raise UnsafeFileError(f"{path} may not be loaded: {str(error).splitlines()[0]}") from None
 
 
 def check_link(path: Path) -> None:
@@ -95,18 +83,6 @@ def check_link(path: Path) -> None:
         raise UnsafeFileError(f"{path} is a link to {target}; put the file itself there, or remove it")
 
 
-def _bounded(path: Path) -> bytes:
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise ValueError(f"{path.stat().st_size:,} bytes; at most {MAX_TEXT_BYTES:,} are read into memory")
-    return path.read_bytes()
-
-
-def _check_text(data: bytes) -> None:
-    if b"\x00" in data:
-        raise ValueError("it holds a NUL byte")
-    data.decode()
-
-
 def _check_mlmodel(description: Any) -> None:
     """MLflow imports the module and unpickles the files that it names: only its transformers loader may be one."""
     flavors = description.get("flavors", {}) if isinstance(description, dict) else {}
@@ -114,22 +90,3 @@ def _check_mlmodel(description: Any) -> None:
     known = set(flavors) <= {"python_function", "transformers"} and set(function) <= {"loader_module", "python_version"}
     if not known or function.get("loader_module") not in (None, "mlflow.transformers") or model.get("code") is not None:
         raise ValueError("it describes more than the transformers model that Retune ships")
-
-
-def _check_table(path: Path) -> None:
-    try:
-        file = pq.ParquetFile(path)
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise ValueError(str(error)) from None  # how pyarrow says that it cannot make sense of the bytes
-    with file:
-        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        if size > MAX_TABLE_BYTES:
-            raise ValueError(f"its table has {size:,} bytes; at most {MAX_TABLE_BYTES:,} are read into memory")
-        # Extension types may name Python classes; an old pyarrow unpickled them.
-        for field in file.schema_arrow:
-            kind = field.type.value_type if pa.types.is_list(field.type) else field.type
-            named = b"ARROW:extension:name" in (field.metadata or {})
-            if named or not (pa.types.is_primitive(kind) or pa.types.is_string(kind)):
-                raise ValueError(f"its column {field.name!r} is of type {field.type}; expected text, numbers, or lists")

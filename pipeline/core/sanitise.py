@@ -37,20 +37,13 @@ def portable(value: Any) -> Any:
 
 def portable_name(name: str) -> str:
     """A path as other machines may see it: Hub names and paths in the project stay, of others the last component."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     scheme, mark, path = name.partition("://")
     if mark and scheme in ("file", "sqlite"):
-        return name if not path.startswith("/") or path.count("/") == 1 else f"{scheme}://…/{_last(path)}"
-    if "\n" in name or "{" in name or not _is_elsewhere(name):  # a template's text is no path
-        return name
-    return _last(name)
-
-
-def _is_elsewhere(name: str) -> bool:
-    return PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith(("~", ".."))
-
-
-def _last(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+        return f"{scheme}://…/{last}" if path.startswith("/") and path.count("/") > 1 else name
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
+    is_template = "\n" in name or "{" in name
+    return last if (absolute or name.startswith(("~", ".."))) and not is_template else name
 
 
 def _without_code(config: Any) -> Any:

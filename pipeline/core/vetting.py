@@ -21,18 +21,13 @@ DENIED = {
     "auto_mapping", "tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text", "init_weights",
     "layer_replication", "trainable_token_indices",
 }  # fmt: skip
-# Names of modules: PEFT takes a text, and the keys of a `…_pattern`, for regular expressions.
-NAMES = (
-    "target_modules", "exclude_modules", "feedforward_modules", "target_parameters", "modules_to_save",
-    "layers_pattern", "rank_pattern", "alpha_pattern",
-)  # fmt: skip
 STATES = ("optimizer.pt", "scheduler.pt")  # pickles; the Trainer reads them with torch's weights_only alone
 # training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
 CHECKPOINT_FILES = re.compile(
     r".*\.(safetensors|json|jinja|md|txt|model)|optimizer(-\d+)?\.pt|scheduler\.pt|training_args\.bin"
 )
 
-_PLAIN = re.compile(r"[\w.-]+")
+SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 
 class UnsafeModelError(ValueError):
@@ -49,26 +44,20 @@ def check_model(name_or_path: str, revision: str | None) -> None:
         UnsafeModelError, UnsafeFileError: with file, key and way out.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
-        if (folder / "adapter_config.json").exists():
-            raise UnsafeModelError(
-                f"{folder} holds an adapter_config.json; a base model is whole: merge the adapter first"
-            )
-        for path in sorted(folder.iterdir()):
-            check_link(path)
-            if path.suffix == ".safetensors":
-                check_file(path)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        check_link(path)
+        if path.suffix == ".safetensors":
+            check_file(path)
+        elif path.name == "adapter_config.json":
+            raise UnsafeModelError(f"{folder} holds an adapter, and a base model is whole: merge the adapter first")
     for name in CONFIGS:
-        if (file := _find(name_or_path, name, revision)) is None:
-            continue
-        try:
-            config = strict_json(file.read_bytes())
-        except ValueError as error:
-            raise UnsafeModelError(f"{name_or_path}: {name} is not sound JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise UnsafeModelError(f"{name_or_path}: {name} holds a {type(config).__name__}; expected an object")
-        for problem in _problems(name, config):
-            raise UnsafeModelError(f"{name_or_path}: {name} {problem}")
+        if (file := _find(name_or_path, name, revision)) is not None:
+            try:
+                problem = _problem(strict_json(file.read_bytes()))
+            except ValueError as error:
+                problem = f"is not sound JSON: {error}"
+            if problem:
+                raise UnsafeModelError(f"{name_or_path}: {name} {problem}")
 
 
 def check_adapter(folder: Path) -> None:
@@ -90,35 +79,22 @@ def check_settings(config: Any, where: str) -> None:
     """
     if not isinstance(config, dict) or config.get("peft_type") not in PEFT_TYPES:
         raise UnsafeModelError(f"{where} is not of an adapter that Retune loads: {', '.join(PEFT_TYPES)}")
-    if config["peft_type"].endswith("_TUNING") != bool(config.get("num_virtual_tokens")):
-        raise UnsafeModelError(f"{where} has peft_type = {config['peft_type']!r}, but the settings of another method")
     for key, value in config.items():
-        if value and (key in DENIED or key.endswith("_config")):
+        changes_base = key == "init_lora_weights" and value not in (True, False, None, "gaussian")
+        if changes_base or (value and (key in DENIED or key.endswith("_config"))):
             raise UnsafeModelError(f"{where} has {key} = {value!r}; adapters are loaded only without it")
-        if key in NAMES and not _are_names(value, dict if key in ("rank_pattern", "alpha_pattern") else list):
-            raise UnsafeModelError(f"{where} has {key} = {value!r}; expected plain names of modules in a list")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        raise UnsafeModelError(
-            f"{where} has init_lora_weights = {config['init_lora_weights']!r}, which may change the base; expected true"
-        )
-
-
-def _are_names(value: Any, kind: type[list[str]] | type[dict[str, Any]]) -> bool:
-    names = [value] if isinstance(value, str) else value
-    plain = isinstance(value, str | kind) and all(isinstance(name, str) and _PLAIN.fullmatch(name) for name in names)
-    return plain or value is None
 
 
 def check_checkpoint(folder: Path) -> None:
     """Refuse a training checkpoint that holds anything but what the Trainer saves.
 
     Raises:
-        UnsafeModelError, UnsafeFileError: with the file. Delete the folder to train from the start.
+        UnsafeModelError: with the file. Delete the folder to train from the start.
     """
-    for path in sorted(folder.iterdir()):
-        if not CHECKPOINT_FILES.fullmatch(path.name) or path.is_symlink() or not path.is_file():
-            raise UnsafeModelError(f"{path} is nothing that a training saves; delete {folder} to train without it")
     try:
+        for path in folder.iterdir():
+            if not CHECKPOINT_FILES.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+                raise UnsafeModelError(f"{path} is nothing that a training saves")
         if (folder / "model.safetensors").exists():
             check_model(str(folder), None)
         else:
@@ -147,32 +123,23 @@ def _find(name_or_path: str, name: str, revision: str | None) -> Path | None:
     )
 
 
-def _problems(name: str, config: Any) -> list[str]:
-    """What in a configuration, at any depth, would have a loader do more than load."""
-    if name == "model.safetensors.index.json":
-        shards = config.get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else {None}
-        return [
-            f"names the shard {shard!r}; expected .safetensors files next to it"
-            for shard in names
-            if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard
-        ]
-    problems = []
-    for key, value in _items(config):
-        if key == "quantization_config" and value is not None:
-            problems.append("has a quantization_config; name the full-precision model, Retune quantises it itself")
-        elif key == "transformers_weights" and value is not None:
-            problems.append(f"has transformers_weights = {value!r}; weights are model.safetensors or its shards")
-        elif "_implementation" in key and isinstance(value, str) and "/" in value:
-            problems.append(f"has {key} = {value!r}, a kernel that would be fetched and run; remove the key")
-        elif key == "fast_tokenizer_files" and any("/" in str(item) or "\\" in str(item) for item in value or []):
-            problems.append(f"has {key} = {value!r}; expected names of files next to it")
-    return problems
-
-
-def _items(config: Any) -> list[tuple[str, Any]]:
+def _problem(config: Any) -> str | None:
+    """What in a configuration or index of shards, at any depth, would have a loader do more than load."""
     if isinstance(config, list):
-        return [item for value in config for item in _items(value)]
+        return next(filter(None, map(_problem, config)), None)
     if not isinstance(config, dict):
-        return []
-    return [*config.items(), *(item for value in config.values() for item in _items(value))]
+        return None
+    for key, value in config.items():
+        if key == "weight_map":
+            shards = value.values() if isinstance(value, dict) else [value]
+            if foreign := [shard for shard in shards if not SHARD.fullmatch(str(shard))]:
+                return f"names the shard {foreign[0]!r}; expected .safetensors files next to it"
+        elif key == "quantization_config" and value is not None:
+            return "has a quantization_config; name the full-precision model, Retune quantises it itself"
+        elif key == "transformers_weights" and value is not None:
+            return f"has transformers_weights = {value!r}; weights are model.safetensors or its shards"
+        elif "_implementation" in key and "/" in str(value):
+            return f"has {key} = {value!r}, a kernel that would be fetched and run; remove the key"
+        elif problem := _problem(value):
+            return problem
+    return None
