@@ -15,10 +15,10 @@ from pipeline.core import graph
 from pipeline.core.processes import identity
 from pipeline.core.progress import clock
 from pipeline.params import Params
-from pipeline.registry.artifact_store import open_store
 from pipeline.registry.compare import BASE
 from pipeline.registry.decisions import name_of
 from pipeline.registry.manifest import read_manifest
+from pipeline.registry.stores import open_store
 from pipeline.report.tables import (
     P_NOTE,
     Row,

@@ -28,8 +28,8 @@ from pipeline.core.redaction import redacted_errors
 from pipeline.core.under_way import tell
 from pipeline.data.snapshot import recover
 from pipeline.params import Params
-from pipeline.registry.artifact_store import open_store
 from pipeline.registry.init_adapter import pin_champion
+from pipeline.registry.stores import open_store
 from pipeline.report.tables import score_rows
 from pipeline.report.whole import report_decision
 from pipeline.scoring.resampling import read_scores

@@ -1,6 +1,7 @@
 """What the code may know of what: the rules that no single module can break unseen."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def test_folders_import_in_one_direction_and_no_stage_another() -> None:
         if other.startswith("pipeline.") and not may_import(module, other)
     ]
     assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = {module: {name for name in imported(path) if name in MODULES} for module, path in MODULES.items()}
+    graphlib.TopologicalSorter(known).prepare()  # CycleError names the circle
 
 
 def test_the_flow_starts_without_the_libraries_of_its_stages() -> None:

@@ -24,9 +24,10 @@ from pipeline.core import graph
 from pipeline.core.files import sha256_file
 from pipeline.data.snapshot import recover
 from pipeline.params import Params, PublishParams
-from pipeline.registry.artifact_store import FileStore, open_store
+from pipeline.registry.artifact_store import FileStore
 from pipeline.registry.decisions import champion, read_log
 from pipeline.registry.mlflow import ModelRegistry
+from pipeline.registry.stores import open_store
 from pipeline.registry.transfer import check_objects
 from pipeline.settings import load_params
 from pipeline.train import train
@@ -241,7 +242,8 @@ RACER = """
 import json, sys, time
 from pipeline.registry.decisions import Record, append, champion, read_log
 from pipeline.params import PublishParams
-from pipeline.registry.artifact_store import FileStore, open_store
+from pipeline.registry.artifact_store import FileStore
+from pipeline.registry.stores import open_store
 store, me, rounds = open_store(PublishParams.model_validate_json(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()

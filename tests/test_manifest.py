@@ -16,9 +16,10 @@ from pipeline.core.files import sha256_file, write_json
 from pipeline.core.git import changes, state
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
-from pipeline.registry.artifact_store import StoreError, open_store
+from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.card import model_card
 from pipeline.registry.manifest import Manifest, read_manifest, require_manifest
+from pipeline.registry.stores import open_store
 from pipeline.scoring.resampling import METRICS
 
 SCHEMA = json.loads((ROOT / "pipeline" / "registry" / "manifest.schema.json").read_text())

@@ -19,13 +19,14 @@ from versions import ITEMS, decide, parameters, published, records, registry_los
 from pipeline import promote as gate
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
-from pipeline.registry.artifact_store import FileStore, StoreError, open_store
+from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.decisions import DecisionError, champion, read_log
 from pipeline.registry.gate import CompareError
 from pipeline.registry.mlflow import ModelRegistry
 from pipeline.registry.preflight import PreflightError, require_ready
 from pipeline.registry.retention import delete
 from pipeline.registry.signature import SignatureError
+from pipeline.registry.stores import open_store
 from pipeline.report.tables import verdict_rows
 
 NAME = "retune-sample"

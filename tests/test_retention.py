@@ -13,11 +13,12 @@ from versions import decide, parameters, published, records
 
 from pipeline import promote as gate
 from pipeline.params import Params
-from pipeline.registry.artifact_store import FileStore, StoreError, open_store
+from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.decisions import DecisionError, Record, append
 from pipeline.registry.manifest import key_of, published_versions
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.retention import GRACE_S, Garbage, collect, delete, outdated
+from pipeline.registry.stores import open_store
 
 DIGESTS = [f"{number:064x}" for number in range(10)]
 

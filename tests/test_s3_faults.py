@@ -25,10 +25,11 @@ from versions import parameters, published
 
 from pipeline import promote as gate
 from pipeline.params import Params
-from pipeline.registry.artifact_store import StoreError, open_store
+from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.decisions import champion, read_log
 from pipeline.registry.mlflow import ModelRegistry
 from pipeline.registry.s3 import S3Store
+from pipeline.registry.stores import open_store
 from pipeline.registry.transfer import fetch
 
 PART_SIZE, SIZE = 5 * 2**20, 200_000

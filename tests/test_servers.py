@@ -27,8 +27,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from pipeline.params import Params
-from pipeline.registry.artifact_store import open_store
 from pipeline.registry.decisions import champion, read_log
+from pipeline.registry.stores import open_store
 from pipeline.services import stack
 from pipeline.settings import load_params
 

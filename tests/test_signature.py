@@ -20,10 +20,11 @@ from pipeline.core.files import write_json
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
 from pipeline.registry import signature
-from pipeline.registry.artifact_store import FileStore, StoreError, open_store
+from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.compare import score_today
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
+from pipeline.registry.stores import open_store
 from pipeline.registry.verify import verify
 
 SEED = int(os.environ.get("RETUNE_TEST_SEED", "0")) or random.SystemRandom().randrange(2**32)

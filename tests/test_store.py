@@ -17,7 +17,8 @@ from conftest import publish_params
 
 from pipeline.core.files import sha256_file
 from pipeline.params import PublishParams
-from pipeline.registry.artifact_store import ArtifactStore, FileStore, StoreError, open_store
+from pipeline.registry.artifact_store import ArtifactStore, FileStore, StoreError
+from pipeline.registry.stores import open_store
 from pipeline.registry.transfer import Entry, check_objects, fetch, publish_manifest, upload
 
 PART_SIZE = 5 * 2**20  # the least that S3 servers take

@@ -139,8 +139,8 @@ def collect_garbage(
     json_output: Json = False,
 ) -> None:
     """Find objects of the store that no version needs, older than seven days; delete them with --delete."""
-    from pipeline.registry.artifact_store import open_store
     from pipeline.registry.retention import collect
+    from pipeline.registry.stores import open_store
     from pipeline.settings import load_params
 
     garbage = collect(open_store(load_params().publish), delete)

@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlparse
-
-from pipeline.params import PublishParams
 
 OBJECT = re.compile(r"objects/[0-9a-f]{64}")  # in a shared bucket others may have a folder `objects/` too
 Files = Sequence[tuple[str, Path]]  # keys and the files that hold, or are to hold, their bytes
@@ -171,29 +168,6 @@ class FileStore(ArtifactStore):
             yield
         except OSError as error:
             raise StoreError(f"{key} cannot be {done} in {self.uri}: {error.strerror or error}") from error
-
-
-def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
-    """The store at `artifact_store`: `s3://bucket/prefix`, `file://store` (a folder of the project) or an absolute one.
-
-    Nothing is asked of an S3 server yet; `probe` does that, and every first write.
-
-    Raises:
-        StoreError: the folder cannot be created or written, or the URI names no bucket.
-    """
-    parsed = urlparse(params.artifact_store)
-    if parsed.scheme == "s3":
-        from pipeline.registry.s3 import S3Store  # a store in a folder needs no boto3, which takes a third of a second
-
-        return S3Store(params)
-    folder = Path(unquote(parsed.path)) if not parsed.netloc else root / unquote(parsed.netloc + parsed.path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"the artifact store {folder} cannot be created: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise StoreError(f"the artifact store {folder} is not writable")
-    return FileStore(folder)
 
 
 def _sync(path: Path) -> None:

@@ -12,9 +12,10 @@ from mlflow.entities import FileInfo
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 from pipeline.params import PublishParams
-from pipeline.registry.artifact_store import StoreError, open_store
+from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.manifest import encode, require_manifest
 from pipeline.registry.signature import read_signature
+from pipeline.registry.stores import open_store
 from pipeline.registry.transfer import fetch_files
 from pipeline.settings import ParamsError, load_params
 

@@ -14,11 +14,12 @@ from pipeline.core import graph
 from pipeline.core.files import WORK_DIR, read_json, write_json
 from pipeline.params import PublishParams
 from pipeline.registry import manifest as manifests
-from pipeline.registry.artifact_store import ArtifactStore, StoreError, open_store
+from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.registry.decisions import DecisionError, Record, append, champion, name_of, read_log
 from pipeline.registry.manifest import Manifest, read_manifest, require_manifest
 from pipeline.registry.mlflow import ModelRegistry, RegistryError
 from pipeline.registry.signature import read_signature, require_signed
+from pipeline.registry.stores import open_store
 from pipeline.registry.transfer import fetch, fetch_version
 from pipeline.scoring.resampling import METRICS
 
