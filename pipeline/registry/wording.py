@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.registry.gate import Comparison, decide
 from pipeline.registry.manifest import Manifest
-from pipeline.registry.significance import POWER
 from pipeline.scoring.resampling import LOWER_IS_BETTER, PERCENT
 
 FORCE = '`retune promote {} --force --reason "…"`'
@@ -36,11 +35,14 @@ def why(comparison: Comparison, against: str) -> str:
     metric, primary = next(iter(comparison.items()))
     if decision == "promoted":
         guards = [name for name, row in comparison.items() if row is not primary and row["passed"]]
-        kept = f"; {_and(guards)} lost no more than allowed" if guards else ""
+        kept = f"; {' and '.join(guards)} lost no more than allowed" if guards else ""
         return f"{_moved(metric, primary, against)}{kept}"
-    failed = [_failed(name, row, against) for name, row in comparison.items() if row["verdict"] == "failed"]
-    return "; ".join(failed) or "; ".join(
-        _open(name, row, primary, against, decision) for name, row in comparison.items() if row["verdict"] == "open"
+    verdicts = {row["verdict"] for row in comparison.values()}
+    decisive = "failed" if "failed" in verdicts else "open"
+    return "; ".join(
+        _not_shown(name, row, against, primary, decision)
+        for name, row in comparison.items()
+        if row["verdict"] == decisive
     )
 
 
@@ -62,7 +64,7 @@ def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest |
             looked = "Read its worst answers in artifacts/report.html, change data or parameters and `retune run`"
             return f"{looked}; or {overrule}"
         case "undecided":
-            return f"{_more_items(comparison, manifest, first)}; or {overrule}"
+            return f"{_more_items(comparison, manifest)}; or {overrule}"
         case "open":
             return f"`retune promote {name}` asks the gate"
     return ""
@@ -77,23 +79,17 @@ def span(metric: str, row: dict[str, Any], sign: str = "+") -> str:
     return f"{number(metric, row['low'], sign)} to {number(metric, row['high'], sign)}"
 
 
-def _more_items(comparison: Comparison, manifest: Manifest | None, first: bool) -> str:
+def _more_items(comparison: Comparison, manifest: Manifest | None) -> str:
     """How a test set gets large enough to decide on: rows to add, or a parameter to change."""
-    primary = next(iter(comparison.values()))
-    needed = primary.get("gate_rows")
+    needed = next(iter(comparison.values())).get("gate_rows")
     if needed is None or manifest is None:
         return "No number of rows would decide it with these margins: allow more in promote.guard_metrics"
     have = max(row["items"] for metric, row in comparison.items() if not metric.startswith("general_"))
     limit = manifest["evaluation"]["params"].get("max_samples")
     if limit is not None and have >= limit:
         return f"Raise evaluate.max_samples from {limit} to about {_rounded(needed)} and `retune run`"
-    fraction, rows = manifest["params"]["prepare"]["test_fraction"], sum(manifest["data"]["rows"].values())
-    advice = f"Add about {_rounded((needed - have) / fraction):,} rows (`retune ingest`, then `retune run`)"
-    share = math.ceil(100 * needed / rows) / 100
-    # Next to a champion this would be unfair: it was trained on the rows that would become test items.
-    if first and fraction < share <= 0.5:
-        advice += f"; or raise prepare.test_fraction from {fraction:g} to {share:g}"
-    return advice
+    missing = (needed - have) / manifest["params"]["prepare"]["test_fraction"]
+    return f"Add about {_rounded(missing):,} rows (`retune ingest`, then `retune run`)"
 
 
 def _rounded(value: float) -> int:
@@ -112,29 +108,17 @@ def _moved(metric: str, row: dict[str, Any], against: str) -> str:
     return f"{metric} is {moved} of {against} ({scores} on {items}, 95 % interval {span(metric, row)})"
 
 
-def _failed(metric: str, row: dict[str, Any], against: str) -> str:
-    if row["margin"] is not None:
-        where = "promote.max_forgetting" if metric.startswith("general_") else "promote.guard_metrics"
-        return f"{_moved(metric, row, against)}, and {where} asks for {row['needed']}"
-    declared = row.get("declared")
-    ruled_out = f"; {declared:g} better (promote.declared_effect) is ruled out" if declared else ""
-    return f"{_moved(metric, row, against)}, and {row['needed']} is needed{ruled_out}"
-
-
-def _open(metric: str, row: dict[str, Any], primary: dict[str, Any], against: str, decision: str) -> str:
-    items, of_primary = f"{row['items']:,} test items", row["margin"] is None
-    if of_primary and "independent" in row["needed"]:
-        missing = f"but they are too few to tell: needed {row['needed']}"
-    elif decision == "undecided":
-        lost = "" if of_primary else f" whether more than allowed was lost ({row['needed']})"
-        missing = f"but {items} are too few to tell{lost}"
-    elif of_primary:
-        shown = f"{items} would have shown an improvement of {primary['declared']:g} (promote.declared_effect)"
-        missing = f"which can be chance; {shown} with a probability of {POWER:g} or more"
+def _not_shown(metric: str, row: dict[str, Any], against: str, primary: dict[str, Any], decision: str) -> str:
+    """Why the metric failed, or what is not known of it yet."""
+    declared = f"an improvement of {primary['declared']:g} (promote.declared_effect)"
+    items = f"{row['items']:,} test items"
+    if row["verdict"] == "open" and decision == "undecided":
+        missing = f"but {items} are too few to tell (needed: {row['needed']})"
+    elif row["verdict"] == "open":
+        missing = f"which can be chance (needed: {row['needed']}); {items} would have shown {declared}"
+    elif row["margin"] is None:
+        missing = f"and {declared} is ruled out (needed: {row['needed']})"
     else:
-        missing = f"and it is not shown that no more than allowed was lost ({row['needed']})"
+        where = "promote.max_forgetting" if metric.startswith("general_") else "promote.guard_metrics"
+        missing = f"and {where} asks for {row['needed']}"
     return f"{_moved(metric, row, against)}, {missing}"
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
