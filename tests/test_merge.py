@@ -88,7 +88,7 @@ def test_scoring_a_shipped_model_again_gives_the_same_items(merged: Path, datase
 def test_the_model_cards_own_code_gives_the_answers_that_were_scored(
     merged: Path, dataset: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = card.use("m", params.train.model_dump(), params.evaluate.max_new_tokens).partition("# Or")[0]
+    code = card.use_code(params.train.model_dump(), params.evaluate.max_new_tokens)
     test = pq.read_table(dataset / "test.parquet")
     scored = pq.read_table(merged / "parity" / "items.merged.parquet")
     monkeypatch.chdir(merged)

@@ -7,66 +7,37 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.combinations import CLASSIFICATION, RANKED
+from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.pages.templates import environment
 from pipeline.registry.manifest import Manifest
 from pipeline.scoring.resampling import METRICS
 
 CHAT = "llm/v1/chat"  # MLflow's name for answering messages
-# What the card calls each score, in the Hub's vocabulary.
-HUB_METRICS = {"macro_f1": "f1"} | dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), "rouge")
 
 
 def model_card(manifest: Manifest) -> str:
-    """README.md of the version: YAML metadata that the Hub and its tools read, and the same for people."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    base, metrics, train = manifest["base_model"], manifest["metrics"], manifest["params"]["train"]
-    method = train["method"]
-    results = [
-        EvalResult(
-            task_type=_task(train),
-            dataset_type="retune",
-            dataset_name="test split",
-            dataset_split="test",
-            dataset_revision=manifest["data"]["test_sha256"],
-            metric_type=HUB_METRICS.get(metric, metric),
-            metric_name=metric,
-            metric_value=metrics["merged"][metric]["score"],
-        )
+    """README.md of the version: metadata that the Hub reads, scores, and how to load it."""
+    train, metrics = manifest["params"]["train"], manifest["metrics"]
+    scores = {
+        metric: [_score(metrics[system].get(metric)) for system in ("base", "merged")]
         for metric in METRICS
         if metrics["merged"].get(metric)
-    ]
-    data = ModelCardData(
-        library_name="peft",
-        pipeline_tag=_task(train),
-        # A folder is no name that the Hub could resolve.
-        base_model=base["name_or_path"] if base["revision"] else None,
-        base_model_relation="adapter" if base["revision"] else None,
-        tags=["retune", method, "4-bit-base" if train["load_in_4bit"] else "full-precision-base"],
-        model_name=manifest["name"],
-        eval_results=results,
-    )
-    text = _render(
+    }
+    use = use_code(train, manifest["evaluation"]["params"].get("max_new_tokens"))
+    return _render(
         "card.md.jinja",
         manifest=manifest,
-        base=base,
+        base=manifest["base_model"],
         train=train,
-        cost=manifest["cost"],
-        method=method,
-        ranked=method in RANKED,
-        seconds=sum(seconds for seconds in manifest["time"].values() if seconds is not None),
-        scores={
-            metric: [_score(metrics[of].get(metric)) for of in ("base", "adapter", "merged")] for metric in METRICS
-        },
-        **_use(manifest["name"], train, manifest["evaluation"]["params"].get("max_new_tokens")),
+        task=_task(train),
+        scores=scores,
+        use=use.strip(),
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
-def use(name: str, train: dict[str, Any], longest: int | None) -> str:
+def use_code(train: dict[str, Any], max_new_tokens: int | None) -> str:
     """The loading and the call that give the answers that were scored."""
-    return _render("use.py.jinja", **_use(name, train, longest))
+    return _render("use.py.jinja", auto_class=auto_class(train), max_new_tokens=max_new_tokens)
 
 
 def auto_class(train: dict[str, Any]) -> str:
@@ -107,10 +78,6 @@ def mlmodel(manifest: Manifest) -> str:
 
 def _render(template: str, **values: Any) -> str:
     return environment(Path(__file__).parent / "pages", html=False).get_template(template).render(values)
-
-
-def _use(name: str, train: dict[str, Any], longest: int | None) -> dict[str, Any]:
-    return {"name": name, "auto": auto_class(train), "classifies": _classifies(train), "longest": longest}
 
 
 def _classifies(train: dict[str, Any]) -> bool:
