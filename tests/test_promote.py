@@ -137,7 +137,7 @@ def test_too_few_items_leave_the_champion_and_are_asked_again_only_on_other_test
     monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS + 1)
     decision = decide(tmp_path, params)
     assert (decision.decision, serving(tmp_path, params)) == ("undecided", first)
-    assert f"needed at least {ITEMS + 1} independent test items, there are {ITEMS}" in decision.reason
+    assert f"needed: at least {ITEMS + 1} independent test items, there are {ITEMS}" in decision.reason
     assert decision.next.startswith("Add about ")
     again = decide(tmp_path, params)
     assert (again.decision, again.next) == ("unchanged", decision.next)

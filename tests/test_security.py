@@ -21,7 +21,7 @@ from conftest import CHATML, ROOT, sample_rows, with_
 from hostile import BAD_NAMES, BAD_TEMPLATES, CANARY, GOOD_NAMES, watching
 
 from pipeline.chat.template import load_template, local_source
-from pipeline.core.allowlist import PARTS, UnsafeFileError, check_file
+from pipeline.core.allowlist import UnsafeFileError, check_file
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.core.pages.templates import cell
 from pipeline.core.vetting import STATES, UnsafeModelError, check_checkpoint, check_model
@@ -29,7 +29,7 @@ from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.manifest import read_manifest
-from pipeline.registry.transfer import fetch_files, fetch_version
+from pipeline.registry.transfer import fetch_files
 from pipeline.services import server
 from pipeline.train import train
 from pipeline.training.checkpoints import last_checkpoint, seal
@@ -95,8 +95,7 @@ def version(store: FileStore, files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def fetch_all(store: FileStore, manifest: dict[str, Any], folder: Path) -> None:
-    for name in PARTS:
-        fetch_version(store, manifest, name, folder)
+    fetch_files(store, manifest, {name: name for name in manifest["files"]}, folder)
 
 
 @pytest.mark.parametrize("name", part(BAD_NAMES, 6), ids=lambda name: ascii(name)[1:60])

@@ -72,11 +72,7 @@ class ArtifactStore(Protocol):
 
 
 def check_key(key: str) -> str:
-    """`key`, if it is a name that stays inside a store.
-
-    Raises:
-        StoreError: it is not.
-    """
+    """`key`, if it is a name that stays inside a store."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", key):
         raise StoreError(f"{key!r} is not a name for an object: letters, digits, '.', '_' and '-' between slashes")
     return key

@@ -15,8 +15,8 @@ from typing import Any
 from pipeline.registry.artifact_store import ArtifactStore
 
 # promoted, refused, rollback: by the gate or by a person; undecided: too few test items to tell; proposed: passed the
-# gate and waits for approval; deleted: for good, its files may be collected; canary, canary-ended: only in old logs.
-DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "canary", "canary-ended", "deleted")
+# gate and waits for approval; deleted: for good, its files may be collected.
+DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "deleted")
 
 
 class DecisionError(RuntimeError):
@@ -55,11 +55,7 @@ def name_of(version: str | None, number: str | None) -> str:
 
 
 def read_log(store: ArtifactStore, name: str) -> list[Record]:
-    """Every decision about the model `name`, oldest first.
-
-    Raises:
-        DecisionError: a record is missing from the sequence or cannot be read.
-    """
+    """Every decision about the model `name`, oldest first."""
     records = []
     for number, key in enumerate(store.list(f"promotions/{name}/"), start=1):
         try:

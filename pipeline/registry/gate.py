@@ -90,12 +90,7 @@ def _guard(name: str, metric: str, candidate: Items, champion: Items, groups: Gr
 
 
 def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -> Comparison:
-    """The row of each claim; the first claim is the primary metric's.
-
-    Raises:
-        CompareError: no item counts for the primary metric.
-        ValueError: the systems score different items.
-    """
+    """The row of each claim; the first claim is the primary metric's."""
     rows: Comparison = {}
     measured = []
     for claim in claims:

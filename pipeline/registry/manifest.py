@@ -74,11 +74,7 @@ def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
 
 
 def require_manifest(store: ArtifactStore, version: str) -> Manifest:
-    """As `read_manifest`, of a version that has to be there.
-
-    Raises:
-        StoreError: it is not published, or as `read_manifest`.
-    """
+    """As `read_manifest`, of a version that has to be there."""
     manifest = read_manifest(store, version)
     if manifest is None:
         raise StoreError(f"version {version} is not published in {store.uri}; `retune history` lists those that are")

@@ -58,11 +58,7 @@ class ModelRegistry:
         return self.root / WORK_DIR / "numbers.json"
 
     def id_of(self, number: str) -> str:
-        """The published version behind MLflow's `number`.
-
-        Raises:
-            RegistryError: there is none.
-        """
+        """The published version behind MLflow's `number`."""
         ids = {str(entry.version): str(entry.tags["version_id"]) for entry in self._entries()}
         if (plain := number.removeprefix("v")) in ids:
             return ids[plain]

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -20,10 +19,10 @@ from pipeline.registry.manifest import Manifest, read_manifest, require_manifest
 from pipeline.registry.mlflow import ModelRegistry, RegistryError
 from pipeline.registry.signature import read_signature, require_signed
 from pipeline.registry.stores import open_store
-from pipeline.registry.transfer import fetch, fetch_version
+from pipeline.registry.transfer import fetch, fetch_files
 from pipeline.scoring.resampling import METRICS
 
-PROJECTED = WORK_DIR / "aliases.json"  # the log that the registry's aliases follow
+PROJECTED = WORK_DIR / "aliases.json"  # how much of the log the registry's aliases follow
 CURVES = ("loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
 
 
@@ -90,9 +89,12 @@ class RegisteredModel:
         """One part of a version (adapter, merged, evaluation or parity), fetched if it is not here, every file checked.
 
         Raises:
-            StoreError, UnsafeFileError: as `fetch_version`.
+            StoreError, UnsafeFileError: as `fetch_files`.
         """
-        return fetch_version(self.store, manifest, part, self.folder(manifest["version"]))
+        folder = self.folder(manifest["version"])
+        names = {name: name for name in manifest["files"] if name.startswith(f"{part}/")}
+        fetch_files(self.store, manifest, names, folder)
+        return folder / part
 
     def fetch_signed(self, manifest: Manifest, part: str) -> Path:
         """As `fetch`, of what is going to be loaded; every loader of a published model takes it from here.
@@ -114,8 +116,9 @@ class RegisteredModel:
         known, version = self.registry.numbers(), manifest["version"]
         if version in known:
             return known[version]
-        decided = dict.fromkeys(record.version for record in self.log())
-        for earlier in takewhile(lambda each: each != version, decided):
+        for earlier in dict.fromkeys(record.version for record in self.log()):
+            if earlier == version:
+                break
             with suppress(StoreError):  # one that is damaged has no number here
                 before = read_manifest(self.store, earlier) if earlier not in known else None
                 if before is not None:
@@ -141,15 +144,12 @@ class RegisteredModel:
         return number, []
 
     def projected(self, log: list[Record]) -> bool:
-        """Whether the registry is a file, and as `project` left it for this log; a server has to be asked."""
-        path, database = self.root / PROJECTED, self.registry.database
-        known = database is not None and database.is_file() and path.is_file()
-        return known and read_json(path) == self._projection(log)
+        """Whether `project` was done for this log; quick, as loading MLflow is not."""
+        path = self.root / PROJECTED
+        return path.is_file() and read_json(path) == self._projection(log)
 
     def _projection(self, log: list[Record]) -> list[Any]:
-        database = self.registry.database
-        changed = database.stat().st_mtime_ns if database is not None and database.is_file() else None
-        return [self.registry.uri, self.name, len(log), champion(log), changed]
+        return [self.registry.uri, self.name, len(log)]
 
     def _register(self, manifest: Manifest) -> str:
         merged, git = manifest["metrics"]["merged"], manifest["git"]
@@ -168,12 +168,8 @@ class RegisteredModel:
             names = {"adapter/loss.csv", "evaluation/report.md", "README.md"} & manifest["files"].keys()
             fetch(self.store, {name: manifest["files"][name] for name in names}, Path(folder))
             texts = {Path(name).name: (Path(folder) / name).read_text(encoding="utf-8") for name in names}
-        curve = [
-            (key, float(row[key]), int(row["step"]))
-            for row in csv.DictReader(texts.pop("loss.csv", "").splitlines())
-            for key in CURVES
-            if row.get(key)
-        ]
+        losses = csv.DictReader(texts.pop("loss.csv", "").splitlines())
+        curve = [(key, float(row[key]), int(row["step"])) for row in losses for key in CURVES if row.get(key)]
         source, params = self._source(manifest), manifest["params"]["train"]
         return self.registry.register(manifest["version"], source, tags, params, scores, curve, texts)
 

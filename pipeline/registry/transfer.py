@@ -72,12 +72,6 @@ def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
             raise StoreError(f"{key} in {store.uri} ({name}) has {sizes[key]:,} bytes; expected {entry['size']:,}")
 
 
-def fetch_version(store: ArtifactStore, manifest: dict[str, Any], part: str, folder: Path) -> Path:
-    """As `fetch_files`, one part of a version (adapter, merged, evaluation or parity) to `folder/part`."""
-    fetch_files(store, manifest, {name: name for name in manifest["files"] if name.startswith(f"{part}/")}, folder)
-    return folder / part
-
-
 def fetch_files(store: ArtifactStore, manifest: dict[str, Any], names: dict[str, str], folder: Path) -> None:
     """Download files of a version, to be loaded; those that lie there already are checked all the same.
 
