@@ -14,10 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
 
 CANARY = "canary-was-here"
 FORBIDDEN = {"socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class"}
@@ -135,42 +132,6 @@ BAD_NAMES = [
     "merged/config.json:stream", "merged/" + "c" * 300 + ".json", "merged/ｃonfig.json", "merged/confi\u200bg.json",
     "merged/%2e%2e/config.json", ".git/hooks/post-checkout", ".dvc/config", "dataset/train.parquet", "merged", "",
 ]  # fmt: skip
-
-GOOD_NAMES = [
-    f"{folder}/{name}"
-    for folder, names in {
-        "adapter": "README.md adapter_config.json adapter_model.safetensors chat_template.jinja contract.json "
-        "loss.csv tokenizer.json tokenizer_config.json training.json",
-        "evaluation": "evaluation.json general.adapter.parquet general.base.parquet general.json items.adapter.parquet "
-        "items.base.parquet metrics.json prompts.json report.md scores.json",
-        "merged": "added_tokens.json additional_chat_templates/rag.jinja additional_chat_templates/tool_use.jinja "
-        "config.json generation_config.json merges.txt model-00001-of-00002.safetensors "
-        "model-00002-of-00002.safetensors model.safetensors model.safetensors.index.json "
-        "sentencepiece.bpe.model special_tokens_map.json spiece.model tokenizer.model vocab.json "
-        "vocab.txt",
-        "parity": "items.merged.parquet metrics.json parity.json scores.json",
-    }.items()
-    for name in names.split()
-]  # fmt: skip
-
-
-def good_content(name: str, folder: Path) -> bytes:
-    """Sound bytes for a file of that name."""
-    path = folder / "made"
-    match Path(name).suffix:
-        case ".safetensors":
-            save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b.c": torch.ones(1, 3)}, path, {"format": "pt"})
-        case ".json":
-            path.write_text(json.dumps({"name": "值", "list": [1, 2.5, None], "html": "<script>alert(1)</script>"}))
-        case ".parquet":
-            columns = {"id": ["a"], "ids": [[1, 2]], "score": [0.5], "right": [None]}
-            pq.write_table(pa.table(columns | {"right": pa.array([None], pa.float64())}), path)
-        case ".model":
-            path.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-        case _:
-            path.write_text("a,b\n1,2\n# Überschrift <b>{{ x }}</b>\n", encoding="utf-8")
-    return path.read_bytes()
-
 
 # Chat templates that reach for Python, after the Jinja escapes in use.
 BAD_TEMPLATES = [

@@ -178,21 +178,22 @@ def requests(work: Work, proxy: FaultProxy) -> int:
     return number
 
 
-def plan(proxy: FaultProxy, fault: str, index: int, lasting: bool = False) -> None:
-    """Let request `index` from now on meet the fault, and those after it if it is lasting."""
-    first = len(proxy.seen) + index
+def plan(proxy: FaultProxy, fault: str, index: int) -> None:
+    """Let request `index` from now on meet the fault."""
+    at = len(proxy.seen) + index
 
     def fault_of(number: int, line: str) -> str | None:
-        hit = number >= first if lasting else number == first
-        return fault if hit and (line.startswith("PUT") or "Conflict" not in fault) else None  # only writes conflict
+        return (
+            fault if number == at and (line.startswith("PUT") or "Conflict" not in fault) else None
+        )  # only writes conflict
 
     proxy.plan = fault_of
 
 
-def at_first_attempt(work: Work, proxy: FaultProxy, fault: str, index: int, lasting: bool = False) -> bool:
+def at_first_attempt(work: Work, proxy: FaultProxy, fault: str, index: int) -> bool:
     """Whether the work came to its end in spite of a fault; if not, the next attempt does. Nothing is ever torn."""
     place, error = work.fresh(), None
-    plan(proxy, fault, index, lasting)
+    plan(proxy, fault, index)
     try:
         work.run(place)
     except StoreError as raised:
@@ -223,17 +224,6 @@ def test_a_fault_at_any_request_changes_nothing_of_the_result(
     print("not at the first attempt:", failed)
     in_parts = isinstance(work, Publishing) and work.size > PART_SIZE
     assert len(failed) <= in_parts  # the completion of an upload in parts, as its server repeats it or not
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("fault", ["reset", "lost", "500", "stall", "403:AccessDenied"])
-@pytest.mark.parametrize("work", ["publish"], indirect=True)
-def test_a_fault_that_stays_is_a_clear_error_and_the_next_attempt_reaches_the_end(
-    work: Work, proxy: FaultProxy, requests: int, fault: str
-) -> None:
-    for index in range(0, requests - 3, 2):  # without the last two, a publish is done
-        assert not at_first_attempt(work, proxy, fault, index, lasting=True)
 
 
 def effect_of_kill(work: Work, proxy: FaultProxy, how: str, index: int) -> bool:

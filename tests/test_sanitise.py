@@ -58,6 +58,13 @@ def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
     load_shipped(folders["merged"])
 
 
+def test_the_files_that_tokenizers_and_models_come_in_are_shipped() -> None:
+    names = "tokenizer.model spiece.model sentencepiece.bpe.model vocab.txt vocab.json merges.txt added_tokens.json "
+    names += "special_tokens_map.json generation_config.json additional_chat_templates/rag.jinja chat_template.jinja "
+    names += "model-00001-of-00002.safetensors model.safetensors.index.json"
+    check_names(f"merged/{name}" for name in names.split())
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 from conftest import CHATML, ROOT, sample_rows, with_
-from hostile import BAD_NAMES, BAD_TEMPLATES, CANARY, GOOD_NAMES, watching
+from hostile import BAD_NAMES, BAD_TEMPLATES, CANARY, watching
 
 from pipeline.chat.template import load_template, local_source
 from pipeline.core.allowlist import UnsafeFileError, check_file
@@ -34,8 +34,6 @@ from pipeline.services import server
 from pipeline.train import train
 from pipeline.training.checkpoints import last_checkpoint, seal
 from pipeline.weights.loading import load_adapter, load_base
-
-TEXTS = ("README.md", "merges.txt", "loss.csv", "chat_template.jinja")
 
 
 def part(cases: Iterable[Any], keep: int) -> list[Any]:
@@ -167,13 +165,6 @@ def test_a_manifest_that_names_a_file_twice_is_refused(tmp_path: Path) -> None:
     store.create("versions/v/manifest.json", b'{"version": "v", "files": {"a": {}, "a": {"sha256": "0"}}}')
     with pytest.raises(StoreError, match="the key 'a' comes twice"):
         read_manifest(store, "v")
-
-
-def test_honest_files_of_a_version_are_fetched(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "store")
-    files = {name: hostile.good_content(name, tmp_path) for name in GOOD_NAMES}
-    fetch_all(store, version(store, files), tmp_path / "target")
-    assert {name: (tmp_path / "target" / name).read_bytes() for name in files} == files
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -30,6 +30,11 @@ class Stored:
     size: int  # bytes
     modified: float  # seconds since 1970 by the store's own clock
 
+    @property
+    def is_partial(self) -> bool:
+        """Of a store in a folder: a write that is under way, or was cut short."""
+        return self.key.endswith(".partial")
+
 
 class ArtifactStore(Protocol):
     """What Retune needs of a store. Keys are `/`-separated names; all writes are conditional creations.
@@ -40,32 +45,25 @@ class ArtifactStore(Protocol):
 
     uri: str
 
-    def probe(self) -> None:
-        """Check that the store can be written and honours the condition that creations rest on."""
+    def probe(self) -> None: ...  # the store can be written and honours the condition that creations rest on
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Write `data` at `key` whole, unless the key exists: then nothing changes and the answer is False."""
+    def create(self, key: str, data: bytes) -> bool: ...  # False, and nothing changed: the key exists
 
-    def upload(self, files: Files, progress: Progress) -> None:
-        """Create `objects/<sha256>` keys from files of that content; those that exist stay as they are."""
+    def upload(self, files: Files, progress: Progress) -> None: ...  # creates those `objects/<sha256>` that are absent
 
-    def read(self, key: str) -> bytes | None:
-        """The object's bytes; None if there is no such object."""
+    def read(self, key: str) -> bytes | None: ...  # None: there is no such object
 
-    def download(self, files: Files, progress: Progress) -> None:
-        """Write objects to files, each whole."""
+    def download(self, files: Files, progress: Progress) -> None: ...
 
-    def scan(self, prefix: str) -> Sequence[Stored]:
-        """The objects whose keys begin with `prefix`, sorted by key."""
+    def scan(self, prefix: str) -> Sequence[Stored]: ...  # sorted by key
 
-    def delete(self, key: str) -> None:
-        """Remove an object; nothing happens when there is none."""
+    def delete(self, key: str) -> None: ...  # also of what is not there
 
-    def now(self) -> float:
-        """The time by the clock that `Stored.modified` is told by."""
+    def now(self) -> float: ...  # by the clock that `Stored.modified` is told by
 
     def unfinished(self, before: float, delete: bool = False) -> int:
         """How many writes begun before the time `before` never finished; `delete` removes what they left."""
+        ...
 
     def list(self, prefix: str) -> list[str]:
         return [stored.key for stored in self.scan(prefix)]
@@ -109,8 +107,8 @@ class FileStore(ArtifactStore):
                 progress(shutil.copyfile(self.folder / check_key(key), path).stat().st_size)
 
     def scan(self, prefix: str) -> Sequence[Stored]:
-        files = (each for each in self._files(prefix) if each.key.startswith(prefix))
-        return sorted((each for each in files if not each.key.endswith(".partial")), key=lambda each: each.key)
+        files = [each for each in self._files(prefix) if each.key.startswith(prefix) and not each.is_partial]
+        return sorted(files, key=lambda each: each.key)
 
     def delete(self, key: str) -> None:
         with self._explained(key, "deleted"):
@@ -121,9 +119,9 @@ class FileStore(ArtifactStore):
             return os.fstat(file.fileno()).st_mtime  # of the server, when the folder is a mounted one
 
     def unfinished(self, before: float, delete: bool = False) -> int:
-        partials = [each for each in self._files("") if each.key.endswith(".partial") and each.modified < before]
-        for stored in partials if delete else ():
-            with self._explained(stored.key, "deleted"):
+        partials = [each for each in self._files("") if each.is_partial and each.modified < before]
+        with self._explained("a partial file", "deleted"):
+            for stored in partials if delete else ():
                 (self.folder / stored.key).unlink(missing_ok=True)
         return len(partials)
 

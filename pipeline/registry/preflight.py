@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from pipeline.params import Params
-from pipeline.registry.manifest import read_manifest
 from pipeline.registry.model import RegisteredModel
 
 
@@ -20,13 +19,10 @@ def require_ready(params: Params, root: Path = Path(".")) -> None:
     """
     model = RegisteredModel(params.publish, root)
     model.store.probe()
-    version = model.champion()
-    manifest = read_manifest(model.store, version) if version else None
-    kind = "classifier" if "classification" in params.train.task else "chat"
-    task = manifest["params"]["train"]["task"] if manifest else params.train.task
+    champion = model.champion()
+    task = model.manifest(champion)["params"]["train"]["task"] if champion else params.train.task
     if task != params.train.task:
         raise PreflightError(
-            f"train.task is {params.train.task}, but version {model.label(version)}, the champion of {model.name}, "
-            f"is a {task} model, and the scores of two kinds of models cannot be compared; set "
-            f"publish.registered_model_name to another name for this one, such as {model.name}-{kind}"
+            f"train.task is {params.train.task}, but version {model.label(champion)}, the champion of {model.name}, is "
+            f"a {task} model, and their scores cannot be compared; set publish.registered_model_name to another name"
         )

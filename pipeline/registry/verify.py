@@ -32,9 +32,13 @@ def verify(model: RegisteredModel, version: str, registered: dict[str, str] | No
         if model.store.read(manifests.key_of(version)) is None:
             raise
         return [Check("manifest", False, str(error))]
+    try:
+        id = manifests.version_of(manifest)
+    except (GraphError, KeyError, TypeError) as error:
+        id = f"no version: {error}"
     return [
         Check("manifest", True, "matches manifest.schema.json"),
-        _check_id(manifest),
+        Check("id", id == version, f"dvc.lock in the manifest gives {id}"),
         _check_recorded(model, manifest, registered or {}),
         check_signature(model.store, model.params, manifest),
         *_check_files(model.store, manifest),
@@ -57,20 +61,15 @@ def servable(model: RegisteredModel, version: str) -> Manifest:
     return manifest
 
 
-def _check_id(manifest: Manifest) -> Check:
-    try:
-        version = manifests.version_of(manifest)
-    except (GraphError, KeyError, TypeError) as error:
-        return Check("id", False, f"dvc.lock in the manifest names no version: {error}")
-    return Check("id", version == manifest["version"], f"dvc.lock in the manifest gives {version}")
-
-
 def _check_recorded(model: RegisteredModel, manifest: Manifest, registered: dict[str, str]) -> Check:
     """The manifest's digest against what registry and promotion log noted of it: catches changes of unsigned ones."""
-    records = [record for record in model.log() if record.version == manifest["version"]]
-    noted = {f"record {record.number}": record.manifest_sha256 for record in records}
-    noted["the registry"] = registered.get("manifest_sha256", "")
-    noted = {where: sha256 for where, sha256 in noted.items() if sha256}
+    noted = {
+        f"record {record.number}": record.manifest_sha256
+        for record in model.log()
+        if record.version == manifest["version"] and record.manifest_sha256
+    }
+    if "manifest_sha256" in registered:
+        noted["the registry"] = registered["manifest_sha256"]
     if not noted:
         return Check("recorded digest", None, "neither registry nor promotion log knows this version")
     wrong = [where for where, sha256 in noted.items() if sha256 != manifests.digest(manifest)]
@@ -82,9 +81,8 @@ def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
     """The digest of every file, and what the files say again that the manifest says."""
     wrong, texts = [], {}
     for name, entry in manifest["files"].items():
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # one file at a time: a version may be larger than the disk's room
+        # One file at a time: a version may be larger than the disk's room.
+        with tempfile.TemporaryDirectory() as folder:
             try:
                 fetch(store, {name: entry}, Path(folder))
                 if name.endswith(".json"):
@@ -102,18 +100,17 @@ def _check_lineage(manifest: Manifest, texts: dict[str, bytes]) -> Check:
     except ValueError as error:
         return Check("lineage", False, f"a file of the version is not JSON: {error}")
     parity = dict(files.get("parity/parity.json", {}))
-    scores = {k: v for part in ("evaluation", "parity") for k, v in files.get(f"{part}/scores.json", {}).items()}
-    repeated: list[tuple[str, Any, str]] = [  # key of the manifest, what it has to be, and where that is said
-        ("evaluation", parity.pop("evaluation", None), "parity/parity.json"),
-        ("parity", parity, "parity/parity.json"),
-        ("base_model", files.get("adapter/training.json", {}).get("base_model"), "adapter/training.json"),
-        ("metrics", scores, "evaluation/scores.json, parity/scores.json"),
+    repeated: list[tuple[str, Any]] = [  # a key of the manifest, and what the files say of it
+        ("evaluation", parity.pop("evaluation", None)),
+        ("parity", parity),
+        ("base_model", files.get("adapter/training.json", {}).get("base_model")),
+        ("metrics", files.get("evaluation/scores.json", {}) | files.get("parity/scores.json", {})),
+        ("contract", manifests.contract_digests(files.get("adapter/contract.json", {}))),
+        ("contract", manifests.contract_digests(files.get("merged/contract.json", {}))),
     ]
-    for part in ("adapter", "merged"):
-        contract = files.get(f"{part}/contract.json", {})
-        repeated.append(("contract", manifests.contract_digests(contract), f"{part}/contract.json"))
-    wrong = [f"{key} is not that of {where}" for key, expected, where in repeated if manifest[key] != expected]
-    return Check("lineage", not wrong, "; ".join(wrong) or "contract, base model, metrics and parity as in the files")
+    wrong = [key for key, expected in repeated if manifest[key] != expected]
+    said = f"{', '.join(wrong)} of the manifest differs from the version's files" if wrong else "as in the files"
+    return Check("lineage", not wrong, said)
 
 
 def _check_commit(manifest: Manifest, root: Path) -> Check:
