@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from prefect import get_client, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
 from prefect.exceptions import FlowPauseTimeout
@@ -16,7 +15,7 @@ from prefect.input import RunInput
 from prefect.states import Running
 
 from flows.lines import say
-from flows.summary import show_run, verdict
+from flows.summary import record_verdict, show_run, verdict
 from flows.tasks import StageResult, ended_as, show_report
 from pipeline import promote as gate
 from pipeline.core.under_way import tell
@@ -37,7 +36,7 @@ def approve(params: Params, version: str, answer: Approval) -> State[Any]:
     started = time.monotonic()
     actor = f"{answer.your_name} (dashboard)"
     decision = gate.approve(params.publish, params.promote, version, answer.approve, answer.reason, actor)
-    create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
+    record_verdict(decision)
     show_report(params, decision)
     return ended_as("approve", decision.decision, started, asdict(decision))
 

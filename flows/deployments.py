@@ -7,9 +7,10 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ParamSpec
 
 from prefect import flow
@@ -18,7 +19,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.retrain import run_stages
-from flows.summary import describe_run, state_of, verdict
+from flows.summary import describe_run, record_verdict, state_of
 from flows.tasks import StageFailed
 from pipeline import promote as promotion
 from pipeline.core import graph
@@ -119,7 +120,7 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
         if force and not reason.strip():
             raise ValueError("force needs a reason: the history keeps why the gate was overruled")
         decision = promotion.promote(params.publish, params.promote, version, force=reason if force else None)
-    create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
+    record_verdict(decision)
     return state_of(decision.word, decision.reason)
 
 
@@ -177,15 +178,10 @@ def cleanup(delete_files: bool = True) -> State[Any]:
     return Completed(name="Cleaned", message=said, data=asdict(garbage))
 
 
-@dataclass
-class Trial:
-    stays: bool = False
-
-
 @contextmanager
-def _tried(changes: dict[str, Any] | None) -> Iterator[Trial]:
-    """params.yaml with `changes`; put back at the end unless they are said to stay, or somebody edited the file."""
-    path, trial = Path("params.yaml"), Trial()
+def _tried(changes: dict[str, Any] | None) -> Iterator[Any]:
+    """params.yaml with `changes`; put back at the end unless `stays` is set by then, or somebody edited the file."""
+    path, trial = Path("params.yaml"), SimpleNamespace(stays=False)
     before = path.read_text(encoding="utf-8")
     change_params(changes or {})
     changed = path.read_text(encoding="utf-8")

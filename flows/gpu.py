@@ -13,7 +13,6 @@ from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_client
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -24,7 +23,7 @@ from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.states import Cancelled, Cancelling, Completed
 
-from flows.lines import shown
+from flows.lines import training_progress
 from pipeline.core import handover
 from pipeline.core.environment import set_environment
 from pipeline.core.processes import end_with_parent
@@ -84,9 +83,8 @@ def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
             while not (run := client.read_flow_run(run_id)).state.is_final():  # type: ignore[union-attr]
                 line = ""
                 if run.state.is_running():  # type: ignore[union-attr]
-                    line = next(
-                        (each.description or "" for each in client.read_artifacts(artifact_filter=artifacts)), ""
-                    )
+                    shown = client.read_artifacts(artifact_filter=artifacts)
+                    line = (shown[0].description or "") if shown else ""
                 elif client.read_workers_for_work_pool(POOL, ONLINE):
                     deserted_since = None
                 else:
@@ -118,8 +116,6 @@ def train(commit: str, remote: str = "origin") -> State[Any]:
     end_with_parent(signal.SIGTERM)  # the worker's process
     redact_process()
     set_environment()
-    artifact = create_progress_artifact(0.0, key="training-progress", description="Training")
-    assert isinstance(artifact, UUID)  # not a coroutine: this is synchronous code
-    handover.work("train", commit, remote, shown("train", artifact))
-    update_progress_artifact(artifact_id=artifact, progress=100.0)
+    with training_progress() as show:
+        handover.work("train", commit, remote, show)
     return Completed(name="Trained", message=f"commit {commit[:12]}")

@@ -2,11 +2,12 @@
 
 import re
 import sys
-from collections.abc import Callable
-from uuid import UUID
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from prefect import get_run_logger
-from prefect.artifacts import update_progress_artifact
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from pipeline.core.progress import LINE
 from pipeline.core.redaction import redact
@@ -26,7 +27,15 @@ DVC_HINTS = (
 )
 
 
-def shown(stage: str, artifact: UUID | None = None) -> Callable[[str], None]:
+@contextmanager
+def training_progress() -> Iterator[Callable[[str], None]]:
+    """What is to be called with each line of a training, whose progress the dashboard shows."""
+    artifact: Any = create_progress_artifact(0.0, key="training-progress", description="Training")
+    yield shown("train", artifact)
+    update_progress_artifact(artifact_id=artifact, progress=100.0)
+
+
+def shown(stage: str, artifact: Any = None) -> Callable[[str], None]:
     """What is to be called with each line of `stage`; `artifact` is the progress artifact that its progress goes to."""
     logger = get_run_logger()
     tell(stage)

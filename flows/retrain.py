@@ -12,17 +12,7 @@ from prefect.client.schemas.objects import State
 
 from flows.approval import wait_for_approval
 from flows.summary import describe_run, show_run, state_of
-from flows.tasks import (
-    ARTIFACTS,
-    StageResult,
-    evaluate,
-    ingest,
-    merge,
-    prepare,
-    promote,
-    publish,
-    train,
-)
+from flows.tasks import ARTIFACTS, StageResult, evaluate, ingest, merge, prepare, promote, publish, train
 from pipeline.core.under_way import told
 from pipeline.scoring.resampling import METRICS, read_scores
 from pipeline.settings import load_params

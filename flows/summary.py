@@ -1,6 +1,7 @@
 """What a person who looks only at the dashboard is shown of a run: one page, and tags to find the run by."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.core import graph
 from pipeline.core.processes import identity
 from pipeline.core.progress import clock
 from pipeline.params import Params
+from pipeline.promote import Decision
 from pipeline.registry.compare import BASE
 from pipeline.registry.decisions import name_of
 from pipeline.registry.manifest import read_manifest
@@ -76,6 +78,10 @@ def verdict(decision: dict[str, Any]) -> str:
     if rows := verdict_rows(decision["comparison"], decision["against"] == BASE):
         lines += ["", *markdown(rows), "", P_NOTE]
     return "\n".join([*lines, "", *(f"- {note}" for note in [*decision["notes"], *decision["warnings"]])])
+
+
+def record_verdict(decision: Decision) -> None:
+    create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
 
 
 def page(result: dict[str, Any], manifest: dict[str, Any], store: str, registry: str) -> str:

@@ -1,25 +1,19 @@
 """The tasks of the flow: one a stage, with what the dashboard shows of it. A DVC stage runs as `dvc repro` of it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from prefect import get_run_logger, task
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.gpu import train_on_pool
-from flows.lines import say, shown, why_failed
-from flows.summary import verdict
+from flows.lines import say, shown, training_progress, why_failed
+from flows.summary import record_verdict
 from pipeline import promote as promotion
 from pipeline import publish as shipping
 from pipeline.core import git, graph
@@ -70,14 +64,12 @@ def prepare() -> State[Any]:
 @task(retries=0)
 def train(params: Params) -> State[Any]:
     pin_champion(params)
-    artifact = create_progress_artifact(0.0, key="training-progress", description="Training")
-    assert isinstance(artifact, UUID)  # not a coroutine: this is synchronous code
-    if params.operations.train_pool == "local" or "train" not in graph.stale():
-        return _repro("train", artifact)
-    started = time.monotonic()
-    train_on_pool(params.operations, shown("train", artifact))
-    update_progress_artifact(artifact_id=artifact, progress=100.0)
-    return ended_as("train", "ran", started)
+    with training_progress() as show:
+        if params.operations.train_pool == "local" or "train" not in graph.stale():
+            return _repro("train", show)
+        started = time.monotonic()
+        train_on_pool(params.operations, show)
+        return ended_as("train", "ran", started)
 
 
 @task
@@ -117,7 +109,7 @@ def promote(params: Params) -> State[Any]:
     decision = promotion.promote(params.publish, params.promote)
     if decision.decision == "promoted" and params.operations.git_branch is not None:
         _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)
-    create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
+    record_verdict(decision)
     show_report(params, decision)
     return ended_as("promote", decision.decision, started, asdict(decision))
 
@@ -137,16 +129,14 @@ def show_report(params: Params, decision: promotion.Decision) -> None:
     decision.warnings.extend(report_decision(params.publish, decision.version, ARTIFACTS))
     page = ARTIFACTS / "report.md"
     if page.is_file():
-        create_markdown_artifact(
-            page.read_text(), key="report", description="The whole evaluation report of the version"
-        )
+        create_markdown_artifact(page.read_text(), key="report", description="The evaluation report of the version")
 
 
-def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
-    """Run one DVC stage, its lines streamed to the terminal and to Prefect, its progress to `artifact`."""
+def _repro(stage: str, show: Callable[[str], None] | None = None) -> State[Any]:
+    """Run one DVC stage, its lines streamed to the terminal and to Prefect."""
     started = time.monotonic()
     lines: list[str] = []
-    show = shown(stage, artifact)
+    show = show or shown(stage)
 
     def on_line(line: str) -> None:
         lines.append(line)
@@ -155,8 +145,6 @@ def _repro(stage: str, artifact: UUID | None = None) -> State[Any]:
     status = graph.repro(stage, on_line)
     if status != 0:
         raise StageFailed(f"{stage} failed: {why_failed(lines) or f'it ended with status {status}'}")
-    if artifact is not None:
-        update_progress_artifact(artifact_id=artifact, progress=100.0)
     return ended_as(stage, graph.outcome(lines, stage), started)
 
 

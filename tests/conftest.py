@@ -79,18 +79,7 @@ def one_thread() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no process waits for one of them at the end."""
-    longest = (
-        "flow",
-        "flow_runs",
-        "methods",
-        "presets",
-        "promote",
-        "kills",
-        "formats",
-        "ingest",
-        "registry",
-        "handover",
-    )
+    longest = ("flow", "flow_runs", "methods", "promote", "kills", "formats", "ingest", "registry", "handover", "train")
     order = {f"test_{name}.py": number for number, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 

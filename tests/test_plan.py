@@ -84,12 +84,6 @@ def test_time_and_cost_follow_from_tokens_and_price(params: Params, dataset: Pat
     assert one.seconds == pytest.approx(one.flops_per_token * one.tokens / (312e12 * 0.40))
     assert one.cost_usd == pytest.approx(one.seconds / 3600 * 1.80)
     assert "A100-80GB" in describe(one)
-    # Several GPUs take fewer steps in less time for the same money; an epoch's last step may be short.
-    several = {"strategy": "ddp", "num_processes": 4, "tokens_per_step": 4 * 256}
-    four = plan(with_(params, train=several), dataset, gpu="A100-80GB")
-    assert four.steps and one.steps / 4 <= four.steps < one.steps / 4 + params.train.num_train_epochs
-    assert four.seconds == pytest.approx(one.seconds / 4, rel=0.2)
-    assert four.cost_usd == pytest.approx(one.cost_usd, rel=0.2)
 
 
 def big(params: Params, tmp_path: Path, size: str, **train: Any) -> Params:
@@ -134,8 +128,8 @@ def test_every_method_is_planned_with_the_parameters_that_it_trains(params: Para
     train = with_(params, train=settings).train
     counts = count(LLAMA, train)
     model = AutoModelForCausalLM.from_config(LLAMA)
-    settings_of_peft = adapter_config(train, model)
-    trained = get_peft_model(model, settings_of_peft) if settings_of_peft else model
+    adapter = adapter_config(train, model)
+    trained = get_peft_model(model, adapter) if adapter else model
     expected = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     assert counts.trainable == pytest.approx(expected, rel=1e-3)  # AdaLoRA's rank counters are none on a GPU
     for on_gpu in (False, True):

@@ -32,7 +32,7 @@ def frozen(params: Params, method: str = "qlora", **train: Any) -> Params:
     return short(params, method, learning_rate=1e-9, max_steps=1, logging_steps=1, **train)
 
 
-@pytest.mark.parametrize("method", ["qlora", "dora", "prompt"])
+@pytest.mark.parametrize("method", ["qlora", "prompt"])
 def test_a_training_starts_with_the_weights_it_is_given(
     tmp_path: Path, params: Params, dataset: Path, method: str
 ) -> None:
@@ -54,7 +54,6 @@ def test_a_training_starts_with_the_weights_it_is_given(
         (LoraConfig(r=4, lora_alpha=32), "has r 8, but train.lora_r asks for 4; set it alike"),
         (LoraConfig(r=8, lora_alpha=8), "has lora_alpha 32, but train.lora_alpha asks for 8"),
         (LoraConfig(r=8, lora_alpha=32, use_dora=True), "has use_dora False, but train.method asks for True"),
-        (LoraConfig(r=8, lora_alpha=32, use_rslora=True), "has use_rslora False, but train.method asks for True"),
     ],
 )
 def test_an_adapter_with_other_settings_is_refused(dataset: Path, adapter: Path, config: LoraConfig, what: str) -> None:

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,12 +181,8 @@ def score(
 
 def _run_stage(name: str, params: Any) -> str:
     """Run one stage on the project's own folders; returns what came of it in a few words."""
-    from pipeline.core.graph import STAGES
-
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if name in STAGES:
-        import_module(f"pipeline.{name}")
     classes = params.train.task == "sequence-classification"
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
     match name:

@@ -39,7 +39,12 @@ def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pu
         pull: fetch what the stage needs and is not here.
     """
     with _dvc(root, "repro", "--single-item", *(["--pull"] if pull else []), stage, stderr=subprocess.STDOUT) as dvc:
-        threading.Thread(target=_end_leftovers, args=(dvc,), daemon=True).start()
+
+        def end_leftovers() -> None:  # the next stage may need their memory, and they would keep the pipe of lines open
+            dvc.wait()
+            end_group(dvc, grace=5.0)
+
+        threading.Thread(target=end_leftovers, daemon=True).start()
         assert dvc.stdout is not None
         for line in dvc.stdout:
             on_line(line.rstrip("\n"))
@@ -199,12 +204,6 @@ def _dvc(root: Path, *arguments: str, stderr: int) -> Iterator[subprocess.Popen[
             yield process
         finally:
             end_group(process, grace=30.0)
-
-
-def _end_leftovers(dvc: subprocess.Popen[str]) -> None:
-    """End what a stage leaves running: the next one may need its memory, and the pipe of its lines would stay open."""
-    dvc.wait()
-    end_group(dvc, grace=5.0)
 
 
 def _refuse_conflicts(root: Path) -> None:

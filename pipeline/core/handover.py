@@ -26,7 +26,11 @@ def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
     """Push the working tree as a commit, and the stage's inputs; returns the commit, which a worker is to be given."""
     inputs = [name for name in graph.STAGES[: graph.STAGES.index(stage)] if name in graph.lock(root)["stages"]]
     graph.ask(root, "push", "data.dvc", *inputs)
-    _refuse_untracked(stage, root)
+    # What the stage depends on, new modules included, travels by git only if git knows it.
+    deps = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    unknown = git.run(root, "ls-files", "--others", "--exclude-standard", "--", *deps, "pipeline").splitlines()
+    if missing := [path for path in unknown if path not in git.RECORDED]:
+        raise HandoverError(f"{stage} depends on {missing[0]}, which git does not know; `git add` it")
     if (root / PENDING).is_file():
         forget((root / PENDING).read_text(), remote, root)
     commit = git.commit(root, f"Inputs of {stage}", ["HEAD"], tracked=True)
@@ -62,13 +66,15 @@ def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], r
 def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
     """Merge the stage's entry of the answer into our `dvc.lock`, and fetch its outputs."""
     git.run(root, "fetch", "--quiet", remote, f"{ANSWERED}/{commit}")
-    yaml = YAML(typ="safe")
-    entry = yaml.load(git.run(root, "show", "FETCH_HEAD:dvc.lock"))["stages"].get(stage)
+    entry = YAML(typ="safe").load(git.run(root, "show", "FETCH_HEAD:dvc.lock"))["stages"].get(stage)
     if entry is None:
         raise HandoverError(f"the worker's dvc.lock has no entry for {stage}")
     path = root / "dvc.lock"
     before = path.read_text(encoding="utf-8")
-    _write_entry(path, stage, entry)
+    tree, text = YAML().load(before), io.StringIO()
+    tree["stages"][stage] = entry
+    YAML().dump(tree, text)
+    write_text(path, text.getvalue())
     try:
         graph.ask(root, "pull", stage)
         wrong = graph.stale(root).get(stage)
@@ -97,20 +103,3 @@ def make_clone(folder: Path, remote: str, root: Path = Path(".")) -> None:
         )
     git.run(folder, "remote", "set-url", remote, url)
     git.run(folder, "config", "retune.worker", "true")
-
-
-def _write_entry(path: Path, stage: str, entry: dict[str, object]) -> None:
-    yaml = YAML()
-    tree = yaml.load(path.read_text(encoding="utf-8"))
-    tree["stages"][stage] = entry
-    text = io.StringIO()
-    yaml.dump(tree, text)
-    write_text(path, text.getvalue())
-
-
-def _refuse_untracked(stage: str, root: Path) -> None:
-    """Files that the stage depends on, new modules included, travel by git only if git knows them."""
-    deps = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
-    unknown = git.run(root, "ls-files", "--others", "--exclude-standard", "--", *deps, "pipeline").splitlines()
-    for path in (path for path in unknown if path not in git.RECORDED):
-        raise HandoverError(f"{stage} depends on {path}, which git does not know, so a worker lacks it; `git add` it")

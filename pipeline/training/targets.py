@@ -124,18 +124,15 @@ def _chosen(params: TrainParams, model: Any, linear: dict[str, torch.nn.Module],
         whole = isinstance(known, list) and all(_matches(name, linear) for name in known)
         return known if whole and _taken_as_named(known, params, model) == {*known} else in_attention
     names = sorted(set(targets) - set(experts))
+    taken = _taken_as_named(names, params, model)
     for name in names:
-        if not _matches(name, linear):
+        if name not in taken or not _matches(name, linear):
             choice = sorted({_short(path, linear) for path in linear} | set(_experts(model)))
             raise MethodError(
                 f"train.lora_target_modules names {name}, which is not a linear layer that texts pass through and an "
-                f"adapter can change (output layers, embeddings and routers stay frozen); it can be {', '.join(choice)}"
+                "adapter can change (output layers, embeddings and routers stay frozen; PEFT takes some names for "
+                f"experts); it can be {', '.join(choice)}"
             )
-    for name in sorted(set(names) - _taken_as_named(names, params, model)):
-        raise MethodError(
-            f"train.lora_target_modules names {name}, which PEFT takes for the experts of this model; name "
-            f"{' and '.join(_experts(model))} for those, or leave it out"
-        )
     return names
 
 
