@@ -6,7 +6,6 @@ Each test works in a copy of a project that was run once, or of one whose first 
 import getpass
 import json
 import os
-import re
 import shutil
 import signal
 import sqlite3
@@ -22,7 +21,9 @@ import pytest
 from conftest import PYTHON, change_params, dvc, environment, git, make_project, retune, with_
 from local_servers import api, give_database, prefect_server, read, use_server, wait_until
 
-from pipeline.core.files import read_json
+from pipeline.core.files import read_json, write_json
+from pipeline.core.processes import identity
+from pipeline.core.under_way import FILE, tell, told
 from pipeline.params import Params
 
 WORSE = {"max_steps": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0}
@@ -285,24 +286,25 @@ def test_a_failing_stage_ends_the_run_with_one_sentence_and_changes_no_champion(
     assert served(root) == champion
 
 
-@pytest.mark.parametrize(
-    ("victim", "number"),
-    [
-        ("stage", signal.SIGTERM),
-        *(
-            pytest.param(victim, number, marks=pytest.mark.faults)
-            for victim in ("retune", "flow", "dvc", "stage")
-            for number in (signal.SIGTERM, signal.SIGKILL)
-            if (victim, number) != ("stage", signal.SIGTERM)
-        ),
-    ],
-)
+def test_status_says_how_far_the_run_is_while_its_process_lives(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    with told("by-hand"):
+        tell("train", "train 35% · 70/200 steps · loss 0.5 · ETA 1:02")
+        status = json.loads(retune(root, "status", "--json").stdout)["run"]
+    assert (status["stage"], status["percent"], status["eta"]) == ("train", 35, "1:02")
+    assert (status["trigger"], status["by"], status["process"]) == ("by-hand", getpass.getuser(), identity())
+    write_json(root / FILE, status | {"process": f"{os.getpid()}:1.5"})  # killed, and its number is another's now
+    assert json.loads(retune(root, "status", "--json").stdout)["run"] is None
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("victim", ["retune", "flow", "dvc", "stage"])
 def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
     root: Path, victim: str, number: signal.Signals
 ) -> None:
-    if (victim, number) != ("stage", signal.SIGTERM):  # then the run starts its own server
-        (root / ".retune" / "server.json").unlink()
-        give_database(root)
+    (root / ".retune" / "server.json").unlink()  # this run starts its own server
+    give_database(root)
     change_params(root, train={"num_train_epochs": 5000.0, "save_steps": 20})
     command = [PYTHON, "-m", "pipeline", "run"]  # forks of `preloaded` have another parent
     child = subprocess.Popen(command, cwd=root, env=environment(), stdout=subprocess.PIPE, text=True)
@@ -313,10 +315,7 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
             if line.startswith("train ") and "steps" in line:
                 break
         started = psutil.Process(child.pid).children(recursive=True)
-        told = json.loads(retune(root, "status", "--json").stdout)["run"]
-        assert (told["stage"], told["trigger"], told["by"]) == ("train", "by-hand", getpass.getuser())
-        assert 0 <= told["percent"] < 100 and re.fullmatch(r"[\d:]+", told["eta"])
-        assert int(told["process"].partition(":")[0]) in {process.pid for process in started}
+        assert json.loads(retune(root, "status", "--json").stdout)["run"]["stage"] == "train"
         os.kill(victims(child.pid, started)[victim], number)
         child.wait(timeout=60)
         assert child.returncode != 0

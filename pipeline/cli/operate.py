@@ -20,7 +20,6 @@ def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = Fa
     from pipeline.services import stack
     from pipeline.settings import load_params
 
-    stack.refuse_to_move(port, mlflow_port)
     params = stack.with_ports(load_params(), port, mlflow_port)
     known = stack.up(params, on_wait=lambda doing: print(f"up: {doing}", file=sys.stderr))
     if json_output:
@@ -32,9 +31,11 @@ def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = Fa
 
 def down(json_output: Json = False) -> None:
     """Stop what `retune up` started, runs of its workers included; a training saves a checkpoint first."""
-    from pipeline.services import stack
+    from pipeline.services import server, stack
+    from pipeline.services.flow_runs import refuse_runs_by_hand
 
-    stack.refuse_while_used()
+    if url := server.running():
+        refuse_runs_by_hand(url)
     stopped = stack.down()
     if json_output:
         print(json.dumps({"stopped": stopped}))

@@ -24,12 +24,10 @@ def record(stage: str, seconds: float, peak_memory_bytes: int, root: Path = Path
 
 def stage_seconds(root: Path = Path(".")) -> dict[str, float | None]:
     """Seconds of each stage; None where the output that lies here was not made here (DVC restored it)."""
-    return {stage: _seconds(stage, root) for stage in MARKERS}
-
-
-def _seconds(stage: str, root: Path) -> float | None:
-    path, marker = root / WORK_DIR / "stages" / f"{stage}.json", root / "artifacts" / MARKERS[stage]
-    if not path.is_file() or not marker.is_file():
-        return None
-    recorded = read_json(path)
-    return float(recorded["seconds"]) if recorded.get("output_sha256") == sha256_file(marker) else None
+    seconds: dict[str, float | None] = dict.fromkeys(MARKERS)
+    for stage, marker in MARKERS.items():
+        path, output = root / WORK_DIR / "stages" / f"{stage}.json", root / "artifacts" / marker
+        if path.is_file() and output.is_file():
+            recorded = read_json(path)
+            seconds[stage] = recorded["seconds"] if recorded["output_sha256"] == sha256_file(output) else None
+    return seconds

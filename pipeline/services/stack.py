@@ -26,7 +26,7 @@ from pipeline.core.processes import ending_with_parent, identity, python_ending_
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
 from pipeline.services import server
-from pipeline.services.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs, refuse_runs_by_hand
+from pipeline.services.flow_runs import cancel_stack_runs, close_lost_runs, close_stack_runs
 from pipeline.services.server import HOST, LOGS, STATE, ServerError, answers, wait_for
 
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
@@ -95,24 +95,18 @@ def services(params: Params) -> list[Service]:
     return stack
 
 
-def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None) -> Params:
-    """`params` with the ports that were given on the command line."""
-    chosen = {"prefect_port": prefect_port, "mlflow_port": mlflow_port}
-    update = {key: port for key, port in chosen.items() if port is not None}
-    return params.model_copy(update={"operations": params.operations.model_copy(update=update)})
+def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None, root: Path = Path(".")) -> Params:
+    """`params` with the ports that were given on the command line.
 
-
-def refuse_to_move(prefect_port: int | None, mlflow_port: int | None, root: Path = Path(".")) -> None:
-    """Raises:
-    ServerError: a stack runs here with other ports than those that are given.
+    Raises:
+        ServerError: a stack runs here with others.
     """
-    ports = {"prefect-server": prefect_port, "mlflow": mlflow_port}
-    for each in server.known_stack(root).get("services", []):
-        port = ports.get(each["name"])
-        if port is not None and each["url"] != f"http://{HOST}:{port}":
-            raise ServerError(
-                f"{each['name']} already runs at {each['url']}; to move it to port {port}, `retune down` first"
-            )
+    given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port}
+    update = {key: port for key, port in given.items() if port is not None}
+    urls = [each["url"] for each in server.known_stack(root).get("services", []) if each["url"]]
+    if urls and (other := [port for port in update.values() if f"http://{HOST}:{port}" not in urls]):
+        raise ServerError(f"the stack runs at {', '.join(urls)}; to move it to port {other[0]}, `retune down` first")
+    return params.model_copy(update={"operations": params.operations.model_copy(update=update)})
 
 
 def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -133,6 +127,10 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
     rows = [vars(each) | {"log": str(LOGS / f"{each.name}.log")} for each in stack]
     known = {"process": identity(child.pid), "url": stack[0].url, "services": rows, "ready": False}
     write_json(root / STATE, known)
+
+    def has_ended(service: Service) -> bool:
+        return _ask(root, "getProcessInfo", service.name)["statename"] not in ("STARTING", "RUNNING")
+
     try:
         wait_for("supervisor", (root / SOCKET).exists, lambda: child.poll() is not None)
         for service in stack:
@@ -140,7 +138,7 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
             if service.name == "gpu-worker" and params.operations.train_pool == "gpu":
                 make_clone(root / CLONE, params.operations.git_remote, root)
             _ask(root, "startProcess", service.name, False)
-            wait_for(service.name, service.answers, partial(_has_ended, root, service))
+            wait_for(service.name, service.answers, partial(has_ended, service))
             if service.name == "prefect-server":
                 on_wait("making the work pools and deployments")
                 _prepare_server(root, params, f"http://{HOST}:{params.operations.prefect_port}")
@@ -149,14 +147,6 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
         down(root)
         raise
     return state(root)
-
-
-def refuse_while_used(root: Path = Path(".")) -> None:
-    """Raises:
-    ServerError: a run that no worker of the stack started reports to its server.
-    """
-    if server.known_stack(root) and (url := server.running(root)) is not None:
-        refuse_runs_by_hand(url)
 
 
 def down(root: Path = Path(".")) -> bool:
@@ -281,7 +271,3 @@ def _require_free(service: Service) -> None:
                 f"port {port} of {service.name} is taken by another program; choose another with `retune up {option}` "
                 "or in params.yaml, section operations"
             ) from None
-
-
-def _has_ended(root: Path, service: Service) -> bool:
-    return _ask(root, "getProcessInfo", service.name)["statename"] not in ("STARTING", "RUNNING")

@@ -166,7 +166,10 @@ def step_memory(counts: Counts, params: TrainParams, rows: int, length: int, on_
 def _layer_bytes(counts: Counts, params: TrainParams, seen: int, on_gpu: bool) -> float:
     """Bytes a token that one layer keeps for the backward pass."""
     width = 2 if on_gpu else 4
-    fused, flash = on_gpu and uses_liger(params), on_gpu and without_mask(params)
+    # A GPU's attention may take the bounds of rows instead of a mask (FlashAttention, PyTorch's varlen).
+    auto = params.attn_implementation == "auto" and params.packing
+    flash = on_gpu and (auto or params.attn_implementation.startswith("flash_attention"))
+    fused = on_gpu and uses_liger(params)
     # Both norms: the input in float32, and the output that LoRA reads.
     norms = 2 * counts.hidden * ((width if fused else 4) + width)
     # Queries, output, keys and values; scaled_dot_product_attention with a mask takes keys and values of all heads.
@@ -207,9 +210,3 @@ def lacking_for_liger() -> str | None:
 
 def has_c_compiler() -> bool:
     return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
-
-
-def without_mask(params: TrainParams) -> bool:
-    """Whether a GPU's attention takes the bounds of rows instead of a mask (FlashAttention, PyTorch's varlen)."""
-    auto = params.attn_implementation == "auto" and params.packing
-    return auto or params.attn_implementation.startswith("flash_attention")
