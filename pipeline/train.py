@@ -5,6 +5,7 @@ run goes on from its last checkpoint; checkpoints lie under a hash of everything
 continues another one. `training/` holds the parts.
 """
 
+import os
 import shutil
 import sys
 import warnings
@@ -33,8 +34,8 @@ from pipeline.training.checkpoints import last_checkpoint, open_run, versions
 from pipeline.training.classifier import ClassCollate, ClassTrainer, class_sequences
 from pipeline.training.footprint import UnplannedError, count
 from pipeline.training.gradients import require_gradients
-from pipeline.training.hardware import batches, require_kernels, this_gpu, use_liger
-from pipeline.training.launch import launch, must_launch, run_one
+from pipeline.training.hardware import Gpu, batches, require_kernels, use_liger
+from pipeline.training.launch import launch, run_one
 from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of
 from pipeline.training.packing import Collate, lengths_of, training_sequences
 from pipeline.training.sharding import gather_trained, shard_on_cpus
@@ -81,12 +82,11 @@ def train(
 
     Raises:
         InitError, MethodError, TemplateError, ModelError: adapter, target modules or base are not what they should be.
-        HardwareError: a kernel or memory is asked for that this machine does not have.
         TrainError: a loss of NaN or one that jumps, a layer that passes no gradient, an adapter that did not change.
-        OutOfMemory: memory ran out with the smallest piece of a batch.
+        HardwareError, OutOfMemory: a kernel or memory is asked for that this machine does not have.
         Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
     """
-    if must_launch(params):
+    if params.num_processes > 1 and "LOCAL_RANK" not in os.environ:
         folders = {"dataset": dataset, "output": output, "checkpoints": checkpoints, "tables": tables, "init": init}
         return Trained(**launch(params, **folders))
     contract = read_json(dataset / "contract.json")
@@ -119,15 +119,8 @@ def train(
         f"{batch[1]} sequences a step"
     )
     trained = _run(trainer, params, folder)
-    gathered = gather_trained(trainer.model)  # of a sharded model every process gives its part
-    trainer.accelerator.wait_for_everyone()  # nobody reads a checkpoint any more: the first process removes them
-    if trainer.is_world_process_zero():
-        _write(trainer, gathered, output, portable(contract), portable(_record(params, contract, trained, init)))
-        if tables is not None:
-            used |= {"micro_batch": batch[0], "threads": threads, "resumed_from_step": trained.resumed_from_step}
-            _write_tables(trainer, tables, used)
-        shutil.rmtree(folder, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    used |= {"micro_batch": batch[0], "threads": threads, "resumed_from_step": trained.resumed_from_step}
+    _write(trainer, output, portable(contract), portable(_record(params, contract, trained, init)), tables, used)
     return trained
 
 
@@ -221,29 +214,33 @@ def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
     )
 
 
-def _write(trainer: AdapterTrainer, gathered: Any, output: Path, contract: Any, record: dict[str, Any]) -> None:
-    """The adapter's folder: the same files for two equal trainings."""
-    with whole_directory(output) as folder:
-        if gathered is None:
-            trainer.save_model(str(folder))
-        else:
-            trainer.save_gathered(gathered, folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
-        if (folder / "adapter_config.json").exists():
-            sort_sets(folder)
-        trainer.processing_class.save_pretrained(str(folder))
-        clean_folder(folder)
-        write_json(folder / "contract.json", contract)
-        write_json(folder / "training.json", record)
-        write_table(folder / "loss.csv", LOSS, trainer.watch.loss_rows)
-
-
-def _write_tables(trainer: AdapterTrainer, tables: Path, used: dict[str, Any]) -> None:
-    """What differs from run to run: speed, memory, what the machine made possible."""
-    with whole_directory(tables) as folder:
-        write_table(folder / "speed.csv", SPEED, trainer.watch.speed_rows)
-        memory = [vars(rung) for rung in trainer.rungs[1:]]
-        write_json(folder / "run.json", used | {"memory": memory, "earlier_seconds": trainer.watch.earlier_seconds})
+def _write(
+    trainer: AdapterTrainer, output: Path, contract: Any, record: Any, tables: Path | None, used: dict[str, Any]
+) -> None:
+    """The adapter's folder, the same files for two equal trainings, and `tables` with what differs from run to run."""
+    gathered = gather_trained(trainer.model)  # of a sharded model every process gives its part
+    trainer.accelerator.wait_for_everyone()  # nobody reads a checkpoint any more: the first process removes them
+    if trainer.is_world_process_zero():
+        with whole_directory(output) as folder:
+            if gathered is None:
+                trainer.save_model(str(folder))
+            else:
+                trainer.save_gathered(gathered, folder)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
+            if (folder / "adapter_config.json").exists():
+                sort_sets(folder)
+            trainer.processing_class.save_pretrained(str(folder))
+            clean_folder(folder)
+            write_json(folder / "contract.json", contract)
+            write_json(folder / "training.json", record)
+            write_table(folder / "loss.csv", LOSS, trainer.watch.loss_rows)
+        if tables is not None:
+            used |= {"memory": [vars(rung) for rung in trainer.rungs[1:]]}
+            with whole_directory(tables) as folder:
+                write_table(folder / "speed.csv", SPEED, trainer.watch.speed_rows)
+                write_json(folder / "run.json", used | {"earlier_seconds": trainer.watch.earlier_seconds})
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
 
 
 def quantisation_of(params: TrainParams) -> dict[str, Any]:
@@ -256,7 +253,8 @@ def _batches(params: TrainParams, base: dict[str, Any], lengths: list[int]) -> t
     """Sequences of a micro-batch and micro-batches of a step; the same in every process."""
     card = counts = None
     if torch.cuda.is_available():
-        card = this_gpu()
+        free, total = torch.cuda.mem_get_info()
+        card = Gpu(torch.cuda.get_device_name(), total, free)
         if compute_dtype() is torch.float16:
             _say(f"the {card.name} has no bfloat16; computing in float16, with a scaled loss")
         config = AutoConfig.from_pretrained(

@@ -7,8 +7,6 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from pipeline.params import TrainParams
 from pipeline.training.footprint import GIB, Counts, has_c_compiler, lacking_for_liger, step_memory, uses_liger
 
@@ -27,11 +25,6 @@ class Gpu:
     name: str
     total: int
     free: int
-
-
-def this_gpu() -> Gpu:
-    free, total = torch.cuda.mem_get_info()
-    return Gpu(torch.cuda.get_device_name(), total, free)
 
 
 def require_kernels(params: TrainParams, cuda: bool) -> None:

@@ -23,10 +23,6 @@ from pipeline.training.watching import Interrupted, TrainError
 INTERRUPTED, FAILED = 75, 1  # exit statuses of a process (75: try again, as sysexits.h has it)
 
 
-def must_launch(params: TrainParams) -> bool:
-    return params.num_processes > 1 and "LOCAL_RANK" not in os.environ
-
-
 def launch(params: TrainParams, **folders: Path | None) -> dict[str, Any]:
     """Run `train` with its `folders` in `params.num_processes` processes; returns the fields of its result."""
     cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
