@@ -25,10 +25,13 @@ from pipeline.scoring.metrics import text_metrics
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, bootstrap_metrics, group_of, metric_items, slices_of
 
 METRICS_FILE = Path(text_metrics.__file__)
+# Metrics whose items are columns of the table: `label` and `predicted`, `loss` and `loss_tokens`.
+OF_COLUMNS = {
+    "macro_f1": f"macro-f1|classes:references|{text_metrics.FOLDED}",
+    "perplexity": "perplexity|tokens:trained-of-the-last-answer|mean:token",
+}
 # Metrics of an answer's text and its reference alone.
-TEXT_METRICS = [
-    name for name in METRICS if name not in ("accuracy", "macro_f1", "perplexity") and not name.startswith("rouge")
-]
+TEXT_METRICS = [name for name in METRICS if name not in ("accuracy", *OF_COLUMNS) and not name.startswith("rouge")]
 NOT_SCORED = {"prompts", "general"}  # parameters that no score of a test item depends on
 # {metric: {score, low, high}, num_samples, num_cut_off, num_empty, by_task, by_language, by_length: {name:
 # the same}}
@@ -62,8 +65,6 @@ def score_items(
         "accuracy": compute("accuracy", **pair, scoring=scoring),
         **{metric: compute(metric, **pair) for metric in TEXT_METRICS},
         "rouge": compute("rouge", **pair),
-        "perplexity": compute("perplexity", losses=losses[0], tokens=losses[1]),
-        "macro_f1": compute("macro_f1", predictions=[], references=[]),  # its items are `label` and `predicted`
     }
     labels = class_labels(test)
     predicted = [
@@ -89,7 +90,7 @@ def score_items(
     items = test.select(["id", "task", "language", "group", "scoring", "messages", "prompt", "reference"])
     for name, column in columns.items():
         items = items.append_column(name, column)
-    signatures = {name: result["signature"] for name, result in results.items() if name != "rouge"}
+    signatures = OF_COLUMNS | {name: result["signature"] for name, result in results.items()}
     signatures |= dict.fromkeys(results["rouge"]["items"], results["rouge"]["signature"])
     return items, {metric: signatures[metric] for metric in METRICS}
 

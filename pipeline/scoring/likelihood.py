@@ -35,17 +35,13 @@ def reference_losses(
     scoring = test.column("scoring").to_pylist()
     sequences = []
     for (messages, tools, reference, prompt), kind in zip(rows, scoring, strict=True):
-        item = template.encode([*json.loads(messages), expected_answer(reference, kind)], tools)
+        expected: Message = {"role": "assistant", "content": reference}
+        if kind == TOOL_CALLS:
+            expected |= {"content": "", "tool_calls": as_calls(json.loads(reference))}
+        item = template.encode([*json.loads(messages), expected], tools)
         labels = [-100] * min(len(prompt), len(item.labels)) + item.labels[len(prompt) :]
         sequences.append((item.input_ids, labels))
     return sequence_losses(model, sequences, template.tokenizer.pad_token_id, stage, system)
-
-
-def expected_answer(reference: str, scoring: str) -> Message:
-    """A test item's reference as the turn that it was read from."""
-    if scoring == TOOL_CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": as_calls(json.loads(reference))}
-    return {"role": "assistant", "content": reference}
 
 
 def sequence_losses(

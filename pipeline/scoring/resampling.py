@@ -117,11 +117,7 @@ def bootstrap_metrics(values: dict[str, Items], groups: Groups, resamples: int, 
 def paired_difference(
     candidate: Items, champion: Items, resamples: int, seed: int, groups: Groups | None = None
 ) -> Score:
-    """Candidate minus champion on the same items: the difference and its 95 % interval over paired draws of groups.
-
-    Raises:
-        ValueError: the two do not score the same items.
-    """
+    """Candidate minus champion on the same items: the difference and its 95 % interval over paired draws of groups."""
     require_same_items(candidate, champion)
     groups = _counting_groups(candidate, groups)
     candidate, champion = _counting(candidate), _counting(champion)

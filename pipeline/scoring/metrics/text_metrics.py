@@ -1,11 +1,9 @@
-"""Every metric, as one `evaluate` module whose configuration is the metric's name.
+"""Every metric of an answer's text, as one `evaluate` module whose configuration is the metric's name.
 
 Each returns `score` of the set (None without an item that counts), `items` (of each item its score, or the counts that
 the set's score is made from, for resampling) and `signature`.
 """
 
-import math
-from collections import Counter
 from importlib.metadata import version
 
 import datasets
@@ -19,7 +17,7 @@ from pipeline.scoring.metrics import tokeniser_for, words
 
 _ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 _SENTENCE_END = regex.compile(r"(?<=[。！？｡]['\"”’」』）]*)(?!['\"”’」』）\n]|$)")
-_FOLDED = "norm:nfkc+casefold+space+fullstop"
+FOLDED = "norm:nfkc+casefold+space+fullstop"
 _WORDS = "tok:word+char-of-spaceless-scripts"
 
 
@@ -38,13 +36,13 @@ def _accuracy(predictions, references, scoring):
         for p, r, kind in zip(predictions, references, scoring, strict=True)
     ]
     score = _mean([item for item in items if item is not None])
-    return {"score": score, "items": items, "signature": f"accuracy|items:exact+tool_calls|{_FOLDED}"}
+    return {"score": score, "items": items, "signature": f"accuracy|items:exact+tool_calls|{FOLDED}"}
 
 
 def _exact_match(predictions, references):
     """The share of answers that are equal after folding case, width, surrounding space and one final full stop."""
     items = [float(fold(p) == fold(r)) for p, r in zip(predictions, references, strict=True)]
-    return {"score": _mean(items), "items": items, "signature": f"exact-match|{_FOLDED}"}
+    return {"score": _mean(items), "items": items, "signature": f"exact-match|{FOLDED}"}
 
 
 def _bleu(predictions, references):
@@ -106,31 +104,6 @@ def _rouge(predictions, references):
     return {"score": {kind: _mean(values) for kind, values in items.items()}, "items": items, "signature": signature}
 
 
-def _macro_f1(predictions, references):
-    """F1 0-1, averaged over the classes of the references: each counts the same, however rare.
-
-    An answer that is no class of the references is a miss of the right class and nobody's false alarm. Items: [label,
-    predicted], folded; `classes` has the F1 of each.
-    """
-    items = [[fold(r), fold(p)] for p, r in zip(predictions, references, strict=True)]
-    hit = Counter(label for label, predicted in items if label == predicted)
-    is_one, said = Counter(label for label, _ in items), Counter(predicted for _, predicted in items)
-    classes = {label: 2 * hit[label] / (is_one[label] + said[label]) for label in sorted(is_one)}
-    signature = f"macro-f1|classes:references|{_FOLDED}"
-    return {"score": _mean(classes.values()), "classes": classes, "items": items, "signature": signature}
-
-
-def _perplexity(losses, tokens):
-    """e to the mean loss of the references' tokens, their end token included: from 1 up, lower is better.
-
-    `losses`: summed negative log-likelihood of an item's tokens in nats; `tokens`: how many. Items: both.
-    """
-    number = sum(tokens)
-    score = math.exp(math.fsum(losses) / number) if number else None
-    items = [list(pair) for pair in zip(losses, tokens, strict=True)]
-    return {"score": score, "items": items, "signature": "perplexity|tokens:trained-of-the-last-answer|mean:token"}
-
-
 _PAIR = {"predictions": "string", "references": "string"}
 _METRICS = {
     "accuracy": (_accuracy, _PAIR | {"scoring": "string"}),
@@ -138,8 +111,6 @@ _METRICS = {
     "bleu": (_bleu, _PAIR),
     "chrf": (_chrf, _PAIR),
     "rouge": (_rouge, _PAIR),
-    "macro_f1": (_macro_f1, _PAIR),
-    "perplexity": (_perplexity, {"losses": "float64", "tokens": "int64"}),
 }
 
 
