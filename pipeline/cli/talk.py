@@ -95,21 +95,21 @@ def predict(
     from pipeline.weights.loading import use_free_cores
 
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
-    rows, size, kept_in = read_prompts(file), params.evaluate.batch_size, WORK_DIR / "predictions"
+    rows, size = read_prompts(file), params.evaluate.batch_size
     use_free_cores()
     name = _name_or_default(model, params, "predict")
     if params.train.task == CLASSIFICATION:
         if name == BASE:
             raise CommandError("a base model has no classes; name a version, or workspace")
         folder, name = find_folder(params, name, "merged")
-        classes = classify(folder, [messages for _, messages, _ in rows], size, kept_in)
+        classes = classify(folder, [messages for _, messages, _ in rows], size)
         results = [{"label": each.label, "confidence": each.confidence} for each in classes]
         _write_answers(target, rows, results, name, json_output)
         return
     loaded, template, identity = load_for_batches(params, name)
     prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
     limit = max_new_tokens or params.evaluate.max_new_tokens
-    keep = kept_file(kept_in, identity, prompts, limit, template.stop_ids)
+    keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
     offered = [tools for *_, tools in rows]
     limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
     settings = (limit, size, "predict", identity["model"], keep, offered, limited_by)

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from pipeline.chat import Message
 from pipeline.chat.template import local_source
-from pipeline.core.files import read_json, sha256_file
+from pipeline.core.files import read_json
 from pipeline.core.memory import in_fitting_batch
 from pipeline.core.progress import Progress
 from pipeline.data.classes import TextEncoder, load_classes
 from pipeline.params import BatchSize, EvaluateParams
 from pipeline.scoring.items import provenance
-from pipeline.scoring.kept import KeptAnswers, kept_file
 from pipeline.scoring.resampling import METRICS
 from pipeline.weights.loading import input_device
 from pipeline.weights.merging import MergeError
@@ -44,41 +43,30 @@ class Prediction:
 
 @torch.inference_mode()
 def predict(
-    model: Any,
-    encoder: TextEncoder,
-    rows: Sequence[list[int]],
-    batch_size: BatchSize,
-    stage: str,
-    system: str,
-    keep: Path | None = None,
+    model: Any, encoder: TextEncoder, rows: Sequence[list[int]], batch_size: BatchSize, stage: str, system: str
 ) -> NDArray[np.float32]:
-    """Logits (N, K) for `rows` of token ids, in their order; those in the file `keep` are not computed again."""
+    """Logits (N, K) for `rows` of token ids, in their order."""
     model.eval()
     rows_at_once = ROWS if batch_size == "auto" else batch_size
     model.config.pad_token_id = pad = encoder.tokenizer.pad_token_id
     device = input_device(model)
     progress = Progress(stage, len(rows), f"classes of {system}")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    with KeptAnswers(keep) as kept:
-        logits = {number: np.array(answer, dtype=np.float32) for number, answer in kept.answers.items()}
-        progress.resume_at(len(logits))
-        while left := [rows[i] for i in order if i not in logits]:
+    logits: list[NDArray[np.float32]] = []  # in that order: the longest first
+    while left := [rows[i] for i in order[len(logits) :]]:
 
-            def attempt(size: int, left: list[list[int]] = left) -> NDArray[np.float32]:
-                width = len(left[0])
-                ids = torch.tensor([row + [pad] * (width - len(row)) for row in left[:size]], device=device)  # (B, T)
-                mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in left[:size]], device=device)
-                computed: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
-                return computed
+        def attempt(size: int, left: list[list[int]] = left) -> NDArray[np.float32]:
+            width = len(left[0])
+            ids = torch.tensor([row + [pad] * (width - len(row)) for row in left[:size]], device=device)  # (B, T)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in left[:size]], device=device)
+            computed: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
+            return computed
 
-            rows_at_once, batch = in_fitting_batch(
-                min(rows_at_once, len(left)), attempt, f"text of {len(left[0])} tokens"
-            )
-            for number, row in zip([i for i in order if i not in logits], batch, strict=False):
-                logits[number] = row
-                kept.add(number, row.tolist())
-            progress.update(len(logits))
-    return np.stack([logits[i] for i in range(len(rows))])
+        of = f"text of {len(left[0])} tokens"
+        rows_at_once, batch = in_fitting_batch(min(rows_at_once, len(left)), attempt, of)
+        logits += list(batch)
+        progress.update(len(logits))
+    return np.stack([logits[place] for place in np.argsort(order)])
 
 
 def predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Prediction]:
@@ -88,16 +76,11 @@ def predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Pred
     return [Prediction(labels[k], float(row[k]), row.tolist()) for k, row in zip(best, probabilities, strict=True)]
 
 
-def classify(
-    folder: Path, conversations: Sequence[list[Message]], batch_size: BatchSize = "auto", keep_in: Path | None = None
-) -> list[Prediction]:
+def classify(folder: Path, conversations: Sequence[list[Message]], batch_size: BatchSize = "auto") -> list[Prediction]:
     """Class and confidence of each conversation (most have one message, the text), by the merged model in `folder`.
 
-    Args:
-        keep_in: folder of a file of what is done, so that the same call after a kill continues there.
-
     Raises:
-        TemplateError, ModelError: it is not whole, or no classification model.
+        TemplateError, ModelError, MergeError: it is not whole, or no classification model.
     """
     contract = read_json(folder / "contract.json")
     if "labels" not in contract:
@@ -105,12 +88,7 @@ def classify(
     encoder = load_classes(contract, local_source(folder))
     rows = [encoder.prompt(messages)[1] for messages in conversations]
     model = load_for_scoring(local_source(folder), None, contract["labels"])
-    identity = {"weights": [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))], "contract": contract}
-    keep = kept_file(keep_in, identity, rows, 0, frozenset()) if keep_in is not None else None
-    logits = predict(model, encoder, rows, batch_size, "classify", "the model", keep)
-    if keep is not None:
-        keep.unlink(missing_ok=True)
-    return predictions(logits, contract["labels"])
+    return predictions(predict(model, encoder, rows, batch_size, "classify", "the model"), contract["labels"])
 
 
 def score_classes(test: pa.Table, predicted: list[Prediction]) -> pa.Table:
