@@ -1,6 +1,5 @@
 """Own rows stay out of the sample's remote in git, and a clone without them says so and keeps the base model."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -56,9 +55,9 @@ def project(own: Path, tmp_path: Path) -> Path:
     return shutil.copytree(own, tmp_path / "project", symlinks=True)
 
 
-def ingest(root: Path, *options: str) -> str:
+def ingest(root: Path) -> str:
     (root.parent / "own.jsonl").write_text('{"prompt": "What is one plus one?", "completion": "2"}\n')
-    done = retune(root, "ingest", "../own.jsonl", *options)
+    done = retune(root, "ingest", "../own.jsonl")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -87,7 +86,7 @@ def test_a_clone_without_the_rows_names_the_snapshot_and_ingests_them_again(proj
 
 def test_a_clone_fetches_own_rows_from_the_teams_remote(project: Path, tmp_path: Path) -> None:
     dvc(project, "remote", "add", "-d", "team", str(tmp_path / "team"))
-    assert json.loads(ingest(project, "--json"))["remote"] == "team"
+    assert graph.team_remote(project) == "team"
     found = checks(project)["dvc remote"]
     assert found.passed is False and "dvc push" in found.advice
     commit(project)

@@ -78,7 +78,7 @@ def test_a_link_out_of_the_root_is_refused_unless_it_is_named_itself(tmp_path: P
 
 @pytest.mark.parametrize(
     ("uri", "what"),
-    [("nowhere.jsonl", "does not exist"), ("*.jsonl", "matches no file"), ("ftp://x/y", "begins with ftp")],
+    [("nowhere.jsonl", "does not exist"), ("*.jsonl", "matches no file"), ("ftp://x/y", "expected a path")],
 )
 def test_a_source_that_is_not_there_is_refused(tmp_path: Path, uri: str, what: str) -> None:
     with pytest.raises((FormatError, SourceError), match=what):

@@ -44,10 +44,19 @@ class Source:
 class _Download:
     """Counts what is downloaded, prints how far it is, and refuses more than `ingest.max_download_gib`."""
 
-    def __init__(self, uri: str, size: int, limit_gib: float) -> None:
-        self.uri, self.limit_gib, self.done = uri, limit_gib, 0
-        self.progress = Progress("ingest", max(size >> 20, 1), "MiB", every=2.0)
-        self._require_room(size)
+    def __init__(self, uri: str, expected: int, limit_gib: float) -> None:
+        self.uri, self.expected, self.limit_gib, self.done = uri, expected, limit_gib, 0
+        self.progress = Progress("ingest", max(expected >> 20, 1), "MiB", every=2.0)
+        self.add(0)
+
+    def add(self, size: int) -> None:
+        self.done += size
+        if (most := max(self.done, self.expected)) > self.limit_gib * 2**30:
+            raise SourceError(
+                f"{self.uri} has {most / 2**30:,.1f} GiB or more; ingest.max_download_gib is {self.limit_gib:g}: "
+                "raise it if it is meant"
+            )
+        self.progress.update(self.done >> 20, self.uri)
 
     def write(self, target: Path, chunks: Iterable[bytes]) -> str:
         """Write `chunks` to `target`; returns their SHA-256."""
@@ -59,18 +68,6 @@ class _Download:
                 self.add(len(chunk))
         return digest.hexdigest()
 
-    def add(self, size: int) -> None:
-        self.done += size
-        self._require_room(self.done)
-        self.progress.update(self.done >> 20, self.uri)
-
-    def _require_room(self, size: int) -> None:
-        if size > self.limit_gib * 2**30:
-            raise SourceError(
-                f"{self.uri} has {size / 2**30:,.1f} GiB or more; ingest.max_download_gib is {self.limit_gib:g}: "
-                "raise it if it is meant"
-            )
-
 
 def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
     """The files that `uri` names; remote ones are downloaded into the empty `folder`.
@@ -80,8 +77,7 @@ def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
         SourceError: a remote source is not pinned, not there, too large, or changed while it was read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scheme = uri.split("://")[0].lower() if "://" in uri else ""
-    match scheme:
+    match uri.partition("://")[0].lower() if "://" in uri else "":
         case "":
             return _local(uri)
         case "hf":
@@ -90,9 +86,7 @@ def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
             return _s3(uri, params.s3_endpoint_url, folder, params.max_download_gib)
         case "http" | "https":
             return _http(uri, folder, params.max_download_gib)
-    raise SourceError(
-        f"{public(uri)} begins with {scheme}://; expected a path, hf://datasets/, s3://, https:// or http://"
-    )
+    raise SourceError(f"{public(uri)}: expected a path, hf://datasets/, s3://, https:// or http://")
 
 
 def public(uri: str) -> str:
