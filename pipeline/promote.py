@@ -65,24 +65,17 @@ def promote(
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version)
-    refuse_deleted(model.log(), version)
-    candidate = servable(model, version)
-    earlier: Record | None = None
 
     def decide(log: list[Record]) -> Record:
-        nonlocal earlier
         refuse_deleted(log, version)
-        serving = champion(log)
-        test_sha256 = _test_items(model, candidate, serving)
+        candidate, serving = servable(model, version), champion(log)
+        test_sha256 = settings_of(candidate, serving, root)["test_sha256"]
         why_settled = settled_reason(log, version, params, test_sha256)
-        if version != serving and (why_settled is None or force is not None):
-            return replace(_judge(model, candidate, log, params, force, why_settled), test_sha256=test_sha256)
-        earlier = next((record for record in reversed(log) if record.version == version), None)
-        if earlier is not None and (version == serving or earlier.decision == "promoted"):
-            earlier = None  # it serves, or was rolled back: that decision asks for nothing any more
-        return Record(0, "unchanged", version, serving, serving, why_settled or "")
+        if version == serving or (why_settled is not None and force is None):
+            return Record(0, "unchanged", version, serving, serving, why_settled or "")
+        return replace(_judge(model, candidate, log, params, force, why_settled), test_sha256=test_sha256)
 
-    return _decided(model, params, model.decide(decide), earlier)
+    return _decided(model, params, model.decide(decide))
 
 
 def _judge(
@@ -245,27 +238,27 @@ def settled(publishing: PublishParams, params: PromoteParams, version: str, root
     log, candidate = model.log(), read_manifest(model.store, version)
     if version not in {record.version for record in log} and candidate is None:
         return None
-    test_sha256 = _test_items(model, candidate, champion(log)) if candidate else ""
+    test_sha256 = settings_of(candidate, champion(log), root)["test_sha256"] if candidate else ""
     reason = settled_reason(log, version, params, test_sha256)
     if reason is not None and not model.projected(log):
         model.project(version)
     return reason
 
 
-def _test_items(model: RegisteredModel, candidate: Manifest, serving: str | None) -> str:
-    return str(settings_of(candidate, serving, model.root)["test_sha256"])
-
-
-def _decided(model: RegisteredModel, params: PromoteParams, record: Record, earlier: Record | None = None) -> Decision:
-    """The record in words, after aliases and webhooks followed it; `earlier` settled it, where it is not a new one."""
+def _decided(model: RegisteredModel, params: PromoteParams, record: Record) -> Decision:
+    """The record in words, after aliases and webhooks followed it."""
     number, warnings = model.project(record.version)
-    if record.decision != "unchanged":
+    asking: Record | None = record  # the decision that asks for something to be done now
+    if record.decision == "unchanged":
+        earlier = [each for each in model.log() if each.version == record.version]
+        serves_or_served = record.version == record.champion or not earlier or earlier[-1].decision == "promoted"
+        asking = None if serves_or_served else earlier[-1]
+    else:
         warnings += notify.tell(params.webhooks, model.name, record)
-        earlier = record
     todo = ""
-    if earlier is not None:
+    if asking is not None:
         name, candidate = f"v{number}" if number else record.version, model.manifest(record.version)
-        todo = wording.next_step(earlier.word, name, earlier.comparison, candidate, earlier.previous is None)
+        todo = wording.next_step(asking.word, name, asking.comparison, candidate, asking.previous is None)
     serving = model.label(record.champion) if record.champion else None
     return Decision(
         decision=record.decision,

@@ -43,7 +43,6 @@ exec {REAL} "$@\""""
 @dataclass(frozen=True)
 class Ended:
     status: int  # as subprocess has it: minus the number of the signal that killed it
-    seconds: float
     events: int  # see `preloaded_server.count_events`
     answer: Any  # of a function that was not killed
 
@@ -90,14 +89,12 @@ def call(
     function: Callable[..., Any],
     *arguments: Any,
     kill_at: int = 0,
-    kill_after: float | None = None,
     started: Callable[[Child], None] = lambda child: None,
 ) -> Ended:
     """`function(*arguments)`, of paths and what JSON can hold, in a fork; its answer as JSON gives it back.
 
     Args:
         kill_at: the event at which it is killed; 0: none.
-        kill_after: seconds after which it is killed.
         started: is given the child, for a test that kills it at a moment of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -110,19 +107,14 @@ def call(
             "report": str(report),
             "kill_at": kill_at,
         }
-        begun = time.monotonic()
         with open(os.devnull) as nothing, (Path(folder) / "log").open("w+") as log:
             child = Child(request, [nothing.fileno(), log.fileno(), log.fileno()])
             started(child)
-            if kill_after is not None:
-                time.sleep(kill_after)
-                child.kill()
             status = child.wait()
-            seconds = time.monotonic() - begun
             log.seek(0)
             assert status in (0, -signal.SIGKILL), log.read()
         told = json.loads(report.read_text()) if status == 0 else {"events": 0, "answer": None}
-        return Ended(status, seconds, **told)
+        return Ended(status, **told)
 
 
 def _connect() -> socket.socket:

@@ -13,8 +13,6 @@ from urllib.parse import quote
 import psutil
 import pytest
 from conftest import ROOT, environment, make_project
-from hypothesis import given
-from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from pipeline.core.redaction import HIDDEN, has_credentials, redact, redacted_errors
@@ -103,11 +101,6 @@ def test_a_secret_of_known_shape_is_hidden(text: str, shown: str) -> None:
 def test_ordinary_text_stays_as_it_is(text: str) -> None:
     assert redact(text) == text
     assert not has_credentials(text)
-
-
-@given(st.text())
-def test_redacting_twice_is_redacting_once(text: str) -> None:
-    assert redact(redact(text)) == redact(text)
 
 
 def test_settings_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,6 @@ METHODS = {
     "full": Method(None, in_4bit=False, continues=False),
 }
 PEFT_TYPES = sorted({method.peft_type for method in METHODS.values() if method.peft_type})
-RANKED = [name for name, method in METHODS.items() if (method.peft_type or "").endswith("LORA")]
 # These put trained vectors before the text and change no weight.
 VIRTUAL_TOKENS = [name for name, method in METHODS.items() if (method.peft_type or "").endswith("_TUNING")]
 CLASSIFICATION = "sequence-classification"

@@ -60,7 +60,13 @@ def compare(
         before, after = (pq.read_table(folder / f"general.{system}.parquet") for system in ("base", "adapter"))
         claims += forgetting_claims(before, after, params)
     rows = compare_claims(claims, params.seed)
-    return rows, notes + [_guards_nothing(metric, row) for metric, row in rows.items() if row["passed"] is None]
+    for metric, row in rows.items():
+        if row["passed"] is None:
+            both = (
+                f"both score 0 on all {row['items']:,} test items that count" if row["items"] else "no test item counts"
+            )
+            notes.append(f"{metric} guards nothing here: {both} for it")
+    return rows, notes
 
 
 def settings_of(candidate: Manifest, serving: str | None, root: Path) -> dict[str, Any]:
@@ -143,12 +149,6 @@ def _score(model: RegisteredModel, manifest: Manifest, settings: dict[str, Any],
         ran = subprocess.run(command, cwd=model.root, env=environment(), stdout=sys.stderr)
     if ran.returncode != 0:
         raise CompareError(f"version {manifest['version']} could not be scored on today's test split")
-
-
-def _guards_nothing(metric: str, row: dict[str, Any]) -> str:
-    if row["items"]:
-        return f"{metric} guards nothing here: both score 0 on all {row['items']:,} test items that count for it"
-    return f"{metric} guards nothing here: no test item counts for it"
 
 
 def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:

@@ -100,6 +100,9 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
     parity = read_json(artifacts / "parity" / "parity.json")
     stages = graph.lock(root)["stages"]
     seconds = stage_seconds(root)
+    known = [each for each in seconds.values() if each is not None]
+    price = params.price_per_hour
+    cost = round(sum(known) / 3600 * price, 6) if price is not None and len(known) == len(seconds) else None
     lineage = {
         "schema_version": SCHEMA_VERSION,
         "version": version,
@@ -125,7 +128,7 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
         "parity": {key: value for key, value in parity.items() if key != "evaluation"},
         "hardware": {"train": training["device"], "publish": f"{platform.machine()} {platform.system()}"},
         "time": seconds,
-        "cost": _cost(params.price_per_hour, list(seconds.values())),
+        "cost": {"price_per_hour": price, "total": cost},
     }
     return portable(lineage) | {"files": files}
 
@@ -147,12 +150,6 @@ def _resolved(stages: dict[str, Any]) -> dict[str, Any]:
         for values in stage.get("params", {}).values():
             sections |= {key: value for key, value in values.items() if "." not in key}
     return sections
-
-
-def _cost(price: float | None, seconds: list[float | None]) -> dict[str, float | None]:
-    known = [s for s in seconds if s is not None]
-    total = round(sum(known) / 3600 * price, 6) if price is not None and len(known) == len(seconds) else None
-    return {"price_per_hour": price, "total": total}
 
 
 @cache
