@@ -103,7 +103,7 @@ def test_a_first_run_trains_publishes_and_promotes_over_the_base_and_is_seen_on_
     assert "Promoted" in [flow_run["state_name"] for flow_run in api(url, "flow_runs/filter")]
     assert "Ran" in {task["state_name"] for task in api(url, "task_runs/filter") if task["name"].startswith("train")}
     keys = {artifact["key"] for artifact in api(url, "artifacts/filter")}
-    assert {"metrics", "evaluation-report", "training-progress", "verdict", "version", "data-report"} <= keys
+    assert {"run", "metrics", "evaluation-report", "training-progress", "verdict", "version", "data-report"} <= keys
 
 
 def test_a_second_run_is_a_quick_no_op_that_rewrites_nothing_but_a_missing_report(root: Path, url: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, TaskType
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
 from pipeline.params import TrainParams
@@ -74,14 +74,12 @@ class AllocateRanks(TrainerCallback):
         self.adalora = adalora  # peft.AdaLoraModel
         self.config = adalora.peft_config[adalora.trainable_adapter_name]
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         total = state.max_steps
         self.config.total_step, self.config.tinit, self.config.tfinal = total, total // 10, total * 3 // 10
         self.config.deltaT = max(1, total // 100)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Add the gradient of what keeps A and B orthogonal: TRL's loss is not the one that PEFT adds it to."""
         unlike = []
         for name, p in self.adalora.model.named_parameters():
@@ -91,7 +89,5 @@ class AllocateRanks(TrainerCallback):
         regulariser: torch.Tensor = self.config.orth_reg_weight * torch.stack(unlike).mean()
         torch.autograd.backward(regulariser)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.adalora.update_and_allocate(state.global_step)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from pipeline.core.files import sha256_json
 from pipeline.core.progress import Progress
@@ -146,9 +146,7 @@ class Watch(TrainerCallback):
 
     # --- the trainer's events ---
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         if not self.changes(model):
             self.remember_start(model)  # sharded by now: a process watches the part that it holds
         every = 5.0 if state.is_world_process_zero else math.inf
@@ -156,7 +154,7 @@ class Watch(TrainerCallback):
         self.progress.resume_at(state.global_step)
         self.warmup_steps = args.get_warmup_steps(state.max_steps)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         # Each step draws from a seed of its own: a resumed run needs no generator's state to go on to the bit.
         number = int(sha256_json([self.params.seed, state.global_step, args.process_index])[:8], 16)
         random.seed(number)
@@ -165,13 +163,11 @@ class Watch(TrainerCallback):
         self.begin_step()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **_: Any
+        self, args: Any, state: TrainerState, control: Any, lr_scheduler: Any = None, **_: Any
     ) -> None:
         self.learning_rate = lr_scheduler.get_last_lr()[0]
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         step, last = state.global_step, state.global_step == state.max_steps
         control.should_evaluate = self.eval_steps is not None and (step % self.eval_steps == 0 or last)
         if step % self.params.logging_steps == 0 or last or control.should_evaluate:
@@ -185,9 +181,7 @@ class Watch(TrainerCallback):
         shown += [f"gradient {self.grad_norm:.2f}", f"{speed:,.0f} tokens/s", f"{memory_gib():.1f} GiB"]
         self.progress.update(step, " · ".join(shown))
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **_: Any) -> None:
         loss = metrics["eval_loss"]
         self.row(state.global_step)["validation_loss"] = loss
         if not math.isfinite(loss):
