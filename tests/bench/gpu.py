@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.measuring import TRL_LORA, header, row, timed, trl_sft
+from tests.tiny_model import CHATML, byte_level
 
 GIB = 2**30
 ROWS = 853
@@ -138,7 +139,7 @@ def make(size: Size, folder: Path) -> Result:
     """Base model, tokenizer and dataset in `folder`; the GPU's name and the rate of its matrix product."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     from pipeline.chat.template import load_template
 
@@ -147,7 +148,7 @@ def make(size: Size, folder: Path) -> Result:
         sys.exit("PyTorch finds no CUDA GPU; --device cpu --tiny tries the benchmark without one")
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     base = folder / "base"
-    config = LlamaConfig(**size.model, architectures=["LlamaForCausalLM"], eos_token_id=1, pad_token_id=0)
+    config = LlamaConfig(**size.model, architectures=["LlamaForCausalLM"], eos_token_id=2, pad_token_id=0)
     config.save_pretrained(base)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
@@ -163,7 +164,11 @@ def make(size: Size, folder: Path) -> Result:
             tensors[name] = (weight.fill_(1) if len(weight.shape) == 1 else weight.normal_(std=0.02)).cpu()
         save_file(tensors, base / file, metadata={"format": "pt"})
     _write(base / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
-    _make_tokenizer(base)
+    # Rows are numbers, but a contract names its tokenizer.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(), eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    tokenizer.save_pretrained(base)
     dataset = folder / "dataset"
     dataset.mkdir()
     template, identity = load_template(_params(size, folder, {}).prepare)
@@ -177,25 +182,6 @@ def make(size: Size, folder: Path) -> Result:
         times.append(timed(lambda: (a @ b)[0, 0].item())[0])  # reading a number waits for the product
     name = torch.cuda.get_device_name() if cuda else "CPU"
     return {"name": name, "torch": torch.__version__, "flops": 2 * size.product**3 / statistics.median(times)}
-
-
-def _make_tokenizer(folder: Path) -> None:
-    """Bytes and ChatML's control tokens: rows are numbers, but a contract names its tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
-    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    tokens.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token=special[1], pad_token=special[0])
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
 
 
 def _make_rows(dataset: Path, size: Size) -> None:
