@@ -133,9 +133,9 @@ def prepared(params: Params, data: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("family", "method", "rate"),
     [
-        ("roberta", "lora", 0.002),
         ("bert", "qlora", 0.002),
         ("llama", "lora", 0.002),
+        pytest.param("roberta", "lora", 0.002, marks=pytest.mark.faults),
         pytest.param("roberta", "full", 0.0005, marks=pytest.mark.faults),
         pytest.param("bert", "ia3", 0.05, marks=pytest.mark.faults),
         pytest.param("llama", "dora", 0.002, marks=pytest.mark.faults),

@@ -24,7 +24,7 @@ def test_a_thinking_model_is_scored_by_its_contents_and_merged_with_its_template
     """A base with Qwen 3's template, from prepare to merge; half of the rows reason."""
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
-    base = make_base(tmp_path / "base", steps=200, tokenizer=tokenizer)
+    base = make_base(tmp_path / "base", steps=100, tokenizer=tokenizer)
     (base / "chat_template.jinja").write_text(QWEN3.read_text(encoding="utf-8"), encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for number, row in enumerate(sample_rows(200)):
@@ -32,7 +32,7 @@ def test_a_thinking_model_is_scored_by_its_contents_and_merged_with_its_template
         rows.append({"messages": talk(row["instruction"], row["output"], thought=thought), "scoring": "exact"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"prepare": {"model_name_or_path": str(base)}, "evaluate": {"max_new_tokens": 24, "max_samples": 24}}
-    params = with_(params, **settings, train={"num_train_epochs": 8.0})
+    params = with_(params, **settings, train={"num_train_epochs": 5.0})
     dataset, adapter, evaluation = (tmp_path / name for name in ("dataset", "adapter", "evaluation"))
     prepare(params.prepare, tmp_path / "rows.jsonl", dataset)
     train(params.train, dataset, adapter, tmp_path / "checkpoints")

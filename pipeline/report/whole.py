@@ -6,7 +6,6 @@ everything is taken from the version's manifest, its files and the promotion log
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -58,68 +57,53 @@ def _contents(model: RegisteredModel, manifest: Manifest, record: Record | None)
         System(name, scores[name], pq.read_table(folder / f"items.{name}.parquet"))
         for name, folder in (("base", evaluation), ("adapter", evaluation), ("merged", parity))
     )
-    parts = file_parts(adapter, evaluation, settings)
-    parts["facts"] = {
-        "Version": facts(manifest, "version", "name", "created", "git") | (_decision_facts(record) if record else {}),
-        "Data": facts(manifest["data"], "rows", "test_sha256", "dvc_md5"),
-        "Time and cost": {
-            stage: "not measured here" if manifest["time"][stage] is None else clock(manifest["time"][stage])
-            for stage in STAGES
-        }
-        | facts(manifest, "cost"),
-    } | parts["facts"]
     old, systems, notes = base, [base, candidate, merged], list(record.notes) if record else []
-    word, serving, comparison = "open", None, {}
-    if record is not None:
-        word, serving, comparison = record.word, record.champion, record.comparison
-        if record.previous is not None:
-            champion, asked, more = _champion(model, record.previous, settings)
-            notes += more
-            if champion is not None and asked is not None:
-                old, systems = champion, [base, champion, candidate, merged]
-                parts["prompts"] = read_prompts(
-                    {"base": (evaluation, "base"), "champion": (asked, "adapter"), "adapter": (evaluation, "adapter")}
-                )
     label = model.label(manifest["version"])
-    command = label.split(" ")[0]  # v4, or the id
+    about = {"model": manifest["name"], "version": label, "published": manifest["created"][:10]}
+    of_version = facts(manifest, "version", "name", "created", "git")
+    parts = file_parts(adapter, evaluation, settings)
+    if record is not None:
+        about["decided"] = record.time[:10]
+        of_version |= {
+            "compared with": record.previous or BASE,
+            "decided": record.time,
+            "by": record.actor,
+            "overruled": ", ".join(record.overruled) or "nothing",
+            "gate": json.dumps(record.gate).replace('"', "").strip("{}"),
+        }
+    if record is not None and record.previous is not None:
+        champion = read_manifest(model.store, record.previous)
+        try:
+            if champion is None:
+                raise CompareError("it is no longer in the store")
+            asked = model.fetch(champion, "evaluation")
+            # On the same items by the same settings, as published or as the gate scored it again.
+            items = merged_items(model, champion, settings, may_score=False)
+            old = scored_system("champion", champion, settings, items)
+            systems.insert(1, old)
+            parts["prompts"] = read_prompts(
+                {"base": (evaluation, "base"), "champion": (asked, "adapter"), "adapter": (evaluation, "adapter")}
+            )
+        except CompareError as error:
+            notes.append(f"Champion {model.label(record.previous)} is left out: {error}.")
+    taken = {stage: manifest["time"][stage] for stage in STAGES}
+    times = {stage: "not measured here" if time is None else clock(time) for stage, time in taken.items()}
+    parts["facts"] = {
+        "Version": of_version,
+        "Data": facts(manifest["data"], "rows", "test_sha256", "dvc_md5"),
+        "Time and cost": times | facts(manifest, "cost"),
+    } | parts["facts"]
+    word, comparison = (record.word, record.comparison) if record else ("open", {})
     return Contents.of(
         systems,
         old,
         settings["params"],
-        about={"model": manifest["name"], "version": label, "published": manifest["created"][:10]}
-        | ({"decided": record.time[:10]} if record else {}),
-        title=title(word, label, model.label(serving) if serving else None),
+        about=about,
+        title=title(word, label, model.label(record.champion) if record and record.champion else None),
         verdict=record.reason if record else "",
-        next=next_step(word, command, comparison, manifest, not (record and record.previous)),
+        next=next_step(word, label.split(" ")[0], comparison, manifest, not (record and record.previous)),
         decision=word,
         changes=gate_changes(comparison),
         notes=notes,
         **parts,
     )
-
-
-def _champion(
-    model: RegisteredModel, version: str, settings: dict[str, Any]
-) -> tuple[System | None, Path | None, list[str]]:
-    """The champion on the same items by the same settings, as published or as the gate scored it again, and its own
-    evaluation; what is not to be had is said.
-    """
-    manifest = read_manifest(model.store, version)
-    try:
-        if manifest is None:
-            raise CompareError("it is no longer in the store")
-        folder = model.fetch(manifest, "evaluation")
-        items = merged_items(model, manifest, settings, may_score=False)
-        return scored_system("champion", manifest, settings, items), folder, []
-    except CompareError as error:
-        return None, None, [f"Champion {model.label(version)} is left out: {error}."]
-
-
-def _decision_facts(record: Record) -> dict[str, str]:
-    return {
-        "compared with": record.previous or BASE,
-        "decided": record.time,
-        "by": record.actor,
-        "overruled": ", ".join(record.overruled) or "nothing",
-        "gate": json.dumps(record.gate).replace('"', "").strip("{}"),
-    }
