@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import charset_normalizer
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,6 +35,7 @@ KNOWN = ".json, .jsonl, .csv or .tsv (also with .gz or .zst), .parquet or .arrow
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t|"
 BATCH_ROWS = 2048  # of a Parquet or Arrow file that are Python objects at once
+LEGACY = ["cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251", "latin_1"]  # spreadsheets still write these
 MAX_RECORD_BYTES = 32 << 20  # a longer record is no conversation
 MAX_JSON_BYTES = 1 << 30  # of a .json file, which is read whole; .jsonl has no limit
 STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys)
@@ -134,8 +136,10 @@ def _decoded(path: Path, data: bytes, line: int) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
+        likely = charset_normalizer.from_bytes(data[:65536], cp_isolation=LEGACY).best()
         raise FormatError(
-            f"{path}, line {line}: not UTF-8; convert the file, as with `iconv -f ITS_ENCODING -t UTF-8`"
+            f"{path}, line {line}: not UTF-8; convert the file, perhaps with "
+            f"`iconv -f {likely.encoding if likely else 'ITS_ENCODING'} -t UTF-8`"
         ) from None
 
 
