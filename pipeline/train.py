@@ -267,8 +267,10 @@ def _batches(params: TrainParams, base: dict[str, Any], lengths: list[int]) -> t
     rows, accumulation = batches(params, counts, card, lengths)
     if card is not None and params.strategy == "ddp":
         PartialState()
-        fewest = min(gather_object([rows]))
-        rows, accumulation = fewest, accumulation * rows // fewest
+        fitting = sorted({*gather_object([rows])})
+        if len(fitting) > 1:
+            _say(f"the GPUs have room for {' and '.join(map(str, fitting))} sequences at a time; all take {fitting[0]}")
+        rows, accumulation = fitting[0], accumulation * rows // fitting[0]
     return rows, accumulation
 
 
