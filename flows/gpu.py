@@ -40,12 +40,7 @@ class TrainingFailed(RuntimeError):
 
 
 def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> None:
-    """Have a worker of the gpu pool run the stage `train`, and take over what it made; `on_line` gets its progress.
-
-    Raises:
-        TrainingFailed: no worker came, the training failed, or workers died at each of `operations.train_attempts`.
-        GitError, GraphError, HandoverError: inputs or outputs could not be handed over.
-    """
+    """Have a worker of the gpu pool run the stage `train`, and take over what it made; `on_line` gets its progress."""
     if os.environ.get("RETUNE_DASHBOARD") == "":
         raise TrainingFailed(
             "operations.train_pool is gpu, but no server with a gpu worker is up; `retune up` starts it"

@@ -29,11 +29,7 @@ SHAPING = {"pipeline.core.memory", "pipeline.core.pages.templates", "pipeline.co
 
 
 def code_behind(module: str) -> list[Path]:
-    """The files of `module` and of the project's modules that it imports, inside functions too, and what these read.
-
-    A module that names `__file__` reads templates, pages or prompts: files next to it, and in folders that are no
-    packages.
-    """
+    """The files of `module`, of the modules that it imports (in functions too), and data beside those with `__file__`."""
     known: set[str] = set()
     todo = [module]
     while todo:

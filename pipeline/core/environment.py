@@ -43,11 +43,7 @@ def set_environment() -> None:
 
 
 def _quiet() -> None:
-    """What libraries say to their own developers, and nobody here can act on: it looks like an error and is none.
-
-    Renamed arguments that TRL still passes, the folder of a base model, a kernel package that only speeds up, retries
-    before an error that is said in a sentence.
-    """
+    """What libraries say to their own developers, and nobody here can act on: it looks like an error and is none."""
     for library in ("transformers", "trl", "peft", "torch", "accelerate"):
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=library)

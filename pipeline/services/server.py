@@ -99,11 +99,7 @@ def answers(url: str) -> bool:
 
 
 def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
-    """What the Prefect server at `url` answers to `body`; None if it cannot be reached or does not take it.
-
-    Args:
-        password: `user:password`; without one, that of the local server.
-    """
+    """What the Prefect server at `url` answers to `body`; None if it cannot be reached or does not take it."""
     user, _, secret = (password or own_password() or "").partition(":")
     try:
         return json.loads(send(f"{url}/api/{path}", body, auth=(user, secret) if user else None) or b"{}")

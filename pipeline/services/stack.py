@@ -241,10 +241,7 @@ def _ask(root: Path, method: str, *arguments: Any) -> Any:
 
 
 def _prepare_server(root: Path, params: Params, url: str) -> None:
-    """Runs of an earlier stack are closed; then work pools, automations and deployments are made.
-
-    All pools, with or without a worker here: deployments name them.
-    """
+    """Runs of an earlier stack are closed; then all work pools, automations and deployments are made."""
     close_stack_runs(url)
     with suppress(RunUnderWay), only_run(root):  # whoever holds the lock does it
         close_lost_runs(url)

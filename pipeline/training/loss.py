@@ -66,10 +66,7 @@ def has_plain_frozen_head(model: Any) -> bool:
 
 
 def add_chunked_loss(model: Any) -> None:
-    """Give a causal language model `model(…, labels=…, chunked_loss=True)`, whose output is `loss`: a sum, in nats.
-
-    In the model's own forward, where the wrappers of several processes expect the computation.
-    """
+    """Give a causal language model `model(…, labels=…, chunked_loss=True)`, whose output is `loss`: a sum, in nats."""
     own_forward, sum_of_nats = model.forward, chunked_loss
 
     def forward(self: Any, *args: Any, chunked_loss: bool = False, **inputs: Any) -> Any:

@@ -95,10 +95,7 @@ def _experts(model: Any) -> list[str]:
 
 
 def _taken_as_named(names: list[str], params: TrainParams, model: Any) -> set[str]:
-    """The `names` that stay modules when PEFT translates an adapter of transformers 4, whose experts were modules.
-
-    It does so with every LoRA adapter of these families, at training and wherever the adapter is loaded.
-    """
+    """The `names` that stay modules when PEFT translates an adapter of transformers 4, whose experts were modules."""
     if params.method in ("ia3", "adalora"):
         return set(names)
     trial = LoraConfig(target_modules=names)
