@@ -29,7 +29,7 @@ SHAPING = {"pipeline.core.memory", "pipeline.core.pages.templates", "pipeline.co
 
 
 def code_behind(module: str) -> list[Path]:
-    """The files of `module`, of the modules that it imports (in functions too), and data beside those with `__file__`."""
+    """The files of `module`, of what it imports (in functions too), and data beside modules that name `__file__`."""
     known: set[str] = set()
     todo = [module]
     while todo:
