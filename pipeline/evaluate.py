@@ -16,7 +16,7 @@ from pipeline.scoring.classification import class_provenance, predict, predictio
 from pipeline.scoring.general import General, forgetting, general_items, read_general
 from pipeline.scoring.generation import Answer, generate, to_answer
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
-from pipeline.scoring.kept import forget_others, kept_file
+from pipeline.scoring.kept import kept_file
 from pipeline.scoring.likelihood import reference_losses, sequence_losses
 from pipeline.scoring.vllm import vllm_tokens
 from pipeline.weights.loading import use_free_cores
@@ -68,7 +68,8 @@ def evaluate(
         items, signatures = _write_answers(answers, test, params, folder)
         metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
-        forget_others(kept, exam.files)
+        for path in set(kept.glob("*")) - set(exam.files):  # answers of earlier runs
+            path.unlink()
     return metrics
 
 

@@ -71,7 +71,11 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
     with whole_directory(output) as folder, whole_directory(parity) as proof:
         chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of)
         shipped = load_for_scoring(local_source(folder))
-        _complete(folder, template, contract, shipped.generation_config.bos_token_id)
+        bos, stops = shipped.generation_config.bos_token_id, sorted(template.stop_ids)
+        # A server stops where the evaluation stopped.
+        GenerationConfig(bos_token_id=bos, eos_token_id=stops, pad_token_id=pad).save_pretrained(str(folder))
+        template.tokenizer.chat_template = template.served_text()
+        _complete(folder, template.tokenizer, contract)
         answers, items, signatures = _score(shipped, "the merged model", template, test, prompts, evaluated, "merge")
         expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
         agreement = token_agreement(shipped, prompts, expected_ids, pad, "merge", "the merged model")
@@ -126,14 +130,9 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
         write_json(folder / "evaluation.json", recorded)
 
 
-def _complete(folder: Path, template: ChatTemplate, contract: dict[str, Any], bos_id: int | None) -> None:
-    """All that a server needs beside the weights; it stops where the evaluation stopped."""
-    tokenizer = template.tokenizer
-    tokenizer.chat_template = template.served_text()
+def _complete(folder: Path, tokenizer: Any, contract: dict[str, Any]) -> None:
+    """All that a server needs next to the weights."""
     tokenizer.save_pretrained(str(folder))
-    GenerationConfig(
-        bos_token_id=bos_id, eos_token_id=sorted(template.stop_ids), pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(str(folder))
     record_dtype(folder)
     clean_folder(folder)
     write_json(folder / "contract.json", portable(contract))
@@ -183,10 +182,7 @@ def _merge_classes(
 
     with whole_directory(output) as folder, whole_directory(parity) as proof:
         chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of, labels)
-        encoder.tokenizer.save_pretrained(str(folder))
-        record_dtype(folder)
-        clean_folder(folder)
-        write_json(folder / "contract.json", portable(contract))
+        _complete(folder, encoder.tokenizer, contract)
         items = score_classes(test, predictions(logits[chosen], labels))
         agreement = float((logits[chosen].argmax(axis=1) == expected.argmax(axis=1)).mean())
         merged = Merged(chosen, merging, errors, reach, agreement, agreement, summarise(items, evaluated))

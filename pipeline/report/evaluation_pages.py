@@ -13,7 +13,7 @@ from pipeline.core.pages.templates import environment
 from pipeline.registry.wording import number
 from pipeline.report.contents import Change, Contents
 from pipeline.report.tables import SYSTEMS, markdown, score_rows
-from pipeline.scoring.resampling import PERCENT, num_counting
+from pipeline.scoring.resampling import METRICS, PERCENT, metric_items, num_groups
 
 SLICES = {"by_task": "By task", "by_language": "By language", "by_length": "By length of the prompt"}
 
@@ -27,12 +27,13 @@ def write_report(contents: Contents, folder: Path) -> None:
 def render(contents: Contents, name: str) -> str:
     """The page `name`: report.md or report.html."""
     names = SYSTEMS | contents.labels
-    systems, shown = contents.systems, contents.systems[-1]
+    systems, table = contents.systems, contents.systems[-1].items
+    counts = {metric: num_groups(metric_items(table, metric)) for metric in METRICS}
     pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
     pages.filters |= {"signed": lambda change, key: number(change.metric, getattr(change, key), "+")}
     return pages.get_template(f"evaluation.{name.removeprefix('report.')}.jinja").render(
         report=contents,
-        score_rows=score_rows({s.name: s.metrics for s in systems}, num_counting(shown.items), contents.items, names),
+        score_rows=score_rows({s.name: s.metrics for s in systems}, counts, contents.items, names),
         failures=[
             (state.replace("_", " "), [system.metrics[f"num_{state}"] for system in systems])
             for state in ("cut_off", "empty")

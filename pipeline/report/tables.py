@@ -45,19 +45,15 @@ def score_rows(
         counts: how many of the `items` each metric counts, where that is known; said where it is not all of them.
     """
     measured = [metric for metric in METRICS if any(scores.get(metric) for scores in systems.values())]
+    notes = {metric: f" ({count:,} of {items:,} items)" for metric, count in (counts or {}).items() if count < items}
     if "accuracy" in measured and "macro_f1" not in measured:  # classes may be there, with too few items
         measured.insert(measured.index("accuracy") + 1, "macro_f1")
+        notes["macro_f1"] = f" (needs {ITEMS_OF_A_CLASS} items per class)"
     return [
-        {"metric": metric + _few(metric, systems, (counts or {}).get(metric, items), items)}
+        {"metric": metric + notes.get(metric, "")}
         | {names[system]: interval(metric, scores.get(metric)) for system, scores in systems.items()}
         for metric in measured
     ]
-
-
-def _few(metric: str, systems: dict[str, dict[str, Any]], count: int, items: int) -> str:
-    if not any(scores.get(metric) for scores in systems.values()):
-        return f" (needs {ITEMS_OF_A_CLASS} items per class)"
-    return f" ({count:,} of {items:,} items)" if count < items else ""
 
 
 def interval(metric: str, score: dict[str, float] | None) -> str:

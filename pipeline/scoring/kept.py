@@ -6,7 +6,6 @@ again.
 """
 
 import json
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,12 +32,6 @@ def kept_file(
         }
     )
     return folder / f"{name}.jsonl"
-
-
-def forget_others(folder: Path, files: Iterable[Path]) -> None:
-    """Remove the answers of earlier runs, all but `files`."""
-    for path in set(folder.glob("*")) - set(files):
-        path.unlink()
 
 
 class KeptAnswers:

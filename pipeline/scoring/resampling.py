@@ -65,11 +65,6 @@ def slices_of(items: pa.Table, kind: str) -> dict[str, pa.Table]:
     return {name: items.filter(pa.array([name_of(value) == name for value in values])) for name in names}
 
 
-def num_counting(items: pa.Table) -> dict[str, int]:
-    """How many of the items each metric counts."""
-    return {metric: num_groups(metric_items(items, metric)) for metric in METRICS}
-
-
 def metric_items(items: pa.Table, metric: str) -> Items:
     """One metric's item scores as numbers, (N,) or (N, K); NaN where an item does not count."""
     if metric == "macro_f1":
