@@ -61,10 +61,12 @@ def score_items(
         counts = status[-1] == "ok" and (kind != TOOL_CALLS or calls is not None)
         counted.append(texts[-1] if counts else "")
     pair = {"predictions": counted, "references": references}
+    of_texts = [number for number, kind in enumerate(scoring) if kind != TOOL_CALLS]  # of calls they say nothing
+    texts_alone = {name: [column[number] for number in of_texts] for name, column in pair.items()}
     results = {
         "accuracy": compute("accuracy", **pair, scoring=scoring),
-        **{metric: compute(metric, **pair) for metric in TEXT_METRICS},
-        "rouge": compute("rouge", **pair),
+        **{metric: compute(metric, **texts_alone) for metric in TEXT_METRICS},
+        "rouge": compute("rouge", **texts_alone),
     }
     labels = class_labels(test)
     predicted = [
@@ -82,8 +84,9 @@ def score_items(
         "predicted": pa.array(predicted, pa.string()),
     }
     by_text = {metric: results[metric]["items"] for metric in TEXT_METRICS} | results["rouge"]["items"]
-    for metric, values in by_text.items():  # of calls they say nothing
-        kept = [None if kind == TOOL_CALLS else value for value, kind in zip(values, scoring, strict=True)]
+    for metric, values in by_text.items():
+        value_of = dict(zip(of_texts, values, strict=True))
+        kept = [value_of.get(number) for number in range(len(test))]
         counts = any(isinstance(value, list) for value in values)  # that the set's score is made from
         columns[metric] = pa.array(kept, pa.list_(pa.float64()) if counts else pa.float64())
     columns |= {"loss": pa.array(losses[0], pa.float64()), "loss_tokens": pa.array(losses[1], pa.int32())}
