@@ -95,8 +95,23 @@ def big(params: Params, tmp_path: Path, size: str, **train: Any) -> Params:
 @pytest.mark.parametrize(
     ("size", "gpu", "train", "refused"),
     [
-        ("7B", "GPU-12GB", {"method": "lora"}, r"11\.0 GiB available; with train\.gradient_checkpointing: .*qlora"),
-        ("65B", "GPU-12GB", {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}, "take a larger GPU"),
+        (
+            "7B",
+            "GPU-12GB",
+            {"method": "lora", "load_in_4bit": False},
+            r"11\.0 GiB available; with train\.gradient_checkpointing: .*qlora and train\.load_in_4bit: true",
+        ),
+        (
+            "65B",
+            "GPU-12GB",
+            {
+                "gradient_checkpointing": True,
+                "optim": "paged_adamw_8bit",
+                "per_device_train_batch_size": "auto",
+                "tokens_per_step": 1024,
+            },
+            "nothing saves more; lower prepare.max_length and train.packed_length, or take a larger GPU",
+        ),
         ("7B", "A100-80GB", {}, None),
         ("65B", "A6000", {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}, None),
     ],

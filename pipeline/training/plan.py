@@ -36,6 +36,7 @@ SAVING = {
     "gradient_checkpointing": True,
     "per_device_train_batch_size": 1,
     "method": "qlora",
+    "load_in_4bit": True,
     "optim": "paged_adamw_8bit",
 }
 
@@ -103,7 +104,7 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
     if kind is not None and memory.peak > kind.room and not sharded:
         raise PlanError(
             f"this training needs {memory.peak / GIB:.1f} GiB; the {gpu} has {kind.room / GIB:.1f} GiB available; "
-            f"{_ways_out(config, train, longest, kind)}"
+            f"{_ways_out(config, train, rows, longest, kind)}"
         )
     flops = flops_per_token(counts, train, rows, longest)
     tokens = steps = seconds = cost = None
@@ -174,11 +175,13 @@ def _configuration(params: Params) -> PreTrainedConfig:
         raise PlanError(f"no model configuration could be read from {name}: {str(error).splitlines()[0]}") from None
 
 
-def _ways_out(config: PreTrainedConfig, train: TrainParams, length: int, kind: GpuKind) -> str:
-    """What the training would take with everything that saves memory."""
-    changes = {key: value for key, value in SAVING.items() if getattr(train, key) != value}
-    saving = train.model_copy(update=SAVING | {"load_in_4bit": True})
+def _ways_out(config: PreTrainedConfig, train: TrainParams, rows: int, length: int, kind: GpuKind) -> str:
+    """What the training would take with everything that saves memory; `rows` are what `auto` came to."""
+    used = vars(train) | {"per_device_train_batch_size": rows}
+    changes = {key: value for key, value in SAVING.items() if used[key] != value}
+    saving = train.model_copy(update=SAVING)
     least = step_memory(count(config, saving), saving, 1, length, on_gpu=True).peak
     listed = " and ".join(f"train.{key}: {str(value).lower()}" for key, value in changes.items())
     needed = f"with {listed} it needs {least / GIB:.1f}" if changes else "nothing saves more"
-    return needed if least <= kind.room else f"{needed}; lower prepare.max_length, or take a larger GPU"
+    shorter = "prepare.max_length and train.packed_length" if train.packing else "prepare.max_length"
+    return needed if least <= kind.room else f"{needed}; lower {shorter}, or take a larger GPU"
