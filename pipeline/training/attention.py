@@ -120,7 +120,7 @@ def _difference(model: Any, sequences: Dataset) -> str | None:
     Masks of an architecture's own (chunks, say) show as a difference larger than what the model itself makes of the
     same rows in another order. What depends on distance shows on long rows alone.
     """
-    lengths = sequences["seq_lengths"]
+    lengths = sequences["seq_lengths"][:]
     chosen = (_fullest(lengths), max(range(len(lengths)), key=lambda i: max(lengths[i])))
     lines = [rows_of(sequences[i]) for i in chosen]
     expected = [last_hidden(model, rows) for rows in lines]
@@ -139,7 +139,7 @@ def _difference(model: Any, sequences: Dataset) -> str | None:
 
 def require_isolation(model: Any, sequences: Dataset) -> None:
     """See that a row comes out of the model the same whatever its neighbour in a packed line says."""
-    first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"])])
+    first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"][:])])
     if not others:
         return  # no line holds two rows
     vocabulary = model.config.get_text_config().vocab_size

@@ -129,7 +129,7 @@ def _piece(batch: Batch, bounds: list[int], first: int, last: int) -> Batch:
 def shortest_row(sequences: Dataset) -> Batch:
     """The shortest row of all lines, of those that have some context if there are any."""
     packed = "seq_lengths" in sequences.column_names
-    lines = sequences["seq_lengths"] if packed else [[length] for length in lengths_of(sequences)]
+    lines = sequences["seq_lengths"][:] if packed else [[length] for length in lengths_of(sequences)]
 
     def rank(length: int) -> tuple[bool, int]:
         return length < 16, length
