@@ -38,7 +38,7 @@ from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
 from pipeline.train import Trained, train
 from pipeline.training.methods import adapter_config, settings_of
-from pipeline.training.targets import MethodError, target_modules
+from pipeline.training.targets import MethodError, describe_experts, target_modules
 from pipeline.weights.loading import load_base
 from pipeline.weights.merging import MergeError
 from pipeline.weights.placement import load_tuned, untuned
@@ -228,6 +228,8 @@ def test_experts_are_targets_of_all_linear_and_by_name_and_routers_are_not(param
     tuned = get_peft_model(model, whole)
     trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
     assert any(".experts." in name for name in trained) and not any(".gate." in name for name in trained)
+    of_their_own = describe_experts(named, model)  # what was not named is not missed
+    assert of_their_own is None or "not trained" not in of_their_own
     settings = settings_of(tuned)
     assert not settings["rank_pattern"] and not settings["alpha_pattern"]
     check_settings(settings, "here")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import with_
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from test_methods import short
 from versions import parameters, published
@@ -54,9 +54,10 @@ def test_a_training_starts_with_the_weights_it_is_given(
         (LoraConfig(r=4, lora_alpha=32), "has r 8, but train.lora_r asks for 4; set it alike"),
         (LoraConfig(r=8, lora_alpha=8), "has lora_alpha 32, but train.lora_alpha asks for 8"),
         (LoraConfig(r=8, lora_alpha=32, use_dora=True), "has use_dora False, but train.method asks for True"),
+        (IA3Config(), "has peft_type LORA, but train.method asks for IA3"),
     ],
 )
-def test_an_adapter_with_other_settings_is_refused(dataset: Path, adapter: Path, config: LoraConfig, what: str) -> None:
+def test_an_adapter_with_other_settings_is_refused(dataset: Path, adapter: Path, config: PeftConfig, what: str) -> None:
     contract = read_json(dataset / "contract.json")
     check_init(adapter, contract, LoraConfig(r=8, lora_alpha=32))
     with pytest.raises(InitError, match=what):

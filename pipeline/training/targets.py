@@ -58,7 +58,8 @@ def describe_experts(params: TrainParams, model: Any) -> str | None:
         return None
     linear, targets = dict(linear_modules(model)), target_modules(params, model)
     missed = sorted({_short(path, linear) for path in linear if not any(_matches(name, [path]) for name in targets)})
-    parts = [f"not trained next to the experts: {', '.join(missed)}"] if missed else []
+    whole = params.lora_target_modules == "all-linear"
+    parts = [f"not trained next to the experts: {', '.join(missed)}"] if whole and missed else []
     if params.load_in_4bit:
         share = sum(p.numel() for p in experts) / model.num_parameters()
         parts.append(f"not quantised, but in {experts[0].dtype}: the experts, {share:.0%} of the parameters")

@@ -42,6 +42,7 @@ def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> No
         have, want = getattr(saved, key, None), getattr(config, key, None)
         if (set(have or ()) != set(want or ())) if key == "feedforward_modules" else have != want:
             name = NAMES.get(key, "train.method")
+            have, want = (getattr(value, "value", value) for value in (have, want))
             raise InitError(
                 f"the adapter in {folder} has {key} {have}, but {name} asks for {want}; set it alike, or "
                 "train.init_adapter to none"
