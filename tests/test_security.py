@@ -248,6 +248,7 @@ HOSTILE_BASES: dict[str, Change] = {
     "weights by link": link("model.safetensors", "/etc/passwd"),
     "template by link": link("chat_template.jinja", "SECRET"),
     "two readings": lambda folder: (folder / "config.json").write_bytes(hostile.bad_json()["repeated key"]) and None,
+    "a text instead of settings": lambda folder: (folder / "generation_config.json").write_text('"x"') and None,
     "unknown model with code": code("config.json", model_type="evil", auto_map=MAPS["local"]),
     "unknown model with code elsewhere": code("config.json", model_type="evil", auto_map=MAPS["remote"]),
 }

@@ -53,7 +53,8 @@ def check_model(name_or_path: str, revision: str | None) -> None:
     for name in CONFIGS:
         if (file := _find(name_or_path, name, revision)) is not None:
             try:
-                problem = _problem(strict_json(file.read_bytes()))
+                config = strict_json(file.read_bytes())
+                problem = _problem(config) if isinstance(config, dict) else "is not a JSON object"
             except ValueError as error:
                 problem = f"is not sound JSON: {error}"
             if problem:
