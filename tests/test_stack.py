@@ -123,3 +123,13 @@ def test_a_registry_elsewhere_gets_no_second_server(params: Params) -> None:
     )
     assert "mlflow" not in {service.name for service in stack.services(elsewhere)}
     assert stack.services(load_params(ROOT / "params.yaml"))[0].name == "prefect-server"
+
+
+def test_a_stack_that_runs_is_not_moved_to_other_ports(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = {"prefect-server": "http://127.0.0.1:4200", "mlflow": "http://127.0.0.1:5000", "cpu-worker": None}
+    running = {"services": [{"name": name, "url": url} for name, url in urls.items()]}
+    monkeypatch.setattr(server, "known_stack", lambda root: running)
+    assert stack.with_ports(params, 4200, 5000).operations.prefect_port == 4200
+    for ports, named in (((5000, None), "prefect-server to port 5000"), ((None, 4300), "mlflow to port 4300")):
+        with pytest.raises(ServerError, match=named):
+            stack.with_ports(params, *ports)

@@ -103,9 +103,11 @@ def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None
     """
     given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port}
     update = {key: port for key, port in given.items() if port is not None}
-    urls = [each["url"] for each in server.known_stack(root).get("services", []) if each["url"]]
-    if urls and (other := [port for port in update.values() if f"http://{HOST}:{port}" not in urls]):
-        raise ServerError(f"the stack runs at {', '.join(urls)}; to move it to port {other[0]}, `retune down` first")
+    urls = {each["name"]: each["url"] for each in server.known_stack(root).get("services", []) if each["url"]}
+    for name, port in (("prefect-server", prefect_port), ("mlflow", mlflow_port)):
+        if urls and port is not None and urls.get(name) != f"http://{HOST}:{port}":
+            at = ", ".join(f"{each} at {url}" for each, url in urls.items())
+            raise ServerError(f"the stack runs: {at}; to move {name} to port {port}, `retune down` first")
     return params.model_copy(update={"operations": params.operations.model_copy(update=update)})
 
 
