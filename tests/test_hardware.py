@@ -15,7 +15,7 @@ from conftest import with_
 from transformers import LlamaConfig
 
 from pipeline.params import Params
-from pipeline.train import train
+from pipeline.train import _batches, train
 from pipeline.training.footprint import Counts, count, step_memory
 from pipeline.training.hardware import GIB, Gpu, HardwareError, batches, require_kernels, use_liger
 from pipeline.training.watching import Watch
@@ -108,6 +108,23 @@ def test_a_step_has_the_tokens_that_are_asked_for(
 ) -> None:
     lengths = [100] * 50 if settings.get("packing") is False else [2048] * 50
     assert batches(with_(automatic, train=settings).train, None, None, lengths) == expected
+
+
+def test_an_old_gpu_and_gpus_with_other_room_are_each_said_in_a_sentence(
+    automatic: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LLAMA_8B.save_pretrained(tmp_path)
+    base = {"name_or_path": str(tmp_path), "revision": None, "trust_remote_code": False}
+    both = with_(automatic, train={"strategy": "ddp", "num_processes": 2, "tokens_per_step": 16 * 2048}).train
+    for name, answer in {"is_available": True, "mem_get_info": (48 * GIB, 48 * GIB), "get_device_name": "T4"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr("pipeline.train.compute_dtype", lambda: torch.float16)
+    monkeypatch.setattr("pipeline.train.PartialState", lambda: None)
+    monkeypatch.setattr("pipeline.train.gather_object", lambda own: [*own, 1])
+    assert _batches(both, base, [2048] * 100) == (1, 8)
+    old, other = capsys.readouterr().out.splitlines()
+    assert "T4 has no bfloat16" in old and "float16" in old
+    assert "room for 1 and 2 sequences at a time; all take 1" in other
 
 
 def test_a_card_that_other_processes_fill_is_refused_before_training(automatic: Params, counts: Counts) -> None:
