@@ -406,8 +406,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset
     folder = tmp_path_factory.mktemp("stopped")
     remove = shutil.rmtree
 
-    def keep_checkpoints(path: Path, **options: Any) -> None:
-        if path.parent.name != "checkpoints":
+    def keep_checkpoints(path: Path | str, **options: Any) -> None:
+        if Path(path).parent.name != "checkpoints":
             remove(path, **options)
 
     with pytest.MonkeyPatch.context() as patch:

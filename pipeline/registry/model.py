@@ -22,7 +22,7 @@ from pipeline.registry.stores import open_store
 from pipeline.registry.transfer import fetch, fetch_files
 from pipeline.scoring.resampling import METRICS
 
-PROJECTED = WORK_DIR / "aliases.json"  # how much of the log the registry's aliases follow
+PROJECTED = WORK_DIR / "aliases.json"  # the log that the registry's aliases follow
 CURVES = ("loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
 
 
@@ -144,12 +144,15 @@ class RegisteredModel:
         return number, []
 
     def projected(self, log: list[Record]) -> bool:
-        """Whether `project` was done for this log; quick, as loading MLflow is not."""
-        path = self.root / PROJECTED
-        return path.is_file() and read_json(path) == self._projection(log)
+        """Whether the registry is a file, and as `project` left it for this log; a server has to be asked."""
+        path, database = self.root / PROJECTED, self.registry.database
+        known = database is not None and database.is_file() and path.is_file()
+        return known and read_json(path) == self._projection(log)
 
     def _projection(self, log: list[Record]) -> list[Any]:
-        return [self.registry.uri, self.name, len(log)]
+        database = self.registry.database
+        changed = database.stat().st_mtime_ns if database is not None and database.is_file() else None
+        return [self.registry.uri, self.name, len(log), changed]
 
     def _register(self, manifest: Manifest) -> str:
         merged, git = manifest["metrics"]["merged"], manifest["git"]
