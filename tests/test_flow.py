@@ -102,7 +102,13 @@ def test_a_first_run_trains_publishes_and_promotes_over_the_base_and_is_seen_on_
     assert {"base", "adapter", "merged"} == set(result["metrics"])
     assert "Promoted" in [flow_run["state_name"] for flow_run in api(url, "flow_runs/filter")]
     assert "Ran" in {task["state_name"] for task in api(url, "task_runs/filter") if task["name"].startswith("train")}
-    keys = {artifact["key"] for artifact in api(url, "artifacts/filter")}
+    artifacts = api(url, "artifacts/filter")
+    keys = {artifact["key"] for artifact in artifacts}
+    version, reason = result["version"]["version"], result["decision"]["reason"]
+    page = next(each["data"] for each in artifacts if each["key"] == "run" and version in each["data"])
+    for words in (f"# Promoted: v1 ({version[:6]}…)", reason, "| rougeL |", "| train | ran |",
+                  f"{version}/manifest.json", "cost: publish.price_per_hour is not set"):  # fmt: skip
+        assert words in page
     assert {"run", "metrics", "evaluation-report", "training-progress", "verdict", "version", "data-report"} <= keys
 
 
