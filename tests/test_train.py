@@ -2,6 +2,7 @@ import csv
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -112,6 +113,15 @@ def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(tmp_path: Path, p
     assert train(short, dataset, tmp_path / "adapter", tmp_path / "checkpoints").resumed_from_step == 7
     assert_same_files(tmp_path / "alone", tmp_path / "adapter")
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_training_uses_no_deprecated_name(tmp_path: Path, params: Params, dataset: Path) -> None:
+    settings = {"max_steps": 2, "logging_steps": 1, "warmup_ratio": 0.0, "gradient_checkpointing": True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(with_(params, train=settings).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    deprecations = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
+    assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
 
 
 @pytest.mark.parametrize("torn", ["adapter_model.safetensors", "digests.json"])
