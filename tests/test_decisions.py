@@ -37,6 +37,12 @@ def test_a_record_is_read_as_it_was_appended_each_number_is_taken_once_and_logs_
     assert [[record.version for record in read_log(store, name)] for name in ("model2", "mode")] == [["b"], []]
 
 
+def test_decisions_of_commands_that_ended_are_read(store: FileStore) -> None:
+    for number, decision in enumerate(("canary", "canary-ended"), start=1):
+        append(store, NAME, replace(RECORD, number=number, decision=decision))
+    assert [record.decision for record in read_log(store, NAME)] == ["canary", "canary-ended"]
+
+
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_gap_in_the_log_is_refused(store: FileStore, lost: int) -> None:
     for number in (1, 2, 3):

@@ -120,9 +120,10 @@ def test_a_key_given_twice_makes_its_record_unreadable(tmp_path: Path, name: str
     ("name", "content", "where"),
     [
         ("rows.json", gzip.compress(b"[]", mtime=0), "not UTF-8"),
-        ("rows.jsonl", b"PAR1" + b"\x00" * 20, "line 1"),
+        ("rows.jsonl", b"PAR1" + b"\x00" * 20, "binary"),
         ("rows.json", b"PK\x03\x04\x80rest", "not UTF-8"),
-        ("rows.jsonl", JSONL.decode().encode("utf-16"), "line 1.*not UTF-8"),
+        ("rows.jsonl", JSONL.decode().encode("utf-16"), "UTF-16"),
+        ("rows.csv", "instruction,output\nQ,A\n".encode("utf-16-le"), "UTF-16"),
         ("rows.jsonl", JSONL + '{"a": "größer"}\n'.encode("cp1252"), "line 6.*cp1252"),
         ("rows.csv", "instruction,output\nQ,größer\n".encode("cp1252"), "line 2"),
         ("rows.jsonl", JSONL[:-20], "line 5, column "),

@@ -25,6 +25,14 @@ from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
 from pipeline.registry.stores import open_store
 from pipeline.registry.verify import verify
 
+# On secp112r1, which cryptography does not know.
+UNKNOWN_CURVE = """\
+-----BEGIN PUBLIC KEY-----
+MDIwEAYHKoZIzj0CAQYFK4EEAAYDHgAEvGE4xhdyOuhNkTWQgSAEY7tUPHY0ekLM
+ocHDtg==
+-----END PUBLIC KEY-----
+"""
+
 
 def make_key(path: Path, password: bytes | None = None) -> Any:
     """A private key at `path` and its public one beside it, as .pub."""
@@ -125,7 +133,8 @@ def test_a_key_is_rotated_by_trusting_both_and_no_other_is_trusted(signed: Signe
     new = signature.sign(rotated, signed.data) or b""
     names = [signature.verify(rotated, signed.data, sig) for sig in (signed.sig, new)]
     assert names[0] != names[1]
-    for key in ("theirs.pub", "ours.pem", "nowhere.pub"):
+    (signed.keys / "unknown.pub").write_text(UNKNOWN_CURVE)
+    for key in ("theirs.pub", "ours.pem", "nowhere.pub", "unknown.pub"):
         with pytest.raises(SignatureError, match=key):
             signature.verify(signed.by(verify_key=key), signed.data, signed.sig)
 

@@ -116,7 +116,10 @@ def class_names(path: Path) -> dict[str, list[str]]:
 def _open_text(path: Path, packing: str) -> BinaryIO:
     unpacked: Any = pa.input_stream(str(path), compression=PACKINGS.get(packing))
     stream = io.BufferedReader(unpacked, 1 << 20)
-    if stream.peek(len(BOM)).startswith(BOM):
+    head = stream.peek(4096)[:4096]
+    if b"\x00" in head:
+        raise FormatError(f"{path} is not UTF-8 text but binary, or UTF-16; convert it, e.g. with `iconv -t UTF-8`")
+    if head.startswith(BOM):
         stream.read(len(BOM))
     return stream
 

@@ -118,6 +118,8 @@ def _local(uri: str) -> Source:
         if not files:
             raise FormatError(f"{uri} matches no file that ends in {KNOWN}")
     for file in files:
+        if ".." in file.relative_to(root).parts[:-1]:  # a file would come once for each folder that it is left by
+            raise FormatError(f"{uri} leaves a folder by `..` behind a wildcard; name the other folder itself")
         if path != file and not file.resolve().is_relative_to(root.resolve()):
             raise FormatError(f"{file} lies outside {root} (it is {file.resolve()}); name that file itself if meant")
     return Source(uri, [(file, file.name if file == path else file.relative_to(root).as_posix()) for file in files])

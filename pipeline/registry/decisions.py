@@ -15,8 +15,8 @@ from typing import Any
 from pipeline.registry.artifact_store import ArtifactStore
 
 # promoted, refused, rollback: by the gate or by a person; undecided: too few test items to tell; proposed: passed the
-# gate and waits for approval; deleted: for good, its files may be collected.
-DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "deleted")
+# gate and waits for approval; deleted: for good, its files may be collected; canary, canary-ended: only in old logs.
+DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "canary", "canary-ended", "deleted")
 
 
 class DecisionError(RuntimeError):

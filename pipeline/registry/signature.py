@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -51,7 +51,7 @@ def sign(params: PublishParams, manifest: bytes) -> bytes | None:
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ValueError("it is of another kind")
         return key.sign(manifest, ec.ECDSA(hashes.SHA256()))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, UnsupportedAlgorithm) as error:
         raise SignatureError(
             f"publish.signing_key {params.signing_key} cannot sign: {error}. Expected an elliptic-curve private key in "
             f"PEM, its password, if it has one, in {PASSWORD_VARIABLE}"
@@ -67,7 +67,7 @@ def verify(params: PublishParams, manifest: bytes, signature: bytes) -> str:
     try:
         blocks = PUBLIC_KEY.findall(Path(params.verify_key or "").read_bytes())
         keys = [load_pem_public_key(block) for block in blocks]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise SignatureError(f"publish.verify_key {params.verify_key} cannot be used: {error}") from None
     for key in keys:
         if isinstance(key, ec.EllipticCurvePublicKey):
