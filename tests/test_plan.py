@@ -1,5 +1,6 @@
 """The plan: the formula against what a GPU took, and what a plan says and refuses."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ def test_what_fits_is_planned_stage_by_stage_and_what_does_not_is_refused_with_w
     made = plan(tried, gpu=gpu)
     whole = gpu == "A100-80GB"
     assert ("in bfloat16" if whole else "in 4 bits") in made.evaluate
+    cache = 2 * 2 * 512 * (32 * 4096 if whole else 80 * 8192) / 2**20  # keys and values of a prompt alone
+    assert cache < float(re.findall(r"; ([\d.]+) MiB for each prompt", made.evaluate)[0]) < 2 * cache
     assert "shard by shard" in made.merge and ("device map" in made.merge) == (not whole)
     assert (made.steps, made.tokens, made.seconds) == (None, None, None)
     assert "dvc repro prepare" in describe(made)

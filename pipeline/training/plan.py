@@ -117,7 +117,7 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
             cost = seconds / 3600 * kind.usd_per_hour * train.num_processes
     return Plan(
         counts.trainable, counts.parameters + (0 if train.method == "full" else counts.trainable), longest, rows,
-        accumulation, memory, flops, tokens, steps, gpu, seconds, cost, *_later_stages(counts, train, kind),
+        accumulation, memory, flops, tokens, steps, gpu, seconds, cost, *_later_stages(counts, params, kind),
     )  # fmt: skip
 
 
@@ -148,9 +148,10 @@ def gpu_kind(name: str) -> GpuKind:
     return known[name]
 
 
-def _later_stages(counts: Counts, train: TrainParams, kind: GpuKind | None) -> tuple[str, str]:
+def _later_stages(counts: Counts, params: Params, kind: GpuKind | None) -> tuple[str, str]:
     """What evaluation and merge need: the weights in plain numbers if they fit, in 4 bits, or through a device map."""
-    plain = counts.base * (4 if kind is None else 2)
+    train, width = params.train, 4 if kind is None else 2
+    plain = counts.base * width
     packed = weight_bytes(counts, train, on_gpu=kind is not None)
     room = math.inf if kind is None else WEIGHTS_FRACTION * kind.memory_gib * GIB
     whole = f"{plain / GIB:.2f} GiB in {'float32' if kind is None else 'bfloat16'}"
@@ -161,6 +162,10 @@ def _later_stages(counts: Counts, train: TrainParams, kind: GpuKind | None) -> t
         evaluate = f"the base, {packed / GIB:.2f} GiB in 4 bits, several times as slow"
     else:
         evaluate = f"the base, {whole}, {spread}"
+    # Keys and values of a prompt and its answer, the widest layer's numbers, and the last logits.
+    length = params.prepare.max_length + params.evaluate.max_new_tokens
+    prompt = length * 2 * width * (counts.layers * counts.keys + counts.inner) + 4 * counts.head // counts.hidden
+    evaluate += f"; {prompt / 2**20:.1f} MiB for each prompt at a time"
     if train.method in VIRTUAL_TOKENS:
         return evaluate, f"not possible after train.method {train.method}"
     proof = whole if plain <= room else f"{whole}, {spread}"
