@@ -187,7 +187,10 @@ def test_no_gain_on_enough_items_is_refused_with_the_power(params: Params) -> No
     enough = [c for c in open_ones if c["rougeL"]["gate_power"] >= 0.8]
     assert {gate.decide(comparison) for comparison in enough} == {"refused"}
     assert "too few" not in why(enough[0], "v1")
+    primary = enough[0]["rougeL"]
     assert "190 test items would have shown an improvement of 0.05" in why(enough[0], "v1")
+    guarded = {"rougeL": primary | {"verdict": "passed"}, "bleu": primary | {"verdict": "open", "margin": 5.0}}
+    assert "improvement" not in why(guarded, "v1")  # the declared effect is of the primary metric
 
 
 def test_fewer_than_twenty_groups_decide_nothing(params: Params) -> None:

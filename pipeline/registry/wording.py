@@ -114,6 +114,8 @@ def _not_shown(metric: str, row: dict[str, Any], against: str, primary: dict[str
     items = f"{row['items']:,} test items"
     if row["verdict"] == "open" and decision == "undecided":
         missing = f"but {items} are too few to tell (needed: {row['needed']})"
+    elif row["verdict"] == "open" and row["margin"] is not None:
+        missing = f"and it is not shown that no more than allowed was lost (needed: {row['needed']})"
     elif row["verdict"] == "open":
         missing = f"which can be chance (needed: {row['needed']}); {items} would have shown {declared}"
     elif row["margin"] is None:
