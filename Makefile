@@ -18,8 +18,8 @@ run: $(READY)        ## the whole loop once: data, training, evaluation, merge, 
 	@echo "Bringing the loop up to date: 4 to 7 minutes on 2 cores at first, seconds when nothing has changed."
 	@retune run
 
-test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about 10 minutes)
-	@echo "Testing: about 10 minutes on 2 cores."
+test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about 9 minutes)
+	@echo "Testing: about 9 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), the guide's own-data chapter (about half an hour)
