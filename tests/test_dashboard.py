@@ -66,7 +66,7 @@ def test_a_run_shows_which_stages_ran_and_what_they_left(browser: Browser, url: 
 def test_the_page_of_a_run_has_verdict_scores_times_and_places(browser: Browser, url: str) -> None:
     [made] = api(url, "artifacts/latest/filter", {"artifacts": {"key": {"any_": ["run"]}}})
     browser.open(f"{url}/artifacts/artifact/{made['latest_id']}")
-    browser.see("Promoted: v1", "Test scores", "champion", "rougeL", "The gate", "Stages", "manifest.json", "cost")
+    browser.see("Promoted: v1", "Test scores", "champion", "rougeL", "needed", "Stages", "manifest.json", "cost")
     browser.picture("dashboard-verdict")
 
 
