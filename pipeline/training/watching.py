@@ -98,13 +98,18 @@ class Watch(TrainerCallback):
 
     def changes(self, model: torch.nn.Module) -> dict[str, float]:
         """How far each module's weights are from their start: the Euclidean norm of the difference, from the sample."""
-        squares: dict[str, float] = {}
+        scales: list[tuple[str, float]] = []
+        norms: list[torch.Tensor] = []
         for name, parameter in _trainable(model):
             now, before = _sample(parameter), self._start.get(name)
             # Of a sharded model a process has other, or no, numbers.
             if before is not None and now.shape == before.shape and now.numel():
-                square = float((now - before).norm()) ** 2 * (parameter.numel() / now.numel())
-                squares[_module(name)] = squares.get(_module(name), 0.0) + square
+                scales.append((_module(name), parameter.numel() / now.numel()))
+                norms.append((now - before).norm())
+        squares: dict[str, float] = {}
+        # One copy from the GPU for all of them: each would wait for the work before it.
+        for (module, scale), norm in zip(scales, torch.stack(norms).tolist() if norms else [], strict=True):
+            squares[module] = squares.get(module, 0.0) + norm**2 * scale
         return {module: math.sqrt(square) for module, square in squares.items()}
 
     # --- what the trainer reports of a step ---
