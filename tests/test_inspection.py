@@ -124,6 +124,13 @@ def test_the_trained_tokens_stand_in_brackets_and_green(template: ChatTemplate) 
     assert "".join(green) == "blue<|im_end|>"
 
 
+def test_the_bracket_is_closed_after_a_last_token_that_is_trained(template: ChatTemplate) -> None:
+    ids = template.tokenizer.encode("red blue")
+    tokens = tokens_of(template.tokenizer, ids, ids)
+    text = as_text(Shown("row 0", "kept", [], "t", tokens)).plain
+    assert text.replace("·", "").split("\n")[1] == "⟦red blue⟧"
+
+
 def test_text_cannot_drive_the_terminal(template: ChatTemplate) -> None:
     hostile = "\x1b[2J\x07\x9b31m[bold]"
     tokens = tokens_of(template.tokenizer, template.tokenizer.encode(hostile))

@@ -24,7 +24,7 @@ from pipeline.core.memory import OutOfMemory
 from pipeline.params import Params
 from pipeline.train import TrainError, train
 from pipeline.training.checkpoints import identity, last_checkpoint, open_run
-from pipeline.training.watching import Interrupted
+from pipeline.training.watching import Interrupted, Watch
 from pipeline.weights.loading import load_base
 
 CHECKS = 9  # forward passes before the first step: 2 for isolation, 6 for row attention, 1 for gradients
@@ -214,6 +214,17 @@ def test_what_was_watched_is_in_the_tables_and_a_validation_changes_nothing(
     assert all(float(row[key]) > 0 for row in curve for key in ("loss", "learning_rate", "grad_norm", "weight_change"))
     speed = list(csv.DictReader((tmp_path / "tables" / "speed.csv").open()))
     assert all(float(row["tokens_per_second"]) > 0 and float(row["memory_gib"]) > 0 for row in speed)
+
+
+def test_how_far_a_module_moved_is_told_from_a_sample_of_its_weights(params: Params) -> None:
+    torch.manual_seed(3)
+    model = torch.nn.ModuleDict({"large": torch.nn.Linear(512, 512), "still": torch.nn.Linear(4, 4)})
+    watch = Watch(params.train, [])
+    watch.remember_start(model)
+    by = torch.randn(512, 512)
+    with torch.no_grad():
+        model["large"].weight += by
+    assert watch.changes(model) == {"large": pytest.approx(float(by.norm()), rel=0.02), "still": 0}
 
 
 def test_an_adapter_that_does_not_move_is_warned_about(
