@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,27 @@ def test_another_program_that_answers_is_no_prefect_server(tmp_path: Path, healt
         assert server.answers(f"{url}/api/health")
         assert not server.healthy(url)
         other.shutdown()
+
+
+@pytest.mark.parametrize(("statuses", "answer", "asked"), [([503, 503, 201], {"id": 1}, 3), ([422, 201], None, 1)])
+def test_a_busy_prefect_server_is_asked_again_and_one_that_refuses_is_not(
+    statuses: list[int], answer: Any, asked: int
+) -> None:
+    left = iter(statuses)
+    bodies: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(next(left))
+            self.end_headers()
+            self.wfile.write(b'{"id": 1}')
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as busy:
+        threading.Thread(target=busy.serve_forever, daemon=True).start()
+        assert server.post(f"http://127.0.0.1:{busy.server_port}", "flows/", {"name": "retrain"}) == answer
+        busy.shutdown()
+    assert [json.loads(body) for body in bodies] == [{"name": "retrain"}] * asked
 
 
 def test_a_killed_supervisor_takes_every_process_with_it(root: Path) -> None:

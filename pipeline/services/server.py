@@ -16,6 +16,8 @@ from pipeline.core.processes import end_group, lives, python_ending_with_parent,
 
 HOST = "127.0.0.1"
 STARTUP_SECONDS = 120
+BUSY = 503  # Prefect's answer while another request holds its SQLite database; nothing of this one was done
+BUSY_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before it is asked again
 STATE = WORK_DIR / "server.json"
 LOGS = WORK_DIR / "logs"
 
@@ -101,10 +103,16 @@ def answers(url: str) -> bool:
 def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
     """What the Prefect server at `url` answers to `body`; None if it cannot be reached or does not take it."""
     user, _, secret = (password or own_password() or "").partition(":")
-    try:
-        return json.loads(send(f"{url}/api/{path}", body, auth=(user, secret) if user else None) or b"{}")
-    except (HttpError, ValueError):
-        return None
+    for pause in (0, *BUSY_PAUSES):
+        time.sleep(pause)
+        try:
+            return json.loads(send(f"{url}/api/{path}", body, auth=(user, secret) if user else None) or b"{}")
+        except ValueError:
+            return None
+        except HttpError as error:
+            if error.status != BUSY:
+                return None
+    return None
 
 
 def own_password() -> str | None:
