@@ -1,4 +1,4 @@
-"""`python -m flows`: one run of the retrain flow in a process of its own, as `retune run` starts it."""
+"""`python -m flows`: one run of the retrain flow, in the process that `retune run` starts."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pipeline.core.redaction import redact, redact_process
 
 
 def main() -> None:
-    """Run the flow; an error of this project becomes one sentence and exit status 1."""
+    """Run the flow; this project's own errors become one sentence and exit status 1."""
     started = time.monotonic()
     collect_rarely()
     redact_process()
@@ -20,7 +20,7 @@ def main() -> None:
 
     try:
         state: Any = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
-        # A refusal is no error, though its state is not green.
+        # A refusal is not an error, although its state is not green.
         result: dict[str, Any] = state.result(raise_on_failure=not (state.is_cancelled() and state.data))
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith(("pipeline.", "flows.")):

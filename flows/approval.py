@@ -1,4 +1,4 @@
-"""Where `promote.approval` is manual, a run waits for a person, who answers in the dashboard."""
+"""With `promote.approval: manual`, a run waits for a person's answer in the dashboard."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ from pipeline.registry.decisions import name_of
 
 
 class Approval(RunInput):
-    """What a person fills in when they resume a run that waits."""
+    """The form that a person fills in to resume a waiting run."""
 
     your_name: str
     approve: bool = False
@@ -42,29 +42,29 @@ def approve(params: Params, version: str, answer: Approval) -> State[Any]:
 
 
 def wait_for_approval(params: Params, trigger: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Where `promote.approval` is manual: pause until a person, who sees the numbers, resumes the run.
+    """If the decision is `proposed`, pause until a person resumes the run; returns the result with their answer.
 
-    Nothing is held meanwhile: the stages' processes have ended, and the project's run lock is let go of. A run on a
-    server of its own, which nobody sees, does not wait; nor does one for longer than `promote.approval_hours`. The
-    proposal stays in the promotion log, and `retune promote --approve` answers it.
+    While paused, the run holds no resources: stages have ended and the run lock is released. A run on its own temporary
+    server, which nobody sees, does not wait, and none waits longer than `promote.approval_hours`. The proposal stays in
+    the promotion log, where `retune promote --approve` can still answer it.
     """
     decision = result["decision"]
     if decision["decision"] != "proposed" or os.environ.get("RETUNE_DASHBOARD") == "":
         return result
     name = name_of(decision["version"], decision["number"])
-    say(f"promote: version {name} passes and waits for approval in the dashboard: resume this run there")
+    say(f"promote: version {name} passes and waits for approval; resume this run in the dashboard")
     tell("approval")
-    if "RETUNE_RUN_LOCK" in os.environ:  # inherited from `retune run`, and unlocked for both
+    if "RETUNE_RUN_LOCK" in os.environ:  # inherited from `retune run`; this unlocks it for both
         fcntl.flock(int(os.environ["RETUNE_RUN_LOCK"]), fcntl.LOCK_UN)
     form = Approval.with_initial_data(description=verdict(decision), approve=False)
     try:
         answer = pause_flow_run(form, timeout=int(params.promote.approval_hours * 3600), poll_interval=2)
     except FlowPauseTimeout:
         say(
-            f"promote: nobody answered in {params.promote.approval_hours:g} hours; `retune promote --approve` still can"
+            f"promote: no answer within {params.promote.approval_hours:g} hours; answer with `retune promote --approve`"
         )
         context: Any = get_run_context()
-        with get_client(sync_client=True) as client:  # from Paused the server would let it end as Failed only
+        with get_client(sync_client=True) as client:  # a Paused run could only end as Failed
             client.set_flow_run_state(context.flow_run.id, Running(), force=True)
         return result
     answered: StageResult = approve(params, decision["version"], answer).result()

@@ -1,7 +1,7 @@
-"""Automations as code: a run whose heartbeats stop is marked Crashed; failures, refusals and late runs are told.
+"""Prefect automations: mark a run without heartbeats as Crashed; send alerts about failed, refused and late runs.
 
-Whoever is to be told is a notification block of Prefect (Slack, e-mail, webhook), made once in the dashboard and named
-by RETUNE_ALERT_BLOCK, for example `slack-webhook/team`, where `python -m flows.setup` runs.
+Alerts go to a notification block (Slack, e-mail, webhook) that was made in the dashboard. RETUNE_ALERT_BLOCK names it,
+for example `slack-webhook/team`, where `python -m flows.setup` runs.
 """
 
 import os
@@ -20,12 +20,12 @@ BODY = "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}: {{ flow_
 
 
 def automations(alert_block: UUID | None) -> list[AutomationCore]:
-    """What is to be on the server; `alert_block` is the id of a notification block."""
+    """The automations for the server; `alert_block` is the id of a notification block."""
     crash = EventTrigger(
         match=FLOW_RUNS,
-        posture=Posture.Proactive,  # fires when what is expected does not come
+        posture=Posture.Proactive,  # fires when the expected event does not come
         after={"prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.*"},  # an end, too: its event is named after the state, Promoted or Trained say
+        expect={"prefect.flow-run.*"},  # an end counts, too; its event is named after the state, e.g. Promoted
         for_each={"prefect.resource.id"},
         threshold=1,
         within=timedelta(seconds=MISSED * HEARTBEAT_SECONDS),
@@ -33,7 +33,7 @@ def automations(alert_block: UUID | None) -> list[AutomationCore]:
     rules = [
         AutomationCore(
             name="retune: crash runs whose worker died",
-            description="No heartbeat for a while: the slot of the pool is freed, and the parent tries again.",
+            description="Without heartbeats, free the slot of the pool, so that the parent can retry.",
             trigger=crash,
             actions=[
                 ChangeFlowRunState(
@@ -60,7 +60,7 @@ def automations(alert_block: UUID | None) -> list[AutomationCore]:
 
 
 async def apply(client: PrefectClient) -> list[str]:
-    """Bring the server's automations up to date; returns their names. Those of other names are left alone."""
+    """Create or replace Retune's automations on the server; returns their names. Others are left alone."""
     block: UUID | None = None
     if named := os.environ.get("RETUNE_ALERT_BLOCK"):
         kind, _, name = named.partition("/")

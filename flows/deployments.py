@@ -1,6 +1,6 @@
-"""The flows that workers run: by schedule, on an event, or by the form of the dashboard. See prefect.yaml.
+"""The flows that workers run: on a schedule, on an event, or from the dashboard's form. See prefect.yaml.
 
-Each takes the project's run lock where it writes, and ends in a state whose name says what came of it.
+Each takes the project's run lock while it writes, and ends in a state named after its outcome.
 """
 
 import os
@@ -42,9 +42,9 @@ P = ParamSpec("P")
 
 
 def deployed(run: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
-    """`run` as a worker starts it: in the project's folder, with errors that carry no secrets.
+    """`run` as a worker starts it: in the project's folder, with secrets removed from errors.
 
-    A run that another one keeps from its work ends as *Skipped*, which alerts nobody.
+    If another run holds the lock, it ends as *Skipped*, which raises no alert.
     """
 
     @wraps(run)
@@ -67,9 +67,9 @@ def retrain(
 
     Args:
         trigger: what started the run; part of its name and tags.
-        sources: data to ingest first, as `retune ingest` takes them.
-        changes: parameters to write to params.yaml first, such as {"train.lora_r": 32}; they stay if the version that
-            they make is promoted or waits for approval, else params.yaml is put back.
+        sources: data to ingest first, as for `retune ingest`.
+        changes: parameters to write to params.yaml first, such as {"train.lora_r": 32}; they stay if the resulting
+            version is promoted or waits for approval, else params.yaml is restored.
     """
     with only_run() as lock, _tried(changes) as trial:
         params = load_params()
@@ -85,7 +85,7 @@ def retrain(
             trial.stays = version == model.champion()
             said = f"nothing to do: version {model.label(version)}: {reason}"
             return Completed(name="Unchanged", message=said)
-        # A run that waits for a person lets go of the lock.
+        # A run that waits for a person releases the lock.
         os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
         result = run_stages(trigger)
         trial.stays = result["decision"]["decision"] in ("promoted", "proposed", "unchanged")
@@ -95,30 +95,30 @@ def retrain(
 @flow(name="watch")
 @deployed
 def watch() -> State[Any]:
-    """Look at `ingest.sources` again; a new snapshot with enough new rows starts a retraining."""
+    """Read `ingest.sources` again; a new snapshot with enough new rows starts a retraining."""
     with only_run():
         params = load_params()
         if params.ingest.sources is None:
-            return Completed(name="Skipped", message="ingest.sources is null; there is nothing to look at")
+            return Completed(name="Skipped", message="ingest.sources is null; there is nothing to watch")
         graph.pull_data()
         before = contents()
         changed = ingest(params.ingest).changed
         new_rows = count_new(before) if changed else 0
     if not changed:
-        return Completed(name="Unchanged", message="the sources hold what the snapshot holds")
+        return Completed(name="Unchanged", message="the sources hold the same rows as the snapshot")
     told = tell_updated(new_rows, params.operations.min_new_rows)
-    reaction = "a retraining was asked for" if told else f"fewer than {params.operations.min_new_rows}: none is started"
+    reaction = "retraining requested" if told else f"fewer than {params.operations.min_new_rows}, so no retraining"
     return Completed(name="Updated", message=f"{new_rows:,} new rows; {reaction}")
 
 
 @flow(name="promote", flow_run_name="promote-{version}")
 @deployed
 def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
-    """Decide on a published version: v3, 3 or an id. Force overrules the gate; its reason is kept."""
+    """Decide on a published version: v3, 3 or an id. Force overrules the gate and records the reason."""
     with only_run():
         params = load_params()
         if force and not reason.strip():
-            raise ValueError("force needs a reason: the history keeps why the gate was overruled")
+            raise ValueError("force needs a reason, which the history keeps")
         decision = promotion.promote(params.publish, params.promote, version, force=reason if force else None)
     record_verdict(decision)
     return state_of(decision.word, decision.reason)
@@ -127,7 +127,7 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
 @flow(name="rollback")
 @deployed
 def rollback(reason: str, to: str | None = None) -> State[Any]:
-    """Put the champion before the present one back, or the version named by `to`; it waits for no run."""
+    """Restore the previous champion, or the version named by `to`; runs even while another run holds the lock."""
     params = load_params()
     record, warnings = promotion.rollback(params.publish, params.promote, to, reason)
     label = RegisteredModel(params.publish).label
@@ -138,7 +138,7 @@ def rollback(reason: str, to: str | None = None) -> State[Any]:
 @flow(name="evaluate-champion")
 @deployed
 def evaluate_champion() -> State[Any]:
-    """Score the champion on today's test split; below what it was promoted with, `champion.regressed` is raised."""
+    """Score the champion on today's test split; emit `champion.regressed` if it is worse than when published."""
     with only_run():
         params = load_params()
         model, metric = RegisteredModel(params.publish), params.promote.primary_metric
@@ -149,7 +149,7 @@ def evaluate_champion() -> State[Any]:
         then = manifest["metrics"]["merged"].get(metric)
         if then is None:
             said = f"{metric} (promote.primary_metric) was not measured when champion {name} was published"
-            return Completed(name="Skipped", message=f"{said}, so there is no score to compare today's with")
+            return Completed(name="Skipped", message=f"{said}; there is nothing to compare today's score with")
         recover()
         graph.pull_data()
         if graph.repro("prepare", print) != 0:
@@ -168,7 +168,7 @@ def evaluate_champion() -> State[Any]:
 @flow(name="cleanup")
 @deployed
 def cleanup(delete_files: bool = True) -> State[Any]:
-    """Delete versions that publish.keep_versions does not keep, then what no version needs any more."""
+    """Delete versions beyond publish.keep_versions, then objects that no version needs any more."""
     params = load_params().publish
     versions = outdated(params) if params.keep_versions is not None else []
     for version in versions:
@@ -180,7 +180,7 @@ def cleanup(delete_files: bool = True) -> State[Any]:
 
 @contextmanager
 def _tried(changes: dict[str, Any] | None) -> Iterator[Any]:
-    """params.yaml with `changes`; put back at the end unless `stays` is set by then, or somebody edited the file."""
+    """Apply `changes` to params.yaml; restored at the end unless `stays` is set by then, or the file was edited."""
     path, trial = Path("params.yaml"), SimpleNamespace(stays=False)
     before = path.read_text(encoding="utf-8")
     change_params(changes or {})

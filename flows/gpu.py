@@ -1,7 +1,7 @@
-"""Training on the `gpu` pool: the run asks, a worker in a clone of its own trains, the run takes the answer.
+"""Training on the `gpu` pool: the run sends a request, a worker trains in its own clone, the run fetches the outputs.
 
-See `pipeline.core.handover` for what is carried how. A worker that dies leaves a run without heartbeats, which an
-automation of `flows.automations` marks Crashed; its slot of the pool is then free, and the parent asks again.
+`pipeline.core.handover` carries the data. If a worker dies, its run has no more heartbeats, an automation of
+`flows.automations` marks it Crashed and frees the pool's slot, and the parent tries again.
 """
 
 import os
@@ -36,24 +36,24 @@ ONLINE = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
 
 
 class TrainingFailed(RuntimeError):
-    """The worker's training failed or its workers died too often; nothing was taken over."""
+    """The training failed on the worker, or too many workers died; no outputs were fetched."""
 
 
 def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> None:
-    """Have a worker of the gpu pool run the stage `train`, and take over what it made; `on_line` gets its progress."""
+    """Have a worker of the gpu pool run the stage `train`, and fetch its outputs; `on_line` gets its progress."""
     if os.environ.get("RETUNE_DASHBOARD") == "":
         raise TrainingFailed(
-            "operations.train_pool is gpu, but no server with a gpu worker is up; `retune up` starts it"
+            "operations.train_pool is gpu, but no server with a gpu worker is running; start it with `retune up`"
         )
     commit = handover.ask("train", params.git_remote)
     try:
         for attempt in range(1, params.train_attempts + 1):
-            on_line(f"train: asked the gpu pool for {commit[:12]}, attempt {attempt}")
+            on_line(f"train: requested {commit[:12]} from the gpu pool, attempt {attempt}")
             started: Any = run_deployment(
                 "train/train",
                 parameters={"commit": commit, "remote": params.git_remote},
                 flow_run_name=f"train-{commit[:12]}-{attempt}",
-                timeout=0,  # not waited for there: nobody would be told that no worker comes
+                timeout=0,  # `_wait` also reports that no worker polls the pool
             )
             run = _wait(started.id, params.worker_wait_minutes, on_line)
             if run.state.is_completed():
@@ -63,14 +63,14 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
                 raise TrainingFailed(f"the gpu worker's run {run.name} ended as {run.state.name}: {run.state.message}")
             on_line(f"train: the worker of {run.name} died")
         raise TrainingFailed(
-            f"the workers of {params.train_attempts} attempts died; `retune doctor` on the gpu machine"
+            f"the workers of {params.train_attempts} attempts died; run `retune doctor` on the gpu machine"
         )
     finally:
         handover.forget(commit, params.git_remote)
 
 
 def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
-    """The flow run once it has ended; it is cancelled when this process stops waiting."""
+    """Wait for the flow run to end, and return it; it is cancelled if this process stops waiting."""
     artifacts = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
     said, deserted_since = "", None
     with get_client(sync_client=True) as client:
@@ -97,17 +97,17 @@ def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
                 time.sleep(POLL_SECONDS)
             return run
         except BaseException:
-            with suppress(Exception):  # what went wrong first is what matters
+            with suppress(Exception):  # the first error is the one to report
                 now: Any = client.read_flow_run(run_id).state
-                state = Cancelling if now.is_running() else Cancelled  # a worker is to end what it has begun
-                client.set_flow_run_state(run_id, state(message="the run that asked for it has ended"), force=True)
+                state = Cancelling if now.is_running() else Cancelled  # Cancelling has the worker end its process
+                client.set_flow_run_state(run_id, state(message="the run that requested it has ended"), force=True)
             raise
 
 
 @flow(name="train", retries=0)
 @redacted_errors
 def train(commit: str, remote: str = "origin") -> State[Any]:
-    """Run the stage `train` as `commit` has it, in this worker's clone."""
+    """Run the stage `train` of `commit` in this worker's clone."""
     end_with_parent(signal.SIGTERM)  # the worker's process
     redact_process()
     set_environment()

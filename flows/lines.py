@@ -1,4 +1,4 @@
-"""What a stage prints, shown wherever somebody looks: terminal, Prefect's log and progress, `retune status`."""
+"""Sends a stage's output to the terminal, to Prefect's log and progress, and to `retune status`."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ from pipeline.core.progress import LINE
 from pipeline.core.redaction import redact
 from pipeline.core.under_way import tell
 
-# What DVC says after each stage, for people who type `dvc repro`.
+# DVC's hints after each stage, for people who type `dvc repro`.
 DVC_HINTS = (
     "Use `dvc push`",
     "To track the changes",
@@ -29,14 +29,14 @@ DVC_HINTS = (
 
 @contextmanager
 def training_progress() -> Iterator[Callable[[str], None]]:
-    """What is to be called with each line of a training, whose progress the dashboard shows."""
+    """Yield a function for each line of a training's output; it also updates the dashboard's progress."""
     artifact: Any = create_progress_artifact(0.0, key="training-progress", description="Training")
     yield shown("train", artifact)
     update_progress_artifact(artifact_id=artifact, progress=100.0)
 
 
 def shown(stage: str, artifact: Any = None) -> Callable[[str], None]:
-    """What is to be called with each line of `stage`; `artifact` is the progress artifact that its progress goes to."""
+    """A function for each line of the output of `stage`; it also updates the progress artifact, if there is one."""
     logger = get_run_logger()
     tell(stage)
 
@@ -52,8 +52,8 @@ def shown(stage: str, artifact: Any = None) -> Callable[[str], None]:
         if artifact is not None:
             try:
                 update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]), description=line)
-            except Exception as error:  # whatever ails the server, it must not end a training
-                logger.warning(f"progress could not be shown: {error}")
+            except Exception as error:  # no fault of the server may end a training
+                logger.warning(f"progress could not be updated: {error}")
 
     return on_line
 
@@ -63,7 +63,7 @@ def say(line: str) -> None:
 
 
 def why_failed(lines: list[str]) -> str | None:
-    """The reason among the lines of a stage that failed: its own error, else that of Python or DVC."""
+    """The reason in the output of a failed stage: its own error, else Python's or DVC's."""
     ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     python = [line for line in lines if re.match(r"[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
     dvc = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]

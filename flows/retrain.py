@@ -1,8 +1,8 @@
-"""The whole story: a data snapshot in, a new champion or a reasoned refusal out. One line a stage.
+"""The flow: from a data snapshot to a new champion or a reasoned refusal, one line per stage.
 
 Each DVC stage runs as `dvc repro` of that stage in a child process, so `dvc repro` and this flow see each other's
-work as done. A training that fails is not retried: a second attempt is a person's decision and continues from the last
-checkpoint. Only one whose GPU worker died is asked for again (`operations.train_attempts`).
+work as done. A failed training is not retried: a person decides on a second attempt, which continues from the last
+checkpoint. Only if its GPU worker died is it requested again (`operations.train_attempts`).
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""`python -m flows.setup`: work pools, automations, the deployments of prefect.yaml, on the server of PREFECT_API_URL.
+"""`python -m flows.setup`: create work pools, automations and the deployments of prefect.yaml on PREFECT_API_URL.
 
-What is there is brought up to date; a work pool that is there stays as it is, its limit may have been set by a person.
+Existing automations and deployments are updated. Existing work pools stay: a person may have set their limits.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ async def pools_and_automations() -> None:
             try:
                 await client.create_work_pool(WorkPoolCreate(name=name, type="process", concurrency_limit=limit))
             except ObjectAlreadyExists:
-                print(f"the work pool {name} exists and stays as it is")
+                print(f"the work pool {name} exists and is left unchanged")
         await automations.apply(client)
 
 

@@ -1,4 +1,4 @@
-"""What a person who looks only at the dashboard is shown of a run: one page, and tags to find the run by."""
+"""What the dashboard and the terminal show of a run: a page, tags to find the run by, the summary."""
 
 import os
 from dataclasses import asdict
@@ -34,7 +34,7 @@ from pipeline.report.tables import (
 
 
 def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:
-    """The page of a whole run as artifact `run`, and its tags: trigger, data, model, decision."""
+    """Create the artifact `run`, the page of the whole run, and tag the run with trigger, data, model, decision."""
     store = open_store(params.publish)
     manifest = read_manifest(store, result["version"]["version"]) or {}
     text = page(result, manifest, store.uri, params.publish.tracking_uri)
@@ -45,9 +45,10 @@ def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:
 
 
 def state_of(decision: str, message: str, data: Any = None) -> State[Any]:
-    """A run's last state, named after what was decided; what a person should look at is not green in the dashboard.
+    """A run's last state, named after the decision; one that needs a person's attention is not green.
 
-    Prefect's engine raises what a cancelled run holds. An Abort ends a worker's run quietly, all else with a traceback.
+    Prefect's engine raises the data of a cancelled run: an Abort ends a worker's run quietly, anything else with a
+    traceback.
     """
     if decision not in ("refused", "undecided", "regressed"):
         return Completed(name=decision.capitalize(), message=message, data=data)
@@ -55,15 +56,15 @@ def state_of(decision: str, message: str, data: Any = None) -> State[Any]:
 
 
 def describe_run(trigger: str, decision: str | None = None, model: str | None = None) -> None:
-    """Tags on the present flow run (`retune` for the automations, trigger, data, model); its name says what it decided.
+    """Tag the present flow run (`retune` for the automations, trigger, data, model) and name it after its decision.
 
-    By request, not by Prefect's `tags`: each of those costs every task a request for its concurrency limit.
+    This is one request. With Prefect's `tags`, every task would make one for each tag's concurrency limit.
     """
     context: Any = get_run_context()
     run = getattr(context, "flow_run", None)
     if run is None:
         return
-    process = None if run.deployment_id else identity()  # a worker says it of its own
+    process = None if run.deployment_id else identity()  # a worker reports its own
     tags = {*run.tags, "retune", f"trigger:{trigger}", *filter(None, [_data_tag(), decision])}
     tags |= {f"model:{model}"} if model else set()
     name = "-".join(["retrain", trigger, *filter(None, [decision, model])])
@@ -115,7 +116,7 @@ def page(result: dict[str, Any], manifest: dict[str, Any], store: str, registry:
 
 
 def show(result: dict[str, Any], seconds: float) -> None:
-    """What a person wants to know at the end, on the terminal: the verdict first, then the numbers."""
+    """Print the summary on the terminal: the verdict first, then the numbers."""
     version, decision = result["version"], result["decision"]
     if not result["changed"]:
         print("Nothing to do: data, parameters and code are those of the last run.")
@@ -132,7 +133,7 @@ def show(result: dict[str, Any], seconds: float) -> None:
 
 
 def _systems(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The metrics of each system; of a champion those that the gate compared, without intervals."""
+    """The metrics of each system; for a champion only those that the gate compared, without intervals."""
     metrics, decision = result["metrics"], result["decision"]
     compared = decision["comparison"] if decision["against"] != BASE else {}
     scores = {metric: {"score": row["champion"]} for metric, row in compared.items() if row["champion"] is not None}

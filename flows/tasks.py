@@ -1,4 +1,4 @@
-"""The tasks of the flow: one a stage, with what the dashboard shows of it. A DVC stage runs as `dvc repro` of it."""
+"""The tasks of the flow, one per stage, with their artifacts for the dashboard. DVC stages run by `dvc repro`."""
 
 import time
 from collections.abc import Callable
@@ -32,7 +32,7 @@ ARTIFACTS = Path("artifacts")
 
 
 class StageFailed(RuntimeError):
-    """A stage's process ended with an error; its own last lines say which."""
+    """A stage's process failed; its last lines say why."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class StageResult:
     stage: str
     outcome: str  # ran | restored (from DVC's run cache) | cached (nothing had changed); promote: its decision
     seconds: float
-    detail: Any = None  # what publish and promote answered
+    detail: Any = None  # the result of publish and promote
 
 
 @task
 @redacted_errors
 def ingest() -> State[Any]:
-    """The snapshot that data.dvc names, fetched if it is not here. New data comes in by `retune ingest`."""
+    """Fetch the snapshot of data.dvc if it is missing. New data is added by `retune ingest`."""
     started = time.monotonic()
-    recover()  # an ingest that was killed half-way
+    recover()  # from an ingest that was killed
     fetched = graph.pull_data()
     return ended_as("ingest", "ran" if fetched else "cached", started)
 
@@ -57,7 +57,7 @@ def ingest() -> State[Any]:
 def prepare() -> State[Any]:
     result = _repro("prepare")
     report = (ARTIFACTS / "dataset" / "report.md").read_text()
-    create_markdown_artifact(report, key="data-report", description="What became of every row of the data")
+    create_markdown_artifact(report, key="data-report", description="What happened to every row of the data")
     return result
 
 
@@ -115,7 +115,7 @@ def promote(params: Params) -> State[Any]:
 
 
 def _record_in_git(branch: str, model: str, decision: promotion.Decision) -> None:
-    """The promotion stands, whatever git says; what it says is a line of the run."""
+    """Record the promotion in git; if that fails, the promotion stands and the reason is logged."""
     try:
         commit = git.record_version(branch, model, decision.version, decision.number)
         say(f"promote: {branch} has commit {commit[:12]}")
@@ -125,7 +125,7 @@ def _record_in_git(branch: str, model: str, decision: promotion.Decision) -> Non
 
 
 def show_report(params: Params, decision: promotion.Decision) -> None:
-    """The page of this decision; that it could not be written is one more warning."""
+    """Write and show the report of this decision; failing to do so adds a warning."""
     decision.warnings.extend(report_decision(params.publish, decision.version, ARTIFACTS))
     page = ARTIFACTS / "report.md"
     if page.is_file():

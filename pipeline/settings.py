@@ -1,7 +1,7 @@
-"""The file `params.yaml`: read into `Params`, and changed where a form or a preset asks for it.
+"""Reads `params.yaml` into `Params`, and writes the changes of a form or a preset into it.
 
-A change is checked first and keeps the file's comments. Unknown keys, wrong types, values out of range, combinations
-that cannot work and passwords are refused with key, value and line.
+A change is validated first and keeps the file's comments. Unknown keys, wrong types, values out of range, impossible
+combinations and passwords are refused with key, value and line.
 """
 
 import difflib
@@ -21,11 +21,11 @@ from pipeline.params import Params
 
 
 class ParamsError(ValueError):
-    """`params.yaml` cannot be used; the message names key, line and what was expected."""
+    """`params.yaml` is invalid; the message names key, line and what was expected."""
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read and check every section of `path`.
+    """Read and validate `path`.
 
     Raises:
         ParamsError: one sentence for each key that is missing, unknown, of the wrong type or out of range.
@@ -33,7 +33,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         return _checked(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
-        raise ParamsError(f"{path} does not exist here or above: {Path.cwd()} is not in a Retune project") from None
+        raise ParamsError(f"{Path.cwd()} is not in a Retune project: there is no {path} here or above") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 (byte {error.start})") from None
 
@@ -42,7 +42,7 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
     """Write `changes`, such as {"train.lora_r": 32}, into the file at `path`; its comments stay.
 
     Raises:
-        ParamsError: a key is not in the file, or the whole would not be valid; the file is as it was.
+        ParamsError: a key is not in the file, or the result would be invalid; the file is unchanged.
     """
     text = path.read_text(encoding="utf-8")
     _checked(text, path)
@@ -57,9 +57,9 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
             raise ParamsError(f"{key} is not a parameter of {path}; expected a name such as train.lora_r")
         old = node[last]
         if isinstance(old, dict) and isinstance(value, dict) and old.keys() == value.keys():
-            old.update(value)  # in the lines that they have
+            old.update(value)  # each on its own line, as before
             continue
-        node[last] = yaml.load(yaml_text(value))  # in one line
+        node[last] = yaml.load(yaml_text(value))  # on one line
         if lines := _lines_after(old):
             comments = node.ca.items.setdefault(last, [None] * 4)  # type: ignore[attr-defined]  # ruamel's
             comments[2] = comments[2] or CommentToken("\n", CommentMark(0))
@@ -71,7 +71,7 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
 
 
 def _lines_after(block: Any) -> str:
-    """Comments and empty lines below a block; ruamel keeps them with the last of its values."""
+    """Comments and empty lines below a block, which ruamel attaches to its last value."""
     if not hasattr(block, "fa") or not block or block.fa.flow_style():
         return ""
     last, column = (list(block)[-1], 2) if isinstance(block, dict) else (len(block) - 1, 0)
@@ -80,7 +80,7 @@ def _lines_after(block: Any) -> str:
 
 
 def yaml_text(value: Any) -> str:
-    """`value` as it stands in one line of YAML."""
+    """`value` as one line of YAML."""
     yaml: Any = YAML(typ="safe", pure=True)
     stream = io.StringIO()
     yaml.default_flow_style, yaml.width, yaml.allow_unicode = True, 2**16, True
@@ -90,7 +90,7 @@ def yaml_text(value: Any) -> str:
 
 
 def _yaml() -> Any:
-    """Reads YAML with its comments, and writes it back as it was."""
+    """A YAML reader and writer that keeps comments and layout."""
     yaml = YAML(typ="rt")
     yaml.preserve_quotes, yaml.width = True, 2**16
     yaml.representer.add_representer(type(None), lambda of, _: of.represent_scalar("tag:yaml.org,2002:null", "null"))
@@ -102,23 +102,23 @@ def _checked(text: str, path: Path) -> Params:
         tree: Any = _yaml().load(text)
     except YAMLError as error:
         if line := conflict_line(path):
-            raise ParamsError(f"{path}, line {line}, has git's conflict markers; settle the conflict there") from None
+            raise ParamsError(f"{path}, line {line}, has git's conflict markers; resolve the conflict") from None
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ParamsError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
-        raise ParamsError(f"{path} holds no sections; expected ingest, prepare, train, … as its keys")
+        raise ParamsError(f"{path} has no sections; expected the keys ingest, prepare, train, …")
     _refuse_credentials(tree, path)
     try:
         return Params.model_validate(_plain(tree))
     except ValidationError as error:
-        # An unknown key is often the missing one misspelt: it comes first.
+        # Unknown keys first: one is often the missing key, misspelt.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise ParamsError(redact("\n".join(_sentence(e, tree, path) for e in errors))) from None
 
 
 def _refuse_credentials(tree: Any, path: Path, above: str = "") -> None:
-    """params.yaml is committed, and its values go to logs, dvc.lock and manifests: no place for a secret."""
+    """Refuse secrets: params.yaml is committed, and its values go to logs, dvc.lock and manifests."""
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         name = f"{above}[{key}]" if isinstance(tree, list) else f"{above}.{key}".lstrip(".")
         if isinstance(value, dict | list):
@@ -126,13 +126,13 @@ def _refuse_credentials(tree: Any, path: Path, above: str = "") -> None:
         elif isinstance(value, str) and has_credentials(value):
             line = (tree.lc.item(key) if isinstance(tree, list) else tree.lc.key(key))[0] + 1  # type: ignore[attr-defined]
             raise ParamsError(
-                f"{name} holds a password or key ({path}, line {line}); take it out, and change it if it was "
+                f"{name} holds a password or key ({path}, line {line}); remove it, and revoke it if it was "
                 "committed: credentials come from the environment, an AWS profile or a role"
             )
 
 
 def _plain(node: Any) -> Any:
-    """ruamel's round-trip nodes as plain Python values, which strict validation insists on."""
+    """ruamel's round-trip nodes as the plain Python values that strict validation requires."""
     if isinstance(node, dict):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -144,7 +144,7 @@ def _plain(node: Any) -> Any:
 
 
 def _sentence(error: Any, tree: Any, path: Path) -> str:
-    # Union branches ("str", "literal[...]") end up in pydantic's location; only keys of the file are said.
+    # pydantic's location also holds union branches ("str", "literal[...]"); only keys of the file are shown.
     keys: list[str] = []
     node: Any = tree
     for part in error["loc"]:
@@ -162,7 +162,7 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
             hint = f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
             return f"{key} is not a parameter{where}; {hint}"
         case "missing":
-            return f"{key} is missing{where}; every parameter is written out, copy it from the project's params.yaml"
+            return f"{key} is missing{where}; no parameter has a default, copy it from the project's params.yaml"
         case "value_error":
             return "\n".join(_with_line(said, tree, path, where) for said in str(error["ctx"]["error"]).split("\n"))
     got = "null" if node is None else repr(node)
@@ -170,7 +170,7 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
 
 
 def _with_line(sentence: str, tree: Any, path: Path, where: str) -> str:
-    """`sentence` with the line of the parameter that it begins with; else `where`, but nothing after a command."""
+    """`sentence` with the line of the parameter that it begins with, else with `where`; a command gets neither."""
     named = re.match(r"(\w+)\.(\w+) ", sentence)
     if named and named[2] in (tree.get(named[1]) or {}):
         return sentence + _where([named[1], named[2]], tree, path)

@@ -291,12 +291,12 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
             done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True)
             assert done.returncode == 0, done.stderr.decode()
         found = finished(url, "watch/watch")
-        assert found["state"]["message"] == "300 new rows; a retraining was asked for"
+        assert found["state"]["message"] == "300 new rows; retraining requested"
         wait_until(lambda: ended(url, name="retrain-new-data"), 240)
         assert finished(url, "watch/watch")["state_name"] == "Unchanged"
         (source / "b.json").write_text(rows_of("red", 50, start=300))
         found = finished(url, "watch/watch")
-        assert found["state"]["message"] == "50 new rows; fewer than 100: none is started"
+        assert found["state"]["message"] == "50 new rows; fewer than 100, so no retraining"
 
         failed = finished(url, "promote/promote", version="v1", force=True)
         assert failed["state_name"] == "Failed"

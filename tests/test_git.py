@@ -38,7 +38,7 @@ def test_a_dirty_tree_and_the_checked_out_branch_are_refused(root: Path) -> None
     with pytest.raises(GitError, match="which is checked out"):
         record_version("main", "model", "abc", "1", root)
     (root / "dvc.yaml").write_text("changed\n")
-    with pytest.raises(GitError, match=r"dvc\.yaml differ from the commit"):
+    with pytest.raises(GitError, match=r"dvc\.yaml differ from HEAD"):
         record_version("retune/champions", "model", "abc", "1", root)
     assert git(root, "tag") == ""
     assert git(root, "branch", "--format=%(refname:short)") == "main"

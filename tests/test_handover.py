@@ -45,7 +45,7 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     assert git(parent, "status", "--porcelain") == status  # index, branch and files are as they were
     assert git(parent, "rev-parse", "HEAD") == head
     lines: list[str] = []
-    with pytest.raises(handover.HandoverError, match="not set aside for a worker"):
+    with pytest.raises(handover.HandoverError, match="not marked as a worker's clone"):
         handover.work("train", commit, "origin", lines.append, parent)
     handover.work("train", commit, "origin", lines.append, worker)
     assert any("Running stage 'train'" in line for line in lines)
@@ -57,7 +57,7 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     # An answer for other inputs than ours is refused.
     before, asked_for = (parent / "dvc.lock").read_text(), (parent / "params.yaml").read_text()
     (parent / "params.yaml").write_text(asked_for.replace("lora_r: 8", "lora_r: 4"))
-    with pytest.raises(handover.HandoverError, match="on other inputs than those here"):
+    with pytest.raises(handover.HandoverError, match="on other inputs than this project"):
         handover.take("train", commit, "origin", parent)
     assert (parent / "dvc.lock").read_text() == before
     (parent / "params.yaml").write_text(asked_for)

@@ -153,7 +153,7 @@ def test_likelihoods_halve_their_batch_when_memory_runs_out(dataset: Path, capsy
     assert losses == pytest.approx(plenty[0], abs=1e-4)
     assert counts == plenty[1]
     said = capsys.readouterr().out
-    assert said.count("memory ran out with 8 of a text of 10 tokens at once; it goes on with 4") == 1
+    assert said.count("out of memory with a batch of 8 (text of 10 tokens); retrying with 4") == 1
     with memory_for(3), pytest.raises(OutOfMemory, match="one text of 10 tokens"):
         sequence_losses(model, sequences, 0, "evaluate", "base")
 

@@ -56,7 +56,7 @@ def test_an_unknown_key_is_named_with_file_and_line(tmp_path: Path) -> None:
         load_params(path)
     assert str(error.value).split("\n") == [
         f"train.lora_rank is not a parameter ({path}, line {line}); did you mean lora_r?",
-        f"train.lora_r is missing ({path}, line {section_line('train')}); every parameter is written out, "
+        f"train.lora_r is missing ({path}, line {section_line('train')}); no parameter has a default, "
         "copy it from the project's params.yaml",
     ]
 

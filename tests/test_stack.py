@@ -54,7 +54,7 @@ def test_a_taken_port_is_one_sentence_and_leaves_nothing(root: Path) -> None:
         taken = other.getsockname()[1]
         done = retune(root, "up", "--port", str(taken))
     assert done.returncode == 1
-    assert f"port {taken} of prefect-server is taken by another program" in done.stderr
+    assert f"port {taken} for prefect-server is used by another program" in done.stderr
     assert stack.marked(root) == []
     assert "nothing was running" in retune(root, "down").stdout
 

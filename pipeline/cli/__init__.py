@@ -1,4 +1,4 @@
-"""The `retune` command, by what people do: data, models, runs, versions, talk.
+"""The `retune` command: data, models, runs, versions, talk.
 
 It may import everything; nothing imports it.
 """

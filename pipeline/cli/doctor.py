@@ -1,7 +1,6 @@
-"""`retune doctor`: what a run needs, one line each: in order, or what to do.
+"""`retune doctor`: checks everything a run needs, and says how to fix what is missing.
 
-Every check is made, whatever the others found. Nothing is changed, except that an artifact store never used before is
-probed as its first use would.
+All checks run, even if one fails. Nothing is changed, except that a new artifact store is probed as on its first use.
 """
 
 import json
@@ -23,11 +22,11 @@ Finding = tuple[bool | None, str] | tuple[bool | None, str, str]  # passed, deta
 
 
 def doctor(root: Path = Path(".")) -> list[Check]:
-    """Every check, in the order in which their failures should be mended."""
+    """All checks, in the order in which to fix their failures."""
     try:
         params = load_params(root / "params.yaml")
     except ParamsError as error:
-        return [Check("parameters", False, str(error), "mend params.yaml; every other check needs it")]
+        return [Check("parameters", False, str(error), "fix params.yaml; all other checks need it")]
     model = RegisteredModel(params.publish, root)
     looks: dict[str, Callable[[], Finding]] = {
         "gpu": _gpu,
@@ -43,7 +42,7 @@ def doctor(root: Path = Path(".")) -> list[Check]:
     for name, look in looks.items():
         try:
             checks.append(Check(name, *look()))
-        except Exception as error:  # whatever a broken machine comes up with, the next check is still made
+        except Exception as error:  # whatever is broken, the next check still runs
             ours = type(error).__module__.startswith("pipeline.")  # written for people
             checks.append(Check(name, False, redact(str(error) if ours else f"{type(error).__name__}: {error}")))
     return checks
@@ -56,7 +55,7 @@ def _gpu() -> Finding:
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         return True, ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
     if Path("/proc/driver/nvidia/version").exists():
-        return False, "this torch does not see it", "install a torch with CUDA, of the same version"
+        return False, "this torch does not see it", "install the same version of torch with CUDA"
     return None, "none; training runs on the CPU"
 
 
@@ -64,7 +63,7 @@ def _git(root: Path) -> Finding:
     try:
         changed = len(git.run(root, "status", "--porcelain").splitlines())
     except git.GitError as error:
-        return False, str(error), "a version's manifest names the commit it came from: `git init`"
+        return False, str(error), "`git init`: a version's manifest names the commit that it was made from"
     return True, f"{changed} uncommitted changes" if changed else "clean"
 
 
@@ -74,35 +73,35 @@ def _data(root: Path) -> Finding:
     name = f"snapshot {graph.snapshot(root)['md5'][:8]}"
     try:
         with only_run(root):
-            pass  # only looked at, as by `retune status`: DVC does not answer while a stage writes
+            pass  # only tested: DVC does not answer while a stage writes
     except RunUnderWay as error:
         return None, f"{name}; {error}"
     if "data.dvc" not in graph.stale(root):
-        return True, f"data/ is {name}, as data.dvc says"
+        return True, f"data/ is {name}, as in data.dvc"
     arguments = ("data", "status", "--json", "--not-in-remote", "data")
     missing = json.loads(graph.ask(root, *arguments, timeout_s=REMOTE_SECONDS))
     if missing.get("not_in_cache"):
         if missing.get("not_in_remote") or graph.sharing_remote(root) is None:
             return False, graph.missing_snapshot(root)
-        return None, f"{name} is not here yet; a run fetches it from {graph.sharing_remote(root)}"
+        return None, f"{name} is not on this machine; a run fetches it from {graph.sharing_remote(root)}"
     if (root / "data").exists():
-        advice = "`dvc checkout --force data.dvc` puts the snapshot back, `retune ingest` makes a new one"
-        return False, f"data/ is not the {name} that data.dvc names", advice
+        advice = "`dvc checkout --force data.dvc` restores the snapshot, `retune ingest` makes a new one"
+        return False, f"data/ is not the {name} of data.dvc", advice
     return None, f"{name} is in DVC's cache; a run checks it out"
 
 
 def _remote(root: Path) -> Finding:
-    """Asks the remote of the data's snapshot for it, with the credentials that DVC finds."""
+    """Whether the remote has the data's snapshot, asked with the credentials that DVC finds."""
     remote = graph.sharing_remote(root) if (root / "data.dvc").exists() else graph.team_remote(root)
     if remote is None:
         advice = "`dvc remote add -d team s3://BUCKET/PATH`, commit .dvc/config, `dvc push`"
-        return None, "none for your own data: it is on this machine only", advice
+        return None, "none; your own data is on this machine only", advice
     address = redact(graph.ask(root, "config", f"remote.{remote}.url").strip())
     try:
         missing = json.loads(graph.ask(root, "status", "--cloud", "--json", "data.dvc", timeout_s=REMOTE_SECONDS))
     except graph.GraphError as error:
         return False, f"{remote} {address}: {redact(str(error))}", "check address and credentials: `dvc remote list`"
-    advice = f"it lacks the data's snapshot: `dvc push --remote {remote} data.dvc` sends it" if missing else ""
+    advice = f"the data's snapshot is missing there; `dvc push --remote {remote} data.dvc`" if missing else ""
     return not missing, f"{remote} {address}", advice
 
 
@@ -127,5 +126,5 @@ def _servers(root: Path) -> Finding:
         return None, "not running; `retune up` starts them"
     services = [each for each in known["services"] if each["state"] not in ("healthy", "running", "starting")]
     wrong = "; ".join(f"{each['name']} {each['state']}, {each['log']}" for each in services)
-    advice = "look at the log; `retune down` and `retune up`" if wrong else ""
+    advice = "read the log, then `retune down` and `retune up`" if wrong else ""
     return not wrong, wrong or f"dashboard at {known['url']}", advice

@@ -1,4 +1,4 @@
-"""The `retune` command. Each subcommand reads its parameters, calls one function, and says what came of it."""
+"""The `retune` command. Each subcommand reads its parameters, calls one function, and prints the result."""
 
 import json
 import os
@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,  # `retune --install-completion`
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain text: boxes cut sentences in pieces
+    rich_markup_mode=None,  # plain text: boxes break sentences
     help="Scheduled, gated retraining of LLM adapters. Works in every folder of a project.",
 )
 ARTIFACTS = Path("artifacts")
@@ -41,7 +41,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError) as error:
-        # Errors that this project raises are written for people; any other is a defect and keeps its traceback.
+        # This project's errors are written for people; any other is a defect and keeps its traceback.
         if not type(error).__module__.startswith(("pipeline.", "flows.")):
             raise
         print(redact(f"error: {error}"), file=sys.stderr)
@@ -51,7 +51,7 @@ def main() -> None:
             raise
         where = f": {error.filename}" if error.filename else ""
         if isinstance(error, PermissionError) and WORK_DIR.exists() and not os.access(WORK_DIR, os.W_OK | os.X_OK):
-            where += f"; this project is used by {WORK_DIR.owner()}, clone it to a folder of your own"
+            where += f"; this project belongs to {WORK_DIR.owner()}, make a clone of your own"
         print(redact(f"error: {error.strerror}{where}"), file=sys.stderr)
         sys.exit(1)
 
@@ -69,7 +69,7 @@ def run(json_output: Json = False) -> None:
 
     params = load_params()
     with only_run() as lock:
-        recover()  # an ingest that was killed half-way
+        recover()  # from an ingest that was killed
         require_ready(params)
         version = None if graph.stale() else graph.version_id()
         if version and (reason := settled(params.publish, params.promote, version)):
@@ -82,7 +82,7 @@ def run(json_output: Json = False) -> None:
             close_lost_runs(url)
             settings = {
                 "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the flow prints its own lines
-                "RETUNE_RUN_LOCK": str(lock),  # the flow lets go of it while it waits for a person
+                "RETUNE_RUN_LOCK": str(lock),  # the flow releases it while it waits for a person
                 "RETUNE_DASHBOARD": dashboard or "",
             }
             command = python_ending_with_parent("flows", *(["--json"] if json_output else []))
@@ -113,7 +113,7 @@ def _say_nothing_to_do(params: Any, version: str, reason: str, json_output: bool
 @app.command(cls=ProjectCommand)
 def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or merge.")]) -> None:
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
-    # DVC forwards no signals: when it dies, its stage must not go on alone. SIGTERM lets a training save a checkpoint.
+    # DVC forwards no signals: a stage must not outlive it. SIGTERM lets a training save a checkpoint.
     end_with_parent(signal.SIGTERM)
     from pipeline.core import timings
     from pipeline.settings import load_params
@@ -134,10 +134,10 @@ for module in (datasets, versions, models, talk, operate):
 
 @app.command("gc", cls=ProjectCommand)
 def collect_garbage(
-    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only counted.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them; without this they are only counted.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Find objects of the store that no version needs, older than seven days; delete them with --delete."""
+    """Count objects of the store that no version needs and that are older than seven days; --delete removes them."""
     from pipeline.registry.retention import collect
     from pipeline.registry.stores import open_store
     from pipeline.settings import load_params
@@ -148,7 +148,7 @@ def collect_garbage(
         return
     what = f"{garbage.objects:,} objects, {garbage.bytes / 1e6:,.1f} MB, and {garbage.unfinished:,} unfinished uploads"
     print(f"gc: {what} {'deleted' if garbage.deleted else 'could be deleted (`retune gc --delete`)'}")
-    print(f"    {garbage.kept:,} objects stay: needed by a version or the promotion log, or younger than seven days")
+    print(f"    {garbage.kept:,} objects are kept: in use, or younger than seven days")
 
 
 @app.command(cls=ProjectCommand)
@@ -156,7 +156,7 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="A name of infra/gpus.yaml; without one, a CPU.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Say what a training will take before it starts: parameters, memory, steps, time and cost."""
+    """Estimate a training before it starts: parameters, memory, steps, time and cost."""
     from pipeline.settings import load_params
     from pipeline.training import plan as planning
 

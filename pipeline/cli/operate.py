@@ -16,7 +16,7 @@ MlflowPort = Annotated[int | None, typer.Option(min=1, max=65535, help="Of MLflo
 
 
 def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = False) -> None:
-    """Start the local stack: dashboard, work pools with workers, schedules, MLflow; on loopback, until `down`."""
+    """Start the local stack (dashboard, workers, schedules, MLflow) on loopback; it runs until `retune down`."""
     from pipeline.services import stack
     from pipeline.settings import load_params
 
@@ -30,7 +30,7 @@ def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = Fa
 
 
 def down(json_output: Json = False) -> None:
-    """Stop what `retune up` started, runs of its workers included; a training saves a checkpoint first."""
+    """Stop what `retune up` started, its workers' runs included; a training saves a checkpoint first."""
     from pipeline.services import server, stack
     from pipeline.services.flow_runs import refuse_runs_by_hand
 
@@ -44,7 +44,7 @@ def down(json_output: Json = False) -> None:
 
 
 def status(json_output: Json = False) -> None:
-    """Which servers and workers run, how far a run is and who started it, what is stale, who is champion."""
+    """Show servers and workers, the current run's progress and who started it, stale stages, and the champion."""
     from pipeline.core import graph, under_way
     from pipeline.core.run_lock import RunUnderWay, only_run
     from pipeline.registry.decisions import champion, proposed
@@ -56,7 +56,7 @@ def status(json_output: Json = False) -> None:
     known = stack.state()
     try:
         with only_run():
-            pass  # only looked at: a run must not be turned away because somebody asked
+            pass  # only tested: a status query must not block a run
         stale = list(graph.stale())
     except RunUnderWay:
         stale = ["a run is under way"]
@@ -81,7 +81,7 @@ def status(json_output: Json = False) -> None:
     if run is not None:
         since = time.strftime("%H:%M", time.localtime(run["since"]))
         started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
-        print(f"run        {run['line'] or run['stage'] or 'begins'}; {started}")
+        print(f"run        {run['line'] or run['stage'] or 'starting'}; {started}")
     print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
     print(f"champion   {registry.remembered(answer['champion']) if answer['champion'] else 'none yet'}")
     if answer["waiting"]:
@@ -89,7 +89,7 @@ def status(json_output: Json = False) -> None:
 
 
 def doctor(json_output: Json = False) -> None:
-    """Look at everything a run needs: one line each, in order or what to do; exit status 1 when something is not."""
+    """Check everything a run needs; print how to fix what is missing, and exit with status 1 if something is."""
     from pipeline.cli import doctor as diagnosis
 
     checks = diagnosis.doctor()

@@ -1,4 +1,4 @@
-"""Commands work from every folder of a project, as git's and DVC's do: at its top, with paths as they were typed."""
+"""Lets commands work in every folder of a project, as git's and DVC's do."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-_below = Path(".")  # from the project's top to the folder that the command was called in
+_below = Path(".")  # from the project's top folder to where the command was called
 
 
 def enter_project() -> None:
-    """Make the nearest folder above with params.yaml and dvc.yaml the working directory, if there is one."""
+    """Change to the nearest folder here or above that has params.yaml and dvc.yaml, if there is one."""
     global _below
     here = Path.cwd()
     for folder in (here, *here.parents):
@@ -21,12 +21,12 @@ def enter_project() -> None:
 
 
 def as_typed(path: str) -> str:
-    """`path`, typed in the folder that the command was called in, as seen from the project's top; an address stays."""
+    """`path`, typed where the command was called, as seen from the project's top folder; an address stays."""
     return path if _below == Path(".") or "://" in path else os.path.normpath(_below / path)
 
 
 class ProjectCommand(TyperCommand):
-    """A command whose paths are meant from where it was called, and whose summary is shown whole."""
+    """A command whose paths are relative to where it was called, and whose summary is not shortened."""
 
     def get_short_help_str(self, limit: int = 45) -> str:
         return super().get_short_help_str(10_000)

@@ -1,4 +1,4 @@
-"""What every part stands on: files, processes, git, DVC, http, the lock of a run, redaction.
+"""The base of all other parts: files, processes, git, DVC, http, the run lock, redaction.
 
-It imports nothing of the project but itself. Results depend on little of it, which `dependencies.SHAPING` names.
+It imports nothing else of the project. The few modules that shape results are listed in `dependencies.SHAPING`.
 """

@@ -1,4 +1,4 @@
-"""What `retune doctor` and `retune verify` found, in one shape for people and programs."""
+"""Results of `retune doctor` and `retune verify`."""
 
 from dataclasses import dataclass
 from typing import Any

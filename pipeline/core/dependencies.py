@@ -1,7 +1,6 @@
-"""The code behind a result: a module and what it imports, read from the imports so that nobody has to keep a list.
+"""The code that a result depends on: a module and its imports, read from the source so that no list can be outdated.
 
-`dvc.yaml` lists it for each stage (`python -m pipeline.core.dependencies` writes it there), and what a killed stage
-keeps lies under its digest.
+`python -m pipeline.core.dependencies` writes it into `dvc.yaml`; checkpoints and caches are keyed by its digests.
 """
 
 import ast
@@ -14,7 +13,7 @@ from pipeline.core.files import sha256_file
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("prepare", "train", "evaluate", "merge")
-# They read, refuse, print or start something; what comes out does not depend on them. A folder stands for its modules.
+# These read, refuse, print or start something; no result depends on them. A folder stands for all its modules.
 WITHOUT_EFFECT = {
     "pipeline.core",
     "pipeline.params",
@@ -29,7 +28,7 @@ SHAPING = {"pipeline.core.memory", "pipeline.core.pages.templates", "pipeline.co
 
 
 def code_behind(module: str) -> list[Path]:
-    """The files of `module`, of what it imports (in functions too), and data beside modules that name `__file__`."""
+    """The files of `module` and its imports (those in functions too), and data next to modules that use `__file__`."""
     known: set[str] = set()
     todo = [module]
     while todo:
@@ -48,7 +47,7 @@ def code_digests(module: str) -> dict[str, str]:
 
 
 def write_dependencies(dvc_yaml: Path = ROOT / "dvc.yaml") -> None:
-    """Put the code of every stage into its `deps` in place of what stands there; data and outputs stay."""
+    """Replace the code in every stage's `deps`; data and outputs stay."""
     yaml = YAML()
     yaml.width = 120
     yaml.indent(mapping=2, sequence=4, offset=2)

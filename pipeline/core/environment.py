@@ -1,4 +1,4 @@
-"""What every process of a run begins with: caches in the project, no telemetry, few threads and collections."""
+"""Settings for every process of a run: caches in the project, no telemetry, few threads and collections."""
 
 import atexit
 import gc
@@ -12,12 +12,12 @@ from pipeline.core.files import WORK_DIR
 
 
 def set_environment() -> None:
-    """Caches in the project, no telemetry, no file that everybody may write, no Hub unless a parameter names one."""
+    """Keep caches in the project, turn telemetry off, and make no file world-writable."""
     os.umask(os.umask(0o077) | 0o002)
     if Path("params.yaml").exists():
-        with suppress(PermissionError):  # another user's: `--help` works there, and what needs it says why it cannot
+        with suppress(PermissionError):  # another user's project: `--help` works, other commands say what is wrong
             WORK_DIR.mkdir(exist_ok=True)
-            WORK_DIR.chmod(0o700)  # logs, checkpoints and Prefect's database are nobody else's business
+            WORK_DIR.chmod(0o700)  # logs, checkpoints and Prefect's database are private
     work = WORK_DIR.resolve()
     defaults = {
         "HF_DATASETS_CACHE": str(work / "datasets"),
@@ -30,9 +30,9 @@ def set_environment() -> None:
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",  # it does not honour DO_NOT_TRACK=1
         "TOKENIZERS_PARALLELISM": "false",
-        # Threads that wait by spinning take the core that the others wait for: 3 times slower beside a busy process.
+        # Spinning threads occupy the core that the others need: 3 times slower next to a busy process.
         "OMP_WAIT_POLICY": "PASSIVE",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a registry that is down is said within a minute, not ten
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # report a registry that is down within a minute, not ten
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(work / "dvc"),
@@ -43,7 +43,7 @@ def set_environment() -> None:
 
 
 def _quiet() -> None:
-    """What libraries say to their own developers, and nobody here can act on: it looks like an error and is none."""
+    """Silence warnings that libraries address to their own developers: they look like errors, and users cannot act."""
     for library in ("transformers", "trl", "peft", "torch", "accelerate"):
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=library)
@@ -53,9 +53,9 @@ def _quiet() -> None:
 
 
 def collect_rarely() -> None:
-    """Have Python look for cycles every 100,000 objects instead of 700, and not at all at the end of this process.
+    """Collect reference cycles every 100,000 objects instead of 700, and not at exit.
 
-    Libraries and rows are objects without cycles: looking is a fifth of the time of `prepare`.
+    Libraries and rows have no cycles; looking for them takes a fifth of the time of `prepare`.
     """
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the digests they are known by."""
+"""Writing files atomically, reading JSON strictly, and SHA-256 digests."""
 
 import ctypes
 import errno
@@ -24,7 +24,7 @@ def whole_directory(target: Path, scratch: Path | None = None) -> Iterator[Path]
     """Yield an empty folder that replaces `target` when the block ends without an error; else nothing changes.
 
     The folder is made in `scratch`, by default next to `target`; both must be on one file system, where a rename is
-    atomic. Several processes may make one target: the last stays. What a killed one left there is removed.
+    atomic. If several processes write one target, the last wins. Leftovers of killed processes are removed.
     """
     scratch = scratch or target.parent
     scratch.mkdir(parents=True, exist_ok=True)
@@ -48,12 +48,12 @@ def whole_directory(target: Path, scratch: Path | None = None) -> Iterator[Path]
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders, on Linux in one step; elsewhere a kill between the two renames leaves no `old`."""
+    """Swap two folders, atomically on Linux; elsewhere a kill between the two renames leaves no `old`."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
             return
-        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):  # a kernel or file system without it
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):  # the kernel or file system cannot exchange
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
     aside = new.with_name(f"{new.name}.aside")
     old.rename(aside)
@@ -62,7 +62,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Write `text` to `path` atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -74,7 +74,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def conflict_line(path: Path) -> int | None:
-    """The first line where git left conflict markers, counted from 1; None in a file without any."""
+    """Number of the first line with git's conflict markers, counted from 1; None without any."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return next((number for number, line in enumerate(lines, 1) if line.startswith("<<<<<<< ")), None)
 
@@ -84,7 +84,7 @@ def read_json(path: Path) -> Any:
 
 
 class KeyTwiceError(ValueError):
-    """JSON with a key that comes twice, of which readers take one or the other."""
+    """JSON with a repeated key; readers differ in which value they take."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the key {key!r} comes twice")
@@ -95,7 +95,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of `pairs`, for `object_pairs_hook` of `json.loads`.
 
     Raises:
-        KeyTwiceError: with the first key that comes twice.
+        KeyTwiceError: for the first repeated key.
     """
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -105,7 +105,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def strict_json(data: bytes) -> Any:
-    """JSON in which no key comes twice, so that nobody reads another value than was checked."""
+    """JSON without repeated keys, so that every reader sees the value that was checked."""
     try:
         return json.loads(data.decode(), object_pairs_hook=unique_keys)  # json alone would guess UTF-16 and 32
     except RecursionError:
@@ -118,5 +118,5 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Digest of `value` in one canonical spelling: sorted keys, no spaces, UTF-8."""
+    """Digest of `value` as canonical JSON: sorted keys, no spaces, UTF-8."""
     return hashlib.sha256(CANONICAL.encode(value).encode()).hexdigest()

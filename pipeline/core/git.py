@@ -1,6 +1,6 @@
-"""Everything that Retune asks of git. A commit holds what git tracks and the files that runs write, and nothing else.
+"""All uses of git. Commits made here hold tracked files and the files that runs write, nothing else.
 
-Index, branch and working tree stay as they are.
+Index, branch and working tree stay unchanged.
 """
 
 import os
@@ -13,17 +13,17 @@ from ruamel.yaml import YAML
 
 from pipeline.core.redaction import redact
 
-CODE = ("pipeline/", "flows/", "dvc.yaml", "params.yaml")  # files that count although git does not know them
-# params.yaml: of a run with `changes`.
+CODE = ("pipeline/", "flows/", "dvc.yaml", "params.yaml")  # untracked files here count as changes
+# Files that runs write; params.yaml by a run with `changes`.
 RECORDED = ("data.dvc", "dvc.lock", ".dvc/init_adapter.json", "params.yaml")
 
 
 class GitError(RuntimeError):
-    """git failed, or what was asked for would make a wrong commit; nothing was committed."""
+    """git failed, or the commit would not describe the version; nothing was committed."""
 
 
 def run(root: Path, *arguments: str, **environment: str) -> str:
-    """What a command of git prints, without the last line's end."""
+    """The output of a git command, without the final newline."""
     done = _git(root, *arguments, **environment)
     if done.returncode != 0:
         raise GitError(redact(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}"))
@@ -31,20 +31,20 @@ def run(root: Path, *arguments: str, **environment: str) -> str:
 
 
 def ask(root: Path, *arguments: str) -> str | None:
-    """What a command of git prints, or None where it fails, as outside a repository."""
+    """The output of a git command, or None if it fails, as it does outside of a repository."""
     done = _git(root, *arguments)
     return done.stdout.rstrip() if done.returncode == 0 else None
 
 
 def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
-    """HEAD's id ("" outside a repository), and whether files other than the `ignored` ones differ from it."""
+    """HEAD's id ("" outside of a repository), and whether files other than the `ignored` ones differ from it."""
     return {"commit": ask(root, "rev-parse", "HEAD") or "", "dirty": bool(changes(root, ignored))}
 
 
 def changes(root: Path, ignored: tuple[str, ...]) -> list[str]:
-    """Files that differ from HEAD, but the `ignored` ones.
+    """Files that differ from HEAD, except the `ignored` ones.
 
-    Of the files that git does not know, only those count that a run can read: code, and what a parameter names.
+    An untracked file counts only if a run can read it: code, or a file that a parameter names.
     """
     excluded = [f":(exclude){name}" for name in ignored]
     tracked = (ask(root, "diff", "--name-only", "HEAD", "--", ":/", *excluded) or "").splitlines()
@@ -62,7 +62,7 @@ def _texts(tree: Any) -> list[str]:
 
 
 def commit(root: Path, message: str, parents: list[str], tracked: bool = False) -> str:
-    """A commit, on no branch: HEAD with `RECORDED` as they are now, and if `tracked` all else that git tracks."""
+    """Make a commit on no branch: HEAD with the current `RECORDED` files and, if `tracked`, all tracked files."""
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         run(root, "read-tree", "HEAD", **index)
@@ -79,23 +79,23 @@ def commit(root: Path, message: str, parents: list[str], tracked: bool = False) 
 
 
 def record_version(branch: str, model: str, version: str, number: str | None, root: Path = Path(".")) -> str:
-    """Commit a promoted run on `branch` (made from HEAD if it is not there) and tag it; returns the commit.
+    """Commit a promoted run on `branch` (created from HEAD if missing) and tag it; returns the commit.
 
-    A version that has its tag already keeps it.
+    A version that already has a tag keeps it.
 
     Raises:
-        GitError: files other than `RECORDED` differ from HEAD, so that a commit would not be what the version was made
+        GitError: files other than `RECORDED` differ from HEAD, so the commit would not be what the version was made
             from; or the branch is checked out.
     """
     others = changes(root, RECORDED)
     if others:
         shown = ", ".join(others[:3]) + " and more" * (len(others) > 3)
         raise GitError(
-            f"{shown} differ from the commit, so a tag would not name what {version} was made from; commit them, then "
+            f"{shown} differ from HEAD, so a tag would not be what {version} was made from; commit them, then "
             "`retune run`"
         )
     if run(root, "rev-parse", "--abbrev-ref", "HEAD") == branch:
-        raise GitError(f"operations.git_branch is {branch}, which is checked out; name a branch of its own")
+        raise GitError(f"operations.git_branch is {branch}, which is checked out; name a separate branch")
     tag = f"{model}/{f'v{number}' if number else version}"
     if known := ask(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}"):
         return known
@@ -104,9 +104,8 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     contained = tip is not None and ask(root, "merge-base", "--is-ancestor", head, tip) is not None
     parents = [head] if tip is None else [tip] if contained else [tip, head]
     recorded = commit(root, f"{tag} is champion\n\nVersion {version}.", parents)
-    run(
-        root, "update-ref", ref, recorded, tip or "0" * len(recorded)
-    )  # compare and swap: another run's commit is not lost
+    # Compare and swap: another run's commit is not lost.
+    run(root, "update-ref", ref, recorded, tip or "0" * len(recorded))
     run(root, "tag", tag, recorded)
     return recorded
 

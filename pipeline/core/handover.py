@@ -1,8 +1,8 @@
-"""A stage run by a worker that shares no disk with us: git carries code, parameters and the lock, the DVC remote bytes.
+"""Runs a stage on a worker that shares no disk: git carries code, parameters and dvc.lock, the DVC remote carries data.
 
-The parent makes a commit of its working tree, on no branch, and pushes it with the stage's inputs; the worker checks it
-out in a clone of its own, runs the stage, pushes outputs and run cache, and answers with a commit whose `dvc.lock` has
-the stage's entry; the parent merges that entry, if it is for the same inputs, and fetches the outputs.
+The parent commits its working tree on no branch and pushes it with the stage's inputs. The worker checks that commit
+out in its own clone, runs the stage, pushes outputs and run cache, and answers with a commit whose `dvc.lock` has the
+stage's entry. The parent merges that entry if it is for the same inputs, and fetches the outputs.
 """
 
 import io
@@ -15,22 +15,22 @@ from pipeline.core import git, graph
 from pipeline.core.files import WORK_DIR, write_text
 
 ASKED, ANSWERED = "refs/retune/asked", "refs/retune/answered"
-PENDING = WORK_DIR / "asked"  # the commit of a request that was not taken back; a killed run leaves it
+PENDING = WORK_DIR / "asked"  # the commit of an open request; a killed run leaves it behind
 
 
 class HandoverError(RuntimeError):
-    """Inputs or outputs could not be handed over, or the answer does not belong to what was asked."""
+    """Inputs or outputs could not be exchanged, or the answer does not match the request."""
 
 
 def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
-    """Push the working tree as a commit, and the stage's inputs; returns the commit, which a worker is to be given."""
+    """Push the working tree as a commit, and the stage's inputs; returns the commit for the worker."""
     inputs = [name for name in graph.STAGES[: graph.STAGES.index(stage)] if name in graph.lock(root)["stages"]]
     graph.ask(root, "push", "data.dvc", *inputs)
-    # What the stage depends on, new modules included, travels by git only if git knows it.
+    # Untracked files, new modules included, would not reach the worker.
     deps = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
     unknown = git.run(root, "ls-files", "--others", "--exclude-standard", "--", *deps, "pipeline").splitlines()
     if missing := [path for path in unknown if path not in git.RECORDED]:
-        raise HandoverError(f"{stage} depends on {missing[0]}, which git does not know; `git add` it")
+        raise HandoverError(f"{stage} depends on {missing[0]}, which git does not track; `git add` it")
     if (root / PENDING).is_file():
         forget((root / PENDING).read_text(), remote, root)
     commit = git.commit(root, f"Inputs of {stage}", ["HEAD"], tracked=True)
@@ -40,31 +40,30 @@ def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
 
 
 def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], root: Path = Path(".")) -> None:
-    """Run the stage as the commit has it, in a clone of the worker's own, and push what came of it.
+    """Check `commit` out in the worker's clone, run the stage, and push its outputs.
 
-    The clone's working tree becomes that commit's; its checkpoints and caches stay, so that a stage which a dead worker
-    had begun goes on.
+    Checkpoints and caches of the clone stay, so a stage that a dead worker had begun continues.
 
     Raises:
         GitError, GraphError, HandoverError: the stage failed, or something could not be fetched or pushed.
     """
     if git.run(root, "config", "--default", "false", "--get", "retune.worker") != "true":
         raise HandoverError(
-            f"{root.resolve()} is not set aside for a worker, which overwrites its working tree; give the worker a "
-            "clone of its own, `git config retune.worker true` in it, and its path as RETUNE_ROOT"
+            f"{root.resolve()} is not marked as a worker's clone, and a worker overwrites its working tree; make a "
+            "separate clone, run `git config retune.worker true` in it, and set RETUNE_ROOT to its path"
         )
     git.run(root, "fetch", "--quiet", remote, f"{ASKED}/{commit}")
     git.run(root, "checkout", "--quiet", "--force", "--detach", commit)
     status = graph.repro(stage, on_line, root, pull=True)
     if status != 0:
-        raise HandoverError(f"stage {stage} ended with status {status} on this worker; its lines are above")
+        raise HandoverError(f"stage {stage} failed on this worker with status {status}; its output is above")
     graph.ask(root, "push", "--run-cache", stage)
     answer = git.commit(root, f"{stage} has run", ["HEAD"])
     git.run(root, "push", "--quiet", "--force", remote, f"{answer}:{ANSWERED}/{commit}")
 
 
 def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
-    """Merge the stage's entry of the answer into our `dvc.lock`, and fetch its outputs."""
+    """Merge the stage's entry of the answer into this `dvc.lock`, and fetch its outputs."""
     git.run(root, "fetch", "--quiet", remote, f"{ANSWERED}/{commit}")
     entry = YAML(typ="safe").load(git.run(root, "show", "FETCH_HEAD:dvc.lock"))["stages"].get(stage)
     if entry is None:
@@ -79,14 +78,14 @@ def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
         graph.ask(root, "pull", stage)
         wrong = graph.stale(root).get(stage)
         if wrong:
-            raise HandoverError(f"the worker ran {stage} on other inputs than those here: {wrong}")
+            raise HandoverError(f"the worker ran {stage} on other inputs than this project has: {wrong}")
     except BaseException:
         write_text(path, before)
         raise
 
 
 def forget(commit: str, remote: str, root: Path = Path(".")) -> None:
-    """Remove the names that the remote has for what was asked and answered; without them it may forget both commits."""
+    """Delete the request's and the answer's refs in the remote, which may then drop both commits."""
     named = git.run(root, "ls-remote", remote, f"{ASKED}/{commit}", f"{ANSWERED}/{commit}").split("\n")
     refs = [line.split("\t")[1] for line in named if line]
     if refs:
@@ -95,7 +94,7 @@ def forget(commit: str, remote: str, root: Path = Path(".")) -> None:
 
 
 def make_clone(folder: Path, remote: str, root: Path = Path(".")) -> None:
-    """A worker's own clone of the project at `folder`, which fetches from where the project pushes to."""
+    """Make a worker's clone of the project at `folder`, which fetches from the remote that the project pushes to."""
     url = git.run(root, "remote", "get-url", remote)
     if not (folder / ".git").exists():
         git.run(

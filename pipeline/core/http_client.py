@@ -1,15 +1,15 @@
-"""HTTP requests to servers of the team: JSON out, the answer's bytes in. No redirect is followed: what is sent, keys
-included, goes to no address that nobody named.
+"""HTTP requests to the team's servers: JSON out, bytes in. Redirects are not followed, so that what is sent, keys
+included, reaches only the configured address.
 """
 
 from typing import Any
 
-MAX_ANSWER = 2**22  # bytes; what is longer is cut off
-MAX_REASON = 300  # characters of an error's answer
+MAX_ANSWER = 2**22  # bytes; longer answers are truncated
+MAX_REASON = 300  # characters kept of an error's answer
 
 
 class HttpError(RuntimeError):
-    """No usable answer. `status` is the server's, None where it could not be reached; the cause says why."""
+    """No usable answer. `status` is the server's, or None if it could not be reached; the cause says why."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -17,14 +17,14 @@ class HttpError(RuntimeError):
 
 
 def send(url: str, body: Any = None, timeout_s: float = 10.0, **options: Any) -> bytes:
-    """What the server answers to a POST of `body` as JSON, or to a GET where there is none.
+    """POST `body` as JSON, or GET if there is none; returns the answer's content.
 
     Args:
         timeout_s: seconds to connect, and between two parts of the answer.
-        options: `headers` and `auth`, as httpx has them.
+        options: `headers` and `auth` of httpx.
 
     Raises:
-        HttpError: the server cannot be reached, or its status is not 2xx; the message has no URL.
+        HttpError: the server cannot be reached, or its status is not 2xx; the message does not contain the URL.
     """
     import httpx
 

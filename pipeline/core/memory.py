@@ -1,7 +1,7 @@
-"""What to do when memory runs out: smaller pieces of the same batch, then gradient checkpointing, then a sentence.
+"""Out of memory: smaller pieces of the same batch, then gradient checkpointing, then a clear error.
 
-The effective batch and the scale of the loss stay as they are, since a piece's loss is divided by the tokens of the
-whole step. Each rung is taken from the step that failed on, and recorded.
+The effective batch and the scale of the loss stay the same, since a piece's loss is divided by the tokens of the whole
+step. Each fallback applies from the step that failed on, and is recorded.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out on the last rung; the message says what to change."""
+    """Out of memory with the last fallback; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Rung:
     step: int = 0
-    pieces: int = 1  # into how many parts, split between rows, a batch goes through the model one after the other
+    pieces: int = 1  # parts, split between rows, in which a batch goes through the model
     gradient_checkpointing: bool = False
 
 
@@ -30,12 +30,12 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def free() -> None:
-    """Give back what the failed attempt still holds. Call it outside the `except` block, whose traceback holds more."""
+    """Release memory of a failed attempt. Call it outside of the `except` block, whose traceback holds references."""
     clear_device_cache(garbage_collection=True)
 
 
 def in_fitting_batch(size: int, attempt: Callable[[int], T], of: str) -> tuple[int, T]:
-    """The result of `attempt(size)`, or of half as much, and half of that, until it fits; and the size that did."""
+    """Call `attempt(size)`, halving `size` until it fits in memory; returns that size and the result."""
     while True:
         try:
             return size, attempt(size)
@@ -46,7 +46,7 @@ def in_fitting_batch(size: int, attempt: Callable[[int], T], of: str) -> tuple[i
         free()
         if size == 1:
             raise OutOfMemory(
-                f"memory ran out with one {of} ({reason}); lower prepare.max_length, or take a machine with more memory"
+                f"out of memory with one {of} ({reason}); lower prepare.max_length, or use a machine with more memory"
             )
         size, failed = (size + 1) // 2, size
-        print(f"memory ran out with {failed} of a {of} at once; it goes on with {size}", flush=True)
+        print(f"out of memory with a batch of {failed} ({of}); retrying with {size}", flush=True)

@@ -1,4 +1,4 @@
-"""Child processes that end when they should: with their parent, with the run, with every process they started."""
+"""Starting child processes that end with their parent, and ending them with everything they started."""
 
 import ctypes
 import os
@@ -15,18 +15,18 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def environment() -> dict[str, str]:
-    """This process's environment with the programs beside its interpreter first on the PATH, for stage commands."""
+    """The environment for stage commands: this process's, with the interpreter's own folder first on the PATH."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def identity(pid: int | None = None) -> str:
-    """What names this process, or the one with `pid`, and no later one that is given the same number."""
+    """A name for this process, or the one with `pid`, that no later process with the same number has."""
     process = psutil.Process(pid)
     return f"{process.pid}:{process.create_time()}"
 
 
 def lives(named: str | None) -> bool:
-    """Whether the process that `identity` named still runs."""
+    """Whether the process with this `identity` is still running."""
     try:
         pid = int((named or "").partition(":")[0])
         return identity(pid) == named and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -42,12 +42,11 @@ def available_cores() -> int:
 def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
     """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
 
-    Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe. To the kernel the
-    parent is the *thread* that started this process: start such children from the main thread, or from one that lives
-    as long as they should.
+    Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe. For the kernel the
+    parent is the *thread* that started this process: start such children from a thread that lives long enough.
 
     Args:
-        parent: the parent's process id where it is known; it may have died before this call.
+        parent: the parent's process id if known; it may have died before this call.
     """
     if sys.platform != "linux":
         return
@@ -58,7 +57,7 @@ def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
 
 
 def start_logged(command: Sequence[str], log: Path, root: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Start a server: in a session of its own, without input, with what it prints at the end of `log`."""
+    """Start a server in its own session, without input, appending its output to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         return subprocess.Popen(
@@ -74,7 +73,7 @@ def start_logged(command: Sequence[str], log: Path, root: Path, env: Mapping[str
 
 
 def ending_with_parent(command: Sequence[str], parent: int | None = None) -> list[str]:
-    """`command` as a child that dies with the thread that starts it, of this process or of `parent`."""
+    """`command`, wrapped so that the child dies with the thread that starts it (of this process or of `parent`)."""
     code = (
         "import os, sys; from pipeline.core.processes import end_with_parent; "
         "end_with_parent(parent=int(sys.argv[1]) or None); os.execvp(sys.argv[2], sys.argv[2:])"
@@ -83,12 +82,12 @@ def ending_with_parent(command: Sequence[str], parent: int | None = None) -> lis
 
 
 def python_ending_with_parent(module: str, *arguments: str) -> list[str]:
-    """`python -m module arguments…`, unbuffered, as such a child."""
+    """`python -m module arguments…`, unbuffered, wrapped in the same way."""
     return ending_with_parent([sys.executable, "-u", "-m", module, *arguments])
 
 
 def run_forwarding_sigterm(command: list[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> int:
-    """Run `command` to its end and return its exit status; SIGTERM and Ctrl-C end it and are waited for (143, 130)."""
+    """Run `command` and return its exit status; SIGTERM and Ctrl-C are passed on, and its end awaited (143, 130)."""
     child = subprocess.Popen(command, env=dict(env), pass_fds=pass_fds)
     previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
@@ -103,7 +102,7 @@ def run_forwarding_sigterm(command: list[str], env: Mapping[str, str], pass_fds:
 
 
 def end_group(leader: subprocess.Popen[str], grace: float) -> None:
-    """SIGTERM to every process of the group that `leader` began, SIGKILL to those left after `grace` seconds."""
+    """Send SIGTERM to the process group of `leader`, and SIGKILL to what is left after `grace` seconds."""
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
         deadline = time.monotonic() + patience
         try:

@@ -1,4 +1,4 @@
-"""One line of progress at a time, in one form that people read and the flow shows: `train 35% · … · ETA 0:48`."""
+"""Lines of progress in the one format that people read and the flow parses: `train 35% · … · ETA 0:48`."""
 
 import re
 import sys
@@ -15,17 +15,17 @@ def clock(seconds: float) -> str:
 
 
 def note(text: str) -> None:
-    """A line for people; standard output may be one JSON object for a program."""
+    """Print a line for people, on stderr: stdout may be JSON for a program."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Prints how far a stage is, at most every `every` seconds, with the time left at the rate so far."""
+    """Prints a stage's progress, at most every `every` seconds, with the time left at the rate so far."""
 
     def __init__(self, stage: str, total: int, unit: str, every: float = 5.0) -> None:
         self.stage, self.total, self.unit, self.every = stage, total, unit, every
         self.first = self.printed = time.monotonic()
-        self.start = 0  # where a resumed run began; its steps took none of this run's time
+        self.start = 0  # steps that were done before a resumed run began
 
     def resume_at(self, done: int) -> None:
         self.start = done

@@ -1,7 +1,7 @@
-"""Secrets taken out of text before a person, a log or a database sees it.
+"""Removes secrets from text before a person, a log or a database sees it.
 
-`***` stands for values of secret-looking environment variables, passwords in URIs, signatures in queries, and tokens
-of known shape. A secret in another shape that no variable holds is not recognised.
+`***` replaces values of secret-looking environment variables, passwords in URIs, signatures in queries, and tokens of
+known shape. A secret of any other shape that no variable holds is not recognised.
 """
 
 import base64
@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
-MIN_LENGTH = 6  # a shorter value (1, true, dev) stands in too many innocent places
+MIN_LENGTH = 6  # shorter values (1, true, dev) occur in ordinary text
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,7 +26,7 @@ _NAME = re.compile(
     r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|WEBHOOK|(ACCESS|API|PRIVATE|SIGNING|ENCRYPTION)_?KEY",
     re.IGNORECASE,
 )
-# Names with such a word whose values are settings and paths, not secrets.
+# Names that match, but hold settings or paths.
 _NO_SECRET = re.compile(r"PARALLELISM|_FILE$|_PATH$|_URL_ENV$|^TOKENIZERS_|_DIR$", re.IGNORECASE)
 _USERINFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^\s/@'\"<>]*:[^\s/'\"<>]*@", re.IGNORECASE)
 _SHAPES = re.compile(
@@ -58,19 +58,19 @@ def redact(text: str) -> str:
 
 
 def has_credentials(text: str) -> bool:
-    """Whether `text` is or holds a URI, a key or a webhook that grants access to whoever reads it."""
+    """Whether `text` contains a URI, a key or a webhook that grants access to its reader."""
     return any(pattern.search(text) for pattern in (_USERINFO, _SHAPES, _HEADER, _QUERY))
 
 
 def redact_process() -> None:
-    """Redact every log record and every uncaught exception of this process, whichever library writes it."""
+    """Redact every log record and uncaught exception of this process, those of libraries included."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         entry = make(*args, **kwargs)
-        with suppress(TypeError, ValueError):  # a message that does not fit its arguments: logging reports it
+        with suppress(TypeError, ValueError):  # the message does not fit its arguments; logging reports that
             entry.msg, entry.args = redact(entry.getMessage()), ()
         if entry.exc_info and entry.exc_info[1] is not None:
             entry.exc_text = redact("".join(traceback.format_exception(entry.exc_info[1])).rstrip("\n"))
@@ -85,7 +85,7 @@ def redact_process() -> None:
 
 
 def redacted_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` with errors that carry no secrets: Prefect keeps an exception's text as the state of the run."""
+    """`function` with secrets removed from its errors: Prefect stores an exception's text as the run's state."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -108,7 +108,7 @@ def _secret_variables(environment: Any) -> dict[str, str]:
 
 @lru_cache(maxsize=4)
 def _values(variables: tuple[tuple[str, str], ...]) -> list[str]:
-    """Every spelling in which a secret turns up: as it is, escaped for URLs, in JSON, in base64. The longest first."""
+    """Every spelling of each secret: plain, escaped for URLs, in JSON, in base64; the longest first."""
     spellings: set[str] = set()
     for _, value in variables:
         spellings |= {

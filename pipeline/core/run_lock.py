@@ -1,6 +1,4 @@
-"""Locks that the kernel holds for a process: the project's (one run, ingest or look at what is stale at a time), and a
-machine's for each of its GPUs.
-"""
+"""Locks that the kernel releases when a process dies: one per project (run, ingest, status), one per GPU."""
 
 import fcntl
 import os
@@ -18,9 +16,9 @@ class RunUnderWay(RuntimeError):
 
 @contextmanager
 def only_run(root: Path = Path(".")) -> Iterator[int]:
-    """Hold the project's run lock: two runs would write the same artifacts, or read data that changes under them.
+    """Hold the project's run lock: two runs would write the same artifacts, or read changing data.
 
-    Yields the lock's file descriptor: a child that inherits it can let go of the lock for both.
+    Yields the lock's file descriptor: a child that inherits it can release the lock for both.
     """
     (root / WORK_DIR).mkdir(exist_ok=True)
     with (root / WORK_DIR / "run.lock").open("a+") as lock:
@@ -30,7 +28,7 @@ def only_run(root: Path = Path(".")) -> Iterator[int]:
             lock.seek(0)
             holder = lock.read().strip() or "?"
             raise RunUnderWay(
-                f"a run is under way here (process {holder}); `retune status` says how far it is"
+                f"a run is under way here (process {holder}); `retune status` shows its progress"
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -40,9 +38,9 @@ def only_run(root: Path = Path(".")) -> Iterator[int]:
 
 @contextmanager
 def only_on_gpus(gpus: Iterable[str], on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Hold this machine's lock for each of `gpus` (their UUIDs), waiting for it: whoever trains there is alone.
+    """Hold this machine's lock for each of `gpus` (their UUIDs), waiting if necessary, so trainings do not share a GPU.
 
-    Any project, worker and user of the machine takes the same locks, in the same order.
+    All projects, workers and users of the machine take the same locks, in the same order.
     """
     with ExitStack() as held:
         for gpu in sorted(gpus):
@@ -55,6 +53,6 @@ def only_on_gpus(gpus: Iterable[str], on_wait: Callable[[str], None]) -> Iterato
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                on_wait(f"another training has the GPU {gpu} ({path}); waiting for it")
+                on_wait(f"another training uses the GPU {gpu} ({path}); waiting for it to end")
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What leaves the machine, cleaned: configurations name no code (`auto_map` and the like), folder or user."""
+"""Cleans what leaves the machine: configurations without code references (`auto_map`), local paths and user names."""
 
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -7,8 +7,8 @@ from typing import Any
 from pipeline.core.files import read_json, write_json
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
-# Keys that name code to fetch and run, or where the files lay when they were saved. transformers and PEFT fill in the
-# latter when they load.
+# Keys that name code to fetch and run, or the folder in which the files were saved; transformers and PEFT set the
+# latter again when they load.
 _DROPPED = (
     "auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "is_local", "local_files_only", "_commit_hash"
 )  # fmt: skip
@@ -24,7 +24,7 @@ def clean_folder(folder: Path) -> None:
 
 
 def portable(value: Any) -> Any:
-    """`value` (of JSON) with names for others in place of this machine's paths, under keys that hold paths or URIs."""
+    """`value` (of JSON) with this machine's paths, under keys for paths or URIs, replaced by portable names."""
     if isinstance(value, list):
         return [portable(item) for item in value]
     if not isinstance(value, dict):
@@ -36,7 +36,7 @@ def portable(value: Any) -> Any:
 
 
 def portable_name(name: str) -> str:
-    """A path as other machines may see it: Hub names and paths in the project stay, of others the last component."""
+    """A path as other machines may see it: Hub names and paths in the project stay, others lose their folders."""
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     scheme, mark, path = name.partition("://")
     if mark and scheme in ("file", "sqlite"):

@@ -1,4 +1,4 @@
-"""Texts compared as people compare them."""
+"""Normalises texts for comparison."""
 
 import unicodedata
 

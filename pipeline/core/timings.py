@@ -1,10 +1,10 @@
-"""How long each stage took here and how much memory it needed, tied to the very output that it made."""
+"""Time and peak memory of each stage on this machine, tied to the output that it made."""
 
 from pathlib import Path
 
 from pipeline.core.files import WORK_DIR, read_json, sha256_file, write_json
 
-# One file of each stage's output; its digest says whether a recorded time belongs to the output that lies there now.
+# One file of each stage's output; its digest says whether a recorded time belongs to the present output.
 MARKERS = {
     "prepare": "dataset/report.json",
     "train": "adapter/training.json",
@@ -14,7 +14,7 @@ MARKERS = {
 
 
 def record(stage: str, seconds: float, peak_memory_bytes: int, root: Path = Path(".")) -> None:
-    """Keep what the process that ended a stage needed; a resumed training also took the time until its checkpoint."""
+    """Record what a stage's process needed; for a resumed training, the time before its checkpoint is added."""
     if stage == "train":
         seconds += read_json(root / "artifacts" / "training" / "run.json")["earlier_seconds"]
     marker = sha256_file(root / "artifacts" / MARKERS[stage])
@@ -23,7 +23,7 @@ def record(stage: str, seconds: float, peak_memory_bytes: int, root: Path = Path
 
 
 def stage_seconds(root: Path = Path(".")) -> dict[str, float | None]:
-    """Seconds of each stage; None where the output that lies here was not made here (DVC restored it)."""
+    """Seconds of each stage; None if the present output was not made here (DVC restored it)."""
     seconds: dict[str, float | None] = dict.fromkeys(MARKERS)
     for stage, marker in MARKERS.items():
         path, output = root / WORK_DIR / "stages" / f"{stage}.json", root / "artifacts" / marker

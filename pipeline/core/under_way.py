@@ -1,4 +1,4 @@
-"""How far the run that is under way has got, in a file that its flow writes and `retune status` reads."""
+"""Progress of the current run, in a file that its flow writes and `retune status` reads."""
 
 import getpass
 import re
@@ -18,7 +18,7 @@ ETA = re.compile(r"ETA ([\d:]+)")
 
 @contextmanager
 def told(trigger: str) -> Iterator[None]:
-    """Around a run: who started it, for what and when; the file counts as long as the run's process lives."""
+    """Record who started a run, why and when; the record is valid while the run's process lives."""
     begun = {"process": identity(), "trigger": trigger, "by": getpass.getuser(), "since": time.time()}
     write_json(FILE, begun | {"stage": None, "percent": None, "eta": None, "line": ""})
     try:
@@ -28,7 +28,7 @@ def told(trigger: str) -> Iterator[None]:
 
 
 def tell(stage: str, line: str = "") -> None:
-    """The stage that the run is in, with its last line of progress; nothing where no run is told."""
+    """Record the run's present stage and last line of progress; does nothing outside of a run."""
     with suppress(OSError, ValueError):
         progress, eta = LINE.match(line), ETA.search(line)
         now = {"stage": stage, "percent": int(progress["percent"]) if progress else None, "line": line}
@@ -36,7 +36,7 @@ def tell(stage: str, line: str = "") -> None:
 
 
 def look(root: Path = Path(".")) -> dict[str, Any] | None:
-    """What was told last, if the run's process still lives."""
+    """The last record, if the run's process still lives."""
     with suppress(OSError, ValueError):
         known: dict[str, Any] = read_json(root / FILE)
         return known if lives(known["process"]) else None

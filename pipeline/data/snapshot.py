@@ -48,7 +48,7 @@ def recover(root: Path = Path(".")) -> bool:
 
     What a kill leaves of DVC's own list of its processes goes too: the next command of DVC would fail on it.
     """
-    graph.forget_cut_list(root)
+    graph.remove_truncated_locks(root)
     target, old, journal = root / INSTRUCTIONS, root / SCRATCH / "old", root / JOURNAL
     interrupted = journal.exists()
     if interrupted:

@@ -1,4 +1,4 @@
-"""The local servers behind the dashboard: Prefect, its workers, the registry, and what they are told.
+"""The local servers behind the dashboard (Prefect, its workers, MLflow) and the events sent to them.
 
-It knows core and params.
+It may import core and params.
 """

@@ -1,9 +1,7 @@
-"""What the Prefect server that is up is told: new data, a champion that got worse, a run that had nothing to do.
+"""Events for the running Prefect server: new data, a worse champion (both trigger deployments), an unchanged run.
 
-Deployments wait for the first two.
-
-Without a server nobody is waiting, and nothing is sent; a server that cannot be reached, or that refuses the
-credentials of PREFECT_API_AUTH_STRING, undoes nothing.
+Without a server nothing is sent. A server that is unreachable, or that refuses the credentials of
+PREFECT_API_AUTH_STRING, does not fail the caller.
 """
 
 import os
@@ -22,7 +20,7 @@ CHAMPION_REGRESSED = "champion.regressed"
 
 
 def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path(".")) -> bool:
-    """Post `event` about `resource` to the project's server, or the one of PREFECT_API_URL; whether it took it."""
+    """Post `event` about `resource` to the project's server, or PREFECT_API_URL; returns whether it was accepted."""
     body = {
         "id": str(uuid.uuid4()),
         "occurred": datetime.now(UTC).isoformat(),
@@ -38,10 +36,7 @@ def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path("
 
 
 def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
-    """A run of the flow `retrain` that found nothing to do, in the history of the server of `retune up`, if it is up.
-
-    Starting a flow would take longer.
-    """
+    """Add an unchanged run of `retrain` to the history of `retune up`'s server; starting a flow would take longer."""
     url = server.running(root)
     flow = server.post(url, "flows/", {"name": "retrain"}) if url else None
     if url is None or flow is None:
@@ -52,25 +47,25 @@ def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
 
 
 def tell_updated(new_rows: int, min_new_rows: int, root: Path = Path(".")) -> bool:
-    """`dataset.updated`, if enough rows are new; fewer wait for the next scheduled run."""
+    """Emit `dataset.updated` if enough rows are new; fewer wait for the next scheduled run."""
     payload = {"new_rows": new_rows}
     return new_rows >= min_new_rows and emit(DATASET_UPDATED, "retune.dataset", payload, root)
 
 
 def contents(root: Path = Path(".")) -> dict[str, set[int]]:
-    """Digest of every row in the snapshot, by shard; a raw file that nobody ingested counts as none."""
+    """Digests of the snapshot's rows, by shard; raw files that were not ingested do not count."""
     folder = root / "data" / "instructions"
     return {path.name: _digests(path) for path in sorted(folder.glob("*.parquet"))}
 
 
 def count_new(before: dict[str, set[int]], root: Path = Path(".")) -> int:
-    """Rows in the snapshot that say something none of `before` said."""
+    """Number of rows in the snapshot whose content is not in `before`."""
     known = set().union(*before.values())
     return sum(len(digests - known) for digests in contents(root).values())
 
 
 def _digests(shard: Path) -> set[int]:
-    # What a row says is its messages and tools; where it came from, and its line there, may change.
+    # A row's content is its messages and tools; its source and line may change.
     names = [name for name in ("messages", "tools") if name in pq.read_schema(shard).names]
     columns = [pq.read_table(shard, columns=[name]).column(name) for name in names]
     return {

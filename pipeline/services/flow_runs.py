@@ -1,6 +1,6 @@
-"""Close runs in the local Prefect server's history whose processes ended, or are about to end, without telling it.
+"""Closes runs in the local Prefect server's history whose processes were, or are about to be, killed.
 
-Prefect hears nothing of a process that is killed, nor of a worker that goes down with its server: such a run would stay
+Prefect does not notice when a process is killed, or a worker stops together with its server: such a run would stay
 Running for ever and keep its deployment's slot.
 """
 
@@ -16,30 +16,30 @@ LOST = "its process no longer exists: it was killed, or the machine restarted"
 
 
 def close_lost_runs(url: str) -> None:
-    """End as Crashed each run by hand whose process no longer exists; asked with the project's run lock held."""
-    runs = _open(url, OPEN, of_deployments=False)  # not those that wait for a person, who hold no lock
+    """Set each manual run whose process no longer exists to Crashed; call it with the project's run lock held."""
+    runs = _open(url, OPEN, of_deployments=False)  # not those that wait for a person: they hold no lock
     _end(url, [run for run in runs if not lives(run["infrastructure_pid"])], "CRASHED", LOST)
 
 
 def close_stack_runs(url: str) -> None:
-    """End as Crashed each open run of a deployment; asked before the stack's workers start."""
+    """Set each open run of a deployment to Crashed; call it before the stack's workers start."""
     _end(url, _open(url, [*OPEN, "PAUSED"], of_deployments=True), "CRASHED", LOST)
 
 
 def refuse_runs_by_hand(url: str) -> None:
     """Raises:
-    ServerError: a run that somebody started by hand reports to this server, and would hang without it.
+    ServerError: a manual run reports to this server, and would hang without it.
     """
     processes = [run["infrastructure_pid"] for run in _open(url, OPEN, of_deployments=False)]
     if living := [process.partition(":")[0] for process in processes if lives(process)]:
         raise server.ServerError(
-            f"a run by hand (process {', '.join(living)}) needs this server; wait for it or end it with Ctrl-C, then "
+            f"a manual run (process {', '.join(living)}) needs this server; wait for it or stop it with Ctrl-C, then "
             "`retune down`"
         )
 
 
 def cancel_stack_runs(url: str, reason: str) -> None:
-    """Have the workers end each open run of a deployment, and record it as Cancelled for `reason`."""
+    """Have the workers stop each open run of a deployment, and set it to Cancelled with `reason`."""
     runs = _open(url, [*OPEN, "PAUSED"], of_deployments=True)
     _end(url, runs, "CANCELLING", reason)
     deadline = time.monotonic() + KILL_SECONDS
@@ -55,5 +55,5 @@ def _open(url: str, types: list[str], of_deployments: bool) -> list[dict[str, An
 
 def _end(url: str, runs: list[dict[str, Any]], state_type: str, message: str) -> None:
     state = {"type": state_type, "name": state_type.capitalize(), "message": message}
-    for run in runs:  # by force: Prefect's rules are for a run's own process
+    for run in runs:  # force, because Prefect's rules assume the run's own process
         server.post(url, f"flow_runs/{run['id']}/set_state", {"state": state, "force": True})

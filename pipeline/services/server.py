@@ -1,4 +1,4 @@
-"""The local Prefect server: that of `retune up` (`pipeline.services.stack`), else one for a single run."""
+"""The local Prefect server: the one of `retune up` (`pipeline.services.stack`), or one for a single run."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from pipeline.core.processes import end_group, lives, python_ending_with_parent,
 
 HOST = "127.0.0.1"
 STARTUP_SECONDS = 120
-BUSY = 503  # Prefect's answer while another request holds its SQLite database; nothing of this one was done
-BUSY_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before it is asked again
+BUSY = 503  # Prefect's answer while another request holds its SQLite database; the request had no effect
+BUSY_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before each retry
 STATE = WORK_DIR / "server.json"
 LOGS = WORK_DIR / "logs"
 
@@ -27,7 +27,7 @@ class ServerError(RuntimeError):
 
 
 def environment(root: Path, url: str) -> dict[str, str]:
-    """This process's environment with Prefect pointed at the server at `url`, its home in the project, no telemetry."""
+    """This process's environment, with Prefect using the server at `url`, its home in the project, and no telemetry."""
     password = own_password()
     return (
         os.environ
@@ -37,18 +37,18 @@ def environment(root: Path, url: str) -> dict[str, str]:
             "PREFECT_API_URL": f"{url}/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "true",
-            # Runs killed with -9 must not keep a concurrency slot; the default storage forgets leases with the server.
+            # Runs killed with -9 must not keep a concurrency slot; the default storage loses leases with the server.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_CLI_COLORS": "false",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # by which flows.automations tells a dead worker's run
-            # A page in the user's browser can reach loopback: it may not read this server, nor send it JSON.
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # flows.automations recognises dead workers by it
+            # Pages in the user's browser can reach loopback; they may not read from this server, nor send it JSON.
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},{url.replace(HOST, 'localhost')}",
         }
     )
 
 
 def known_stack(root: Path = Path(".")) -> dict[str, Any]:
-    """What `retune up` wrote of its stack; empty when its supervisor does not live."""
+    """The stack as `retune up` recorded it; empty if its supervisor is not running."""
     try:
         known: dict[str, Any] = read_json(root / STATE)
     except (OSError, ValueError):
@@ -57,19 +57,19 @@ def known_stack(root: Path = Path(".")) -> dict[str, Any]:
 
 
 def running(root: Path = Path(".")) -> str | None:
-    """The address of the server that `retune up` started here, if it answers."""
+    """The address of the server that `retune up` started here, if that answers."""
     url: str | None = known_stack(root).get("url")
     return url if url and healthy(url) else None
 
 
 @contextmanager
 def for_one_run(root: Path = Path(".")) -> Iterator[str]:
-    """The address of the server that is up, or of one that ends with this block or process, kill -9 included."""
+    """Yield the address of the running server, or start one that ends with this block or process, kill -9 included."""
     if (url := running(root)) is not None:
         if post(url, "flow_runs/count", {}) is None:
             raise ServerError(
-                f"the server at {url} does not take this project's requests; set PREFECT_API_AUTH_STRING to the "
-                "user:password that it was started with (PREFECT_SERVER_API_AUTH_STRING)"
+                f"the server at {url} rejects this project's requests; set PREFECT_API_AUTH_STRING to the "
+                "user:password that the server was started with (PREFECT_SERVER_API_AUTH_STRING)"
             )
         yield url
         return
@@ -84,7 +84,7 @@ def for_one_run(root: Path = Path(".")) -> Iterator[str]:
 
 
 def healthy(url: str) -> bool:
-    """Whether it is a Prefect server that answers at `url`, and works."""
+    """Whether a healthy Prefect server answers at `url`."""
     try:
         return json.loads(send(f"{url}/api/health", timeout_s=5)) is True
     except (HttpError, ValueError):
@@ -92,7 +92,7 @@ def healthy(url: str) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether a GET of `url` is answered with 200."""
+    """Whether a GET of `url` succeeds."""
     try:
         send(url, timeout_s=5)
     except HttpError:
@@ -101,7 +101,7 @@ def answers(url: str) -> bool:
 
 
 def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
-    """What the Prefect server at `url` answers to `body`; None if it cannot be reached or does not take it."""
+    """The answer of the Prefect server at `url` to `body`; None if it is unreachable or rejects the request."""
     user, _, secret = (password or own_password() or "").partition(":")
     for pause in (0, *BUSY_PAUSES):
         time.sleep(pause)
@@ -116,16 +116,16 @@ def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
 
 
 def own_password() -> str | None:
-    """`user:password` that the local server asks for, if it asks: the first variable is the one it was started with."""
+    """`user:password` of the local server, if it has one: the first variable is what it was started with."""
     return os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING")
 
 
 def wait_for(name: str, answers: Callable[[], bool], has_ended: Callable[[], bool]) -> None:
-    """Return when a server or worker answers."""
+    """Wait until a server or worker answers."""
     deadline, log = time.monotonic() + STARTUP_SECONDS, LOGS / f"{name}.log"
     while not answers():
         if has_ended():
-            raise ServerError(f"{name} has ended; its log is {log}")
+            raise ServerError(f"{name} has stopped; its log is {log}")
         if time.monotonic() > deadline:
             raise ServerError(f"{name} did not answer within {STARTUP_SECONDS} s; its log is {log}")
         time.sleep(0.2)

@@ -1,7 +1,7 @@
 """The local stack behind `retune up`: Prefect server, work pools with their workers, MLflow; on loopback.
 
-supervisord starts them, keeps their logs and starts again what dies. All of them die with it, and every process carries
-the project's folder in its environment, by which `retune down` finds also what a worker started.
+supervisord starts them, keeps their logs, restarts what dies, and takes all of them with it when it ends. Every process
+has the project's folder in its environment, by which `retune down` also finds what workers started.
 """
 
 import os
@@ -30,11 +30,11 @@ from pipeline.services.flow_runs import cancel_stack_runs, close_lost_runs, clos
 from pipeline.services.server import HOST, LOGS, STATE, ServerError, answers, wait_for
 
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
-CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains: it overwrites its working tree
+CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains, because it overwrites its working tree
 CONFIG = WORK_DIR / "supervisor.ini"
 SOCKET = WORK_DIR / "supervisor.sock"  # relative: a socket's path has at most 107 characters
 POOLS = {"cpu": None, "gpu": 1}  # concurrency limits
-STATES = {"FATAL": "given up", "BACKOFF": "restarting", "EXITED": "restarting"}  # supervisord's, in our words
+STATES = {"FATAL": "failed", "BACKOFF": "restarting", "EXITED": "restarting"}  # supervisord's, in plain words
 SUPERVISOR = """\
 [supervisord]
 logfile={logs}/supervisor.log
@@ -47,7 +47,7 @@ chmod=0600
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 """
-# One that ends within 20 seconds of its start five times in a row stays down.
+# A program that ends within 20 seconds of its start, five times in a row, stays down.
 PROGRAM = """\
 [program:{name}]
 command={command}
@@ -69,20 +69,20 @@ stdout_logfile={logs}/{name}.log
 class Service:
     name: str
     arguments: tuple[str, ...]  # of `python -m`
-    url: str | None = None  # where a person opens it
-    health: str | None = None  # what answers 200 when it works; without one, a living process is enough
+    url: str | None = None  # its page for people
+    health: str | None = None  # answers 200 when the service works; without one, a living process is enough
 
     def answers(self) -> bool:
         return self.health is None or answers(self.health)
 
 
 def services(params: Params) -> list[Service]:
-    """What `operations.services` asks for, in the order of starting; the server always comes first."""
+    """The server and what `operations.services` lists, in the order in which they are started."""
     ports, chosen = params.operations, params.operations.services
     url = f"http://{HOST}:{ports.prefect_port}"
     start: tuple[str, ...] = ("prefect", "server", "start", "--host", HOST, "--port", str(ports.prefect_port))
     stack = [Service("prefect-server", start, url, f"{url}/api/health")]
-    if "mlflow" in chosen and params.publish.tracking_uri.startswith("sqlite:"):  # else it has a server of its own
+    if "mlflow" in chosen and params.publish.tracking_uri.startswith("sqlite:"):  # else it is a server already
         url = f"http://{HOST}:{ports.mlflow_port}"
         folders = ("--backend-store-uri", params.publish.tracking_uri, "--artifacts-destination", "mlartifacts")
         start = ("mlflow", "server", "--host", HOST, "--port", str(ports.mlflow_port), "--workers", "1", *folders)
@@ -96,10 +96,10 @@ def services(params: Params) -> list[Service]:
 
 
 def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None, root: Path = Path(".")) -> Params:
-    """`params` with the ports that were given on the command line.
+    """`params` with the ports of the command line.
 
     Raises:
-        ServerError: a stack runs here with others.
+        ServerError: a stack runs here on other ports.
     """
     given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port}
     update = {key: port for key, port in given.items() if port is not None}
@@ -107,19 +107,19 @@ def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None
     for name, port in (("prefect-server", prefect_port), ("mlflow", mlflow_port)):
         if urls and port is not None and urls.get(name) != f"http://{HOST}:{port}":
             at = ", ".join(f"{each} at {url}" for each, url in urls.items())
-            raise ServerError(f"the stack runs: {at}; to move {name} to port {port}, `retune down` first")
+            raise ServerError(f"the stack is running ({at}); run `retune down` before moving {name} to port {port}")
     return params.model_copy(update={"operations": params.operations.model_copy(update=update)})
 
 
 def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Start the stack in the background and wait until it works, or answer with the one that runs.
+    """Start the stack in the background and wait until it works; returns its state. A running stack is left alone.
 
     Raises:
-        ServerError: a port is taken, or a service did not start; nothing is left running then.
+        ServerError: a port is taken, or a service did not start; nothing is left running.
     """
     if server.known_stack(root).get("ready"):
         return state(root)
-    down(root)  # what an interrupted `up` or a killed supervisor left
+    down(root)  # leftovers of an interrupted `up` or a killed supervisor
     stack = services(params)
     for service in stack:
         _require_free(service)
@@ -152,14 +152,14 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
 
 
 def down(root: Path = Path(".")) -> bool:
-    """Stop the stack and everything it started, runs that its workers have under way included; False if none ran."""
+    """Stop the stack and everything it started, its workers' runs included; returns whether anything ran."""
     known = server.known_stack(root)
     ran = bool(known or marked(root))
     if (url := server.running(root)) is not None:
         cancel_stack_runs(url, "`retune down` stopped it")
     with suppress(KeyError, psutil.NoSuchProcess):
         supervisor = psutil.Process(int(known["process"].partition(":")[0]))
-        supervisor.terminate()  # it stops workers before the server, which is told how their runs ended
+        supervisor.terminate()  # it stops workers before the server, so that their runs' ends are recorded
         psutil.wait_procs([supervisor], timeout=60)
     end_marked(root, grace=10)
     (root / STATE).unlink(missing_ok=True)
@@ -167,9 +167,9 @@ def down(root: Path = Path(".")) -> bool:
 
 
 def state(root: Path = Path(".")) -> dict[str, Any]:
-    """The stack's address and services, each with its process and state as they are now; empty when none runs."""
+    """The stack's address and services, each with its process and present state; empty if none runs."""
     known, processes = server.known_stack(root), {}
-    with suppress(OSError):  # in its first second supervisord does not answer
+    with suppress(OSError):  # supervisord does not answer in its first second
         processes = {each["name"]: each for each in _ask(root, "getAllProcessInfo")} if known else {}
     for service in known.get("services", []):
         process = processes.get(service["name"], {"pid": 0, "statename": "STARTING"})
@@ -180,7 +180,7 @@ def state(root: Path = Path(".")) -> dict[str, Any]:
 
 
 def environment(root: Path, params: Params) -> dict[str, str]:
-    """What every process of the stack sees: the server's address, no telemetry, the mark."""
+    """The environment of every process of the stack: the server's address, no telemetry, the mark."""
     project = str(root.resolve())
     python_path = os.pathsep.join(filter(None, (project, os.environ.get("PYTHONPATH"))))
     return server.environment(root, f"http://{HOST}:{params.operations.prefect_port}") | {
@@ -192,7 +192,7 @@ def environment(root: Path, params: Params) -> dict[str, str]:
 
 
 def marked(root: Path) -> list[psutil.Process]:
-    """Living processes of this project's stack, other than this one."""
+    """Running processes of this project's stack, except this one."""
     project, processes = str(root.resolve()), []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -203,7 +203,7 @@ def marked(root: Path) -> list[psutil.Process]:
 
 
 def end_marked(root: Path, grace: float) -> None:
-    """SIGTERM to all processes of the stack, SIGKILL after `grace` seconds, until there are none."""
+    """Send SIGTERM to all processes of the stack, and SIGKILL after `grace` seconds, until there are none."""
     for number, patience in ((signal.SIGTERM, grace), *[(signal.SIGKILL, 5.0)] * 3):
         if not (processes := marked(root)):
             return
@@ -218,7 +218,7 @@ def _write_config(root: Path, stack: list[Service]) -> None:
     text = SUPERVISOR.format(logs=LOGS, work=WORK_DIR, socket=SOCKET)
     for number, service in enumerate(stack):
         variables = {}
-        if service.name == "gpu-worker":  # the code that it runs is its clone's, too
+        if service.name == "gpu-worker":  # it runs its clone's code
             variables = {"RETUNE_ROOT": clone, "PYTHONPATH": os.pathsep.join([clone, os.environ.get("PYTHONPATH", "")])}
         command = shlex.join(ending_with_parent([sys.executable, "-m", *service.arguments], parent=0))
         settings = ",".join(f'{key}="{value}"' for key, value in variables.items())
@@ -229,7 +229,7 @@ def _write_config(root: Path, stack: list[Service]) -> None:
 
 
 def _ask(root: Path, method: str, *arguments: Any) -> Any:
-    """What supervisord answers."""
+    """Call a method of supervisord."""
     from supervisor.xmlrpc import SupervisorTransport
 
     transport = SupervisorTransport(None, None, f"unix://{SOCKET}")
@@ -238,14 +238,14 @@ def _ask(root: Path, method: str, *arguments: Any) -> Any:
             return getattr(ServerProxy("http://127.0.0.1", transport).supervisor, method)(*arguments)
     except Fault as error:
         raise ServerError(
-            f"supervisord does not {method}: {error.faultString}; its log is {LOGS / 'supervisor.log'}"
+            f"supervisord's {method} failed: {error.faultString}; its log is {LOGS / 'supervisor.log'}"
         ) from None
 
 
 def _prepare_server(root: Path, params: Params, url: str) -> None:
-    """Runs of an earlier stack are closed; then all work pools, automations and deployments are made."""
+    """Close the runs of an earlier stack; then create work pools, automations and deployments."""
     close_stack_runs(url)
-    with suppress(RunUnderWay), only_run(root):  # whoever holds the lock does it
+    with suppress(RunUnderWay), only_run(root):  # else the lock's holder has closed them
         close_lost_runs(url)
     with (root / LOGS / "setup.log").open("a") as log:
         done = subprocess.run(
@@ -267,6 +267,6 @@ def _require_free(service: Service) -> None:
             probe.bind((HOST, port))
         except OSError:
             raise ServerError(
-                f"port {port} of {service.name} is taken by another program; choose another with `retune up {option}` "
+                f"port {port} for {service.name} is used by another program; choose another with `retune up {option}` "
                 "or in params.yaml, section operations"
             ) from None

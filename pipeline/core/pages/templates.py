@@ -1,6 +1,6 @@
-"""Templates of the reports. In comes a folder of them, out goes Jinja's environment with common style and filters.
+"""Jinja environments for the reports, with a common style and common filters.
 
-Nothing from the data can act in a page: Jinja escapes it in HTML, `cell` and `code` in Markdown.
+Text from the data cannot act as markup: Jinja escapes it in HTML, `cell` and `code` in Markdown.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def environment(folder: Path, html: bool) -> Environment:
-    """For the templates in `folder`, which may include `style.css`."""
+    """The environment for the templates in `folder`, which may include `style.css`."""
     made = Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=html,
@@ -31,5 +31,5 @@ def fenced(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """`text` on one line of Markdown, its markup and HTML taken literally."""
+    """`text` on one line of Markdown, with markup and HTML escaped."""
     return "".join(f"\\{c}" if c in "\\`*_[]|<>&#" else c for c in " ".join(str(text).split()))
