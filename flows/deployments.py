@@ -83,8 +83,8 @@ def retrain(
             describe_run(trigger, "unchanged")
             model = RegisteredModel(params.publish)
             trial.stays = version == model.champion()
-            said = f"nothing to do: version {model.label(version)}: {reason}"
-            return Completed(name="Unchanged", message=said)
+            message = f"nothing to do: version {model.label(version)}: {reason}"
+            return Completed(name="Unchanged", message=message)
         # A run that waits for a person releases the lock.
         os.environ |= {"RETUNE_RUN_LOCK": str(lock), "RETUNE_DASHBOARD": os.environ.get("PREFECT_API_URL", "")}
         result = run_stages(trigger)
@@ -106,8 +106,8 @@ def watch() -> State[Any]:
         new_rows = count_new(before) if changed else 0
     if not changed:
         return Completed(name="Unchanged", message="the sources hold the same rows as the snapshot")
-    told = tell_updated(new_rows, params.operations.min_new_rows)
-    reaction = "retraining requested" if told else f"fewer than {params.operations.min_new_rows}, so no retraining"
+    emitted = tell_updated(new_rows, params.operations.min_new_rows)
+    reaction = "retraining requested" if emitted else f"fewer than {params.operations.min_new_rows}, so no retraining"
     return Completed(name="Updated", message=f"{new_rows:,} new rows; {reaction}")
 
 
@@ -131,8 +131,8 @@ def rollback(reason: str, to: str | None = None) -> State[Any]:
     params = load_params()
     record, warnings = promotion.rollback(params.publish, params.promote, to, reason)
     label = RegisteredModel(params.publish).label
-    said = "; ".join([f"{label(record.champion)} is champion again; it was {label(record.previous)}", *warnings])
-    return Completed(name="Rolled back", message=said, data=asdict(record))
+    message = "; ".join([f"{label(record.champion)} is champion again; it was {label(record.previous)}", *warnings])
+    return Completed(name="Rolled back", message=message, data=asdict(record))
 
 
 @flow(name="evaluate-champion")
@@ -148,21 +148,21 @@ def evaluate_champion() -> State[Any]:
         manifest, name = model.manifest(version), model.label(version)
         then = manifest["metrics"]["merged"].get(metric)
         if then is None:
-            said = f"{metric} (promote.primary_metric) was not measured when champion {name} was published"
-            return Completed(name="Skipped", message=f"{said}; there is nothing to compare today's score with")
+            message = f"{metric} (promote.primary_metric) was not measured when champion {name} was published"
+            return Completed(name="Skipped", message=message)
         recover()
         graph.pull_data()
         if graph.repro("prepare", print) != 0:
             raise StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
         now = score_today(model, manifest, metric)
-    said = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
+    message = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
     create_markdown_artifact(
-        f"**{name}**: {said}", key="champion", description="The champion scored on today's test split"
+        f"**{name}**: {message}", key="champion", description="The champion scored on today's test split"
     )
     if now <= then["high"] if metric in LOWER_IS_BETTER else now >= then["low"]:
-        return Completed(name="Holds", message=said)
+        return Completed(name="Holds", message=message)
     emit(CHAMPION_REGRESSED, "retune.champion", {"version": version, "metric": metric, "score": now})
-    return state_of("regressed", said)
+    return state_of("regressed", message)
 
 
 @flow(name="cleanup")
@@ -174,8 +174,8 @@ def cleanup(delete_files: bool = True) -> State[Any]:
     for version in versions:
         delete(params, version, f"older than the newest {params.keep_versions}")
     garbage = collect(RegisteredModel(params).store, delete_files)
-    said = f"{len(versions)} versions and {garbage.objects:,} objects, {garbage.bytes / 1e6:,.1f} MB"
-    return Completed(name="Cleaned", message=said, data=asdict(garbage))
+    message = f"{len(versions)} versions and {garbage.objects:,} objects, {garbage.bytes / 1e6:,.1f} MB"
+    return Completed(name="Cleaned", message=message, data=asdict(garbage))
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
 def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
     """Wait for the flow run to end, and return it; it is cancelled if this process stops waiting."""
     artifacts = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
-    said, deserted_since = "", None
+    last_line, deserted_since = "", None
     with get_client(sync_client=True) as client:
         try:
             while not (run := client.read_flow_run(run_id)).state.is_final():  # type: ignore[union-attr]
@@ -91,9 +91,9 @@ def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
                             "start one (`retune up`, or see docs/operations.md, Training on another machine), or set "
                             "operations.train_pool to local"
                         )
-                if line and line != said:
+                if line and line != last_line:
                     on_line(line)
-                said = line
+                last_line = line
                 time.sleep(POLL_SECONDS)
             return run
         except BaseException:

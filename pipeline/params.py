@@ -119,10 +119,10 @@ class PrepareParams(Section):
     def check_date(cls, value: Any) -> Any:
         date = value.isoformat() if isinstance(value, datetime.date) else value  # YAML reads 2026-01-31 as a date
         try:
-            known = date == "today" or len(datetime.date.fromisoformat(date).isoformat()) == len(date)
+            valid = date == "today" or len(datetime.date.fromisoformat(date).isoformat()) == len(date)
         except (TypeError, ValueError):
-            known = False
-        if not known:
+            valid = False
+        if not valid:
             raise ValueError(f"is {value}; expected today, or a date as 2026-01-31")
         return date
 

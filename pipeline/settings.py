@@ -155,25 +155,25 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
     key, where = ".".join(keys), _where(keys, tree, path)
     match error["type"]:
         case "extra_forbidden":
-            known: dict[str, Any] = Params.model_fields
+            fields: dict[str, Any] = Params.model_fields
             for section in keys[:-1]:
-                known = getattr(known[section].annotation, "model_fields", {})
-            near = difflib.get_close_matches(keys[-1], [*known], 1)
+                fields = getattr(fields[section].annotation, "model_fields", {})
+            near = difflib.get_close_matches(keys[-1], [*fields], 1)
             hint = f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
             return f"{key} is not a parameter{where}; {hint}"
         case "missing":
             return f"{key} is missing{where}; no parameter has a default, copy it from the project's params.yaml"
         case "value_error":
-            return "\n".join(_with_line(said, tree, path, where) for said in str(error["ctx"]["error"]).split("\n"))
+            return "\n".join(_with_line(line, tree, path, where) for line in str(error["ctx"]["error"]).split("\n"))
     got = "null" if node is None else repr(node)
     return f"{key} is {got}; {error['msg'][0].lower()}{error['msg'][1:]}{where}"
 
 
 def _with_line(sentence: str, tree: Any, path: Path, where: str) -> str:
     """`sentence` with the line of the parameter that it begins with, else with `where`; a command gets neither."""
-    named = re.match(r"(\w+)\.(\w+) ", sentence)
-    if named and named[2] in (tree.get(named[1]) or {}):
-        return sentence + _where([named[1], named[2]], tree, path)
+    parameter = re.match(r"(\w+)\.(\w+) ", sentence)
+    if parameter and parameter[2] in (tree.get(parameter[1]) or {}):
+        return sentence + _where([parameter[1], parameter[2]], tree, path)
     return sentence if sentence.startswith("`") else sentence + where
 
 

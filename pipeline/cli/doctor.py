@@ -122,9 +122,9 @@ def _store(model: RegisteredModel) -> Finding:
 
 
 def _servers(root: Path) -> Finding:
-    if not (known := stack.state(root)):
+    if not (state := stack.state(root)):
         return None, "not running; `retune up` starts them"
-    services = [each for each in known["services"] if each["state"] not in ("healthy", "running", "starting")]
+    services = [each for each in state["services"] if each["state"] not in ("healthy", "running", "starting")]
     wrong = "; ".join(f"{each['name']} {each['state']}, {each['log']}" for each in services)
     advice = "read the log, then `retune down` and `retune up`" if wrong else ""
-    return not wrong, wrong or f"dashboard at {known['url']}", advice
+    return not wrong, wrong or f"dashboard at {state['url']}", advice

@@ -21,12 +21,12 @@ def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = Fa
     from pipeline.settings import load_params
 
     params = stack.with_ports(load_params(), port, mlflow_port)
-    known = stack.up(params, on_wait=lambda doing: print(f"up: {doing}", file=sys.stderr))
+    state = stack.up(params, on_wait=lambda doing: print(f"up: {doing}", file=sys.stderr))
     if json_output:
-        print(json.dumps(known))
+        print(json.dumps(state))
         return
-    _services(known)
-    print(f"up: dashboard at {known['url']}; `retune down` stops everything")
+    _services(state)
+    print(f"up: dashboard at {state['url']}; `retune down` stops everything")
 
 
 def down(json_output: Json = False) -> None:
@@ -53,7 +53,7 @@ def status(json_output: Json = False) -> None:
     from pipeline.settings import load_params
 
     params = load_params()
-    known = stack.state()
+    state = stack.state()
     try:
         with only_run():
             pass  # only tested: a status query must not block a run
@@ -66,8 +66,8 @@ def status(json_output: Json = False) -> None:
     run = under_way.look()
     answer = {
         "run": run,
-        "dashboard": known.get("url") if known.get("ready") else None,
-        "services": known.get("services", []),
+        "dashboard": state.get("url") if state.get("ready") else None,
+        "services": state.get("services", []),
         "stale": stale,
         "champion": champion(log),
         "waiting": waiting.version if waiting else None,
@@ -76,8 +76,8 @@ def status(json_output: Json = False) -> None:
         print(json.dumps(answer))
         return
     print(f"dashboard  {answer['dashboard'] or 'not running (`retune up` starts it)'}")
-    if known:
-        _services(known)
+    if state:
+        _services(state)
     if run is not None:
         since = time.strftime("%H:%M", time.localtime(run["since"]))
         started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
@@ -106,8 +106,8 @@ def doctor(json_output: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _services(known: dict[str, Any]) -> None:
-    for each in known.get("services", []):
+def _services(state: dict[str, Any]) -> None:
+    for each in state.get("services", []):
         print(f"{each['name']:<16} {each['state']:<16} {each['url'] or '':<22} process {each['pid']}, {each['log']}")
 
 

@@ -35,8 +35,8 @@ RENDERING = {"messages", "tools", "documents", "add_generation_prompt", "strftim
 
 def in_4bit(method: Any, load_in_4bit: Any) -> Any:
     """`train.load_in_4bit` with `auto` resolved: QLoRA is LoRA on a 4-bit base, the others take the base as it is."""
-    known = METHODS.get(method) if isinstance(method, str) else None
-    return bool(known and known.in_4bit) if load_in_4bit == "auto" else load_in_4bit
+    entry = METHODS.get(method) if isinstance(method, str) else None
+    return bool(entry and entry.in_4bit) if load_in_4bit == "auto" else load_in_4bit
 
 
 def conflicts(params: Any) -> list[str]:

@@ -97,8 +97,8 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     if run(root, "rev-parse", "--abbrev-ref", "HEAD") == branch:
         raise GitError(f"operations.git_branch is {branch}, which is checked out; name a separate branch")
     tag = f"{model}/{f'v{number}' if number else version}"
-    if known := ask(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}"):
-        return known
+    if existing := ask(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}"):
+        return existing
     ref, head = f"refs/heads/{branch}", run(root, "rev-parse", "HEAD")
     tip = ask(root, "rev-parse", "--verify", "--quiet", ref)
     contained = tip is not None and ask(root, "merge-base", "--is-ancestor", head, tip) is not None

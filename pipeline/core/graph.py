@@ -95,19 +95,19 @@ def pull_data(root: Path = Path(".")) -> bool:
 
 def missing_snapshot(root: Path) -> str:
     """A sentence: which snapshot is missing, where it should be, and what to do."""
-    named = snapshot(root)
-    size = f"{named['nfiles']} files, {named['size'] / 1e6:,.1f} MB"
+    data = snapshot(root)
+    size = f"{data['nfiles']} files, {data['size'] / 1e6:,.1f} MB"
     remote = sharing_remote(root)
     where = f"nor in the DVC remote {remote}" if remote else "and there is no DVC remote"
     how = "" if remote else "`dvc remote add -d team s3://BUCKET/PATH`, commit .dvc/config and run "
     return (
-        f"the data snapshot {named['md5'][:8]} of data.dvc ({size}) is not on this machine, {where}: ask whoever "
+        f"the data snapshot {data['md5'][:8]} of data.dvc ({size}) is not on this machine, {where}: ask whoever "
         f"ingested it to run {how}`dvc push data.dvc`, or ingest the rows again here with `retune ingest`"
     )
 
 
 def snapshot(root: Path = Path(".")) -> dict[str, Any]:
-    """The snapshot as `data.dvc` describes it: md5, size in bytes, nfiles, and its remote if one is named there."""
+    """The snapshot as `data.dvc` describes it: md5, size in bytes, nfiles, and its remote if it names one."""
     return _yaml(root / "data.dvc")["outs"][0]
 
 

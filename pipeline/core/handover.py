@@ -86,8 +86,8 @@ def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
 
 def forget(commit: str, remote: str, root: Path = Path(".")) -> None:
     """Delete the request's and the answer's refs in the remote, which may then drop both commits."""
-    named = git.run(root, "ls-remote", remote, f"{ASKED}/{commit}", f"{ANSWERED}/{commit}").split("\n")
-    refs = [line.split("\t")[1] for line in named if line]
+    listed = git.run(root, "ls-remote", remote, f"{ASKED}/{commit}", f"{ANSWERED}/{commit}").split("\n")
+    refs = [line.split("\t")[1] for line in listed if line]
     if refs:
         git.run(root, "push", "--quiet", remote, *(f":{ref}" for ref in refs))
     (root / PENDING).unlink(missing_ok=True)

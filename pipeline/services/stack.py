@@ -127,8 +127,8 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
     supervise = [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "--configuration", str(CONFIG)]
     child = start_logged(supervise, root / LOGS / "supervisor.log", root, environment(root, params))
     rows = [vars(each) | {"log": str(LOGS / f"{each.name}.log")} for each in stack]
-    known = {"process": identity(child.pid), "url": stack[0].url, "services": rows, "ready": False}
-    write_json(root / STATE, known)
+    record = {"process": identity(child.pid), "url": stack[0].url, "services": rows, "ready": False}
+    write_json(root / STATE, record)
 
     def has_ended(service: Service) -> bool:
         return _ask(root, "getProcessInfo", service.name)["statename"] not in ("STARTING", "RUNNING")
@@ -144,7 +144,7 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
             if service.name == "prefect-server":
                 on_wait("making the work pools and deployments")
                 _prepare_server(root, params, f"http://{HOST}:{params.operations.prefect_port}")
-        write_json(root / STATE, known | {"ready": True})
+        write_json(root / STATE, record | {"ready": True})
     except BaseException:
         down(root)
         raise
@@ -153,12 +153,12 @@ def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = 
 
 def down(root: Path = Path(".")) -> bool:
     """Stop the stack and everything it started, its workers' runs included; returns whether anything ran."""
-    known = server.known_stack(root)
-    ran = bool(known or marked(root))
+    record = server.known_stack(root)
+    ran = bool(record or marked(root))
     if (url := server.running(root)) is not None:
         cancel_stack_runs(url, "`retune down` stopped it")
     with suppress(KeyError, psutil.NoSuchProcess):
-        supervisor = psutil.Process(int(known["process"].partition(":")[0]))
+        supervisor = psutil.Process(int(record["process"].partition(":")[0]))
         supervisor.terminate()  # it stops workers before the server, so that their runs' ends are recorded
         psutil.wait_procs([supervisor], timeout=60)
     end_marked(root, grace=10)
@@ -168,15 +168,15 @@ def down(root: Path = Path(".")) -> bool:
 
 def state(root: Path = Path(".")) -> dict[str, Any]:
     """The stack's address and services, each with its process and present state; empty if none runs."""
-    known, processes = server.known_stack(root), {}
+    record, processes = server.known_stack(root), {}
     with suppress(OSError):  # supervisord does not answer in its first second
-        processes = {each["name"]: each for each in _ask(root, "getAllProcessInfo")} if known else {}
-    for service in known.get("services", []):
+        processes = {each["name"]: each for each in _ask(root, "getAllProcessInfo")} if record else {}
+    for service in record.get("services", []):
         process = processes.get(service["name"], {"pid": 0, "statename": "STARTING"})
         service |= {"pid": process["pid"], "state": STATES.get(process["statename"], process["statename"].lower())}
         if service["state"] in ("starting", "running") and service["health"] is not None:
             service["state"] = "healthy" if answers(service["health"]) else "does not answer"
-    return known
+    return record
 
 
 def environment(root: Path, params: Params) -> dict[str, str]:

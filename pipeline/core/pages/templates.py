@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 def environment(folder: Path, html: bool) -> Environment:
     """The environment for the templates in `folder`, which may include `style.css`."""
-    made = Environment(
+    jinja = Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=html,
         undefined=StrictUndefined,
@@ -18,8 +18,8 @@ def environment(folder: Path, html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"cell": cell, "code": fenced, "number": "{:,}".format}
-    return made
+    jinja.filters |= {"cell": cell, "code": fenced, "number": "{:,}".format}
+    return jinja
 
 
 def fenced(text: str) -> str:
