@@ -1,5 +1,5 @@
 # Retune. `make run` and `make test` each work as the first command on a fresh clone; Python 3.11+, git and make are enough.
-# Everything they make lies in this folder.
+# Everything they create stays in this folder.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,61 +11,61 @@ export DVC_NO_ANALYTICS := 1
 
 .PHONY: run test test-integration test-browser test-faults test-gpu check bench bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow bench-gpu sample lock clean help
 
-help:                ## this list
+help:                ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-run: $(READY)        ## the whole loop once: data, training, evaluation, merge, publish, promotion (4 to 7 minutes)
-	@echo "Bringing the loop up to date: 4 to 7 minutes on 2 cores at first, seconds when nothing has changed."
+run: $(READY)        ## run the whole loop once: data, training, evaluation, merge, publish, promotion (4 to 7 minutes)
+	@echo "Bringing the loop up to date: 4 to 7 minutes on 2 cores the first time, seconds if nothing has changed."
 	@retune run
 
-test: $(READY)       ## all tests that need no PostgreSQL, browser or GPU (about 9 minutes)
+test: $(READY)       ## run all tests that need no PostgreSQL, browser or GPU (about 9 minutes)
 	@echo "Testing: about 9 minutes on 2 cores."
 	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test-integration: $(READY)  ## the servers of a team without containers (needs PostgreSQL), the guide's own-data chapter (about half an hour)
+test-integration: $(READY)  ## test the team servers without containers (needs PostgreSQL) and the guide's own-data chapter (about half an hour)
 	@python -m pytest -q -m integration tests
 
-test-browser: $(READY)  ## the reports and the dashboard in a real browser (needs Chromium; about 4 minutes)
+test-browser: $(READY)  ## test the reports and the dashboard in a real browser (needs Chromium; about 4 minutes)
 	@python -m pytest -q -m browser tests
 
-test-faults: $(READY)  ## every kill and fault, the long form (about an hour and a half)
+test-faults: $(READY)  ## test every kill and fault, in full (about an hour and a half)
 	@RETUNE_TESTS_REAL=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m faults tests
 
-test-gpu: $(READY)   ## what only a CUDA GPU shows: its kernels, its memory, the sample on it (at most 5 minutes; skipped without one)
+test-gpu: $(READY)   ## test what needs a CUDA GPU: its kernels, its memory, the sample on it (at most 5 minutes; skipped without one)
 	@python -m pytest -q -m gpu tests/gpu
 
-check: $(READY)      ## formatting, lint, types
+check: $(READY)      ## check formatting, lint and types
 	@ruff format --check .
 	@ruff check .
 	@mypy
 
-bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow  ## every benchmark
+bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow  ## run every benchmark except bench-gpu
 
-bench-stages: $(READY)  ## time and peak memory by stage of the last run
+bench-stages: $(READY)  ## print time and peak memory by stage of the last run
 	@python -m tests.bench.stages
 
-bench-data: $(READY)  ## ingest and prepare next to datasets.map and datasketch (about 4 minutes)
+bench-data: $(READY)  ## compare ingest and prepare with datasets.map and datasketch (about 4 minutes)
 	@python -m tests.bench.data
 
-bench-train: $(READY)  ## train next to `trl sft` with its defaults, on rows of the last prepare (about 8 minutes)
+bench-train: $(READY)  ## compare train with `trl sft` and its defaults, on rows of the last prepare (about 8 minutes)
 	@python -m tests.bench.train
 
-bench-evaluate: $(READY)  ## answers of rows that come and go next to transformers' batches (about 3 minutes)
+bench-evaluate: $(READY)  ## compare generation in rolling batches with transformers' fixed batches (about 3 minutes)
 	@python -m tests.bench.generation
 
-bench-merge: $(READY)  ## merging shard by shard next to PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
+bench-merge: $(READY)  ## compare merging shard by shard with PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
 	@python -m tests.bench.merge
 
-bench-store: $(READY)  ## the artifact store next to boto3's upload_file (about 1 minute)
+bench-store: $(READY)  ## compare the artifact store with boto3's upload_file (about 1 minute)
 	@python -m tests.bench.store
 
-bench-flow: $(READY)  ## the flow next to dvc repro, runs with nothing to do (about 10 minutes)
+bench-flow: $(READY)  ## compare the flow with dvc repro, and time runs with nothing to do (about 10 minutes)
 	@python -m tests.bench.flow
 
-bench-gpu: $(READY)  ## training and generation of an 8B model on this GPU next to `trl sft` (at most 8 minutes, 20 GB of disk)
+bench-gpu: $(READY)  ## compare training and generation of an 8B model with `trl sft` on this GPU (at most 8 minutes, 20 GB of disk)
 	@python -m tests.bench.gpu
 
-sample: $(READY)     ## make the sample data and base model again (about 10 minutes)
+sample: $(READY)     ## recreate the sample data and base model (about 10 minutes)
 	python -m infra.sample.instructions
 	python -m infra.sample.pretrain
 	dvc add data
@@ -75,11 +75,11 @@ sample: $(READY)     ## make the sample data and base model again (about 10 minu
 lock:                ## resolve requirements.lock again (needs uv, and UV_FIND_LINKS naming a CPU build of torch)
 	uv pip compile pyproject.toml --group dev --python-version 3.11 --no-header -q | sed 's/+cpu$$//' > requirements.lock
 
-clean:               ## remove outputs, caches, servers' state and the environment; data, store and registry stay
+clean:               ## remove outputs, caches, servers' state and the environment; keep data, store and registry
 	-@test ! -x $(BIN)/retune || $(BIN)/retune down
 	rm -rf artifacts .retune .pytest_cache .ruff_cache .mypy_cache *.egg-info $(VENV)
 
-# Remade when the lock changes. Stock pip, one go; no cache outside this folder is written.
+# Rebuilt when the lock changes, with stock pip in one pass. Nothing is cached outside this folder.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: Retune needs 3.11 or newer (make PYTHON=python3.12 …)")'
 	@command -v git >/dev/null || { echo "git is not installed, and DVC needs it: apt-get install git, brew install git, …"; exit 1; }

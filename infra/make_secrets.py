@@ -1,7 +1,7 @@
-"""Makes the passwords and keys that compose.yaml and the Kubernetes example read from `infra/secrets/`, one file each.
+"""Creates one file in `infra/secrets/` for each password and key that compose.yaml and the Kubernetes example read.
 
-A file that is there stays as it is. The folder is its owner's alone; the files in it are readable, because Docker
-mounts them as they are and the containers run as other users.
+Existing files are kept. Only the owner can open the folder; the files in it are readable, because Docker mounts them
+as they are and the containers run as other users.
 """
 
 import secrets
@@ -13,8 +13,8 @@ MADE = {
     "prefect_db_password": lambda: secrets.token_urlsafe(24),
     "redis_password": lambda: secrets.token_urlsafe(24),
     "mlflow_db_password": lambda: secrets.token_urlsafe(24),
-    "mlflow_admin_password": lambda: secrets.token_urlsafe(24),  # of MLflow's user admin
-    "mlflow_worker_password": lambda: secrets.token_urlsafe(24),  # of its user retune, as whom workers register
+    "mlflow_admin_password": lambda: secrets.token_urlsafe(24),  # for MLflow's user admin
+    "mlflow_worker_password": lambda: secrets.token_urlsafe(24),  # for its user retune, used by workers
     "mlflow_csrf_key": lambda: secrets.token_urlsafe(32),
     "s3_access_key": lambda: secrets.token_hex(10),
     "s3_secret_key": lambda: secrets.token_urlsafe(30),
@@ -30,10 +30,10 @@ def main(folder: Path) -> None:
         if not path.exists():
             path.write_text(make() + "\n", encoding="utf-8")
             path.chmod(0o444)
-            print(f"made {path}")
+            print(f"created {path}")
     missing = [f"{folder / name}: {what}" for name, what in ASKED.items() if not (folder / name).exists()]
     if missing:
-        sys.exit("write by hand " + "; ".join(missing))
+        sys.exit("create by hand: " + "; ".join(missing))
 
 
 if __name__ == "__main__":

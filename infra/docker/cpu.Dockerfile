@@ -1,11 +1,11 @@
-# A worker of the pool cpu: `docker build -f infra/docker/cpu.Dockerfile .` in the project's folder.
-# TORCH_INDEX: an index of PyTorch's CPU builds. Without one, pip takes the build with CUDA, 3 GB larger.
+# A worker for the pool cpu. Build it in the project's folder: `docker build -f infra/docker/cpu.Dockerfile .`
+# TORCH_INDEX: an index of PyTorch's CPU builds. Without it, pip installs the CUDA build, which is 3 GB larger.
 ARG PYTHON_VERSION=3.11.14
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS environment
 ARG TORCH_INDEX=""
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# The clone will lie here, and the editable install points to it.
+# The clone will be here; the editable install points to it.
 WORKDIR /srv/retune
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
@@ -20,7 +20,7 @@ COPY flows flows
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && pip check
 
 FROM python:${PYTHON_VERSION}-slim-bookworm
-# Of git, ca-certificates and tini, what the distribution has today: it takes superseded versions away.
+# git, ca-certificates and tini are not pinned, because the distribution removes superseded versions.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --no-install-recommends -y ca-certificates git tini \
@@ -46,7 +46,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /srv/retune
 USER 10001:10001
 VOLUME ["/srv/retune", "/home/retune"]
-# The worker's own server; it answers 503 when it has not asked for work for too long.
+# The worker's own server answers 503 if the worker has not polled for too long.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=180s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=5)"]
 ENTRYPOINT ["tini", "-g", "--", "python", "/opt/retune/with_secrets.py", "--", "/opt/retune/worker.sh"]

@@ -1,11 +1,11 @@
-# A worker of the pool gpu: `docker build -f infra/docker/gpu.Dockerfile .` in the project's folder.
-# CUDA comes by cuda.lock, each library at a version, and the driver from the machine, by NVIDIA's container runtime. An
-# nvidia/cuda base would bring a second set of the same libraries, which torch does not load.
+# A worker for the pool gpu. Build it in the project's folder: `docker build -f infra/docker/gpu.Dockerfile .`
+# cuda.lock pins each CUDA library; the driver comes from the machine through NVIDIA's container runtime. An nvidia/cuda
+# base image would add a second set of the same libraries, which torch does not load.
 ARG PYTHON_VERSION=3.11.14
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS environment
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# The clone will lie here, and the editable install points to it.
+# The clone will be here; the editable install points to it.
 WORKDIR /srv/retune
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
@@ -17,8 +17,8 @@ COPY flows flows
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && pip check
 
 FROM python:${PYTHON_VERSION}-slim-bookworm
-# Of these packages, what the distribution has today: it takes superseded versions away. The C compiler is for Triton,
-# which compiles the launchers of Liger's kernels when they first run.
+# These packages are not pinned, because the distribution removes superseded versions. Triton needs the C compiler to
+# build the launchers of Liger's kernels when they first run.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --no-install-recommends -y ca-certificates gcc git libc6-dev tini \
@@ -47,7 +47,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /srv/retune
 USER 10001:10001
 VOLUME ["/srv/retune", "/home/retune"]
-# The worker's own server; it answers 503 when it has not asked for work for too long.
+# The worker's own server answers 503 if the worker has not polled for too long.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=180s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=5)"]
 ENTRYPOINT ["tini", "-g", "--", "python", "/opt/retune/with_secrets.py", "--", "/opt/retune/worker.sh"]

@@ -1,7 +1,7 @@
-"""Once for each stack: the bucket, MLflow's user for the workers, the work pools, the deployments of prefect.yaml.
+"""Creates a stack's bucket, MLflow's user for the workers, the work pools, and the deployments of prefect.yaml.
 
-What is there already stays. Run by `worker.sh setup` in a clone of the project, with the addresses of the servers in
-the environment; it fails if one of them refuses.
+Existing ones are kept. `worker.sh setup` runs it in a clone of the project, with the servers' addresses in the
+environment; it fails if one of them refuses.
 """
 
 import os
@@ -15,7 +15,7 @@ def bucket() -> None:
     import boto3
     from botocore.exceptions import ClientError
 
-    client = boto3.client("s3")  # address and keys are boto3's own variables
+    client = boto3.client("s3")  # address and keys come from boto3's own variables
     try:
         client.head_bucket(Bucket=os.environ["RETUNE_BUCKET"])
     except ClientError as error:
@@ -25,13 +25,13 @@ def bucket() -> None:
 
 
 def registry_user() -> None:
-    """Workers register versions as a user of their own; MLflow's administrator is for people."""
+    """Creates the user as which workers register versions; MLflow's administrator is for people."""
     address, user = os.environ["MLFLOW_TRACKING_URI"], os.environ["MLFLOW_TRACKING_USERNAME"]
     body = {"username": user, "password": os.environ["MLFLOW_TRACKING_PASSWORD"]}
     administrator = ("admin", os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])
     answer = httpx.post(f"{address}/api/2.0/mlflow/users/create", json=body, auth=administrator, timeout=60)
     if answer.is_error and "RESOURCE_ALREADY_EXISTS" not in answer.text:
-        sys.exit(f"MLflow's user {user} could not be made: status {answer.status_code}: {answer.text}")
+        sys.exit(f"MLflow's user {user} could not be created: status {answer.status_code}: {answer.text}")
 
 
 if __name__ == "__main__":

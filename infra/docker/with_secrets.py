@@ -1,8 +1,8 @@
-"""Starts a command with secrets in its environment: `{secret:NAME}` in a value is what /run/secrets/NAME holds.
+"""Starts a command with secrets in its environment: replaces `{secret:NAME}` by the content of /run/secrets/NAME.
 
-`with_secrets.py [TEMPLATE:TARGET …] -- COMMAND…`; templates are files to be filled in the same way. So no secret
-stands in compose.yaml, in an image, on a command line or in what `docker inspect` shows. Refused: a secret that is
-missing or empty.
+`with_secrets.py [TEMPLATE:TARGET …] -- COMMAND…`; template files are filled in the same way. So no secret appears in
+compose.yaml, in an image, on a command line or in the output of `docker inspect`. A missing or empty secret is an
+error.
 """
 
 import os
@@ -22,7 +22,7 @@ def filled(text: str, folder: Path) -> str:
         try:
             value = path.read_text(encoding="utf-8").strip()
         except OSError as error:
-            sys.exit(f"the secret {match[1]} cannot be read: {error}; `python infra/make_secrets.py` makes it")
+            sys.exit(f"the secret {match[1]} cannot be read: {error}; `python infra/make_secrets.py` creates it")
         if not value:
             sys.exit(f"the secret {match[1]} is empty ({path})")
         line = match.string[match.string.rfind("\n", 0, match.start()) + 1 : match.start()]

@@ -1,15 +1,15 @@
 #!/bin/sh
-# What a container of Retune starts with: a clone of the project in RETUNE_ROOT, then what its arguments ask for.
-#   worker.sh cpu|gpu [OPTION…]   a worker of that pool
-#   worker.sh setup               bucket, registry user, work pools and deployments, once
-#   worker.sh COMMAND…            anything else, a flow run on Kubernetes say
+# Entry point of Retune's containers: clones the project into RETUNE_ROOT, then does what the arguments say.
+#   worker.sh cpu|gpu [OPTION…]   run a worker of that pool
+#   worker.sh setup               create bucket, registry user, work pools and deployments, once
+#   worker.sh COMMAND…            anything else, such as a flow run on Kubernetes
 set -eu
 : "${RETUNE_ROOT:?is the folder of the clone}" "${RETUNE_GIT_URL:?is where the project is cloned from}"
 branch="${RETUNE_GIT_BRANCH:-main}"
-mkdir -p "$RETUNE_ROOT" "$HOME"     # on Kubernetes both lie on one volume
+mkdir -p "$RETUNE_ROOT" "$HOME"     # on Kubernetes both are on one volume
 cd "$RETUNE_ROOT"
 
-# Not `git clone`: the folder may hold a clone that was broken off.
+# Not `git clone`: the folder may contain an interrupted clone.
 if ! git rev-parse --quiet --verify HEAD > /dev/null 2>&1; then
     git init --quiet .
     git remote remove origin 2> /dev/null || true
@@ -18,7 +18,7 @@ if ! git rev-parse --quiet --verify HEAD > /dev/null 2>&1; then
     git checkout --quiet --force -B "$branch" --track "origin/$branch"
 fi
 
-# Outputs travel by the team's DVC remote; config.local is never committed.
+# Outputs go through the team's DVC remote; config.local is never committed.
 if [ -n "${RETUNE_DVC_REMOTE:-}" ]; then
     {
         printf '[core]\n    remote = team\n'
@@ -27,7 +27,7 @@ if [ -n "${RETUNE_DVC_REMOTE:-}" ]; then
     } > .dvc/config.local
 fi
 
-# A training worker checks out what each run sends: its working tree is nobody's to keep.
+# A training worker checks out what each run sends, so its working tree may be overwritten.
 [ "${RETUNE_POOL:-}" != gpu ] || git config retune.worker true
 
 case "${1:-}" in

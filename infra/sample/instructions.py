@@ -1,6 +1,6 @@
 """Writes the sample instruction rows: data/instructions/sample.{alpaca.json,sharegpt.jsonl}.
 
-About 4,300 rows in English and Chinese, seven tasks. Beside the usual keys a row carries `task`,
+About 4,300 rows in English and Chinese, seven tasks. Next to the usual keys a row has `task`,
 `group` (rows about the same country or text share it, so a split by group keeps held-out countries
 out of training) and `scoring` ("exact" or "text"). The same seed writes the same bytes.
 Run: python -m infra.sample.instructions

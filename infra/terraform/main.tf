@@ -1,4 +1,4 @@
-# The artifact store of Retune on S3. `terraform init && terraform apply`; policies.tf says who may do what.
+# Retune's artifact store on S3: `terraform init && terraform apply`. policies.tf says who may do what.
 terraform {
   required_version = ">= 1.6"
   required_providers {
@@ -21,7 +21,7 @@ resource "aws_s3_bucket" "store" {
   }
 }
 
-# A delete leaves the object behind as an old version, and only the account's administrators can remove that.
+# A delete keeps the object as an old version, which only the account's administrators can remove.
 resource "aws_s3_bucket_versioning" "store" {
   bucket = aws_s3_bucket.store.id
 

@@ -1,11 +1,11 @@
 # Who may do what, by key:
 #   objects/<sha256>                       candidate creates, collector deletes
 #   versions/<id>/manifest.json, .sig      candidate creates, collector deletes
-#   promotions/<model>/<number>.json       promoter creates, nobody deletes or overwrites: who is champion stands here
+#   promotions/<model>/<number>.json       promoter creates, nobody deletes or overwrites: this log says who is champion
 #   probe/…                                candidate and promoter create, collector deletes
-# Every write is a creation (If-None-Match: *). What a role may not do it cannot do to versions that others made either.
+# Every write creates an object (If-None-Match: *). These limits also hold for versions that others made.
 
-# On the bucket, for everybody, the account's administrators included (they can change this policy, and that is logged).
+# The bucket's policy binds everybody, including the account's administrators (who can change it, and that is logged).
 data "aws_iam_policy_document" "bucket" {
   statement {
     sid       = "TlsOnly"
@@ -50,7 +50,7 @@ data "aws_iam_policy_document" "bucket" {
     }
   }
 
-  # A record that was deleted could be created again with another champion in it.
+  # A deleted record could be created again with another champion in it.
   statement {
     sid       = "LogIsForever"
     effect    = "Deny"
@@ -82,7 +82,7 @@ data "aws_iam_policy_document" "bucket" {
   }
 }
 
-# Serving, and people who look: everything, and nothing is changed.
+# For serving and for people who look: reads everything, changes nothing.
 data "aws_iam_policy_document" "reader" {
   statement {
     sid       = "List"
@@ -107,7 +107,7 @@ data "aws_iam_policy_document" "reader" {
   }
 }
 
-# Training machines: publish versions, and no more. No key under promotions/, no delete.
+# For training machines: publishes versions and nothing else. No key under promotions/, no delete.
 data "aws_iam_policy_document" "candidate" {
   source_policy_documents = [data.aws_iam_policy_document.reader.json]
 
@@ -133,7 +133,7 @@ data "aws_iam_policy_document" "candidate" {
     resources = [aws_s3_bucket.store.arn]
   }
 
-  # Whatever else somebody attaches to this role.
+  # This holds whatever else somebody attaches to the role.
   statement {
     sid     = "NeverPromote"
     effect  = "Deny"
@@ -154,7 +154,7 @@ data "aws_iam_policy_document" "candidate" {
   }
 }
 
-# Whoever decides: read everything, create records of the log, delete nothing.
+# For the machine that decides: reads everything, creates records of the log, deletes nothing.
 data "aws_iam_policy_document" "promoter" {
   source_policy_documents = [data.aws_iam_policy_document.reader.json]
 
@@ -184,7 +184,7 @@ data "aws_iam_policy_document" "promoter" {
   }
 }
 
-# `retune gc --delete`: takes away what no version needs. It creates nothing.
+# For `retune gc --delete`: deletes what no version needs, creates nothing.
 data "aws_iam_policy_document" "collector" {
   source_policy_documents = [data.aws_iam_policy_document.reader.json]
 

@@ -10,12 +10,12 @@ variable "prefix" {
 }
 
 variable "trusted_principals" {
-  description = "ARNs that may assume each role, by role: reader, candidate, promoter, collector. Of these promoter is needed."
+  description = "ARNs that may assume each role, by role: reader, candidate, promoter, collector. promoter is required."
   type        = map(list(string))
 
   validation {
     condition     = contains(keys(var.trusted_principals), "promoter") && length(setsubtract(keys(var.trusted_principals), ["reader", "candidate", "promoter", "collector"])) == 0
-    error_message = "Name at least who may promote; the roles are reader, candidate, promoter and collector."
+    error_message = "Set at least promoter; the roles are reader, candidate, promoter and collector."
   }
 }
 
@@ -26,7 +26,7 @@ variable "kms_key_arn" {
 }
 
 variable "noncurrent_days" {
-  description = "Days that a deleted object can be brought back."
+  description = "Days for which a deleted object can be restored."
   type        = number
   default     = 90
 }
