@@ -16,6 +16,7 @@ import typer
 from conftest import ROOT, change_params, environment, make_project, retune
 
 from pipeline.cli.main import app, main
+from pipeline.core import graph
 from pipeline.params import Params
 from pipeline.settings import load_params
 
@@ -126,6 +127,12 @@ def test_one_run_at_a_time(root: Path) -> None:
         lock.write("4321")
         lock.flush()
         assert "a run is under way here (process 4321)" in sentence(root, "run")
+
+
+def test_a_stage_does_nothing_once_the_run_that_started_it_is_dead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(graph.RUN, f"{os.getpid()}:1.5")  # it died before the stage could ask to die with DVC
+    assert retune(root, "stage", "prepare").returncode == 143
+    assert not (root / "artifacts").exists()
 
 
 def test_before_the_first_run_nothing_is_there_to_promote(root: Path) -> None:

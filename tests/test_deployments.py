@@ -305,7 +305,7 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
 
         made = finished(url, "promote/promote", version="v1", force=True, reason="a test asks for it")
         assert made["state_name"] in ("Promoted", "Unchanged"), made["state"]  # the retraining may have promoted it
-        (source / "a.json").write_text(rows_of("a colour that nobody has ever named before", 20))
+        (source / "a.json").write_text(rows_of("a colour that nobody has ever named before", 200))
         (source / "b.json").unlink()
         assert finished(url, "watch/watch")["state_name"] == "Updated"
         worse = finished(url, "evaluate-champion/evaluate-champion")

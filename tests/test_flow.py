@@ -178,7 +178,7 @@ def test_nobody_answers_and_the_proposal_stays_open(root: Path, url: str) -> Non
     assert "it waits for approval" in retune(root, "run").stdout
     rejected = retune(root, "promote", "--reject", "--reason", "too late")
     assert rejected.returncode == 3
-    assert "refused: too late" in rejected.stdout
+    assert "Refused: v2" in rejected.stdout and "too late" in rejected.stdout
 
 
 def test_the_champion_is_downloaded_verified_and_looked_up(root: Path, tmp_path: Path) -> None:
@@ -338,7 +338,8 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
         assert run(root)["decision"]["version"]
         with sqlite3.connect(root / ".retune" / "prefect" / "prefect.db") as database:
             states = {state for (state,) in database.execute("select state_type from flow_run")}
-        assert "RUNNING" not in states and "CRASHED" in states  # the killed run does not stay for ever
+        assert "RUNNING" not in states  # a killed run does not stay for ever; one whose stage was killed ends by itself
+        assert ("CRASHED" if victim == "retune" else "FAILED") in states
 
 
 def victims(retune_pid: int, family: list[psutil.Process]) -> dict[str, int]:

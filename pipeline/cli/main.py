@@ -17,7 +17,7 @@ from pipeline.cli.project import ProjectCommand, enter_project
 from pipeline.cli.versions import Json
 from pipeline.core.environment import collect_rarely, set_environment
 from pipeline.core.files import WORK_DIR
-from pipeline.core.processes import end_with_parent, python_ending_with_parent, run_forwarding_sigterm
+from pipeline.core.processes import end_with_parent, lives, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.core.progress import clock
 from pipeline.core.redaction import redact, redact_process
 from pipeline.core.run_lock import only_on_gpus, only_run
@@ -115,8 +115,11 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
     # DVC forwards no signals: a stage must not outlive it. SIGTERM lets a training save a checkpoint.
     end_with_parent(signal.SIGTERM)
-    from pipeline.core import timings
+    from pipeline.core import graph, timings
     from pipeline.settings import load_params
+
+    if graph.RUN in os.environ and not lives(os.environ[graph.RUN]):
+        raise typer.Exit(143)  # the run died, and DVC with it, before this process could ask for their deaths
 
     params = load_params()
     started = time.monotonic()

@@ -14,9 +14,10 @@ from ruamel.yaml import YAML
 
 from pipeline.core import git
 from pipeline.core.files import conflict_line, sha256_json, write_text
-from pipeline.core.processes import end_group, environment, python_ending_with_parent
+from pipeline.core.processes import end_group, environment, identity, python_ending_with_parent
 
 STAGES = ("prepare", "train", "evaluate", "merge")
+RUN = "RETUNE_RUN"  # in the environment of DVC and its stages: `identity` of the process that started DVC
 SAMPLE_REMOTE = "sample"  # in .dvc/config: a folder of this git repository, for the sample's bytes and no others
 SAMPLE_FOLDER = Path("infra/sample-remote")
 SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity")
@@ -193,7 +194,7 @@ def _dvc(root: Path, *arguments: str, stderr: int) -> Iterator[subprocess.Popen[
     process = subprocess.Popen(
         python_ending_with_parent("dvc", *arguments),
         cwd=root,
-        env=environment(),
+        env=environment() | {RUN: identity()},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=stderr,
