@@ -21,7 +21,7 @@ from pipeline.chat.template import FROM_TRL, NAMED, TEMPLATES, named_ends, named
 WORDS = ["the quick brown fox jumps over the lazy dog, hello world! philosophy " * 3, "你好，世界。再见 😀 tool call"]
 CONTROL = [
     *("<s>", "</s>", "<pad>", "<unk>"),
-    *sorted({t for named in NAMED.values() for t in named.tokens} - {"bos_token", "eos_token"}),
+    *sorted({t for tokens, _ in NAMED.values() for t in tokens.split()} - {"bos_token", "eos_token"}),
 ]
 TOOLS = json.dumps([{"name": "clock", "description": "Tells the time.", "parameters": {"type": "object"}}])
 

@@ -10,12 +10,12 @@ import torch
 from conftest import with_
 from test_train import identity
 
+from pipeline.chat.responses import Answer
 from pipeline.chat.template import TemplateError, load_contract
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.evaluate import evaluate
 from pipeline.params import GeneralParams, Params
 from pipeline.scoring.general import GeneralError, read_general
-from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import class_labels, score_items, summarise
 from pipeline.scoring.likelihood import reference_losses
 from pipeline.scoring.resampling import METRICS, PERCENT

@@ -129,18 +129,17 @@ def test_answers_made_by_something_else_are_not_found(tmp_path: Path) -> None:
 def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     path.write_text("[0, [5, 6]]\n[3, [7, ")
-    with KeptAnswers(path) as kept:
-        assert kept.answers == {0: [5, 6]}
-        kept.add(3, [7, 8])
-    with KeptAnswers(path) as kept:
-        assert kept.answers == {0: [5, 6], 3: [7, 8]}
+    kept = KeptAnswers(path)
+    assert kept == {0: [5, 6]}
+    kept[3] = [7, 8]
+    assert KeptAnswers(path) == {0: [5, 6], 3: [7, 8]}
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(
     tmp_path: Path, dataset: Path, adapter: Path, evaluation: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, output = tmp_path / "kept", tmp_path / "evaluation"
-    add, added = KeptAnswers.add, []
+    add, added = KeptAnswers.__setitem__, []
 
     def killed(answers: KeptAnswers, number: int, ids: Any) -> None:
         if len(added) == 10:
@@ -150,7 +149,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
         add(answers, *added[-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptAnswers, "add", killed)
+        patch.setattr(KeptAnswers, "__setitem__", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(params.evaluate, dataset, adapter, output, kept)
     assert not output.exists()

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from browser import CHROMIUM, dump_dom
 
+from pipeline.chat.responses import Answer
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.report.contents import EXAMPLES, Contents, System, differences
 from pipeline.report.evaluation_pages import plot, render
 from pipeline.report.stage import read_curve, read_other_sets, read_prompts, stage_contents, write_scores
 from pipeline.report.tables import interval
-from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import provenance, score_items, summarise
 
 HOSTILE = (

@@ -8,12 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import sample_rows
 
-from pipeline.chat.responses import as_calls, canonical_calls, read_response
+from pipeline.chat.responses import Answer, as_calls, canonical_calls, read_answer
 from pipeline.chat.template import ChatTemplate, load_contract, local_source
 from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.scoring.generation import Answer, to_answer
 from pipeline.scoring.items import score_items, summarise
 from pipeline.scoring.likelihood import reference_losses
 from pipeline.weights.loading import load_base
@@ -72,9 +71,8 @@ def test_what_is_trained_is_read_as_the_reference(dataset: Path, template: ChatT
         written = ids[len(item["input_ids"]) :]
         while written[-1] not in template.stop_ids:
             written.pop()
-        response = read_response(template, item["input_ids"], written, item["tools"])
-        assert canonical_calls(response.tool_calls) == item["reference"]
-        assert not to_answer(written, template, item["input_ids"], item["tools"]).cut_off
+        read = read_answer(template, item["input_ids"], written, item["tools"])
+        assert (canonical_calls(read.tool_calls), read.cut_off) == (item["reference"], False)
 
 
 def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path, params: Params) -> None:

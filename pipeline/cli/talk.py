@@ -12,8 +12,8 @@ import typer
 from pipeline.cli.versions import CommandError, Json, Version, find
 
 if TYPE_CHECKING:
+    from pipeline.chat.responses import Answer
     from pipeline.cli.serving import Talk
-    from pipeline.scoring.generation import Answer
 
 HELP = """/adapter NAME   another model answers: base, workspace, champion, v3 or a version's id
 /adapters       those that are loaded

@@ -167,13 +167,13 @@ def compare_items(new: System, old: System, resamples: int, seed: int) -> list[C
         ours, theirs = metric_items(new.items, metric), metric_items(old.items, metric)
         groups = group_of(new.items)
         score = paired_difference(ours, theirs, resamples, seed, groups)
-        low, high = score.low, score.high
+        low, high = score["low"], score["high"]
         if metric in BINARY:  # the interval by which the gate judges right or wrong items
             counting = ~np.isnan(ours)
             tested = binary_test(ours[counting], theirs[counting], groups[counting], 0.0)
             low, high = tested.low, tested.high
         points = (new.metrics[metric]["score"], old.metrics[metric]["score"])
-        changes.append(Change(metric, *points, score.score, low, high))
+        changes.append(Change(metric, *points, score["score"], low, high))
     return changes
 
 
