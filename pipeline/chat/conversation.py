@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,8 +45,6 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """May be pickled to worker processes."""
-
     tokenizer: PreTrainedTokenizerBase
     text: str  # Jinja
     stop_ids: frozenset[int]  # tokens that end a turn
@@ -57,9 +55,6 @@ class ChatTemplate:
     chat_template_date: str | None = None  # YYYY-MM-DD, of a template that prints it
     reasoning: str = "drop"  # drop | inline | refuse reasoning that the template has no place for
     on_left_out: str = "drop"  # drop | keep a row of which the template leaves out a part
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # a compiled template stays here
 
     def served_text(self) -> str:
         """The template as it ships: with its arguments and its date inside, so that every server renders what was
