@@ -61,18 +61,11 @@ def test_template_arguments_are_those_of_a_server(name: str) -> None:
         assert THOUGHT not in template.tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(
-    ("reasoning", "written"), [("drop", "Four it is."), ("inline", f"<think>\n{THOUGHT}\n</think>\n\nFour it is.")]
-)
-def test_reasoning_without_a_place_is_dropped_and_counted_or_written_into_the_answer(
-    reasoning: str, written: str
-) -> None:
-    template = template_of("llama3", reasoning=reasoning)
-    assert trained(template, CONVERSATIONS["reasoning"]) == [f"{written}<|eot_id|>"]
-    assert len(template.encode(CONVERSATIONS["reasoning"]).repairs) == 1
-
-
-def test_reasoning_without_a_place_can_be_refused() -> None:
+def test_reasoning_without_a_place_is_dropped_and_counted_or_written_into_the_answer_or_refused() -> None:
+    for reasoning, written in (("drop", "Four it is."), ("inline", f"<think>\n{THOUGHT}\n</think>\n\nFour it is.")):
+        template = template_of("llama3", reasoning=reasoning)
+        assert trained(template, CONVERSATIONS["reasoning"]) == [f"{written}<|eot_id|>"]
+        assert len(template.encode(CONVERSATIONS["reasoning"]).repairs) == 1
     template = template_of("llama3", reasoning="refuse")
     with pytest.raises(RowError):
         template.encode(CONVERSATIONS["reasoning"])

@@ -215,7 +215,9 @@ def test_arguments_as_json_text_are_the_same_as_an_object(tokenizer: PreTrainedT
 
 @pytest.mark.parametrize(
     ("before", "after_content", "expected"),
-    [  # it joins arguments as text, so it gets text; it refuses a system message, so tools come in the first question
+    [
+        ("{% for t in tools or [] %}{{ t.function.name }};{% endfor %}", "", ["clock;<|im_start|>user"]),
+        # It joins arguments as text, so it gets text; it refuses a system message: tools come in the first question.
         ("", "{% for c in message.tool_calls %}CALL {{ c.function.name }} {{ c.function.arguments }}{% endfor %}",
          ['⟦CALL clock {"city": "北京", "utc": true}<|im_end|>⟧']),
         ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", "",
