@@ -96,17 +96,11 @@ def test_pairing_cancels_what_hard_items_do_to_both() -> None:
     assert (better["low"], better["high"]) == pytest.approx((0.01, 0.01))
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (np.ones(3), np.ones(4)),
-        (np.ones(3), np.ones((3, 10))),
-        (np.array([1.0, np.nan]), np.array([np.nan, 1.0])),
-    ],
-)
-def test_systems_that_scored_different_items_are_not_compared(a: Items, b: Items) -> None:
-    with pytest.raises(ValueError, match="different items"):
-        paired_difference(a, b, 100, seed=0)
+def test_systems_that_scored_different_items_are_not_compared() -> None:
+    holes = np.array([1.0, np.nan])
+    for a, b in ((np.ones(3), np.ones(4)), (np.ones(3), np.ones((3, 10))), (holes, holes[::-1])):
+        with pytest.raises(ValueError, match="different items"):
+            paired_difference(a, b, 100, seed=0)
 
 
 @pytest.mark.parametrize(

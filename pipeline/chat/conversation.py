@@ -256,16 +256,9 @@ def _talk(*contents: str) -> list[Message]:
 def _golden_conversations(stop: str) -> list[Conversation]:
     call = {"name": "clock", "arguments": {"city": "北京", "utc": True}}
     tool = {"name": "clock", "description": "Tells the time.", "parameters": {"type": "object", "properties": {}}}
-    with_call: list[Message] = [
-        {"role": "user", "content": "What time is it in Beijing?"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call00001", "type": "function", "function": call}],
-        },
-        {"role": "tool", "name": "clock", "tool_call_id": "call00001", "content": "08:00"},
-        {"role": "assistant", "content": "08:00."},
-    ]
+    with_call: list[Message] = _talk("What time is it in Beijing?", "", "", "08:00.")
+    with_call[1] |= {"tool_calls": [{"id": "call00001", "type": "function", "function": call}]}
+    with_call[2] = {"role": "tool", "name": "clock", "tool_call_id": "call00001", "content": "08:00"}
     return [
         (_talk("Hello", "Good day."), None),
         (_talk("1 + 1 = ?\n", "2", "再见", "再见。"), None),

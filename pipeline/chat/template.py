@@ -60,11 +60,9 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             or the model is too small for `max_length` or for its tokenizer.
     """
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
-    text, name = None, None
-    if params.chat_template in NAMED:
-        name = params.chat_template
-        text = named_text(name)
-    elif params.chat_template is not None:
+    name = params.chat_template if params.chat_template in NAMED else None
+    text = named_text(name) if name is not None else None
+    if params.chat_template is not None and name is None:
         path = Path(params.chat_template)
         if not path.is_file():
             raise TemplateError(

@@ -172,19 +172,16 @@ def compare_items(new: System, old: System, resamples: int, seed: int) -> list[C
             counting = ~np.isnan(ours)
             tested = binary_test(ours[counting], theirs[counting], groups[counting], 0.0)
             low, high = tested.low, tested.high
-        points = (new.metrics[metric]["score"], old.metrics[metric]["score"])
-        changes.append(Change(metric, *points, score["score"], low, high))
+        scores = (new.metrics[metric]["score"], old.metrics[metric]["score"], score["score"])
+        changes.append(Change(metric, *scores, low, high))
     return changes
 
 
 def gate_changes(comparison: dict[str, Any]) -> list[Change]:
     """The gate's own rows, of those metrics that some item counts for."""
-    keys = ("difference", "low", "high", "needed")
-    return [
-        Change(metric, row["candidate"], row["champion"], **{k: row[k] for k in keys}, verdict=WORDS[row["verdict"]])
-        for metric, row in comparison.items()
-        if row["items"]
-    ]
+    keys = ("candidate", "champion", "difference", "low", "high", "needed")
+    counting = {metric: row for metric, row in comparison.items() if row["items"]}
+    return [Change(metric, *(row[key] for key in keys), WORDS[row["verdict"]]) for metric, row in counting.items()]
 
 
 def differences(new: System, old: System) -> tuple[int, int, list[Difference], list[Difference]]:
@@ -210,10 +207,8 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
         for metric in ("accuracy", "rougeL")
         if ours[metric] is not None and theirs[metric] is not None
     ]
-    turns = [
-        (str(turn["role"]), excerpt(turn.get("content") or turn.get("tool_calls") or ""))
-        for turn in json.loads(ours.get("messages") or "[]")
-    ]
-    turns = turns or [("prompt", excerpt(ours["prompt"]))]  # what a classifier is given has no turns
+    # What a classifier is given has no turns.
+    messages = json.loads(ours.get("messages") or "[]") or [{"role": "prompt", "content": ours["prompt"]}]
+    turns = [(str(turn["role"]), excerpt(turn.get("content") or turn.get("tool_calls") or "")) for turn in messages]
     reference, new, old = excerpt(ours["reference"]), excerpt(ours["answer"]), excerpt(theirs["answer"])
     return Difference(ours["task"], turns, reference, new, old, scores)

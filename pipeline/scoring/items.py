@@ -58,11 +58,8 @@ def score_items(test: pa.Table, answers: Sequence[Answer], losses: Losses) -> tu
     pair = {"predictions": counted, "references": references}
     of_texts = [number for number, kind in enumerate(scoring) if kind != TOOL_CALLS]  # of calls they say nothing
     texts_alone = {name: [column[number] for number in of_texts] for name, column in pair.items()}
-    results = {
-        "accuracy": compute("accuracy", **pair, scoring=scoring),
-        **{metric: compute(metric, **texts_alone) for metric in TEXT_METRICS},
-        "rouge": compute("rouge", **texts_alone),
-    }
+    results = {metric: compute(metric, **texts_alone) for metric in (*TEXT_METRICS, "rouge")}
+    results["accuracy"] = compute("accuracy", **pair, scoring=scoring)
     labels = class_labels(test)
     predicted = [
         None if label is None else f"{task}: {fold(text)}"
