@@ -179,9 +179,12 @@ def compare_items(new: System, old: System, resamples: int, seed: int) -> list[C
 
 def gate_changes(comparison: dict[str, Any]) -> list[Change]:
     """The gate's own rows, of those metrics that some item counts for."""
-    keys = ("candidate", "champion", "difference", "low", "high", "needed")
-    counting = {metric: row for metric, row in comparison.items() if row["items"]}
-    return [Change(metric, *(row[key] for key in keys), WORDS[row["verdict"]]) for metric, row in counting.items()]
+    keys = ("difference", "low", "high", "needed")
+    return [
+        Change(metric, row["candidate"], row["champion"], **{k: row[k] for k in keys}, verdict=WORDS[row["verdict"]])
+        for metric, row in comparison.items()
+        if row["items"]
+    ]
 
 
 def differences(new: System, old: System) -> tuple[int, int, list[Difference], list[Difference]]:

@@ -57,16 +57,11 @@ Bar = tuple[str, float, float, float]  # a score as text; it and its interval on
 
 def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, int, list[tuple[str, Bar | None]]]]:
     """Name, items, metric, the items that it counts, and each system's bar."""
-    return [
-        (
-            name,
-            items,
-            metric,
-            counted,
-            [(s.name, _bar(metric, s.slice_score(kind, name, metric))) for s in contents.systems],
-        )
-        for name, items, metric, counted in contents.slices(kind)
-    ]
+    rows = []
+    for name, items, metric, counted in contents.slices(kind):
+        scores = {system.name: system.slice_score(kind, name, metric) for system in contents.systems}
+        rows.append((name, items, metric, counted, [(key, _bar(metric, score)) for key, score in scores.items()]))
+    return rows
 
 
 def _bar(metric: str, score: dict[str, float] | None) -> Bar | None:

@@ -58,7 +58,7 @@ def compare_versions(params: Params, old: str, new: str, root: Path = Path("."))
     if systems[0].items.column("id").to_pylist() != systems[1].items.column("id").to_pylist():
         raise CompareError(f"{old} and {new} answered different test items; `retune run` makes those of today")
     labels = {OLD: before.label, NEW: after.label}
-    parameters = [flat(side.manifest["params"] | {"publish": {}}) for side in (before, after)]
+    old_values, new_values = (flat(side.manifest["params"] | {"publish": {}}) for side in (before, after))
     contents = Contents.of(
         systems,
         systems[0],
@@ -69,7 +69,7 @@ def compare_versions(params: Params, old: str, new: str, root: Path = Path("."))
         decision="compared",
         notes=_notes((before, after), settings),
         tables={
-            "Parameters that differ": _differing(*parameters, labels, "parameter"),
+            "Parameters that differ": _differing(old_values, new_values, labels, "parameter"),
             "Data and code that differ": _differing(_origins(before), _origins(after), labels, "what"),
         },
         labels=labels,
