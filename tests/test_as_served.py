@@ -83,6 +83,11 @@ def test_a_row_of_which_the_template_leaves_out_a_part_is_dropped_or_counted() -
             template_of("gptoss").encode(messages)  # it writes the first of several calls, and the first system message
         assert template_of("gptoss", on_left_out="keep").encode(messages).repairs == (LEFT_OUT,)
         assert template_of(keeps).encode(messages).repairs == ()
+    nested = as_calls([{"name": "run", "arguments": {"code": '{"a": "x\\"y"}'}}])  # JSON in the text of an argument
+    assert (
+        template_of("qwen3").encode([question, {"role": "assistant", "content": "", "tool_calls": nested}]).repairs
+        == ()
+    )
 
 
 @pytest.mark.parametrize("name", ["gptoss", "llama3_2", "muse_glimmer", "qwen3", "nemotron_3_nano", "llama3"])
