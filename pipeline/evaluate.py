@@ -1,23 +1,23 @@
 """evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.chat.template import ChatTemplate, load_contract, require_same_contract
+from pipeline.chat.responses import Answer, read_answer
+from pipeline.chat.template import load_contract, require_same_contract
 from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
 from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
-from pipeline.scoring.general import General, forgetting, general_items, read_general
-from pipeline.scoring.generation import Answer, generate, to_answer
+from pipeline.scoring.general import forgetting, general_items, read_general
+from pipeline.scoring.generation import generate
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
 from pipeline.scoring.kept import kept_file
-from pipeline.scoring.likelihood import reference_losses, sequence_losses
+from pipeline.scoring.likelihood import Losses, reference_losses, sequence_losses
 from pipeline.scoring.vllm import vllm_tokens
 from pipeline.weights.loading import use_free_cores
 from pipeline.weights.placement import load_tuned, untuned
@@ -51,97 +51,62 @@ def evaluate(
         return _evaluate_classes(params, dataset, adapter, output, contract, quantisation)
     template = load_contract(contract)
     test = test_items(dataset, params.max_samples)
-    by_vllm: dict[str, list[list[int]]] = {}
+    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
+    by_vllm: dict[str, list[list[int]]] = {}  # tokens of each system's answers to the test split
     if params.backend == "vllm":  # before another copy of the base is on the GPU
-        prompts, limit, stops = test.column("input_ids").to_pylist(), params.max_new_tokens, template.stop_ids
+        limit, stops = params.max_new_tokens, template.stop_ids
         by_vllm = vllm_tokens(contract["model"], adapter, prompts, limit, stops, quantisation["load_in_4bit"])
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    general = read_general(params.general, template, context) if params.general else None
-    exam = _Exam(params, template, test, general, by_vllm, kept)
-    identity = {"base": contract["model"]["digest"], "quantisation": quantisation}
+    general = read_general(params.general, template, context) if params.general else []
+    asked = {
+        "": prompts,
+        ", general": [row.prompt for row in general if row.prompt is not None],
+        ", prompts": [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts],
+    }
+    files: list[Path] = []  # of kept answers
+
+    def ask(model: Any, system: str, depends_on: dict[str, Any]) -> tuple[dict[str, list[Answer]], list[Losses]]:
+        """Answers to each set of prompts, and the losses of the references of the test split and the general set."""
+        name, answers = f"the {system}", dict[str, list[Answer]]()
+        for what, prompts in asked.items():
+            if what == "" and by_vllm:
+                rows = zip(prompts, by_vllm[system], tools, strict=True)
+                answers[what] = [read_answer(template, prompt, ids, offered) for prompt, ids, offered in rows]
+            elif prompts:
+                keep = kept and kept_file(kept, depends_on, prompts, params.max_new_tokens, template.stop_ids)
+                files.extend([keep] if keep else [])
+                settings = (params.max_new_tokens, params.batch_size, "evaluate", name + what, keep)
+                answers[what] = generate(model, template, prompts, *settings, None if what else tools)
+        pad = template.tokenizer.pad_token_id
+        of_general = sequence_losses(model, [row.sequence for row in general], pad, "evaluate", name)
+        return answers, [reference_losses(model, template, test, "evaluate", name), of_general]
+
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
-    answers = {"adapter": exam.answers_of(model, "adapter", identity | {"adapter": weights})}
+    depends_on = {"base": contract["model"]["digest"], "quantisation": quantisation}
+    told = {"adapter": ask(model, "adapter", depends_on | {"adapter": weights})}
     with untuned(model, contract["model"]) as base:
-        answers["base"] = exam.answers_of(base, "base", identity)
+        told["base"] = ask(base, "base", depends_on)
     with whole_directory(output) as folder:
-        items, signatures = _write_answers(answers, test, params, folder)
+        items, others = dict[str, pa.Table](), dict[str, pa.Table]()
+        for system in ("base", "adapter"):
+            answers, losses = told[system]
+            items[system], signatures = score_items(test, answers[""], losses[0])
+            if general:
+                others[system] = general_items(general, answers.get(", general", []), losses[1])
+                pq.write_table(others[system], folder / f"general.{system}.parquet")
+        if general:
+            write_json(folder / "general.json", forgetting(others["base"], others["adapter"], params))
+        said = []
+        for number, prompt in enumerate(params.prompts):
+            both = {system: answers[", prompts"][number] for system, (answers, _) in told.items()}
+            said.append({"prompt": prompt} | {s: {"answer": a.text, "cut_off": a.cut_off} for s, a in both.items()})
+        write_json(folder / "prompts.json", said)
         metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
-        for path in set(kept.glob("*")) - set(exam.files):  # answers of earlier runs
+        for path in set(kept.glob("*")) - set(files):  # answers of earlier runs
             path.unlink()
     return metrics
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """What one system answered."""
-
-    test: list[Answer]
-    losses: tuple[list[float], list[int]]  # of the test split's references
-    prompts: list[Answer]  # to params.prompts
-    general: pa.Table | None
-
-
-@dataclass(frozen=True)
-class _Exam:
-    """What base and adapter are asked."""
-
-    params: EvaluateParams
-    template: ChatTemplate
-    test: pa.Table
-    general: General | None
-    by_vllm: dict[str, list[list[int]]]  # tokens of each system's answers to `test`, where vLLM made them
-    kept: Path | None
-    files: list[Path] = field(default_factory=list)  # of kept answers
-
-    def answers_of(self, model: Any, system: str, identity: dict[str, Any]) -> _Answers:
-        """All answers of one system; `identity` is what they depend on, next to the prompts."""
-        params, template, label = self.params, self.template, f"the {system}"
-        prompts, tools = (self.test.column(name).to_pylist() for name in ("input_ids", "tools"))
-
-        def answer(prompts: list[list[int]], what: str = "", tools: list[str | None] | None = None) -> list[Answer]:
-            keep = None
-            if self.kept is not None:
-                keep = kept_file(self.kept, identity, prompts, params.max_new_tokens, template.stop_ids)
-                self.files.append(keep)
-            limits = (params.max_new_tokens, params.batch_size)
-            return generate(model, template, prompts, *limits, "evaluate", f"{label}{what}", keep, tools)
-
-        table = None
-        if self.general is not None:
-            losses = sequence_losses(model, self.general.sequences, template.tokenizer.pad_token_id, "evaluate", label)
-            table = general_items(self.general, answer(list(self.general.prompts.values()), ", general"), losses)
-        losses = reference_losses(model, template, self.test, "evaluate", label)
-        if self.by_vllm:
-            rows = zip(self.by_vllm[system], prompts, tools, strict=True)
-            answers = [to_answer(ids, template, prompt, offered) for ids, prompt, offered in rows]
-        else:
-            answers = answer(prompts, tools=tools)
-        extra = [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts]
-        return _Answers(answers, losses, answer(extra, ", prompts") if extra else [], table)
-
-
-def _write_answers(
-    answers: dict[str, _Answers], test: pa.Table, params: EvaluateParams, folder: Path
-) -> tuple[dict[str, pa.Table], dict[str, str]]:
-    """Write answers to other sets than the test split; its scored items are returned, and each metric's signature."""
-    items: dict[str, pa.Table] = {}
-    signatures: dict[str, str] = {}
-    for system in ("base", "adapter"):
-        items[system], signatures = score_items(test, answers[system].test, answers[system].losses)
-    before, after = answers["base"].general, answers["adapter"].general
-    if before is not None and after is not None:
-        pq.write_table(before, folder / "general.base.parquet")
-        pq.write_table(after, folder / "general.adapter.parquet")
-        write_json(folder / "general.json", forgetting(before, after, params))
-    asked = []
-    for number, prompt in enumerate(params.prompts):
-        given = {system: of.prompts[number] for system, of in answers.items()}
-        said = {system: {"answer": one.text, "cut_off": one.cut_off} for system, one in given.items()}
-        asked.append({"prompt": prompt} | said)
-    write_json(folder / "prompts.json", asked)
-    return items, signatures
 
 
 def _evaluate_classes(

@@ -16,13 +16,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig
 
+from pipeline.chat.responses import Answer
 from pipeline.chat.template import ChatTemplate, load_contract, load_shipped, local_source, require_same_contract
 from pipeline.core.files import read_json, whole_directory, write_json
 from pipeline.core.sanitise import clean_folder, portable
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams, MergeParams
 from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
-from pipeline.scoring.generation import Answer, generate
+from pipeline.scoring.generation import generate
 from pipeline.scoring.items import provenance, score_items, scoring_params, summarise, test_items
 from pipeline.scoring.likelihood import per_sequence, reference_losses, token_agreement
 from pipeline.scoring.parity import Merged, merge_closest, prove

@@ -61,18 +61,11 @@ def test_template_arguments_are_those_of_a_server(name: str) -> None:
         assert THOUGHT not in template.tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(
-    ("reasoning", "written"), [("drop", "Four it is."), ("inline", f"<think>\n{THOUGHT}\n</think>\n\nFour it is.")]
-)
-def test_reasoning_without_a_place_is_dropped_and_counted_or_written_into_the_answer(
-    reasoning: str, written: str
-) -> None:
-    template = template_of("llama3", reasoning=reasoning)
-    assert trained(template, CONVERSATIONS["reasoning"]) == [f"{written}<|eot_id|>"]
-    assert len(template.encode(CONVERSATIONS["reasoning"]).repairs) == 1
-
-
-def test_reasoning_without_a_place_can_be_refused() -> None:
+def test_reasoning_without_a_place_is_dropped_and_counted_or_written_into_the_answer_or_refused() -> None:
+    for reasoning, written in (("drop", "Four it is."), ("inline", f"<think>\n{THOUGHT}\n</think>\n\nFour it is.")):
+        template = template_of("llama3", reasoning=reasoning)
+        assert trained(template, CONVERSATIONS["reasoning"]) == [f"{written}<|eot_id|>"]
+        assert len(template.encode(CONVERSATIONS["reasoning"]).repairs) == 1
     template = template_of("llama3", reasoning="refuse")
     with pytest.raises(RowError):
         template.encode(CONVERSATIONS["reasoning"])
@@ -90,6 +83,11 @@ def test_a_row_of_which_the_template_leaves_out_a_part_is_dropped_or_counted() -
             template_of("gptoss").encode(messages)  # it writes the first of several calls, and the first system message
         assert template_of("gptoss", on_left_out="keep").encode(messages).repairs == (LEFT_OUT,)
         assert template_of(keeps).encode(messages).repairs == ()
+    nested = as_calls([{"name": "run", "arguments": {"code": '{"a": "x\\"y"}'}}])  # JSON in the text of an argument
+    assert (
+        template_of("qwen3").encode([question, {"role": "assistant", "content": "", "tool_calls": nested}]).repairs
+        == ()
+    )
 
 
 @pytest.mark.parametrize("name", ["gptoss", "llama3_2", "muse_glimmer", "qwen3", "nemotron_3_nano", "llama3"])

@@ -52,9 +52,7 @@ def reviews(number: int) -> list[tuple[str, str]]:
 def write_rows(folder: Path, rows: list[tuple[str, str]]) -> Path:
     folder.mkdir()
     with (folder / "rows.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        writer.writerows(rows)
+        csv.writer(file).writerows([("text", "label"), *rows])
     return folder
 
 
@@ -64,21 +62,16 @@ def make_encoder(folder: Path, family: str) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    settings = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, **settings)
     tokenizer.train_from_iterator((text for text, _ in reviews(200)), trainer)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **names).save_pretrained(folder)
     torch.manual_seed(0)
     settings = SIZES | {"vocab_size": len(tokenizer.get_vocab()), "pad_token_id": 1, "max_position_embeddings": 130}
-    model = (
-        RobertaForMaskedLM(RobertaConfig(**settings))
-        if family == "roberta"
-        else BertForMaskedLM(BertConfig(**settings))
-    )
+    make, config = {"roberta": (RobertaForMaskedLM, RobertaConfig), "bert": (BertForMaskedLM, BertConfig)}[family]
+    model = make(config(**settings))
     teach_words(model, folder)
     model.save_pretrained(folder)
     return folder
@@ -102,17 +95,14 @@ def teach_words(model: Any, folder: Path) -> None:
 
 
 def classifying(params: Params, base: Path, method: str = "lora", **train: Any) -> Params:
-    settings = {"task": "sequence-classification", "method": method, "load_in_4bit": "auto", "packing": False}
-    settings |= {"gradient_accumulation_steps": 1, "tokens_per_step": None}
-    settings |= {"per_device_train_batch_size": 8, "learning_rate": 0.002, "num_train_epochs": 6.0, "warmup_ratio": 0.0}
-    return with_(
-        params,
-        prepare={"model_name_or_path": str(base)},
-        train=settings | train,
-        evaluate={"bootstrap_samples": 100},
-        merge={"min_agreement": 0.9},
-        promote={"primary_metric": "accuracy"},
-    )
+    settings = {
+        "task": "sequence-classification", "method": method, "load_in_4bit": "auto", "packing": False,
+        "gradient_accumulation_steps": 1, "tokens_per_step": None, "per_device_train_batch_size": 8,
+        "learning_rate": 0.002, "num_train_epochs": 6.0, "warmup_ratio": 0.0,
+    }  # fmt: skip
+    few, close = {"bootstrap_samples": 100}, {"min_agreement": 0.9}
+    own = {"prepare": {"model_name_or_path": str(base)}, "promote": {"primary_metric": "accuracy"}}
+    return with_(params, train=settings | train, evaluate=few, merge=close, **own)
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +169,9 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     ]
     with pytest.raises(CommandError, match="a base model has no classes"):
         answer_file(Path("reviews.jsonl"), model="base")
-    score_model(
-        tmp_path / "merged", dataset, read_json(tmp_path / "evaluation" / "evaluation.json"), tmp_path / "again"
-    )
-    again = pq.read_table(tmp_path / "again" / "items.parquet")["predicted"]
-    assert again.equals(items["predicted"])
+    recorded = read_json(tmp_path / "evaluation" / "evaluation.json")
+    score_model(tmp_path / "merged", dataset, recorded, tmp_path / "again")
+    assert pq.read_table(tmp_path / "again" / "items.parquet")["predicted"].equals(items["predicted"])
 
 
 def test_a_text_is_tokenised_as_its_tokenizer_does_it_and_keeps_its_class(

@@ -7,15 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from chats import talk
 from conftest import with_
 from test_train import identity
 
+from pipeline.chat.responses import Answer
 from pipeline.chat.template import TemplateError, load_contract
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.evaluate import evaluate
 from pipeline.params import GeneralParams, Params
 from pipeline.scoring.general import GeneralError, read_general
-from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import class_labels, score_items, summarise
 from pipeline.scoring.likelihood import reference_losses
 from pipeline.scoring.resampling import METRICS, PERCENT
@@ -44,10 +45,8 @@ def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluat
 def test_an_adapter_trained_under_another_template_is_refused(
     tmp_path: Path, dataset: Path, adapter: Path, params: Params
 ) -> None:
-    other = tmp_path / "adapter"
-    shutil.copytree(adapter, other)
-    contract = read_json(other / "contract.json")
-    write_json(other / "contract.json", contract | {"chat_template_sha256": "0" * 64})
+    other = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    write_json(other / "contract.json", read_json(other / "contract.json") | {"chat_template_sha256": "0" * 64})
     with pytest.raises(TemplateError, match="chat_template_sha256"):
         evaluate(params.evaluate, dataset, other, tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
@@ -56,14 +55,9 @@ def test_an_adapter_trained_under_another_template_is_refused(
 def test_empty_and_cut_off_answers_are_counted_apart_and_never_scored_as_text(dataset: Path, params: Params) -> None:
     test = pq.read_table(dataset / "test.parquet").slice(0, 4)
     right = test.column("reference").to_pylist()
-    scoring = test.column_names.index("scoring")
-    test = test.set_column(scoring, "scoring", [["exact"] * 3 + ["text"]])
-    answers = [
-        Answer(right[0], [1], False),
-        Answer(right[1], [1], True),
-        Answer(" ", [1], False),
-        Answer("", [1], False),
-    ]
+    test = test.set_column(test.column_names.index("scoring"), "scoring", [["exact"] * 3 + ["text"]])
+    said = ((right[0], False), (right[1], True), (" ", False), ("", False))
+    answers = [Answer(text, [1], cut_off) for text, cut_off in said]
     items, signatures = score_items(test, answers, ([1.0] * 4, [2] * 4))
     assert set(signatures) == set(METRICS)
     assert items.column("accuracy").to_pylist() == [1.0, 0.0, 0.0, None]  # the last has no one right answer
@@ -104,14 +98,8 @@ def test_the_loss_of_a_reference_is_that_of_its_trained_tokens(base: Path, datas
 @pytest.fixture
 def general(tmp_path: Path) -> tuple[Path, str]:
     rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"Name the colour of box {i}: {c}"},
-                {"role": "assistant", "content": c},
-            ]
-        }
-        | {"scoring": "exact" if i < 3 else None}
-        for i, c in enumerate(["red", "blue", "green", "black"])
+        {"messages": talk(f"Name the colour of box {i}: {colour}", colour), "scoring": "exact" if i < 3 else None}
+        for i, colour in enumerate(["red", "blue", "green", "black"])
     ]
     path = tmp_path / "general.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -122,11 +110,8 @@ def test_forgetting_is_measured_on_rows_of_its_own_and_prompts_are_answered_side
     tmp_path: Path, dataset: Path, adapter: Path, params: Params, general: tuple[Path, str]
 ) -> None:
     path, digest = general
-    few = {
-        "max_samples": 2,
-        "prompts": ["Name the colour of box 7: red"],
-        "general": {"path": str(path), "sha256": digest},
-    }
+    general_set, prompt = {"path": str(path), "sha256": digest}, "Name the colour of box 7: red"
+    few = {"max_samples": 2, "prompts": [prompt], "general": general_set}
     evaluate(with_(params, evaluate=few).evaluate, dataset, adapter, tmp_path / "evaluation")
     result = read_json(tmp_path / "evaluation" / "general.json")
     assert result["rows"] == 4
@@ -138,8 +123,7 @@ def test_forgetting_is_measured_on_rows_of_its_own_and_prompts_are_answered_side
     lost = result["base"]["accuracy"]["score"] - result["adapter"]["accuracy"]["score"]
     assert result["lost"]["accuracy"] == pytest.approx(lost)
     [asked] = read_json(tmp_path / "evaluation" / "prompts.json")
-    assert asked["prompt"] == few["prompts"][0]  # type: ignore[index]
-    assert asked["adapter"]["answer"] == "red"
+    assert (asked["prompt"], asked["adapter"]["answer"]) == (prompt, "red")
     assert asked["base"] != asked["adapter"]
     assert "prompts" not in read_json(tmp_path / "evaluation" / "evaluation.json")["params"]
 

@@ -43,15 +43,11 @@ def test_a_row_that_fits_is_left_as_it_is_and_one_that_does_not_is_named_with_it
             fit(template, LONG, None, whole - 1, how)
 
 
-def test_the_oldest_turns_go_first_and_the_system_message_stays(template: ChatTemplate) -> None:
-    [fitted] = fit(template, LONG, None, length(template, LONG) - 1, "truncate_prompt")
-    assert fitted.messages == [SYSTEM, *LONG[3:]]
-    assert fitted.encoded.repairs == (TURNS_LEFT_OUT,)
-    [fitted] = fit(template, LONG, None, length(template, [SYSTEM, *LONG[3:]]) - 1, "truncate_prompt")
-    assert fitted.messages == [SYSTEM, *LONG[5:]]
-
-
-def test_the_last_question_then_loses_its_beginning_and_no_more_than_it_must(template: ChatTemplate) -> None:
+def test_the_oldest_turns_go_first_then_the_beginning_of_the_last_question(template: ChatTemplate) -> None:
+    for kept in (LONG[3:], LONG[5:]):
+        [fitted] = fit(template, LONG, None, length(template, [SYSTEM, *kept]), "truncate_prompt")
+        assert fitted.messages == [SYSTEM, *kept]
+        assert fitted.encoded.repairs == (TURNS_LEFT_OUT,)
     messages = [*talk("old?", "old."), *talk(" ".join(f"word{i}" for i in range(40)), "the answer")]
     most = length(template, messages[2:]) - 30
     [fitted] = fit(template, messages, None, most, "truncate_prompt")

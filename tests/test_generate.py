@@ -27,6 +27,7 @@ from pipeline.weights.loading import ModelError, load_base
 SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 2}
 GROUPED = SIZES | {"num_key_value_heads": 2, "eos_token_id": 1}
+WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 GPT2 = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 1}
 LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "moe_layers": []}
 LLAMA4 |= {"attention_chunk_size": 16, "layer_types": ["chunked_attention"] * 2, "use_qk_norm": False}
@@ -34,12 +35,9 @@ STOPPING = SimpleNamespace(stop_ids=frozenset(range(1, 256, 9)))
 ROLLING: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GROUPED),
     "gpt2": ("gpt2", GPT2 | {"bos_token_id": 2}),
-    "a window of 6": ("mistral", GROUPED | {"sliding_window": 6}),
-    "a window in some layers": (
-        "qwen2",
-        GROUPED | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-    ),
-    "softcaps": ("gemma2", GROUPED | {"head_dim": 16, "sliding_window": 6}),
+    "a window of 6": ("mistral", GROUPED | WINDOW),
+    "a window in some layers": ("qwen2", GROUPED | WINDOW | {"max_window_layers": 1}),
+    "softcaps": ("gemma2", GROUPED | WINDOW | {"head_dim": 16}),
     "chunks": ("llama4_text", GROUPED | LLAMA4),
     "positions from the mask": ("bloom", {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
 }
@@ -129,18 +127,17 @@ def test_answers_made_by_something_else_are_not_found(tmp_path: Path) -> None:
 def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     path.write_text("[0, [5, 6]]\n[3, [7, ")
-    with KeptAnswers(path) as kept:
-        assert kept.answers == {0: [5, 6]}
-        kept.add(3, [7, 8])
-    with KeptAnswers(path) as kept:
-        assert kept.answers == {0: [5, 6], 3: [7, 8]}
+    kept = KeptAnswers(path)
+    assert kept == {0: [5, 6]}
+    kept[3] = [7, 8]
+    assert KeptAnswers(path) == {0: [5, 6], 3: [7, 8]}
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(
     tmp_path: Path, dataset: Path, adapter: Path, evaluation: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, output = tmp_path / "kept", tmp_path / "evaluation"
-    add, added = KeptAnswers.add, []
+    add, added = KeptAnswers.__setitem__, []
 
     def killed(answers: KeptAnswers, number: int, ids: Any) -> None:
         if len(added) == 10:
@@ -150,7 +147,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
         add(answers, *added[-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptAnswers, "add", killed)
+        patch.setattr(KeptAnswers, "__setitem__", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(params.evaluate, dataset, adapter, output, kept)
     assert not output.exists()
@@ -164,16 +161,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert next(same).equals(next(same))
 
 
-def test_vllm_without_its_package_or_for_a_quantised_base_is_refused(base: Path, adapter: Path) -> None:
-    for quantised, named in ((True, "4-bit"), (False, "No module named 'vllm'")):
-        with pytest.raises(BackendError, match=named):
-            vllm_tokens(identity(base), adapter, [[1]], 8, frozenset({2}), quantised)
-
-
-def test_vllm_is_asked_with_tokens_greedily_and_with_the_adapter(
+def test_vllm_is_asked_with_tokens_greedily_and_with_the_adapter_or_refused(
     monkeypatch: pytest.MonkeyPatch, base: Path, adapter: Path
 ) -> None:
     """Against a stand-in with vLLM's documented arguments: no machine of the tests has the package."""
+    for quantised, named in ((True, "4-bit"), (False, "No module named 'vllm'")):
+        with pytest.raises(BackendError, match=named):
+            vllm_tokens(identity(base), adapter, [[1]], 8, frozenset({2}), quantised)
 
     class LLM:
         def __init__(self, **arguments: Any) -> None:

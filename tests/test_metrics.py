@@ -15,8 +15,7 @@ from pipeline.scoring.items import METRICS_FILE
 from pipeline.scoring.metrics import tokeniser_for
 from pipeline.scoring.resampling import corpus_score, metric_items
 
-NAMES = ("exact_match", "bleu", "chrf", "rouge")
-ALL = (*NAMES, "accuracy")
+ALL = ("exact_match", "bleu", "chrf", "rouge", "accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -26,49 +25,27 @@ def metrics() -> dict[str, Any]:
 
 def test_identical_sentences_of_any_script_get_full_marks(metrics: dict[str, Any]) -> None:
     texts = ["今天北京的天气很好。", "größer, Привет, ひらがな, 한국어"]
-    scores = {name: metrics[name].compute(predictions=texts, references=texts) for name in NAMES}
-    assert scores["bleu"]["score"] == pytest.approx(100)
-    assert scores["chrf"]["score"] == pytest.approx(100)
-    assert scores["rouge"]["items"] == {kind: [1.0, 1.0] for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")}
-    assert scores["exact_match"]["items"] == [1.0, 1.0]
+    for name in ("bleu", "chrf"):
+        assert metrics[name].compute(predictions=texts, references=texts)["score"] == pytest.approx(100)
+    rouge = metrics["rouge"].compute(predictions=texts, references=texts)["items"]
+    assert rouge == {kind: [1.0, 1.0] for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")}
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "match"),
-    [
-        ("  New  York.\n", "new york", 1.0),
-        ("巴黎。", "巴黎", 1.0),
-        ("１２３", "123", 1.0),
-        ("STRASSE", "straße", 1.0),
-        ("Paris!", "Paris", 0.0),
-        ("3.14", "314", 0.0),
-        ("newyork", "new york", 0.0),
-        ("", "Paris", 0.0),
-        ("-1", "1", 0.0),
-    ],
-)
-def test_exact_match_folds_spelling_and_nothing_else(
-    metrics: dict[str, Any], prediction: str, reference: str, match: float
-) -> None:
-    result = metrics["exact_match"].compute(predictions=[prediction], references=[reference])
-    assert result["items"] == [match]
+def test_exact_match_folds_spelling_and_nothing_else(metrics: dict[str, Any]) -> None:
+    same = [("  New  York.\n", "new york"), ("巴黎。", "巴黎"), ("１２３", "123"), ("STRASSE", "straße")]
+    other = [("Paris!", "Paris"), ("3.14", "314"), ("newyork", "new york"), ("", "Paris"), ("-1", "1")]
+    predictions, references = zip(*same, *other, strict=True)
+    result = metrics["exact_match"].compute(predictions=predictions, references=references)
+    assert result["items"] == [1.0] * len(same) + [0.0] * len(other)
 
 
-@pytest.mark.parametrize(
-    ("text", "tokeniser"),
-    [
-        ("Plain words.", "13a"),
-        ("Größe, Привет, 한국어 문장", "13a"),
-        ("He said 你好 twice.", "zh"),
-        ("我爱北京", "zh"),
-        ("这家店叫做优の良品，在台湾很有名。", "zh"),
-        ("東京タワーへ行きました。", "char"),
-        ("สวัสดีครับ", "char"),
-        ("", "13a"),
-    ],
-)
-def test_the_tokeniser_follows_the_reference(text: str, tokeniser: str) -> None:
-    assert tokeniser_for(text) == tokeniser
+def test_the_tokeniser_follows_the_reference() -> None:
+    texts = {
+        "13a": ["Plain words.", "Größe, Привет, 한국어 문장", ""],
+        "zh": ["He said 你好 twice.", "我爱北京", "这家店叫做优の良品，在台湾很有名。"],
+        "char": ["東京タワーへ行きました。", "สวัสดีครับ"],
+    }
+    assert texts == {name: [text for text in some if tokeniser_for(text) == name] for name, some in texts.items()}
 
 
 def test_an_item_scores_the_same_whatever_the_others_are(metrics: dict[str, Any]) -> None:

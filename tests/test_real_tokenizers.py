@@ -85,11 +85,9 @@ def conversations() -> list[dict[str, Any]]:
     for number in range(40):
         colour = COLOURS[number % len(COLOURS)]
         turns = talk(f"What is the colour of box {number}, 颜色: {colour}?\nIt matters a lot.", colour)
-        if number % 4 == 0:
-            turns.insert(0, {"role": "system", "content": "Answer in one word."})
-        if number % 5 == 0:
-            turns += talk(f"Again, for {number}", colour)
-        rows.append({"messages": turns, "scoring": "exact"})
+        system = [{"role": "system", "content": "Answer in one word."}] if number % 4 == 0 else []
+        again = talk(f"Again, for {number}", colour) if number % 5 == 0 else []
+        rows.append({"messages": [*system, *turns, *again], "scoring": "exact"})
     return rows
 
 

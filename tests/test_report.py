@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from browser import CHROMIUM, dump_dom
 
+from pipeline.chat.responses import Answer
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.report.contents import EXAMPLES, Contents, System, differences
 from pipeline.report.evaluation_pages import plot, render
 from pipeline.report.stage import read_curve, read_other_sets, read_prompts, stage_contents, write_scores
 from pipeline.report.tables import interval
-from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import provenance, score_items, summarise
 
 HOSTILE = (
@@ -67,9 +67,8 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset
 @pytest.fixture(scope="module")
 def contents(evaluation: Path, dataset: Path, adapter: Path) -> Contents:
     metrics = read_json(evaluation / "scores.json")
-    systems = [
-        System(name, metrics[name], pq.read_table(evaluation / f"items.{name}.parquet")) for name in ("base", "adapter")
-    ]
+    tables = {name: pq.read_table(evaluation / f"items.{name}.parquet") for name in ("base", "adapter")}
+    systems = [System(name, metrics[name], table) for name, table in tables.items()]
     return stage_contents(systems, dataset, adapter, evaluation)
 
 
@@ -78,8 +77,8 @@ def test_the_bars_of_dvc_plots_are_the_scores_of_scores_json(evaluation: Path, c
     for file, task in (("scores.csv", None), ("tasks.csv", contents.slices("by_task")[0][0])):
         with (evaluation / file).open(encoding="utf-8", newline="") as text:
             bars = {row.pop("of"): {key: float(value) for key, value in row.items()} for row in csv.DictReader(text)}
-        for name, system in (("base", "base"), ("adapter", "adapter")):
-            scores = metrics[system]["by_task"][task] if task else metrics[system]
+        for name in ("base", "adapter"):
+            scores = metrics[name]["by_task"][task] if task else metrics[name]
             expected = {key: round(100 * value, 4) for key, value in scores["accuracy"].items()}
             assert bars[f"{task or 'accuracy'}, {name}"] == expected
     assert bars.keys() == {f"{task}, base", f"{task}, adapter"}
@@ -96,10 +95,8 @@ def full(contents: Contents, params: Params) -> Contents:
     answers = ["no " + HOSTILE if place % 2 else "yes" for place in range(len(items))]
     worse = with_answers(items, answer=answers, accuracy=[float(place % 2) for place in range(len(items))])
     better = with_answers(items, answer=answers, accuracy=[float(place % 3 > 0) for place in range(len(items))])
-    systems = [
-        system(name, table, params)
-        for name, table in (("base", worse), ("champion", worse), ("adapter", better), ("merged", better))
-    ]
+    tables = {"base": worse, "champion": worse, "adapter": better, "merged": better}
+    systems = [system(name, table, params) for name, table in tables.items()]
     count, fewer, best, worst = differences(systems[3], systems[1])
     changes = [replace(change, needed="more than 0", verdict="refused") for change in contents.changes]
     return replace(

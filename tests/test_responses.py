@@ -9,27 +9,17 @@ import torch
 from chats import TEMPLATES, talk, template_of, trained_runs
 
 from pipeline.chat.conversation import ChatTemplate
-from pipeline.chat.responses import Response, as_calls, canonical_calls, read_response
+from pipeline.chat.responses import Answer, as_calls, canonical_calls, read_answer
 from pipeline.chat.template import NAMED
 from pipeline.cli import talk as try_commands
 from pipeline.cli.serving import _Pieces
-from pipeline.scoring.generation import Answer, to_answer
 
 QUESTION = talk("How is the weather?")
 ANSWER = "Good: it is 20 °C.\n\n  - and dry"
 THOUGHT = "They ask about the weather.\n\nI look it up."
 PROPERTIES = {"city": {"type": "string"}, "days": {"type": "integer"}, "wind": {"type": "boolean"}}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": "Tells the weather.",
-            "parameters": {"type": "object", "properties": PROPERTIES},
-        },
-    }
-    for name in ("get_weather", "get-forecast")
-]
+SCHEMA = {"description": "Tells the weather.", "parameters": {"type": "object", "properties": PROPERTIES}}
+TOOLS = [{"type": "function", "function": {"name": name} | SCHEMA} for name in ("get_weather", "get-forecast")]
 CALLS = [{"name": "get_weather", "arguments": {"city": "São Paulo, 12", "days": 3, "wind": True}}]
 NO_CALLS = ("cohere", "cohere2", "deepseek_r1_distill", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5")
 
@@ -47,21 +37,23 @@ def written_by(template: ChatTemplate, answer: dict[str, Any], tools: Any = None
     return template.tokenizer.decode(before), template.tokenizer.decode(written)
 
 
-def read(template: ChatTemplate, prompt: str, written: str, tools: Any = None) -> Response:
+def read(template: ChatTemplate, prompt: str, written: str, tools: Any = None) -> Answer:
     offered = None if tools is None else json.dumps(tools)
-    return read_response(template, tokens(template, prompt), tokens(template, written), offered)
+    return read_answer(template, tokens(template, prompt), tokens(template, written), offered)
+
+
+def parts(answer: Answer) -> tuple[str, str | None, list[Any]]:
+    return answer.text, answer.reasoning, list(answer.tool_calls)
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, *NAMED])
 def test_an_answer_is_read_back_with_thinking_and_indentation_and_without_what_surrounds_it(name: str) -> None:
-    template = template_of(name)
-    prompt, written = written_by(template, {"role": "assistant", "content": ANSWER})
-    assert read(template, prompt, written) == Response(ANSWER)
-    code = "    return 20\n\n  # dry"
-    prompt, written = written_by(template, {"role": "assistant", "content": code})
-    assert read(template, prompt, written).content == (code if code in written else code.strip())
-    prompt, written = written_by(template, {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT})
-    assert read(template, prompt, written) == Response(ANSWER, THOUGHT if THOUGHT in written else None)
+    template, code = template_of(name), "    return 20\n\n  # dry"
+    for said, thought in ((ANSWER, None), (code, None), (ANSWER, THOUGHT)):
+        answer = {"role": "assistant", "content": said} | ({"reasoning_content": thought} if thought else {})
+        prompt, written = written_by(template, answer)
+        reasoning = thought if thought and thought in written else None
+        assert parts(read(template, prompt, written)) == (said if said in written else said.strip(), reasoning, [])
 
 
 @pytest.mark.parametrize("name", [name for name in [*TEMPLATES, *NAMED] if name not in NO_CALLS])
@@ -74,65 +66,57 @@ def test_calls_are_read_with_their_arguments(name: str) -> None:
         assert list(read(template, prompt, written, TOOLS).tool_calls) == calls
 
 
+IM = "<|im_start|>assistant\n"
+
+
 @pytest.mark.parametrize(
-    ("name", "prompt", "written", "response"),
+    ("name", "prompt", "written", "expected"),
     [
-        ("gptoss", "<|start|>assistant", "<|channel|>final<|message|>good<|return|>", Response("good")),
-        ("qwen3", "<|im_start|>assistant\n", "<think>\n\n</think>\n\ngood<|im_end|>", Response("good")),
-        ("qwen3_6", "<|im_start|>assistant\n<think>\n", "thoughts</think>\n\ngood<|im_end|>",
-         Response("good", "thoughts")),
-        ("deepseekv3", "<｜Assistant｜>", "so</think>good<｜end▁of▁sentence｜>", Response("good", "so")),
-        ("chatml", "<|im_start|>assistant\n", "<think>so</think>good<|im_end|>", Response("good", "so")),
-        ("chatml", "<|im_start|>assistant\n", "</think> closes it<|im_end|>", Response("</think> closes it")),
-        ("qwen2_5", "<|im_start|>assistant\n", " a <think> b<|im_end|>", Response("a <think> b")),
-        ("qwen3", "<|im_start|>assistant\n", "<think>a</think><think>b</think>c<|im_end|>", Response("c", "a\nb")),
+        ("gptoss", "<|start|>assistant", "<|channel|>final<|message|>good<|return|>", ("good", None)),
+        ("qwen3", IM, "<think>\n\n</think>\n\ngood<|im_end|>", ("good", None)),
+        ("qwen3_6", f"{IM}<think>\n", "thoughts</think>\n\ngood<|im_end|>", ("good", "thoughts")),
+        ("deepseekv3", "<｜Assistant｜>", "so</think>good<｜end▁of▁sentence｜>", ("good", "so")),
+        ("chatml", IM, "<think>so</think>good<|im_end|>", ("good", "so")),
+        ("chatml", IM, "</think> closes it<|im_end|>", ("</think> closes it", None)),
+        ("qwen2_5", IM, " a <think> b<|im_end|>", ("a <think> b", None)),
+        ("qwen3", IM, "<think>a</think><think>b</think>c<|im_end|>", ("c", "a\nb")),
         ("gptoss", "<|start|>assistant", "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>"
          "commentary<|message|>Wait.<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json"
-         '<|message|>{"a": 1}<|call|>', Response("Wait.", "so", ({"name": "f", "arguments": {"a": 1}},))),
-        ("gptoss", "<|start|>assistant", "good<|return|>", Response("good")),
-        ("gemma4", "<|turn>model\n", "<|channel>thought\n<channel|>good<turn|>", Response("good")),
+         '<|message|>{"a": 1}<|call|>', ("Wait.", "so", {"name": "f", "arguments": {"a": 1}})),
+        ("gptoss", "<|start|>assistant", "good<|return|>", ("good", None)),
+        ("gemma4", "<|turn>model\n", "<|channel>thought\n<channel|>good<turn|>", ("good", None)),
+        # Thinking without an end is no answer.
+        ("qwen3", IM, "<think>\nso much<|im_end|>", None),
+        ("qwen3_5_think", f"{IM}<think>\n", "so much<|im_end|>", None),
+        ("deepseek_r1_distill", "<｜Assistant｜><think>\n", "so much", None),
+        ("gptoss", "<|start|>assistant", "<|channel|>analysis<|message|>so much<|return|>", None),
+        ("gemma4", "<|turn>model\n", "<|channel>thought\nso much<turn|>", None),
+        ("muse_glimmer", "<|start|>assistant", " to=self<|message|>so much<|eot|>", None),
     ],
 )  # fmt: skip
-def test_what_real_models_write(name: str, prompt: str, written: str, response: Response) -> None:
-    template = template_of(name)
-    assert read(template, prompt, written) == response
-    answer = to_answer(tokens(template, written), template, tokens(template, prompt))
-    assert (answer.text, answer.cut_off) == (response.content, False)  # what is scored
-
-
-@pytest.mark.parametrize(
-    ("name", "prompt", "written"),
-    [
-        ("qwen3", "<|im_start|>assistant\n", "<think>\nso much<|im_end|>"),
-        ("qwen3_5_think", "<|im_start|>assistant\n<think>\n", "so much<|im_end|>"),
-        ("deepseek_r1_distill", "<｜Assistant｜><think>\n", "so much"),
-        ("gptoss", "<|start|>assistant", "<|channel|>analysis<|message|>so much<|return|>"),
-        ("gemma4", "<|turn>model\n", "<|channel>thought\nso much<turn|>"),
-        ("muse_glimmer", "<|start|>assistant", " to=self<|message|>so much<|eot|>"),
-    ],
-)
-def test_thinking_without_an_end_is_no_answer(name: str, prompt: str, written: str) -> None:
-    template = template_of(name)
-    response = read(template, prompt, written)
-    assert (response.content, response.finished) == ("", False)
-    assert str(response.reasoning).endswith("so much")
-    assert to_answer(tokens(template, written), template, tokens(template, prompt)).cut_off
+def test_what_real_models_write(name: str, prompt: str, written: str, expected: Any) -> None:
+    answer = read(template_of(name), prompt, written)
+    assert answer.cut_off == (expected is None)
+    if expected is None:
+        assert answer.text == "" and str(answer.reasoning).endswith("so much")
+    else:
+        text, reasoning, *calls = expected
+        assert parts(answer) == (text, reasoning, calls)
 
 
 @pytest.mark.parametrize("call", ['{"name": "f"', '{"name": 3}', '{"name": "f", "arguments": [1]}', "get it", ""])
 def test_a_call_that_is_none_is_text(call: str) -> None:
     written = f"<think>so</think>I call <tool_call>{call}</tool_call><|im_end|>"
-    response = read(template_of("qwen3"), "<|im_start|>assistant\n", written)
-    assert response == Response(f"I call <tool_call>{call}</tool_call>", "so")
+    assert parts(read(template_of("qwen3"), IM, written)) == (f"I call <tool_call>{call}</tool_call>", "so", [])
 
 
 def test_json_without_a_mark_is_a_call_only_of_a_tool_on_offer() -> None:
     template = template_of("llama3_1")
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     answer = '{"name": "Ada", "parameters": {"born": 1815}}'
-    assert read(template, f"Extract the name.{header}", f"{answer}<|eot_id|>") == Response(answer)
+    assert parts(read(template, f"Extract the name.{header}", f"{answer}<|eot_id|>")) == (answer, None, [])
     called = read(template, f'Tools: "Ada"{header}', f"{answer}<|eot_id|>")
-    assert called == Response("", None, ({"name": "Ada", "arguments": {"born": 1815}},))
+    assert parts(called) == ("", None, [{"name": "Ada", "arguments": {"born": 1815}}])
 
 
 def test_arguments_have_the_types_of_the_tools() -> None:
@@ -170,37 +154,29 @@ def test_other_families_calls() -> None:
     ):
         for surroundings in ("{}", "Let me see.{}", "{}<|im_end|>"):
             written = surroundings.format(text)
-            response = read(template_of("qwen2_5"), "<|im_start|>assistant\n", written)
-            assert list(response.tool_calls) == [call], written
-            assert response.content == written.partition(text)[0]
+            assert parts(read(template_of("qwen2_5"), IM, written)) == (written.partition(text)[0], None, [call])
 
 
-THINKING = {  # template: what the model writes before the answer, and after it
-    "qwen3": ("<think>\n\n</think>\n\n", "<|im_end|>"),
-    "qwen3_6": ("Is it?\n</think>\n\n", "<|im_end|>"),
-    "deepseekv3": ("Is it?\n</think>\n\n", "<｜end▁of▁sentence｜>"),
-    "gptoss": (
-        "<|channel|>analysis<|message|>Is it?<|end|><|start|>assistant<|channel|>final<|message|>",
-        "<|return|>",
-    ),
-    "glm4moe": ("\n<think>Is it?</think>\n", "<|user|>"),
-}
-
-
-@pytest.mark.parametrize("name", THINKING)
-def test_an_answer_streams_in_its_parts(name: str) -> None:
-    template, (before, after) = template_of(name), THINKING[name]
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("qwen3", "<think>\n\n</think>\n\n", "<|im_end|>"),
+        ("deepseekv3", "Is it?\n</think>\n\n", "<｜end▁of▁sentence｜>"),
+        ("gptoss", "<|channel|>analysis<|message|>Is it?<|end|><|start|>assistant<|channel|>final<|message|>",
+         "<|return|>"),
+        ("glm4moe", "\n<think>Is it?</think>\n", "<|user|>"),
+    ],
+)  # fmt: skip
+def test_an_answer_streams_in_its_parts(name: str, before: str, after: str) -> None:
+    template, text, reasoning = template_of(name), list[str](), list[str]()
     prompt = template.prompt_ids(QUESTION)
-    ids = tokens(template, f"{before}{ANSWER} 好 [1] <b>!{after}")
-    pieces: dict[str, list[str]] = {"content": [], "reasoning": []}
-    stream = _Pieces(template, prompt, pieces["content"].append, pieces["reasoning"].append)
-    stream.put(torch.tensor([prompt]))
-    for token in ids:
-        stream.put(torch.tensor([token]))
+    stream = _Pieces(template, prompt, text.append, reasoning.append)
+    for ids in (prompt, *([token] for token in tokens(template, f"{before}{ANSWER} 好 [1] <b>!{after}"))):
+        stream.put(torch.tensor([ids]))
     stream.end()
-    assert "".join(pieces["content"]) == f"{ANSWER} 好 [1] <b>!"
-    assert "".join(pieces["reasoning"]) == ("Is it?" if "Is it?" in before else "")
-    assert len(pieces["content"]) > 5
+    assert "".join(text) == f"{ANSWER} 好 [1] <b>!"
+    assert "".join(reasoning) == ("Is it?" if "Is it?" in before else "")
+    assert len(text) > 5
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -217,10 +193,10 @@ def test_chat_dims_the_thinking_and_gives_it_back_to_the_template(
             return answer
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    messages = [try_commands._show(Talk(), [], 8).message()]
+    message = try_commands._show(Talk(), [], 8).message()
     assert capsys.readouterr().out == ("\033[2mIs it?\033[0m\n\n" if terminal else "") + "good […]\n"
-    assert messages[-1]["reasoning_content"] == "Is it?"
-    assert messages[-1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    assert message["reasoning_content"] == "Is it?"
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
     fields = {"answer": "good", "cut_off": True, "reasoning": "Is it?", "tool_calls": [{"name": "f", "arguments": {}}]}
     assert try_commands._fields(answer) == fields
     assert try_commands._fields(Answer("good", [1], False)) == {"answer": "good", "cut_off": False}

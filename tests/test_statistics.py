@@ -60,12 +60,13 @@ def test_each_resample_is_scored_as_if_it_were_the_test_set() -> None:
     whole = bootstrap(items, 400, seed=3)
     draw = np.random.default_rng(3).multinomial(len(items), np.full(len(items), 1 / len(items)), 400)
     scores = [corpus_score(np.repeat(items, counts, axis=0)) for counts in draw]
-    assert (whole.low, whole.high) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+    assert (whole["low"], whole["high"]) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     covered = [
-        (s := bootstrap(system(seed, items=150, quality=0.6), 300, seed)).low <= 0.6 <= s.high for seed in range(300)
+        (s := bootstrap(system(seed, items=150, quality=0.6), 300, seed))["low"] <= 0.6 <= s["high"]
+        for seed in range(300)
     ]
     assert 0.91 <= np.mean(covered) <= 0.98
 
@@ -80,32 +81,26 @@ def test_items_that_do_not_count_change_nothing() -> None:
     assert paired_difference(items, other, 200, seed=0) == expected
     nothing = np.array([np.nan, np.nan])
     score = paired_difference(nothing, nothing, 100, 0)
-    assert np.isnan([score.score, score.low, score.high]).all()
+    assert np.isnan(list(score.values())).all()
     assert bootstrap_metrics({"": nothing}, np.arange(2), 100, 0) == {"": None}
 
 
 @pytest.mark.parametrize("items", [system(0, 100, 0.5), bleu_items(*corpus(7))], ids=["mean", "bleu"])
 def test_a_system_never_differs_from_itself(items: Items) -> None:
-    assert paired_difference(items, items.copy(), 500, seed=0) == Score(0.0, 0.0, 0.0)
+    assert paired_difference(items, items.copy(), 500, seed=0) == {"score": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_pairing_cancels_what_hard_items_do_to_both() -> None:
     hardness = np.random.default_rng(0).random(200)
     better = paired_difference(hardness + 0.01, hardness, 300, seed=0)
-    assert (better.low, better.high) == pytest.approx((0.01, 0.01))
+    assert (better["low"], better["high"]) == pytest.approx((0.01, 0.01))
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (np.ones(3), np.ones(4)),
-        (np.ones(3), np.ones((3, 10))),
-        (np.array([1.0, np.nan]), np.array([np.nan, 1.0])),
-    ],
-)
-def test_systems_that_scored_different_items_are_not_compared(a: Items, b: Items) -> None:
-    with pytest.raises(ValueError, match="different items"):
-        paired_difference(a, b, 100, seed=0)
+def test_systems_that_scored_different_items_are_not_compared() -> None:
+    holes = np.array([1.0, np.nan])
+    for a, b in ((np.ones(3), np.ones(4)), (np.ones(3), np.ones((3, 10))), (holes, holes[::-1])):
+        with pytest.raises(ValueError, match="different items"):
+            paired_difference(a, b, 100, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -121,5 +116,5 @@ def test_systems_are_called_better_as_often_as_they_are(
     wins = 0
     for simulation in range(200):
         a, b = (np.repeat(draw.random(40) < quality, items_of_a_group).astype(float) for quality in (ours, 0.5))
-        wins += paired_difference(a, b, 300, simulation, groups).low > 0
+        wins += paired_difference(a, b, 300, simulation, groups)["low"] > 0
     assert at_least <= wins / 200 <= at_most

@@ -19,7 +19,6 @@ from pipeline.chat.template import ChatTemplate, RowError, TemplateError, load_c
 from pipeline.params import Params
 
 END = "<|im_end|>"
-TOOLS = json.dumps([{"name": "clock", "description": "时间"}], ensure_ascii=False)
 
 
 def loaded(params: Params, text: str | None = None, folder: Path | None = None, **prepare: Any) -> ChatTemplate:
@@ -124,16 +123,6 @@ def test_a_row_that_the_template_cannot_carry_does_not_condemn_the_others(params
         template.encode([SYSTEM, *talk("q", "a")])
 
 
-def test_tools_reach_the_prompt_of_every_template(params: Params, template: ChatTemplate, tmp_path: Path) -> None:
-    for messages in (talk("q", "a"), [SYSTEM, *talk("q", "a")]):
-        prompt = template.prompt(messages[:-1], TOOLS)[0]
-        assert TOOLS in prompt
-        assert prompt.count("<|im_start|>system") == 1
-        assert trained(template, messages, TOOLS) == [f"a{END}"]
-    offers = loaded(params, "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}" + CHATML, tmp_path)
-    assert offers.render(talk("q"), TOOLS).startswith("clock;")
-
-
 def test_the_contract_of_an_unchanged_base_is_accepted_and_a_shipped_model_needs_no_base(
     params: Params, copy: Path, tmp_path: Path
 ) -> None:
@@ -194,10 +183,6 @@ def without_end(copy: Path, eos: str | None = None) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": eos}))
 
 
-def damage(content: bytes) -> Callable[[Path], object]:
-    return lambda copy: (copy / "tokenizer.json").write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("change", "prepare", "what"),
     [
@@ -210,7 +195,10 @@ def damage(content: bytes) -> Callable[[Path], object]:
         (lambda copy: (copy / "chat_template.jinja").unlink(), {}, "prepare.chat_template"),
         (lambda copy: (copy / "chat_template.jinja").write_text("{% for m in"), {}, "Jinja"),
         (without_end, {}, "end-of-sequence"),
-        *((damage(content), {}, "no tokenizer") for content in (b"{", b"{}", b'{"added_tokens": []}', b"\xff")),
+        *(
+            (lambda copy, bad=bad: (copy / "tokenizer.json").write_bytes(bad), {}, "no tokenizer")
+            for bad in (b"{", b"{}", b'{"added_tokens": []}', b"\xff")
+        ),
     ],
 )
 def test_a_base_or_template_that_cannot_be_trained_with_is_refused(

@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import sample_rows
 
-from pipeline.chat.responses import as_calls, canonical_calls, read_response
+from pipeline.chat.responses import Answer, as_calls, canonical_calls, read_answer
 from pipeline.chat.template import ChatTemplate, load_contract, local_source
 from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.scoring.generation import Answer, to_answer
 from pipeline.scoring.items import score_items, summarise
 from pipeline.scoring.likelihood import reference_losses
 from pipeline.weights.loading import load_base
@@ -23,14 +23,10 @@ TEXTS = ("exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum
 
 
 def call_row(i: int) -> dict[str, Any]:
-    calls = as_calls(
-        [{"name": "move", "arguments": {"box": i, "to": "red"}}, {"name": "stop", "arguments": {}}][: 1 + i % 2]
-    )
-    messages = [
-        {"role": "user", "content": f"Move the box {i * 7919} to red"},
-        {"role": "assistant", "content": None, "tool_calls": calls},
-    ]
-    return {"messages": messages, "tools": TOOLS, "task": "calls"}
+    calls = [{"name": "move", "arguments": {"box": i, "to": "red"}}, {"name": "stop", "arguments": {}}][: 1 + i % 2]
+    question = {"role": "user", "content": f"Move the box {i * 7919} to red"}
+    answer = {"role": "assistant", "content": None, "tool_calls": as_calls(calls)}
+    return {"messages": [question, answer], "tools": TOOLS, "task": "calls"}
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +50,21 @@ def of_calls(dataset: Path) -> Any:
     return test.filter([task == "calls" for task in test["task"].to_pylist()])
 
 
-def test_the_reference_of_a_call_is_its_calls(dataset: Path) -> None:
+def test_the_reference_of_a_call_is_its_calls_as_what_is_trained_reads(dataset: Path, template: ChatTemplate) -> None:
     test = of_calls(dataset)
     assert len(test) > 5
     assert set(test["scoring"].to_pylist()) == {"tool_calls"}
-    for item in test.to_pylist():
-        number = int(json.loads(item["messages"])[-1]["content"].split()[3]) // 7919
-        calls = [call["function"] for call in call_row(number)["messages"][-1]["tool_calls"]]
-        assert item["reference"] == canonical_calls(calls)
     assert "calls" not in read_json(dataset / "report.json")["scoring"]  # nothing had to be chosen
-
-
-def test_what_is_trained_is_read_as_the_reference(dataset: Path, template: ChatTemplate) -> None:
-    for item in of_calls(dataset).to_pylist():
-        answer = {"role": "assistant", "content": "", "tool_calls": as_calls(json.loads(item["reference"]))}
-        ids = template.encode([*json.loads(item["messages"]), answer], item["tools"]).input_ids
-        written = ids[len(item["input_ids"]) :]
+    for item in test.to_pylist():
+        messages, prompt = json.loads(item["messages"]), item["input_ids"]
+        calls = call_row(int(messages[-1]["content"].split()[3]) // 7919)["messages"][-1]["tool_calls"]
+        assert item["reference"] == canonical_calls([call["function"] for call in calls])
+        answer = {"role": "assistant", "content": "", "tool_calls": calls}
+        written = template.encode([*messages, answer], item["tools"]).input_ids[len(prompt) :]
         while written[-1] not in template.stop_ids:
             written.pop()
-        response = read_response(template, item["input_ids"], written, item["tools"])
-        assert canonical_calls(response.tool_calls) == item["reference"]
-        assert not to_answer(written, template, item["input_ids"], item["tools"]).cut_off
+        read = read_answer(template, prompt, written, item["tools"])
+        assert (canonical_calls(read.tool_calls), read.cut_off) == (item["reference"], False)
 
 
 def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path, params: Params) -> None:
@@ -100,24 +90,19 @@ def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path,
 
 
 def test_texts_beside_calls_are_scored_as_without_them(dataset: Path, params: Params) -> None:
-    test = pq.read_table(dataset / "test.parquet")
-    texts = test.filter([kind != "tool_calls" for kind in test["scoring"].to_pylist()])
-    assert 0 < len(texts) < len(test)
+    rows = pq.read_table(dataset / "test.parquet").to_pylist()
+    for row in rows:  # calls with Chinese arguments ask for no other tokeniser of the texts
+        row["reference"] = row["reference"].replace("box", "盒") if row["scoring"] == "tool_calls" else row["reference"]
+    texts = [row for row in rows if row["scoring"] != "tool_calls"]
+    assert 0 < len(texts) < len(rows)
 
-    def scored(table: Any) -> Any:
-        answers = [Answer(f"{text[:4]} or so", [1], False) for text in table["reference"].to_pylist()]
-        items, signatures = score_items(table, answers, ([1.0] * len(table), [2] * len(table)))
-        return summarise(items, params.evaluate), signatures
+    def scored(rows: list[dict[str, Any]]) -> Any:
+        answers = [Answer(f"{row['reference'][:4]} or so", [1], False) for row in rows]
+        losses = ([1.0] * len(rows), [2] * len(rows))
+        items, signatures = score_items(pa.Table.from_pylist(rows), answers, losses)
+        return [summarise(items, params.evaluate)[metric]["score"] for metric in TEXTS], signatures
 
-    # Calls with Chinese arguments ask for no other tokeniser of the texts.
-    calls = [text.replace("box", "盒") for text in test["reference"].to_pylist()]
-    calls = [call if kind == "tool_calls" else text for call, text, kind in
-             zip(calls, test["reference"].to_pylist(), test["scoring"].to_pylist(), strict=True)]  # fmt: skip
-    test = test.set_column(test.schema.get_field_index("reference"), "reference", [calls])
-    (whole, signatures), (alone, signatures_alone) = scored(test), scored(texts)
-    assert signatures == signatures_alone
-    for metric in TEXTS:
-        assert whole[metric]["score"] == alone[metric]["score"]
+    assert scored(rows) == scored(texts)
 
 
 def test_the_likelihood_of_a_call_is_that_of_its_tokens(dataset: Path, template: ChatTemplate, base: Path) -> None:

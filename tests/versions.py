@@ -21,7 +21,7 @@ from pipeline.core.files import sha256_json, write_json
 from pipeline.params import Params
 from pipeline.registry.mlflow import ModelRegistry
 from pipeline.registry.model import RegisteredModel
-from pipeline.scoring.resampling import METRICS, bootstrap_metrics, group_of, metric_items
+from pipeline.scoring.resampling import METRICS, table_scores
 from pipeline.settings import load_params
 
 ITEMS = 100
@@ -200,10 +200,7 @@ def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table
 
 
 def _scores(table: pa.Table) -> dict[str, Any]:
-    values = {metric: metric_items(table, metric) for metric in METRICS}
-    measured = bootstrap_metrics(values, group_of(table), 100, 0)
-    scores = {metric: score.as_dict() if score else None for metric, score in measured.items()}
-    return {"num_samples": ITEMS, "num_cut_off": 0, "num_empty": 0} | scores
+    return {"num_samples": ITEMS, "num_cut_off": 0, "num_empty": 0} | table_scores(table, METRICS, 100, 0)
 
 
 def _digest(folder: Path) -> str:

@@ -7,10 +7,10 @@ model writes it. A template that rewrites earlier turns makes several rows of on
 import datetime
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -45,8 +45,6 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """May be pickled to worker processes."""
-
     tokenizer: PreTrainedTokenizerBase
     text: str  # Jinja
     stop_ids: frozenset[int]  # tokens that end a turn
@@ -57,9 +55,6 @@ class ChatTemplate:
     chat_template_date: str | None = None  # YYYY-MM-DD, of a template that prints it
     reasoning: str = "drop"  # drop | inline | refuse reasoning that the template has no place for
     on_left_out: str = "drop"  # drop | keep a row of which the template leaves out a part
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # a compiled template stays here
 
     def served_text(self) -> str:
         """The template as it ships: with its arguments and its date inside, so that every server renders what was
@@ -157,33 +152,13 @@ class ChatTemplate:
 
     @cached_property
     def _writer(self) -> TurnWriter:
-        return TurnWriter(self._renderer, self._stops, self._token(self.end_id), self.reasoning)
+        eos = self.tokenizer.eos_token_id
+        end = self._token(min(self.stop_ids) if eos is None else eos)
+        return TurnWriter(self._renderer, self._stops, end, self.reasoning)
 
     @cached_property
     def _stops(self) -> tuple[str, ...]:
         return tuple(map(self._token, sorted(self.stop_ids)))
-
-    @cached_property
-    def _known_ids(self) -> Callable[[str], list[int]]:
-        """The tokens of what the template writes behind answers: the same few texts."""
-        return lru_cache(64)(self._encoder.ids)
-
-    @cached_property
-    def _cue(self) -> tuple[str, list[int]] | None:
-        """What prompts mostly end with, from its last control token on, and its tokens: where these stand in the tokens
-        of prompt and answer, the prompt ends, and need not be tokenised alone."""
-        try:
-            prompt = self.render(_talk("Hello"), add_generation_prompt=True)
-        except RowError:
-            return None
-        cue = self._encoder.since_last_control(prompt)
-        return (cue, self._encoder.ids(cue)) if cue else None
-
-    @property
-    def end_id(self) -> int:
-        """The token that ends a text of which no template says how it ends."""
-        end = self.tokenizer.eos_token_id
-        return int(end) if end is not None else min(self.stop_ids)
 
     def written_ends(self) -> set[int]:
         """The control token that the template writes right behind an answer: it ends a turn, though a base that was
@@ -203,15 +178,10 @@ class ChatTemplate:
         """Messages and tools as the renderer takes them, and whether control tokens are hidden in them."""
         plain, parsed = with_objects(messages), None if tools is None else _parsed(tools)
         hidden, offered = self._encoder.hide_messages(plain), self._encoder.hide(parsed)
-        return *self._renderer.adapt(hidden, offered), self._escaped([hidden, offered], [plain, parsed])
-
-    def _escaped(self, hidden: Any, plain: Any) -> bool:
-        """Whether control tokens of `plain` are hidden; `on_control_tokens: drop` refuses them."""
-        if hidden == plain:
-            return False
-        if self.on_control_tokens == "drop":
-            raise RowError(f"contains the model's control token {self._encoder.first_hidden(hidden)}")
-        return True
+        escaped = hidden != plain or offered != parsed
+        if escaped and self.on_control_tokens == "drop":
+            raise RowError(f"contains the model's control token {self._encoder.first_hidden([hidden, offered])}")
+        return *self._renderer.adapt(hidden, offered), escaped
 
     def _trained(self, messages: list[Message], ready: list[Message]) -> list[int]:
         """The places in `ready` of the answers that carry loss."""
@@ -246,19 +216,13 @@ class ChatTemplate:
             rows.append(([*prompt, *answer], [*(before or []), *untrained, *answer], turn.rest))
         encoded = []
         for ids, labels, rest in rows:
-            more = self._known_ids(self._token(ids[-1]) + rest)[1:] if rest else []
+            more = self._encoder.ids(self._token(ids[-1]) + rest)[1:] if rest else []
             encoded.append(Encoded([*ids, *more], [*labels, *[-100] * len(more)]))
         return encoded
 
     def _ids(self, prompt: str, answer: str) -> tuple[list[int], list[int], bool]:
         """The tokens of a prompt and of its answer, and whether these are the tokens of both as one text."""
-        joined = self._encoder.ids(prompt + answer)
-        cue, cue_ids = self._cue or ("", [])
-        if cue and prompt.endswith(cue) and cue_ids[0] in joined and self._token(cue_ids[0]) not in answer:
-            end = len(joined) - joined[::-1].index(cue_ids[0]) - 1 + len(cue_ids)
-            if joined[end - len(cue_ids) : end] == cue_ids:
-                return joined[:end], joined[end:], True
-        ids = self._encoder.ids(prompt)
+        ids, joined = self._encoder.ids(prompt), self._encoder.ids(prompt + answer)
         if joined[: len(ids)] == ids:
             return ids, joined[len(ids) :], True
         return ids, self._encoder.continued(answer), False
@@ -292,16 +256,9 @@ def _talk(*contents: str) -> list[Message]:
 def _golden_conversations(stop: str) -> list[Conversation]:
     call = {"name": "clock", "arguments": {"city": "北京", "utc": True}}
     tool = {"name": "clock", "description": "Tells the time.", "parameters": {"type": "object", "properties": {}}}
-    with_call: list[Message] = [
-        {"role": "user", "content": "What time is it in Beijing?"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call00001", "type": "function", "function": call}],
-        },
-        {"role": "tool", "name": "clock", "tool_call_id": "call00001", "content": "08:00"},
-        {"role": "assistant", "content": "08:00."},
-    ]
+    with_call: list[Message] = _talk("What time is it in Beijing?", "", "", "08:00.")
+    with_call[1] |= {"tool_calls": [{"id": "call00001", "type": "function", "function": call}]}
+    with_call[2] = {"role": "tool", "name": "clock", "tool_call_id": "call00001", "content": "08:00"}
     return [
         (_talk("Hello", "Good day."), None),
         (_talk("1 + 1 = ?\n", "2", "再见", "再见。"), None),

@@ -49,37 +49,37 @@ def fit(template: Any, messages: list[Message], tools: str | None, max_length: i
     if encoded.length <= max_length:
         return [Fitted(messages, encoded)]
     too_long = f"has {encoded.length} tokens, more than prepare.max_length ({max_length})"
-
-    def fits(shorter: list[Message], *repairs: str) -> Fitted | None:
-        encoded: Encoded = template.encode(shorter, tools)
-        repaired = replace(encoded, repairs=(*encoded.repairs, *repairs))
-        return Fitted(shorter, repaired) if encoded.length <= max_length else None
-
     system = [message for message in messages[:1] if message["role"] == "system"]
     exchanges = _exchanges(messages[len(system) :])
+
+    def fits(shorter: list[Message], *repairs: str) -> Fitted | None:
+        encoded: Encoded = template.encode([*system, *shorter], tools)
+        repaired = replace(encoded, repairs=(*encoded.repairs, *repairs))
+        return Fitted([*system, *shorter], repaired) if encoded.length <= max_length else None
+
     if on_overlong == "split" and template.train_on == "all_responses":
-        rows = _split(system, exchanges, fits)
+        rows = _split(exchanges, fits)
         if rows is None:
             raise Overlong(f"{too_long}, and a single exchange of it is longer already")
         return rows
     if on_overlong not in ("split", "truncate_prompt"):
         raise Overlong(too_long)
-    row = _without_oldest(system, exchanges, fits)
+    row = _without_oldest(exchanges, fits)
     if row is None and on_overlong == "truncate_prompt":
-        row = _with_less_question([*system, *exchanges[-1]], len(system), len(exchanges) > 1, fits)
+        row = _with_less_question(exchanges[-1], len(exchanges) > 1, fits)
     if row is None:
         raise Overlong(f"{too_long}, and its last answer leaves no room for the question")
     return [row]
 
 
-def _split(system: list[Message], exchanges: list[list[Message]], fits: Fits) -> list[Fitted] | None:
+def _split(exchanges: list[list[Message]], fits: Fits) -> list[Fitted] | None:
     rows: list[Fitted] = []
     current: list[Message] = []
     for exchange in exchanges:
-        row = fits([*system, *current, *exchange], SPLIT)
+        row = fits([*current, *exchange], SPLIT)
         if row is None and current:
             current = []
-            row = fits([*system, *exchange], SPLIT)
+            row = fits(exchange, SPLIT)
         elif current:
             rows.pop()
         if row is None:
@@ -89,29 +89,29 @@ def _split(system: list[Message], exchanges: list[list[Message]], fits: Fits) ->
     return rows
 
 
-def _without_oldest(system: list[Message], exchanges: list[list[Message]], fits: Fits) -> Fitted | None:
+def _without_oldest(exchanges: list[list[Message]], fits: Fits) -> Fitted | None:
     def without(number: int) -> Fitted | None:
-        return fits([*system, *chain(*exchanges[number:])], TURNS_LEFT_OUT)
+        return fits(list(chain(*exchanges[number:])), TURNS_LEFT_OUT)
 
     number = bisect_left(range(1, len(exchanges)), True, key=lambda n: without(n) is not None) + 1
     return without(number) if number < len(exchanges) else None
 
 
-def _with_less_question(messages: list[Message], place: int, shortened: bool, fits: Fits) -> Fitted | None:
-    """`messages` with the start of the question at `place` cut; `shortened`: turns before it are left out already."""
-    if messages[place]["role"] != "user":
-        return None
-    question = messages[place]["content"]
+def _with_less_question(exchange: list[Message], shortened: bool, fits: Fits) -> Fitted | None:
+    """`exchange` with the start of its question cut; `shortened`: turns before it are left out already."""
+    first, *others = exchange
+    question = first["content"]
+    repairs = (TURNS_LEFT_OUT, PROMPT_CUT) if shortened else (PROMPT_CUT,)
 
     def cut(characters: int) -> Fitted | None:
         rest = question[characters:].lstrip()
-        repairs = (TURNS_LEFT_OUT, PROMPT_CUT) if shortened else (PROMPT_CUT,)
-        asked = messages[place] | {"content": rest}
-        return fits([*messages[:place], asked, *messages[place + 1 :]], *repairs) if rest else None
+        return fits([first | {"content": rest}, *others], *repairs) if rest else None
 
+    if first["role"] != "user":
+        return None
     # Fewer characters are fewer tokens, but for a token or two where the cut falls: hence the second loop.
-    first = bisect_left(range(1, len(question)), True, key=lambda n: cut(n) is not None) + 1
-    return next(filter(None, map(cut, range(first, min(first + 8, len(question))))), None)
+    start = bisect_left(range(1, len(question)), True, key=lambda n: cut(n) is not None) + 1
+    return next(filter(None, map(cut, range(start, min(start + 8, len(question))))), None)
 
 
 def _exchanges(messages: list[Message]) -> list[list[Message]]:

@@ -150,21 +150,24 @@ def _with_arguments(message: Message, kind: str, empty: str | None = "") -> Mess
     changed = message | {"content": message.get("content") or ""}
     if message.get("tool_calls"):
         changed["content"] = changed["content"] or empty
-        changed["tool_calls"] = [
-            call | {"function": call["function"] | {"arguments": _arguments(call, kind)}}
-            for call in message["tool_calls"]
-        ]
+        changed["tool_calls"] = []
+        for call in message["tool_calls"]:
+            value = arguments_of(call)
+            text = json.dumps(value, ensure_ascii=False)
+            function = call["function"] | {"arguments": value if kind == "object" else text}
+            changed["tool_calls"].append(call | {"function": function})
     return changed
 
 
-def _arguments(call: dict[str, Any], kind: str = "object") -> Any:
+def arguments_of(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as an object, which may come as its JSON text."""
     value = call["function"].get("arguments")
     if isinstance(value, str):
         with suppress(ValueError):
             value = json.loads(value)
     if not isinstance(value, dict):
         raise RowError("has a tool call whose arguments are not a JSON object")
-    return value if kind == "object" else json.dumps(value, ensure_ascii=False)
+    return value
 
 
 def _calls_as_text(messages: list[Message]) -> list[Message]:
@@ -173,11 +176,11 @@ def _calls_as_text(messages: list[Message]) -> list[Message]:
         text = message.get("content") or ""
         role = message["role"]
         if message.get("tool_calls"):
-            calls = [
-                {"name": call["function"]["name"], "arguments": _arguments(call)} for call in message["tool_calls"]
-            ]
-            parts = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
-            text = "\n".join([text, *parts] if text else parts)
+            parts = [text] if text else []
+            for call in message["tool_calls"]:
+                written = {"name": call["function"]["name"], "arguments": arguments_of(call)}
+                parts.append(f"<tool_call>\n{json.dumps(written, ensure_ascii=False)}\n</tool_call>")
+            text = "\n".join(parts)
         elif role == "tool":
             role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
         # Results and what is asked after them become one turn: many templates want the roles to alternate.

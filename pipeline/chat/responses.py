@@ -16,6 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.turns import PLACE, opened_thinking
@@ -40,16 +41,22 @@ TABLE = YAML(typ="safe").load(Path(__file__).with_name("calls.yaml"))
 
 
 @dataclass(frozen=True)
-class Response:
-    content: str  # without control tokens, and without the space around it that is not part of it
+class Answer:
+    text: str  # without thinking, calls and control tokens, nor the space around it that is not part of it
+    ids: list[int]  # new tokens, the end token included
+    cut_off: bool  # no end token came, or the thinking never ended
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
-    finished: bool = True  # False: the thinking never ended
+
+    def message(self) -> Message:
+        """As a turn of a conversation: the template decides what of it later turns see."""
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        return message | ({"tool_calls": as_calls(self.tool_calls)} if self.tool_calls else {})
 
 
-def read_response(
-    template: ChatTemplate, prompt: Sequence[int], ids: Sequence[int], tools: str | None = None
-) -> Response:
+def read_answer(template: ChatTemplate, prompt: Sequence[int], ids: list[int], tools: str | None = None) -> Answer:
     """The parts of the tokens `ids`, which a model wrote after the tokens `prompt`.
 
     A call that is not well-formed stays part of the content.
@@ -59,23 +66,24 @@ def read_response(
     """
     tokenizer = template.tokenizer
     ended = bool(ids) and ids[-1] in template.stop_ids
-    text = str(tokenizer.decode(list(ids)))
+    text = str(tokenizer.decode(ids))
     thoughts, rest = _thinking(template, str(tokenizer.decode(list(prompt[-TAIL:]))), text)
     reasoning = _without_tokens(tokenizer, "\n".join(thoughts)).strip() or None
     if rest is None:
-        return Response("", reasoning, finished=False)
+        return Answer("", ids, True, reasoning)
     stop = str(tokenizer.decode(ids[-1:])) if ended else ""
     content, calls = _answer(template, prompt, rest, stop, tools)
     if content == text:
-        answer = str(tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True))
+        answer = str(tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
     else:
         answer = _without_tokens(tokenizer, content.rstrip().removesuffix(stop))
-    return Response(_unframed(template, answer), reasoning, calls)
+    return Answer(_unframed(template, answer), ids, not ended, reasoning, calls)
 
 
 def canonical_calls(calls: Sequence[ToolCall]) -> str:
     """`calls` as JSON that is the same for equal calls: keys, and the calls of one turn, have no order; 3.0 is 3."""
-    return f"[{', '.join(sorted(json.dumps(_plain(c), ensure_ascii=False, sort_keys=True) for c in calls))}]"
+    plain = json.loads(json.dumps(list(calls)), parse_float=_number)
+    return f"[{', '.join(sorted(json.dumps(call, ensure_ascii=False, sort_keys=True) for call in plain))}]"
 
 
 def as_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
@@ -161,13 +169,10 @@ def _call(parsed: Any) -> ToolCall:
     return {"name": name, "arguments": arguments or {}}
 
 
-def _plain(value: Any) -> Any:
-    """`value` with whole numbers as integers."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _number(text: str) -> float:
+    """A whole number as an integer."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _without_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -7,7 +7,7 @@ model and tokenizer; what cannot be trained with, or differs from the contract, 
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -28,34 +28,26 @@ TEMPLATES = Path(__file__).parent / "templates"
 FROM_TRL = {"qwen": "qwen2_5", "gemma": "gemma3"}  # named templates that TRL has as the families publish them
 
 
-@dataclass(frozen=True)
-class Named:
-    """What a named template needs of a tokenizer. Its tokens by text, or as bos_token and eos_token."""
-
-    tokens: tuple[str, ...]  # each must be one token
-    ends: tuple[str, ...]  # those of them that end a turn
-
-
+# What a named template needs of a tokenizer, each as one token (bos_token is what it calls so), and which of these
+# end a turn.
 NAMED = {
-    "chatml": Named(("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)),
-    "llama2": Named(("bos_token", "eos_token"), ("eos_token",)),
-    "llama3": Named(("bos_token", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("<|eot_id|>",)),
-    "qwen": Named(("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)),
+    "chatml": ("<|im_start|> <|im_end|>", "<|im_end|>"),
+    "llama2": ("bos_token eos_token", "eos_token"),
+    "llama3": ("bos_token <|start_header_id|> <|end_header_id|> <|eot_id|>", "<|eot_id|>"),
+    "qwen": ("<|im_start|> <|im_end|>", "<|im_end|>"),
     # The header of the next turn ends this one, as in the family's own fine-tuning code.
-    "chatglm3": Named(
-        ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "eos_token"),
-        ("<|user|>", "<|observation|>", "eos_token"),
+    "chatglm3": (
+        "[gMASK] sop <|system|> <|user|> <|assistant|> <|observation|> eos_token",
+        "<|user|> <|observation|> eos_token",
     ),
-    "alpaca": Named(("eos_token",), ("eos_token",)),
-    "vicuna": Named(("eos_token",), ("eos_token",)),
-    "zephyr": Named(("eos_token",), ("eos_token",)),
-    "gemma": Named(("bos_token", "<start_of_turn>", "<end_of_turn>"), ("<end_of_turn>",)),
-    "mistral": Named(
-        (
-            *("bos_token", "eos_token", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
-            *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
-        ),
-        ("eos_token",),
+    "alpaca": ("eos_token", "eos_token"),
+    "vicuna": ("eos_token", "eos_token"),
+    "zephyr": ("eos_token", "eos_token"),
+    "gemma": ("bos_token <start_of_turn> <end_of_turn>", "<end_of_turn>"),
+    "mistral": (
+        "bos_token eos_token [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] "
+        "[/TOOL_RESULTS]",
+        "eos_token",
     ),
 }
 
@@ -68,11 +60,9 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             or the model is too small for `max_length` or for its tokenizer.
     """
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
-    text, name = None, None
-    if params.chat_template in NAMED:
-        name = params.chat_template
-        text = named_text(name)
-    elif params.chat_template is not None:
+    name = params.chat_template if params.chat_template in NAMED else None
+    text = named_text(name) if name is not None else None
+    if params.chat_template is not None and name is None:
         path = Path(params.chat_template)
         if not path.is_file():
             raise TemplateError(
@@ -189,11 +179,8 @@ def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[Chat
             "the dataset is for train.task sequence-classification, which has no conversations; `retune classify TEXT` "
             "asks its model"
         )
-    missing = sorted({"chat_template_name", *SETTINGS} - set(contract))
-    if missing:
-        raise TemplateError(f"the template contract lacks {', '.join(missing)}: an older Retune wrote it; `dvc repro`")
-    settings = {key: contract[key] for key in SETTINGS}
-    template = _load(source, contract["chat_template"], contract["chat_template_name"], settings)
+    settings = {key: contract[key] for key in SETTINGS if key in contract}
+    template = _load(source, contract["chat_template"], contract.get("chat_template_name"), settings)
     # The conversations are those of the contract, so that later versions may have others.
     golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
     return template, differing_keys(template.contract(contract["model"], golden), contract)
@@ -245,17 +232,18 @@ def _load(identity: dict[str, Any], text: str | None, name: str | None, settings
     tokenizer.padding_side = "left"
     if "strftime_now" not in text:
         settings["chat_template_date"] = None
-    elif settings["chat_template_date"] == "today":
+    elif settings.get("chat_template_date") == "today":
         settings["chat_template_date"] = datetime.date.today().isoformat()
     template = ChatTemplate(tokenizer, text, frozenset(stop_ids), name=name, **settings)
     return replace(template, stop_ids=template.stop_ids | template.written_ends())
 
 
 def named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:
-    """The ids of the tokens that end a turn of the named template, of which each must be one token."""
+    """The ids of the tokens that end a turn of the named template, each of whose tokens must be one."""
+    needed, ends = (tokens.split() for tokens in NAMED[name])
     ids: dict[str, int] = {}
     lacking = []
-    for token in NAMED[name].tokens:
+    for token in needed:
         text = getattr(tokenizer, token) if token in ("bos_token", "eos_token") else token
         found = tokenizer.encode(text, add_special_tokens=False) if text is not None else []
         if len(found) == 1 and found[0] in tokenizer.added_tokens_decoder:
@@ -268,7 +256,7 @@ def named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[
             "one token: the model would read it as ordinary text; choose the template of the model's own family, or "
             "one that writes no control tokens but the end of the sequence (alpaca, vicuna, zephyr)"
         )
-    return {ids[token] for token in NAMED[name].ends}
+    return {ids[token] for token in ends}
 
 
 def text_config(identity: dict[str, Any]) -> Any:

@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat import Message
 from pipeline.chat.rendering import RowError
-from pipeline.chat.turns import PLACE
 
 HIDDEN, SHOWN, END = "\ufdd0", "\ufdd1", "\ufdd2"  # begin a hidden and a template's control token; end either
-NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}{PLACE}]")
+NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}]")
 HIDDEN_TOKEN = re.compile(f"{HIDDEN}([0-9]+){END}")
 BROKEN = re.compile(f"[{HIDDEN}{SHOWN}{END}]|" + r"\\ufdd[0-2]")  # as JSON may write them, too
 
@@ -34,15 +33,13 @@ class TokenEncoder:
         special = {str(token): number for number, token in added.items() if token.special or number in stop_ids}
         # Tokens like <tool_call> are ordinary in an answer, which the model writes itself, and control elsewhere.
         written = {str(token): number for number, token in added.items() if str(token) in template}
-        self._special = _any_of(special)
-        self._control = _any_of(special | written)
-        self._first = sorted({token[0] for token in special | written} | {HIDDEN, SHOWN, END})
         self._id = special | written
+        self._text = {number: token for token, number in self._id.items()}
+        self._special, self._control = _any_of(special), _any_of(self._id)
         # Such a token is looked for after normalising, which may make it of other characters (NFKC: ＜s＞ is <s>).
         folded = any(token.normalized for token in added.values() if str(token) in self._id)
         self._normalizer = tokenizer.backend_tokenizer.normalizer if folded else None
         self._unknown = tokenizer.unk_token_id  # what any text may become
-        self._text = {number: token for token, number in self._id.items()}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state |= {"truncation": None, "padding": None, "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(state))
@@ -52,42 +49,28 @@ class TokenEncoder:
         return _known_by_marks(json.loads(self._plain.to_str()), self._id)
 
     def hide(self, value: Any, answer: bool = False) -> Any:
-        """`value` (text, or lists and objects of it) with every control token in it hidden; itself if there is none.
+        """`value` (text, or lists and objects of it) with every control token in it hidden.
 
         `answer` is for the assistant's own text. Noncharacters that this module uses as marks are a RowError, and so is
         what normalising makes a control token of.
         """
-        if isinstance(value, str):
-            if not self._suspicious(value):
-                return value
-            if found := NONCHARACTERS.search(value):
-                raise RowError(f"contains the noncharacter U+{ord(found[0]):04X}, which is not for text")
-            control = self._special if answer else self._control
-            hidden = control.sub(lambda m: f"{HIDDEN}{self._id[m[0]]}{END}", value)
-            if self._normalizer is not None and control.search(self._normalizer.normalize_str(hidden)):
-                raise RowError("contains what this tokenizer's normaliser makes a control token of")
-            return hidden
         if isinstance(value, dict):
             return {self.hide(key, answer): self.hide(item, answer) for key, item in value.items()}
         if isinstance(value, list):
             return [self.hide(item, answer) for item in value]
-        return value
+        if not isinstance(value, str):
+            return value
+        if found := NONCHARACTERS.search(value):
+            raise RowError(f"contains the noncharacter U+{ord(found[0]):04X}, which is not for text")
+        control = self._special if answer else self._control
+        hidden = control.sub(lambda m: f"{HIDDEN}{self._id[m[0]]}{END}", value)
+        if self._normalizer is not None and control.search(self._normalizer.normalize_str(hidden)):
+            raise RowError("contains what this tokenizer's normaliser makes a control token of")
+        return hidden
 
     def hide_messages(self, messages: list[Message]) -> list[Message]:
-        """`messages` with every control token in their texts and calls hidden; one without any is itself."""
-        return [
-            self.hide(message, message["role"] == "assistant") | {"role": message["role"]}
-            if len(message) > 2 or self._suspicious(message.get("content") or "")
-            else message
-            for message in messages
-        ]
-
-    def _suspicious(self, text: str) -> bool:
-        return self._normalizer is not None or any(map(text.__contains__, self._first))
-
-    def since_last_control(self, text: str) -> str:
-        """The end of `text` from its last control token on; empty without one."""
-        return text[max((match.start() for match in self._control.finditer(text)), default=len(text)) :]
+        """`messages` with every control token in their texts and calls hidden."""
+        return [self.hide(each, each["role"] == "assistant") | {"role": each["role"]} for each in messages]
 
     def first_hidden(self, values: Any) -> str | None:
         """The first control token that was hidden in `values`."""

@@ -7,12 +7,11 @@ follow, up to and including a token that ends the turn. Both are text: `conversa
 import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.chat import Message
-from pipeline.chat.rendering import Renderer, RowError, Tools
+from pipeline.chat.rendering import Renderer, RowError, Tools, arguments_of
 
 PLACE = "\ufdd3"  # a noncharacter that stands for an answer's content while its place is looked for
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -100,8 +99,7 @@ class TurnWriter:
 
     def _ended(self, answer: str, calls: bool) -> tuple[str, str]:
         """`answer` up to and including the token that ends the turn, and what follows it."""
-        ends = [place + len(stop) for stop in self._stops if (place := answer.rfind(stop)) >= 0]
-        last = max(ends, default=0)
+        last = max((place + len(stop) for stop in self._stops if (place := answer.rfind(stop)) >= 0), default=0)
         if last and not answer[last:].strip():
             return answer[:last], answer[last:]
         return answer + self._end[calls], ""
@@ -139,12 +137,12 @@ def left_out(messages: list[Message], text: str) -> str | None:
         if end < 0:
             return {"system": "a system message", "tool": "a tool result"}.get(role, "a content")
         for call in message.get("tool_calls") or ():
-            for part in (call["function"]["name"], *_leaves(call["function"].get("arguments"))):
+            for part in (call["function"]["name"], *_leaves(arguments_of(call))):
                 place = _end_of(part, text, place)
                 if place < 0:
                     return "a tool call"
         if role != "system":
-            start = max(start, end, place)
+            start = max(end, place)
     return None
 
 
@@ -162,12 +160,8 @@ def _end_of(part: str, text: str, start: int) -> int:
 
 def _leaves(value: Any) -> list[str]:
     """The texts in a call's arguments; numbers and truth values are written in too many ways to be looked for."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            if isinstance(parsed := json.loads(value), dict | list):
-                return _leaves(parsed)
-        return [value]
-    if isinstance(value, dict | list):
-        items = value.values() if isinstance(value, dict) else value
-        return [leaf for item in items for leaf in _leaves(item)]
-    return []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value] if isinstance(value, str) else []

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.chat import Message
-from pipeline.chat.responses import read_response
+from pipeline.chat.responses import Answer, read_answer
 from pipeline.chat.template import (
     ChatTemplate,
     TemplateError,
@@ -32,7 +32,6 @@ from pipeline.core.files import read_json
 from pipeline.core.sanitise import portable
 from pipeline.params import Params
 from pipeline.registry.model import RegisteredModel
-from pipeline.scoring.generation import Answer, to_answer
 from pipeline.weights.loading import ModelError, input_device, is_whole, load_adapter
 from pipeline.weights.placement import load_for_scoring
 
@@ -124,7 +123,7 @@ class Talk:
                 generation_config=config,
                 streamer=_Pieces(self.template, ids, on_text, on_reasoning),
             )
-        return to_answer(output[0, len(ids) :].tolist(), self.template, ids)
+        return read_answer(self.template, ids, output[0, len(ids) :].tolist())
 
     def _load(self, name: str) -> str:
         folder, _ = find_folder(self.params, name, "adapter", self.root)
@@ -164,7 +163,7 @@ class _Pieces(BaseStreamer):
     ) -> None:
         self.template, self.prompt = template, prompt
         self.ids: list[int] | None = None  # the first that comes is the prompt
-        self.hands = {"reasoning": on_reasoning, "content": on_text}
+        self.hands = {"reasoning": on_reasoning, "text": on_text}
         self.shown = dict.fromkeys(self.hands, "")
 
     def put(self, value: torch.Tensor) -> None:
@@ -178,9 +177,9 @@ class _Pieces(BaseStreamer):
         self._show("(?!)")
 
     def _show(self, waits: str) -> None:
-        response = read_response(self.template, self.prompt, self.ids or [])
+        answer = read_answer(self.template, self.prompt, self.ids or [])
         for part, hand in self.hands.items():
-            text = printable(re.sub(waits, "", getattr(response, part) or "").rstrip())
+            text = printable(re.sub(waits, "", getattr(answer, part) or "").rstrip())
             more = text.removeprefix(self.shown[part])
             if more and len(text) > len(self.shown[part]):
                 hand(more if len(more) < len(text) or not self.shown[part] else f"\n{text}")

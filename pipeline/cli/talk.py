@@ -12,8 +12,8 @@ import typer
 from pipeline.cli.versions import CommandError, Json, Version, find
 
 if TYPE_CHECKING:
+    from pipeline.chat.responses import Answer
     from pipeline.cli.serving import Talk
-    from pipeline.scoring.generation import Answer
 
 HELP = """/adapter NAME   another model answers: base, workspace, champion, v3 or a version's id
 /adapters       those that are loaded
@@ -110,9 +110,8 @@ def predict(
     prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
     limit = max_new_tokens or params.evaluate.max_new_tokens
     keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
-    offered = [tools for *_, tools in rows]
     limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
-    settings = (limit, size, "predict", identity["model"], keep, offered, limited_by)
+    settings = (limit, size, "predict", identity["model"], keep, [tools for *_, tools in rows], limited_by)
     results = [_fields(answer) for answer in generate(loaded, template, prompts, *settings)]
     _write_answers(target, rows, results, identity["model"], json_output)
     keep.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.fitting import Fitted, Overlong, fit
 from pipeline.chat.rendering import RowError
-from pipeline.chat.responses import canonical_calls, read_response
+from pipeline.chat.responses import canonical_calls, read_answer
 from pipeline.chat.template import load_template
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import sha256_json, whole_directory
@@ -217,10 +217,10 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
     while start and labels[start - 1] >= 0:
         start -= 1
     trained = ids[start:end]
-    response = read_response(template, ids[:start], trained, tools)
-    if response.tool_calls:
-        return {"reference": canonical_calls(response.tool_calls)}
-    return {"reference": response.content, "scoring": "text"}
+    answer = read_answer(template, ids[:start], trained, tools)
+    if answer.tool_calls:
+        return {"reference": canonical_calls(answer.tool_calls)}
+    return {"reference": answer.text, "scoring": "text"}
 
 
 def _dropped(row: Row, reason: str, cause: str, detail: str | None = None) -> dict[str, Any]:

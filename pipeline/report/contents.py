@@ -167,13 +167,13 @@ def compare_items(new: System, old: System, resamples: int, seed: int) -> list[C
         ours, theirs = metric_items(new.items, metric), metric_items(old.items, metric)
         groups = group_of(new.items)
         score = paired_difference(ours, theirs, resamples, seed, groups)
-        low, high = score.low, score.high
+        low, high = score["low"], score["high"]
         if metric in BINARY:  # the interval by which the gate judges right or wrong items
             counting = ~np.isnan(ours)
             tested = binary_test(ours[counting], theirs[counting], groups[counting], 0.0)
             low, high = tested.low, tested.high
-        points = (new.metrics[metric]["score"], old.metrics[metric]["score"])
-        changes.append(Change(metric, *points, score.score, low, high))
+        scores = (new.metrics[metric]["score"], old.metrics[metric]["score"], score["score"])
+        changes.append(Change(metric, *scores, low, high))
     return changes
 
 
@@ -210,10 +210,8 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
         for metric in ("accuracy", "rougeL")
         if ours[metric] is not None and theirs[metric] is not None
     ]
-    turns = [
-        (str(turn["role"]), excerpt(turn.get("content") or turn.get("tool_calls") or ""))
-        for turn in json.loads(ours.get("messages") or "[]")
-    ]
-    turns = turns or [("prompt", excerpt(ours["prompt"]))]  # what a classifier is given has no turns
+    # What a classifier is given has no turns.
+    messages = json.loads(ours.get("messages") or "[]") or [{"role": "prompt", "content": ours["prompt"]}]
+    turns = [(str(turn["role"]), excerpt(turn.get("content") or turn.get("tool_calls") or "")) for turn in messages]
     reference, new, old = excerpt(ours["reference"]), excerpt(ours["answer"]), excerpt(theirs["answer"])
     return Difference(ours["task"], turns, reference, new, old, scores)

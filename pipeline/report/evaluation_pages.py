@@ -41,9 +41,9 @@ def render(contents: Contents, name: str) -> str:
         items=contents.items,
         forest=[(change, *_place(change, contents.changes)) for change in contents.changes],
         slices=[
-            (heading, _bars(contents, kind))
+            (heading, bars)
             for kind, heading in SLICES.items()
-            if len(contents.slices(kind)) > (kind != "by_task")
+            if len(bars := _bars(contents, kind)) > (kind != "by_task")  # one language or length says nothing
         ],
         plot=plot(contents.curve),
         number=number,
@@ -57,18 +57,19 @@ Bar = tuple[str, float, float, float]  # a score as text; it and its interval on
 
 def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, int, list[tuple[str, Bar | None]]]]:
     """Name, items, metric, the items that it counts, and each system's bar."""
+    rows = []
+    for name, items, metric, counted in contents.slices(kind):
+        scores = {system.name: system.slice_score(kind, name, metric) for system in contents.systems}
+        rows.append((name, items, metric, counted, [(key, _bar(metric, score)) for key, score in scores.items()]))
+    return rows
 
-    def bar(metric: str, score: dict[str, float] | None) -> Bar | None:
-        if score is None:
-            return None
-        scale = 1 if metric in PERCENT else 100
-        at, low, high = (min(100.0, max(0.0, scale * score[key])) for key in ("score", "low", "high"))
-        return number(metric, score["score"]), at, low, high
 
-    return [
-        (*part, [(each.name, bar(part[2], each.slice_score(kind, part[0], part[2]))) for each in contents.systems])
-        for part in contents.slices(kind)
-    ]
+def _bar(metric: str, score: dict[str, float] | None) -> Bar | None:
+    if score is None:
+        return None
+    scale = 1 if metric in PERCENT else 100
+    at, low, high = (min(100.0, max(0.0, scale * score[key])) for key in ("score", "low", "high"))
+    return number(metric, score["score"]), at, low, high
 
 
 def plot(curve: list[dict[str, float]]) -> dict[str, Any] | None:

@@ -50,26 +50,23 @@ def write_scores(
     # What `dvc plots` draws.
     measured = [metric for metric in METRICS if metric not in LOWER_IS_BETTER]
     _write_bars(folder / "scores.csv", [(m, s.name, s.metrics.get(m)) for m in measured for s in systems])
-    tasks = [
-        (task, system.name, system.slice_score("by_task", task, metric))
-        for task, _, metric, _ in contents.slices("by_task")
-        for system in systems
-    ]
-    _write_bars(folder / "tasks.csv", tasks)  # accuracy and rougeL are both shares
+    tasks = [(task, metric) for task, _, metric, _ in contents.slices("by_task")]  # both metrics are shares
+    bars = [(task, s.name, s.slice_score("by_task", task, metric)) for task, metric in tasks for s in systems]
+    _write_bars(folder / "tasks.csv", bars)
     return metrics
 
 
 def _write_bars(path: Path, bars: list[tuple[str, str, dict[str, float] | None]]) -> None:
     """A line for each bar (what, system, score): its score and interval, from 0 to 100."""
-    with io.StringIO(newline="") as text:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("of", "score", "low", "high"))
-        for what, system, score in bars:
-            if score is not None:
-                scale = 1 if what in PERCENT else 100
-                numbers = (round(scale * score[key], 4) for key in ("score", "low", "high"))
-                writer.writerow((f"{what}, {system}", *numbers))
-        write_text(path, text.getvalue())
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("of", "score", "low", "high"))
+    for what, system, score in bars:
+        if score is not None:
+            scale = 1 if what in PERCENT else 100
+            numbers = (round(scale * score[key], 4) for key in ("score", "low", "high"))
+            writer.writerow((f"{what}, {system}", *numbers))
+    write_text(path, text.getvalue())
 
 
 def stage_contents(systems: list[System], dataset: Path, adapter: Path, evaluation: Path) -> Contents:
@@ -151,16 +148,12 @@ def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
     if not (evaluation / "general.json").is_file():
         return {}
     general = read_json(evaluation / "general.json")
-    rows = [
-        {
-            "": metric,
-            SYSTEMS["base"]: interval(metric, general["base"][metric]),
-            SYSTEMS["adapter"]: interval(metric, general["adapter"][metric]),
-            "difference": f"{100 * lost:+.1f} %" if metric in LOWER_IS_BETTER else number(metric, -lost, "+"),
-        }
-        for metric, lost in general["lost"].items()
-        if lost is not None
-    ]
+    rows = []
+    for metric, lost in general["lost"].items():
+        if lost is not None:
+            scores = {SYSTEMS[system]: interval(metric, general[system][metric]) for system in ("base", "adapter")}
+            difference = f"{100 * lost:+.1f} %" if metric in LOWER_IS_BETTER else number(metric, -lost, "+")
+            rows.append({"": metric} | scores | {"difference": difference})
     return {"General set: what was forgotten": rows}
 
 

@@ -58,6 +58,7 @@ def compare_versions(params: Params, old: str, new: str, root: Path = Path("."))
     if systems[0].items.column("id").to_pylist() != systems[1].items.column("id").to_pylist():
         raise CompareError(f"{old} and {new} answered different test items; `retune run` makes those of today")
     labels = {OLD: before.label, NEW: after.label}
+    old_values, new_values = (flat(side.manifest["params"] | {"publish": {}}) for side in (before, after))
     contents = Contents.of(
         systems,
         systems[0],
@@ -68,17 +69,17 @@ def compare_versions(params: Params, old: str, new: str, root: Path = Path("."))
         decision="compared",
         notes=_notes((before, after), settings),
         tables={
-            "Parameters that differ": _differing(_parameters(before), _parameters(after), labels, "parameter"),
+            "Parameters that differ": _differing(old_values, new_values, labels, "parameter"),
             "Data and code that differ": _differing(_origins(before), _origins(after), labels, "what"),
         },
         labels=labels,
     )
-    primary = [one for one in contents.changes if one.metric == params.promote.primary_metric]
-    said = [
-        f"{one.metric} is {one.words} ({number(one.metric, one.old)} → {number(one.metric, one.new)})"
-        for one in [*primary, *contents.changes][:1]
-    ]
-    return replace(contents, verdict="; ".join([*said, "no gate was asked"]))
+    said = "no gate was asked"
+    changes = {change.metric: change for change in contents.changes}
+    if change := changes.get(params.promote.primary_metric) or next(iter(contents.changes), None):
+        scores = f"{number(change.metric, change.old)} → {number(change.metric, change.new)}"
+        said = f"{change.metric} is {change.words} ({scores}); {said}"
+    return replace(contents, verdict=said)
 
 
 def scored_system(name: str, manifest: Manifest, settings: dict[str, Any], items: pa.Table) -> System:
@@ -149,10 +150,6 @@ def _notes(sides: tuple[Side, Side], settings: dict[str, Any]) -> list[str]:
             "test items, which makes its scores too high"
         )
     return notes
-
-
-def _parameters(side: Side) -> dict[str, Any]:
-    return flat({key: section for key, section in side.manifest["params"].items() if key != "publish"})
 
 
 def _origins(side: Side) -> dict[str, Any]:

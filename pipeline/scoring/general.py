@@ -12,14 +12,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.chat.rendering import RowError
+from pipeline.chat.responses import Answer
 from pipeline.chat.template import ChatTemplate
 from pipeline.core.files import sha256_file
 from pipeline.data.formats import read_rows
 from pipeline.data.records import Rejected
 from pipeline.params import EvaluateParams, GeneralParams
-from pipeline.scoring.generation import Answer
 from pipeline.scoring.items import compute
-from pipeline.scoring.resampling import LOWER_IS_BETTER, bootstrap_metrics, group_of, metric_items
+from pipeline.scoring.likelihood import Losses
+from pipeline.scoring.resampling import LOWER_IS_BETTER, table_scores
 
 METRICS = ("accuracy", "perplexity")
 
@@ -29,17 +30,15 @@ class GeneralError(ValueError):
 
 
 @dataclass(frozen=True)
-class General:
-    """N rows. `prompts` are those of the rows with one right answer; the others are only read, not answered."""
-
-    ids: list[str]
-    groups: list[str]
-    references: list[str]
-    prompts: dict[int, list[int]]
-    sequences: list[tuple[list[int], list[int]]]  # tokens and labels
+class GeneralRow:
+    id: str
+    group: str
+    reference: str
+    sequence: tuple[list[int], list[int]]  # tokens and labels
+    prompt: list[int] | None  # of a row with one right answer; the others are only read, not answered
 
 
-def read_general(params: GeneralParams, template: ChatTemplate, context: int | None) -> General:
+def read_general(params: GeneralParams, template: ChatTemplate, context: int | None) -> list[GeneralRow]:
     """The rows of the file, tokenised. A row with `scoring: exact` is also answered, calls excepted.
 
     Raises:
@@ -55,48 +54,45 @@ def read_general(params: GeneralParams, template: ChatTemplate, context: int | N
             f"{path} is not the file that evaluate.general names: its sha256 is {digest}. Scores on another file are "
             "not comparable; put the file back, or set evaluate.general.sha256 to this"
         )
-    general = General([], [], [], {}, [])
-    for number, row in enumerate(read_rows(path)):
+    general = []
+    for row in read_rows(path):
         if isinstance(row, Rejected):
             raise GeneralError(f"{row.source} is no usable row: {row.reason}")
-        answer = str(row.messages[-1].get("content") or "")
         try:
             encoded = template.encode(row.messages, row.tools)
             prompt = template.prompt_ids(row.messages[:-1], row.tools)
         except RowError as error:
             raise GeneralError(f"{row.source}: {error}") from None
-        labels = [-100] * len(prompt) + encoded.labels[len(prompt) :]
-        if row.scoring == "exact" and not row.messages[-1].get("tool_calls"):
-            general.prompts[number] = prompt
-        if context is not None and len(encoded.input_ids) > context:
-            raise GeneralError(
-                f"{row.source} has {len(encoded.input_ids)} tokens, and the model's context is {context}"
-            )
-        general.ids.append(row.source)
-        general.groups.append(row.group or row.source)
-        general.references.append(answer)
-        general.sequences.append((encoded.input_ids, labels))
+        ids, last = encoded.input_ids, row.messages[-1]
+        if context is not None and len(ids) > context:
+            raise GeneralError(f"{row.source} has {len(ids)} tokens, and the model's context is {context}")
+        answered = row.scoring == "exact" and not last.get("tool_calls")
+        sequence = (ids, [-100] * len(prompt) + encoded.labels[len(prompt) :])
+        reference = str(last.get("content") or "")
+        general.append(
+            GeneralRow(row.source, row.group or row.source, reference, sequence, prompt if answered else None)
+        )
     return general
 
 
-def general_items(general: General, answers: Sequence[Answer], losses: tuple[list[float], list[int]]) -> pa.Table:
+def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], losses: Losses) -> pa.Table:
     """The scored rows, (N,): `id, group, reference, answer, accuracy` (null where none was asked), `loss, loss_tokens`.
 
     Args:
-        answers: to `general.prompts`, in their order. One that is cut off is wrong, whatever its text.
+        answers: to the prompts, in their order. One that is cut off is wrong, whatever its text.
     """
-    given = dict(zip(general.prompts, answers, strict=True))
-    rows = range(len(general.ids))
-    texts = [None if i not in given else given[i].text for i in rows]
-    counted = ["" if i not in given or given[i].cut_off else given[i].text for i in rows]
-    scoring = ["exact" if i in given else "text" for i in rows]
-    hits = compute("accuracy", predictions=counted, references=general.references, scoring=scoring)["items"]
+    given = iter(answers)
+    answered = [None if row.prompt is None else next(given) for row in general]
+    references = [row.reference for row in general]
+    counted = ["" if answer is None or answer.cut_off else answer.text for answer in answered]
+    scoring = ["text" if answer is None else "exact" for answer in answered]
+    hits = compute("accuracy", predictions=counted, references=references, scoring=scoring)["items"]
     return pa.table(
         {
-            "id": general.ids,
-            "group": general.groups,
-            "reference": general.references,
-            "answer": pa.array(texts, pa.string()),
+            "id": [row.id for row in general],
+            "group": [row.group for row in general],
+            "reference": references,
+            "answer": pa.array([None if answer is None else answer.text for answer in answered], pa.string()),
             "accuracy": pa.array(hits, pa.float64()),
             "loss": pa.array(losses[0], pa.float64()),
             "loss_tokens": pa.array(losses[1], pa.int32()),
@@ -106,18 +102,14 @@ def general_items(general: General, answers: Sequence[Answer], losses: tuple[lis
 
 def forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams) -> dict[str, Any]:
     """Both systems' scores with intervals, and how much worse the adapter is: perplexity as a fraction of the base."""
-    scores: dict[str, dict[str, Any]] = {}
-    for system, table in (("base", before), ("adapter", after)):
-        values = {metric: metric_items(table, metric) for metric in METRICS}
-        measured = bootstrap_metrics(values, group_of(table), params.bootstrap_samples, params.seed)
-        scores[system] = {metric: score.as_dict() if score else None for metric, score in measured.items()}
+    base, adapter = (table_scores(t, METRICS, params.bootstrap_samples, params.seed) for t in (before, after))
     lost: dict[str, float | None] = {}
     for metric in METRICS:
-        old, new = scores["base"][metric], scores["adapter"][metric]
+        old, new = base[metric], adapter[metric]
         if old is None or new is None:
             lost[metric] = None
         elif metric in LOWER_IS_BETTER:
             lost[metric] = new["score"] / old["score"] - 1
         else:
             lost[metric] = old["score"] - new["score"]
-    return {"rows": len(before), **scores, "lost": lost}
+    return {"rows": len(before), "base": base, "adapter": adapter, "lost": lost}

@@ -6,15 +6,13 @@ killed evaluation continues. Prompts that do not fit the model's context are ref
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from pipeline.chat import Message
-from pipeline.chat.responses import ToolCall, as_calls, read_response
+from pipeline.chat.responses import Answer, read_answer
 from pipeline.chat.template import ChatTemplate
 from pipeline.core.memory import OutOfMemory, free, out_of_memory
 from pipeline.core.progress import Progress, note
@@ -26,22 +24,6 @@ from pipeline.weights.loading import ModelError, input_device
 ROWS_ON_A_CPU, MOST_ROWS = 64, 256  # with `batch_size: auto`; more rows make a step on a GPU no cheaper
 CACHE_SHARE = 0.7  # of a GPU's free memory; the rest is for activations, logits and the copy of a layer that grows
 Prompts = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str  # without thinking and calls
-    ids: list[int]  # new tokens, the end token included
-    cut_off: bool  # max_new_tokens came before the end token, or the thinking never ended
-    reasoning: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-
-    def message(self) -> Message:
-        """As a turn of a conversation: the template decides what of it later turns see."""
-        message: Message = {"role": "assistant", "content": self.text}
-        if self.reasoning is not None:
-            message["reasoning_content"] = self.reasoning
-        return message | ({"tool_calls": as_calls(self.tool_calls)} if self.tool_calls else {})
 
 
 @torch.inference_mode()
@@ -76,18 +58,16 @@ def generate(
             f"{limit}; lower {limited_by}, or shorten the prompts (prepare.max_length)"
         )
     model.eval()
-    with KeptAnswers(keep) as kept:
-        answers = dict(kept.answers)
-        left = [i for i in range(len(prompts)) if i not in answers]
-        progress = Progress(stage, len(prompts), f"answers of {system}")
-        progress.resume_at(len(answers))
-        rows = rows_at_once(model, batch_size, longest + max_new_tokens)
-        for number, ids in new_tokens(model, [prompts[i] for i in left], max_new_tokens, template, rows, limited_by):
-            answers[left[number]] = ids
-            kept.add(left[number], ids)
-            progress.update(len(answers))
+    answers = KeptAnswers(keep)
+    left = [i for i in range(len(prompts)) if i not in answers]
+    progress = Progress(stage, len(prompts), f"answers of {system}")
+    progress.resume_at(len(answers))
+    rows = rows_at_once(model, batch_size, longest + max_new_tokens)
+    for number, ids in new_tokens(model, [prompts[i] for i in left], max_new_tokens, template, rows, limited_by):
+        answers[left[number]] = ids
+        progress.update(len(answers))
     offered = tools or [None] * len(prompts)
-    return [to_answer(answers[i], template, prompts[i], offered[i]) for i in range(len(prompts))]
+    return [read_answer(template, prompts[i], answers[i], offered[i]) for i in range(len(prompts))]
 
 
 def rows_at_once(model: Any, batch_size: BatchSize, tokens: int) -> int:
@@ -184,10 +164,3 @@ def in_batches(
         for i, new in zip(batch, output, strict=True):
             end = next((k for k, token in enumerate(new) if token in template.stop_ids), len(new))
             yield i, new[: end + 1]
-
-
-def to_answer(ids: list[int], template: ChatTemplate, prompt: Sequence[int], tools: str | None = None) -> Answer:
-    """New tokens after `prompt` as thinking, text and calls."""
-    response = read_response(template, prompt, ids, tools)
-    ended = bool(ids) and ids[-1] in template.stop_ids
-    return Answer(response.content, ids, not (ended and response.finished), response.reasoning, response.tool_calls)

@@ -15,14 +15,14 @@ import evaluate as hf_evaluate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.chat.responses import canonical_calls
+from pipeline.chat.responses import Answer, canonical_calls
 from pipeline.core.files import read_json
 from pipeline.core.text import fold
 from pipeline.data.records import TOOL_CALLS
 from pipeline.params import EvaluateParams
-from pipeline.scoring.generation import Answer
+from pipeline.scoring.likelihood import Losses
 from pipeline.scoring.metrics import text_metrics
-from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, bootstrap_metrics, group_of, metric_items, slices_of
+from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, slices_of, table_scores
 
 METRICS_FILE = Path(text_metrics.__file__)
 # Metrics whose items are columns of the table: `label` and `predicted`, `loss` and `loss_tokens`.
@@ -38,13 +38,8 @@ NOT_SCORED = {"prompts", "general"}  # parameters that no score of a test item d
 Metrics = dict[str, Any]
 
 
-def score_items(
-    test: pa.Table, answers: Sequence[Answer], losses: tuple[list[float], list[int]]
-) -> tuple[pa.Table, dict[str, str]]:
-    """Every test item with its answer and scores, (N rows), and the signature of each metric.
-
-    Args:
-        losses: of each reference, summed over its tokens in nats, and the number of these tokens.
+def score_items(test: pa.Table, answers: Sequence[Answer], losses: Losses) -> tuple[pa.Table, dict[str, str]]:
+    """Every test item with its answer and scores, (N rows), and the signature of each metric; `losses` of references.
 
     Columns: `id, task, language, group, scoring, messages, prompt, prompt_tokens, reference, answer, status` (ok,
     cut_off or empty), `cut_off, answer_ids, accuracy` (null without one right answer), `label, predicted` (null outside
@@ -63,11 +58,8 @@ def score_items(
     pair = {"predictions": counted, "references": references}
     of_texts = [number for number, kind in enumerate(scoring) if kind != TOOL_CALLS]  # of calls they say nothing
     texts_alone = {name: [column[number] for number in of_texts] for name, column in pair.items()}
-    results = {
-        "accuracy": compute("accuracy", **pair, scoring=scoring),
-        **{metric: compute(metric, **texts_alone) for metric in TEXT_METRICS},
-        "rouge": compute("rouge", **texts_alone),
-    }
+    results = {metric: compute(metric, **texts_alone) for metric in (*TEXT_METRICS, "rouge")}
+    results["accuracy"] = compute("accuracy", **pair, scoring=scoring)
     labels = class_labels(test)
     predicted = [
         None if label is None else f"{task}: {fold(text)}"
@@ -139,9 +131,7 @@ def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
     status = items.column("status").to_pylist()
     scores: Metrics = {"num_samples": len(items)}
     scores |= {f"num_{state}": status.count(state) for state in ("cut_off", "empty")}
-    values = {metric: metric_items(items, metric) for metric in METRICS}
-    measured = bootstrap_metrics(values, group_of(items), params.bootstrap_samples, params.seed)
-    return scores | {metric: score.as_dict() if score else None for metric, score in measured.items()}
+    return scores | table_scores(items, METRICS, params.bootstrap_samples, params.seed)
 
 
 def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ again.
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -34,29 +34,19 @@ def kept_file(
     return folder / f"{name}.jsonl"
 
 
-class KeptAnswers:
-    """Answers by the number of their prompt (tokens, or what else JSON holds): those in `path`, and those added."""
+class KeptAnswers(dict[int, Any]):
+    """Answers by the number of their prompt (tokens, or what else JSON holds): those in `path`, and those added, of
+    which each is a line there at once."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.answers: dict[int, Any] = {}
-        self._file: TextIO | None = None
+        self._path = path
+        if path is not None:
+            whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+            self.update(map(json.loads, whole.splitlines()))  # a line that a kill cut short has no end
+            write_text(path, f"{whole}\n" if whole else "")
 
-    def __enter__(self) -> "KeptAnswers":
-        if self.path is not None:
-            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0] if self.path.exists() else ""
-            for line in whole.splitlines():  # a line that a kill cut short has no end
-                number, ids = json.loads(line)
-                self.answers[number] = ids
-            write_text(self.path, f"{whole}\n" if whole else "")
-            self._file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def add(self, number: int, answer: Any) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps([number, answer]) + "\n")
-            self._file.flush()  # to the kernel: enough for a kill, and quick
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+    def __setitem__(self, number: int, answer: Any) -> None:
+        super().__setitem__(number, answer)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([number, answer]) + "\n")

@@ -18,15 +18,14 @@ from pipeline.weights.loading import input_device
 BATCH_TOKENS = 2**12  # of one pass, padding included
 BATCH_LOGITS = 2**28  # of one pass: half a gigabyte in bfloat16
 Sequence = tuple[list[int], list[int]]  # tokens, and labels as in training: -100 does not count
+Losses = tuple[list[float], list[int]]  # of each text, summed over its counted tokens in nats; how many these are
 T = TypeVar("T")
 # From the logits of the labelled tokens (n, V), these tokens (n,) and where they stand (B, T), to one result a row.
 Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[T]]
 
 
-def reference_losses(
-    model: Any, template: ChatTemplate, test: pa.Table, stage: str, system: str
-) -> tuple[list[float], list[int]]:
-    """Summed loss in nats of each test item's reference, (N,), and the number of its tokens, (N,).
+def reference_losses(model: Any, template: ChatTemplate, test: pa.Table, stage: str, system: str) -> Losses:
+    """The losses of each test item's reference.
 
     Counted are the tokens of the last answer that training would give loss, its end token included.
     """
@@ -44,9 +43,7 @@ def reference_losses(
     return sequence_losses(model, sequences, template.tokenizer.pad_token_id, stage, system)
 
 
-def sequence_losses(
-    model: Any, sequences: list[Sequence], pad: int, stage: str, system: str
-) -> tuple[list[float], list[int]]:
+def sequence_losses(model: Any, sequences: list[Sequence], pad: int, stage: str, system: str) -> Losses:
     """Summed loss of each sequence's labelled tokens, and their number."""
 
     def losses(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[tuple[float, int]]:

@@ -97,26 +97,22 @@ def prove(
     shown = {metric: merged.metrics[metric]["score"] for metric in METRICS if merged.metrics[metric]}
     base = {m: evaluated["base"][m]["score"] for m in ("accuracy", "rougeL") if evaluated["base"][m]}
     write_json(folder / "metrics.json", shown | {"base": base})
-    write_json(
-        folder / "parity.json",
-        {
-            "base": merged.base,
-            **asdict(merged.merging),
-            "mean_absolute_logit_error": merged.logit_error,
-            "mean_absolute_logit_change": merged.logit_change,
-            "token_agreement": merged.agreement,
-            "identical_answers": merged.identical,
-            "metric_difference": differences,
-            "prompts": len(items),
-            "evaluation": recorded,
-        },
-    )
+    proof = asdict(merged.merging) | {
+        "base": merged.base,
+        "mean_absolute_logit_error": merged.logit_error,
+        "mean_absolute_logit_change": merged.logit_change,
+        "token_agreement": merged.agreement,
+        "identical_answers": merged.identical,
+        "metric_difference": differences,
+        "prompts": len(items),
+        "evaluation": recorded,
+    }
+    write_json(folder / "parity.json", proof)
 
 
 def _require_parity(params: MergeParams, merged: Merged, differences: dict[str, float]) -> None:
-    advice = "Set merge.dtype to float32, or merge.base to the other base (mean logit errors: {})".format(
-        ", ".join(f"{base} {error:.4f}" for base, error in merged.logit_error.items())
-    )
+    tried = ", ".join(f"{base} {error:.4f}" for base, error in merged.logit_error.items())
+    advice = f"Set merge.dtype to float32, or merge.base to the other base (mean logit errors: {tried})"
     error, reach, agreement = merged.logit_error[merged.base], merged.logit_change, merged.agreement
     if agreement < params.min_agreement:
         raise MergeError(

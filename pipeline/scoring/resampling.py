@@ -5,8 +5,7 @@ that the set's score is made from, which is no mean. Two systems are compared on
 hard item does to both cancels out.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,18 +29,8 @@ Groups = NDArray[Any]  # (N,) the group that each item belongs to
 # lengths, matches and totals; (N, 18) chrF's; (N, 4 C) macro-F1's, by class; (N, 2) perplexity's loss and tokens.
 # NaN: the item does not count.
 Items = Array
-
-
-@dataclass(frozen=True)
-class Score:
-    """BLEU and chrF 0–100, the others 0–1, with the 95 % percentile interval of the bootstrap."""
-
-    score: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+# `score` (BLEU and chrF 0–100, the others 0–1), and `low` and `high`, the 95 % percentile interval of the bootstrap.
+Score = dict[str, float]
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
@@ -85,7 +74,7 @@ def group_of(items: pa.Table) -> Groups:
 
 def corpus_score(items: Items) -> float:
     """The score of a whole set of items; NaN for an empty one."""
-    items = _counting(items)
+    items = items[~_missing(items)]
     return float(set_scores(_with_count(items).sum(axis=0, keepdims=True))[0]) if len(items) else float("nan")
 
 
@@ -105,8 +94,14 @@ def bootstrap_metrics(values: dict[str, Items], groups: Groups, resamples: int, 
     result: dict[str, Score | None] = dict.fromkeys(values)
     for metric, items in counting.items():
         low, high = np.nanquantile(np.concatenate(drawn[metric]), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        result[metric] = Score(corpus_score(items), float(low), float(high))
+        result[metric] = {"score": corpus_score(items), "low": float(low), "high": float(high)}
     return result
+
+
+def table_scores(items: pa.Table, metrics: Sequence[str], resamples: int, seed: int) -> dict[str, Score | None]:
+    """`bootstrap_metrics` of a table of scored items."""
+    values = {metric: metric_items(items, metric) for metric in metrics}
+    return bootstrap_metrics(values, group_of(items), resamples, seed)
 
 
 def paired_difference(
@@ -114,13 +109,14 @@ def paired_difference(
 ) -> Score:
     """Candidate minus champion on the same items: the difference and its 95 % interval over paired draws of groups."""
     require_same_items(candidate, champion)
-    groups = _counting_groups(candidate, groups)
-    candidate, champion = _counting(candidate), _counting(champion)
-    if not len(candidate):
-        return Score(float("nan"), float("nan"), float("nan"))
-    differences = resampled_differences(candidate, champion, groups, resamples, seed)
+    counts = ~_missing(candidate)
+    if not counts.any():
+        return dict.fromkeys(("score", "low", "high"), float("nan"))
+    groups = np.arange(len(candidate)) if groups is None else groups
+    candidate, champion = candidate[counts], champion[counts]
+    differences = resampled_differences(candidate, champion, groups[counts], resamples, seed)
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Score(corpus_score(candidate) - corpus_score(champion), float(low), float(high))
+    return {"score": corpus_score(candidate) - corpus_score(champion), "low": float(low), "high": float(high)}
 
 
 def resampled_differences(candidate: Items, champion: Items, groups: Groups, resamples: int, seed: int) -> Array:
@@ -140,7 +136,8 @@ def require_same_items(candidate: Items, champion: Items) -> None:
 
 def num_groups(items: Items, groups: Groups | None = None) -> int:
     """How many independent groups of items count."""
-    return len(np.unique(_counting_groups(items, groups)))
+    counts = ~_missing(items)
+    return int(counts.sum()) if groups is None else len(np.unique(groups[counts]))
 
 
 def group_sums(items: Items, groups: Groups) -> Array:
@@ -221,12 +218,3 @@ def _with_count(items: Items) -> Array:
 def _missing(items: Items) -> NDArray[np.bool_]:
     missing: NDArray[np.bool_] = np.isnan(items if items.ndim == 1 else items[:, 0])
     return missing
-
-
-def _counting(items: Items) -> Items:
-    return items[~_missing(items)]
-
-
-def _counting_groups(items: Items, groups: Groups | None) -> Groups:
-    everyone = np.arange(len(items)) if groups is None else groups
-    return everyone[~_missing(items)]
