@@ -38,8 +38,8 @@ def write(folder: Path, *records: Any) -> Path:
         ({"prompt": "Q", "response": "A", "source": "x", "label": 1}, {"source", "label"}),
         ({"conversation": [{"human": "Q", "assistant": "A", "turn": 1}]}, {"conversation[].turn"}),
         (
-            {"instruction": "Q", "instances": [{"input": "", "output": "A", "id": 1}], "id": "x"},
-            {"instances[].id", "id"},
+            {"instruction": "Q", "instances": [{"input": "", "output": "A", "id": 1}]},
+            {"id"},
         ),
         ({"text": "Q", "label": "A", "id": 1}, {"id"}),
         ({"messages": TALK, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, {"functions"}),

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.columns import columns_read
 from pipeline.data.formats import find_files, read_rows
-from pipeline.data.known_formats import FORMATS
+from pipeline.data.known_formats import FORMATS, reading
 from pipeline.data.readers import FormatError
 from pipeline.data.records import Rejected, Row
 from pipeline.params import ColumnsParams, Format
@@ -115,7 +114,7 @@ def test_a_record_becomes_these_turns(
             (ALPACA | change, reason)
             for change, reason in [
                 ({"output": None}, "output is missing"),
-                ({"output": ["A"]}, "output is list"),
+                ({"output": ["A"]}, "a message has role 'A'"),
                 ({"output": float("nan")}, "output is float"),
                 ({"output": {"text": "A"}}, "output is dict"),
                 ({"output": " \n\t"}, "output is empty"),
@@ -310,7 +309,7 @@ def test_a_file_of_no_or_two_formats_asks_which_it_is(tmp_path: Path, records: l
 
 
 KEYS = "from value role content thinking weight train tool_calls function name arguments human assistant input output "
-KEYS += "path left_out parent_id message_id text rank"
+KEYS += "messages repairs parent_id message_id text rank"
 SPEAKERS = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool", "function_call", "prompter"])
 PARTS = ["Human:", "Assistant:", "\nHuman:", "\nAssistant:", "<think>", "</think>", "\n", "A", "exact", "\ud83d"]
 VALUE = st.recursive(
@@ -340,7 +339,7 @@ COLUMNS = ColumnsParams(response="a", template="{q}?", system="s", history="h", 
 @given(draw=st.data())
 def test_every_record_becomes_rows_or_rejections(folder: Path, format: str, draw: st.DataObject) -> None:
     columns = COLUMNS if format == "columns" else None
-    names = sorted(columns_read(format, columns))
+    names = sorted(reading(format, columns, {}).reads)
     record = st.fixed_dictionaries({}, optional=dict.fromkeys(names, VALUE | st.lists(TURN, max_size=4)))
     records: list[Any] = draw.draw(st.lists(record | VALUE, min_size=1, max_size=4))
     path = folder / "data.json"

@@ -51,13 +51,14 @@ SCHEMA = pa.schema(
         ("asked", pa.list_(KEY)),  # the prompts of all answers of the conversation
         ("input_ids", TOKENS),
         ("labels", TOKENS),
+        ("label", pa.string()),  # the class of a text; null: answers are trained
         ("earlier_ids", pa.list_(TOKENS)),  # rows of the answers before, where the template rewrites earlier turns
         ("earlier_labels", pa.list_(TOKENS)),
-        # In the test split only:
+        # In the test split only, where input_ids are those of the prompt:
         ("group", pa.string()),
+        ("messages", pa.string()),  # JSON: the conversation before the answer
         ("tools", pa.string()),
         ("prompt", pa.string()),
-        ("prompt_ids", TOKENS),
         ("reference", pa.string()),
     ]
 )
@@ -190,6 +191,7 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
         "asked": [bytes.fromhex(key[:32]) for key in keys],
         "input_ids": piece.encoded.input_ids,
         "labels": piece.encoded.labels,
+        "label": messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,
         "earlier_ids": [row.input_ids for row in piece.encoded.earlier],
         "earlier_labels": [row.labels for row in piece.encoded.earlier],
         "text": compared_text(messages),
@@ -198,7 +200,8 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
         prompt, prompt_ids = template.prompt(messages[:-1], tools)
         if piece.encoded.input_ids[: len(prompt_ids)] != prompt_ids:
             raise RowError("has other tokens in its prompt alone than before its answer")
-        record |= {"group": group, "tools": tools, "prompt": prompt, "prompt_ids": prompt_ids}
+        record |= {"group": group, "tools": tools, "prompt": prompt, "input_ids": prompt_ids}
+        record["messages"] = json.dumps(messages[:-1], ensure_ascii=False)
         record |= _reference(piece, template, tools)
     return record
 
