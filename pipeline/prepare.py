@@ -303,7 +303,7 @@ def _dropped(stats: DataStats, row: dict[str, Any], outcomes: Outcomes) -> str:
             of=more["copy_of"],
             similarity=float(outcomes.similarity[number]),
             text=record,
-            of_text=outcomes.texts(original),
+            of_text=outcomes.texts[original].as_py(),
         )
     return _dropped_line(stats, source, reason, record, **more)
 

@@ -87,11 +87,7 @@ def as_option(columns: ColumnsParams) -> str:
 
 
 def parse_columns(text: str) -> ColumnsParams:
-    """A mapping from the command line, such as `prompt=question,response=answer`; \\n in a template is a line's end.
-
-    Raises:
-        FormatError: a part is not KEY=COLUMN, or the mapping cannot work.
-    """
+    """A mapping from the command line, such as `prompt=question,response=answer`; \\n in a template is a line's end."""
     keys = "|".join(ColumnsParams.model_fields)
     parts = re.split(rf"(?:^|,)\s*({keys})\s*=", text)
     pairs = dict(zip(parts[1::2], (part.strip().replace("\\n", "\n") for part in parts[2::2]), strict=True))

@@ -80,12 +80,7 @@ def open_rows(
     name: str | None = None,
     ask: Ask | None = None,
 ) -> RowFile:
-    """The file `path` with its format, and its rows as `read_rows` gives them.
-
-    Args:
-        name: what the file is called in `Row.source`; by default its file name.
-        ask: answers what an `UnclearFormatError` asks.
-    """
+    """The file `path`, called `name` in `Row.source`, with its format, and its rows as `read_rows` gives them."""
     records = read_records(path, name)
     first = list(islice(records, SAMPLE))
     if not first:

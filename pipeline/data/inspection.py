@@ -110,12 +110,7 @@ def inspect_file(
 ) -> list[Shown]:
     """Up to `count` records of a data file or folder as they would be prepared, from number `row` on, or of one task.
 
-    It is read by `ingest.format` and `ingest.columns`, as `retune ingest` does; `ask` as there.
-    What only the whole data can tell (duplicates, leaks into the test split, the split itself) is not looked at.
-
-    Raises:
-        FormatError, TemplateError: see `read_rows` and `load_encoding`.
-        InspectionError: no such row.
+    It is read as by `retune ingest`. What only the whole data can tell (copies, leaks, the split) is not looked at.
     """
     format, columns = params.ingest.format, params.ingest.columns
     records = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))

@@ -14,11 +14,11 @@ from pipeline.data.records import checked, parse_json, short, to_json
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "developer": "system",
-    "prompter": "user",
+    "human": "user",  # ShareGPT's
+    "prompter": "user",  # OpenAssistant's
+    "gpt": "assistant",
     "function": "tool",
-}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"} | {
-    role: role for role in ("system", "user", "assistant", "tool")
+    "observation": "tool",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")  # of Qwen and DeepSeek; of OpenRouter; of gpt-oss
 FLAGS = ("weight", "train", "loss_weight")  # of OpenAI, axolotl and LLaMA-Factory: whether a turn is trained
@@ -37,7 +37,7 @@ def chat_messages(turns: list[Any], key: str, unused: set[str]) -> list[Message]
     for turn in turns:
         role = turn.get("role") if isinstance(turn, dict) else turn
         if not isinstance(turn, dict) or not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"a message has role {short(role)}; expected system, user, assistant or tool")
+            raise ValueError(f"a message has role {short(role)}; expected system, user (human), assistant (gpt) or tool")
         content, thoughts = turn.get("content"), ""
         if isinstance(content, list):
             content, thoughts = _join_parts(content)
@@ -64,17 +64,18 @@ def sharegpt_messages(turns: list[Any], key: str, unused: set[str]) -> list[Mess
     """ShareGPT's turns; `join_turns` makes one turn of function calls that follow each other."""
     translated = []
     for turn in turns:
-        speaker = turn.get("from") if isinstance(turn, dict) else turn
-        if not isinstance(turn, dict) or not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            raise ValueError(f"a turn is from {short(speaker)}; expected one of {', '.join(SHAREGPT_ROLES)}")
-        unused.update(f"{key}[].{name}" for name in ("role", "content", "tool_calls", "function_call") if name in turn)
-        value = turn.get("value")
-        message = {name: turn[name] for name in turn.keys() - {"from", "value", "tool_calls", "function_call"}}
-        message |= {"role": SHAREGPT_ROLES[speaker], "content": value}
-        if speaker == "function_call":
-            calls = value if isinstance(value, dict | list) else parse_json(value, "function_call")
-            message |= {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
-        translated.append(message)
+        if isinstance(turn, dict):
+            twice = ("role", "content", "tool_calls", "function_call")
+            unused.update(f"{key}[].{name}" for name in twice if name in turn)
+            message = {name: turn[name] for name in turn.keys() - {"from", "value", *twice}}
+            value = turn.get("value")
+            if turn.get("from") == "function_call":
+                calls = value if isinstance(value, dict | list) else parse_json(value, "function_call")
+                calls = calls if isinstance(calls, list) else [calls]
+                turn = message | {"role": "assistant", "content": None, "tool_calls": calls}
+            else:
+                turn = message | {"role": turn.get("from"), "content": value}
+        translated.append(turn)
     return chat_messages(translated, key, unused)
 
 
