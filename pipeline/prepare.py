@@ -80,9 +80,8 @@ def prepare(
     Encoded shards stay in `cache`, if one is given: the next call reads from there what has not changed.
 
     Raises:
-        FormatError, TemplateError: see `read_rows` and `load_template`.
         PrepareError: too many unusable rows, an overlong row with `on_overlong: error`, or an empty split.
-        ClassError: see `class_names`.
+        FormatError, TemplateError, ClassError: a data file, the base model or the classes cannot be used.
     """
     template, identity = load_encoding(params, train_task)
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="retune-") as work:

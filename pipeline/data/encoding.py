@@ -113,20 +113,15 @@ def rows_of(table: pa.Table) -> list[Row]:
 def encode_rows(rows: list[Row], template: Encoder, params: PrepareParams) -> list[dict[str, Any]]:
     """Each row as a record of `SCHEMA` (several when a long one is split), with the `text` it is compared by."""
     records: list[dict[str, Any]] = []
-    reasons = [filter_reason(row, params.filters) for row in rows]
-    # All rows take one step before the next begins: going back and forth between libraries costs a quarter more.
-    fitted = [[] if reason else _fitted(row, template, params) for row, reason in zip(rows, reasons, strict=True)]
-    for row, reason, pieces in zip(rows, reasons, fitted, strict=True):
-        if reason is not None:
+    for row in rows:
+        if reason := filter_reason(row, params.filters):
             records.append(_dropped(row, reason, "filtered"))
             continue
         asked = prompt_keys(row.messages, row.tools)
         group = row.group if row.group is not None else asked[-1]
         split = split_of(group, params)
         try:
-            if isinstance(pieces, RowError):
-                raise pieces
-            for piece in pieces:
+            for piece in fit(template, row.messages, row.tools, params.max_length, params.on_overlong):
                 keys = asked if piece.messages is row.messages else prompt_keys(piece.messages, row.tools)
                 records.append(_record(row, piece, keys, group, split, template))
         except Overlong as error:
@@ -134,13 +129,6 @@ def encode_rows(rows: list[Row], template: Encoder, params: PrepareParams) -> li
         except RowError as error:
             records.append(_dropped(row, f"a row {error}", "unusable"))
     return records
-
-
-def _fitted(row: Row, template: Encoder, params: PrepareParams) -> list[Fitted] | RowError:
-    try:
-        return fit(template, row.messages, row.tools, params.max_length, params.on_overlong)
-    except RowError as error:
-        return error
 
 
 def split_of(group: str, params: PrepareParams) -> str:
@@ -213,14 +201,11 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
         return {"reference": str(last["content"])}
     # How a call is written is the template's affair: it is what the trained tokens of the last turn say.
     ids, labels = piece.encoded.input_ids, piece.encoded.labels
-    end = len(labels)
-    while end and labels[end - 1] < 0:  # what the template appends after the end token
-        end -= 1
-    start = end
+    # Without what the template appends after the end token.
+    start = end = max((place for place, label in enumerate(labels, start=1) if label >= 0), default=0)
     while start and labels[start - 1] >= 0:
         start -= 1
-    trained = ids[start:end]
-    response = read_response(template, ids[:start], trained, tools)
+    response = read_response(template, ids[:start], ids[start:end], tools)
     if response.tool_calls:
         return {"reference": canonical_calls(response.tool_calls)}
     return {"reference": response.content, "scoring": "text"}

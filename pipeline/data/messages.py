@@ -37,7 +37,7 @@ def chat_messages(turns: list[Any], key: str, unused: set[str]) -> list[Message]
     for turn in turns:
         role = turn.get("role") if isinstance(turn, dict) else turn
         if not isinstance(turn, dict) or not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"a message has role {short(role)}; expected system, user (human), assistant (gpt) or tool")
+            raise ValueError(f"a message has role {short(role)}; expected one of {', '.join(ROLES)}")
         content, thoughts = turn.get("content"), ""
         if isinstance(content, list):
             content, thoughts = _join_parts(content)

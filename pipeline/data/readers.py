@@ -86,7 +86,13 @@ def _places(path: Path, suffix: str, packing: str) -> Iterator[tuple[int | str, 
         for number, record in enumerate(records):
             yield f"[{number}]", {key: _without_nulls(value) for key, value in record.items()}
         return
-    with _open_text(path, packing) as stream:
+    unpacked: Any = pa.input_stream(str(path), compression=PACKINGS.get(packing))
+    with io.BufferedReader(unpacked, 1 << 20) as stream:
+        head = stream.peek(4096)[:4096]
+        if b"\x00" in head:
+            raise FormatError(f"{path} is not UTF-8 text but binary, or UTF-16; convert it, e.g. with `iconv -t UTF-8`")
+        if head.startswith(BOM):
+            stream.read(len(BOM))
         match suffix:
             case ".json":
                 yield from _json_records(path, stream)
@@ -111,17 +117,6 @@ def class_names(path: Path) -> dict[str, list[str]]:
         }
     except (KeyError, TypeError, AttributeError, ValueError, OSError, pa.ArrowException):
         return {}
-
-
-def _open_text(path: Path, packing: str) -> BinaryIO:
-    unpacked: Any = pa.input_stream(str(path), compression=PACKINGS.get(packing))
-    stream = io.BufferedReader(unpacked, 1 << 20)
-    head = stream.peek(4096)[:4096]
-    if b"\x00" in head:
-        raise FormatError(f"{path} is not UTF-8 text but binary, or UTF-16; convert it, e.g. with `iconv -t UTF-8`")
-    if head.startswith(BOM):
-        stream.read(len(BOM))
-    return stream
 
 
 def _lines(path: Path, stream: BinaryIO) -> Iterator[str]:
