@@ -7,7 +7,7 @@ instruction data is refused before anything changes.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.core.progress import Progress
 from pipeline.data.formats import Ask, maps, open_rows
 from pipeline.data.readers import FormatError, container_of
 from pipeline.data.records import Rejected
-from pipeline.data.shards import SCHEMA, ShardWriter, read_rejected, read_snapshot, tables
+from pipeline.data.shards import SCHEMA, read_rejected, read_snapshot, tables, write_shards
 from pipeline.data.snapshot import INSTRUCTIONS, SCRATCH, recover, replace_instructions
 from pipeline.data.sources import Source, fetch, public
 from pipeline.params import IngestParams, SourceParams
@@ -75,17 +75,12 @@ def ingest(
 
     Args:
         sources: URIs, read with `params.format` and `params.columns`; none: those of `params.sources`.
-        root: the project's top folder.
         replace: also where so many records are rejected, or so few rows come, that something seems wrong.
         ask: answers which format or columns a file has that fits none or several.
 
     Raises:
-        FormatError: a file is unreadable, of no known format, or the sources hold no usable row.
-        SourceError: a source is not pinned or cannot be read.
-        IngestError: no source is named, a file changed while it was read, too many records are rejected, or far fewer
-            rows come than there were.
-        GraphError: DVC could not record the snapshot.
-        After any of them `data/` is as it was.
+        FormatError, SourceError, IngestError, GraphError: a file, a source, all of them together or DVC is at fault;
+            `data/` is as it was.
     """
     recover(root)
     scratch = root / SCRATCH
@@ -109,10 +104,7 @@ def ingest(
 def collect(
     params: IngestParams, sources: Sequence[str], new: Path, scratch: Path, ask: Ask | None = None
 ) -> dict[str, Any]:
-    """Write shards, `rejected.jsonl` and `snapshot.json` to the folder `new`; returns what `snapshot.json` holds.
-
-    `scratch` is for downloads, and for rows until it is known which of them stay.
-    """
+    """Write shards, `rejected.jsonl` and `snapshot.json` to the folder `new`; returns what `snapshot.json` holds."""
     named = [SourceParams(uri=uri) for uri in sources] or params.sources
     if not named:
         raise IngestError("no source is named: `retune ingest SOURCE`, or list them in ingest.sources of params.yaml")
@@ -132,7 +124,7 @@ def collect(
         raise FormatError(f"{uris} holds no usable row: {reason} ({count} of {reasons.total()})")
     _choose(named, files)
     for file in files:
-        _write_shards(file, new)
+        file.shards = write_shards(_kept_rows(file), new, file.name)
     notes = _notes(named, fetched, files)
     for file in files:  # their digests were read last
         if _stat(file.path) != file.stat:
@@ -162,23 +154,24 @@ def _stat(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _convert(files: list[_File], rejected: Path, ask: Ask | None) -> None:
-    """Spool the rows of all files, and write the records that are none to `rejected`."""
+def _convert(files: list[_File], rejected_lines: Path, ask: Ask | None) -> None:
+    """Spool the rows of all files, and write the records that are none to `rejected_lines`."""
     progress = Progress("ingest", max(sum(file.stat[1] for file in files) >> 20, 1), "MiB", every=2.0)
     done = 0
-    with rejected.open("w", encoding="utf-8") as lines:
+    with rejected_lines.open("w", encoding="utf-8") as lines:
         for file in files:
             source = file.source
             reading = open_rows(file.path, source.format, source.columns, file.name, ask)
             contents = [file.contents]
             with pa.OSFile(str(file.spool), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as spool:
-                for table, rejections in tables(reading.rows):
+                rejected: list[Rejected] = []
+                for table in tables(reading.rows, rejected):
                     spool.write_table(table)
                     contents.append(table["content"].to_numpy())
                     file.repaired.update(table["repairs"].combine_chunks().flatten().to_pylist())
-                    for row in rejections:
-                        file.rejected[row.reason] += 1
-                        lines.write(_rejection(row) + "\n")
+                    file.rejected.update(row.reason for row in rejected)
+                    lines.writelines(_rejection(row) + "\n" for row in rejected)
+                    rejected.clear()
                     progress.update(done >> 20, f"{sum(map(len, contents)):,} rows of {file.name}")
             file.format, file.unused, file.contents = reading.format, reading.unused, np.concatenate(contents)
             done += file.stat[1]
@@ -189,7 +182,8 @@ def _choose(named: list[SourceParams], files: list[_File]) -> None:
 
     A weight repeats no row. The source that is scarcest for its weight stays whole, and the others in proportion to it.
     """
-    contents = [np.concatenate([file.contents for file in files if file.source is source]) for source in named]
+    groups = [[file for file in files if file.source is source] for source in named]
+    contents = [np.concatenate([file.contents for file in group]) for group in groups]
     most = [min(len(rows), source.cap or len(rows)) for source, rows in zip(named, contents, strict=True)]
     for i, source in enumerate(named):
         if source.weight is not None and most[i] == 0:
@@ -202,20 +196,18 @@ def _choose(named: list[SourceParams], files: list[_File]) -> None:
             most[i] = max(int(scale * source.weight + 1e-9), 1)
         kept = np.zeros(len(contents[i]), dtype=bool)
         kept[np.argsort(contents[i], kind="stable")[: most[i]]] = True
-        start = 0
-        for file in (file for file in files if file.source is source):
-            file.kept = kept[start : start + len(file.contents)]
-            start += len(file.contents)
+        ends = np.cumsum([len(file.contents) for file in groups[i]])
+        for file, part in zip(groups[i], np.split(kept, ends[:-1]), strict=True):
+            file.kept = part
 
 
-def _write_shards(file: _File, new: Path) -> None:
-    writer, start = ShardWriter(new, file.name), 0
+def _kept_rows(file: _File) -> Iterator[pa.Table]:
+    start = 0
     with pa.OSFile(str(file.spool)) as source, pa.ipc.open_stream(source) as spool:
         for batch in spool:
             kept = file.kept[start : start + len(batch)]
-            writer.add(pa.Table.from_batches([batch]).filter(pa.array(kept)))
+            yield pa.Table.from_batches([batch]).filter(pa.array(kept))
             start += len(batch)
-    file.shards = writer.close()
     file.spool.unlink()
 
 

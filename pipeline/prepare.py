@@ -80,9 +80,8 @@ def prepare(
     Encoded shards stay in `cache`, if one is given: the next call reads from there what has not changed.
 
     Raises:
-        FormatError, TemplateError: see `read_rows` and `load_template`.
         PrepareError: too many unusable rows, an overlong row with `on_overlong: error`, or an empty split.
-        ClassError: see `class_names`.
+        FormatError, TemplateError, ClassError: a data file, the base model or the classes cannot be used.
     """
     template, identity = load_encoding(params, train_task)
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="retune-") as work:
@@ -197,11 +196,9 @@ def _write(
                 if name != "test":  # a test item asks for the last answer alone, whatever the template
                     of_split = _one_row_an_answer(of_split, stats)
                 _count(stats, name, of_split)
-                if by_class:
-                    of_split = _with_label(of_split)
-                    classes[name].update(of_split["label"].to_pylist())
+                classes[name].update(of_split["label"].to_pylist())
                 if name == "test":
-                    tests.append(_as_test(of_split, scoring))
+                    tests.append(_with_scoring(of_split, scoring).select([*TEST.names, "number"]))
                 else:
                     (train if name == "train" else validation).write_table(of_split.select(schema.names))
                 if name == "train" and len(of_split) and not example:
@@ -237,9 +234,8 @@ def _whole_test(tests: list[pa.Table], outcomes: Outcomes) -> pa.Table:
     """The test split in the order of its ids; near copies in it are one group."""
     test = pa.concat_tables(tests).sort_by([("id", "ascending"), ("prompt", "ascending")])
     groups = joined_groups(test["group"].to_pylist(), outcomes.cluster[test["number"].to_numpy()])
-    return test.set_column(test.column_names.index("group"), "group", pa.array(groups, pa.string())).drop_columns(
-        "number"
-    )
+    test = test.set_column(test.column_names.index("group"), "group", pa.array(groups, pa.string()))
+    return test.drop_columns("number").cast(TEST)
 
 
 def _one_row_an_answer(rows: pa.Table, stats: DataStats) -> pa.Table:
@@ -258,11 +254,6 @@ def _one_row_an_answer(rows: pa.Table, stats: DataStats) -> pa.Table:
     return pa.Table.from_pylist(records, schema=rows.schema)
 
 
-def _with_label(rows: pa.Table) -> pa.Table:
-    answers = [json.loads(record)[-1]["content"] for record in rows["record"].to_pylist()]
-    return rows.append_column("label", pa.array(answers, pa.string()))
-
-
 def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
     stats.tasks[split].update(rows["task"].to_pylist())
     stats.languages[split].update(rows["language"].to_pylist())
@@ -276,19 +267,11 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
             stats.repaired.add(repair, source=row["source"], text=json.loads(row["record"]))
 
 
-def _as_test(rows: pa.Table, choices: dict[str, Choice]) -> pa.Table:
-    """Rows of the test split with the columns of TEST, and their `number`."""
+def _with_scoring(rows: pa.Table, choices: dict[str, Choice]) -> pa.Table:
+    """Rows of the test split, those without a scoring with that of their task."""
     said = zip(rows["scoring"].to_pylist(), rows["task"].to_pylist(), strict=True)
-    changed = {
-        "scoring": pa.array([scoring or choices[task]["scoring"] for scoring, task in said], pa.string()),
-        "messages": pa.array(
-            [json.dumps(json.loads(record)[:-1], ensure_ascii=False) for record in rows["record"].to_pylist()],
-            pa.string(),
-        ),
-        "input_ids": rows["prompt_ids"],
-    }
-    columns = [changed[name] if name in changed else rows[name] for name in TEST.names]
-    return pa.table(columns, schema=TEST).append_column("number", rows["number"])
+    scoring = pa.array([scoring or choices[task]["scoring"] for scoring, task in said], pa.string())
+    return rows.set_column(rows.column_names.index("scoring"), "scoring", scoring)
 
 
 def _digest(test: pa.Table) -> str:
@@ -319,7 +302,7 @@ def _dropped(stats: DataStats, row: dict[str, Any], outcomes: Outcomes) -> str:
             of=more["copy_of"],
             similarity=float(outcomes.similarity[number]),
             text=record,
-            of_text=outcomes.texts(original),
+            of_text=outcomes.texts[original].as_py(),
         )
     return _dropped_line(stats, source, reason, record, **more)
 

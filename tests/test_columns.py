@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.columns import as_option, guess_columns, parse_columns
+from pipeline.data.columns import as_option, parse_columns
 from pipeline.data.formats import UnclearFormatError, open_rows, read_rows
 from pipeline.data.readers import FormatError
-from pipeline.data.records import Rejected, Row
+from pipeline.data.records import Row
 from pipeline.params import ColumnsParams
 
 TALK = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -38,38 +38,20 @@ def write(folder: Path, *records: Any) -> Path:
         ({"prompt": "Q", "response": "A", "source": "x", "label": 1}, {"source", "label"}),
         ({"conversation": [{"human": "Q", "assistant": "A", "turn": 1}]}, {"conversation[].turn"}),
         (
-            {"instruction": "Q", "instances": [{"input": "", "output": "A", "id": 1}], "id": "x"},
-            {"instances[].id", "id"},
+            {"instruction": "Q", "instances": [{"input": "", "output": "A", "id": 1}]},
+            {"id"},
         ),
         ({"text": "Q", "label": "A", "id": 1}, {"id"}),
         ({"messages": TALK, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, {"functions"}),
+        ({"q": "Q", "a": "A", "task": "t", "images": ["x.png"], "label": False}, {"images", "label"}),  # by a mapping
     ],
 )
 def test_what_is_not_read_is_named(tmp_path: Path, record: dict[str, Any], unused: set[str]) -> None:
-    file = open_rows(write(tmp_path, record))
+    file = open_rows(
+        write(tmp_path, record), columns=ColumnsParams(template="{q}?", response="a") if "q" in record else None
+    )
     assert [type(row) for row in file.rows] == [Row]
     assert file.unused == unused
-
-
-def test_a_mapping_names_what_it_does_not_read(tmp_path: Path) -> None:
-    path = write(tmp_path, {"q": "Q", "a": "A", "task": "t", "images": ["x.png"], "label": False})
-    file = open_rows(path, "auto", ColumnsParams(template="{q}?", response="a"))
-    assert len(list(file.rows)) == 1
-    assert file.unused == {"images", "label"}
-
-
-@pytest.mark.parametrize(("key", "value"), [("label", True), ("kto_tag", False), ("label", "FALSE")])
-def test_unpaired_preference_is_refused_and_not_trained_as_good(tmp_path: Path, key: str, value: Any) -> None:
-    for record in ({"messages": TALK}, {"prompt": "Q", "completion": "A"}):
-        [rejected] = read_rows(write(tmp_path, record | {key: value}))
-        assert isinstance(rejected, Rejected) and f"says in {key} " in rejected.reason
-
-
-@pytest.mark.parametrize("key", ["images", "audio"])
-def test_rows_with_pictures_or_sound_are_refused_and_those_without_are_not(tmp_path: Path, key: str) -> None:
-    one, two = read_rows(write(tmp_path, {"messages": TALK, key: ["x"]}, {"messages": TALK, key: []}))
-    assert isinstance(one, Rejected) and f"has {key}, and only text" in one.reason
-    assert isinstance(two, Row)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +89,10 @@ NAME = (
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(NAME, NAME)
 def test_a_guessed_mapping_is_read_back_from_its_option(prompt: str, response: str) -> None:
-    columns = ColumnsParams(prompt=prompt, response=response)
-    [option] = shlex.split(as_option(columns))
-    assert parse_columns(option) == columns
-
-
-def test_a_template_on_the_command_line_has_commas_and_line_ends() -> None:
-    columns = parse_columns("template=Title, {title}\\n{body},response=answer")
-    assert columns == ColumnsParams(template="Title, {title}\n{body}", response="answer")
+    template = ColumnsParams(template="Title, {title}\n{body}", response=response)
+    for columns in (ColumnsParams(prompt=prompt, response=response), template):
+        [option] = shlex.split(as_option(columns))
+        assert parse_columns(option) == columns
 
 
 BROKEN = ["", "question", "prompt=", "question=prompt,response=x", "prompt=q", "template={,response=a"]
@@ -125,7 +103,3 @@ BROKEN += ["template={q.x!r},response=a", "template={},response=a", "prompt=q,re
 def test_a_mapping_on_the_command_line_that_cannot_work_is_refused(text: str) -> None:
     with pytest.raises(FormatError):
         parse_columns(text)
-
-
-def test_one_text_column_gives_no_guess() -> None:
-    assert guess_columns([{"text": "T", "n": 1}, 3]) is None

@@ -7,44 +7,19 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.report import (
-    EXAMPLES,
-    DataReportError,
-    DataStats,
-    excerpt,
-    write_report,
-)
+from pipeline.data.report import DataReportError, DataStats, excerpt, write_report
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1))"
 )
-MAX_LENGTH = 64
 
 
 def turns(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
 
 
-def count(stats: DataStats, number: int) -> None:
-    """One row, whose fate follows from its number."""
-    stats.add_read(f"format{number % 2}", f"file{number % 3}", 1)
-    source = f"file{number % 3}:{number}"
-    if number % 4 == 0:
-        stats.dropped.add(f"reason {number % 8}", source=source, text=turns(f"text {number}"))
-        stats.duplicates.add("exact", source=source, of="file0:1", similarity=1.0, text="a", of_text="b")
-        return
-    if number % 7 == 0:
-        stats.repaired.add("put right", source=source, text=turns(f"text {number}"))
-    split = "test" if number % 5 == 0 else "train"
-    length = number % MAX_LENGTH + 1
-    stats.tasks[split][f"task {number % 3}"] += 1
-    if split == "train":
-        stats.lengths[length] += 1
-        stats.trained_tokens += length // 2
-
-
-def finished(stats: DataStats) -> dict[str, Any]:
-    return stats.report(MAX_LENGTH, "0" * 64, [("user says ", False), ("yes", True)], 0, {})
+def finished(stats: DataStats, prompt: str = "user says ") -> dict[str, Any]:
+    return stats.report(64, "0" * 64, [(prompt, False), ("yes", True)], 0, {})
 
 
 @pytest.fixture
@@ -60,30 +35,27 @@ def full() -> dict[str, Any]:
         stats.dropped.add(reason, source=HOSTILE, text=turns(HOSTILE + " a@b.org"))
     pair = {"source": HOSTILE, "of": HOSTILE, "similarity": 0.93, "text": turns(HOSTILE), "of_text": turns(HOSTILE)}
     stats.duplicates.add(HOSTILE, **pair)
-    return stats.report(MAX_LENGTH, "0" * 64, [(f"```{HOSTILE}\n", False), ("answer", True)], 0, {})
+    return finished(stats, f"```{HOSTILE}\n")
 
 
 def test_the_numbers_are_those_of_the_rows() -> None:
     stats = DataStats()
-    for number in range(1, 201):
-        count(stats, number)
+    stats.add_read("alpaca", "a.json", 40)
+    stats.tasks |= {"train": Counter(one=20, two=10), "test": Counter(one=2)}
+    stats.lengths.update(range(1, 31))
+    stats.trained_tokens = 100
+    for number in range(8):
+        stats.dropped.add("seldom" if number < 2 else "often", source=f"a.json:{number}", text=turns("text"))
     report = finished(stats)
-    kept = [number for number in range(1, 201) if number % 4]
-    train = [number for number in kept if number % 5]
-    lengths = sorted(number % MAX_LENGTH + 1 for number in train)
-    assert report["rows_in"] == 200
-    assert report["rows"] == {"train": len(train), "validation": 0, "test": len(kept) - len(train)}
-    assert sum(report["dropped"].values()) == 200 - len(kept)
-    assert report["train_tokens"] == {
-        "total": sum(lengths),
-        "trained": sum(length // 2 for length in lengths),
-        "median_per_row": lengths[len(lengths) // 2],
-        "max_per_row": lengths[-1],
+    assert report["rows_in"] == 40
+    assert report["rows"] == {"train": 30, "validation": 0, "test": 2}
+    assert list(report["dropped"].items()) == [("often", 6), ("seldom", 2)]
+    assert {reason: len(examples) for reason, examples in report["dropped_examples"].items()} == {
+        "often": 5,
+        "seldom": 2,
     }
-    assert report["lengths"]["8"] == sum(4 < length <= 8 for length in lengths)
-    assert sum(report["lengths"].values()) == len(train)
-    assert all(len(examples) <= EXAMPLES for examples in report["dropped_examples"].values())
-    assert list(report["dropped"].values()) == sorted(report["dropped"].values(), reverse=True)
+    assert report["train_tokens"] == {"total": 465, "trained": 100, "median_per_row": 16, "max_per_row": 30}
+    assert report["lengths"] == {"1": 1, "2": 1, "4": 2, "8": 4, "16": 8, "32": 14}
 
 
 def test_a_row_that_is_neither_kept_nor_dropped_is_no_report() -> None:
@@ -99,8 +71,8 @@ def test_the_example_and_the_excerpts_hold_no_secrets() -> None:
     stats.add_read("a", "f", 1)
     key = "AKIA" + "A1B2" * 4
     stats.dropped.add("reason", source="f:1", text=turns(f"use {key} " + "word " * 500))
-    report = stats.report(MAX_LENGTH, "0" * 64, [(f"use {key}", False)], 0, {})
-    assert report["example_segments"] == [("use ***", False)]
+    report = finished(stats, f"use {key}")
+    assert report["example_segments"] == [("use ***", False), ("yes", True)]
     (example,) = report["dropped_examples"]["reason"]
     assert example["text"].startswith("user: use *** word") and len(example["text"]) <= 600
 

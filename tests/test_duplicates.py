@@ -18,18 +18,14 @@ def written(draw: random.Random, chinese: bool, length: int) -> list[str]:
 
 
 def edited(draw: random.Random, words: Sequence[str], chinese: bool, edits: int) -> list[str]:
-    """A copy with words replaced, inserted, deleted, or two parts swapped."""
+    """A copy with words replaced, inserted or deleted, and two parts swapped after many edits."""
     copy = list(words)
-    for _ in range(edits):
-        at, how = draw.randrange(len(copy)), draw.choice(("replace", "replace", "insert", "delete", "reorder"))
-        if how == "replace":
-            copy[at] = written(draw, chinese, 1)[0]
-        elif how == "insert":
-            copy[at:at] = written(draw, chinese, 1)
-        elif how == "delete" and len(copy) > 5:
-            del copy[at]
-        elif how == "reorder":
+    for edit in range(edits):
+        at = draw.randrange(len(copy) - 1)
+        copy[at : at + draw.randint(0, 1)] = written(draw, chinese, draw.randint(0, 1))
+        if edit == 5:
             copy = copy[at:] + copy[:at]
+        copy += written(draw, chinese, 3 - len(copy))
     return copy
 
 

@@ -16,7 +16,7 @@ from pipeline.data import snapshot
 from pipeline.data.formats import find_files, read_rows
 from pipeline.data.readers import FormatError
 from pipeline.data.records import Row
-from pipeline.data.shards import read_rejected, read_snapshot
+from pipeline.data.shards import read_rejected
 from pipeline.data.snapshot import recover
 from pipeline.ingest import IngestError, collect, ingest
 from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams
@@ -71,8 +71,7 @@ def test_new_data_makes_a_new_snapshot_and_the_base_stays(project: Path, tmp_pat
     [rejected] = read_rejected(project / "data/instructions")
     assert (rejected.source, rejected.reason) == ("new.jsonl:21", "output is empty")
     assert rejected.record == {"instruction": "q", "output": ""}
-    notes = read_snapshot(project / "data/instructions")
-    assert notes is not None
+    notes = read_json(project / "data/instructions/snapshot.json")
     assert (notes["records"], notes["rows"], notes["rejected"]) == (22, 21, 1)
     again = ingest(AUTO, [str(new)], project)
     assert not again.changed
@@ -131,22 +130,13 @@ def test_a_named_format_and_columns_hold_for_every_source_without_its_own(tmp_pa
     named = AUTO.model_copy(update={"format": "alpaca"})
     notes = collect(named, [str(both)], tmp_path / "one", tmp_path)
     assert notes["sources"][0]["files"][0]["format"] == "alpaca"
-    mapped = AUTO.model_copy(
-        update={
-            "sources": [
-                SourceParams(uri=str(both), format="sharegpt"),
-                SourceParams(uri=str(other), columns=ColumnsParams(prompt="q", response="a")),
-            ]
-        }
-    )
+    own = SourceParams(uri=str(other), columns=ColumnsParams(prompt="q", response="a"))
+    mapped = named.model_copy(update={"sources": [SourceParams(uri=str(both), format="sharegpt"), own]})
     notes = collect(mapped, (), tmp_path / "two", tmp_path)
     assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
     assert {row.messages[-1]["content"] for row in rows_of(tmp_path / "two")} == {"a", "A"}
     with pytest.raises(IngestError, match="no source is named"):
         collect(AUTO, (), tmp_path / "three", tmp_path)
-    # What is said for all does not mix with what a source says itself.
-    notes = collect(mapped.model_copy(update={"format": "alpaca"}), (), tmp_path / "four", tmp_path)
-    assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
 
 
 def test_what_was_not_used_and_what_was_repaired_is_noted_by_file(tmp_path: Path) -> None:
@@ -156,14 +146,6 @@ def test_what_was_not_used_and_what_was_repaired_is_noted_by_file(tmp_path: Path
     notes = collect(AUTO, [str(one), str(two)], tmp_path / "snapshot", tmp_path)
     assert [file["not_used"] for each in notes["sources"] for file in each["files"]] == [["lang", "messages[].id"], []]
     assert [each["repaired"] for each in notes["sources"]] == [{"consecutive user turns joined": 1}, {}]
-
-
-def test_a_snapshot_can_be_a_source(tmp_path: Path) -> None:
-    path = source(tmp_path / "new", *sample_rows(10), {"instruction": "q", "output": ""})
-    collect(AUTO, [str(path)], tmp_path / "one", tmp_path)
-    notes = collect(AUTO, [str(tmp_path / "one")], tmp_path / "two", tmp_path)
-    assert (notes["rows"], notes["rejected"]) == (10, 0)
-    assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
 
 
 def mixture(folder: Path, sizes: dict[str, int], **knobs: tuple[float | None, int | None]) -> list[Row]:
@@ -212,10 +194,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     path = source(tmp_path / "new", *sample_rows(5))
     tables = module.tables
 
-    def changed(rows: Any) -> Any:
+    def changed(*arguments: Any) -> Any:
         with path.open("a") as file:
             file.write("\n")
-        return tables(rows)
+        return tables(*arguments)
 
     monkeypatch.setattr(module, "tables", changed)
     with pytest.raises(IngestError, match=r"new\.jsonl changed while it was read"):
@@ -232,13 +214,18 @@ def test_a_rejected_record_is_kept_as_far_as_a_person_needs_it(tmp_path: Path) -
     assert [isinstance(each.record, str) for each in rejected] == [True, True, True, False]
 
 
-def test_the_same_data_is_the_same_snapshot_and_two_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
-    paths = [str(source(tmp_path / name, *sample_rows(5))) for name in "ab"]
+def test_the_same_data_is_the_same_snapshot_which_can_be_a_source_and_files_of_one_name_are_both_kept(
+    tmp_path: Path,
+) -> None:
+    paths = [str(source(tmp_path / name, *sample_rows(5), {"instruction": "q", "output": ""})) for name in "ab"]
     for name in ("one", "two"):
         assert collect(AUTO, paths, tmp_path / name, tmp_path)["rows"] == 10
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
     assert {*read_json(tmp_path / "one" / "snapshot.json")["shards"], "snapshot.json", "rejected.jsonl"} == {*files[0]}
+    notes = collect(AUTO, [str(tmp_path / "one")], tmp_path / "three", tmp_path)
+    assert (notes["rows"], notes["rejected"]) == (10, 0)
+    assert rows_of(tmp_path / "three") == rows_of(tmp_path / "one")
 
 
 def test_the_command_says_what_it_recognised_and_a_format_named_there_overrules_columns(

@@ -37,6 +37,7 @@ def rows(tmp_path: Path) -> Path:
 
 def test_a_prepared_row_is_shown_with_all_its_tokens_and_what_is_trained(dataset: Path) -> None:
     [shown] = inspect_dataset(dataset, "train", 3, None, None, 1)
+    assert shown.id is not None and inspect_dataset(dataset, "train", None, shown.id, None, 3) == [shown]
     record = pq.read_table(dataset / "train.parquet").slice(3, 1).to_pylist()[0]
     assert [number for token in shown.tokens for number in token.ids] == record["input_ids"]
     assert shown.trained == sum(label != -100 for label in record["labels"])
@@ -51,12 +52,6 @@ def test_a_test_row_is_shown_as_prompt_and_reference(dataset: Path) -> None:
     assert "".join(token.text for token in shown.tokens) == record["prompt"]
     assert (shown.reference, shown.trained) == (record["reference"], 0)
     assert f"expected: {record['reference']}" in as_text(shown).plain
-
-
-def test_a_row_is_found_by_its_id(dataset: Path) -> None:
-    id = pq.read_table(dataset / "train.parquet").column("id")[5].as_py()
-    [shown] = inspect_dataset(dataset, "train", None, id, None, 3)
-    assert (shown.id, shown.place) == (id, "train row 5")
 
 
 @pytest.mark.parametrize(
@@ -115,20 +110,14 @@ def test_the_tokens_texts_together_are_the_text(template: ChatTemplate, text: st
 
 def test_the_trained_tokens_stand_in_brackets_and_green(template: ChatTemplate) -> None:
     encoded = template.encode([{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}])
-    tokens = tokens_of(template.tokenizer, encoded.input_ids, encoded.labels)
-    text = as_text(Shown("row 0", "kept", [], "t", tokens))
-    *_, start, answer, _ = text.plain.split("\n")
-    assert start.replace("·", "") == "<|im_start|>assistant⏎"
-    assert answer.endswith("·<|im_end|>⟧⏎") and answer.replace("·", "") == "⟦blue<|im_end|>⟧⏎"
+    shown = tokens_of(template.tokenizer, encoded.input_ids, encoded.labels)
+    text = as_text(Shown("row 0", "kept", [], "t", shown))
+    *_, start, answer, _ = text.plain.replace("·", "").split("\n")
+    assert (start, answer) == ("<|im_start|>assistant⏎", "⟦blue<|im_end|>⟧⏎")
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert "".join(green) == "blue<|im_end|>"
-
-
-def test_the_bracket_is_closed_after_a_last_token_that_is_trained(template: ChatTemplate) -> None:
-    ids = template.tokenizer.encode("red blue")
-    tokens = tokens_of(template.tokenizer, ids, ids)
-    text = as_text(Shown("row 0", "kept", [], "t", tokens)).plain
-    assert text.replace("·", "").split("\n")[1] == "⟦red blue⟧"
+    whole = as_text(Shown("row 0", "kept", [], "t", [token for token in shown if token.trained])).plain
+    assert whole.replace("·", "").split("\n")[1] == "⟦blue<|im_end|>⟧"
 
 
 def test_text_cannot_drive_the_terminal(template: ChatTemplate) -> None:

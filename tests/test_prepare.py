@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,8 @@ from pipeline.data.outcomes import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST,
 from pipeline.params import Params
 from pipeline.prepare import Prepared, PrepareError, prepare
 
-OUTPUTS = {f"{split}.parquet" for split in SPLITS} | {
-    "contract.json",
-    "report.json",
-    "report.md",
-    "report.html",
-    "dropped.jsonl",
+OUTPUTS = {*(f"{split}.parquet" for split in SPLITS), "contract.json", "dropped.jsonl"} | {
+    f"report.{suffix}" for suffix in ("json", "md", "html")
 }
 
 
@@ -41,10 +37,10 @@ def read(output: Path, column: str) -> dict[str, list[Any]]:
 
 
 def splits_by(output: Path, column: str) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = defaultdict(set)
     for split, values in read(output, column).items():
         for value in values:
-            found.setdefault(value, set()).add(split)
+            found[value].add(split)
     return found
 
 
@@ -93,15 +89,19 @@ def test_every_output_is_written_and_the_counts_agree(params: Params, tmp_path: 
         assert row["prompt"].endswith("<|im_start|>assistant\n")
 
 
-def test_a_row_never_moves_between_splits(params: Params, tmp_path: Path) -> None:
-    (tmp_path / "less").mkdir()
-    (tmp_path / "more").mkdir()
-    more = sample_rows(300)
-    random.Random(1).shuffle(more)
-    before = splits_by(run(params, tmp_path / "less", sample_rows(200))[1], "id")
-    after = splits_by(run(params, tmp_path / "more", more)[1], "id")
+def test_no_row_moves_and_the_test_split_stays_when_rows_are_added(params: Params, tmp_path: Path) -> None:
+    rows = varied_rows(200)
+    _, output = run(params, tmp_path, rows)
+    before, frozen = splits_by(output, "id"), pq.read_table(output / "test.parquet").drop_columns("source")
+    digest = read_json(output / "report.json")["test_sha256"]
+    more = [row | {"group": group_in("train", params)} for row in varied_rows(50, seed=5)]
+    random.Random(6).shuffle(rows)
+    run(params, tmp_path, [*more, *rows])
+    after = splits_by(output, "id")
     assert len(before) == 200 and all(len(splits) == 1 for splits in after.values())
     assert before == {id: after[id] for id in before}
+    assert pq.read_table(output / "test.parquet").drop_columns("source").equals(frozen)
+    assert read_json(output / "report.json")["test_sha256"] == digest
 
 
 def test_the_splits_have_the_sizes_asked_for(params: Params) -> None:
@@ -209,15 +209,25 @@ def test_every_row_is_kept_or_dropped_with_a_reason(params: Params, tmp_path: Pa
     assert all(d["reason"] in result.dropped for d in dropped(output))
 
 
-def test_too_many_unusable_rows_leave_the_output_as_it_was(params: Params, tmp_path: Path) -> None:
-    _, output = run(params, tmp_path, sample_rows(100))
-    before = files_of(output)
-    broken = [ask(f"q{i}", "") for i in range(6)]
-    with pytest.raises(
-        PrepareError, match=r"6 of 106 rows are unusable.*6 × a row output is empty.*rows\.json:\[100\]"
-    ):
-        run(params, tmp_path, [*sample_rows(100), *broken])
-    assert files_of(output) == before
+@pytest.mark.parametrize(
+    ("rows", "changes", "what"),
+    [
+        ([*sample_rows(100), *(ask(f"q{i}", "") for i in range(6))], {},
+         r"6 of 106 rows are unusable.*6 × a row output is empty.*rows\.json:\[100\]"),
+        ([*sample_rows(100), ask("q", "word " * 200)], {"on_overlong": "error"},
+         r"rows\.json:\[100\] has \d+ tokens, more than prepare\.max_length \(128\): raise it"),
+        ([ask(f"q{i}", "a", group="same") for i in range(3)], {"max_length": 10},
+         r"split is empty: 3 rows .*10 tokens"),
+    ],
+)  # fmt: skip
+def test_data_that_cannot_become_a_dataset_leaves_the_output_as_it_was(
+    params: Params, tmp_path: Path, rows: list[Any], changes: dict[str, Any], what: str
+) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "contract.json").write_text("{}")
+    with pytest.raises(PrepareError, match=what):
+        run(params, tmp_path, rows, **changes)
+    assert files_of(tmp_path / "dataset") == {"contract.json": b"{}"}
     assert {path.name for path in tmp_path.iterdir()} == {"data", "dataset"}
 
 
@@ -233,20 +243,6 @@ def test_rows_are_kept_up_to_max_length_and_longer_ones_are_no_sign_of_a_broken_
         lengths.append(template.encode([*json.loads(row["messages"]), answer]).length)
     assert max(lengths) == 100
     assert result.dropped == {OVERLONG: 199 - len(lengths)}
-
-
-def test_an_overlong_row_stops_the_stage_on_demand(params: Params, tmp_path: Path) -> None:
-    rows = [*sample_rows(100), ask("q", "word " * 200)]
-    with pytest.raises(
-        PrepareError, match=r"rows\.json:\[100\] has \d+ tokens, more than prepare\.max_length \(128\): raise it"
-    ):
-        run(params, tmp_path, rows, on_overlong="error")
-
-
-def test_an_empty_split_is_refused_with_the_way_out(params: Params, tmp_path: Path) -> None:
-    rows = [ask(f"q{i}", "a", group=group_in("train", params)) for i in range(3)]
-    with pytest.raises(PrepareError, match=r"the train split is empty: 3 rows .*10 tokens"):
-        run(params, tmp_path, rows, max_length=10)
 
 
 LABELS = ["yes", "No.", "no", "YES"]  # two, as they are compared
@@ -337,38 +333,17 @@ def test_near_copies_in_the_test_split_stay_and_count_as_one_group(params: Param
     assert sum("lighthouse" in row["prompt"] for row in table) == 2
 
 
-def test_rows_for_training_leave_the_test_split_as_it_was(params: Params, tmp_path: Path) -> None:
-    rows = varied_rows(200)
-    _, before = run(params, tmp_path, rows)
-    frozen = pq.read_table(before / "test.parquet").drop_columns("source")
-    digest = read_json(before / "report.json")["test_sha256"]
-    train = [row | {"group": group_in("train", params)} for row in varied_rows(50, seed=5)]
-    random.Random(6).shuffle(rows)
-    _, after = run(params, tmp_path, [*train, *rows])
-    assert pq.read_table(after / "test.parquet").drop_columns("source").equals(frozen)
-    assert read_json(after / "report.json")["test_sha256"] == digest
-
-
 def test_a_long_conversation_is_split_between_turns_and_every_answer_is_trained_once(
     params: Params, tmp_path: Path
 ) -> None:
-    turns = [
-        {"role": role, "content": f"{name}{i} said once"}
-        for i in range(12)
-        for role, name in (("user", "question"), ("assistant", "answer"))
-    ]
-    _, output = run(
-        params,
-        tmp_path,
-        [{"messages": turns, "group": group_in("train", params)}, *talks("question", "answer", number=100)],
-        on_overlong="split",
-    )
+    [long] = talks(*(f"{name}{i} said once" for i in range(12) for name in ("question", "answer")), number=1)
+    rows = [long | {"group": group_in("train", params)}, *talks("question", "answer", number=100)]
+    _, output = run(params, tmp_path, rows, on_overlong="split")
     tokenizer = load_contract(read_json(output / "contract.json")).tokenizer
     trained = [
-        tokenizer.decode([id for id, label in zip(ids, labels, strict=True) if label != -100])
+        tokenizer.decode([id for id, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100])
         for split in ("train", "validation")
         for row in pq.read_table(output / f"{split}.parquet").to_pylist()
-        for ids, labels in [(row["input_ids"], row["labels"])]
     ]
     for i in range(12):
         assert sum(f"answer{i} said once" in text for text in trained) == 1

@@ -12,7 +12,7 @@ from pipeline.data import shards
 from pipeline.data.formats import read_rows
 from pipeline.data.readers import FormatError
 from pipeline.data.records import Rejected, Row
-from pipeline.data.shards import SCHEMA, SHARD_SCHEMA, ShardWriter, is_shard, read_shard, tables
+from pipeline.data.shards import SCHEMA, SHARD_SCHEMA, is_shard, read_shard, tables, write_shards
 
 
 def table(number: int, first: int = 0, size: int = 10) -> pa.Table:
@@ -27,10 +27,7 @@ def table(number: int, first: int = 0, size: int = 10) -> pa.Table:
 
 def write(folder: Path, *tables: pa.Table) -> list[str]:
     folder.mkdir()
-    writer = ShardWriter(folder, "rows.jsonl")
-    for each in tables:
-        writer.add(each)
-    names = writer.close()
+    names = write_shards(tables, folder, "rows.jsonl")
     assert sorted(names) == sorted(path.name for path in folder.iterdir())
     return names
 
@@ -61,7 +58,7 @@ def test_a_shard_reads_as_the_rows_it_was_made_of(tmp_path: Path) -> None:
         '"group": 7}\n'
         '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "scoring": "exact"}\n'
     )
-    names = write(tmp_path / "shards", *(table for table, _ in tables(read_rows(source))))
+    names = write(tmp_path / "shards", *tables(read_rows(source), []))
     [path] = [tmp_path / "shards" / name for name in names]
     rows = list(read_rows(path))
     assert all(isinstance(row, Row) for row in rows)
@@ -69,16 +66,12 @@ def test_a_shard_reads_as_the_rows_it_was_made_of(tmp_path: Path) -> None:
     assert is_shard(path)
 
 
-def test_what_is_no_shard_is_told_and_a_damaged_one_refused(tmp_path: Path) -> None:
+def test_a_damaged_shard_is_refused_and_a_forged_one_checked_row_by_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
     assert not is_shard(tmp_path / "other.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(FormatError, match="is damaged"):
         read_shard(tmp_path / "broken.parquet")
-
-
-def test_a_forged_shard_is_checked_row_by_row(tmp_path: Path) -> None:
     forged = {"source": "s", "messages": '[{"role": "assistant"}]', "task": "t", "repairs": []}
     pq.write_table(pa.Table.from_pylist([forged], schema=SHARD_SCHEMA), tmp_path / "forged.parquet")
-    [row] = read_rows(tmp_path / "forged.parquet")
-    assert isinstance(row, Rejected)
+    assert [type(row) for row in read_rows(tmp_path / "forged.parquet")] == [Rejected]

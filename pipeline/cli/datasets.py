@@ -6,9 +6,8 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,12 +25,6 @@ Columns = Annotated[
     str | None,
     typer.Option(help="Which column is what, instead of ingest.columns: prompt=question,response=answer."),
 ]
-
-
-class Split(StrEnum):
-    train = "train"
-    validation = "validation"
-    test = "test"
 
 
 def ingest(
@@ -79,7 +72,7 @@ def ingest(
 
 def inspect(
     file: Annotated[Path | None, typer.Argument(help="A data file or folder; else the prepared dataset.")] = None,
-    split: Annotated[Split, typer.Option(help="Of the dataset.")] = Split.train,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Of the dataset.")] = "train",
     row: Annotated[int | None, typer.Option(min=0, help="The first row to show; 0 is the first of all.")] = None,
     id: Annotated[str | None, typer.Option(help="The row with this id, as the reports name it.")] = None,
     task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
@@ -105,7 +98,7 @@ def inspect(
     if misplaced is not None:
         raise CommandError("--format and --columns are for a file, --id is for the prepared dataset")
     if file is None:
-        shown = inspect_dataset(Path("artifacts/dataset"), split.value, row, id, task, count)
+        shown = inspect_dataset(Path("artifacts/dataset"), split, row, id, task, count)
     else:
         params = params.model_copy(update={"ingest": _reading(params.ingest, format, columns)})
         shown = inspect_file(params, file, row, task, count, None if json_output else _terminal())

@@ -6,12 +6,12 @@ A column that says something and is not read is noted by its name; one that chan
 import re
 import shlex
 import string
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.data.known_formats import CONTEXT_NAMES, KNOWN_FORMATS
 from pipeline.data.readers import FormatError
 from pipeline.params import ColumnsParams
 
@@ -19,6 +19,7 @@ MEDIA = frozenset(name + s for name in ("image", "audio", "video") for s in ("",
 UNPAIRED = frozenset(("label", "kto_tag"))  # of TRL and LLaMA-Factory: whether an answer is a good one
 # Parts of the names that columns have elsewhere, the likeliest first.
 PROMPT_NAMES = ("question", "prompt", "query", "instruction", "request", "user", "human", "input", "title", "source")
+CONTEXT_NAMES = ("context", "passage", "document", "paragraph", "background", "evidence", "input")
 ANSWER_NAMES = ("answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution")
 NOT_TEXT = re.compile(r"(^|_)(uu)?(id|date|time|url|lang|language)$", re.IGNORECASE)
 MAPPED = ("columns", "classification")  # formats of which a person, or the task, says which columns count
@@ -28,17 +29,6 @@ def named_columns(columns: ColumnsParams) -> list[str]:
     """The columns that a mapping names."""
     names = [value for key, value in columns.model_dump().items() if key != "template" and value is not None]
     return names + [name for _, name, _, _ in string.Formatter().parse(columns.template or "") if name]
-
-
-def columns_read(format: str, columns: ColumnsParams | None) -> frozenset[str]:
-    """The columns that the converter of a format may read; a mapping reads what it names."""
-    if format in KNOWN_FORMATS and KNOWN_FORMATS[format].convert:
-        return KNOWN_FORMATS[format].reads
-    columns = columns or ColumnsParams()
-    names = {*named_columns(columns), "task", "group", "scoring", "tools"}
-    if format == "classification":
-        names |= {columns.response or "label"} | (set() if columns.template else {columns.prompt or "text"})
-    return frozenset(names)
 
 
 def note_unread(record: dict[str, Any], format: str, reads: frozenset[str], unused: set[str]) -> None:
@@ -60,19 +50,24 @@ def note_unread(record: dict[str, Any], format: str, reads: frozenset[str], unus
 
 def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
     """A mapping that could be meant: by the names of text columns, else by their lengths."""
-    texts: dict[str, int] = {}  # column → characters
+    texts = Counter[str]()  # column → characters
     for record in records:
         for key, value in record.items() if isinstance(record, dict) else ():
             if isinstance(value, str) and value.strip() and not NOT_TEXT.search(key):
-                texts[key] = texts.get(key, 0) + len(value.rstrip())
+                texts[key] += len(value.rstrip())
     if len(texts) < 2:
         return None
     names = sorted(texts, key=texts.__getitem__)[::-1]  # of equal ones the last is the answer
-    response = _named_like(names, ANSWER_NAMES)
-    prompt = _named_like([name for name in names if name != response], PROMPT_NAMES)
-    response = response or next(name for name in names if name != prompt)
-    prompt = prompt or next(name for name in names if name != response)
-    context = _named_like([name for name in names if name not in (prompt, response)], CONTEXT_NAMES)
+
+    def take(parts: Iterable[str]) -> str | None:
+        name = next((name for part in parts for name in names if part in name.lower()), None)
+        names.remove(name) if name else None
+        return name
+
+    response, prompt = take(ANSWER_NAMES), take(PROMPT_NAMES)
+    response = response or names.pop(0)
+    prompt = prompt or names.pop(0)
+    context = take(CONTEXT_NAMES)
     if context is None:
         return ColumnsParams(prompt=prompt, response=response)
     if any(brace in prompt + context for brace in "{}"):
@@ -92,11 +87,7 @@ def as_option(columns: ColumnsParams) -> str:
 
 
 def parse_columns(text: str) -> ColumnsParams:
-    """A mapping from the command line, such as `prompt=question,response=answer`; \\n in a template is a line's end.
-
-    Raises:
-        FormatError: a part is not KEY=COLUMN, or the mapping cannot work.
-    """
+    """A mapping from the command line, such as `prompt=question,response=answer`; \\n in a template is a line's end."""
     keys = "|".join(ColumnsParams.model_fields)
     parts = re.split(rf"(?:^|,)\s*({keys})\s*=", text)
     pairs = dict(zip(parts[1::2], (part.strip().replace("\\n", "\n") for part in parts[2::2]), strict=True))
@@ -110,8 +101,3 @@ def parse_columns(text: str) -> ColumnsParams:
     except ValidationError as error:
         faults = "; ".join(str(each["ctx"]["error"]) for each in error.errors())
         raise FormatError(f"--columns is {text!r}; {faults}") from None
-
-
-def _named_like(keys: Iterable[str], names: Iterable[str]) -> str | None:
-    keys = list(keys)
-    return next((key for name in names for key in keys if name in key.lower()), None)

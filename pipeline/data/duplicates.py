@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,6 @@ LISTED = 32  # kept rows that a bucket lists: what more rows share without being
 TRIES = 8  # listed rows that a row is compared with, the likest first: boilerplate again
 SETS = 1024  # texts whose shingles are in memory at once
 MIXER = np.array([pow(0x9E3779B97F4A7C15, place + 1, 1 << 64) for place in range(LANES)], dtype=np.uint64)
-
-Item = TypeVar("Item", int, str)
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def near_duplicates(
     agreeing = LANES * (threshold - DOUBT * math.sqrt(threshold * (1 - threshold) / LANES))
     duplicate_of, similarity = np.full(len(order), -1), np.full(len(order), np.nan)
     crowded = np.zeros(len(order), dtype=bool)
-    clusters, compared = Clusters[int](place.__getitem__), 0
+    clusters, compared = Clusters(), 0  # of places in that order
     alike = order[(buckets[order] >= 0).any(axis=1)]
     progress = Progress("prepare", len(alike), "rows compared", every=2.0)
 
@@ -70,7 +68,7 @@ def near_duplicates(
         likest = others[np.lexsort((place[others], -agreed))][: np.count_nonzero(agreed >= agreeing)]
         tries = 0
         for other in likest.tolist():
-            if protected[row] and clusters.first(row) == clusters.first(other):
+            if protected[row] and clusters.first(place[row]) == clusters.first(place[other]):
                 continue
             if tries == TRIES:
                 crowded[row] = True
@@ -82,7 +80,7 @@ def near_duplicates(
             if not protected[row]:
                 duplicate_of[row], similarity[row] = other, near
                 break
-            clusters.join(row, other)
+            clusters.join(place[row], place[other])
         compared += tries
         if duplicate_of[row] < 0:
             for bucket in shared:
@@ -93,7 +91,7 @@ def near_duplicates(
 
     cluster = np.full(len(order), -1)
     for row in np.flatnonzero(protected).tolist():
-        cluster[row] = clusters.first(row)
+        cluster[row] = order[clusters.first(place[row])]
     return NearDuplicates(duplicate_of, similarity, cluster, compared, int(np.count_nonzero(crowded)))
 
 
@@ -111,21 +109,20 @@ def banding(threshold: float) -> tuple[int, int]:
     raise AssertionError("two minima a band are enough for 0.3")
 
 
-class Clusters(Generic[Item]):
-    """Items that are joined, by a union-find forest whose roots are the items of lowest rank."""
+class Clusters:
+    """Items that are joined, by a union-find forest whose roots are the least of their items."""
 
-    def __init__(self, rank: Callable[[Item], Any]) -> None:
-        self.rank: Callable[[Item], Any] = rank
-        self.parent: dict[Item, Item] = {}
+    def __init__(self) -> None:
+        self.parent: dict[Any, Any] = {}
 
-    def first(self, item: Item) -> Item:
+    def first(self, item: Any) -> Any:
         while (parent := self.parent.get(item, item)) != item:
             self.parent[item] = self.parent.get(parent, parent)
             item = parent
         return item
 
-    def join(self, item: Item, other: Item) -> None:
-        first, second = sorted((self.first(item), self.first(other)), key=self.rank)
+    def join(self, item: Any, other: Any) -> None:
+        first, second = sorted((self.first(item), self.first(other)))
         self.parent[second] = first
 
 

@@ -51,13 +51,14 @@ SCHEMA = pa.schema(
         ("asked", pa.list_(KEY)),  # the prompts of all answers of the conversation
         ("input_ids", TOKENS),
         ("labels", TOKENS),
+        ("label", pa.string()),  # the class of a text; null: answers are trained
         ("earlier_ids", pa.list_(TOKENS)),  # rows of the answers before, where the template rewrites earlier turns
         ("earlier_labels", pa.list_(TOKENS)),
-        # In the test split only:
+        # In the test split only, where input_ids are those of the prompt:
         ("group", pa.string()),
+        ("messages", pa.string()),  # JSON: the conversation before the answer
         ("tools", pa.string()),
         ("prompt", pa.string()),
-        ("prompt_ids", TOKENS),
         ("reference", pa.string()),
     ]
 )
@@ -112,20 +113,15 @@ def rows_of(table: pa.Table) -> list[Row]:
 def encode_rows(rows: list[Row], template: Encoder, params: PrepareParams) -> list[dict[str, Any]]:
     """Each row as a record of `SCHEMA` (several when a long one is split), with the `text` it is compared by."""
     records: list[dict[str, Any]] = []
-    reasons = [filter_reason(row, params.filters) for row in rows]
-    # All rows take one step before the next begins: going back and forth between libraries costs a quarter more.
-    fitted = [[] if reason else _fitted(row, template, params) for row, reason in zip(rows, reasons, strict=True)]
-    for row, reason, pieces in zip(rows, reasons, fitted, strict=True):
-        if reason is not None:
+    for row in rows:
+        if reason := filter_reason(row, params.filters):
             records.append(_dropped(row, reason, "filtered"))
             continue
         asked = prompt_keys(row.messages, row.tools)
         group = row.group if row.group is not None else asked[-1]
         split = split_of(group, params)
         try:
-            if isinstance(pieces, RowError):
-                raise pieces
-            for piece in pieces:
+            for piece in fit(template, row.messages, row.tools, params.max_length, params.on_overlong):
                 keys = asked if piece.messages is row.messages else prompt_keys(piece.messages, row.tools)
                 records.append(_record(row, piece, keys, group, split, template))
         except Overlong as error:
@@ -133,13 +129,6 @@ def encode_rows(rows: list[Row], template: Encoder, params: PrepareParams) -> li
         except RowError as error:
             records.append(_dropped(row, f"a row {error}", "unusable"))
     return records
-
-
-def _fitted(row: Row, template: Encoder, params: PrepareParams) -> list[Fitted] | RowError:
-    try:
-        return fit(template, row.messages, row.tools, params.max_length, params.on_overlong)
-    except RowError as error:
-        return error
 
 
 def split_of(group: str, params: PrepareParams) -> str:
@@ -190,6 +179,7 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
         "asked": [bytes.fromhex(key[:32]) for key in keys],
         "input_ids": piece.encoded.input_ids,
         "labels": piece.encoded.labels,
+        "label": messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,
         "earlier_ids": [row.input_ids for row in piece.encoded.earlier],
         "earlier_labels": [row.labels for row in piece.encoded.earlier],
         "text": compared_text(messages),
@@ -198,7 +188,8 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
         prompt, prompt_ids = template.prompt(messages[:-1], tools)
         if piece.encoded.input_ids[: len(prompt_ids)] != prompt_ids:
             raise RowError("has other tokens in its prompt alone than before its answer")
-        record |= {"group": group, "tools": tools, "prompt": prompt, "prompt_ids": prompt_ids}
+        record |= {"group": group, "tools": tools, "prompt": prompt, "input_ids": prompt_ids}
+        record["messages"] = json.dumps(messages[:-1], ensure_ascii=False)
         record |= _reference(piece, template, tools)
     return record
 
@@ -210,14 +201,11 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
         return {"reference": str(last["content"])}
     # How a call is written is the template's affair: it is what the trained tokens of the last turn say.
     ids, labels = piece.encoded.input_ids, piece.encoded.labels
-    end = len(labels)
-    while end and labels[end - 1] < 0:  # what the template appends after the end token
-        end -= 1
-    start = end
+    # Without what the template appends after the end token.
+    start = end = max((place for place, label in enumerate(labels, start=1) if label >= 0), default=0)
     while start and labels[start - 1] >= 0:
         start -= 1
-    trained = ids[start:end]
-    answer = read_answer(template, ids[:start], trained, tools)
+    answer = read_answer(template, ids[:start], ids[start:end], tools)
     if answer.tool_calls:
         return {"reference": canonical_calls(answer.tool_calls)}
     return {"reference": answer.text, "scoring": "text"}

@@ -4,16 +4,15 @@ Every record becomes a `Row`, or a `Rejected` with the reason. A file that fits 
 question that lists what was seen: a wrong guess is worse.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.columns import as_option, columns_read, guess_columns, named_columns, note_unread
-from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, SHARD_COLUMNS, Converter, converter, is_dialogue
+from pipeline.data.columns import as_option, guess_columns, named_columns, note_unread
+from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, SHARD_COLUMNS, Format, Records, reading
+from pipeline.data.messages import is_dialogue
 from pipeline.data.readers import KNOWN, FormatError, class_names, read_records, split_name
 from pipeline.data.records import Rejected, Row
 from pipeline.params import ColumnsParams
@@ -25,10 +24,15 @@ SAMPLE = 1000  # records at the start of a file by which its format is recognise
 class UnclearFormatError(FormatError):
     """A file fits no format or several: a person has to say which, or which of its columns is what."""
 
-    def __init__(self, what: str, formats: list[str], columns: ColumnsParams | None) -> None:
-        super().__init__(what)
+    def __init__(self, what: str, records: list[Any], formats: Sequence[str] = ()) -> None:
         self.formats = formats  # those that it could be; empty: any
-        self.columns = columns  # a guess, where there are texts to guess from
+        self.columns = guess_columns(records)  # where there are texts to guess from
+        guess = "template=…,response=…" if self.columns is None else as_option(self.columns)
+        known = "; ".join(f"{name} ({KNOWN_FORMATS[name]})" for name in FORMATS if str(KNOWN_FORMATS[name]))
+        super().__init__(
+            f"{what}; `retune ingest` reads it with its columns mapped, perhaps --columns {guess}, or with the name of "
+            f"its format, --format: {known}"
+        )
 
 
 Ask = Callable[[UnclearFormatError], tuple[str, ColumnsParams | None]]  # the format and columns that a person names
@@ -76,12 +80,7 @@ def open_rows(
     name: str | None = None,
     ask: Ask | None = None,
 ) -> RowFile:
-    """The file `path` with its format, and its rows as `read_rows` gives them.
-
-    Args:
-        name: what the file is called in `Row.source`; by default its file name.
-        ask: answers what an `UnclearFormatError` asks.
-    """
+    """The file `path`, called `name` in `Row.source`, with its format, and its rows as `read_rows` gives them."""
     records = read_records(path, name)
     first = list(islice(records, SAMPLE))
     if not first:
@@ -97,11 +96,9 @@ def open_rows(
             if ask is None:
                 raise
             format, columns = ask(error)
-    every = chain(first, records)
     unused: set[str] = set()
-    convert = converter(known, columns, class_names(path))
-    rows = _convert(best_paths(every) if known == "openassistant" else every, known, columns, convert, unused)
-    return RowFile(known, rows, unused)
+    reads = reading(known, columns, class_names(path))
+    return RowFile(known, _rows(reads.spread(chain(first, records)), known, reads, unused), unused)
 
 
 def maps(columns: ColumnsParams | None) -> bool:
@@ -117,7 +114,7 @@ def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParam
     if columns is not None:
         if missing := sorted(set(named_columns(columns)) - set(seen)):
             what = f"{path} has no column {', '.join(missing)}, which the mapping names; it has {', '.join(seen)}"
-            raise _unclear(what, records)
+            raise UnclearFormatError(what, records)
         if format == "auto" and maps(columns):
             return "columns"
     if format == "auto":
@@ -143,12 +140,12 @@ def _formats_of(record: Any) -> list[str]:
 
 
 def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
-    candidates = [_formats_of(record) for record in records]
-    if any("preference" in formats for formats in candidates):
+    if any(isinstance(record, dict) and record.keys() >= {"chosen", "rejected"} for record in records):
         raise FormatError(
             f"{path} holds preference pairs (chosen, rejected); Retune trains on single answers: take the chosen ones "
             "with --columns prompt=prompt,response=chosen (texts), or write them to a file of messages"
         )
+    candidates = [_formats_of(record) for record in records]
     certain = sorted({formats[0] for formats in candidates if len(formats) == 1})
     if len(certain) == 1:
         return certain[0]
@@ -156,30 +153,11 @@ def _guess(path: Path, records: list[Any], seen: list[str]) -> str:
     readable = next((record for record in records if not isinstance(record, Rejected)), records[0])
     columns_seen = ", ".join(seen) or type(readable).__name__
     which = f"looks like {' and '.join(possible)}" if possible else "is of no known format"
-    raise _unclear(f"{path} has {columns_seen} and {which}", records, possible)
+    raise UnclearFormatError(f"{path} has {columns_seen} and {which}", records, possible)
 
 
-def _unclear(what: str, records: list[Any], formats: list[str] | None = None) -> UnclearFormatError:
-    """The question which format or columns are meant, with a mapping that could be."""
-    columns = guess_columns(records)
-    guess = "template=…,response=…" if columns is None else as_option(columns)
-    known = "; ".join(f"{name} ({KNOWN_FORMATS[name]})" for name in FORMATS if str(KNOWN_FORMATS[name]))
-    question = (
-        f"{what}; `retune ingest` reads it with its columns mapped, perhaps --columns {guess}, or with the name of its "
-        f"format, --format: {known}"
-    )
-    return UnclearFormatError(question, formats or [], columns)
-
-
-def _convert(
-    records: Iterable[tuple[str, Any]],
-    format: str,
-    columns: ColumnsParams | None,
-    convert: Converter,
-    unused: set[str],
-) -> Iterator[Row | Rejected]:
-    """Every record as rows or rejections (one record of self-instruct can be several)."""
-    reads = columns_read(format, columns)
+def _rows(records: Records, format: str, known: Format, unused: set[str]) -> Iterator[Row | Rejected]:
+    """Every record as a row or a rejection."""
     for source, record in records:
         if isinstance(record, Rejected):
             yield record
@@ -187,49 +165,8 @@ def _convert(
         try:
             if not isinstance(record, dict):
                 raise ValueError(f"is a {type(record).__name__}, not an object")
-            if not reads.issuperset(record):
-                note_unread(record, format, reads, unused)
-            rows = convert(record, source, unused)
+            if not known.reads.issuperset(record):
+                note_unread(record, format, known.reads, unused)
+            yield known.row(record, source, unused)
         except ValueError as error:
             yield Rejected(source, str(error), record)
-            continue
-        yield from rows if isinstance(rows, list) else [rows]
-
-
-def best_paths(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The best conversation of each tree of OpenAssistant's flat files, in which a message a record names its parent.
-
-    That is, from the first message on, the answer with the lowest rank: (source, {path, left_out}) with the messages
-    that are not in it counted. A message that no first message leads to is a `Rejected`. All messages of a file are in
-    memory at once: those of a tree may stand anywhere in it.
-    """
-    waiting: dict[str, list[tuple[str, Any]]] = defaultdict(list)  # by the id of their parent; "" begins a tree
-    for source, record in records:
-        if isinstance(record, dict):
-            waiting[str(record.get("parent_id") or "")].append((source, record))
-        else:
-            yield source, record
-    for source, first in waiting.pop("", []):
-        tree, replies = [first], dict[str, list[Any]]()
-        for message in tree:  # grows on the way; what was taken once is not waiting any more, so no circle is endless
-            taken = [reply for _, reply in waiting.pop(str(message.get("message_id")), [])]
-            replies.setdefault(str(message.get("message_id")), taken)
-            tree += taken
-        path: list[dict[str, Any]] = []
-        answers = [first]
-        while usable := [message for message in answers if _is_usable(message)]:
-            path.append(min(usable, key=_rank))
-            answers = replies.pop(str(path[-1].get("message_id")), [])
-        yield source, {"path": path, "left_out": len(tree) - len(path)}
-    for source, record in chain(*waiting.values()):
-        text = json.dumps(record, ensure_ascii=False, default=str)
-        yield source, Rejected(source, "answers a message that is not in the file", text)
-
-
-def _is_usable(message: dict[str, Any]) -> bool:
-    return not message.get("deleted") and message.get("review_result") is not False
-
-
-def _rank(message: dict[str, Any]) -> float:
-    rank = message.get("rank")
-    return float(rank) if isinstance(rank, int | float) else float("inf")

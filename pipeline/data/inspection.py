@@ -16,17 +16,14 @@ import pyarrow.parquet as pq
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat.fitting import fit
-from pipeline.chat.rendering import RowError
 from pipeline.chat.template import load_contract
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import read_json
 from pipeline.data import classes
-from pipeline.data.encoding import Encoder, load_encoding
-from pipeline.data.filters import filter_reason
+from pipeline.data.encoding import Encoder, encode_rows, load_encoding
 from pipeline.data.formats import Ask, find_files, read_rows
 from pipeline.data.records import Rejected, Row
-from pipeline.params import Params
+from pipeline.params import Params, PrepareParams
 
 BYTES = "\ufffd"  # what a tokenizer decodes the part of a character to
 LONGEST_CHARACTER = 8  # tokens; a character has at most 4 bytes, some tokenizers put a token before it
@@ -113,12 +110,7 @@ def inspect_file(
 ) -> list[Shown]:
     """Up to `count` records of a data file or folder as they would be prepared, from number `row` on, or of one task.
 
-    It is read by `ingest.format` and `ingest.columns`, as `retune ingest` does; `ask` as there.
-    What only the whole data can tell (duplicates, leaks into the test split, the split itself) is not looked at.
-
-    Raises:
-        FormatError, TemplateError: see `read_rows` and `load_encoding`.
-        InspectionError: no such row.
+    It is read as by `retune ingest`. What only the whole data can tell (copies, leaks, the split) is not looked at.
     """
     format, columns = params.ingest.format, params.ingest.columns
     records = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))
@@ -132,35 +124,29 @@ def inspect_file(
         what = f"no row of task {task}" if task is not None else f"no row {row}"
         raise InspectionError(f"{path} has {what} (0 is the first)")
     template, _ = load_encoding(params.prepare, params.train.task)
-    return [each for number, record in chosen for each in _as_prepared(template, params, f"record {number}", record)]
+    # Every row is shown as one to train on: test rows would have their prompt alone.
+    prepare = params.prepare.model_copy(update={"test_fraction": 0.0, "validation_fraction": 0.0})
+    return [each for number, record in chosen for each in _as_prepared(template, prepare, f"record {number}", record)]
 
 
-def _as_prepared(template: Encoder, params: Params, place: str, row: Row | Rejected) -> list[Shown]:
-    prepare = params.prepare
+def _as_prepared(template: Encoder, params: PrepareParams, place: str, row: Row | Rejected) -> list[Shown]:
     if isinstance(row, Rejected):
         return [Shown(place, "dropped", [f"a row {row.reason}"], "", [], source=row.source, record=row.record)]
-    reason = filter_reason(row, prepare.filters)
-    try:
-        fitted = [] if reason else fit(template, row.messages, row.tools, prepare.max_length, prepare.on_overlong)
-    except RowError as error:
-        reason = f"the row {error}"
-    if reason:
-        return [Shown(place, "dropped", [reason], row.task, [], source=row.source, record=row.messages)]
-    shown = []
-    for part, piece in enumerate(fitted, start=1):
-        repairs = [*row.repairs, *piece.encoded.repairs]
-        shown.append(
-            Shown(
-                place=place if len(fitted) == 1 else f"{place}, part {part} of {len(fitted)}",
-                verdict="repaired" if repairs else "kept",
-                reasons=repairs,
-                task=row.task,
-                tokens=tokens_of(template.tokenizer, piece.encoded.input_ids, piece.encoded.labels),
-                source=row.source,
-                label=piece.messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,
-            )
+    records = encode_rows([row], template, params)
+    if why := records[0].get("detail") or records[0].get("reason"):
+        return [Shown(place, "dropped", [why], row.task, [], source=row.source, record=row.messages)]
+    return [
+        Shown(
+            place=place if len(records) == 1 else f"{place}, part {part} of {len(records)}",
+            verdict="repaired" if record["repairs"] else "kept",
+            reasons=record["repairs"],
+            task=row.task,
+            tokens=tokens_of(template.tokenizer, record["input_ids"], record["labels"]),
+            source=row.source,
+            label=record["label"],
         )
-    return shown
+        for part, record in enumerate(records, start=1)
+    ]
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int] | None = None) -> list[Token]:

@@ -12,13 +12,19 @@ from typing import Any
 from pipeline.chat import Message
 from pipeline.data.records import checked, parse_json, short, to_json
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"} | {
-    role: role for role in ("system", "user", "assistant", "tool")
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+    "developer": "system",
+    "human": "user",  # ShareGPT's
+    "prompter": "user",  # OpenAssistant's
+    "gpt": "assistant",
+    "function": "tool",
+    "observation": "tool",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")  # of Qwen and DeepSeek; of OpenRouter; of gpt-oss
 FLAGS = ("weight", "train", "loss_weight")  # of OpenAI, axolotl and LLaMA-Factory: whether a turn is trained
 TURN_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *REASONING, *FLAGS))
+# A dialogue in one text, as BELLE's multi-turn rows, Anthropic's and Guanaco's have it.
+SPEAKER = re.compile("(?:^|\n)[ \t]*(?:#{1,3} *)?(Human|Assistant)[ \t]*[:\uff1a]")
 THOUGHTS = re.compile(r"\s*<think>(.*?)</think>(?:(?:[ \t]*\r?\n)+|[ \t]*)", re.DOTALL)
 # The generation prompts of DeepSeek R1 and others open the thinking, so that recorded answers only close it.
 CLOSED_THOUGHTS = re.compile(r"((?:(?!<think>).)*?\n)</think>[ \t]*(?:\r?\n[ \t]*)*\n", re.DOTALL)
@@ -31,7 +37,7 @@ def chat_messages(turns: list[Any], key: str, unused: set[str]) -> list[Message]
     for turn in turns:
         role = turn.get("role") if isinstance(turn, dict) else turn
         if not isinstance(turn, dict) or not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"a message has role {short(role)}; expected system, user, assistant or tool")
+            raise ValueError(f"a message has role {short(role)}; expected one of {', '.join(ROLES)}")
         content, thoughts = turn.get("content"), ""
         if isinstance(content, list):
             content, thoughts = _join_parts(content)
@@ -58,18 +64,42 @@ def sharegpt_messages(turns: list[Any], key: str, unused: set[str]) -> list[Mess
     """ShareGPT's turns; `join_turns` makes one turn of function calls that follow each other."""
     translated = []
     for turn in turns:
-        speaker = turn.get("from") if isinstance(turn, dict) else turn
-        if not isinstance(turn, dict) or not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            raise ValueError(f"a turn is from {short(speaker)}; expected one of {', '.join(SHAREGPT_ROLES)}")
-        unused.update(f"{key}[].{name}" for name in ("role", "content", "tool_calls", "function_call") if name in turn)
-        value = turn.get("value")
-        message = {name: turn[name] for name in turn.keys() - {"from", "value", "tool_calls", "function_call"}}
-        message |= {"role": SHAREGPT_ROLES[speaker], "content": value}
-        if speaker == "function_call":
-            calls = value if isinstance(value, dict | list) else parse_json(value, "function_call")
-            message |= {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
-        translated.append(message)
+        if isinstance(turn, dict):
+            twice = ("role", "content", "tool_calls", "function_call")
+            unused.update(f"{key}[].{name}" for name in twice if name in turn)
+            message = {name: turn[name] for name in turn.keys() - {"from", "value", *twice}}
+            value = turn.get("value")
+            if turn.get("from") == "function_call":
+                calls = value if isinstance(value, dict | list) else parse_json(value, "function_call")
+                calls = calls if isinstance(calls, list) else [calls]
+                turn = message | {"role": "assistant", "content": None, "tool_calls": calls}
+            else:
+                turn = message | {"role": turn.get("from"), "content": value}
+        translated.append(turn)
     return chat_messages(translated, key, unused)
+
+
+def alternating(contents: list[str]) -> list[Message]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def is_dialogue(text: Any) -> bool:
+    """Whether `text` is a conversation written out: it begins with `Human:` and has an `Assistant:` of its own line."""
+    if not isinstance(text, str) or "Assistant" not in text:
+        return False
+    first = SPEAKER.match(text.strip())
+    return first is not None and first[1] == "Human" and "Assistant" in SPEAKER.findall(text.strip())
+
+
+def dialogue(text: str, key: str, open_end: bool) -> list[Message]:
+    """The turns of a conversation written out; with `open_end` its last `Assistant:` is left open and not returned."""
+    _, *parts = SPEAKER.split(text.strip())
+    speakers, contents = parts[::2], [part.strip() for part in parts[1::2]]
+    if speakers != [("Human", "Assistant")[i % 2] for i in range(len(speakers))]:
+        raise ValueError(f"{key} holds a conversation whose turns do not alternate between Human: and Assistant:")
+    if open_end and (speakers[-1] != "Assistant" or contents[-1]):
+        raise ValueError(f"{key} holds a conversation (Human:/Assistant:) that does not end with Assistant:")
+    return alternating([checked(content, key) for content in (contents[:-1] if open_end else contents)])
 
 
 def join_turns(messages: list[Message]) -> tuple[list[Message], list[str]]:
@@ -135,13 +165,9 @@ def tool_call(call: Any) -> dict[str, Any]:
     return number | {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def tools_of(record: dict[str, Any], unused: set[str]) -> str | None:
+def tools_of(tools: Any) -> str | None:
     """The offer of tools in OpenAI's shape, which chat templates expect; bare schemas are wrapped."""
-    tools = record.get("tools") or record.get("functions") or None
-    if record.get("tools") and record.get("functions"):
-        unused.add("functions")
-    if isinstance(tools, str):
-        tools = parse_json(tools, "tools") or None
+    tools = (parse_json(tools, "tools") if isinstance(tools, str) else tools) or None
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -38,21 +38,8 @@ class Outcomes:
     cluster: NDArray[np.int64]  # (N,) of a test row: the first of its near copies in the test split; −1 elsewhere
     sources: pa.ChunkedArray  # (N,) file and line
     details: pa.ChunkedArray  # (N,) what the reason leaves out; null: nothing
-    texts: "Texts"
+    texts: pa.ChunkedArray  # (N,) in memory-mapped files: their size is no matter
     crowded: int = 0  # rows with so many likely copies that one may have been missed
-
-
-class Texts:
-    """The texts of all rows by number, read from memory-mapped files: their size is no matter."""
-
-    def __init__(self, folders: list[Path]) -> None:
-        tables = [pa.ipc.open_file(pa.memory_map(str(folder / TEXT))).read_all() for folder in folders]
-        self.chunks = [chunk for table in tables for chunk in table["text"].chunks]
-        self.starts = np.cumsum([0, *map(len, self.chunks)])
-
-    def __call__(self, number: int) -> str:
-        chunk = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return self.chunks[chunk][number - int(self.starts[chunk])].as_py()
 
 
 def decide(folders: list[Path], threshold: float | None) -> Outcomes:
@@ -60,6 +47,7 @@ def decide(folders: list[Path], threshold: float | None) -> Outcomes:
     columns = ["source", "reason", "cause", "detail", "split", "key", "prompt_key", "asked"]
     rows = pa.concat_tables(pq.read_table(folder / ROWS, columns=columns) for folder in folders)
     reason, cause, split = (_objects(rows[name]) for name in ("reason", "cause", "split"))
+    texts = [pa.ipc.open_file(pa.memory_map(str(folder / TEXT))).read_all() for folder in folders]
     count = len(rows)
     outcomes = Outcomes(
         rows["reason"].is_null().to_numpy(),
@@ -71,7 +59,7 @@ def decide(folders: list[Path], threshold: float | None) -> Outcomes:
         cluster=np.full(count, -1),
         sources=rows["source"],
         details=rows["detail"],
-        texts=Texts(folders),
+        texts=pa.concat_tables(texts)["text"],
     )
     test = split == "test"
     for part in (test, ~test):
@@ -100,7 +88,7 @@ def _near(outcomes: Outcomes, folders: list[Path], threshold: float) -> int:
     split = outcomes.split[numbers]
     rank = sum(RANK[name] * (split == name) for name in RANK) * len(outcomes.reason) + numbers
     near = near_duplicates(
-        signatures, lambda place: outcomes.texts(int(numbers[place])), rank, split == "test", threshold
+        signatures, lambda place: outcomes.texts[int(numbers[place])].as_py(), rank, split == "test", threshold
     )
     (places,) = np.nonzero(near.duplicate_of >= 0)
     originals = numbers[near.duplicate_of[places]]
@@ -133,7 +121,7 @@ def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
 
 def joined_groups(groups: list[str], clusters: NDArray[np.int64]) -> list[str]:
     """The group of each test row; near copies, and all that shares a group with them, are one: they fail together."""
-    joined = Clusters[str](str)
+    joined = Clusters()
     members: dict[int, str] = {}  # cluster → a group in it
     for cluster, group in zip(clusters.tolist(), groups, strict=True):
         if cluster >= 0:

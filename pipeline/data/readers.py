@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,8 @@ BATCH_ROWS = 2048  # of a Parquet or Arrow file that are Python objects at once
 LEGACY = ["cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251", "latin_1"]  # spreadsheets still write these
 MAX_RECORD_BYTES = 32 << 20  # a longer record is no conversation
 MAX_JSON_BYTES = 1 << 30  # of a .json file, which is read whole; .jsonl has no limit
+BEGIN = re.compile(r"\s*+\[[ \t\n\r]*+")  # of a list
+BETWEEN = re.compile(r"[ \t\n\r]*+(?:,[ \t\n\r]*+(?!\])|(?=\]))")  # what may stand behind a record of a list
 STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
@@ -64,11 +66,7 @@ def container_of(path: Path) -> str:
 def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any]]:
     """(source, record) of each record of `path`, in order; a record whose meaning is not plain is a `Rejected`.
 
-    Args:
-        name: what the file is called in `source` (name:line, or name:[index]); by default its file name.
-
-    Raises:
-        FormatError: see the module's first lines; records before the fault may have come out already.
+    The source is name:line, or name:[index]. Records before a fault of the file (FormatError) have come out already.
     """
     _, suffix, packing = split_name(path)
     if not suffix:
@@ -84,16 +82,24 @@ def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any
 def _places(path: Path, suffix: str, packing: str) -> Iterator[tuple[int | str, Any]]:
     """Each record with its place in the file: a line, or [an index]."""
     if suffix in (".parquet", ".arrow"):
-        yield from _table_records(_batches(path, suffix))
+        records = (record for batch in _batches(path, suffix) for record in batch.to_pylist())
+        for number, record in enumerate(records):
+            yield f"[{number}]", {key: _without_nulls(value) for key, value in record.items()}
         return
-    with _open_text(path, packing) as stream:
-        match CONTAINERS[suffix]:
-            case "JSON":
+    unpacked: Any = pa.input_stream(str(path), compression=PACKINGS.get(packing))
+    with io.BufferedReader(unpacked, 1 << 20) as stream:
+        head = stream.peek(4096)[:4096]
+        if b"\x00" in head:
+            raise FormatError(f"{path} is not UTF-8 text but binary, or UTF-16; convert it, e.g. with `iconv -t UTF-8`")
+        if head.startswith(BOM):
+            stream.read(len(BOM))
+        match suffix:
+            case ".json":
                 yield from _json_records(path, stream)
-            case "JSONL":
+            case ".csv" | ".tsv":
+                yield from _csv_records(path, stream, "," if suffix == ".csv" else "\t")
+            case _:
                 yield from _line_records(path, stream)
-            case container:
-                yield from _csv_records(path, stream, "," if container == "CSV" else "\t")
 
 
 def class_names(path: Path) -> dict[str, list[str]]:
@@ -111,17 +117,6 @@ def class_names(path: Path) -> dict[str, list[str]]:
         }
     except (KeyError, TypeError, AttributeError, ValueError, OSError, pa.ArrowException):
         return {}
-
-
-def _open_text(path: Path, packing: str) -> BinaryIO:
-    unpacked: Any = pa.input_stream(str(path), compression=PACKINGS.get(packing))
-    stream = io.BufferedReader(unpacked, 1 << 20)
-    head = stream.peek(4096)[:4096]
-    if b"\x00" in head:
-        raise FormatError(f"{path} is not UTF-8 text but binary, or UTF-16; convert it, e.g. with `iconv -t UTF-8`")
-    if head.startswith(BOM):
-        stream.read(len(BOM))
-    return stream
 
 
 def _lines(path: Path, stream: BinaryIO) -> Iterator[str]:
@@ -164,25 +159,16 @@ def _json_records(path: Path, stream: BinaryIO) -> Iterator[tuple[int | str, Any
         yield from _line_records(path, io.BytesIO(data))
         return
     text = _decoded(path, data, 1)
-    number, at = 0, _after_space(text, text.index("[") + 1)
-    closed = text[at : at + 1] == "]"
-    while not closed:
+    number, at = 0, BEGIN.match(text).end()  # type: ignore[union-attr]
+    while text[at : at + 1] != "]":
         record, end = _parsed(path, text, at)
         yield f"[{number}]", record
-        number, at = number + 1, _after_space(text, end)
-        closed = text[at : at + 1] == "]"
-        if not closed:
-            if text[at : at + 1] != ",":
-                raise _not_json(path, text, at, "expecting ',' or ']'")
-            at = _after_space(text, at + 1)
+        after = BETWEEN.match(text, end)
+        if after is None:
+            raise _not_json(path, text, end, "expecting ',' or ']' behind this record")
+        number, at = number + 1, after.end()
     if text[at + 1 :].strip():
         raise _not_json(path, text, at + 1, "more behind the list")
-
-
-def _after_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\n\r":
-        at += 1
-    return at
 
 
 def _parsed(path: Path, text: str, at: int, line: int | None = None) -> tuple[Any, int]:
@@ -250,14 +236,6 @@ def _open_arrow(path: Path) -> Any:
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)
     return pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-
-
-def _table_records(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int | str, Any]]:
-    number = 0
-    for batch in batches:
-        for record in batch.to_pylist():
-            yield f"[{number}]", {key: _without_nulls(value) for key, value in record.items()}
-            number += 1
 
 
 def _without_nulls(value: Any) -> Any:

@@ -80,6 +80,7 @@ class DataStats:
                 f"{rows_in} rows came in, but {kept} are kept and {dropped} dropped; a row was lost or counted twice"
             )
         lengths = sorted(self.lengths.elements())
+        bins = Counter(1 << max(tokens - 1, 0).bit_length() for tokens in lengths)
         return {
             "rows_in": rows_in,
             "rows": rows,
@@ -104,18 +105,12 @@ class DataStats:
                 "max_per_row": lengths[-1] if lengths else 0,
             },
             "max_length": max_length,
-            "lengths": self._lengths(),
+            # Training rows by tokens: powers of two, of which each counts the rows up to it and above the one before.
+            "lengths": {str(most): rows for most, rows in sorted(bins.items())},
             "scoring": scoring,  # task → choice
             "test_sha256": test_sha256,
             "example_segments": [(redact(text), has_loss) for text, has_loss in example],
         }
-
-    def _lengths(self) -> dict[str, int]:
-        """Training rows by tokens: powers of two, of which each counts the rows up to it and above the one before."""
-        bins = Counter[int]()
-        for tokens, rows in self.lengths.items():
-            bins[1 << max(tokens - 1, 0).bit_length()] += rows
-        return {str(most): bins[most] for most in sorted(bins)}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -126,7 +121,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         "summary": summary(report),
         "kept": sum(report["rows"].values()),
         "dropped": sum(report["dropped"].values()),
-        "languages": _ranked(over_splits(report["languages"])),
+        "languages": over_splits(report["languages"]),
         "mixes": [("Tasks", table(report["tasks"])), ("Languages", table(report["languages"]))],
     }
     for name in ("report.md", "report.html"):
@@ -171,7 +166,7 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def table(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, dict[str, tuple[int, float]]]]:
     """Rows of a table, the largest first: a name, and for each split its rows and their percentage of the split."""
-    names = [name for name, _ in _ranked(over_splits(counts))]
+    names = [name for name, _ in over_splits(counts)]
     groups = [(name, [name]) for name in names[:MOST_LINES]]
     if rest := names[MOST_LINES:]:
         groups.append((f"{len(rest)} more", rest))
@@ -183,9 +178,9 @@ def table(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, dict[str, 
     return lines
 
 
-def over_splits(counts: Mapping[str, Mapping[str, int]]) -> Counter[str]:
-    """The rows of all splits together, by name."""
-    return sum((Counter(of_split) for of_split in counts.values()), Counter[str]())
+def over_splits(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, int]]:
+    """The rows of all splits together by name, the most first."""
+    return _ranked(sum(map(Counter, counts.values()), Counter[str]()))
 
 
 def _ranked(counts: Mapping[str, int]) -> list[tuple[str, int]]:

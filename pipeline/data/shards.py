@@ -8,7 +8,7 @@ from there on.
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,15 +35,16 @@ BATCH_ROWS = 2048  # that are Python objects at once
 SHARD_ROWS, SHARD_BYTES = 8192, 64 << 20  # a shard ends with the row that reaches either; bytes are those of messages
 
 
-def tables(rows: Iterator[Row | Rejected]) -> Iterator[tuple[pa.Table, list[Rejected]]]:
-    """The rows in order in tables of `SCHEMA`, each with the rejections that stood among its rows."""
+def tables(rows: Iterator[Row | Rejected], rejected: list[Rejected]) -> Iterator[pa.Table]:
+    """The rows in order in tables of `SCHEMA`; the rejections among the rows of a table are in `rejected` before it."""
     while batch := list(islice(rows, BATCH_ROWS)):
+        rejected += [row for row in batch if isinstance(row, Rejected)]
         records = []
         for row in (row for row in batch if isinstance(row, Row)):
             messages = json.dumps(row.messages, ensure_ascii=False, separators=(",", ":"))
             said = f"{messages}\0{row.tools}\0{row.task}\0{row.group}\0{row.scoring}"
             records.append(vars(row) | {"messages": messages, "content": xxhash.xxh3_64_intdigest(said.encode())})
-        yield pa.Table.from_pylist(records, schema=SCHEMA), [row for row in batch if isinstance(row, Rejected)]
+        yield pa.Table.from_pylist(records, schema=SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -58,44 +59,41 @@ class Part:
 Rejection = tuple[Rejected, str, str]  # with file and format
 
 
-class ShardWriter:
-    """Writes the rows it is given to shards `NAME-DIGEST.parquet` in `folder`; `close` returns their names in order."""
+def write_shards(tables: Iterable[pa.Table], folder: Path, name: str) -> list[str]:
+    """Write the rows of tables of `SCHEMA` to shards `NAME-DIGEST.parquet` in `folder`; returns their names in order.
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, re.sub(r"[^\w.-]+", "-", name).strip("-.") or "rows"
-        self.rows = SCHEMA.empty_table()  # that are in no shard yet
-        self.shards: list[str] = []
+    How rows are spread over tables does not change the shards.
+    """
+    stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "rows"
+    shards: list[str] = []
+    rows = SCHEMA.empty_table()  # that are in no shard yet
+    for table in tables:
+        rows = pa.concat_tables([rows, table])
+        while len(rows) >= (full := _rows_of_a_shard(rows)):
+            shards.append(_write_shard(rows.slice(0, full), folder, stem))
+            rows = rows.slice(full)
+    return [*shards, _write_shard(rows, folder, stem)] if len(rows) else shards
 
-    def add(self, table: pa.Table) -> None:
-        """Take a table of `SCHEMA`; how rows are spread over calls does not change the shards."""
-        self.rows = pa.concat_tables([self.rows, table])
-        while len(self.rows) >= (end := self._full()):
-            self._write(end)
 
-    def close(self) -> list[str]:
-        if len(self.rows):
-            self._write(len(self.rows))
-        return self.shards
+def _rows_of_a_shard(rows: pa.Table) -> int:
+    """How many of the rows fill the next shard; more than there are where these do not."""
+    sizes = np.cumsum(pc.binary_length(rows["messages"]).to_numpy().astype(np.int64))
+    return min(SHARD_ROWS, int(np.searchsorted(sizes, SHARD_BYTES)) + 1)
 
-    def _full(self) -> int:
-        """How many rows fill the next shard; more than there are where these do not."""
-        sizes = np.cumsum(pc.binary_length(self.rows["messages"]).to_numpy().astype(np.int64))
-        return min(SHARD_ROWS, int(np.searchsorted(sizes, SHARD_BYTES)) + 1)
 
-    def _write(self, number: int) -> None:
-        table, self.rows = self.rows.slice(0, number), self.rows.slice(number)
-        partial = self.folder / f"{self.name}.partial"
-        pq.write_table(
-            table.select(SHARD_SCHEMA.names).combine_chunks(),
-            partial,
-            compression="zstd",
-            row_group_size=SHARD_ROWS,
-            use_dictionary=["task", "group", "scoring", "tools"],
-            write_statistics=False,  # the least and the greatest message would be kept whole
-        )
-        shard = f"{self.name}-{sha256_file(partial)[:12]}.parquet"
-        partial.replace(self.folder / shard)
-        self.shards.append(shard)
+def _write_shard(rows: pa.Table, folder: Path, stem: str) -> str:
+    partial = folder / f"{stem}.partial"
+    pq.write_table(
+        rows.select(SHARD_SCHEMA.names).combine_chunks(),
+        partial,
+        compression="zstd",
+        row_group_size=SHARD_ROWS,
+        use_dictionary=["task", "group", "scoring", "tools"],
+        write_statistics=False,  # the least and the greatest message would be kept whole
+    )
+    shard = f"{stem}-{sha256_file(partial)[:12]}.parquet"
+    partial.replace(folder / shard)
+    return shard
 
 
 def is_shard(path: Path) -> bool:
@@ -150,10 +148,10 @@ def canonical_shards(data: Path, scratch: Path) -> tuple[list[Part], list[Reject
         if is_shard(path):
             parts.append(Part(path, *origin.get(path.name, (name, "messages"))))
             continue
-        writer, file = ShardWriter(scratch, name), open_rows(path)
-        for table, rejections in tables(file.rows):
-            writer.add(table)
-            rejected += [(row, name, file.format) for row in rejections]
-        parts += [Part(scratch / shard, name, file.format) for shard in writer.close()]
+        file = open_rows(path)
+        unusable: list[Rejected] = []
+        shards = write_shards(tables(file.rows, unusable), scratch, name)
+        parts += [Part(scratch / shard, name, file.format) for shard in shards]
+        rejected += [(row, name, file.format) for row in unusable]
     order = {shard: number for number, shard in enumerate(snapshot["shards"])}
     return sorted(parts, key=lambda part: order.get(part.shard.name, len(order))), rejected

@@ -42,7 +42,7 @@ class Source:
 
 
 class _Download:
-    """Counts what is downloaded, prints how far it is, and refuses more than `ingest.max_download_gib`."""
+    """Prints how much of a source is downloaded, and refuses more than `ingest.max_download_gib`."""
 
     def __init__(self, uri: str, expected: int, limit_gib: float) -> None:
         self.uri, self.expected, self.limit_gib, self.done = uri, expected, limit_gib, 0
@@ -214,7 +214,12 @@ def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
         if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
             raise SourceError(f"the Hub names no commit for {revision} of {repo}; name one yourself, in 40 hex digits")
         sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
-        chosen = [path for path in sorted(sizes) if _is_hub_data(path, pattern)]
+        chosen = [
+            path
+            for path in sorted(sizes)
+            if split_name(Path(path))[1] and PurePosixPath(path).name not in HUB_NOTES
+            if pattern is None or fnmatch(path, pattern) or path.startswith(f"{pattern.rstrip('/')}/")
+        ]
         if not chosen:
             raise SourceError(f"{uri} holds no file that ends in {KNOWN}")
         download = _Download(uri, sum(sizes[path] for path in chosen), limit_gib)
@@ -225,8 +230,3 @@ def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
             files.append((Path(local), path))
             download.add(Path(local).stat().st_size)
     return Source(uri, files, {"revision": commit} | ({"branch": revision} if revision != commit else {}))
-
-
-def _is_hub_data(path: str, pattern: str | None) -> bool:
-    is_asked_for = pattern is None or fnmatch(path, pattern) or path.startswith(f"{pattern.rstrip('/')}/")
-    return bool(split_name(Path(path))[1]) and PurePosixPath(path).name not in HUB_NOTES and is_asked_for

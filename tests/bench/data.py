@@ -8,7 +8,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipeline.data.duplicates import near_duplicates
 from pipeline.data.formats import read_rows
-from pipeline.data.shards import ShardWriter, tables
+from pipeline.data.shards import tables, write_shards
 from pipeline.data.shingles import LANES, WORDS, signature_version, signatures
 from pipeline.settings import load_params
 from tests.bench.measuring import header, row, timed
@@ -61,11 +61,14 @@ def _formatting(folder: Path, sizes: tuple[int, ...]) -> None:
 def _format(path: Path, shards: Path, name: str = "rows") -> int:
     """Write the shards of `path` as `retune ingest` does; returns how many different conversations it has."""
     shards.mkdir(exist_ok=True)
-    writer, contents = ShardWriter(shards, name), []
-    for table, _ in tables(read_rows(path)):
-        writer.add(table)
-        contents += table["content"].chunks
-    writer.close()
+    contents = []
+
+    def counted() -> Iterator[pa.Table]:
+        for table in tables(read_rows(path), []):
+            contents.extend(table["content"].chunks)
+            yield table
+
+    write_shards(counted(), shards, name)
     return len(pa.chunked_array(contents).combine_chunks().dictionary_encode().dictionary)
 
 
