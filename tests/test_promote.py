@@ -23,7 +23,6 @@ from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.decisions import DecisionError, champion, read_log
 from pipeline.registry.gate import CompareError
 from pipeline.registry.mlflow import ModelRegistry
-from pipeline.registry.preflight import PreflightError, require_ready
 from pipeline.registry.retention import delete
 from pipeline.registry.signature import SignatureError
 from pipeline.registry.stores import open_store
@@ -187,12 +186,12 @@ def test_a_fresh_clone_promotes_by_the_scores_that_versions_were_published_with(
 def test_another_kind_of_model_under_the_champions_name_is_said_before_training(
     tmp_path: Path, params: Params, first: str
 ) -> None:
-    require_ready(params, tmp_path)
+    gate.require_ready(params, tmp_path)
     train = {"task": "sequence-classification", "packing": False}
     other = with_(params, train=train, promote={"primary_metric": "accuracy"})
-    with pytest.raises(PreflightError, match=f"{first[:6]}.*causal-lm.*publish.registered_model_name"):
-        require_ready(other, tmp_path)
-    require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
+    with pytest.raises(CompareError, match=f"{first[:6]}.*causal-lm.*publish.registered_model_name"):
+        gate.require_ready(other, tmp_path)
+    gate.require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
 
 
 def test_what_is_not_published_or_was_deleted_is_not_promoted_even_by_force(

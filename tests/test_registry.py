@@ -27,8 +27,7 @@ VERSION: dict[str, Any] = {
     "source": "retune-file:///store/versions/abc",
     "tags": {"git_commit": "123"},
     "params": {"lora_r": 8},
-    "metrics": {"bleu": 1.5},
-    "curve": [],
+    "metrics": [("bleu", 1.5, 0)],
     "reports": {"report.md": "# Evaluation"},
 }
 NEXT = VERSION | {"version_id": "def"}
@@ -82,7 +81,7 @@ def aliases(registry: ModelRegistry) -> dict[str, str]:
 
 def test_a_registered_version_shows_its_run_with_curve_and_report(registry: ModelRegistry, tmp_path: Path) -> None:
     curve = [("loss", 1 / step, step) for step in range(1, 2501)]  # more than MLflow takes at once
-    number = registry.register(**VERSION | {"curve": curve})
+    number = registry.register(**VERSION | {"metrics": [*VERSION["metrics"], *curve]})
     entry = registry.client.get_model_version(registry.name, number)
     assert (entry.source, entry.tags) == (VERSION["source"], {"git_commit": "123", "version_id": "abc"})
     run = registry.client.get_run(entry.run_id)

@@ -10,7 +10,7 @@ from s3_sink import Sink
 
 from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.s3 import S3Store
-from pipeline.registry.transfer import upload
+from pipeline.registry.stores import upload
 
 
 def store_at(endpoint: str, uri: str | None = None, **values: object) -> S3Store:

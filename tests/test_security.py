@@ -29,7 +29,7 @@ from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.manifest import read_manifest
-from pipeline.registry.transfer import fetch_files
+from pipeline.registry.stores import fetch
 from pipeline.services import server
 from pipeline.train import train
 from pipeline.training.checkpoints import last_checkpoint, seal
@@ -93,7 +93,7 @@ def version(store: FileStore, files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def fetch_all(store: FileStore, manifest: dict[str, Any], folder: Path) -> None:
-    fetch_files(store, manifest, {name: name for name in manifest["files"]}, folder)
+    fetch(store, manifest, manifest["files"], folder)
 
 
 @pytest.mark.parametrize("name", part(BAD_NAMES, 6), ids=lambda name: ascii(name)[1:60])
@@ -130,7 +130,7 @@ def test_bytes_that_a_loader_could_take_for_more_are_refused_and_removed(
     store, folder = FileStore(tmp_path / "store"), tmp_path / "target"
     manifest = version(store, {name: data})
     with watching(tmp_path), pytest.raises(UnsafeFileError):
-        fetch_files(store, manifest, {name: name}, folder)
+        fetch(store, manifest, [name], folder)
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -141,7 +141,7 @@ def test_a_digest_is_checked_before_anything_looks_at_the_bytes(
     manifest = version(store, {"merged/config.json": b"{}"})
     [altered] = (tmp_path / "store" / "objects").iterdir()
     altered.write_bytes(b"[]")
-    monkeypatch.setattr("pipeline.registry.transfer.check_file", lambda path: pytest.fail(f"{path} was looked at"))
+    monkeypatch.setattr("pipeline.registry.stores.check_file", lambda path: pytest.fail(f"{path} was looked at"))
     with pytest.raises(StoreError, match="was altered"):
         fetch_all(store, manifest, tmp_path / "target")
     assert not [path for path in (tmp_path / "target").rglob("*") if path.is_file()]

@@ -176,14 +176,13 @@ def download(
     from pipeline.registry.card import auto_class
     from pipeline.registry.manifest import encode
     from pipeline.registry.signature import read_signature, require_signed
-    from pipeline.registry.transfer import fetch_files
+    from pipeline.registry.stores import fetch
 
     params, model, version = find(version)
     manifest = model.manifest(version)
     require_signed(model.store, manifest, params.publish)
     prefix = "" if part == "all" else f"{part}/"
-    names = {name.removeprefix(prefix): name for name in manifest["files"] if name.startswith(prefix)}
-    fetch_files(model.store, manifest, names, folder)
+    fetch(model.store, manifest, [name for name in manifest["files"] if name.startswith(prefix)], folder, prefix)
     if part == "all":
         (folder / "manifest.json").write_bytes(encode(manifest))
         if signed := read_signature(model.store, manifest):

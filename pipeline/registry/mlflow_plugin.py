@@ -15,8 +15,7 @@ from pipeline.params import PublishParams
 from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.manifest import encode, require_manifest
 from pipeline.registry.signature import read_signature
-from pipeline.registry.stores import open_store
-from pipeline.registry.transfer import fetch_files
+from pipeline.registry.stores import fetch, open_store
 from pipeline.settings import ParamsError, load_params
 
 
@@ -50,8 +49,8 @@ class RetuneArtifactRepository(ArtifactRepository):
             return
         if remote_file_path not in self.manifest["files"]:
             raise StoreError(f"version {self.version} has no file {remote_file_path}")
-        target = Path(local_path)
-        fetch_files(self.artifact_store, self.manifest, {target.name: remote_file_path}, target.parent)
+        folder, prefix = Path(local_path).parent, remote_file_path.removesuffix(Path(local_path).name)
+        fetch(self.artifact_store, self.manifest, [remote_file_path], folder, prefix)
 
     def log_artifact(self, *_: Any, **__: Any) -> None:
         raise StoreError("a published version never changes; `retune publish` makes a new one")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import git
+from pipeline.core.allowlist import UnsafeFileError
 from pipeline.core.checks import Check
 from pipeline.core.graph import GraphError
 from pipeline.registry import manifest as manifests
@@ -17,7 +18,7 @@ from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.registry.manifest import Manifest
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.signature import check_signature, refuse_failed, require_signed
-from pipeline.registry.transfer import fetch
+from pipeline.registry.stores import fetch
 
 
 def verify(model: RegisteredModel, version: str, registered: dict[str, str] | None = None) -> list[Check]:
@@ -80,14 +81,14 @@ def _check_recorded(model: RegisteredModel, manifest: Manifest, registered: dict
 def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
     """The digest of every file, and what the files say again that the manifest says."""
     wrong, texts = [], {}
-    for name, entry in manifest["files"].items():
+    for name in manifest["files"]:
         # One file at a time: a version may be larger than the disk's room.
         with tempfile.TemporaryDirectory() as folder:
             try:
-                fetch(store, {name: entry}, Path(folder))
+                fetch(store, manifest, [name], Path(folder))
                 if name.endswith(".json"):
                     texts[name] = (Path(folder) / name).read_bytes()
-            except StoreError as error:
+            except (StoreError, UnsafeFileError) as error:
                 wrong.append(str(error))
     sizes = {entry["sha256"]: entry["size"] for entry in manifest["files"].values()}
     said = "; ".join(wrong) or f"{len(manifest['files'])} files, {sum(sizes.values()) / 1e6:.1f} MB"
