@@ -121,7 +121,8 @@ def _judge(
         decision, reason = "refused", str(error)
         overruled.insert(0, reason)
     if force is not None:
-        decision, reason, overruled = "promoted", force, [*gate.refusals(comparison), *overruled]
+        refusals = [metric for metric, row in comparison.items() if row["passed"] is False]
+        decision, reason, overruled = "promoted", force, [*refusals, *overruled]
     elif decision == "promoted" and params.approval == "manual":
         decision = "proposed"
     return Record(

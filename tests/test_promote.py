@@ -121,7 +121,7 @@ def test_on_a_smaller_test_split_the_champion_is_scored_again_and_compared_if_it
 
     monkeypatch.setattr("pipeline.registry.compare._score", score)
     if signature != "made for a test":
-        with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
+        with pytest.raises(CompareError, match=f"bleu .* as made .* {first} was scored as tok:zh"):
             decide(tmp_path, params)
         return
     decision = decide(tmp_path, params)
@@ -163,9 +163,8 @@ def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Param
     published(tmp_path, params, 0.5, forgets=0.3)
     refused = decide(tmp_path, params)
     assert (refused.decision, refused.champion) == ("refused", None)
-    assert refused.reason.startswith("general_perplexity is ") and "at most +0.7" in refused.reason
-    rows = {row["metric"]: row["verdict"] for row in verdict_rows(refused.comparison)}
-    assert (rows["rougeL"], rows["general_accuracy"], rows["general_perplexity"]) == ("passed", "passed", "refused")
+    rows = {metric: row["verdict"] for metric, row in refused.comparison.items()}
+    assert (rows["rougeL"], rows["general_accuracy"], rows["general_perplexity"]) == ("passed", "passed", "failed")
     published(tmp_path, params, 0.5, forgets=0.01)
     assert decide(tmp_path, params).decision == "promoted"
 
@@ -285,32 +284,28 @@ def test_an_approval_counts_only_for_the_champion_that_was_compared_with(tmp_pat
     assert serving(tmp_path, manual) == second
 
 
-class Hook(http.server.BaseHTTPRequestHandler):
-    """A webhook that keeps what it is sent, and answers with the status that its path names."""
-
-    got: list[Any] = []  # noqa: RUF012
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        Hook.got.append((self.path, self.headers["Content-Type"], json.loads(body)))
-        self.send_response(int(self.path.rsplit("/", 1)[1]))
-        self.send_header("Location", "/elsewhere/200")
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 def test_decisions_are_told_to_the_webhooks_and_what_fails_is_a_warning_that_keeps_its_secret(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    got: list[Any] = []
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        """Keeps what it is sent, and answers with the status that its path names."""
+
+        def do_POST(self) -> None:
+            got.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.send_response(int(self.path.rsplit("/", 1)[1]))
+            self.send_header("Location", "/elsewhere/200")
+            self.end_headers()
+
+    monkeypatch.setattr(Hook, "log_message", lambda *_: None)
     reasons = {"BROKEN": "status 500", "MOVED": "status 302", "DEAD": "cannot be reached", "FILE": "no http"}
     reasons |= {"UNSET": "not set"}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/secret-token"
+        url, dead = f"http://127.0.0.1:{server.server_port}/secret-token", "http://127.0.0.1:9/secret-token"
         urls = {"TEAM": f"{url}/200", "BROKEN": f"{url}/500", "MOVED": f"{url}/302", "FILE": "file:///etc/passwd"}
-        for name, address in (urls | {"DEAD": "http://127.0.0.1:9/secret-token"}).items():
+        for name, address in (urls | {"DEAD": dead}).items():
             monkeypatch.setenv(f"{name}_HOOK", address)
         told = with_(params, promote={"webhooks": [f"{name}_HOOK" for name in (*reasons, "TEAM")]})
         version = published(tmp_path, told, 0.5)
@@ -319,17 +314,15 @@ def test_decisions_are_told_to_the_webhooks_and_what_fails_is_a_warning_that_kee
         for (name, reason), said in zip(reasons.items(), decision.warnings, strict=True):
             assert name in said and reason in said
         assert "secret-token" not in json.dumps([decision.warnings, records(tmp_path)])
-        assert [path for path, _, _ in Hook.got] == [f"/secret-token/{status}" for status in (500, 302, 200)]
+        assert [path for path, _ in got] == [f"/secret-token/{status}" for status in (500, 302, 200)]
         team = with_(params, promote={"webhooks": ["TEAM_HOOK"]})
         for quality in (0.4, 0.6):
             published(tmp_path, team, quality)
             assert decide(tmp_path, team).warnings == []
         gate.rollback(team.publish, team.promote, root=tmp_path)
         server.shutdown()
-    said = Hook.got[2:]
-    assert [body["decision"] for _, _, body in said] == ["promoted", "refused", "promoted", "rollback"]
-    assert [body for _, _, body in said] == [{"model": NAME} | record for record in records(tmp_path)]
-    assert {kind for _, kind, _ in said} == {"application/json"}
+    assert [body["decision"] for _, body in got[2:]] == ["promoted", "refused", "promoted", "rollback"]
+    assert [body for _, body in got[2:]] == [{"model": NAME} | record for record in records(tmp_path)]
 
 
 def test_a_promoter_that_comes_second_decides_anew_against_the_new_champion(

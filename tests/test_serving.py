@@ -210,7 +210,7 @@ def test_a_version_is_scored_again_on_another_test_split(
     )
     model = RegisteredModel(own.publish, there)
     manifest = model.manifest(str(model.champion()))
-    published, scored = manifest["metrics"]["merged"]["accuracy"]["score"], model.folder(manifest["version"]) / "today"
+    published, scored = manifest["metrics"]["merged"]["accuracy"]["score"], model.folder(manifest["version"]) / "scored"
     assert score_today(model, manifest, "accuracy") == published
     assert not scored.exists()  # the same split: nothing to compute
     report_file = there / "artifacts" / "dataset" / "report.json"

@@ -11,12 +11,11 @@ import typer
 
 from pipeline.core.checks import as_json
 from pipeline.registry.decisions import name_of
-from pipeline.report.tables import in_short, show_table, show_verdict, verdict_lines
+from pipeline.report.tables import WIDTH, in_short, show_table, show_verdict, verdict_lines
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Version = Annotated[str | None, typer.Argument(help="v3, 3, champion or a version's id; else the workspace's.")]
 Reason = Annotated[str, typer.Option(help="Kept in the history.")]
-SHOWN = 3  # texts of each side that `compare` prints; the page has more
 
 
 class CommandError(ValueError):
@@ -46,16 +45,10 @@ def sign(version: Version = None, json_output: Json = False) -> None:
 
 def verify(version: Version = None, json_output: Json = False) -> None:
     """Check a version's signature, the digest of every file, and its lineage; exit status 1 when one fails."""
-    from pipeline.registry.mlflow import RegistryError
     from pipeline.registry.verify import verify as do
 
     _, model, version = find(version)
-    try:
-        registered = model.registry.tags(version)
-    except RegistryError as error:
-        _warn([str(error)])
-        registered = {}
-    checks = do(model, version, registered)
+    checks = do(model, version)
     failed = [check.name for check in checks if check.passed is False]
     if json_output:
         print(json.dumps({"version": version} | as_json(checks)))
@@ -235,6 +228,9 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Compare two versions: scores with intervals, parameters and data that differ, texts that changed most."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     from pipeline.core.files import write_text
     from pipeline.report.evaluation_pages import render
     from pipeline.report.versus import as_json, compare_versions
@@ -246,33 +242,9 @@ def compare(
     if json_output:
         print(json.dumps(as_json(contents), ensure_ascii=False))
         return
-    _show(contents)
+    Console(width=WIDTH, highlight=False).print(Markdown(render(contents, "report.md")))
     if html is not None:
         print(f"compare: {html} is the same as a page")
-
-
-def _show(contents: Any) -> None:
-    from pipeline.report.versus import change_rows
-
-    better, worse, same = contents.better, contents.worse, contents.same
-    print(f"{contents.title}: {contents.verdict}.")
-    print(f"{contents.items:,} test items: {better:,} better, {worse:,} worse, {same:,} the same.")
-    for note in contents.notes:
-        print(f"note: {note}.")
-    show_table(change_rows(contents))
-    for heading, rows in contents.tables.items():
-        if rows:
-            show_table(rows, heading)
-        else:
-            print(f"{heading}: none.")
-    old, new = contents.labels[contents.old], contents.labels[contents.new]
-    for heading, texts in (("Most improved answers", contents.best), ("Most worsened answers", contents.worst)):
-        print(f"{heading}:" if texts else f"{heading}: none.")
-        for text in texts[:SHOWN]:
-            metric, before, after = text.most
-            print(f"  {text.task}, {metric} {before:.3f} → {after:.3f}: {text.prompt}")
-            for name, said in (("expected", text.reference), (old, text.old), (new, text.new)):
-                print(f"    {name}: {said or '(nothing)'}")
 
 
 COMMANDS: list[Callable[..., None]] = [

@@ -118,14 +118,13 @@ class S3Store(ArtifactStore):
         self.probe()
         token = uuid.uuid4().hex
         with self._explained():
-            if self._put(key, data, {"creation": token}):
+            if self._put(key, data, creation=token):
                 return True
             # Maybe this very write: its acknowledgement was lost and it was sent again, or delivered twice.
             head = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
             return bool(head["Metadata"].get("creation") == token)
 
     def upload(self, files: Files, progress: Progress) -> None:
-        self.probe()
         with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
             subscribers, transfers = [ProgressCallbackInvoker(progress)], []
             for key, path in files:
@@ -173,8 +172,7 @@ class S3Store(ArtifactStore):
 
     def scan(self, prefix: str) -> Sequence[Stored]:
         objects = self._pages("list_objects_v2", "Contents", prefix)
-        stored = [Stored(key, each["Size"], each["LastModified"].timestamp()) for key, each in objects]
-        return sorted(stored, key=lambda each: each.key)
+        return sorted(Stored(key, each["Size"], each["LastModified"].timestamp()) for key, each in objects)
 
     def delete(self, key: str) -> None:
         with self._explained():
@@ -203,9 +201,7 @@ class S3Store(ArtifactStore):
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _put(
-        self, key: str, data: bytes, metadata: dict[str, str] | None = None, body: "_HeldBody | None" = None
-    ) -> bool:
+    def _put(self, key: str, data: bytes, body: "_HeldBody | None" = None, **metadata: str) -> bool:
         """Create the object; False if the key exists. `body` gives `data` at its own pace."""
         try:
             self._client.put_object(
@@ -213,7 +209,7 @@ class S3Store(ArtifactStore):
                 Key=self._name(key),
                 Body=body or data,
                 ChecksumSHA256=_base64(hashlib.sha256(data).digest()),
-                Metadata=metadata or {},
+                Metadata=metadata,
                 **self._encryption,
             )
         except ClientError as error:

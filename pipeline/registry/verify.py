@@ -4,25 +4,27 @@ Signature, digest of every object, and lineage: the schema, the id, the git comm
 metrics in the manifest are those in the version's own files. Nothing of the version is loaded, only hashed and parsed.
 """
 
-import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.core import git
 from pipeline.core.allowlist import UnsafeFileError
 from pipeline.core.checks import Check
+from pipeline.core.files import read_json
 from pipeline.core.graph import GraphError
 from pipeline.registry import manifest as manifests
 from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.registry.manifest import Manifest
+from pipeline.registry.mlflow import RegistryError
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.signature import check_signature, refuse_failed, require_signed
 from pipeline.registry.stores import fetch
 
 
-def verify(model: RegisteredModel, version: str, registered: dict[str, str] | None = None) -> list[Check]:
-    """Every check of a version. `registered`: the registry's tags for it.
+def verify(model: RegisteredModel, version: str) -> list[Check]:
+    """Every check of a version.
 
     Raises:
         StoreError: there is no such version.
@@ -40,7 +42,7 @@ def verify(model: RegisteredModel, version: str, registered: dict[str, str] | No
     return [
         Check("manifest", True, "matches manifest.schema.json"),
         Check("id", id == version, f"dvc.lock in the manifest gives {id}"),
-        _check_recorded(model, manifest, registered or {}),
+        _check_recorded(model, manifest),
         check_signature(model.store, model.params, manifest),
         *_check_files(model.store, manifest),
         _check_commit(manifest, model.root),
@@ -62,17 +64,17 @@ def servable(model: RegisteredModel, version: str) -> Manifest:
     return manifest
 
 
-def _check_recorded(model: RegisteredModel, manifest: Manifest, registered: dict[str, str]) -> Check:
+def _check_recorded(model: RegisteredModel, manifest: Manifest) -> Check:
     """The manifest's digest against what registry and promotion log noted of it: catches changes of unsigned ones."""
     noted = {
         f"record {record.number}": record.manifest_sha256
         for record in model.log()
         if record.version == manifest["version"] and record.manifest_sha256
     }
-    if "manifest_sha256" in registered:
-        noted["the registry"] = registered["manifest_sha256"]
+    with suppress(KeyError, RegistryError):
+        noted |= {"the registry": model.registry.tags(manifest["version"])["manifest_sha256"]}
     if not noted:
-        return Check("recorded digest", None, "neither registry nor promotion log knows this version")
+        return Check("recorded digest", None, "neither promotion log nor registry, if it can be reached, knows it")
     wrong = [where for where, sha256 in noted.items() if sha256 != manifests.digest(manifest)]
     said = f"{', '.join(wrong)} noted another manifest" if wrong else f"the one that {', '.join(noted)} noted"
     return Check("recorded digest", not wrong, said)
@@ -87,7 +89,7 @@ def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
             try:
                 fetch(store, manifest, [name], Path(folder))
                 if name.endswith(".json"):
-                    texts[name] = (Path(folder) / name).read_bytes()
+                    texts[name] = read_json(Path(folder) / name)
             except (StoreError, UnsafeFileError) as error:
                 wrong.append(str(error))
     sizes = {entry["sha256"]: entry["size"] for entry in manifest["files"].values()}
@@ -95,11 +97,7 @@ def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
     return [Check("digests", not wrong, said), _check_lineage(manifest, texts)]
 
 
-def _check_lineage(manifest: Manifest, texts: dict[str, bytes]) -> Check:
-    try:
-        files = {name: json.loads(text) for name, text in texts.items()}
-    except ValueError as error:
-        return Check("lineage", False, f"a file of the version is not JSON: {error}")
+def _check_lineage(manifest: Manifest, files: dict[str, Any]) -> Check:
     parity = dict(files.get("parity/parity.json", {}))
     repeated: list[tuple[str, Any]] = [  # a key of the manifest, and what the files say of it
         ("evaluation", parity.pop("evaluation", None)),
