@@ -26,9 +26,9 @@ from pipeline.registry.mlflow import ModelRegistry
 from pipeline.registry.retention import delete
 from pipeline.registry.signature import SignatureError
 from pipeline.registry.stores import open_store
-from pipeline.report.tables import verdict_rows
 
 NAME = "retune-sample"
+BASE_ITEMS = "evaluation/items.base.parquet"
 
 
 @pytest.fixture
@@ -72,9 +72,6 @@ def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_o
     assert f"0.100 worse than that of champion v1 ({first[:6]}…) (0.400 against 0.500 on 100" in refused.reason
     assert f"v1 ({first[:6]}…) stays champion" in refused.title
     assert "retune promote v2 --force" in refused.next
-    [rouge] = [row for row in verdict_rows(refused.comparison) if row["metric"] == "rougeL"]
-    numbers = ["0.400", "0.500", "-0.100", "-0.100 to -0.100", "more than 0", "1.000", "refused"]
-    assert list(rouge.values())[1:] == numbers
     assert (decide(tmp_path, params).decision, serving(tmp_path, params)) == ("unchanged", first)
     forced = decide(tmp_path, params, force="legal asked for it")
     assert (forced.decision, forced.reason, serving(tmp_path, params)) == ("promoted", "legal asked for it", worse)
@@ -83,14 +80,6 @@ def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_o
     assert record["overruled"][:3] == ["rougeL", "accuracy", "bleu"]
     assert record["overruled"][3].startswith("refused before")
     assert record["comparison"]["rougeL"]["passed"] is False
-
-
-def test_a_guard_that_guards_nothing_is_said(tmp_path: Path, params: Params) -> None:
-    published(tmp_path, params, 0.35)
-    decision = decide(tmp_path, with_(params, promote={"guard_metrics": {"accuracy": 0.05}}))
-    assert (decision.decision, decision.comparison["accuracy"]["verdict"]) == ("promoted", "uninformative")
-    note = f"accuracy guards nothing here: both score 0 on all {ITEMS} test items that count for it"
-    assert decision.notes == records(tmp_path)[0]["notes"] == [note]
 
 
 def test_a_champion_trained_on_rows_of_a_larger_test_split_is_not_compared(
@@ -106,27 +95,32 @@ def test_a_champion_trained_on_rows_of_a_larger_test_split_is_not_compared(
     assert records(tmp_path)[-1]["overruled"][0].startswith("prepare.test_fraction is 0.2")
 
 
-@pytest.mark.parametrize("signature", ["made for a test", "tok:zh|version:3.0.0"])
+def scored_again(patch: pytest.MonkeyPatch, artifacts: Path, items: dict[str, str], **changes: Any) -> None:
+    """Let what promotion scores again have these `items`, by version, under settings with `changes`."""
+
+    def score(model: Any, manifest: Any, settings: dict[str, Any], output: Path) -> None:
+        signatures = settings["signatures"] | changes
+        write_json(output / "evaluation.json", settings | {"signatures": signatures})
+        shutil.copy(artifacts / items.get(manifest["version"], BASE_ITEMS), output / "items.parquet")
+
+    patch.setattr("pipeline.registry.compare._score", score)
+
+
 def test_on_a_smaller_test_split_the_champion_is_scored_again_and_compared_if_it_was_scored_alike(
-    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, signature: str
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = published(tmp_path, params, 0.5, test_fraction=0.2)
     decide(tmp_path, params)
-    candidate = published(tmp_path, params, 0.6, test_fraction=0.1, test_split="b")
-
-    def score(model: Any, manifest: Any, settings: dict[str, Any], output: Path) -> None:
-        signatures = settings["signatures"] | {"bleu": signature}
-        write_json(output / "evaluation.json", settings | {"signatures": signatures})
-        shutil.copy(tmp_path / "artifacts/evaluation/items.base.parquet", output / "items.parquet")
-
-    monkeypatch.setattr("pipeline.registry.compare._score", score)
-    if signature != "made for a test":
-        with pytest.raises(CompareError, match=f"bleu .* as made .* {first} was scored as tok:zh"):
-            decide(tmp_path, params)
-        return
+    candidate = published(tmp_path, params, 0.35, test_fraction=0.1, test_split="b")
+    scored_again(monkeypatch, tmp_path / "artifacts", {}, bleu="tok:zh|version:3.0.0")
+    with pytest.raises(CompareError, match=f"bleu .* made .* {first} was scored as tok:zh"):
+        decide(tmp_path, params)
+    scored_again(monkeypatch, tmp_path / "artifacts", {})
     decision = decide(tmp_path, params)
     assert (decision.decision, decision.champion) == ("promoted", candidate)
-    assert decision.notes == ["the test split is a part of the champion's: prepare.test_fraction 0.1 instead of 0.2"]
+    smaller = "the test split is a part of the champion's: prepare.test_fraction 0.1 instead of 0.2"
+    nothing = f"accuracy guards nothing here: both score 0 on all {ITEMS} test items that count for it"
+    assert decision.notes == records(tmp_path)[-1]["notes"] == [smaller, nothing]
 
 
 def test_too_few_items_leave_the_champion_and_are_asked_again_only_on_other_test_items(
@@ -137,26 +131,19 @@ def test_too_few_items_leave_the_champion_and_are_asked_again_only_on_other_test
     decision = decide(tmp_path, params)
     assert (decision.decision, serving(tmp_path, params)) == ("undecided", first)
     assert f"needed: at least {ITEMS + 1} independent test items, there are {ITEMS}" in decision.reason
-    assert decision.next.startswith("Add about ")
     again = decide(tmp_path, params)
     assert (again.decision, again.next) == ("unchanged", decision.next)
-    assert again.reason.startswith("not decided before") and "rougeL is 0.100 better" in again.reason
+    assert again.reason.startswith("not decided before") and decision.reason in again.reason
     assert gate.settled(params.publish, params.promote, second, tmp_path) == again.reason
-
-    def score(model: Any, manifest: Any, settings: dict[str, Any], output: Path) -> None:
-        write_json(output / "evaluation.json", settings)
-        items = "parity/items.merged" if manifest["version"] == second else "evaluation/items.base"
-        shutil.copy(tmp_path / "artifacts" / f"{items}.parquet", output / "items.parquet")
-
-    monkeypatch.setattr("pipeline.registry.compare._score", score)
     monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS)
+    scored_again(monkeypatch, tmp_path / "artifacts", {second: "parity/items.merged.parquet"})
     report, parity = (tmp_path / "artifacts" / name for name in ("dataset/report.json", "parity/parity.json"))
     proof = read_json(parity)
     write_json(report, read_json(report) | {"test_sha256": "e" * 64})
     write_json(parity, proof | {"evaluation": proof["evaluation"] | {"test_sha256": "e" * 64}})
     assert gate.settled(params.publish, params.promote, second, tmp_path) is None
     assert decide(tmp_path, params, second).decision == "promoted"
-    assert [record["test_sha256"] for record in records(tmp_path)][2] == "e" * 64
+    assert records(tmp_path)[2]["test_sha256"] == "e" * 64
 
 
 def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Params) -> None:

@@ -42,13 +42,13 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server, with storage for artifacts of its own."""
     folder, port = tmp_path_factory.mktemp("server"), str(free_port())
-    store = [
-        "--backend-store-uri",
-        parameters(folder).publish.tracking_uri,
-        "--artifacts-destination",
-        str(folder / "a"),
-    ]
-    command = [sys.executable, "-m", "mlflow", "server", "--port", port, "--workers", "1", *store]
+    options = {
+        "--port": port,
+        "--workers": "1",
+        "--backend-store-uri": parameters(folder).publish.tracking_uri,
+        "--artifacts-destination": str(folder / "a"),
+    }
+    command = [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)]
     environ = environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)

@@ -28,7 +28,6 @@ from pipeline.core.vetting import STATES, UnsafeModelError, check_checkpoint, ch
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.registry.artifact_store import FileStore, StoreError
-from pipeline.registry.manifest import read_manifest
 from pipeline.registry.stores import fetch
 from pipeline.services import server
 from pipeline.train import train
@@ -158,13 +157,6 @@ def test_a_link_in_the_folder_of_a_download_is_not_followed(tmp_path: Path, link
     with watching(tmp_path), pytest.raises((UnsafeFileError, StoreError), match="is a link|outside of"):
         fetch_all(store, manifest, tmp_path / "target")
     assert tree(tmp_path / "elsewhere") == set()
-
-
-def test_a_manifest_that_names_a_file_twice_is_refused(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
-    store.create("versions/v/manifest.json", b'{"version": "v", "files": {"a": {}, "a": {"sha256": "0"}}}')
-    with pytest.raises(StoreError, match="the key 'a' comes twice"):
-        read_manifest(store, "v")
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -28,20 +28,18 @@ class RetuneArtifactRepository(ArtifactRepository):
         store_uri, _, self.version = address.rpartition("/versions/")
         self.artifact_store = open_store(_settings(store_uri, dict(parse_qsl(query))))
         self.manifest = manifest = require_manifest(self.artifact_store, self.version)
-        data = encode(manifest)
-        signed = read_signature(self.artifact_store, manifest)
-        self.proofs = {"manifest.json": data} | ({"manifest.sig": signed} if signed is not None else {})
+        proofs = {"manifest.json": encode(manifest), "manifest.sig": read_signature(self.artifact_store, manifest)}
+        self.proofs = {name: data for name, data in proofs.items() if data is not None}
 
     def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
         folder = f"{path.strip('/')}/" if path else ""
         sizes = {name: entry["size"] for name, entry in self.manifest["files"].items()}
         sizes |= {name: len(data) for name, data in self.proofs.items()}
         entries: dict[str, FileInfo] = {}
-        for name, size in sizes.items():
-            if name.startswith(folder):
-                first, slash, _ = name.removeprefix(folder).partition("/")
-                entries[first] = FileInfo(folder + first, bool(slash), None if slash else size)
-        return [entries[first] for first in sorted(entries)]
+        for name in sorted(name for name in sizes if name.startswith(folder)):
+            first, slash, _ = name.removeprefix(folder).partition("/")
+            entries[first] = FileInfo(folder + first, bool(slash), None if slash else sizes[name])
+        return list(entries.values())
 
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
         if remote_file_path in self.proofs:

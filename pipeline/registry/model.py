@@ -85,20 +85,14 @@ class RegisteredModel:
         return self.root / WORK_DIR / "versions" / version
 
     def fetch(self, manifest: Manifest, part: str) -> Path:
-        """One part of a version (adapter, merged, evaluation or parity), fetched if it is not here, every file checked.
-
-        Raises:
-            StoreError, UnsafeFileError: as `stores.fetch`.
-        """
+        """One part of a version (adapter, merged, evaluation, parity), fetched if it is not here, all files checked."""
         folder = self.folder(manifest["version"])
         fetch(self.store, manifest, [name for name in manifest["files"] if name.startswith(f"{part}/")], folder)
         return folder / part
 
     def fetch_signed(self, manifest: Manifest, part: str) -> Path:
-        """As `fetch`, of what is going to be loaded; every loader of a published model takes it from here.
-
-        Raises:
-            SignatureError: `publish.require_signature` is on, and the version is not signed.
+        """As `fetch`, of what is going to be loaded, which `publish.require_signature` may not allow (SignatureError);
+        every loader of a published model takes it from here.
         """
         require_signed(self.store, manifest, self.params)
         return self.fetch(manifest, part)
@@ -107,9 +101,6 @@ class RegisteredModel:
         """The version's MLflow number; makes the entry, from the store alone, if the registry has none (any more).
 
         Versions that were decided on before it come first, so that the registries of two clones number them alike.
-
-        Raises:
-            RegistryError: MLflow cannot be reached.
         """
         known, version = self.registry.numbers(), manifest["version"]
         if version in known:

@@ -86,11 +86,7 @@ def publish_manifest(store: ArtifactStore, version: str, text: bytes) -> None:
 
 
 def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
-    """Every object that `entries` need is in the store, with its size.
-
-    Raises:
-        StoreError: one is missing or has another size.
-    """
+    """Every object that `entries` need is in the store, with its size; else StoreError names it."""
     sizes = {stored.key: stored.size for stored in store.scan("objects/")}
     for name, entry in entries.items():
         key = f"objects/{entry['sha256']}"

@@ -24,11 +24,7 @@ from pipeline.registry.stores import fetch
 
 
 def verify(model: RegisteredModel, version: str) -> list[Check]:
-    """Every check of a version.
-
-    Raises:
-        StoreError: there is no such version.
-    """
+    """Every check of a version; raises StoreError if there is none of this id."""
     try:
         manifest = model.manifest(version)
     except StoreError as error:
@@ -51,11 +47,7 @@ def verify(model: RegisteredModel, version: str) -> list[Check]:
 
 def servable(model: RegisteredModel, version: str) -> Manifest:
     """The manifest of a version that may become champion: where `publish.require_signature` is on, it is signed, and
-    no object was altered since.
-
-    Raises:
-        StoreError: the version is not published.
-        SignatureError: what is wrong with it.
+    no object was altered since (SignatureError says what is wrong with it).
     """
     manifest = model.manifest(version)
     require_signed(model.store, manifest, model.params)
