@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from conftest import environment, with_
-from local_servers import free_port, wait_until
+from local_servers import answers, free_port, wait_until
 from test_signature import make_key
 from versions import decide, parameters, published, registry_lost
 
@@ -59,13 +58,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         finally:
             os.killpg(process.pid, 15)
             process.wait(20)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).is_success
-    except httpx.HTTPError:
-        return False
 
 
 @pytest.fixture(params=["sqlite", "server"])

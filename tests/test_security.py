@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,12 @@ def test_the_witness_sees_what_it_watches_for(tmp_path: Path) -> None:
 
 def version(store: FileStore, files: dict[str, bytes]) -> dict[str, Any]:
     """A version with these files as any writer of the store can make it: objects, digests and manifest agree."""
-    scratch = store.folder.parent / "scratch"
     entries = {}
     for name, data in files.items():
-        scratch.write_bytes(data)
-        digest = sha256_file(scratch)
-        store.create(f"objects/{digest}", scratch.read_bytes())
-        entries[name] = {"sha256": digest, "size": len(data)}
-    scratch.unlink()
+        entries[name] = {"sha256": sha256(data).hexdigest(), "size": len(data)}
+        store.create(f"objects/{entries[name]['sha256']}", data)
     # Not read back: the schema of manifests is another lock, and this one has to hold by itself.
     return {"version": "v", "files": entries}
-
-
-def fetch_all(store: FileStore, manifest: dict[str, Any], folder: Path) -> None:
-    fetch(store, manifest, manifest["files"], folder)
 
 
 @pytest.mark.parametrize("name", part(BAD_NAMES, 6), ids=lambda name: ascii(name)[1:60])
@@ -101,7 +94,7 @@ def test_a_version_with_a_hostile_name_is_refused_and_nothing_of_it_is_fetched(t
     manifest = version(store, {"merged/config.json": b"{}", name: b"{}"})
     before = tree(tmp_path)
     with watching(tmp_path), pytest.raises(UnsafeFileError, match="is not a file that versions ship"):
-        fetch_all(store, manifest, tmp_path / "target" / "folder")
+        fetch(store, manifest, manifest["files"], tmp_path / "target" / "folder")
     assert tree(tmp_path) - before == {"secret.txt"}
 
 
@@ -142,7 +135,7 @@ def test_a_digest_is_checked_before_anything_looks_at_the_bytes(
     altered.write_bytes(b"[]")
     monkeypatch.setattr("pipeline.registry.stores.check_file", lambda path: pytest.fail(f"{path} was looked at"))
     with pytest.raises(StoreError, match="was altered"):
-        fetch_all(store, manifest, tmp_path / "target")
+        fetch(store, manifest, manifest["files"], tmp_path / "target")
     assert not [path for path in (tmp_path / "target").rglob("*") if path.is_file()]
 
 
@@ -155,7 +148,7 @@ def test_a_link_in_the_folder_of_a_download_is_not_followed(tmp_path: Path, link
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / "elsewhere" if "." not in linked else tmp_path / "elsewhere" / "file")
     with watching(tmp_path), pytest.raises((UnsafeFileError, StoreError), match="is a link|outside of"):
-        fetch_all(store, manifest, tmp_path / "target")
+        fetch(store, manifest, manifest["files"], tmp_path / "target")
     assert tree(tmp_path / "elsewhere") == set()
 
 
