@@ -49,11 +49,8 @@ class Decision:
 
 
 def require_ready(params: Params, root: Path = Path(".")) -> None:
-    """What should not wait until hours of training are over: that the store can be written and the champion compared.
-
-    Raises:
-        StoreError: the store cannot be written.
-        CompareError: the champion under this name is another kind of model.
+    """What should not wait until hours of training are over: StoreError where the store cannot be written, CompareError
+    where the champion under this name is another kind of model.
     """
     model = RegisteredModel(params.publish, root)
     model.store.probe()
@@ -151,9 +148,7 @@ def approve(
 ) -> Decision:
     """A person's answer to the version that passed the gate and waits: it is promoted, or recorded as refused.
 
-    Raises:
-        DecisionError: no version waits, or another one than `version`, or the champion is not the one compared with.
-        SignatureError: as for `promote`.
+    Raises DecisionError: no version waits, or another one, or it was compared with an earlier champion.
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version) if version is not None else None
@@ -194,9 +189,7 @@ def rollback(
 ) -> tuple[Record, list[str]]:
     """Make the champion before this one (or version `to`) champion again; returns the record, and warnings.
 
-    Raises:
-        DecisionError: there is no earlier champion, or `to` never was one.
-        SignatureError: as for `promote`.
+    Raises DecisionError: there is no earlier champion, or `to` never was one.
     """
     model = RegisteredModel(publishing, root)
 

@@ -113,11 +113,8 @@ def merged_items(
 
 
 def score_today(model: RegisteredModel, manifest: Manifest, metric: str) -> float:
-    """`metric` of the version's merged model on the prepared test split, decoded as when it was published.
-
-    Raises:
-        CompareError: it could not be scored, or no test item counts for the metric.
-        SignatureError: as for `merged_items`.
+    """`metric` of the version's merged model on the prepared test split, decoded as when it was published; it raises
+    what `merged_items` does, and CompareError where no test item counts for the metric.
     """
     test_sha256 = read_json(model.root / "artifacts" / "dataset" / "report.json")["test_sha256"]
     items = merged_items(model, manifest, manifest["evaluation"] | {"test_sha256": test_sha256})

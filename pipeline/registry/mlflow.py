@@ -83,12 +83,17 @@ class ModelRegistry:
     ) -> str:
         """Make the entry of a version, and its run; returns its number."""
         from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
 
         now = int(datetime.now(UTC).timestamp() * 1000)
         points = [Metric(key, value, now, step) for key, value, step in metrics]
         with self._reached():
             if self._aliases() is None:
-                self.client.create_registered_model(self.name)
+                try:
+                    self.client.create_registered_model(self.name)
+                except MlflowException:
+                    if self._aliases() is None:  # else another process was quicker
+                        raise
             experiment = self.client.get_experiment_by_name(self.name)
             if experiment is not None:
                 experiment_id = experiment.experiment_id

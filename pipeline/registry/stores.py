@@ -1,5 +1,5 @@
 """Opens the artifact store, and brings files into its objects and back: each whole under its SHA-256, only absent ones,
-every digest checked.
+every digest checked. StoreError says in a sentence what the store cannot do, lacks, or holds altered.
 """
 
 import json
@@ -26,9 +26,6 @@ def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
     """The store at `publish.artifact_store`: `s3://bucket/prefix`, `file://store` in the project, or absolute.
 
     Nothing is asked of an S3 server yet; `probe` does that, and every first write.
-
-    Raises:
-        StoreError: the folder cannot be created or written, or the URI names no bucket.
     """
     parsed = urlparse(params.artifact_store)
     if parsed.scheme == "s3":
@@ -49,9 +46,6 @@ def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entr
     """Bring `files` (manifest name → file) into the store; returns the manifest's entries and the bytes that were sent.
 
     Files that the store has are not sent again, so an interrupted upload continues with the file where it stopped.
-
-    Raises:
-        StoreError: the store cannot be written, or a file changed meanwhile.
     """
     store.probe()
     stamps = {path: _stamp(path) for path in files.values()}
@@ -72,9 +66,6 @@ def publish_manifest(store: ArtifactStore, version: str, text: bytes) -> None:
     """Make a version visible: store its manifest, once every object that it names is there, and read it back.
 
     When another publisher of the same version was first, its manifest stands.
-
-    Raises:
-        StoreError: the store cannot be written, or does not hold what was written.
     """
     key = f"versions/{version}/manifest.json"
     check_objects(store, json.loads(text)["files"])
@@ -100,9 +91,7 @@ def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], 
     """Download files of a version to `folder/name`, without the `prefix` of their names; each appears when its digest
     is right. Those that lie there already are not fetched again, but checked all the same.
 
-    Raises:
-        StoreError: an object is missing or altered, or a name leads out of the folder.
-        UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
+    Raises UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
     """
     check_names(manifest["files"])
     targets = {folder / name.removeprefix(prefix): (name, manifest["files"][name]) for name in names}

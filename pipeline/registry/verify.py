@@ -5,7 +5,6 @@ metrics in the manifest are those in the version's own files. Nothing of the ver
 """
 
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +62,17 @@ def _check_recorded(model: RegisteredModel, manifest: Manifest) -> Check:
         for record in model.log()
         if record.version == manifest["version"] and record.manifest_sha256
     }
-    with suppress(KeyError, RegistryError):
-        noted |= {"the registry": model.registry.tags(manifest["version"])["manifest_sha256"]}
+    unasked = ""
+    try:
+        if sha256 := model.registry.tags(manifest["version"]).get("manifest_sha256"):
+            noted["the registry"] = sha256
+    except RegistryError as error:
+        unasked = f"; {error}"
     if not noted:
-        return Check("recorded digest", None, "neither promotion log nor registry, if it can be reached, knows it")
+        return Check("recorded digest", None, f"neither registry nor promotion log knows this version{unasked}")
     wrong = [where for where, sha256 in noted.items() if sha256 != manifests.digest(manifest)]
     said = f"{', '.join(wrong)} noted another manifest" if wrong else f"the one that {', '.join(noted)} noted"
-    return Check("recorded digest", not wrong, said)
+    return Check("recorded digest", not wrong, said + unasked)
 
 
 def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
@@ -85,7 +88,7 @@ def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
             except (StoreError, UnsafeFileError) as error:
                 wrong.append(str(error))
     sizes = {entry["sha256"]: entry["size"] for entry in manifest["files"].values()}
-    said = "; ".join(wrong) or f"{len(manifest['files'])} files, {sum(sizes.values()) / 1e6:.1f} MB"
+    said = "; ".join(dict.fromkeys(wrong)) or f"{len(manifest['files'])} files, {sum(sizes.values()) / 1e6:.1f} MB"
     return [Check("digests", not wrong, said), _check_lineage(manifest, texts)]
 
 
