@@ -125,9 +125,8 @@ class Talk:
         if read_json(folder / "training.json")["quantisation"] != self.quantisation:
             differ.append("the base's quantisation")
         if differ or is_whole(folder):
-            differs = f"differs from {self.active} in {', '.join(differ)}"
-            why = differs if differ else "has no adapter (train.method full)"
-            raise ServingError(f"{name} {why}; talk to it alone: `retune chat {name}`")
+            what = f"differs from {self.active} in {', '.join(differ)}" if differ else "is a whole model, no adapter"
+            raise ServingError(f"{name} {what}; talk to it alone: `retune chat {name}`")
         peft_name = f"adapter{len(self._adapters)}"
         self.model = load_adapter(self.model, folder, peft_name)
         return peft_name

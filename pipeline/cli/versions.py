@@ -30,7 +30,7 @@ def publish(json_output: Json = False) -> None:
     result = do(load_params().publish)
     name, signed = name_of(result.version, result.number), "signed" if result.signed else "unsigned"
     new = f"publish: version {name}, {result.uploaded_bytes / 1e6:.1f} MB uploaded, {signed}"
-    _answer(json_output, asdict(result), new if result.created else f"publish: already published as {name}, {signed}")
+    answer(json_output, asdict(result), new if result.created else f"publish: already published as {name}, {signed}")
 
 
 def sign(version: Version = None, json_output: Json = False) -> None:
@@ -40,7 +40,7 @@ def sign(version: Version = None, json_output: Json = False) -> None:
     params, model, version = find(version)
     signed = do(params.publish, version)
     said = f"sign: version {model.label(version)} {'is signed' if signed else 'had a signature already'}"
-    _answer(json_output, {"version": version, "signed": signed}, said)
+    answer(json_output, {"version": version, "signed": signed}, said)
 
 
 def verify(version: Version = None, json_output: Json = False) -> None:
@@ -70,7 +70,7 @@ def promote(
     json_output: Json = False,
 ) -> None:
     """Make a version the champion if it is measurably better; a refusal (exit status 3) shows both numbers."""
-    from pipeline.promote import approve as answer
+    from pipeline.promote import approve as reply
     from pipeline.promote import promote as do
     from pipeline.report.whole import report_decision
     from pipeline.settings import load_params
@@ -81,7 +81,7 @@ def promote(
         raise CommandError("--force needs --reason: the history keeps why the gate was overruled")
     params = load_params()
     if approve or reject:
-        decision = answer(params.publish, params.promote, version, approve, reason)
+        decision = reply(params.publish, params.promote, version, approve, reason)
     else:
         decision = do(params.publish, params.promote, version, force=reason if force else None)
     decision.warnings.extend(report_decision(params.publish, decision.version, Path("artifacts")))
@@ -89,7 +89,7 @@ def promote(
     if decision.decision == "proposed" and not json_output and sys.stdin.isatty():
         agreed = typer.confirm("Make it the champion?")
         why = reason or typer.prompt("Reason, kept in the history", default="", show_default=False)
-        decision = answer(params.publish, params.promote, decision.version, agreed, why)
+        decision = reply(params.publish, params.promote, decision.version, agreed, why)
         _show_decision(decision, json_output)
     if decision.champion != decision.version:
         raise typer.Exit(3)
@@ -107,7 +107,7 @@ def rollback(
     record, warnings = do(params.publish, params.promote, to, reason)
     _warn(warnings)
     said = f"rollback: {model.label(record.champion)} is champion again; it was {model.label(record.previous)}"
-    _answer(json_output, asdict(record), said)
+    answer(json_output, asdict(record), said)
 
 
 def history(
@@ -184,7 +184,7 @@ def download(
     if part == "merged":
         auto = auto_class(manifest["params"]["train"])
         said += f'\n  {auto}.from_pretrained("{folder}") loads it as it was scored'
-    _answer(json_output, {"version": version, "path": str(folder)}, said)
+    answer(json_output, {"version": version, "path": str(folder)}, said)
 
 
 def delete(
@@ -199,7 +199,7 @@ def delete(
     name = model.label(version)  # while it has one
     record = do(params.publish, version, reason)
     said = f"delete: version {name} is gone; `retune gc` collects the files that no other version has"
-    _answer(json_output, asdict(record), said)
+    answer(json_output, asdict(record), said)
 
 
 def prune(
@@ -218,7 +218,7 @@ def prune(
     done = "deleted; `retune gc` collects their files" if yes else "would be deleted; `retune prune --yes` does it"
     nothing = "prune: nothing to delete" + "; publish.keep_versions is null" * (keep is None)
     lines.append(f"prune: {len(versions)} versions {done}" if versions else nothing)
-    _answer(json_output, {"versions": versions, "deleted": yes}, "\n".join(lines))
+    answer(json_output, {"versions": versions, "deleted": yes}, "\n".join(lines))
 
 
 def compare(
@@ -270,15 +270,15 @@ def _show_decision(decision: Any, json_output: bool) -> None:
     from pipeline.registry.compare import BASE
 
     _warn(decision.warnings)
-    _answer(json_output, asdict(decision), "\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
+    answer(json_output, asdict(decision), "\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
     if not json_output:
         show_verdict(decision.comparison, decision.against == BASE)
         for note in decision.notes:
             print(f"note: {note}")
 
 
-def _answer(json_output: bool, answer: Any, text: str) -> None:
-    print(json.dumps(answer) if json_output else text)
+def answer(json_output: bool, values: Any, text: str) -> None:
+    print(json.dumps(values) if json_output else text)
 
 
 def _warn(warnings: list[str]) -> None:

@@ -64,13 +64,6 @@ def _settings(uri: str, options: dict[str, str]) -> PublishParams:
             return params
     except ParamsError:
         pass
-    return PublishParams.model_construct(
-        artifact_store=uri,
-        endpoint_url=options.get("endpoint_url"),
-        region_name=options.get("region_name"),
-        profile_name=None,
-        addressing_style=options.get("addressing_style", "auto"),
-        server_side_encryption=None,
-        sse_kms_key_id=None,
-        max_concurrency=4,
-    )
+    told = {key: options[key] for key in ("endpoint_url", "region_name", "addressing_style") if key in options}
+    defaults = dict.fromkeys(PublishParams.model_fields) | {"addressing_style": "auto", "max_concurrency": 4}
+    return PublishParams.model_construct(**defaults | told | {"artifact_store": uri})
