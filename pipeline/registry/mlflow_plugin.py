@@ -65,5 +65,8 @@ def _settings(uri: str, options: dict[str, str]) -> PublishParams:
     except ParamsError:
         pass
     told = {key: options[key] for key in ("endpoint_url", "region_name", "addressing_style") if key in options}
-    defaults = dict.fromkeys(PublishParams.model_fields) | {"addressing_style": "auto", "max_concurrency": 4}
-    return PublishParams.model_construct(**defaults | told | {"artifact_store": uri})
+    values: dict[str, Any] = dict.fromkeys(PublishParams.model_fields) | {
+        "addressing_style": "auto",
+        "max_concurrency": 4,
+    }
+    return PublishParams.model_construct(**values | told | {"artifact_store": uri})
