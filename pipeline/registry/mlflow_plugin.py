@@ -65,8 +65,6 @@ def _settings(uri: str, options: dict[str, str]) -> PublishParams:
     except ParamsError:
         pass
     told = {key: options[key] for key in ("endpoint_url", "region_name", "addressing_style") if key in options}
-    values: dict[str, Any] = dict.fromkeys(PublishParams.model_fields) | {
-        "addressing_style": "auto",
-        "max_concurrency": 4,
-    }
-    return PublishParams.model_construct(**values | told | {"artifact_store": uri})
+    values: dict[str, Any] = dict.fromkeys(PublishParams.model_fields)
+    values |= {"addressing_style": "auto", "max_concurrency": 4} | told | {"artifact_store": uri}
+    return PublishParams.model_construct(**values)
