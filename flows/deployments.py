@@ -32,7 +32,6 @@ from pipeline.data.snapshot import recover
 from pipeline.ingest import ingest
 from pipeline.registry.compare import score_today
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.preflight import require_ready
 from pipeline.registry.retention import collect, delete, outdated
 from pipeline.scoring.resampling import LOWER_IS_BETTER
 from pipeline.services.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
@@ -76,7 +75,7 @@ def retrain(
         if sources:
             graph.pull_data()
             ingest(params.ingest, sources)
-        require_ready(params)
+        promotion.require_ready(params)
         version = None if graph.stale() else graph.version_id()
         reason = version and promotion.settled(params.publish, params.promote, version)
         if version and reason:

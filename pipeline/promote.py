@@ -6,12 +6,15 @@ promotion log; the registry's aliases and the webhooks follow. Versions that are
 deleted cannot be promoted, nor, where `publish.require_signature` is on, those without a trusted signature.
 """
 
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-from pipeline.params import PromoteParams, PublishParams
-from pipeline.registry import gate, manifest, notify, wording
+from pipeline.core.http_client import HttpError, send
+from pipeline.params import Params, PromoteParams, PublishParams
+from pipeline.registry import gate, manifest, wording
 from pipeline.registry.compare import BASE, UnfairError, compare, settings_of
 from pipeline.registry.decisions import (
     DecisionError,
@@ -43,6 +46,21 @@ class Decision:
     comparison: dict[str, Any]  # metric → candidate, champion, difference, low, high, p, verdict, …: `gate.Comparison`
     notes: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     warnings: list[str] = field(default_factory=list)  # what did not work after the decision; nothing undoes it
+
+
+def require_ready(params: Params, root: Path = Path(".")) -> None:
+    """What should not wait until hours of training are over: StoreError where the store cannot be written, CompareError
+    where the champion under this name is another kind of model.
+    """
+    model = RegisteredModel(params.publish, root)
+    model.store.probe()
+    serving = model.champion()
+    task = model.manifest(serving)["params"]["train"]["task"] if serving else params.train.task
+    if task != params.train.task:
+        raise gate.CompareError(
+            f"train.task is {params.train.task}, but version {model.label(serving)}, the champion of {model.name}, is "
+            f"a {task} model, and their scores cannot be compared; set publish.registered_model_name to another name"
+        )
 
 
 def promote(
@@ -100,7 +118,8 @@ def _judge(
         decision, reason = "refused", str(error)
         overruled.insert(0, reason)
     if force is not None:
-        decision, reason, overruled = "promoted", force, [*gate.refusals(comparison), *overruled]
+        refusals = [metric for metric, row in comparison.items() if row["passed"] is False]
+        decision, reason, overruled = "promoted", force, [*refusals, *overruled]
     elif decision == "promoted" and params.approval == "manual":
         decision = "proposed"
     return Record(
@@ -129,9 +148,7 @@ def approve(
 ) -> Decision:
     """A person's answer to the version that passed the gate and waits: it is promoted, or recorded as refused.
 
-    Raises:
-        DecisionError: no version waits, or another one than `version`, or the champion is not the one compared with.
-        SignatureError: as for `promote`.
+    Raises DecisionError: no version waits, or another one, or it was compared with an earlier champion.
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version) if version is not None else None
@@ -141,9 +158,8 @@ def approve(
         if proposal is None or version not in (None, proposal.version):
             who = f"version {model.label(proposal.version)}" if proposal else "no version"
             other = "" if version is None else f", not {model.label(version)}"
-            raise DecisionError(
-                f"{who} waits for approval{other}; `retune promote` decides anew where the champion has changed since"
-            )
+            anew = "`retune promote` decides anew where the champion has changed since"
+            raise DecisionError(f"{who} waits for approval{other}; {anew}")
         # What became unservable while it waited can still be refused.
         if agreed and manifest.digest(servable(model, proposal.version)) != proposal.manifest_sha256:
             raise DecisionError(
@@ -173,9 +189,7 @@ def rollback(
 ) -> tuple[Record, list[str]]:
     """Make the champion before this one (or version `to`) champion again; returns the record, and warnings.
 
-    Raises:
-        DecisionError: there is no earlier champion, or `to` never was one.
-        SignatureError: as for `promote`.
+    Raises DecisionError: there is no earlier champion, or `to` never was one.
     """
     model = RegisteredModel(publishing, root)
 
@@ -195,7 +209,7 @@ def rollback(
         return Record(len(log) + 1, "rollback", target, target, serving, reason, manifest_sha256=digest)
 
     record = model.decide(decide)
-    return record, model.project(record.version)[1] + notify.tell(params.webhooks, model.name, record)
+    return record, model.project(record.version)[1] + _tell(params.webhooks, model.name, record)
 
 
 def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
@@ -254,7 +268,7 @@ def _decided(model: RegisteredModel, params: PromoteParams, record: Record) -> D
         serves_or_served = record.version == record.champion or not earlier or earlier[-1].decision == "promoted"
         asking = None if serves_or_served else earlier[-1]
     else:
-        warnings += notify.tell(params.webhooks, model.name, record)
+        warnings += _tell(params.webhooks, model.name, record)
     todo = ""
     if asking is not None:
         name, candidate = f"v{number}" if number else record.version, model.manifest(record.version)
@@ -274,3 +288,21 @@ def _decided(model: RegisteredModel, params: PromoteParams, record: Record) -> D
         notes=record.notes,
         warnings=warnings,
     )
+
+
+def _tell(webhooks: list[str], name: str, record: Record) -> list[str]:
+    """POST `record` to the URL in each environment variable; returns a warning, without the URL, for each failure."""
+    warnings = []
+    for variable in webhooks:
+        url, problem = os.environ.get(variable, ""), ""
+        if urlparse(url).scheme not in ("http", "https"):
+            problem = "it holds no http or https address" if url else "the variable is not set"
+        else:
+            try:
+                send(url, {"model": name} | asdict(record))
+            except HttpError as error:
+                unreachable = f"it cannot be reached ({type(error.__cause__).__name__})"
+                problem = f"it answered with status {error.status}" if error.status else unreachable
+        if problem:
+            warnings.append(f"the webhook in {variable} was not told of the decision: {problem}")
+    return warnings

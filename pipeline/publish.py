@@ -17,7 +17,7 @@ from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.decisions import refuse_deleted
 from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.transfer import check_objects, fetch, publish_manifest, upload
+from pipeline.registry.stores import check_objects, fetch, publish_manifest, upload
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
@@ -92,13 +92,15 @@ def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
     """
     model = RegisteredModel(params, root)
     manifest = model.manifest(version)
-    for entry in manifest["files"].values():
-        with tempfile.TemporaryDirectory() as folder:
-            fetch(model.store, {"file": entry}, Path(folder))
+    for name in manifest["files"]:
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # one file at a time: a version may be larger than the disk's room
+            fetch(model.store, manifest, [name], Path(folder))
     if params.signing_key is None:
         raise signature.SignatureError("publish.signing_key is null; it names the private key to sign with")
     signed = _sign(model, manifest)
-    model.registry.mark(version, {"signed": "true"})
+    model.registry.mark(version, "signed", "true")
     return signed
 
 

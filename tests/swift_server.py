@@ -8,13 +8,12 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import boto3
-import httpx
+from local_servers import answers, wait_until
 
 ACCESS_KEY, SECRET_KEY, REGION, BUCKET = "test:tester", "testing", "us-east-1", "retune"
 
@@ -90,17 +89,12 @@ def start(folder: Path) -> Iterator[str]:
             conf = folder / f"{kind}.conf"
             conf.write_text(text)
             module = kind if kind != "object" else "obj"
+            command = [sys.executable, "-c", SERVER.format(kind=module), str(conf)]
             with (folder / f"{kind}.log").open("wb") as log:
-                servers.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", SERVER.format(kind=module), str(conf)],
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                    )
-                )
+                servers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         endpoint = f"http://127.0.0.1:{ports['proxy']}"
-        wait_until_up(endpoint, servers, folder)
+        wait_until(lambda: answers(f"{endpoint}/info") or any(server.poll() is not None for server in servers), 60)
+        assert answers(f"{endpoint}/info"), "\n".join(path.read_text() for path in folder.glob("*.log"))
         # The keys come from the environment, which conftest sets; a bucket cannot be made with anybody else's.
         boto3.client("s3", endpoint_url=endpoint, region_name=REGION).create_bucket(Bucket=BUCKET)
         yield endpoint
@@ -109,19 +103,6 @@ def start(folder: Path) -> Iterator[str]:
             server.kill()
         for server in servers:
             server.wait()
-
-
-def wait_until_up(endpoint: str, servers: "list[subprocess.Popen[bytes]]", folder: Path) -> None:
-    for _ in range(600):
-        if any(server.poll() is not None for server in servers):
-            break
-        try:
-            httpx.get(f"{endpoint}/info", timeout=1)
-        except httpx.HTTPError:
-            time.sleep(0.1)
-        else:
-            return
-    raise RuntimeError("Swift does not answer: " + "\n".join(path.read_text() for path in folder.glob("*.log")))
 
 
 def free_ports(number: int) -> list[int]:

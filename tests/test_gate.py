@@ -23,7 +23,6 @@ from pipeline.registry.significance import (
     rows_factor,
     score_test,
 )
-from pipeline.registry.wording import why
 from pipeline.scoring.resampling import group_sums, resampled_differences, set_scores
 from pipeline.settings import load_params
 
@@ -71,18 +70,13 @@ def decisions(world: World, number: int, promote: PromoteParams, resamples: int 
 WIDE = {"guard_metrics": {"accuracy": 0.2, "bleu": 20.0}}  # so that what errs is the primary metric
 
 
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (5, 0), (3, 9), (60, 41)])
-def test_mcnemar_of_single_items_is_the_binomial_tail(b: int, c: int) -> None:
-    expected = sum(math.comb(b + c, k) for k in range(b, b + c + 1)) / 2 ** (b + c)
-    net = np.array([1.0] * b + [-1.0] * c + [0.0] * 20)
-    assert mcnemar(net) == pytest.approx(expected, rel=1e-12)
-
-
-def test_mcnemar_over_groups_is_the_randomisation_of_every_sign() -> None:
-    net = np.array([3.0, -1.0, 2.0, 2.0, -4.0, 1.0, 0.0])
-    signs = np.array(np.meshgrid(*[[-1, 1]] * len(net))).reshape(len(net), -1).T
-    expected = ((signs @ np.abs(net)) >= net.sum()).mean()
-    assert mcnemar(net) == pytest.approx(expected, rel=1e-12)
+def test_mcnemar_is_the_exact_randomisation_of_every_sign_and_of_single_items_the_binomial_tail() -> None:
+    for net in ([3, -1, 2, 2, -4, 1, 0], [1] * 5, [1] * 3 + [-1] * 9, [0, 0]):
+        signs = np.array(np.meshgrid(*[[-1, 1]] * len(net))).reshape(len(net), -1).T
+        expected = ((signs @ np.abs(net)) >= sum(net)).mean()
+        assert mcnemar(np.array(net, dtype=float)) == pytest.approx(expected, rel=1e-12), net
+    tail = sum(math.comb(101, k) for k in range(60, 102)) / 2**101
+    assert mcnemar(np.array([1.0] * 60 + [-1.0] * 41 + [0.0] * 20)) == pytest.approx(tail, rel=1e-12)
 
 
 def test_the_score_test_is_mcnemars_against_equality_and_its_interval_tangos_published_one() -> None:
@@ -162,12 +156,10 @@ def test_metrics_that_count_other_items_share_their_draws() -> None:
 
 def test_what_is_clear_is_decided_however_small_the_power(params: Params) -> None:
     gain = decided(World(60, gain=0.3), 0, with_(params, promote={"declared_effect": 0.001}).promote)
-    assert gate.decide(gain) == "promoted"
-    assert gain["rougeL"]["gate_power"] < 0.2
-    assert gain["rougeL"]["p_adjusted"] == pytest.approx(0.005, abs=0.001)  # 400 resamples say no less
     loss = decided(World(40, gain=-0.3), 0, params.promote)
-    assert loss["rougeL"]["gate_power"] < 0.8
-    assert gate.decide(loss) == "refused"
+    assert (gate.decide(gain), gate.decide(loss)) == ("promoted", "refused")
+    assert gain["rougeL"]["gate_power"] < 0.2 and loss["rougeL"]["gate_power"] < 0.8
+    assert gain["rougeL"]["p_adjusted"] == pytest.approx(0.005, abs=0.001)  # 400 resamples say no less
 
 
 def test_too_few_items_decide_nothing_and_say_how_many_would(params: Params) -> None:
@@ -176,28 +168,17 @@ def test_too_few_items_decide_nothing_and_say_how_many_would(params: Params) -> 
     assert gate.decide(comparison) == "undecided"
     rows = comparison["rougeL"]["gate_rows"]
     assert 90 < rows < 300
-    assert "60 test items are too few" in why(comparison, "champion v3")
-    enough = decisions(World(rows, gain=promote.declared_effect), 40, promote)
-    assert enough.count("promoted") > 0.6 * 40
+    assert decisions(World(rows, gain=promote.declared_effect), 40, promote).count("promoted") > 0.6 * 40
+    grouped = decided(World(190, gain=0.3, group_size=10), 0, params.promote)  # 19 groups
+    assert (gate.decide(grouped), grouped["rougeL"]["groups"]) == ("undecided", 19)
+    assert grouped["rougeL"]["needed"].startswith("at least 20") and grouped["rougeL"]["gate_rows"] >= 200
 
 
-def test_no_gain_on_enough_items_is_refused_with_the_power(params: Params) -> None:
+def test_no_gain_on_enough_items_is_refused(params: Params) -> None:
     everything = [decided(World(190, gain=0.02), seed, with_(params, promote=WIDE).promote) for seed in range(15)]
     open_ones = [c for c in everything if "open" in {row["verdict"] for row in c.values()}]
     enough = [c for c in open_ones if c["rougeL"]["gate_power"] >= 0.8]
     assert {gate.decide(comparison) for comparison in enough} == {"refused"}
-    assert "too few" not in why(enough[0], "v1")
-    primary = enough[0]["rougeL"]
-    assert "190 test items would have shown an improvement of 0.05" in why(enough[0], "v1")
-    guarded = {"rougeL": primary | {"verdict": "passed"}, "bleu": primary | {"verdict": "open", "margin": 5.0}}
-    assert "improvement" not in why(guarded, "v1")  # the declared effect is of the primary metric
-
-
-def test_fewer_than_twenty_groups_decide_nothing(params: Params) -> None:
-    comparison = decided(World(190, gain=0.3, group_size=10), 0, params.promote)
-    assert gate.decide(comparison) == "undecided"
-    assert "needed: at least 20 independent test items, there are 19" in why(comparison, "v1")
-    assert comparison["rougeL"]["gate_rows"] >= 200
 
 
 def test_a_guard_on_which_both_score_nothing_guards_nothing(params: Params) -> None:
@@ -216,7 +197,6 @@ def test_a_guard_on_which_both_score_nothing_guards_nothing(params: Params) -> N
     assert (both["accuracy"]["verdict"], both["accuracy"]["passed"]) == ("uninformative", None)
     assert (both["accuracy"]["items"], both["accuracy"]["p"]) == (60, None)
     assert gate.decide(both) == "promoted"  # 60 items without a hit could never show "at most 0.05 worse"
-    assert gate.refusals(both) == []
     assert compared("accuracy", ours, [1.0, *zeros[1:]])["accuracy"]["verdict"] != "uninformative"
     # What has to become better is no guard.
     assert gate.decide(compared("rougeL", with_column(ours, "rougeL", zeros), zeros)) != "promoted"
@@ -254,8 +234,7 @@ def test_who_forgets_more_than_the_limit_is_refused_whatever_the_gain(params: Pa
     assert "general_accuracy" not in kept  # no row of the set has one right answer
     assert lost["rougeL"]["passed"]
     assert gate.decide(lost) == "refused"
-    assert why(lost, "v1").startswith("general_perplexity is ")
-    assert "promote.max_forgetting asks for at most +0.7" in why(lost, "v1")
+    assert lost["general_perplexity"]["needed"].startswith("at most +0.7")
     few = {"group": [str(i) for i in range(5000)], "loss_tokens": [9.0] * 5000, "accuracy": [None] * 5000}
     many = pa.table(few | {"loss": [18.0 + i % 7 for i in range(5000)]})
     claims = gate.claims_on(ours, theirs, params.promote)

@@ -26,8 +26,7 @@ from pipeline.params import Params, PublishParams
 from pipeline.registry.artifact_store import FileStore
 from pipeline.registry.decisions import champion, read_log
 from pipeline.registry.mlflow import ModelRegistry
-from pipeline.registry.stores import open_store
-from pipeline.registry.transfer import check_objects
+from pipeline.registry.stores import check_objects, open_store
 from pipeline.settings import load_params
 from pipeline.train import train
 

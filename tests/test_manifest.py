@@ -2,11 +2,12 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, git, publish_params
+from conftest import ROOT, git
 from huggingface_hub import ModelCard
 from versions import parameters, published
 
@@ -16,7 +17,7 @@ from pipeline.core.files import sha256_file, write_json
 from pipeline.core.git import changes, state
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
-from pipeline.registry.artifact_store import StoreError
+from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.card import model_card
 from pipeline.registry.manifest import Manifest, read_manifest, require_manifest
 from pipeline.registry.stores import open_store
@@ -105,36 +106,43 @@ def test_publishing_again_restores_an_object_that_the_store_lost(
         ("files", {"a.json": DIGEST | {"sha256": "0" * 63}}),
         ("files", {"a.json": DIGEST | {"size": -1}}),
         ("surprise", True),
-        ("every required key", None),  # in turn: it is missing
+        *((required, None) for required in SCHEMA["required"]),  # it is missing
     ],
 )
 def test_what_the_schema_does_not_allow_is_neither_written_nor_read(
     manifest: Manifest, tmp_path: Path, where: str, value: Any
 ) -> None:
-    for place in SCHEMA["required"] if value is None else [where]:
-        changed: Any = copy.deepcopy(manifest)
-        *path, last = place.split(".")
-        node = changed
-        for key in path:
-            node = node[key]
-        node[last] = value
-        if value is None:
-            del node[last]
-        with pytest.raises(StoreError, match=r"manifest\.schema\.json"):
-            manifests.encode(changed)
-        store = open_store(publish_params((tmp_path / place).as_uri()))
-        store.create(manifests.key_of(manifest["version"]), json.dumps(changed).encode())
-        with pytest.raises(StoreError, match="is damaged"):
-            read_manifest(store, manifest["version"])
+    changed: Any = copy.deepcopy(manifest)
+    *path, last = where.split(".")
+    node = changed
+    for key in path:
+        node = node[key]
+    node[last] = value
+    if value is None:
+        del node[last]
+    with pytest.raises(StoreError, match=r"manifest\.schema\.json"):
+        manifests.encode(changed)
+    store = FileStore(tmp_path)
+    store.create(manifests.key_of(manifest["version"]), json.dumps(changed).encode())
+    with pytest.raises(StoreError, match="is damaged"):
+        read_manifest(store, manifest["version"])
 
 
-def test_another_spelling_of_a_manifest_and_an_older_schema_are_refused(manifest: Manifest, tmp_path: Path) -> None:
-    store = open_store(publish_params(tmp_path.as_uri()))
-    store.create(manifests.key_of(manifest["version"]), json.dumps(manifest).encode())
-    store.create(manifests.key_of("a" * 16), b'{"version": "aaaaaaaaaaaaaaaa", "schema": 1}')
-    for version, why in ((manifest["version"], "bytes"), ("a" * 16, "its schema is 1, this Retune reads 2")):
-        with pytest.raises(StoreError, match=why):
-            read_manifest(store, version)
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (json.dumps, "its bytes are not"),  # another spelling
+        (lambda manifest: '{"schema": 1}', "its schema is 1, this Retune reads 2"),
+        (lambda manifest: '{"version": "v", "files": {"a": {}, "a": {"sha256": "0"}}}', "the key 'a' comes twice"),
+    ],
+)
+def test_other_bytes_than_retune_writes_are_refused(
+    manifest: Manifest, tmp_path: Path, text: Callable[[Manifest], str], why: str
+) -> None:
+    store = FileStore(tmp_path)
+    store.create(manifests.key_of(manifest["version"]), text(manifest).encode())
+    with pytest.raises(StoreError, match=why):
+        read_manifest(store, manifest["version"])
 
 
 def test_time_and_cost_count_only_for_the_output_that_was_timed(tmp_path: Path) -> None:

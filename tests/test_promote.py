@@ -23,13 +23,12 @@ from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.decisions import DecisionError, champion, read_log
 from pipeline.registry.gate import CompareError
 from pipeline.registry.mlflow import ModelRegistry
-from pipeline.registry.preflight import PreflightError, require_ready
 from pipeline.registry.retention import delete
 from pipeline.registry.signature import SignatureError
 from pipeline.registry.stores import open_store
-from pipeline.report.tables import verdict_rows
 
 NAME = "retune-sample"
+BASE_ITEMS = "evaluation/items.base.parquet"
 
 
 @pytest.fixture
@@ -73,9 +72,6 @@ def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_o
     assert f"0.100 worse than that of champion v1 ({first[:6]}…) (0.400 against 0.500 on 100" in refused.reason
     assert f"v1 ({first[:6]}…) stays champion" in refused.title
     assert "retune promote v2 --force" in refused.next
-    [rouge] = [row for row in verdict_rows(refused.comparison) if row["metric"] == "rougeL"]
-    numbers = ["0.400", "0.500", "-0.100", "-0.100 to -0.100", "more than 0", "1.000", "refused"]
-    assert list(rouge.values())[1:] == numbers
     assert (decide(tmp_path, params).decision, serving(tmp_path, params)) == ("unchanged", first)
     forced = decide(tmp_path, params, force="legal asked for it")
     assert (forced.decision, forced.reason, serving(tmp_path, params)) == ("promoted", "legal asked for it", worse)
@@ -84,14 +80,6 @@ def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_o
     assert record["overruled"][:3] == ["rougeL", "accuracy", "bleu"]
     assert record["overruled"][3].startswith("refused before")
     assert record["comparison"]["rougeL"]["passed"] is False
-
-
-def test_a_guard_that_guards_nothing_is_said(tmp_path: Path, params: Params) -> None:
-    published(tmp_path, params, 0.35)
-    decision = decide(tmp_path, with_(params, promote={"guard_metrics": {"accuracy": 0.05}}))
-    assert (decision.decision, decision.comparison["accuracy"]["verdict"]) == ("promoted", "uninformative")
-    note = f"accuracy guards nothing here: both score 0 on all {ITEMS} test items that count for it"
-    assert decision.notes == records(tmp_path)[0]["notes"] == [note]
 
 
 def test_a_champion_trained_on_rows_of_a_larger_test_split_is_not_compared(
@@ -107,27 +95,32 @@ def test_a_champion_trained_on_rows_of_a_larger_test_split_is_not_compared(
     assert records(tmp_path)[-1]["overruled"][0].startswith("prepare.test_fraction is 0.2")
 
 
-@pytest.mark.parametrize("signature", ["made for a test", "tok:zh|version:3.0.0"])
+def scored_again(patch: pytest.MonkeyPatch, artifacts: Path, items: dict[str, str], **changes: Any) -> None:
+    """Let what promotion scores again have these `items`, by version, under settings with `changes`."""
+
+    def score(model: Any, manifest: Any, settings: dict[str, Any], output: Path) -> None:
+        signatures = settings["signatures"] | changes
+        write_json(output / "evaluation.json", settings | {"signatures": signatures})
+        shutil.copy(artifacts / items.get(manifest["version"], BASE_ITEMS), output / "items.parquet")
+
+    patch.setattr("pipeline.registry.compare._score", score)
+
+
 def test_on_a_smaller_test_split_the_champion_is_scored_again_and_compared_if_it_was_scored_alike(
-    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, signature: str
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = published(tmp_path, params, 0.5, test_fraction=0.2)
     decide(tmp_path, params)
-    candidate = published(tmp_path, params, 0.6, test_fraction=0.1, test_split="b")
-
-    def score(model: Any, manifest: Any, settings: dict[str, Any], output: Path) -> None:
-        signatures = settings["signatures"] | {"bleu": signature}
-        write_json(output / "evaluation.json", settings | {"signatures": signatures})
-        shutil.copy(tmp_path / "artifacts/evaluation/items.base.parquet", output / "items.parquet")
-
-    monkeypatch.setattr("pipeline.registry.compare._score", score)
-    if signature != "made for a test":
-        with pytest.raises(CompareError, match=f"bleu of the candidate was scored as made .* {first} as tok:zh"):
-            decide(tmp_path, params)
-        return
+    candidate = published(tmp_path, params, 0.35, test_fraction=0.1, test_split="b")
+    scored_again(monkeypatch, tmp_path / "artifacts", {}, bleu="tok:zh|version:3.0.0")
+    with pytest.raises(CompareError, match=f"bleu .* made .* {first} was scored as tok:zh"):
+        decide(tmp_path, params)
+    scored_again(monkeypatch, tmp_path / "artifacts", {})
     decision = decide(tmp_path, params)
     assert (decision.decision, decision.champion) == ("promoted", candidate)
-    assert decision.notes == ["the test split is a part of the champion's: prepare.test_fraction 0.1 instead of 0.2"]
+    smaller = "the test split is a part of the champion's: prepare.test_fraction 0.1 instead of 0.2"
+    nothing = f"accuracy guards nothing here: both score 0 on all {ITEMS} test items that count for it"
+    assert decision.notes == records(tmp_path)[-1]["notes"] == [smaller, nothing]
 
 
 def test_too_few_items_leave_the_champion_and_are_asked_again_only_on_other_test_items(
@@ -138,35 +131,27 @@ def test_too_few_items_leave_the_champion_and_are_asked_again_only_on_other_test
     decision = decide(tmp_path, params)
     assert (decision.decision, serving(tmp_path, params)) == ("undecided", first)
     assert f"needed: at least {ITEMS + 1} independent test items, there are {ITEMS}" in decision.reason
-    assert decision.next.startswith("Add about ")
     again = decide(tmp_path, params)
     assert (again.decision, again.next) == ("unchanged", decision.next)
-    assert again.reason.startswith("not decided before") and "rougeL is 0.100 better" in again.reason
+    assert again.reason.startswith("not decided before") and decision.reason in again.reason
     assert gate.settled(params.publish, params.promote, second, tmp_path) == again.reason
-
-    def score(model: Any, manifest: Any, settings: dict[str, Any], output: Path) -> None:
-        write_json(output / "evaluation.json", settings)
-        items = "parity/items.merged" if manifest["version"] == second else "evaluation/items.base"
-        shutil.copy(tmp_path / "artifacts" / f"{items}.parquet", output / "items.parquet")
-
-    monkeypatch.setattr("pipeline.registry.compare._score", score)
     monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS)
+    scored_again(monkeypatch, tmp_path / "artifacts", {second: "parity/items.merged.parquet"})
     report, parity = (tmp_path / "artifacts" / name for name in ("dataset/report.json", "parity/parity.json"))
     proof = read_json(parity)
     write_json(report, read_json(report) | {"test_sha256": "e" * 64})
     write_json(parity, proof | {"evaluation": proof["evaluation"] | {"test_sha256": "e" * 64}})
     assert gate.settled(params.publish, params.promote, second, tmp_path) is None
     assert decide(tmp_path, params, second).decision == "promoted"
-    assert [record["test_sha256"] for record in records(tmp_path)][2] == "e" * 64
+    assert records(tmp_path)[2]["test_sha256"] == "e" * 64
 
 
 def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Params) -> None:
     published(tmp_path, params, 0.5, forgets=0.3)
     refused = decide(tmp_path, params)
     assert (refused.decision, refused.champion) == ("refused", None)
-    assert refused.reason.startswith("general_perplexity is ") and "at most +0.7" in refused.reason
-    rows = {row["metric"]: row["verdict"] for row in verdict_rows(refused.comparison)}
-    assert (rows["rougeL"], rows["general_accuracy"], rows["general_perplexity"]) == ("passed", "passed", "refused")
+    rows = {metric: row["verdict"] for metric, row in refused.comparison.items()}
+    assert (rows["rougeL"], rows["general_accuracy"], rows["general_perplexity"]) == ("passed", "passed", "failed")
     published(tmp_path, params, 0.5, forgets=0.01)
     assert decide(tmp_path, params).decision == "promoted"
 
@@ -187,12 +172,12 @@ def test_a_fresh_clone_promotes_by_the_scores_that_versions_were_published_with(
 def test_another_kind_of_model_under_the_champions_name_is_said_before_training(
     tmp_path: Path, params: Params, first: str
 ) -> None:
-    require_ready(params, tmp_path)
+    gate.require_ready(params, tmp_path)
     train = {"task": "sequence-classification", "packing": False}
     other = with_(params, train=train, promote={"primary_metric": "accuracy"})
-    with pytest.raises(PreflightError, match=f"{first[:6]}.*causal-lm.*publish.registered_model_name"):
-        require_ready(other, tmp_path)
-    require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
+    with pytest.raises(CompareError, match=f"{first[:6]}.*causal-lm.*publish.registered_model_name"):
+        gate.require_ready(other, tmp_path)
+    gate.require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
 
 
 def test_what_is_not_published_or_was_deleted_is_not_promoted_even_by_force(
@@ -286,32 +271,28 @@ def test_an_approval_counts_only_for_the_champion_that_was_compared_with(tmp_pat
     assert serving(tmp_path, manual) == second
 
 
-class Hook(http.server.BaseHTTPRequestHandler):
-    """A webhook that keeps what it is sent, and answers with the status that its path names."""
-
-    got: list[Any] = []  # noqa: RUF012
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        Hook.got.append((self.path, self.headers["Content-Type"], json.loads(body)))
-        self.send_response(int(self.path.rsplit("/", 1)[1]))
-        self.send_header("Location", "/elsewhere/200")
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 def test_decisions_are_told_to_the_webhooks_and_what_fails_is_a_warning_that_keeps_its_secret(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    got: list[Any] = []
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        """Keeps what it is sent, and answers with the status that its path names."""
+
+        def do_POST(self) -> None:
+            got.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.send_response(int(self.path.rsplit("/", 1)[1]))
+            self.send_header("Location", "/elsewhere/200")
+            self.end_headers()
+
+    monkeypatch.setattr(Hook, "log_message", lambda *_: None)
     reasons = {"BROKEN": "status 500", "MOVED": "status 302", "DEAD": "cannot be reached", "FILE": "no http"}
     reasons |= {"UNSET": "not set"}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/secret-token"
+        url, dead = f"http://127.0.0.1:{server.server_port}/secret-token", "http://127.0.0.1:9/secret-token"
         urls = {"TEAM": f"{url}/200", "BROKEN": f"{url}/500", "MOVED": f"{url}/302", "FILE": "file:///etc/passwd"}
-        for name, address in (urls | {"DEAD": "http://127.0.0.1:9/secret-token"}).items():
+        for name, address in (urls | {"DEAD": dead}).items():
             monkeypatch.setenv(f"{name}_HOOK", address)
         told = with_(params, promote={"webhooks": [f"{name}_HOOK" for name in (*reasons, "TEAM")]})
         version = published(tmp_path, told, 0.5)
@@ -320,17 +301,15 @@ def test_decisions_are_told_to_the_webhooks_and_what_fails_is_a_warning_that_kee
         for (name, reason), said in zip(reasons.items(), decision.warnings, strict=True):
             assert name in said and reason in said
         assert "secret-token" not in json.dumps([decision.warnings, records(tmp_path)])
-        assert [path for path, _, _ in Hook.got] == [f"/secret-token/{status}" for status in (500, 302, 200)]
+        assert [path for path, _ in got] == [f"/secret-token/{status}" for status in (500, 302, 200)]
         team = with_(params, promote={"webhooks": ["TEAM_HOOK"]})
         for quality in (0.4, 0.6):
             published(tmp_path, team, quality)
             assert decide(tmp_path, team).warnings == []
         gate.rollback(team.publish, team.promote, root=tmp_path)
         server.shutdown()
-    said = Hook.got[2:]
-    assert [body["decision"] for _, _, body in said] == ["promoted", "refused", "promoted", "rollback"]
-    assert [body for _, _, body in said] == [{"model": NAME} | record for record in records(tmp_path)]
-    assert {kind for _, kind, _ in said} == {"application/json"}
+    assert [body["decision"] for _, body in got[2:]] == ["promoted", "refused", "promoted", "rollback"]
+    assert [body for _, body in got[2:]] == [{"model": NAME} | record for record in records(tmp_path)]
 
 
 def test_a_promoter_that_comes_second_decides_anew_against_the_new_champion(

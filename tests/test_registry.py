@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from conftest import environment, with_
-from local_servers import free_port, wait_until
+from local_servers import answers, free_port, wait_until
 from test_signature import make_key
 from versions import decide, parameters, published, registry_lost
 
@@ -27,8 +26,7 @@ VERSION: dict[str, Any] = {
     "source": "retune-file:///store/versions/abc",
     "tags": {"git_commit": "123"},
     "params": {"lora_r": 8},
-    "metrics": {"bleu": 1.5},
-    "curve": [],
+    "metrics": [("bleu", 1.5, 0)],
     "reports": {"report.md": "# Evaluation"},
 }
 NEXT = VERSION | {"version_id": "def"}
@@ -43,13 +41,13 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server, with storage for artifacts of its own."""
     folder, port = tmp_path_factory.mktemp("server"), str(free_port())
-    store = [
-        "--backend-store-uri",
-        parameters(folder).publish.tracking_uri,
-        "--artifacts-destination",
-        str(folder / "a"),
-    ]
-    command = [sys.executable, "-m", "mlflow", "server", "--port", port, "--workers", "1", *store]
+    options = {
+        "--port": port,
+        "--workers": "1",
+        "--backend-store-uri": parameters(folder).publish.tracking_uri,
+        "--artifacts-destination": str(folder / "a"),
+    }
+    command = [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)]
     environ = environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
@@ -60,13 +58,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         finally:
             os.killpg(process.pid, 15)
             process.wait(20)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).is_success
-    except httpx.HTTPError:
-        return False
 
 
 @pytest.fixture(params=["sqlite", "server"])
@@ -82,7 +73,7 @@ def aliases(registry: ModelRegistry) -> dict[str, str]:
 
 def test_a_registered_version_shows_its_run_with_curve_and_report(registry: ModelRegistry, tmp_path: Path) -> None:
     curve = [("loss", 1 / step, step) for step in range(1, 2501)]  # more than MLflow takes at once
-    number = registry.register(**VERSION | {"curve": curve})
+    number = registry.register(**VERSION | {"metrics": [*VERSION["metrics"], *curve]})
     entry = registry.client.get_model_version(registry.name, number)
     assert (entry.source, entry.tags) == (VERSION["source"], {"git_commit": "123", "version_id": "abc"})
     run = registry.client.get_run(entry.run_id)

@@ -29,8 +29,7 @@ from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.decisions import champion, read_log
 from pipeline.registry.mlflow import ModelRegistry
 from pipeline.registry.s3 import S3Store
-from pipeline.registry.stores import open_store
-from pipeline.registry.transfer import fetch
+from pipeline.registry.stores import fetch, open_store
 
 PART_SIZE, SIZE = 5 * 2**20, 200_000
 LONG = [pytest.mark.faults, pytest.mark.timeout(3600)]
@@ -72,7 +71,7 @@ class Publishing:
         store = self._store(place)
         for number, key in enumerate(store.list("versions/"), start=1):
             out = Path(self.folder) / "out"
-            fetch(store, json.loads(store.read(key) or b"")["files"], out)
+            fetch(store, json.loads(store.read(key) or b""), self._files(number), out)
             for name, path in self._files(number).items():
                 assert (out / name).read_bytes() == path.read_bytes()
             shutil.rmtree(out)
@@ -90,12 +89,16 @@ class Publishing:
 
     def _files(self, number: int) -> dict[str, Path]:
         weights = random.Random(number).randbytes(self.size)
-        content = {"adapter/config.json": b"{}" * number, "evaluation/a": b"same", "merged/model.safetensors": weights}
+        content = {
+            "adapter/loss.csv": b"," * number,
+            "merged/vocab.txt": b"same",
+            "parity/items.merged.parquet": weights,
+        }
         files = {name: Path(self.folder) / f"{number}-{name.replace('/', '-')}" for name in content}
         for name, path in files.items():
             if not path.exists():  # written again it would be another file to an upload that is under way
                 path.write_bytes(content[name])
-        return files | {"evaluation/b": files["evaluation/a"]}
+        return files | {"merged/merges.txt": files["merged/vocab.txt"]}
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import promote as gate
 from pipeline.chat.template import TemplateError
-from pipeline.cli.serving import (
-    ServingError,
-    Talk,
-    printable,
-    read_prompts,
-)
+from pipeline.cli.serving import ServingError, Talk, printable, read_prompts
 from pipeline.cli.talk import chat, predict, report
 from pipeline.core import graph
 from pipeline.core.files import read_json, write_json
@@ -130,13 +125,7 @@ def test_a_file_is_answered_line_by_line_by_the_merged_model(there: Path, tmp_pa
         (["workspace"], "contract.json", {"chat_template": " "}, TemplateError, "chat_template"),
         (["champion", "workspace"], "contract.json", {"chat_template_sha256": "0"}, ServingError, "sha256"),
         (["base", "workspace"], "contract.json", {"model": {"digest": "0" * 64}}, TemplateError, "0" * 12),
-        (
-            ["champion", "workspace"],
-            "training.json",
-            {"quantisation": {"load_in_4bit": False}},
-            ServingError,
-            "quantisation",
-        ),
+        (["v1", "workspace"], "training.json", {"quantisation": {"load_in_4bit": False}}, ServingError, "quantisation"),
     ],
 )
 def test_adapters_that_do_not_share_base_and_template_are_refused(
@@ -210,7 +199,7 @@ def test_a_version_is_scored_again_on_another_test_split(
     )
     model = RegisteredModel(own.publish, there)
     manifest = model.manifest(str(model.champion()))
-    published, scored = manifest["metrics"]["merged"]["accuracy"]["score"], model.folder(manifest["version"]) / "today"
+    published, scored = manifest["metrics"]["merged"]["accuracy"]["score"], model.folder(manifest["version"]) / "scored"
     assert score_today(model, manifest, "accuracy") == published
     assert not scored.exists()  # the same split: nothing to compute
     report_file = there / "artifacts" / "dataset" / "report.json"

@@ -80,7 +80,12 @@ def test_the_command_prints_a_page_and_json(
     write_params(tmp_path, params)
     compare("v1", "v2", tmp_path / "page.html")
     shown = capsys.readouterr().out
-    for words in ("rougeL is better", f"{ITEMS} better, 0 worse, 0 the same", "train.lora_r", "Which colour has box"):
+    for words in (
+        "rougeL is better",
+        f"{ITEMS} answers are better, 0 worse, 0 the same",
+        "train.lora_r",
+        "Which colour has box",
+    ):
         assert words in shown
     page = (tmp_path / "page.html").read_text()
     assert "<h1>Comparison</h1>" in page and "train.lora_r" in page and "default-src" in page

@@ -3,7 +3,8 @@
 import json
 import random
 import shutil
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -135,24 +136,23 @@ def write_lock(root: Path, tree: dict[str, Any]) -> None:
     outs = {stage: [out for out in parts["outs"] if isinstance(out, str)] for stage, parts in graph_file.items()}
     for path in (path for paths in outs.values() for path in paths):
         (root / path).mkdir(parents=True, exist_ok=True)
+
+    def value_of(key: str) -> Any:  # a section, or one parameter as `train.task`
+        return reduce(getitem, key.split("."), tree)
+
     stages = {
         stage: {
             "cmd": f"retune stage {stage}",
             "deps": [{"path": "data/instructions", "hash": "md5", "md5": "0" * 32 + ".dir"}],
-            "params": {"params.yaml": {name: _value(tree, name) for name in graph_file[stage]["params"]}},
+            "params": {
+                "params.yaml": {name: reduce(getitem, name.split("."), tree) for name in graph_file[stage]["params"]}
+            },
             "outs": [{"path": path, "hash": "md5", "md5": _digest(root / path)} for path in paths],
         }
         for stage, paths in outs.items()
     }
     with (root / "dvc.lock").open("w") as file:
         YAML().dump({"schema": "2.0", "stages": stages}, file)
-
-
-def _value(tree: Any, name: str) -> Any:
-    """Of a section, or of one parameter as `train.task`, as dvc.lock has them."""
-    for part in name.split("."):
-        tree = tree[part]
-    return tree
 
 
 def weights(path: Path, value: float, number: int) -> None:

@@ -61,8 +61,7 @@ def run(json_output: Json = False) -> None:
     """Bring everything up to date: train if something changed, publish, and promote if it is better."""
     from pipeline.core import graph
     from pipeline.data.snapshot import recover
-    from pipeline.promote import settled
-    from pipeline.registry.preflight import require_ready
+    from pipeline.promote import require_ready, settled
     from pipeline.services import server
     from pipeline.services.flow_runs import close_lost_runs
     from pipeline.settings import load_params

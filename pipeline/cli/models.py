@@ -1,6 +1,5 @@
 """The commands about training: parameter sets for known models, and the classes that a trained model gives to texts."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.versions import Json
+from pipeline.cli.versions import Json, answer
 
 
 def preset(
@@ -23,24 +22,17 @@ def preset(
     from pipeline.settings import yaml_text
     from pipeline.training.presets import apply, available
 
+    presets = available()
     if name is None:
-        presets = available()
-        if json_output:
-            print(json.dumps([asdict(each) for each in presets]))
-            return
-        for each in presets:
-            print(f"{each.name:20} {each.about} (--for {', '.join(each.tasks)})")
+        lines = [f"{each.name:20} {each.about} (--for {', '.join(each.tasks)})" for each in presets]
+        answer(json_output, [asdict(each) for each in presets], "\n".join(lines))
         return
     changed = apply(name, Path("params.yaml"), task)
-    chosen = next(each for each in available() if each.name == name)
-    if json_output:
-        print(json.dumps({"preset": name, "changed": changed, "first": chosen.first}))
-        return
-    for key, (old, new) in changed.items():
-        print(f"  {key}: {yaml_text(old)} → {yaml_text(new)}")
-    print(f"preset: {name} is in params.yaml, {len(changed)} values changed; `git diff params.yaml` shows them")
-    if chosen.first is not None:
-        print(f"first: {chosen.first}")
+    first = next(each.first for each in presets if each.name == name)
+    lines = [f"  {key}: {yaml_text(old)} → {yaml_text(new)}" for key, (old, new) in changed.items()]
+    lines.append(f"preset: {name} is in params.yaml, {len(changed)} values changed; `git diff params.yaml` shows them")
+    lines += [] if first is None else [f"first: {first}"]
+    answer(json_output, {"preset": name, "changed": changed, "first": first}, "\n".join(lines))
 
 
 def classify(
@@ -55,11 +47,8 @@ def classify(
     if not (model / "contract.json").is_file():
         raise typer.BadParameter(f"{model} holds no merged model; `dvc repro` makes artifacts/merged")
     answers = do(model, [[{"role": "user", "content": text}] for text in texts])
-    if json_output:
-        print(json.dumps([asdict(each) for each in answers]))
-        return
-    for text, each in zip(texts, answers, strict=True):
-        print(f"{each.label} ({each.confidence:.3f})  {text}")
+    lines = [f"{each.label} ({each.confidence:.3f})  {text}" for text, each in zip(texts, answers, strict=True)]
+    answer(json_output, [asdict(each) for each in answers], "\n".join(lines))
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (preset, classify)

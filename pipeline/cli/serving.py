@@ -75,11 +75,7 @@ class Talk:
         return list(self._adapters)
 
     def use(self, name: str) -> None:
-        """Let `name` answer from now on; it is loaded if it is not yet.
-
-        Raises:
-            ServingError, TemplateError, ModelError: there is none, or it needs another base or template.
-        """
+        """Let `name` answer from now on; it is loaded if it is not yet."""
         if name not in self._adapters:
             self._adapters[name] = None if name == BASE else self._load(name)
         peft_name = self._adapters[name]
@@ -95,12 +91,7 @@ class Talk:
         on_text: Callable[[str], None] = lambda _: None,
         on_reasoning: Callable[[str], None] = lambda _: None,
     ) -> Answer:
-        """The active model's greedy answer; `on_text` and `on_reasoning` get its parts piece by piece as they are made.
-
-        Raises:
-            RowError: the template refuses the conversation.
-            ModelError: it does not fit the model's context.
-        """
+        """The active model's greedy answer; `on_text` and `on_reasoning` get its parts as they are made."""
         ids = self.template.prompt_ids(messages)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + max_new_tokens > limit:
@@ -121,7 +112,7 @@ class Talk:
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 generation_config=config,
-                streamer=_Pieces(self.template, ids, on_text, on_reasoning),
+                streamer=_Pieces(self.template, ids, reasoning=on_reasoning, text=on_text),
             )
         return read_answer(self.template, ids, output[0, len(ids) :].tolist())
 
@@ -133,9 +124,7 @@ class Talk:
         if read_json(folder / "training.json")["quantisation"] != self.quantisation:
             differ.append("the base's quantisation")
         if differ or is_whole(folder):
-            what = (
-                f"differs from {self.active} in {', '.join(differ)}" if differ else "has no adapter (train.method full)"
-            )
+            what = f"differs from {self.active} in {', '.join(differ)}" if differ else "is a whole model, no adapter"
             raise ServingError(f"{name} {what}; talk to it alone: `retune chat {name}`")
         peft_name = f"adapter{len(self._adapters)}"
         self.model = load_adapter(self.model, folder, peft_name)
@@ -154,16 +143,9 @@ def _require_base(name: str, contract: dict[str, Any], identity: dict[str, Any])
 class _Pieces(BaseStreamer):
     """Hands on thinking and text as they grow, without what could move a terminal's cursor."""
 
-    def __init__(
-        self,
-        template: ChatTemplate,
-        prompt: list[int],
-        on_text: Callable[[str], None],
-        on_reasoning: Callable[[str], None],
-    ) -> None:
-        self.template, self.prompt = template, prompt
+    def __init__(self, template: ChatTemplate, prompt: list[int], **hands: Callable[[str], None]) -> None:
+        self.template, self.prompt, self.hands = template, prompt, hands
         self.ids: list[int] | None = None  # the first that comes is the prompt
-        self.hands = {"reasoning": on_reasoning, "text": on_text}
         self.shown = dict.fromkeys(self.hands, "")
 
     def put(self, value: torch.Tensor) -> None:
@@ -199,11 +181,7 @@ def default_name(params: Params, root: Path = Path(".")) -> str:
 
 def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) -> tuple[Path, str]:
     """Where the `adapter` or `merged` model of `name` lies, and its id: the workspace's, or those of a published
-    version, fetched and checked.
-
-    Raises:
-        ServingError: the workspace has none.
-        SignatureError: publish.require_signature is on, and the version is not signed.
+    version, fetched and checked, its signature too where publish.require_signature is on.
     """
     if name == WORKSPACE:
         folder = root / "artifacts" / part
@@ -217,12 +195,7 @@ def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) ->
 
 
 def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple[Any, ChatTemplate, dict[str, Any]]:
-    """Model, template and identity of `name`: of a version, or the workspace, the merged model, which is what serves.
-
-    Raises:
-        ServingError: there is none.
-        TemplateError: its tokenizer or template are not those of the contract it was shipped with.
-    """
+    """Model, template and identity of `name`: of a version or the workspace the merged model, which serves."""
     if name == BASE:
         template, identity = load_template(params.prepare)
         return load_for_scoring(identity), template, {"model": BASE, "digest": identity["digest"]}
@@ -233,10 +206,8 @@ def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple
 
 
 def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | None]]:
-    """Each line of a JSONL file: the row, its conversation up to the answer, and its tools as JSON.
-
-    Raises:
-        ServingError: a line is no JSON object, or has neither `prompt`, `text` nor `messages`, with its number.
+    """Each line of a JSONL file: the row, its conversation up to the answer, and its tools as JSON; an error names the
+    line that has none.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators

@@ -11,12 +11,11 @@ import typer
 
 from pipeline.core.checks import as_json
 from pipeline.registry.decisions import name_of
-from pipeline.report.tables import in_short, show_table, show_verdict, verdict_lines
+from pipeline.report.tables import WIDTH, in_short, show_table, show_verdict, verdict_lines
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Version = Annotated[str | None, typer.Argument(help="v3, 3, champion or a version's id; else the workspace's.")]
 Reason = Annotated[str, typer.Option(help="Kept in the history.")]
-SHOWN = 3  # texts of each side that `compare` prints; the page has more
 
 
 class CommandError(ValueError):
@@ -31,7 +30,7 @@ def publish(json_output: Json = False) -> None:
     result = do(load_params().publish)
     name, signed = name_of(result.version, result.number), "signed" if result.signed else "unsigned"
     new = f"publish: version {name}, {result.uploaded_bytes / 1e6:.1f} MB uploaded, {signed}"
-    _answer(json_output, asdict(result), new if result.created else f"publish: already published as {name}, {signed}")
+    answer(json_output, asdict(result), new if result.created else f"publish: already published as {name}, {signed}")
 
 
 def sign(version: Version = None, json_output: Json = False) -> None:
@@ -41,21 +40,15 @@ def sign(version: Version = None, json_output: Json = False) -> None:
     params, model, version = find(version)
     signed = do(params.publish, version)
     said = f"sign: version {model.label(version)} {'is signed' if signed else 'had a signature already'}"
-    _answer(json_output, {"version": version, "signed": signed}, said)
+    answer(json_output, {"version": version, "signed": signed}, said)
 
 
 def verify(version: Version = None, json_output: Json = False) -> None:
     """Check a version's signature, the digest of every file, and its lineage; exit status 1 when one fails."""
-    from pipeline.registry.mlflow import RegistryError
     from pipeline.registry.verify import verify as do
 
     _, model, version = find(version)
-    try:
-        registered = model.registry.tags(version)
-    except RegistryError as error:
-        _warn([str(error)])
-        registered = {}
-    checks = do(model, version, registered)
+    checks = do(model, version)
     failed = [check.name for check in checks if check.passed is False]
     if json_output:
         print(json.dumps({"version": version} | as_json(checks)))
@@ -77,7 +70,7 @@ def promote(
     json_output: Json = False,
 ) -> None:
     """Make a version the champion if it is measurably better; a refusal (exit status 3) shows both numbers."""
-    from pipeline.promote import approve as answer
+    from pipeline.promote import approve as reply
     from pipeline.promote import promote as do
     from pipeline.report.whole import report_decision
     from pipeline.settings import load_params
@@ -88,7 +81,7 @@ def promote(
         raise CommandError("--force needs --reason: the history keeps why the gate was overruled")
     params = load_params()
     if approve or reject:
-        decision = answer(params.publish, params.promote, version, approve, reason)
+        decision = reply(params.publish, params.promote, version, approve, reason)
     else:
         decision = do(params.publish, params.promote, version, force=reason if force else None)
     decision.warnings.extend(report_decision(params.publish, decision.version, Path("artifacts")))
@@ -96,7 +89,7 @@ def promote(
     if decision.decision == "proposed" and not json_output and sys.stdin.isatty():
         agreed = typer.confirm("Make it the champion?")
         why = reason or typer.prompt("Reason, kept in the history", default="", show_default=False)
-        decision = answer(params.publish, params.promote, decision.version, agreed, why)
+        decision = reply(params.publish, params.promote, decision.version, agreed, why)
         _show_decision(decision, json_output)
     if decision.champion != decision.version:
         raise typer.Exit(3)
@@ -114,7 +107,7 @@ def rollback(
     record, warnings = do(params.publish, params.promote, to, reason)
     _warn(warnings)
     said = f"rollback: {model.label(record.champion)} is champion again; it was {model.label(record.previous)}"
-    _answer(json_output, asdict(record), said)
+    answer(json_output, asdict(record), said)
 
 
 def history(
@@ -176,14 +169,13 @@ def download(
     from pipeline.registry.card import auto_class
     from pipeline.registry.manifest import encode
     from pipeline.registry.signature import read_signature, require_signed
-    from pipeline.registry.transfer import fetch_files
+    from pipeline.registry.stores import fetch
 
     params, model, version = find(version)
     manifest = model.manifest(version)
     require_signed(model.store, manifest, params.publish)
     prefix = "" if part == "all" else f"{part}/"
-    names = {name.removeprefix(prefix): name for name in manifest["files"] if name.startswith(prefix)}
-    fetch_files(model.store, manifest, names, folder)
+    fetch(model.store, manifest, [name for name in manifest["files"] if name.startswith(prefix)], folder, prefix)
     if part == "all":
         (folder / "manifest.json").write_bytes(encode(manifest))
         if signed := read_signature(model.store, manifest):
@@ -192,7 +184,7 @@ def download(
     if part == "merged":
         auto = auto_class(manifest["params"]["train"])
         said += f'\n  {auto}.from_pretrained("{folder}") loads it as it was scored'
-    _answer(json_output, {"version": version, "path": str(folder)}, said)
+    answer(json_output, {"version": version, "path": str(folder)}, said)
 
 
 def delete(
@@ -207,7 +199,7 @@ def delete(
     name = model.label(version)  # while it has one
     record = do(params.publish, version, reason)
     said = f"delete: version {name} is gone; `retune gc` collects the files that no other version has"
-    _answer(json_output, asdict(record), said)
+    answer(json_output, asdict(record), said)
 
 
 def prune(
@@ -226,7 +218,7 @@ def prune(
     done = "deleted; `retune gc` collects their files" if yes else "would be deleted; `retune prune --yes` does it"
     nothing = "prune: nothing to delete" + "; publish.keep_versions is null" * (keep is None)
     lines.append(f"prune: {len(versions)} versions {done}" if versions else nothing)
-    _answer(json_output, {"versions": versions, "deleted": yes}, "\n".join(lines))
+    answer(json_output, {"versions": versions, "deleted": yes}, "\n".join(lines))
 
 
 def compare(
@@ -236,6 +228,9 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Compare two versions: scores with intervals, parameters and data that differ, texts that changed most."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     from pipeline.core.files import write_text
     from pipeline.report.evaluation_pages import render
     from pipeline.report.versus import as_json, compare_versions
@@ -247,33 +242,9 @@ def compare(
     if json_output:
         print(json.dumps(as_json(contents), ensure_ascii=False))
         return
-    _show(contents)
+    Console(width=WIDTH, highlight=False).print(Markdown(render(contents, "report.md")))
     if html is not None:
         print(f"compare: {html} is the same as a page")
-
-
-def _show(contents: Any) -> None:
-    from pipeline.report.versus import change_rows
-
-    better, worse, same = contents.better, contents.worse, contents.same
-    print(f"{contents.title}: {contents.verdict}.")
-    print(f"{contents.items:,} test items: {better:,} better, {worse:,} worse, {same:,} the same.")
-    for note in contents.notes:
-        print(f"note: {note}.")
-    show_table(change_rows(contents))
-    for heading, rows in contents.tables.items():
-        if rows:
-            show_table(rows, heading)
-        else:
-            print(f"{heading}: none.")
-    old, new = contents.labels[contents.old], contents.labels[contents.new]
-    for heading, texts in (("Most improved answers", contents.best), ("Most worsened answers", contents.worst)):
-        print(f"{heading}:" if texts else f"{heading}: none.")
-        for text in texts[:SHOWN]:
-            metric, before, after = text.most
-            print(f"  {text.task}, {metric} {before:.3f} → {after:.3f}: {text.prompt}")
-            for name, said in (("expected", text.reference), (old, text.old), (new, text.new)):
-                print(f"    {name}: {said or '(nothing)'}")
 
 
 COMMANDS: list[Callable[..., None]] = [
@@ -299,15 +270,15 @@ def _show_decision(decision: Any, json_output: bool) -> None:
     from pipeline.registry.compare import BASE
 
     _warn(decision.warnings)
-    _answer(json_output, asdict(decision), "\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
+    answer(json_output, asdict(decision), "\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
     if not json_output:
         show_verdict(decision.comparison, decision.against == BASE)
         for note in decision.notes:
             print(f"note: {note}")
 
 
-def _answer(json_output: bool, answer: Any, text: str) -> None:
-    print(json.dumps(answer) if json_output else text)
+def answer(json_output: bool, values: Any, text: str) -> None:
+    print(json.dumps(values) if json_output else text)
 
 
 def _warn(warnings: list[str]) -> None:

@@ -10,13 +10,14 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 OBJECT = re.compile(r"objects/[0-9a-f]{64}")  # in a shared bucket others may have a folder `objects/` too
 Files = Sequence[tuple[str, Path]]  # keys and the files that hold, or are to hold, their bytes
+PARTIAL = ".partial"  # how a file of a store in a folder ends whose write is under way, or was cut short
 Progress = Callable[[int], object]  # is told bytes as they move, from any thread
 
 
@@ -24,16 +25,11 @@ class StoreError(RuntimeError):
     """The store cannot be used, or its content is not what it should be."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Stored:
     key: str
     size: int  # bytes
     modified: float  # seconds since 1970 by the store's own clock
-
-    @property
-    def is_partial(self) -> bool:
-        """Of a store in a folder: a write that is under way, or was cut short."""
-        return self.key.endswith(".partial")
 
 
 class ArtifactStore(Protocol):
@@ -107,8 +103,7 @@ class FileStore(ArtifactStore):
                 progress(shutil.copyfile(self.folder / check_key(key), path).stat().st_size)
 
     def scan(self, prefix: str) -> Sequence[Stored]:
-        files = [each for each in self._files(prefix) if each.key.startswith(prefix) and not each.is_partial]
-        return sorted(files, key=lambda each: each.key)
+        return sorted(stored for stored in self._files(prefix) if not stored.key.endswith(PARTIAL))
 
     def delete(self, key: str) -> None:
         with self._explained(key, "deleted"):
@@ -119,7 +114,7 @@ class FileStore(ArtifactStore):
             return os.fstat(file.fileno()).st_mtime  # of the server, when the folder is a mounted one
 
     def unfinished(self, before: float, delete: bool = False) -> int:
-        partials = [each for each in self._files("") if each.is_partial and each.modified < before]
+        partials = [each for each in self._files("") if each.key.endswith(PARTIAL) and each.modified < before]
         with self._explained("a partial file", "deleted"):
             for stored in partials if delete else ():
                 (self.folder / stored.key).unlink(missing_ok=True)
@@ -128,16 +123,15 @@ class FileStore(ArtifactStore):
     def _files(self, prefix: str) -> Iterator[Stored]:
         for folder, _, names in os.walk(self.folder / prefix.rpartition("/")[0]):
             for name in names:
-                path = Path(folder) / name
-                try:
-                    stat = path.stat()
-                except FileNotFoundError:
-                    continue  # a partial file that became whole, or was swept
-                yield Stored(path.relative_to(self.folder).as_posix(), stat.st_size, stat.st_mtime)
+                key = (Path(folder) / name).relative_to(self.folder).as_posix()
+                with suppress(FileNotFoundError):  # a partial file that became whole, or was swept
+                    stat = (self.folder / key).stat()
+                    if key.startswith(prefix):
+                        yield Stored(key, stat.st_size, stat.st_mtime)
 
     def _create(self, key: str, write: Callable[[Path], object]) -> bool:
         target = self.folder / check_key(key)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL}")
         with self._explained(key, "written"):
             if target.exists():
                 return False

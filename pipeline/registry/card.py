@@ -18,20 +18,15 @@ CHAT = "llm/v1/chat"  # MLflow's name for answering messages
 def model_card(manifest: Manifest) -> str:
     """README.md of the version: metadata that the Hub reads, scores, and how to load it."""
     train, metrics = manifest["params"]["train"], manifest["metrics"]
-    scores = {
-        metric: [_score(metrics[system].get(metric)) for system in ("base", "merged")]
-        for metric in METRICS
-        if metrics["merged"].get(metric)
-    }
-    use = use_code(train, manifest["evaluation"]["params"].get("max_new_tokens"))
+    measured = [metric for metric in METRICS if metrics["merged"].get(metric)]
     return _render(
         "card.md.jinja",
         manifest=manifest,
         base=manifest["base_model"],
         train=train,
         task=_task(train),
-        scores=scores,
-        use=use.strip(),
+        scores={metric: [metrics[system].get(metric) for system in ("base", "merged")] for metric in measured},
+        use=use_code(train, manifest["evaluation"]["params"].get("max_new_tokens")).strip(),
     )
 
 
@@ -42,35 +37,33 @@ def use_code(train: dict[str, Any], max_new_tokens: int | None) -> str:
 
 def auto_class(train: dict[str, Any]) -> str:
     """The class of transformers that loads a model trained with the parameters `train`."""
-    return "AutoModelForSequenceClassification" if _classifies(train) else "AutoModelForCausalLM"
+    return f"AutoModelFor{'SequenceClassification' if train['task'] == CLASSIFICATION else 'CausalLM'}"
 
 
 def mlmodel(manifest: Manifest) -> str:
     """`MLmodel`: lets `mlflow.transformers.load_model` load the merged model where `merged/` lies."""
-    train = manifest["params"]["train"]
-    classifies = _classifies(train)
+    train, packages = manifest["params"]["train"], manifest["packages"]
     transformers = {
         "code": None,
         "components": ["tokenizer"],
         "framework": "pt",
-        "instance_type": f"Text{'Classification' if classifies else 'Generation'}Pipeline",
+        "instance_type": f"{_task(train).title().replace('-', '')}Pipeline",
         "model_binary": "merged",
         "pipeline_model_type": auto_class(train),
         "source_model_name": manifest["base_model"]["name_or_path"],
         "task": _task(train),
         "tokenizer_type": "AutoTokenizer",
-        "transformers_version": manifest["packages"]["train"].get("transformers", ""),
+        "transformers_version": packages["train"].get("transformers", ""),
     }
-    python = {
-        "loader_module": "mlflow.transformers",
-        "python_version": manifest["packages"]["publish"]["python"],
-    }
+    python = {"loader_module": "mlflow.transformers", "python_version": packages["publish"]["python"]}
     described: dict[str, Any] = {
         "artifact_path": "model",
         "flavors": {"python_function": python, "transformers": transformers},
         "utc_time_created": manifest["created"],
     }
-    if not classifies:  # pyfunc then takes {"messages": […], "max_tokens": …} and renders them by the model's template
+    if (
+        train["task"] != CLASSIFICATION
+    ):  # pyfunc then renders {"messages": […], "max_tokens": …} by the model's template
         transformers["inference_task"] = CHAT
         described["metadata"] = {"task": CHAT}
     return json.dumps(described, indent=2, sort_keys=True)  # JSON is YAML
@@ -80,13 +73,5 @@ def _render(template: str, **values: Any) -> str:
     return environment(Path(__file__).parent / "pages", html=False).get_template(template).render(values)
 
 
-def _classifies(train: dict[str, Any]) -> bool:
-    return bool(train["task"] == CLASSIFICATION)
-
-
 def _task(train: dict[str, Any]) -> str:
-    return "text-classification" if _classifies(train) else "text-generation"
-
-
-def _score(score: dict[str, Any] | None) -> str:
-    return "–" if score is None else f"{score['score']:.3g} ({score['low']:.3g} to {score['high']:.3g})"
+    return "text-classification" if train["task"] == CLASSIFICATION else "text-generation"

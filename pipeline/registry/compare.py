@@ -5,6 +5,7 @@ split, decoding, metric signatures and library versions are today's; else the ve
 Items that the champion may have been trained on are not compared on.
 """
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from pipeline.params import PromoteParams
 from pipeline.registry.gate import CompareError, Comparison, claims_on, compare_claims, forgetting_claims
 from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.scoring.resampling import corpus_score, metric_items, num_groups
+from pipeline.scoring.resampling import corpus_score, metric_items
 
 BASE = "the base model"
 
@@ -62,10 +63,8 @@ def compare(
     rows = compare_claims(claims, params.seed)
     for metric, row in rows.items():
         if row["passed"] is None:
-            both = (
-                f"both score 0 on all {row['items']:,} test items that count" if row["items"] else "no test item counts"
-            )
-            notes.append(f"{metric} guards nothing here: {both} for it")
+            zero = f"both score 0 on all {row['items']:,} test items that count"
+            notes.append(f"{metric} guards nothing here: {zero if row['items'] else 'no test item counts'} for it")
     return rows, notes
 
 
@@ -107,33 +106,22 @@ def merged_items(
     for metric, ours in settings["signatures"].items():
         if signatures.get(metric) != ours:
             raise CompareError(
-                f"{metric} of the candidate was scored as {ours} and that of version {version} as "
+                f"{metric} is to be scored as {ours}, and that of version {version} was scored as "
                 f"{signatures.get(metric)}: such scores are not compared. `retune run` scores the candidate anew"
             )
     return pq.read_table(scored / "items.parquet")
 
 
 def score_today(model: RegisteredModel, manifest: Manifest, metric: str) -> float:
-    """`metric` of the version's merged model on the prepared test split, decoded as when it was published.
-
-    On the very split it was published with, that is the score of then, and nothing is computed.
-
-    Raises:
-        CompareError: it could not be scored, or no test item counts for the metric.
-        SignatureError: as for `merged_items`.
+    """`metric` of the version's merged model on the prepared test split, decoded as when it was published; it raises
+    what `merged_items` does, and CompareError where no test item counts for the metric.
     """
-    test = read_json(model.root / "artifacts" / "dataset" / "report.json")["test_sha256"]
-    if manifest["evaluation"]["test_sha256"] == test:
-        score = manifest["metrics"]["merged"].get(metric)
-        if score is None:
-            raise CompareError(f"{metric} was not measured when version {manifest['version']} was published")
-        return float(score["score"])
-    scored = model.folder(manifest["version"]) / "today"
-    _score(model, manifest, manifest["evaluation"], scored)
-    items = metric_items(pq.read_table(scored / "items.parquet"), metric)
-    if not num_groups(items):
+    test_sha256 = read_json(model.root / "artifacts" / "dataset" / "report.json")["test_sha256"]
+    items = merged_items(model, manifest, manifest["evaluation"] | {"test_sha256": test_sha256})
+    score = corpus_score(metric_items(items, metric))
+    if math.isnan(score):
         raise CompareError(f"no item of today's test split counts for {metric}")
-    return corpus_score(items)
+    return score
 
 
 def _score(model: RegisteredModel, manifest: Manifest, settings: dict[str, Any], output: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.params import PromoteParams
-from pipeline.registry.significance import ALPHA, POWER, Tested, binary_test, corpus_test, holm, power, rows_factor
+from pipeline.registry.significance import ALPHA, POWER, binary_test, corpus_test, holm, power, rows_factor
 from pipeline.scoring.resampling import (
     BINARY,
     LOWER_IS_BETTER,
@@ -48,28 +48,40 @@ class Claim:
     candidate: Items
     champion: Items
     groups: Groups
-    bound: float
-    declared: float  # the true difference at which it should be shown
-    needed: str
-    margin: float | None  # None: the primary metric
+    bound: float  # of a guard: minus its margin
+    declared: float = 0.0  # the true difference at which it should be shown; of a guard 0
+
+    @property
+    def is_guard(self) -> bool:
+        return self.declared == 0.0
 
     @property
     def sign(self) -> int:
         return -1 if self.metric in LOWER_IS_BETTER else 1
 
+    @property
+    def needed(self) -> str:
+        if self.is_guard:
+            return f"{'at least -' if self.sign > 0 else 'at most +'}{-self.bound:.3g}"
+        return f"{'more than ' if self.sign > 0 else 'less than -'}{self.bound:g}"
+
 
 def claims_on(ours: pa.Table, theirs: pa.Table, params: PromoteParams) -> list[Claim]:
     """The primary metric's claim, then the guards', over two tables of the same items."""
-    metric, least, groups = params.primary_metric, params.min_improvement, group_of(ours)
-    needed = f"{'less than -' if metric in LOWER_IS_BETTER else 'more than '}{least:g}"
-    systems = metric_items(ours, metric), metric_items(theirs, metric)
-    primary = Claim(metric, metric, *systems, groups, least, params.declared_effect, needed, None)
-    guards = [
-        _guard(guard, guard, metric_items(ours, guard), metric_items(theirs, guard), groups, margin)
-        for guard, margin in params.guard_metrics.items()
-        if guard != metric
+    margins = {metric: margin for metric, margin in params.guard_metrics.items() if metric != params.primary_metric}
+    bounds = {params.primary_metric: params.min_improvement} | {metric: -margin for metric, margin in margins.items()}
+    return [
+        Claim(
+            metric,
+            metric,
+            metric_items(ours, metric),
+            metric_items(theirs, metric),
+            group_of(ours),
+            bound,
+            params.declared_effect if metric == params.primary_metric else 0.0,
+        )
+        for metric, bound in bounds.items()
     ]
-    return [primary, *guards]
 
 
 def forgetting_claims(before: pa.Table, after: pa.Table, params: PromoteParams) -> list[Claim]:
@@ -80,31 +92,19 @@ def forgetting_claims(before: pa.Table, after: pa.Table, params: PromoteParams) 
         if np.isnan(corpus_score(old)):
             continue  # a set without answers to be right about has a perplexity only
         margin = limit * corpus_score(old) if metric in LOWER_IS_BETTER else limit
-        claims.append(_guard(f"general_{metric}", metric, new, old, groups, margin))
+        claims.append(Claim(f"general_{metric}", metric, new, old, groups, -margin))
     return claims
-
-
-def _guard(name: str, metric: str, candidate: Items, champion: Items, groups: Groups, margin: float) -> Claim:
-    needed = f"{'at most +' if metric in LOWER_IS_BETTER else 'at least -'}{margin:.3g}"
-    return Claim(name, metric, candidate, champion, groups, -margin, 0.0, needed, margin)
 
 
 def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -> Comparison:
     """The row of each claim; the first claim is the primary metric's."""
-    rows: Comparison = {}
-    measured = []
-    for claim in claims:
-        require_same_items(claim.candidate, claim.champion)
-        scores = corpus_score(claim.candidate), corpus_score(claim.champion)
-        if claim.margin is None and math.isnan(scores[0]):
-            raise CompareError(
-                f"promote.primary_metric is {claim.metric}, but no test item counts for it; choose another"
-            )
-        if claim.margin is not None and (math.isnan(scores[0]) or scores == (0.0, 0.0)):
-            rows[claim.name] = _untested(claim, scores[0])
-        else:
-            rows[claim.name] = {}
-            measured.append(claim)
+    rows: Comparison = {claim.name: _untested(claim) for claim in claims}
+    primary = rows[claims[0].name]
+    if primary["verdict"] == "unmeasured":
+        raise CompareError(
+            f"promote.primary_metric is {claims[0].metric}, but no test item counts for it; choose another"
+        )
+    measured = [claim for claim in claims if rows[claim.name]["verdict"] == "open"]
     tested, drawn = [], []
     for claim in measured:
         first, second = (claim.candidate, claim.champion)[:: claim.sign]  # so that more is better
@@ -118,55 +118,40 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
     distances = [claim.declared - claim.bound for claim in measured]
     adjusted = holm([test.p for test in tested])
     for i, (claim, test, p) in enumerate(zip(measured, tested, adjusted, strict=True)):
-        row = _row(claim, test, p)
+        row = rows[claim.name]
+        row["low"], row["high"] = sorted((claim.sign * test.low, claim.sign * test.high))
+        row |= {"test": test.test, "p": test.p, "p_adjusted": p}
         row["power"] = power(differences[:, i : i + 1], errors[i : i + 1], distances[i : i + 1])
-        rows[claim.name] = row
-    primary = rows[claims[0].name]
-    primary["gate_power"] = power(differences, errors, distances)
+        row["verdict"] = "passed" if p <= ALPHA else "failed" if test.high < claim.declared else "open"
+        if row["groups"] < MIN_GROUPS and not claim.is_guard:
+            row["verdict"] = "open"  # an interval over a handful of items is narrower than the truth
+            row["needed"] = f"at least {MIN_GROUPS} independent test items, there are {row['groups']}"
+        row["passed"] = row["verdict"] == "passed"
     items = max(rows[claim.name]["items"] for claim in measured if claim.name == claim.metric)  # of the test split
     factor = max(rows_factor(differences, errors, distances), MIN_GROUPS / primary["groups"])
+    primary["gate_power"] = power(differences, errors, distances)
     primary["gate_rows"] = None if math.isinf(factor) else math.ceil(round(factor * items, 6))
     primary["declared"] = claims[0].declared
     return rows
 
 
-def _row(claim: Claim, test: Tested, p: float) -> dict[str, Any]:
-    """What was tested of one claim; `p` is corrected for all of them."""
-    size, needed = _size(claim), claim.needed
-    verdict = "passed" if p <= ALPHA else "failed" if test.high < claim.declared else "open"
-    if size["groups"] < MIN_GROUPS and claim.margin is None:
-        verdict = "open"  # an interval over a handful of items is narrower than the truth
-        needed = f"at least {MIN_GROUPS} independent test items, there are {size['groups']}"
+def _untested(claim: Claim) -> dict[str, Any]:
+    """The row of a claim before its test; for a guard that guards nothing, as no item counts or both score 0, all."""
+    require_same_items(claim.candidate, claim.champion)
     candidate, champion = corpus_score(claim.candidate), corpus_score(claim.champion)
-    low, high = sorted((claim.sign * test.low, claim.sign * test.high))
-    return size | {
-        "candidate": candidate,
-        "champion": champion,
-        "difference": candidate - champion,
-        "low": low,
-        "high": high,
-        "needed": needed,
-        "test": test.test,
-        "p": test.p,
-        "p_adjusted": p,
+    scores: dict[str, Any] = {"candidate": candidate, "champion": champion, "difference": candidate - champion}
+    scores |= {"low": 0.0, "high": 0.0}
+    verdict = "uninformative" if claim.is_guard and candidate == champion == 0.0 else "open"
+    if math.isnan(candidate):
+        scores, verdict = dict.fromkeys(scores), "unmeasured"
+    return scores | {
+        "margin": -claim.bound if claim.is_guard else None,
+        "items": num_groups(claim.candidate),  # of which each is its own group
+        "groups": num_groups(claim.candidate, claim.groups),
+        "needed": claim.needed,
+        **dict.fromkeys(("test", "p", "p_adjusted", "power", "passed")),
         "verdict": verdict,
-        "passed": verdict == "passed",
     }
-
-
-def _untested(claim: Claim, score: float) -> dict[str, Any]:
-    """The row of a guard that guards nothing: no item counts for it, or both systems score 0 everywhere."""
-    counts = not math.isnan(score)
-    scores = dict.fromkeys(("candidate", "champion", "difference", "low", "high"), 0.0 if counts else None)
-    tests = dict.fromkeys(("test", "p", "p_adjusted", "power", "passed"))
-    verdict = "uninformative" if counts else "unmeasured"
-    return scores | tests | _size(claim) | {"needed": claim.needed, "verdict": verdict}
-
-
-def _size(claim: Claim) -> dict[str, Any]:
-    """What a row says of the claim's margin and items; of `items` each is its own group."""
-    groups = num_groups(claim.candidate, claim.groups)
-    return {"margin": claim.margin, "items": num_groups(claim.candidate), "groups": groups}
 
 
 def decide(comparison: Comparison) -> str:
@@ -183,8 +168,3 @@ def decide(comparison: Comparison) -> str:
         return "promoted"
     enough = primary["gate_power"] >= POWER and primary["groups"] >= MIN_GROUPS
     return "refused" if enough else "undecided"
-
-
-def refusals(comparison: Comparison) -> list[str]:
-    """The metrics on which what the gate asks for was not shown."""
-    return [metric for metric, row in comparison.items() if row["passed"] is False]

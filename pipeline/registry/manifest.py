@@ -31,11 +31,7 @@ def key_of(version: str) -> str:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest's one spelling: what is stored, hashed and signed.
-
-    Raises:
-        StoreError: the schema does not allow it.
-    """
+    """The manifest's one spelling: what is stored, hashed and signed; StoreError where the schema does not allow it."""
     from jsonschema.exceptions import best_match
 
     error = best_match(_validator().iter_errors(manifest))
@@ -88,16 +84,10 @@ def published_versions(store: ArtifactStore) -> list[str]:
 
 
 def build(params: PublishParams, version: str, files: dict[str, Any], root: Path = Path(".")) -> Manifest:
-    """The manifest of the workspace's artifacts, whose `files` are {name: {sha256, size, …}}.
-
-    Raises:
-        GraphError: there is no dvc.lock.
-    """
+    """The manifest of the workspace's artifacts, whose `files` are {name: {sha256, size}}."""
     artifacts = root / "artifacts"
-    training = read_json(artifacts / "adapter" / "training.json")
-    report = read_json(artifacts / "dataset" / "report.json")
-    contract = read_json(artifacts / "adapter" / "contract.json")
-    parity = read_json(artifacts / "parity" / "parity.json")
+    names = ("adapter/training.json", "adapter/contract.json", "dataset/report.json", "parity/parity.json")
+    training, contract, report, parity = (read_json(artifacts / name) for name in names)
     stages = graph.lock(root)["stages"]
     seconds = stage_seconds(root)
     known = [each for each in seconds.values() if each is not None]

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
 
 from pipeline.core.files import WORK_DIR, read_json, write_json
 from pipeline.registry.decisions import name_of
@@ -33,17 +33,20 @@ class ModelRegistry:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it announces each table that it makes
-        uri = self.uri
-        if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-            uri = f"sqlite:///{(self.root / uri.removeprefix('sqlite:///')).resolve()}"
+        uri = f"sqlite:///{self.database}" if self.database else self.uri
         with self._reached():
             return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
+    @property
+    def database(self) -> Path | None:
+        """The SQLite file that holds the registry; None where a server does."""
+        if not self.uri.startswith("sqlite:///"):
+            return None
+        return (self.root / self.uri.removeprefix("sqlite:///")).resolve()
+
     def numbers(self) -> dict[str, str]:
         """MLflow's number of every version, by version id; of two entries of one version the lower number counts."""
-        numbers: dict[str, str] = {}
-        for entry in sorted(self._entries(), key=lambda entry: int(entry.version), reverse=True):
-            numbers[entry.tags["version_id"]] = str(entry.version)
+        numbers = {entry.tags["version_id"]: str(entry.version) for entry in reversed(self._entries())}
         write_json(self._remembered, {"registry": self.uri, "name": self.name, "numbers": numbers})
         return numbers
 
@@ -62,45 +65,41 @@ class ModelRegistry:
         ids = {str(entry.version): str(entry.tags["version_id"]) for entry in self._entries()}
         if (plain := number.removeprefix("v")) in ids:
             return ids[plain]
-        known = ", ".join(f"v{known}" for known in sorted(ids, key=int)) or "none"
+        known = ", ".join(f"v{known}" for known in ids) or "none"
         raise RegistryError(f"{self.name} has no version {number}; it has {known}")
 
     def tags(self, version_id: str) -> dict[str, str]:
         """What the registry says of a version; nothing where it does not know it."""
-        entries = self._entries(version_id)
-        return dict(min(entries, key=lambda entry: int(entry.version)).tags) if entries else {}
+        return next((dict(entry.tags) for entry in self._entries(version_id)), {})
 
     def register(
         self,
         version_id: str,
-        source: str,
+        source: str,  # where Retune's plugin for MLflow finds the files
         tags: dict[str, str],
         params: dict[str, Any],
-        metrics: dict[str, float],
-        curve: list[tuple[str, float, int]],
-        reports: dict[str, str],
+        metrics: list[tuple[str, float, int]],  # name, value and step
+        reports: dict[str, str],  # file name → text
     ) -> str:
-        """Make the entry of a version, and its run; returns its number.
-
-        Args:
-            source: where Retune's plugin for MLflow finds the files.
-            curve: name, value and step.
-            reports: file name → text.
-        """
+        """Make the entry of a version, and its run; returns its number."""
         from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
 
         now = int(datetime.now(UTC).timestamp() * 1000)
-        final = [(key, value, 0) for key, value in metrics.items()]
-        points = [Metric(key, value, now, step) for key, value, step in [*final, *curve]]
+        points = [Metric(key, value, now, step) for key, value, step in metrics]
         with self._reached():
-            with _unless("RESOURCE_ALREADY_EXISTS"):
-                self.client.create_registered_model(self.name)
+            if self._aliases() is None:
+                try:
+                    self.client.create_registered_model(self.name)
+                except MlflowException:
+                    if self._aliases() is None:  # else another process was quicker
+                        raise
             experiment = self.client.get_experiment_by_name(self.name)
-            experiment_id = (
-                experiment.experiment_id
-                if experiment is not None
-                else self.client.create_experiment(self.name, artifact_location=self._artifacts())
-            )
+            if experiment is not None:
+                experiment_id = experiment.experiment_id
+            else:  # reports lie next to a SQLite file, else where the server says
+                place = (self.database.parent / "mlartifacts").as_uri() if self.database else None
+                experiment_id = self.client.create_experiment(self.name, artifact_location=place)
             run = self.client.create_run(experiment_id, run_name=version_id, tags={"version_id": version_id})
             run_id = str(run.info.run_id)
             self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])
@@ -117,26 +116,21 @@ class ModelRegistry:
     def project(self, champion_id: str | None) -> None:
         """Make the aliases say what the promotion log says."""
         with self._reached():
-            aliases = None
-            with _unless("RESOURCE_DOES_NOT_EXIST"):
-                aliases = self.client.get_registered_model(self.name).aliases
+            aliases = self._aliases()
             if aliases is None:
                 return  # a new registry next to an old log: publish fills it, the log decides all the same
             number = self.numbers().get(champion_id) if champion_id else None
-            if number is None:
-                if "champion" in aliases:
-                    self.client.delete_registered_model_alias(self.name, "champion")
-            elif str(aliases.get("champion")) != number:
+            if number is not None and aliases.get("champion") != number:
                 self.client.set_registered_model_alias(self.name, "champion", number)
-            if "challenger" in aliases and str(aliases["challenger"]) == number:
-                self.client.delete_registered_model_alias(self.name, "challenger")
+            gone = {"champion": number is None, "challenger": aliases.get("challenger") == number}
+            for alias in [alias for alias in aliases if gone.get(alias)]:
+                self.client.delete_registered_model_alias(self.name, alias)
 
-    def mark(self, version_id: str, tags: dict[str, str]) -> None:
-        """Set tags on every entry of a version."""
+    def mark(self, version_id: str, key: str, value: str) -> None:
+        """Set a tag on every entry of a version."""
         with self._reached():
             for entry in self._entries(version_id):
-                for key, value in tags.items():
-                    self.client.set_model_version_tag(self.name, entry.version, key, value)
+                self.client.set_model_version_tag(self.name, entry.version, key, value)
 
     def forget(self, version_id: str) -> None:
         """Delete the entries of a version; its run stays, as the record of a training."""
@@ -144,22 +138,17 @@ class ModelRegistry:
             for entry in self._entries(version_id):
                 self.client.delete_model_version(self.name, entry.version)
 
+    def _aliases(self) -> dict[str, str] | None:
+        """Alias → number; None while MLflow does not know the model."""
+        models = self.client.search_registered_models(f"name = '{self.name}'")
+        return {alias: str(number) for alias, number in models[0].aliases.items()} if models else None
+
     def _entries(self, version_id: str | None = None) -> list[Any]:
+        """MLflow's entries of one version, or of all, by number."""
         with self._reached():
             entries = self.client.search_model_versions(f"name = '{self.name}'", max_results=200_000)  # MLflow's most
-        ids = [entry.tags.get("version_id") for entry in entries]
-        return [entry for entry, its in zip(entries, ids, strict=True) if its and version_id in (None, its)]
-
-    @property
-    def database(self) -> Path | None:
-        """The SQLite file that holds the registry; None where a server does."""
-        if not self.uri.startswith("sqlite:///"):
-            return None
-        return (self.root / unquote(self.uri.removeprefix("sqlite:///"))).resolve()
-
-    def _artifacts(self) -> str | None:
-        """Where runs keep their reports: next to a SQLite file, else where the server says."""
-        return (self.database.parent / "mlartifacts").as_uri() if self.database else None
+        ours = [e for e in entries if "version_id" in e.tags and version_id in (None, e.tags["version_id"])]
+        return sorted(ours, key=lambda entry: int(entry.version))
 
     @contextmanager
     def _reached(self) -> Iterator[None]:
@@ -174,15 +163,3 @@ class ModelRegistry:
             where = f"{parsed.scheme}://{parsed.hostname}" if parsed.hostname else self.uri
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise RegistryError(f"the registry {where} (publish.tracking_uri) could not be used: {reason}") from error
-
-
-@contextmanager
-def _unless(code: str) -> Iterator[None]:
-    """Leave out what MLflow answers with the error `code`."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != code:
-            raise

@@ -15,8 +15,7 @@ from pipeline.params import PublishParams
 from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.manifest import encode, require_manifest
 from pipeline.registry.signature import read_signature
-from pipeline.registry.stores import open_store
-from pipeline.registry.transfer import fetch_files
+from pipeline.registry.stores import fetch, open_store
 from pipeline.settings import ParamsError, load_params
 
 
@@ -29,20 +28,18 @@ class RetuneArtifactRepository(ArtifactRepository):
         store_uri, _, self.version = address.rpartition("/versions/")
         self.artifact_store = open_store(_settings(store_uri, dict(parse_qsl(query))))
         self.manifest = manifest = require_manifest(self.artifact_store, self.version)
-        data = encode(manifest)
-        signed = read_signature(self.artifact_store, manifest)
-        self.proofs = {"manifest.json": data} | ({"manifest.sig": signed} if signed is not None else {})
+        proofs = {"manifest.json": encode(manifest), "manifest.sig": read_signature(self.artifact_store, manifest)}
+        self.proofs = {name: data for name, data in proofs.items() if data is not None}
 
     def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
         folder = f"{path.strip('/')}/" if path else ""
         sizes = {name: entry["size"] for name, entry in self.manifest["files"].items()}
         sizes |= {name: len(data) for name, data in self.proofs.items()}
         entries: dict[str, FileInfo] = {}
-        for name, size in sizes.items():
-            if name.startswith(folder):
-                first, slash, _ = name.removeprefix(folder).partition("/")
-                entries[first] = FileInfo(folder + first, bool(slash), None if slash else size)
-        return [entries[first] for first in sorted(entries)]
+        for name in sorted(name for name in sizes if name.startswith(folder)):
+            first, slash, _ = name.removeprefix(folder).partition("/")
+            entries[first] = FileInfo(folder + first, bool(slash), None if slash else sizes[name])
+        return list(entries.values())
 
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
         if remote_file_path in self.proofs:
@@ -50,8 +47,8 @@ class RetuneArtifactRepository(ArtifactRepository):
             return
         if remote_file_path not in self.manifest["files"]:
             raise StoreError(f"version {self.version} has no file {remote_file_path}")
-        target = Path(local_path)
-        fetch_files(self.artifact_store, self.manifest, {target.name: remote_file_path}, target.parent)
+        folder, prefix = Path(local_path).parent, remote_file_path.removesuffix(Path(local_path).name)
+        fetch(self.artifact_store, self.manifest, [remote_file_path], folder, prefix)
 
     def log_artifact(self, *_: Any, **__: Any) -> None:
         raise StoreError("a published version never changes; `retune publish` makes a new one")
@@ -67,13 +64,7 @@ def _settings(uri: str, options: dict[str, str]) -> PublishParams:
             return params
     except ParamsError:
         pass
-    return PublishParams.model_construct(
-        artifact_store=uri,
-        endpoint_url=options.get("endpoint_url"),
-        region_name=options.get("region_name"),
-        profile_name=None,
-        addressing_style=options.get("addressing_style", "auto"),
-        server_side_encryption=None,
-        sse_kms_key_id=None,
-        max_concurrency=4,
-    )
+    told = {key: options[key] for key in ("endpoint_url", "region_name", "addressing_style") if key in options}
+    values: dict[str, Any] = dict.fromkeys(PublishParams.model_fields)
+    values |= {"addressing_style": "auto", "max_concurrency": 4} | told | {"artifact_store": uri}
+    return PublishParams.model_construct(**values)

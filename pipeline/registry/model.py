@@ -18,8 +18,7 @@ from pipeline.registry.decisions import DecisionError, Record, append, champion,
 from pipeline.registry.manifest import Manifest, read_manifest, require_manifest
 from pipeline.registry.mlflow import ModelRegistry, RegistryError
 from pipeline.registry.signature import read_signature, require_signed
-from pipeline.registry.stores import open_store
-from pipeline.registry.transfer import fetch, fetch_files
+from pipeline.registry.stores import fetch, open_store
 from pipeline.scoring.resampling import METRICS
 
 PROJECTED = WORK_DIR / "aliases.json"  # the log that the registry's aliases follow
@@ -86,21 +85,14 @@ class RegisteredModel:
         return self.root / WORK_DIR / "versions" / version
 
     def fetch(self, manifest: Manifest, part: str) -> Path:
-        """One part of a version (adapter, merged, evaluation or parity), fetched if it is not here, every file checked.
-
-        Raises:
-            StoreError, UnsafeFileError: as `fetch_files`.
-        """
+        """One part of a version (adapter, merged, evaluation, parity), fetched if it is not here, all files checked."""
         folder = self.folder(manifest["version"])
-        names = {name: name for name in manifest["files"] if name.startswith(f"{part}/")}
-        fetch_files(self.store, manifest, names, folder)
+        fetch(self.store, manifest, [name for name in manifest["files"] if name.startswith(f"{part}/")], folder)
         return folder / part
 
     def fetch_signed(self, manifest: Manifest, part: str) -> Path:
-        """As `fetch`, of what is going to be loaded; every loader of a published model takes it from here.
-
-        Raises:
-            SignatureError: `publish.require_signature` is on, and the version is not signed.
+        """As `fetch`, of what is going to be loaded, which `publish.require_signature` may not allow (SignatureError);
+        every loader of a published model takes it from here.
         """
         require_signed(self.store, manifest, self.params)
         return self.fetch(manifest, part)
@@ -109,9 +101,6 @@ class RegisteredModel:
         """The version's MLflow number; makes the entry, from the store alone, if the registry has none (any more).
 
         Versions that were decided on before it come first, so that the registries of two clones number them alike.
-
-        Raises:
-            RegistryError: MLflow cannot be reached.
         """
         known, version = self.registry.numbers(), manifest["version"]
         if version in known:
@@ -145,14 +134,14 @@ class RegisteredModel:
 
     def projected(self, log: list[Record]) -> bool:
         """Whether the registry is a file, and as `project` left it for this log; a server has to be asked."""
-        path, database = self.root / PROJECTED, self.registry.database
-        known = database is not None and database.is_file() and path.is_file()
-        return known and read_json(path) == self._projection(log)
+        path, known = self.root / PROJECTED, self._projection(log)
+        return known is not None and path.is_file() and read_json(path) == known
 
-    def _projection(self, log: list[Record]) -> list[Any]:
+    def _projection(self, log: list[Record]) -> list[Any] | None:
         database = self.registry.database
-        changed = database.stat().st_mtime_ns if database is not None and database.is_file() else None
-        return [self.registry.uri, self.name, len(log), changed]
+        if database is None or not database.is_file():
+            return None
+        return [self.registry.uri, self.name, len(log), database.stat().st_mtime_ns]
 
     def _register(self, manifest: Manifest) -> str:
         merged, git = manifest["metrics"]["merged"], manifest["git"]
@@ -167,14 +156,15 @@ class RegisteredModel:
             "manifest_sha256": manifests.digest(manifest),
             "signed": str(read_signature(self.store, manifest) is not None).lower(),
         } | {metric: f"{score:.4f}" for metric, score in scores.items()}
+        metrics = [(metric, score, 0) for metric, score in scores.items()]
         with tempfile.TemporaryDirectory() as folder:
             names = {"adapter/loss.csv", "evaluation/report.md", "README.md"} & manifest["files"].keys()
-            fetch(self.store, {name: manifest["files"][name] for name in names}, Path(folder))
-            texts = {Path(name).name: (Path(folder) / name).read_text(encoding="utf-8") for name in names}
-        losses = csv.DictReader(texts.pop("loss.csv", "").splitlines())
-        curve = [(key, float(row[key]), int(row["step"])) for row in losses for key in CURVES if row.get(key)]
+            fetch(self.store, manifest, names, Path(folder))
+            reports = {Path(name).name: (Path(folder) / name).read_text(encoding="utf-8") for name in names}
+        for row in csv.DictReader(reports.pop("loss.csv", "").splitlines()):
+            metrics += [(key, float(row[key]), int(row["step"])) for key in CURVES if row.get(key)]
         source, params = self._source(manifest), manifest["params"]["train"]
-        return self.registry.register(manifest["version"], source, tags, params, scores, curve, texts)
+        return self.registry.register(manifest["version"], source, tags, params, metrics, reports)
 
     def _source(self, manifest: Manifest) -> str:
         """Where MLflow's clients find the version; for S3 with what they need to know of the server, no credential."""

@@ -13,16 +13,7 @@ from pathlib import Path
 from pipeline.params import PublishParams
 from pipeline.registry import manifest as manifests
 from pipeline.registry.artifact_store import OBJECT, ArtifactStore
-from pipeline.registry.decisions import (
-    DecisionError,
-    Record,
-    champion,
-    champions,
-    deleted,
-    proposed,
-    read_log,
-)
-from pipeline.registry.manifest import published_versions
+from pipeline.registry.decisions import DecisionError, Record, champion, champions, deleted, proposed, read_log
 from pipeline.registry.model import RegisteredModel
 
 GRACE_S = 7 * 24 * 3600
@@ -72,7 +63,7 @@ def outdated(publishing: PublishParams, root: Path = Path(".")) -> list[str]:
     deletion was begun and not finished come first.
     """
     model = RegisteredModel(publishing, root)
-    log, versions = model.log(), published_versions(model.store)
+    log, versions = model.log(), manifests.published_versions(model.store)
     unfinished = [version for version in versions if version in deleted(log)]
     if publishing.keep_versions is None:
         return unfinished

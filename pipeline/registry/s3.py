@@ -20,14 +20,9 @@ from urllib.parse import urlparse
 
 import boto3
 from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
+from botocore import exceptions as boto_errors
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import BotoCoreError, ClientError
 from s3transfer.exceptions import RetriesExceededError
 
 from pipeline.params import PublishParams
@@ -40,7 +35,7 @@ CONFLICTS = 8  # attempts while S3 answers that another conditional write of the
 PART_SIZE = 32 * 2**20  # bytes; a bigger file is sent and fetched in parts of this size
 PROBE = b"Retune writes this on condition that it is not there, to see that the server heeds the condition.\n"
 PROBE_HOLD_S = 2.0  # how long one write of the probe waits for the other
-BROKEN_BODY = (IncompleteReadError, ResponseStreamingError, ReadTimeoutError)
+BROKEN_BODY = (boto_errors.IncompleteReadError, boto_errors.ResponseStreamingError, boto_errors.ReadTimeoutError)
 ADVICE = (
     "look at the connection, publish.artifact_store, endpoint_url, region_name and profile_name, the credentials that "
     "boto3 finds (environment, ~/.aws, this machine's role), and the rights that docs/operations.md lists"
@@ -118,14 +113,13 @@ class S3Store(ArtifactStore):
         self.probe()
         token = uuid.uuid4().hex
         with self._explained():
-            if self._put(key, data, {"creation": token}):
+            if self._put(key, data, creation=token):
                 return True
             # Maybe this very write: its acknowledgement was lost and it was sent again, or delivered twice.
             head = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
             return bool(head["Metadata"].get("creation") == token)
 
     def upload(self, files: Files, progress: Progress) -> None:
-        self.probe()
         with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
             subscribers, transfers = [ProgressCallbackInvoker(progress)], []
             for key, path in files:
@@ -146,15 +140,13 @@ class S3Store(ArtifactStore):
                 try:
                     answer = self._client.get_object(Bucket=self.bucket, Key=self._name(check_key(key)))
                     return bytes(answer["Body"].read())
-                except ClientError as error:
-                    if _status(error) == 404 and _code(error) != "NoSuchBucket":
-                        return None
-                    raise
                 except BROKEN_BODY:  # botocore sends a request again, but not for a body that breaks off
                     if attempt == ATTEMPTS:
                         raise
                     time.sleep(0.1 * 2**attempt)
-        return None  # the last attempt returned or raised
+                except self._client.exceptions.NoSuchKey:
+                    break
+        return None
 
     def download(self, files: Files, progress: Progress) -> None:
         with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
@@ -173,8 +165,7 @@ class S3Store(ArtifactStore):
 
     def scan(self, prefix: str) -> Sequence[Stored]:
         objects = self._pages("list_objects_v2", "Contents", prefix)
-        stored = [Stored(key, each["Size"], each["LastModified"].timestamp()) for key, each in objects]
-        return sorted(stored, key=lambda each: each.key)
+        return sorted(Stored(key, each["Size"], each["LastModified"].timestamp()) for key, each in objects)
 
     def delete(self, key: str) -> None:
         with self._explained():
@@ -203,9 +194,7 @@ class S3Store(ArtifactStore):
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _put(
-        self, key: str, data: bytes, metadata: dict[str, str] | None = None, body: "_HeldBody | None" = None
-    ) -> bool:
+    def _put(self, key: str, data: bytes, body: "_HeldBody | None" = None, **metadata: str) -> bool:
         """Create the object; False if the key exists. `body` gives `data` at its own pace."""
         try:
             self._client.put_object(
@@ -213,7 +202,7 @@ class S3Store(ArtifactStore):
                 Key=self._name(key),
                 Body=body or data,
                 ChecksumSHA256=_base64(hashlib.sha256(data).digest()),
-                Metadata=metadata or {},
+                Metadata=metadata,
                 **self._encryption,
             )
         except ClientError as error:
@@ -229,7 +218,7 @@ class S3Store(ArtifactStore):
         except ClientError as error:
             # boto3's operation name in plain words: PutObject is "put object".
             action = re.sub(r"(?<!^)(?=[A-Z])", " ", error.operation_name).lower().replace(" v2", "")
-            problem = f"refused to {action}: {_status(error)} {_code(error)}"
+            problem = f"refused to {action}: {_status(error)} {error.response.get('Error', {}).get('Code', '')}"
         except (RetriesExceededError, BotoCoreError, ValueError) as error:
             # Only the error's name: what boto3 says itself may quote a credential.
             cause = error.last_exception if isinstance(error, RetriesExceededError) else error
@@ -268,10 +257,6 @@ def _pause_at_conflict(response: Any, attempts: int, **_: object) -> float | Non
 
 def _base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _status(error: ClientError) -> int:

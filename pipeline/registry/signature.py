@@ -38,11 +38,7 @@ def signature_key(version: str, manifest: bytes) -> str:
 
 
 def sign(params: PublishParams, manifest: bytes) -> bytes | None:
-    """The signature of a version, or None when `publish.signing_key` is null. Its password comes from the environment.
-
-    Raises:
-        SignatureError: the key cannot be used.
-    """
+    """The signature of a manifest, None when `publish.signing_key` is null; its password comes from the environment."""
     if params.signing_key is None:
         return None
     password = os.environ.get(PASSWORD_VARIABLE)
@@ -98,11 +94,8 @@ def check_signature(store: ArtifactStore, params: PublishParams, manifest: Manif
 
 
 def require_signed(store: ArtifactStore, manifest: Manifest, params: PublishParams) -> None:
-    """Where `publish.require_signature` is on: refuse a version without a signature of a trusted key. Enough before a
-    download, which checks each file against the manifest.
-
-    Raises:
-        SignatureError: why the version may not serve.
+    """Where `publish.require_signature` is on: refuse a version without a signature of a trusted key (SignatureError).
+    Enough before a download, which checks each file against the manifest.
     """
     if params.require_signature:
         refuse_failed(manifest, [check_signature(store, params, manifest)])

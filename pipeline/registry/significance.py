@@ -49,13 +49,8 @@ def corpus_test(
     # Sums in another order differ in the last bit: a tie must count as one.
     tolerance = 1e-9 * max(1.0, abs(observed))
     beyond = (1 + int((exchanged >= observed - bound - tolerance).sum())) / (1 + number)
-    return Tested(
-        "bootstrap and randomisation",
-        max(below, beyond),
-        float(low),
-        float(high),
-        float(differences.std()),
-    )
+    error = float(differences.std())
+    return Tested("bootstrap and randomisation", max(below, beyond), float(low), float(high), error)
 
 
 def exchanged_differences(ours: Array, theirs: Array, number: int, seed: int) -> Array:
@@ -190,7 +185,6 @@ def rows_factor(differences: Array, errors: Sequence[float], distances: Sequence
         return 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (
-            (low, middle) if power(differences, errors, distances, math.exp(middle)) >= POWER else (middle, high)
-        )
+        enough = power(differences, errors, distances, math.exp(middle)) >= POWER
+        low, high = (low, middle) if enough else (middle, high)
     return math.exp(high)

@@ -1,20 +1,31 @@
-"""Opens the artifact store that `publish.artifact_store` names."""
+"""Opens the artifact store, and brings files into its objects and back: each whole under its SHA-256, only absent ones,
+every digest checked. StoreError says in a sentence what the store cannot do, lacks, or holds altered.
+"""
 
+import json
 import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
+from pipeline.core.allowlist import UnsafeFileError, check_file, check_names
+from pipeline.core.files import sha256_file
+from pipeline.core.progress import Progress
 from pipeline.params import PublishParams
 from pipeline.registry.artifact_store import ArtifactStore, FileStore, StoreError
 
+Entry = dict[str, Any]  # {"sha256", "size"}
+
 
 def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
-    """The store at `artifact_store`: `s3://bucket/prefix`, `file://store` (a folder of the project) or an absolute one.
+    """The store at `publish.artifact_store`: `s3://bucket/prefix`, `file://store` in the project, or absolute.
 
     Nothing is asked of an S3 server yet; `probe` does that, and every first write.
-
-    Raises:
-        StoreError: the folder cannot be created or written, or the URI names no bucket.
     """
     parsed = urlparse(params.artifact_store)
     if parsed.scheme == "s3":
@@ -29,3 +40,102 @@ def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
     if not os.access(folder, os.W_OK):
         raise StoreError(f"the artifact store {folder} is not writable")
     return FileStore(folder)
+
+
+def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entry], int]:
+    """Bring `files` (manifest name → file) into the store; returns the manifest's entries and the bytes that were sent.
+
+    Files that the store has are not sent again, so an interrupted upload continues with the file where it stopped.
+    """
+    store.probe()
+    stamps = {path: _stamp(path) for path in files.values()}
+    with ThreadPoolExecutor(2) as pool:
+        digests = dict(zip(files, pool.map(sha256_file, files.values()), strict=True))
+    entries = {name: {"sha256": digests[name], "size": stamps[path][0]} for name, path in files.items()}
+    present = set(store.list("objects/"))
+    absent = {key: path for name, path in files.items() if (key := f"objects/{digests[name]}") not in present}
+    size = sum(stamps[path][0] for path in absent.values())
+    store.upload(list(absent.items()), _meter("publish", size))
+    for path, stamp in stamps.items():
+        if _stamp(path) != stamp:
+            raise StoreError(f"{path} changed while it was uploaded; publish again when nothing writes to it")
+    return entries, size
+
+
+def publish_manifest(store: ArtifactStore, version: str, text: bytes) -> None:
+    """Make a version visible: store its manifest, once every object that it names is there, and read it back.
+
+    When another publisher of the same version was first, its manifest stands.
+    """
+    key = f"versions/{version}/manifest.json"
+    check_objects(store, json.loads(text)["files"])
+    created = store.create(key, text)
+    stored = store.read(key)
+    if stored is None or (created and stored != text):
+        raise StoreError(f"read back from {store.uri}, {key} has different content")
+    check_objects(store, json.loads(stored)["files"])
+
+
+def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
+    """Every object that `entries` need is in the store, with its size; else StoreError names it."""
+    sizes = {stored.key: stored.size for stored in store.scan("objects/")}
+    for name, entry in entries.items():
+        key = f"objects/{entry['sha256']}"
+        if key not in sizes:
+            raise StoreError(f"{store.uri} has lost {key} ({name}); `retune publish` sends it again")
+        if sizes[key] != entry["size"]:
+            raise StoreError(f"{key} in {store.uri} ({name}) has {sizes[key]:,} bytes; expected {entry['size']:,}")
+
+
+def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], folder: Path, prefix: str = "") -> None:
+    """Download files of a version to `folder/name`, without the `prefix` of their names; each appears when its digest
+    is right. Those that lie there already are not fetched again, but checked all the same.
+
+    Raises UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
+    """
+    check_names(manifest["files"])
+    targets = {folder / name.removeprefix(prefix): (name, manifest["files"][name]) for name in names}
+    for path, (name, _) in targets.items():
+        if not path.resolve().is_relative_to(folder.resolve()):  # by a link that lies there
+            raise StoreError(f"a file of the version is named {name}, which is outside of {folder}")
+    absent = {
+        path: entry
+        for path, (_, entry) in targets.items()
+        if not (path.is_file() and sha256_file(path) == entry["sha256"])
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = _meter("fetch", sum(entry["size"] for entry in absent.values()))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary, ThreadPoolExecutor(2) as pool:
+        partial = {path: Path(temporary) / str(number) for number, path in enumerate(absent)}
+        store.download([(f"objects/{absent[path]['sha256']}", partial[path]) for path in absent], progress)
+        for path, digest in zip(absent, pool.map(sha256_file, partial.values()), strict=True):
+            if digest != absent[path]["sha256"]:
+                name = targets[path][0]
+                raise StoreError(f"{name} in {store.uri} was altered: its digest is {digest}; its manifest has another")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial[path].replace(path)
+    for path in targets:
+        try:
+            check_file(path)
+        except UnsafeFileError:
+            path.unlink()
+            raise
+
+
+def _meter(stage: str, total: int) -> Callable[[int], None]:
+    """Adds up bytes, told by any thread, for the stage's progress line."""
+    progress, lock, began, done = Progress(stage, max(1, total // 10**6), "MB"), threading.Lock(), time.monotonic(), 0
+
+    def add(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            rate = done / 1e6 / max(time.monotonic() - began, 1e-3)
+            progress.update(done // 10**6, f"{rate:.1f} MB/s")
+
+    return add
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns

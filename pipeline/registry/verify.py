@@ -4,28 +4,26 @@ Signature, digest of every object, and lineage: the schema, the id, the git comm
 metrics in the manifest are those in the version's own files. Nothing of the version is loaded, only hashed and parsed.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from pipeline.core import git
+from pipeline.core.allowlist import UnsafeFileError
 from pipeline.core.checks import Check
+from pipeline.core.files import read_json
 from pipeline.core.graph import GraphError
 from pipeline.registry import manifest as manifests
 from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.registry.manifest import Manifest
+from pipeline.registry.mlflow import RegistryError
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.signature import check_signature, refuse_failed, require_signed
-from pipeline.registry.transfer import fetch
+from pipeline.registry.stores import fetch
 
 
-def verify(model: RegisteredModel, version: str, registered: dict[str, str] | None = None) -> list[Check]:
-    """Every check of a version. `registered`: the registry's tags for it.
-
-    Raises:
-        StoreError: there is no such version.
-    """
+def verify(model: RegisteredModel, version: str) -> list[Check]:
+    """Every check of a version; raises StoreError if there is none of this id."""
     try:
         manifest = model.manifest(version)
     except StoreError as error:
@@ -39,7 +37,7 @@ def verify(model: RegisteredModel, version: str, registered: dict[str, str] | No
     return [
         Check("manifest", True, "matches manifest.schema.json"),
         Check("id", id == version, f"dvc.lock in the manifest gives {id}"),
-        _check_recorded(model, manifest, registered or {}),
+        _check_recorded(model, manifest),
         check_signature(model.store, model.params, manifest),
         *_check_files(model.store, manifest),
         _check_commit(manifest, model.root),
@@ -48,11 +46,7 @@ def verify(model: RegisteredModel, version: str, registered: dict[str, str] | No
 
 def servable(model: RegisteredModel, version: str) -> Manifest:
     """The manifest of a version that may become champion: where `publish.require_signature` is on, it is signed, and
-    no object was altered since.
-
-    Raises:
-        StoreError: the version is not published.
-        SignatureError: what is wrong with it.
+    no object was altered since (SignatureError says what is wrong with it).
     """
     manifest = model.manifest(version)
     require_signed(model.store, manifest, model.params)
@@ -61,44 +55,44 @@ def servable(model: RegisteredModel, version: str) -> Manifest:
     return manifest
 
 
-def _check_recorded(model: RegisteredModel, manifest: Manifest, registered: dict[str, str]) -> Check:
+def _check_recorded(model: RegisteredModel, manifest: Manifest) -> Check:
     """The manifest's digest against what registry and promotion log noted of it: catches changes of unsigned ones."""
     noted = {
         f"record {record.number}": record.manifest_sha256
         for record in model.log()
         if record.version == manifest["version"] and record.manifest_sha256
     }
-    if "manifest_sha256" in registered:
-        noted["the registry"] = registered["manifest_sha256"]
+    unasked = ""
+    try:
+        if sha256 := model.registry.tags(manifest["version"]).get("manifest_sha256"):
+            noted["the registry"] = sha256
+    except RegistryError as error:
+        unasked = f"; {error}"
     if not noted:
-        return Check("recorded digest", None, "neither registry nor promotion log knows this version")
+        return Check("recorded digest", None, f"neither registry nor promotion log knows this version{unasked}")
     wrong = [where for where, sha256 in noted.items() if sha256 != manifests.digest(manifest)]
     said = f"{', '.join(wrong)} noted another manifest" if wrong else f"the one that {', '.join(noted)} noted"
-    return Check("recorded digest", not wrong, said)
+    return Check("recorded digest", not wrong, said + unasked)
 
 
 def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
     """The digest of every file, and what the files say again that the manifest says."""
     wrong, texts = [], {}
-    for name, entry in manifest["files"].items():
+    for name in manifest["files"]:
         # One file at a time: a version may be larger than the disk's room.
         with tempfile.TemporaryDirectory() as folder:
             try:
-                fetch(store, {name: entry}, Path(folder))
+                fetch(store, manifest, [name], Path(folder))
                 if name.endswith(".json"):
-                    texts[name] = (Path(folder) / name).read_bytes()
-            except StoreError as error:
+                    texts[name] = read_json(Path(folder) / name)
+            except (StoreError, UnsafeFileError) as error:
                 wrong.append(str(error))
     sizes = {entry["sha256"]: entry["size"] for entry in manifest["files"].values()}
-    said = "; ".join(wrong) or f"{len(manifest['files'])} files, {sum(sizes.values()) / 1e6:.1f} MB"
+    said = "; ".join(dict.fromkeys(wrong)) or f"{len(manifest['files'])} files, {sum(sizes.values()) / 1e6:.1f} MB"
     return [Check("digests", not wrong, said), _check_lineage(manifest, texts)]
 
 
-def _check_lineage(manifest: Manifest, texts: dict[str, bytes]) -> Check:
-    try:
-        files = {name: json.loads(text) for name, text in texts.items()}
-    except ValueError as error:
-        return Check("lineage", False, f"a file of the version is not JSON: {error}")
+def _check_lineage(manifest: Manifest, files: dict[str, Any]) -> Check:
     parity = dict(files.get("parity/parity.json", {}))
     repeated: list[tuple[str, Any]] = [  # a key of the manifest, and what the files say of it
         ("evaluation", parity.pop("evaluation", None)),

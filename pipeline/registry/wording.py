@@ -10,7 +10,6 @@ from pipeline.registry.gate import Comparison, decide
 from pipeline.registry.manifest import Manifest
 from pipeline.scoring.resampling import LOWER_IS_BETTER, PERCENT
 
-FORCE = '`retune promote {} --force --reason "…"`'
 TITLES = {
     "promoted": "Promoted: {name} is the champion now",
     "forced": "Forced: {name} is the champion now, against the gate",
@@ -46,14 +45,14 @@ def why(comparison: Comparison, against: str) -> str:
     )
 
 
-def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest | None, first: bool = False) -> str:
+def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest, first: bool = False) -> str:
     """What a person can do after the decision `word`.
 
     Args:
         name: by which commands take the version: v4, or its id.
         first: whether it was compared with the base model, for want of a champion.
     """
-    overrule = f"overrule the gate: {FORCE.format(name)}"
+    overrule = f'or overrule the gate: `retune promote {name} --force --reason "…"`'
     match word:
         case "promoted" | "forced":
             back = "" if first else "; `retune rollback` puts the champion before it back"
@@ -62,9 +61,9 @@ def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest |
             return 'Agree with `retune promote --approve`, or refuse with `retune promote --reject --reason "…"`'
         case "refused":
             looked = "Read its worst answers in artifacts/report.html, change data or parameters and `retune run`"
-            return f"{looked}; or {overrule}"
+            return f"{looked}; {overrule}"
         case "undecided":
-            return f"{_more_items(comparison, manifest)}; or {overrule}"
+            return f"{_more_items(comparison, manifest)}; {overrule}"
         case "open":
             return f"`retune promote {name}` asks the gate"
     return ""
@@ -79,10 +78,10 @@ def span(metric: str, row: dict[str, Any], sign: str = "+") -> str:
     return f"{number(metric, row['low'], sign)} to {number(metric, row['high'], sign)}"
 
 
-def _more_items(comparison: Comparison, manifest: Manifest | None) -> str:
+def _more_items(comparison: Comparison, manifest: Manifest) -> str:
     """How a test set gets large enough to decide on: rows to add, or a parameter to change."""
     needed = next(iter(comparison.values())).get("gate_rows")
-    if needed is None or manifest is None:
+    if needed is None:
         return "No number of rows would decide it with these margins: allow more in promote.guard_metrics"
     have = max(row["items"] for metric, row in comparison.items() if not metric.startswith("general_"))
     limit = manifest["evaluation"]["params"].get("max_samples")
@@ -110,17 +109,17 @@ def _moved(metric: str, row: dict[str, Any], against: str) -> str:
 
 def _not_shown(metric: str, row: dict[str, Any], against: str, primary: dict[str, Any], decision: str) -> str:
     """Why the metric failed, or what is not known of it yet."""
+    is_guard, items = row["margin"] is not None, f"{row['items']:,} test items"
     declared = f"an improvement of {primary['declared']:g} (promote.declared_effect)"
-    items = f"{row['items']:,} test items"
-    if row["verdict"] == "open" and decision == "undecided":
-        missing = f"but {items} are too few to tell (needed: {row['needed']})"
-    elif row["verdict"] == "open" and row["margin"] is not None:
-        missing = f"and it is not shown that no more than allowed was lost (needed: {row['needed']})"
-    elif row["verdict"] == "open":
-        missing = f"which can be chance (needed: {row['needed']}); {items} would have shown {declared}"
-    elif row["margin"] is None:
-        missing = f"and {declared} is ruled out (needed: {row['needed']})"
-    else:
+    if row["verdict"] == "failed" and is_guard:
         where = "promote.max_forgetting" if metric.startswith("general_") else "promote.guard_metrics"
-        missing = f"and {where} asks for {row['needed']}"
-    return f"{_moved(metric, row, against)}, {missing}"
+        return f"{_moved(metric, row, against)}, and {where} asks for {row['needed']}"
+    if row["verdict"] == "failed":
+        missing = f"and {declared} is ruled out"
+    elif decision == "undecided":
+        missing = f"but {items} are too few to tell"
+    elif is_guard:
+        missing = "and it is not shown that no more than allowed was lost"
+    else:
+        missing = f"which can be chance; {items} would have shown {declared}"
+    return f"{_moved(metric, row, against)}, {missing} (needed: {row['needed']})"

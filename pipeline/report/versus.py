@@ -20,7 +20,7 @@ from pipeline.registry.compare import merged_items, settings_of
 from pipeline.registry.gate import CompareError
 from pipeline.registry.manifest import Manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.wording import number, span
+from pipeline.registry.wording import number
 from pipeline.report.contents import Contents, System
 from pipeline.report.stage import flat
 from pipeline.report.tables import Row
@@ -110,21 +110,6 @@ def as_json(contents: Contents) -> dict[str, Any]:
         "texts": texts,
         "notes": contents.notes,
     }
-
-
-def change_rows(contents: Contents) -> list[Row]:
-    """The differences as text, a row for each metric."""
-    return [
-        {
-            "metric": change.metric,
-            contents.labels[OLD]: number(change.metric, change.old),
-            contents.labels[NEW]: number(change.metric, change.new),
-            "difference": number(change.metric, change.difference, "+"),
-            "95 % interval": span(change.metric, vars(change)),
-            "": change.words,
-        }
-        for change in contents.changes
-    ]
 
 
 def _side(model: RegisteredModel, name: str) -> Side:

@@ -19,7 +19,7 @@ os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.dev
 import boto3
 
 from pipeline.registry.s3 import S3Store
-from pipeline.registry.transfer import upload
+from pipeline.registry.stores import upload
 from pipeline.settings import load_params
 from tests.bench.measuring import header, row, timed
 
