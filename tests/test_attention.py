@@ -4,7 +4,6 @@ PyTorch's varlen attention runs on GPUs alone; the CPU's kernel behind the same 
 """
 
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +26,6 @@ from transformers import (
 
 from pipeline.params import Params
 from pipeline.training.attention import (
-    Kernel,
     packed_attention,
     require_isolation,
     side_by_side,
@@ -40,29 +38,21 @@ from pipeline.weights.loading import ModelError
 
 def varlen_attn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
-    max_q: int, max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    max_q: int, max_k: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """The contract of `torch.nn.attention.varlen.varlen_attn` in PyTorch 2.11, which has no grouped heads."""
-    assert query.shape[1] == key.shape[1] and cu_seq_q.dtype is torch.int32 and window_size[1] == 0
+    """The contract of `torch.nn.attention.varlen.varlen_attn`."""
+    assert enable_gqa == (query.shape[1] > key.shape[1]) and cu_seq_q.dtype is torch.int32 and window_size[1] == 0
     assert max_q == max_k == int(cu_seq_q.diff().max()) and torch.equal(cu_seq_q, cu_seq_k)
     window = None if window_size[0] < 0 else window_size[0] + 1
     return side_by_side(query, key, value, cu_seq_q, max_q, scale=scale, window=window, dropout=0.0)
 
 
-def with_grouped_heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *bounds: Any, enable_gqa: bool = False, **options: Any
-) -> torch.Tensor:
-    """The same in PyTorch 2.12 and later."""
-    groups = query.shape[1] // key.shape[1]
-    assert enable_gqa or groups == 1
-    return varlen_attn(query, *(x.repeat_interleave(groups, dim=1) for x in (key, value)), *bounds, **options)
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.attention.varlen_attn", varlen_attn)
 
 
-KERNELS: dict[str, Kernel] = {
-    "cpu": side_by_side,
-    "varlen": partial(varlen, varlen_attn=varlen_attn),
-    "varlen, grouped": partial(varlen, varlen_attn=with_grouped_heads),
-}
+KERNELS = (side_by_side, varlen)
 SMALL = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
 SMALL |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PLAIN: dict[str, PretrainedConfig] = {
@@ -117,7 +107,7 @@ def logits_and_gradients(model: Any, sequences: Dataset) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_kernel_has_the_logits_and_gradients_of_plain_attention(sequences: Dataset, name: str) -> None:
     expected = logits_and_gradients(random_model(PLAIN[name]), sequences)
-    for kernel in KERNELS.values():
+    for kernel in KERNELS:
         model = random_model(PLAIN[name])
         assert "does not fit" not in use_packed_attention(model, sequences, kernel)
         torch.testing.assert_close(logits_and_gradients(model, sequences), expected, rtol=1e-3, atol=1e-4)
@@ -126,10 +116,10 @@ def test_every_kernel_has_the_logits_and_gradients_of_plain_attention(sequences:
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_architecture_with_more_than_plain_attention_keeps_its_own(sequences: Dataset, name: str) -> None:
     config, reason = OTHERS[name]
-    for kernel in ("cpu", "varlen"):
+    for kernel in KERNELS:
         model = random_model(config)
         before = model.config._attn_implementation
-        assert reason in use_packed_attention(model, sequences, KERNELS[kernel])
+        assert reason in use_packed_attention(model, sequences, kernel)
         assert model.config._attn_implementation == before
 
 
@@ -142,13 +132,13 @@ def test_a_layer_that_asks_for_more_is_refused_whatever_its_logits(sequences: Da
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.training.attention.packed_attention", asking)
-        assert f"its attention takes {extra}" in use_packed_attention(model, sequences, KERNELS["varlen"])
+        assert f"its attention takes {extra}" in use_packed_attention(model, sequences, varlen)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_dropout_of_attention_is_left_to_kernels_that_have_it(sequences: Dataset) -> None:
     config = LlamaConfig(**SMALL, attention_dropout=0.1)
-    assert "dropout of 0.1" in use_packed_attention(random_model(config), sequences, KERNELS["varlen"])
+    assert "dropout of 0.1" in use_packed_attention(random_model(config), sequences, varlen)
     assert use_packed_attention(random_model(config), sequences) == "row by row"
 
 

@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 
 from pipeline.params import Params
 from pipeline.train import _batches, train
-from pipeline.training.footprint import Counts, count, step_memory
-from pipeline.training.hardware import GIB, Gpu, HardwareError, batches, require_kernels, use_liger
+from pipeline.training.footprint import GIB, Counts, Gpu, batches, count, step_memory
+from pipeline.training.hardware import HardwareError, require_kernels, use_liger
 from pipeline.training.watching import Watch
 
 LLAMA_8B = LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
@@ -66,9 +66,8 @@ def test_the_same_parameters_take_the_same_steps_on_a_small_and_a_large_card(aut
     assert {rows * accumulation for rows, accumulation in taken.values()} == {8}
     assert taken[24][0] < taken[48][0] < taken[141][0]
     for gib, (rows, _) in taken.items():
-        room = 0.92 * gib * GIB
-        fits = [n for n in (1, 2, 4, 8) if step_memory(counts, automatic.train, n, 2048, on_gpu=True).peak <= room]
-        assert rows == max(fits, default=1)
+        peaks = {n: step_memory(counts, automatic.train, n, 2048, on_gpu=True)["peak"] for n in (1, 2, 4, 8)}
+        assert rows == max((n for n, peak in peaks.items() if peak <= 0.92 * gib * GIB), default=1)
 
 
 def test_a_step_has_the_same_rows_however_many_at_a_time(

@@ -147,7 +147,7 @@ def test_a_preset_fits_the_gpu_it_names(name: str, own: Params) -> None:
     length = max(params.prepare.max_length, params.train.packed_length if params.train.packing else 0)
     counts = count(MODELS[name], params.train)
     memory = step_memory(counts, params.train, 1 if size == "auto" else size, length, on_gpu=gpu is not None)
-    assert memory.peak < (16 * GIB if gpu is None else gpu_kind(gpu).room)
+    assert memory["peak"] < (16 * GIB if gpu is None else gpu_kind(gpu).room)
 
 
 def test_a_block_becomes_one_line_when_its_keys_change(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ A dense mask over a line computes T × T scores, of which all but those within r
 own FlashAttention takes the bounds of rows instead; on a CPU rows lie side by side, as long as the longest.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -23,10 +23,6 @@ from pipeline.weights.loading import ModelError, compute_dtype
 # query (T, heads, width), key and value (T, key heads, width), bounds (rows + 1), tokens of the longest row; then
 # scale, window (tokens that a query looks back on, itself among them; None: to the row's start) and dropout.
 Kernel = Callable[..., Tensor]
-
-
-class UnsupportedAttention(ValueError):
-    """The architecture's attention is more than a softmax over a row's earlier tokens."""
 
 
 def packed_attention(
@@ -46,7 +42,7 @@ def packed_attention(
     """What transformers calls: causal attention within rows, by `kernel`."""
     extras = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if extras or cu_seq_lens_q is None or max_length_q is None:
-        raise UnsupportedAttention(f"its attention takes {extras[0]}" if extras else "rows are not packed")
+        raise NotImplementedError(f"its attention takes {extras[0]}" if extras else "rows are not packed")
     heads = [x[0].transpose(0, 1) for x in (query, key, value)]
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     output = kernel(*heads, cu_seq_lens_q, max_length_q, scale=scaling, window=window, dropout=dropout)
@@ -72,25 +68,19 @@ def side_by_side(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, long
     return output.transpose(1, 2).flatten(0, 1)[cells]
 
 
-def varlen(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, varlen_attn: Any = None, **options: Any
-) -> Tensor:
-    """The kernel for GPUs: PyTorch's `varlen_attn`, or one of the same contract; it has no float32 and no dropout."""
-    if varlen_attn is None:
-        from torch.nn.attention.varlen import varlen_attn
+def varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, **options: Any) -> Tensor:
+    """The kernel for GPUs: PyTorch's `varlen_attn`, which has no float32 and no dropout."""
     if options["dropout"]:
-        raise UnsupportedAttention(f"its attention has a dropout of {options['dropout']:g}")
-    groups, dtype, bounds = query.shape[1] // key.shape[1], query.dtype, bounds.to(torch.int32)
-    grouped = {}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        grouped = {"enable_gqa": groups > 1}
-    else:  # PyTorch 2.11
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        raise NotImplementedError(f"its attention has a dropout of {options['dropout']:g}")
+    grouped, dtype, bounds = query.shape[1] > key.shape[1], query.dtype, bounds.to(torch.int32)
     if query.is_cuda and dtype is torch.float32:
         query, key, value = (x.to(compute_dtype()) for x in (query, key, value))
     window = (-1 if options["window"] is None else options["window"] - 1, 0)
-    sizes = (bounds, bounds, longest, longest)
-    return varlen_attn(query, key, value, *sizes, scale=options["scale"], window_size=window, **grouped).to(dtype)
+    output: Any = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest,
+        scale=options["scale"], window_size=window, enable_gqa=grouped,
+    )  # fmt: skip
+    return output.to(dtype)
 
 
 def use_packed_attention(model: Any, sequences: Dataset, kernel: Kernel | None = None) -> str:
@@ -123,16 +113,17 @@ def _difference(model: Any, sequences: Dataset) -> str | None:
     lengths = sequences["seq_lengths"][:]
     chosen = (_fullest(lengths), max(range(len(lengths)), key=lambda i: max(lengths[i])))
     lines = [rows_of(sequences[i]) for i in chosen]
-    expected = [last_hidden(model, rows) for rows in lines]
-    noise = max(_largest(_reordered(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
+    expected = torch.cat([_last_hidden(model, rows) for rows in lines])
+    reordered = torch.cat([_reordered(model, rows) for rows in lines])
     model.set_attn_implementation("packed_rows")
     try:
-        apart = max(_largest(last_hidden(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
-    except torch.OutOfMemoryError:
-        raise
-    except (UnsupportedAttention, NotImplementedError, TypeError, RuntimeError) as error:
+        actual = torch.cat([_last_hidden(model, rows) for rows in lines])
+    except (TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         return str(error).splitlines()[0]
-    if apart <= max(3 * noise, 1e-3 * max(map(_largest, expected))):
+    apart, noise = _largest(actual - expected), _largest(reordered - expected)
+    if apart <= max(3 * noise, 1e-3 * _largest(expected)):
         return None
     return f"{model.config.model_type} computes other values (by {apart:.2g}, its own noise is {noise:.2g})"
 
@@ -145,7 +136,7 @@ def require_isolation(model: Any, sequences: Dataset) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     changed = first | {"input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
     start = len(first["input_ids"])
-    before, after = (last_hidden(model, [row, others[0]])[start:] for row in (first, changed))
+    before, after = (_last_hidden(model, [row, others[0]])[start:] for row in (first, changed))
     apart = _largest(before - after)
     if not apart <= 1e-3 * _largest(before):
         raise ModelError(
@@ -155,11 +146,11 @@ def require_isolation(model: Any, sequences: Dataset) -> None:
 
 
 @torch.no_grad()
-def last_hidden(model: Any, rows: list[Batch]) -> Tensor:
+def _last_hidden(model: Any, rows: list[Batch]) -> Tensor:
     """(T, hidden) of `rows` in one line, in float32: what the output layer sees, which costs no logits."""
     batch = Collate(0, packed=True)(rows)  # nothing is padded
-    batch = {key: value for key, value in batch.items() if key not in ("rows", "labels")}
-    batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
+    batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    del batch["rows"], batch["labels"]
     seen: list[Tensor] = []
 
     def keep(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -182,9 +173,9 @@ def _fullest(lengths: list[list[int]]) -> int:
 
 
 def _reordered(model: Any, rows: list[Batch]) -> Tensor:
-    """`last_hidden` of the same rows, computed in reverse order; of a single row, next to itself."""
+    """`_last_hidden` of the same rows, computed in reverse order; of a single row, next to itself."""
     order = rows[::-1] if len(rows) > 1 else rows * 2
-    parts = torch.split(last_hidden(model, order), [len(row["input_ids"]) for row in order])
+    parts = torch.split(_last_hidden(model, order), [len(row["input_ids"]) for row in order])
     return torch.cat(parts[::-1] if len(rows) > 1 else parts[:1])
 
 
