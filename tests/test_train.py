@@ -17,7 +17,6 @@ from pipeline.core.sanitise import portable
 from pipeline.params import Params
 from pipeline.train import QUANTISATION, train
 from pipeline.training.checkpoints import last_checkpoint, seal
-from pipeline.training.packing import training_sequences
 from pipeline.training.watching import Interrupted
 from pipeline.weights.loading import load_base
 
@@ -76,14 +75,6 @@ def test_every_frozen_layer_passes_gradients_after_an_evaluation(base: Path, dat
     for name, gradient in after.items():
         assert gradient is not None and gradient.abs().sum() > 0, name
         torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-6)
-
-
-def test_a_row_longer_than_a_packed_sequence_is_trained_whole(dataset: Path, params: Params) -> None:
-    rows = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()
-    short = sorted(map(len, rows))[len(rows) // 2]
-    sequences = training_sequences(dataset / "train.parquet", with_(params, train={"packed_length": short}).train)
-    assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, rows))
-    assert sorted(sum(sequences["input_ids"], [])) == sorted(sum(rows, []))
 
 
 def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Params, data: Path) -> None:

@@ -5,6 +5,7 @@ they compute several times as fast, so they are held so where memory allows, and
 """
 
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -89,16 +90,12 @@ def available_memory() -> Memory:
 
 
 def _limits() -> dict[str, int]:
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     limits = {}
     for part in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        where, _, size = part.strip().partition("=")
-        try:
-            limits[{"gpu": "gpu", "cpu": "cpu"}[where]] = int(float(size[:-3]) * units[size[-3:]])
-        except (ValueError, KeyError):
-            raise ModelError(
-                f"{VARIABLE} has {part!r}; write it like gpu=6GiB,cpu=20GiB (of each GPU, of CPU memory)"
-            ) from None
+        found = re.fullmatch(r"\s*(gpu|cpu)=(\d+(?:\.\d+)?)([KMG])iB\s*", part)
+        if found is None:
+            raise ModelError(f"{VARIABLE} has {part!r}; write it like gpu=6GiB,cpu=20GiB (of each GPU, of CPU memory)")
+        limits[found[1]] = int(float(found[2]) * 1024 ** (" KMG".index(found[3])))
     return limits
 
 

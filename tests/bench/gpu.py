@@ -38,18 +38,17 @@ class Size:
     steps: int
     prompts: int
     new_tokens: int
-    product: int  # side of the matrices whose product gives the card's rate
 
 
 LLAMA_3_1_8B = Size(
     {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    line=2048, row=4.9, steps=24, prompts=96, new_tokens=96, product=8192,
+    line=2048, row=4.9, steps=24, prompts=96, new_tokens=96,
 )  # fmt: skip
 TINY = Size(
     {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
-    line=128, row=3.5, steps=4, prompts=4, new_tokens=4, product=512,
+    line=128, row=3.5, steps=4, prompts=4, new_tokens=4,
 )  # fmt: skip
 FIXED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "tokens_per_step": None}
 AUTO = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": "auto"}  # with 16 lines a step
@@ -88,8 +87,8 @@ def table(size: Size, folder: Path, options: argparse.Namespace) -> None:
     machine = _in_process("machine", folder, options, options.seconds)
     if "error" in machine:
         sys.exit(f"bench-gpu: {machine['error']}")
-    print(f"{machine['name']}, torch {machine['torch']}: {machine['flops'] / 1e12:,.3g} TFLOP/s on a bf16 product")
-    header("run", "tokens/s", "of the matrix rate", "peak GiB", "planned GiB", "micro-batch", "seconds in all")
+    print(f"{machine['name']}, torch {machine['torch']}")
+    header("run", "tokens/s", "peak GiB", "planned GiB", "micro-batch", "seconds in all")
     for name in (TRL, *TRAININGS, GENERATION):
         left = options.seconds - (time.monotonic() - started)
         if left < 30:
@@ -99,12 +98,8 @@ def table(size: Size, folder: Path, options: argparse.Namespace) -> None:
         if "error" in result:
             row(name, f"failed: {result['error']}")
             continue
-        share = result.get("flops_per_token", 0) * result["tokens_per_s"] / machine["flops"]
-        row(
-            name, f"{result['tokens_per_s']:,.0f}", f"{share:.0%}" if share else "",
-            f"{result['peak'] / GIB:.2f}" if result["peak"] else "",
-            f"{result['planned'] / GIB:.2f}" if "planned" in result else "", result.get("rows", ""), f"{seconds:.0f}",
-        )  # fmt: skip
+        sizes = [f"{result[key] / GIB:.2f}" if result.get(key) else "" for key in ("peak", "planned")]
+        row(name, f"{result['tokens_per_s']:,.0f}", *sizes, result.get("rows", ""), f"{seconds:.0f}")
 
 
 def _in_process(name: str, folder: Path, options: argparse.Namespace, seconds: float) -> Result:
@@ -136,7 +131,7 @@ def _measure(name: str, size: Size, folder: Path) -> Result:
 
 
 def make(size: Size, folder: Path) -> Result:
-    """Base model, tokenizer and dataset in `folder`; the GPU's name and the rate of its matrix product."""
+    """Base model, tokenizer and dataset in `folder`; the GPU's name."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -152,10 +147,7 @@ def make(size: Size, folder: Path) -> Result:
     config.save_pretrained(base)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    index: dict[str, str] = {}
-    for name in shapes:
-        layer = name.split(".")[2] if ".layers." in name else "rest"
-        index[name] = f"model-{layer}.safetensors"
+    index = {n: f"model-{n.split('.')[2] if '.layers.' in n else 'rest'}.safetensors" for n in shapes}
     torch.manual_seed(0)
     for file in sorted(set(index.values())):
         tensors = {}
@@ -174,14 +166,7 @@ def make(size: Size, folder: Path) -> Result:
     template, identity = load_template(_params(size, folder, {}).prepare)
     _write(dataset / "contract.json", template.contract(identity) | {"max_length": MAX_TOKENS})
     _make_rows(dataset, size)
-    a, b = (torch.randn(size.product, size.product, dtype=dtype, device=device) for _ in range(2))
-    times = []
-    for _ in range(12):
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(timed(lambda: (a @ b)[0, 0].item())[0])  # reading a number waits for the product
-    name = torch.cuda.get_device_name() if cuda else "CPU"
-    return {"name": name, "torch": torch.__version__, "flops": 2 * size.product**3 / statistics.median(times)}
+    return {"name": torch.cuda.get_device_name() if cuda else "CPU", "torch": torch.__version__}
 
 
 def _make_rows(dataset: Path, size: Size) -> None:
@@ -238,22 +223,8 @@ def training(name: str, size: Size, folder: Path) -> Result:
     rows = json.loads((output / "tables" / "run.json").read_text())["micro_batch"]
     result = {"tokens_per_s": statistics.median(speeds[len(speeds) // 5 :]), "peak": peak, "rows": rows}
     used = _params(size, folder, TRAININGS[name] | FIXED | {"per_device_train_batch_size": rows})
-    kind = _kind(torch.cuda.get_device_name()) if cuda else None
-    planned = plan(used, folder / "dataset", kind)
-    result["flops_per_token"] = planned.flops_per_token
-    return result if cuda and kind is None else result | {"planned": planned.memory["peak"]}
-
-
-def _kind(device_name: str) -> str | None:
-    """The entry of infra/gpus.yaml for a card as its driver calls it: `NVIDIA H100 80GB HBM3` is `H100-80GB`."""
-    from ruamel.yaml import YAML
-
-    from pipeline.training.plan import GPUS
-
-    words = set(device_name.replace("-", " ").split())
-    kinds = list(YAML(typ="safe").load(GPUS.read_text(encoding="utf-8")))
-    whole = [kind for kind in kinds if words.issuperset(kind.split("-"))]
-    return next(iter(whole + [kind for kind in kinds if kind.split("-")[0] in words]), None)
+    planned = plan(used, folder / "dataset", "H200" if cuda else None)  # that of any card with room
+    return result | {"planned": planned.memory["peak"]}
 
 
 def generation(size: Size, folder: Path) -> Result:
