@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.core.sanitise import portable
-from pipeline.params import Params
+from pipeline.params import Params, TrainParams
 from pipeline.train import QUANTISATION, train
 from pipeline.training.checkpoints import last_checkpoint, seal
 from pipeline.training.watching import Interrupted
@@ -40,15 +40,20 @@ def test_the_adapter_is_saved_as_safetensors_with_its_contract_and_curve(adapter
 def test_the_same_seed_gives_the_same_adapter_in_another_process(tmp_path: Path, params: Params, dataset: Path) -> None:
     short = with_(params, train={"max_steps": 3, "logging_steps": 1}).train
     train(short, dataset, tmp_path / "here", tmp_path / "checkpoints")
+    command = training_command(short, dataset, tmp_path)
+    # With another seed for the order of its sets.
+    subprocess.run(command, env=environment() | {"PYTHONHASHSEED": "1"}, check=True)
+    assert_same_files(tmp_path / "here", tmp_path / "adapter")
+
+
+def training_command(params: TrainParams, dataset: Path, folder: Path) -> list[str]:
+    """What trains in a process of its own, into `folder`."""
     code = (
         "import sys, pathlib, pipeline.train as t, pipeline.params as p\n"
         "settings, dataset, folder = p.TrainParams.model_validate_json(sys.argv[1]), *map(pathlib.Path, sys.argv[2:])\n"
         "t.train(settings, dataset, folder / 'adapter', folder / 'checkpoints')"
     )
-    arguments = [short.model_dump_json(), str(dataset), str(tmp_path)]
-    # With another seed for the order of its sets.
-    subprocess.run([sys.executable, "-c", code, *arguments], env=environment() | {"PYTHONHASHSEED": "1"}, check=True)
-    assert_same_files(tmp_path / "here", tmp_path / "adapter")
+    return [sys.executable, "-c", code, params.model_dump_json(), str(dataset), str(folder)]
 
 
 def assert_same_files(folder: Path, other: Path) -> None:

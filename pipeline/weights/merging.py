@@ -22,15 +22,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.weights.architecture import auto_class, base_config, checkpoint_names, empty_model, rounded_weights
-from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
-from pipeline.weights.loading import (
-    Quantisation,
-    compute_dtype,
-    device,
-    is_whole,
-    load_adapter,
-    stand_in_for_weights,
-)
+from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite
+from pipeline.weights.loading import Quantisation, compute_dtype, is_whole, load_adapter, stand_in_for_weights
 
 
 class MergeError(ValueError):
@@ -77,10 +70,11 @@ def merge_adapter(
     else:
         config = base_config(identity, labels)
         checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
+        rounded = rounded_weights(config, quantisation)
         try:
-            edits, modules = _edits(config, checkpoint, adapter, quantisation, dtype)
+            edits, modules = _edits(config, checkpoint, adapter, rounded, dtype)
         except _OnlyPeft as why:
-            modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, quantisation, dtype)
+            modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, rounded, dtype)
             return Merging("peft", str(why), modules)
         merging = Merging("shards", None, modules)
     rewrite(checkpoint, folder, edits, dtype)
@@ -104,7 +98,7 @@ def _edits(
     config: PretrainedConfig,
     checkpoint: Checkpoint,
     adapter: Path,
-    quantisation: Quantisation | None,
+    rounded: dict[str, Edit],
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Edit], int]:
     """What is to be done to which tensor of the checkpoint, and how many modules the adapter targets."""
@@ -120,9 +114,7 @@ def _edits(
             raise _OnlyPeft(f"{parameter} is not stored as floating-point numbers under a name of its own")
         return names[parameter]
 
-    edits: dict[str, Edit] = {}
-    for parameter, transposed in rounded_weights(config, quantisation).items():
-        edits[stored_as(parameter)] = round_trip(quantisation or {}, compute_dtype(), device(), transposed)
+    edits = {stored_as(parameter): round_weight for parameter, round_weight in rounded.items()}
     stand_in_for_weights(empty, torch.device("cpu"))
     model, targeted = load_adapter(empty, adapter, empty=True).get_base_model(), 0
     for path, module in model.named_modules():
@@ -183,7 +175,7 @@ def _merge_with_peft(
     checkpoint: Checkpoint,
     adapter: Path,
     folder: Path,
-    quantisation: Quantisation | None,
+    rounded: dict[str, Edit],
     dtype: torch.dtype | None,
 ) -> int:
     """`merge_adapter` by `merge_and_unload`, with the whole model in memory; on the CPU, in the checkpoint's type."""
@@ -193,13 +185,13 @@ def _merge_with_peft(
         identity["name_or_path"],
         revision=identity["revision"],
         config=config,
-        dtype=out if quantisation is None else torch.promote_types(out, compute_dtype()),
+        dtype=torch.promote_types(out, compute_dtype()) if rounded else out,
         use_safetensors=True,
         trust_remote_code=False,
     )
-    for parameter, transposed in rounded_weights(config, quantisation).items():
+    for parameter, round_weight in rounded.items():
         weight = base.get_parameter(parameter).data
-        weight.copy_(round_trip(quantisation or {}, compute_dtype(), device(), transposed)(weight))
+        weight.copy_(round_weight(weight))
     model = load_adapter(base, adapter)
     layers = [(p, m) for p, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
     try:
