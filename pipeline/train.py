@@ -32,13 +32,13 @@ from pipeline.params import TrainParams
 from pipeline.training.attention import require_isolation, use_packed_attention
 from pipeline.training.checkpoints import last_checkpoint, open_run, versions
 from pipeline.training.classifier import ClassCollate, ClassTrainer, class_sequences
-from pipeline.training.footprint import UnplannedError, count
+from pipeline.training.footprint import Gpu, UnplannedError, batches, count
 from pipeline.training.gradients import require_gradients
-from pipeline.training.hardware import Gpu, batches, require_kernels, use_liger
+from pipeline.training.hardware import require_kernels, use_liger
 from pipeline.training.launch import launch, run_one
 from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of
 from pipeline.training.packing import Collate, lengths_of, training_sequences
-from pipeline.training.sharding import gather_trained, shard_on_cpus
+from pipeline.training.sharding import shard_on_cpus
 from pipeline.training.targets import describe_experts
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.warm_start import check_init, load_init
@@ -218,14 +218,12 @@ def _write(
     trainer: AdapterTrainer, output: Path, contract: Any, record: Any, tables: Path | None, used: dict[str, Any]
 ) -> None:
     """The adapter's folder, the same files for two equal trainings, and `tables` with what differs from run to run."""
-    gathered = gather_trained(trainer.model)  # of a sharded model every process gives its part
     trainer.accelerator.wait_for_everyone()  # nobody reads a checkpoint any more: the first process removes them
-    if trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():
+        trainer.save_model()  # of a sharded model every process gives its part
+    else:
         with whole_directory(output) as folder:
-            if gathered is None:
-                trainer.save_model(str(folder))
-            else:
-                trainer.save_gathered(gathered, folder)
+            trainer.save_model(str(folder))
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; its content is in training.json
             if (folder / "adapter_config.json").exists():
                 sort_sets(folder)
@@ -301,7 +299,7 @@ def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) 
         logging_strategy="no",  # `Watch` logs, and says when to validate
         eval_strategy="no",
         save_steps=params.save_steps,
-        save_total_limit=2,
+        save_total_limit=2 if params.early_stopping_patience is None else 3,  # the best, and two to go on from
         seed=params.seed,
         bf16=compute_dtype() is torch.bfloat16,
         fp16=compute_dtype() is torch.float16,

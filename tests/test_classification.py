@@ -12,15 +12,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import environment, make_base, make_project, retune, with_, write_params
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from conftest import byte_level, environment, make_base, make_project, retune, with_, write_params
+from tokenizers import processors
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
-    BertForMaskedLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
-    RobertaForMaskedLM,
 )
 
 from pipeline.chat.rendering import TemplateError
@@ -58,20 +57,15 @@ def write_rows(folder: Path, rows: list[tuple[str, str]]) -> Path:
 
 def make_encoder(folder: Path, family: str) -> Path:
     """A random masked language model with its tokenizer, as roberta-base and bert-base are published."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    settings = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, **settings)
-    tokenizer.train_from_iterator((text for text, _ in reviews(200)), trainer)
+    tokenizer = byte_level([text for text, _ in reviews(200)], special)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **names).save_pretrained(folder)
     torch.manual_seed(0)
     settings = SIZES | {"vocab_size": len(tokenizer.get_vocab()), "pad_token_id": 1, "max_position_embeddings": 130}
-    make, config = {"roberta": (RobertaForMaskedLM, RobertaConfig), "bert": (BertForMaskedLM, BertConfig)}[family]
-    model = make(config(**settings))
+    config = {"roberta": RobertaConfig, "bert": BertConfig}[family](**settings)
+    model = AutoModelForMaskedLM.from_config(config)
     teach_words(model, folder)
     model.save_pretrained(folder)
     return folder

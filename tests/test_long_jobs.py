@@ -125,35 +125,28 @@ def test_a_padded_batch_is_split_too(tmp_path: Path, few: Params, dataset: Path)
     same(weights, alone)
 
 
-def test_generation_halves_its_batch_when_memory_runs_out(
-    base: Path, dataset: Path, params: Params, capsys: pytest.CaptureFixture[str]
+def test_generation_and_likelihoods_halve_their_batch_when_memory_runs_out(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipeline.chat.template import load_contract
     from pipeline.scoring.generation import generate
-
-    template = load_contract(read_json(dataset / "contract.json"))
-    model = load_base(read_json(dataset / "contract.json")["model"], None)
-    prompts = [ids[-12:] for ids in pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()[:10]]
-    plenty = generate(model, template, prompts, 4, 8, "evaluate", "base")
-    with memory_for(30):
-        assert generate(model, template, prompts, 4, 8, "evaluate", "base") == plenty
-    assert "out of memory with 8 prompts at once; retrying with 4" in capsys.readouterr().err
-    with memory_for(3), pytest.raises(OutOfMemory, match="one prompt of 12 tokens"):
-        generate(model, template, prompts, 4, 8, "evaluate", "base")
-
-
-def test_likelihoods_halve_their_batch_when_memory_runs_out(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pipeline.scoring.likelihood import sequence_losses
 
-    model = load_base(read_json(dataset / "contract.json")["model"], None)
+    contract = read_json(dataset / "contract.json")
+    model, template = load_base(contract["model"], None), load_contract(contract)
+    prompts = [ids[-12:] for ids in pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()[:10]]
     sequences = [(list(range(5, 15)), [-100] * 5 + list(range(10, 15))) for _ in range(8)]
-    plenty = sequence_losses(model, sequences, 0, "evaluate", "base")
+    answers = generate(model, template, prompts, 4, 8, "evaluate", "base")
+    likelihoods = sequence_losses(model, sequences, 0, "evaluate", "base")
     with memory_for(45):
+        assert generate(model, template, prompts, 4, 8, "evaluate", "base") == answers
         losses, counts = sequence_losses(model, sequences, 0, "evaluate", "base")
-    assert losses == pytest.approx(plenty[0], abs=1e-4)
-    assert counts == plenty[1]
-    said = capsys.readouterr().out
-    assert said.count("out of memory with a batch of 8 (text of 10 tokens); retrying with 4") == 1
+    assert losses == pytest.approx(likelihoods[0], abs=1e-4) and counts == likelihoods[1]
+    said = capsys.readouterr()
+    assert "8 prompts at once; retrying with 4" in said.err
+    assert said.out.count("a batch of 8 (text of 10 tokens); retrying with 4") == 1
+    with memory_for(3), pytest.raises(OutOfMemory, match="one prompt of 12 tokens"):
+        generate(model, template, prompts, 4, 8, "evaluate", "base")
     with memory_for(3), pytest.raises(OutOfMemory, match="one text of 10 tokens"):
         sequence_losses(model, sequences, 0, "evaluate", "base")
 

@@ -33,10 +33,10 @@ from pipeline.core.combinations import VIRTUAL_TOKENS
 from pipeline.core.files import read_json
 from pipeline.core.vetting import DENIED, UnsafeModelError, check_settings
 from pipeline.evaluate import evaluate
-from pipeline.merge import Merged, merge
+from pipeline.merge import merge
 from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
-from pipeline.train import Trained, train
+from pipeline.train import train
 from pipeline.training.methods import adapter_config, settings_of
 from pipeline.training.targets import MethodError, describe_experts, target_modules
 from pipeline.weights.loading import load_base
@@ -77,7 +77,6 @@ UNPACKED = {"bloom": {"packing": False}}  # its ALiBi counts positions over the 
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 METHODS = get_args(TrainParams.model_fields["method"].annotation)
 LINEAR_ONLY = ("dora", "ia3", "adalora")  # have nothing for experts
-PLAIN = {*METHODS} - {*VIRTUAL_TOKENS}  # the others cannot be merged
 # By default each method on one kind of model; all families with all methods are marked faults.
 QUICK = {
     "lora": "llama", "qlora": "mixtral", "dora": "gemma", "rslora": "phi", "ia3": "gpt2", "adalora": "qwen2",
@@ -114,17 +113,6 @@ def short(params: Params, method: str, **values: Any) -> Params:
     return with_(params, train=settings, evaluate=evaluate, merge={"max_metric_drop": 1.0})
 
 
-def trained(params: Params, dataset: Path, folder: Path) -> Trained:
-    done = train(params.train, dataset, folder / "adapter", folder / "checkpoints")
-    evaluate(params.evaluate, dataset, folder / "adapter", folder / "evaluation")
-    return done
-
-
-def merged(params: Params, dataset: Path, folder: Path) -> Merged:
-    outputs = (folder / name for name in ("merged", "parity"))
-    return merge(params.merge, dataset, folder / "adapter", folder / "evaluation", *outputs)
-
-
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_a_family_is_trained_evaluated_and_merged(
     tmp_path: Path, params: Params, data: Path, family: str, method: str
@@ -132,15 +120,17 @@ def test_a_family_is_trained_evaluated_and_merged(
     own = of_family(params, data, FAMILIES[family], tmp_path)
     attention = {"lora_target_modules": "attention"} if family in EXPERTS and method in LINEAR_ONLY else {}
     settings = short(params, method, **UNPACKED.get(family, {}), **attention)
-    done = trained(settings, own, tmp_path)
+    done = train(settings.train, own, tmp_path / "adapter", tmp_path / "checkpoints")
+    evaluate(settings.evaluate, own, tmp_path / "adapter", tmp_path / "evaluation")
     assert done.steps == 4 and done.trainable_parameters > 0
     answers = read_json(tmp_path / "evaluation" / "scores.json")
     assert answers["adapter"]["num_samples"] == answers["base"]["num_samples"] == 6
-    if method not in PLAIN:
+    folders = (tmp_path / name for name in ("adapter", "evaluation", "merged", "parity"))
+    if method in VIRTUAL_TOKENS:
         with pytest.raises(MergeError, match="cannot be merged"):
-            merged(settings, own, tmp_path)
+            merge(settings.merge, own, *folders)
         return
-    result = merged(settings, own, tmp_path)
+    result = merge(settings.merge, own, *folders)
     assert result.agreement >= 0.5
     if method != "qlora":  # nothing is rounded
         assert result.logit_error["full"] < 1e-4 and result.agreement == 1

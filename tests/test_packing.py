@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import with_
 from torch.nn import functional
 
 from pipeline.core.files import read_json
@@ -77,6 +78,13 @@ def test_nearly_every_token_is_a_real_one(dataset: Path, params: Params) -> None
     sequences = training_sequences(dataset / "train.parquet", params.train)
     batches = [Collate(0, packed=True)([sequences[i], sequences[-1 - i]]) for i in range(5)]
     assert sum(map(tokens_in, batches)) == sum(batch["input_ids"].numel() for batch in batches)
+
+
+def test_a_row_longer_than_a_packed_sequence_is_trained_whole(dataset: Path, params: Params) -> None:
+    rows = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()
+    sequences = training_sequences(dataset / "train.parquet", with_(params, train={"packed_length": 40}).train)
+    assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, rows))
+    assert sorted(sum(sequences["input_ids"], [])) == sorted(sum(rows, []))
 
 
 def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.core.sanitise import portable
-from pipeline.params import Params
+from pipeline.params import Params, TrainParams
 from pipeline.train import QUANTISATION, train
 from pipeline.training.checkpoints import last_checkpoint, seal
-from pipeline.training.packing import training_sequences
 from pipeline.training.watching import Interrupted
 from pipeline.weights.loading import load_base
 
@@ -41,15 +40,20 @@ def test_the_adapter_is_saved_as_safetensors_with_its_contract_and_curve(adapter
 def test_the_same_seed_gives_the_same_adapter_in_another_process(tmp_path: Path, params: Params, dataset: Path) -> None:
     short = with_(params, train={"max_steps": 3, "logging_steps": 1}).train
     train(short, dataset, tmp_path / "here", tmp_path / "checkpoints")
+    command = training_command(short, dataset, tmp_path)
+    # With another seed for the order of its sets.
+    subprocess.run(command, env=environment() | {"PYTHONHASHSEED": "1"}, check=True)
+    assert_same_files(tmp_path / "here", tmp_path / "adapter")
+
+
+def training_command(params: TrainParams, dataset: Path, folder: Path) -> list[str]:
+    """What trains in a process of its own, into `folder`."""
     code = (
         "import sys, pathlib, pipeline.train as t, pipeline.params as p\n"
         "settings, dataset, folder = p.TrainParams.model_validate_json(sys.argv[1]), *map(pathlib.Path, sys.argv[2:])\n"
         "t.train(settings, dataset, folder / 'adapter', folder / 'checkpoints')"
     )
-    arguments = [short.model_dump_json(), str(dataset), str(tmp_path)]
-    # With another seed for the order of its sets.
-    subprocess.run([sys.executable, "-c", code, *arguments], env=environment() | {"PYTHONHASHSEED": "1"}, check=True)
-    assert_same_files(tmp_path / "here", tmp_path / "adapter")
+    return [sys.executable, "-c", code, params.model_dump_json(), str(dataset), str(folder)]
 
 
 def assert_same_files(folder: Path, other: Path) -> None:
@@ -76,14 +80,6 @@ def test_every_frozen_layer_passes_gradients_after_an_evaluation(base: Path, dat
     for name, gradient in after.items():
         assert gradient is not None and gradient.abs().sum() > 0, name
         torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-6)
-
-
-def test_a_row_longer_than_a_packed_sequence_is_trained_whole(dataset: Path, params: Params) -> None:
-    rows = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()
-    short = sorted(map(len, rows))[len(rows) // 2]
-    sequences = training_sequences(dataset / "train.parquet", with_(params, train={"packed_length": short}).train)
-    assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, rows))
-    assert sorted(sum(sequences["input_ids"], [])) == sorted(sum(rows, []))
 
 
 def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Params, data: Path) -> None:

@@ -1,6 +1,7 @@
 """A tiny real base model with a tokenizer of its own, and rows that it can learn; no network."""
 
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 STEPS = 600
 COLOURS = ["red", "blue", "green", "black", "white"]
 
@@ -22,8 +24,8 @@ def sample_rows(number: int) -> list[dict[str, str]]:
     return rows
 
 
-def byte_level() -> Any:
-    """A tokenizer as GPT-2's, of the words in `sample_rows`."""
+def byte_level(texts: Iterable[str] = (), special: Sequence[str] = SPECIAL) -> Any:
+    """A tokenizer as GPT-2's, of the words in `texts`, or in `sample_rows`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -31,11 +33,11 @@ def byte_level() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((row["instruction"] for row in sample_rows(200)), trainer)
+    tokenizer.train_from_iterator(texts or (row["instruction"] for row in sample_rows(200)), trainer)
     return tokenizer
 
 

@@ -73,7 +73,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that is sealed and whole; each that is not is named and passed over."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for checkpoint in newest_first:
-        problem = problem_of(checkpoint, "trainer_state.json")
+        problem = problem_of(checkpoint)
         if problem is None:
             check_checkpoint(checkpoint)
             return checkpoint
@@ -81,13 +81,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def problem_of(checkpoint: Path, needed: str) -> str | None:
-    """What keeps a sealed folder from being used: no seal, no file `needed`, or one that is not as it was saved."""
+def problem_of(checkpoint: Path) -> str | None:
+    """What keeps a checkpoint from being used: no seal, no trainer's state, or a file that is not as it was saved."""
     try:
         digests = read_json(checkpoint / SEAL)
         changed = [name for name, digest in digests.items() if sha256_file(checkpoint / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         return f"it was not saved to its end: {error}"
-    if needed not in digests:
-        return f"{SEAL} does not name {needed}"
+    if "trainer_state.json" not in digests:
+        return f"{SEAL} does not name trainer_state.json"
     return f"{changed[0]} is not as it was saved" if changed else None

@@ -4,11 +4,12 @@ A layer that takes part in the result but passes nothing back would leave all be
 layers of a CPU build did so after an inference (see `keep_4bit_weights_trainable`).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from pipeline.training.packing import shortest_row
+from pipeline.training.packing import short_row
 from pipeline.training.watching import TrainError, shortened
 
 
@@ -18,44 +19,36 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def require_gradients(trainer: Any) -> None:
-    """Train on the shortest row without taking the step, with no more memory than a step takes."""
+    """Train on a short row without taking the step, with no more memory than a step takes."""
     model = trainer.model.train()
     if trainer.args.activation_checkpointing:  # as the training itself, which turns it on only as it starts
         checkpoint_activations(model)
     entered, reached, passed = set[str](), set[str](), set[str]()
     hooks: list[Any] = []
 
-    def mark(into: set[str], name: str) -> Any:
-        def look(gradient: torch.Tensor) -> None:
-            if gradient.any():
-                into.add(name)
+    def mark(names: set[str], name: str, gradient: torch.Tensor) -> None:
+        if gradient.any():
+            names.add(name)
 
-        return look
+    def enter(name: str, _: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not arguments or not isinstance(arguments[0], torch.Tensor) or not arguments[0].requires_grad:
+            return None  # the first layers: nothing below them learns
+        view: Any = arguments[0].view_as(arguments[0])  # layers share an input; each gets its own to look at
+        view.register_hook(partial(mark, passed, name))
+        entered.add(name)
+        return view, *arguments[1:]
 
-    def enter(name: str) -> Any:
-        def before(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not arguments or not isinstance(arguments[0], torch.Tensor) or not arguments[0].requires_grad:
-                return None  # the first layers: nothing below them learns
-            view: Any = arguments[0].view_as(arguments[0])  # layers share an input; each gets its own to look at
-            view.register_hook(mark(passed, name))
-            entered.add(name)
-            return view, *arguments[1:]
-
-        return before
-
-    def leave(name: str) -> Any:
-        def after(_: Any, __: Any, output: Any) -> None:
-            if name in entered and getattr(output, "requires_grad", False):
-                output.register_hook(mark(reached, name))
-
-        return after
+    def leave(name: str, _: Any, __: Any, output: Any) -> None:
+        if name in entered and getattr(output, "requires_grad", False):
+            output.register_hook(partial(mark, reached, name))
 
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")  # PEFT's wrappers show that of the layer within
         if weight is not None and weight.dim() == 2 and not weight.requires_grad:
-            hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
+            hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+            hooks.append(module.register_forward_hook(partial(leave, name)))
     try:
-        batch = trainer._prepare_inputs(trainer.data_collator([shortest_row(trainer.train_dataset)]))
+        batch = trainer._prepare_inputs(trainer.data_collator([short_row(trainer.train_dataset)]))
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)
         loss.backward()

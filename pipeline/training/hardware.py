@@ -1,16 +1,12 @@
-"""The GPU of a training: the micro-batch that fits it, and the kernels that are packages of their own.
-
-Decisions are functions of the values that PyTorch reports, so they are tested without a GPU.
-"""
+"""Kernels that a GPU may lack: those asked for by name are refused without it, Liger's are used where they run."""
 
 import importlib.util
-from dataclasses import dataclass
+import os
+import shutil
 from typing import Any
 
 from pipeline.params import TrainParams
-from pipeline.training.footprint import GIB, Counts, has_c_compiler, lacking_for_liger, step_memory, uses_liger
 
-FREE_FRACTION = 0.92  # of a GPU's memory: the rest is the CUDA context and what the allocator cannot use
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
@@ -18,63 +14,26 @@ class HardwareError(ValueError):
     """This machine cannot run the training as it is asked for; the message says what to change."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Memory in bytes; `free`: of it, what other processes leave."""
-
-    name: str
-    total: int
-    free: int
-
-
 def require_kernels(params: TrainParams, cuda: bool) -> None:
     """Refuse kernels that are asked for by name and that this machine cannot run."""
-    attention = params.attn_implementation
+    compiled = cuda and _has_c_compiler()
     choices = [
-        (attention in PACKAGES, f"attn_implementation {attention}", PACKAGES.get(attention, ""), "auto"),
-        (params.use_liger_kernel is True, "use_liger_kernel", "liger_kernel", "auto"),
-        (params.torch_compile, "torch_compile", "torch", "false"),
+        (f"attn_implementation {params.attn_implementation}", PACKAGES.get(params.attn_implementation), cuda, "auto"),
+        ("use_liger_kernel", "liger_kernel" if params.use_liger_kernel is True else None, compiled, "auto"),
+        ("torch_compile", "torch" if params.torch_compile else None, compiled, "false"),
     ]
-    for is_chosen, what, package, instead in choices:
-        runs = cuda and (package in PACKAGES.values() or has_c_compiler())
-        if is_chosen and not (runs and importlib.util.find_spec(package)):
+    for what, package, runs, instead in choices:
+        if package is not None and not (runs and importlib.util.find_spec(package)):
             raise HardwareError(
                 f"train.{what} needs a GPU, the Python package {package} and, for Triton, a C compiler; set it to "
                 f"{instead}"
             )
 
 
-def batches(params: TrainParams, counts: Counts | None, card: Gpu | None, lengths: list[int]) -> tuple[int, int]:
-    """Sequences of a micro-batch, and micro-batches of an optimiser step; `lengths` are the sequences' tokens.
-
-    `auto` takes the largest micro-batch that fits and that the step is a multiple of, so the rows of a step are the
-    same on every card. It takes one sequence on a CPU, where more are no faster, and of a sharded model (FSDP,
-    DeepSpeed), of which a GPU holds a part that is not known here.
-
-    Args:
-        counts: of the model; None where the formula does not know its architecture.
-
-    Raises:
-        HardwareError: another process holds the memory that the training needs.
-    """
-    auto = params.per_device_train_batch_size == "auto"
-    rows = 1 if auto else int(params.per_device_train_batch_size)
-    if params.tokens_per_step is None:
-        per_step = rows * int(params.gradient_accumulation_steps)
-    else:
-        each = params.packed_length if params.packing else sum(lengths) / max(len(lengths), 1)
-        per_step = max(1, round(params.tokens_per_step / each / params.num_processes))
-    if card is not None and counts is not None and params.strategy not in ("fsdp", "deepspeed"):
-        parts = [n for n in range(per_step, 1, -1) if per_step % n == 0] if auto else []
-        needed = {n: step_memory(counts, params, n, max(lengths), on_gpu=True).peak for n in [*parts, rows]}
-        room = card.free * FREE_FRACTION
-        rows = next((n for n in parts if needed[n] <= room), rows)
-        if room < needed[rows] <= card.total * FREE_FRACTION:
-            raise HardwareError(
-                f"this training needs {needed[rows] / GIB:.1f} GiB, and of the {card.name}'s {card.total / GIB:.1f} "
-                f"other processes leave {card.free / GIB:.1f}; stop them, or choose a GPU with CUDA_VISIBLE_DEVICES"
-            )
-    return rows, max(1, round(per_step / rows))
+def uses_liger(params: TrainParams) -> bool:
+    """Whether Liger's layers are asked for, or `auto` finds that they can run."""
+    choice = params.use_liger_kernel
+    return choice is True or (choice == "auto" and _lacking_for_liger() is None)
 
 
 def use_liger(model: Any, params: TrainParams) -> str:
@@ -84,7 +43,7 @@ def use_liger(model: Any, params: TrainParams) -> str:
     if model.device.type != "cuda":
         return f"{kind}'s own"
     if not uses_liger(params):
-        reason = lacking_for_liger() if params.use_liger_kernel == "auto" else "train.use_liger_kernel is false"
+        reason = _lacking_for_liger() if params.use_liger_kernel == "auto" else "train.use_liger_kernel is false"
         return f"{kind}'s own ({reason})"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
@@ -95,3 +54,14 @@ def use_liger(model: Any, params: TrainParams) -> str:
     # The loss is the trainer's: Liger's would replace the model's forward pass.
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
     return "Liger's"
+
+
+def _lacking_for_liger() -> str | None:
+    """What Liger's layers lack here: Triton compiles the launchers of their kernels when they first run."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None if _has_c_compiler() else "Triton finds no C compiler"
+
+
+def _has_c_compiler() -> bool:
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))

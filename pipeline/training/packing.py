@@ -5,6 +5,7 @@ out. `attention.py` keeps packed rows apart.
 """
 
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,19 @@ def fill_lines(lengths: list[int], line: int, seed: int) -> list[list[int]]:
     filled: list[list[int]] = []
     open_lines: list[tuple[int, list[int]]] = []  # room, rows
     for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        fitting = [i for i, (room, _) in enumerate(open_lines) if room >= lengths[row]]
+        fitting = [each for each in open_lines if each[0] >= lengths[row]]
+        fullest = min(fitting, key=itemgetter(0), default=(line, list[int]()))
         if fitting:
-            fullest = min(fitting, key=lambda i: open_lines[i][0])
-            room, rows = open_lines.pop(fullest)
-        else:
-            room, rows = line, []
-        rows.append(row)
-        if room > lengths[row]:
-            open_lines.append((room - lengths[row], rows))
+            open_lines.remove(fullest)
+        room, rows = fullest[0] - lengths[row], [*fullest[1], row]
+        if room > 0:
+            open_lines.append((room, rows))
         else:
             filled.append(rows)
         if len(open_lines) > OPEN_LINES:
-            filled.append(open_lines.pop(min(range(len(open_lines)), key=lambda i: open_lines[i][0]))[1])
+            fullest = min(open_lines, key=itemgetter(0))
+            open_lines.remove(fullest)
+            filled.append(fullest[1])
     return filled + [rows for _, rows in open_lines]
 
 
@@ -97,45 +98,23 @@ def tokens_in(batch: Batch) -> int:
 
 
 def pieces(batch: Batch, number: int) -> list[Batch]:
-    """`batch` as up to `number` batches of about equal size, split between rows; their rows are those of `batch`."""
+    """`batch` as up to `number` batches of about as many rows each; their rows are those of `batch`."""
     if number == 1:
         return [batch]
+    parts = [part for part in torch.arange(len(batch["rows"])).tensor_split(number) if len(part)]
     if "cu_seq_lens_q" not in batch:
-        parts = torch.arange(len(batch["input_ids"])).tensor_split(number)
-        return [{key: value[part] for key, value in batch.items()} for part in parts if len(part)]
-    bounds = batch["cu_seq_lens_q"].tolist()
-    cuts = [0]
-    for k in range(1, min(number, len(bounds) - 1)):
-        middle = bounds[-1] * k / number
-        cuts.append(max(cuts[-1] + 1, min(range(len(bounds)), key=lambda i: abs(bounds[i] - middle))))
-    cuts = [cut for cut in cuts if cut < len(bounds) - 1] + [len(bounds) - 1]
-    return [_piece(batch, bounds, first, last) for first, last in pairwise(cuts)]
+        return [{key: value[part] for key, value in batch.items()} for part in parts]
+    line = {key: batch[key].flatten().tolist() for key in ("input_ids", "labels", "rows")}
+    rows = rows_of(line | {"seq_lengths": batch["cu_seq_lens_q"].diff().tolist()})
+    collate = Collate(0, packed=True)  # nothing is padded
+    return [collate([rows[i] for i in part.tolist()]) for part in parts]
 
 
-def _piece(batch: Batch, bounds: list[int], first: int, last: int) -> Batch:
-    tokens = slice(bounds[first], bounds[last])
-    starts = batch["cu_seq_lens_q"][first : last + 1] - bounds[first]
-    longest = int(starts.diff().max())
-    return {key: batch[key][:, tokens] for key in ("input_ids", "labels", "position_ids")} | {
-        "rows": batch["rows"][first:last],
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": batch["seq_idx"][:, tokens] - first,
-    }
-
-
-def shortest_row(sequences: Dataset) -> Batch:
-    """The shortest row of all lines, of those that have some context if there are any."""
-    packed = "seq_lengths" in sequences.column_names
-    lines = sequences["seq_lengths"][:] if packed else [[length] for length in lengths_of(sequences)]
-
-    def rank(length: int) -> tuple[bool, int]:
-        return length < 16, length
-
-    line = sequences[min(range(len(lines)), key=lambda i: min(map(rank, lines[i])))]
-    return min(rows_of(line) if packed else [line], key=lambda row: rank(len(row["input_ids"])))
+def short_row(sequences: Dataset) -> Batch:
+    """The shortest row of the first lines, of those that have some context if there are any."""
+    lines = list(sequences.select(range(min(len(sequences), 64))))
+    rows = [row for line in lines for row in (rows_of(line) if "seq_lengths" in line else [line])]
+    return min(rows, key=lambda row: (len(row["input_ids"]) < 16, len(row["input_ids"])))
 
 
 def rows_of(line: Batch) -> list[Batch]:

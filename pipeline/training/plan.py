@@ -4,7 +4,7 @@ No weights are read and no GPU is needed. A training that cannot fit is refused,
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter
@@ -16,16 +16,18 @@ from pipeline.core.combinations import VIRTUAL_TOKENS
 from pipeline.core.progress import clock
 from pipeline.params import Params, TrainParams
 from pipeline.training.footprint import (
+    FREE_FRACTION,
     GIB,
+    SHARDED,
     Counts,
-    Memory,
+    Gpu,
     UnplannedError,
+    batches,
     count,
     flops_per_token,
     step_memory,
     weight_bytes,
 )
-from pipeline.training.hardware import FREE_FRACTION, Gpu, batches
 from pipeline.training.packing import lengths_of, training_sequences
 from pipeline.weights.checkpoint import SHARD_BYTES
 
@@ -67,7 +69,7 @@ class Plan:
     sequence_length: int  # tokens of the longest sequence of a micro-batch
     rows: int  # sequences of a micro-batch
     accumulation: int
-    memory: Memory
+    memory: dict[str, int]  # bytes, see `step_memory`
     flops_per_token: float
     tokens: int | None  # of the whole training; None without a dataset
     steps: int | None
@@ -97,13 +99,12 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
         raise PlanError(
             f"a step of {error} cannot be planned; train without a plan: what does not fit is retried in smaller pieces"
         ) from None
-    card = None if kind is None else Gpu(f"{gpu}", int(kind.memory_gib * GIB), int(kind.memory_gib * GIB))
-    rows, accumulation = batches(train, counts, card, lengths or [longest])
+    size = 0 if kind is None else int(kind.memory_gib * GIB)
+    rows, accumulation = batches(train, counts, Gpu(gpu, size, size) if gpu else None, lengths or [longest])
     memory = step_memory(counts, train, rows, longest, on_gpu=kind is not None)
-    sharded = train.strategy in ("fsdp", "deepspeed")  # of which a GPU holds a part that only they know
-    if kind is not None and memory.peak > kind.room and not sharded:
+    if kind is not None and memory["peak"] > kind.room and train.strategy not in SHARDED:
         raise PlanError(
-            f"this training needs {memory.peak / GIB:.1f} GiB; the {gpu} has {kind.room / GIB:.1f} GiB available; "
+            f"this training needs {memory['peak'] / GIB:.1f} GiB; the {gpu} has {kind.room / GIB:.1f} GiB available; "
             f"{_ways_out(config, train, rows, longest, kind)}"
         )
     flops = flops_per_token(counts, train, rows, longest)
@@ -124,17 +125,15 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
 def describe(plan: Plan) -> str:
     """The plan as lines for a terminal."""
     share = plan.trainable_parameters / plan.parameters
+    steps = "not known before there is a dataset; `dvc repro prepare` makes it"
+    if plan.steps is not None:
+        steps = f"{plan.steps:,}, {plan.tokens:,} tokens"
     lines = [
         f"parameters   {plan.parameters:,}, of which {plan.trainable_parameters:,} are trained ({share:.2%})",
         f"train        {plan.rows} × {plan.sequence_length:,} tokens at a time, {plan.accumulation} times a step",
-        *(
-            f"             {size / GIB:7.2f} GiB  {name}"
-            for name, size in [*asdict(plan.memory).items(), ("peak", plan.memory.peak)]
-        ),
+        *(f"             {size / GIB:7.2f} GiB  {name}" for name, size in plan.memory.items()),
         f"work         {plan.flops_per_token / 1e9:,.3g} GFLOP a token",
-        "steps        not known before there is a dataset; `dvc repro prepare` makes it"
-        if plan.steps is None
-        else f"steps        {plan.steps:,}, {plan.tokens:,} tokens",
+        f"steps        {steps}",
     ]
     if plan.seconds is not None:
         lines.append(f"time         about {clock(plan.seconds)} on a {plan.gpu}, {plan.cost_usd:,.2f} USD")
@@ -151,25 +150,20 @@ def gpu_kind(name: str) -> GpuKind:
 def _later_stages(counts: Counts, params: Params, kind: GpuKind | None) -> tuple[str, str]:
     """What evaluation and merge need: the weights in plain numbers if they fit, in 4 bits, or through a device map."""
     train, width = params.train, 4 if kind is None else 2
-    plain = counts.base * width
-    packed = weight_bytes(counts, train, on_gpu=kind is not None)
+    plain, packed = counts.parameters * width, weight_bytes(counts, train, on_gpu=kind is not None)
     room = math.inf if kind is None else WEIGHTS_FRACTION * kind.memory_gib * GIB
     whole = f"{plain / GIB:.2f} GiB in {'float32' if kind is None else 'bfloat16'}"
-    spread = "by accelerate's device map, partly in host memory or on disk: slow"
-    if plain <= room:
-        evaluate = f"the base, {whole}"
-    elif train.load_in_4bit and packed <= room:
-        evaluate = f"the base, {packed / GIB:.2f} GiB in 4 bits, several times as slow"
-    else:
-        evaluate = f"the base, {whole}, {spread}"
+    if plain > room:
+        whole += ", by accelerate's device map, partly in host memory or on disk: slow"
+    in_4_bits = plain > room and train.load_in_4bit and packed <= room
+    base = f"{packed / GIB:.2f} GiB in 4 bits, several times as slow" if in_4_bits else whole
     # Keys and values of a prompt and its answer, the widest layer's numbers, and the last logits.
     length = params.prepare.max_length + params.evaluate.max_new_tokens
     prompt = length * 2 * width * (counts.layers * counts.keys + counts.inner) + 4 * counts.head // counts.hidden
-    evaluate += f"; {prompt / 2**20:.1f} MiB for each prompt at a time"
+    merge = f"{min(SHARD_BYTES, plain) / GIB:.2f} GiB of host memory, shard by shard; the merged model {whole}"
     if train.method in VIRTUAL_TOKENS:
-        return evaluate, f"not possible after train.method {train.method}"
-    proof = whole if plain <= room else f"{whole}, {spread}"
-    return evaluate, f"{min(SHARD_BYTES, plain) / GIB:.2f} GiB of host memory, shard by shard; the merged model {proof}"
+        merge = f"not possible after train.method {train.method}"
+    return f"the base, {base}; {prompt / 2**20:.1f} MiB for each prompt at a time", merge
 
 
 def _configuration(params: Params) -> PreTrainedConfig:
@@ -183,10 +177,9 @@ def _configuration(params: Params) -> PreTrainedConfig:
 def _ways_out(config: PreTrainedConfig, train: TrainParams, rows: int, length: int, kind: GpuKind) -> str:
     """What the training would take with everything that saves memory; `rows` are what `auto` came to."""
     used = vars(train) | {"per_device_train_batch_size": rows}
-    changes = {key: value for key, value in SAVING.items() if used[key] != value}
+    changes = [f"train.{key}: {str(value).lower()}" for key, value in SAVING.items() if used[key] != value]
     saving = train.model_copy(update=SAVING)
-    least = step_memory(count(config, saving), saving, 1, length, on_gpu=True).peak
-    listed = " and ".join(f"train.{key}: {str(value).lower()}" for key, value in changes.items())
-    needed = f"with {listed} it needs {least / GIB:.1f}" if changes else "nothing saves more"
+    least = step_memory(count(config, saving), saving, 1, length, on_gpu=True)["peak"]
+    needed = f"with {' and '.join(changes)} it needs {least / GIB:.1f}" if changes else "nothing saves more"
     shorter = "prepare.max_length and train.packed_length" if train.packing else "prepare.max_length"
     return needed if least <= kind.room else f"{needed}; lower {shorter}, or take a larger GPU"

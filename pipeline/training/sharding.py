@@ -52,11 +52,11 @@ class ShardedTrainer(SFTTrainer):
         weights = gather_trained(self.model)
         if weights is None:
             super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            self.save_gathered(weights, Path(output_dir or self.args.output_dir))
-
-    def save_gathered(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        """The files of an unsharded model: PEFT finds its weights by the sharded modules' names, and keeps these."""
+            return
+        if not self.args.should_save:
+            return
+        # The files of an unsharded model: PEFT finds its weights by the sharded modules' names, and keeps these.
+        folder = Path(output_dir or self.args.output_dir)
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             weights = {name.replace(WRAPPER, ""): weight for name, weight in weights.items()}
         self._save(str(folder), state_dict=weights)

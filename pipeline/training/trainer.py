@@ -5,7 +5,6 @@ The training loop itself, accumulation, clipping, optimiser and schedule are tra
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftType
-from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 from trl import SFTTrainer
 
@@ -175,8 +173,6 @@ class AdapterTrainer(ShardedTrainer):
         metrics = {f"{metric_key_prefix}_loss": nats / max(tokens, 1)}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.watch.worse == 0 and self.watch.params.early_stopping_patience is not None and self.args.should_save:
-            self._save_best()
         return metrics
 
     @torch.no_grad()
@@ -203,14 +199,13 @@ class AdapterTrainer(ShardedTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's adds a model card each time
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            checkpoint = folder / f"checkpoint-{self.state.global_step}"
+            checkpoint = self._checkpoint(self.state.global_step)
             write_json(checkpoint / WATCH, self.watch.state() | {"rungs": [vars(rung) for rung in self.rungs]})
             seal(checkpoint)
-            for other in folder.glob("best-*"):
-                if self.watch.best is None or other.name != f"best-{self.watch.best[1]}":
-                    shutil.rmtree(other, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: each step draws from its own seed (`Watch.on_step_begin`), and a state would be a pickle."""
@@ -225,9 +220,8 @@ class AdapterTrainer(ShardedTrainer):
         if self.rungs[-1].gradient_checkpointing:
             checkpoint_activations(self.model)
         if self.watch.best is not None and self.watch.params.early_stopping_patience is not None:
-            best = checkpoint.with_name(f"best-{self.watch.best[1]}")
-            problem = problem_of(best, "adapter.safetensors")
-            if problem is not None:
+            best = self._checkpoint(self.watch.best[1])
+            if problem := problem_of(best):
                 print(f"train · {best} is not whole ({problem}); the best step is looked for again", flush=True)
                 self.watch.best, self.watch.worse = None, 0
 
@@ -241,23 +235,10 @@ class AdapterTrainer(ShardedTrainer):
             self._load_from_checkpoint(str(checkpoint))
         return True
 
-    def _save_best(self) -> None:
-        assert self.watch.best is not None
-        folder = Path(self.args.output_dir) / f"best-{self.watch.best[1]}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(weights, folder / "adapter.safetensors")
-        seal(folder)
-
     def load_best(self) -> int:
         """With early stopping, put the best step's weights into the model; returns the step that these are of."""
         best, last = self.watch.best, self.state.global_step
         if self.watch.params.early_stopping_patience is None or best is None or best[1] == last:
             return last
-        weights = load_file(Path(self.args.output_dir) / f"best-{best[1]}" / "adapter.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(weights[name])
+        self._load_from_checkpoint(str(self._checkpoint(best[1])))
         return int(best[1])

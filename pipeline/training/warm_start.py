@@ -27,9 +27,7 @@ def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> No
     check_adapter(folder)
     theirs = read_json(folder / "contract.json")
     if theirs["model"]["digest"] != contract["model"]["digest"]:
-        base, own = (
-            f"{of['name_or_path']} (digest {of['digest'][:12]})" for of in (theirs["model"], contract["model"])
-        )
+        base, own = (f"{m['name_or_path']} (digest {m['digest'][:12]})" for m in (theirs["model"], contract["model"]))
         raise InitError(
             f"the adapter in {folder} was trained on another base: {base}, not {own}; set train.init_adapter to none"
         )

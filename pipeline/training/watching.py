@@ -193,6 +193,8 @@ class Watch(TrainerCallback):
             raise TrainError(f"the validation loss is {loss} at step {state.global_step}; lower train.learning_rate")
         if self.best is None or loss < self.best[0]:
             self.best, self.worse = (loss, state.global_step), 0
+            if self.params.early_stopping_patience is not None:  # whose checkpoint transformers then keeps
+                state.best_global_step, control.should_save = state.global_step, True
         else:
             self.worse += 1
         if self.patience_is_spent and state.global_step < state.max_steps:

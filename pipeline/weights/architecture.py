@@ -20,8 +20,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from pipeline.weights.checkpoint import FLOATS, Checkpoint
-from pipeline.weights.loading import UNQUANTISED, ModelError, Quantisation, class_settings, refuse_ragged_blocks
+from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, round_trip
+from pipeline.weights.loading import (
+    UNQUANTISED,
+    ModelError,
+    Quantisation,
+    class_settings,
+    compute_dtype,
+    device,
+    refuse_ragged_blocks,
+)
 
 
 def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) -> PretrainedConfig:
@@ -73,8 +81,8 @@ def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str
     return names
 
 
-def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None) -> dict[str, bool]:
-    """Weights that loading in 4 bits rounds, and whether each is transposed for it (Conv1D); none without 4 bits."""
+def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None) -> dict[str, Edit]:
+    """Weights that loading in 4 bits rounds, and how, each as the quantised model computes with it; else none."""
     if quantisation is None or not quantisation["load_in_4bit"]:
         return {}
     model = empty_model(config)
@@ -83,7 +91,7 @@ def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None)
     Bnb4BitHfQuantizer(settings, pre_quantized=False).preprocess_model(model, device_map=None)
     refuse_ragged_blocks(model, config.name_or_path)
     return {
-        f"{name}.weight": module.source_cls is Conv1D
+        f"{name}.weight": round_trip(quantisation, compute_dtype(), device(), module.source_cls is Conv1D)
         for name, module in model.named_modules()
         if isinstance(module, bnb.nn.Linear4bit)
     }

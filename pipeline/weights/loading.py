@@ -237,19 +237,26 @@ def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = F
 def _stand_ins(model: Any, config: PeftConfig) -> Iterator[None]:
     """Let PEFT put an adapter on a model of which some weights lie in CPU memory or on disk until they are needed.
 
-    PEFT moves an adapter to its layer's weight, which is nowhere now: one number in its shape stands there until
-    accelerate brings it at the first pass. PEFT's own way (`hf_device_map`) copies the weights, and cannot.
+    accelerate brings the weights at the first pass. PEFT's own way (`hf_device_map`) copies them, and cannot.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     device_map = vars(base).pop("hf_device_map", None)
-    elsewhere = [module for module in model.modules() if any(p.is_meta for p in module.parameters(recurse=False))]
-    needs_weights = [key for key in ("use_dora", "modules_to_save", "target_parameters") if getattr(config, key, None)]
-    if device_map is not None and elsewhere and needs_weights:
-        raise ValueError(f"it has {needs_weights[0]}, and parts of the base are not in the device's memory")
-    for module in elsewhere if device_map is not None else ():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            stand_in = torch.zeros(1, dtype=weight.dtype, device=device()).expand(weight.shape)
-            setattr(module, name, torch.nn.Parameter(stand_in, requires_grad=False))
+    if device_map is not None:
+        needs_weights = [
+            key for key in ("use_dora", "modules_to_save", "target_parameters") if getattr(config, key, None)
+        ]
+        if needs_weights and any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(f"it has {needs_weights[0]}, and parts of the base are not in the device's memory")
+        stand_in_for_weights(model, device())
     yield
     if device_map is not None:
         base.hf_device_map = device_map
+
+
+def stand_in_for_weights(model: torch.nn.Module, where: torch.device) -> None:
+    """Put one number in the shape of each weight that is nowhere: PEFT moves an adapter to its layer's weight."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta:
+                stand_in = torch.zeros(1, dtype=weight.dtype, device=where).expand(weight.shape)
+                setattr(module, name, torch.nn.Parameter(stand_in, requires_grad=False))

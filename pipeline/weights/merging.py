@@ -16,13 +16,14 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.weights.architecture import auto_class, base_config, checkpoint_names, empty_model, rounded_weights
-from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite, round_trip
-from pipeline.weights.loading import Quantisation, compute_dtype, device, is_whole, load_adapter
+from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite
+from pipeline.weights.loading import Quantisation, compute_dtype, is_whole, load_adapter, stand_in_for_weights
 
 
 class MergeError(ValueError):
@@ -67,12 +68,13 @@ def merge_adapter(
         edits: dict[str, Edit] = {}
         merging = Merging("whole", None, len(checkpoint))
     else:
-        settings, config = PeftConfig.from_pretrained(str(adapter)), base_config(identity, labels)
+        config = base_config(identity, labels)
         checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
+        rounded = rounded_weights(config, quantisation)
         try:
-            edits, modules = _edits(config, checkpoint, settings, adapter, quantisation, dtype)
+            edits, modules = _edits(config, checkpoint, adapter, rounded, dtype)
         except _OnlyPeft as why:
-            modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, quantisation, dtype)
+            modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, rounded, dtype)
             return Merging("peft", str(why), modules)
         merging = Merging("shards", None, modules)
     rewrite(checkpoint, folder, edits, dtype)
@@ -95,14 +97,12 @@ def require_mergeable(adapter: Path) -> None:
 def _edits(
     config: PretrainedConfig,
     checkpoint: Checkpoint,
-    settings: PeftConfig,
     adapter: Path,
-    quantisation: Quantisation | None,
+    rounded: dict[str, Edit],
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Edit], int]:
     """What is to be done to which tensor of the checkpoint, and how many modules the adapter targets."""
-    if type(settings) is not LoraConfig:
-        raise _OnlyPeft(f"the method is {settings.peft_type.value}")
+    _require_plain_lora(adapter)
     empty = empty_model(config)
     names = checkpoint_names(empty, checkpoint)
     tied = {*empty.all_tied_weights_keys, *empty.all_tied_weights_keys.values()}
@@ -114,45 +114,32 @@ def _edits(
             raise _OnlyPeft(f"{parameter} is not stored as floating-point numbers under a name of its own")
         return names[parameter]
 
-    edits: dict[str, Edit] = {}
-    if quantisation is not None:
-        for parameter, transposed in rounded_weights(config, quantisation).items():
-            edits[stored_as(parameter)] = round_trip(quantisation, compute_dtype(), device(), transposed)
-    placeholders = _without_weights(empty)
-    model = load_adapter(empty, adapter, empty=True).get_base_model()
-    for path, value in model.named_parameters():
-        # Whole tensors that the adapter brings along: biases, and modules that were trained beside it.
-        if id(value) not in placeholders and not any(part.startswith("lora_") for part in path.split(".")):
-            name = stored_as(path.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."))
-            edits[name] = partial(_replaced, value.data)
-    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for path, module in modules:
-        if type(module) is not LoraLinear or not isinstance(module.get_base_layer(), torch.nn.Linear | Conv1D):
-            raise _OnlyPeft(f"{path} is a {type(module).__name__} of {type(module).__module__}")
-        if module.lora_variant or any(module.lora_bias.values()):
-            variant = next(iter(module.lora_variant.values()), "with a bias")
-            raise _OnlyPeft(f"{path} is a LoRA {getattr(variant, '__name__', type(variant).__name__)}")
-        name = stored_as(f"{path}.weight")
-        written = dtype or FLOATS[checkpoint[name].dtype]
-        edits[name] = partial(_added, path, module, edits.get(name), written)
-    for path, wrapper in model.named_modules():
-        if isinstance(wrapper, AuxiliaryTrainingWrapper) and type(wrapper) is not ModulesToSaveWrapper:
-            raise _OnlyPeft(f"{path} is wrapped in {type(wrapper).__name__}")
-    return edits, len(modules)
+    edits = {stored_as(parameter): round_weight for parameter, round_weight in rounded.items()}
+    stand_in_for_weights(empty, torch.device("cpu"))
+    model, targeted = load_adapter(empty, adapter, empty=True).get_base_model(), 0
+    for path, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for name, value in module.modules_to_save["default"].named_parameters():
+                edits[stored_as(f"{path}.{name}")] = partial(_replaced, value.data)
+        elif isinstance(module, BaseTunerLayer):
+            if type(module) is not LoraLinear or not isinstance(module.get_base_layer(), torch.nn.Linear | Conv1D):
+                raise _OnlyPeft(f"{path} is a {type(module).__name__} of {type(module).__module__}")
+            name = stored_as(f"{path}.weight")
+            edits[name] = partial(_added, path, module, edits.get(name), dtype or FLOATS[checkpoint[name].dtype])
+            targeted += 1
+    return edits, targeted
 
 
-def _without_weights(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
-    """Give `model` parameters that have a shape but share one number, and return them by `id`.
-
-    PEFT moves an adapter to the device of its base layer; on the meta device its weights would be lost.
-    """
-    placeholders: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in list(module.named_parameters(recurse=False)):
-            new = torch.nn.Parameter(torch.zeros(1).expand(old.shape), requires_grad=False)
-            placeholders[id(new)] = new
-            setattr(module, name, new)
-    return placeholders
+def _require_plain_lora(adapter: Path) -> None:
+    """Leave all that is more than a sum of A and B to PEFT, and whole modules: magnitudes, biases, embeddings."""
+    settings = PeftConfig.from_pretrained(str(adapter))
+    if type(settings) is not LoraConfig:
+        raise _OnlyPeft(f"the method is {settings.peft_type.value}")
+    with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
+        for key in file.keys():  # noqa: SIM118
+            whole = any(f".{module}." in key for module in settings.modules_to_save or ())
+            if not whole and not key.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise _OnlyPeft(f"the adapter holds {key}")
 
 
 def _added(
@@ -188,7 +175,7 @@ def _merge_with_peft(
     checkpoint: Checkpoint,
     adapter: Path,
     folder: Path,
-    quantisation: Quantisation | None,
+    rounded: dict[str, Edit],
     dtype: torch.dtype | None,
 ) -> int:
     """`merge_adapter` by `merge_and_unload`, with the whole model in memory; on the CPU, in the checkpoint's type."""
@@ -198,14 +185,13 @@ def _merge_with_peft(
         identity["name_or_path"],
         revision=identity["revision"],
         config=config,
-        dtype=out if quantisation is None else torch.promote_types(out, compute_dtype()),
+        dtype=torch.promote_types(out, compute_dtype()) if rounded else out,
         use_safetensors=True,
         trust_remote_code=False,
     )
-    if quantisation is not None:
-        for parameter, transposed in rounded_weights(config, quantisation).items():
-            weight = base.get_parameter(parameter).data
-            weight.copy_(round_trip(quantisation, compute_dtype(), device(), transposed)(weight))
+    for parameter, round_weight in rounded.items():
+        weight = base.get_parameter(parameter).data
+        weight.copy_(round_weight(weight))
     model = load_adapter(base, adapter)
     layers = [(p, m) for p, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
     try:

@@ -5,6 +5,7 @@ they compute several times as fast, so they are held so where memory allows, and
 """
 
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -22,7 +23,7 @@ from pipeline.core.files import WORK_DIR
 from pipeline.core.memory import free
 from pipeline.core.progress import note
 from pipeline.weights.architecture import base_config, checkpoint_names, empty_model, rounded_weights
-from pipeline.weights.checkpoint import open_checkpoint, rewrite, round_trip
+from pipeline.weights.checkpoint import Edit, open_checkpoint, rewrite
 from pipeline.weights.loading import (
     ModelError,
     Quantisation,
@@ -61,9 +62,9 @@ def load_for_scoring(
     memory = available_memory()
     if (where := place(plain, memory)) is not None:
         model = load_base(identity, None, labels, **where)
-        for parameter, transposed in rounded.items():
+        for parameter, round_weight in rounded.items():
             weight = model.get_parameter(parameter).data
-            weight.copy_(round_trip(quantisation or {}, weight.dtype, weight.device, transposed)(weight))
+            weight.copy_(round_weight(weight))
         return model
     if rounded and (where := place(packed, memory)) is not None:
         note(
@@ -72,7 +73,7 @@ def load_for_scoring(
         )
         return load_base(identity, quantisation, labels, **where)
     _refuse_full_gpu(packed, memory)
-    return _offloaded(identity, config, rounded, quantisation, labels, plain, memory)
+    return _offloaded(identity, config, rounded, labels, plain, memory)
 
 
 def available_memory() -> Memory:
@@ -89,16 +90,12 @@ def available_memory() -> Memory:
 
 
 def _limits() -> dict[str, int]:
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     limits = {}
     for part in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        where, _, size = part.strip().partition("=")
-        try:
-            limits[{"gpu": "gpu", "cpu": "cpu"}[where]] = int(float(size[:-3]) * units[size[-3:]])
-        except (ValueError, KeyError):
-            raise ModelError(
-                f"{VARIABLE} has {part!r}; write it like gpu=6GiB,cpu=20GiB (of each GPU, of CPU memory)"
-            ) from None
+        found = re.fullmatch(r"\s*(gpu|cpu)=(\d+(?:\.\d+)?)([KMG])iB\s*", part)
+        if found is None:
+            raise ModelError(f"{VARIABLE} has {part!r}; write it like gpu=6GiB,cpu=20GiB (of each GPU, of CPU memory)")
+        limits[found[1]] = int(float(found[2]) * 1024 ** (" KMG".index(found[3])))
     return limits
 
 
@@ -136,8 +133,7 @@ def _refuse_full_gpu(size: int, memory: Memory) -> None:
 def _offloaded(
     identity: dict[str, Any],
     config: PretrainedConfig,
-    rounded: dict[str, bool],
-    quantisation: Quantisation | None,
+    rounded: dict[str, Edit],
     labels: list[str] | None,
     size: int,
     memory: Memory,
@@ -159,7 +155,7 @@ def _offloaded(
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
     source = identity
-    if quantisation is not None and rounded:
+    if rounded:
         # 4-bit weights cannot be offloaded, so a copy of the base holds the same numbers.
         checkpoint = open_checkpoint(identity["name_or_path"], identity["revision"])
         names = checkpoint_names(empty_model(config), checkpoint)
@@ -168,11 +164,8 @@ def _offloaded(
                 f"{identity['name_or_path']} is larger than the memory here, and its {sorted(lacking)[0]} is not "
                 "stored under a name of its own: score it on a machine with more memory"
             )
-        edits = {
-            names[parameter]: round_trip(quantisation, compute_dtype(), device(), transposed)
-            for parameter, transposed in rounded.items()
-        }
         (folder / "base").mkdir()
+        edits = {names[parameter]: round_weight for parameter, round_weight in rounded.items()}
         rewrite(checkpoint, folder / "base", edits, compute_dtype())
         config.save_pretrained(folder / "base")
         source = {"name_or_path": str(folder / "base"), "revision": None, "trust_remote_code": False}

@@ -21,6 +21,7 @@ import torch
 from conftest import ROOT, environment, make_base, sample_rows, with_
 from datasets import Dataset
 from safetensors.torch import load_file
+from test_train import training_command
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
 
 from pipeline.core.files import read_json
@@ -179,18 +180,12 @@ def test_out_of_memory_ends_on_a_lower_micro_batch_with_the_same_loss(tmp_path: 
 def test_a_killed_training_resumes_and_ends_as_one_left_alone(tmp_path: Path, params: Params, dataset: Path) -> None:
     params = with_(params, train={"max_steps": 40, "save_steps": 3, "logging_steps": 4})
     alone = train(params.train, dataset, tmp_path / "alone", tmp_path / "cp-alone")
-    code = (
-        "import sys, pathlib, pipeline.train as t, pipeline.params as p\n"
-        "settings, dataset, folder = p.TrainParams.model_validate_json(sys.argv[1]), *map(pathlib.Path, sys.argv[2:])\n"
-        "t.train(settings, dataset, folder / 'adapter', folder / 'cp')"
-    )
-    arguments = [params.train.model_dump_json(), str(dataset), str(tmp_path)]
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment()) as killed:
-        while not list((tmp_path / "cp").glob("*/checkpoint-6")) and killed.poll() is None:
+    with subprocess.Popen(training_command(params.train, dataset, tmp_path), env=environment()) as killed:
+        while not list((tmp_path / "checkpoints").glob("*/checkpoint-6")) and killed.poll() is None:
             time.sleep(0.02)
         killed.send_signal(signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
-    resumed = train(params.train, dataset, tmp_path / "adapter", tmp_path / "cp")
+    resumed = train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     assert 0 < resumed.resumed_from_step < resumed.steps == alone.steps
     assert resumed.loss == pytest.approx(alone.loss, rel=1e-2 if CUDA else 1e-6)
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "adapter"))
@@ -198,10 +193,7 @@ def test_a_killed_training_resumes_and_ends_as_one_left_alone(tmp_path: Path, pa
 
 
 def test_a_model_larger_than_the_card_is_evaluated_and_merged(
-    tmp_path: Path,
-    params: Params,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """240 MiB of bfloat16 on a card with 200; on a CPU a part of the weights lies on disk."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10}
@@ -232,7 +224,7 @@ def test_no_training_needs_more_than_its_plan_by_a_tenth(tmp_path: Path, params:
         torch.cuda.reset_peak_memory_stats()
     train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
     peak = torch.cuda.max_memory_allocated() if CUDA else 0
-    planned = plan(params, tmp_path / "dataset", "H200" if CUDA else None).memory.peak  # that of any card with room
+    planned = plan(params, tmp_path / "dataset", "H200" if CUDA else None).memory["peak"]  # that of any card with room
     assert planned > 0 and peak <= 1.1 * planned
     assert not CUDA or peak >= 0.8 * planned
 
