@@ -241,7 +241,7 @@ def training(name: str, size: Size, folder: Path) -> Result:
     kind = _kind(torch.cuda.get_device_name()) if cuda else None
     planned = plan(used, folder / "dataset", kind)
     result["flops_per_token"] = planned.flops_per_token
-    return result if cuda and kind is None else result | {"planned": planned.memory.peak}
+    return result if cuda and kind is None else result | {"planned": planned.memory["peak"]}
 
 
 def _kind(device_name: str) -> str | None:
