@@ -93,9 +93,7 @@ def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
     model = RegisteredModel(params, root)
     manifest = model.manifest(version)
     for name in manifest["files"]:
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # one file at a time: a version may be larger than the disk's room
+        with tempfile.TemporaryDirectory() as folder:  # one file at a time: a version may be larger than the disk
             fetch(model.store, manifest, [name], Path(folder))
     if params.signing_key is None:
         raise signature.SignatureError("publish.signing_key is null; it names the private key to sign with")

@@ -104,6 +104,6 @@ def test_the_sample_needs_no_remote_of_ones_own_and_data_changed_by_hand_is_not_
     changed = clone / "data" / "instructions" / "rows.json"
     changed.unlink()
     changed.write_text("[]")
-    with pytest.raises(GraphError, match="changed by hand"):
+    with pytest.raises(GraphError, match="edited by hand"):
         graph.pull_data(clone)
     assert changed.read_text() == "[]"

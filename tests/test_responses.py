@@ -170,7 +170,7 @@ def test_other_families_calls() -> None:
 def test_an_answer_streams_in_its_parts(name: str, before: str, after: str) -> None:
     template, text, reasoning = template_of(name), list[str](), list[str]()
     prompt = template.prompt_ids(QUESTION)
-    stream = _Pieces(template, prompt, text.append, reasoning.append)
+    stream = _Pieces(template, prompt, text=text.append, reasoning=reasoning.append)
     for ids in (prompt, *([token] for token in tokens(template, f"{before}{ANSWER} 好 [1] <b>!{after}"))):
         stream.put(torch.tensor([ids]))
     stream.end()

@@ -92,6 +92,22 @@ def test_adapters_change_places_and_each_answers_as_it_was_scored(there: Path, o
     assert ask(from_base, questions[0]) == tuned[questions[0]]
 
 
+def test_a_model_trained_whole_answers_alone(
+    own: Params, base: Path, adapter: Path, evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "data" / "base")
+    shutil.copytree(base, tmp_path / "artifacts" / "adapter")  # as `train.method: full` leaves it, here with no change
+    for name in ("contract.json", "training.json"):
+        shutil.copy(adapter / name, tmp_path / "artifacts" / "adapter")
+    monkeypatch.chdir(tmp_path)
+    talk, expected = Talk(own, ["workspace"], tmp_path), scored(evaluation, "base")
+    question = next(iter(expected))
+    assert ask(talk, question) == expected[question]
+    with pytest.raises(ServingError, match="workspace is a whole model"):
+        talk.use("base")
+    assert talk.names == ["workspace"]
+
+
 def test_a_conversation_on_the_command_line(there: Path, evaluation: Path) -> None:
     tuned, base = scored(evaluation, "adapter"), scored(evaluation, "base")
     question = next(question for question in tuned if tuned[question] != base[question])

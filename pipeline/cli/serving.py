@@ -33,7 +33,7 @@ from pipeline.core.sanitise import portable
 from pipeline.params import Params
 from pipeline.registry.model import RegisteredModel
 from pipeline.weights.loading import ModelError, input_device, is_whole, load_adapter
-from pipeline.weights.placement import load_for_scoring
+from pipeline.weights.placement import load_for_scoring, load_tuned
 
 BASE, WORKSPACE = "base", "workspace"
 # What must be the same for two adapters to answer on one base; other keys tell of the data they were trained on.
@@ -66,7 +66,12 @@ class Talk:
             self.contract = contract | {"model": identity}
             self.template = load_contract(self.contract)
             self.quantisation = read_json(folder / "training.json")["quantisation"]
-        self.model: Any = load_for_scoring(self.contract["model"], self.quantisation)
+        self._whole = names[0] != BASE and is_whole(folder)
+        if self._whole:  # train.method full: there is no adapter to put on the base
+            self.model: Any = load_tuned(self.contract["model"], self.quantisation, folder)
+            self._adapters[names[0]] = None
+        else:
+            self.model = load_for_scoring(self.contract["model"], self.quantisation)
         for name in (*names, names[0]):
             self.use(name)
 
@@ -77,6 +82,8 @@ class Talk:
     def use(self, name: str) -> None:
         """Let `name` answer from now on; it is loaded if it is not yet."""
         if name not in self._adapters:
+            if self._whole:
+                raise ServingError(f"{self.active} is a whole model, not an adapter; run `retune chat {name}` instead")
             self._adapters[name] = None if name == BASE else self._load(name)
         peft_name = self._adapters[name]
         if peft_name is not None:
@@ -124,8 +131,10 @@ class Talk:
         if read_json(folder / "training.json")["quantisation"] != self.quantisation:
             differ.append("the base's quantisation")
         if differ or is_whole(folder):
-            what = f"differs from {self.active} in {', '.join(differ)}" if differ else "is a whole model, no adapter"
-            raise ServingError(f"{name} {what}; talk to it alone: `retune chat {name}`")
+            what = (
+                f"differs from {self.active} in {', '.join(differ)}" if differ else "is a whole model, not an adapter"
+            )
+            raise ServingError(f"{name} {what}; run `retune chat {name}` instead")
         peft_name = f"adapter{len(self._adapters)}"
         self.model = load_adapter(self.model, folder, peft_name)
         return peft_name

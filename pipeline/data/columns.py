@@ -61,7 +61,8 @@ def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
 
     def take(parts: Iterable[str]) -> str | None:
         name = next((name for part in parts for name in names if part in name.lower()), None)
-        names.remove(name) if name else None
+        if name is not None:
+            names.remove(name)
         return name
 
     response, prompt = take(ANSWER_NAMES), take(PROMPT_NAMES)
