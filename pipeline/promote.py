@@ -72,7 +72,7 @@ def promote(
 ) -> Decision:
     """Decide on `version` (content id, or MLflow number), by default the one that the workspace's artifacts are.
 
-    `force`: the reason of a person who overrules gate and earlier decisions; the numbers are recorded beside it. It
+    `force`: the reason of a person who overrules gate and earlier decisions; the numbers are recorded with it. It
     overrules neither a deletion nor `publish.require_signature`.
 
     Raises:

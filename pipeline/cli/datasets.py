@@ -1,4 +1,4 @@
-"""The commands that take data in and look at its rows, with the questions they ask on a terminal."""
+"""The commands that ingest data and show its rows, with the questions they ask on a terminal."""
 
 import json
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Format = Annotated[str | None, typer.Option(help="The format, instead of ingest.format and ingest.columns.")]
 Columns = Annotated[
     str | None,
-    typer.Option(help="Which column is what, instead of ingest.columns: prompt=question,response=answer."),
+    typer.Option(help="The mapping of columns, instead of ingest.columns: prompt=question,response=answer."),
 ]
 
 
@@ -41,11 +41,11 @@ def ingest(
     columns: Columns = None,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Replace the rows also where many are rejected, or far fewer come than before."),
+        typer.Option("--replace", help="Replace the rows even if many are rejected, or far fewer come than before."),
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Make the rows of all SOURCEs the new data snapshot; `retune run` then trains on it."""
+    """Make the rows of all SOURCEs the new data snapshot, on which `retune run` then trains."""
     from pipeline.core import graph
     from pipeline.data.snapshot import recover
     from pipeline.ingest import ingest as do
@@ -71,17 +71,17 @@ def ingest(
 
 
 def inspect(
-    file: Annotated[Path | None, typer.Argument(help="A data file or folder; else the prepared dataset.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="A data file or folder; default: the prepared dataset.")] = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Of the dataset.")] = "train",
     row: Annotated[int | None, typer.Option(min=0, help="The first row to show; 0 is the first of all.")] = None,
-    id: Annotated[str | None, typer.Option(help="The row with this id, as the reports name it.")] = None,
+    id: Annotated[str | None, typer.Option(help="The row with this id, as shown in the reports.")] = None,
     task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     format: Format = None,
     columns: Columns = None,
     json_output: Json = False,
 ) -> None:
-    """Show rows as the model sees them, token by token, trained tokens in colour; of FILE, as it would be prepared."""
+    """Show rows token by token, as the model sees them, with trained tokens marked; FILE is shown as if prepared."""
     from rich.console import Console
 
     from pipeline.data.inspection import as_text, inspect_dataset, inspect_file

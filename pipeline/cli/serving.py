@@ -41,7 +41,7 @@ SERVED = ("chat_template_sha256", "tokenizer_sha256", "stop_ids", "pad_id", "on_
 
 
 class ServingError(RuntimeError):
-    """There is no such model, or it cannot answer beside the others."""
+    """There is no such model, or it cannot answer next to the others."""
 
 
 class Talk:

@@ -1,4 +1,4 @@
-"""The commands that look at what was made: the report of a version, a conversation with it, answers to a file."""
+"""The commands that use a version: its report, a conversation with it, answers to a file."""
 
 import json
 import os
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from pipeline.chat.responses import Answer
     from pipeline.cli.serving import Talk
 
-HELP = """/adapter NAME   another model answers: base, workspace, champion, v3 or a version's id
-/adapters       those that are loaded
-/system TEXT    a system message; without a text, none
+HELP = """/adapter NAME   let another model answer: base, workspace, champion, v3 or a version's id
+/adapters       list the loaded models
+/system TEXT    set the system message; without TEXT, remove it
 /reset          forget the conversation
 /quit           end (also Ctrl-D)"""
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Of an answer; else evaluate.max_new_tokens.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="At most so many per answer; default: evaluate.max_new_tokens.")
+]
 
 
 def report(version: Version = None, json_output: Json = False) -> None:
@@ -41,16 +43,16 @@ def chat(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="base, workspace, champion, v3 or a version's id; the first answers. None: the champion.",
+            help="base, workspace, champion, v3 or a version's id; the first answers. Default: the champion.",
             show_default=False,
         ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and end.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Print the answer to this prompt and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
     max_new_tokens: MaxNewTokens = None,
     json_output: Json = False,
 ) -> None:
-    """Talk to a version or the base, with the tokens that it was trained with; /help lists what can be typed."""
+    """Talk to a version or the base, prompted exactly as in training; /help lists the commands."""
     params = _ready()
     from pipeline.cli.serving import Talk
 
@@ -76,12 +78,14 @@ def predict(
     file: Annotated[
         Path, typer.Argument(help="JSONL; each line has prompt or text, or messages that end before the answer.")
     ],
-    model: Annotated[str | None, typer.Option(help="As for chat; none: the champion.", show_default=False)] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to; else FILE with .answers.jsonl as its ending.")] = None,
+    model: Annotated[str | None, typer.Option(help="As for chat; default: the champion.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; default: FILE ending in .answers.jsonl.")
+    ] = None,
     max_new_tokens: MaxNewTokens = None,
     json_output: Json = False,
 ) -> None:
-    """Answer every line of FILE with the model that serves; a run that was killed goes on where it was.
+    """Answer every line of FILE with a version's merged model; after a kill, the command continues where it stopped.
 
     A model trained with train.task sequence-classification gives each line its label and confidence.
     """
@@ -206,7 +210,7 @@ def _fields(answer: "Answer") -> dict[str, Any]:
 
 
 def _name_or_default(model: str | None, params: Any, command: str, say: bool = True) -> str:
-    """The model that was named, else the default; where there is no champion yet, it says that another one answers."""
+    """The named model, else the default; prints which one that is if there is no champion yet."""
     from pipeline.cli.serving import default_name
 
     name = model or default_name(params)

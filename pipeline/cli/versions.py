@@ -1,4 +1,4 @@
-"""The commands about published versions: publish, verify, promote, roll back, compare, download and delete them."""
+"""The commands for published versions: publish, verify, promote, roll back, compare, download and delete."""
 
 import json
 import sys
@@ -14,12 +14,12 @@ from pipeline.registry.decisions import name_of
 from pipeline.report.tables import WIDTH, in_short, show_table, show_verdict, verdict_lines
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Version = Annotated[str | None, typer.Argument(help="v3, 3, champion or a version's id; else the workspace's.")]
-Reason = Annotated[str, typer.Option(help="Kept in the history.")]
+Version = Annotated[str | None, typer.Argument(help="v3, 3, champion or a version's id; default: the workspace's.")]
+Reason = Annotated[str, typer.Option(help="Recorded in the history.")]
 
 
 class CommandError(ValueError):
-    """The options do not go together, or name nothing."""
+    """Options that do not go together, or that name nothing."""
 
 
 def publish(json_output: Json = False) -> None:
@@ -64,8 +64,8 @@ def verify(version: Version = None, json_output: Json = False) -> None:
 def promote(
     version: Version = None,
     force: Annotated[bool, typer.Option("--force", help="Overrule the gate; needs --reason.")] = False,
-    approve: Annotated[bool, typer.Option("--approve", help="Agree to the version that waits for approval.")] = False,
-    reject: Annotated[bool, typer.Option("--reject", help="Refuse the version that waits for approval.")] = False,
+    approve: Annotated[bool, typer.Option("--approve", help="Approve the waiting version.")] = False,
+    reject: Annotated[bool, typer.Option("--reject", help="Reject the waiting version.")] = False,
     reason: Reason = "",
     json_output: Json = False,
 ) -> None:
@@ -96,11 +96,11 @@ def promote(
 
 
 def rollback(
-    to: Annotated[str | None, typer.Option(help="The version to go back to; else the champion before.")] = None,
+    to: Annotated[str | None, typer.Option(help="The version to restore; default: the previous champion.")] = None,
     reason: Reason = "rolled back by hand",
     json_output: Json = False,
 ) -> None:
-    """Put the previous champion back."""
+    """Make the previous champion, or another earlier one, champion again."""
     from pipeline.promote import rollback as do
 
     params, model = _project()
@@ -114,7 +114,7 @@ def history(
     number: Annotated[int | None, typer.Argument(min=1, help="One decision, with all its numbers.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Every decision: who, when, from which champion to which, why, and with which numbers."""
+    """List all decisions: who, when, from which champion to which, why, and with which numbers."""
     from pipeline.promote import history as do
 
     params, model = _project()
@@ -158,14 +158,14 @@ def history(
 
 def download(
     version: Annotated[str, typer.Argument(help="v3, 3, champion or a version's id.")],
-    folder: Annotated[Path, typer.Argument(help="Where to; made if it is not there.")],
+    folder: Annotated[Path, typer.Argument(help="The folder; created if it does not exist.")],
     part: Annotated[
         Literal["merged", "adapter", "all"],
         typer.Option(help="The model, the adapter, or everything with its signature."),
     ] = "merged",
     json_output: Json = False,
 ) -> None:
-    """Put a version's model into FOLDER, every file checked; what is there already is kept."""
+    """Download a version's model into FOLDER and check every file; files that are already there are kept."""
     from pipeline.registry.card import auto_class
     from pipeline.registry.manifest import encode
     from pipeline.registry.signature import read_signature, require_signed
@@ -189,10 +189,10 @@ def download(
 
 def delete(
     version: Annotated[str, typer.Argument(help="v3, 3 or a version's id.")],
-    reason: Annotated[str, typer.Option(help="Kept in the history.")],
+    reason: Annotated[str, typer.Option(help="Recorded in the history.")],
     json_output: Json = False,
 ) -> None:
-    """Delete a version for good; the champion and a version that waits for approval are refused."""
+    """Delete a version for good, unless it is the champion or waits for approval."""
     from pipeline.registry.retention import delete as do
 
     params, model, version = find(version)
@@ -206,7 +206,7 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Delete them; without it they are only listed.")] = False,
     json_output: Json = False,
 ) -> None:
-    """List, and with --yes delete, the versions that publish.keep_versions and keep_champions do not keep."""
+    """List the versions beyond publish.keep_versions and keep_champions; --yes deletes them."""
     from pipeline.registry.retention import delete as do
     from pipeline.registry.retention import outdated
 
@@ -223,7 +223,7 @@ def prune(
 
 def compare(
     old: Annotated[str, typer.Argument(help="v3, 3, champion, workspace or a version's id.")] = "champion",
-    new: Annotated[str, typer.Argument(help="The one that is compared with it.")] = "workspace",
+    new: Annotated[str, typer.Argument(help="The version to compare with it.")] = "workspace",
     html: Annotated[Path | None, typer.Option(help="Also write it as a page, with every text.")] = None,
     json_output: Json = False,
 ) -> None:

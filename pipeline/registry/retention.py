@@ -96,7 +96,7 @@ def _needed_digests(store: ArtifactStore) -> set[str]:
     for name in {key.split("/")[1] for key in records}:
         serving = champion(read_log(store, name))
         if serving:
-            manifests.require_manifest(store, serving)  # a sweep beside a lost manifest would take its objects too
+            manifests.require_manifest(store, serving)  # with its manifest lost, a sweep would delete its objects
     with ThreadPoolExecutor(REQUESTS) as pool:
         texts = pool.map(store.read, [*store.list("versions/"), *records])
         return {digest.decode() for text in texts for digest in re.findall(rb"\b[0-9a-f]{64}\b", text or b"")}
