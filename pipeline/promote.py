@@ -49,8 +49,10 @@ class Decision:
 
 
 def require_ready(params: Params, root: Path = Path(".")) -> None:
-    """What should not wait until hours of training are over: StoreError where the store cannot be written, CompareError
-    where the champion under this name is another kind of model.
+    """Check before a training what would fail after it.
+
+    Raises StoreError if the store cannot be written, CompareError if the champion under this name is another kind of
+    model.
     """
     model = RegisteredModel(params.publish, root)
     model.store.probe()

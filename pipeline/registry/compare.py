@@ -1,8 +1,8 @@
-"""Candidate against champion: both systems' scores of the same frozen test items in, one row a gating metric out.
+"""Compares candidate and champion: their scores on the same frozen test items become one row per gating metric.
 
-The numbers are those of the merged models that would serve. Scores that a version was published with count only if test
-split, decoding, metric signatures and library versions are today's; else the version is fetched and scored again.
-Items that the champion may have been trained on are not compared on.
+The scores are those of the merged models, which serve. A version's published scores count only if test split, decoding,
+metric signatures and library versions are today's; otherwise the version is fetched and scored again. If the champion
+was trained on rows that are test rows now, nothing is compared, and the candidate is refused.
 """
 
 import math
