@@ -13,7 +13,7 @@ from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
 from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
-from pipeline.scoring.general import forgetting, general_items, read_general
+from pipeline.scoring.general import GeneralRow, forgetting, general_items, read_general
 from pipeline.scoring.generation import generate
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
 from pipeline.scoring.kept import kept_file
@@ -21,6 +21,11 @@ from pipeline.scoring.likelihood import Losses, reference_losses, sequence_losse
 from pipeline.scoring.vllm import vllm_tokens
 from pipeline.weights.loading import use_free_cores
 from pipeline.weights.placement import load_tuned, untuned
+
+# The sets of prompts, as progress lines name them after the system.
+TEST, GENERAL, PROMPTS = "", ", general", ", prompts"
+# A system's answers to each set, and the losses of the references of the test split and of the general set.
+Answered = tuple[dict[str, list[Answer]], list[Losses]]
 
 
 def evaluate(
@@ -59,54 +64,62 @@ def evaluate(
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else []
-    asked = {
-        "": prompts,
-        ", general": [row.prompt for row in general if row.prompt is not None],
-        ", prompts": [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts],
+    sets = {
+        TEST: prompts,
+        GENERAL: [row.prompt for row in general if row.prompt is not None],
+        PROMPTS: [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts],
     }
     files: list[Path] = []  # of kept answers
 
-    def ask(model: Any, system: str, depends_on: dict[str, Any]) -> tuple[dict[str, list[Answer]], list[Losses]]:
-        """Answers to each set of prompts, and the losses of the references of the test split and the general set."""
+    def ask(model: Any, system: str, depends_on: dict[str, Any]) -> Answered:
         name, answers = f"the {system}", dict[str, list[Answer]]()
-        for what, prompts in asked.items():
-            if what == "" and by_vllm:
+        for what, prompts in sets.items():
+            if what == TEST and by_vllm:
                 rows = zip(prompts, by_vllm[system], tools, strict=True)
                 answers[what] = [read_answer(template, prompt, ids, offered) for prompt, ids, offered in rows]
             elif prompts:
                 keep = kept and kept_file(kept, depends_on, prompts, params.max_new_tokens, template.stop_ids)
                 files.extend([keep] if keep else [])
                 settings = (params.max_new_tokens, params.batch_size, "evaluate", name + what, keep)
-                answers[what] = generate(model, template, prompts, *settings, None if what else tools)
+                answers[what] = generate(model, template, prompts, *settings, tools if what == TEST else None)
         pad = template.tokenizer.pad_token_id
         of_general = sequence_losses(model, [row.sequence for row in general], pad, "evaluate", name)
         return answers, [reference_losses(model, template, test, "evaluate", name), of_general]
 
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
     depends_on = {"base": contract["model"]["digest"], "quantisation": quantisation}
-    told = {"adapter": ask(model, "adapter", depends_on | {"adapter": weights})}
+    answered = {"adapter": ask(model, "adapter", depends_on | {"adapter": weights})}
     with untuned(model, contract["model"]) as base:
-        told["base"] = ask(base, "base", depends_on)
+        answered["base"] = ask(base, "base", depends_on)
     with whole_directory(output) as folder:
-        items, others = dict[str, pa.Table](), dict[str, pa.Table]()
+        items = dict[str, pa.Table]()
         for system in ("base", "adapter"):
-            answers, losses = told[system]
-            items[system], signatures = score_items(test, answers[""], losses[0])
-            if general:
-                others[system] = general_items(general, answers.get(", general", []), losses[1])
-                pq.write_table(others[system], folder / f"general.{system}.parquet")
-        if general:
-            write_json(folder / "general.json", forgetting(others["base"], others["adapter"], params))
-        said = []
-        for number, prompt in enumerate(params.prompts):
-            both = {system: answers[", prompts"][number] for system, (answers, _) in told.items()}
-            said.append({"prompt": prompt} | {s: {"answer": a.text, "cut_off": a.cut_off} for s, a in both.items()})
-        write_json(folder / "prompts.json", said)
+            answers, losses = answered[system]
+            items[system], signatures = score_items(test, answers[TEST], losses[0])
+        _write_others(answered, general, params, folder)
         metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
         for path in set(kept.glob("*")) - set(files):  # answers of earlier runs
             path.unlink()
     return metrics
+
+
+def _write_others(
+    answered: dict[str, Answered], general: list[GeneralRow], params: EvaluateParams, folder: Path
+) -> None:
+    """Write what was answered besides the test split: the general set and the prompts."""
+    if general:
+        tables = {}
+        for system, (answers, losses) in answered.items():
+            tables[system] = general_items(general, answers.get(GENERAL, []), losses[1])
+            pq.write_table(tables[system], folder / f"general.{system}.parquet")
+        write_json(folder / "general.json", forgetting(tables["base"], tables["adapter"], params))
+    prompts = []
+    for number, prompt in enumerate(params.prompts):
+        both = {system: answers[PROMPTS][number] for system, (answers, _) in answered.items()}
+        texts = {system: {"answer": answer.text, "cut_off": answer.cut_off} for system, answer in both.items()}
+        prompts.append({"prompt": prompt} | texts)
+    write_json(folder / "prompts.json", prompts)
 
 
 def _evaluate_classes(

@@ -1,8 +1,8 @@
-"""The gate's rule: both systems' scores of the same items in; out come a verdict on each gating metric, and a decision.
+"""The gate's rule: from both systems' scores of the same items to a verdict on each gating metric, and a decision.
 
 The candidate must be superior on the primary metric and not inferior on every guard metric, each by a paired test,
-after Holm's correction. What is seen clearly is decided on any test set; where it is not, and a test set of this size
-would miss the declared effect too often, nothing is decided and the number of rows that would do is said.
+after Holm's correction. A clear result is decided on any test set. An open one is refused if this test set had enough
+power to show the declared effect; otherwise the gate is undecided, and says how many rows are enough.
 """
 
 import math
@@ -136,7 +136,7 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
 
 
 def _untested(claim: Claim) -> dict[str, Any]:
-    """The row of a claim before its test; for a guard that guards nothing, as no item counts or both score 0, all."""
+    """A claim's row before its test; the final row of a guard without counting items, or on which both score 0."""
     require_same_items(claim.candidate, claim.champion)
     candidate, champion = corpus_score(claim.candidate), corpus_score(claim.champion)
     scores: dict[str, Any] = {"candidate": candidate, "champion": champion, "difference": candidate - champion}

@@ -138,7 +138,7 @@ def _score_interval(better: float, worse: float, number: float) -> tuple[float, 
 def design_effect(change: Array, member: NDArray[np.intp]) -> float:
     """How many items of these groups tell as much as one independent item (Kish 1965); at least 1.
 
-    Where nothing changed there is nothing to see of the dependence: then only groups count.
+    If no item changed, the dependence cannot be estimated, and each group counts as one item.
     """
     apart = change - change.mean()
     alone = float((apart**2).sum())

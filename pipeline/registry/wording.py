@@ -119,7 +119,7 @@ def _not_shown(metric: str, row: dict[str, Any], against: str, primary: dict[str
     elif decision == "undecided":
         missing = f"but {items} are too few to tell"
     elif is_guard:
-        missing = "and it is not shown that no more than allowed was lost"
+        missing = "and a larger loss than allowed cannot be ruled out"
     else:
         missing = f"which can be chance; {items} would have shown {declared}"
     return f"{_moved(metric, row, against)}, {missing} (needed: {row['needed']})"

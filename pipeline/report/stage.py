@@ -125,7 +125,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_prompts(answered: dict[str, tuple[Path, str]]) -> dict[str, list[tuple[str, str]]]:
-    """The candidate's prompts (of `adapter`) with the answers of all; of a system that was not asked one, that is said.
+    """The candidate's prompts (of `adapter`), each with every system's answer, or "(was not asked)".
 
     Args:
         answered: of each system its evaluation folder and what it is called there (base | adapter).
