@@ -1,7 +1,8 @@
 """Training on the `gpu` pool: the run sends a request, a worker trains in its own clone, the run fetches the outputs.
 
 `pipeline.core.handover` carries the data. If a worker dies, its run has no more heartbeats, an automation of
-`flows.automations` marks it Crashed and frees the pool's slot, and the parent tries again.
+`flows.automations` marks it Crashed and frees the pool's slot, and the parent tries again; in the same clone, the
+training then continues from its last checkpoint.
 """
 
 import os

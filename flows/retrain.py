@@ -1,8 +1,8 @@
 """The flow: from a data snapshot to a new champion or a reasoned refusal, one line per stage.
 
 Each DVC stage runs as `dvc repro` of that stage in a child process, so `dvc repro` and this flow see each other's
-work as done. A failed training is not retried: a person decides on a second attempt, which continues from the last
-checkpoint. Only if its GPU worker died is it requested again (`operations.train_attempts`).
+work as done. If a GPU worker dies, its training is requested again (`operations.train_attempts`); a training that fails
+is not: a person decides on a second attempt, which continues from the last checkpoint.
 """
 
 from typing import Any
