@@ -239,6 +239,7 @@ def test_a_template_gets_tools_and_calls_as_it_can_write_them(
         (talk("q"), None),
         (tool_talk("{"), TOOLS),
         *((talk(f"q{mark}12\ufdd2", "a"), None) for mark in "\ufdd0\ufdd1\ufdd2"),  # forges the mark of a token
+        (talk("q\ufdd3", "a"), None),  # forges the mark of an answer's place
     ],
 )
 def test_a_row_without_an_answer_or_with_what_no_template_can_carry_is_refused(

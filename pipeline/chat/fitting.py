@@ -38,7 +38,7 @@ def fit(template: Any, messages: list[Message], tools: str | None, max_length: i
     One of no more than `max_length` tokens stays as it is. `truncate_prompt` leaves out the oldest exchanges (a
     question with all that follows up to the next), never the system message or the last exchange, then cuts the start
     of the last question. `split` makes rows of whole exchanges, each with the system message, so that every trained
-    answer is trained once; with `train_on: last_response` only the last row has one, and the others are not made.
+    answer is trained once; with `train_on: last_response` only the row with the last answer is made.
     `drop` and `error` change nothing.
 
     Raises:

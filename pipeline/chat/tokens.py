@@ -17,15 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat import Message
 from pipeline.chat.rendering import RowError
+from pipeline.chat.turns import PLACE
 
 HIDDEN, SHOWN, END = "\ufdd0", "\ufdd1", "\ufdd2"  # begin a hidden and a template's control token; end either
-NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}]")
+NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}{PLACE}]")
 HIDDEN_TOKEN = re.compile(f"{HIDDEN}([0-9]+){END}")
 BROKEN = re.compile(f"[{HIDDEN}{SHOWN}{END}]|" + r"\\ufdd[0-2]")  # as JSON may write them, too
 
 
 class TokenEncoder:
-    """The fast tokenizer without what moves tokens or places (special tokens added, truncation, padding)."""
+    """The fast tokenizer without special tokens of its own, truncation and padding, which would shift tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, stop_ids: Set[int]) -> None:
         added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
@@ -118,7 +119,7 @@ def _known_by_marks(state: dict[str, Any], control: dict[str, int]) -> tuple[Tok
         if token["content"] in mark:
             token |= {"content": mark[token["content"]], "normalized": False}
     model = state["model"]
-    # What merges make is a piece of ordinary text as well; `_by_marks` finds it in the result and refuses the row.
+    # A token that merges can produce keeps its name; `ids` finds it in the result and refuses the row.
     merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges", [])}
     rename = {token: name for token, name in mark.items() if token not in merged}
     if isinstance(model["vocab"], dict):

@@ -1,4 +1,4 @@
-"""The part of prepare that needs one row alone: conversations in, tokens, labels and the keys they are compared by out.
+"""Encodes one row at a time: a conversation becomes tokens, labels and the keys by which copies are found.
 
 Work goes shard by shard, in several processes, and is kept: a shard whose bytes, parameters, tokenizer and code are
 those of an earlier run is not encoded again. Nothing is left out: a row that cannot be used is a record that says why.

@@ -207,7 +207,7 @@ def _add_reasoning(message: Message, turn: dict[str, Any], thoughts: str, key: s
 
 
 def _add_weight(message: Message, turn: dict[str, Any]) -> None:
-    """weight 0 where a turn says that it is not trained; an assistant's turn without a flag is."""
+    """Set weight 0 if a flag says that the turn is not trained; an assistant's turn without a flag is trained."""
     flags = {key: turn[key] for key in FLAGS if turn.get(key) is not None}
     said = ", ".join(f"{key} {short(value)}" for key, value in flags.items())
     if any(not isinstance(value, int | float) or value not in (0, 1) for value in flags.values()) or (

@@ -61,9 +61,8 @@ def mlmodel(manifest: Manifest) -> str:
         "flavors": {"python_function": python, "transformers": transformers},
         "utc_time_created": manifest["created"],
     }
-    if (
-        train["task"] != CLASSIFICATION
-    ):  # pyfunc then renders {"messages": […], "max_tokens": …} by the model's template
+    if train["task"] != CLASSIFICATION:
+        # pyfunc then takes {"messages": […], "max_tokens": …} and renders them by the model's template.
         transformers["inference_task"] = CHAT
         described["metadata"] = {"task": CHAT}
     return json.dumps(described, indent=2, sort_keys=True)  # JSON is YAML
