@@ -14,7 +14,7 @@ import typer
 
 from pipeline.cli import datasets, models, operate, talk, versions
 from pipeline.cli.project import ProjectCommand, enter_project
-from pipeline.cli.versions import Json
+from pipeline.cli.versions import Json, answer
 from pipeline.core.environment import collect_rarely, set_environment
 from pipeline.core.files import WORK_DIR
 from pipeline.core.processes import end_with_parent, lives, python_ending_with_parent, run_forwarding_sigterm
@@ -145,12 +145,10 @@ def collect_garbage(
     from pipeline.settings import load_params
 
     garbage = collect(open_store(load_params().publish), delete)
-    if json_output:
-        print(json.dumps(asdict(garbage)))
-        return
     what = f"{garbage.objects:,} objects, {garbage.bytes / 1e6:,.1f} MB, and {garbage.unfinished:,} unfinished uploads"
-    print(f"gc: {what} {'deleted' if garbage.deleted else 'could be deleted (`retune gc --delete`)'}")
-    print(f"    {garbage.kept:,} objects are kept: in use, or younger than seven days")
+    done = "deleted" if garbage.deleted else "could be deleted (`retune gc --delete`)"
+    kept = f"{garbage.kept:,} objects are kept: in use, or younger than seven days"
+    answer(json_output, asdict(garbage), f"gc: {what} {done}\n    {kept}")
 
 
 @app.command(cls=ProjectCommand)
@@ -164,7 +162,7 @@ def plan(
 
     dataset = ARTIFACTS / "dataset"
     result = planning.plan(load_params(), dataset if (dataset / "contract.json").is_file() else None, gpu)
-    print(json.dumps(asdict(result)) if json_output else planning.describe(result))
+    answer(json_output, asdict(result), planning.describe(result))
 
 
 @app.command(hidden=True, cls=ProjectCommand)

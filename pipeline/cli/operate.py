@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.versions import Json
+from pipeline.cli.versions import Json, answer
 from pipeline.core.checks import as_json
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Of the dashboard; else operations.prefect_port.")]
@@ -37,10 +37,7 @@ def down(json_output: Json = False) -> None:
     if url := server.running():
         refuse_runs_by_hand(url)
     stopped = stack.down()
-    if json_output:
-        print(json.dumps({"stopped": stopped}))
-    else:
-        print("down: stopped" if stopped else "down: nothing was running")
+    answer(json_output, {"stopped": stopped}, "down: stopped" if stopped else "down: nothing was running")
 
 
 def status(json_output: Json = False) -> None:
@@ -64,7 +61,7 @@ def status(json_output: Json = False) -> None:
     log, registry = model.log(), model.registry
     waiting = proposed(log)
     run = under_way.look()
-    answer = {
+    overview = {
         "run": run,
         "dashboard": state.get("url") if state.get("ready") else None,
         "services": state.get("services", []),
@@ -73,9 +70,9 @@ def status(json_output: Json = False) -> None:
         "waiting": waiting.version if waiting else None,
     }
     if json_output:
-        print(json.dumps(answer))
+        print(json.dumps(overview))
         return
-    print(f"dashboard  {answer['dashboard'] or 'not running (`retune up` starts it)'}")
+    print(f"dashboard  {overview['dashboard'] or 'not running (`retune up` starts it)'}")
     if state:
         _services(state)
     if run is not None:
@@ -83,9 +80,9 @@ def status(json_output: Json = False) -> None:
         started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
         print(f"run        {run['line'] or run['stage'] or 'starting'}; {started}")
     print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
-    print(f"champion   {registry.remembered(answer['champion']) if answer['champion'] else 'none yet'}")
-    if answer["waiting"]:
-        print(f"waiting    {registry.remembered(answer['waiting'])} for approval (`retune promote --approve`)")
+    print(f"champion   {registry.remembered(overview['champion']) if overview['champion'] else 'none yet'}")
+    if overview["waiting"]:
+        print(f"waiting    {registry.remembered(overview['waiting'])} for approval (`retune promote --approve`)")
 
 
 def doctor(json_output: Json = False) -> None:
@@ -93,16 +90,16 @@ def doctor(json_output: Json = False) -> None:
     from pipeline.cli import doctor as diagnosis
 
     checks = diagnosis.doctor()
-    answer = as_json(checks)
+    result = as_json(checks)
     if json_output:
-        print(json.dumps(answer))
+        print(json.dumps(result))
     else:
         for check in checks:
             mark = {True: "ok", False: "FAILED", None: "–"}[check.passed]
             print(f"{mark:<7}{check.name:<15} {check.detail}")
             if check.advice:
                 print(f"{'':<23}→ {check.advice}")
-    if not answer["passed"]:
+    if not result["passed"]:
         raise typer.Exit(1)
 
 
