@@ -178,6 +178,7 @@ def test_a_jump_of_the_loss_stops_the_run(tmp_path: Path, params: Params, datase
 def test_early_stopping_keeps_the_best_step(tmp_path: Path, params: Params, dataset: Path) -> None:
     """A rate that overshoots after its first steps: the adapter saved is that of the best validation."""
     settings = {"eval_steps": 2, "early_stopping_patience": 2, "max_steps": 60, "logging_steps": 100}
+    settings |= {"save_steps": 1}  # more checkpoints follow the best one than are kept
     settings |= {"learning_rate": 0.05, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_loss_rise": None}
     patient = with_(params, train=settings)
     done = train(patient.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
