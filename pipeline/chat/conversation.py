@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.chat import Message
 from pipeline.chat.rendering import Renderer, RowError, Tools, with_objects
 from pipeline.chat.tokens import TokenEncoder
-from pipeline.chat.turns import PLACE, Turn, TurnWriter, left_out
+from pipeline.chat.turns import PROBE_ANSWER, Turn, TurnWriter, left_out
 from pipeline.core.files import sha256_json
 
 Conversation = tuple[list[Message], str | None]  # messages, and the tools on offer as JSON
@@ -164,10 +164,10 @@ class ChatTemplate:
         """The control token that the template writes right behind an answer: it ends a turn, though a base that was
         never tuned may not name it."""
         try:
-            rendered = self.render(_talk("Hello", PLACE))
+            rendered = self.render(_talk("Hello", PROBE_ANSWER))
         except RowError:
             return set()
-        rest = rendered.partition(PLACE)[2].strip()
+        rest = rendered.partition(PROBE_ANSWER)[2].strip()
         tokens = self.tokenizer.added_tokens_decoder.items()
         return {id for id, token in tokens if token.special and str(token) and rest.startswith(str(token))}
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.chat import Message
 from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.rendering import RowError, TemplateError
-from pipeline.chat.turns import PLACE, opened_thinking
+from pipeline.chat.turns import PROBE_ANSWER, opened_thinking
 
 Field = dict[str, Any]  # of a response template, as transformers documents it
 ToolCall = dict[str, Any]  # {"name": str, "arguments": object}
@@ -187,7 +187,7 @@ def _unframed(template: ChatTemplate, text: str) -> str:
         return text
     lead = ""
     with suppress(RowError, TemplateError):
-        before = template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}])
-        before = before.partition(PLACE)[0]
+        before = template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER}])
+        before = before.partition(PROBE_ANSWER)[0]
         lead = before[len(before.rstrip()) :]
     return re.sub(r"\A(?:\s*\n| (?! ))", "", text.removeprefix(lead))

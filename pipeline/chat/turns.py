@@ -14,6 +14,7 @@ from pipeline.chat import Message
 from pipeline.chat.rendering import Renderer, RowError, Tools, arguments_of
 
 PLACE = "\ufdd3"  # a noncharacter that stands for an answer's content while its place is looked for
+PROBE_ANSWER = "probe answer"  # for probes of a whole template, which refuses noncharacters in texts
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 REASONING_DROPPED = "reasoning left out: the prompt closes the thinking, or the chat template has no place for it"
 REASONING_INLINE = "reasoning written into the answer, since the chat template has no place for it"
@@ -110,7 +111,7 @@ class TurnWriter:
         After a call the next turn is its result, else a question.
         """
         question = {"role": "user", "content": "probe question"}
-        answer: Message = {"role": "assistant", "content": "probe answer"}
+        answer: Message = {"role": "assistant", "content": PROBE_ANSWER}
         following = {"role": "user", "content": PLACE}
         if calls:
             function = {"name": "probe", "arguments": {}}
@@ -120,7 +121,7 @@ class TurnWriter:
             both = self._renderer.render([question, answer, following], None)
         except RowError:
             return None
-        rest = both.partition("probe answer")[2].partition(PLACE)[0]
+        rest = both.partition(PROBE_ANSWER)[2].partition(PLACE)[0]
         places = [(place, stop) for stop in self._stops if (place := rest.find(stop)) >= 0]
         return min(places)[1] if places else None
 
