@@ -79,6 +79,19 @@ def test_with_last_response_splitting_keeps_the_one_answer_that_is_trained(param
     assert answers(fitted, last) == ["three."]
 
 
+@pytest.mark.parametrize("how", ["split", "truncate_prompt"])
+def test_exchanges_of_weight_0_are_context_and_make_no_rows(template: ChatTemplate, how: str) -> None:
+    """However little room there is, every trained answer is trained once, and nothing else is."""
+    messages = talk(*(text for i in range(7) for text in (f"question {i}?", f"answer {i}.")))
+    for i in (0, 2, 3, 6):
+        messages[2 * i + 1] |= {"weight": 0}
+    expected = ["answer 1.", "answer 4.", "answer 5."]
+    for room in range(1, 8):
+        rows = fit(template, messages, None, length(template, talk(*["question 0?", "answer 0."] * room)), how)
+        trained = [answer for row in rows for answer in answers(row, template)]
+        assert trained == (expected if how == "split" else expected[-len(trained) :])
+
+
 def test_a_call_stays_with_its_result(template: ChatTemplate) -> None:
     call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
     messages = [

@@ -51,6 +51,8 @@ def fit(template: Any, messages: list[Message], tools: str | None, max_length: i
     too_long = f"has {encoded.length} tokens, more than prepare.max_length ({max_length})"
     system = [message for message in messages[:1] if message["role"] == "system"]
     exchanges = _exchanges(messages[len(system) :])
+    while not _is_trained(exchanges[-1]):  # what follows the last trained answer is no part of a row
+        exchanges.pop()
 
     def fits(shorter: list[Message], *repairs: str) -> Fitted | None:
         encoded: Encoded = template.encode([*system, *shorter], tools)
@@ -75,18 +77,27 @@ def fit(template: Any, messages: list[Message], tools: str | None, max_length: i
 def _split(exchanges: list[list[Message]], fits: Fits) -> list[Fitted] | None:
     rows: list[Fitted] = []
     current: list[Message] = []
+    extends_last_row = False
     for exchange in exchanges:
+        if not _is_trained(exchange):  # context for the exchanges that follow it, if they fit together
+            current += exchange
+            continue
         row = fits([*current, *exchange], SPLIT)
-        if row is None and current:
+        if row is None:
             current = []
             row = fits(exchange, SPLIT)
-        elif current:
+        elif extends_last_row:
             rows.pop()
         if row is None:
             return None
-        current = [*current, *exchange]
+        current += exchange
         rows.append(row)
+        extends_last_row = True
     return rows
+
+
+def _is_trained(exchange: list[Message]) -> bool:
+    return any(message["role"] == "assistant" and message.get("weight", 1) for message in exchange)
 
 
 def _without_oldest(exchanges: list[list[Message]], fits: Fits) -> Fitted | None:

@@ -89,7 +89,7 @@ def prove(
     for metric in METRICS:
         ours, theirs = merged.metrics[metric], evaluated["adapter"][metric]
         if ours and theirs:
-            scale = theirs["score"] if metric in LOWER_IS_BETTER else 1
+            scale = theirs["score"] if metric == "perplexity" else 1
             differences[metric] = (ours["score"] - theirs["score"]) / scale
     _require_parity(params, merged, differences)
     pq.write_table(items, folder / "items.merged.parquet")
