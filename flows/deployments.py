@@ -194,7 +194,8 @@ def _tried(changes: dict[str, Any] | None) -> Iterator[Any]:
 def _enter() -> None:
     if not Path("params.yaml").is_file():
         raise RuntimeError(f"{Path.cwd()} is not a Retune project; set RETUNE_ROOT in the worker's environment")
-    end_with_parent(signal.SIGTERM)  # the worker's process
+    # The parent is the worker. On SIGTERM, Prefect retries its report to a server that may have died too.
+    end_with_parent(signal.SIGTERM, grace=45)
     redact_process()
     set_environment()
     os.environ["PATH"] = environment()["PATH"]

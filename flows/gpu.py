@@ -109,7 +109,7 @@ def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
 @redacted_errors
 def train(commit: str, remote: str = "origin") -> State[Any]:
     """Run the stage `train` of `commit` in this worker's clone."""
-    end_with_parent(signal.SIGTERM)  # the worker's process
+    end_with_parent(signal.SIGTERM, grace=45)  # the worker's process
     redact_process()
     set_environment()
     with training_progress() as show:

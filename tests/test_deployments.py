@@ -249,7 +249,7 @@ def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params)
         start(url, "retrain/retrain", trigger="long")
         wait_until(lambda: any("stage train" in " ".join(p.cmdline()) for p in stack.marked(root)), 120)
         supervisor(stack.marked(root)).kill()
-        wait_until(lambda: not stack.marked(root), 45)  # the training too, which a worker started
+        wait_until(lambda: not stack.marked(root), 75)  # the training too, which a worker started
     finally:
         retune(root, "down")
 

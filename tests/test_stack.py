@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,7 +27,8 @@ from pipeline.settings import load_params
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Iterator[Path]:
-    folder = make_project(tmp_path_factory.mktemp("stack") / "project", base, params)
+    deep = "a-folder-with-a-longer-path-than-a-unix-socket-may-have" * 2
+    folder = make_project(tmp_path_factory.mktemp("stack") / deep / "project", base, params)
     give_database(folder)
     yield folder
     retune(folder, "down")
@@ -136,6 +139,22 @@ def test_the_whole_stack_restarts_what_dies_and_goes_down_without_a_rest(root: P
 def supervisor(processes: list[psutil.Process]) -> psutil.Process:
     [found] = [each for each in processes if "supervisor.supervisord" in each.cmdline()]
     return found
+
+
+def test_a_process_that_ignores_the_signal_of_its_parents_death_is_killed() -> None:
+    child = (
+        "import signal, time; from pipeline.core.processes import end_with_parent; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "end_with_parent(signal.SIGTERM, grace=2); print('ready', flush=True); time.sleep(600)"
+    )
+    start = "import subprocess, sys, time; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", start, sys.executable, "-c", child]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        process = psutil.Process(int(parent.stdout.readline()))
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 15)
 
 
 def test_a_registry_elsewhere_gets_no_second_server(params: Params) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
+def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None, grace: float | None = None) -> None:
     """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
 
     Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe. For the kernel the
@@ -47,13 +48,23 @@ def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
 
     Args:
         parent: the parent's process id if known; it may have died before this call.
+        grace: seconds after the parent's death until this process is killed if `signal_number` has not ended it.
     """
     if sys.platform != "linux":
         return
     parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number)
+    if grace is not None:
+        threading.Thread(target=_kill_after_parent, args=(parent, grace), daemon=True).start()
     if os.getppid() != parent:  # it died before the request
         os.kill(os.getpid(), signal_number)
+
+
+def _kill_after_parent(parent: int, grace: float) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(grace)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def start_logged(command: Sequence[str], log: Path, root: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:

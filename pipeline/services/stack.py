@@ -32,7 +32,9 @@ from pipeline.services.server import HOST, LOGS, STATE, ServerError, answers, wa
 MARK = "RETUNE_STACK"  # in the environment of every process of a stack: the project's folder
 CLONE = WORK_DIR / "gpu-worker"  # where this machine's gpu worker trains, because it overwrites its working tree
 CONFIG = WORK_DIR / "supervisor.ini"
-SOCKET = WORK_DIR / "supervisor.sock"  # relative: a socket's path has at most 107 characters
+SOCKET = WORK_DIR / "supervisor.sock"
+# supervisord makes paths absolute, and a socket's path has at most 107 characters, fewer than a project's may have.
+SHORT_FOLDER = "/proc/self/cwd/" if sys.platform == "linux" else ""
 POOLS = {"cpu": None, "gpu": 1}  # concurrency limits
 STATES = {"FATAL": "failed", "BACKOFF": "restarting", "EXITED": "restarting"}  # supervisord's, in plain words
 SUPERVISOR = """\
@@ -215,7 +217,7 @@ def end_marked(root: Path, grace: float) -> None:
 
 def _write_config(root: Path, stack: list[Service]) -> None:
     clone = str((root / CLONE).resolve())
-    text = SUPERVISOR.format(logs=LOGS, work=WORK_DIR, socket=SOCKET)
+    text = SUPERVISOR.format(logs=LOGS, work=WORK_DIR, socket=f"{SHORT_FOLDER}{SOCKET}")
     for number, service in enumerate(stack):
         variables = {}
         if service.name == "gpu-worker":  # it runs its clone's code
