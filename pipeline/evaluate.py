@@ -1,5 +1,6 @@
-"""evaluate: frozen test split, base and adapter in; BLEU, ROUGE and accuracy with intervals, and every answer, out."""
+"""evaluate: scores base and adapter on the frozen test split: BLEU, ROUGE and accuracy with intervals, all answers."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.chat.responses import Answer, read_answer
-from pipeline.chat.template import load_contract, require_same_contract
+from pipeline.chat.template import ChatTemplate, load_contract, require_same_contract
 from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
 from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
-from pipeline.scoring.general import GeneralRow, forgetting, general_items, read_general
+from pipeline.scoring.general import GeneralRow, general_items, measure_forgetting, read_general
 from pipeline.scoring.generation import generate
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
 from pipeline.scoring.kept import kept_file
@@ -22,30 +23,72 @@ from pipeline.scoring.vllm import vllm_tokens
 from pipeline.weights.loading import use_free_cores
 from pipeline.weights.placement import load_tuned, untuned
 
-# The sets of prompts, as progress lines name them after the system.
+# The sets of prompts; the value is what progress lines append to the system's name.
 TEST, GENERAL, PROMPTS = "", ", general", ", prompts"
-# A system's answers to each set, and the losses of the references of the test split and of the general set.
-Answered = tuple[dict[str, list[Answer]], list[Losses]]
+
+
+@dataclass(frozen=True)
+class SystemAnswers:
+    """What one system (base or adapter) answered."""
+
+    answers: dict[str, list[Answer]]  # by set of prompts
+    test_losses: Losses  # of the references
+    general_losses: Losses
+    kept_files: list[Path]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What both systems are asked."""
+
+    params: EvaluateParams
+    template: ChatTemplate
+    test: pa.Table
+    general: list[GeneralRow]
+    vllm_answers: dict[str, list[Answer]]  # of each system to the test split, with backend vllm
+    kept: Path | None
+
+    def ask(self, model: Any, system: str, depends_on: dict[str, Any]) -> SystemAnswers:
+        """Answers and losses of `model`; `depends_on` identifies it in the names of kept answers."""
+        params, template, name = self.params, self.template, f"the {system}"
+        sets = {
+            TEST: self.test.column("input_ids").to_pylist(),
+            GENERAL: [row.prompt for row in self.general if row.prompt is not None],
+            PROMPTS: [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts],
+        }
+        answers, kept_files = {TEST: self.vllm_answers.get(system, [])}, list[Path]()
+        for set_name, prompts in sets.items():
+            if not prompts or answers.get(set_name):
+                continue
+            file = self.kept and kept_file(self.kept, depends_on, prompts, params.max_new_tokens, template.stop_ids)
+            kept_files += [file] if file else []
+            tools = self.test.column("tools").to_pylist() if set_name == TEST else None
+            settings = (params.max_new_tokens, params.batch_size, "evaluate", name + set_name, file, tools)
+            answers[set_name] = generate(model, template, prompts, *settings)
+        pad, sequences = template.tokenizer.pad_token_id, [row.sequence for row in self.general]
+        general_losses = sequence_losses(model, sequences, pad, "evaluate", name)
+        test_losses = reference_losses(model, template, self.test, "evaluate", name)
+        return SystemAnswers(answers, test_losses, general_losses, kept_files)
 
 
 def evaluate(
     params: EvaluateParams, dataset: Path, adapter: Path, output: Path, kept: Path | None = None
 ) -> dict[str, Metrics]:
-    """Score the adapter and the untouched base, quantised as in training, on the same test prompts.
+    """Score the adapter and its base, quantised as in training, on the same test prompts.
 
     Writes to `output`: `scores.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
     others 0–1), `items.base.parquet` and `items.adapter.parquet` (every answer with its scores), `prompts.json`
     (answers to `params.prompts`), `evaluation.json` (what the scores depend on: test split, decoding, signatures) and
     `report.md` and `report.html`; with `params.general` also `general.json`, `general.base.parquet` and
-    `general.adapter.parquet`. Returns what is in `scores.json`.
+    `general.adapter.parquet`. Returns the content of `scores.json`.
 
     Args:
-        kept: a folder for answers: a killed run leaves them to the next one, and so does one with other metrics.
+        kept: folder for answers, from which a later run continues: after a kill, or with other metrics.
 
     Raises:
-        TemplateError: base model or tokenizer is not what the dataset was prepared for, or the adapter was trained on.
+        TemplateError: base, tokenizer or template differ from those that dataset and adapter were made with.
         ModelError: the adapter is missing or does not fit the base.
-        GeneralError: `params.general` is not the file that was pinned, or has a row that cannot be used.
+        GeneralError: `params.general` is not the pinned file, or one of its rows cannot be used.
         BackendError: `params.backend` cannot be used here.
     """
     contract = read_json(dataset / "contract.json")
@@ -54,72 +97,66 @@ def evaluate(
     quantisation = read_json(adapter / "training.json")["quantisation"]
     if "labels" in contract:
         return _evaluate_classes(params, dataset, adapter, output, contract, quantisation)
-    template = load_contract(contract)
-    test = test_items(dataset, params.max_samples)
-    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
-    by_vllm: dict[str, list[list[int]]] = {}  # tokens of each system's answers to the test split
+    template, test = load_contract(contract), test_items(dataset, params.max_samples)
+    vllm_answers: dict[str, list[Answer]] = {}
     if params.backend == "vllm":  # before another copy of the base is on the GPU
-        limit, stops = params.max_new_tokens, template.stop_ids
-        by_vllm = vllm_tokens(contract["model"], adapter, prompts, limit, stops, quantisation["load_in_4bit"])
+        vllm_answers = _answer_by_vllm(params, contract["model"], adapter, template, test, quantisation)
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else []
-    sets = {
-        TEST: prompts,
-        GENERAL: [row.prompt for row in general if row.prompt is not None],
-        PROMPTS: [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts],
-    }
-    files: list[Path] = []  # of kept answers
-
-    def ask(model: Any, system: str, depends_on: dict[str, Any]) -> Answered:
-        name, answers = f"the {system}", dict[str, list[Answer]]()
-        for what, prompts in sets.items():
-            if what == TEST and by_vllm:
-                rows = zip(prompts, by_vllm[system], tools, strict=True)
-                answers[what] = [read_answer(template, prompt, ids, offered) for prompt, ids, offered in rows]
-            elif prompts:
-                keep = kept and kept_file(kept, depends_on, prompts, params.max_new_tokens, template.stop_ids)
-                files.extend([keep] if keep else [])
-                settings = (params.max_new_tokens, params.batch_size, "evaluate", name + what, keep)
-                answers[what] = generate(model, template, prompts, *settings, tools if what == TEST else None)
-        pad = template.tokenizer.pad_token_id
-        of_general = sequence_losses(model, [row.sequence for row in general], pad, "evaluate", name)
-        return answers, [reference_losses(model, template, test, "evaluate", name), of_general]
-
+    questions = Questions(params, template, test, general, vllm_answers, kept)
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
     depends_on = {"base": contract["model"]["digest"], "quantisation": quantisation}
-    answered = {"adapter": ask(model, "adapter", depends_on | {"adapter": weights})}
+    systems = {"adapter": questions.ask(model, "adapter", depends_on | {"adapter": weights})}
     with untuned(model, contract["model"]) as base:
-        answered["base"] = ask(base, "base", depends_on)
+        systems["base"] = questions.ask(base, "base", depends_on)
     with whole_directory(output) as folder:
         items = dict[str, pa.Table]()
-        for system in ("base", "adapter"):
-            answers, losses = answered[system]
-            items[system], signatures = score_items(test, answers[TEST], losses[0])
-        _write_others(answered, general, params, folder)
+        for name in ("base", "adapter"):
+            items[name], signatures = score_items(test, systems[name].answers[TEST], systems[name].test_losses)
+        _write_other_answers(systems, general, params, folder)
         metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
-        for path in set(kept.glob("*")) - set(files):  # answers of earlier runs
+        used = {file for system in systems.values() for file in system.kept_files}
+        for path in set(kept.glob("*")) - used:  # answers of earlier runs
             path.unlink()
     return metrics
 
 
-def _write_others(
-    answered: dict[str, Answered], general: list[GeneralRow], params: EvaluateParams, folder: Path
+def _answer_by_vllm(
+    params: EvaluateParams,
+    identity: dict[str, Any],
+    adapter: Path,
+    template: ChatTemplate,
+    test: pa.Table,
+    quantisation: dict[str, Any],
+) -> dict[str, list[Answer]]:
+    """Each system's answers to the test split."""
+    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
+    limit, stop_ids = params.max_new_tokens, template.stop_ids
+    tokens = vllm_tokens(identity, adapter, prompts, limit, stop_ids, quantisation["load_in_4bit"])
+    return {
+        system: [read_answer(template, *row) for row in zip(prompts, answer_ids, tools, strict=True)]
+        for system, answer_ids in tokens.items()
+    }
+
+
+def _write_other_answers(
+    systems: dict[str, SystemAnswers], general: list[GeneralRow], params: EvaluateParams, folder: Path
 ) -> None:
-    """Write what was answered besides the test split: the general set and the prompts."""
+    """Write the answers to the general set and to the prompts of the parameters."""
     if general:
         tables = {}
-        for system, (answers, losses) in answered.items():
-            tables[system] = general_items(general, answers.get(GENERAL, []), losses[1])
-            pq.write_table(tables[system], folder / f"general.{system}.parquet")
-        write_json(folder / "general.json", forgetting(tables["base"], tables["adapter"], params))
-    prompts = []
+        for name, system in systems.items():
+            tables[name] = general_items(general, system.answers.get(GENERAL, []), system.general_losses)
+            pq.write_table(tables[name], folder / f"general.{name}.parquet")
+        write_json(folder / "general.json", measure_forgetting(tables["base"], tables["adapter"], params))
+    rows = []
     for number, prompt in enumerate(params.prompts):
-        both = {system: answers[PROMPTS][number] for system, (answers, _) in answered.items()}
-        texts = {system: {"answer": answer.text, "cut_off": answer.cut_off} for system, answer in both.items()}
-        prompts.append({"prompt": prompt} | texts)
-    write_json(folder / "prompts.json", prompts)
+        answers = {name: system.answers[PROMPTS][number] for name, system in systems.items()}
+        texts = {name: {"answer": answer.text, "cut_off": answer.cut_off} for name, answer in answers.items()}
+        rows.append({"prompt": prompt} | texts)
+    write_json(folder / "prompts.json", rows)
 
 
 def _evaluate_classes(

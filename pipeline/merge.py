@@ -1,4 +1,4 @@
-"""merge: base and adapter in, one standard `save_pretrained` model out, and the proof that it answers alike.
+"""merge: adds the adapter to its base, writes a plain `save_pretrained` model, and proves that it answers alike.
 
 The adapter was trained on the quantised base, so it corrects that base's rounding too. Merging adds it to the
 full-precision base or to the base after the NF4 round trip, whichever is measured closer to what was evaluated; never
@@ -6,6 +6,7 @@ into packed 4-bit weights. The scores that the gate reads are measured on the me
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,30 @@ from pipeline.scoring.items import provenance, score_items, scoring_params, summ
 from pipeline.scoring.likelihood import per_sequence, reference_losses, token_agreement
 from pipeline.scoring.parity import Merged, merge_closest, prove
 from pipeline.scoring.resampling import read_scores
-from pipeline.weights.loading import record_dtype, use_free_cores
+from pipeline.weights.loading import Quantisation, record_dtype, use_free_cores
 from pipeline.weights.merging import require_mergeable
 from pipeline.weights.placement import load_for_scoring, load_tuned, untuned
 
-LOGIT_PROMPTS, LOGIT_POSITIONS = 16, 64  # whose logits are compared; the answers are compared on all prompts
+LOGIT_PROMPTS, LOGIT_POSITIONS = 16, 64  # whose logits are compared; answers are compared on all prompts
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What was evaluated, and on what."""
+
+    contract: dict[str, Any]
+    quantisation: Quantisation
+    adapter: Path
+    evaluation: Path
+    dataset: Path
+    params: EvaluateParams
+    test: pa.Table
 
 
 def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path) -> Merged:
     """Write the merged model to `output`, and to `parity` how it was merged and how far it is from the adapter.
 
-    `parity` holds `parity.json`, `scores.json`, `metrics.json` (what `dvc metrics` shows of them) and
-    `items.merged.parquet`.
+    `parity` holds `parity.json`, `scores.json`, `metrics.json` (for `dvc metrics`) and `items.merged.parquet`.
 
     Raises:
         MergeError: a module did not change, the merged model is further from the adapter than `params` allow, or
@@ -49,42 +62,94 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
     """
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
-    identity = contract["model"]
     require_mergeable(adapter)
     use_free_cores()
-    settings = read_json(evaluation / "evaluation.json")
-    evaluated = scoring_params(settings)
-    test = test_items(dataset, evaluated.max_samples)
-    if "labels" in contract:
-        return _merge_classes(params, test, evaluated, settings, adapter, evaluation, output, parity, contract)
-    template = load_contract(contract)
-    prompts = test.column("input_ids").to_pylist()
-    quantisation, pad = read_json(adapter / "training.json")["quantisation"], template.tokenizer.pad_token_id
-    quantised = load_tuned(identity, quantisation, adapter)
-    expected = _logits(quantised, prompts[:LOGIT_PROMPTS], pad)
-    with untuned(quantised, identity) as before:
-        reach = _difference(expected, _logits(before, prompts[:LOGIT_PROMPTS], pad))
-    del quantised, before  # or both names would keep it in the memory of the GPU
-
-    def error_of(_: str, folder: Path) -> float:
-        return _difference(expected, _logits(load_for_scoring(local_source(folder)), prompts[:LOGIT_PROMPTS], pad))
-
+    quantisation, labels = read_json(adapter / "training.json")["quantisation"], contract.get("labels")
+    evaluate_params = scoring_params(read_json(evaluation / "evaluation.json"))
+    test = test_items(dataset, evaluate_params.max_samples)
+    evaluated = _Evaluated(contract, quantisation, adapter, evaluation, dataset, evaluate_params, test)
+    tuned = _TunedClassifier(evaluated) if labels else _TunedModel(evaluated)
     with whole_directory(output) as folder, whole_directory(parity) as proof:
-        chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of)
-        shipped = load_for_scoring(local_source(folder))
-        bos, stops = shipped.generation_config.bos_token_id, sorted(template.stop_ids)
-        # A server stops where the evaluation stopped.
-        GenerationConfig(bos_token_id=bos, eos_token_id=stops, pad_token_id=pad).save_pretrained(str(folder))
-        template.tokenizer.chat_template = template.served_text()
-        _complete(folder, template.tokenizer, contract)
-        answers, items, signatures = _score(shipped, "the merged model", template, test, prompts, evaluated, "merge")
-        expected_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
-        agreement = token_agreement(shipped, prompts, expected_ids, pad, "merge", "the merged model")
-        identical = sum(a.ids == ids for a, ids in zip(answers, expected_ids, strict=True)) / len(answers)
-        merged = Merged(chosen, merging, errors, reach, agreement, identical, summarise(items, evaluated))
-        recorded = provenance(evaluated, dataset, signatures)
+        base, merging, errors = merge_closest(
+            params, contract["model"], adapter, quantisation, folder, tuned.logit_error, labels
+        )
+        items, recorded, agreement, identical = tuned.score_merged(folder, base)
+        metrics = summarise(items, evaluate_params)
+        merged = Merged(base, merging, errors, tuned.logit_change, agreement, identical, metrics)
         prove(params, proof, items, merged, read_scores(evaluation), recorded)
     return merged
+
+
+class _TunedModel:
+    """The adapter on its base: the logits and answers that a merged model is compared with."""
+
+    def __init__(self, evaluated: _Evaluated) -> None:
+        self.evaluated, self.template = evaluated, load_contract(evaluated.contract)
+        self.prompts = evaluated.test.column("input_ids").to_pylist()
+        identity = evaluated.contract["model"]
+        model = load_tuned(identity, evaluated.quantisation, evaluated.adapter)
+        self.logits = self._logits(model)
+        with untuned(model, identity) as base:
+            self.logit_change = _mean_difference(self.logits, self._logits(base))
+
+    def logit_error(self, _: str, folder: Path) -> float:
+        """How far the merged model in `folder` is from the adapter, on some prompts."""
+        return _mean_difference(self.logits, self._logits(load_for_scoring(local_source(folder))))
+
+    def score_merged(self, folder: Path, _: str) -> tuple[pa.Table, dict[str, Any], float, float]:
+        """Complete `folder` and score it; scored items, their provenance, and shares of equal tokens and answers."""
+        evaluated, template, pad = self.evaluated, self.template, self.template.tokenizer.pad_token_id
+        test, params = evaluated.test, evaluated.params
+        model = load_for_scoring(local_source(folder))
+        bos, stop_ids = model.generation_config.bos_token_id, sorted(template.stop_ids)
+        # A server stops where the evaluation stopped.
+        GenerationConfig(bos_token_id=bos, eos_token_id=stop_ids, pad_token_id=pad).save_pretrained(str(folder))
+        template.tokenizer.chat_template = template.served_text()
+        _complete(folder, template.tokenizer, evaluated.contract)
+        answers, items, signatures = _score(model, "the merged model", template, test, self.prompts, params, "merge")
+        expected_ids = pq.read_table(evaluated.evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
+        agreement = token_agreement(model, self.prompts, expected_ids, pad, "merge", "the merged model")
+        identical = sum(answer.ids == ids for answer, ids in zip(answers, expected_ids, strict=True)) / len(answers)
+        return items, provenance(params, evaluated.dataset, signatures), agreement, identical
+
+    def _logits(self, model: Any) -> list[torch.Tensor]:
+        """Logits of the last LOGIT_POSITIONS tokens of the first LOGIT_PROMPTS prompts, (T, V) each, in float32."""
+        sequences = [
+            (ids, [-100] * max(1, len(ids) - LOGIT_POSITIONS) + ids[1:][-LOGIT_POSITIONS:])
+            for ids in self.prompts[:LOGIT_PROMPTS]
+        ]
+
+        def split(logits: torch.Tensor, _: torch.Tensor, labelled: torch.Tensor) -> list[torch.Tensor]:
+            return list(torch.split(logits.float().cpu(), labelled.sum(dim=1).tolist()))
+
+        return per_sequence(model, sequences, self.template.tokenizer.pad_token_id, split, "merge", "prompts")
+
+
+class _TunedClassifier:
+    """As `_TunedModel` for classes, by the logits of all test texts, which the evaluation recorded."""
+
+    def __init__(self, evaluated: _Evaluated) -> None:
+        self.evaluated, self.encoder = evaluated, load_classes(evaluated.contract)
+        self.logits, base_logits = (
+            np.array(pq.read_table(evaluated.evaluation / f"items.{system}.parquet")["logits"].to_pylist(), np.float32)
+            for system in ("adapter", "base")
+        )
+        self.logit_change = float(np.abs(self.logits - base_logits).mean())
+        self.merged_logits: dict[str, NDArray[np.float32]] = {}  # by the base that was merged into
+
+    def logit_error(self, base: str, folder: Path) -> float:
+        model = load_for_scoring(local_source(folder), None, self.evaluated.contract["labels"])
+        rows, batch_size = self.evaluated.test.column("input_ids").to_pylist(), self.evaluated.params.batch_size
+        logits = predict(model, self.encoder, rows, batch_size, "merge", f"the merged model ({base})")
+        self.merged_logits[base] = logits
+        return float(np.abs(logits - self.logits).mean())
+
+    def score_merged(self, folder: Path, base: str) -> tuple[pa.Table, dict[str, Any], float, float]:
+        evaluated, logits = self.evaluated, self.merged_logits[base]
+        _complete(folder, self.encoder.tokenizer, evaluated.contract)
+        items = score_classes(evaluated.test, predictions(logits, evaluated.contract["labels"]))
+        agreement = float((logits.argmax(axis=1) == self.logits.argmax(axis=1)).mean())
+        return items, class_provenance(evaluated.params, evaluated.dataset), agreement, agreement
 
 
 def _score(
@@ -105,7 +170,7 @@ def _score(
 
 
 def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], output: Path) -> None:
-    """Score a merged model on the dataset's test split as `settings` (an `evaluation.json`) say: `items.parquet`.
+    """Write `items.parquet`: a merged model's scores on the dataset's test split, by `settings` (`evaluation.json`).
 
     The prompts are rendered with the model's own template, which may be older than the dataset's.
     """
@@ -132,60 +197,13 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
 
 
 def _complete(folder: Path, tokenizer: Any, contract: dict[str, Any]) -> None:
-    """All that a server needs next to the weights."""
+    """Write everything that a server needs in addition to the weights."""
     tokenizer.save_pretrained(str(folder))
     record_dtype(folder)
     clean_folder(folder)
     write_json(folder / "contract.json", portable(contract))
 
 
-def _logits(model: Any, prompts: list[list[int]], pad: int) -> list[torch.Tensor]:
-    """Logits of the last LOGIT_POSITIONS tokens of each prompt, (T, V) each, in float32."""
-    sequences = [(ids, [-100] * max(1, len(ids) - LOGIT_POSITIONS) + ids[1:][-LOGIT_POSITIONS:]) for ids in prompts]
-
-    def rows(logits: torch.Tensor, _: torch.Tensor, labelled: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.split(logits.float().cpu(), labelled.sum(dim=1).tolist()))
-
-    return per_sequence(model, sequences, pad, rows, "merge", "prompts")
-
-
-def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
+def _mean_difference(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
     total = sum(float((a - b).abs().sum(dtype=torch.float64)) for a, b in zip(expected, actual, strict=True))
     return total / sum(a.numel() for a in expected)
-
-
-def _merge_classes(
-    params: MergeParams,
-    test: pa.Table,
-    evaluated: EvaluateParams,
-    settings: dict[str, Any],
-    adapter: Path,
-    evaluation: Path,
-    output: Path,
-    parity: Path,
-    contract: dict[str, Any],
-) -> Merged:
-    """`merge` for classes: the same files, and parity by the classes and logits of all test texts."""
-    labels, identity, encoder = contract["labels"], contract["model"], load_classes(contract)
-    rows = test.column("input_ids").to_pylist()
-    quantisation = read_json(adapter / "training.json")["quantisation"]
-    expected, before = (
-        np.array(pq.read_table(evaluation / f"items.{system}.parquet")["logits"].to_pylist(), dtype=np.float32)
-        for system in ("adapter", "base")
-    )
-    reach = float(np.abs(expected - before).mean())
-    logits: dict[str, NDArray[np.float32]] = {}
-
-    def error_of(choice: str, folder: Path) -> float:
-        model, system = load_for_scoring(local_source(folder), None, labels), f"the merged model ({choice})"
-        logits[choice] = predict(model, encoder, rows, evaluated.batch_size, "merge", system)
-        return float(np.abs(logits[choice] - expected).mean())
-
-    with whole_directory(output) as folder, whole_directory(parity) as proof:
-        chosen, merging, errors = merge_closest(params, identity, adapter, quantisation, folder, error_of, labels)
-        _complete(folder, encoder.tokenizer, contract)
-        items = score_classes(test, predictions(logits[chosen], labels))
-        agreement = float((logits[chosen].argmax(axis=1) == expected.argmax(axis=1)).mean())
-        merged = Merged(chosen, merging, errors, reach, agreement, agreement, summarise(items, evaluated))
-        prove(params, proof, items, merged, read_scores(evaluation), settings)
-    return merged

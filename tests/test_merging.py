@@ -1,4 +1,4 @@
-"""Merging against PEFT itself, on tiny random models of real architectures, cut into several shards."""
+"""Merging compared with PEFT's own, on tiny random models of real architectures with several shards."""
 
 import json
 import re
@@ -66,9 +66,9 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Save a base of random weights in several shards, and an adapter of random changes to it."""
+    """Save a base with random weights in several shards, and an adapter with random changes to it."""
 
-    def made(config: PretrainedConfig, dtype: torch.dtype, settings: PeftConfig) -> tuple[Path, Path]:
+    def save(config: PretrainedConfig, dtype: torch.dtype, settings: PeftConfig) -> tuple[Path, Path]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         randomise(model, 0.05)
@@ -79,7 +79,7 @@ def make(tmp_path: Path) -> Make:
         tuned.save_pretrained(tmp_path / "adapter")
         return tmp_path / "base", tmp_path / "adapter"
 
-    return made
+    return save
 
 
 def randomise(model: torch.nn.Module, size: float, trained: bool = False) -> None:
@@ -89,13 +89,13 @@ def randomise(model: torch.nn.Module, size: float, trained: bool = False) -> Non
                 parameter += size * torch.randn_like(parameter)
 
 
-def by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
+def merge_with_peft(base: Path, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
     return PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter
     ).merge_and_unload()
 
 
-def merged(base: Path, adapter: Path, **options: Any) -> tuple[Merging, Path]:
+def merge(base: Path, adapter: Path, **options: Any) -> tuple[Merging, Path]:
     folder = base.with_name("merged")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -107,7 +107,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(folder: Path, expected: PreTrainedModel, saved: Path) -> None:
-    """The files hold what `expected` saves, bit for bit, and load into the same model."""
+    """The files equal what `expected` saves, bit for bit, and load into the same model."""
     expected.save_pretrained(saved)
     ours, theirs = tensors(folder), tensors(saved)
     assert set(ours) == set(theirs)
@@ -121,7 +121,7 @@ def assert_same(folder: Path, expected: PreTrainedModel, saved: Path) -> None:
 
 
 BF16 = torch.bfloat16
-MERGES: list[tuple[str, torch.dtype, PeftConfig, str | None]] = [  # and why PEFT must do it
+MERGES: list[tuple[str, torch.dtype, PeftConfig, str | None]] = [  # and why PEFT merges it
     *((name, BF16, LoraConfig(**LORA, lora_alpha=3), None) for name in MODELS),
     ("llama", torch.float32, LoraConfig(**LORA, use_rslora=True, alpha_pattern={"layers.1.mlp.up_proj": 5}), None),
     ("gpt2", torch.float16, LoraConfig(**LORA, lora_alpha=3), None),
@@ -129,12 +129,12 @@ MERGES: list[tuple[str, torch.dtype, PeftConfig, str | None]] = [  # and why PEF
     # transformers fuses its experts when it loads.
     ("mixtral", BF16, LoraConfig(**LORA | {"target_modules": ["q_proj", "v_proj"]}), None),
     ("llama", BF16, IA3Config(task_type="CAUSAL_LM"), "IA3"),
-    ("gpt2", BF16, LoraConfig(**LORA, bias="all"), "holds .*bias"),
-    ("llama", BF16, LoraConfig(**LORA | {"target_modules": ["q_proj", "lm_head"]}), "holds .*lm_head"),  # the head too
-    ("llama", BF16, LoraConfig(**LORA, use_dora=True), "holds .*lora_magnitude_vector"),
+    ("gpt2", BF16, LoraConfig(**LORA, bias="all"), "bias"),
+    ("llama", BF16, LoraConfig(**LORA | {"target_modules": ["q_proj", "lm_head"]}), "lm_head"),  # the head too
+    ("llama", BF16, LoraConfig(**LORA, use_dora=True), "lora_magnitude_vector"),
     ("llama", BF16, AdaLoraConfig(task_type="CAUSAL_LM", total_step=10, target_modules=["q_proj"]), "ADALORA"),
-    ("llama", BF16, LoraConfig(**LORA | {"target_modules": ["embed_tokens", "q_proj"]}), "holds .*embed_tokens"),
-    ("llama-tied", BF16, LoraConfig(**LORA, modules_to_save=["lm_head"]), "lm_head.weight.*is tied to another"),
+    ("llama", BF16, LoraConfig(**LORA | {"target_modules": ["embed_tokens", "q_proj"]}), "embed_tokens"),
+    ("llama-tied", BF16, LoraConfig(**LORA, modules_to_save=["lm_head"]), "lm_head.weight.* tied"),
 ]
 
 
@@ -142,14 +142,14 @@ MERGES: list[tuple[str, torch.dtype, PeftConfig, str | None]] = [  # and why PEF
     ("name", "dtype", "settings", "reason"), MERGES, ids=lambda v: v if isinstance(v, str) else str(v)[:12]
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_merge_is_pefts_own_bit_for_bit(
+def test_a_merge_equals_that_of_peft_bit_for_bit(
     make: Make, tmp_path: Path, name: str, dtype: torch.dtype, settings: PeftConfig, reason: str | None
 ) -> None:
     base, adapter = make(MODELS.get(name, EXPERTS), dtype, settings)
-    merging, folder = merged(base, adapter)
+    merging, folder = merge(base, adapter)
     assert merging.method == ("shards" if reason is None else "peft")
     assert re.search(reason or "", merging.reason or "")
-    assert_same(folder, by_peft(base, adapter, dtype), tmp_path / "peft")
+    assert_same(folder, merge_with_peft(base, adapter, dtype), tmp_path / "peft")
     if reason is None:
         shards = [load_file(path) for path in folder.glob("*.safetensors")]
         assert all(len(shard) == 1 or sum(t.nbytes for t in shard.values()) <= weights.SHARD_BYTES for shard in shards)
@@ -170,7 +170,7 @@ def test_the_round_trip_base_is_what_the_quantised_model_computes_with(
 ) -> None:
     base, adapter = make(MODELS[name], dtype, LoraConfig(**LORA, use_dora=dora))
     quantisation = NF4 | {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": kind == "nf4"}
-    merging, folder = merged(base, adapter, quantisation=quantisation)
+    merging, folder = merge(base, adapter, quantisation=quantisation)
     assert merging.method == ("peft" if dora else "shards")
     quantised, plain = load_base(local_source(base), quantisation), load_base(local_source(base))
     layers = [(path, m) for path, m in quantised.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
@@ -183,35 +183,35 @@ def test_the_round_trip_base_is_what_the_quantised_model_computes_with(
     assert_same(folder, expected, tmp_path / "peft")
 
 
-def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused_in_4_bits(make: Make) -> None:
+def test_rows_that_bitsandbytes_computes_wrongly_on_a_cpu_are_refused_in_4_bits(make: Make) -> None:
     base, _ = make(LlamaConfig(**WIDE | {"hidden_size": 48}), torch.float32, LoraConfig(**LORA))
     load_base(local_source(base))
     for load in (load_base, load_for_scoring):
-        with pytest.raises(ModelError, match=r"q_proj of .*base has rows of 48 numbers"):
+        with pytest.raises(ModelError, match=r"q_proj of .*base .* 48 "):
             load(local_source(base), NF4)
 
 
 @pytest.mark.parametrize(("stored", "written"), [(BF16, torch.float32), (torch.float32, BF16)], ids=str)
-def test_another_type_is_written_when_one_is_named(
+def test_a_merge_is_written_in_the_type_that_was_chosen(
     make: Make, tmp_path: Path, stored: torch.dtype, written: torch.dtype
 ) -> None:
     base, adapter = make(MODELS["qwen2"], stored, LoraConfig(**LORA))
-    _, folder = merged(base, adapter, dtype=written)
-    assert_same(folder, by_peft(base, adapter, torch.float32).to(written), tmp_path / "peft")
+    _, folder = merge(base, adapter, dtype=written)
+    assert_same(folder, merge_with_peft(base, adapter, torch.float32).to(written), tmp_path / "peft")
     assert AutoConfig.from_pretrained(folder).dtype == written
 
 
-def test_a_checkpoint_whose_names_lack_the_models_prefix_keeps_them(make: Make, tmp_path: Path) -> None:
+def test_tensor_names_without_the_models_prefix_are_kept(make: Make, tmp_path: Path) -> None:
     base, adapter = make(MODELS["gpt2"], torch.float32, LoraConfig(**LORA))
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors(base).items()}
     for path in base.glob("model*"):
         path.unlink()
     save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
-    merging, folder = merged(base, adapter)
+    merging, folder = merge(base, adapter)
     assert merging.method == "shards"
     assert set(tensors(folder)) == set(bare)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
-    for name, value in by_peft(base, adapter, torch.float32).state_dict().items():
+    for name, value in merge_with_peft(base, adapter, torch.float32).state_dict().items():
         assert torch.equal(loaded[name], value), name
 
 
@@ -219,7 +219,7 @@ def test_a_hub_repository_is_merged_from_the_cache_at_its_revision(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA))
-    _, folder = merged(base, adapter)
+    _, folder = merge(base, adapter)
     expected = tensors(folder)
     commit = "0123456789abcdef0123456789abcdef01234567"
     shutil.move(base, tmp_path / "hub" / "models--owner--name" / "snapshots" / commit)
@@ -232,48 +232,48 @@ def test_a_hub_repository_is_merged_from_the_cache_at_its_revision(
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_weights_of_the_adapter_that_the_base_has_no_place_for_are_listed(make: Make) -> None:
+def test_weights_of_the_adapter_that_the_base_does_not_have_are_listed(make: Make) -> None:
     base, adapter = make(MODELS["llama"], torch.float32, LoraConfig(**LORA))
-    held = load_file(adapter / "adapter_model.safetensors")
+    adapter_weights = load_file(adapter / "adapter_model.safetensors")
     stray = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
-    held[stray] = torch.ones(4, 64)
-    save_file(held, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"no place in it for 1 weights: .*layers\.7\.self_attn\.q_proj"):
-        merged(base, adapter)
+    adapter_weights[stray] = torch.ones(4, 64)
+    save_file(adapter_weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r" 1 .*layers\.7\.self_attn\.q_proj"):
+        merge(base, adapter)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["shards", "peft"])
 @pytest.mark.parametrize(
-    ("key", "factor", "named"),
+    ("key", "factor", "expected_text"),
     [
         ("layers.1.mlp.down_proj.lora_B.weight", 0.0, "changes nothing in model.layers.1.mlp.down_proj"),
-        ("layers.0.mlp.up_proj.lora_B.weight", float("inf"), "layers.0.mlp.up_proj is infinite"),
+        ("layers.0.mlp.up_proj.lora_B.weight", float("inf"), "layers.0.mlp.up_proj has infinite"),
     ],
 )
 def test_a_module_that_does_not_change_or_is_infinite_is_named(
-    make: Make, dora: bool, key: str, factor: float, named: str
+    make: Make, dora: bool, key: str, factor: float, expected_text: str
 ) -> None:
     base, adapter = make(MODELS["llama"], torch.float16, LoraConfig(**LORA, use_dora=dora))
-    held = load_file(adapter / "adapter_model.safetensors")
-    held[f"base_model.model.model.{key}"] *= factor
-    if dora and not factor:  # its magnitude is that of the base
+    adapter_weights = load_file(adapter / "adapter_model.safetensors")
+    adapter_weights[f"base_model.model.model.{key}"] *= factor
+    if dora and not factor:  # then the magnitude is that of the base
         weight = tensors(base)["model.layers.1.mlp.down_proj.weight"].float()
-        held["base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"] = weight.norm(dim=1)
-    save_file(held, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MergeError, match=re.escape(named)):
-        merged(base, adapter)
+        adapter_weights["base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"] = weight.norm(dim=1)
+    save_file(adapter_weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeError, match=re.escape(expected_text)):
+        merge(base, adapter)
 
 
-def test_a_prompt_tuning_is_refused_because_it_changes_no_weight(make: Make) -> None:
+def test_prompt_tuning_is_refused_because_it_changes_no_weight(make: Make) -> None:
     settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
     with pytest.raises(MergeError, match="PROMPT_TUNING"):
-        merged(*make(MODELS["llama"], torch.float32, settings))
+        merge(*make(MODELS["llama"], torch.float32, settings))
 
 
 @pytest.mark.parametrize("model_type", ["own", "llama"])
 def test_a_base_is_merged_without_its_own_code_or_refused(make: Make, tmp_path: Path, model_type: str) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA))
-    expected = by_peft(base, adapter, torch.bfloat16)
+    expected = merge_with_peft(base, adapter, torch.bfloat16)
     config = json.loads((base / "config.json").read_text())
     code = {"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
     (base / "config.json").write_text(json.dumps(config | code | {"model_type": model_type}))
@@ -283,37 +283,37 @@ def test_a_base_is_merged_without_its_own_code_or_refused(make: Make, tmp_path: 
     if model_type == "own":
         with pytest.raises(ModelError, match="Python code"):
             merge_adapter(identity, adapter, tmp_path / "merged")
-    else:  # transformers knows it without
+    else:  # transformers has a class for it
         merge_adapter(identity, adapter, tmp_path / "merged")
         assert "auto_map" not in json.loads((tmp_path / "merged" / "config.json").read_text())
         assert_same(tmp_path / "merged", expected, tmp_path / "peft")
     assert not (tmp_path / "ran").exists()
 
 
-def index(shard: Path, weight_map: Any) -> None:
+def write_index(shard: Path, weight_map: Any) -> None:
     shard.with_name(weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
+    ("damage", "expected_text"),
     [
         (Path.unlink, "model-00002-of"),
         (lambda shard: shard.write_bytes(shard.read_bytes()[:100]), "model-00002-of"),
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-1]), "model-00002-of"),
-        (lambda shard: index(shard, {"model.layers.9.up": shard.name}), r"model\.layers\.9\.up"),
-        (lambda shard: index(shard, 3), "index"),
+        (lambda shard: write_index(shard, {"model.layers.9.up": shard.name}), r"model\.layers\.9\.up"),
+        (lambda shard: write_index(shard, 3), "index"),
     ],
 )
-def test_a_base_that_is_not_whole_is_refused_with_the_file(
-    make: Make, damage: Callable[[Path], object], named: str
+def test_an_incomplete_or_damaged_base_is_refused_with_the_files_name(
+    make: Make, damage: Callable[[Path], object], expected_text: str
 ) -> None:
     base, adapter = make(MODELS["llama"], torch.bfloat16, LoraConfig(**LORA))
     damage(sorted(base.glob("*.safetensors"))[1])
-    with pytest.raises(WeightsError, match=named):
-        merged(base, adapter)
+    with pytest.raises(WeightsError, match=expected_text):
+        merge(base, adapter)
 
 
-def test_numbers_that_are_no_floats_keep_their_type(tmp_path: Path) -> None:
+def test_tensors_that_are_not_floating_point_keep_their_type(tmp_path: Path) -> None:
     stored = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([4, 5], dtype=torch.int32)}
     stored |= {"scalar": torch.tensor(3.0), "flags": torch.tensor([True, False, True])}
     save_file(stored, tmp_path / "model.safetensors")

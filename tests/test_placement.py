@@ -1,4 +1,4 @@
-"""A model larger than the memory it may use answers as one that fits; 4-bit numbers are the same however they lie."""
+"""A model larger than its memory limit answers like one that fits, with the same 4-bit weights wherever they are."""
 
 import gc
 import os
@@ -20,10 +20,10 @@ from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.weights import loading, placement
 from pipeline.weights.loading import ModelError, load_adapter, load_base
-from pipeline.weights.placement import available_memory, load_for_scoring, load_tuned, place
+from pipeline.weights.placement import available_memory, load_for_scoring, load_tuned, placement_for
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-# Of the fixtures' base, which takes 520 KiB, or 240 KiB in 4 bits.
+# Limits for the base of the fixtures, which takes 520 KiB, or 240 KiB in 4 bits.
 IN_4_BITS, ON_DISK = "cpu=400KiB", "cpu=200KiB"
 IDS = torch.arange(3, 60).reshape(3, 19)
 GIB = 2**30
@@ -45,7 +45,7 @@ def offload_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("limit", ["", IN_4_BITS, ON_DISK])
-def test_a_4_bit_base_has_the_same_numbers_wherever_it_lies(
+def test_a_4_bit_base_has_the_same_weights_wherever_it_is_placed(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: str
 ) -> None:
     expected = load_adapter(load_base(identity(base), NF4), adapter)
@@ -53,9 +53,9 @@ def test_a_4_bit_base_has_the_same_numbers_wherever_it_lies(
     model = load_tuned(identity(base), NF4, adapter)
     assert in_4_bits(model) == (limit == IN_4_BITS)
     assert ("disk" in getattr(model, "hf_device_map", {}).values()) == (limit == ON_DISK)
-    said = capsys.readouterr().err
-    assert ("stays in 4 bits" in said) == (limit == IN_4_BITS)
-    assert ("larger than the memory of the device" in said) == (limit == ON_DISK)
+    output = capsys.readouterr().err
+    assert ("stays in 4 bits" in output) == (limit == IN_4_BITS)
+    assert ("larger than the memory of the device" in output) == (limit == ON_DISK)
     torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=0)
     with model.disable_adapter(), expected.disable_adapter():
         torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=0)
@@ -63,7 +63,7 @@ def test_a_4_bit_base_has_the_same_numbers_wherever_it_lies(
     torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=0)
 
 
-def test_a_checkpoint_in_another_type_is_offloaded_and_its_folder_ends_with_it(
+def test_an_offloaded_models_folder_is_removed_with_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offload_folder: Path
 ) -> None:
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_a_checkpoint_in_another_type_is_offloaded_and_its_folder_ends_with_it(
     assert not list(offload_folder.iterdir())
 
 
-def test_stages_give_the_same_results_under_a_limit_below_their_model(
+def test_stages_give_the_same_results_with_less_memory_than_the_model_needs(
     tmp_path: Path, params: Params, dataset: Path, adapter: Path, evaluation: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("RETUNE_MAX_MEMORY", ON_DISK)
@@ -93,41 +93,41 @@ def test_stages_give_the_same_results_under_a_limit_below_their_model(
     evaluate(few, dataset, adapter, tmp_path / "evaluation")
     for system in ("base", "adapter"):
         answers = pq.read_table(tmp_path / "evaluation" / f"items.{system}.parquet").select(["id", "answer", "loss"])
-        everything = pq.read_table(evaluation / f"items.{system}.parquet").to_pylist()
-        whole = {item["id"]: item for item in everything}
+        all_items = pq.read_table(evaluation / f"items.{system}.parquet").to_pylist()
+        expected = {item["id"]: item for item in all_items}
         for item in answers.to_pylist():
-            assert item["answer"] == whole[item["id"]]["answer"]
-            assert item["loss"] == pytest.approx(whole[item["id"]]["loss"], rel=1e-5)
+            assert item["answer"] == expected[item["id"]]["answer"]
+            assert item["loss"] == pytest.approx(expected[item["id"]]["loss"], rel=1e-5)
     outputs = [tmp_path / name for name in ("merged", "parity")]
     merge(params.merge, dataset, adapter, tmp_path / "evaluation", *outputs)
     assert read_json(tmp_path / "parity" / "parity.json")["token_agreement"] == 1.0
 
 
 @pytest.mark.parametrize(
-    ("gpus", "size", "where"),
+    ("gpus", "size", "expected"),
     [
         ([10], 10, "one"),
         ([10], 11, None),
         ([10, 40], 10, "one"),  # the first computes; the others would only add copies
         ([10, 40], 44, "all"),
-        ([10, 40], 48, None),  # layers are not cut in two
+        ([10, 40], 48, None),  # layers are not split
     ],
 )
-def test_weights_go_to_one_gpu_then_to_all(gpus: list[int], size: int, where: str | None) -> None:
-    chosen = place(size * GIB, {number: limit * GIB for number, limit in enumerate(gpus)} | {"cpu": 64 * GIB})
-    kind = None if chosen is None else "all" if chosen["device_map"] == "auto" else "one"
-    assert kind == where
+def test_weights_go_to_one_gpu_or_else_to_all(gpus: list[int], size: int, expected: str | None) -> None:
+    memory = {number: limit * GIB for number, limit in enumerate(gpus)} | {"cpu": 64 * GIB}
+    chosen = placement_for(size * GIB, memory)
+    assert expected == (None if chosen is None else "all" if chosen["device_map"] == "auto" else "one")
 
 
-def test_a_gpu_that_another_process_fills_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_other_processes_fill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     memory: placement.Memory = {0: GIB, "cpu": 64 * GIB}
-    with pytest.raises(ModelError, match=r"other processes use 21.0 GiB of its 24.0 GiB"):
+    with pytest.raises(ModelError, match=r"4.0 GiB .* 21.0 GiB .* 24.0 GiB"):
         placement._refuse_full_gpu(4 * GIB, memory)
-    placement._refuse_full_gpu(40 * GIB, memory)  # too large for the empty card as well
+    placement._refuse_full_gpu(40 * GIB, memory)  # too large for an empty GPU as well
     monkeypatch.setenv("RETUNE_MAX_MEMORY", "gpu=1GiB")
-    placement._refuse_full_gpu(4 * GIB, memory)  # as asked for
+    placement._refuse_full_gpu(4 * GIB, memory)  # the user wants it
 
 
 @pytest.mark.parametrize("text", ["6GiB", "gpu=6", "gpu=xGiB", "disk=1GiB", "gpu=1GiB;cpu=2GiB"])
@@ -137,9 +137,7 @@ def test_a_limit_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch,
         available_memory()
 
 
-def test_an_adapter_that_reads_its_bases_weights_needs_them_in_memory(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dora_needs_the_whole_base_in_memory(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", use_dora=True)
     get_peft_model(load_base(identity(base)), dora).save_pretrained(tmp_path / "adapter")
     monkeypatch.setenv("RETUNE_MAX_MEMORY", ON_DISK)
@@ -147,7 +145,7 @@ def test_an_adapter_that_reads_its_bases_weights_needs_them_in_memory(
         load_tuned(identity(base), NF4, tmp_path / "adapter")
 
 
-def test_a_gpu_that_pytorch_cannot_use_is_said(
+def test_a_gpu_that_pytorch_cannot_use_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,1 +1,1 @@
-"""What people look at: tables and pages of scores and of a decision. It knows the registry."""
+"""Tables and pages for people: scores, and the gate's decision. It may import the registry."""

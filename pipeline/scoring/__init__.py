@@ -1,1 +1,1 @@
-"""Answers and what they are worth: generation, likelihood, metrics, resampling. It knows data and weights."""
+"""Generating answers and scoring them: likelihood, metrics, bootstrap intervals. It may import data and weights."""

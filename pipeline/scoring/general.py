@@ -100,7 +100,7 @@ def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], loss
     )
 
 
-def forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams) -> dict[str, Any]:
+def measure_forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams) -> dict[str, Any]:
     """Both systems' scores with intervals, and how much worse the adapter is: perplexity as a fraction of the base."""
     base, adapter = (table_scores(t, METRICS, params.bootstrap_samples, params.seed) for t in (before, after))
     lost: dict[str, float | None] = {}

@@ -1,1 +1,1 @@
-"""Base models, adapters and what is made of both: loading and merging. It knows chat."""
+"""Loading base models and adapters, and merging them. It may import chat and what chat may import."""

@@ -1,4 +1,4 @@
-"""What transformers knows of a base without its numbers: shapes, names in the checkpoint, weights that 4 bits round."""
+"""What is known of a base without loading its weights: shapes, names in the checkpoint, weights that 4 bits round."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -33,7 +33,11 @@ from pipeline.weights.loading import (
 
 
 def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) -> PretrainedConfig:
-    """The base's configuration as transformers itself knows it, or ModelError; no code of a repository is run."""
+    """The base's configuration, for a model class of transformers itself; no code of a repository is run.
+
+    Raises:
+        ModelError: transformers has no class for it.
+    """
     name = identity["name_or_path"]
     try:
         config = AutoConfig.from_pretrained(
@@ -42,8 +46,8 @@ def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) ->
         config.architectures = [type(empty_model(config)).__name__]
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"transformers does not know the architecture of {name} without running Python code from its repository, "
-            f"which no version ships: it cannot be merged into ({str(error).splitlines()[0]})"
+            f"{name} needs Python code from its own repository, which is never run or shipped, so no adapter can be "
+            f"merged into it ({str(error).splitlines()[0]})"
         ) from None
     if hasattr(config, "auto_map"):
         del config.auto_map  # names Python files that are not shipped
@@ -51,12 +55,12 @@ def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) ->
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """A configuration with a problem type is of a model that classifies (`class_settings`)."""
+    """The class that loads a model: for classification if the configuration has a problem type (`class_settings`)."""
     return AutoModelForCausalLM if config.problem_type is None else AutoModelForSequenceClassification
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: every parameter has its shape, and no memory."""
+    """The model on the meta device: parameters have shapes but take no memory."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = auto_class(config).from_config(
             deepcopy(config), dtype=torch.float32, trust_remote_code=False
@@ -65,7 +69,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter → the tensor that transformers loads into it as it is; those that it converts are left out."""
+    """Parameter → the tensor that transformers loads into it unchanged; parameters that it converts are left out."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -82,7 +86,7 @@ def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str
 
 
 def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None) -> dict[str, Edit]:
-    """Weights that loading in 4 bits rounds, and how, each as the quantised model computes with it; else none."""
+    """The weights that loading in 4 bits rounds, each with an edit that rounds it in the same way."""
     if quantisation is None or not quantisation["load_in_4bit"]:
         return {}
     model = empty_model(config)

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints, read and written tensor by tensor, with one output shard in memory at a time."""
+"""Reads and writes safetensors checkpoints tensor by tensor, with one output shard in memory at a time."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,23 +18,23 @@ from pipeline.core.files import read_json, write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WIDTHS = {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}  # bytes of a number; the others have one
-SHARD_BYTES = 2**30  # of an output shard at most, unless one tensor alone is larger
+WIDTHS = {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}  # bytes per number; other integers take 1
+SHARD_BYTES = 2**30  # maximum of an output shard, unless a single tensor is larger
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 class WeightsError(ValueError):
-    """A checkpoint that is not whole; the message names the file and what it lacks."""
+    """A checkpoint is incomplete or damaged; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a shard."""
+    """A tensor in a shard."""
 
     path: Path
     name: str
-    dtype: str  # as safetensors spells it
+    dtype: str  # in safetensors' spelling, such as BF16
     shape: tuple[int, ...]
 
     def load(self) -> torch.Tensor:
@@ -43,7 +43,7 @@ class Stored:
         return tensor
 
     def size(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes, of floating-point numbers when they are written as `dtype`."""
+        """Bytes; for floating-point numbers, when they are written as `dtype`."""
         is_float = self.dtype in FLOATS
         return prod(self.shape) * ((dtype or FLOATS[self.dtype]).itemsize if is_float else WIDTHS.get(self.dtype, 1))
 
@@ -52,24 +52,23 @@ Checkpoint = dict[str, Stored]  # by the tensor's name
 
 
 def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
-    """The safetensors weights in a folder, or of a Hub repository at `revision`; every header is read and checked."""
+    """The tensors of a folder, or of a Hub repository at `revision`; reads and checks every shard's header."""
     single = _locate(name_or_path, revision, SINGLE)
     if single is not None:
         return _header(single)
     index = _locate(name_or_path, revision, INDEX)
     if index is None:
-        raise WeightsError(f"{name_or_path} holds neither {SINGLE} nor {INDEX}; pickled weights are not loaded")
+        raise WeightsError(f"{name_or_path} has neither {SINGLE} nor {INDEX}; only safetensors weights are loaded")
     try:
         shard_of: dict[str, str] = read_json(index)["weight_map"]
         names = sorted(set(shard_of.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} is damaged ({error}); fetch the checkpoint again") from None
+        raise WeightsError(f"{index} is damaged ({error}); download the checkpoint again") from None
     shards = {name: _header(_locate(name_or_path, revision, name) or index.with_name(name)) for name in names}
-    absent = [tensor for tensor, name in shard_of.items() if tensor not in shards[name]]
-    if absent:
+    if missing := [tensor for tensor, name in shard_of.items() if tensor not in shards[name]]:
         raise WeightsError(
-            f"{INDEX} of {name_or_path} names {len(absent)} tensors that are not in their shards "
-            f"({', '.join(absent[:3])}); the checkpoint is incomplete, fetch it again"
+            f"{INDEX} of {name_or_path} lists {len(missing)} tensors that are not in their shards "
+            f"({', '.join(missing[:3])}); download the checkpoint again"
         )
     return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
 
@@ -86,11 +85,11 @@ def _locate(name_or_path: str | Path, revision: str | None, file: str) -> Path |
 
 def _header(path: Path) -> Checkpoint:
     try:
-        with safe_open(path, framework="pt") as file:  # refuses a header that does not fit the file
+        with safe_open(path, framework="pt") as file:  # fails if the header does not match the file
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: Stored(path, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is missing, cut short or damaged ({error}); fetch it again") from None
+        raise WeightsError(f"{path} is missing, cut short or damaged ({error}); download it again") from None
 
 
 def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None = None) -> None:
@@ -114,19 +113,19 @@ def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dty
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     written = open_checkpoint(folder)
     if {n: t.shape for n, t in written.items()} != {n: t.shape for n, t in checkpoint.items()}:
-        raise WeightsError(f"what was written to {folder} reads back with other tensors than its base has")
+        raise WeightsError(f"the weights read back from {folder} have other names or shapes than those written")
 
 
-def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, where: torch.device, transposed: bool) -> Edit:
-    """What 4-bit quantisation leaves of a weight, bit for bit as the quantised model computes with it in `dtype`.
+def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, device: torch.device, transposed: bool) -> Edit:
+    """An edit that quantises a weight to 4 bits and back, bit for bit as the quantised model uses it in `dtype`.
 
-    `transposed`: a Conv1D weight, (in, out), which bitsandbytes holds as (out, in).
+    `transposed`: for a Conv1D weight, (in, out), which bitsandbytes stores as (out, in).
     """
 
     def edit(weight: torch.Tensor) -> torch.Tensor:
         weight = weight.T.contiguous() if transposed else weight
         codes, state = bnb.functional.quantize_4bit(
-            weight.to(where, dtype),
+            weight.to(device, dtype),
             blocksize=64,  # the default of bitsandbytes, which transformers uses
             compress_statistics=quantisation["bnb_4bit_use_double_quant"],
             quant_type=quantisation["bnb_4bit_quant_type"],

@@ -1,4 +1,4 @@
-"""Loading base models and adapters: quantised as they were trained, on the device there is, with threads that fit."""
+"""Loads base models and adapters, quantised as in training, on the GPU or CPU, with threads for the idle cores."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +27,8 @@ from pipeline.core.vetting import check_adapter, check_model
 disable_progress_bar()  # its carriage returns would fill logs; stages print their own progress
 
 Quantisation = dict[str, Any]  # load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant
-
-
-HEADS = ("classifier", "score")  # of classification models: trained and saved whole, whatever the method
-UNQUANTISED = (*HEADS, "pooler.dense", "pre_classifier")  # often new, and then there is nothing to quantise
+HEADS = ("classifier", "score")  # of classification models: every method trains and saves them whole
+UNQUANTISED = (*HEADS, "pooler.dense", "pre_classifier")  # often missing from the published model, so made new
 PROMPT = "prompt_embeddings"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -41,19 +39,19 @@ class ModelError(ValueError):
 
 @cache
 def device() -> torch.device:
-    """The GPU, or the CPU; a GPU that PyTorch cannot use is said once."""
+    """The GPU, or the CPU; prints once why a GPU of this machine is not used."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if NVIDIA_DRIVER.exists():
         reason = (
             "is a build for CPUs" if torch.version.cuda is None else f"needs a driver for CUDA {torch.version.cuda}"
         )
-        note(f"the GPU of this machine is not used: PyTorch {torch.__version__} {reason}; computing on the CPU")
+        note(f"computing on the CPU: PyTorch {torch.__version__} {reason}, so it cannot use the GPU of this machine")
     return torch.device("cpu")
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
-    """Where `model` takes its tokens. Offloaded weights are on no device until they are needed."""
+    """The device that `model` takes its tokens on; offloaded weights are on the meta device until they are needed."""
     first = next(model.parameters()).device
     return device() if first.type == "meta" else first
 
@@ -66,14 +64,14 @@ def visible_gpus() -> list[str]:
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 on a GPU, float16 on one too old for it; float32 on a CPU, as fast at small sizes, and exact."""
+    """bfloat16 on a GPU, float16 on one too old for it; float32 on a CPU: exact, and as fast for small models."""
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def use_free_cores() -> int:
-    """Give torch the cores that are idle now, at least one; oversubscribed threads are 10 to 40 times slower."""
+    """Give torch as many threads as cores are idle now, at least one; too many make it 10 to 40 times slower."""
     cores = available_cores()
     busy = cores * psutil.cpu_percent(interval=0.3) / 100
     return use_threads(max(1, min(cores, round(cores - busy))))
@@ -85,7 +83,7 @@ def use_threads(threads: int) -> int:
 
 
 def record_dtype(folder: Path) -> None:
-    """Have a plain `from_pretrained` of the model in `folder` compute as it was scored: in `compute_dtype()`."""
+    """Write `compute_dtype()` into config.json, so that a plain `from_pretrained` computes as the model was scored."""
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", config | {"dtype": str(compute_dtype()).removeprefix("torch.")})
 
@@ -97,21 +95,21 @@ def load_base(
     attn_implementation: str | None = None,
     **placement: Any,
 ) -> PreTrainedModel:
-    """The base model of a contract, frozen as it is, on `device()`; in `compute_dtype()` unless quantised to 4 bits.
+    """Load the base model of a contract on `device()`, in `compute_dtype()` or quantised to 4 bits.
 
     Args:
         identity: `model` of the template contract (name_or_path, revision, trust_remote_code).
         quantisation: None, or load_in_4bit false, loads full-precision weights.
-        labels: the classes of a sequence classification model; a head that the files lack is random, always the same.
-        attn_implementation: as in transformers; None is what it prefers.
-        placement: `device_map` and what belongs to it, as in transformers; by default all weights are on `device()`.
+        labels: the classes of a sequence classification model; a missing head is initialised with a fixed seed.
+        attn_implementation: as in transformers; None lets it choose.
+        placement: `device_map`, `max_memory` and so on, as in transformers; by default all weights are on `device()`.
 
     Raises:
-        ModelError: the model cannot be loaded from safetensors, or a CPU cannot compute with it in 4 bits.
-        UnsafeModelError, UnsafeFileError: its files would do more than that; see `check_model`.
+        ModelError: the model cannot be loaded from safetensors, or not be computed in 4 bits on a CPU.
+        UnsafeModelError, UnsafeFileError: see `check_model`.
     """
     check_model(identity["name_or_path"], identity["revision"])
-    # Left out, not None: that would load weights that are stored quantised as if they were not, with just a warning.
+    # Not None without 4 bits: that loads weights that are stored quantised as if they were not, with only a warning.
     quantised = {}
     if quantisation is not None and quantisation["load_in_4bit"]:
         config = BitsAndBytesConfig(
@@ -123,8 +121,8 @@ def load_base(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            auto = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-            model, loaded = auto.from_pretrained(
+            auto_class = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+            model, loading_info = auto_class.from_pretrained(
                 output_loading_info=True,
                 pretrained_model_name_or_path=identity["name_or_path"],
                 revision=identity["revision"],
@@ -141,18 +139,18 @@ def load_base(
     keep_4bit_weights_trainable(model)
     refuse_ragged_blocks(model, identity["name_or_path"])
     if labels:
-        # A pooler, say, that the published model lacks: made here, so the adapter must train and carry it.
-        lacking = {key.rpartition(".")[0] for key in loaded["missing_keys"]}
-        model.new_modules = sorted(name for name in lacking if name.split(".")[0] not in HEADS)
+        # Modules that the published model lacks, such as a pooler: the adapter must train and save them.
+        missing = {key.rpartition(".")[0] for key in loading_info["missing_keys"]}
+        model.new_modules = sorted(name for name in missing if name.split(".")[0] not in HEADS)
         return model
-    # Its sampling habits (repetition_penalty, num_beams, …) would fill every gap of `generate`'s own settings.
+    # Drop its sampling defaults (repetition_penalty, num_beams, …), which `generate` would use for what it is not told.
     tokens = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
     return model
 
 
 def class_settings(labels: list[str] | None) -> dict[str, Any]:
-    """What a configuration says of the classes of a sequence classification model."""
+    """The settings of a sequence classification model's configuration for its classes."""
     if not labels:
         return {}
     return {
@@ -164,10 +162,10 @@ def class_settings(labels: list[str] | None) -> dict[str, Any]:
 
 
 def keep_4bit_weights_trainable(model: torch.nn.Module) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights at the first inference on a CPU with AVX512-BF16.
+    """Keep bitsandbytes from repacking 4-bit weights at the first inference on a CPU with AVX512-BF16.
 
-    The repacked form has no backward pass and dequantises to noise, both without a warning (bitsandbytes 0.50): a
-    validation before or during training would stop every frozen layer from passing gradients back.
+    The repacked form has no backward pass and dequantises to noise, both without a warning (bitsandbytes 0.50): after
+    a validation, frozen layers would no longer pass gradients back.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -175,17 +173,20 @@ def keep_4bit_weights_trainable(model: torch.nn.Module) -> None:
 
 
 def refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
-    """On a CPU bitsandbytes 0.50 finds wrong scales where a row ends within a block of 64: twice the rounding error."""
+    """Raise ModelError on a CPU for 4-bit rows that end within a block of 64.
+
+    bitsandbytes 0.50 takes wrong scales for them, which doubles the rounding error.
+    """
     for path, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit) and device().type == "cpu" and module.in_features % 64:
             raise ModelError(
-                f"{path} of {name} has rows of {module.in_features} numbers, not a multiple of 64; bitsandbytes "
-                "computes wrongly with those in 4 bits on a CPU: set train.method to lora, or use a GPU"
+                f"{path} of {name} has rows of {module.in_features} numbers, not a multiple of 64: on a CPU, 4-bit "
+                "results would be wrong; set train.method to lora, or use a GPU"
             )
 
 
 def sort_sets(adapter: Path) -> None:
-    """Give adapter_config.json one order of its module names: PEFT writes sets, which change it from run to run."""
+    """Sort the module names in adapter_config.json; PEFT writes sets, whose order changes from run to run."""
     path = adapter / "adapter_config.json"
     config = read_json(path)
     sets = ("target_modules", "target_parameters", "feedforward_modules", "modules_to_save")
@@ -199,45 +200,45 @@ def is_whole(folder: Path) -> bool:
 
 
 def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = False) -> PeftModel:
-    """`base` with the adapter in `folder` on top, for inference.
+    """`base` with the adapter in `folder`, for inference.
 
     Args:
-        base: a model, or one with adapters, which gets another.
-        empty: `base` has no weights; the adapter's own are put in, and nothing is computed.
+        base: a model, or a PeftModel, which gets another adapter.
+        empty: `base` is on the meta device, and only the adapter's weights are loaded.
 
     Raises:
-        ModelError: no safetensors adapter there, or one for another architecture.
-        UnsafeModelError, UnsafeFileError: it is not plain LoRA; see `check_adapter`.
+        ModelError: `folder` has no safetensors adapter, or it does not fit the base.
+        UnsafeModelError, UnsafeFileError: see `check_adapter`.
     """
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{folder} holds no adapter_model.safetensors; run `dvc repro train`")
+        raise ModelError(f"{folder} has no adapter_model.safetensors; run `dvc repro train`")
     check_adapter(folder)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     try:
-        with _stand_ins(base, config):
+        with _placeholders(base, config):
             model = base if isinstance(base, PeftModel) else get_peft_model(base, config, name, low_cpu_mem_usage=empty)
-            loaded = model.load_adapter(str(folder), name, low_cpu_mem_usage=empty)
+            loading_info = model.load_adapter(str(folder), name, low_cpu_mem_usage=empty)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
-    # PEFT says nothing of either by itself; half an adapter must not pass for one.
-    # Of prompt and prefix tuning it loads this one by itself, with its shape checked, and calls it unexpected.
-    unexpected = [key for key in loaded.unexpected_keys if not (config.is_prompt_learning and key == PROMPT)]
-    for what, keys in (("lacks", loaded.missing_keys), ("has no place in it for", unexpected)):
+    # PEFT ignores both, but half an adapter must not pass for a whole one. It lists the embeddings of prompt and prefix
+    # tuning as unexpected, although it loads them and checks their shape.
+    unexpected = [key for key in loading_info.unexpected_keys if not (config.is_prompt_learning and key == PROMPT)]
+    for kind, keys in (("missing", loading_info.missing_keys), ("unexpected", unexpected)):
         if keys:
             raise ModelError(
-                f"the adapter in {folder} does not fit {base.config.name_or_path}: it {what} {len(keys)} weights: "
-                f"{', '.join(keys)}"
+                f"the adapter in {folder} does not fit {base.config.name_or_path}: {len(keys)} {kind} weights "
+                f"({', '.join(keys)})"
             )
     return model.eval()
 
 
 @contextmanager
-def _stand_ins(model: Any, config: PeftConfig) -> Iterator[None]:
-    """Let PEFT put an adapter on a model of which some weights lie in CPU memory or on disk until they are needed.
+def _placeholders(model: Any, config: PeftConfig) -> Iterator[None]:
+    """Let PEFT add an adapter to a model with offloaded weights, which accelerate loads at the first pass.
 
-    accelerate brings the weights at the first pass. PEFT's own way (`hf_device_map`) copies them, and cannot.
+    PEFT's own way (`hf_device_map`) tries to copy these weights and fails.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     device_map = vars(base).pop("hf_device_map", None)
@@ -246,17 +247,17 @@ def _stand_ins(model: Any, config: PeftConfig) -> Iterator[None]:
             key for key in ("use_dora", "modules_to_save", "target_parameters") if getattr(config, key, None)
         ]
         if needs_weights and any(parameter.is_meta for parameter in model.parameters()):
-            raise ValueError(f"it has {needs_weights[0]}, and parts of the base are not in the device's memory")
-        stand_in_for_weights(model, device())
+            raise ValueError(f"with {needs_weights[0]}, the whole base must fit into the device's memory")
+        fill_with_placeholders(model, device())
     yield
     if device_map is not None:
         base.hf_device_map = device_map
 
 
-def stand_in_for_weights(model: torch.nn.Module, where: torch.device) -> None:
-    """Put one number in the shape of each weight that is nowhere: PEFT moves an adapter to its layer's weight."""
+def fill_with_placeholders(model: torch.nn.Module, target: torch.device) -> None:
+    """Replace each meta weight by one number, expanded to its shape: PEFT moves an adapter to its layer's device."""
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:
-                stand_in = torch.zeros(1, dtype=weight.dtype, device=where).expand(weight.shape)
-                setattr(module, name, torch.nn.Parameter(stand_in, requires_grad=False))
+                placeholder = torch.zeros(1, dtype=weight.dtype, device=target).expand(weight.shape)
+                setattr(module, name, torch.nn.Parameter(placeholder, requires_grad=False))

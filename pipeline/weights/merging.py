@@ -1,8 +1,8 @@
-"""An adapter added to the weights of its base: from safetensors to safetensors, without the model in memory.
+"""Adds an adapter to the weights of its base, from safetensors to safetensors, without the model in memory.
 
-PEFT's own layers, built on a base without weights, say what is added to which weight and how scaled; the sum is bit for
-bit that of `merge_and_unload` on a CPU. Adapters other than LoRA on linear layers go through PEFT, with the reason;
-those that cannot be merged at all (prompt and prefix tuning) are refused.
+PEFT's own layers, built on a base without weights, give what is added to which weight and how it is scaled; the sum is
+bit for bit that of `merge_and_unload` on a CPU. Adapters other than LoRA on linear layers are merged by PEFT, and the
+reason is recorded. Prompt and prefix tuning cannot be merged and are refused.
 """
 
 import warnings
@@ -23,22 +23,22 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.weights.architecture import auto_class, base_config, checkpoint_names, empty_model, rounded_weights
 from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite
-from pipeline.weights.loading import Quantisation, compute_dtype, is_whole, load_adapter, stand_in_for_weights
+from pipeline.weights.loading import Quantisation, compute_dtype, fill_with_placeholders, is_whole, load_adapter
 
 
 class MergeError(ValueError):
-    """Base and adapter cannot become one model, or it is not what was evaluated; nothing was written."""
+    """Base and adapter cannot be merged, or the merged model differs from what was evaluated; nothing was written."""
 
 
-class _OnlyPeft(Exception):
-    """Why this adapter, or this base, is merged by PEFT and not shard by shard."""
+class _NeedsPeft(Exception):
+    """The reason why PEFT merges this adapter, not `rewrite`."""
 
 
 @dataclass(frozen=True)
 class Merging:
     method: str  # shards | peft | whole (no adapter: the model itself was trained)
-    reason: str | None  # why PEFT had to do it
-    modules: int  # modules that the adapter changed: all that it targets, or MergeError
+    reason: str | None  # for method peft
+    modules: int  # that the adapter targets; each has changed
 
 
 def merge_adapter(
@@ -49,21 +49,21 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     labels: list[str] | None = None,
 ) -> Merging:
-    """Write the base with the adapter added to `folder`: weights in shards of 1 GiB at most, and config.json.
+    """Write the base with the adapter added to it into `folder`: config.json, and weights in shards of up to 1 GiB.
 
     Args:
         identity: `model` of the template contract; its Python code is never run.
-        quantisation: adds to what the 4-bit round trip leaves of the base; None adds to the base itself.
+        quantisation: the 4-bit rounding of the base before the adapter is added; None adds to the base itself.
         dtype: of the written weights; None keeps each in the checkpoint's own type.
         labels: the classes of a sequence classification model, whose head comes from the adapter.
 
     Raises:
         MergeError: the adapter changes nothing in a module that it targets, or cannot be merged.
-        ModelError: it holds weights for modules that the base does not have, or the base needs its own Python code.
-        WeightsError: the base is not whole.
+        ModelError: it has weights for modules that the base does not have, or the base needs its own Python code.
+        WeightsError: the base is incomplete or damaged.
     """
     require_mergeable(adapter)
-    if is_whole(adapter):  # nothing is added to it, but its numbers may become narrower
+    if is_whole(adapter):  # nothing to add, but the type may change
         config, checkpoint = AutoConfig.from_pretrained(adapter, trust_remote_code=False), open_checkpoint(adapter)
         edits: dict[str, Edit] = {}
         merging = Merging("whole", None, len(checkpoint))
@@ -73,9 +73,9 @@ def merge_adapter(
         rounded = rounded_weights(config, quantisation)
         try:
             edits, modules = _edits(config, checkpoint, adapter, rounded, dtype)
-        except _OnlyPeft as why:
+        except _NeedsPeft as reason:
             modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, rounded, dtype)
-            return Merging("peft", str(why), modules)
+            return Merging("peft", str(reason), modules)
         merging = Merging("shards", None, modules)
     rewrite(checkpoint, folder, edits, dtype)
     if dtype is not None:
@@ -85,12 +85,12 @@ def merge_adapter(
 
 
 def require_mergeable(adapter: Path) -> None:
-    """Raise MergeError for prompt and prefix tuning, which cannot become one model with their base."""
+    """Raise MergeError for prompt and prefix tuning, which change no weight of the base."""
     settings = None if is_whole(adapter) else PeftConfig.from_pretrained(str(adapter))
     if settings is not None and settings.is_prompt_learning:
         raise MergeError(
-            f"{adapter} is {settings.peft_type.value} and changes no weight: it cannot be merged, and ships as the "
-            "adapter that it is, on its base"
+            f"{adapter} is {settings.peft_type.value}, which changes no weight, so it cannot be merged; only merged "
+            "models are published: choose another train.method"
         )
 
 
@@ -101,7 +101,7 @@ def _edits(
     rounded: dict[str, Edit],
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Edit], int]:
-    """What is to be done to which tensor of the checkpoint, and how many modules the adapter targets."""
+    """The edits that merge the adapter, by tensor of the checkpoint, and the number of modules that it targets."""
     _require_plain_lora(adapter)
     empty = empty_model(config)
     names = checkpoint_names(empty, checkpoint)
@@ -109,13 +109,13 @@ def _edits(
 
     def stored_as(parameter: str) -> str:
         if parameter in tied:
-            raise _OnlyPeft(f"{parameter}, which the adapter changes, is tied to another weight")
+            raise _NeedsPeft(f"the adapter changes {parameter}, which is tied to another weight")
         if parameter not in names:
-            raise _OnlyPeft(f"{parameter} is not stored as floating-point numbers under a name of its own")
+            raise _NeedsPeft(f"the checkpoint has no floating-point tensor of its own for {parameter}")
         return names[parameter]
 
     edits = {stored_as(parameter): round_weight for parameter, round_weight in rounded.items()}
-    stand_in_for_weights(empty, torch.device("cpu"))
+    fill_with_placeholders(empty, torch.device("cpu"))
     model, targeted = load_adapter(empty, adapter, empty=True).get_base_model(), 0
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -123,7 +123,7 @@ def _edits(
                 edits[stored_as(f"{path}.{name}")] = partial(_replaced, value.data)
         elif isinstance(module, BaseTunerLayer):
             if type(module) is not LoraLinear or not isinstance(module.get_base_layer(), torch.nn.Linear | Conv1D):
-                raise _OnlyPeft(f"{path} is a {type(module).__name__} of {type(module).__module__}")
+                raise _NeedsPeft(f"{path} is a {type(module).__name__} of {type(module).__module__}")
             name = stored_as(f"{path}.weight")
             edits[name] = partial(_added, path, module, edits.get(name), dtype or FLOATS[checkpoint[name].dtype])
             targeted += 1
@@ -131,24 +131,24 @@ def _edits(
 
 
 def _require_plain_lora(adapter: Path) -> None:
-    """Leave all that is more than a sum of A and B to PEFT, and whole modules: magnitudes, biases, embeddings."""
+    """Raise _NeedsPeft for anything besides A, B and whole modules: magnitudes, biases, embeddings."""
     settings = PeftConfig.from_pretrained(str(adapter))
     if type(settings) is not LoraConfig:
-        raise _OnlyPeft(f"the method is {settings.peft_type.value}")
+        raise _NeedsPeft(f"the method is {settings.peft_type.value}")
     with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
         for key in file.keys():  # noqa: SIM118
             whole = any(f".{module}." in key for module in settings.modules_to_save or ())
             if not whole and not key.endswith((".lora_A.weight", ".lora_B.weight")):
-                raise _OnlyPeft(f"the adapter holds {key}")
+                raise _NeedsPeft(f"the adapter has {key}")
 
 
 def _added(
-    path: str, layer: LoraLinear, before: Edit | None, written: torch.dtype, tensor: torch.Tensor
+    path: str, layer: LoraLinear, first_edit: Edit | None, dtype: torch.dtype, tensor: torch.Tensor
 ) -> torch.Tensor:
-    """The LoRA at `path` added to what the edit `before` leaves of its base weight."""
-    base = before(tensor) if before else tensor
-    new = (base + layer.get_delta_weight("default").detach()).to(written)  # PEFT has loaded the adapter as float32
-    _require_change(path, [base.to(written)], [new], written)
+    """The base weight of the module `path`, after `first_edit`, plus the module's LoRA."""
+    base = first_edit(tensor) if first_edit else tensor
+    new = (base + layer.get_delta_weight("default").detach()).to(dtype)  # PEFT has loaded the adapter as float32
+    _require_change(path, [base.to(dtype)], [new], dtype)
     return new
 
 
@@ -160,12 +160,13 @@ def _require_change(module: str, before: list[torch.Tensor], after: list[torch.T
     name = str(dtype).removeprefix("torch.")
     if not all(torch.isfinite(weight).all() for weight in after):
         raise MergeError(
-            f"with the adapter, {module} is infinite or not a number in {name}; train it again, or set merge.dtype"
+            f"with the adapter, {module} has infinite or NaN weights in {name}; set merge.dtype to float32, or train "
+            "again"
         )
     if all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
         raise MergeError(
-            f"the adapter changes nothing in {module}: it was not trained, is not the one evaluated, or its change is "
-            f"less than a step of {name} (merge.dtype: float32 would keep it)"
+            f"the adapter changes nothing in {module}: either it was not trained, or its change is too small for "
+            f"{name}; then set merge.dtype to float32"
         )
 
 
@@ -178,9 +179,9 @@ def _merge_with_peft(
     rounded: dict[str, Edit],
     dtype: torch.dtype | None,
 ) -> int:
-    """`merge_adapter` by `merge_and_unload`, with the whole model in memory; on the CPU, in the checkpoint's type."""
-    stored = {name: sum(t.size() for t in checkpoint.values() if t.dtype == name) for name in FLOATS}
-    out = dtype or FLOATS[max(stored, key=lambda name: stored[name])]  # the type that most of its bytes are in
+    """Merge with PEFT's `merge_and_unload`, with the whole model in CPU memory; returns the number of modules."""
+    bytes_by_type = {name: sum(t.size() for t in checkpoint.values() if t.dtype == name) for name in FLOATS}
+    out = dtype or FLOATS[max(bytes_by_type, key=lambda name: bytes_by_type[name])]
     base = auto_class(config).from_pretrained(
         identity["name_or_path"],
         revision=identity["revision"],
@@ -193,15 +194,16 @@ def _merge_with_peft(
         weight = base.get_parameter(parameter).data
         weight.copy_(round_weight(weight))
     model = load_adapter(base, adapter)
-    layers = [(p, m) for p, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
+    modules = model.get_base_model().named_modules()
+    layers = [(path, module) for path, module in modules if isinstance(module, BaseTunerLayer)]
     try:
         for path, layer in layers:
             weights = list(layer.get_base_layer().parameters())
             before = [weight.data.clone() for weight in weights]
-            layer.merge()  # the safe form rounds the change to the weight's type before it is added
+            layer.merge()  # not safe_merge, which rounds the change to the weight's type before it adds it
             _require_change(path, before, [weight.data for weight in weights], out)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that they are merged already, and are no longer tied
+            warnings.simplefilter("ignore")  # "already merged", "no longer tied"
             merged = model.merge_and_unload()
     except (NotImplementedError, RuntimeError, ValueError, TypeError) as error:
         if isinstance(error, MergeError):
