@@ -13,7 +13,7 @@ from pipeline.core.files import read_json, sha256_file, whole_directory, write_j
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
-from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
+from pipeline.scoring.classification import class_provenance, compute_logits, make_predictions, score_classes
 from pipeline.scoring.general import GeneralRow, general_items, measure_forgetting, read_general
 from pipeline.scoring.generation import generate
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
@@ -166,11 +166,11 @@ def _evaluate_classes(
     labels, encoder, test = contract["labels"], load_classes(contract), test_items(dataset, params.max_samples)
     rows = test.column("input_ids").to_pylist()
     model = load_tuned(contract["model"], quantisation, adapter, labels)
-    logits = {"adapter": predict(model, encoder, rows, params.batch_size, "evaluate", "the adapter")}
+    logits = {"adapter": compute_logits(model, encoder, rows, params.batch_size, "evaluate", "the adapter")}
     with untuned(model, contract["model"], labels) as base:
-        logits["base"] = predict(base, encoder, rows, params.batch_size, "evaluate", "the base")
+        logits["base"] = compute_logits(base, encoder, rows, params.batch_size, "evaluate", "the base")
     items = {
-        system: score_classes(test, predictions(logits[system], labels)).append_column(
+        system: score_classes(test, make_predictions(logits[system], labels)).append_column(
             "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
         )
         for system in ("base", "adapter")

@@ -23,7 +23,7 @@ from pipeline.core.files import read_json, whole_directory, write_json
 from pipeline.core.sanitise import clean_folder, portable
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams, MergeParams
-from pipeline.scoring.classification import class_provenance, predict, predictions, score_classes
+from pipeline.scoring.classification import class_provenance, compute_logits, make_predictions, score_classes
 from pipeline.scoring.generation import generate
 from pipeline.scoring.items import provenance, score_items, scoring_params, summarise, test_items
 from pipeline.scoring.likelihood import per_sequence, reference_losses, token_agreement
@@ -140,14 +140,14 @@ class _TunedClassifier:
     def logit_error(self, base: str, folder: Path) -> float:
         model = load_for_scoring(local_source(folder), None, self.evaluated.contract["labels"])
         rows, batch_size = self.evaluated.test.column("input_ids").to_pylist(), self.evaluated.params.batch_size
-        logits = predict(model, self.encoder, rows, batch_size, "merge", f"the merged model ({base})")
+        logits = compute_logits(model, self.encoder, rows, batch_size, "merge", f"the merged model ({base})")
         self.merged_logits[base] = logits
         return float(np.abs(logits - self.logits).mean())
 
     def score_merged(self, folder: Path, base: str) -> tuple[pa.Table, dict[str, Any], float, float]:
         evaluated, logits = self.evaluated, self.merged_logits[base]
         _complete(folder, self.encoder.tokenizer, evaluated.contract)
-        items = score_classes(evaluated.test, predictions(logits, evaluated.contract["labels"]))
+        items = score_classes(evaluated.test, make_predictions(logits, evaluated.contract["labels"]))
         agreement = float((logits.argmax(axis=1) == self.logits.argmax(axis=1)).mean())
         return items, class_provenance(evaluated.params, evaluated.dataset), agreement, agreement
 
@@ -182,8 +182,8 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
         encoder = load_classes(contract, source)
         texts = [encoder.prompt([{"role": "user", "content": text}])[1] for text in test.column("prompt").to_pylist()]
         model = load_for_scoring(source, None, labels)
-        logits = predict(model, encoder, texts, params.batch_size, "promote", "the champion")
-        items, recorded = score_classes(test, predictions(logits, labels)), class_provenance(params, dataset)
+        logits = compute_logits(model, encoder, texts, params.batch_size, "promote", "the champion")
+        items, recorded = score_classes(test, make_predictions(logits, labels)), class_provenance(params, dataset)
     else:
         template = load_shipped(model_folder)
         messages, tools = (test.column(name).to_pylist() for name in ("messages", "tools"))

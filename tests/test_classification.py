@@ -72,7 +72,7 @@ def make_encoder(folder: Path, family: str) -> Path:
 
 
 def teach_words(model: Any, folder: Path) -> None:
-    """A little masked language modelling: a base whose first token has looked at the others, as published ones have."""
+    """Train briefly, so that the first token attends to the others, as in published encoders."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     batch = tokenizer([text for text, _ in reviews(64)], padding=True, return_tensors="pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -82,21 +82,24 @@ def teach_words(model: Any, folder: Path) -> None:
         hidden = (torch.rand(ids.shape) < 0.3) & (ids > 4)
         labels = ids.masked_fill(~hidden, -100)
         ids[hidden] = tokenizer.mask_token_id
-        ids[:, 0], labels[:, 0] = tokenizer.mask_token_id, ids[:, -4]  # the first token must know a word of the last
+        ids[:, 0], labels[:, 0] = (
+            tokenizer.mask_token_id,
+            ids[:, -4],
+        )  # the first token must predict one of the last words
         model(ids, attention_mask=(ids != 1).long(), labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def classifying(params: Params, base: Path, method: str = "lora", **train: Any) -> Params:
+def with_classification(params: Params, base: Path, method: str = "lora", **train: Any) -> Params:
     settings = {
         "task": "sequence-classification", "method": method, "load_in_4bit": "auto", "packing": False,
         "gradient_accumulation_steps": 1, "tokens_per_step": None, "per_device_train_batch_size": 8,
         "learning_rate": 0.002, "num_train_epochs": 6.0, "warmup_ratio": 0.0,
     }  # fmt: skip
     few, close = {"bootstrap_samples": 100}, {"min_agreement": 0.9}
-    own = {"prepare": {"model_name_or_path": str(base)}, "promote": {"primary_metric": "accuracy"}}
-    return with_(params, train=settings | train, evaluate=few, merge=close, **own)
+    other = {"prepare": {"model_name_or_path": str(base)}, "promote": {"primary_metric": "accuracy"}}
+    return with_(params, train=settings | train, evaluate=few, merge=close, **other)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_encoder(tmp_path_factory.mktemp("encoder") / "base", "roberta")
 
 
-def prepared(params: Params, data: Path, folder: Path) -> Path:
+def prepare_dataset(params: Params, data: Path, folder: Path) -> Path:
     prepare(params.prepare, data, folder / "dataset", train_task=params.train.task)
     return folder / "dataset"
 
@@ -129,8 +132,8 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     tmp_path: Path, params: Params, texts: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str, rate: float
 ) -> None:
     base = make_base(tmp_path / "base") if family == "llama" else make_encoder(tmp_path / "base", family)
-    settings = classifying(params, base, method, learning_rate=rate)
-    dataset = prepared(settings, texts, tmp_path)
+    settings = with_classification(params, base, method, learning_rate=rate)
+    dataset = prepare_dataset(settings, texts, tmp_path)
     assert read_json(dataset / "contract.json")["labels"] == ["neg", "pos"]
     train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     scores = evaluate(settings.evaluate, dataset, tmp_path / "adapter", tmp_path / "evaluation")
@@ -144,22 +147,25 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.id2label == {0: "neg", 1: "pos"}
     items = pq.read_table(tmp_path / "parity" / "items.merged.parquet")
-    asked = [[{"role": "user", "content": text}] for text in items["prompt"].to_pylist()[:8]]
-    said = classify(tmp_path / "merged", asked)
-    assert [each.label for each in said] == items["predicted"].to_pylist()[:8]
-    assert [each.confidence for each in said] == pytest.approx(items["confidence"].to_pylist()[:8], abs=1e-4)
-    assert all(0.5 <= each.confidence <= 1 and sum(each.probabilities) == pytest.approx(1) for each in said)
+    conversations = [[{"role": "user", "content": text}] for text in items["prompt"].to_pylist()[:8]]
+    classes = classify(tmp_path / "merged", conversations)
+    assert [prediction.label for prediction in classes] == items["predicted"].to_pylist()[:8]
+    assert [prediction.confidence for prediction in classes] == pytest.approx(
+        items["confidence"].to_pylist()[:8], abs=1e-4
+    )
+    assert all(0.5 <= c.confidence <= 1 and sum(c.probabilities) == pytest.approx(1) for c in classes)
 
     (tmp_path / "artifacts").mkdir()
     shutil.copytree(tmp_path / "merged", tmp_path / "artifacts" / "merged")
     write_params(tmp_path, settings)
     monkeypatch.chdir(tmp_path)
-    lines = [{"id": 0, "text": asked[0][0]["content"]}, {"id": 1, "prompt": asked[1][0]["content"]}]
+    lines = [{"id": 0, "text": conversations[0][0]["content"]}, {"id": 1, "prompt": conversations[1][0]["content"]}]
     Path("reviews.jsonl").write_text("\n".join(map(json.dumps, lines)))
     answer_file(Path("reviews.jsonl"), model="workspace")
     rows = [json.loads(line) for line in Path("reviews.answers.jsonl").read_text().splitlines()]
     assert [(row["id"], row["label"], row["confidence"], row["model"]) for row in rows] == [
-        (number, said[number].label, pytest.approx(said[number].confidence, abs=1e-4), "workspace") for number in (0, 1)
+        (number, classes[number].label, pytest.approx(classes[number].confidence, abs=1e-4), "workspace")
+        for number in (0, 1)
     ]
     with pytest.raises(CommandError, match="a base model has no classes"):
         answer_file(Path("reviews.jsonl"), model="base")
@@ -168,11 +174,11 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     assert pq.read_table(tmp_path / "again" / "items.parquet")["predicted"].equals(items["predicted"])
 
 
-def test_a_text_is_tokenised_as_its_tokenizer_does_it_and_keeps_its_class(
+def test_a_text_is_tokenised_as_by_its_tokenizer_and_keeps_its_class(
     tmp_path: Path, params: Params, texts: Path, encoder: Path
 ) -> None:
-    settings = classifying(params, encoder)
-    dataset = prepared(settings, texts, tmp_path)
+    settings = with_classification(params, encoder)
+    dataset = prepare_dataset(settings, texts, tmp_path)
     rows = pq.read_table(dataset / "train.parquet").to_pylist() + pq.read_table(dataset / "test.parquet").to_pylist()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(encoder)
     classes = dict(reviews(240))
@@ -189,10 +195,10 @@ def test_a_text_longer_than_the_context_is_dropped_or_its_end_is_cut(
 ) -> None:
     long = "Film 9999: " + "a joy " * 200
     data = write_rows(tmp_path / "data", [*reviews(60), (long, "pos")])
-    settings = classifying(params, encoder)
+    settings = with_classification(params, encoder)
     settings = with_(settings, prepare={"on_overlong": overlong, "max_length": 64, "test_fraction": 0.1})
-    done = prepare(settings.prepare, data, tmp_path / "dataset", train_task=settings.train.task)
-    assert sum(done.rows.values()) == 60 + kept
+    result = prepare(settings.prepare, data, tmp_path / "dataset", train_task=settings.train.task)
+    assert sum(result.rows.values()) == 60 + kept
     longest = max(len(r) for r in pq.read_table(tmp_path / "dataset" / "train.parquet")["input_ids"].to_pylist())
     assert longest == 64 if kept else longest < 64
 
@@ -205,10 +211,10 @@ def test_a_text_longer_than_the_context_is_dropped_or_its_end_is_cut(
 def test_classes_that_cannot_be_learned_are_refused(
     tmp_path: Path, params: Params, encoder: Path, label: str | None, max_length: int, error: type[Exception]
 ) -> None:
-    rows = [(text, label or own) for text, own in reviews(80)]
-    settings = with_(classifying(params, encoder), prepare={"max_length": max_length})
+    rows = [(text, label or original) for text, original in reviews(80)]
+    settings = with_(with_classification(params, encoder), prepare={"max_length": max_length})
     with pytest.raises(error):
-        prepared(settings, write_rows(tmp_path / "data", rows), tmp_path)
+        prepare_dataset(settings, write_rows(tmp_path / "data", rows), tmp_path)
 
 
 def test_a_class_without_a_training_row_is_refused() -> None:
@@ -219,15 +225,15 @@ def test_a_class_without_a_training_row_is_refused() -> None:
 
 def test_a_dataset_of_the_other_task_is_refused(tmp_path: Path, params: Params, dataset: Path, base: Path) -> None:
     with pytest.raises(TrainError):
-        train(classifying(params, base).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+        train(with_classification(params, base).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
 
 
 @pytest.mark.faults
-def test_reviews_go_all_the_way_to_a_champion(tmp_path: Path, params: Params) -> None:
+def test_a_classifier_becomes_champion(tmp_path: Path, params: Params) -> None:
     """The four stages by `dvc repro`, as in the preset roberta-base-imdb; then publish, promote and the report."""
     base = make_encoder(tmp_path / "encoder", "roberta")
     root = make_project(tmp_path / "project", base, params)
-    write_params(root, classifying(params, Path("data/base")))
+    write_params(root, with_classification(params, Path("data/base")))
     shutil.rmtree(root / "data" / "instructions")
     write_rows(root / "data" / "instructions", reviews(240))
     command = [sys.executable, "-m", "dvc"]
@@ -239,8 +245,8 @@ def test_reviews_go_all_the_way_to_a_champion(tmp_path: Path, params: Params) ->
     assert metrics["adapter"]["macro_f1"]["score"] > 0.8
     merged = read_json(root / "artifacts" / "parity" / "scores.json")["merged"]
     assert merged["accuracy"] == metrics["adapter"]["accuracy"]
-    said = retune(root, "classify", "--json", "Film 7 by director 123456: splendid.")
-    [answer] = json.loads(said.stdout)
+    answered = retune(root, "classify", "--json", "Film 7 by director 123456: splendid.")
+    [answer] = json.loads(answered.stdout)
     assert answer["label"] == "pos" and 0.5 < answer["confidence"] <= 1
     ran = retune(root, "run", "--json")
     assert ran.returncode == 0, ran.stderr

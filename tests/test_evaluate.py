@@ -23,7 +23,7 @@ from pipeline.scoring.resampling import METRICS, PERCENT
 from pipeline.weights.loading import load_base
 
 
-def test_metrics_hold_every_score_with_its_interval_for_base_and_adapter(evaluation: Path, dataset: Path) -> None:
+def test_scores_have_intervals_for_every_metric_of_base_and_adapter(evaluation: Path, dataset: Path) -> None:
     metrics = read_json(evaluation / "scores.json")
     assert list(metrics) == ["adapter", "base"]
     test = pq.read_table(dataset / "test.parquet")
@@ -106,7 +106,7 @@ def general(tmp_path: Path) -> tuple[Path, str]:
     return path, sha256_file(path)
 
 
-def test_forgetting_is_measured_on_rows_of_its_own_and_prompts_are_answered_side_by_side(
+def test_forgetting_is_measured_and_both_systems_answer_the_prompts(
     tmp_path: Path, dataset: Path, adapter: Path, params: Params, general: tuple[Path, str]
 ) -> None:
     path, digest = general
@@ -122,19 +122,19 @@ def test_forgetting_is_measured_on_rows_of_its_own_and_prompts_are_answered_side
         assert result[system]["perplexity"]["score"] == pytest.approx(math.exp(losses / tokens))
     lost = result["base"]["accuracy"]["score"] - result["adapter"]["accuracy"]["score"]
     assert result["lost"]["accuracy"] == pytest.approx(lost)
-    [asked] = read_json(tmp_path / "evaluation" / "prompts.json")
-    assert (asked["prompt"], asked["adapter"]["answer"]) == (prompt, "red")
-    assert asked["base"] != asked["adapter"]
+    [answers] = read_json(tmp_path / "evaluation" / "prompts.json")
+    assert (answers["prompt"], answers["adapter"]["answer"]) == (prompt, "red")
+    assert answers["base"] != answers["adapter"]
     assert "prompts" not in read_json(tmp_path / "evaluation" / "evaluation.json")["params"]
 
 
 @pytest.mark.parametrize(
-    ("ending", "digest", "context", "named"),
-    [("", "0" * 64, 512, "sha256"), ("", None, 8, "context is 8"), ("x", None, 512, "not there")],
+    ("ending", "digest", "context", "expected_text"),
+    [("", "0" * 64, 512, "sha256"), ("", None, 8, "context is 8"), ("x", None, 512, "does not exist")],
 )
 def test_a_general_set_that_is_not_the_pinned_one_or_does_not_fit_is_refused(
-    dataset: Path, general: tuple[Path, str], ending: str, digest: str | None, context: int, named: str
+    dataset: Path, general: tuple[Path, str], ending: str, digest: str | None, context: int, expected_text: str
 ) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
-    with pytest.raises(GeneralError, match=named):
+    with pytest.raises(GeneralError, match=expected_text):
         read_general(GeneralParams(path=f"{general[0]}{ending}", sha256=digest or general[1]), template, context)

@@ -1,4 +1,4 @@
-"""Answers of rows that come and go are those of one by one, whatever the model remembers with; a kill loses none."""
+"""Answers in a rolling batch equal those to single prompts, for each kind of cache; a kill loses no answer."""
 
 import random
 import sys
@@ -18,9 +18,9 @@ from pipeline.core.files import read_json
 from pipeline.evaluate import evaluate
 from pipeline.params import Params
 from pipeline.scoring import rolling
-from pipeline.scoring.generation import generate, new_tokens, rolling_answers, rows_at_once
+from pipeline.scoring.generation import generate, generate_rolling, generate_tokens, rows_at_once
 from pipeline.scoring.kept import KeptAnswers, kept_file
-from pipeline.scoring.rolling import RollingBatch, remembers_keys_and_values_alone
+from pipeline.scoring.rolling import RollingBatch, has_only_kv_cache
 from pipeline.scoring.vllm import BackendError, vllm_tokens
 from pipeline.weights.loading import ModelError, load_base
 
@@ -47,18 +47,18 @@ STATES = {"mamba": {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2
 def make(kind: str, sizes: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes)).eval()
-    for parameter in model.parameters():  # a fresh model repeats itself; this one depends on what it has read
+    for parameter in model.parameters():  # a fresh model repeats itself; this one reacts to its input
         parameter.data *= 3.0 if parameter.dim() > 1 else 1.0
     return model
 
 
-def made_up(number: int) -> list[list[int]]:
+def random_prompts(number: int) -> list[list[int]]:
     draw = random.Random(0)
     return [[draw.randrange(12, 256) for _ in range(draw.randint(1, 40))] for _ in range(number)]
 
 
 @torch.inference_mode()
-def alone(model: Any, prompt: list[int]) -> list[int]:
+def answer_alone(model: Any, prompt: list[int]) -> list[int]:
     stops = sorted(STOPPING.stop_ids)
     config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=stops, pad_token_id=0)
     ids = torch.tensor([prompt])
@@ -66,32 +66,32 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ROLLING)
-def test_answers_of_rows_that_come_and_go_are_those_of_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_in_a_rolling_batch_equal_those_to_single_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rolling, "PREFILL_TOKENS", 80)  # two long prompts
-    model, prompts = make(*ROLLING[name]), made_up(14)
-    assert remembers_keys_and_values_alone(model)
-    answers = dict(rolling_answers(model, prompts, 20, STOPPING, 4))
-    assert len({len(ids) for ids in answers.values()}) > 1  # so rows did leave one by one
-    assert answers == {i: alone(model, prompt) for i, prompt in enumerate(prompts)}
+    model, prompts = make(*ROLLING[name]), random_prompts(14)
+    assert has_only_kv_cache(model)
+    answers = dict(generate_rolling(model, prompts, 20, STOPPING, 4))
+    assert len({len(ids) for ids in answers.values()}) > 1  # so rows have left one by one
+    assert answers == {i: answer_alone(model, prompt) for i, prompt in enumerate(prompts)}
 
 
-def test_a_row_that_ends_takes_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ended_row_takes_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, real = [], RollingBatch.step
     monkeypatch.setattr(RollingBatch, "step", lambda self: rows.append(len(self.last)) or real(self))
-    answers = dict(rolling_answers(make(*ROLLING["llama"]), made_up(16), 20, STOPPING, 8))
+    answers = dict(generate_rolling(make(*ROLLING["llama"]), random_prompts(16), 20, STOPPING, 8))
     assert sum(rows) == sum(len(ids) - 1 for ids in answers.values())  # the first token comes with the prompt
 
 
-def test_models_in_fixed_batches_end_at_their_stop_tokens_too(
+def test_fixed_batches_give_the_same_answers_and_are_reported(
     base: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not any(remembers_keys_and_values_alone(make(kind, sizes)) for kind, sizes in STATES.items())
+    assert not any(has_only_kv_cache(make(kind, sizes)) for kind, sizes in STATES.items())
     template = load_contract(read_json(dataset / "contract.json"))
     model = load_base(identity(base))
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
-    ours = dict(new_tokens(model, prompts, 5, template, 4, "--max-new-tokens"))
-    monkeypatch.setattr("pipeline.scoring.generation.remembers_keys_and_values_alone", lambda _: False)
-    assert dict(new_tokens(model, prompts, 5, template, 4, "--max-new-tokens")) == ours
+    ours = dict(generate_tokens(model, prompts, 5, template, 4, "--max-new-tokens"))
+    monkeypatch.setattr("pipeline.scoring.generation.has_only_kv_cache", lambda _: False)
+    assert dict(generate_tokens(model, prompts, 5, template, 4, "--max-new-tokens")) == ours
     assert "fixed batches" in capsys.readouterr().err
 
 
@@ -99,32 +99,32 @@ def test_an_answer_ends_at_its_end_token_or_is_cut_off_and_must_fit_the_context(
     template = load_contract(read_json(dataset / "contract.json"))
     prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
     model = load_base(identity(base))
-    [cut] = generate(model, template, prompt, 1, 1, "test", "base")
-    [whole] = generate(model, template, prompt, 64, 1, "test", "base")
-    assert (cut.cut_off, len(cut.ids), whole.cut_off) == (True, 1, False)
-    assert 1 < len(whole.ids) < 64
+    [short] = generate(model, template, prompt, 1, 1, "test", "base")
+    [complete] = generate(model, template, prompt, 64, 1, "test", "base")
+    assert (short.cut_off, len(short.ids), complete.cut_off) == (True, 1, False)
+    assert 1 < len(complete.ids) < 64
     assert generate(model, template, [], 8, 4, "test", "base") == []
-    with pytest.raises(ModelError, match=r"510 .* 8 .*\(--max-new-tokens\).* 512; lower --max-new-tokens"):
+    with pytest.raises(ModelError, match=r"510 .* 8 .* 512.* --max-new-tokens"):
         generate(model, template, [[1] * 510], 8, 1, "test", "base", limited_by="--max-new-tokens")
 
 
-def test_a_gpu_answers_as_many_prompts_at_once_as_it_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_answers_as_many_prompts_at_once_as_fit_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     llama_3_8b = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
     model = SimpleNamespace(config=CONFIG_MAPPING["llama"](**llama_3_8b), dtype=torch.bfloat16)
     monkeypatch.setattr("pipeline.scoring.generation.input_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6 * 2**30, 24 * 2**30))
-    assert rows_at_once(model, "auto", 512) == 67  # of 128 KiB a token
+    assert rows_at_once(model, "auto", 512) == 67  # 128 KiB per token
     assert rows_at_once(model, "auto", 64) == 256 and rows_at_once(model, "auto", 10**6) == 1
     assert rows_at_once(model, 16, 512) == 16
 
 
-def test_answers_made_by_something_else_are_not_found(tmp_path: Path) -> None:
-    made = {"model": {"base": "a"}, "prompts": [[1, 2]], "max_new_tokens": 8, "stop_ids": frozenset({1})}
-    others = [{"model": {"base": "b"}}, {"prompts": [[1], [2]]}, {"max_new_tokens": 9}, {"stop_ids": frozenset({2})}]
-    assert len({kept_file(tmp_path, **made | other) for other in [{}, *others]}) == 5
+def test_kept_answers_of_another_model_or_setting_are_not_used(tmp_path: Path) -> None:
+    settings = {"model": {"base": "a"}, "prompts": [[1, 2]], "max_new_tokens": 8, "stop_ids": frozenset({1})}
+    changes = [{"model": {"base": "b"}}, {"prompts": [[1], [2]]}, {"max_new_tokens": 9}, {"stop_ids": frozenset({2})}]
+    assert len({kept_file(tmp_path, **settings | change) for change in [{}, *changes]}) == 5
 
 
-def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_short_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     path.write_text("[0, [5, 6]]\n[3, [7, ")
     kept = KeptAnswers(path)
@@ -133,21 +133,21 @@ def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
     assert KeptAnswers(path) == {0: [5, 6], 3: [7, 8]}
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(
+def test_a_killed_evaluation_continues_where_it_stopped(
     tmp_path: Path, dataset: Path, adapter: Path, evaluation: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, output = tmp_path / "kept", tmp_path / "evaluation"
     add, added = KeptAnswers.__setitem__, []
 
-    def killed(answers: KeptAnswers, number: int, ids: Any) -> None:
+    def add_ten(answers: KeptAnswers, number: int, ids: Any) -> None:
         if len(added) == 10:
             raise KeyboardInterrupt
-        # One kept answer is altered: if it comes out so, it was not made again.
+        # The first kept answer is altered; if the result has it, it was not generated again.
         added.append((number, ids if added else [40, *ids]))
         add(answers, *added[-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptAnswers, "__setitem__", killed)
+        patch.setattr(KeptAnswers, "__setitem__", add_ten)
         with pytest.raises(KeyboardInterrupt):
             evaluate(params.evaluate, dataset, adapter, output, kept)
     assert not output.exists()
@@ -161,12 +161,12 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert next(same).equals(next(same))
 
 
-def test_vllm_is_asked_with_tokens_greedily_and_with_the_adapter_or_refused(
+def test_vllm_answers_greedily_with_base_and_adapter_or_is_refused(
     monkeypatch: pytest.MonkeyPatch, base: Path, adapter: Path
 ) -> None:
-    """Against a stand-in with vLLM's documented arguments: no machine of the tests has the package."""
-    for quantised, named in ((True, "4-bit"), (False, "No module named 'vllm'")):
-        with pytest.raises(BackendError, match=named):
+    """With a stand-in that has vLLM's documented arguments; the package itself is not installed for tests."""
+    for quantised, expected_text in ((True, "4-bit"), (False, "No module named 'vllm'")):
+        with pytest.raises(BackendError, match=expected_text):
             vllm_tokens(identity(base), adapter, [[1]], 8, frozenset({2}), quantised)
 
     class LLM:
@@ -184,5 +184,5 @@ def test_vllm_is_asked_with_tokens_greedily_and_with_the_adapter_or_refused(
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *arguments: arguments))
-    made = vllm_tokens(identity(base), adapter, [[1, 2, 3], [4]], 8, frozenset({7, 2}), quantised=False)
-    assert made == {"adapter": [[1, 2, 3, 6], [4, 6]], "base": [[1, 2, 3, 5], [4, 5]]}
+    tokens = vllm_tokens(identity(base), adapter, [[1, 2, 3], [4]], 8, frozenset({7, 2}), quantised=False)
+    assert tokens == {"adapter": [[1, 2, 3, 6], [4, 6]], "base": [[1, 2, 3, 5], [4, 5]]}

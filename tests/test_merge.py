@@ -20,8 +20,6 @@ from pipeline.scoring.resampling import METRICS
 from pipeline.weights.loading import compute_dtype, load_adapter, load_base, record_dtype
 from pipeline.weights.merging import MergeError
 
-ANYTHING = {"min_agreement": 0.0, "max_logit_error": 1e9, "max_metric_drop": 1.0}  # a proof that proves nothing
-
 
 def logits(model: torch.nn.Module, dataset: Path) -> torch.Tensor:
     ids = torch.tensor([pq.read_table(dataset / "test.parquet").column("input_ids")[0].as_py()])
@@ -48,7 +46,7 @@ def test_a_plain_transformers_load_gives_the_logits_of_the_adapter(
     torch.testing.assert_close(logits(plain, dataset), logits(on_base, dataset), rtol=1e-3, atol=1e-3)
 
 
-def test_the_closer_base_is_chosen_and_what_was_measured_is_recorded(merged: Path, evaluation: Path) -> None:
+def test_the_closer_base_is_chosen_and_the_differences_are_recorded(merged: Path, evaluation: Path) -> None:
     parity = read_json(merged / "parity" / "parity.json")
     errors = parity["mean_absolute_logit_error"]
     assert set(errors) == {"full", "nf4"} and parity["base"] == min(errors, key=errors.get)
@@ -61,12 +59,12 @@ def test_the_closer_base_is_chosen_and_what_was_measured_is_recorded(merged: Pat
     evaluated = read_json(evaluation / "scores.json")
     for metric in set(METRICS) - {"perplexity"}:
         assert scores[metric] == evaluated["adapter"][metric]
-    shown = read_json(merged / "parity" / "metrics.json")  # what DVC shows
+    shown = read_json(merged / "parity" / "metrics.json")  # for `dvc metrics`
     assert shown.pop("base") == {m: evaluated["base"][m]["score"] for m in ("accuracy", "rougeL")}
     assert shown == {metric: scores[metric]["score"] for metric in METRICS if scores[metric]}
 
 
-def test_a_plain_load_computes_and_ends_as_the_evaluation_did(
+def test_a_plain_load_has_the_dtype_and_stop_tokens_of_the_evaluation(
     merged: Path, base: Path, dataset: Path, tmp_path: Path
 ) -> None:
     contract = read_json(dataset / "contract.json")
@@ -98,7 +96,7 @@ def test_the_model_cards_own_code_gives_the_answers_that_were_scored(
         assert capsys.readouterr().out.strip() == scored["answer"][row].as_py().strip()
 
 
-def other_answers(evaluation: Path) -> None:
+def replace_answers(evaluation: Path) -> None:
     items = pq.read_table(evaluation / "items.adapter.parquet")
     column = items.column_names.index("answer_ids")
     pq.write_table(
@@ -106,7 +104,7 @@ def other_answers(evaluation: Path) -> None:
     )
 
 
-def other_score(metric: str, factor: float) -> Callable[[Path], None]:
+def scale_score(metric: str, factor: float) -> Callable[[Path], None]:
     def change(evaluation: Path) -> None:
         scores = read_json(evaluation / "scores.json")
         scores["adapter"][metric]["score"] *= factor
@@ -116,12 +114,12 @@ def other_score(metric: str, factor: float) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "change", "named"),
+    ("settings", "change", "expected_text"),
     [
-        ({"base": "nf4"}, other_answers, "merge.min_agreement"),
+        ({"base": "nf4"}, replace_answers, "merge.min_agreement"),
         ({"base": "full", "max_logit_error": 1e-9}, lambda _: None, "merge.max_logit_error"),
-        ({"base": "nf4"}, other_score("accuracy", 1.5), "accuracy .* merge.max_metric_drop"),
-        ({"base": "nf4"}, other_score("perplexity", 0.9), "perplexity .* merge.max_metric_drop"),
+        ({"base": "nf4"}, scale_score("accuracy", 1.5), "accuracy .* merge.max_metric_drop"),
+        ({"base": "nf4"}, scale_score("perplexity", 0.9), "perplexity .* merge.max_metric_drop"),
     ],
 )
 def test_a_model_too_far_from_the_adapter_is_refused_and_not_written(
@@ -132,18 +130,18 @@ def test_a_model_too_far_from_the_adapter_is_refused_and_not_written(
     evaluation: Path,
     settings: dict[str, Any],
     change: Callable[[Path], None],
-    named: str,
+    expected_text: str,
 ) -> None:
-    other = Path(shutil.copytree(evaluation, tmp_path / "evaluation"))
-    change(other)
+    changed = Path(shutil.copytree(evaluation, tmp_path / "evaluation"))
+    change(changed)
     outputs = [tmp_path / name for name in ("merged", "parity")]
-    with pytest.raises(MergeError, match=named):
-        merge(with_(params, merge=settings).merge, dataset, adapter, other, *outputs)
+    with pytest.raises(MergeError, match=expected_text):
+        merge(with_(params, merge=settings).merge, dataset, adapter, changed, *outputs)
     assert not any(folder.exists() for folder in outputs)
 
 
-def moved(tmp_path: Path, base: Path, dataset: Path, adapter: Path) -> tuple[Path, Path, Path]:
-    """Copies of base, dataset and adapter, whose contracts name the copied base."""
+def copy_project(tmp_path: Path, base: Path, dataset: Path, adapter: Path) -> tuple[Path, Path, Path]:
+    """Copies of base, dataset and adapter, with contracts that name the copied base."""
     copies = tuple(Path(shutil.copytree(path, tmp_path / path.name)) for path in (base, dataset, adapter))
     for folder in copies[1:]:
         contract = read_json(folder / "contract.json")
@@ -152,14 +150,14 @@ def moved(tmp_path: Path, base: Path, dataset: Path, adapter: Path) -> tuple[Pat
     return copies  # type: ignore[return-value]
 
 
-def test_another_base_or_one_cut_short_is_refused(
+def test_another_or_a_damaged_base_is_refused(
     tmp_path: Path, params: Params, base: Path, dataset: Path, adapter: Path, evaluation: Path, merged: Path
 ) -> None:
-    place, dataset, adapter = moved(tmp_path, base, dataset, adapter)
+    copied_base, dataset, adapter = copy_project(tmp_path, base, dataset, adapter)
     outputs = [tmp_path / name for name in ("out", "parity")]
-    whole = (base / "model.safetensors").read_bytes()
-    for other in ((merged / "merged" / "model.safetensors").read_bytes(), whole[:-1]):
-        (place / "model.safetensors").write_bytes(other)
+    weights = (base / "model.safetensors").read_bytes()
+    for other in ((merged / "merged" / "model.safetensors").read_bytes(), weights[:-1]):
+        (copied_base / "model.safetensors").write_bytes(other)
         with pytest.raises(TemplateError):
             merge(params.merge, dataset, adapter, evaluation, *outputs)
     assert not any(path.exists() for path in outputs)

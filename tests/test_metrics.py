@@ -1,4 +1,4 @@
-"""The local `evaluate` modules, loaded by path without a network, against the libraries they stand on."""
+"""The local `evaluate` modules, loaded by path without a network, compared with the libraries they use."""
 
 import math
 import random
@@ -23,7 +23,7 @@ def metrics() -> dict[str, Any]:
     return {name: evaluate.load(str(METRICS_FILE), name) for name in ALL}
 
 
-def test_identical_sentences_of_any_script_get_full_marks(metrics: dict[str, Any]) -> None:
+def test_identical_sentences_of_any_script_get_the_highest_score(metrics: dict[str, Any]) -> None:
     texts = ["今天北京的天气很好。", "größer, Привет, ひらがな, 한국어"]
     for name in ("bleu", "chrf"):
         assert metrics[name].compute(predictions=texts, references=texts)["score"] == pytest.approx(100)
@@ -48,7 +48,7 @@ def test_the_tokeniser_follows_the_reference() -> None:
     assert texts == {name: [text for text in some if tokeniser_for(text) == name] for name, some in texts.items()}
 
 
-def test_an_item_scores_the_same_whatever_the_others_are(metrics: dict[str, Any]) -> None:
+def test_an_items_score_does_not_depend_on_other_items(metrics: dict[str, Any]) -> None:
     texts = ["the cat sat on the mat", "我爱北京天安门", "東京へ行きます", "x = f(a_b); don't!"]
     others = ["the cat sat on a mat", "我爱上海天安门", "京都へ行きます", "x = f(b); do not!"]
     together = metrics["bleu"].compute(predictions=others, references=texts)
@@ -68,7 +68,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("tokenize", CASES)
-def test_bleu_and_chrf_are_those_of_sacrebleu(tokenize: str, metrics: dict[str, Any]) -> None:
+def test_bleu_and_chrf_equal_those_of_sacrebleu(tokenize: str, metrics: dict[str, Any]) -> None:
     predictions, references = CASES[tokenize]
     for name, theirs in (("bleu", sacrebleu.BLEU(tokenize=tokenize)), ("chrf", sacrebleu.CHRF())):
         ours = metrics[name].compute(predictions=predictions, references=references)
@@ -77,15 +77,15 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(tokenize: str, metrics: dict[str, 
         assert 0 < ours["score"] < 100
 
 
-def test_rouge_is_that_of_rouge_score(metrics: dict[str, Any]) -> None:
+def test_rouge_equals_that_of_rouge_score(metrics: dict[str, Any]) -> None:
     draw = random.Random(4)
     words = ["the", "Cat", "on_it", "a", "mat", "it's", "3.14", "co-op", "C-3PO", "x=1;", "end.\n", "so,\n"]
     predictions, references = ([" ".join(draw.choices(words, k=draw.randint(3, 25))) for _ in range(40)] for _ in "ab")
     items = metrics["rouge"].compute(predictions=predictions, references=references)["items"]
     scorer = rouge_scorer.RougeScorer(list(items), use_stemmer=False)
-    theirs = [scorer.score(reference, said) for reference, said in zip(references, predictions, strict=True)]
-    for kind, ours in items.items():
-        assert ours == [score[kind].fmeasure for score in theirs]
+    expected = [scorer.score(*pair) for pair in zip(references, predictions, strict=True)]
+    for kind, scores in items.items():
+        assert scores == [score[kind].fmeasure for score in expected]
     assert items["rougeL"] != items["rougeLsum"]
 
 
@@ -97,11 +97,11 @@ def test_rouge_lsum_takes_the_union_of_lins_example_in_chinese_sentences(metrics
     assert items["rougeL"][0] < items["rougeLsum"][0]
 
 
-def test_accuracy_counts_items_with_one_right_answer_and_macro_f1_classes_alike(metrics: dict[str, Any]) -> None:
+def test_accuracy_counts_exact_items_and_macro_f1_weights_classes_equally(metrics: dict[str, Any]) -> None:
     table = pa.table({"label": list("012012"), "predicted": list("021001")})
     # sklearn.metrics.f1_score, average="macro"
     assert corpus_score(metric_items(table, "macro_f1")) == pytest.approx(0.26666666666)
-    # An answer that is no class is only a miss.
+    # An answer that is not a class is only a miss.
     table = pa.table({"label": ["yes", "yes", "no"], "predicted": ["yes", "maybe", "no"]})
     assert corpus_score(metric_items(table, "macro_f1")) == pytest.approx((1 + 2 / 3) / 2)
     scoring = ["exact", "exact", "text"]
@@ -109,12 +109,12 @@ def test_accuracy_counts_items_with_one_right_answer_and_macro_f1_classes_alike(
     assert (result["score"], result["items"]) == (0.5, [1.0, 0.0, None])
 
 
-def test_perplexity_is_of_all_tokens_and_not_the_mean_of_items() -> None:
+def test_perplexity_weights_tokens_and_not_items_equally() -> None:
     table = pa.table({"loss": [3.0, 1.0], "loss_tokens": [2, 6]})
     assert corpus_score(metric_items(table, "perplexity")) == pytest.approx(math.exp(4 / 8))
 
 
-def test_the_score_of_any_resample_follows_from_the_counts_of_its_items(metrics: dict[str, Any]) -> None:
+def test_the_score_of_a_resample_follows_from_the_counts_of_its_items(metrics: dict[str, Any]) -> None:
     draw = random.Random(5)
     words = ["The", "cat's", "sat", "on_it", "C-3PO", "3.14", "A.B.", "x=1;", ""]
     for number in range(1, 30):

@@ -1,4 +1,4 @@
-"""Scores, their intervals and paired comparisons, against sacrebleu and against what is known to be true."""
+"""Scores, intervals and paired comparisons, checked with sacrebleu and on simulated data."""
 
 import random
 
@@ -17,7 +17,7 @@ def sentence(draw: random.Random, longest: int) -> str:
 
 
 def corpus(seed: int) -> tuple[list[str], list[str]]:
-    """Pairs that share much, little or nothing, some too short for 4-grams, some empty."""
+    """Predictions and references that share much, little or nothing; some too short for 4-grams, some empty."""
     draw = random.Random(seed)
     longest, overlap = draw.choice([2, 4, 12]), draw.choice([0.0, 0.5, 1.0])
     predictions, references = [], []
@@ -57,13 +57,13 @@ def test_bleu_from_item_statistics_is_sacrebleus_corpus_score() -> None:
 
 def test_each_resample_is_scored_as_if_it_were_the_test_set() -> None:
     items = np.concatenate([bleu_items(*corpus(seed)) for seed in range(20)])
-    whole = bootstrap(items, 400, seed=3)
+    score = bootstrap(items, 400, seed=3)
     draw = np.random.default_rng(3).multinomial(len(items), np.full(len(items), 1 / len(items)), 400)
     scores = [corpus_score(np.repeat(items, counts, axis=0)) for counts in draw]
-    assert (whole["low"], whole["high"]) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+    assert (score["low"], score["high"]) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_about_95_percent_of_the_time() -> None:
     covered = [
         (s := bootstrap(system(seed, items=150, quality=0.6), 300, seed))["low"] <= 0.6 <= s["high"]
         for seed in range(300)
@@ -90,7 +90,7 @@ def test_a_system_never_differs_from_itself(items: Items) -> None:
     assert paired_difference(items, items.copy(), 500, seed=0) == {"score": 0.0, "low": 0.0, "high": 0.0}
 
 
-def test_pairing_cancels_what_hard_items_do_to_both() -> None:
+def test_pairing_cancels_the_effect_of_hard_items() -> None:
     hardness = np.random.default_rng(0).random(200)
     better = paired_difference(hardness + 0.01, hardness, 300, seed=0)
     assert (better["low"], better["high"]) == pytest.approx((0.01, 0.01))
@@ -99,22 +99,22 @@ def test_pairing_cancels_what_hard_items_do_to_both() -> None:
 def test_systems_that_scored_different_items_are_not_compared() -> None:
     holes = np.array([1.0, np.nan])
     for a, b in ((np.ones(3), np.ones(4)), (np.ones(3), np.ones((3, 10))), (holes, holes[::-1])):
-        with pytest.raises(ValueError, match="different items"):
+        with pytest.raises(ValueError, match=r"\(3,\)|\(2,\)"):
             paired_difference(a, b, 100, seed=0)
 
 
 @pytest.mark.parametrize(
-    ("items_of_a_group", "ours", "at_least", "at_most"),
+    ("group_size", "quality", "at_least", "at_most"),
     [(1, 0.5, 0.0, 0.05), (10, 0.5, 0.0, 0.09), (1, 0.9, 0.9, 1.0)],
-    ids=["equal", "equal, ten items succeed together", "better"],
+    ids=["equal", "equal, in groups of ten", "better"],
 )
-def test_systems_are_called_better_as_often_as_they_are(
-    items_of_a_group: int, ours: float, at_least: float, at_most: float
+def test_a_better_system_is_recognised_and_an_equal_one_rarely(
+    group_size: int, quality: float, at_least: float, at_most: float
 ) -> None:
     draw = np.random.default_rng(3)
-    groups = np.repeat(np.arange(40), items_of_a_group)
+    groups = np.repeat(np.arange(40), group_size)
     wins = 0
     for simulation in range(200):
-        a, b = (np.repeat(draw.random(40) < quality, items_of_a_group).astype(float) for quality in (ours, 0.5))
+        a, b = (np.repeat(draw.random(40) < right, group_size).astype(float) for right in (quality, 0.5))
         wins += paired_difference(a, b, 300, simulation, groups)["low"] > 0
     assert at_least <= wins / 200 <= at_most

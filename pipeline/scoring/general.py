@@ -1,7 +1,7 @@
-"""The forgetting check: what the base could do before tuning, on rows that have nothing to do with the task.
+"""The forgetting check: how well base and adapter do on general rows, which are not from the training task.
 
-Its rows are a file in any format that ingest reads, pinned by its sha256. For base and adapter: the loss of each
-row's last answer, and whether an answer with one right answer was right.
+The rows come from a file in any format that ingest reads, pinned by its sha256. Each row's last answer gives a loss
+and, with `scoring: exact`, a right or wrong answer.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pipeline.core.files import sha256_file
 from pipeline.data.formats import read_rows
 from pipeline.data.records import Rejected
 from pipeline.params import EvaluateParams, GeneralParams
-from pipeline.scoring.items import compute
+from pipeline.scoring.items import compute_metric
 from pipeline.scoring.likelihood import Losses
 from pipeline.scoring.resampling import LOWER_IS_BETTER, table_scores
 
@@ -26,7 +26,7 @@ METRICS = ("accuracy", "perplexity")
 
 
 class GeneralError(ValueError):
-    """The general set cannot be used; the message says what is wrong with which row."""
+    """The general set cannot be used; the message names the file or row."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,29 @@ class GeneralRow:
     group: str
     reference: str
     sequence: tuple[list[int], list[int]]  # tokens and labels
-    prompt: list[int] | None  # of a row with one right answer; the others are only read, not answered
+    prompt: list[int] | None  # of a row that is answered; the others only have a loss
 
 
 def read_general(params: GeneralParams, template: ChatTemplate, context: int | None) -> list[GeneralRow]:
-    """The rows of the file, tokenised. A row with `scoring: exact` is also answered, calls excepted.
+    """The rows of the file, tokenised. A row with `scoring: exact` is also answered, unless its answer has tool calls.
 
     Raises:
-        GeneralError: no such file, another one than the pinned one, an unusable row, or a row longer than `context`.
-        FormatError: the file is in no known format.
+        GeneralError: the file is missing or not the pinned one, or a row cannot be used or is longer than `context`.
+        FormatError: the file's format is unknown.
     """
     path = Path(params.path)
     if not path.is_file():
-        raise GeneralError(f"evaluate.general.path names {path}, which is not there")
+        raise GeneralError(f"evaluate.general.path is {path}, which does not exist")
     digest = sha256_file(path)
     if digest != params.sha256:
         raise GeneralError(
-            f"{path} is not the file that evaluate.general names: its sha256 is {digest}. Scores on another file are "
-            "not comparable; put the file back, or set evaluate.general.sha256 to this"
+            f"{path} has the sha256 {digest}; evaluate.general.sha256 is {params.sha256}. Restore the file, or set the "
+            "parameter to the new sha256; scores on different files cannot be compared"
         )
     general = []
     for row in read_rows(path):
         if isinstance(row, Rejected):
-            raise GeneralError(f"{row.source} is no usable row: {row.reason}")
+            raise GeneralError(f"{row.source} cannot be used: {row.reason}")
         try:
             encoded = template.encode(row.messages, row.tools)
             prompt = template.prompt_ids(row.messages[:-1], row.tools)
@@ -65,7 +65,7 @@ def read_general(params: GeneralParams, template: ChatTemplate, context: int | N
             raise GeneralError(f"{row.source}: {error}") from None
         ids, last = encoded.input_ids, row.messages[-1]
         if context is not None and len(ids) > context:
-            raise GeneralError(f"{row.source} has {len(ids)} tokens, and the model's context is {context}")
+            raise GeneralError(f"{row.source} has {len(ids)} tokens, but the model's context is {context}")
         answered = row.scoring == "exact" and not last.get("tool_calls")
         sequence = (ids, [-100] * len(prompt) + encoded.labels[len(prompt) :])
         reference = str(last.get("content") or "")
@@ -76,23 +76,23 @@ def read_general(params: GeneralParams, template: ChatTemplate, context: int | N
 
 
 def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], losses: Losses) -> pa.Table:
-    """The scored rows, (N,): `id, group, reference, answer, accuracy` (null where none was asked), `loss, loss_tokens`.
+    """The scored rows (N): `id, group, reference, answer, accuracy` (null for rows without a prompt), `loss, …`.
 
     Args:
-        answers: to the prompts, in their order. One that is cut off is wrong, whatever its text.
+        answers: to the rows with a prompt, in their order. A cut-off answer is wrong, whatever its text.
     """
-    given = iter(answers)
-    answered = [None if row.prompt is None else next(given) for row in general]
+    next_answer = iter(answers)
+    row_answers = [None if row.prompt is None else next(next_answer) for row in general]
     references = [row.reference for row in general]
-    counted = ["" if answer is None or answer.cut_off else answer.text for answer in answered]
-    scoring = ["text" if answer is None else "exact" for answer in answered]
-    hits = compute("accuracy", predictions=counted, references=references, scoring=scoring)["items"]
+    predictions = ["" if answer is None or answer.cut_off else answer.text for answer in row_answers]
+    scoring = ["text" if answer is None else "exact" for answer in row_answers]
+    hits = compute_metric("accuracy", predictions=predictions, references=references, scoring=scoring)["items"]
     return pa.table(
         {
             "id": [row.id for row in general],
             "group": [row.group for row in general],
             "reference": references,
-            "answer": pa.array([None if answer is None else answer.text for answer in answered], pa.string()),
+            "answer": pa.array([None if answer is None else answer.text for answer in row_answers], pa.string()),
             "accuracy": pa.array(hits, pa.float64()),
             "loss": pa.array(losses[0], pa.float64()),
             "loss_tokens": pa.array(losses[1], pa.int32()),
@@ -101,7 +101,11 @@ def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], loss
 
 
 def measure_forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams) -> dict[str, Any]:
-    """Both systems' scores with intervals, and how much worse the adapter is: perplexity as a fraction of the base."""
+    """Scores of base and adapter with intervals, and how much worse the adapter is (perplexity: relative to the base).
+
+    Args:
+        before, after: `general_items` of the base and of the adapter.
+    """
     base, adapter = (table_scores(t, METRICS, params.bootstrap_samples, params.seed) for t in (before, after))
     lost: dict[str, float | None] = {}
     for metric in METRICS:

@@ -1,7 +1,7 @@
-"""Answers to test items in, scored items and summaries of them out: overall, by task, language and length.
+"""Scores answers to test items and summarises the scores: overall, by task, by language and by length.
 
-An answer that is empty or cut off is counted as such and scored as an empty one, whatever its text: it is a failure,
-and leaving it out would reward a model for failing on what is hard.
+An empty or cut-off answer is counted as such and scored as an empty text: leaving it out would reward a model for
+failing on hard items.
 """
 
 import uuid
@@ -25,21 +25,20 @@ from pipeline.scoring.metrics import text_metrics
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, slices_of, table_scores
 
 METRICS_FILE = Path(text_metrics.__file__)
-# Metrics whose items are columns of the table: `label` and `predicted`, `loss` and `loss_tokens`.
-OF_COLUMNS = {
+# Signatures of the metrics that are computed from columns of the table: label and predicted, loss and loss_tokens.
+COLUMN_METRICS = {
     "macro_f1": f"macro-f1|classes:references|{text_metrics.FOLDED}",
     "perplexity": "perplexity|tokens:trained-of-the-last-answer|mean:token",
 }
-# Metrics of an answer's text and its reference alone.
-TEXT_METRICS = [name for name in METRICS if name not in ("accuracy", *OF_COLUMNS) and not name.startswith("rouge")]
-NOT_SCORED = {"prompts", "general"}  # parameters that no score of a test item depends on
-# {metric: {score, low, high}, num_samples, num_cut_off, num_empty, by_task, by_language, by_length: {name:
-# the same}}
+# Metrics that need only an answer's text and its reference.
+TEXT_METRICS = [name for name in METRICS if name not in ("accuracy", *COLUMN_METRICS) and not name.startswith("rouge")]
+NOT_SCORED = {"prompts", "general"}  # parameters that do not affect the scores of test items
+# {metric: {score, low, high}, num_samples, num_cut_off, num_empty, by_task, by_language, by_length: {name: the same}}
 Metrics = dict[str, Any]
 
 
 def score_items(test: pa.Table, answers: Sequence[Answer], losses: Losses) -> tuple[pa.Table, dict[str, str]]:
-    """Every test item with its answer and scores, (N rows), and the signature of each metric; `losses` of references.
+    """Every test item with its answer and scores (N rows), and each metric's signature; `losses` of the references.
 
     Columns: `id, task, language, group, scoring, messages, prompt, prompt_tokens, reference, answer, status` (ok,
     cut_off or empty), `cut_off, answer_ids, accuracy` (null without one right answer), `label, predicted` (null outside
@@ -47,23 +46,23 @@ def score_items(test: pa.Table, answers: Sequence[Answer], losses: Losses) -> tu
     rougeLsum` (null where the answer is calls), `loss, loss_tokens`.
     """
     references, scoring = test.column("reference").to_pylist(), test.column("scoring").to_pylist()
-    texts, status, counted = [], [], []
+    texts, status, predictions = [], [], []
     for answer, kind in zip(answers, scoring, strict=True):
         calls = canonical_calls(answer.tool_calls) if kind == TOOL_CALLS and answer.tool_calls else None
         texts.append(answer.text if calls is None else calls)
-        said = answer.text.strip() or answer.tool_calls
-        status.append("cut_off" if answer.cut_off else "ok" if said else "empty")
-        counts = status[-1] == "ok" and (kind != TOOL_CALLS or calls is not None)
-        counted.append(texts[-1] if counts else "")
-    pair = {"predictions": counted, "references": references}
-    of_texts = [number for number, kind in enumerate(scoring) if kind != TOOL_CALLS]  # of calls they say nothing
-    texts_alone = {name: [column[number] for number in of_texts] for name, column in pair.items()}
-    results = {metric: compute(metric, **texts_alone) for metric in (*TEXT_METRICS, "rouge")}
-    results["accuracy"] = compute("accuracy", **pair, scoring=scoring)
+        has_content = answer.text.strip() or answer.tool_calls
+        status.append("cut_off" if answer.cut_off else "ok" if has_content else "empty")
+        usable = status[-1] == "ok" and (kind != TOOL_CALLS or calls is not None)
+        predictions.append(texts[-1] if usable else "")
+    columns_of_all = {"predictions": predictions, "references": references}
+    text_rows = [row for row, kind in enumerate(scoring) if kind != TOOL_CALLS]
+    columns_of_texts = {name: [column[row] for row in text_rows] for name, column in columns_of_all.items()}
+    results = {metric: compute_metric(metric, **columns_of_texts) for metric in (*TEXT_METRICS, "rouge")}
+    results["accuracy"] = compute_metric("accuracy", **columns_of_all, scoring=scoring)
     labels = class_labels(test)
     predicted = [
         None if label is None else f"{task}: {fold(text)}"
-        for label, task, text in zip(labels, test.column("task").to_pylist(), counted, strict=True)
+        for label, task, text in zip(labels, test.column("task").to_pylist(), predictions, strict=True)
     ]
     columns: dict[str, pa.Array] = {
         "prompt_tokens": pa.array(map(len, test.column("input_ids").to_pylist()), pa.int32()),
@@ -75,37 +74,37 @@ def score_items(test: pa.Table, answers: Sequence[Answer], losses: Losses) -> tu
         "label": pa.array(labels, pa.string()),
         "predicted": pa.array(predicted, pa.string()),
     }
-    by_text = {metric: results[metric]["items"] for metric in TEXT_METRICS} | results["rouge"]["items"]
-    for metric, values in by_text.items():
-        value_of = dict(zip(of_texts, values, strict=True))
-        kept = [value_of.get(number) for number in range(len(test))]
-        counts = any(isinstance(value, list) for value in values)  # that the set's score is made from
-        columns[metric] = pa.array(kept, pa.list_(pa.float64()) if counts else pa.float64())
+    text_scores = {metric: results[metric]["items"] for metric in TEXT_METRICS} | results["rouge"]["items"]
+    for metric, values in text_scores.items():
+        by_row = dict(zip(text_rows, values, strict=True))
+        are_counts = any(isinstance(value, list) for value in values)
+        kind = pa.list_(pa.float64()) if are_counts else pa.float64()
+        columns[metric] = pa.array([by_row.get(row) for row in range(len(test))], kind)
     columns |= {"loss": pa.array(losses[0], pa.float64()), "loss_tokens": pa.array(losses[1], pa.int32())}
     items = test.select(["id", "task", "language", "group", "scoring", "messages", "prompt", "reference"])
     for name, column in columns.items():
         items = items.append_column(name, column)
-    signatures = OF_COLUMNS | {name: result["signature"] for name, result in results.items()}
+    signatures = COLUMN_METRICS | {name: result["signature"] for name, result in results.items()}
     signatures |= dict.fromkeys(results["rouge"]["items"], results["rouge"]["signature"])
     return items, {metric: signatures[metric] for metric in METRICS}
 
 
-def compute(name: str, **columns: Any) -> dict[str, Any]:
+def compute_metric(name: str, **columns: Any) -> dict[str, Any]:
     """The result of the metric `name` of the local `evaluate` module."""
     metric = _metric(name)
     if not any(len(column) for column in columns.values()):
-        return dict(metric._compute(**columns))  # evaluate itself takes no empty set
+        return dict(metric._compute(**columns))  # `compute` does not accept an empty set
     return dict(metric.compute(**columns))
 
 
 @cache
 def _metric(name: str) -> Any:
-    """Loaded once a process; concurrent runs have files of their own."""
+    """The metric, loaded once per process, with files that concurrent runs do not share."""
     return hf_evaluate.load(str(METRICS_FILE), name, experiment_id=uuid.uuid4().hex, keep_in_memory=True)
 
 
 def class_labels(test: pa.Table) -> list[str | None]:
-    """Each item's class as `task: label`; None where the task is no classification."""
+    """Each item's class as `task: label`; None if its task is not a classification (few labels, each often)."""
     tasks, scoring = test.column("task").to_pylist(), test.column("scoring").to_pylist()
     labels = [
         f"{task}: {fold(reference)}" if kind == "exact" else None
@@ -113,14 +112,14 @@ def class_labels(test: pa.Table) -> list[str | None]:
     ]
     classifications = set()
     for task in set(tasks):
-        of_task = [label for label, its in zip(labels, tasks, strict=True) if its == task and label is not None]
-        if 2 <= len(set(of_task)) <= len(of_task) / ITEMS_OF_A_CLASS:
+        task_labels = [label for label, name in zip(labels, tasks, strict=True) if name == task and label is not None]
+        if 2 <= len(set(task_labels)) <= len(task_labels) / ITEMS_OF_A_CLASS:
             classifications.add(task)
     return [label if task in classifications else None for label, task in zip(labels, tasks, strict=True)]
 
 
 def summarise(items: pa.Table, params: EvaluateParams) -> Metrics:
-    """Scores with 95 % intervals over all items and of each slice. A metric that no item counts for is null."""
+    """Scores with 95 % intervals of all items and of each slice; null for a metric that counts no item."""
     result = _scores(items, params)
     for kind in ("by_task", "by_language", "by_length"):
         result[kind] = {name: _scores(part, params) for name, part in slices_of(items, kind).items()}
@@ -135,7 +134,7 @@ def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
 
 
 def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]) -> dict[str, Any]:
-    """What two sets of item scores must share to be compared."""
+    """Everything that must be equal for two sets of item scores to be comparable."""
     return {
         "test_sha256": read_json(dataset / "report.json")["test_sha256"],
         "params": params.model_dump(exclude=NOT_SCORED),
@@ -146,11 +145,11 @@ def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]
 
 
 def scoring_params(provenance: dict[str, Any]) -> EvaluateParams:
-    """The parameters that scores were made with, from their provenance."""
+    """The evaluation parameters recorded in a `provenance`."""
     return EvaluateParams.model_validate({"prompts": [], "general": None} | provenance["params"])
 
 
 def test_items(dataset: Path, max_samples: int | None) -> pa.Table:
-    """The test split, or its first `max_samples` rows in the order of their ids: random, but always the same."""
+    """The test split, or its first `max_samples` rows by id, which is a fixed random sample."""
     table = pq.read_table(dataset / "test.parquet")
     return table if max_samples is None else table.sort_by("id").slice(0, max_samples)

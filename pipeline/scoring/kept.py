@@ -1,8 +1,7 @@
-"""Answers kept as they are made, so that a killed evaluation goes on where it was.
+"""Saves each answer as soon as it is generated, so that a killed evaluation continues where it stopped.
 
-One file for each set of answers, named after all that they depend on, so that no other run takes it by mistake. Those
-of the last run stay after the stage: another metric or page scores the same answers again without asking for them
-again.
+Each set of answers has a file, whose name is a digest of everything that they depend on. The files of the last run stay
+after the stage, so another metric or report scores the same answers without generating them again.
 """
 
 import json
@@ -19,7 +18,7 @@ from pipeline.core.files import sha256_json, write_text
 def kept_file(
     folder: Path, model: dict[str, Any], prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int]
 ) -> Path:
-    """Where in `folder` the answers of `model` are kept (what identifies it: digests of base and adapter, …)."""
+    """The file in `folder` for the answers of a model, which `model` identifies (digests of base and adapter, …)."""
     name = sha256_json(
         {
             "model": model,
@@ -35,15 +34,14 @@ def kept_file(
 
 
 class KeptAnswers(dict[int, Any]):
-    """Answers by the number of their prompt (tokens, or what else JSON holds): those in `path`, and those added, of
-    which each is a line there at once."""
+    """Answers (tokens, or any JSON) by the number of their prompt, read from `path`; a new one is appended there."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         if path is not None:
-            whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
-            self.update(map(json.loads, whole.splitlines()))  # a line that a kill cut short has no end
-            write_text(path, f"{whole}\n" if whole else "")
+            lines = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+            self.update(map(json.loads, lines.splitlines()))  # without a last line that a kill cut short
+            write_text(path, f"{lines}\n" if lines else "")
 
     def __setitem__(self, number: int, answer: Any) -> None:
         super().__setitem__(number, answer)

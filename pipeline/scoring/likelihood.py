@@ -1,4 +1,4 @@
-"""What a model makes of given texts: the loss of their tokens, and which of them it would have chosen itself."""
+"""A model's loss on given texts, and how many of their tokens it would have chosen itself."""
 
 import json
 from collections.abc import Callable
@@ -15,20 +15,17 @@ from pipeline.core.progress import Progress
 from pipeline.data.records import TOOL_CALLS
 from pipeline.weights.loading import input_device
 
-BATCH_TOKENS = 2**12  # of one pass, padding included
-BATCH_LOGITS = 2**28  # of one pass: half a gigabyte in bfloat16
+BATCH_TOKENS = 2**12  # per pass, with padding
+BATCH_LOGITS = 2**28  # per pass: half a gigabyte in bfloat16
 Sequence = tuple[list[int], list[int]]  # tokens, and labels as in training: -100 does not count
-Losses = tuple[list[float], list[int]]  # of each text, summed over its counted tokens in nats; how many these are
+Losses = tuple[list[float], list[int]]  # for each text: loss in nats, summed over the tokens that count; their number
 T = TypeVar("T")
-# From the logits of the labelled tokens (n, V), these tokens (n,) and where they stand (B, T), to one result a row.
+# Logits of the labelled tokens (n, V), these tokens (n,) and a mask of their positions (B, T) → one result per row.
 Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[T]]
 
 
 def reference_losses(model: Any, template: ChatTemplate, test: pa.Table, stage: str, system: str) -> Losses:
-    """The losses of each test item's reference.
-
-    Counted are the tokens of the last answer that training would give loss, its end token included.
-    """
+    """The loss of each test item's reference, over the tokens that training would count, with the end token."""
     columns = [test.column(name).to_pylist() for name in ("messages", "tools", "reference", "input_ids")]
     rows = list(zip(*columns, strict=True))
     scoring = test.column("scoring").to_pylist()
@@ -46,56 +43,57 @@ def reference_losses(model: Any, template: ChatTemplate, test: pa.Table, stage: 
 def sequence_losses(model: Any, sequences: list[Sequence], pad: int, stage: str, system: str) -> Losses:
     """Summed loss of each sequence's labelled tokens, and their number."""
 
-    def losses(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[tuple[float, int]]:
-        each = torch.zeros(labelled.shape, dtype=torch.float64, device=logits.device)
-        each[labelled] = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none").double()
-        return list(zip(each.sum(dim=1).tolist(), labelled.sum(dim=1).tolist(), strict=True))
+    def sum_losses(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[tuple[float, int]]:
+        losses = torch.zeros(labelled.shape, dtype=torch.float64, device=logits.device)
+        losses[labelled] = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none").double()
+        return list(zip(losses.sum(dim=1).tolist(), labelled.sum(dim=1).tolist(), strict=True))
 
-    results = per_sequence(model, sequences, pad, losses, stage, f"likelihoods of {system}")
+    results = per_sequence(model, sequences, pad, sum_losses, stage, f"likelihoods of {system}")
     return [loss for loss, _ in results], [count for _, count in results]
 
 
 def token_agreement(
     model: Any, prompts: list[list[int]], answers: list[list[int]], pad: int, stage: str, system: str
 ) -> float:
-    """Fraction of `answers` tokens that are `model`'s first choice after the prompt and the tokens before them."""
+    """Fraction of the tokens in `answers` that `model` finds most likely after the prompt and the tokens before."""
 
-    def agreed(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[int]:
-        same = torch.zeros_like(labelled)
-        same[labelled] = logits.argmax(-1) == tokens
-        numbers: list[int] = same.sum(dim=1).tolist()
-        return numbers
+    def count_equal(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[int]:
+        equal = torch.zeros_like(labelled)
+        equal[labelled] = logits.argmax(-1) == tokens
+        counts: list[int] = equal.sum(dim=1).tolist()
+        return counts
 
     sequences = [(p + a, [-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
-    return sum(per_sequence(model, sequences, pad, agreed, stage, f"tokens of {system}")) / sum(map(len, answers))
+    counts = per_sequence(model, sequences, pad, count_equal, stage, f"tokens of {system}")
+    return sum(counts) / sum(map(len, answers))
 
 
 @torch.inference_mode()
 def per_sequence(model: Any, sequences: list[Sequence], pad: int, reduce: Reduce[T], stage: str, unit: str) -> list[T]:
-    """What `reduce` makes of each sequence, in their order; the longest go first, as many at once as fit."""
+    """The result of `reduce` for each sequence, in their order; computes the longest first, as many at once as fit."""
     model.eval()
     vocabulary = model.config.get_text_config().vocab_size
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
     results: dict[int, T] = {}
     progress = Progress(stage, len(order), unit)
     tokens_at_once = BATCH_TOKENS
-    while left := order[len(results) :]:
-        width = len(sequences[left[0]][0])
-        most = _fitting_rows([sequences[i] for i in left], tokens_at_once, vocabulary)
+    while remaining := order[len(results) :]:
+        width = len(sequences[remaining[0]][0])
+        max_rows = _fitting_rows([sequences[i] for i in remaining], tokens_at_once, vocabulary)
 
-        def attempt(rows: int, left: list[int] = left) -> list[T]:
-            return _reduced(model, [sequences[i] for i in left[:rows]], pad, reduce)
+        def attempt(rows: int, remaining: list[int] = remaining) -> list[T]:
+            return _reduce_batch(model, [sequences[i] for i in remaining[:rows]], pad, reduce)
 
-        rows, reduced = in_fitting_batch(most, attempt, f"text of {width} tokens")
-        if rows < most:
+        rows, batch_results = in_fitting_batch(max_rows, attempt, f"text of {width} tokens")
+        if rows < max_rows:
             tokens_at_once = rows * width
-        results |= zip(left[:rows], reduced, strict=True)
+        results |= zip(remaining[:rows], batch_results, strict=True)
         progress.update(len(results))
     return [results[i] for i in range(len(sequences))]
 
 
 def _fitting_rows(sequences: list[Sequence], tokens_at_once: int, vocabulary: int) -> int:
-    """How many of `sequences`, the longest first, make one pass."""
+    """How many of `sequences`, the longest first, fit one pass."""
     width, logits = len(sequences[0][0]), 0
     for rows, (_, labels) in enumerate(sequences, start=1):
         logits = max(logits, _logits_to_keep(labels, width))
@@ -105,20 +103,20 @@ def _fitting_rows(sequences: list[Sequence], tokens_at_once: int, vocabulary: in
 
 
 def _logits_to_keep(labels: list[int], width: int) -> int:
-    """Positions from the one before the first labelled token to the end of a line of `width` tokens."""
+    """Number of positions from just before the first labelled token to the end of a row of `width` tokens."""
     first = next((k for k, label in enumerate(labels) if k and label != -100), width)
     return width - first + 1
 
 
-def _reduced(model: Any, batch: list[Sequence], pad: int, reduce: Reduce[T]) -> list[T]:
+def _reduce_batch(model: Any, batch: list[Sequence], pad: int, reduce: Reduce[T]) -> list[T]:
     device = input_device(model)
     width = max(len(tokens) for tokens, _ in batch)
     kept = max(_logits_to_keep(labels, width) for _, labels in batch)
     ids, labels, mask = (torch.full((len(batch), width), value) for value in (pad, -100, 0))  # (B, T)
-    for row, (tokens, marks) in enumerate(batch):
-        ids[row, : len(tokens)], labels[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(marks)
+    for row, (tokens, token_labels) in enumerate(batch):
+        ids[row, : len(tokens)], labels[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(token_labels)
         mask[row, : len(tokens)] = 1
-    # The last ones, since virtual tokens of prompt tuning come before.
+    # Counted from the end, because prompt tuning adds virtual tokens before the text.
     logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=kept).logits[
         :, -kept:-1
     ]

@@ -1,4 +1,4 @@
-"""What merging answers and merging classes share: the choice of the base to merge into, and the proof of parity.
+"""Chooses the base to merge into, and proves that the merged model answers like the adapter.
 
 The adapter was trained on the quantised base, so it is added to the full-precision base or to the base after the NF4
 round trip, whichever is measured closer.
@@ -26,10 +26,10 @@ from pipeline.weights.merging import MergeError, Merging, merge_adapter
 class Merged:
     base: str  # full | nf4
     merging: Merging
-    logit_error: dict[str, float]  # mean absolute difference to adapter-on-quantised-base, by base tried
-    logit_change: float  # mean absolute difference that the adapter makes to its base
-    agreement: float  # fraction of the adapter's answer tokens, or classes, that it chooses, given the text so far
-    identical: float  # fraction of test prompts with the very same answer; one close call changes all that follows it
+    logit_error: dict[str, float]  # mean absolute difference from the adapter on its quantised base, by base tried
+    logit_change: float  # mean absolute difference between adapter and base
+    agreement: float  # fraction of the adapter's classes or answer tokens that it chooses, given the tokens before
+    identical: float  # fraction of test prompts with the same answer; one close call changes all tokens after it
     metrics: Metrics
 
 
@@ -39,15 +39,15 @@ def merge_closest(
     adapter: Path,
     quantisation: Quantisation,
     folder: Path,
-    error_of: Callable[[str, Path], float],
+    logit_error: Callable[[str, Path], float],
     labels: list[str] | None = None,
 ) -> tuple[str, Merging, dict[str, float]]:
-    """Merge into each base that `params` name and keep in `folder` the one whose logits are closest to the adapter's.
+    """Merge into each base that `params` allow, and keep in `folder` the model with logits closest to the adapter's.
 
     Args:
-        error_of: the mean absolute logit difference of the merged model in a folder, given which base it was.
+        logit_error: returns the mean absolute logit difference of the merged model, given its base and folder.
 
-    Returns: that base (full or nf4), how it was merged, and the differences by base.
+    Returns: the chosen base (full or nf4), how it was merged, and the logit errors by base.
     """
     mergings: dict[str, Merging] = {}
     errors: dict[str, float] = {}
@@ -58,7 +58,7 @@ def merge_closest(
         model.mkdir()
         rounded = quantisation if choice == "nf4" else None
         mergings[choice] = merge_adapter(identity, adapter, model, rounded, dtype, labels)
-        errors[choice] = error_of(choice, model)
+        errors[choice] = logit_error(choice, model)
     chosen = min(errors, key=lambda choice: errors[choice])
     for path in list((folder / chosen).iterdir()):
         path.rename(folder / path.name)
@@ -75,15 +75,14 @@ def prove(
     evaluated: dict[str, Metrics],
     recorded: dict[str, Any],
 ) -> None:
-    """Write how far `merged` is from the adapter: `items.merged.parquet`, `scores.json`, `metrics.json` (for
-    `dvc metrics`) and `parity.json`.
+    """Check `merged` against the adapter; write `items.merged.parquet`, `scores.json`, `metrics.json`, `parity.json`.
 
     Args:
         evaluated: scores of `base` and `adapter`.
-        recorded: what the scores of `items` depend on.
+        recorded: the provenance of `items`.
 
     Raises:
-        MergeError: it is further than `params` allow; with the number and what to set.
+        MergeError: it differs from the adapter by more than `params` allow.
     """
     differences = {}  # how much higher than the adapter's, where both count; of perplexity as a fraction
     for metric in METRICS:
@@ -111,24 +110,23 @@ def prove(
 
 
 def _require_parity(params: MergeParams, merged: Merged, differences: dict[str, float]) -> None:
-    tried = ", ".join(f"{base} {error:.4f}" for base, error in merged.logit_error.items())
-    advice = f"Set merge.dtype to float32, or merge.base to the other base (mean logit errors: {tried})"
-    error, reach, agreement = merged.logit_error[merged.base], merged.logit_change, merged.agreement
+    errors = ", ".join(f"{base} {error:.4f}" for base, error in merged.logit_error.items())
+    advice = f"Set merge.dtype to float32, or merge.base to the other base (mean logit errors: {errors})"
+    error, change, agreement = merged.logit_error[merged.base], merged.logit_change, merged.agreement
     if agreement < params.min_agreement:
         raise MergeError(
             f"the merged model agrees with the adapter on {agreement:.2%}; merge.min_agreement is "
             f"{params.min_agreement:.2%}. {advice}"
         )
-    if not error <= params.max_logit_error * reach:
+    if not error <= params.max_logit_error * change:
         raise MergeError(
-            f"the merged model's logits differ from the adapter's by {error:.4f} in the mean, and the adapter "
-            f"changes those of its base by {reach:.4f}; merge.max_logit_error allows {params.max_logit_error:g} of it. "
-            f"{advice}"
+            f"the merged model's logits differ from the adapter's by {error:.4f} on average; merge.max_logit_error "
+            f"allows {params.max_logit_error:g} of the adapter's own change of {change:.4f}. {advice}"
         )
     for metric, difference in differences.items():
         worse = difference if metric in LOWER_IS_BETTER else -difference / (100 if metric in PERCENT else 1)
         if worse > params.max_metric_drop:
             raise MergeError(
-                f"{metric} of the merged model is worse than the adapter's by {worse:.4f} of the metric's range (or of "
-                f"a perplexity); merge.max_metric_drop is {params.max_metric_drop:g}. {advice}"
+                f"{metric} of the merged model is worse than the adapter's by {worse:.4f} (of the metric's range, or "
+                f"of the adapter's perplexity); merge.max_metric_drop is {params.max_metric_drop:g}. {advice}"
             )

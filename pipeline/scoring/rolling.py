@@ -1,7 +1,7 @@
-"""A batch whose rows come and go, over transformers' own cache: no step is spent on a row that has ended.
+"""A batch that rows can join and leave, with transformers' own cache: no step is spent on an ended row.
 
-Rows stand flush right, as `generate` pads them, so the model makes masks and positions as it does there. Prompts join
-with their own cache, padded on the left; columns that no row needs are cut off.
+Rows are padded on the left, as by `generate`, so masks and positions are the same as there. New prompts bring their own
+cache, which is padded to fit; columns that no row needs any more are cut off.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from pipeline.weights.loading import input_device
 
-PREFILL_TOKENS = 16_384  # of one forward pass over prompts: what bounds its memory
+PREFILL_TOKENS = 16_384  # in one forward pass over prompts; limits its memory
 
 
-def remembers_keys_and_values_alone(model: Any) -> bool:
-    """Whether rows of `model` can join and leave, by transformers' own rules.
+def has_only_kv_cache(model: Any) -> bool:
+    """Whether rows of `model` can join and leave a batch.
 
-    Not where it has another memory (Mamba), trained vectors before the text, or code from its repository.
+    False for models with other state (Mamba), trained vectors before the text, or code from their repository.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base is not model and model.active_peft_config.is_prompt_learning:
@@ -32,16 +32,16 @@ def remembers_keys_and_values_alone(model: Any) -> bool:
 
 
 class RollingBatch:
-    """`last` is the newest token of each row, which is not in the cache yet."""
+    """Rows of token ids, the cache of their keys and values, and the newest token of each row."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.device = model, input_device(model)
         self.cache = DynamicCache()
         self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)  # tokens in the cache, by row
-        self.last: list[int] = []
+        self.last: list[int] = []  # the newest tokens, which are not in the cache yet
 
     def join(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Add as many of `prompts`, the longest first, as one pass takes, each with its first new token; how many."""
+        """Add as many `prompts` (the longest first) as fit one pass, with their first new tokens; returns how many."""
         prompts = prompts[: max(1, PREFILL_TOKENS // len(prompts[0]))]
         width = len(prompts[0])
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
@@ -49,32 +49,32 @@ class RollingBatch:
         cache = DynamicCache()
         tokens = self._forward(ids, lengths, cache)
         if self.last:
-            most = max(width, int(self.lengths.max()))
-            for layer, added in zip(self.cache.layers, cache.layers, strict=True):
+            longest = max(width, int(self.lengths.max()))
+            for layer, new_layer in zip(self.cache.layers, cache.layers, strict=True):
                 for name in ("keys", "values"):
-                    both = (getattr(each, name) for each in (layer, added))
-                    setattr(layer, name, torch.cat([pad(x, (0, 0, most - x.shape[2], 0)) for x in both]))
+                    tensors = (getattr(layer, name), getattr(new_layer, name))
+                    setattr(layer, name, torch.cat([pad(x, (0, 0, longest - x.shape[2], 0)) for x in tensors]))
         else:
             self.cache = cache
         self.lengths, self.last = torch.cat([self.lengths, lengths]), self.last + tokens
         return len(prompts)
 
     def step(self) -> None:
-        """One more token of each row."""
+        """Add one token to each row."""
         self.lengths = self.lengths + 1
         self.last = self._forward(torch.tensor(self.last, device=self.device)[:, None], self.lengths, self.cache)
 
     def keep(self, rows: list[int]) -> None:
-        """Let all other rows go."""
+        """Remove all rows but `rows`."""
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
         self.lengths, self.last = self.lengths[index], [self.last[row] for row in rows]
-        most = int(self.lengths.max()) if rows else 0
+        longest = int(self.lengths.max()) if rows else 0
         for layer in self.cache.layers:
-            start = layer.keys.shape[2] - most
+            start = layer.keys.shape[2] - longest
             layer.keys, layer.values = (x[index.to(x.device), :, start:] for x in (layer.keys, layer.values))
 
     def _forward(self, ids: torch.Tensor, lengths: torch.Tensor, cache: DynamicCache) -> list[int]:
-        """The first choice after the last token of each row; `ids` (B, T), of rows that are `lengths` long with it."""
+        """The most likely token after each row; `ids` (B, T) are its newest tokens, `lengths` includes them."""
         columns = torch.arange(int(lengths.max()), device=self.device)
         positions = columns - (len(columns) - lengths)[:, None]
         output = self.model(

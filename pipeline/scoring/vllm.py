@@ -1,7 +1,6 @@
-"""Answers by vLLM, where it is installed: an adapter, unmerged, and its base in one engine on a CUDA GPU.
+"""Greedy answers by vLLM, if it is installed: the unmerged adapter and its base in one engine on a CUDA GPU.
 
-Decoding is greedy. A base that was quantised for training is refused: vLLM would round it in its own way, and what it
-scored would be another model.
+A base that was quantised for training is refused: vLLM would round it differently and so score another model.
 """
 
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 from pipeline.core.files import read_json
 from pipeline.core.vetting import check_adapter, check_model
 
-RANKS = (8, 16, 32, 64, 128, 256, 512)  # those that its kernels are made for
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # of its kernels
 
 
 class BackendError(ValueError):
-    """`evaluate.backend` names one that cannot be used here."""
+    """The backend in `evaluate.backend` cannot be used here."""
 
 
 def vllm_tokens(
@@ -25,23 +24,23 @@ def vllm_tokens(
     stop_ids: frozenset[int],
     quantised: bool,
 ) -> dict[str, list[list[int]]]:
-    """New tokens of `adapter` and of `base` for each prompt, the end token included.
+    """The new tokens, with the end token, for each prompt, by system (`adapter` and `base`).
 
     Raises:
         BackendError: vLLM is not installed, or the base was quantised in training.
     """
     if quantised:
         raise BackendError(
-            "evaluate.backend is vllm, but the adapter was trained on a 4-bit base, which vLLM would round in another "
-            "way; set evaluate.backend to auto, or train.load_in_4bit to false"
+            "evaluate.backend is vllm, but the adapter was trained on a 4-bit base, which vLLM rounds differently; set "
+            "evaluate.backend to auto, or train.load_in_4bit to false"
         )
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
     except ImportError as error:
         raise BackendError(
-            f"evaluate.backend is vllm, which cannot be imported here ({error}); install it beside Retune on a machine "
-            "with a CUDA GPU (pip install vllm), or set evaluate.backend to auto"
+            f"evaluate.backend is vllm, which cannot be imported ({error}); install it on a machine with a CUDA GPU "
+            "(pip install vllm), or set evaluate.backend to auto"
         ) from None
     check_model(identity["name_or_path"], identity["revision"])
     check_adapter(adapter)
@@ -51,7 +50,7 @@ def vllm_tokens(
         revision=identity["revision"],
         trust_remote_code=identity["trust_remote_code"],
         load_format="safetensors",
-        skip_tokenizer_init=True,  # token ids go in and come out
+        skip_tokenizer_init=True,  # input and output are token ids
         enable_lora=True,
         max_lora_rank=next(known for known in RANKS if known >= rank),
         enable_prefix_caching=True,

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.scoring.generation import in_batches, rolling_answers
+from pipeline.scoring.generation import generate_in_batches, generate_rolling
 from tests.bench.measuring import header, row, timed
 
 BATCH_SIZE, PROMPTS, MAX_NEW_TOKENS, VOCABULARY = 32, 160, 256, 8192
@@ -38,7 +38,7 @@ def make() -> tuple[Any, list[list[int]]]:
 def main() -> None:
     torch.set_num_threads(1)  # the same for both, whatever else the machine does
     model, prompts = make()
-    ways = {"`generate`, batches sorted by length": in_batches, "Retune": rolling_answers}
+    ways = {"`generate`, batches sorted by length": generate_in_batches, "Retune": generate_rolling}
     expected, first = dict[int, list[int]](), 0.0
     header(f"{PROMPTS} prompts, 1 thread", "tokens/s", "against `generate`", "answers that differ")
     for name, way in ways.items():
