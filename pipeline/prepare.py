@@ -38,7 +38,7 @@ from pipeline.data.encoding import ROWS, TOKENS, Encoder, encode_shard, load_enc
 from pipeline.data.outcomes import SPLITS, Outcomes, decide, joined_groups
 from pipeline.data.records import Rejected
 from pipeline.data.report import DataStats, write_report
-from pipeline.data.shards import Part, Rejection, canonical_shards
+from pipeline.data.shards import Rejection, Shard, canonical_shards
 from pipeline.data.shingles import signature_version
 from pipeline.params import PrepareParams
 
@@ -87,7 +87,7 @@ def prepare(
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="retune-") as work:
         parts, rejected = canonical_shards(data, Path(work) / "shards")
         contract = template.contract(identity)
-        folders = _encode([part.shard for part in parts], params, contract, Path(work) / "encoded", train_task)
+        folders = _encode([part.path for part in parts], params, contract, Path(work) / "encoded", train_task)
         outcomes = decide(folders, params.near_duplicate_threshold)
         _require_usable(params, outcomes, [row for row, *_ in rejected])
         with whole_directory(output) as folder:
@@ -163,7 +163,7 @@ def _require_usable(params: PrepareParams, outcomes: Outcomes, rejected: list[Re
 
 
 def _write(
-    parts: list[Part],
+    parts: list[Shard],
     rejected: list[Rejection],
     folders: list[Path],
     outcomes: Outcomes,
@@ -217,13 +217,13 @@ def _write(
     return Prepared(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
 
 
-def _rows_of(parts: list[Part], folders: list[Path], total: int, stats: DataStats) -> Iterator[pa.Table]:
+def _rows_of(parts: list[Shard], folders: list[Path], total: int, stats: DataStats) -> Iterator[pa.Table]:
     """The encoded rows of each part with their `number` among all."""
     progress, start = Progress("prepare", total, "rows written", every=2.0), 0
     for part, folder in zip(parts, folders, strict=True):
         progress.update(start)
         rows = pq.read_table(folder / ROWS)
-        read = pq.read_metadata(part.shard).num_rows
+        read = pq.read_metadata(part.path).num_rows
         stats.add_read(part.format, part.file, read)
         stats.more += len(rows) - read
         yield rows.append_column("number", pa.array(np.arange(start, start + len(rows))))

@@ -1,4 +1,4 @@
-"""Columns: none is left unread without a word, none that changes the meaning is passed over, a mapping is guessed."""
+"""Unread columns are reported, columns that change the meaning are refused, and a suggested mapping works."""
 
 import json
 import shlex
@@ -37,19 +37,17 @@ def write(folder: Path, *records: Any) -> Path:
         ),
         ({"prompt": "Q", "response": "A", "source": "x", "label": 1}, {"source", "label"}),
         ({"conversation": [{"human": "Q", "assistant": "A", "turn": 1}]}, {"conversation[].turn"}),
-        (
-            {"instruction": "Q", "instances": [{"input": "", "output": "A", "id": 1}]},
-            {"id"},
-        ),
+        ({"instruction": "Q", "instances": [{"input": "", "output": "A", "id": 1}]}, {"id"}),
         ({"text": "Q", "label": "A", "id": 1}, {"id"}),
         ({"messages": TALK, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, {"functions"}),
-        ({"q": "Q", "a": "A", "task": "t", "images": ["x.png"], "label": False}, {"images", "label"}),  # by a mapping
+        ({"q": "Q", "a": "A", "task": "t", "images": ["x.png"], "label": False}, {"images", "label"}),  # mapped
     ],
 )
-def test_what_is_not_read_is_named(tmp_path: Path, record: dict[str, Any], unused: set[str]) -> None:
-    file = open_rows(
-        write(tmp_path, record), columns=ColumnsParams(template="{q}?", response="a") if "q" in record else None
-    )
+def test_columns_and_keys_that_are_not_read_are_reported(
+    tmp_path: Path, record: dict[str, Any], unused: set[str]
+) -> None:
+    columns = ColumnsParams(template="{q}?", response="a") if "q" in record else None
+    file = open_rows(write(tmp_path, record), columns=columns)
     assert [type(row) for row in file.rows] == [Row]
     assert file.unused == unused
 
@@ -67,7 +65,7 @@ def test_what_is_not_read_is_named(tmp_path: Path, record: dict[str, Any], unuse
         ({"prompt one": "Q", "yes": "A", "n": 3}, {"prompt": "prompt one", "response": "yes"}),
     ],
 )
-def test_the_question_about_unknown_columns_holds_a_mapping_that_works(
+def test_the_error_about_unknown_columns_suggests_a_mapping_that_works(
     tmp_path: Path, record: dict[str, Any], columns: dict[str, str]
 ) -> None:
     path = write(tmp_path, record)
@@ -76,7 +74,7 @@ def test_the_question_about_unknown_columns_holds_a_mapping_that_works(
     guess = error.value.columns
     assert guess is not None and guess.model_dump(exclude_none=True) == columns
     assert as_option(guess) in str(error.value)
-    assert all(isinstance(each, Row) for each in read_rows(path, "auto", guess))
+    assert all(isinstance(row, Row) for row in read_rows(path, "auto", guess))
 
 
 NAME = (
@@ -88,7 +86,7 @@ NAME = (
 
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(NAME, NAME)
-def test_a_guessed_mapping_is_read_back_from_its_option(prompt: str, response: str) -> None:
+def test_a_mapping_survives_the_command_line(prompt: str, response: str) -> None:
     template = ColumnsParams(template="Title, {title}\n{body}", response=response)
     for columns in (ColumnsParams(prompt=prompt, response=response), template):
         [option] = shlex.split(as_option(columns))
@@ -100,6 +98,6 @@ BROKEN += ["template={q.x!r},response=a", "template={},response=a", "prompt=q,re
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_a_mapping_on_the_command_line_that_cannot_work_is_refused(text: str) -> None:
+def test_an_invalid_mapping_on_the_command_line_is_refused(text: str) -> None:
     with pytest.raises(FormatError):
         parse_columns(text)

@@ -1,4 +1,4 @@
-"""Outside data into a new snapshot: nothing is lost unseen; bad data and kills leave the old one or the new one."""
+"""An ingest replaces the snapshot completely or not at all, and reports everything it leaves out."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipeline.data.readers import FormatError
 from pipeline.data.records import Row
 from pipeline.data.shards import read_rejected
 from pipeline.data.snapshot import recover
-from pipeline.ingest import IngestError, collect, ingest
+from pipeline.ingest import IngestError, ingest, write_snapshot
 from pipeline.params import ColumnsParams, IngestParams, Params, SourceParams
 
 AUTO = IngestParams(
@@ -27,7 +27,7 @@ AUTO = IngestParams(
 
 
 @pytest.fixture(autouse=True)
-def commands_of_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def path_of_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", environment()["PATH"])
 
 
@@ -54,7 +54,7 @@ def rows_of(folder: Path) -> list[Row]:
     return rows  # type: ignore[return-value]
 
 
-def test_new_data_makes_a_new_snapshot_and_the_base_stays(project: Path, tmp_path: Path) -> None:
+def test_new_data_replaces_the_rows_and_keeps_the_base_model(project: Path, tmp_path: Path) -> None:
     before = state(project)
     new = source(tmp_path / "new", *sample_rows(20), {"instruction": "q", "output": ""}).parent
     (new / "sub").mkdir()
@@ -79,7 +79,7 @@ def test_new_data_makes_a_new_snapshot_and_the_base_stays(project: Path, tmp_pat
     assert not graph.stale(project).get("data.dvc")
 
 
-def test_bad_data_leaves_the_snapshot_as_it_was(project: Path, tmp_path: Path) -> None:
+def test_bad_data_leaves_the_snapshot_unchanged(project: Path, tmp_path: Path) -> None:
     before = state(project)
     bad = source(tmp_path / "bad", *sample_rows(2)).parent
     for content in ('[{"instruction": "q"', "[]", '[{"question": "q"}]', '[{"instruction": "q", "output": null}]'):
@@ -91,11 +91,9 @@ def test_bad_data_leaves_the_snapshot_as_it_was(project: Path, tmp_path: Path) -
         assert not (project / snapshot.SCRATCH).exists()
 
 
-def test_too_many_rejected_records_and_far_fewer_rows_than_before_stop_an_ingest_that_does_not_insist(
-    project: Path, tmp_path: Path
-) -> None:
-    nothing = {"instruction": "q", "output": ""}
-    mixed = source(tmp_path / "new", *sample_rows(37), *[nothing] * 3, name="mixed.jsonl")
+def test_too_many_rejected_records_and_far_fewer_rows_than_before_need_replace(project: Path, tmp_path: Path) -> None:
+    empty_answer = {"instruction": "q", "output": ""}
+    mixed = source(tmp_path / "new", *sample_rows(37), *[empty_answer] * 3, name="mixed.jsonl")
     few = source(tmp_path / "new", *sample_rows(18), name="few.jsonl")
     before = state(project)
     with pytest.raises(IngestError, match=r"3 of 40 .*0.05.*3 × output is empty.*mixed.jsonl:38.*--replace"):
@@ -103,18 +101,18 @@ def test_too_many_rejected_records_and_far_fewer_rows_than_before_stop_an_ingest
     assert state(project) == before
     assert ingest(AUTO, [str(mixed)], project, replace=True).rows == 37
     before = state(project)
-    with pytest.raises(IngestError, match=r"hold 18 rows and would replace 37.*--replace"):
+    with pytest.raises(IngestError, match=r"18 rows .* 37.*--replace"):
         ingest(AUTO, [str(few)], project)
     assert state(project) == before
 
 
-def test_a_snapshot_that_dvc_cannot_record_is_taken_back(
+def test_the_old_snapshot_is_restored_if_dvc_cannot_record_the_new_one(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(project)
 
     def fail(root: Path) -> None:
-        (root / "data.dvc").write_text("outs:\n- md5: 0")  # as a kill in the middle of DVC's writing leaves it
+        (root / "data.dvc").write_text("outs:\n- md5: 0")  # as if DVC was killed while it wrote the file
         raise GraphError("disk full")
 
     monkeypatch.setattr(graph, "add_data", fail)
@@ -123,65 +121,66 @@ def test_a_snapshot_that_dvc_cannot_record_is_taken_back(
     assert state(project) == before
 
 
-def test_a_named_format_and_columns_hold_for_every_source_without_its_own(tmp_path: Path) -> None:
+def test_format_and_columns_apply_to_every_source_without_its_own(tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     both = source(tmp_path / "new", *(row | {"conversations": talk} for row in sample_rows(10)), name="both.jsonl")
     other = source(tmp_path / "new", {"q": "Q", "a": "A"}, name="other.jsonl")
-    named = AUTO.model_copy(update={"format": "alpaca"})
-    notes = collect(named, [str(both)], tmp_path / "one", tmp_path)
+    alpaca = AUTO.model_copy(update={"format": "alpaca"})
+    notes = write_snapshot(alpaca, [str(both)], tmp_path / "one", tmp_path)
     assert notes["sources"][0]["files"][0]["format"] == "alpaca"
-    own = SourceParams(uri=str(other), columns=ColumnsParams(prompt="q", response="a"))
-    mapped = named.model_copy(update={"sources": [SourceParams(uri=str(both), format="sharegpt"), own]})
-    notes = collect(mapped, (), tmp_path / "two", tmp_path)
-    assert [each["files"][0]["format"] for each in notes["sources"]] == ["sharegpt", "columns"]
+    mapped = SourceParams(uri=str(other), columns=ColumnsParams(prompt="q", response="a"))
+    mixed = alpaca.model_copy(update={"sources": [SourceParams(uri=str(both), format="sharegpt"), mapped]})
+    notes = write_snapshot(mixed, (), tmp_path / "two", tmp_path)
+    assert [entry["files"][0]["format"] for entry in notes["sources"]] == ["sharegpt", "columns"]
     assert {row.messages[-1]["content"] for row in rows_of(tmp_path / "two")} == {"a", "A"}
-    with pytest.raises(IngestError, match="no source is named"):
-        collect(AUTO, (), tmp_path / "three", tmp_path)
+    with pytest.raises(IngestError):
+        write_snapshot(AUTO, (), tmp_path / "three", tmp_path)
 
 
-def test_what_was_not_used_and_what_was_repaired_is_noted_by_file(tmp_path: Path) -> None:
+def test_unused_columns_are_noted_by_file_and_repairs_by_source(tmp_path: Path) -> None:
     talk = [{"role": role, "content": "x", "id": 1} for role in ("user", "user", "assistant")]
     one = source(tmp_path / "new", {"messages": talk, "lang": "en"}, {"messages": talk[1:]}, name="one.jsonl")
     two = source(tmp_path / "new", *sample_rows(3), name="two.jsonl")
-    notes = collect(AUTO, [str(one), str(two)], tmp_path / "snapshot", tmp_path)
-    assert [file["not_used"] for each in notes["sources"] for file in each["files"]] == [["lang", "messages[].id"], []]
-    assert [each["repaired"] for each in notes["sources"]] == [{"consecutive user turns joined": 1}, {}]
+    notes = write_snapshot(AUTO, [str(one), str(two)], tmp_path / "snapshot", tmp_path)
+    files = [file for entry in notes["sources"] for file in entry["files"]]
+    assert [file["not_used"] for file in files] == [["lang", "messages[].id"], []]
+    assert [entry["repaired"] for entry in notes["sources"]] == [{"consecutive user turns joined": 1}, {}]
 
 
-def mixture(folder: Path, sizes: dict[str, int], **knobs: tuple[float | None, int | None]) -> list[Row]:
-    """The rows kept of sources with so many rows, and a weight and a cap each."""
+def mix(folder: Path, sizes: dict[str, int], **settings: tuple[float | None, int | None]) -> list[Row]:
+    """The rows kept from sources of these sizes, with (weight, cap) by source."""
     sources = []
     for name, size in sizes.items():
         rows = ({"instruction": f"{name} {i}", "output": "A"} for i in range(size))
         uri = str(source(folder, *rows, name=f"{name}.jsonl"))
-        weight, cap = knobs[name]
+        weight, cap = settings[name]
         sources.append(SourceParams(uri=uri, weight=weight, cap=cap))
-    notes = collect(AUTO.model_copy(update={"sources": sources}), (), folder / "snapshot", folder)
+    notes = write_snapshot(AUTO.model_copy(update={"sources": sources}), (), folder / "snapshot", folder)
     kept = rows_of(folder / "snapshot")
     assert len(kept) == notes["rows"]
     assert notes["rows"] + notes["left_out"] == notes["records"] == sum(sizes.values())
     return kept
 
 
-def test_weights_thin_sources_to_their_proportion_and_repeat_nothing(tmp_path: Path) -> None:
+def test_weights_thin_sources_in_proportion_and_repeat_no_row(tmp_path: Path) -> None:
     sizes = {"a": 300, "b": 100, "c": 50, "d": 40}
-    kept = mixture(tmp_path / "mix", sizes, a=(1.0, None), b=(2.0, 80), c=(None, None), d=(None, 7))
+    kept = mix(tmp_path / "mix", sizes, a=(1.0, None), b=(2.0, 80), c=(None, None), d=(None, 7))
     names = [row.source.split(".")[0] for row in kept]
     assert {name: names.count(name) for name in sizes} == {"a": 40, "b": 80, "c": 50, "d": 7}
     assert len({row.source for row in kept}) == len(kept)
 
 
-def test_a_weight_beside_a_source_without_rows_is_refused(tmp_path: Path) -> None:
+def test_a_weighted_source_without_usable_rows_is_refused(tmp_path: Path) -> None:
     empty = source(tmp_path / "new", {"instruction": "q", "output": ""}, name="empty.jsonl")
     full = source(tmp_path / "new", *sample_rows(5), name="full.jsonl")
     sources = [SourceParams(uri=str(path), weight=1.0) for path in (empty, full)]
-    with pytest.raises(IngestError, match=r"empty\.jsonl has no usable row, so that its weight leaves none"):
-        collect(AUTO.model_copy(update={"sources": sources}), (), tmp_path / "snapshot", tmp_path)
+    with pytest.raises(IngestError, match=r"empty\.jsonl"):
+        write_snapshot(AUTO.model_copy(update={"sources": sources}), (), tmp_path / "snapshot", tmp_path)
 
 
-def test_what_a_cap_keeps_survives_new_rows(tmp_path: Path) -> None:
+def test_a_cap_keeps_the_same_rows_when_a_few_are_added(tmp_path: Path) -> None:
     before, after = (
-        {row.messages[0]["content"] for row in mixture(tmp_path / str(size), {"a": size}, a=(None, 100))}
+        {row.messages[0]["content"] for row in mix(tmp_path / str(size), {"a": size}, a=(None, 100))}
         for size in (300, 303)
     )
     assert len(before) == len(after) == 100
@@ -192,43 +191,41 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     from pipeline import ingest as module
 
     path = source(tmp_path / "new", *sample_rows(5))
-    tables = module.tables
+    tabulate = module.tabulate
 
-    def changed(*arguments: Any) -> Any:
+    def change_file(*arguments: Any) -> Any:
         with path.open("a") as file:
             file.write("\n")
-        return tables(*arguments)
+        return tabulate(*arguments)
 
-    monkeypatch.setattr(module, "tables", changed)
-    with pytest.raises(IngestError, match=r"new\.jsonl changed while it was read"):
-        collect(AUTO, [str(path)], tmp_path / "snapshot", tmp_path)
+    monkeypatch.setattr(module, "tabulate", change_file)
+    with pytest.raises(IngestError, match=r"new\.jsonl changed"):
+        write_snapshot(AUTO, [str(path)], tmp_path / "snapshot", tmp_path)
 
 
-def test_a_rejected_record_is_kept_as_far_as_a_person_needs_it(tmp_path: Path) -> None:
+def test_a_rejected_record_is_kept_as_json_or_as_the_start_of_its_text(tmp_path: Path) -> None:
     records: list[Any] = [float("nan"), "x" * 100_000, {"instruction": "q", "output": float("inf")}, [["q"]]]
-    collect(AUTO, [str(source(tmp_path / "new", *sample_rows(3), *records))], tmp_path / "snapshot", tmp_path)
+    write_snapshot(AUTO, [str(source(tmp_path / "new", *sample_rows(3), *records))], tmp_path / "snapshot", tmp_path)
     text = (tmp_path / "snapshot" / "rejected.jsonl").read_text()
     assert len(text) < 10_000
     rejected = list(read_rejected(tmp_path / "snapshot"))
-    assert [each.source for each in rejected] == [f"new.jsonl:{number}" for number in (4, 5, 6, 7)]
-    assert [isinstance(each.record, str) for each in rejected] == [True, True, True, False]
+    assert [row.source for row in rejected] == [f"new.jsonl:{number}" for number in (4, 5, 6, 7)]
+    assert [isinstance(row.record, str) for row in rejected] == [True, True, True, False]
 
 
-def test_the_same_data_is_the_same_snapshot_which_can_be_a_source_and_files_of_one_name_are_both_kept(
-    tmp_path: Path,
-) -> None:
+def test_the_same_sources_give_the_same_snapshot_which_can_be_ingested_again(tmp_path: Path) -> None:
     paths = [str(source(tmp_path / name, *sample_rows(5), {"instruction": "q", "output": ""})) for name in "ab"]
     for name in ("one", "two"):
-        assert collect(AUTO, paths, tmp_path / name, tmp_path)["rows"] == 10
+        assert write_snapshot(AUTO, paths, tmp_path / name, tmp_path)["rows"] == 10  # from two files of one name
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
     assert {*read_json(tmp_path / "one" / "snapshot.json")["shards"], "snapshot.json", "rejected.jsonl"} == {*files[0]}
-    notes = collect(AUTO, [str(tmp_path / "one")], tmp_path / "three", tmp_path)
+    notes = write_snapshot(AUTO, [str(tmp_path / "one")], tmp_path / "three", tmp_path)
     assert (notes["rows"], notes["rejected"]) == (10, 0)
     assert rows_of(tmp_path / "three") == rows_of(tmp_path / "one")
 
 
-def test_the_command_says_what_it_recognised_and_a_format_named_there_overrules_columns(
+def test_the_command_reports_each_file_and_its_format_option_overrides_the_columns_of_params(
     project: Path, tmp_path: Path
 ) -> None:
     change_params(project, ingest={"columns": {"prompt": "question", "response": "answer"}})
@@ -242,21 +239,21 @@ def test_the_command_says_what_it_recognised_and_a_format_named_there_overrules_
 
 
 @pytest.mark.parametrize("command", ["ingest", "inspect"])
-def test_a_file_of_no_known_format_is_read_by_the_columns_that_a_person_names(
+def test_a_file_of_an_unknown_format_is_read_with_columns_from_an_option_or_a_prompt(
     project: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
     path = source(tmp_path / "new", *({"q": f"Q{i}", "customer": f"A{i}"} for i in range(20)), name="other.jsonl")
     app = CliRunner()
-    named = app.invoke(main.app, [command, str(path), "--columns", "prompt=q,response=customer", "--json"])
-    assert named.exit_code == 0, named.output
+    with_option = app.invoke(main.app, [command, str(path), "--columns", "prompt=q,response=customer", "--json"])
+    assert with_option.exit_code == 0, with_option.output
     monkeypatch.setattr(datasets, "_terminal", lambda: datasets._ask)
-    asked = app.invoke(main.app, [command, str(path)], input="nonsense\nprompt=q,response=customer\n")
-    assert asked.exit_code == 0, asked.output
-    assert "nonsense is not a format" in asked.output and "[prompt=q,response=customer]" in asked.output
+    prompted = app.invoke(main.app, [command, str(path)], input="nonsense\nprompt=q,response=customer\n")
+    assert prompted.exit_code == 0, prompted.output
+    assert "nonsense is not a format" in prompted.output and "[prompt=q,response=customer]" in prompted.output
 
 
-def test_what_a_kill_leaves_of_dvcs_list_of_processes_is_removed_and_a_whole_list_stays(project: Path) -> None:
+def test_a_truncated_lock_file_of_dvc_is_removed_and_a_complete_one_stays(project: Path) -> None:
     path = project / ".dvc" / "tmp" / "rwlock"
     path.write_text('{"read": {}}')
     recover(project)

@@ -1,4 +1,4 @@
-"""What a turn says beside its text: reasoning, whether it is trained, its calls; and turns in an odd order."""
+"""Turns with reasoning, tool calls and weights, and turns in an unusual order."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def sharegpt(*turns: Any) -> dict[str, Any]:
         answered(content=[{"type": "thinking", "thinking": "T"}, {"type": "text", "value": "A"}]),
         answered(content="<think>T</think>A"),
         answered(content="<think>\nT\n</think>\n\nA"),
-        answered(content="T\n</think>\n\nA"),  # as DeepSeek R1 answers: the prompt opened it
+        answered(content="T\n</think>\n\nA"),  # DeepSeek R1, whose prompt ends with <think>
         {"instruction": "Q", "output": "<think>T</think>A"},
         {"prompt": "Q", "completion": "<think>T</think> A"},
         sharegpt(("human", "Q"), ("gpt", "<think>\nT</think>\nA")),
@@ -56,7 +56,7 @@ def test_reasoning_of_every_spelling_is_kept_apart_from_the_answer(tmp_path: Pat
         ("Q", "A\n\n", {"content": "A\n\n"}),
     ],
 )
-def test_spaces_of_an_answer_and_marks_of_a_user_are_content(
+def test_spaces_of_an_answer_and_think_tags_of_a_user_are_content(
     tmp_path: Path, question: str, output: str, answer: dict[str, Any]
 ) -> None:
     expected = [{"role": "user", "content": question}, {"role": "assistant"} | answer]
@@ -69,9 +69,9 @@ def test_spaces_of_an_answer_and_marks_of_a_user_are_content(
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss_weight": 0.0}])
-def test_a_turn_that_is_not_trained_says_so_in_one_way(tmp_path: Path, flag: dict[str, Any]) -> None:
-    yes = {key: type(value)(1) for key, value in flag.items()}
-    turns = [("Q", flag), ("A", flag), ("R",), ("B", yes)]
+def test_every_flag_of_an_untrained_turn_becomes_weight_0(tmp_path: Path, flag: dict[str, Any]) -> None:
+    trained = {key: type(value)(1) for key, value in flag.items()}
+    turns = [("Q", flag), ("A", flag), ("R",), ("B", trained)]
     for record in (
         talk(*((("user", "assistant")[i % 2], *turn) for i, turn in enumerate(turns))),
         sharegpt(*((("human", "gpt")[i % 2], *turn) for i, turn in enumerate(turns))),
@@ -79,43 +79,43 @@ def test_a_turn_that_is_not_trained_says_so_in_one_way(tmp_path: Path, flag: dic
         assert [message.get("weight") for message in row(tmp_path, record).messages] == [None, 0, None, None]
 
 
-def test_what_follows_the_last_trained_answer_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_turns_after_the_last_trained_answer_are_left_out_and_counted(tmp_path: Path) -> None:
     turns = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B", {"weight": 0})]
-    each = row(tmp_path, talk(*turns))
-    assert [message["content"] for message in each.messages] == ["Q", "A"]
-    assert each.repairs == ["turns after the last trained answer left out"]
+    shortened = row(tmp_path, talk(*turns))
+    assert [message["content"] for message in shortened.messages] == ["Q", "A"]
+    assert shortened.repairs == ["turns after the last trained answer left out"]
     assert row(tmp_path, talk(*turns[:3])).repairs == ["turns after the last answer left out"]
 
 
 @pytest.mark.parametrize("as_text", [True, False])
-def test_function_calls_in_a_row_are_the_calls_of_one_turn(tmp_path: Path, as_text: bool) -> None:
+def test_consecutive_function_calls_become_the_calls_of_one_turn(tmp_path: Path, as_text: bool) -> None:
     calls = [("function_call", json.dumps(call) if as_text else call) for call in CALLS]
     results = [("observation", value) for value in ("snow", "sun")]
-    each = row(tmp_path, sharegpt(("human", "Q"), *calls, *results, ("gpt", "A")))
+    joined = row(tmp_path, sharegpt(("human", "Q"), *calls, *results, ("gpt", "A")))
     parallel = [
         QUESTION,
         {"role": "assistant", "content": "", "tool_calls": TOOL_CALLS},
         *({"role": "tool", "content": value} for value in ("snow", "sun")),
         {"role": "assistant", "content": "A"},
     ]
-    assert each.messages == row(tmp_path, {"messages": parallel}).messages == parallel
-    assert each.repairs == []
+    assert joined.messages == row(tmp_path, {"messages": parallel}).messages == parallel
+    assert joined.repairs == []
 
 
-def test_turns_of_one_role_in_a_row_are_joined_and_counted(tmp_path: Path) -> None:
+def test_consecutive_turns_of_one_role_are_joined_and_counted(tmp_path: Path) -> None:
     last = ("assistant", "B", {"tool_calls": CALLS[:1]})
-    each = row(tmp_path, talk(("user", "Q"), ("user", "R"), ("assistant", "A"), last))
-    assert each.messages == [
+    joined = row(tmp_path, talk(("user", "Q"), ("user", "R"), ("assistant", "A"), last))
+    assert joined.messages == [
         {"role": "user", "content": "Q\n\nR"},
         {"role": "assistant", "content": "A\n\nB", "tool_calls": TOOL_CALLS[:1]},
     ]
-    assert each.repairs == ["consecutive user turns joined", "consecutive assistant turns joined"]
+    assert joined.repairs == ["consecutive user turns joined", "consecutive assistant turns joined"]
 
 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (answered(content="<think>T"), "do not end"),
+        (answered(content="<think>T"), "<think> without </think>"),
         (answered(content="<think>T</think>\n"), "is empty"),
         (answered(content="A <think>T</think> B"), "in the middle"),
         (answered(content="<think>T</think>A<think>T</think>B"), "in the middle"),
@@ -128,20 +128,20 @@ def test_turns_of_one_role_in_a_row_are_joined_and_counted(tmp_path: Path) -> No
         (answered(content="A", weight=1, train=False), "weight 1, train False"),
         (answered(content="A", weight=0), "marks every answer as not trained"),
         (talk(("user", "Q", {"train": True}), ("assistant", "A")), "of role user has train True"),
-        (talk(("user", "Q"), ("assistant", "A", {"weight": 0}), ("assistant", "B")), "that are not one"),
-        (talk(("user", "Q"), ("assistant", "A"), ("assistant", "B", {"thinking": "T"})), "that are not one"),
-        (talk(("user", "Q"), ("assistant", "", {"tool_calls": CALLS}), ("assistant", "A")), "that are not one"),
-        (talk(("system", "S"), ("user", "Q"), ("assistant", "A")) | {"system": "T"}, "another system message"),
+        (talk(("user", "Q"), ("assistant", "A", {"weight": 0}), ("assistant", "B")), "cannot be joined"),
+        (talk(("user", "Q"), ("assistant", "A"), ("assistant", "B", {"thinking": "T"})), "cannot be joined"),
+        (talk(("user", "Q"), ("assistant", "", {"tool_calls": CALLS}), ("assistant", "A")), "cannot be joined"),
+        (talk(("system", "S"), ("user", "Q"), ("assistant", "A")) | {"system": "T"}, "system column"),
     ],
 )
-def test_what_could_mean_two_things_or_cannot_be_served_is_rejected(
+def test_a_conversation_that_is_ambiguous_or_cannot_be_served_is_rejected(
     tmp_path: Path, record: dict[str, Any], reason: str
 ) -> None:
     [rejected] = read(tmp_path, record)
     assert isinstance(rejected, Rejected) and reason in rejected.reason
 
 
-def test_system_messages_stay_where_they_are_and_a_column_comes_first(tmp_path: Path) -> None:
+def test_system_messages_stay_in_place_and_a_system_column_comes_first(tmp_path: Path) -> None:
     turns = [("user", "Q"), ("assistant", "A"), ("system", "S"), ("user", "R"), ("assistant", "B")]
     messages = row(tmp_path, talk(*turns) | {"system": "F"}).messages
     assert [(message["role"], message["content"]) for message in messages] == [("system", "F"), *turns]
@@ -149,7 +149,7 @@ def test_system_messages_stay_where_they_are_and_a_column_comes_first(tmp_path: 
     assert row(tmp_path, first | {"system": "F"}).messages == row(tmp_path, first).messages == messages
 
 
-def test_nulls_that_parquet_invents_are_no_keys_of_a_call_and_those_of_json_are(tmp_path: Path) -> None:
+def test_null_arguments_of_a_call_are_dropped_from_parquet_and_kept_from_json(tmp_path: Path) -> None:
     def record(name: str, key: str) -> dict[str, Any]:
         schema = {"type": "object", "properties": {key: {"type": "string"}}}
         call = {"id": name, "type": "function", "function": {"name": name, "arguments": {key: "2"}}}
@@ -158,7 +158,7 @@ def test_nulls_that_parquet_invents_are_no_keys_of_a_call_and_those_of_json_are(
 
     records = [record("book", "guests"), record("dial", "person")]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "data.parquet")
-    plain = [vars(each) | {"source": ""} for each in read(tmp_path, *records)]
-    assert [vars(each) | {"source": ""} for each in read_rows(tmp_path / "data.parquet")] == plain
+    from_json = [vars(row) | {"source": ""} for row in read(tmp_path, *records)]
+    assert [vars(row) | {"source": ""} for row in read_rows(tmp_path / "data.parquet")] == from_json
     call = {"type": "function", "function": {"name": "f", "arguments": {"limit": None}}}
     assert row(tmp_path, answered(tool_calls=[call])).messages[-1]["tool_calls"] == [call]

@@ -1,4 +1,4 @@
-"""Files of every container, whole or broken: the same records, or one sentence with file and line."""
+"""Files of every container give the same records; a broken one is refused with file and line."""
 
 import csv
 import gzip
@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example("[]]")
 @example("[1")
 @example("[")
-def test_what_json_refuses_is_refused_and_a_list_is_read_as_it_is(folder: Path, text: str) -> None:
+def test_lists_are_read_as_by_the_json_module_which_refuses_the_same_ones(folder: Path, text: str) -> None:
     path = folder / "any.json"
     path.write_text(text)
     try:
@@ -109,11 +109,11 @@ def test_what_json_refuses_is_refused_and_a_list_is_read_as_it_is(folder: Path, 
     ],
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
-def test_a_key_given_twice_makes_its_record_unreadable(tmp_path: Path, name: str, text: str, key: str) -> None:
+def test_a_record_with_a_repeated_key_is_rejected(tmp_path: Path, name: str, text: str, key: str) -> None:
     good = json.dumps(ROWS[0])
     (tmp_path / name).write_text(f"{good}\n{text}\n" if name.endswith("l") else f"[{good}, {text}]")
-    place = "rows.jsonl:2" if name.endswith("l") else "rows.json:[1]"
-    assert records(tmp_path / name) == [ROWS[0], Rejected(place, f"gives the key {key!r} twice", text)]
+    source = "rows.jsonl:2" if name.endswith("l") else "rows.json:[1]"
+    assert records(tmp_path / name) == [ROWS[0], Rejected(source, f"has the key {key!r} twice", text)]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_key_given_twice_makes_its_record_unreadable(tmp_path: Path, name: str
         ("rows.csv", b'instruction,output\nQ,A\nQ,"A', "line 3"),
         ("rows.csv", b"output,output\nQ,A\n", "'output' twice"),
         ("rows.json", b'{"a": 1}\n{"a": 2', "line 2"),
-        ("rows.json", b'{\n"a": 1}', "line 1.*a list of records, or one record a line"),
+        ("rows.json", b'{\n"a": 1}', "line 1, column 1: "),
         ("rows.json", b"[" * 100_000, "line 1"),
         ("rows.json", b'[{"a": ' + b"9" * 5000 + b"}]", "line 1"),
         ("rows.txt", b"Q", "ends in .txt"),
@@ -151,16 +151,16 @@ def test_a_broken_file_is_refused_with_one_sentence(tmp_path: Path, name: str, c
     assert "\n" not in str(error.value)
 
 
-def test_a_row_of_another_width_than_the_header_is_unreadable_alone(tmp_path: Path) -> None:
+def test_a_csv_row_with_too_many_fields_is_rejected_and_the_others_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('instruction,output\nQ,A\n\nQ,"a\nb",C\nQ,B\n')
     (one, first), (two, wide), (three, last) = read_records(tmp_path / "rows.csv")
     assert (one, two, three) == ("rows.csv:2", "rows.csv:4", "rows.csv:6")
-    assert isinstance(wide, Rejected) and wide.reason == "has 3 fields where the header has 2"
+    assert isinstance(wide, Rejected) and "3 fields" in wide.reason
     assert (first["output"], last["output"]) == ("A", "B")
 
 
 @pytest.mark.parametrize(("delimiter", "name"), [(";", "rows.csv"), ("|", "rows.csv"), (",", "rows.tsv.gz")])
-def test_the_delimiter_is_recognised_whatever_the_file_is_called(tmp_path: Path, delimiter: str, name: str) -> None:
+def test_the_delimiter_is_recognised_whatever_the_suffix_is(tmp_path: Path, delimiter: str, name: str) -> None:
     (tmp_path / name).write_bytes(packed(name, b"\xef\xbb\xbf" + as_csv(delimiter)))
     assert records(tmp_path / name) == ROWS
 
@@ -173,26 +173,26 @@ def test_the_delimiter_is_recognised_whatever_the_file_is_called(tmp_path: Path,
         ("instruction\toutput\na;b,c\td\n", "d"),
     ],
 )
-def test_delimiters_inside_of_texts_divide_nothing(tmp_path: Path, text: str, answer: str) -> None:
+def test_other_delimiters_inside_texts_do_not_split_fields(tmp_path: Path, text: str, answer: str) -> None:
     (tmp_path / "rows.csv").write_text(text)
     assert [record["output"] for record in records(tmp_path / "rows.csv")] == [answer]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 @pytest.mark.parametrize("megabytes", [5, 40])
-def test_a_long_record_is_read_and_an_absurd_one_refused(tmp_path: Path, name: str, megabytes: int) -> None:
+def test_a_record_of_5_mib_is_read_and_one_of_40_mib_refused(tmp_path: Path, name: str, megabytes: int) -> None:
     row = {"instruction": "Q", "output": "A" * (megabytes << 20)}
     text = json.dumps(row) if name == "rows.jsonl" else "\n".join(map(",".join, (row, row.values())))
     (tmp_path / name).write_text(text)
     if megabytes == 5:
         assert records(tmp_path / name) == [row]
         return
-    with pytest.raises(FormatError, match=rf"{name}, .*line \d.* is longer than 32 MiB"):
+    with pytest.raises(FormatError, match=rf"{name}, .*line \d.* 32 MiB"):
         records(tmp_path / name)
 
 
 def test_a_json_list_larger_than_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.json").write_bytes(FILES["rows.json"])
     monkeypatch.setattr(readers, "MAX_JSON_BYTES", 100)
-    with pytest.raises(FormatError, match=r"rows.json is larger than .*\.jsonl"):
+    with pytest.raises(FormatError, match=r"rows.json .*larger .*\.jsonl"):
         records(tmp_path / "rows.json")

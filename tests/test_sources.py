@@ -1,4 +1,4 @@
-"""Sources of every kind: real files, a real HTTP server, a real S3 server; what is not pinned or safe is refused."""
+"""Sources of every kind, from real files, HTTP and S3 servers; a source that is not pinned or not safe is refused."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from pipeline.data import sources
 from pipeline.data.readers import FormatError
-from pipeline.data.sources import SourceError, fetch, public
+from pipeline.data.sources import SourceError, fetch, without_secrets
 from pipeline.params import IngestParams
 from pipeline.settings import load_params
 
@@ -53,20 +53,20 @@ def test_a_path_or_glob_gives_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, names: list[str]
 ) -> None:
     monkeypatch.chdir(tree(tmp_path))
-    for spelt in (uri, str(tmp_path / uri)):
-        source = fetch(spelt, PARAMS, tmp_path / "scratch")
+    for path_or_glob in (uri, str(tmp_path / uri)):
+        source = fetch(path_or_glob, PARAMS, tmp_path / "scratch")
         assert [name for _, name in source.files] == names
         assert all(path.read_bytes() == ROWS for path, _ in source.files)
 
 
 @pytest.mark.parametrize("uri", ["a", "a/*", "a/**/*.jsonl"])
-def test_a_link_out_of_the_root_is_refused_unless_it_is_named_itself(tmp_path: Path, uri: str) -> None:
+def test_a_link_out_of_the_root_is_refused_unless_the_source_is_the_link_itself(tmp_path: Path, uri: str) -> None:
     target = tree(tmp_path) / "outside"
     (tmp_path / "a" / "linked").symlink_to(target)
-    if uri != "a/**/*.jsonl":  # a linked folder is not entered
+    if uri != "a/**/*.jsonl":  # linked folders are not searched
         assert "three.jsonl" not in str(fetch(str(tmp_path / uri), PARAMS, tmp_path / "scratch").files)
     (tmp_path / "a" / "link.jsonl").symlink_to(target / "three.jsonl")
-    with pytest.raises(FormatError, match=r"lies outside .*three\.jsonl\); name that file itself"):
+    with pytest.raises(FormatError, match=r"link\.jsonl .*three\.jsonl"):
         fetch(str(tmp_path / uri), PARAMS, tmp_path / "scratch")
     assert len(fetch(str(tmp_path / "a" / "link.jsonl"), PARAMS, tmp_path / "scratch").files) == 1
 
@@ -77,25 +77,26 @@ def test_a_link_out_of_the_root_is_refused_unless_it_is_named_itself(tmp_path: P
         ("nowhere.jsonl", "does not exist"),
         ("*.jsonl", "matches no file"),
         ("ftp://x/y", "expected a path"),
-        ("a/*/../../outside/*.jsonl", "behind a wildcard"),
-        ("*/../a/one.jsonl", "behind a wildcard"),  # once for each folder
+        ("a/*/../../outside/*.jsonl", "after a wildcard"),
+        ("*/../a/one.jsonl", "after a wildcard"),  # would match once for each folder
     ],
 )
-def test_a_source_that_is_not_there_or_climbs_out_is_refused(tmp_path: Path, uri: str, what: str) -> None:
+def test_a_source_that_does_not_exist_or_leaves_its_root_is_refused(tmp_path: Path, uri: str, what: str) -> None:
     with pytest.raises((FormatError, SourceError), match=what):
         fetch(uri if "://" in uri else str(tree(tmp_path) / uri), PARAMS, tmp_path / "scratch")
 
 
-def test_no_credential_is_shown() -> None:
-    assert public("https://user:secret@host/rows.jsonl?token=secret#sha256=ab") == "https://host/rows.jsonl#sha256=ab"
-    assert public("data/rows?.jsonl") == "data/rows?.jsonl"
+def test_credentials_are_removed_from_a_uri() -> None:
+    uri = "https://user:secret@host/rows.jsonl?token=secret#sha256=ab"
+    assert without_secrets(uri) == "https://host/rows.jsonl#sha256=ab"
+    assert without_secrets("data/rows?.jsonl") == "data/rows?.jsonl"
 
 
 # HTTP and the Hub
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves `files` by path, redirects /moved, and speaks as much of the Hub's protocol as a download needs."""
+    """Serves `files` by path, redirects /moved, and implements the part of the Hub's API that a download needs."""
 
     files: dict[str, bytes]
 
@@ -142,7 +143,7 @@ def web() -> Iterator[tuple[str, dict[str, bytes]]]:
     thread.join()
 
 
-def test_a_file_is_downloaded_and_its_checksum_holds(tmp_path: Path, web: tuple[str, dict[str, bytes]]) -> None:
+def test_a_file_with_the_right_checksum_is_downloaded(tmp_path: Path, web: tuple[str, dict[str, bytes]]) -> None:
     for path in ("/rows.jsonl", "/moved/rows.jsonl"):
         source = fetch(f"{web[0]}{path}?key=secret#sha256={SHA256}", PARAMS, tmp_path / path.replace("/", "-"))
         [(file, name)] = source.files
@@ -153,16 +154,16 @@ def test_a_file_is_downloaded_and_its_checksum_holds(tmp_path: Path, web: tuple[
 @pytest.mark.parametrize(
     ("address", "gib", "what"),
     [
-        ("/rows.jsonl", 1, "names no file with its checksum"),
-        ("/rows.jsonl#sha256=123", 1, "names no file with its checksum"),
-        (f"/rows.jsonl#sha256={'0' * 64}", 1, f"has the SHA-256 {SHA256}; it is not the file that was named"),
+        ("/rows.jsonl", 1, "no checksum"),
+        ("/rows.jsonl#sha256=123", 1, "no checksum"),
+        (f"/rows.jsonl#sha256={'0' * 64}", 1, SHA256),
         (f"/rows.jsonl#sha256={SHA256}", 1e-8, "ingest.max_download_gib is"),
-        (f"/none.jsonl#sha256={SHA256}", 1, "answers 404"),
-        (f"/rows#sha256={SHA256}", 1, "names no file with its checksum"),
+        (f"/none.jsonl#sha256={SHA256}", 1, "404"),
+        (f"/rows#sha256={SHA256}", 1, "no known file type"),
         (f"http://127.0.0.1:9/rows.jsonl#sha256={SHA256}", 1, "could not be read"),
     ],
 )
-def test_a_download_that_is_not_what_was_named_is_refused(
+def test_a_download_that_is_not_pinned_too_large_or_another_file_is_refused(
     tmp_path: Path, web: tuple[str, dict[str, bytes]], address: str, gib: float, what: str
 ) -> None:
     address = address if "://" in address else web[0] + address
@@ -187,7 +188,7 @@ def hub(web: tuple[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch) -> d
     [
         (f"@{REVISION}", ["data/test.jsonl", "data/train.jsonl"], {}),
         (f"@{REVISION}/data/tr*.jsonl", ["data/train.jsonl"], {}),
-        ("@main/data", ["data/test.jsonl", "data/train.jsonl"], {"branch": "main"}),  # at its newest commit
+        ("@main/data", ["data/test.jsonl", "data/train.jsonl"], {"branch": "main"}),  # the newest commit
     ],
 )
 def test_a_hub_dataset_gives_its_data_files_at_a_commit(
@@ -202,9 +203,9 @@ def test_a_hub_dataset_gives_its_data_files_at_a_commit(
 @pytest.mark.parametrize(
     ("uri", "files", "what"),
     [
-        (f"own/set@{REVISION}", {"set.py": b"import os"}, "holds no file that ends in"),
+        (f"own/set@{REVISION}", {"set.py": b"import os"}, "no file that ends in"),
         (f"own/set@{REVISION}", {"../../evil.jsonl": ROWS}, "leads out of its folder"),
-        ("own/set", {"rows.jsonl": ROWS}, "names no revision"),
+        ("own/set", {"rows.jsonl": ROWS}, "no revision"),
         ("own/set@lost", {"rows.jsonl": ROWS}, "hf://datasets/own/set@lost could not be read: .*404"),
     ],
 )
@@ -217,7 +218,7 @@ def test_a_hub_dataset_that_is_not_safe_or_not_pinned_is_refused(
     assert not [*tmp_path.rglob("*.py"), *tmp_path.rglob("evil*")]
 
 
-def test_no_hub_is_asked_offline(tmp_path: Path) -> None:
+def test_a_hub_source_is_refused_offline(tmp_path: Path) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(SourceError, match="HF_HUB_OFFLINE"):
         fetch(f"hf://datasets/own/set@{REVISION}", PARAMS, tmp_path / "scratch")
@@ -238,28 +239,28 @@ def bucket(swift_server: str, tmp_path: Path) -> Any:
 
 
 def test_a_prefix_and_a_key_are_read_with_their_etags(tmp_path: Path, swift_server: str, bucket: Any) -> None:
-    own = params(s3_endpoint_url=swift_server)
-    source = fetch(f"s3://retune/{bucket.prefix}", own, tmp_path / "prefix")
+    settings = params(s3_endpoint_url=swift_server)
+    source = fetch(f"s3://retune/{bucket.prefix}", settings, tmp_path / "prefix")
     assert [name for _, name in source.files] == ["rows.jsonl", "sub/more.jsonl"]
     assert all(path.read_bytes() == ROWS for path, _ in source.files)
     assert source.pinned["objects"][f"{bucket.prefix}rows.jsonl"] == {"etag": hashlib.md5(ROWS).hexdigest()}
-    one = fetch(f"s3://retune/{bucket.prefix}sub/more.jsonl", own, tmp_path / "key")
+    one = fetch(f"s3://retune/{bucket.prefix}sub/more.jsonl", settings, tmp_path / "key")
     assert [name for _, name in one.files] == ["more.jsonl"]
 
 
 @pytest.mark.parametrize(("change", "what"), [("delete", "NoSuchKey"), ("put", "PreconditionFailed|412")])
-def test_a_key_that_vanishes_or_changes_after_the_listing_is_refused(
+def test_an_object_that_is_deleted_or_replaced_after_the_listing_is_refused(
     tmp_path: Path, swift_server: str, bucket: Any, monkeypatch: pytest.MonkeyPatch, change: str, what: str
 ) -> None:
-    listing = sources._s3_objects
+    list_objects = sources._s3_objects
 
-    def then_changed(*arguments: Any) -> Any:
-        listed = listing(*arguments)
+    def list_then_change(*arguments: Any) -> Any:
+        objects = list_objects(*arguments)
         key = {"Bucket": "retune", "Key": f"{bucket.prefix}sub/more.jsonl"}
         _ = bucket.delete_object(**key) if change == "delete" else bucket.put_object(**key, Body=ROWS + ROWS)
-        return listed
+        return objects
 
-    monkeypatch.setattr(sources, "_s3_objects", then_changed)
+    monkeypatch.setattr(sources, "_s3_objects", list_then_change)
     with pytest.raises(SourceError, match=rf"s3://retune/.*sub/more\.jsonl could not be read: .*({what})"):
         fetch(f"s3://retune/{bucket.prefix}", params(s3_endpoint_url=swift_server), tmp_path / "scratch")
 
@@ -267,12 +268,12 @@ def test_a_key_that_vanishes_or_changes_after_the_listing_is_refused(
 @pytest.mark.parametrize(
     ("uri", "what"),
     [
-        ("s3://retune/nothing/", "holds no object that ends in"),
+        ("s3://retune/nothing/", "no object that ends in"),
         ("s3://no-such-bucket/a/", "NoSuchBucket"),
-        ("s3:///a", "names no bucket"),
+        ("s3:///a", "no bucket"),
     ],
 )
-def test_an_object_that_is_not_there_is_one_sentence(
+def test_a_missing_object_or_bucket_is_an_error(
     tmp_path: Path, swift_server: str, bucket: Any, uri: str, what: str
 ) -> None:
     with pytest.raises(SourceError, match=what):

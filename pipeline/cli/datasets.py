@@ -17,7 +17,7 @@ from pipeline.core.run_lock import only_run
 
 if TYPE_CHECKING:
     from pipeline.data.formats import Ask, UnclearFormatError
-    from pipeline.ingest import Ingested
+    from pipeline.ingest import IngestResult
     from pipeline.params import ColumnsParams, IngestParams
 
 Format = Annotated[str | None, typer.Option(help="The format, instead of ingest.format and ingest.columns.")]
@@ -131,11 +131,11 @@ def _terminal() -> "Ask | None":
 
 def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
     """The format, or the columns, that a person names on the terminal."""
-    from pipeline.data.columns import as_pairs, parse_columns
+    from pipeline.data.columns import format_columns, parse_columns
     from pipeline.data.known_formats import FORMATS
 
     print(error, file=sys.stderr)
-    guess = next(iter(error.formats), None) if error.columns is None else as_pairs(error.columns)
+    guess = next(iter(error.formats), None) if error.columns is None else format_columns(error.columns)
     while True:
         answer = typer.prompt("Its format, or its columns", default=guess, err=True).strip()
         if answer in FORMATS:
@@ -146,7 +146,7 @@ def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
             print(f"{answer} is not a format; expected {', '.join(sorted(FORMATS))}; {fault}", file=sys.stderr)
 
 
-def _say_ingested(result: "Ingested", told: bool, remote: str | None) -> None:
+def _say_ingested(result: "IngestResult", told: bool, remote: str | None) -> None:
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
     for file in result.files[:20]:
         rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""

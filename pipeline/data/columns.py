@@ -1,6 +1,6 @@
-"""Columns: what those mean that a format does not read, and the mappings by which a person says what is what.
+"""Column mappings (`--columns`, `ingest.columns`), and the columns that a format does not read.
 
-A column that says something and is not read is noted by its name; one that changes what the others mean is refused.
+A column that is not read is reported by name; a column that changes what the others mean is refused.
 """
 
 import re
@@ -16,13 +16,13 @@ from pipeline.data.readers import FormatError
 from pipeline.params import ColumnsParams
 
 MEDIA = frozenset(name + s for name in ("image", "audio", "video") for s in ("", "s"))
-UNPAIRED = frozenset(("label", "kto_tag"))  # of TRL and LLaMA-Factory: whether an answer is a good one
-# Parts of the names that columns have elsewhere, the likeliest first.
+UNPAIRED = frozenset(("label", "kto_tag"))  # TRL and LLaMA-Factory: whether an answer is a good one
+# Common parts of column names, the likeliest first.
 PROMPT_NAMES = ("question", "prompt", "query", "instruction", "request", "user", "human", "input", "title", "source")
 CONTEXT_NAMES = ("context", "passage", "document", "paragraph", "background", "evidence", "input")
 ANSWER_NAMES = ("answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution")
 NOT_TEXT = re.compile(r"(^|_)(uu)?(id|date|time|url|lang|language)$", re.IGNORECASE)
-MAPPED = ("columns", "classification")  # formats of which a person, or the task, says which columns count
+MAPPED = ("columns", "classification")  # formats for which the mapping or the task says which columns count
 
 
 def named_columns(columns: ColumnsParams) -> list[str]:
@@ -32,32 +32,32 @@ def named_columns(columns: ColumnsParams) -> list[str]:
 
 
 def note_unread(record: dict[str, Any], format: str, reads: frozenset[str], unused: set[str]) -> None:
-    """Note the columns of `record` that its format does not read; refuse those that change what the others mean."""
-    others = {key for key in record.keys() - reads if record[key] is not None and record[key] not in ("", [])}
-    for key in sorted(others) if format not in MAPPED else ():
+    """Add the columns of `record` that its format does not read to `unused`; refuse media and unpaired labels."""
+    unread = {key for key in record.keys() - reads if record[key] is not None and record[key] not in ("", [])}
+    for key in sorted(unread) if format not in MAPPED else ():
         if key in UNPAIRED and str(record[key]).lower() in ("true", "false"):
             raise ValueError(
-                f"says in {key} whether its answer is a good one (unpaired preference data), and bad ones would be "
-                f"trained too; keep the records with true in a file without the column {key}"
+                f"has a column {key} that marks good and bad answers (unpaired preference data), and bad ones would be "
+                f"trained too; keep the records with true, in a file without the column {key}"
             )
         if key in MEDIA:
             raise ValueError(
-                f"has {key}, and only text can be trained on; leave such records out, or remove the column {key} and "
-                "the marks such as <image> where the text says enough"
+                f"has {key}, and only text can be trained on; leave such records out. If the text is enough, remove "
+                f"the column {key} and marks such as <image>"
             )
-    unused |= others
+    unused |= unread
 
 
 def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
-    """A mapping that could be meant: by the names of text columns, else by their lengths."""
-    texts = Counter[str]()  # column → characters
+    """A likely mapping, by the names of text columns, else by their lengths; None for fewer than two text columns."""
+    lengths = Counter[str]()  # column → characters
     for record in records:
         for key, value in record.items() if isinstance(record, dict) else ():
             if isinstance(value, str) and value.strip() and not NOT_TEXT.search(key):
-                texts[key] += len(value.rstrip())
-    if len(texts) < 2:
+                lengths[key] += len(value.rstrip())
+    if len(lengths) < 2:
         return None
-    names = sorted(texts, key=texts.__getitem__)[::-1]  # of equal ones the last is the answer
+    names = sorted(lengths, key=lengths.__getitem__)[::-1]  # if lengths are equal, the last column is the answer
 
     def take(parts: Iterable[str]) -> str | None:
         name = next((name for part in parts for name in names if part in name.lower()), None)
@@ -76,29 +76,29 @@ def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
     return ColumnsParams(template=f"{{{prompt}}}\n{{{context}}}", response=response)
 
 
-def as_pairs(columns: ColumnsParams) -> str:
-    """What `parse_columns` reads."""
+def format_columns(columns: ColumnsParams) -> str:
+    """The text that `parse_columns` turns into `columns`."""
     text = ",".join(f"{key}={value}" for key, value in columns.model_dump(exclude_none=True).items())
     return text.replace("\n", "\\n")
 
 
 def as_option(columns: ColumnsParams) -> str:
-    """The value of `--columns`, as a shell takes it."""
-    return shlex.quote(as_pairs(columns))
+    """The value of `--columns`, quoted for a shell."""
+    return shlex.quote(format_columns(columns))
 
 
 def parse_columns(text: str) -> ColumnsParams:
-    """A mapping from the command line, such as `prompt=question,response=answer`; \\n in a template is a line's end."""
+    """The mapping in `text`, such as `prompt=question,response=answer`; \\n in a template is a line break."""
     keys = "|".join(ColumnsParams.model_fields)
     parts = re.split(rf"(?:^|,)\s*({keys})\s*=", text)
     pairs = dict(zip(parts[1::2], (part.strip().replace("\\n", "\n") for part in parts[2::2]), strict=True))
     if parts[0].strip() or not pairs or not all(pairs.values()):
         raise FormatError(
-            f"--columns is {text!r}; expected KEY=COLUMN with commas between, such as prompt=question,response=answer; "
-            f"the keys are {', '.join(ColumnsParams.model_fields)}"
+            f"--columns is {text!r}; expected KEY=COLUMN pairs with commas between them, such as "
+            f"prompt=question,response=answer; the keys are {', '.join(ColumnsParams.model_fields)}"
         )
     try:
         return ColumnsParams.model_validate(pairs)
     except ValidationError as error:
-        faults = "; ".join(str(each["ctx"]["error"]) for each in error.errors())
-        raise FormatError(f"--columns is {text!r}; {faults}") from None
+        reasons = "; ".join(str(details["ctx"]["error"]) for details in error.errors())
+        raise FormatError(f"--columns is {text!r}; {reasons}") from None

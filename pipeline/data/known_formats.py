@@ -1,7 +1,6 @@
-"""Every known format: the columns by which it is recognised, those that it reads, how a record becomes a row.
+"""Every known format: the columns that identify it, the columns that it reads, and how a record becomes a row.
 
-A new format is an entry of `KNOWN_FORMATS`, with a function where none of those here reads it, and its name in
-`params.Format`.
+To add a format, add an entry to `KNOWN_FORMATS` and its name to `params.Format`.
 """
 
 import json
@@ -23,39 +22,39 @@ from pipeline.data.messages import (
     join_turns,
     sharegpt_messages,
     split_thoughts,
-    tools_of,
+    tools_json,
 )
-from pipeline.data.records import SCORINGS, Rejected, Row, checked, list_of, scalar_of, short, text_of
+from pipeline.data.records import SCORINGS, Rejected, Row, check_text, list_field, scalar_field, shorten, text_field
 from pipeline.params import ColumnsParams
 
 OPTIONAL = frozenset(("system", "tools", "functions", "task", "group", "scoring"))
-SHARD_COLUMNS = ("source", "messages", "tools", "task", "group", "scoring", "repairs")  # what `retune ingest` writes
-CONVERSATIONS = ("messages", "conversations", "conversation", "data")  # the first of them that a record has is read
+SHARD_COLUMNS = ("source", "messages", "tools", "task", "group", "scoring", "repairs")  # written by `retune ingest`
+CONVERSATIONS = ("messages", "conversations", "conversation", "data")  # columns; the first one with a value is read
 PAIRS = (("question", "answer"), ("prompt", "response"), ("query", "response"), ("question", "response"))
 TURN_PAIRS = (("human", "assistant"), ("input", "output"))  # question and answer in one object
-TURNS = (("sharegpt", {"from"}), ("messages", {"role"}), *(("turn-pairs", {*pair}) for pair in TURN_PAIRS))
-TREE_KEYS = ("message_id", "message_tree_id", "parent_id", "role", "text")  # OpenAssistant: one message a record
-TREE_READ = {*TREE_KEYS, "rank", "deleted", "review_result"}
-# The set takes up the names of columns and message keys that say something and are not read.
+TURN_KEYS = (("sharegpt", {"from"}), ("messages", {"role"}), *(("turn-pairs", {*pair}) for pair in TURN_PAIRS))
+TREE_KEYS = ("message_id", "message_tree_id", "parent_id", "role", "text")  # OpenAssistant: one message per record
+TREE_KEYS_READ = {*TREE_KEYS, "rank", "deleted", "review_result"}
+# Converts a record; adds the names of columns and message keys with a value that are not read to the set.
 Converter = Callable[[dict[str, Any], set[str]], list[Message]]
-Records = Iterable[tuple[str, Any]]  # each with its source; a `Rejected` among them stays one
+Records = Iterable[tuple[str, Any]]  # (source, record); a record can be a `Rejected`
 
 
 @dataclass(frozen=True)
 class Format:
-    """What Retune knows of a format."""
+    """How to recognise a format and to read its records."""
 
     convert: Converter
-    needs: tuple[str, ...] = ()  # a record with all of these looks like it
+    needs: tuple[str, ...] = ()  # columns that identify a record of this format
     also_reads: frozenset[str] = OPTIONAL
-    fits: Callable[[dict[str, Any]], bool] = lambda record: True  # what else is asked of such a record
-    keys: str = ""  # what its records have, for people, where it is not `needs`
-    spread: Callable[[Records], Records] = iter  # records of the file as records of one conversation each
-    columns: ColumnsParams | None = None  # where task, group, scoring and tools have other names
-    defaults: tuple[str, str | None] = ("default", None)  # task and scoring of a row that names none
+    fits: Callable[[dict[str, Any]], bool] = lambda record: True  # a further condition
+    description: str = ""  # of its columns, for messages; default: `needs`
+    spread: Callable[[Records], Records] = iter  # turns the file's records into records of one conversation each
+    columns: ColumnsParams | None = None  # other names of the columns task, group, scoring and tools
+    defaults: tuple[str, str | None] = ("default", None)  # task and scoring of a row without them
 
     def __str__(self) -> str:
-        return self.keys or ", ".join(self.needs)
+        return self.description or ", ".join(self.needs)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -65,7 +64,7 @@ class Format:
         return bool(str(self)) and record.keys() >= set(self.needs) and self.fits(record)
 
     def row(self, record: dict[str, Any], source: str, unused: set[str]) -> Row:
-        """The row of a record: its conversation up to its last trained answer, with its optional columns."""
+        """The row of a record: the conversation up to its last trained answer, and the optional columns."""
         messages, repairs = join_turns(self.convert(record, unused))
         if "repairs" in self.reads:
             repairs = [*(record["repairs"] or []), *repairs]
@@ -77,50 +76,50 @@ class Format:
             repairs.append(f"turns after the last {'' if trained == answers else 'trained '}answer left out")
             messages = messages[: trained[-1] + 1]
         if messages[0]["role"] == "assistant":
-            raise ValueError("begins with an answer to nothing")
+            raise ValueError("starts with an answer; expected a question first")
         for message in messages:
             if message["role"] == "assistant" and "think>" in message["content"]:
                 split_thoughts(message)
         names = {name: getattr(self.columns, name, None) or name for name in ("task", "group", "scoring", "tools")}
-        task, group = (scalar_of(record, names[name]).strip() or None for name in ("task", "group"))
+        task, group = (scalar_field(record, names[name]).strip() or None for name in ("task", "group"))
         scoring = record.get(names["scoring"]) or self.defaults[1]
         if scoring not in (None, *SCORINGS):
-            raise ValueError(f"scoring is {short(scoring)}; expected exact or text")
+            raise ValueError(f"scoring is {shorten(scoring)}; expected exact or text")
         tools, functions = record.get(names["tools"]), record.get("functions") if "functions" in self.reads else None
         if tools and functions:
             unused.add("functions")
-        return Row(messages, source, tools_of(tools or functions), task or self.defaults[0], group, scoring, repairs)
+        return Row(messages, source, tools_json(tools or functions), task or self.defaults[0], group, scoring, repairs)
 
 
 def _system(record: dict[str, Any], key: str = "system") -> list[Message]:
-    system = text_of(record, key, required=False)
+    system = text_field(record, key, required=False)
     return [{"role": "system", "content": system}] if system else []
 
 
 def _history(record: dict[str, Any], key: str) -> list[Message]:
-    pairs = list_of(record, key)
+    pairs = list_field(record, key)
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"{key} is not a list of [question, answer] pairs")
-    return alternating([checked(text, key) for pair in pairs for text in pair])
+    return alternating([check_text(text, key) for pair in pairs for text in pair])
 
 
 def _answer(record: dict[str, Any], key: str, class_names: dict[str, list[str]]) -> str:
-    """The answer in a column; a number is the name of the class that the file gives it, else its digits."""
+    """The answer in a column; a number becomes its class name if the file has class names, else its digits."""
     value = record.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         names = class_names.get(key)
         if names is not None and not 0 <= value < len(names):
-            raise ValueError(f"{key} is {value}; the file names classes 0 to {len(names) - 1}")
+            raise ValueError(f"{key} is {value}; the file has classes 0 to {len(names) - 1}")
         value = str(value) if names is None else names[value]
-    return checked(value, key)
+    return check_text(value, key)
 
 
 def _instances(records: Records) -> Records:
-    """Every instance of a self-instruct record as a record of Alpaca's shape."""
+    """Each instance of a self-instruct record as a record like Alpaca's."""
     for source, record in records:
         instances = record.get("instances") if isinstance(record, dict) else None
         if not isinstance(instances, list) or not instances:
-            yield source, record  # its instruction has no output, or it is a `Rejected`
+            yield source, record  # becomes a rejection
             continue
         task = {key: value for key, value in record.items() if key not in ("instances", "input", "output")}
         for number, instance in enumerate(instances):
@@ -132,9 +131,11 @@ def _turn_pairs(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
     for number, turn in enumerate(turns):
         names = next((pair for pair in TURN_PAIRS if isinstance(turn, dict) and pair[0] in turn), None)
         if names is None:
-            raise ValueError(f"a turn is {short(turn)}; expected an object with human and assistant (or input, output)")
+            raise ValueError(
+                f"a turn is {shorten(turn)}; expected an object with human and assistant (or input, output)"
+            )
         messages += _system(turn) if number == 0 else []
-        messages += alternating([text_of(turn, name) for name in names])
+        messages += alternating([text_field(turn, name) for name in names])
         unused.update(f"{key}[].{name}" for name in turn.keys() - {*names, *(() if number else ("system",))})
     return messages
 
@@ -142,15 +143,15 @@ def _turn_pairs(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
 def _from_turns(
     read: Callable[[list[Any], str, set[str]], list[Message]], record: dict[str, Any], unused: set[str]
 ) -> list[Message]:
-    """A conversation turn by turn, in the first of the columns for one that the record has."""
+    """A conversation turn by turn, from the first of the `CONVERSATIONS` columns that has a value."""
     filled = [key for key in CONVERSATIONS if record.get(key) is not None]
     unused.update(filled[1:])
     key = filled[0] if filled else next((key for key in CONVERSATIONS if key in record), CONVERSATIONS[0])
-    messages = read(list_of(record, key), key, unused)
+    messages = read(list_field(record, key), key, unused)
     system = _system(record)
     if system and messages and messages[0]["role"] == "system":
         if messages[0] != system[0]:
-            raise ValueError("has a system column and another system message in its turns")
+            raise ValueError("has a system column and a different system message in its turns")
         return messages
     return system + messages
 
@@ -158,22 +159,22 @@ def _from_turns(
 def _from_pair(
     pairs: list[tuple[str, str]], system: str, about: str, record: dict[str, Any], unused: set[str]
 ) -> list[Message]:
-    """A question and its answer in the first pair of columns that the record has; each may be a list of messages, too.
+    """A question and its answer from the first pair of columns that the record has; each can be a list of messages.
 
-    With the name of a column that a question may be `about`, it may have a history, or be a dialogue written out.
+    With `about`, the name of a context column, the record can have a history, and the question can be a dialogue.
     """
     prompt, response = next((pair for pair in pairs if record.keys() >= set(pair)), pairs[0])
     unused.update(key for pair in pairs for key in pair if key not in (prompt, response) and record.get(key))
     messages = _system(record, system) + (_history(record, "history") if about else [])
-    context = text_of(record, about, required=False) if about else ""
+    context = text_field(record, about, required=False) if about else ""
     question, answer = record.get(prompt), record.get(response)
     if isinstance(question, list):
         messages += chat_messages(question, prompt, unused)
     elif not about or not is_dialogue(question):
-        text = checked(question, prompt)
+        text = check_text(question, prompt)
         messages.append({"role": "user", "content": f"{text}\n{context}" if context else text})
     elif context:
-        raise ValueError(f"{prompt} holds a conversation (Human:/Assistant:) next to a column {about}")
+        raise ValueError(f"{prompt} contains a conversation (Human:/Assistant:), and there is a column {about}")
     else:
         messages += dialogue(str(question), prompt, open_end=True)
     if isinstance(answer, list):
@@ -182,39 +183,41 @@ def _from_pair(
 
 
 def _best_paths(records: Records) -> Records:
-    """The best conversation of each tree of OpenAssistant's flat files, in which a message a record names its parent.
+    """The best conversation of each message tree in OpenAssistant's flat files, as a record like those of shards.
 
-    That is, from the first message on, the answer with the lowest rank; as a record of a shard's shape. A message that
-    no first message leads to is a `Rejected`. All messages of a file are in memory at once: a tree has no place in it.
+    From the first message on, it takes the reply with the lowest rank. A message that is not below a first message
+    becomes a `Rejected`. All messages are in memory at once, because those of a tree can be anywhere in the file.
     """
-    waiting: dict[str, list[tuple[str, Any]]] = defaultdict(list)  # by the id of their parent; "" begins a tree
+    by_parent: dict[str, list[tuple[str, Any]]] = defaultdict(list)  # parent's id → messages; "" → first messages
     for source, record in records:
         if isinstance(record, dict):
-            waiting[str(record.get("parent_id") or "")].append((source, record))
+            by_parent[str(record.get("parent_id") or "")].append((source, record))
         else:
             yield source, record
-    for source, first in waiting.pop("", []):
+    for source, first in by_parent.pop("", []):
         tree, replies = [first], dict[str, list[Any]]()
-        for message in tree:  # grows on the way; what was taken once is not waiting any more, so no circle is endless
-            taken = [reply for _, reply in waiting.pop(str(message.get("message_id")), [])]
-            replies.setdefault(str(message.get("message_id")), taken)
-            tree += taken
+        for message in tree:  # grows in the loop, which ends even for circular parents: each id is popped once
+            children = [reply for _, reply in by_parent.pop(str(message.get("message_id")), [])]
+            replies.setdefault(str(message.get("message_id")), children)
+            tree += children
         path: list[dict[str, Any]] = []
-        answers = [first]
+        candidates = [first]
         while usable := [
-            each for each in answers if not each.get("deleted") and each.get("review_result") is not False
+            message
+            for message in candidates
+            if not message.get("deleted") and message.get("review_result") is not False
         ]:
             path.append(min(usable, key=_rank))
-            answers = replies.pop(str(path[-1].get("message_id")), [])
+            candidates = replies.pop(str(path[-1].get("message_id")), [])
         turns = []
         for message in path:
-            unread = {key: value for key, value in message.items() if key not in TREE_READ}
+            unread = {key: value for key, value in message.items() if key not in TREE_KEYS_READ}
             turns.append(unread | {"role": message.get("role"), "content": message.get("text")})
         repairs = ["other paths of its message tree left out"] if len(path) < len(tree) else []
         yield source, {"messages": turns, "repairs": repairs}
-    for source, record in chain(*waiting.values()):
+    for source, record in chain(*by_parent.values()):
         text = json.dumps(record, ensure_ascii=False, default=str)
-        yield source, Rejected(source, "answers a message that is not in the file", text)
+        yield source, Rejected(source, "replies to a message that is not in the file", text)
 
 
 def _rank(message: dict[str, Any]) -> float:
@@ -223,40 +226,40 @@ def _rank(message: dict[str, Any]) -> float:
 
 
 def _from_text(record: dict[str, Any], unused: set[str]) -> list[Message]:
-    text = text_of(record, "text")
+    text = text_field(record, "text")
     if not is_dialogue(text):
-        raise ValueError("has a text without a prompt; give it one with --columns template=…,response=text")
+        raise ValueError("has a text without a prompt; add one with --columns template=…,response=text")
     return dialogue(text, "text", open_end=False)
 
 
 def _shard_sources(records: Records) -> Records:
-    """Rows as `retune ingest` wrote them, with the sources that they had then."""
+    """Rows written by `retune ingest`, with their original sources."""
     for source, record in records:
         yield str(record.get("source") or source) if isinstance(record, dict) else source, record
 
 
 def _from_shard(record: dict[str, Any], unused: set[str]) -> list[Message]:
-    return chat_messages(list_of(record, "messages"), "messages", unused)
+    return chat_messages(list_field(record, "messages"), "messages", unused)
 
 
 def _from_columns(
     columns: ColumnsParams, is_class: bool, class_names: dict[str, list[str]], record: dict[str, Any], unused: set[str]
 ) -> list[Message]:
-    """A question and its answer in the columns that a person named; in a class, spaces at the ends say nothing."""
+    """A question and its answer from mapped columns; a class name is stripped of surrounding space."""
     messages = _system(record, columns.system) if columns.system else []
     messages += _history(record, columns.history) if columns.history else []
     if columns.template is None:
-        question = text_of(record, str(columns.prompt))
+        question = text_field(record, str(columns.prompt))
     else:
         parts = string.Formatter().parse(columns.template)
-        texts = (literal + (scalar_of(record, name) if name else "") for literal, name, _, _ in parts)
-        question = checked("".join(texts), "template")
+        texts = (literal + (scalar_field(record, name) if name else "") for literal, name, _, _ in parts)
+        question = check_text("".join(texts), "template")
     answer = _answer(record, str(columns.response), class_names)
     return [*messages, *alternating([question, answer.strip() if is_class else answer])]
 
 
-def _turns_kind(record: dict[str, Any]) -> str | None:
-    """The format of a record's conversation, by its first turn; None where it has none."""
+def _turns_format(record: dict[str, Any]) -> str | None:
+    """The format of a record's conversation, by its first turn; None if it has none."""
     for key in CONVERSATIONS:
         turns = record.get(key)
         if isinstance(turns, str) and turns.lstrip()[:1] == "[":  # a cell of a CSV file
@@ -270,27 +273,27 @@ def _turns_kind(record: dict[str, Any]) -> str | None:
         if isinstance(first, str):
             return "ultrachat"
         keys = first.keys() if isinstance(first, dict) else set()
-        for kind, names in TURNS:
+        for format, names in TURN_KEYS:
             if keys >= names:
-                return kind
+                return format
         if key != "data":
             return "sharegpt" if key == "conversations" else "messages"
     return None
 
 
 def _is_pair(record: dict[str, Any]) -> bool:
-    """Whether a record has one question and one answer, and no text in another column that the question is about."""
+    """Whether a record has one question and one answer, and no context column with a value."""
     pairs = [pair for pair in PAIRS if pair[0] in record and pair[1] in record]
     return len(pairs) == 1 and "system_prompt" not in record and not any(record.get(name) for name in CONTEXT_NAMES)
 
 
-def _turns(kind: str, read: Callable[[list[Any], str, set[str]], list[Message]], keys: str) -> Format:
+def _turns(format: str, read: Callable[[list[Any], str, set[str]], list[Message]], description: str) -> Format:
     reads = OPTIONAL.union(CONVERSATIONS)
-    return Format(partial(_from_turns, read), (), reads, lambda record: _turns_kind(record) == kind, keys)
+    return Format(partial(_from_turns, read), (), reads, lambda record: _turns_format(record) == format, description)
 
 
 def _pair(*pairs: tuple[str, str], system: str = "system", about: str = "") -> Format:
-    """A format with one of these pairs of columns."""
+    """A format with a question and an answer, in one of these pairs of columns."""
     also_reads = {"history", about} if about else set()
     reads = OPTIONAL.difference(["system"]).union(*pairs, [system], also_reads)
     needs = pairs[0] if len(pairs) == 1 else ()
@@ -300,40 +303,43 @@ def _pair(*pairs: tuple[str, str], system: str = "system", about: str = "") -> F
 _ALPACA = _pair(("instruction", "output"), about="input")
 KNOWN_FORMATS: dict[str, Format] = {
     "alpaca": _ALPACA,
-    "belle": replace(_ALPACA, needs=()),  # Alpaca with dialogues in it
+    "belle": replace(_ALPACA, needs=()),  # Alpaca with dialogues in the instruction
     "dolly": replace(
         _pair(("instruction", "response"), about="context"),
         fits=lambda record: "output" not in record,
-        keys="instruction, context, response",
+        description="instruction, context, response",
     ),
     "self-instruct": replace(_ALPACA, needs=("instruction", "instances"), spread=_instances),
     "sharegpt": _turns("sharegpt", sharegpt_messages, "conversations with from and value"),
     "messages": _turns("messages", chat_messages, "messages with role, content"),
     "turn-pairs": _turns("turn-pairs", _turn_pairs, "conversation with human, assistant"),
     "ultrachat": _turns(
-        "ultrachat", lambda turns, key, _: alternating([checked(turn, key) for turn in turns]), "data, a list of texts"
+        "ultrachat",
+        lambda turns, key, _: alternating([check_text(turn, key) for turn in turns]),
+        "data, a list of texts",
     ),
     "openassistant": Format(_from_shard, TREE_KEYS, frozenset(("messages", "repairs")), spread=_best_paths),
     "prompt-completion": _pair(("prompt", "completion")),
-    "question-answer": replace(_pair(*PAIRS), fits=_is_pair, keys=" or ".join(map(", ".join, PAIRS))),
+    "question-answer": replace(_pair(*PAIRS), fits=_is_pair, description=" or ".join(map(", ".join, PAIRS))),
     "openorca": replace(
         _pair(("question", "response"), system="system_prompt"), needs=("system_prompt", "question", "response")
     ),
-    "classification": Format(_from_shard, ("text", "label"), defaults=("classification", "exact")),  # see `reading`
+    # `configure_format` replaces the converter.
+    "classification": Format(_from_shard, ("text", "label"), defaults=("classification", "exact")),
     "text": Format(
         _from_text,
         ("text",),
         OPTIONAL - {"system"},
         fits=lambda record: is_dialogue(record["text"]),
-        keys="text that holds Human: and Assistant:",
+        description="text that contains Human: and Assistant:",
     ),
     "shard": Format(_from_shard, (), frozenset(SHARD_COLUMNS), spread=_shard_sources),
 }
-FORMATS = tuple(name for name in KNOWN_FORMATS if name != "shard")  # those that a person can name
+FORMATS = tuple(name for name in KNOWN_FORMATS if name != "shard")  # the names that `--format` takes
 
 
-def reading(format: str, columns: ColumnsParams | None, class_names: dict[str, list[str]]) -> Format:
-    """How the records of a format, or of a mapping, are read; `class_names` are by column."""
+def configure_format(format: str, columns: ColumnsParams | None, class_names: dict[str, list[str]]) -> Format:
+    """The format with this name, for the mapping `columns` if it uses one; `class_names` are by column."""
     if format not in ("classification", "columns"):
         return KNOWN_FORMATS[format]
     known, columns = KNOWN_FORMATS.get(format, Format(_from_shard)), columns or ColumnsParams()

@@ -1,6 +1,6 @@
-"""A conversation that a record holds, as a `Row`, and the values of records, checked.
+"""`Row`, the form in which every conversation is kept, and functions that check the values of a record.
 
-A value that cannot be used is a ValueError that continues the sentence "a row …"; its record becomes a `Rejected`.
+A value that cannot be used raises a ValueError, and the record becomes a `Rejected` with that message as its reason.
 """
 
 import json
@@ -9,21 +9,21 @@ from typing import Any
 
 from pipeline.chat import Message
 
-SCORINGS = ("exact", "text")  # what a row may say
-TOOL_CALLS = "tool_calls"  # of a row whose answer calls tools
+SCORINGS = ("exact", "text")  # the values that a row's scoring column may have
+TOOL_CALLS = "tool_calls"  # the scoring of a row whose answer calls tools
 
 
 @dataclass
 class Row:
     """One conversation that ends with a trained turn of the assistant.
 
-    `task`, `group` and `scoring` are optional columns of the source: a label for scores by task, what must stay in one
-    split (e.g. all questions about one thing), and whether there is one right answer ("exact") or not ("text").
+    `task`, `group` and `scoring` are optional columns of the source: a label for scores by task; a key for rows that
+    must stay in one split (e.g. all questions about one thing); "exact" if there is one right answer, else "text".
     """
 
     messages: list[Message]
-    source: str  # file:line (JSONL, CSV) or file:[index] (the others), for messages to people
-    tools: str | None = None  # JSON schema of the tools on offer, as text
+    source: str  # file:line (JSONL, CSV) or file:[index] (other files), for error messages
+    tools: str | None = None  # JSON schemas of the available tools, as text
     task: str = "default"
     group: str | None = None
     scoring: str | None = None
@@ -37,21 +37,21 @@ class Rejected:
     record: Any
 
 
-def text_of(record: dict[str, Any], key: str, required: bool = True) -> str:
+def text_field(record: dict[str, Any], key: str, required: bool = True) -> str:
     value = record.get(key)
-    return checked(value, key, required) if value is not None or required else ""
+    return check_text(value, key, required) if value is not None or required else ""
 
 
-def checked(value: Any, key: str, required: bool = True) -> str:
-    """`value` as it is, its spaces too, which are content; "" where it is nothing but spaces and not required."""
+def check_text(value: Any, key: str, required: bool = True) -> str:
+    """`value` with its spaces, which are content; "" if it is blank and not required."""
     if not isinstance(value, str):
         raise ValueError(f"{key} is {type(value).__name__ if value is not None else 'missing'}; expected text")
     if "\x00" in value:
-        raise ValueError(f"{key} holds a NUL character")
+        raise ValueError(f"{key} contains a NUL character")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{key} holds half a surrogate pair; its encoding is broken") from None
+        raise ValueError(f"{key} contains half a surrogate pair; its encoding is broken") from None
     if value and not value.isspace():
         return value
     if required:
@@ -59,17 +59,17 @@ def checked(value: Any, key: str, required: bool = True) -> str:
     return ""
 
 
-def scalar_of(record: dict[str, Any], key: str) -> str:
-    """A text or number as text; "" where there is none."""
+def scalar_field(record: dict[str, Any], key: str) -> str:
+    """A text or number as text; "" if the record has none."""
     value = record.get(key)
     if isinstance(value, int | float) and not abs(value) < 2**53:
-        raise ValueError(f"{key} is a number too large or too strange to be kept exactly; write it as text")
-    return str(value) if isinstance(value, int | float) else text_of(record, key, required=False)
+        raise ValueError(f"{key} is not a number that can be stored exactly; write it as text")
+    return str(value) if isinstance(value, int | float) else text_field(record, key, required=False)
 
 
-def list_of(record: dict[str, Any], key: str) -> list[Any]:
+def list_field(record: dict[str, Any], key: str) -> list[Any]:
     value = record.get(key)
-    if isinstance(value, str) and value.strip():  # as in a CSV cell
+    if isinstance(value, str) and value.strip():  # a cell of a CSV file
         value = parse_json(value, key)
     if not value and not isinstance(value, int | float):
         return []
@@ -79,9 +79,9 @@ def list_of(record: dict[str, Any], key: str) -> list[Any]:
 
 
 def parse_json(text: Any, key: str) -> Any:
-    """JSON inside a column; NaN and half surrogates are refused."""
+    """The value of JSON text in a column; NaN and half surrogates are refused."""
     try:
-        value = json.loads(checked(text, key, required=False) or "null")
+        value = json.loads(check_text(text, key, required=False) or "null")
     except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"{key} is not JSON") from None
     to_json(value, key)
@@ -93,9 +93,9 @@ def to_json(value: Any, key: str) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:  # NaN, a date, …
         raise ValueError(f"{key} cannot be written as JSON: {error}") from None
-    return checked(text, key)
+    return check_text(text, key)
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,8 +1,7 @@
-"""The shards of a data snapshot: Parquet files of validated conversations, each named by a digest of its bytes.
+"""The shards of a data snapshot: Parquet files of validated conversations, each named after a digest of its bytes.
 
-Rows added at the end of a source leave all its shards but the last as they are, byte for byte, so that DVC stores, and
-`prepare` works on, what is new. A row's line is part of its shard: rows put in the middle of a file change the shards
-from there on.
+Rows appended to a source change only its last shard, so DVC stores only what is new, and `prepare` encodes only that.
+Rows inserted in the middle of a file change all shards from there on, because a shard contains the rows' line numbers.
 """
 
 import json
@@ -29,30 +28,28 @@ from pipeline.data.records import Rejected, Row
 SHARD_SCHEMA = pa.schema(
     [(name, pa.list_(pa.string()) if name == "repairs" else pa.string()) for name in SHARD_COLUMNS]
 )
-# xxHash of what a row says, its source apart: weights and caps choose rows by it.
+# `content` is the xxHash of a row without its source; weights and caps choose rows by it.
 SCHEMA = SHARD_SCHEMA.append(pa.field("content", pa.uint64()))
-BATCH_ROWS = 2048  # that are Python objects at once
-SHARD_ROWS, SHARD_BYTES = 8192, 64 << 20  # a shard ends with the row that reaches either; bytes are those of messages
+BATCH_ROWS = 2048  # rows that are Python objects at once
+SHARD_ROWS, SHARD_BYTES = 8192, 64 << 20  # a shard ends with the row that reaches either; bytes of messages
 
 
-def tables(rows: Iterator[Row | Rejected], rejected: list[Rejected]) -> Iterator[pa.Table]:
-    """The rows in order in tables of `SCHEMA`; the rejections among the rows of a table are in `rejected` before it."""
+def tabulate(rows: Iterator[Row | Rejected], rejected: list[Rejected]) -> Iterator[pa.Table]:
+    """Tables of `SCHEMA` with the rows in order. The rejections of a batch are in `rejected` before its table comes."""
     while batch := list(islice(rows, BATCH_ROWS)):
         rejected += [row for row in batch if isinstance(row, Rejected)]
         records = []
         for row in (row for row in batch if isinstance(row, Row)):
             messages = json.dumps(row.messages, ensure_ascii=False, separators=(",", ":"))
-            said = f"{messages}\0{row.tools}\0{row.task}\0{row.group}\0{row.scoring}"
-            records.append(vars(row) | {"messages": messages, "content": xxhash.xxh3_64_intdigest(said.encode())})
+            content = f"{messages}\0{row.tools}\0{row.task}\0{row.group}\0{row.scoring}"
+            records.append(vars(row) | {"messages": messages, "content": xxhash.xxh3_64_intdigest(content.encode())})
         yield pa.Table.from_pylist(records, schema=SCHEMA)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A canonical shard, and the file that its rows come from."""
-
-    shard: Path
-    file: str
+class Shard:
+    path: Path
+    file: str  # the file that its rows come from
     format: str
 
 
@@ -60,23 +57,23 @@ Rejection = tuple[Rejected, str, str]  # with file and format
 
 
 def write_shards(tables: Iterable[pa.Table], folder: Path, name: str) -> list[str]:
-    """Write the rows of tables of `SCHEMA` to shards `NAME-DIGEST.parquet` in `folder`; returns their names in order.
+    """Write tables of `SCHEMA` to shards `NAME-DIGEST.parquet` in `folder`; returns their names in order.
 
-    How rows are spread over tables does not change the shards.
+    The shards do not depend on how the rows are divided into tables.
     """
     stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "rows"
     shards: list[str] = []
-    rows = SCHEMA.empty_table()  # that are in no shard yet
+    pending = SCHEMA.empty_table()  # rows that are not in a shard yet
     for table in tables:
-        rows = pa.concat_tables([rows, table])
-        while len(rows) >= (full := _rows_of_a_shard(rows)):
-            shards.append(_write_shard(rows.slice(0, full), folder, stem))
-            rows = rows.slice(full)
-    return [*shards, _write_shard(rows, folder, stem)] if len(rows) else shards
+        pending = pa.concat_tables([pending, table])
+        while len(pending) >= (size := _next_shard_size(pending)):
+            shards.append(_write_shard(pending.slice(0, size), folder, stem))
+            pending = pending.slice(size)
+    return [*shards, _write_shard(pending, folder, stem)] if len(pending) else shards
 
 
-def _rows_of_a_shard(rows: pa.Table) -> int:
-    """How many of the rows fill the next shard; more than there are where these do not."""
+def _next_shard_size(rows: pa.Table) -> int:
+    """The number of rows in the next shard; more than `len(rows)` if they do not fill it."""
     sizes = np.cumsum(pc.binary_length(rows["messages"]).to_numpy().astype(np.int64))
     return min(SHARD_ROWS, int(np.searchsorted(sizes, SHARD_BYTES)) + 1)
 
@@ -89,7 +86,7 @@ def _write_shard(rows: pa.Table, folder: Path, stem: str) -> str:
         compression="zstd",
         row_group_size=SHARD_ROWS,
         use_dictionary=["task", "group", "scoring", "tools"],
-        write_statistics=False,  # the least and the greatest message would be kept whole
+        write_statistics=False,  # statistics would repeat two whole messages per row group
     )
     shard = f"{stem}-{sha256_file(partial)[:12]}.parquet"
     partial.replace(folder / shard)
@@ -111,17 +108,17 @@ def read_shard(path: Path) -> pa.Table:
     try:
         return pq.read_table(path, memory_map=False, partitioning=None)
     except (OSError, pa.ArrowException) as error:
-        raise FormatError(f"{path} is damaged: {error}; `dvc checkout --force data.dvc` puts it back") from None
+        raise FormatError(f"{path} is damaged: {error}; restore it with `dvc checkout --force data.dvc`") from None
 
 
 def read_snapshot(folder: Path) -> dict[str, Any] | None:
-    """What `retune ingest` noted about the snapshot in `folder`; None where the files were put by hand."""
+    """The `snapshot.json` of `retune ingest`; None for a folder of other files."""
     path = folder / "snapshot.json"
     return read_json(path) if path.exists() else None
 
 
 def read_rejected(folder: Path) -> Iterator[Rejected]:
-    """The records that `retune ingest` could not use, with the reason; of a long one, the start of its text."""
+    """The records that `retune ingest` could not use, with the reason; long ones are cut."""
     path = folder / "rejected.jsonl"
     if path.exists():
         with path.open(encoding="utf-8") as lines:
@@ -130,13 +127,13 @@ def read_rejected(folder: Path) -> Iterator[Rejected]:
                 yield Rejected(entry["source"], entry["reason"], entry["record"])
 
 
-def canonical_shards(data: Path, scratch: Path) -> tuple[list[Part], list[Rejection]]:
-    """The shards that `retune ingest` wrote to `data`, and those made in `scratch` of files put there by hand."""
+def canonical_shards(data: Path, scratch: Path) -> tuple[list[Shard], list[Rejection]]:
+    """The shards in `data`, followed by those made in `scratch` from other data files; and the rejected records."""
     snapshot = (read_snapshot(data) if data.is_dir() else None) or {"sources": [], "shards": []}
     files = [file for source in snapshot["sources"] for file in source["files"]]
     origin = {shard: (file["name"], file["format"]) for file in files for shard in file["shards"]}
     formats = {file["name"]: file["format"] for file in files}
-    parts: list[Part] = []
+    shards: list[Shard] = []
     rejected: list[Rejection] = []
     for row in read_rejected(data):
         name = row.source.rpartition(":")[0]
@@ -146,12 +143,12 @@ def canonical_shards(data: Path, scratch: Path) -> tuple[list[Part], list[Reject
     for path in find_files(data):
         name = path.name if path == data else path.relative_to(data).as_posix()
         if is_shard(path):
-            parts.append(Part(path, *origin.get(path.name, (name, "messages"))))
+            shards.append(Shard(path, *origin.get(path.name, (name, "messages"))))
             continue
         file = open_rows(path)
         unusable: list[Rejected] = []
-        shards = write_shards(tables(file.rows, unusable), scratch, name)
-        parts += [Part(scratch / shard, name, file.format) for shard in shards]
+        names = write_shards(tabulate(file.rows, unusable), scratch, name)
+        shards += [Shard(scratch / shard, name, file.format) for shard in names]
         rejected += [(row, name, file.format) for row in unusable]
     order = {shard: number for number, shard in enumerate(snapshot["shards"])}
-    return sorted(parts, key=lambda part: order.get(part.shard.name, len(order))), rejected
+    return sorted(shards, key=lambda shard: order.get(shard.path.name, len(order))), rejected

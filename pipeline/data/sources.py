@@ -1,7 +1,7 @@
-"""Where data comes from: files, folders and globs, Hub datasets, S3 and HTTP, as local files with a pinned identity.
+"""Fetches data sources: files, folders and globs, Hub datasets, S3 and HTTP.
 
-The identity is the commit, digest or ETags that say which bytes they were. Refused is a source that names no revision
-or checksum, leaves its own root, or changes while it is read.
+The result is local files and, for remote sources, what identifies their bytes: a commit, checksum or ETags. A source
+without revision or checksum, outside its own root, or that changes while it is read is refused.
 """
 
 import glob
@@ -23,26 +23,24 @@ from pipeline.params import IngestParams
 
 HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w.-]+)(?:/(?P<pattern>.+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_NOTES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+HUB_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 CHUNK = 1 << 20
-TIMEOUT = 60.0  # seconds without a byte
+TIMEOUT = 60.0  # seconds without data
 
 
 class SourceError(RuntimeError):
-    """A source cannot be read, or not as it was named; the message names it and the way out."""
+    """A source cannot be read, or is not what its URI says."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files on this machine, each with its name in messages, and what pins a remote source to these bytes."""
-
-    uri: str  # as given, without credentials
-    files: list[tuple[Path, str]]
-    pinned: dict[str, Any] = field(default_factory=dict)
+    uri: str  # without credentials
+    files: list[tuple[Path, str]]  # on this machine, each with its name for messages
+    pinned: dict[str, Any] = field(default_factory=dict)  # identifies the bytes of a remote source
 
 
 class _Download:
-    """Prints how much of a source is downloaded, and refuses more than `ingest.max_download_gib`."""
+    """Prints the progress of a download and refuses more than `ingest.max_download_gib`."""
 
     def __init__(self, uri: str, expected: int, limit_gib: float) -> None:
         self.uri, self.expected, self.limit_gib, self.done = uri, expected, limit_gib, 0
@@ -51,10 +49,10 @@ class _Download:
 
     def add(self, size: int) -> None:
         self.done += size
-        if (most := max(self.done, self.expected)) > self.limit_gib * 2**30:
+        if (size_so_far := max(self.done, self.expected)) > self.limit_gib * 2**30:
             raise SourceError(
-                f"{self.uri} has {most / 2**30:,.1f} GiB or more; ingest.max_download_gib is {self.limit_gib:g}: "
-                "raise it if it is meant"
+                f"{self.uri} has at least {size_so_far / 2**30:,.1f} GiB; ingest.max_download_gib is "
+                f"{self.limit_gib:g}: raise it to download this much"
             )
         self.progress.update(self.done >> 20, self.uri)
 
@@ -70,11 +68,11 @@ class _Download:
 
 
 def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
-    """The files that `uri` names; remote ones are downloaded into the empty `folder`.
+    """The files of `uri`; remote ones are downloaded into the empty `folder`.
 
     Raises:
-        FormatError: a local path holds no data files, or leads out of its root.
-        SourceError: a remote source is not pinned, not there, too large, or changed while it was read.
+        FormatError: a local path has no data files, or leads out of its root.
+        SourceError: a remote source is not pinned, does not exist, is too large, or changed while it was read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     match uri.partition("://")[0].lower() if "://" in uri else "":
@@ -86,11 +84,11 @@ def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
             return _s3(uri, params.s3_endpoint_url, folder, params.max_download_gib)
         case "http" | "https":
             return _http(uri, folder, params.max_download_gib)
-    raise SourceError(f"{public(uri)}: expected a path, hf://datasets/, s3://, https:// or http://")
+    raise SourceError(f"{without_secrets(uri)}: expected a path, hf://datasets/, s3://, https:// or http://")
 
 
-def public(uri: str) -> str:
-    """`uri` without the parts that can hold a secret: user, password and query."""
+def without_secrets(uri: str) -> str:
+    """`uri` without user, password and query."""
     parts = urlsplit(uri)
     if not parts.scheme or parts.scheme == "hf" or "://" not in uri:
         return uri
@@ -99,12 +97,12 @@ def public(uri: str) -> str:
 
 @contextmanager
 def _reading(uri: str, *errors: type[Exception]) -> Iterator[None]:
-    """A client's own errors as one sentence, its first line: none of those named here holds the address's query."""
+    """Turn a client's errors into a SourceError with their first line, which never contains the URI's query."""
     try:
         yield
     except errors as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise SourceError(f"{public(uri)} could not be read: {reason}") from None
+        raise SourceError(f"{without_secrets(uri)} could not be read: {reason}") from None
 
 
 def _local(uri: str) -> Source:
@@ -118,10 +116,10 @@ def _local(uri: str) -> Source:
         if not files:
             raise FormatError(f"{uri} matches no file that ends in {KNOWN}")
     for file in files:
-        if ".." in file.relative_to(root).parts[:-1]:  # a file would come once for each folder that it is left by
-            raise FormatError(f"{uri} leaves a folder by `..` behind a wildcard; name the other folder itself")
+        if ".." in file.relative_to(root).parts[:-1]:  # a file would be found once for each folder before the `..`
+            raise FormatError(f"{uri} has `..` after a wildcard; name the other folder directly")
         if path != file and not file.resolve().is_relative_to(root.resolve()):
-            raise FormatError(f"{file} lies outside {root} (it is {file.resolve()}); name that file itself if meant")
+            raise FormatError(f"{file} links to {file.resolve()}, outside {root}; to read that file, name it directly")
     return Source(uri, [(file, file.name if file == path else file.relative_to(root).as_posix()) for file in files])
 
 
@@ -134,8 +132,8 @@ def _http(uri: str, folder: Path, limit_gib: float) -> Source:
     suffixes = split_name(Path(name))[1:]
     if not re.fullmatch(r"[0-9a-f]{64}", sha256) or not suffixes[0]:
         raise SourceError(
-            f"{public(uri)} names no file with its checksum; expected {public(address)}#sha256=…, the file's SHA-256 "
-            f"in 64 hex digits, of a file that ends in {KNOWN}"
+            f"{without_secrets(uri)} has no checksum or no known file type; expected "
+            f"{without_secrets(address)}#sha256=…, with 64 hex digits, and a file that ends in {KNOWN}"
         )
     target = folder / f"file{''.join(suffixes)}"
     headers = {"Accept-Encoding": "identity"}
@@ -144,12 +142,14 @@ def _http(uri: str, folder: Path, limit_gib: float) -> Source:
         httpx.stream("GET", address, follow_redirects=True, timeout=TIMEOUT, headers=headers) as response,
     ):
         if response.status_code != 200:
-            raise SourceError(f"{public(uri)} answers {response.status_code}; expected the file")
-        download = _Download(public(uri), int(response.headers.get("Content-Length", 0)), limit_gib)
-        read = download.write(target, response.iter_raw(CHUNK))
-    if read != sha256:
-        raise SourceError(f"{public(uri)} has the SHA-256 {read}; it is not the file that was named")
-    return Source(public(uri), [(target, name)], {"sha256": sha256})
+            raise SourceError(f"{without_secrets(uri)} answers with status {response.status_code}; expected 200")
+        download = _Download(without_secrets(uri), int(response.headers.get("Content-Length", 0)), limit_gib)
+        digest = download.write(target, response.iter_raw(CHUNK))
+    if digest != sha256:
+        raise SourceError(
+            f"{without_secrets(uri)}: the file has the SHA-256 {digest}; check the file, or correct the URI"
+        )
+    return Source(without_secrets(uri), [(target, name)], {"sha256": sha256})
 
 
 def _s3(uri: str, endpoint: str | None, folder: Path, limit_gib: float) -> Source:
@@ -159,7 +159,7 @@ def _s3(uri: str, endpoint: str | None, folder: Path, limit_gib: float) -> Sourc
 
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket or "@" in bucket:
-        raise SourceError(f"{public(uri)} names no bucket; expected s3://BUCKET/KEY, or s3://BUCKET/PREFIX/")
+        raise SourceError(f"{without_secrets(uri)} has no bucket; expected s3://BUCKET/KEY, or s3://BUCKET/PREFIX/")
     config = Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries={"mode": "standard"})
     files: list[tuple[Path, str]] = []
     pinned = {}
@@ -167,29 +167,30 @@ def _s3(uri: str, endpoint: str | None, folder: Path, limit_gib: float) -> Sourc
         client = boto3.client("s3", endpoint_url=endpoint, config=config)
         objects = _s3_objects(client, bucket, key)
         if not objects:
-            raise SourceError(f"{public(uri)} holds no object that ends in {KNOWN}")
-        download = _Download(public(uri), sum(each["Size"] for each in objects), limit_gib)
-        for number, each in enumerate(objects):
-            name = PurePosixPath(key).name if each["Key"] == key else each["Key"].removeprefix(key).lstrip("/")
+            raise SourceError(f"{without_secrets(uri)} has no object that ends in {KNOWN}")
+        download = _Download(without_secrets(uri), sum(entry["Size"] for entry in objects), limit_gib)
+        for number, entry in enumerate(objects):
+            object_key = entry["Key"]
+            name = PurePosixPath(key).name if object_key == key else object_key.removeprefix(key).lstrip("/")
             target = folder / f"{number:06}{''.join(split_name(Path(name))[1:])}"
-            with _reading(f"s3://{bucket}/{each['Key']}", ClientError):
-                # The ETag was listed: another object under the same key is refused, by the server.
-                answer = client.get_object(Bucket=bucket, Key=each["Key"], IfMatch=each["ETag"])
+            with _reading(f"s3://{bucket}/{object_key}", ClientError):
+                # With the listed ETag, the server refuses an object that was replaced since.
+                answer = client.get_object(Bucket=bucket, Key=object_key, IfMatch=entry["ETag"])
             download.write(target, answer["Body"].iter_chunks(CHUNK))
             files.append((target, name))
-            pinned[each["Key"]] = {"etag": each["ETag"].strip('"')}
+            pinned[object_key] = {"etag": entry["ETag"].strip('"')}
             if (version := answer.get("VersionId", "null")) != "null":
-                pinned[each["Key"]]["version_id"] = version
-    return Source(public(uri), files, {"objects": pinned})
+                pinned[object_key]["version_id"] = version
+    return Source(without_secrets(uri), files, {"objects": pinned})
 
 
 def _s3_objects(client: Any, bucket: str, key: str) -> list[dict[str, Any]]:
-    """Key, size and ETag of the object `key`, or of every data file below the prefix `key/`."""
+    """Key, size and ETag of the object `key`, or of every data file under the prefix `key/`."""
     prefix = key if not key or key.endswith("/") or split_name(Path(key))[1] else f"{key}/"
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    listed = [each for page in pages for each in page.get("Contents", []) if split_name(Path(each["Key"]))[1]]
-    return [each for each in listed if each["Key"] == key] or [
-        each for each in listed if each["Key"].startswith(f"{key.rstrip('/')}/" if key else "")
+    entries = [entry for page in pages for entry in page.get("Contents", []) if split_name(Path(entry["Key"]))[1]]
+    return [entry for entry in entries if entry["Key"] == key] or [
+        entry for entry in entries if entry["Key"].startswith(f"{key.rstrip('/')}/" if key else "")
     ]
 
 
@@ -198,34 +199,34 @@ def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    named = HUB.fullmatch(uri)
-    if named is None:
+    parts = HUB.fullmatch(uri)
+    if parts is None:
         raise SourceError(
-            f"{uri} names no revision of a dataset; expected hf://datasets/OWNER/NAME@COMMIT, optionally with /PATH or "
-            "a glob; COMMIT has 40 hex digits and stands on the dataset's page under Files, History. @BRANCH follows "
-            "a branch: each ingest takes its newest commit"
+            f"{uri} has no revision; expected hf://datasets/OWNER/NAME@COMMIT, optionally with /PATH or a glob. COMMIT "
+            "has 40 hex digits and is on the dataset's page under Files, History; @BRANCH takes the newest commit of a "
+            "branch at each ingest"
         )
-    repo, revision, pattern = named["repo"], named["revision"], named["pattern"]
+    repo, revision, pattern = parts["repo"], parts["revision"], parts["pattern"]
     files = []
     with _reading(uri, HfHubHTTPError, httpx.HTTPError, OSError):
-        # All files are read at the commit that the revision is now, whatever is pushed meanwhile.
+        # All files come from the commit that the revision has now, even if somebody pushes during the download.
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
         commit = info.sha or ""
         if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
-            raise SourceError(f"the Hub names no commit for {revision} of {repo}; name one yourself, in 40 hex digits")
-        sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+            raise SourceError(f"the Hub has no commit for {revision} of {repo}; name another one, with 40 hex digits")
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         chosen = [
             path
             for path in sorted(sizes)
-            if split_name(Path(path))[1] and PurePosixPath(path).name not in HUB_NOTES
+            if split_name(Path(path))[1] and PurePosixPath(path).name not in HUB_METADATA
             if pattern is None or fnmatch(path, pattern) or path.startswith(f"{pattern.rstrip('/')}/")
         ]
         if not chosen:
-            raise SourceError(f"{uri} holds no file that ends in {KNOWN}")
+            raise SourceError(f"{uri} has no file that ends in {KNOWN}")
         download = _Download(uri, sum(sizes[path] for path in chosen), limit_gib)
         for path in chosen:
             if not (folder / path).resolve().is_relative_to(folder.resolve()):
-                raise SourceError(f"{uri} holds a file named {path!r}, which leads out of its folder")
+                raise SourceError(f"{uri} has a file named {path!r}, which leads out of its folder")
             local = hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=folder)
             files.append((Path(local), path))
             download.add(Path(local).stat().st_size)

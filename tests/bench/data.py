@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipeline.data.duplicates import near_duplicates
 from pipeline.data.formats import read_rows
-from pipeline.data.shards import tables, write_shards
+from pipeline.data.shards import tabulate, write_shards
 from pipeline.data.shingles import LANES, WORDS, signature_version, signatures
 from pipeline.settings import load_params
 from tests.bench.measuring import header, row, timed
@@ -64,7 +64,7 @@ def _format(path: Path, shards: Path, name: str = "rows") -> int:
     contents = []
 
     def counted() -> Iterator[pa.Table]:
-        for table in tables(read_rows(path), []):
+        for table in tabulate(read_rows(path), []):
             contents.extend(table["content"].chunks)
             yield table
 
