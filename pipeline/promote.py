@@ -1,9 +1,9 @@
-"""promote: a published version in; it becomes champion if it is measurably better, or is refused with both numbers;
-where the test items are too few to tell, nothing is decided.
+"""promote: makes a published version the champion if it is measurably better, and refuses it if it is not; the gate is
+undecided if there are too few test items to tell.
 
-Every change of the champion, by the gate, by a person's approval or force, or by a rollback, is one record of the
-promotion log; the registry's aliases and the webhooks follow. Versions that are not published or were
-deleted cannot be promoted, nor, where `publish.require_signature` is on, those without a trusted signature.
+Every decision, by the gate or by a person (approval, force, rollback), is one record of the promotion log; MLflow's
+aliases and the webhooks follow. A version that is not published or was deleted cannot be promoted, nor one without a
+trusted signature if `publish.require_signature` is on.
 """
 
 import os
@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 from pipeline.core.http_client import HttpError, send
 from pipeline.params import Params, PromoteParams, PublishParams
 from pipeline.registry import gate, manifest, wording
-from pipeline.registry.compare import BASE, UnfairError, compare, settings_of
+from pipeline.registry.compare import BASE, UnfairError, compare, scoring_settings
 from pipeline.registry.decisions import (
     DecisionError,
     Record,
@@ -29,30 +29,31 @@ from pipeline.registry.decisions import (
 )
 from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.verify import servable
+from pipeline.registry.verify import require_servable
 
 
 @dataclass(frozen=True)
 class Decision:
     decision: str  # promoted | refused | undecided | proposed | unchanged
     version: str
-    number: str | None  # MLflow's version number; None while the registry cannot be reached
-    champion: str | None  # version that serves after the decision
+    number: str | None  # MLflow's version number; None if the registry cannot be reached
+    champion: str | None  # the champion after the decision
     against: str  # what the candidate was compared with: a version, or "the base model"
     reason: str
-    word: str  # the decision as people call it: also forced
-    title: str  # what was decided, in a sentence
-    next: str  # what to do now; empty where there is nothing
-    comparison: dict[str, Any]  # metric → candidate, champion, difference, low, high, p, verdict, …: `gate.Comparison`
-    notes: list[str] = field(default_factory=list)  # what a reader of the numbers must know
-    warnings: list[str] = field(default_factory=list)  # what did not work after the decision; nothing undoes it
+    word: str  # the decision as people see it: also forced
+    title: str  # the decision in a sentence
+    next: str  # what to do now; empty if nothing
+    comparison: dict[str, Any]  # see `gate.Comparison`
+    notes: list[str] = field(default_factory=list)  # what readers of the numbers must know
+    warnings: list[str] = field(default_factory=list)  # what failed after the decision, which stands
 
 
 def require_ready(params: Params, root: Path = Path(".")) -> None:
-    """Check before a training what would fail after it.
+    """Check before a training what would otherwise fail after it.
 
-    Raises StoreError if the store cannot be written, CompareError if the champion under this name is another kind of
-    model.
+    Raises:
+        StoreError: the store cannot be written.
+        CompareError: the champion is a model for another task.
     """
     model = RegisteredModel(params.publish, root)
     model.store.probe()
@@ -72,33 +73,34 @@ def promote(
     root: Path = Path("."),
     force: str | None = None,
 ) -> Decision:
-    """Decide on `version` (content id, or MLflow number), by default the one that the workspace's artifacts are.
+    """Decide on `version` (id or MLflow number), by default the version of the workspace's artifacts.
 
-    `force`: the reason of a person who overrules gate and earlier decisions; the numbers are recorded with it. It
-    overrules neither a deletion nor `publish.require_signature`.
+    `force`: the reason of a person who overrules the gate and earlier decisions; it is recorded with the numbers. A
+    deletion and `publish.require_signature` cannot be overruled.
 
     Raises:
         DecisionError: the version was deleted, or the log cannot be read.
-        StoreError: it is not published.
-        CompareError: no fair comparison can be made.
+        StoreError: the version is not published.
+        CompareError: the version cannot be compared with the champion.
         SignatureError: the version is unsigned or altered, and publish.require_signature is on.
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version)
 
-    def decide(log: list[Record]) -> Record:
+    def make_record(log: list[Record]) -> Record:
         refuse_deleted(log, version)
-        candidate, serving = servable(model, version), champion(log)
-        test_sha256 = settings_of(candidate, serving, root)["test_sha256"]
+        candidate, serving = require_servable(model, version), champion(log)
+        test_sha256 = scoring_settings(candidate, serving, root)["test_sha256"]
         why_settled = settled_reason(log, version, params, test_sha256)
         if version == serving or (why_settled is not None and force is None):
             return Record(0, "unchanged", version, serving, serving, why_settled or "")
-        return replace(_judge(model, candidate, log, params, force, why_settled), test_sha256=test_sha256)
+        record = _compare_and_decide(model, candidate, log, params, force, why_settled)
+        return replace(record, test_sha256=test_sha256)
 
-    return _decided(model, params, model.decide(decide))
+    return _follow_up(model, params, model.append_decision(make_record))
 
 
-def _judge(
+def _compare_and_decide(
     model: RegisteredModel,
     candidate: Manifest,
     log: list[Record],
@@ -106,7 +108,7 @@ def _judge(
     force: str | None,
     why_settled: str | None,
 ) -> Record:
-    """The gate's decision on `candidate` against the champion, or that of the person who forces it."""
+    """The record of the gate's decision on `candidate`, or of the decision of the person who forces it."""
     version, serving = candidate["version"], champion(log)
     comparison: gate.Comparison = {}
     notes, overruled = ["no numbers: candidate and champion were not compared"], [why_settled] if why_settled else []
@@ -148,24 +150,24 @@ def approve(
     actor: str = "",
     root: Path = Path("."),
 ) -> Decision:
-    """A person's answer to the version that passed the gate and waits: it is promoted, or recorded as refused.
+    """Record a person's answer to the proposal: its version is promoted, or refused.
 
-    Raises DecisionError: no version waits, or another one, or it was compared with an earlier champion.
+    Raises DecisionError: there is no proposal, or for another version, or the champion has changed since.
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version) if version is not None else None
 
-    def decide(log: list[Record]) -> Record:
+    def make_record(log: list[Record]) -> Record:
         proposal, serving = proposed(log), champion(log)
         if proposal is None or version not in (None, proposal.version):
-            who = f"version {model.label(proposal.version)}" if proposal else "no version"
+            waiting = f"version {model.label(proposal.version)}" if proposal else "no version"
             other = "" if version is None else f", not {model.label(version)}"
-            anew = "`retune promote` decides anew where the champion has changed since"
-            raise DecisionError(f"{who} waits for approval{other}; {anew}")
-        # What became unservable while it waited can still be refused.
-        if agreed and manifest.digest(servable(model, proposal.version)) != proposal.manifest_sha256:
+            advice = "if the champion has changed since, run `retune promote` again"
+            raise DecisionError(f"{waiting} waits for approval{other}; {advice}")
+        # A rejection needs no check: a version that may no longer be used can still be refused.
+        if agreed and manifest.digest(require_servable(model, proposal.version)) != proposal.manifest_sha256:
             raise DecisionError(
-                f"version {model.label(proposal.version)} is not the one that passed: its manifest was altered"
+                f"the manifest of version {model.label(proposal.version)} was altered after the version passed the gate"
             )
         return replace(
             proposal,
@@ -179,7 +181,7 @@ def approve(
             proposal=proposal.number,
         )
 
-    return _decided(model, params, model.decide(decide))
+    return _follow_up(model, params, model.append_decision(make_record))
 
 
 def rollback(
@@ -189,43 +191,43 @@ def rollback(
     reason: str = "rolled back by hand",
     root: Path = Path("."),
 ) -> tuple[Record, list[str]]:
-    """Make the champion before this one (or version `to`) champion again; returns the record, and warnings.
+    """Make the previous champion (or version `to`) champion again; returns the record, and warnings.
 
-    Raises DecisionError: there is no earlier champion, or `to` never was one.
+    Raises DecisionError: there is no earlier champion, or `to` was never champion.
     """
     model = RegisteredModel(publishing, root)
 
-    def decide(log: list[Record]) -> Record:
-        line, serving = champions(log), champion(log)
-        if to is None and len(line) < 2:
-            raise DecisionError(f"{model.name} has no champion before the present one; see `retune history`")
-        target = line[-2] if to is None else model.find(to)
+    def make_record(log: list[Record]) -> Record:
+        earlier, serving = champions(log)[:-1], champion(log)
+        if to is None and not earlier:
+            raise DecisionError(f"{model.name} has no earlier champion; see `retune history`")
+        target = earlier[-1] if to is None else model.find(to)
         if target == serving:
-            raise DecisionError(f"version {model.label(target)} is the champion already")
+            raise DecisionError(f"version {model.label(target)} is already the champion")
         if target not in {record.champion for record in log}:
             raise DecisionError(
-                f"version {model.label(target)} never was champion of {model.name}; `retune promote` decides on it"
+                f"version {model.label(target)} was never champion of {model.name}; use `retune promote` instead"
             )
         refuse_deleted(log, target)
-        digest = manifest.digest(servable(model, target))
+        digest = manifest.digest(require_servable(model, target))
         return Record(len(log) + 1, "rollback", target, target, serving, reason, manifest_sha256=digest)
 
-    record = model.decide(decide)
-    return record, model.project(record.version)[1] + _tell(params.webhooks, model.name, record)
+    record = model.append_decision(make_record)
+    return record, model.sync_registry(record.version)[1] + _send_to_webhooks(params.webhooks, model.name, record)
 
 
 def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
-    """Every decision, oldest first, and warnings; puts the registry's aliases right on the way."""
+    """All decisions, oldest first, and warnings; also corrects the registry's aliases."""
     model = RegisteredModel(publishing, root)
     log = model.log()
-    return log, model.project(log[-1].version)[1] if log else []
+    return log, model.sync_registry(log[-1].version)[1] if log else []
 
 
 def settled_reason(log: list[Record], version: str, params: PromoteParams, test_sha256: str) -> str | None:
-    """Why there is nothing to decide about `version` on the test items of this digest, or None when there is.
+    """Why there is nothing to decide about `version` on the test items with this digest; None if there is.
 
-    Nothing is refused twice by the same gate against the same champion, nor left undecided twice on the same test
-    items, and a version that was rolled back stays back.
+    The same gate does not refuse a version twice against the same champion, or leave it undecided twice on the same
+    test items, and it does not promote a version that was rolled back.
     """
     serving = champion(log)
     if version == serving:
@@ -234,8 +236,8 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams, test_
         return f"it was deleted: {deleted(log)[version].reason}"
     if version in rolled_back(log):
         return f"it was rolled back; `retune rollback --to {version}` makes it champion again"
-    same = [r for r in log if r.version == version and r.previous == serving and r.gate == params.gate()]
-    for earlier in reversed(same):
+    same_gate = [r for r in log if r.version == version and r.previous == serving and r.gate == params.gate()]
+    for earlier in reversed(same_gate):
         if earlier.decision == "refused":
             return f"refused before, and champion and gate are the same: {earlier.reason}"
         if earlier.decision == "undecided" and earlier.test_sha256 == test_sha256:
@@ -246,35 +248,35 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams, test_
 
 
 def settled(publishing: PublishParams, params: PromoteParams, version: str, root: Path = Path(".")) -> str | None:
-    """As `settled_reason`, for a version; None when it is not published.
+    """Like `settled_reason`, for a version's id; None if it is not published.
 
-    Quick: asks the registry only where a crash kept the last decision from its aliases; loading MLflow takes seconds.
+    MLflow takes seconds to load, so the registry is used only if a crash left its aliases behind the log.
     """
     model = RegisteredModel(publishing, root)
     log, candidate = model.log(), read_manifest(model.store, version)
     if version not in {record.version for record in log} and candidate is None:
         return None
-    test_sha256 = settings_of(candidate, champion(log), root)["test_sha256"] if candidate else ""
+    test_sha256 = scoring_settings(candidate, champion(log), root)["test_sha256"] if candidate else ""
     reason = settled_reason(log, version, params, test_sha256)
-    if reason is not None and not model.projected(log):
-        model.project(version)
+    if reason is not None and not model.is_synced(log):
+        model.sync_registry(version)
     return reason
 
 
-def _decided(model: RegisteredModel, params: PromoteParams, record: Record) -> Decision:
-    """The record in words, after aliases and webhooks followed it."""
-    number, warnings = model.project(record.version)
-    asking: Record | None = record  # the decision that asks for something to be done now
+def _follow_up(model: RegisteredModel, params: PromoteParams, record: Record) -> Decision:
+    """Set the aliases, send the record to the webhooks, and describe the decision."""
+    number, warnings = model.sync_registry(record.version)
+    decisive: Record | None = record  # the decision that says what to do next
     if record.decision == "unchanged":
-        earlier = [each for each in model.log() if each.version == record.version]
-        serves_or_served = record.version == record.champion or not earlier or earlier[-1].decision == "promoted"
-        asking = None if serves_or_served else earlier[-1]
+        earlier = [earlier for earlier in model.log() if earlier.version == record.version]
+        was_champion = record.version == record.champion or not earlier or earlier[-1].decision == "promoted"
+        decisive = None if was_champion else earlier[-1]
     else:
-        warnings += _tell(params.webhooks, model.name, record)
-    todo = ""
-    if asking is not None:
+        warnings += _send_to_webhooks(params.webhooks, model.name, record)
+    next_step = ""
+    if decisive is not None:
         name, candidate = f"v{number}" if number else record.version, model.manifest(record.version)
-        todo = wording.next_step(asking.word, name, asking.comparison, candidate, asking.previous is None)
+        next_step = wording.next_step(decisive.word, name, decisive.comparison, candidate, decisive.previous is None)
     serving = model.label(record.champion) if record.champion else None
     return Decision(
         decision=record.decision,
@@ -285,20 +287,20 @@ def _decided(model: RegisteredModel, params: PromoteParams, record: Record) -> D
         reason=record.reason,
         word=record.word,
         title=wording.title(record.word, name_of(record.version, number), serving),
-        next=todo,
+        next=next_step,
         comparison=record.comparison,
         notes=record.notes,
         warnings=warnings,
     )
 
 
-def _tell(webhooks: list[str], name: str, record: Record) -> list[str]:
+def _send_to_webhooks(webhooks: list[str], name: str, record: Record) -> list[str]:
     """POST `record` to the URL in each environment variable; returns a warning, without the URL, for each failure."""
     warnings = []
     for variable in webhooks:
         url, problem = os.environ.get(variable, ""), ""
         if urlparse(url).scheme not in ("http", "https"):
-            problem = "it holds no http or https address" if url else "the variable is not set"
+            problem = "its value is not an http or https URL" if url else "it is not set"
         else:
             try:
                 send(url, {"model": name} | asdict(record))
@@ -306,5 +308,5 @@ def _tell(webhooks: list[str], name: str, record: Record) -> list[str]:
                 unreachable = f"it cannot be reached ({type(error.__cause__).__name__})"
                 problem = f"it answered with status {error.status}" if error.status else unreachable
         if problem:
-            warnings.append(f"the webhook in {variable} was not told of the decision: {problem}")
+            warnings.append(f"the decision was not sent to the webhook in {variable}: {problem}")
     return warnings

@@ -1,6 +1,6 @@
-"""publish: finished artifacts in, one immutable version out: objects by digest, the manifest last, a registry entry.
+"""publish: turns finished artifacts into one immutable version: files by digest, the manifest last, a registry entry.
 
-Idempotent by content: publishing what is already published moves nothing and makes no new version.
+Publishing the same content again uploads nothing and makes no new version.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 class PublishError(RuntimeError):
-    """The artifacts cannot become a version; nothing of them is visible in the store."""
+    """The artifacts cannot become a version; nothing was published."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,16 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     """Ship the workspace's artifacts as a version of `registered_model_name`.
 
     Raises:
-        PublishError: artifacts are stale, or hold a type of file that versions do not ship (pickles among them).
+        PublishError: artifacts are stale.
+        UnsafeFileError: they contain a file that versions do not ship, such as a pickle.
         StoreError: the store cannot be written.
-        SignatureError: the signing key cannot be used; nothing of the version is visible then.
-        RegistryError: MLflow cannot be reached; the version is in the store and registered by the next publish.
+        SignatureError: the signing key cannot be used; nothing was published.
+        RegistryError: MLflow cannot be reached; the version is in the store, and the next publish registers it.
     """
     stale = [stage for stage in graph.stale(root) if stage in graph.STAGES]
     if stale:
         raise PublishError(
-            f"{', '.join(stale)} changed since they ran; `retune run` or `dvc repro` brings them up to date"
+            f"{', '.join(stale)} changed since the last run; `retune run` or `dvc repro` brings them up to date"
         )
     model = RegisteredModel(params, root)
     version = graph.version_id(root)
@@ -59,7 +60,7 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     else:
         try:
             check_objects(model.store, manifest["files"])
-        except StoreError:  # the store lost one; the workspace has it
+        except StoreError:  # the store lost an object; the workspace still has it
             _, uploaded = upload(model.store, _shipped_files(root))
             check_objects(model.store, manifest["files"])
     number = model.register(manifest)
@@ -68,42 +69,42 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
 
 
 def ship_version(model: RegisteredModel, version: str) -> tuple[Manifest, int]:
-    """Upload the workspace's artifacts, sign the manifest and store it; returns it and the bytes that were sent."""
+    """Upload the workspace's artifacts, sign the manifest and store it; returns it and the number of bytes sent."""
     entries, sent = upload(model.store, _shipped_files(model.root))
     manifest = manifests.build(model.params, version, entries, model.root)
     with tempfile.TemporaryDirectory() as folder:
-        described = {name: Path(folder) / name for name in ("README.md", "MLmodel")}
-        described["README.md"].write_text(card.model_card(manifest), encoding="utf-8")
-        described["MLmodel"].write_text(card.mlmodel(manifest), encoding="utf-8")
-        more, sent_more = upload(model.store, described)
-    manifest["files"] = entries | more | _for_mlflow(entries)
-    _sign(model, manifest)  # first: a version that can be seen is signed already
+        descriptions = {name: Path(folder) / name for name in ("README.md", "MLmodel")}
+        descriptions["README.md"].write_text(card.model_card(manifest), encoding="utf-8")
+        descriptions["MLmodel"].write_text(card.mlmodel(manifest), encoding="utf-8")
+        description_entries, sent_descriptions = upload(model.store, descriptions)
+    manifest["files"] = entries | description_entries | _mlflow_tokenizer(entries)
+    _sign(model, manifest)  # before the manifest, so that a visible version is signed
     publish_manifest(model.store, version, manifests.encode(manifest))
-    return model.manifest(version), sent + sent_more
+    return model.manifest(version), sent + sent_descriptions
 
 
 def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
-    """Sign a version that was published unsigned, after checking every file; False when it has a signature already.
+    """Sign a version that was published unsigned, after checking every file; False if it already has a signature.
 
     Raises:
-        SignatureError: there is no key to sign with, or it cannot be used.
+        SignatureError: there is no signing key, or it cannot be used.
         StoreError: there is no such version, or an object is missing or altered.
-        RegistryError: MLflow cannot be reached; the version is signed all the same.
+        RegistryError: MLflow cannot be reached; the version is signed nevertheless.
     """
     model = RegisteredModel(params, root)
     manifest = model.manifest(version)
     for name in manifest["files"]:
-        with tempfile.TemporaryDirectory() as folder:  # one file at a time: a version may be larger than the disk
+        with tempfile.TemporaryDirectory() as folder:  # one file at a time: all may not fit on the disk
             fetch(model.store, manifest, [name], Path(folder))
     if params.signing_key is None:
-        raise signature.SignatureError("publish.signing_key is null; it names the private key to sign with")
+        raise signature.SignatureError("publish.signing_key is null; set it to the path of the private key")
     signed = _sign(model, manifest)
-    model.registry.mark(version, "signed", "true")
+    model.registry.set_tag(version, "signed", "true")
     return signed
 
 
 def _sign(model: RegisteredModel, manifest: Manifest) -> bool:
-    """Store the manifest's signature, where there is a key; whether it is new."""
+    """Sign and store the manifest's signature if there is a key; returns whether the signature is new."""
     data = manifests.encode(manifest)
     signed = signature.sign(model.params, data)
     return signed is not None and model.store.create(signature.signature_key(manifest["version"], data), signed)
@@ -114,7 +115,7 @@ def _shipped_files(root: Path) -> dict[str, Path]:
     files = {
         path.relative_to(root / "artifacts").as_posix(): path
         for path in paths
-        if path.is_file() and path.suffix != ".html"  # a version holds nothing to open in a browser
+        if path.is_file() and path.suffix != ".html"  # versions contain nothing that a browser would run
     }
     check_names(files)
     for path in files.values():
@@ -122,8 +123,8 @@ def _shipped_files(root: Path) -> dict[str, Path]:
     return files
 
 
-def _for_mlflow(entries: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer once more where MLflow's transformers flavour looks for it: other names of the same objects."""
+def _mlflow_tokenizer(entries: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer's files a second time, under the names where MLflow's transformers flavour looks for them."""
     merged = {name.removeprefix("merged/"): entry for name, entry in entries.items() if name.startswith("merged/")}
     return {
         f"components/tokenizer/{name}": entry

@@ -1,17 +1,17 @@
-"""Between an S3 client and its server: hands every request on, except those for which `plan` names a fault.
+"""A proxy between an S3 client and its server, which forwards every request unless `plan` names a fault for it.
 
-Conditional writes pass one at a time, whole. AWS promises that one of several racing ones wins; Swift asks whether the
-object exists when a write begins, so that two can win. With this in between, it keeps what AWS promises.
+Conditional writes are forwarded one at a time. On AWS one of several racing writes wins; Swift checks whether the
+object exists when a write begins, so two can win. Behind this proxy, Swift behaves like AWS.
 
-reset    the connection is reset, the server sees nothing
-lost     the server does it, but the connection is reset instead of its answer
-stall    the server does it, its answer never comes
-500, 503 the server sees nothing, the client an error of that status
-cut      half of the request's body reaches the server (half of the answer the client, when there is no body)
-twice    the request is delivered twice, the client sees the second answer
-kill     `on_kill` is called before the server sees anything
-killed   `on_kill` is called after the server did it
-412:Code any other number, with S3's error code: an answer in the server's place
+reset    the connection is reset; the server gets nothing
+lost     the server executes the request; the connection is reset instead of its answer
+stall    the server executes the request; its answer never arrives
+500, 503 the server gets nothing; the client gets this status
+cut      half of the request's body reaches the server (without a body: half of the answer reaches the client)
+twice    the request is delivered twice; the client gets the second answer
+kill     `on_kill` is called before the server gets anything
+killed   `on_kill` is called after the server executed the request
+412:Code any other status, with S3's error code: the client gets this answer, the server nothing
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass
 class FaultProxy:
-    """Serves on `port` from entering to leaving the context."""
+    """A context manager; serves on `port` while the context is open."""
 
     server_port: int
     plan: Callable[[int, str], str | None] = lambda number, line: None  # fault of the n-th request, counted from 0
@@ -60,7 +60,7 @@ class FaultProxy:
         return f"http://127.0.0.1:{self.port}"
 
     async def _run(self, ready: threading.Event) -> None:
-        self._one_write = asyncio.Lock()
+        self._write_lock = asyncio.Lock()
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         server = await asyncio.start_server(self._client, "127.0.0.1", 0, limit=2**20)
         self.port = server.sockets[0].getsockname()[1]
@@ -79,7 +79,7 @@ class FaultProxy:
                 fault = self.plan(number, request.line)
                 answer = await self._answer(request, fault)
                 if answer is None:
-                    # RST, as a crashed peer or a firewall sends it, and not an orderly end.
+                    # Send RST, as a crashed peer or a firewall does, instead of closing properly.
                     sock = writer.get_extra_info("socket")
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     break
@@ -118,11 +118,11 @@ class FaultProxy:
 
     async def _forward(self, request: Request, part: int | None = None) -> bytes:
         if b"if-none-match" in request.head.lower():
-            async with self._one_write:
-                return await self._pass(request, part)
-        return await self._pass(request, part)
+            async with self._write_lock:
+                return await self._send(request, part)
+        return await self._send(request, part)
 
-    async def _pass(self, request: Request, part: int | None) -> bytes:
+    async def _send(self, request: Request, part: int | None) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.server_port, limit=2**20)
         try:
             writer.write(request.head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + request.body[:part])
@@ -130,7 +130,7 @@ class FaultProxy:
             if part is not None:
                 return b""
             answer = await reader.read()
-            # The connection to the client stays open, whatever the server said about its own.
+            # Only the connection to the server is closed.
             return answer.replace(b"\r\nConnection: close\r\n", b"\r\n", 1)
         finally:
             writer.close()

@@ -1,7 +1,7 @@
-"""The fastest S3 server there can be, for benchmarks and long listings: keeps names and sizes, but only small bodies.
+"""A minimal, fast S3 server for benchmarks and long listings: it stores names and sizes, but only small bodies.
 
-It speaks what an upload needs, checks no signature, and honours conditional writes unless told not to. As a program it
-prints its endpoint and serves loopback until its input ends.
+It supports what an upload needs, checks no signature, and honours conditional writes by default. As a program it prints
+its endpoint and serves on loopback until its input ends.
 """
 
 import base64
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-RECEIVE = 2**20  # bytes at once; bodies up to this size are kept
+RECEIVE = 2**20  # bytes to receive at once; bodies up to this size are stored
 
 
 class Sink:
@@ -52,11 +52,11 @@ class Sink:
 
     def listing(self, prefix: str, token: str) -> bytes:
         start = base64.b64decode(token).decode()
-        keys = sorted(each for each in self.sizes if each.startswith(prefix) and each > start)
+        keys = sorted(key for key in self.sizes if key.startswith(prefix) and key > start)
         text = "".join(
-            f"<Contents><Key>{each}</Key><Size>{self.sizes[each]}</Size>"
+            f"<Contents><Key>{key}</Key><Size>{self.sizes[key]}</Size>"
             "<LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
-            for each in keys[:1000]
+            for key in keys[:1000]
         )
         if len(keys) > 1000:
             text += "<IsTruncated>true</IsTruncated>"
@@ -84,9 +84,9 @@ class Handler(BaseHTTPRequestHandler):
         if length <= RECEIVE:
             body = self.rfile.read(length)
         else:
-            left = length
-            while left:
-                left -= self.rfile.readinto(buffer[: min(left, RECEIVE)])
+            remaining = length
+            while remaining:
+                remaining -= self.rfile.readinto(buffer[: min(remaining, RECEIVE)])
         status, data = self.sink.answer(self.command, self.path, self.headers.get("if-none-match"), length, body)
         self.send_response(status)
         self.send_header("ETag", '"0"')

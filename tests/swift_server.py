@@ -1,6 +1,6 @@
-"""OpenStack Swift with its S3 API on loopback: four real processes that keep their data in a folder and end with us.
+"""OpenStack Swift with its S3 API on loopback: four real processes that store data in a folder and end with this one.
 
-`start(folder)` yields the endpoint. Account and keys are fixed and mean nothing outside the folder.
+`start(folder)` yields the endpoint. Account and keys are fixed and useless outside the folder.
 """
 
 import getpass
@@ -74,7 +74,7 @@ SERVER = (
 
 @contextmanager
 def start(folder: Path) -> Iterator[str]:
-    """A running server; its endpoint is yielded when it answers."""
+    """Start the server; yields its endpoint when it answers."""
     (folder / "devices" / "d").mkdir(parents=True)
     (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = retune\n")
     ports = dict(zip(("account", "container", "object", "proxy"), free_ports(4), strict=True))
@@ -95,7 +95,7 @@ def start(folder: Path) -> Iterator[str]:
         endpoint = f"http://127.0.0.1:{ports['proxy']}"
         wait_until(lambda: answers(f"{endpoint}/info") or any(server.poll() is not None for server in servers), 60)
         assert answers(f"{endpoint}/info"), "\n".join(path.read_text() for path in folder.glob("*.log"))
-        # The keys come from the environment, which conftest sets; a bucket cannot be made with anybody else's.
+        # conftest puts the keys into the environment.
         boto3.client("s3", endpoint_url=endpoint, region_name=REGION).create_bucket(Bucket=BUCKET)
         yield endpoint
     finally:
@@ -108,6 +108,6 @@ def start(folder: Path) -> Iterator[str]:
 def free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]

@@ -137,7 +137,7 @@ def test_a_stage_does_nothing_once_the_run_that_started_it_is_dead(root: Path, m
 
 def test_before_the_first_run_nothing_is_there_to_promote(root: Path) -> None:
     assert "dvc.lock is missing" in sentence(root, "promote")
-    assert "no champion before the present one" in sentence(root, "rollback")
+    assert "no earlier champion" in sentence(root, "rollback")
     assert json.loads(retune(root, "history", "--json").stdout) == []
     assert "has no champion yet" in sentence(root, "download", "champion", "here")
     assert "is not published" in sentence(root, "verify", "0123456789abcdef")

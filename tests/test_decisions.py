@@ -1,4 +1,4 @@
-"""The promotion log decides, one record a number."""
+"""The promotion log: one record for each number, and the champions that follow from the records."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "store")
 
 
-def test_a_record_is_read_as_it_was_appended_each_number_is_taken_once_and_logs_are_apart(store: FileStore) -> None:
+def test_records_are_read_as_appended_each_number_is_used_once_and_logs_are_separate(store: FileStore) -> None:
     assert (read_log(store, NAME), champion([]), champions([])) == ([], None, [])
     record = replace(RECORD, reason="比较好", comparison={"bleu": {"passed": True}}, actor="me", time="now")
     assert append(store, NAME, record) == record
@@ -34,7 +34,7 @@ def test_a_record_is_read_as_it_was_appended_each_number_is_taken_once_and_logs_
     assert [[record.version for record in read_log(store, name)] for name in ("model2", "mode")] == [["b"], []]
 
 
-def test_decisions_of_commands_that_ended_are_read(store: FileStore) -> None:
+def test_decisions_of_removed_commands_are_read(store: FileStore) -> None:
     for number, decision in enumerate(("canary", "canary-ended"), start=1):
         append(store, NAME, replace(RECORD, number=number, decision=decision))
     assert [record.decision for record in read_log(store, NAME)] == ["canary", "canary-ended"]
@@ -50,7 +50,7 @@ def test_decisions_of_commands_that_ended_are_read(store: FileStore) -> None:
         None,
     ],
 )  # fmt: skip
-def test_a_record_that_is_none_or_missing_is_refused_by_name(store: FileStore, change: bytes | None) -> None:
+def test_an_invalid_or_missing_record_is_refused_by_name(store: FileStore, change: bytes | None) -> None:
     for number in (1, 2, 3):
         append(store, NAME, replace(RECORD, number=number))
     path = store.folder / "promotions" / NAME / "00000002.json"
@@ -86,8 +86,8 @@ def test_champions_are_a_stack_of_promotions(steps: list[tuple[str, int]]) -> No
         assert champion(log) == (stack[-1] if stack else None)
 
 
-def test_a_version_that_a_rollback_took_back_stays_named_until_it_serves_again() -> None:
+def test_a_version_counts_as_rolled_back_until_it_is_champion_again() -> None:
     steps = [("promoted", "a"), ("promoted", "b"), ("promoted", "c"), ("rollback", "a"), ("rollback", "c")]
     serving = [None, *(version for _, version in steps)]
-    log = [Record(i + 1, what, who, who, serving[i], "") for i, (what, who) in enumerate(steps)]
+    log = [Record(i + 1, decision, version, version, serving[i], "") for i, (decision, version) in enumerate(steps)]
     assert [rolled_back(log[:number]) for number in (3, 4, 5)] == [set(), {"b", "c"}, {"b"}]

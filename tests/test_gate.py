@@ -1,4 +1,4 @@
-"""The gate's rule and its tests: what is known of them by other means, and how often they err in simulations."""
+"""The gate and its significance tests: known values, and error rates in simulations."""
 
 import math
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class World:
         groups = np.arange(self.items) // self.group_size
         number = int(groups[-1]) + 1
         ease = (0.35 + 0.3 * draw.random(number))[groups]
-        # What a system knows of a group it knows of all its items; the rest is the item's luck.
+        # A system's knowledge is the same for all items of a group; the rest is noise of the item.
         systems = []
         for gain in (self.gain, 0.0):
             known = ease + 0.1 * draw.standard_normal(number)[groups] + gain
@@ -58,16 +58,16 @@ class World:
         return systems[0], systems[1]
 
 
-def decided(world: World, seed: int, promote: PromoteParams, resamples: int = 400) -> gate.Comparison:
-    ours, theirs = world.table(seed)
-    return gate.compare_claims(gate.claims_on(ours, theirs, promote), seed, resamples)
+def compare(world: World, seed: int, promote: PromoteParams, resamples: int = 400) -> gate.Comparison:
+    candidate, champion = world.table(seed)
+    return gate.compare_claims(gate.claims_on(candidate, champion, promote), seed, resamples)
 
 
 def decisions(world: World, number: int, promote: PromoteParams, resamples: int = 400) -> list[str]:
-    return [gate.decide(decided(world, seed, promote, resamples)) for seed in range(number)]
+    return [gate.decide(compare(world, seed, promote, resamples)) for seed in range(number)]
 
 
-WIDE = {"guard_metrics": {"accuracy": 0.2, "bleu": 20.0}}  # so that what errs is the primary metric
+WIDE = {"guard_metrics": {"accuracy": 0.2, "bleu": 20.0}}  # margins so wide that only the primary metric errs
 
 
 def test_mcnemar_is_the_exact_randomisation_of_every_sign_and_of_single_items_the_binomial_tail() -> None:
@@ -79,17 +79,17 @@ def test_mcnemar_is_the_exact_randomisation_of_every_sign_and_of_single_items_th
     assert mcnemar(np.array([1.0] * 60 + [-1.0] * 41 + [0.0] * 20)) == pytest.approx(tail, rel=1e-12)
 
 
-def test_the_score_test_is_mcnemars_against_equality_and_its_interval_tangos_published_one() -> None:
+def test_the_score_test_equals_mcnemars_for_bound_0_and_its_interval_tangos_published_one() -> None:
     assert score_test(14, 5, 100, 0.0)[0] == pytest.approx((14 - 5) / math.sqrt(14 + 5))
-    tested = binary_test(np.array([1.0] * 43 + [0.0]), np.ones(44), np.arange(44), 0.1)
-    assert (tested.low, tested.high) == pytest.approx((-0.118, 0.060), abs=0.001)
+    result = binary_test(np.array([1.0] * 43 + [0.0]), np.ones(44), np.arange(44), 0.1)
+    assert (result.low, result.high) == pytest.approx((-0.118, 0.060), abs=0.001)
 
 
 def test_few_items_without_a_difference_do_not_prove_the_guard() -> None:
     few, many = (binary_test(np.ones(n), np.ones(n), np.arange(n), -0.05) for n in (25, 250))
     assert few.p > ALPHA > many.p
     bootstrapped = corpus_test(np.ones(25), np.ones(25), np.arange(25), -0.05, np.zeros(1000), seed=0)
-    assert bootstrapped.p < ALPHA  # why right or wrong items have a test of their own
+    assert bootstrapped.p < ALPHA  # this is why items that are right or wrong have a test of their own
 
 
 def test_dependent_items_count_less() -> None:
@@ -154,52 +154,52 @@ def test_metrics_that_count_other_items_share_their_draws() -> None:
     assert set_scores(np.array([[0.0, 0.0]]))[0] != 0  # a draw without an item has no score
 
 
-def test_what_is_clear_is_decided_however_small_the_power(params: Params) -> None:
-    gain = decided(World(60, gain=0.3), 0, with_(params, promote={"declared_effect": 0.001}).promote)
-    loss = decided(World(40, gain=-0.3), 0, params.promote)
+def test_a_clear_result_decides_even_with_little_power(params: Params) -> None:
+    gain = compare(World(60, gain=0.3), 0, with_(params, promote={"declared_effect": 0.001}).promote)
+    loss = compare(World(40, gain=-0.3), 0, params.promote)
     assert (gate.decide(gain), gate.decide(loss)) == ("promoted", "refused")
     assert gain["rougeL"]["gate_power"] < 0.2 and loss["rougeL"]["gate_power"] < 0.8
-    assert gain["rougeL"]["p_adjusted"] == pytest.approx(0.005, abs=0.001)  # 400 resamples say no less
+    assert gain["rougeL"]["p_adjusted"] == pytest.approx(0.005, abs=0.001)  # the smallest of 400 resamples
 
 
-def test_too_few_items_decide_nothing_and_say_how_many_would(params: Params) -> None:
+def test_with_too_few_items_the_gate_is_undecided_and_says_how_many_are_enough(params: Params) -> None:
     promote = with_(params, promote=WIDE).promote
-    comparison = decided(World(60, gain=0.02), 5, promote)
+    comparison = compare(World(60, gain=0.02), 5, promote)
     assert gate.decide(comparison) == "undecided"
     rows = comparison["rougeL"]["gate_rows"]
     assert 90 < rows < 300
     assert decisions(World(rows, gain=promote.declared_effect), 40, promote).count("promoted") > 0.6 * 40
-    grouped = decided(World(190, gain=0.3, group_size=10), 0, params.promote)  # 19 groups
+    grouped = compare(World(190, gain=0.3, group_size=10), 0, params.promote)  # 19 groups
     assert (gate.decide(grouped), grouped["rougeL"]["groups"]) == ("undecided", 19)
     assert grouped["rougeL"]["needed"].startswith("at least 20") and grouped["rougeL"]["gate_rows"] >= 200
 
 
 def test_no_gain_on_enough_items_is_refused(params: Params) -> None:
-    everything = [decided(World(190, gain=0.02), seed, with_(params, promote=WIDE).promote) for seed in range(15)]
-    open_ones = [c for c in everything if "open" in {row["verdict"] for row in c.values()}]
-    enough = [c for c in open_ones if c["rougeL"]["gate_power"] >= 0.8]
-    assert {gate.decide(comparison) for comparison in enough} == {"refused"}
+    comparisons = [compare(World(190, gain=0.02), seed, with_(params, promote=WIDE).promote) for seed in range(15)]
+    open_ones = [c for c in comparisons if "open" in {row["verdict"] for row in c.values()}]
+    powerful = [c for c in open_ones if c["rougeL"]["gate_power"] >= 0.8]
+    assert {gate.decide(comparison) for comparison in powerful} == {"refused"}
 
 
-def test_a_guard_on_which_both_score_nothing_guards_nothing(params: Params) -> None:
-    ours, theirs = World(60, gain=0.3).table(0)
+def test_a_guard_on_which_both_score_0_is_uninformative(params: Params) -> None:
+    candidate, champion = World(60, gain=0.3).table(0)
     zeros = [0.0] * 60
 
     def with_column(table: pa.Table, name: str, values: list[float]) -> pa.Table:
         return table.set_column(table.column_names.index(name), name, [pa.array(values)])
 
-    def compared(name: str, ours: pa.Table, accuracy: list[float]) -> gate.Comparison:
-        right = with_column(theirs if name == "accuracy" else with_column(theirs, name, zeros), "accuracy", zeros)
-        claims = gate.claims_on(with_column(ours, "accuracy", accuracy), right, params.promote)
+    def compare_zeros(name: str, candidate: pa.Table, accuracy: list[float]) -> gate.Comparison:
+        zero_champion = with_column(with_column(champion, name, zeros), "accuracy", zeros)
+        claims = gate.claims_on(with_column(candidate, "accuracy", accuracy), zero_champion, params.promote)
         return gate.compare_claims(claims, 0, 400)
 
-    both = compared("accuracy", ours, zeros)
+    both = compare_zeros("accuracy", candidate, zeros)
     assert (both["accuracy"]["verdict"], both["accuracy"]["passed"]) == ("uninformative", None)
     assert (both["accuracy"]["items"], both["accuracy"]["p"]) == (60, None)
-    assert gate.decide(both) == "promoted"  # 60 items without a hit could never show "at most 0.05 worse"
-    assert compared("accuracy", ours, [1.0, *zeros[1:]])["accuracy"]["verdict"] != "uninformative"
-    # What has to become better is no guard.
-    assert gate.decide(compared("rougeL", with_column(ours, "rougeL", zeros), zeros)) != "promoted"
+    assert gate.decide(both) == "promoted"  # 60 items that score 0 could never show "at most 0.05 worse"
+    assert compare_zeros("accuracy", candidate, [1.0, *zeros[1:]])["accuracy"]["verdict"] != "uninformative"
+    # The primary metric is not a guard.
+    assert gate.decide(compare_zeros("rougeL", with_column(candidate, "rougeL", zeros), zeros)) != "promoted"
 
 
 def test_a_lower_perplexity_is_better(params: Params) -> None:
@@ -217,32 +217,32 @@ def test_a_lower_perplexity_is_better(params: Params) -> None:
     assert [c.metric for c in gate.claims_on(low, high, guard)] == ["perplexity"]
 
 
-def test_who_forgets_more_than_the_limit_is_refused_whatever_the_gain(params: Params) -> None:
-    ours, theirs = World(300, gain=0.3).table(0)
+def test_a_candidate_that_forgets_too_much_is_refused_despite_its_gain(params: Params) -> None:
+    candidate, champion = World(300, gain=0.3).table(0)
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 30, 100).astype(float)
     columns = {"group": [str(i) for i in range(100)], "loss_tokens": tokens, "accuracy": pa.nulls(100, pa.float64())}
     before = pa.table(columns | {"loss": tokens * (2.0 + 0.1 * draw.random(100))})
 
-    def judged(rise: float) -> gate.Comparison:
-        after = before.set_column(3, "loss", [pa.array(before["loss"].to_numpy() + rise * tokens)])
-        claims = [*gate.claims_on(ours, theirs, params.promote), *gate.forgetting_claims(before, after, params.promote)]
-        return gate.compare_claims(claims, 0)
+    claims = gate.claims_on(candidate, champion, params.promote)
 
-    kept, lost = judged(0.01), judged(0.3)
-    assert gate.decide(kept) == "promoted"
-    assert "general_accuracy" not in kept  # no row of the set has one right answer
-    assert lost["rougeL"]["passed"]
-    assert gate.decide(lost) == "refused"
-    assert lost["general_perplexity"]["needed"].startswith("at most +0.7")
-    few = {"group": [str(i) for i in range(5000)], "loss_tokens": [9.0] * 5000, "accuracy": [None] * 5000}
-    many = pa.table(few | {"loss": [18.0 + i % 7 for i in range(5000)]})
-    claims = gate.claims_on(ours, theirs, params.promote)
-    alone, beside = (
+    def compare_after(rise: float) -> gate.Comparison:
+        after = before.set_column(3, "loss", [pa.array(before["loss"].to_numpy() + rise * tokens)])
+        return gate.compare_claims([*claims, *gate.forgetting_claims(before, after, params.promote)], 0)
+
+    little, much = compare_after(0.01), compare_after(0.3)
+    assert gate.decide(little) == "promoted"
+    assert "general_accuracy" not in little  # no row of the set has one right answer
+    assert much["rougeL"]["passed"]
+    assert gate.decide(much) == "refused"
+    assert much["general_perplexity"]["needed"].startswith("at most +0.7")
+    columns = {"group": [str(i) for i in range(5000)], "loss_tokens": [9.0] * 5000, "accuracy": [None] * 5000}
+    large = pa.table(columns | {"loss": [18.0 + i % 7 for i in range(5000)]})
+    rows, rows_with_general = (
         gate.compare_claims([*claims, *others], 0)["rougeL"]["gate_rows"]
-        for others in ([], gate.forgetting_claims(many, many, params.promote))
+        for others in ([], gate.forgetting_claims(large, large, params.promote))
     )
-    assert beside == pytest.approx(alone, rel=0.2)  # rows of the test split, not of the general set
+    assert rows_with_general == pytest.approx(rows, rel=0.2)  # rows of the test split, not of the general set
 
 
 def test_equal_systems_are_rarely_promoted_and_better_ones_mostly(params: Params) -> None:
@@ -260,8 +260,8 @@ def test_of_1000_equal_pairs_at_most_5_percent_are_promoted(params: Params) -> N
 
 
 @pytest.mark.faults
-def test_the_declared_effect_is_seen_four_times_in_five_where_the_gate_says_so(params: Params) -> None:
-    pilot = [decided(World(400, params.promote.declared_effect), seed, params.promote, 1000) for seed in range(20)]
+def test_with_as_many_rows_as_the_gate_asks_for_the_declared_effect_is_found_4_times_in_5(params: Params) -> None:
+    pilot = [compare(World(400, params.promote.declared_effect), seed, params.promote, 1000) for seed in range(20)]
     rows = int(np.median([comparison["rougeL"]["gate_rows"] for comparison in pilot]))
     promoted = decisions(World(rows, params.promote.declared_effect), 500, params.promote, 1000).count("promoted")
     assert promoted >= 0.8 * 500, f"{promoted} of 500 with {rows} rows"

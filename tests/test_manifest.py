@@ -1,4 +1,4 @@
-"""The manifest is checked against its published schema when it is written and when it is read."""
+"""The manifest: its content, and the schema that is checked when it is written and read."""
 
 import copy
 import json
@@ -38,11 +38,11 @@ def manifest(shipped: tuple[Path, Params, str]) -> Manifest:
     return require_manifest(open_store(shipped[1].publish), shipped[2])
 
 
-def test_a_manifest_tells_where_the_version_comes_from(manifest: Manifest, shipped: tuple[Path, Params, str]) -> None:
+def test_a_manifest_has_the_versions_files_and_lineage(manifest: Manifest, shipped: tuple[Path, Params, str]) -> None:
     root, params, version = shipped
     assert manifests.version_of(manifest) == version
     assert len(manifest["git"]["commit"]) == 40
-    assert not manifest["git"]["dirty"]  # the artifacts are not committed, and are no code
+    assert not manifest["git"]["dirty"]  # uncommitted artifacts are not code
     assert manifest["data"]["dvc_md5"] == {"data/instructions": "0" * 32 + ".dir"}
     assert manifest["params"]["prepare"] == params.prepare.model_dump()
     assert set(manifest["params"]) == {"prepare", "train", "evaluate", "merge", "publish"}
@@ -56,29 +56,29 @@ def test_a_manifest_tells_where_the_version_comes_from(manifest: Manifest, shipp
     assert {"README.md", "MLmodel", "components/tokenizer/tokenizer.json"} <= set(manifest["files"])
 
 
-def test_what_a_run_writes_itself_is_no_change_of_the_code(tmp_path: Path) -> None:
+def test_files_that_a_run_writes_do_not_make_the_code_dirty(tmp_path: Path) -> None:
     (tmp_path / ".dvc").mkdir()
     for name in ("dvc.lock", ".dvc/init_adapter.json", "params.yaml"):
         (tmp_path / name).write_text("before")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         git(tmp_path, *command)
-    for name, text, seen in (
-        ("dvc.lock", "as a run left it", []),
-        (".dvc/init_adapter.json", "as a run left it", []),
+    for name, text, changed in (
+        ("dvc.lock", "written by a run", []),
+        (".dvc/init_adapter.json", "written by a run", []),
         ("rows.csv", "nothing reads it", []),
         ("pipeline/new.py", "", ["pipeline/new.py"]),
         ("params.yaml", "evaluate: {general: {path: ./rows.csv}}", ["params.yaml", "pipeline/new.py", "rows.csv"]),
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-        assert sorted(changes(tmp_path, manifests.WRITTEN_BY_RUNS)) == seen
-        assert state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"] == bool(seen)
+        assert sorted(changes(tmp_path, manifests.WRITTEN_BY_RUNS)) == changed
+        assert state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"] == bool(changed)
 
 
 def test_publishing_again_restores_an_object_that_the_store_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when a sweep took what an upload found there, in the moment before its manifest was written."""
+    """`gc` can delete an object that an upload found in the store, just before the manifest is written."""
     params = parameters(tmp_path)
     published(tmp_path, params)
     monkeypatch.setattr(graph, "stale", lambda root: {})
@@ -106,7 +106,7 @@ def test_publishing_again_restores_an_object_that_the_store_lost(
         ("files", {"a.json": DIGEST | {"sha256": "0" * 63}}),
         ("files", {"a.json": DIGEST | {"size": -1}}),
         ("surprise", True),
-        *((required, None) for required in SCHEMA["required"]),  # it is missing
+        *((required, None) for required in SCHEMA["required"]),  # missing
     ],
 )
 def test_what_the_schema_does_not_allow_is_neither_written_nor_read(
@@ -123,7 +123,7 @@ def test_what_the_schema_does_not_allow_is_neither_written_nor_read(
     with pytest.raises(StoreError, match=r"manifest\.schema\.json"):
         manifests.encode(changed)
     store = FileStore(tmp_path)
-    store.create(manifests.key_of(manifest["version"]), json.dumps(changed).encode())
+    store.create(manifests.manifest_key(manifest["version"]), json.dumps(changed).encode())
     with pytest.raises(StoreError, match="is damaged"):
         read_manifest(store, manifest["version"])
 
@@ -131,7 +131,7 @@ def test_what_the_schema_does_not_allow_is_neither_written_nor_read(
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (json.dumps, "its bytes are not"),  # another spelling
+        (json.dumps, "its bytes are not"),  # the same content, formatted differently
         (lambda manifest: '{"schema": 1}', "its schema is 1, this Retune reads 2"),
         (lambda manifest: '{"version": "v", "files": {"a": {}, "a": {"sha256": "0"}}}', "the key 'a' comes twice"),
     ],
@@ -140,15 +140,15 @@ def test_other_bytes_than_retune_writes_are_refused(
     manifest: Manifest, tmp_path: Path, text: Callable[[Manifest], str], why: str
 ) -> None:
     store = FileStore(tmp_path)
-    store.create(manifests.key_of(manifest["version"]), text(manifest).encode())
+    store.create(manifests.manifest_key(manifest["version"]), text(manifest).encode())
     with pytest.raises(StoreError, match=why):
         read_manifest(store, manifest["version"])
 
 
-def test_time_and_cost_count_only_for_the_output_that_was_timed(tmp_path: Path) -> None:
+def test_time_and_cost_are_recorded_only_for_the_output_that_was_timed(tmp_path: Path) -> None:
     params = parameters(tmp_path, price_per_hour=3.6)
     published(tmp_path, params, registered=False)
-    write_json(tmp_path / "artifacts" / "training" / "run.json", {"earlier_seconds": 480.0})  # until a checkpoint
+    write_json(tmp_path / "artifacts" / "training" / "run.json", {"earlier_seconds": 480.0})  # before a checkpoint
     seconds = {"prepare": 10.0, "train": 500.0, "evaluate": 5.0, "merge": 5.0}
     for stage, time in seconds.items():
         timings.record(stage, time, 0, tmp_path)
@@ -161,7 +161,7 @@ def test_time_and_cost_count_only_for_the_output_that_was_timed(tmp_path: Path) 
     assert (built["time"]["train"], built["cost"]["total"]) == (None, None)
 
 
-def test_the_model_card_is_one_that_the_hub_reads(manifest: Manifest, shipped: tuple[Path, Params, str]) -> None:
+def test_the_hub_can_read_the_model_card(manifest: Manifest, shipped: tuple[Path, Params, str]) -> None:
     root, _, _ = shipped
     card = ModelCard((root / "store" / "objects" / manifest["files"]["README.md"]["sha256"]).read_text())
     assert card.data.library_name == "transformers" and card.data.base_model is None  # a folder

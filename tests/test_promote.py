@@ -1,4 +1,4 @@
-"""Who becomes champion: by the gate, by a person, by nobody; and what is said about it."""
+"""Decisions: by the gate and by people, with their reasons, aliases and webhooks."""
 
 import http.server
 import json
@@ -14,9 +14,9 @@ import preloaded
 import pytest
 from conftest import environment, once, with_, write_params
 from test_signature import make_key
-from versions import ITEMS, decide, parameters, published, records, registry_lost
+from versions import ITEMS, parameters, promote_version, published, records, registry_lost
 
-from pipeline import promote as gate
+from pipeline import promote
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.registry.artifact_store import FileStore, StoreError
@@ -57,23 +57,23 @@ def first(tmp_path: Path, params: Params) -> str:
 
     def make(folder: Path) -> None:
         (folder / "version").write_text(published(folder, parameters(folder), 0.5))
-        assert decide(folder, parameters(folder)).decision == "promoted"
+        assert promote_version(folder, parameters(folder)).decision == "promoted"
 
     shutil.copytree(once("champion", make), tmp_path, dirs_exist_ok=True)
     return (tmp_path / "version").read_text()
 
 
-def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_overruled(
+def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_overrules(
     tmp_path: Path, params: Params, first: str
 ) -> None:
     worse = published(tmp_path, params, 0.4)
-    refused = decide(tmp_path, params)
+    refused = promote_version(tmp_path, params)
     assert (refused.decision, refused.word, refused.number, refused.champion) == ("refused", "refused", "2", first)
     assert f"0.100 worse than that of champion v1 ({first[:6]}…) (0.400 against 0.500 on 100" in refused.reason
     assert f"v1 ({first[:6]}…) stays champion" in refused.title
     assert "retune promote v2 --force" in refused.next
-    assert (decide(tmp_path, params).decision, serving(tmp_path, params)) == ("unchanged", first)
-    forced = decide(tmp_path, params, force="legal asked for it")
+    assert (promote_version(tmp_path, params).decision, serving(tmp_path, params)) == ("unchanged", first)
+    forced = promote_version(tmp_path, params, force="legal asked for it")
     assert (forced.decision, forced.reason, serving(tmp_path, params)) == ("promoted", "legal asked for it", worse)
     assert (forced.word, forced.title[:10]) == ("forced", "Forced: v2")
     record = records(tmp_path)[-1]
@@ -85,18 +85,18 @@ def test_a_worse_version_is_refused_with_its_numbers_and_force_records_what_it_o
 def test_a_champion_trained_on_rows_of_a_larger_test_split_is_not_compared(
     tmp_path: Path, params: Params, first: str
 ) -> None:
-    published(tmp_path, params, 0.6, test_fraction=0.2, test_split="b")
-    refused = decide(tmp_path, params)
+    published(tmp_path, params, 0.6, test_fraction=0.2, test_split="b")  # 0.1 for the champion
+    refused = promote_version(tmp_path, params)
     assert (refused.decision, refused.comparison) == ("refused", {})
     assert f"test_fraction is 0.2, and was 0.1 for the champion {first}: it was trained on rows" in refused.reason
-    assert (serving(tmp_path, params), decide(tmp_path, params).decision) == (first, "unchanged")
-    forced = decide(tmp_path, params, force="the new split is what counts")
+    assert (serving(tmp_path, params), promote_version(tmp_path, params).decision) == (first, "unchanged")
+    forced = promote_version(tmp_path, params, force="the new split is what counts")
     assert (forced.decision, forced.comparison) == ("promoted", {})
     assert records(tmp_path)[-1]["overruled"][0].startswith("prepare.test_fraction is 0.2")
 
 
-def scored_again(patch: pytest.MonkeyPatch, artifacts: Path, items: dict[str, str], **changes: Any) -> None:
-    """Let what promotion scores again have these `items`, by version, under settings with `changes`."""
+def replace_scoring(patch: pytest.MonkeyPatch, artifacts: Path, items: dict[str, str], **changes: Any) -> None:
+    """When promotion scores a version again, let it get the version's `items`, with `changes` to the signatures."""
 
     def score(model: Any, manifest: Any, settings: dict[str, Any], output: Path) -> None:
         signatures = settings["signatures"] | changes
@@ -106,137 +106,135 @@ def scored_again(patch: pytest.MonkeyPatch, artifacts: Path, items: dict[str, st
     patch.setattr("pipeline.registry.compare._score", score)
 
 
-def test_on_a_smaller_test_split_the_champion_is_scored_again_and_compared_if_it_was_scored_alike(
+def test_on_a_smaller_test_split_the_champion_is_scored_again_and_compared_if_metrics_are_computed_alike(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = published(tmp_path, params, 0.5, test_fraction=0.2)
-    decide(tmp_path, params)
+    promote_version(tmp_path, params)
     candidate = published(tmp_path, params, 0.35, test_fraction=0.1, test_split="b")
-    scored_again(monkeypatch, tmp_path / "artifacts", {}, bleu="tok:zh|version:3.0.0")
-    with pytest.raises(CompareError, match=f"bleu .* made .* {first} was scored as tok:zh"):
-        decide(tmp_path, params)
-    scored_again(monkeypatch, tmp_path / "artifacts", {})
-    decision = decide(tmp_path, params)
+    replace_scoring(monkeypatch, tmp_path / "artifacts", {}, bleu="tok:zh|version:3.0.0")
+    with pytest.raises(CompareError, match=f"bleu of version {first} .*tok:zh"):
+        promote_version(tmp_path, params)
+    replace_scoring(monkeypatch, tmp_path / "artifacts", {})
+    decision = promote_version(tmp_path, params)
     assert (decision.decision, decision.champion) == ("promoted", candidate)
     smaller = "the test split is a part of the champion's: prepare.test_fraction 0.1 instead of 0.2"
-    nothing = f"accuracy guards nothing here: both score 0 on all {ITEMS} test items that count for it"
-    assert decision.notes == records(tmp_path)[-1]["notes"] == [smaller, nothing]
+    uninformative = f"accuracy guards nothing here: both score 0 on all {ITEMS} test items that count for it"
+    assert decision.notes == records(tmp_path)[-1]["notes"] == [smaller, uninformative]
 
 
-def test_too_few_items_leave_the_champion_and_are_asked_again_only_on_other_test_items(
+def test_an_undecided_version_is_compared_again_only_on_other_test_items(
     tmp_path: Path, params: Params, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = published(tmp_path, params, 0.6)
     monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS + 1)
-    decision = decide(tmp_path, params)
+    decision = promote_version(tmp_path, params)
     assert (decision.decision, serving(tmp_path, params)) == ("undecided", first)
     assert f"needed: at least {ITEMS + 1} independent test items, there are {ITEMS}" in decision.reason
-    again = decide(tmp_path, params)
+    again = promote_version(tmp_path, params)
     assert (again.decision, again.next) == ("unchanged", decision.next)
     assert again.reason.startswith("not decided before") and decision.reason in again.reason
-    assert gate.settled(params.publish, params.promote, second, tmp_path) == again.reason
+    assert promote.settled(params.publish, params.promote, second, tmp_path) == again.reason
     monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS)
-    scored_again(monkeypatch, tmp_path / "artifacts", {second: "parity/items.merged.parquet"})
+    replace_scoring(monkeypatch, tmp_path / "artifacts", {second: "parity/items.merged.parquet"})
     report, parity = (tmp_path / "artifacts" / name for name in ("dataset/report.json", "parity/parity.json"))
-    proof = read_json(parity)
+    content = read_json(parity)
     write_json(report, read_json(report) | {"test_sha256": "e" * 64})
-    write_json(parity, proof | {"evaluation": proof["evaluation"] | {"test_sha256": "e" * 64}})
-    assert gate.settled(params.publish, params.promote, second, tmp_path) is None
-    assert decide(tmp_path, params, second).decision == "promoted"
+    write_json(parity, content | {"evaluation": content["evaluation"] | {"test_sha256": "e" * 64}})
+    assert promote.settled(params.publish, params.promote, second, tmp_path) is None
+    assert promote_version(tmp_path, params, second).decision == "promoted"
     assert records(tmp_path)[2]["test_sha256"] == "e" * 64
 
 
 def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Params) -> None:
     published(tmp_path, params, 0.5, forgets=0.3)
-    refused = decide(tmp_path, params)
+    refused = promote_version(tmp_path, params)
     assert (refused.decision, refused.champion) == ("refused", None)
     rows = {metric: row["verdict"] for metric, row in refused.comparison.items()}
     assert (rows["rougeL"], rows["general_accuracy"], rows["general_perplexity"]) == ("passed", "passed", "failed")
     published(tmp_path, params, 0.5, forgets=0.01)
-    assert decide(tmp_path, params).decision == "promoted"
+    assert promote_version(tmp_path, params).decision == "promoted"
 
 
-def test_a_fresh_clone_promotes_by_the_scores_that_versions_were_published_with(
-    tmp_path: Path, params: Params, first: str
-) -> None:
+def test_a_fresh_clone_promotes_by_published_scores(tmp_path: Path, params: Params, first: str) -> None:
     second, third = published(tmp_path, params, 0.6), published(tmp_path, params, 0.7, test_split="b")
     for folder in ("artifacts", ".retune"):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
-    decision = decide(tmp_path, params, second)
+    decision = promote_version(tmp_path, params, second)
     assert (decision.decision, decision.champion) == ("promoted", second)
     assert decision.comparison["rougeL"]["candidate"] == pytest.approx(0.6, abs=0.01)
     with pytest.raises(CompareError, match=f"{second}.*dvc repro prepare"):  # the test items are not here
-        decide(tmp_path, params, third)
+        promote_version(tmp_path, params, third)
 
 
-def test_another_kind_of_model_under_the_champions_name_is_said_before_training(
+def test_a_model_for_another_task_than_the_champions_is_refused_before_training(
     tmp_path: Path, params: Params, first: str
 ) -> None:
-    gate.require_ready(params, tmp_path)
+    promote.require_ready(params, tmp_path)
     train = {"task": "sequence-classification", "packing": False}
     other = with_(params, train=train, promote={"primary_metric": "accuracy"})
     with pytest.raises(CompareError, match=f"{first[:6]}.*causal-lm.*publish.registered_model_name"):
-        gate.require_ready(other, tmp_path)
-    gate.require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
+        promote.require_ready(other, tmp_path)
+    promote.require_ready(with_(other, publish={"registered_model_name": "classes"}), tmp_path)
 
 
-def test_what_is_not_published_or_was_deleted_is_not_promoted_even_by_force(
+def test_an_unpublished_or_deleted_version_cannot_be_promoted_even_by_force(
     tmp_path: Path, params: Params, first: str
 ) -> None:
-    decide(tmp_path, params, published(tmp_path, params, 0.6))
+    promote_version(tmp_path, params, published(tmp_path, params, 0.6))
     delete(params.publish, first, "not needed", tmp_path)
     for use, error in (
-        (lambda: decide(tmp_path, params, "0" * 16, force="x"), StoreError),
-        (lambda: decide(tmp_path, params, first, force="x"), DecisionError),
-        (lambda: gate.rollback(params.publish, params.promote, first, root=tmp_path), DecisionError),
+        (lambda: promote_version(tmp_path, params, "0" * 16, force="x"), StoreError),
+        (lambda: promote_version(tmp_path, params, first, force="x"), DecisionError),
+        (lambda: promote.rollback(params.publish, params.promote, first, root=tmp_path), DecisionError),
     ):
         with pytest.raises(error, match=r"is not published|was deleted by .* \(not needed\)"):
             use()
 
 
-def test_a_registry_that_is_lost_or_down_stops_no_decision(
+def test_decisions_work_without_the_registry_and_it_is_repaired_afterwards(
     tmp_path: Path, params: Params, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     lost = registry_lost(tmp_path, params)
     second = published(tmp_path, lost, 0.6, registered=False)
-    decision = decide(tmp_path, lost, second)
+    decision = promote_version(tmp_path, lost, second)
     assert (decision.decision, decision.warnings, decision.number) == ("promoted", [], "2")
-    assert f"that of champion {first}" in decision.reason  # it had no number then
+    assert f"that of champion {first}" in decision.reason  # without a number
     assert serving(tmp_path, lost) == second
     down = with_(params, publish={"tracking_uri": "http://127.0.0.1:9"})
-    record, [warning] = gate.rollback(down.publish, down.promote, root=tmp_path)
+    record, [warning] = promote.rollback(down.publish, down.promote, root=tmp_path)
     assert record.champion == first
     assert warning.startswith("the registry http://127.0.0.1") and "The decision stands" in warning
-    assert gate.settled(lost.publish, lost.promote, first, tmp_path) == "it is the champion"  # repairs the alias
+    assert promote.settled(lost.publish, lost.promote, first, tmp_path) == "it is the champion"  # repairs the alias
     assert serving(tmp_path, lost) == first
-    again = decide(tmp_path, lost, second)  # it was rolled back, and nobody is told to talk to it
+    again = promote_version(tmp_path, lost, second)  # after a rollback there is no next step
     assert (again.decision, again.champion, again.next) == ("unchanged", first, "")
 
 
 @pytest.mark.parametrize("agreed", [True, False])
-def test_manual_approval_waits_with_the_numbers_for_a_persons_answer(
+def test_with_manual_approval_a_version_waits_for_a_persons_answer(
     tmp_path: Path, manual: Params, agreed: bool
 ) -> None:
     version = published(tmp_path, manual, 0.5)
-    proposal = decide(tmp_path, manual)
+    proposal = promote_version(tmp_path, manual)
     assert (proposal.decision, proposal.champion, serving(tmp_path, manual)) == ("proposed", None, None)
-    again = decide(tmp_path, manual)
+    again = promote_version(tmp_path, manual)
     assert again.decision == "unchanged" and "waits for approval" in again.reason
     answering = manual
-    if not agreed:  # what may not serve any more can still be refused
+    if not agreed:  # a version that may no longer be used can still be refused
         make_key(tmp_path / "key.pem")
         answering = with_(manual, publish={"require_signature": True, "verify_key": str(tmp_path / "key.pub")})
         with pytest.raises(SignatureError):
-            gate.approve(answering.publish, answering.promote, root=tmp_path)
-    answer = gate.approve(answering.publish, answering.promote, None, agreed, "I read them", "Ada", tmp_path)
+            promote.approve(answering.publish, answering.promote, root=tmp_path)
+    answer = promote.approve(answering.publish, answering.promote, None, agreed, "I read them", "Ada", tmp_path)
     assert (answer.decision, answer.comparison) == ("promoted" if agreed else "refused", proposal.comparison)
     assert serving(tmp_path, manual) == (version if agreed else None)
-    said = [(r["decision"], r["proposal"], r["actor"] == "Ada") for r in records(tmp_path)]
-    assert said == [("proposed", None, False), (answer.decision, 1, True)]
-    assert decide(tmp_path, manual).decision == "unchanged"  # what was refused is not proposed again
+    log = [(r["decision"], r["proposal"], r["actor"] == "Ada") for r in records(tmp_path)]
+    assert log == [("proposed", None, False), (answer.decision, 1, True)]
+    assert promote_version(tmp_path, manual).decision == "unchanged"  # a refused version is not proposed again
     with pytest.raises(DecisionError, match="no version"):
-        gate.approve(manual.publish, manual.promote, root=tmp_path)
+        promote.approve(manual.publish, manual.promote, root=tmp_path)
 
 
 def test_promote_on_a_terminal_shows_the_numbers_and_asks(tmp_path: Path, manual: Params) -> None:
@@ -259,34 +257,34 @@ def test_promote_on_a_terminal_shows_the_numbers_and_asks(tmp_path: Path, manual
     assert [(r["decision"], r["reason"]) for r in records(tmp_path)][1:] == [("refused", "not yet")]
 
 
-def test_an_approval_counts_only_for_the_champion_that_was_compared_with(tmp_path: Path, manual: Params) -> None:
+def test_a_proposal_expires_when_the_champion_changes(tmp_path: Path, manual: Params) -> None:
     first, second = published(tmp_path, manual, 0.5), published(tmp_path, manual, 0.6)
-    decide(tmp_path, manual, first)
-    decide(tmp_path, manual, second, force="at once")
+    promote_version(tmp_path, manual, first)
+    promote_version(tmp_path, manual, second, force="at once")
     with pytest.raises(DecisionError, match="no version waits for approval"):
-        gate.approve(manual.publish, manual.promote, first, root=tmp_path)
-    decide(tmp_path, manual, published(tmp_path, manual, 0.7))
+        promote.approve(manual.publish, manual.promote, first, root=tmp_path)
+    promote_version(tmp_path, manual, published(tmp_path, manual, 0.7))
     with pytest.raises(DecisionError, match=rf"v3 \(.*\) waits for approval, not v1 \({first[:6]}"):
-        gate.approve(manual.publish, manual.promote, first, root=tmp_path)
+        promote.approve(manual.publish, manual.promote, first, root=tmp_path)
     assert serving(tmp_path, manual) == second
 
 
-def test_decisions_are_told_to_the_webhooks_and_what_fails_is_a_warning_that_keeps_its_secret(
+def test_decisions_are_sent_to_webhooks_and_a_failure_is_a_warning_without_the_secret_url(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    got: list[Any] = []
+    requests: list[Any] = []
 
     class Hook(http.server.BaseHTTPRequestHandler):
-        """Keeps what it is sent, and answers with the status that its path names."""
+        """Records requests; answers with the status in their path."""
 
         def do_POST(self) -> None:
-            got.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            requests.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
             self.send_response(int(self.path.rsplit("/", 1)[1]))
             self.send_header("Location", "/elsewhere/200")
             self.end_headers()
 
     monkeypatch.setattr(Hook, "log_message", lambda *_: None)
-    reasons = {"BROKEN": "status 500", "MOVED": "status 302", "DEAD": "cannot be reached", "FILE": "no http"}
+    reasons = {"BROKEN": "status 500", "MOVED": "status 302", "DEAD": "cannot be reached", "FILE": "not an http"}
     reasons |= {"UNSET": "not set"}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -294,25 +292,25 @@ def test_decisions_are_told_to_the_webhooks_and_what_fails_is_a_warning_that_kee
         urls = {"TEAM": f"{url}/200", "BROKEN": f"{url}/500", "MOVED": f"{url}/302", "FILE": "file:///etc/passwd"}
         for name, address in (urls | {"DEAD": dead}).items():
             monkeypatch.setenv(f"{name}_HOOK", address)
-        told = with_(params, promote={"webhooks": [f"{name}_HOOK" for name in (*reasons, "TEAM")]})
-        version = published(tmp_path, told, 0.5)
-        decision = decide(tmp_path, told)
-        assert (decision.decision, serving(tmp_path, told)) == ("promoted", version)
-        for (name, reason), said in zip(reasons.items(), decision.warnings, strict=True):
-            assert name in said and reason in said
+        hooked = with_(params, promote={"webhooks": [f"{name}_HOOK" for name in (*reasons, "TEAM")]})
+        version = published(tmp_path, hooked, 0.5)
+        decision = promote_version(tmp_path, hooked)
+        assert (decision.decision, serving(tmp_path, hooked)) == ("promoted", version)
+        for (name, reason), warning in zip(reasons.items(), decision.warnings, strict=True):
+            assert name in warning and reason in warning
         assert "secret-token" not in json.dumps([decision.warnings, records(tmp_path)])
-        assert [path for path, _ in got] == [f"/secret-token/{status}" for status in (500, 302, 200)]
+        assert [path for path, _ in requests] == [f"/secret-token/{status}" for status in (500, 302, 200)]
         team = with_(params, promote={"webhooks": ["TEAM_HOOK"]})
         for quality in (0.4, 0.6):
             published(tmp_path, team, quality)
-            assert decide(tmp_path, team).warnings == []
-        gate.rollback(team.publish, team.promote, root=tmp_path)
+            assert promote_version(tmp_path, team).warnings == []
+        promote.rollback(team.publish, team.promote, root=tmp_path)
         server.shutdown()
-    assert [body["decision"] for _, body in got[2:]] == ["promoted", "refused", "promoted", "rollback"]
-    assert [body for _, body in got[2:]] == [{"model": NAME} | record for record in records(tmp_path)]
+    assert [body["decision"] for _, body in requests[2:]] == ["promoted", "refused", "promoted", "rollback"]
+    assert [body for _, body in requests[2:]] == [{"model": NAME} | record for record in records(tmp_path)]
 
 
-def test_a_promoter_that_comes_second_decides_anew_against_the_new_champion(
+def test_the_slower_of_two_promotions_decides_again_against_the_new_champion(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`test_kills.py` races processes for the log."""
@@ -322,11 +320,11 @@ def test_a_promoter_that_comes_second_decides_anew_against_the_new_champion(
     def create_late(store: FileStore, key: str, data: bytes) -> bool:
         if key.startswith("promotions/") and not raced:
             raced.append(key)
-            assert decide(tmp_path / "other", params, quick).decision == "promoted"
+            assert promote_version(tmp_path / "other", params, quick).decision == "promoted"
         return create(store, key, data)
 
     monkeypatch.setattr(FileStore, "create", create_late)
-    assert decide(tmp_path, params, slow).decision == "refused"
-    said = [(record["decision"], record["version"], record["previous"]) for record in records(tmp_path)]
-    assert said == [("promoted", quick, None), ("refused", slow, quick)]
+    assert promote_version(tmp_path, params, slow).decision == "refused"
+    log = [(record["decision"], record["version"], record["previous"]) for record in records(tmp_path)]
+    assert log == [("promoted", quick, None), ("refused", slow, quick)]
     assert serving(tmp_path, params) == quick

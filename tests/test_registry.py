@@ -1,4 +1,4 @@
-"""What MLflow's own client sees of the versions: numbers, tags, runs, files, and aliases that follow the log."""
+"""Versions in MLflow, read with MLflow's own client: numbers, tags, runs, files, and aliases that follow the log."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ import pytest
 from conftest import environment, with_
 from local_servers import answers, free_port, wait_until
 from test_signature import make_key
-from versions import decide, parameters, published, registry_lost
+from versions import parameters, promote_version, published, registry_lost
 
-from pipeline import promote as gate
+from pipeline import promote
 from pipeline.registry.manifest import published_versions
 from pipeline.registry.mlflow import ModelRegistry, RegistryError
 from pipeline.registry.model import RegisteredModel
@@ -39,7 +39,7 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server, with storage for artifacts of its own."""
+    """A real MLflow server with its own artifact storage."""
     folder, port = tmp_path_factory.mktemp("server"), str(free_port())
     options = {
         "--port": port,
@@ -72,7 +72,7 @@ def aliases(registry: ModelRegistry) -> dict[str, str]:
 
 
 def test_a_registered_version_shows_its_run_with_curve_and_report(registry: ModelRegistry, tmp_path: Path) -> None:
-    curve = [("loss", 1 / step, step) for step in range(1, 2501)]  # more than MLflow takes at once
+    curve = [("loss", 1 / step, step) for step in range(1, 2501)]  # more than MLflow accepts at once
     number = registry.register(**VERSION | {"metrics": [*VERSION["metrics"], *curve]})
     entry = registry.client.get_model_version(registry.name, number)
     assert (entry.source, entry.tags) == (VERSION["source"], {"git_commit": "123", "version_id": "abc"})
@@ -84,20 +84,20 @@ def test_a_registered_version_shows_its_run_with_curve_and_report(registry: Mode
     assert Path(report).read_text() == "# Evaluation"
 
 
-def test_numbers_and_ids_name_the_same_version_and_of_two_entries_the_first_counts(registry: ModelRegistry) -> None:
+def test_numbers_map_to_ids_and_of_two_entries_of_a_version_the_first_counts(registry: ModelRegistry) -> None:
     assert [registry.register(**version) for version in (VERSION, NEXT, VERSION)] == ["1", "2", "1"]
     assert [registry.id_of(number) for number in ("1", "v2", "3")] == ["abc", "def", "abc"]
     assert registry.numbers() == {"abc": "1", "def": "2"}
-    assert [registry.remembered(id) for id in ("abc", "ghi")] == ["v1 (abc…)", "ghi"]  # without asking
-    assert ModelRegistry(registry.uri, "other", registry.root).remembered("abc") == "abc"
+    assert [registry.cached_name(id) for id in ("abc", "ghi")] == ["v1 (abc…)", "ghi"]
+    assert ModelRegistry(registry.uri, "other", registry.root).cached_name("abc") == "abc"
     with pytest.raises(RegistryError, match="has no version 4; it has v1, v2, v3"):
         registry.id_of("4")
-    registry.forget("abc")
+    registry.delete("abc")
     assert registry.numbers() == {"def": "2"}
 
 
-def test_aliases_that_strayed_from_the_log_are_put_right(registry: ModelRegistry) -> None:
-    registry.project("abc")  # a registry that lost its model is no reason to fail
+def test_wrong_aliases_are_corrected(registry: ModelRegistry) -> None:
+    registry.set_aliases("abc")  # not an error if the registry does not know the model
     for version in (VERSION, NEXT):
         registry.register(**version)
     registry.client.set_registered_model_alias(registry.name, "champion", "2")
@@ -108,22 +108,22 @@ def test_aliases_that_strayed_from_the_log_are_put_right(registry: ModelRegistry
         ("unknown", {}),
         (None, {}),
     ):
-        registry.project(champion)
+        registry.set_aliases(champion)
         assert aliases(registry) == expected
 
 
 @pytest.fixture
 def mlflow_at() -> Iterator[Any]:
-    """MLflow, to be pointed at a registry; it keeps its addresses in the process, which are put back."""
+    """A function that returns MLflow, connected to a registry. MLflow's addresses are global; they are reset."""
     import mlflow
 
-    def at(uri: str) -> Any:
+    def connect(uri: str) -> Any:
         mlflow.set_registry_uri(uri)
         mlflow.set_tracking_uri(uri)
         return mlflow
 
-    yield lambda params: at(params.publish.tracking_uri)
-    at("")
+    yield lambda params: connect(params.publish.tracking_uri)
+    connect("")
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         os.environ.pop(name, None)
 
@@ -136,7 +136,7 @@ def test_mlflows_client_downloads_the_champion_with_digests_checked(
     if where == "server":
         params = with_(params, publish={"tracking_uri": request.getfixturevalue("server")})
     version = published(tmp_path, params)
-    decide(tmp_path, params, version)
+    promote_version(tmp_path, params, version)
     download = mlflow_at(params).artifacts.download_artifacts
     uri = f"models:/{params.publish.registered_model_name}@champion"
     whole = Path(download(uri, dst_path=str(tmp_path / "whole")))
@@ -158,15 +158,15 @@ def test_mlflows_client_downloads_the_champion_with_digests_checked(
 
 def test_mlflow_loads_the_champion_as_a_pipeline(tmp_path: Path, base: Path, mlflow_at: Any) -> None:
     params = parameters(tmp_path)
-    decide(tmp_path, params, published(tmp_path, params, model=base))
+    promote_version(tmp_path, params, published(tmp_path, params, model=base))
     mlflow = mlflow_at(params)
     loaded = mlflow.transformers.load_model("models:/retune-sample@champion")
     question = [{"role": "user", "content": "Name the colour of box 1: red"}]
     answer = loaded(question, max_new_tokens=4, do_sample=False)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
     served = mlflow.pyfunc.load_model("models:/retune-sample@champion")
-    [told] = served.predict({"messages": question, "max_tokens": 4, "do_sample": False})
-    assert told["choices"][0]["message"]["content"] == answer[0]["generated_text"][-1]["content"]
+    [prediction] = served.predict({"messages": question, "max_tokens": 4, "do_sample": False})
+    assert prediction["choices"][0]["message"]["content"] == answer[0]["generated_text"][-1]["content"]
 
 
 def test_a_lost_registry_is_filled_again_from_the_store_with_the_same_numbers(tmp_path: Path) -> None:
@@ -174,10 +174,10 @@ def test_a_lost_registry_is_filled_again_from_the_store_with_the_same_numbers(tm
     versions = []
     for quality in (0.4, 0.5, 0.6):
         versions.append(published(tmp_path, params, quality))
-        decide(tmp_path, params)
+        promote_version(tmp_path, params)
     shutil.rmtree(tmp_path / "artifacts")
     other = registry_lost(tmp_path, params).publish
-    assert not gate.history(other, tmp_path)[1]  # asks for the champion, the last of them, alone
+    assert not promote.history(other, tmp_path)[1]  # registers the champion, and the versions decided on before it
     registry = RegisteredModel(other, tmp_path).registry
     assert registry.numbers() == {version: str(number) for number, version in enumerate(versions, 1)}
     assert aliases(registry) == {"champion": "3"}
@@ -186,7 +186,7 @@ def test_a_lost_registry_is_filled_again_from_the_store_with_the_same_numbers(tm
 
 
 def test_a_version_in_s3_is_signed_verified_and_loaded_through_mlflow(tmp_path: Path, s3: str, mlflow_at: Any) -> None:
-    """One pass over a real S3 server: publish, sign, verify, promote, download, delete, and what gc leaves."""
+    """All commands on a real S3 server: publish, sign, verify, promote, download, gc and delete."""
     make_key(tmp_path / "key.pem")
     params = parameters(
         tmp_path,
@@ -200,11 +200,11 @@ def test_a_version_in_s3_is_signed_verified_and_loaded_through_mlflow(tmp_path: 
     )
     model = RegisteredModel(params.publish, tmp_path)
     first, second = published(tmp_path, params, 0.5), published(tmp_path, params, 0.6)
-    assert [decide(tmp_path, params, version).decision for version in (first, second)] == ["promoted"] * 2
+    assert [promote_version(tmp_path, params, version).decision for version in (first, second)] == ["promoted"] * 2
     assert [check.name for check in verify(model, second) if check.passed is False] == []
     download = mlflow_at(params).artifacts.download_artifacts
     merged = Path(download("models:/retune-sample@champion/merged", dst_path=str(tmp_path / "all")))
     assert (merged / "config.json").read_bytes() == (tmp_path / "artifacts/merged/config.json").read_bytes()
     collect(model.store, delete=False)  # reads every manifest and signature, and the log
-    delete(params.publish, first, "room", tmp_path)
+    delete(params.publish, first, "not needed", tmp_path)
     assert published_versions(model.store) == [second]

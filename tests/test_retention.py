@@ -1,4 +1,4 @@
-"""Which versions and objects stay: what serves, waits, is needed or young."""
+"""Deletion of versions, the policy for old ones, and `gc`."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import publish_params, with_
 from s3_sink import Sink
-from versions import decide, parameters, published, records
+from versions import parameters, promote_version, published, records
 
-from pipeline import promote as gate
+from pipeline import promote
 from pipeline.params import Params
 from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.decisions import DecisionError, Record, append
-from pipeline.registry.manifest import key_of, published_versions
+from pipeline.registry.manifest import manifest_key, published_versions
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.retention import GRACE_S, Garbage, collect, delete, outdated
 from pipeline.registry.stores import open_store
@@ -34,7 +34,7 @@ def store(tmp_path: Path) -> FileStore:
 
 
 def age(store: FileStore, seconds: float = GRACE_S + 60) -> None:
-    """Make what is there now look this old, by the store's own clock."""
+    """Make every file look this old, by the store's clock."""
     then = store.now() - seconds
     for key in store.list(""):
         os.utime(store.folder / key, (then, then))
@@ -45,30 +45,28 @@ def put(store: FileStore, *digests: str) -> None:
         store.create(f"objects/{digest}", b"1234")
 
 
-def test_what_serves_or_waits_is_not_deleted(tmp_path: Path, params: Params) -> None:
+def test_the_champion_and_a_proposal_cannot_be_deleted(tmp_path: Path, params: Params) -> None:
     manual = with_(params, promote={"approval": "manual"})
     first, second = (published(tmp_path, manual, quality) for quality in (0.5, 0.7))
-    decide(tmp_path, manual, first, force="the first")
-    assert decide(tmp_path, manual, second).decision == "proposed"
+    promote_version(tmp_path, manual, first, force="the first")
+    assert promote_version(tmp_path, manual, second).decision == "proposed"
     for version, error in ((first, DecisionError), (second, DecisionError), ("0" * 16, StoreError)):
         with pytest.raises(error, match=version[:6]):
             delete(manual.publish, version, "room", tmp_path)
     assert len(published_versions(open_store(manual.publish))) == 2
 
 
-def test_a_deleted_version_is_gone_for_good_and_a_deletion_cut_short_is_finished(
-    tmp_path: Path, params: Params
-) -> None:
+def test_a_deletion_cannot_be_undone_and_an_interrupted_one_is_finished(tmp_path: Path, params: Params) -> None:
     first, second = published(tmp_path, params, 0.5), published(tmp_path, params, 0.6)
-    decide(tmp_path, params, first)
-    decide(tmp_path, params, second)
-    manifest = tmp_path / "store" / key_of(first)
+    promote_version(tmp_path, params, first)
+    promote_version(tmp_path, params, second)
+    manifest = tmp_path / "store" / manifest_key(first)
     data = manifest.read_bytes()
     assert delete(params.publish, "v1", "room", tmp_path).version == first
     assert RegisteredModel(params.publish, tmp_path).registry.numbers() == {second: "2"}
     with pytest.raises(DecisionError):
-        gate.rollback(params.publish, params.promote, root=tmp_path)
-    manifest.write_bytes(data)  # as when it was killed after its record
+        promote.rollback(params.publish, params.promote, root=tmp_path)
+    manifest.write_bytes(data)  # as if the deletion had been killed after its record
     assert outdated(params.publish, tmp_path) == [first]
     assert delete(params.publish, first, "again", tmp_path).reason == "room"
     assert not manifest.exists()
@@ -77,19 +75,20 @@ def test_a_deleted_version_is_gone_for_good_and_a_deletion_cut_short_is_finished
 
 def test_the_policy_keeps_the_newest_and_the_last_champions(tmp_path: Path, params: Params) -> None:
     params = with_(params, publish={"keep_versions": 1, "keep_champions": 2})
-    made = [published(tmp_path, params, 0.30 + 0.05 * i) for i in range(6)]
-    for number in (0, 2, 3):
-        decide(tmp_path, params, made[number])
+    versions = [published(tmp_path, params, 0.30 + 0.05 * i) for i in range(6)]
+    for index in (0, 2, 3):
+        promote_version(tmp_path, params, versions[index])
     unregistered = published(tmp_path, params, 0.9, registered=False)
-    assert outdated(params.publish, tmp_path) == [made[0], made[1], made[4]]
+    assert outdated(params.publish, tmp_path) == [versions[0], versions[1], versions[4]]
     assert outdated(with_(params, publish={"keep_versions": None}).publish, tmp_path) == []
     for version in outdated(params.publish, tmp_path):
         delete(params.publish, version, "old", tmp_path)
     assert outdated(params.publish, tmp_path) == []
-    assert set(published_versions(open_store(params.publish))) == {made[2], made[3], made[5], unregistered}
+    kept = {versions[2], versions[3], versions[5], unregistered}
+    assert set(published_versions(open_store(params.publish))) == kept
 
 
-def test_only_old_objects_that_nothing_names_go_and_what_others_have_in_such_folders_stays(store: FileStore) -> None:
+def test_gc_deletes_only_old_objects_that_nothing_names_and_no_foreign_files(store: FileStore) -> None:
     put(store, *DIGESTS[:6])
     for key in ("objects/report.pdf", f"objects/{DIGESTS[9]}/part", "probe/report", "backup/a"):
         store.create(key, b"theirs")
@@ -106,37 +105,37 @@ def test_only_old_objects_that_nothing_names_go_and_what_others_have_in_such_fol
     assert set(before) - set(store.list("")) == {f"objects/{digest}" for digest in DIGESTS[4:6]}
 
 
-def test_what_is_left_has_seven_days_by_the_stores_clock_and_not_by_this_machines(
+def test_the_seven_days_are_by_the_stores_clock_not_by_this_machines(
     store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.create("versions/v1/manifest.json", b"{}")
     put(store, DIGESTS[0])
     half = store.folder / "versions" / "v1" / ".manifest.json.1.partial"
-    half.write_bytes(b"half")  # by a killed writer
-    for seconds, now, swept in ((GRACE_S - 60, 4e9, 0), (GRACE_S + 60, 0.0, 1)):
+    half.write_bytes(b"half")  # left by a killed writer
+    for seconds, now, deleted in ((GRACE_S - 60, 4e9, 0), (GRACE_S + 60, 0.0, 1)):
         age(store, seconds)
         os.utime(half, (store.now() - seconds,) * 2)
         monkeypatch.setattr(time, "time", lambda now=now: now)  # the year 2096, or 1970
-        found = [(g.objects, g.unfinished) for g in (collect(store, delete) for delete in (False, True, True))]
-        assert found == [(swept, swept), (swept, swept), (0, 0)]
-        assert (len(store.list("objects/")), half.exists()) == (1 - swept, not swept)
+        counts = [(g.objects, g.unfinished) for g in (collect(store, delete) for delete in (False, True, True))]
+        assert counts == [(deleted, deleted), (deleted, deleted), (0, 0)]
+        assert (len(store.list("objects/")), half.exists()) == (1 - deleted, not deleted)
     assert store.list("versions/") == ["versions/v1/manifest.json"]
 
 
-def test_of_a_bucket_only_old_objects_below_the_prefix_go(s3: str) -> None:
-    """On a real server whatever a test writes is young; one that dates all of 2026-01-01 has old ones."""
+def test_gc_in_a_bucket_deletes_only_old_objects_below_the_prefix(s3: str) -> None:
+    """On a real server everything that a test writes is new; `Sink` gives every object the date 2026-01-01."""
     store = open_store(publish_params(f"s3://retune/{uuid.uuid4().hex}", endpoint_url=s3, addressing_style="path"))
     store.create(f"objects/{DIGESTS[0]}", b"young")
     assert collect(store, delete=True) == Garbage(0, 0, 0, 1, True)
     sink = Sink()
-    sink.sizes = {f"{place}objects/{DIGESTS[0]}": 4 for place in ("", "x/", "xy/")} | {"x/objects/report": 4}
+    sink.sizes = {f"{prefix}objects/{DIGESTS[0]}": 4 for prefix in ("", "x/", "xy/")} | {"x/objects/report": 4}
     with sink.running() as endpoint:
         store = open_store(publish_params("s3://retune/x", endpoint_url=endpoint, addressing_style="path"))
         assert collect(store, delete=True) == Garbage(1, 4, 0, 0, True)
     assert set(sink.sizes) == {f"objects/{DIGESTS[0]}", f"xy/objects/{DIGESTS[0]}", "x/objects/report"}
 
 
-def test_a_store_whose_champion_is_missing_is_not_swept(store: FileStore) -> None:
+def test_gc_refuses_a_store_without_the_champions_manifest(store: FileStore) -> None:
     put(store, DIGESTS[0])
     append(store, "model", Record(1, "promoted", "v1", "v1", None, ""))
     age(store)

@@ -1,4 +1,4 @@
-"""The S3 store where it differs from a folder: what a server must keep, what goes wrong, what is said of it."""
+"""The S3 store where it differs from a folder: what it needs from a server, its errors, and its requests."""
 
 import uuid
 from pathlib import Path
@@ -21,7 +21,7 @@ def store_at(endpoint: str, uri: str | None = None, **values: object) -> S3Store
 def test_a_server_that_lets_two_racing_writes_both_win_is_refused(
     swift_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Swift, as it is, does."""
+    """Plain Swift lets both win."""
     monkeypatch.setattr("pipeline.registry.s3.PROBE_HOLD_S", 2.0)
     for _ in range(3):
         with pytest.raises(StoreError, match="two conditional writes"):
@@ -29,7 +29,7 @@ def test_a_server_that_lets_two_racing_writes_both_win_is_refused(
 
 
 @pytest.mark.parametrize("at_first", [True, False])
-def test_a_server_that_ignores_conditions_is_refused_at_first_or_from_then_on(at_first: bool) -> None:
+def test_a_server_that_ignores_conditions_from_the_start_or_later_is_refused(at_first: bool) -> None:
     sink = Sink(honours_conditions=not at_first)
     with sink.running() as endpoint:
         if not at_first:
@@ -51,7 +51,7 @@ def test_a_server_that_ignores_conditions_is_refused_at_first_or_from_then_on(at
     ],
 )
 @pytest.mark.parametrize("how", ["create", "upload"])
-def test_what_the_server_refuses_is_said_in_one_sentence(
+def test_a_servers_refusal_is_one_sentence_without_secrets(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, words: str, how: str
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the pauses between attempts
@@ -78,7 +78,7 @@ def test_what_the_server_refuses_is_said_in_one_sentence(
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_wrong_keys_and_parameters_are_named_without_being_shown(
+def test_wrong_credentials_and_parameters_are_named_without_secrets(
     s3: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], values: dict[str, str], word: str
 ) -> None:
     monkeypatch.setattr("botocore.endpoint.time.sleep", lambda seconds: None)
@@ -90,10 +90,10 @@ def test_wrong_keys_and_parameters_are_named_without_being_shown(
 
 
 @pytest.mark.parametrize("size", [1, 5 * 2**20 + 1])
-def test_encryption_checksum_and_condition_are_asked_for_with_every_write(
+def test_every_write_asks_for_encryption_checksum_and_condition(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int
 ) -> None:
-    """Swift knows no KMS, and AWS is far: what is sent is looked at, not what comes of it."""
+    """Only the requests are checked, because Swift has no KMS."""
     monkeypatch.setattr("pipeline.registry.s3.PART_SIZE", 5 * 2**20)
     (tmp_path / "f").write_bytes(bytes(size))
     with Sink().running() as endpoint, FaultProxy(int(endpoint.rpartition(":")[2])) as proxy:
@@ -110,7 +110,7 @@ def test_encryption_checksum_and_condition_are_asked_for_with_every_write(
         assert part or begins or b"if-none-match: *\r\n" in head
 
 
-def test_an_object_that_is_not_what_its_name_says_is_refused_by_the_server(s3: str, tmp_path: Path) -> None:
+def test_the_server_refuses_an_object_with_another_digest_than_its_name(s3: str, tmp_path: Path) -> None:
     store = store_at(s3)
     (tmp_path / "f").write_bytes(b"other bytes")
     with pytest.raises(StoreError, match="BadDigest"):
@@ -118,8 +118,8 @@ def test_an_object_that_is_not_what_its_name_says_is_refused_by_the_server(s3: s
     assert store.list("objects/") == []
 
 
-def test_a_listing_is_whole_and_an_unchanged_upload_asks_for_it_once_and_sends_nothing(tmp_path: Path) -> None:
-    sink, keys = Sink(), [f"many/{each:04}" for each in range(2500)]
+def test_a_long_listing_is_complete_and_an_unchanged_upload_is_one_request(tmp_path: Path) -> None:
+    sink, keys = Sink(), [f"many/{number:04}" for number in range(2500)]
     sink.sizes = {f"x/{key}": 7 for key in keys} | {"x/many2": 0}
     (tmp_path / "f").write_text("f")
     with sink.running() as endpoint:
@@ -132,14 +132,14 @@ def test_a_listing_is_whole_and_an_unchanged_upload_asks_for_it_once_and_sends_n
 
 
 @pytest.mark.parametrize("prefix", ["", "team-a"])
-def test_an_objects_upload_that_nobody_completed_is_aborted_and_those_of_others_are_not(s3: str, prefix: str) -> None:
+def test_unfinished_uploads_of_objects_are_aborted_and_other_uploads_are_not(s3: str, prefix: str) -> None:
     store = store_at(s3, f"s3://retune/{prefix}".rstrip("/"))
-    ours, theirs = f"objects/{'1' * 64}", ("backup/a", "objects/report")
-    made = {
-        key: store._client.create_multipart_upload(Bucket="retune", Key=store._name(key))["UploadId"]
-        for key in (ours, *theirs)
+    object_key, other_keys = f"objects/{'1' * 64}", ("backup/a", "objects/report")
+    uploads = {
+        key: store._client.create_multipart_upload(Bucket="retune", Key=store._full_key(key))["UploadId"]
+        for key in (object_key, *other_keys)
     }
     assert store.unfinished(store.now() - 60, delete=True) == 0
     assert [store.unfinished(store.now() + 60, delete=True) for _ in range(2)] == [1, 0]
-    for key in theirs:  # they are still there
-        store._client.abort_multipart_upload(Bucket="retune", Key=store._name(key), UploadId=made[key])
+    for key in other_keys:  # fails unless the upload still exists
+        store._client.abort_multipart_upload(Bucket="retune", Key=store._full_key(key), UploadId=uploads[key])

@@ -1,7 +1,7 @@
-"""Publishing and promoting in S3 while requests fail, processes die or race: nothing is torn, lost or made twice.
+"""Publishing and promoting in S3 while requests fail and processes die or race: nothing is incomplete, lost or doubled.
 
-The server is Swift behind a proxy that keeps conditional writes apart, as AWS does. A fault or two by default; all of
-them, at every request, with `make test-faults`. `test_kills.py` does the same for a store in a folder.
+The server is Swift behind a proxy that makes conditional writes atomic, as on AWS. By default a few faults are tested;
+`make test-faults` tests every fault at every request. `test_kills.py` does the same for a store in a folder.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from time import sleep  # not the quicker one of `quick`
+from time import sleep  # `quicken` replaces `time.sleep`
 from typing import Any
 
 import preloaded
@@ -23,7 +23,7 @@ from test_kills import race
 from test_store import publish
 from versions import parameters, published
 
-from pipeline import promote as gate
+from pipeline import promote
 from pipeline.params import Params
 from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.decisions import champion, read_log
@@ -36,7 +36,7 @@ LONG = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 
 def quicken(patch: pytest.MonkeyPatch) -> None:
-    """Parts of the least size that S3 takes; a twentieth of the pauses between attempts; a second for an answer."""
+    """Use the smallest parts that S3 accepts, shorter pauses between attempts, and a timeout of one second."""
     patch.setattr("pipeline.registry.s3.PART_SIZE", PART_SIZE)
     patch.setattr("pipeline.registry.s3.PROBE_HOLD_S", 0.2)
     patch.setattr("botocore.endpoint.time.sleep", lambda seconds: sleep(seconds / 20))
@@ -52,40 +52,41 @@ def quick() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Publishing:
-    """A second version of small files and one of `size` bytes, published next to a first one."""
+    """Publishes a second version (small files and one of `size` bytes) after a first one."""
 
     url: str
     folder: str
     size: int
 
     def fresh(self) -> str:
-        place = uuid.uuid4().hex
-        self._publish(place, 1)
-        return place
+        """A new store's prefix, with the first version."""
+        name = uuid.uuid4().hex
+        self._publish(name, 1)
+        return name
 
-    def run(self, place: str) -> None:
-        self._publish(place, 2)
+    def run(self, name: str) -> None:
+        self._publish(name, 2)
 
-    def done(self, place: str) -> bool:
-        """Every version that can be seen is whole, to the last byte."""
-        store = self._store(place)
+    def done(self, name: str) -> bool:
+        """Check that every visible version is complete; returns whether there are two."""
+        store = self._store(name)
         for number, key in enumerate(store.list("versions/"), start=1):
             out = Path(self.folder) / "out"
             fetch(store, json.loads(store.read(key) or b""), self._files(number), out)
-            for name, path in self._files(number).items():
-                assert (out / name).read_bytes() == path.read_bytes()
+            for file, path in self._files(number).items():
+                assert (out / file).read_bytes() == path.read_bytes()
             shutil.rmtree(out)
         return len(store.list("versions/")) == 2
 
-    def check(self, place: str) -> None:
-        assert len(self._store(place).list("objects/")) == 5  # of each version two, and one that both have
+    def check(self, name: str) -> None:
+        assert len(self._store(name).list("objects/")) == 5  # two of each version, and one that both have
 
-    def _publish(self, place: str, number: int) -> None:
-        publish(self._store(place), f"v{number}", self._files(number))
+    def _publish(self, name: str, number: int) -> None:
+        publish(self._store(name), f"v{number}", self._files(number))
 
-    def _store(self, place: str) -> S3Store:
+    def _store(self, name: str) -> S3Store:
         at = {"endpoint_url": self.url, "addressing_style": "path", "max_concurrency": 1}
-        return S3Store(publish_params(f"s3://retune/{place}", **at))
+        return S3Store(publish_params(f"s3://retune/{name}", **at))
 
     def _files(self, number: int) -> dict[str, Path]:
         weights = random.Random(number).randbytes(self.size)
@@ -96,14 +97,14 @@ class Publishing:
         }
         files = {name: Path(self.folder) / f"{number}-{name.replace('/', '-')}" for name in content}
         for name, path in files.items():
-            if not path.exists():  # written again it would be another file to an upload that is under way
+            if not path.exists():  # an upload refuses a file that is written meanwhile
                 path.write_bytes(content[name])
         return files | {"merged/merges.txt": files["merged/vocab.txt"]}
 
 
 @dataclass(frozen=True)
 class Promoting:
-    """The second of two versions, promoted over the first; each time as another model of one store."""
+    """Promotes the second of two versions after the first; each time as another model in the same store."""
 
     url: str
     folder: str
@@ -114,46 +115,46 @@ class Promoting:
         return [published(Path(self.folder), self._params("all"), q, registered=False) for q in (0.4, 0.6)]
 
     def fresh(self) -> str:
-        place, (first, second) = f"m{uuid.uuid4().hex[:8]}", self._versions
-        (Path(self.folder) / place).write_text(second)
-        assert self._promote(place, first).decision == "promoted"
-        shutil.rmtree(Path(self.folder) / ".retune" / "versions", ignore_errors=True)  # it is to be fetched each time
-        return place
+        name, (first, second) = f"m{uuid.uuid4().hex[:8]}", self._versions
+        (Path(self.folder) / name).write_text(second)
+        assert self._promote(name, first).decision == "promoted"
+        shutil.rmtree(Path(self.folder) / ".retune" / "versions", ignore_errors=True)  # so that files are downloaded
+        return name
 
-    def run(self, place: str) -> None:
-        decision = self._promote(place, (Path(self.folder) / place).read_text())
+    def run(self, name: str) -> None:
+        decision = self._promote(name, (Path(self.folder) / name).read_text())
         assert (decision.decision, decision.warnings) in (("promoted", []), ("unchanged", []))
 
-    def done(self, place: str) -> bool:
-        return len(self._log(place)) == 2
+    def done(self, name: str) -> bool:
+        return len(self._log(name)) == 2
 
-    def check(self, place: str) -> None:
-        log = self._log(place)
+    def check(self, name: str) -> None:
+        log = self._log(name)
         assert [(record.decision, record.version) for record in log] == [("promoted", v) for v in self._versions]
-        client = ModelRegistry(self._params(place).publish.tracking_uri, place).client
-        alias = client.get_registered_model(place).aliases["champion"]
-        assert client.get_model_version(place, alias).tags["version_id"] == champion(log) == self._versions[1]
+        client = ModelRegistry(self._params(name).publish.tracking_uri, name).client
+        alias = client.get_registered_model(name).aliases["champion"]
+        assert client.get_model_version(name, alias).tags["version_id"] == champion(log) == self._versions[1]
 
-    def _promote(self, place: str, version: str) -> gate.Decision:
-        params = self._params(place)
-        return gate.promote(params.publish, params.promote, version, Path(self.folder))
+    def _promote(self, name: str, version: str) -> promote.Decision:
+        params = self._params(name)
+        return promote.promote(params.publish, params.promote, version, Path(self.folder))
 
-    def _log(self, place: str) -> list[Any]:
-        return read_log(open_store(self._params(place).publish), place)
+    def _log(self, name: str) -> list[Any]:
+        return read_log(open_store(self._params(name).publish), name)
 
-    def _params(self, place: str) -> Params:
+    def _params(self, name: str) -> Params:
         at = {"endpoint_url": self.url, "addressing_style": "path", "max_concurrency": 1}
         params = parameters(Path(self.folder), artifact_store=f"s3://retune/{self.prefix}", **at)
-        return with_(params, publish={"registered_model_name": place})
+        return with_(params, publish={"registered_model_name": name})
 
 
 Work = Publishing | Promoting
 KINDS = {"Publishing": Publishing, "Promoting": Promoting}
 
 
-def run_in_a_fork(kind: str, fields: dict[str, Any], place: str) -> None:
+def run_in_a_fork(kind: str, fields: dict[str, Any], name: str) -> None:
     quicken(pytest.MonkeyPatch())
-    KINDS[kind](**fields).run(place)
+    KINDS[kind](**fields).run(name)
 
 
 @pytest.fixture(scope="module")
@@ -172,42 +173,41 @@ def work(request: pytest.FixtureRequest, proxy: FaultProxy, tmp_path_factory: py
 
 @pytest.fixture(scope="module")
 def requests(work: Work, proxy: FaultProxy) -> int:
-    """How many requests it comes to when nothing goes wrong."""
-    place, before = work.fresh(), len(proxy.seen)
-    work.run(place)
+    """The number of requests without a fault."""
+    name, before = work.fresh(), len(proxy.seen)
+    work.run(name)
     number = len(proxy.seen) - before
-    assert work.done(place) and number > 8
-    work.check(place)
+    assert work.done(name) and number > 8
+    work.check(name)
     return number
 
 
 def plan(proxy: FaultProxy, fault: str, index: int) -> None:
-    """Let request `index` from now on meet the fault."""
+    """Inject the fault into request `index`, counted from now."""
     at = len(proxy.seen) + index
 
     def fault_of(number: int, line: str) -> str | None:
-        return (
-            fault if number == at and (line.startswith("PUT") or "Conflict" not in fault) else None
-        )  # only writes conflict
+        possible = line.startswith("PUT") or "Conflict" not in fault  # only writes conflict
+        return fault if number == at and possible else None
 
     proxy.plan = fault_of
 
 
 def at_first_attempt(work: Work, proxy: FaultProxy, fault: str, index: int) -> bool:
-    """Whether the work came to its end in spite of a fault; if not, the next attempt does. Nothing is ever torn."""
-    place, error = work.fresh(), None
+    """Whether the work succeeds despite a fault; if not, the next attempt must. Nothing may ever be incomplete."""
+    name, error = work.fresh(), None
     plan(proxy, fault, index)
     try:
-        work.run(place)
+        work.run(name)
     except StoreError as raised:
         error = raised
     print(fault, index, error)
     proxy.plan = lambda number, line: None
-    work.done(place)
+    work.done(name)
     if error is not None:
-        work.run(place)
-    assert work.done(place)
-    work.check(place)
+        work.run(name)
+    assert work.done(name)
+    work.check(name)
     return error is None
 
 
@@ -215,10 +215,10 @@ def at_first_attempt(work: Work, proxy: FaultProxy, fault: str, index: int) -> b
 @pytest.mark.parametrize(
     "work", ["publish", pytest.param("publish in parts", marks=LONG), "promote"], indirect=True, ids=str
 )
-def test_a_fault_at_any_request_changes_nothing_of_the_result(
+def test_a_fault_at_any_request_does_not_change_the_result(
     work: Work, proxy: FaultProxy, requests: int, fault: str | None
 ) -> None:
-    """None: one that is drawn, at a request that is drawn."""
+    """None: a random fault at a random request."""
     seed = random.randrange(2**32)
     print("seed", seed)
     draw = random.Random(seed)
@@ -226,28 +226,28 @@ def test_a_fault_at_any_request_changes_nothing_of_the_result(
     failed = [index for index in indices if not at_first_attempt(work, proxy, fault or draw.choice(FAULTS), index)]
     print("not at the first attempt:", failed)
     in_parts = isinstance(work, Publishing) and work.size > PART_SIZE
-    assert len(failed) <= in_parts  # the completion of an upload in parts, as its server repeats it or not
+    assert len(failed) <= in_parts  # completing an upload in parts twice may be an error of the server
 
 
 def effect_of_kill(work: Work, proxy: FaultProxy, how: str, index: int) -> bool:
-    """Whether the work had taken effect when it was killed at a request; the next run leaves everything right."""
-    place = work.fresh()
+    """Whether the work had taken effect when it was killed at a request; the next run must repair everything."""
+    name = work.fresh()
     plan(proxy, how, index)
 
     def started(child: preloaded.Child) -> None:
         proxy.on_kill = child.kill
 
-    assert preloaded.call(run_in_a_fork, type(work).__name__, asdict(work), place, started=started).killed
+    assert preloaded.call(run_in_a_fork, type(work).__name__, asdict(work), name, started=started).killed
     proxy.plan = lambda number, line: None
-    effect = work.done(place)
-    work.run(place)
-    assert work.done(place)
-    work.check(place)
+    effect = work.done(name)
+    work.run(name)
+    assert work.done(name)
+    work.check(name)
     return effect
 
 
 @pytest.mark.parametrize("work", ["promote"], indirect=True)
-def test_a_promotion_killed_beside_its_record_is_repaired_by_the_next_command(
+def test_a_promotion_killed_before_or_after_its_record_is_repaired_by_the_next_command(
     work: Work, proxy: FaultProxy, requests: int
 ) -> None:
     assert not effect_of_kill(work, proxy, "kill", 0)

@@ -1,4 +1,4 @@
-"""Only what was signed passes: any change of manifest, signature or file is found, by retune and by openssl."""
+"""Signatures: any change of manifest, signature or file is detected, and nothing unsigned is loaded."""
 
 import json
 import subprocess
@@ -10,10 +10,9 @@ import pytest
 from conftest import with_
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from versions import decide, parameters, published
+from versions import parameters, promote_version, published
 
-from pipeline import promote as gate
-from pipeline import publish
+from pipeline import promote, publish
 from pipeline.core.files import write_json
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
@@ -25,7 +24,7 @@ from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
 from pipeline.registry.stores import open_store
 from pipeline.registry.verify import verify
 
-# On secp112r1, which cryptography does not know.
+# A key on secp112r1, a curve that cryptography does not support.
 UNKNOWN_CURVE = """\
 -----BEGIN PUBLIC KEY-----
 MDIwEAYHKoZIzj0CAQYFK4EEAAYDHgAEvGE4xhdyOuhNkTWQgSAEY7tUPHY0ekLM
@@ -35,7 +34,7 @@ ocHDtg==
 
 
 def make_key(path: Path, password: bytes | None = None) -> Any:
-    """A private key at `path` and its public one beside it, as .pub."""
+    """Write a private key to `path`, and its public key next to it with the suffix .pub."""
     key = ec.generate_private_key(ec.SECP256R1())
     lock = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock))
@@ -54,12 +53,12 @@ class Signed:
     version: str
 
     def __post_init__(self) -> None:
-        self.manifest = self.root / "store" / manifests.key_of(self.version)
+        self.manifest = self.root / "store" / manifests.manifest_key(self.version)
         self.data = self.manifest.read_bytes()
         self.sig = (self.root / "store" / signature.signature_key(self.version, self.data)).read_bytes()
 
     def by(self, **names: str) -> Any:
-        """`publish` parameters with other keys, by their file names."""
+        """`publish` parameters with other key files."""
         return with_(self.params, publish={key: str(self.keys / name) for key, name in names.items()}).publish
 
 
@@ -87,7 +86,7 @@ def failed(params: Params, root: Path, version: str) -> list[str]:
     return [check.name for check in checks if check.passed is False]
 
 
-def test_a_signed_version_passes_every_check_and_openssls_as_well(signed: Signed, tmp_path: Path) -> None:
+def test_a_signed_version_passes_every_check_and_openssl_agrees(signed: Signed, tmp_path: Path) -> None:
     assert failed(signed.params, signed.root, signed.version) == []
     (tmp_path / "manifest.json").write_bytes(signed.data)
     (tmp_path / "manifest.sig").write_bytes(signed.sig)
@@ -98,7 +97,7 @@ def test_a_signed_version_passes_every_check_and_openssls_as_well(signed: Signed
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
 
 
-def test_a_visible_version_has_its_signature_already_and_one_of_a_publish_cut_short_does_not_count(
+def test_the_signature_is_stored_before_the_manifest_and_one_of_an_interrupted_publish_does_not_count(
     tmp_path: Path, signed: Signed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = with_(signed.params, publish={"artifact_store": (tmp_path / "store").as_uri()})
@@ -126,7 +125,7 @@ def test_an_encrypted_key_takes_its_password_from_the_environment(
     assert signature.verify(locked, signed.data, signature.sign(locked, signed.data) or b"")
 
 
-def test_a_key_is_rotated_by_trusting_both_and_no_other_is_trusted(signed: Signed) -> None:
+def test_a_key_is_rotated_by_trusting_two_keys_and_no_other_key_is_trusted(signed: Signed) -> None:
     both = (signed.keys / "theirs.pub").read_bytes() + (signed.keys / "ours.pub").read_bytes()
     (signed.keys / "both.pub").write_bytes(both)
     rotated = signed.by(verify_key="both.pub", signing_key="theirs.pem")
@@ -147,7 +146,7 @@ def test_a_key_that_cannot_sign_leaves_no_version(tmp_path: Path, keys: Path, ke
     assert not manifests.published_versions(open_store(params.publish))
 
 
-def test_promotion_refuses_an_unsigned_version_takes_it_once_it_is_signed_and_refuses_it_altered(
+def test_promotion_refuses_an_unsigned_or_altered_version_and_accepts_it_once_signed(
     tmp_path: Path, keys: Path
 ) -> None:
     params = parameters(tmp_path)
@@ -155,27 +154,27 @@ def test_promotion_refuses_an_unsigned_version_takes_it_once_it_is_signed_and_re
     strict = with_(params, publish={"require_signature": True, "verify_key": str(keys / "ours.pub")})
     for force in (None, "I know better"):
         with pytest.raises(SignatureError, match="not signed"):
-            decide(tmp_path, strict, first, force)
-    able = with_(strict, publish={"signing_key": str(keys / "ours.pem")})
-    assert [publish.sign(able.publish, first, tmp_path) for _ in range(2)] == [True, False]
+            promote_version(tmp_path, strict, first, force)
+    signing = with_(strict, publish={"signing_key": str(keys / "ours.pem")})
+    assert [publish.sign(signing.publish, first, tmp_path) for _ in range(2)] == [True, False]
     model = RegisteredModel(params.publish, tmp_path)
     assert model.registry.tags(first)["signed"] == "true"
-    assert decide(tmp_path, strict, first).decision == "promoted"
-    decide(tmp_path, strict, published(tmp_path, able, 0.6))
+    assert promote_version(tmp_path, strict, first).decision == "promoted"
+    promote_version(tmp_path, strict, published(tmp_path, signing, 0.6))
     weights = tmp_path / "store/objects" / model.manifest(first)["files"]["merged/model.safetensors"]["sha256"]
     weights.write_bytes(changed(weights.read_bytes(), 5))
     for use in (
-        lambda: gate.rollback(strict.publish, strict.promote, first, root=tmp_path),
-        lambda: decide(tmp_path, strict, first, "I know better"),
+        lambda: promote.rollback(strict.publish, strict.promote, first, root=tmp_path),
+        lambda: promote_version(tmp_path, strict, first, "I know better"),
     ):
         with pytest.raises(SignatureError, match="was altered"):
             use()
 
 
-def test_lineage_that_contradicts_the_files_or_the_log_is_found_though_its_digest_is_right(tmp_path: Path) -> None:
+def test_lineage_that_contradicts_the_files_or_the_log_is_detected_even_with_a_valid_digest(tmp_path: Path) -> None:
     params = parameters(tmp_path)
     version = published(tmp_path, params, registered=False)
-    path = tmp_path / "store" / manifests.key_of(version)
+    path = tmp_path / "store" / manifests.manifest_key(version)
     manifest = json.loads(path.read_text())
     for change in (
         {"metrics": {"merged": {"rougeL": {"score": 1.0, "low": 1.0, "high": 1.0}}}},
@@ -189,7 +188,7 @@ def test_lineage_that_contradicts_the_files_or_the_log_is_found_though_its_diges
     path.write_bytes(manifests.encode(with_change(manifest, lock)))
     assert "id" in failed(params, tmp_path, version)
     path.write_bytes(manifests.encode(manifest))
-    decide(tmp_path, params, version)
+    promote_version(tmp_path, params, version)
     assert failed(params, tmp_path, version) == []
     path.write_bytes(manifests.encode(with_change(manifest, {"hardware": {"train": "another machine"}})))
     assert failed(params, tmp_path, version) == ["recorded digest"]
@@ -200,11 +199,11 @@ def with_change(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return tree | change | nested
 
 
-def changed(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+def changed(data: bytes, index: int) -> bytes:
+    return data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :]
 
 
-def test_changed_bytes_of_manifest_and_signature_are_caught_at_every_place(signed: Signed) -> None:
+def test_a_changed_byte_in_manifest_or_signature_is_detected_at_every_position(signed: Signed) -> None:
     store = open_store(signed.params.publish)
 
     def check(data: bytes, sig: bytes) -> None:
@@ -214,12 +213,12 @@ def test_changed_bytes_of_manifest_and_signature_are_caught_at_every_place(signe
 
     try:
         check(signed.data, signed.sig)
-        for place in range(0, len(signed.data), 97):
+        for index in range(0, len(signed.data), 97):
             with pytest.raises((StoreError, SignatureError)):
-                check(changed(signed.data, place), signed.sig)
-        for place in range(len(signed.sig)):
+                check(changed(signed.data, index), signed.sig)
+        for index in range(len(signed.sig)):
             with pytest.raises(SignatureError):
-                check(signed.data, changed(signed.sig, place))
+                check(signed.data, changed(signed.sig, index))
     finally:
         signed.manifest.write_bytes(signed.data)
 
@@ -227,13 +226,13 @@ def test_changed_bytes_of_manifest_and_signature_are_caught_at_every_place(signe
 def test_nothing_loads_a_version_that_is_not_signed(
     tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A champion from before publish.require_signature was turned on."""
+    """An unsigned champion, promoted before publish.require_signature was turned on."""
     from pipeline.cli.serving import find_folder
     from pipeline.registry.init_adapter import fetch_init
 
     params = parameters(tmp_path)
     version = published(tmp_path, params, 0.5)
-    decide(tmp_path, params, version)
+    promote_version(tmp_path, params, version)
     strict = with_(params, publish={"require_signature": True, "verify_key": str(keys / "ours.pub")})
     model = RegisteredModel(strict.publish, tmp_path)
     monkeypatch.setattr("subprocess.run", lambda *command, **options: pytest.fail("it was scored"))
@@ -247,7 +246,7 @@ def test_nothing_loads_a_version_that_is_not_signed(
         with pytest.raises(SignatureError, match=f"{version}.*not signed"):
             load()
     monkeypatch.undo()
-    candidate = published(tmp_path, signing(tmp_path, keys), 0.6, test_split="b")  # the champion has to be scored again
+    candidate = published(tmp_path, signing(tmp_path, keys), 0.6, test_split="b")  # so the champion is scored again
     with pytest.raises(SignatureError, match=f"{version}.*not signed"):
-        decide(tmp_path, strict, candidate)
+        promote_version(tmp_path, strict, candidate)
     assert not list((tmp_path / ".retune" / "versions" / version).rglob("*.safetensors"))

@@ -1,7 +1,4 @@
-"""The artifact store, as a folder and on a real S3 server, and the way of files into it and back.
-
-Exclusive creation, whole objects, safe names; nothing is sent twice, nothing unchecked is ever used.
-"""
+"""The artifact store, as a folder and on a real S3 server: exclusive creation, uploads, and downloads with checks."""
 
 import json
 import os
@@ -21,7 +18,7 @@ from pipeline.registry.artifact_store import ArtifactStore, FileStore, StoreErro
 from pipeline.registry.manifest import Manifest
 from pipeline.registry.stores import check_objects, fetch, open_store, publish_manifest, upload
 
-PART_SIZE = 5 * 2**20  # the least that S3 servers take
+PART_SIZE = 5 * 2**20  # the smallest that S3 servers accept
 BIG = "parity/items.merged.parquet"
 
 
@@ -68,10 +65,10 @@ def test_keys_with_a_prefix_are_listed_in_order_with_sizes_and_times_by_the_stor
     assert [key for key in store.list("") if not key.startswith("probe/")] == sorted(keys)
     assert [(stored.key, stored.size) for stored in store.scan("log/b/")] == [("log/b/10", 1), ("log/b/2", 0)]
     for stored in store.scan("log/"):
-        assert before - 2 <= stored.modified <= store.now() + 2  # S3 tells whole seconds
+        assert before - 2 <= stored.modified <= store.now() + 2  # S3 gives whole seconds
 
 
-def test_an_existing_object_is_never_replaced_and_a_deleted_ones_name_is_free(store: ArtifactStore) -> None:
+def test_an_existing_object_is_never_replaced_and_a_deleted_one_can_be_created_again(store: ArtifactStore) -> None:
     assert [store.create("a/b", data) for data in (b"first", b"other", b"first")] == [True, False, False]
     assert store.read("a/b") == b"first"
     for _ in range(2):
@@ -80,7 +77,7 @@ def test_an_existing_object_is_never_replaced_and_a_deleted_ones_name_is_free(st
     assert store.create("a/b", b"second")
 
 
-def test_what_probing_leaves_does_not_grow_and_two_stores_in_one_place_do_not_meet(params: PublishParams) -> None:
+def test_repeated_probes_leave_nothing_more_and_a_store_inside_another_is_separate(params: PublishParams) -> None:
     for _ in range(3):
         open_store(params).probe()
     assert len(open_store(params).list("")) <= 2
@@ -107,17 +104,17 @@ def test_a_relative_store_is_a_folder_of_the_project_and_an_absolute_one_the_sam
     "uri",
     ["file://file", "file://file/below", "s3:///prefix", "s3://Bucket/x", "s3://bucket/a/../b", "s3://bucket/a?b=c"],
 )
-def test_a_uri_at_which_no_store_can_be_is_refused(tmp_path: Path, uri: str) -> None:
+def test_an_unusable_store_uri_is_refused(tmp_path: Path, uri: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file|artifact_store is s3|not a name"):
         open_store(publish_params(uri), tmp_path)
 
 
-# --- files to objects and back --------------------------------------------------------------------------------------
+# --- uploads and downloads ------------------------------------------------------------------------------------------
 
 
 def publish(store: ArtifactStore, version: str, files: dict[str, Path], by: str = "me") -> tuple[Manifest, int]:
-    """A version of `files` with the least that a manifest needs; its manifest, and the bytes sent."""
+    """Publish a version of `files` with a minimal manifest; returns the manifest and the number of bytes sent."""
     entries, sent = upload(store, files)
     publish_manifest(store, version, json.dumps({"files": entries, "by": by}).encode())
     return json.loads(store.read(f"versions/{version}/manifest.json") or b""), sent
@@ -140,7 +137,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_files_come_back_as_they_went_in_and_are_neither_sent_nor_fetched_again(
+def test_files_are_downloaded_as_they_were_uploaded_and_neither_is_repeated(
     tmp_path: Path, store: ArtifactStore
 ) -> None:
     files = some_files(tmp_path / "in", 2 * PART_SIZE + 4321)
@@ -151,15 +148,15 @@ def test_files_come_back_as_they_went_in_and_are_neither_sent_nor_fetched_again(
     assert store.list("objects/") == sorted(f"objects/{digest}" for digest in set(digests.values()))
     assert sent == 2 * PART_SIZE + 4321 + 999
     assert publish(store, "v2", files) == (manifest, 0)
-    for left in (set(store.list("objects/")), set()):
+    for objects in (set(store.list("objects/")), set()):  # the second download needs no object
         fetch(store, manifest, files, tmp_path / "out")
         assert files_in(tmp_path / "out") == {name: path.read_bytes() for name, path in files.items()}
-        for key in left:
+        for key in objects:
             store.delete(key)
 
 
 class WatchedStore(FileStore):
-    """Calls `before` with each key that is to be written; the write is left out when it returns False."""
+    """Calls `before` with each key before it is written; if that returns False, the write is skipped."""
 
     before: Callable[[str], bool] = staticmethod(lambda key: True)
 
@@ -168,7 +165,7 @@ class WatchedStore(FileStore):
 
 
 @pytest.mark.parametrize("what", ["an object", "the manifest", "the file changed"])
-def test_a_version_of_which_something_did_not_arrive_never_appears(tmp_path: Path, what: str) -> None:
+def test_an_incomplete_version_never_becomes_visible(tmp_path: Path, what: str) -> None:
     path = write(tmp_path / "f", b"content")
     lost = "versions/v1/manifest.json" if what == "the manifest" else f"objects/{sha256_file(path)}"
 
@@ -184,14 +181,14 @@ def test_a_version_of_which_something_did_not_arrive_never_appears(tmp_path: Pat
     assert store.list("versions/") == []
 
 
-def test_of_two_publishers_of_a_version_the_firsts_manifest_stands(tmp_path: Path, folder_store: FileStore) -> None:
-    for who in ("first", "second"):
-        publish(folder_store, "v1", {"f": write(tmp_path / "f", b"content")}, who)
+def test_of_two_publishers_of_a_version_the_firsts_manifest_stays(tmp_path: Path, folder_store: FileStore) -> None:
+    for publisher in ("first", "second"):
+        publish(folder_store, "v1", {"f": write(tmp_path / "f", b"content")}, publisher)
     assert json.loads(folder_store.read("versions/v1/manifest.json") or b"")["by"] == "first"
 
 
 @pytest.mark.parametrize("how", ["missing", "shorter", "one bit"])
-def test_a_damaged_object_is_noticed_and_replaces_nothing(tmp_path: Path, folder_store: FileStore, how: str) -> None:
+def test_a_damaged_object_is_detected_and_replaces_no_file(tmp_path: Path, folder_store: FileStore, how: str) -> None:
     files = some_files(tmp_path / "in")
     manifest, _ = publish(folder_store, "v1", files)
     path = tmp_path / "store/objects" / manifest["files"][BIG]["sha256"]
@@ -206,12 +203,12 @@ def test_a_damaged_object_is_noticed_and_replaces_nothing(tmp_path: Path, folder
     write(tmp_path / "out" / BIG, b"older")
     with pytest.raises(StoreError, match=rf"objects/\w{{64}}|{BIG}"):
         fetch(folder_store, manifest, files, tmp_path / "out")
-    left = files_in(tmp_path / "out")
-    assert left[BIG] == b"older" and left.keys() <= files.keys()
-    if how != "one bit":  # that needs the content to be read
+    downloaded = files_in(tmp_path / "out")
+    assert downloaded[BIG] == b"older" and downloaded.keys() <= files.keys()
+    if how != "one bit":  # `check_objects` does not read the content
         with pytest.raises(StoreError, match=path.name):
             check_objects(folder_store, manifest["files"])
-    if how == "shorter":  # it cannot be replaced
+    if how == "shorter":  # an existing object is never replaced
         with pytest.raises(StoreError, match=path.name):
             publish(folder_store, "v2", files)
         assert folder_store.list("versions/") == ["versions/v1/manifest.json"]
@@ -221,7 +218,7 @@ def test_a_damaged_object_is_noticed_and_replaces_nothing(tmp_path: Path, folder
 
 
 def publish_in_small_files(folder: str, limit: int) -> str:
-    """The error of a publish where no file may grow beyond `limit`: a full disk's differs by its number alone."""
+    """The error of a publish if no file may be larger than `limit` bytes; a full disk only has another error number."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         publish(FileStore(Path(folder) / "store"), "v1", {"f": Path(folder) / "f"})
@@ -233,9 +230,9 @@ def publish_in_small_files(folder: str, limit: int) -> str:
 
 
 @pytest.mark.parametrize("limit", [0, 199_999])
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, folder_store: FileStore, limit: int) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, folder_store: FileStore, limit: int) -> None:
     files = {"f": write(tmp_path / "f", bytes(200_000))}
-    said = preloaded.call(publish_in_small_files, tmp_path, limit).answer
-    assert f"written in {folder_store.uri}: File too large" in said
+    error = preloaded.call(publish_in_small_files, tmp_path, limit).answer
+    assert f"written in {folder_store.uri}: File too large" in error
     assert (folder_store.list("versions/"), folder_store.unfinished(float("inf"))) == ([], 0)
     publish(folder_store, "v1", files)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import with_, write_params
-from versions import ITEMS, decide, make_workspace, parameters, published, records
+from versions import ITEMS, make_workspace, parameters, promote_version, published, records
 
 from pipeline.cli.versions import compare
 from pipeline.core import graph
@@ -22,7 +22,7 @@ def params(tmp_path: Path) -> Params:
     """Of a project with v1, the champion; v2 is better, of another rank and seed."""
     params = parameters(tmp_path)
     published(tmp_path, params, 0.5)
-    decide(tmp_path, params)
+    promote_version(tmp_path, params)
     published(tmp_path, with_(params, train={"lora_r": 32, "seed": 7}), 0.6)
     return params
 

@@ -82,9 +82,9 @@ def test_a_folder_is_known_by_the_digest_of_its_weights(tmp_path: Path, params: 
     shutil.copytree(adapter, tmp_path / "earlier")
     right = with_(params, train={"init_adapter": f"earlier@{digest(adapter)}"})
     assert fetch_init(right, tmp_path) == tmp_path / "earlier"
-    with pytest.raises(InitError, match="is not the one that train.init_adapter names: its sha256 is"):
+    with pytest.raises(InitError, match=f"{digest(adapter)}.*{'0' * 64}"):
         fetch_init(with_(params, train={"init_adapter": f"earlier@{'0' * 64}"}), tmp_path)
-    with pytest.raises(InitError, match="names nowhere, which holds no adapter_model"):
+    with pytest.raises(InitError, match="nowhere.*adapter_model"):
         fetch_init(with_(params, train={"init_adapter": f"nowhere@{'0' * 64}"}), tmp_path)
     with pytest.raises(StoreError, match="0123456789abcdef is not published"):
         fetch_init(with_(params, train={"init_adapter": "0123456789abcdef"}), tmp_path)
@@ -112,7 +112,7 @@ def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
     monkeypatch.setattr(RegisteredModel, "champion", lambda model: serving)
     write_json(tmp_path / PIN, {"version": None})
     asked = with_(params, train={"init_adapter": "champion"})
-    assert fetch_init(asked, tmp_path) is None and "starts afresh" in capsys.readouterr().out
+    assert fetch_init(asked, tmp_path) is None and "no champion is pinned" in capsys.readouterr().out
     assert pin_champion(asked, tmp_path) is None  # nothing to train
     stale["train"] = [{"changed deps": {"artifacts/dataset": "modified"}}]
     assert pin_champion(params, tmp_path) is None  # not asked for

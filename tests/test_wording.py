@@ -1,4 +1,4 @@
-"""What a person reads of a decision: what was decided, why, and what to do next, with the right numbers in it."""
+"""A decision in words: what was decided, why, and what to do next, with the right numbers."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ LIMITED = MANIFEST | {"evaluation": {"params": {"max_samples": 48}}}
 
 
 def row(verdict: str, difference: float, margin: float | None = None, **more: Any) -> dict[str, Any]:
-    """A row of a comparison on 48 items; of a guard where there is a margin."""
+    """A row of a comparison on 48 items; with a margin it is a guard's."""
     needed = "more than 0" if margin is None else f"at least -{margin:g}"
     return {
         "candidate": 0.4 + difference, "champion": 0.4, "difference": difference, "low": difference - 0.05,
@@ -28,7 +28,7 @@ def row(verdict: str, difference: float, margin: float | None = None, **more: An
 
 
 BETTER = row("passed", 0.1)
-UNDECIDED = {"rougeL": row("open", 0.034)}  # 78 test items are needed, there are 48, a tenth of the rows
+UNDECIDED = {"rougeL": row("open", 0.034)}  # needs 78 test items; there are 48, a tenth of the rows
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ UNDECIDED = {"rougeL": row("open", 0.034)}  # 78 test items are needed, there ar
         ({"rougeL": row("open", 0.0)}, ["rougeL is the same as that of champion v3"]),
     ],
 )
-def test_the_reason_is_in_words_and_has_the_numbers(comparison: dict[str, Any], words: list[str]) -> None:
-    said = why(comparison, "champion v3")
-    assert [word for word in words if word not in said] == []
+def test_the_reason_has_the_numbers(comparison: dict[str, Any], words: list[str]) -> None:
+    reason = why(comparison, "champion v3")
+    assert [word for word in words if word not in reason] == []
 
 
 def test_the_next_step_fits_the_decision() -> None:
     never = {"rougeL": row("open", 0.0, gate_rows=None)}
-    for word, comparison, manifest, first, said, unsaid in (
+    for word, comparison, manifest, first, expected, unexpected in (
         ("undecided", UNDECIDED, MANIFEST, False, "about 300 rows", "test_fraction"),
         ("undecided", UNDECIDED, MANIFEST, False, 'retune promote v4 --force --reason "…"', "rollback"),
         ("undecided", UNDECIDED, LIMITED, False, "evaluate.max_samples from 48 to about 78", "rows"),
@@ -61,13 +61,13 @@ def test_the_next_step_fits_the_decision() -> None:
         ("promoted", {"rougeL": BETTER}, MANIFEST, False, "retune rollback", "force"),
         ("promoted", {"rougeL": BETTER}, MANIFEST, True, "retune chat", "rollback"),  # there is nothing to go back to
     ):
-        todo = next_step(word, "v4", comparison, manifest, first)
-        assert said in todo and unsaid not in todo
+        text = next_step(word, "v4", comparison, manifest, first)
+        assert expected in text and unexpected not in text
 
 
 def test_every_decision_has_a_title_and_a_forced_one_is_called_so() -> None:
     titles = [title(word, "v4 (295a1c…)", "v3 (11aa22…)") for word in TITLES]
-    assert len(set(titles)) == 7 and all("v4 (295a1c…)" in said for said in titles)
+    assert len(set(titles)) == 7 and all("v4 (295a1c…)" in text for text in titles)
     assert "there is no champion yet" in title("refused", "v1", None)
     forced = Record(1, "promoted", "abc", "abc", None, "a person's reason", overruled=["rougeL"])
     assert (forced.word, Record(1, "promoted", "abc", "abc", None, "r").word) == ("forced", "promoted")
@@ -75,7 +75,7 @@ def test_every_decision_has_a_title_and_a_forced_one_is_called_so() -> None:
     assert names == ["v4 (295a1c…)", "295a1c0011223344"]
 
 
-def test_a_verdicts_row_names_base_or_champion_and_leaves_out_what_was_not_tested() -> None:
+def test_the_verdicts_table_names_base_or_champion_and_shows_what_was_not_tested() -> None:
     zero = row("uninformative", 0.0, 0.05, candidate=0.0, champion=0.0, passed=None)
     none = row("unmeasured", 0.0, 0.05, candidate=None, champion=None, passed=None)
     better, untested, unmeasured = verdict_rows({"rougeL": BETTER, "accuracy": zero, "bleu": none}, first=True)
@@ -87,7 +87,7 @@ def test_a_verdicts_row_names_base_or_champion_and_leaves_out_what_was_not_teste
     assert "champion" in verdict_rows({"rougeL": BETTER})[0]
 
 
-def test_a_table_of_scores_leaves_out_what_nobody_has_and_says_which_metrics_count_few_items(
+def test_the_score_table_omits_missing_metrics_and_says_if_a_metric_counts_few_items(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     score = {"score": 0.5, "low": 0.4, "high": 0.6}
@@ -105,5 +105,5 @@ def test_a_table_of_scores_leaves_out_what_nobody_has_and_says_which_metrics_cou
 
 def test_the_history_names_the_metric_that_decided() -> None:
     comparison = {"rougeL": BETTER, "bleu": row("failed", -9, 5.0, candidate=31.0, champion=40.0)}
-    said = [in_short(each) for each in (comparison, {"rougeL": row("open", 0.1)}, {})]
-    assert said == ["bleu 31.0 against 40.0", "rougeL 0.500 against 0.400", ""]
+    texts = [in_short(rows) for rows in (comparison, {"rougeL": row("open", 0.1)}, {})]
+    assert texts == ["bleu 31.0 against 40.0", "rougeL 0.500 against 0.400", ""]

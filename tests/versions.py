@@ -15,8 +15,7 @@ from conftest import CACHE, ROOT, git, with_
 from ruamel.yaml import YAML
 from safetensors.numpy import save_file
 
-from pipeline import promote as gate
-from pipeline import publish
+from pipeline import promote, publish
 from pipeline.core import graph
 from pipeline.core.files import sha256_json, write_json
 from pipeline.params import Params
@@ -211,5 +210,7 @@ def records(root: Path) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted((root / "store" / "promotions").rglob("*.json"))]
 
 
-def decide(root: Path, params: Params, version: str | None = None, force: str | None = None) -> gate.Decision:
-    return gate.promote(params.publish, params.promote, version, root, force)
+def promote_version(
+    root: Path, params: Params, version: str | None = None, force: str | None = None
+) -> promote.Decision:
+    return promote.promote(params.publish, params.promote, version, root, force)

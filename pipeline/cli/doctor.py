@@ -118,7 +118,7 @@ def _base(params: Params) -> Finding:
 def _store(model: RegisteredModel) -> Finding:
     model.store.probe()
     serving = model.champion()
-    return True, f"{model.store.uri}, champion {model.registry.remembered(serving) if serving else 'none yet'}"
+    return True, f"{model.store.uri}, champion {model.registry.cached_name(serving) if serving else 'none yet'}"
 
 
 def _servers(root: Path) -> Finding:

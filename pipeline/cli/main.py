@@ -97,7 +97,7 @@ def _say_nothing_to_do(params: Any, version: str, reason: str, json_output: bool
     from pipeline.report.whole import report_decision
     from pipeline.services.events import record_unchanged
 
-    name = RegisteredModel(params.publish).registry.remembered(version)
+    name = RegisteredModel(params.publish).registry.cached_name(version)
     if not (ARTIFACTS / "report.html").is_file():
         for warning in report_decision(params.publish, version, ARTIFACTS):
             print(f"warning: {warning}", file=sys.stderr)

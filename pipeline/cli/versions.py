@@ -131,7 +131,7 @@ def history(
         return
 
     def name(version: str | None) -> str:
-        return "none" if version is None else model.registry.remembered(version)
+        return "none" if version is None else model.registry.cached_name(version)
 
     def row(record: Any) -> dict[str, str]:
         by_gate = record.word in ("promoted", "refused", "undecided", "proposed") and record.proposal is None

@@ -1,7 +1,7 @@
-"""The artifact store: immutable objects by name, each created once or not at all. The interface, and the folder kind.
+"""The artifact store: immutable objects by name, each created at most once. The interface, and a store in a folder.
 
-Layout: `objects/<sha256>`, `versions/<version>/manifest.json` (written last: a version without one does not exist),
-`promotions/<model>/<number>.json`, the promotion log, and `probe/`, by which a store shows that it creates exclusively.
+Layout: `objects/<sha256>`; `versions/<version>/manifest.json`, written last, so a version without one does not exist;
+`promotions/<model>/<number>.json`, the promotion log; `probe/`, for testing that creation is exclusive.
 """
 
 import os
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-OBJECT = re.compile(r"objects/[0-9a-f]{64}")  # in a shared bucket others may have a folder `objects/` too
-Files = Sequence[tuple[str, Path]]  # keys and the files that hold, or are to hold, their bytes
-PARTIAL = ".partial"  # how a file of a store in a folder ends whose write is under way, or was cut short
-Progress = Callable[[int], object]  # is told bytes as they move, from any thread
+OBJECT = re.compile(r"objects/[0-9a-f]{64}")  # a shared bucket may have other files under `objects/`
+Files = Sequence[tuple[str, Path]]  # keys, and the local files to upload or to write
+PARTIAL = ".partial"  # suffix of a file whose write is in progress or was interrupted
+Progress = Callable[[int], object]  # called with numbers of transferred bytes, from any thread
 
 
 class StoreError(RuntimeError):
@@ -33,32 +33,31 @@ class Stored:
 
 
 class ArtifactStore(Protocol):
-    """What Retune needs of a store. Keys are `/`-separated names; all writes are conditional creations.
+    """What Retune needs from a store. Keys are names separated by `/`; a write creates an object, never replaces one.
 
-    Every method raises StoreError, in a sentence, when the store cannot do it; after a failed creation the key is
-    either absent or whole.
+    Every method raises StoreError if it fails; after a failed creation the key is absent or complete.
     """
 
     uri: str
 
-    def probe(self) -> None: ...  # the store can be written and honours the condition that creations rest on
+    def probe(self) -> None: ...  # checks that the store can be written and that creation is exclusive
 
-    def create(self, key: str, data: bytes) -> bool: ...  # False, and nothing changed: the key exists
+    def create(self, key: str, data: bytes) -> bool: ...  # False if the key exists; nothing changes then
 
-    def upload(self, files: Files, progress: Progress) -> None: ...  # creates those `objects/<sha256>` that are absent
+    def upload(self, files: Files, progress: Progress) -> None: ...  # creates the `objects/<sha256>` that are absent
 
-    def read(self, key: str) -> bytes | None: ...  # None: there is no such object
+    def read(self, key: str) -> bytes | None: ...  # None if the key does not exist
 
     def download(self, files: Files, progress: Progress) -> None: ...
 
     def scan(self, prefix: str) -> Sequence[Stored]: ...  # sorted by key
 
-    def delete(self, key: str) -> None: ...  # also of what is not there
+    def delete(self, key: str) -> None: ...  # not an error if the key does not exist
 
-    def now(self) -> float: ...  # by the clock that `Stored.modified` is told by
+    def now(self) -> float: ...  # by the same clock as `Stored.modified`
 
     def unfinished(self, before: float, delete: bool = False) -> int:
-        """How many writes begun before the time `before` never finished; `delete` removes what they left."""
+        """Count writes that began before the time `before` and never finished; `delete` removes their remains."""
         ...
 
     def list(self, prefix: str) -> list[str]:
@@ -66,7 +65,7 @@ class ArtifactStore(Protocol):
 
 
 def check_key(key: str) -> str:
-    """`key`, if it is a name that stays inside a store."""
+    """Return `key` if it is a name that stays inside the store."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", key):
         raise StoreError(f"{key!r} is not a name for an object: letters, digits, '.', '_' and '-' between slashes")
     return key
@@ -82,7 +81,10 @@ class FileStore(ArtifactStore):
     def probe(self) -> None:
         self.create("probe/done", b"")
         if self.create("probe/done", b""):
-            raise StoreError(f"{self.uri} is on a file system that replaces files when they are hard-linked again")
+            raise StoreError(
+                f"{self.uri} is on a file system where a hard link replaces an existing file, so two promotions could "
+                "both succeed; use another publish.artifact_store"
+            )
 
     def create(self, key: str, data: bytes) -> bool:
         return self._create(key, lambda partial: partial.write_bytes(data))
@@ -93,38 +95,38 @@ class FileStore(ArtifactStore):
             progress(path.stat().st_size)
 
     def read(self, key: str) -> bytes | None:
-        with self._explained(key, "read"):
+        with self._store_errors(key, "read"):
             path = self.folder / check_key(key)
             return path.read_bytes() if path.exists() else None
 
     def download(self, files: Files, progress: Progress) -> None:
         for key, path in files:
-            with self._explained(key, "read"):
+            with self._store_errors(key, "read"):
                 progress(shutil.copyfile(self.folder / check_key(key), path).stat().st_size)
 
     def scan(self, prefix: str) -> Sequence[Stored]:
         return sorted(stored for stored in self._files(prefix) if not stored.key.endswith(PARTIAL))
 
     def delete(self, key: str) -> None:
-        with self._explained(key, "deleted"):
+        with self._store_errors(key, "deleted"):
             (self.folder / check_key(key)).unlink(missing_ok=True)
 
     def now(self) -> float:
-        with self._explained("a file", "written"), tempfile.NamedTemporaryFile(dir=self.folder) as file:
-            return os.fstat(file.fileno()).st_mtime  # of the server, when the folder is a mounted one
+        with self._store_errors("a file", "written"), tempfile.NamedTemporaryFile(dir=self.folder) as file:
+            return os.fstat(file.fileno()).st_mtime  # the server's clock if the folder is mounted
 
     def unfinished(self, before: float, delete: bool = False) -> int:
-        partials = [each for each in self._files("") if each.key.endswith(PARTIAL) and each.modified < before]
-        with self._explained("a partial file", "deleted"):
-            for stored in partials if delete else ():
-                (self.folder / stored.key).unlink(missing_ok=True)
+        partials = [file for file in self._files("") if file.key.endswith(PARTIAL) and file.modified < before]
+        with self._store_errors("a partial file", "deleted"):
+            for file in partials if delete else ():
+                (self.folder / file.key).unlink(missing_ok=True)
         return len(partials)
 
     def _files(self, prefix: str) -> Iterator[Stored]:
         for folder, _, names in os.walk(self.folder / prefix.rpartition("/")[0]):
             for name in names:
                 key = (Path(folder) / name).relative_to(self.folder).as_posix()
-                with suppress(FileNotFoundError):  # a partial file that became whole, or was swept
+                with suppress(FileNotFoundError):  # a partial file that was finished or deleted in the meantime
                     stat = (self.folder / key).stat()
                     if key.startswith(prefix):
                         yield Stored(key, stat.st_size, stat.st_mtime)
@@ -132,7 +134,7 @@ class FileStore(ArtifactStore):
     def _create(self, key: str, write: Callable[[Path], object]) -> bool:
         target = self.folder / check_key(key)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL}")
-        with self._explained(key, "written"):
+        with self._store_errors(key, "written"):
             if target.exists():
                 return False
             if not target.parent.is_dir():
@@ -142,7 +144,7 @@ class FileStore(ArtifactStore):
                 write(partial)
                 _sync(partial)
                 os.link(partial, target)
-                # A name outlives a power cut only when its folder is on disk: a manifest must not precede its objects.
+                # Without this, a power cut could keep a manifest and lose the objects it names.
                 _sync(target.parent)
             except FileExistsError:
                 return False
@@ -151,7 +153,7 @@ class FileStore(ArtifactStore):
         return True
 
     @contextmanager
-    def _explained(self, key: str, done: str) -> Iterator[None]:
+    def _store_errors(self, key: str, done: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:

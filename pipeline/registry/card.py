@@ -1,6 +1,6 @@
-"""What tells other tools about a version: its Hugging Face model card and MLflow's `MLmodel`, made from the manifest.
+"""A version's Hugging Face model card and MLflow's `MLmodel`, made from the manifest alone.
 
-Nothing stands here that the manifest does not hold; both files are published, and signed, with the version.
+Both are published with the version; its signature covers them.
 """
 
 import json
@@ -31,17 +31,17 @@ def model_card(manifest: Manifest) -> str:
 
 
 def use_code(train: dict[str, Any], max_new_tokens: int | None) -> str:
-    """The loading and the call that give the answers that were scored."""
+    """Code that loads the model and gives the answers that were scored."""
     return _render("use.py.jinja", auto_class=auto_class(train), max_new_tokens=max_new_tokens)
 
 
 def auto_class(train: dict[str, Any]) -> str:
-    """The class of transformers that loads a model trained with the parameters `train`."""
+    """The transformers class that loads a model trained with the parameters `train`."""
     return f"AutoModelFor{'SequenceClassification' if train['task'] == CLASSIFICATION else 'CausalLM'}"
 
 
 def mlmodel(manifest: Manifest) -> str:
-    """`MLmodel`: lets `mlflow.transformers.load_model` load the merged model where `merged/` lies."""
+    """The content of `MLmodel`, with which `mlflow.transformers.load_model` loads the model in `merged/`."""
     train, packages = manifest["params"]["train"], manifest["packages"]
     transformers = {
         "code": None,
@@ -56,16 +56,16 @@ def mlmodel(manifest: Manifest) -> str:
         "transformers_version": packages["train"].get("transformers", ""),
     }
     python = {"loader_module": "mlflow.transformers", "python_version": packages["publish"]["python"]}
-    described: dict[str, Any] = {
+    description: dict[str, Any] = {
         "artifact_path": "model",
         "flavors": {"python_function": python, "transformers": transformers},
         "utc_time_created": manifest["created"],
     }
     if train["task"] != CLASSIFICATION:
-        # pyfunc then takes {"messages": […], "max_tokens": …} and renders them by the model's template.
+        # pyfunc then takes {"messages": […], "max_tokens": …} and renders them with the model's template.
         transformers["inference_task"] = CHAT
-        described["metadata"] = {"task": CHAT}
-    return json.dumps(described, indent=2, sort_keys=True)  # JSON is YAML
+        description["metadata"] = {"task": CHAT}
+    return json.dumps(description, indent=2, sort_keys=True)  # JSON is valid YAML
 
 
 def _render(template: str, **values: Any) -> str:

@@ -1,8 +1,8 @@
-"""Compares candidate and champion: their scores on the same frozen test items become one row per gating metric.
+"""Compares the merged models of candidate and champion on the same test items; gives one row per gating metric.
 
-The scores are those of the merged models, which serve. A version's published scores count only if test split, decoding,
-metric signatures and library versions are today's; otherwise the version is fetched and scored again. If the champion
-was trained on rows that are test rows now, nothing is compared, and the candidate is refused.
+A version's published scores are used only if test split, decoding, metric signatures and library versions are the
+current ones; otherwise the version is downloaded and scored again. If the champion was trained on rows that are test
+rows now, nothing is compared, and the candidate is refused.
 """
 
 import math
@@ -27,39 +27,39 @@ BASE = "the base model"
 
 
 class UnfairError(CompareError):
-    """The champion was trained on rows that are test rows now; a candidate is refused for it."""
+    """The champion was trained on rows that are test rows now, so the candidate is refused."""
 
 
 def compare(
     model: RegisteredModel, candidate: Manifest, serving: str | None, params: PromoteParams
 ) -> tuple[Comparison, list[str]]:
-    """Each gating metric's row, as `gate` has them, and notes that a reader of the numbers needs.
+    """A row for each gating metric (see `gate.Comparison`), and notes that readers of the numbers need.
 
-    Without a champion the base model that the candidate was tuned from stands in.
+    Without a champion, the candidate is compared with its base model.
 
     Raises:
         UnfairError: the champion was trained on some of the test items.
         CompareError: the systems answered different items, or no item counts for the primary metric.
-        SignatureError: one has to be loaded to be scored, and publish.require_signature does not let it.
+        SignatureError: a version must be scored again, and publish.require_signature does not allow loading it.
     """
     notes: list[str] = []
-    settings = settings_of(candidate, serving, model.root)
+    settings = scoring_settings(candidate, serving, model.root)
     if serving is None:
-        theirs = pq.read_table(model.fetch(candidate, "evaluation") / "items.base.parquet")
+        champion_items = pq.read_table(model.fetch(candidate, "evaluation") / "items.base.parquet")
     else:
         champion = read_manifest(model.store, serving)
         if champion is None:
             raise CompareError(f"the champion {serving} is no longer in {model.store.uri}; restore its manifest")
         notes += _split_notes(candidate, champion)
-        theirs = merged_items(model, champion, settings)
-    ours = merged_items(model, candidate, settings)
-    if ours.column("id").to_pylist() != theirs.column("id").to_pylist():
+        champion_items = merged_items(model, champion, settings)
+    candidate_items = merged_items(model, candidate, settings)
+    if candidate_items.column("id").to_pylist() != champion_items.column("id").to_pylist():
         raise CompareError("candidate and champion answered different test items; run `retune run` to score both again")
-    claims = claims_on(ours, theirs, params)
+    claims = claims_on(candidate_items, champion_items, params)
     if "evaluation/general.json" in candidate["files"]:
         folder = model.fetch(candidate, "evaluation")
-        before, after = (pq.read_table(folder / f"general.{system}.parquet") for system in ("base", "adapter"))
-        claims += forgetting_claims(before, after, params)
+        base_items, adapter_items = (pq.read_table(folder / f"general.{name}.parquet") for name in ("base", "adapter"))
+        claims += forgetting_claims(base_items, adapter_items, params)
     rows = compare_claims(claims, params.seed)
     for metric, row in rows.items():
         if row["passed"] is None:
@@ -68,25 +68,25 @@ def compare(
     return rows, notes
 
 
-def settings_of(candidate: Manifest, serving: str | None, root: Path) -> dict[str, Any]:
-    """How both are scored, and on which test items: as the workspace's artifacts were; without any, as the candidate.
+def scoring_settings(candidate: Manifest, serving: str | None, root: Path) -> dict[str, Any]:
+    """The settings and the test split of the comparison: those of the workspace's artifacts, else the candidate's.
 
-    A fresh clone has no artifacts, and needs none to compare versions that were scored alike. Against the base model
-    it is always as the candidate was: the base's answers were published with it.
+    A fresh clone has no artifacts; it can compare versions that were scored alike. Against the base model
+    (`serving` is None), the candidate's settings count, because the base's answers were published with it.
     """
-    proof = root / "artifacts" / "parity" / "parity.json"
+    parity = root / "artifacts" / "parity" / "parity.json"
     settings: dict[str, Any] = candidate["evaluation"]
-    return read_json(proof)["evaluation"] if serving is not None and proof.is_file() else settings
+    return read_json(parity)["evaluation"] if serving is not None and parity.is_file() else settings
 
 
 def merged_items(
     model: RegisteredModel, manifest: Manifest, settings: dict[str, Any], may_score: bool = True
 ) -> pa.Table:
-    """The merged model's scores on the test split of `settings`; measured again where it was published otherwise.
+    """The merged model's scores of the test items of `settings`, scored again if it was published with other settings.
 
     Raises:
-        CompareError: it cannot be scored here, or its metrics are not computed as `settings` say.
-        SignatureError: it has to be loaded, and publish.require_signature does not let it.
+        CompareError: it cannot be scored here, or its metrics are not computed as in `settings`.
+        SignatureError: it must be scored again, and publish.require_signature does not allow loading it.
     """
     if manifest["evaluation"] == settings:
         return pq.read_table(model.fetch(manifest, "parity") / "items.merged.parquet")
@@ -94,66 +94,65 @@ def merged_items(
     scored = model.folder(version) / "scored"
     if not (scored / "evaluation.json").is_file() or read_json(scored / "evaluation.json") != settings:
         if not may_score:
-            raise CompareError("its answers to these test items are not here")
+            raise CompareError("its answers to these test items are not on this machine")
         dataset = model.root / "artifacts" / "dataset" / "report.json"
         if not dataset.is_file() or read_json(dataset)["test_sha256"] != settings["test_sha256"]:
             raise CompareError(
-                f"version {version} was scored on other test items or otherwise, and the test items to score it on "
-                "are not here; `dvc repro prepare` makes them, `dvc pull` fetches all artifacts"
+                f"version {version} was scored on other test items or with other settings, and the test items to score "
+                "it again are not here; `dvc repro prepare` makes them, `dvc pull` fetches all artifacts"
             )
         _score(model, manifest, settings, scored)
     signatures = read_json(scored / "evaluation.json")["signatures"]
-    for metric, ours in settings["signatures"].items():
-        if signatures.get(metric) != ours:
+    for metric, expected in settings["signatures"].items():
+        if signatures.get(metric) != expected:
             raise CompareError(
-                f"{metric} is to be scored as {ours}, and that of version {version} was scored as "
-                f"{signatures.get(metric)}: such scores are not compared. `retune run` scores the candidate anew"
+                f"{metric} of version {version} was computed as {signatures.get(metric)}; expected {expected}. "
+                "`retune run` scores the candidate again"
             )
     return pq.read_table(scored / "items.parquet")
 
 
 def score_today(model: RegisteredModel, manifest: Manifest, metric: str) -> float:
-    """`metric` of the version's merged model on the prepared test split, decoded as when it was published; it raises
-    what `merged_items` does, and CompareError where no test item counts for the metric.
+    """`metric` of the version's merged model on the prepared test split, decoded as when it was published.
+
+    Raises what `merged_items` does, and CompareError if no test item counts for the metric.
     """
     test_sha256 = read_json(model.root / "artifacts" / "dataset" / "report.json")["test_sha256"]
     items = merged_items(model, manifest, manifest["evaluation"] | {"test_sha256": test_sha256})
     score = corpus_score(metric_items(items, metric))
     if math.isnan(score):
-        raise CompareError(f"no item of today's test split counts for {metric}")
+        raise CompareError(f"no item of the current test split counts for {metric}")
     return score
 
 
 def _score(model: RegisteredModel, manifest: Manifest, settings: dict[str, Any], output: Path) -> None:
-    """Score the version's merged model on the workspace's test split, in a process of its own: its memory is returned
-    when it ends.
-    """
+    """Score the version's merged model on the workspace's test split, in a child process, which frees its memory."""
     merged = model.fetch_signed(manifest, "merged")
     with tempfile.TemporaryDirectory(dir=merged.parent) as folder:  # another process may score it with other settings
         path = Path(folder) / "settings.json"
         write_json(path, settings)
-        paths = [str(each.resolve()) for each in (merged, path, output)]
-        command = python_ending_with_parent("pipeline", "score", paths[0], "--settings", paths[1], "--output", paths[2])
-        ran = subprocess.run(command, cwd=model.root, env=environment(), stdout=sys.stderr)
-    if ran.returncode != 0:
-        raise CompareError(f"version {manifest['version']} could not be scored on today's test split")
+        options = ["--settings", str(path.resolve()), "--output", str(output.resolve())]
+        command = python_ending_with_parent("pipeline", "score", str(merged.resolve()), *options)
+        scoring = subprocess.run(command, cwd=model.root, env=environment(), stdout=sys.stderr)
+    if scoring.returncode != 0:
+        raise CompareError(f"version {manifest['version']} could not be scored on the current test split")
 
 
 def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:
-    """What differing splits mean for the comparison.
+    """Notes about test splits that differ.
 
-    A row's place is fixed by its group, and the test split is the places below `test_fraction`: a smaller one holds
-    only rows that were test rows before, a larger one also rows that the champion was trained on.
+    A row's group is hashed to a number from 0 to 1, and rows below `test_fraction` are test rows. So a smaller test
+    split has only rows that were test rows before; a larger one also has rows that the champion was trained on.
     """
     if champion["evaluation"]["test_sha256"] == candidate["evaluation"]["test_sha256"]:
         return []
-    ours, theirs = (manifest["params"]["prepare"]["test_fraction"] for manifest in (candidate, champion))
-    if ours > theirs:
+    new, old = (manifest["params"]["prepare"]["test_fraction"] for manifest in (candidate, champion))
+    if new > old:
         raise UnfairError(
-            f"prepare.test_fraction is {ours:g}, and was {theirs:g} for the champion {champion['version']}: it was "
+            f"prepare.test_fraction is {new:g}, and was {old:g} for the champion {champion['version']}: it was "
             "trained on rows that are test rows now, so its scores on them would be too high. Set the fraction back, "
             "or promote by hand: `retune promote VERSION --force --reason …`"
         )
-    if ours < theirs:
-        return [f"the test split is a part of the champion's: prepare.test_fraction {ours:g} instead of {theirs:g}"]
+    if new < old:
+        return [f"the test split is a part of the champion's: prepare.test_fraction {new:g} instead of {old:g}"]
     return ["the test split is not the champion's (rows or their preparation changed); the champion was scored again"]

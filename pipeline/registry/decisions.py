@@ -1,8 +1,7 @@
 """The promotion log: who is champion, as a sequence of decisions in the artifact store.
 
-A decision is the creation of the log's next record, which exactly one of several racing processes achieves; whoever
-loses reads the log again and decides anew. Everything else that names a champion (MLflow's aliases) follows this log.
-A log with a gap, or with a record that cannot be read, is an error.
+To decide is to create the log's next record. Of several racing processes one succeeds; the others read the log again
+and decide again. MLflow's aliases follow this log. A gap or an unreadable record in it is an error.
 """
 
 import getpass
@@ -14,13 +13,13 @@ from typing import Any
 
 from pipeline.registry.artifact_store import ArtifactStore
 
-# promoted, refused, rollback: by the gate or by a person; undecided: too few test items to tell; proposed: passed the
-# gate and waits for approval; deleted: for good, its files may be collected; canary, canary-ended: only in old logs.
+# promoted, refused: by the gate or a person; rollback: by a person; undecided: too few test items to tell; proposed:
+# passed the gate, waits for approval; deleted: `gc` may collect its files; canary, canary-ended: only in old logs.
 DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "canary", "canary-ended", "deleted")
 
 
 class DecisionError(RuntimeError):
-    """The promotion log cannot be read, or does not allow what was asked for; nothing changed."""
+    """The promotion log cannot be read, or does not allow this decision; nothing changed."""
 
 
 @dataclass(frozen=True)
@@ -29,28 +28,28 @@ class Record:
 
     number: int  # from 1, without gaps
     decision: str  # one of DECISIONS
-    version: str  # what was decided on
+    version: str  # the version that the decision is about
     champion: str | None
-    previous: str | None  # champion before
+    previous: str | None  # champion before the decision
     reason: str
     comparison: dict[str, Any] = field(default_factory=dict)
-    gate: dict[str, Any] = field(default_factory=dict)  # the `promote` parameters that it was decided by
+    gate: dict[str, Any] = field(default_factory=dict)  # the `promote` parameters of the gate
     actor: str = ""
-    time: str = ""  # UTC; for people: order is `number` alone
-    manifest_sha256: str = ""  # of the version decided on
-    overruled: list[str] = field(default_factory=list)  # what spoke against a forced promotion
-    notes: list[str] = field(default_factory=list)  # what a reader of the numbers must know
-    proposal: int | None = None  # record that this approval or rejection answers
-    test_sha256: str = ""  # of the test items that were compared on
+    time: str = ""  # UTC; for people only, because clocks differ: `number` gives the order
+    manifest_sha256: str = ""  # of `version`
+    overruled: list[str] = field(default_factory=list)  # reasons against a promotion that was forced
+    notes: list[str] = field(default_factory=list)  # what readers of the numbers must know
+    proposal: int | None = None  # number of the proposal that this approval or rejection answers
+    test_sha256: str = ""  # of the test items of the comparison
 
     @property
     def word(self) -> str:
-        """What people call the decision: `forced` where a person overruled the gate."""
+        """The decision as people see it: `forced` if a person overruled the gate."""
         return "forced" if self.decision == "promoted" and self.overruled else self.decision
 
 
 def name_of(version: str | None, number: str | None) -> str:
-    """What people call a version: `v4 (295a1c…)`, or its id while the registry has no number for it."""
+    """A version's display name: `v4 (295a1c…)`, or its id if the registry has no number for it."""
     return str(version) if number is None else f"v{number} ({str(version)[:6]}…)"
 
 
@@ -87,30 +86,30 @@ def champion(log: list[Record]) -> str | None:
 
 def champions(log: list[Record]) -> list[str]:
     """The versions that a rollback can go back to, oldest first; the last one is the champion."""
-    line: list[str] = []
+    stack: list[str] = []
     for record in log:
         if record.decision == "promoted":
-            line.append(record.version)
+            stack.append(record.version)
         elif record.decision == "rollback":
-            while record.version in line and line[-1] != record.version:
-                line.pop()
-            line += [] if record.version in line else [record.version]
-    return [version for version in line if version not in deleted(log)]
+            while record.version in stack and stack[-1] != record.version:
+                stack.pop()
+            stack += [] if record.version in stack else [record.version]
+    return [version for version in stack if version not in deleted(log)]
 
 
 def rolled_back(log: list[Record]) -> set[str]:
-    """Versions that a rollback took back and no later decision made champion again."""
-    back: set[str] = set()
-    for number, record in enumerate(log):
+    """Versions that a rollback removed from the champions and that have not become champion again."""
+    versions: set[str] = set()
+    for index, record in enumerate(log):
         if record.decision == "rollback":
-            back |= set(champions(log[:number])) - set(champions(log[: number + 1]))
+            versions |= set(champions(log[:index])) - set(champions(log[: index + 1]))
         if record.champion is not None:
-            back.discard(record.champion)
-    return back
+            versions.discard(record.champion)
+    return versions
 
 
 def proposed(log: list[Record]) -> Record | None:
-    """The newest version that waits for approval, if the champion that it was compared with still serves."""
+    """The proposal that waits for approval; None if it was answered, or the champion has changed since."""
     newest = next((record for record in reversed(log) if record.decision == "proposed"), None)
     if newest is None or newest.number in {record.proposal for record in log} or newest.version in deleted(log):
         return None
@@ -118,17 +117,17 @@ def proposed(log: list[Record]) -> Record | None:
 
 
 def deleted(log: list[Record]) -> dict[str, Record]:
-    """The versions that were deleted, each with the record that says so."""
+    """The record of each version's deletion."""
     return {record.version: record for record in log if record.decision == "deleted"}
 
 
 def refuse_deleted(log: list[Record], version: str) -> None:
-    """Raise DecisionError if `version` was deleted, which is for good."""
+    """Raise DecisionError if `version` was deleted."""
     record = deleted(log).get(version)
     if record is not None:
         raise DecisionError(
             f"version {version} was deleted by {record.actor} on {record.time} ({record.reason}); a deleted id cannot "
-            "be reused. Another value of train.seed trains the same model under a new one"
+            "be reused. To get a new id, train again with another train.seed"
         )
 
 

@@ -1,8 +1,8 @@
-"""The gate's rule: from both systems' scores of the same items to a verdict on each gating metric, and a decision.
+"""The gate: turns two systems' scores of the same items into a verdict on each gating metric, and a decision.
 
 The candidate must be superior on the primary metric and not inferior on every guard metric, each by a paired test,
-after Holm's correction. A clear result is decided on any test set. An open one is refused if this test set had enough
-power to show the declared effect; otherwise the gate is undecided, and says how many rows are enough.
+after Holm's correction. A clear result decides on any test set. After an open one the candidate is refused if the test
+set had enough power to show the declared effect; otherwise the gate is undecided, and says how many rows are enough.
 """
 
 import math
@@ -28,10 +28,10 @@ from pipeline.scoring.resampling import (
 )
 
 RESAMPLES = 2000
-MIN_GROUPS = 20  # independent test items (or groups of them) below which nothing is decided
+MIN_GROUPS = 20  # with fewer independent test items (or groups of items) nothing is decided
 # metric → candidate, champion, difference, low, high, margin, items, groups, needed, test, p, p_adjusted, power,
-# verdict on this metric (passed | failed | open | unmeasured | uninformative), passed; the primary metric's row also
-# has the whole gate's gate_power and gate_rows
+# verdict (passed | failed | open | unmeasured | uninformative), passed. The primary metric's row also has the power of
+# the whole gate and the number of rows that it needs (gate_power, gate_rows).
 Comparison = dict[str, Any]
 
 
@@ -41,15 +41,15 @@ class CompareError(RuntimeError):
 
 @dataclass(frozen=True)
 class Claim:
-    """What has to be shown of one metric: the true difference is above `bound`."""
+    """What must be shown for one metric: the true difference is above `bound`."""
 
-    name: str  # in the comparison; that of another set than the test split begins with "general_"
+    name: str  # key in the comparison: the metric, after "general_" if it is measured on the general set
     metric: str
     candidate: Items
     champion: Items
     groups: Groups
-    bound: float  # of a guard: minus its margin
-    declared: float = 0.0  # the true difference at which it should be shown; of a guard 0
+    bound: float  # for a guard: minus its margin
+    declared: float = 0.0  # the true difference that the test should be able to show; for a guard 0
 
     @property
     def is_guard(self) -> bool:
@@ -66,17 +66,17 @@ class Claim:
         return f"{'more than ' if self.sign > 0 else 'less than -'}{self.bound:g}"
 
 
-def claims_on(ours: pa.Table, theirs: pa.Table, params: PromoteParams) -> list[Claim]:
-    """The primary metric's claim, then the guards', over two tables of the same items."""
+def claims_on(candidate: pa.Table, champion: pa.Table, params: PromoteParams) -> list[Claim]:
+    """The claims of the primary metric and then of the guards; both tables have the same items."""
     margins = {metric: margin for metric, margin in params.guard_metrics.items() if metric != params.primary_metric}
     bounds = {params.primary_metric: params.min_improvement} | {metric: -margin for metric, margin in margins.items()}
     return [
         Claim(
             metric,
             metric,
-            metric_items(ours, metric),
-            metric_items(theirs, metric),
-            group_of(ours),
+            metric_items(candidate, metric),
+            metric_items(champion, metric),
+            group_of(candidate),
             bound,
             params.declared_effect if metric == params.primary_metric else 0.0,
         )
@@ -84,13 +84,13 @@ def claims_on(ours: pa.Table, theirs: pa.Table, params: PromoteParams) -> list[C
     ]
 
 
-def forgetting_claims(before: pa.Table, after: pa.Table, params: PromoteParams) -> list[Claim]:
-    """The claims that the candidate lost no more of the general set than `max_forgetting`, against its own base."""
-    claims, groups = [], group_of(after)
+def forgetting_claims(base: pa.Table, candidate: pa.Table, params: PromoteParams) -> list[Claim]:
+    """The claims that the candidate is at most `max_forgetting` worse on the general set than its own base model."""
+    claims, groups = [], group_of(candidate)
     for metric, limit in params.max_forgetting.items():
-        old, new = metric_items(before, metric), metric_items(after, metric)
+        old, new = metric_items(base, metric), metric_items(candidate, metric)
         if np.isnan(corpus_score(old)):
-            continue  # a set without answers to be right about has a perplexity only
+            continue  # no row of the set has one right answer, so it has no accuracy
         margin = limit * corpus_score(old) if metric in LOWER_IS_BETTER else limit
         claims.append(Claim(f"general_{metric}", metric, new, old, groups, -margin))
     return claims
@@ -105,26 +105,26 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
             f"promote.primary_metric is {claims[0].metric}, but no test item counts for it; choose another"
         )
     measured = [claim for claim in claims if rows[claim.name]["verdict"] == "open"]
-    tested, drawn = [], []
+    tests, resampled = [], []
     for claim in measured:
-        first, second = (claim.candidate, claim.champion)[:: claim.sign]  # so that more is better
-        drawn.append(resampled_differences(first, second, claim.groups, resamples, seed))
+        first, second = (claim.candidate, claim.champion)[:: claim.sign]  # swapped if lower is better
+        resampled.append(resampled_differences(first, second, claim.groups, resamples, seed))
         if claim.metric in BINARY:
-            tested.append(binary_test(first, second, claim.groups, claim.bound))
+            tests.append(binary_test(first, second, claim.groups, claim.bound))
         else:
-            tested.append(corpus_test(first, second, claim.groups, claim.bound, drawn[-1], seed))
-    differences = np.stack(drawn, axis=1)
-    errors = [test.error for test in tested]
+            tests.append(corpus_test(first, second, claim.groups, claim.bound, resampled[-1], seed))
+    differences = np.stack(resampled, axis=1)
+    errors = [test.error for test in tests]
     distances = [claim.declared - claim.bound for claim in measured]
-    adjusted = holm([test.p for test in tested])
-    for i, (claim, test, p) in enumerate(zip(measured, tested, adjusted, strict=True)):
+    adjusted = holm([test.p for test in tests])
+    for i, (claim, test, p) in enumerate(zip(measured, tests, adjusted, strict=True)):
         row = rows[claim.name]
         row["low"], row["high"] = sorted((claim.sign * test.low, claim.sign * test.high))
         row |= {"test": test.test, "p": test.p, "p_adjusted": p}
         row["power"] = power(differences[:, i : i + 1], errors[i : i + 1], distances[i : i + 1])
         row["verdict"] = "passed" if p <= ALPHA else "failed" if test.high < claim.declared else "open"
         if row["groups"] < MIN_GROUPS and not claim.is_guard:
-            row["verdict"] = "open"  # an interval over a handful of items is narrower than the truth
+            row["verdict"] = "open"  # the interval of so few items is too narrow to be trusted
             row["needed"] = f"at least {MIN_GROUPS} independent test items, there are {row['groups']}"
         row["passed"] = row["verdict"] == "passed"
     items = max(rows[claim.name]["items"] for claim in measured if claim.name == claim.metric)  # of the test split
@@ -136,7 +136,7 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
 
 
 def _untested(claim: Claim) -> dict[str, Any]:
-    """A claim's row before its test; the final row of a guard without counting items, or on which both score 0."""
+    """A claim's row before its test. It is final if no item counts, or if both score 0 on a guard."""
     require_same_items(claim.candidate, claim.champion)
     candidate, champion = corpus_score(claim.candidate), corpus_score(claim.champion)
     scores: dict[str, Any] = {"candidate": candidate, "champion": champion, "difference": candidate - champion}
@@ -146,7 +146,7 @@ def _untested(claim: Claim) -> dict[str, Any]:
         scores, verdict = dict.fromkeys(scores), "unmeasured"
     return scores | {
         "margin": -claim.bound if claim.is_guard else None,
-        "items": num_groups(claim.candidate),  # of which each is its own group
+        "items": num_groups(claim.candidate),  # without groups: the number of items
         "groups": num_groups(claim.candidate, claim.groups),
         "needed": claim.needed,
         **dict.fromkeys(("test", "p", "p_adjusted", "power", "passed")),
@@ -157,8 +157,8 @@ def _untested(claim: Claim) -> dict[str, Any]:
 def decide(comparison: Comparison) -> str:
     """The decision on a version, from the verdicts on its metrics: promoted, refused or undecided.
 
-    Refused if a metric failed, promoted if all passed. What is still open is refused on a test set that would have
-    shown the declared effect with a probability of POWER; a smaller one leaves it undecided.
+    Refused if a metric failed, promoted if all passed. Otherwise a metric is open: refused if the test set would have
+    shown the declared effect with probability POWER, undecided if it is too small for that.
     """
     verdicts = [row["verdict"] for row in comparison.values()]
     primary = next(iter(comparison.values()))

@@ -1,7 +1,7 @@
-"""The adapter that a training starts from, out of the registry or a folder.
+"""The adapter that a training starts from: a published version's, or one in a folder.
 
-What `train.init_adapter: champion` means is pinned in .dvc/init_adapter.json, which DVC hashes. The pin moves when
-`retune run` is about to train for another reason, never by itself, so a promotion alone trains nothing again.
+For `train.init_adapter: champion`, the version is pinned in .dvc/init_adapter.json, which DVC hashes. The pin moves
+only when `retune run` is about to train for another reason, so a promotion alone does not cause a training.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ PIN = ".dvc/init_adapter.json"  # {"version": id or null}
 
 
 def pin_champion(params: Params, root: Path = Path(".")) -> str | None:
-    """Before a run trains: pin today's champion, if that is what `init_adapter` asks for. Returns the pinned version.
+    """If `init_adapter` is `champion` and the train stage is stale, pin the present champion.
 
-    Nothing moves while the train stage is up to date, or the champion is the one pinned.
+    Returns the pinned version.
     """
     if params.train.init_adapter != "champion":
         return None
@@ -31,13 +31,13 @@ def pin_champion(params: Params, root: Path = Path(".")) -> str | None:
 
 
 def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
-    """The folder of the adapter to start from, checked; None starts afresh.
+    """The folder of the adapter to start from, with its files checked; None to start with a new adapter.
 
     Raises:
-        InitError: it is not there, or not the one that its digest names.
+        InitError: the folder has no adapter, or one with another digest.
         StoreError, SignatureError: the version is damaged, or publish.require_signature is on and it is not signed.
     """
-    from pipeline.training.warm_start import InitError  # brings torch, which the flow that pins does without
+    from pipeline.training.warm_start import InitError  # imports torch, which `pin_champion` does not need
 
     name: str | None = params.train.init_adapter
     if name == "none":
@@ -45,15 +45,15 @@ def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
     if name == "champion":
         name = read_json(root / PIN)["version"]
     if name is None:
-        print("train · no champion is pinned yet (`retune run` does that): the adapter starts afresh", flush=True)
+        print("train · no champion is pinned yet (`retune run` pins it); starting with a new adapter", flush=True)
         return None
     if "@" in name:
         path, digest = name.rsplit("@", 1)
         weights = root / path / "adapter_model.safetensors"
         if not weights.is_file():
-            raise InitError(f"train.init_adapter names {path}, which holds no adapter_model.safetensors")
+            raise InitError(f"train.init_adapter names {path}, which has no adapter_model.safetensors")
         if (actual := sha256_file(weights)) != digest:
-            raise InitError(f"{weights} is not the one that train.init_adapter names: its sha256 is {actual}")
+            raise InitError(f"{weights} has the sha256 {actual}; train.init_adapter has {digest}")
         return root / path
     model = RegisteredModel(params.publish, root)
     return model.fetch_signed(model.manifest(name), "adapter")

@@ -1,6 +1,6 @@
-"""A version's manifest: its files by digest, and the lineage that they come from, checked against a published schema.
+"""A version's manifest: its files with their digests, and the lineage of the version.
 
-It is written to `versions/<version>/manifest.json` and read back only as `manifest.schema.json` allows.
+`versions/<version>/manifest.json` is written, and read, only if it matches `manifest.schema.json`.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.scoring.resampling import read_scores
 
 SCHEMA_VERSION = 2
-WRITTEN_BY_RUNS = ("dvc.lock", ".dvc/init_adapter.json")  # no change of a person's; the manifest has what they say
+WRITTEN_BY_RUNS = ("dvc.lock", ".dvc/init_adapter.json")  # not changes by a person; their content is in the manifest
 Manifest = dict[str, Any]
 
 
-def key_of(version: str) -> str:
+def manifest_key(version: str) -> str:
     return f"versions/{version}/manifest.json"
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest's one spelling: what is stored, hashed and signed; StoreError where the schema does not allow it."""
+    """The manifest's bytes, as stored, hashed and signed. Raises StoreError: it does not match the schema."""
     from jsonschema.exceptions import best_match
 
     error = best_match(_validator().iter_errors(manifest))
@@ -50,9 +50,9 @@ def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
     """The manifest of a version, or None while there is no such version.
 
     Raises:
-        StoreError: it is not what Retune writes: altered, or of another schema.
+        StoreError: the manifest was altered, or has another schema version.
     """
-    data = store.read(key_of(version))
+    data = store.read(manifest_key(version))
     if data is None:
         return None
     try:
@@ -65,12 +65,12 @@ def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
         if encode(manifest) != data:
             raise ValueError("its bytes are not the ones that Retune writes for this content")
     except (StoreError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{key_of(version)} in {store.uri} is damaged: {error}") from None
+        raise StoreError(f"{manifest_key(version)} in {store.uri} is damaged: {error}") from None
     return manifest
 
 
 def require_manifest(store: ArtifactStore, version: str) -> Manifest:
-    """As `read_manifest`, of a version that has to be there."""
+    """Like `read_manifest`; also raises StoreError if the version is not published."""
     manifest = read_manifest(store, version)
     if manifest is None:
         raise StoreError(f"version {version} is not published in {store.uri}; `retune history` lists those that are")
@@ -84,13 +84,13 @@ def published_versions(store: ArtifactStore) -> list[str]:
 
 
 def build(params: PublishParams, version: str, files: dict[str, Any], root: Path = Path(".")) -> Manifest:
-    """The manifest of the workspace's artifacts, whose `files` are {name: {sha256, size}}."""
+    """The manifest of the workspace's artifacts. `files`: name → {sha256, size}."""
     artifacts = root / "artifacts"
     names = ("adapter/training.json", "adapter/contract.json", "dataset/report.json", "parity/parity.json")
     training, contract, report, parity = (read_json(artifacts / name) for name in names)
     stages = graph.lock(root)["stages"]
     seconds = stage_seconds(root)
-    known = [each for each in seconds.values() if each is not None]
+    known = [value for value in seconds.values() if value is not None]
     price = params.price_per_hour
     cost = round(sum(known) / 3600 * price, 6) if price is not None and len(known) == len(seconds) else None
     lineage = {
@@ -106,7 +106,7 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
             "test_sha256": report["test_sha256"],
         },
         "base_model": training["base_model"],
-        "params": _resolved(stages) | {"train": training["params"], "publish": params.model_dump()},
+        "params": _parameters(stages) | {"train": training["params"], "publish": params.model_dump()},
         "packages": {
             "train": training["versions"],
             "evaluate": parity["evaluation"]["versions"],
@@ -124,17 +124,17 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
 
 
 def contract_digests(contract: dict[str, Any]) -> dict[str, str]:
-    """What the manifest keeps of a template contract: a digest of the whole, and those that the contract holds."""
+    """The digest of a template contract and the digests in it, as the manifest records them."""
     return {"sha256": sha256_json(contract)} | {k: v for k, v in contract.items() if k.endswith("_sha256")}
 
 
 def version_of(manifest: Manifest) -> str:
-    """The version id that the manifest's `dvc_lock` gives."""
+    """The version id, computed from the manifest's `dvc_lock`."""
     return graph.version_id(stages=manifest["dvc_lock"])
 
 
-def _resolved(stages: dict[str, Any]) -> dict[str, Any]:
-    """The sections that each stage last ran with, from dvc.lock; single parameters (`train.task`) are in theirs."""
+def _parameters(stages: dict[str, Any]) -> dict[str, Any]:
+    """The parameter sections that the stages last ran with; a single one (`train.task`) is also in its section."""
     sections: dict[str, Any] = {}
     for stage in stages.values():
         for values in stage.get("params", {}).values():

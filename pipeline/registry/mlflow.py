@@ -1,7 +1,7 @@
 """Versions as MLflow shows them: numbers, tags, a run with curves and reports, and the aliases that follow the log.
 
-Nothing is decided here and no file of a version is uploaded: an entry's source is the store, the aliases `champion`
-and `challenger` are projections of the promotion log, put right by whoever looks next.
+Nothing is decided here, and no file of a version is uploaded: an entry's source is the store. The promotion log
+determines the aliases `champion` and `challenger`; the next command corrects them if they differ.
 """
 
 import logging
@@ -16,9 +16,11 @@ from urllib.parse import urlparse
 from pipeline.core.files import WORK_DIR, read_json, write_json
 from pipeline.registry.decisions import name_of
 
+CACHE = WORK_DIR / "numbers.json"  # MLflow's numbers, as they were last read
+
 
 class RegistryError(RuntimeError):
-    """A version that is not there, or a registry that cannot be reached."""
+    """The registry does not know a version, or cannot be used."""
 
 
 class ModelRegistry:
@@ -29,65 +31,61 @@ class ModelRegistry:
 
     @cached_property
     def client(self) -> Any:
-        """MLflow's own client, made at its first use: a registry that is down must not stop a rollback."""
+        """MLflow's client, made at its first use: a registry that is down must not stop a rollback."""
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it announces each table that it makes
         uri = f"sqlite:///{self.database}" if self.database else self.uri
-        with self._reached():
+        with self._registry_errors():
             return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     @property
     def database(self) -> Path | None:
-        """The SQLite file that holds the registry; None where a server does."""
+        """The registry's SQLite file; None if the registry is on a server."""
         if not self.uri.startswith("sqlite:///"):
             return None
         return (self.root / self.uri.removeprefix("sqlite:///")).resolve()
 
     def numbers(self) -> dict[str, str]:
-        """MLflow's number of every version, by version id; of two entries of one version the lower number counts."""
+        """MLflow's number of each version, by version id; of two entries of one version the lower number counts."""
         numbers = {entry.tags["version_id"]: str(entry.version) for entry in reversed(self._entries())}
-        write_json(self._remembered, {"registry": self.uri, "name": self.name, "numbers": numbers})
+        write_json(self.root / CACHE, {"registry": self.uri, "name": self.name, "numbers": numbers})
         return numbers
 
-    def remembered(self, version_id: str) -> str:
-        """What people call a version, by the numbers that were found last; loading MLflow would take seconds."""
-        kept = read_json(self._remembered) if self._remembered.is_file() else {}
-        same = (kept.get("registry"), kept.get("name")) == (self.uri, self.name)
-        return name_of(version_id, kept["numbers"].get(version_id) if same else None)
-
-    @property
-    def _remembered(self) -> Path:
-        return self.root / WORK_DIR / "numbers.json"
+    def cached_name(self, version_id: str) -> str:
+        """A version's display name, with its number as `numbers` last read it: loading MLflow takes seconds."""
+        cache = read_json(self.root / CACHE) if (self.root / CACHE).is_file() else {}
+        same = (cache.get("registry"), cache.get("name")) == (self.uri, self.name)
+        return name_of(version_id, cache["numbers"].get(version_id) if same else None)
 
     def id_of(self, number: str) -> str:
-        """The published version behind MLflow's `number`."""
+        """The id of the version with MLflow's `number`."""
         ids = {str(entry.version): str(entry.tags["version_id"]) for entry in self._entries()}
         if (plain := number.removeprefix("v")) in ids:
             return ids[plain]
-        known = ", ".join(f"v{known}" for known in ids) or "none"
-        raise RegistryError(f"{self.name} has no version {number}; it has {known}")
+        numbers = ", ".join(f"v{registered}" for registered in ids) or "none"
+        raise RegistryError(f"{self.name} has no version {number}; it has {numbers}")
 
     def tags(self, version_id: str) -> dict[str, str]:
-        """What the registry says of a version; nothing where it does not know it."""
+        """The version's tags in the registry; empty if it is not registered."""
         return next((dict(entry.tags) for entry in self._entries(version_id)), {})
 
     def register(
         self,
         version_id: str,
-        source: str,  # where Retune's plugin for MLflow finds the files
+        source: str,  # a URI for `mlflow_plugin`
         tags: dict[str, str],
         params: dict[str, Any],
         metrics: list[tuple[str, float, int]],  # name, value and step
         reports: dict[str, str],  # file name → text
     ) -> str:
-        """Make the entry of a version, and its run; returns its number."""
+        """Create a version's entry and run; returns its number."""
         from mlflow.entities import Metric, Param
         from mlflow.exceptions import MlflowException
 
         now = int(datetime.now(UTC).timestamp() * 1000)
         points = [Metric(key, value, now, step) for key, value, step in metrics]
-        with self._reached():
+        with self._registry_errors():
             if self._aliases() is None:
                 try:
                     self.client.create_registered_model(self.name)
@@ -97,13 +95,13 @@ class ModelRegistry:
             experiment = self.client.get_experiment_by_name(self.name)
             if experiment is not None:
                 experiment_id = experiment.experiment_id
-            else:  # reports lie next to a SQLite file, else where the server says
-                place = (self.database.parent / "mlartifacts").as_uri() if self.database else None
-                experiment_id = self.client.create_experiment(self.name, artifact_location=place)
+            else:  # reports are stored next to a SQLite file; a server has its own place
+                location = (self.database.parent / "mlartifacts").as_uri() if self.database else None
+                experiment_id = self.client.create_experiment(self.name, artifact_location=location)
             run = self.client.create_run(experiment_id, run_name=version_id, tags={"version_id": version_id})
             run_id = str(run.info.run_id)
             self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])
-            for start in range(0, len(points), 1000):  # more at once are refused
+            for start in range(0, len(points), 1000):  # MLflow refuses more at once
                 self.client.log_batch(run_id, metrics=points[start : start + 1000])
             for file, text in reports.items():
                 self.client.log_text(run_id, text, file)
@@ -113,45 +111,45 @@ class ModelRegistry:
             self.client.set_registered_model_alias(self.name, "challenger", entry.version)
         return self.numbers().get(version_id) or str(entry.version)
 
-    def project(self, champion_id: str | None) -> None:
-        """Make the aliases say what the promotion log says."""
-        with self._reached():
+    def set_aliases(self, champion_id: str | None) -> None:
+        """Make `champion` name this version; remove aliases that no longer apply."""
+        with self._registry_errors():
             aliases = self._aliases()
             if aliases is None:
-                return  # a new registry next to an old log: publish fills it, the log decides all the same
+                return  # an empty registry; publishing fills it
             number = self.numbers().get(champion_id) if champion_id else None
             if number is not None and aliases.get("champion") != number:
                 self.client.set_registered_model_alias(self.name, "champion", number)
-            gone = {"champion": number is None, "challenger": aliases.get("challenger") == number}
-            for alias in [alias for alias in aliases if gone.get(alias)]:
+            outdated = {"champion": number is None, "challenger": aliases.get("challenger") == number}
+            for alias in [alias for alias in aliases if outdated.get(alias)]:
                 self.client.delete_registered_model_alias(self.name, alias)
 
-    def mark(self, version_id: str, key: str, value: str) -> None:
+    def set_tag(self, version_id: str, key: str, value: str) -> None:
         """Set a tag on every entry of a version."""
-        with self._reached():
+        with self._registry_errors():
             for entry in self._entries(version_id):
                 self.client.set_model_version_tag(self.name, entry.version, key, value)
 
-    def forget(self, version_id: str) -> None:
+    def delete(self, version_id: str) -> None:
         """Delete the entries of a version; its run stays, as the record of a training."""
-        with self._reached():
+        with self._registry_errors():
             for entry in self._entries(version_id):
                 self.client.delete_model_version(self.name, entry.version)
 
     def _aliases(self) -> dict[str, str] | None:
-        """Alias → number; None while MLflow does not know the model."""
+        """Alias → number; None if MLflow does not know the model."""
         models = self.client.search_registered_models(f"name = '{self.name}'")
         return {alias: str(number) for alias, number in models[0].aliases.items()} if models else None
 
     def _entries(self, version_id: str | None = None) -> list[Any]:
-        """MLflow's entries of one version, or of all, by number."""
-        with self._reached():
-            entries = self.client.search_model_versions(f"name = '{self.name}'", max_results=200_000)  # MLflow's most
-        ours = [e for e in entries if "version_id" in e.tags and version_id in (None, e.tags["version_id"])]
-        return sorted(ours, key=lambda entry: int(entry.version))
+        """MLflow's entries for one version or for all, sorted by number."""
+        with self._registry_errors():
+            entries = self.client.search_model_versions(f"name = '{self.name}'", max_results=200_000)  # the maximum
+        entries = [e for e in entries if "version_id" in e.tags and version_id in (None, e.tags["version_id"])]
+        return sorted(entries, key=lambda entry: int(entry.version))
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _registry_errors(self) -> Iterator[None]:
         from mlflow.exceptions import MlflowException
         from requests.exceptions import RequestException
         from sqlalchemy.exc import SQLAlchemyError

@@ -1,7 +1,7 @@
-"""MLflow's way to a version's files: `models:/NAME@champion` downloads them from the artifact store, digests checked.
+"""Lets MLflow download a version, as `models:/NAME@champion`, from the artifact store, with digests checked.
 
-MLflow finds this class by its entry points, for the sources `retune-file://…` and `retune-s3://…` of registered
-versions. Read only: a version never changes.
+MLflow finds this class by its entry points for `retune-file://…` and `retune-s3://…`, the sources of registered
+versions. It is read-only, because a version never changes.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.settings import ParamsError, load_params
 
 
 class RetuneArtifactRepository(ArtifactRepository):
-    """One published version, seen as a folder: its files, `manifest.json` and, if it is signed, `manifest.sig`."""
+    """One published version as a folder: its files, `manifest.json` and, if it is signed, `manifest.sig`."""
 
     def __init__(self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
         super().__init__(artifact_uri, tracking_uri, registry_uri)
@@ -28,13 +28,14 @@ class RetuneArtifactRepository(ArtifactRepository):
         store_uri, _, self.version = address.rpartition("/versions/")
         self.artifact_store = open_store(_settings(store_uri, dict(parse_qsl(query))))
         self.manifest = manifest = require_manifest(self.artifact_store, self.version)
-        proofs = {"manifest.json": encode(manifest), "manifest.sig": read_signature(self.artifact_store, manifest)}
-        self.proofs = {name: data for name, data in proofs.items() if data is not None}
+        self.extra_files = {"manifest.json": encode(manifest)}
+        if signature := read_signature(self.artifact_store, manifest):
+            self.extra_files["manifest.sig"] = signature
 
     def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
         folder = f"{path.strip('/')}/" if path else ""
         sizes = {name: entry["size"] for name, entry in self.manifest["files"].items()}
-        sizes |= {name: len(data) for name, data in self.proofs.items()}
+        sizes |= {name: len(data) for name, data in self.extra_files.items()}
         entries: dict[str, FileInfo] = {}
         for name in sorted(name for name in sizes if name.startswith(folder)):
             first, slash, _ = name.removeprefix(folder).partition("/")
@@ -42,8 +43,8 @@ class RetuneArtifactRepository(ArtifactRepository):
         return list(entries.values())
 
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
-        if remote_file_path in self.proofs:
-            Path(local_path).write_bytes(self.proofs[remote_file_path])
+        if remote_file_path in self.extra_files:
+            Path(local_path).write_bytes(self.extra_files[remote_file_path])
             return
         if remote_file_path not in self.manifest["files"]:
             raise StoreError(f"version {self.version} has no file {remote_file_path}")
@@ -57,14 +58,14 @@ class RetuneArtifactRepository(ArtifactRepository):
 
 
 def _settings(uri: str, options: dict[str, str]) -> PublishParams:
-    """How to reach the store: as params.yaml says where this is a project with that store, else as the source says."""
+    """How to reach the store: by params.yaml in a project with that store, else by the options in the source's URI."""
     try:
         params = load_params().publish
         if params.artifact_store.rstrip("/") == uri:
             return params
     except ParamsError:
         pass
-    told = {key: options[key] for key in ("endpoint_url", "region_name", "addressing_style") if key in options}
+    server = {key: options[key] for key in ("endpoint_url", "region_name", "addressing_style") if key in options}
     values: dict[str, Any] = dict.fromkeys(PublishParams.model_fields)
-    values |= {"addressing_style": "auto", "max_concurrency": 4} | told | {"artifact_store": uri}
+    values |= {"addressing_style": "auto", "max_concurrency": 4} | server | {"artifact_store": uri}
     return PublishParams.model_construct(**values)

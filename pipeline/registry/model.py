@@ -1,4 +1,4 @@
-"""One registered model: its versions in the artifact store, the log of the decisions on them, its entries in MLflow."""
+"""One registered model: its versions in the artifact store, its promotion log, and its entries in MLflow."""
 
 import csv
 import tempfile
@@ -21,12 +21,12 @@ from pipeline.registry.signature import read_signature, require_signed
 from pipeline.registry.stores import fetch, open_store
 from pipeline.scoring.resampling import METRICS
 
-PROJECTED = WORK_DIR / "aliases.json"  # the log that the registry's aliases follow
+SYNCED = WORK_DIR / "aliases.json"  # the state of log and registry when the aliases were last set
 CURVES = ("loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
 
 
 class RegisteredModel:
-    """The model `publish.registered_model_name`. Store and registry are reached at their first use."""
+    """The model `publish.registered_model_name`. Store and registry are opened at their first use."""
 
     def __init__(self, params: PublishParams, root: Path = Path(".")) -> None:
         self.params, self.root, self.name = params, root, params.registered_model_name
@@ -42,19 +42,21 @@ class RegisteredModel:
     def champion(self) -> str | None:
         return champion(self.log())
 
-    def decide(self, decide: Callable[[list[Record]], Record]) -> Record:
-        """Add to the log what `decide` makes of it, anew whenever another process wrote first; a record without a
-        number stays outside, and one that is in it already is not added again."""
+    def append_decision(self, make_record: Callable[[list[Record]], Record]) -> Record:
+        """Append the record that `make_record` makes from the log; make it again if another process was faster.
+
+        A record with the number 0, or of a record in the log, is returned without being appended.
+        """
         while True:
             log = self.log()
-            record = decide(log)
+            record = make_record(log)
             if record.number <= len(log):
                 return record
-            if written := append(self.store, self.name, record):
-                return written
+            if appended := append(self.store, self.name, record):
+                return appended
 
     def find(self, version: str | None) -> str:
-        """The content id of a version named by number (3 or v3), id, or `champion`; None: the workspace's.
+        """The id of the version named by `version`: a number (3 or v3), an id or `champion`; None: the workspace's.
 
         Raises:
             RegistryError: the registry has no such number.
@@ -74,70 +76,72 @@ class RegisteredModel:
         return require_manifest(self.store, version)
 
     def label(self, version: str | None) -> str:
-        """What people call a version; its id alone while the registry has no number for it or cannot be reached."""
+        """A version's display name; its id if the registry has no number for it or cannot be reached."""
         try:
             return name_of(version, self.registry.numbers().get(version) if version else None)
         except RegistryError:
             return str(version)
 
     def folder(self, version: str) -> Path:
-        """Where this machine keeps what it fetched and measured of a version."""
+        """The folder for files and scores of a version on this machine."""
         return self.root / WORK_DIR / "versions" / version
 
     def fetch(self, manifest: Manifest, part: str) -> Path:
-        """One part of a version (adapter, merged, evaluation, parity), fetched if it is not here, all files checked."""
+        """The folder of one part (adapter, merged, evaluation, parity), downloaded if necessary, with files checked."""
         folder = self.folder(manifest["version"])
         fetch(self.store, manifest, [name for name in manifest["files"] if name.startswith(f"{part}/")], folder)
         return folder / part
 
     def fetch_signed(self, manifest: Manifest, part: str) -> Path:
-        """As `fetch`, of what is going to be loaded, which `publish.require_signature` may not allow (SignatureError);
-        every loader of a published model takes it from here.
+        """Like `fetch`, for every file that will be loaded as a model.
+
+        Raises SignatureError: `publish.require_signature` is on and the version has no valid signature.
         """
         require_signed(self.store, manifest, self.params)
         return self.fetch(manifest, part)
 
     def register(self, manifest: Manifest) -> str:
-        """The version's MLflow number; makes the entry, from the store alone, if the registry has none (any more).
+        """The version's MLflow number; creates the entry from the store if the registry has none.
 
-        Versions that were decided on before it come first, so that the registries of two clones number them alike.
+        Versions with earlier decisions are registered first, so that the registries of two clones number them alike.
         """
-        known, version = self.registry.numbers(), manifest["version"]
-        if version in known:
-            return known[version]
+        numbers, version = self.registry.numbers(), manifest["version"]
+        if version in numbers:
+            return numbers[version]
         for earlier in dict.fromkeys(record.version for record in self.log()):
             if earlier == version:
                 break
-            with suppress(StoreError):  # one that is damaged has no number here
-                before = read_manifest(self.store, earlier) if earlier not in known else None
-                if before is not None:
-                    self._register(before)
+            with suppress(StoreError):  # a damaged version gets no number
+                if earlier not in numbers and (earlier_manifest := read_manifest(self.store, earlier)):
+                    self._register(earlier_manifest)
         return self._register(manifest)
 
-    def project(self, version: str) -> tuple[str | None, list[str]]:
-        """Make the registry say what the log says, versions that it lost included; returns `version`'s number there,
-        and a warning if the registry cannot be reached.
+    def sync_registry(self, version: str) -> tuple[str | None, list[str]]:
+        """Make the registry follow the log: register champion and `version` if it lost them, and set the aliases.
+
+        Returns `version`'s number, and a warning if the registry cannot be reached.
         """
         log = self.log()
         serving = champion(log)
         try:
-            for each in {serving, version} - {None}:
-                manifest = read_manifest(self.store, str(each))
+            for id in {serving, version} - {None}:
+                manifest = read_manifest(self.store, str(id))
                 if manifest is not None:
                     self.register(manifest)
-            self.registry.project(serving)
+            self.registry.set_aliases(serving)
             number = self.registry.numbers().get(version)
         except RegistryError as error:
             return None, [f"{error}. The decision stands; the next command sets the aliases"]
-        write_json(self.root / PROJECTED, self._projection(log))
+        write_json(self.root / SYNCED, self._sync_state(log))
         return number, []
 
-    def projected(self, log: list[Record]) -> bool:
-        """Whether the registry is a file, and as `project` left it for this log; a server has to be asked."""
-        path, known = self.root / PROJECTED, self._projection(log)
-        return known is not None and path.is_file() and read_json(path) == known
+    def is_synced(self, log: list[Record]) -> bool:
+        """Whether the registry is a file that has not changed since `sync_registry` with this log."""
+        path, state = self.root / SYNCED, self._sync_state(log)
+        return state is not None and path.is_file() and read_json(path) == state
 
-    def _projection(self, log: list[Record]) -> list[Any] | None:
+    def _sync_state(self, log: list[Record]) -> list[Any] | None:
+        """Changes with the log and with the registry's file; None if the registry is on a server."""
         database = self.registry.database
         if database is None or not database.is_file():
             return None
@@ -167,8 +171,8 @@ class RegisteredModel:
         return self.registry.register(manifest["version"], source, tags, params, metrics, reports)
 
     def _source(self, manifest: Manifest) -> str:
-        """Where MLflow's clients find the version; for S3 with what they need to know of the server, no credential."""
-        known = manifest["params"]["publish"]
-        options = {key: known[key] for key in ("endpoint_url", "region_name", "addressing_style") if known[key]}
+        """The URI that `mlflow_plugin` reads: the version's place in the store, for S3 with the server's parameters."""
+        publish = manifest["params"]["publish"]
+        options = {key: publish[key] for key in ("endpoint_url", "region_name", "addressing_style") if publish[key]}
         query = f"?{urlencode(options)}" if self.store.uri.startswith("s3:") else ""
         return f"retune-{self.store.uri}/versions/{manifest['version']}{query}"

@@ -1,8 +1,8 @@
-"""Which versions and objects stay: deleting a version by hand, the policy for old ones, and the sweep of the store.
+"""Deletes a version by hand, finds versions that are old by the policy, and deletes objects that nothing needs (`gc`).
 
-A deletion is a record of the promotion log first and the loss of the manifest afterwards, so it races fairly with every
-promotion. The sweep removes objects that no file of a version and no record of the log names, seven days after they
-were written, by the store's clock: these cover uploads whose manifest is still to come.
+A deletion is recorded in the promotion log before the manifest is deleted, so it cannot collide with a promotion. `gc`
+deletes objects that no manifest and no record names, seven days after they were written (by the store's clock), so that
+an upload has time to write its manifest.
 """
 
 import re
@@ -17,7 +17,7 @@ from pipeline.registry.decisions import DecisionError, Record, champion, champio
 from pipeline.registry.model import RegisteredModel
 
 GRACE_S = 7 * 24 * 3600
-REQUESTS = 8  # at once
+REQUESTS = 8  # concurrent requests
 
 
 @dataclass(frozen=True)
@@ -25,59 +25,59 @@ class Garbage:
     objects: int
     bytes: int
     unfinished: int  # uploads that were never completed
-    kept: int  # objects that stay
+    kept: int  # other objects
     deleted: bool
 
 
 def delete(publishing: PublishParams, version: str, reason: str, root: Path = Path(".")) -> Record:
-    """Delete a version for good: recorded, then its manifest and registry entry go.
+    """Record the deletion of a version, then delete its manifest and its entry in the registry.
 
-    Repeating it after a crash, or after an error of the registry, finishes what was begun.
+    If a crash or an error of the registry interrupts it, calling it again finishes the deletion.
 
     Raises:
-        DecisionError: the version serves or waits for approval.
+        DecisionError: the version is the champion or waits for approval.
         StoreError: it does not exist.
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version)
 
-    def decide(log: list[Record]) -> Record:
+    def make_record(log: list[Record]) -> Record:
         if earlier := deleted(log).get(version):
             return earlier
-        if why := _used(log).get(version):
-            raise DecisionError(f"version {model.label(version)} is {why}")
+        if reason_to_keep := _in_use(log).get(version):
+            raise DecisionError(f"version {model.label(version)} is {reason_to_keep}")
         model.manifest(version)
         serving = champion(log)
         return Record(len(log) + 1, "deleted", version, serving, serving, reason)
 
-    record = model.decide(decide)
-    model.store.delete(manifests.key_of(version))
-    model.registry.forget(version)
+    record = model.append_decision(make_record)
+    model.store.delete(manifests.manifest_key(version))
+    model.registry.delete(version)
     return record
 
 
 def outdated(publishing: PublishParams, root: Path = Path(".")) -> list[str]:
     """The versions that `publish.keep_versions` and `keep_champions` do not keep, oldest first.
 
-    Newest means the registry's numbers, not clocks; a version that the registry does not know is kept. Versions whose
-    deletion was begun and not finished come first.
+    The registry's numbers define the age; a version without a number is kept. Versions whose deletion was interrupted
+    come first.
     """
     model = RegisteredModel(publishing, root)
     log, versions = model.log(), manifests.published_versions(model.store)
-    unfinished = [version for version in versions if version in deleted(log)]
+    interrupted = [version for version in versions if version in deleted(log)]
     if publishing.keep_versions is None:
-        return unfinished
+        return interrupted
     numbers = model.registry.numbers()
-    known = sorted((v for v in versions if v in numbers and v not in unfinished), key=lambda v: int(numbers[v]))
-    kept = {*known[-publishing.keep_versions :], *champions(log)[-publishing.keep_champions :], *_used(log)}
-    return unfinished + [version for version in known if version not in kept]
+    by_age = sorted((v for v in versions if v in numbers and v not in interrupted), key=lambda v: int(numbers[v]))
+    keep = {*by_age[-publishing.keep_versions :], *champions(log)[-publishing.keep_champions :], *_in_use(log)}
+    return interrupted + [version for version in by_age if version not in keep]
 
 
 def collect(store: ArtifactStore, delete: bool) -> Garbage:
     """Find the objects that nothing needs, and delete them if `delete`.
 
     Raises:
-        StoreError: the log names a champion that has no manifest, or the store does not allow it.
+        StoreError: a champion has no manifest, or the store refuses the request.
     """
     before = store.now() - GRACE_S
     objects = [stored for stored in store.scan("objects/") if OBJECT.fullmatch(stored.key)]
@@ -87,23 +87,23 @@ def collect(store: ArtifactStore, delete: bool) -> Garbage:
     if delete:
         with ThreadPoolExecutor(REQUESTS) as pool:
             list(pool.map(lambda stored: store.delete(stored.key), old))
-    return Garbage(len(old), sum(each.size for each in old), unfinished, len(objects) - len(old), delete)
+    return Garbage(len(old), sum(stored.size for stored in old), unfinished, len(objects) - len(old), delete)
 
 
 def _needed_digests(store: ArtifactStore) -> set[str]:
-    """Every digest that a file of a version or a record of the promotion log names, in whatever field."""
+    """Every digest in a manifest, a signature's file or a record of the promotion log, in any field."""
     records = store.list("promotions/")
     for name in {key.split("/")[1] for key in records}:
         serving = champion(read_log(store, name))
         if serving:
-            manifests.require_manifest(store, serving)  # with its manifest lost, a sweep would delete its objects
+            manifests.require_manifest(store, serving)  # without its manifest, its objects would be deleted
     with ThreadPoolExecutor(REQUESTS) as pool:
         texts = pool.map(store.read, [*store.list("versions/"), *records])
         return {digest.decode() for text in texts for digest in re.findall(rb"\b[0-9a-f]{64}\b", text or b"")}
 
 
-def _used(log: list[Record]) -> dict[str | None, str]:
-    """The versions that must stay, and why."""
-    waiting = proposed(log)
-    used = {waiting.version: "waiting for approval; answer by `retune promote --reject` first"} if waiting else {}
-    return used | {champion(log): "the champion; `retune rollback` or a promotion puts another in its place first"}
+def _in_use(log: list[Record]) -> dict[str | None, str]:
+    """The versions that may not be deleted, and why."""
+    proposal = proposed(log)
+    in_use = {proposal.version: "waiting for approval; first run `retune promote --reject`"} if proposal else {}
+    return in_use | {champion(log): "the champion; first promote another version or run `retune rollback`"}

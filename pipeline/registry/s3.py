@@ -1,7 +1,7 @@
-"""The artifact store in an S3 bucket, on AWS or any server that honours conditional writes, through boto3.
+"""The artifact store in an S3 bucket, on AWS or any server with atomic conditional writes, through boto3.
 
-Credentials come from boto3's own chain alone. A server that ignores `If-None-Match: *` is refused: two writers could
-both believe that they were first. Errors are sentences without secrets.
+Credentials come only from boto3's own chain. A server that ignores `If-None-Match: *` is refused, because two writers
+could both believe that they were first. Errors contain no secrets.
 """
 
 import base64
@@ -30,20 +30,20 @@ from pipeline.registry.artifact_store import OBJECT, ArtifactStore, Files, Progr
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
-ATTEMPTS = 5  # of every request, with growing pauses; also of a download whose body breaks off
-CONFLICTS = 8  # attempts while S3 answers that another conditional write of the same key is under way
-PART_SIZE = 32 * 2**20  # bytes; a bigger file is sent and fetched in parts of this size
-PROBE = b"Retune writes this on condition that it is not there, to see that the server heeds the condition.\n"
+ATTEMPTS = 5  # per request, with growing pauses; also for a download whose body is cut off
+CONFLICTS = 8  # attempts while S3 answers that another conditional write of the same key is in progress
+PART_SIZE = 32 * 2**20  # bytes; larger files are transferred in parts of this size
+PROBE = b"Retune creates this object twice, to test that the server refuses the second write (If-None-Match: *).\n"
 PROBE_HOLD_S = 2.0  # how long one write of the probe waits for the other
 BROKEN_BODY = (boto_errors.IncompleteReadError, boto_errors.ResponseStreamingError, boto_errors.ReadTimeoutError)
 ADVICE = (
-    "look at the connection, publish.artifact_store, endpoint_url, region_name and profile_name, the credentials that "
-    "boto3 finds (environment, ~/.aws, this machine's role), and the rights that docs/operations.md lists"
+    "check the connection, publish.artifact_store, endpoint_url, region_name and profile_name, the credentials that "
+    "boto3 finds (environment, ~/.aws, this machine's role), and the permissions listed in docs/operations.md"
 )
 
 
 class S3Store(ArtifactStore):
-    """A store under `s3://bucket/prefix`. Safe for threads."""
+    """A store under `s3://bucket/prefix`; thread-safe."""
 
     def __init__(self, params: PublishParams, read_timeout_s: float = READ_TIMEOUT_S) -> None:
         parsed = urlparse(params.artifact_store)
@@ -58,7 +58,7 @@ class S3Store(ArtifactStore):
             multipart_threshold=PART_SIZE,
             multipart_chunksize=PART_SIZE,
             max_concurrency=params.max_concurrency,
-            preferred_transfer_client="classic",  # the other one, awscrt, would write without our condition
+            preferred_transfer_client="classic",  # the other one, awscrt, would write without `If-None-Match`
         )
         encryption = {"ServerSideEncryption": params.server_side_encryption, "SSEKMSKeyId": params.sse_kms_key_id}
         self._encryption = {name: value for name, value in encryption.items() if value is not None}
@@ -71,7 +71,7 @@ class S3Store(ArtifactStore):
             tcp_keepalive=True,
             s3={"addressing_style": params.addressing_style, "payload_signing_enabled": False},
         )
-        with self._explained():
+        with self._store_errors():
             session = boto3.Session(profile_name=params.profile_name, region_name=params.region_name)
             self._client = session.client("s3", endpoint_url=params.endpoint_url, config=config)
         for operation in ("PutObject", "CompleteMultipartUpload"):
@@ -79,13 +79,13 @@ class S3Store(ArtifactStore):
             self._client.meta.events.register(f"needs-retry.s3.{operation}", _pause_at_conflict)
 
     def probe(self) -> None:
-        """See that the server keeps conditional writes apart: at the first use of a store a race, later one refusal.
+        """Check that conditional writes exclude each other: by a race at a store's first use, later by one write.
 
-        The result is kept in the store, so that later probes cost two requests and nothing accumulates.
+        The race's result is kept in the store, so later probes take two requests and leave nothing behind.
         """
         if self._probed:
             return
-        with self._explained():
+        with self._store_errors():
             first = self.read("probe/done") is None
             safe = not first or self._race(f"probe/{uuid.uuid4().hex}")
             if first and safe:
@@ -94,12 +94,13 @@ class S3Store(ArtifactStore):
         if not self._probed:
             raise StoreError(
                 f"the S3 server of {self.uri} lets two conditional writes (If-None-Match) of one key both succeed, so "
-                "that two promoters could both win; use AWS S3 or another server that lets one win"
+                "two promotions could both succeed; use AWS S3 or another server with atomic conditional writes"
             )
 
     def _race(self, key: str) -> bool:
-        """Whether one of two writes of a key fails, the second made while the first is under way. A server that asks
-        whether the key exists when a write begins, and not when it ends, lets both succeed: OpenStack Swift does."""
+        """Whether one of two overlapping writes of a key fails. OpenStack Swift lets both succeed: it checks whether
+        the key exists when a write begins, not when it ends.
+        """
         body = _HeldBody(PROBE)
         with ThreadPoolExecutor(1) as other:
             first = other.submit(self._put, key, PROBE, body=body)
@@ -112,35 +113,35 @@ class S3Store(ArtifactStore):
         check_key(key)
         self.probe()
         token = uuid.uuid4().hex
-        with self._explained():
+        with self._store_errors():
             if self._put(key, data, creation=token):
                 return True
-            # Maybe this very write: its acknowledgement was lost and it was sent again, or delivered twice.
-            head = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
+            # The object may be from this very call: boto3 sends a write again if the answer to it was lost.
+            head = self._client.head_object(Bucket=self.bucket, Key=self._full_key(key))
             return bool(head["Metadata"].get("creation") == token)
 
     def upload(self, files: Files, progress: Progress) -> None:
-        with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
+        with self._store_errors(), create_transfer_manager(self._client, self._transfers) as manager:
             subscribers, transfers = [ProgressCallbackInvoker(progress)], []
             for key, path in files:
-                # Here the server checks that the content is what the name says; of a file in parts, each part's CRC.
+                # The server checks the content against the name, or for a file in parts, each part's CRC.
                 whole = path.stat().st_size < PART_SIZE
                 extra = self._encryption | ({"ChecksumSHA256": _base64(bytes.fromhex(key[8:]))} if whole else {})
-                transfers.append(manager.upload(str(path), self.bucket, self._name(key), extra, subscribers))
+                transfers.append(manager.upload(str(path), self.bucket, self._full_key(key), extra, subscribers))
             for transfer in transfers:
                 try:
                     transfer.result()
                 except ClientError as error:
-                    if _status(error) != 412:  # 412: another publisher has just created it
+                    if _status(error) != 412:  # another publisher has just created it
                         raise
 
     def read(self, key: str) -> bytes | None:
-        with self._explained():
+        with self._store_errors():
             for attempt in range(1, ATTEMPTS + 1):
                 try:
-                    answer = self._client.get_object(Bucket=self.bucket, Key=self._name(check_key(key)))
+                    answer = self._client.get_object(Bucket=self.bucket, Key=self._full_key(check_key(key)))
                     return bytes(answer["Body"].read())
-                except BROKEN_BODY:  # botocore sends a request again, but not for a body that breaks off
+                except BROKEN_BODY:  # botocore repeats failed requests, but not for a body that is cut off
                     if attempt == ATTEMPTS:
                         raise
                     time.sleep(0.1 * 2**attempt)
@@ -149,10 +150,10 @@ class S3Store(ArtifactStore):
         return None
 
     def download(self, files: Files, progress: Progress) -> None:
-        with self._explained(), create_transfer_manager(self._client, self._transfers) as manager:
+        with self._store_errors(), create_transfer_manager(self._client, self._transfers) as manager:
             subscribers = [ProgressCallbackInvoker(progress)]
             transfers = {
-                key: manager.download(self.bucket, self._name(check_key(key)), str(path), None, subscribers)
+                key: manager.download(self.bucket, self._full_key(check_key(key)), str(path), None, subscribers)
                 for key, path in files
             }
             for key, transfer in transfers.items():
@@ -164,42 +165,42 @@ class S3Store(ArtifactStore):
                     raise
 
     def scan(self, prefix: str) -> Sequence[Stored]:
-        objects = self._pages("list_objects_v2", "Contents", prefix)
-        return sorted(Stored(key, each["Size"], each["LastModified"].timestamp()) for key, each in objects)
+        objects = self._list_all("list_objects_v2", "Contents", prefix)
+        return sorted(Stored(key, entry["Size"], entry["LastModified"].timestamp()) for key, entry in objects)
 
     def delete(self, key: str) -> None:
-        with self._explained():
-            self._client.delete_object(Bucket=self.bucket, Key=self._name(check_key(key)))
+        with self._store_errors():
+            self._client.delete_object(Bucket=self.bucket, Key=self._full_key(check_key(key)))
 
     def now(self) -> float:
-        with self._explained():
-            answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._name("probe"), MaxKeys=1)
+        with self._store_errors():
+            answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._full_key("probe"), MaxKeys=1)
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def unfinished(self, before: float, delete: bool = False) -> int:
-        """Multipart uploads of objects that nobody completed; they cost money unseen."""
-        uploads = self._pages("list_multipart_uploads", "Uploads", "objects/")
-        old = [each for key, each in uploads if OBJECT.fullmatch(key) and each["Initiated"].timestamp() < before]
-        with self._explained():
-            for each in old if delete else ():
-                self._client.abort_multipart_upload(Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"])
+        """Count multipart uploads of objects that were never completed; the bucket's owner pays for their parts."""
+        uploads = self._list_all("list_multipart_uploads", "Uploads", "objects/")
+        old = [entry for key, entry in uploads if OBJECT.fullmatch(key) and entry["Initiated"].timestamp() < before]
+        with self._store_errors():
+            for entry in old if delete else ():
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=entry["Key"], UploadId=entry["UploadId"])
         return len(old)
 
-    def _pages(self, operation: str, field: str, prefix: str) -> Sequence[tuple[str, dict[str, Any]]]:
-        """The keys of a listing and what it says of them."""
-        with self._explained():
-            pages = self._client.get_paginator(operation).paginate(Bucket=self.bucket, Prefix=self._name(prefix))
-            return [(each["Key"][len(self._name("")) :], each) for page in pages for each in page.get(field, [])]
+    def _list_all(self, operation: str, field: str, prefix: str) -> Sequence[tuple[str, dict[str, Any]]]:
+        """All entries of a listing, with their keys."""
+        with self._store_errors():
+            pages = self._client.get_paginator(operation).paginate(Bucket=self.bucket, Prefix=self._full_key(prefix))
+            return [(entry["Key"][len(self._full_key("")) :], entry) for page in pages for entry in page.get(field, [])]
 
-    def _name(self, key: str) -> str:
+    def _full_key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _put(self, key: str, data: bytes, body: "_HeldBody | None" = None, **metadata: str) -> bool:
-        """Create the object; False if the key exists. `body` gives `data` at its own pace."""
+        """Create the object; False if the key exists. `body` sends `data` at its own pace."""
         try:
             self._client.put_object(
                 Bucket=self.bucket,
-                Key=self._name(key),
+                Key=self._full_key(key),
                 Body=body or data,
                 ChecksumSHA256=_base64(hashlib.sha256(data).digest()),
                 Metadata=metadata,
@@ -212,7 +213,7 @@ class S3Store(ArtifactStore):
         return True
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         try:
             yield
         except ClientError as error:
@@ -220,7 +221,7 @@ class S3Store(ArtifactStore):
             action = re.sub(r"(?<!^)(?=[A-Z])", " ", error.operation_name).lower().replace(" v2", "")
             problem = f"refused to {action}: {_status(error)} {error.response.get('Error', {}).get('Code', '')}"
         except (RetriesExceededError, BotoCoreError, ValueError) as error:
-            # Only the error's name: what boto3 says itself may quote a credential.
+            # Only the error's name, because boto3's message may quote a credential.
             cause = error.last_exception if isinstance(error, RetriesExceededError) else error
             problem = f"cannot be used: {type(cause).__name__}, after up to {ATTEMPTS} attempts"
         else:
@@ -229,8 +230,9 @@ class S3Store(ArtifactStore):
 
 
 class _HeldBody(io.BytesIO):
-    """A request's body whose second half is sent when `released` is set, or after PROBE_HOLD_S at the latest: a server
-    may also let the second writer wait until the first is done."""
+    """A request body whose second half is sent when `released` is set, or after PROBE_HOLD_S: a server may make the
+    second writer wait until the first is done.
+    """
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -245,12 +247,12 @@ class _HeldBody(io.BytesIO):
 
 
 def _only_create(params: dict[str, Any], **_: object) -> None:
-    """Every write of the client is a creation, boto3's transfers included."""
+    """Make every write of the client a creation, boto3's transfers included."""
     params["IfNoneMatch"] = "*"
 
 
 def _pause_at_conflict(response: Any, attempts: int, **_: object) -> float | None:
-    """Seconds until the next attempt when another conditional write of the key is under way; else None."""
+    """Seconds until the next attempt if another conditional write of the key is in progress, else None."""
     conflict = response is not None and response[0].status_code == 409
     return 0.05 * 2**attempts if conflict and attempts < CONFLICTS else None
 

@@ -1,7 +1,7 @@
-"""Signatures of versions: ECDSA with SHA-256 over the stored manifest, which names every file by its digest.
+"""Signatures of versions: ECDSA with SHA-256 over the stored manifest, which has the digest of every file.
 
-`manifest.<digest>.sig` lies next to the manifest. A signature counts only if a trusted key made it for exactly these
-bytes; `openssl dgst -sha256 -verify` checks the same without Retune.
+A signature is stored next to the manifest as `manifest.<digest>.sig`. It is valid only for exactly these bytes and if
+a trusted key made it; `openssl dgst -sha256 -verify` checks the same without Retune.
 """
 
 import hashlib
@@ -22,43 +22,43 @@ from cryptography.hazmat.primitives.serialization import (
 from pipeline.core.checks import Check
 from pipeline.params import PublishParams
 from pipeline.registry.artifact_store import ArtifactStore
-from pipeline.registry.manifest import Manifest, encode, key_of
+from pipeline.registry.manifest import Manifest, encode, manifest_key
 
 PASSWORD_VARIABLE = "RETUNE_SIGNING_PASSWORD"
 PUBLIC_KEY = re.compile(rb"-----BEGIN PUBLIC KEY-----.+?-----END PUBLIC KEY-----\n?", re.DOTALL)
 
 
 class SignatureError(RuntimeError):
-    """A version cannot be signed, or its signature is not one of a trusted key for what is stored."""
+    """A version cannot be signed, or has no valid signature of a trusted key."""
 
 
 def signature_key(version: str, manifest: bytes) -> str:
-    """Where the signature of this very manifest lies: one that a crash left next to another manifest never counts."""
-    return key_of(version).removesuffix("json") + f"{hashlib.sha256(manifest).hexdigest()}.sig"
+    """The key of this manifest's signature; its digest in the name keeps apart what a crash left of another one."""
+    return manifest_key(version).removesuffix("json") + f"{hashlib.sha256(manifest).hexdigest()}.sig"
 
 
 def sign(params: PublishParams, manifest: bytes) -> bytes | None:
-    """The signature of a manifest, None when `publish.signing_key` is null; its password comes from the environment."""
+    """Sign a manifest; None if `publish.signing_key` is null. The key's password comes from PASSWORD_VARIABLE."""
     if params.signing_key is None:
         return None
     password = os.environ.get(PASSWORD_VARIABLE)
     try:
         key = load_pem_private_key(Path(params.signing_key).read_bytes(), password.encode() if password else None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError("it is of another kind")
+            raise ValueError("it is another kind of key")
         return key.sign(manifest, ec.ECDSA(hashes.SHA256()))
     except (OSError, TypeError, ValueError, UnsupportedAlgorithm) as error:
         raise SignatureError(
             f"publish.signing_key {params.signing_key} cannot sign: {error}. Expected an elliptic-curve private key in "
-            f"PEM, its password, if it has one, in {PASSWORD_VARIABLE}"
+            f"PEM; if it has a password, put it into the environment variable {PASSWORD_VARIABLE}"
         ) from None
 
 
 def verify(params: PublishParams, manifest: bytes, signature: bytes) -> str:
-    """Check `signature` of `manifest` against `publish.verify_key`; answers whose it is.
+    """Check `signature` of `manifest` against `publish.verify_key`; returns a name of the key that made it.
 
     Raises:
-        SignatureError: no trusted key made it for these bytes, or there is no key to check it with.
+        SignatureError: no trusted key made it for these bytes, or the trusted keys cannot be read.
     """
     try:
         blocks = PUBLIC_KEY.findall(Path(params.verify_key or "").read_bytes())
@@ -71,9 +71,11 @@ def verify(params: PublishParams, manifest: bytes, signature: bytes) -> str:
                 key.verify(signature, manifest, ec.ECDSA(hashes.SHA256()))
             except InvalidSignature:
                 continue
-            spelled = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-            return f"key {hashlib.sha256(spelled).hexdigest()[:16]}"
-    raise SignatureError(f"it is by none of the {len(keys)} public keys in {params.verify_key} (publish.verify_key)")
+            der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            return f"key {hashlib.sha256(der).hexdigest()[:16]}"
+    raise SignatureError(
+        f"none of the {len(keys)} public keys in publish.verify_key {params.verify_key} made this signature"
+    )
 
 
 def read_signature(store: ArtifactStore, manifest: Manifest) -> bytes | None:
@@ -81,29 +83,31 @@ def read_signature(store: ArtifactStore, manifest: Manifest) -> bytes | None:
 
 
 def check_signature(store: ArtifactStore, params: PublishParams, manifest: Manifest) -> Check:
-    signed = read_signature(store, manifest)
-    if signed is None:
+    signature = read_signature(store, manifest)
+    if signature is None:
         passed = False if params.require_signature else None
         return Check("signature", passed, "the version is not signed, or its manifest was altered afterwards")
     if params.verify_key is None:
-        return Check("signature", None, "there is one, but publish.verify_key names no key to check it with")
+        return Check("signature", None, "not checked, because publish.verify_key is null")
     try:
-        return Check("signature", True, f"by {verify(params, encode(manifest), signed)}")
+        return Check("signature", True, f"by {verify(params, encode(manifest), signature)}")
     except SignatureError as error:
         return Check("signature", False, str(error))
 
 
 def require_signed(store: ArtifactStore, manifest: Manifest, params: PublishParams) -> None:
-    """Where `publish.require_signature` is on: refuse a version without a signature of a trusted key (SignatureError).
-    Enough before a download, which checks each file against the manifest.
+    """Raises SignatureError: `publish.require_signature` is on and the version has no valid signature.
+
+    This is enough before a download, which checks each file against the manifest.
     """
     if params.require_signature:
-        refuse_failed(manifest, [check_signature(store, params, manifest)])
+        require_passed(manifest, [check_signature(store, params, manifest)])
 
 
-def refuse_failed(manifest: Manifest, checks: list[Check]) -> None:
+def require_passed(manifest: Manifest, checks: list[Check]) -> None:
     for check in checks:
         if not check.passed:
             raise SignatureError(
-                f"version {manifest['version']} may not serve (publish.require_signature): {check.name}: {check.detail}"
+                f"version {manifest['version']} may not be used (publish.require_signature): {check.name}: "
+                f"{check.detail}"
             )

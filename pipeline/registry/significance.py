@@ -1,7 +1,7 @@
-"""Paired significance tests of two systems on the same test items: scores of items in, one-sided p-values out.
+"""Paired significance tests of two systems on the same test items: item scores in, one-sided p-values out.
 
-Each null hypothesis is "the candidate's score minus the champion's is at most `bound`". Items of one group are moved
-together, so only groups count as independent. Also here: Holm's correction, and the power of a set of such tests.
+The null hypothesis is always "the candidate's score minus the champion's is at most `bound`". Items of one group are
+resampled together, so only groups count as independent. Also here: Holm's correction, and the power of several tests.
 """
 
 import math
@@ -17,12 +17,12 @@ from pipeline.scoring.resampling import BLOCK, CONFIDENCE, Array, Groups, Items,
 ALPHA = (1 - CONFIDENCE) / 2  # one-sided: what lies above the lower end of the 95 % interval
 POWER = 0.8
 Z = NormalDist().inv_cdf(1 - ALPHA)
-MOST_ROWS = 10_000  # times today's: beyond that the answer is "more than"
+MOST_ROWS = 10_000  # the largest answer of `rows_factor`, as a multiple of the present test set
 
 
 @dataclass(frozen=True)
-class Tested:
-    """A test's outcome. `low` and `high` are the 95 % interval of the difference."""
+class TestResult:
+    """The result of one test. `low` and `high` are the 95 % interval of the difference."""
 
     test: str
     p: float
@@ -33,11 +33,11 @@ class Tested:
 
 def corpus_test(
     candidate: Items, champion: Items, groups: Groups, bound: float, differences: Array, seed: int
-) -> Tested:
+) -> TestResult:
     """Paired bootstrap (Koehn 2004) and approximate randomisation (Riezler and Maxwell 2005); the larger p counts.
 
-    The bootstrap alone is too sure of itself on few groups; randomisation is exact there when `bound` is 0, and with
-    another bound its distribution is moved by it.
+    With few groups the bootstrap alone gives p-values that are too small; randomisation is exact there if `bound` is
+    0. For another bound its distribution is shifted by it.
     """
     differences = differences[~np.isnan(differences)]
     low, high = np.quantile(differences, [ALPHA, 1 - ALPHA])
@@ -46,33 +46,33 @@ def corpus_test(
     ours, theirs = group_sums(candidate, groups), group_sums(champion, groups)
     observed = float(set_scores(ours.sum(axis=0)[None])[0] - set_scores(theirs.sum(axis=0)[None])[0])
     exchanged = exchanged_differences(ours, theirs, number, seed)
-    # Sums in another order differ in the last bit: a tie must count as one.
+    # Sums in another order differ in the last bit, but a tie must count as a tie.
     tolerance = 1e-9 * max(1.0, abs(observed))
     beyond = (1 + int((exchanged >= observed - bound - tolerance).sum())) / (1 + number)
     error = float(differences.std())
-    return Tested("bootstrap and randomisation", max(below, beyond), float(low), float(high), error)
+    return TestResult("bootstrap and randomisation", max(below, beyond), float(low), float(high), error)
 
 
 def exchanged_differences(ours: Array, theirs: Array, number: int, seed: int) -> Array:
-    """Differences after each group's answers changed sides, or did not, at random: (number,)."""
+    """Differences after each group's answers were swapped between the systems, or not, at random: (number,)."""
     draw = np.random.default_rng([seed, 1])
     total, gap = ours.sum(axis=0) + theirs.sum(axis=0), ours - theirs
-    found = []
+    differences = []
     block = max(1, BLOCK // len(ours))
     for start in range(0, number, block):
         sides = draw.integers(0, 2, (min(block, number - start), len(ours)), dtype=np.int8)
         first = theirs.sum(axis=0) + sides.astype(np.float64) @ gap
         second = total - first
-        found.append(set_scores(first) - set_scores(second))
-    return np.concatenate(found)
+        differences.append(set_scores(first) - set_scores(second))
+    return np.concatenate(differences)
 
 
-def binary_test(candidate: Items, champion: Items, groups: Groups, bound: float) -> Tested:
-    """Right or wrong items: McNemar's exact test against equality, Tango's score test (1998) against another bound.
+def binary_test(candidate: Items, champion: Items, groups: Groups, bound: float) -> TestResult:
+    """For items that are right or wrong: McNemar's exact test if `bound` is 0, else Tango's score test (1998).
 
-    McNemar's is the exact randomisation over groups, which with single items is the binomial one. Tango's sees
-    that a few items without a difference prove little, where a bootstrap of them has no width at all. Its numbers are
-    divided by the design effect of the groups.
+    McNemar's is an exact randomisation over groups; with single items it is the binomial test. Tango's test takes into
+    account that a few items without a difference prove little; a bootstrap's interval would have no width then. Its
+    counts are divided by the design effect of the groups.
     """
     counts = ~np.isnan(candidate)
     candidate, champion, groups = candidate[counts], champion[counts], groups[counts]
@@ -84,15 +84,15 @@ def binary_test(candidate: Items, champion: Items, groups: Groups, bound: float)
     low, high = _score_interval(better, worse, number)
     error = max(score_test(better, worse, number, value)[1] for value in (bound, 0.0))
     if bound == 0.0:
-        return Tested("exact McNemar", mcnemar(net), low, high, error)
+        return TestResult("exact McNemar", mcnemar(net), low, high, error)
     z, _ = score_test(better, worse, number, bound)
-    return Tested("score test of paired proportions", NormalDist().cdf(-z), low, high, error)
+    return TestResult("score test of paired proportions", NormalDist().cdf(-z), low, high, error)
 
 
 def mcnemar(net: Array) -> float:
-    """P(as much in the candidate's favour, or more) if each group's net change had either sign alike: exact.
+    """The exact probability of such a result, or a better one, if each group's net change could have either sign.
 
-    `net`: groups' right answers gained less those lost; ±1 for single items, and the test is McNemar's binomial one.
+    `net`: right answers gained minus those lost, for each group. For single items this is McNemar's binomial test.
     """
     sizes, times = np.unique(np.abs(np.rint(net[net != 0])).astype(int), return_counts=True)
     distribution = np.ones(1)  # of the sum of |net| over the groups that favour the candidate
@@ -122,7 +122,7 @@ def score_test(better: float, worse: float, number: float, bound: float) -> tupl
 
 
 def _score_interval(better: float, worse: float, number: float) -> tuple[float, float]:
-    """The bounds that Tango's test does not reject at 2.5 % on either side, by bisection."""
+    """The lowest and the highest bound that Tango's two-sided test does not reject at 5 %, by bisection."""
 
     def end(inside: float, outside: float) -> float:
         for _ in range(60):
@@ -136,18 +136,18 @@ def _score_interval(better: float, worse: float, number: float) -> tuple[float, 
 
 
 def design_effect(change: Array, member: NDArray[np.intp]) -> float:
-    """How many items of these groups tell as much as one independent item (Kish 1965); at least 1.
+    """How many items of these groups are worth one independent item (Kish 1965); at least 1.
 
     If no item changed, the dependence cannot be estimated, and each group counts as one item.
     """
-    apart = change - change.mean()
-    alone = float((apart**2).sum())
-    together = float((np.bincount(member, weights=apart) ** 2).sum())
-    return max(1.0, together / alone) if alone else len(change) / (int(member.max()) + 1)
+    deviation = change - change.mean()
+    of_items = float((deviation**2).sum())
+    of_groups = float((np.bincount(member, weights=deviation) ** 2).sum())
+    return max(1.0, of_groups / of_items) if of_items else len(change) / (int(member.max()) + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: each may be compared with α, and all claims hold together with 1 - α."""
+    """Holm's (1979) adjusted p-values: compared with α each, they keep the risk of any false positive below α."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [1.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -160,24 +160,24 @@ def power(differences: Array, errors: Sequence[float], distances: Sequence[float
     """Probability that every test rejects, after Holm, on a test set `times` as large as this one.
 
     Args:
-        differences: the metrics' resampled differences (R, M) under the same draws, so that they vary together.
-        errors: standard error of each difference.
-        distances: how far the true difference is above the bound of each test.
+        differences: the metrics' resampled differences (R, M) from the same draws, so that they correlate.
+        errors: the standard error of each difference.
+        distances: for each test, the assumed true difference minus the bound.
     """
     noise = np.nan_to_num(differences - np.nanmean(differences, axis=0))
     spread = noise.std(axis=0)
-    alike = np.random.default_rng(0).standard_normal(noise.shape)  # where the systems differed on no item
-    noise = np.divide(noise, spread, out=alike, where=spread > 0)
+    standard = np.random.default_rng(0).standard_normal(noise.shape)  # for metrics on which no item differs
+    noise = np.divide(noise, spread, out=standard, where=spread > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = np.sqrt(times) * np.array(distances) / np.array(errors)
-    reached = np.sort(noise + shift, axis=1)[:, ::-1]  # the clearest first
+    reached = np.sort(noise + shift, axis=1)[:, ::-1]  # the most significant first
     metrics = reached.shape[1]
     needed = np.array([NormalDist().inv_cdf(1 - ALPHA / (metrics - rank)) for rank in range(metrics)])
     return float((reached > needed).all(axis=1).mean())
 
 
 def rows_factor(differences: Array, errors: Sequence[float], distances: Sequence[float]) -> float:
-    """How many times as large a test set has to be for `POWER`; infinite beyond `MOST_ROWS` times."""
+    """How many times as large a test set must be for `POWER`; infinite if `MOST_ROWS` times is not enough."""
     low, high = 0.0, math.log(MOST_ROWS)
     if power(differences, errors, distances, MOST_ROWS) < POWER:
         return math.inf

@@ -1,6 +1,4 @@
-"""Opens the artifact store, and brings files into its objects and back: each whole under its SHA-256, only absent ones,
-every digest checked. StoreError says in a sentence what the store cannot do, lacks, or holds altered.
-"""
+"""Opens the artifact store, uploads files as objects named by their SHA-256, and downloads and checks them."""
 
 import json
 import os
@@ -25,11 +23,11 @@ Entry = dict[str, Any]  # {"sha256", "size"}
 def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
     """The store at `publish.artifact_store`: `s3://bucket/prefix`, `file://store` in the project, or absolute.
 
-    Nothing is asked of an S3 server yet; `probe` does that, and every first write.
+    An S3 server gets no request yet.
     """
     parsed = urlparse(params.artifact_store)
     if parsed.scheme == "s3":
-        from pipeline.registry.s3 import S3Store  # a store in a folder needs no boto3, which takes a third of a second
+        from pipeline.registry.s3 import S3Store  # importing boto3 takes a third of a second
 
         return S3Store(params)
     folder = Path(unquote(parsed.path)) if not parsed.netloc else root / unquote(parsed.netloc + parsed.path)
@@ -43,9 +41,9 @@ def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
 
 
 def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entry], int]:
-    """Bring `files` (manifest name → file) into the store; returns the manifest's entries and the bytes that were sent.
+    """Upload `files` (manifest name → file); returns the manifest entries and the number of bytes sent.
 
-    Files that the store has are not sent again, so an interrupted upload continues with the file where it stopped.
+    Files that the store has are not sent again, so an interrupted upload continues where it stopped.
     """
     store.probe()
     stamps = {path: _stamp(path) for path in files.values()}
@@ -63,9 +61,9 @@ def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entr
 
 
 def publish_manifest(store: ArtifactStore, version: str, text: bytes) -> None:
-    """Make a version visible: store its manifest, once every object that it names is there, and read it back.
+    """Make a version visible: check that all its objects are stored, store the manifest, and read it back.
 
-    When another publisher of the same version was first, its manifest stands.
+    If another publisher of the same version was faster, that manifest stays.
     """
     key = f"versions/{version}/manifest.json"
     check_objects(store, json.loads(text)["files"])
@@ -77,7 +75,7 @@ def publish_manifest(store: ArtifactStore, version: str, text: bytes) -> None:
 
 
 def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
-    """Every object that `entries` need is in the store, with its size; else StoreError names it."""
+    """Raises StoreError: an object that `entries` name is missing from the store, or has another size."""
     sizes = {stored.key: stored.size for stored in store.scan("objects/")}
     for name, entry in entries.items():
         key = f"objects/{entry['sha256']}"
@@ -88,16 +86,19 @@ def check_objects(store: ArtifactStore, entries: dict[str, Entry]) -> None:
 
 
 def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], folder: Path, prefix: str = "") -> None:
-    """Download files of a version to `folder/name`, without the `prefix` of their names; each appears when its digest
-    is right. Those that lie there already are not fetched again, but checked all the same.
+    """Download files of a version to `folder/name`, without the `prefix` of their names.
 
-    Raises UnsafeFileError: the manifest names a file that versions do not hold, or one is not what its name says.
+    A file appears only if its digest is right. Files that are already there are checked, not downloaded again.
+
+    Raises:
+        UnsafeFileError: the manifest names a file that versions do not ship, or a file's content may not be loaded.
+        StoreError: an object is missing or altered, or a link would lead a file out of `folder`.
     """
     check_names(manifest["files"])
     targets = {folder / name.removeprefix(prefix): (name, manifest["files"][name]) for name in names}
     for path, (name, _) in targets.items():
-        if not path.resolve().is_relative_to(folder.resolve()):  # by a link that lies there
-            raise StoreError(f"a file of the version is named {name}, which is outside of {folder}")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise StoreError(f"{name} would be written outside of {folder}; remove the link there that leads out of it")
     absent = {
         path: entry
         for path, (_, entry) in targets.items()
@@ -110,8 +111,8 @@ def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], 
         store.download([(f"objects/{absent[path]['sha256']}", partial[path]) for path in absent], progress)
         for path, digest in zip(absent, pool.map(sha256_file, partial.values()), strict=True):
             if digest != absent[path]["sha256"]:
-                name = targets[path][0]
-                raise StoreError(f"{name} in {store.uri} was altered: its digest is {digest}; its manifest has another")
+                expected = f"its SHA-256 is {digest}; the manifest has {absent[path]['sha256']}"
+                raise StoreError(f"{targets[path][0]} in {store.uri} was altered: {expected}")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial[path].replace(path)
     for path in targets:
@@ -123,14 +124,14 @@ def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], 
 
 
 def _meter(stage: str, total: int) -> Callable[[int], None]:
-    """Adds up bytes, told by any thread, for the stage's progress line."""
-    progress, lock, began, done = Progress(stage, max(1, total // 10**6), "MB"), threading.Lock(), time.monotonic(), 0
+    """A callback that adds up transferred bytes, from any thread, and prints the stage's progress."""
+    progress, lock, start, done = Progress(stage, max(1, total // 10**6), "MB"), threading.Lock(), time.monotonic(), 0
 
     def add(size: int) -> None:
         nonlocal done
         with lock:
             done += size
-            rate = done / 1e6 / max(time.monotonic() - began, 1e-3)
+            rate = done / 1e6 / max(time.monotonic() - start, 1e-3)
             progress.update(done // 10**6, f"{rate:.1f} MB/s")
 
     return add

@@ -1,7 +1,7 @@
-"""Whether a published version is what was published and signed, check by check.
+"""Checks that a published version is what was published and signed.
 
-Signature, digest of every object, and lineage: the schema, the id, the git commit, and that contract, base model and
-metrics in the manifest are those in the version's own files. Nothing of the version is loaded, only hashed and parsed.
+Checked are the signature, the digest of every file and the lineage: schema, id, git commit, and that the manifest's
+contract, base model and metrics are those in the version's files. Files are hashed and parsed, never loaded as models.
 """
 
 import tempfile
@@ -18,22 +18,22 @@ from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.registry.manifest import Manifest
 from pipeline.registry.mlflow import RegistryError
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.signature import check_signature, refuse_failed, require_signed
+from pipeline.registry.signature import check_signature, require_passed, require_signed
 from pipeline.registry.stores import fetch
 
 
 def verify(model: RegisteredModel, version: str) -> list[Check]:
-    """Every check of a version; raises StoreError if there is none of this id."""
+    """All checks of a version. Raises StoreError: it is not published."""
     try:
         manifest = model.manifest(version)
     except StoreError as error:
-        if model.store.read(manifests.key_of(version)) is None:
+        if model.store.read(manifests.manifest_key(version)) is None:
             raise
         return [Check("manifest", False, str(error))]
     try:
         id = manifests.version_of(manifest)
     except (GraphError, KeyError, TypeError) as error:
-        id = f"no version: {error}"
+        id = f"none: {error}"
     return [
         Check("manifest", True, "matches manifest.schema.json"),
         Check("id", id == version, f"dvc.lock in the manifest gives {id}"),
@@ -44,57 +44,59 @@ def verify(model: RegisteredModel, version: str) -> list[Check]:
     ]
 
 
-def servable(model: RegisteredModel, version: str) -> Manifest:
-    """The manifest of a version that may become champion: where `publish.require_signature` is on, it is signed, and
-    no object was altered since (SignatureError says what is wrong with it).
+def require_servable(model: RegisteredModel, version: str) -> Manifest:
+    """The manifest of a version that may become champion.
+
+    Raises:
+        SignatureError: `publish.require_signature` is on, and the version is not signed or a file was altered.
     """
     manifest = model.manifest(version)
     require_signed(model.store, manifest, model.params)
     if model.params.require_signature:
-        refuse_failed(manifest, _check_files(model.store, manifest))
+        require_passed(manifest, _check_files(model.store, manifest))
     return manifest
 
 
 def _check_recorded(model: RegisteredModel, manifest: Manifest) -> Check:
-    """The manifest's digest against what registry and promotion log noted of it: catches changes of unsigned ones."""
-    noted = {
+    """Compare the manifest with its digests in registry and promotion log: detects changes of unsigned manifests."""
+    recorded = {
         f"record {record.number}": record.manifest_sha256
         for record in model.log()
         if record.version == manifest["version"] and record.manifest_sha256
     }
-    unasked = ""
+    problem = ""
     try:
         if sha256 := model.registry.tags(manifest["version"]).get("manifest_sha256"):
-            noted["the registry"] = sha256
+            recorded["the registry"] = sha256
     except RegistryError as error:
-        unasked = f"; {error}"
-    if not noted:
-        return Check("recorded digest", None, f"neither registry nor promotion log knows this version{unasked}")
-    wrong = [where for where, sha256 in noted.items() if sha256 != manifests.digest(manifest)]
-    said = f"{', '.join(wrong)} noted another manifest" if wrong else f"the one that {', '.join(noted)} noted"
-    return Check("recorded digest", not wrong, said + unasked)
+        problem = f"; {error}"
+    if not recorded:
+        return Check("recorded digest", None, f"neither registry nor promotion log knows this version{problem}")
+    wrong = [where for where, sha256 in recorded.items() if sha256 != manifests.digest(manifest)]
+    detail = f"another digest in {', '.join(wrong)}" if wrong else f"the same in {', '.join(recorded)}"
+    return Check("recorded digest", not wrong, detail + problem)
 
 
 def _check_files(store: ArtifactStore, manifest: Manifest) -> list[Check]:
-    """The digest of every file, and what the files say again that the manifest says."""
-    wrong, texts = [], {}
+    """Check the digest of every file, and the lineage in the manifest against the files."""
+    problems, documents = [], {}
     for name in manifest["files"]:
-        # One file at a time: a version may be larger than the disk's room.
+        # One file at a time, because a version may be larger than the free space on the disk.
         with tempfile.TemporaryDirectory() as folder:
             try:
                 fetch(store, manifest, [name], Path(folder))
                 if name.endswith(".json"):
-                    texts[name] = read_json(Path(folder) / name)
+                    documents[name] = read_json(Path(folder) / name)
             except (StoreError, UnsafeFileError) as error:
-                wrong.append(str(error))
+                problems.append(str(error))
     sizes = {entry["sha256"]: entry["size"] for entry in manifest["files"].values()}
-    said = "; ".join(dict.fromkeys(wrong)) or f"{len(manifest['files'])} files, {sum(sizes.values()) / 1e6:.1f} MB"
-    return [Check("digests", not wrong, said), _check_lineage(manifest, texts)]
+    detail = "; ".join(dict.fromkeys(problems)) or f"{len(manifest['files'])} files, {sum(sizes.values()) / 1e6:.1f} MB"
+    return [Check("digests", not problems, detail), _check_lineage(manifest, documents)]
 
 
 def _check_lineage(manifest: Manifest, files: dict[str, Any]) -> Check:
     parity = dict(files.get("parity/parity.json", {}))
-    repeated: list[tuple[str, Any]] = [  # a key of the manifest, and what the files say of it
+    expected: list[tuple[str, Any]] = [  # key of the manifest, and its value according to the files
         ("evaluation", parity.pop("evaluation", None)),
         ("parity", parity),
         ("base_model", files.get("adapter/training.json", {}).get("base_model")),
@@ -102,16 +104,16 @@ def _check_lineage(manifest: Manifest, files: dict[str, Any]) -> Check:
         ("contract", manifests.contract_digests(files.get("adapter/contract.json", {}))),
         ("contract", manifests.contract_digests(files.get("merged/contract.json", {}))),
     ]
-    wrong = [key for key, expected in repeated if manifest[key] != expected]
-    said = f"{', '.join(wrong)} of the manifest differs from the version's files" if wrong else "as in the files"
-    return Check("lineage", not wrong, said)
+    wrong = [key for key, value in expected if manifest[key] != value]
+    detail = f"{', '.join(wrong)} in the manifest differs from the version's files" if wrong else "as in the files"
+    return Check("lineage", not wrong, detail)
 
 
 def _check_commit(manifest: Manifest, root: Path) -> Check:
     commit = manifest["git"]["commit"]
     if not commit or git.ask(root, "rev-parse", "--git-dir") is None:
-        return Check("git commit", None, commit[:12] or "it was published outside a git repository")
+        return Check("git commit", None, commit[:12] or "the version was published outside a git repository")
     known = git.ask(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None
-    missing = "" if known else " is not in this repository (`git fetch` may bring it)"
-    changed = ", with changes that no commit has" if manifest["git"]["dirty"] else ""
+    missing = "" if known else " is not in this repository (try `git fetch`)"
+    changed = ", with uncommitted changes" if manifest["git"]["dirty"] else ""
     return Check("git commit", known, f"{commit[:12]}{missing}{changed}")

@@ -1,6 +1,6 @@
 """A decision in words: what was decided, why, and what to do next; for terminal, dashboard, report and webhooks.
 
-A decision is on a version, a verdict on one of its metrics. Both are made in `gate`, nothing is decided here.
+A decision is about a version, a verdict about one metric. Both are made in `gate`; this module only describes them.
 """
 
 import math
@@ -14,32 +14,32 @@ TITLES = {
     "promoted": "Promoted: {name} is the champion now",
     "forced": "Forced: {name} is the champion now, against the gate",
     "refused": "Refused: {name} does not become champion; {stays}",
-    "undecided": "Undecided: it cannot be told yet whether {name} is better; {stays}",
+    "undecided": "Undecided: there are too few test items to tell whether {name} is better; {stays}",
     "proposed": "Proposed: {name} passes the gate and waits for a person; {stays}",
-    "open": "Not decided yet: {name} is published, and the gate has not been asked",
+    "open": "Not decided yet: {name} is published, but the gate has not run",
     "unchanged": "Unchanged: there is nothing to decide about {name}",
 }
 
 
 def title(word: str, name: str, champion: str | None) -> str:
-    """What was decided on the version `name`; `champion` is the name of the one that serves now."""
+    """The decision about the version `name`, in a sentence; `champion` is the champion's name now."""
     return TITLES[word].format(
         name=name, stays=f"{champion} stays champion" if champion else "there is no champion yet"
     )
 
 
 def why(comparison: Comparison, against: str) -> str:
-    """The gate's reason in a sentence; `against` names what the candidate was compared with."""
+    """The gate's reason in a sentence; `against` is a name for what the candidate was compared with."""
     decision = decide(comparison)
     metric, primary = next(iter(comparison.items()))
     if decision == "promoted":
         guards = [name for name, row in comparison.items() if row is not primary and row["passed"]]
-        kept = f"; {' and '.join(guards)} lost no more than allowed" if guards else ""
-        return f"{_moved(metric, primary, against)}{kept}"
+        passed = f"; {' and '.join(guards)} lost no more than allowed" if guards else ""
+        return f"{_difference(metric, primary, against)}{passed}"
     verdicts = {row["verdict"] for row in comparison.values()}
     decisive = "failed" if "failed" in verdicts else "open"
     return "; ".join(
-        _not_shown(name, row, against, primary, decision)
+        _why_not(name, row, against, primary, decision)
         for name, row in comparison.items()
         if row["verdict"] == decisive
     )
@@ -49,23 +49,23 @@ def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest, 
     """What a person can do after the decision `word`.
 
     Args:
-        name: by which commands take the version: v4, or its id.
-        first: whether it was compared with the base model, for want of a champion.
+        name: a name of the version that commands accept: v4, or its id.
+        first: there was no champion, so the version was compared with the base model.
     """
     overrule = f'or overrule the gate: `retune promote {name} --force --reason "…"`'
     match word:
         case "promoted" | "forced":
-            back = "" if first else "; `retune rollback` puts the champion before it back"
-            return f"Talk to it with `retune chat`{back}"
+            rollback = "" if first else "; `retune rollback` restores the previous champion"
+            return f"Talk to it with `retune chat`{rollback}"
         case "proposed":
             return 'Agree with `retune promote --approve`, or refuse with `retune promote --reject --reason "…"`'
         case "refused":
-            looked = "Read its worst answers in artifacts/report.html, change data or parameters and `retune run`"
-            return f"{looked}; {overrule}"
+            improve = "Read its worst answers in artifacts/report.html, change data or parameters and `retune run`"
+            return f"{improve}; {overrule}"
         case "undecided":
             return f"{_more_items(comparison, manifest)}; {overrule}"
         case "open":
-            return f"`retune promote {name}` asks the gate"
+            return f"`retune promote {name}` runs the gate"
     return ""
 
 
@@ -79,7 +79,7 @@ def span(metric: str, row: dict[str, Any], sign: str = "+") -> str:
 
 
 def _more_items(comparison: Comparison, manifest: Manifest) -> str:
-    """How a test set gets large enough to decide on: rows to add, or a parameter to change."""
+    """How to get a test set that is large enough: rows to add, or a parameter to change."""
     needed = next(iter(comparison.values())).get("gate_rows")
     if needed is None:
         return "No number of rows would decide it with these margins: allow more in promote.guard_metrics"
@@ -92,34 +92,34 @@ def _more_items(comparison: Comparison, manifest: Manifest) -> str:
 
 
 def _rounded(value: float) -> int:
-    """Upwards, to two digits."""
+    """`value` rounded up to two digits."""
     step = 10 ** max(0, len(str(math.ceil(value))) - 2)
     return max(1, math.ceil(value / step) * step)
 
 
-def _moved(metric: str, row: dict[str, Any], against: str) -> str:
+def _difference(metric: str, row: dict[str, Any], against: str) -> str:
     """By how much the metric is better or worse, with the scores and the interval."""
     size = number(metric, abs(row["difference"]))
     better = (row["difference"] < 0) == (metric.removeprefix("general_") in LOWER_IS_BETTER)
-    moved = f"{size} {'better' if better else 'worse'} than that" if float(size) else "the same as that"
+    change = f"{size} {'better' if better else 'worse'} than that" if float(size) else "the same as that"
     scores = f"{number(metric, row['candidate'])} against {number(metric, row['champion'])}"
     items = f"{row['items']:,} test items"
-    return f"{metric} is {moved} of {against} ({scores} on {items}, 95 % interval {span(metric, row)})"
+    return f"{metric} is {change} of {against} ({scores} on {items}, 95 % interval {span(metric, row)})"
 
 
-def _not_shown(metric: str, row: dict[str, Any], against: str, primary: dict[str, Any], decision: str) -> str:
-    """Why the metric failed, or what is not known of it yet."""
+def _why_not(metric: str, row: dict[str, Any], against: str, primary: dict[str, Any], decision: str) -> str:
+    """Why the metric failed, or why it is open."""
     is_guard, items = row["margin"] is not None, f"{row['items']:,} test items"
     declared = f"an improvement of {primary['declared']:g} (promote.declared_effect)"
     if row["verdict"] == "failed" and is_guard:
         where = "promote.max_forgetting" if metric.startswith("general_") else "promote.guard_metrics"
-        return f"{_moved(metric, row, against)}, and {where} asks for {row['needed']}"
+        return f"{_difference(metric, row, against)}, and {where} asks for {row['needed']}"
     if row["verdict"] == "failed":
-        missing = f"and {declared} is ruled out"
+        problem = f"and {declared} is ruled out"
     elif decision == "undecided":
-        missing = f"but {items} are too few to tell"
+        problem = f"but {items} are too few to tell"
     elif is_guard:
-        missing = "and a larger loss than allowed cannot be ruled out"
+        problem = "and a larger loss than allowed cannot be ruled out"
     else:
-        missing = f"which can be chance; {items} would have shown {declared}"
-    return f"{_moved(metric, row, against)}, {missing} (needed: {row['needed']})"
+        problem = f"which can be chance; {items} would have shown {declared}"
+    return f"{_difference(metric, row, against)}, {problem} (needed: {row['needed']})"

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.core import graph
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
-from pipeline.registry.compare import merged_items, settings_of
+from pipeline.registry.compare import merged_items, scoring_settings
 from pipeline.registry.gate import CompareError
 from pipeline.registry.manifest import Manifest
 from pipeline.registry.model import RegisteredModel
@@ -50,7 +50,9 @@ def compare_versions(params: Params, old: str, new: str, root: Path = Path("."))
     if before.manifest["version"] == after.manifest["version"]:
         raise CompareError(f"{old} and {new} are both version {before.manifest['version']}; name two")
     alike = before.manifest["evaluation"] == after.manifest["evaluation"]
-    settings = after.manifest["evaluation"] if alike else settings_of(after.manifest, before.manifest["version"], root)
+    settings = (
+        after.manifest["evaluation"] if alike else scoring_settings(after.manifest, before.manifest["version"], root)
+    )
     systems = []
     for key, side in ((OLD, before), (NEW, after)):
         items = merged_items(model, side.manifest, settings) if side.items is None else side.items
