@@ -1,13 +1,11 @@
 """A Prefect server for the tests of one file, what it answers, and waiting for what others do."""
 
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,16 +48,19 @@ def use_server(root: Path, url: str) -> None:
 
 def api(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
     """What the server answers to `body`; without one, to a filter that takes all."""
-    request = urllib.request.Request(
-        f"{url}/api/{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
+    answer = server.post(url, path, body or {})
+    assert answer is not None, f"{url} rejected {path}"
+    return answer
 
 
 def read(url: str, path: str) -> Any:
-    with urllib.request.urlopen(f"{url}/api/{path}") as answer:
-        return json.load(answer)
+    """What the server answers to a GET; while it is busy (503), it is asked again, as Prefect's own client does."""
+
+    def ask() -> httpx.Response | None:
+        answer = httpx.get(f"{url}/api/{path}")
+        return None if answer.status_code == server.BUSY else answer.raise_for_status()
+
+    return wait_until(ask, 30).json()
 
 
 def ended(url: str, **fields: str) -> list[dict[str, Any]]:
