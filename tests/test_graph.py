@@ -1,4 +1,4 @@
-"""DVC runs a stage and answers; what it starts ends with it, and what it says of a failure is the error."""
+"""Running stages by DVC: their processes end with them, and DVC's message about a failure is the error."""
 
 import json
 import os
@@ -42,8 +42,8 @@ def real_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("new") / "project"
+def template_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template") / "project"
     (root / "data").mkdir(parents=True)
     (root / "data" / "rows").write_text("row")
     (root / "params.yaml").write_text("n: 1\n")
@@ -54,17 +54,17 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(new: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(new, tmp_path / "project")
+def project(template_project: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(template_project, tmp_path / "project")
 
 
-def busy(root: Path, pid: int) -> None:
-    """DVC's list of who is at work on which path has the process `pid` writing to the first stage's output."""
+def lock_output(root: Path, pid: int) -> None:
+    """Enter the process `pid` in DVC's lock file as writing to the first stage's output."""
     path = root / ".dvc" / "tmp" / "rwlock"
     path.write_text(json.dumps({"write": {str(root / "one"): {"pid": pid, "cmd": "dvc repro"}}}))
 
 
-def test_a_stage_runs_once_reads_nothing_and_its_lines_arrive_in_order(project: Path) -> None:
+def test_a_stage_runs_once_without_input_and_its_lines_arrive_in_order(project: Path) -> None:
     lines: list[str] = []
     assert graph.repro("first", lines.append, project) == 0
     assert lines.index("Running stage 'first':") < lines.index("in: ")
@@ -77,7 +77,7 @@ def test_a_stage_runs_once_reads_nothing_and_its_lines_arrive_in_order(project: 
     assert graph.outcome(again, "second") == "cached"
 
 
-def test_what_dvc_says_of_a_failure_is_the_error(project: Path) -> None:
+def test_the_error_is_dvcs_message(project: Path) -> None:
     with pytest.raises(GraphError, match="Stage 'nosuch' not found"):
         graph.ask(project, "repro", "nosuch")
     with pytest.raises(GraphError, match="you are not inside of a DVC repository"):
@@ -88,23 +88,23 @@ def test_what_dvc_says_of_a_failure_is_the_error(project: Path) -> None:
 
 
 def test_an_error_in_a_line_ends_the_stage(project: Path) -> None:
-    seen: list[str] = []
+    lines: list[str] = []
 
     def stop(line: str) -> None:
-        seen.append(line)
+        lines.append(line)
         if line.startswith("pid "):
             raise ValueError(line)
 
     with pytest.raises(ValueError, match=r"pid \d+"):
         graph.repro("long", stop, project)
-    assert not lives(seen[-1])
+    assert not lives(lines[-1])
 
 
-def test_a_killed_dvc_is_told_by_its_status(project: Path) -> None:
+def test_the_status_of_a_killed_dvc_is_its_signal(project: Path) -> None:
     assert graph.repro("killer", print, project) == -signal.SIGKILL
 
 
-def test_what_a_stage_leaves_running_ends_with_it(project: Path) -> None:
+def test_processes_that_a_stage_leaves_running_end_with_it(project: Path) -> None:
     lines: list[str] = []
     assert graph.repro("leaver", lines.append, project) == 0
     assert not lives(next(line for line in lines if line.startswith("pid ")))
@@ -118,27 +118,27 @@ def test_dvc_ends_with_a_killed_run(project: Path) -> None:
     dvc = psutil.Process(run.pid).children()[0]
     run.kill()
     run.communicate()
-    _, left = psutil.wait_procs([dvc], timeout=10)
-    os.kill(stage, signal.SIGKILL)  # it does not watch its parent, as ours do
-    assert not left
+    _, running = psutil.wait_procs([dvc], timeout=10)
+    os.kill(stage, signal.SIGKILL)  # unlike Retune's stages, it does not watch its parent
+    assert not running
 
 
-def test_a_path_that_is_soon_free_is_waited_for_and_one_that_stays_busy_is_an_error(
+def test_a_briefly_locked_path_is_waited_for_and_one_that_stays_locked_is_an_error(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = subprocess.Popen(["sleep", "600"])
-    busy(project, other.pid)
+    lock_output(project, other.pid)
     threading.Timer(2.0, lambda: (other.kill(), other.wait())).start()
     graph.ask(project, "repro", "--single-item", "first")
     assert (project / "one").exists()
     (project / "data" / "rows").write_text("another")
-    busy(project, os.getpid())
+    lock_output(project, os.getpid())
     monkeypatch.setattr(graph, "PATIENCE", 0.5)
     with pytest.raises(GraphError, match=rf"is busy, it is being blocked by:\n  \(PID {os.getpid()}\): dvc repro"):
         graph.ask(project, "repro", "--single-item", "first")
 
 
 def lives(line: str) -> bool:
-    """Whether the process of the line `pid 123` still runs."""
+    """Whether the process in the line `pid 123` is running."""
     pid = int(line.split()[1])
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

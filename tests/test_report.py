@@ -1,4 +1,4 @@
-"""The evaluation report: its numbers are the metrics', nothing in it can act, and it opens on any screen offline."""
+"""The evaluation report: its numbers equal scores.json, no text in it can run, and it fits any screen offline."""
 
 import csv
 import json
@@ -15,8 +15,8 @@ from browser import CHROMIUM, dump_dom
 from pipeline.chat.responses import Answer
 from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
-from pipeline.report.contents import EXAMPLES, Contents, System, differences
-from pipeline.report.evaluation_pages import plot, render
+from pipeline.report.contents import EXAMPLES, Contents, System, find_differences
+from pipeline.report.evaluation_pages import plot_losses, render
 from pipeline.report.stage import read_curve, read_other_sets, read_prompts, stage_contents, write_scores
 from pipeline.report.tables import interval
 from pipeline.scoring.items import provenance, score_items, summarise
@@ -38,7 +38,7 @@ def with_answers(items: pa.Table, **columns: list[Any]) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path) -> Path:
-    """What the pages read of a trained adapter."""
+    """The files of a trained adapter that the report reads."""
     folder = tmp_path_factory.mktemp("adapter")
     training = {"params": params.train.model_dump(), "steps": 20, "trainable_parameters": 1000, "device": "cpu"}
     training["base_model"] = {"name_or_path": "data/base", "digest": "b" * 64}
@@ -50,13 +50,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: P
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path, adapter: Path) -> Path:
-    """The stage's files of answers that are made up and really scored: the base says red, the adapter copies."""
+    """The stage's files for invented answers: the base always says red, the adapter is mostly right."""
     folder = tmp_path_factory.mktemp("evaluation")
     test = pq.read_table(dataset / "test.parquet")
     references, losses = test.column("reference").to_pylist(), ([2.0] * len(test), [2] * len(test))
-    said = {"base": ["red"] * len(test), "adapter": references[:-5] + ["no idea"] * 5}
+    texts = {"base": ["red"] * len(test), "adapter": references[:-5] + ["no idea"] * 5}
     items = {}
-    for name, answers in said.items():
+    for name, answers in texts.items():
         items[name], signatures = score_items(test, [Answer(text, [1, 2], False) for text in answers], losses)
     write_json(folder / "prompts.json", [])
     recorded = provenance(params.evaluate, dataset, signatures)
@@ -87,20 +87,20 @@ def test_the_bars_of_dvc_plots_are_the_scores_of_scores_json(evaluation: Path, c
 
 @pytest.fixture(scope="module")
 def full(contents: Contents, params: Params) -> Contents:
-    """Four systems, a verdict with a refusal in it, texts and facts that are hostile and long."""
+    """Four systems, a refusal, and texts and facts that are hostile and long."""
     items = contents.systems[1].items
     long = [HOSTILE + "W" * 300 for _ in range(len(items))]
-    said = [json.dumps([{"role": "user", "content": text}]) for text in long]
-    items = with_answers(items, task=long, prompt=long, messages=said, reference=long)
-    answers = ["no " + HOSTILE if place % 2 else "yes" for place in range(len(items))]
-    worse = with_answers(items, answer=answers, accuracy=[float(place % 2) for place in range(len(items))])
-    better = with_answers(items, answer=answers, accuracy=[float(place % 3 > 0) for place in range(len(items))])
+    messages = [json.dumps([{"role": "user", "content": text}]) for text in long]
+    items = with_answers(items, task=long, prompt=long, messages=messages, reference=long)
+    answers = ["no " + HOSTILE if row % 2 else "yes" for row in range(len(items))]
+    worse = with_answers(items, answer=answers, accuracy=[float(row % 2) for row in range(len(items))])
+    better = with_answers(items, answer=answers, accuracy=[float(row % 3 > 0) for row in range(len(items))])
     tables = {"base": worse, "champion": worse, "adapter": better, "merged": better}
     systems = [system(name, table, params) for name, table in tables.items()]
-    count, fewer, best, worst = differences(systems[3], systems[1])
+    num_better, num_worse, best, worst = find_differences(systems[3], systems[1])
     changes = [replace(change, needed="more than 0", verdict="refused") for change in contents.changes]
     return replace(
-        contents, systems=systems, old="champion", changes=changes, better=count, worse=fewer, best=best,
+        contents, systems=systems, old="champion", changes=changes, better=num_better, worse=num_worse, best=best,
         worst=worst, decision="refused", verdict=HOSTILE * 3, title=HOSTILE, about={"model": HOSTILE}, next="go on",
         notes=[HOSTILE], facts={HOSTILE: {HOSTILE: HOSTILE}},
         prompts={HOSTILE: [(system.name, HOSTILE) for system in systems]},
@@ -116,9 +116,11 @@ def test_the_stage_writes_both_pages_with_the_numbers_of_its_metrics(evaluation:
         assert f"| {name} | {cells} |" in text
     page = (evaluation / "report.html").read_text()
     assert "Not decided yet" in page
-    assert "<b>user</b>" in page and "&lt;|im_start|&gt;" not in page  # a prompt is its turns, not control tokens
+    assert (
+        "<b>user</b>" in page and "&lt;|im_start|&gt;" not in page
+    )  # prompts are shown as turns, without control tokens
     assert page.count("<polyline") == 2
-    assert (render(contents, "report.md"), render(contents, "report.html")) == (text, page)  # whenever it is made
+    assert (render(contents, "report.md"), render(contents, "report.html")) == (text, page)
 
 
 def test_the_verdict_comes_first(full: Contents) -> None:
@@ -127,7 +129,7 @@ def test_the_verdict_comes_first(full: Contents) -> None:
     assert 0 < page.index("<b>v4</b>") < page.index("Refused: v4") < page.index("Next: go on") < page.index("<h2>")
     assert text.splitlines()[0] == "# Evaluation: model mine, version v4, decided today"
     assert text.splitlines()[2].startswith("**Refused: v4 (295a1c…).**")
-    assert page.index(">candidate (merged)</th>") < page.index(">champion</th>")  # what ships stands first
+    assert page.index(">candidate (merged)</th>") < page.index(">champion</th>")  # what ships comes first
     assert full.better + full.worse + full.same == len(full.systems[0].items)
     assert f"{full.same} the same" in text
 
@@ -138,32 +140,35 @@ def test_differences_are_the_items_that_changed_most(evaluation: Path, params: P
     rouge = [0.5] * 30
     rouge[3], rouge[4], rouge[5] = 0.4, 0.1, 0.9
     changed = with_answers(zeros, accuracy=[0.0] * 28 + [1.0] * 2, rougeL=rouge)
-    better, worse, best, worst = differences(system("merged", changed, params), system("base", zeros, params))
+    better, worse, best, worst = find_differences(system("merged", changed, params), system("base", zeros, params))
     assert (better, worse) == (3, 2)
     prompts = [" ".join(json.loads(m)[-1]["content"].split()) for m in items.column("messages").to_pylist()]
-    assert [one.prompt for one in best] == [prompts[28], prompts[29], prompts[5]]
-    assert [one.prompt for one in worst] == [prompts[4], prompts[3]]
-    assert best[2].most == ("rougeL", 0.5, 0.9)
-    everything = with_answers(zeros, rougeL=[0.9] * 30)
-    assert len(differences(system("merged", everything, params), system("base", zeros, params))[2]) == EXAMPLES
+    assert [difference.prompt for difference in best] == [prompts[28], prompts[29], prompts[5]]
+    assert [difference.prompt for difference in worst] == [prompts[4], prompts[3]]
+    assert best[2].changed_score == ("rougeL", 0.5, 0.9)
+    all_changed = with_answers(zeros, rougeL=[0.9] * 30)
+    assert len(find_differences(system("merged", all_changed, params), system("base", zeros, params))[2]) == EXAMPLES
 
 
-def test_a_slice_shows_the_metric_that_says_something(contents: Contents, params: Params) -> None:
+def test_a_slice_shows_accuracy_only_if_it_is_informative(contents: Contents, params: Params) -> None:
     items = contents.systems[1].items
     number = len(items)
 
-    def shown(accuracy: list[float | None], label: str | None = None) -> tuple[str, int]:
+    def shown_metric(accuracy: list[float | None], label: str | None = None) -> tuple[str, int]:
         table = with_answers(items, accuracy=accuracy, task=["t"] * number, label=[label] * number)
         [(_, _, metric, counting)] = replace(contents, systems=[system("merged", table, params)]).slices("by_task")
         return metric, counting
 
-    assert shown([0.0] * (number - 1) + [1.0]) == ("accuracy", number)
-    assert shown([0.0] * number) == ("rougeL", number)  # zeros of free texts say nothing
-    assert shown([0.0] * number, "t: red") == ("accuracy", number)  # of classes they say that none is right
-    assert shown([1.0] * 3 + [None] * (number - 3)) == ("rougeL", number)  # three items are not the slice
+    assert shown_metric([0.0] * (number - 1) + [1.0]) == ("accuracy", number)
+    assert shown_metric([0.0] * number) == ("rougeL", number)  # zeros of free texts say nothing
+    assert shown_metric([0.0] * number, "t: red") == ("accuracy", number)  # zeros of classes say that none is right
+    assert shown_metric([1.0] * 3 + [None] * (number - 3)) == (
+        "rougeL",
+        number,
+    )  # three items do not stand for the slice
 
 
-def test_nothing_that_was_written_by_a_model_is_markup_and_the_page_needs_nothing_else(full: Contents) -> None:
+def test_texts_of_a_model_are_not_markup_and_the_page_is_self_contained(full: Contents) -> None:
     page = render(full, "report.html")
     assert "<script" not in page and "<img" not in page and 'onerror="' not in page
     assert page.count("&lt;script&gt;") >= 8
@@ -175,31 +180,31 @@ def test_nothing_that_was_written_by_a_model_is_markup_and_the_page_needs_nothin
     assert "](javascript" not in text.replace("\\]", "")
 
 
-def test_what_other_sets_and_own_prompts_gave_is_in_the_report(tmp_path: Path) -> None:
+def test_the_report_has_the_general_set_and_the_prompts_of_the_parameters(tmp_path: Path) -> None:
     score = {"score": 4.0, "low": 3.0, "high": 5.0}
     general = {"base": {"perplexity": score, "accuracy": None}, "adapter": {"perplexity": score, "accuracy": None}}
     write_json(tmp_path / "general.json", general | {"rows": 5, "lost": {"perplexity": 0.25, "accuracy": None}})
     sets = read_other_sets(tmp_path)
-    forgotten = [list(row.values()) for row in sets["General set: what was forgotten"]]
-    assert forgotten == [["perplexity", "4.000 (3.000 to 5.000)", "4.000 (3.000 to 5.000)", "+25.0 %"]]
-    said = {"base": {"answer": "blue", "cut_off": False}, "adapter": {"answer": "red", "cut_off": True}}
-    write_json(tmp_path / "prompts.json", [{"prompt": "Which colour?"} | said])
+    rows = [list(row.values()) for row in sets["General set: what was forgotten"]]
+    assert rows == [["perplexity", "4.000 (3.000 to 5.000)", "4.000 (3.000 to 5.000)", "+25.0 %"]]
+    texts = {"base": {"answer": "blue", "cut_off": False}, "adapter": {"answer": "red", "cut_off": True}}
+    write_json(tmp_path / "prompts.json", [{"prompt": "Which colour?"} | texts])
     (tmp_path / "old").mkdir()
     write_json(tmp_path / "old" / "prompts.json", [])
-    where = {"base": (tmp_path, "base"), "champion": (tmp_path / "old", "adapter"), "adapter": (tmp_path, "adapter")}
+    sources = {"base": (tmp_path, "base"), "champion": (tmp_path / "old", "adapter"), "adapter": (tmp_path, "adapter")}
     answers = [("base", "blue"), ("champion", "(was not asked)"), ("adapter", "red (cut off)")]
-    assert read_prompts(where) == {"Which colour?": answers}
+    assert read_prompts(sources) == {"Which colour?": answers}
 
 
-def test_the_curve_leaves_out_what_is_no_number() -> None:
+def test_the_curve_leaves_out_values_that_are_not_finite() -> None:
     curve = read_curve("step,loss,validation_loss\n10,4.0,\n20,nan,\n30,1.0,2.0\n")
     assert curve == [{"step": 10, "loss": 4.0}, {"step": 20}, {"step": 30, "loss": 1.0, "validation_loss": 2.0}]
-    drawn = plot(curve)
-    assert drawn is not None
-    assert drawn["lines"] == {"loss": "0.0,0.0 100.0,75.0", "validation_loss": "100.0,50.0"}
-    assert drawn["y_ticks"][-1] == ("4", 0.0)
-    assert plot([]) is None
-    assert plot(read_curve("step,loss,validation_loss\n10,0.0,\n")) is not None
+    plot = plot_losses(curve)
+    assert plot is not None
+    assert plot["lines"] == {"loss": "0.0,0.0 100.0,75.0", "validation_loss": "100.0,50.0"}
+    assert plot["y_ticks"][-1] == ("4", 0.0)
+    assert plot_losses([]) is None
+    assert plot_losses(read_curve("step,loss,validation_loss\n10,0.0,\n")) is not None
 
 
 FRAME = """<html><body><script>
@@ -222,21 +227,23 @@ document.body.append(frame);
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp_path: Path, width: int) -> None:
-    page = render(full, "report.html").replace('http-equiv="Content-Security-Policy"', "")  # escaping has to suffice
+    page = render(full, "report.html").replace(
+        'http-equiv="Content-Security-Policy"', ""
+    )  # escaping alone must suffice
     literal = json.dumps(page.replace("<details>", "<details open>")).replace("</", "<\\/")
     (tmp_path / "frame.html").write_text(FRAME % (width, literal, width))
     ran = dump_dom(
         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", f"file://{tmp_path}/frame.html"
     )
-    found = re.search(r"<title>(.*?)</title>", ran.stdout)
-    assert found is not None, ran.stderr[-2000:]
-    seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert seen["title"].startswith("Evaluation report")  # and not "owned"
-    assert seen["width"] <= seen["room"] <= width
-    assert seen["outside"] == 0
-    assert seen["bars"] == len(full.systems) * sum(len(full.slices(kind)) for kind in ("by_task", "by_language"))
-    assert seen["line"] > 200
-    assert seen["headings"] == [
+    match = re.search(r"<title>(.*?)</title>", ran.stdout)
+    assert match is not None, ran.stderr[-2000:]
+    page_facts = json.loads(match[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert page_facts["title"].startswith("Evaluation report")  # and not "owned"
+    assert page_facts["width"] <= page_facts["room"] <= width
+    assert page_facts["outside"] == 0
+    assert page_facts["bars"] == len(full.systems) * sum(len(full.slices(kind)) for kind in ("by_task", "by_language"))
+    assert page_facts["line"] > 200
+    assert page_facts["headings"] == [
         "Evaluation report", "Difference: candidate (merged) against champion", "Scores", "By task", "By language",
         "Your prompts", HOSTILE.strip(), "Most improved answers",
         "Most worsened answers", "Loss", "Where the numbers come from",

@@ -27,10 +27,10 @@ MaxNewTokens = Annotated[
 
 def report(version: Version = None, json_output: Json = False) -> None:
     """Write artifacts/report.html and .md: verdict, scores, tasks, texts, curves and lineage of a version."""
-    from pipeline.report.whole import report as do
+    from pipeline.report.whole import write_version_report
 
     params, _, target = find(version)
-    contents = do(params.publish, target, Path("artifacts"))
+    contents = write_version_report(params.publish, target, Path("artifacts"))
     if json_output:
         print(json.dumps({"version": target, "decision": contents.decision, "path": "artifacts/report.html"}))
     else:

@@ -233,14 +233,14 @@ def compare(
 
     from pipeline.core.files import write_text
     from pipeline.report.evaluation_pages import render
-    from pipeline.report.versus import as_json, compare_versions
+    from pipeline.report.versus import compare_versions, comparison_json
     from pipeline.settings import load_params
 
     contents = compare_versions(load_params(), old, new)
     if html is not None:
         write_text(html, render(contents, "report.html"))
     if json_output:
-        print(json.dumps(as_json(contents), ensure_ascii=False))
+        print(json.dumps(comparison_json(contents), ensure_ascii=False))
         return
     Console(width=WIDTH, highlight=False).print(Markdown(render(contents, "report.md")))
     if html is not None:

@@ -1,7 +1,6 @@
-"""The evaluation report as pages for people: Markdown, and one HTML file that needs nothing else.
+"""Renders the evaluation report as Markdown and as one self-contained HTML file.
 
-What a model or the data wrote cannot act in them: Jinja escapes it, and the HTML page forbids every script by its own
-policy.
+Texts of models and data are only ever text there: Jinja escapes them, and the page's own policy forbids scripts.
 """
 
 import math
@@ -26,28 +25,28 @@ def write_report(contents: Contents, folder: Path) -> None:
 
 def render(contents: Contents, name: str) -> str:
     """The page `name`: report.md or report.html."""
-    names = SYSTEMS | contents.labels
-    systems, table = contents.systems, contents.systems[-1].items
-    counts = {metric: num_groups(metric_items(table, metric)) for metric in METRICS}
+    labels = SYSTEMS | contents.labels
+    systems, items = contents.systems, contents.systems[-1].items
+    counts = {metric: num_groups(metric_items(items, metric)) for metric in METRICS}
     pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
     pages.filters |= {"signed": lambda change, key: number(change.metric, getattr(change, key), "+")}
     return pages.get_template(f"evaluation.{name.removeprefix('report.')}.jinja").render(
         report=contents,
-        score_rows=score_rows({s.name: s.metrics for s in systems}, counts, contents.items, names),
+        score_rows=score_rows({system.name: system.metrics for system in systems}, counts, contents.items, labels),
         failures=[
             (state.replace("_", " "), [system.metrics[f"num_{state}"] for system in systems])
             for state in ("cut_off", "empty")
         ],
         items=contents.items,
-        forest=[(change, *_place(change, contents.changes)) for change in contents.changes],
+        forest=[(change, *_on_track(change, contents.changes)) for change in contents.changes],
         slices=[
             (heading, bars)
             for kind, heading in SLICES.items()
-            if len(bars := _bars(contents, kind)) > (kind != "by_task")  # one language or length says nothing
+            if len(bars := _bars(contents, kind)) > (kind != "by_task")  # not for a single language or length
         ],
-        plot=plot(contents.curve),
+        plot=plot_losses(contents.curve),
         number=number,
-        label=lambda name: names.get(name, name),
+        label=lambda name: labels.get(name, name),
         markdown=markdown,
     )
 
@@ -56,24 +55,29 @@ Bar = tuple[str, float, float, float]  # a score as text; it and its interval on
 
 
 def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, int, list[tuple[str, Bar | None]]]]:
-    """Name, items, metric, the items that it counts, and each system's bar."""
-    rows = []
-    for name, items, metric, counted in contents.slices(kind):
-        scores = {system.name: system.slice_score(kind, name, metric) for system in contents.systems}
-        rows.append((name, items, metric, counted, [(key, _bar(metric, score)) for key, score in scores.items()]))
-    return rows
+    """For each slice: name, items, metric, items that the metric counts, and each system's bar."""
+    return [
+        (
+            name,
+            items,
+            metric,
+            counted,
+            [(s.name, _bar(metric, s.slice_score(kind, name, metric))) for s in contents.systems],
+        )
+        for name, items, metric, counted in contents.slices(kind)
+    ]
 
 
 def _bar(metric: str, score: dict[str, float] | None) -> Bar | None:
     if score is None:
         return None
     scale = 1 if metric in PERCENT else 100
-    at, low, high = (min(100.0, max(0.0, scale * score[key])) for key in ("score", "low", "high"))
-    return number(metric, score["score"]), at, low, high
+    value, low, high = (min(100.0, max(0.0, scale * score[key])) for key in ("score", "low", "high"))
+    return number(metric, score["score"]), value, low, high
 
 
-def plot(curve: list[dict[str, float]]) -> dict[str, Any] | None:
-    """Loss by step in a box of 100 × 100, y downwards: points of polylines, ticks as text and place, last values."""
+def plot_losses(curve: list[dict[str, float]]) -> dict[str, Any] | None:
+    """Loss by step in a box of 100 × 100, y downwards: points of polylines, ticks (text, position), last values."""
     measured = {
         kind: [(row["step"], row[kind]) for row in curve if kind in row] for kind in ("loss", "validation_loss")
     }
@@ -102,8 +106,8 @@ def plot(curve: list[dict[str, float]]) -> dict[str, Any] | None:
     }
 
 
-def _place(change: Change, changes: list[Change]) -> tuple[float, float, float]:
-    """Where interval and difference lie, in percent of the track; 50 is no difference, and the scale is one for all."""
-    reach = max((abs(share) for each in changes for share in each.gain), default=0) or 1.0
-    low, at, high = (50 + 48 * share / reach for share in change.gain)
-    return low, high, at
+def _on_track(change: Change, changes: list[Change]) -> tuple[float, float, float]:
+    """Low, high and difference in percent of the track; 50 is no difference, and all changes have the same scale."""
+    longest = max((abs(share) for other in changes for share in other.gain), default=0) or 1.0
+    low, difference, high = (50 + 48 * share / longest for share in change.gain)
+    return low, high, difference

@@ -1,6 +1,6 @@
-"""The report as the evaluate stage knows it: base and adapter, no verdict yet. And what its files say for any report.
+"""Writes the evaluate stage's report (base and adapter, no verdict yet), and reads the parts of any report from files.
 
-Nothing in it differs between two runs on the same inputs (no times, no versions), since it is part of a version's name.
+The stage's report is part of what a version's id is computed from, so it contains no times and no versions.
 """
 
 import csv
@@ -36,8 +36,8 @@ def write_scores(
     adapter: Path,
     folder: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Scores, items, what they depend on (`recorded`) and the report of `base` and `adapter`; answers or classes."""
-    from pipeline.scoring.items import summarise  # brings torch, and the flow writes reports without it
+    """Write scores, items, their provenance (`recorded`) and the report of `base` and `adapter`; returns the scores."""
+    from pipeline.scoring.items import summarise  # imports torch; the flow writes reports without it
 
     systems = [System(name, summarise(items[name], params), items[name]) for name in ("base", "adapter")]
     metrics = {system.name: system.metrics for system in systems}
@@ -47,32 +47,32 @@ def write_scores(
     write_json(folder / "evaluation.json", recorded)
     contents = stage_contents(systems, dataset, adapter, folder)
     write_report(contents, folder)
-    # What `dvc plots` draws.
+    # For `dvc plots`.
     measured = [metric for metric in METRICS if metric not in LOWER_IS_BETTER]
     _write_bars(folder / "scores.csv", [(m, s.name, s.metrics.get(m)) for m in measured for s in systems])
-    tasks = [(task, metric) for task, _, metric, _ in contents.slices("by_task")]  # both metrics are shares
+    tasks = [(task, metric) for task, _, metric, _ in contents.slices("by_task")]
     bars = [(task, s.name, s.slice_score("by_task", task, metric)) for task, metric in tasks for s in systems]
     _write_bars(folder / "tasks.csv", bars)
     return metrics
 
 
 def _write_bars(path: Path, bars: list[tuple[str, str, dict[str, float] | None]]) -> None:
-    """A line for each bar (what, system, score): its score and interval, from 0 to 100."""
+    """Write a line for each bar (metric or task, system, score): score and interval, from 0 to 100."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("of", "score", "low", "high"))
-    for what, system, score in bars:
+    for name, system, score in bars:
         if score is not None:
-            scale = 1 if what in PERCENT else 100
+            scale = 1 if name in PERCENT else 100
             numbers = (round(scale * score[key], 4) for key in ("score", "low", "high"))
-            writer.writerow((f"{what}, {system}", *numbers))
+            writer.writerow((f"{name}, {system}", *numbers))
     write_text(path, text.getvalue())
 
 
 def stage_contents(systems: list[System], dataset: Path, adapter: Path, evaluation: Path) -> Contents:
-    """The adapter against the base that it was trained on, with the files that `evaluation` holds by now."""
+    """The adapter against its base, with the files that are in `evaluation` so far."""
     settings = read_json(evaluation / "evaluation.json")
-    contents = Contents.of(
+    contents = Contents.compare(
         systems,
         systems[0],
         settings["params"],
@@ -90,7 +90,11 @@ def stage_contents(systems: list[System], dataset: Path, adapter: Path, evaluati
 
 
 def file_parts(adapter: Path, evaluation: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a report that the files of an adapter and of its evaluation give; `settings`: how it was scored."""
+    """The fields of `Contents` that come from the files of an adapter and its evaluation.
+
+    Args:
+        settings: the content of `evaluation.json`.
+    """
     return {
         "curve": read_curve((adapter / "loss.csv").read_text(encoding="utf-8")),
         "facts": {
@@ -109,42 +113,43 @@ def file_parts(adapter: Path, evaluation: Path, settings: dict[str, Any]) -> dic
 
 
 def facts(tree: dict[str, Any], *keys: str) -> dict[str, str]:
-    """What the `keys` of a JSON file say, as text: one fact for each value, nested ones by their path."""
-    chosen = flat({key: tree[key] for key in keys if key in tree})
+    """The values of `keys` as text, nested ones by their path."""
+    values = flatten({key: tree[key] for key in keys if key in tree})
     return {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in chosen.items()
+        path: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for path, value in values.items()
     }
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a tree by their path, as `train.lora_r`."""
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested dictionary by their path, such as `train.lora_r`."""
     values: dict[str, Any] = {}
     for key, value in tree.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        values |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return values
 
 
-def read_prompts(answered: dict[str, tuple[Path, str]]) -> dict[str, list[tuple[str, str]]]:
-    """The candidate's prompts (of `adapter`), each with every system's answer, or "(was not asked)".
+def read_prompts(sources: dict[str, tuple[Path, str]]) -> dict[str, list[tuple[str, str]]]:
+    """The prompts of `adapter`, each with every system's answer, or "(was not asked)".
 
     Args:
-        answered: of each system its evaluation folder and what it is called there (base | adapter).
+        sources: of each system, its evaluation folder and its name there (base | adapter).
     """
     answers: dict[str, dict[str, str]] = {}
-    for system, (folder, name) in answered.items():
-        path = folder / "prompts.json"  # a classifier has none
+    for system, (folder, name) in sources.items():
+        path = folder / "prompts.json"  # which classifiers lack
         answers[system] = {}
-        for one in read_json(path) if path.is_file() else []:
-            cut_off = " (cut off)" if one[name]["cut_off"] else ""
-            answers[system][one["prompt"]] = excerpt(one[name]["answer"]) + cut_off
+        for row in read_json(path) if path.is_file() else []:
+            cut_off = " (cut off)" if row[name]["cut_off"] else ""
+            answers[system][row["prompt"]] = excerpt(row[name]["answer"]) + cut_off
     return {
-        prompt: [(system, said.get(prompt, "(was not asked)")) for system, said in answers.items()]
+        prompt: [(system, texts.get(prompt, "(was not asked)")) for system, texts in answers.items()]
         for prompt in answers["adapter"]
     }
 
 
 def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
-    """Candidate before merge against base on the general set, where there is one."""
+    """A table of adapter against base on the general set, if there is one."""
     if not (evaluation / "general.json").is_file():
         return {}
     general = read_json(evaluation / "general.json")
@@ -158,7 +163,7 @@ def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
 
 
 def read_curve(table: str) -> list[dict[str, float]]:
-    """The rows of `loss.csv`: step, and those of loss and validation_loss that were measured and are numbers."""
+    """The rows of `loss.csv`: step, and loss and validation_loss if they were measured and are finite."""
     curve = []
     for row in csv.DictReader(table.splitlines()):
         values = {key: float(row[key]) for key in ("step", "loss", "validation_loss") if row.get(key)}

@@ -1,4 +1,4 @@
-"""Tables of scores and of a verdict as people read them: the one place for terminal, dashboard and reports."""
+"""Tables of scores and verdicts for terminal, dashboard and reports."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from pipeline.registry.significance import ALPHA
 from pipeline.registry.wording import number, span
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS
 
-# Keys of metrics.json, and what people call these systems.
+# Keys of scores.json → names for people.
 SYSTEMS = {
     "base": "base",
     "champion": "champion",
     "adapter": "candidate before merge",
     "merged": "candidate (merged)",
 }
-WORDS = {
+VERDICT_WORDS = {
     "passed": "passed",
     "failed": "refused",
     "open": "not shown",
@@ -38,15 +38,15 @@ def score_rows(
     items: int = 0,
     names: dict[str, str] = SYSTEMS,
 ) -> list[Row]:
-    """A row for each metric that some system has: `metric`, then the name of each system and its score.
+    """A row for each metric that some system has: `metric`, then each system's name and score.
 
     Args:
-        systems: by key of `names`: the metrics.
-        counts: how many of the `items` each metric counts, where that is known; said where it is not all of them.
+        systems: the metrics of each system, by key of `names`.
+        counts: how many of the `items` each metric counts, if known; noted if it is not all of them.
     """
     measured = [metric for metric in METRICS if any(scores.get(metric) for scores in systems.values())]
     notes = {metric: f" ({count:,} of {items:,} items)" for metric, count in (counts or {}).items() if count < items}
-    if "accuracy" in measured and "macro_f1" not in measured:  # classes may be there, with too few items
+    if "accuracy" in measured and "macro_f1" not in measured:  # perhaps too few items per class
         measured.insert(measured.index("accuracy") + 1, "macro_f1")
         notes["macro_f1"] = f" (needs {ITEMS_OF_A_CLASS} items per class)"
     return [
@@ -57,19 +57,19 @@ def score_rows(
 
 
 def interval(metric: str, score: dict[str, float] | None) -> str:
-    """A score and its 95 % interval as text; the score alone where there is no interval."""
+    """A score and, if it has one, its 95 % interval as text."""
     if score is None:
         return "–"
     return number(metric, score["score"]) + (f" ({span(metric, score, '')})" if "low" in score else "")
 
 
 def verdict_lines(title: str, why: str, todo: str) -> list[str]:
-    """What was decided, why, and what to do next."""
+    """The decision, its reason, and what to do next."""
     return [f"Verdict  {title}.", f"Why      {why}.", *([f"Next     {todo}."] if todo else [])]
 
 
 def verdict_rows(comparison: Comparison, first: bool = False) -> list[Row]:
-    """The comparison as text, one row for each metric; `first`: with the base model, for want of a champion."""
+    """The comparison as text, one row for each metric; `first`: with the base model, because there is no champion."""
     rows = []
     for metric, row in comparison.items():
         verdict = row["verdict"]
@@ -84,14 +84,14 @@ def verdict_rows(comparison: Comparison, first: bool = False) -> list[Row]:
                 "95 % interval": span(metric, row) if tested else "–",
                 "needed": row["needed"],
                 "p": "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
-                "verdict": WORDS[verdict],
+                "verdict": VERDICT_WORDS[verdict],
             }
         )
     return rows
 
 
 def in_short(comparison: Comparison) -> str:
-    """The metric that decided, with both scores; nothing for a decision without numbers."""
+    """The metric that decided, with both scores; empty for a decision without numbers."""
     if not comparison:
         return ""
     failed = [metric for metric, row in comparison.items() if row["verdict"] == "failed"]
@@ -101,7 +101,7 @@ def in_short(comparison: Comparison) -> str:
 
 
 def markdown(rows: list[Row]) -> list[str]:
-    """Lines of a Markdown table; none without rows."""
+    """The lines of a Markdown table."""
     if not rows:
         return []
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]

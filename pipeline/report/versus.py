@@ -1,8 +1,7 @@
-"""Two versions next to each other: scores, differences, parameters and data that differ, texts that changed most.
+"""Compares two versions: scores, the parameters and data that differ, and the texts that changed most.
 
-In come names of versions, or `workspace` for the present artifacts. Both are compared on the same test items: those
-that they were published with, or where these differ the workspace's, on which a version is scored again. Nothing is
-decided or published here.
+`workspace` is the unpublished model in artifacts/. Both are compared on the test items that they were published with;
+if these differ, on the workspace's, on which they are scored again. Nothing is decided or published here.
 """
 
 import re
@@ -22,46 +21,45 @@ from pipeline.registry.manifest import Manifest
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.wording import number
 from pipeline.report.contents import Contents, System
-from pipeline.report.stage import flat
+from pipeline.report.stage import flatten
 from pipeline.report.tables import Row
 
 WORKSPACE = "workspace"
 DIGEST = re.compile("sha256|md5|digest|commit")
-OLD, NEW = "champion", "merged"  # the systems of the page; what they are called is in `Contents.labels`
+OLD, NEW = "champion", "merged"  # systems of the page; `Contents.labels` has their names
 
 
 @dataclass(frozen=True)
 class Side:
     label: str
     manifest: Manifest
-    items: pa.Table | None = None  # of the workspace; a published version's are fetched
+    items: pa.Table | None = None  # of the workspace; those of a published version are fetched
 
 
 def compare_versions(params: Params, old: str, new: str, root: Path = Path(".")) -> Contents:
-    """`new` against `old`: v3, an id, champion or workspace.
+    """Compare `new` with `old`; each is v3, an id, champion or workspace.
 
     Raises:
-        CompareError: both are one version, or they answered different test items.
-        StoreError: one is not published.
-        SignatureError: one has to be scored again, and publish.require_signature does not let it be loaded.
+        CompareError: both are the same version, or they answered different test items.
+        StoreError: a version is not published.
+        SignatureError: a version must be scored again, but publish.require_signature forbids loading it.
     """
     model = RegisteredModel(params.publish, root)
-    before, after = (_side(model, name) for name in (old, new))
+    before, after = (_find_side(model, name) for name in (old, new))
     if before.manifest["version"] == after.manifest["version"]:
-        raise CompareError(f"{old} and {new} are both version {before.manifest['version']}; name two")
-    alike = before.manifest["evaluation"] == after.manifest["evaluation"]
-    settings = (
-        after.manifest["evaluation"] if alike else scoring_settings(after.manifest, before.manifest["version"], root)
-    )
+        raise CompareError(f"{old} and {new} are the same version, {before.manifest['version']}; name two versions")
+    settings = after.manifest["evaluation"]
+    if before.manifest["evaluation"] != settings:
+        settings = scoring_settings(after.manifest, before.manifest["version"], root)
     systems = []
     for key, side in ((OLD, before), (NEW, after)):
         items = merged_items(model, side.manifest, settings) if side.items is None else side.items
         systems.append(scored_system(key, side.manifest, settings, items))
     if systems[0].items.column("id").to_pylist() != systems[1].items.column("id").to_pylist():
-        raise CompareError(f"{old} and {new} answered different test items; `retune run` makes those of today")
+        raise CompareError(f"{old} and {new} answered different test items; run `retune run`, then compare again")
     labels = {OLD: before.label, NEW: after.label}
-    old_values, new_values = (flat(side.manifest["params"] | {"publish": {}}) for side in (before, after))
-    contents = Contents.of(
+    old_values, new_values = (flatten(side.manifest["params"] | {"publish": {}}) for side in (before, after))
+    contents = Contents.compare(
         systems,
         systems[0],
         settings["params"],
@@ -71,34 +69,34 @@ def compare_versions(params: Params, old: str, new: str, root: Path = Path("."))
         decision="compared",
         notes=_notes((before, after), settings),
         tables={
-            "Parameters that differ": _differing(old_values, new_values, labels, "parameter"),
-            "Data and code that differ": _differing(_origins(before), _origins(after), labels, "what"),
+            "Parameters that differ": _differing_rows(old_values, new_values, labels, "parameter"),
+            "Data and code that differ": _differing_rows(_origins(before), _origins(after), labels, "what"),
         },
         labels=labels,
     )
-    said = "no gate was asked"
+    verdict = "the gate was not asked"
     changes = {change.metric: change for change in contents.changes}
     if change := changes.get(params.promote.primary_metric) or next(iter(contents.changes), None):
         scores = f"{number(change.metric, change.old)} → {number(change.metric, change.new)}"
-        said = f"{change.metric} is {change.words} ({scores}); {said}"
-    return replace(contents, verdict=said)
+        verdict = f"{change.metric} is {change.direction} ({scores}); {verdict}"
+    return replace(contents, verdict=verdict)
 
 
 def scored_system(name: str, manifest: Manifest, settings: dict[str, Any], items: pa.Table) -> System:
-    """A version's merged model with its scores of `items`, which were decoded as `settings` say."""
+    """A version's merged model with its scores on `items`, which were decoded with `settings`."""
     if manifest["evaluation"] == settings:
         return System(name, manifest["metrics"]["merged"], items)
-    from pipeline.scoring.items import scoring_params, summarise  # brings torch
+    from pipeline.scoring.items import scoring_params, summarise  # imports torch
 
     return System(name, summarise(items, scoring_params(settings)), items)
 
 
-def as_json(contents: Contents) -> dict[str, Any]:
-    """The same for scripts."""
+def comparison_json(contents: Contents) -> dict[str, Any]:
+    """The comparison as JSON."""
     columns = ("new", "old", "difference", "low", "high")
     texts = {
-        kind: [{"task": d.task, "prompt": d.prompt, "expected": d.reference, "old": d.old, "new": d.new} for d in some]
-        for kind, some in (("improved", contents.best), ("worsened", contents.worst))
+        kind: [{"task": d.task, "prompt": d.prompt, "expected": d.reference, "old": d.old, "new": d.new} for d in rows]
+        for kind, rows in (("improved", contents.best), ("worsened", contents.worst))
     }
     return {
         "old": contents.labels[OLD],
@@ -114,27 +112,27 @@ def as_json(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _side(model: RegisteredModel, name: str) -> Side:
+def _find_side(model: RegisteredModel, name: str) -> Side:
     if name != WORKSPACE:
         version = model.find(name)
         return Side(model.label(version), model.manifest(version))
     parity = model.root / "artifacts" / "parity"
     if not (parity / "parity.json").is_file():
-        raise CompareError("the workspace holds no scored model; `retune run` or `dvc repro` makes one")
+        raise CompareError("the workspace has no scored model; run `retune run` or `dvc repro`")
     manifest = manifests.build(model.params, graph.version_id(model.root), {}, model.root)
     return Side(WORKSPACE, manifest, pq.read_table(parity / "items.merged.parquet"))
 
 
 def _notes(sides: tuple[Side, Side], settings: dict[str, Any]) -> list[str]:
     notes = [
-        f"{side.label} was published with other test items or another decoding and was scored again"
+        f"{side.label} was published with other test items or evaluation parameters, so it was scored again"
         for side in sides
         if side.manifest["evaluation"] != settings
     ]
     if len({side.manifest["params"]["prepare"]["test_fraction"] for side in sides}) > 1:
         notes.append(
             "prepare.test_fraction differs: the version with the smaller one may have been trained on some of these "
-            "test items, which makes its scores too high"
+            "test items, so its scores may be too high"
         )
     return notes
 
@@ -142,13 +140,13 @@ def _notes(sides: tuple[Side, Side], settings: dict[str, Any]) -> list[str]:
 def _origins(side: Side) -> dict[str, Any]:
     """Where a version comes from: rows, snapshot, base model, code and packages."""
     manifest = side.manifest
-    chosen = {key: manifest[key] for key in ("data", "base_model", "packages")} | {"commit": manifest["git"]["commit"]}
-    return {key: value[:12] if DIGEST.search(key) else value for key, value in flat(chosen).items()}
+    origins = {key: manifest[key] for key in ("data", "base_model", "packages")} | {"commit": manifest["git"]["commit"]}
+    return {key: value[:12] if DIGEST.search(key) else value for key, value in flatten(origins).items()}
 
 
-def _differing(before: dict[str, Any], after: dict[str, Any], labels: dict[str, str], what: str) -> list[Row]:
+def _differing_rows(before: dict[str, Any], after: dict[str, Any], labels: dict[str, str], title: str) -> list[Row]:
     return [
-        {what: key, labels[OLD]: str(before.get(key, "–")), labels[NEW]: str(after.get(key, "–"))}
+        {title: key, labels[OLD]: str(before.get(key, "–")), labels[NEW]: str(after.get(key, "–"))}
         for key in dict.fromkeys([*before, *after])
         if before.get(key, "–") != after.get(key, "–")
     ]

@@ -1,7 +1,7 @@
-"""The whole report of a version: base, champion, candidate and merged model, and what the gate decided.
+"""The complete report of a version: base, champion, candidate, merged model, and the gate's decision.
 
-`artifacts/report.html` and `.md` lie outside the stages' outputs, since no stage may read what comes after it:
-everything is taken from the version's manifest, its files and the promotion log.
+It is made from the version's manifest, its files and the promotion log. No stage writes it, because it contains the
+decision, which comes after the stages.
 """
 
 import json
@@ -24,27 +24,27 @@ from pipeline.report.stage import facts, file_parts, read_prompts
 from pipeline.report.versus import scored_system
 from pipeline.scoring.resampling import read_scores
 
-DECIDED = ("promoted", "refused", "undecided", "proposed")
+DECISIONS = ("promoted", "refused", "undecided", "proposed")
 
 
-def report(params: PublishParams, version: str, folder: Path, root: Path = Path(".")) -> Contents:
+def write_version_report(params: PublishParams, version: str, folder: Path, root: Path = Path(".")) -> Contents:
     """Write the report of the published `version` into `folder`.
 
     Raises:
-        StoreError: the version is not published, or a file of it is missing or altered.
+        StoreError: the version is not published, or one of its files is missing or altered.
     """
     model = RegisteredModel(params, root)
     manifest = model.manifest(version)
-    decided = [record for record in model.log() if record.version == version and record.decision in DECIDED]
-    contents = _contents(model, manifest, decided[-1] if decided else None)
+    decisions = [record for record in model.log() if record.version == version and record.decision in DECISIONS]
+    contents = _contents(model, manifest, decisions[-1] if decisions else None)
     write_report(contents, folder)
     return contents
 
 
 def report_decision(params: PublishParams, version: str, folder: Path, root: Path = Path(".")) -> list[str]:
-    """`report`, for a decision that stands whatever becomes of its page; returns warnings."""
+    """`write_version_report` after a decision, which stands even if the report fails; returns warnings."""
     try:
-        report(params, version, folder, root)
+        write_version_report(params, version, folder, root)
     except (RuntimeError, ValueError, OSError) as error:
         return [f"the report could not be written: {error}"]
     return []
@@ -60,11 +60,11 @@ def _contents(model: RegisteredModel, manifest: Manifest, record: Record | None)
     old, systems, notes = base, [base, candidate, merged], list(record.notes) if record else []
     label = model.label(manifest["version"])
     about = {"model": manifest["name"], "version": label, "published": manifest["created"][:10]}
-    of_version = facts(manifest, "version", "name", "created", "git")
+    version_facts = facts(manifest, "version", "name", "created", "git")
     parts = file_parts(adapter, evaluation, settings)
     if record is not None:
         about["decided"] = record.time[:10]
-        of_version |= {
+        version_facts |= {
             "compared with": record.previous or BASE,
             "decided": record.time,
             "by": record.actor,
@@ -76,25 +76,24 @@ def _contents(model: RegisteredModel, manifest: Manifest, record: Record | None)
         try:
             if champion is None:
                 raise CompareError("it is no longer in the store")
-            asked = model.fetch(champion, "evaluation")
-            # On the same items by the same settings, as published or as the gate scored it again.
+            champion_evaluation = model.fetch(champion, "evaluation")
+            # Scores on the same items with the same settings: as published, or as the gate scored it again.
             items = merged_items(model, champion, settings, may_score=False)
             old = scored_system("champion", champion, settings, items)
             systems.insert(1, old)
-            parts["prompts"] = read_prompts(
-                {"base": (evaluation, "base"), "champion": (asked, "adapter"), "adapter": (evaluation, "adapter")}
-            )
+            sources = {"base": (evaluation, "base"), "champion": (champion_evaluation, "adapter")}
+            parts["prompts"] = read_prompts(sources | {"adapter": (evaluation, "adapter")})
         except CompareError as error:
             notes.append(f"Champion {model.label(record.previous)} is left out: {error}.")
-    taken = {stage: manifest["time"][stage] for stage in STAGES}
-    times = {stage: "not measured here" if time is None else clock(time) for stage, time in taken.items()}
+    seconds = {stage: manifest["time"][stage] for stage in STAGES}
+    times = {stage: "not measured here" if time is None else clock(time) for stage, time in seconds.items()}
     parts["facts"] = {
-        "Version": of_version,
+        "Version": version_facts,
         "Data": facts(manifest["data"], "rows", "test_sha256", "dvc_md5"),
         "Time and cost": times | facts(manifest, "cost"),
     } | parts["facts"]
     word, comparison = (record.word, record.comparison) if record else ("open", {})
-    return Contents.of(
+    return Contents.compare(
         systems,
         old,
         settings["params"],
