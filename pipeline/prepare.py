@@ -1,8 +1,8 @@
-"""prepare: instruction data in, tokenised train, validation and test splits with their template contract out.
+"""prepare: makes tokenised train, validation and test splits, and the template contract, from the data snapshot.
 
-Every row is kept, repaired or dropped with a reason; dropped rows stand in `dropped.jsonl`. A row's split follows from
-the hash of its group alone, so a row never moves between splits when data is added or removed. A row of the test split
-is dropped on no other row's account; a copy of one, near or exact, is never trained on.
+Every row is kept, repaired, or listed in `dropped.jsonl` with a reason. The hash of a row's group decides its split, so
+no row changes its split when data is added or removed. The only rows that can remove a test row are exact copies of it
+in the test split; no copy of a test row, exact or near, is trained on.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ from pipeline.core.progress import Progress
 from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.default_scoring import Choice, choose_scoring
 from pipeline.data.encoding import ROWS, TOKENS, Encoder, encode_shard, load_encoding
-from pipeline.data.outcomes import SPLITS, Outcomes, decide, joined_groups
+from pipeline.data.outcomes import SPLITS, Outcomes, decide_outcomes, merge_groups
 from pipeline.data.records import Rejected
 from pipeline.data.report import DataStats, write_report
 from pipeline.data.shards import Rejection, Shard, canonical_shards
 from pipeline.data.shingles import signature_version
 from pipeline.params import PrepareParams
 
-PARALLEL_ROWS = 20_000  # fewer are encoded before a second process has imported its libraries
+PARALLEL_ROWS = 20_000  # fewer are encoded sooner than a second process can start
 COMMON = ("id", "source", "task", "language")
 TRAIN = pa.schema([*((name, pa.string()) for name in COMMON), ("input_ids", TOKENS), ("labels", TOKENS)])
 TEST = pa.schema(
@@ -55,29 +55,29 @@ TEST = pa.schema(
 
 
 class PrepareError(ValueError):
-    """The data cannot become a dataset; the message says what is wrong with how many rows, and the way out."""
+    """The data cannot become a dataset; the message says why, for how many rows, and what to do."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PrepareResult:
     rows: dict[str, int]  # split → rows
     dropped: dict[str, int]  # reason → rows
-    trained_tokens: int  # of the training split: tokens that carry loss
+    trained_tokens: int  # tokens of the training split that carry loss
     tokens: int  # of the training split
-    scoring: dict[str, Choice]  # task → how its rows are scored that do not say it
+    scoring: dict[str, Choice]  # task → scoring of its rows without a scoring column
 
 
 def prepare(
     params: PrepareParams, data: Path, output: Path, cache: Path | None = None, train_task: str = "causal-lm"
-) -> Prepared:
+) -> PrepareResult:
     """Write `train|validation|test.parquet`, `contract.json`, `report.json|md|html` and `dropped.jsonl` to `output`.
 
-    Train and validation shards have `id, source, task, language, input_ids, labels` (labels −100 where a token carries
-    no loss); the test shard, ordered by id, has `id, source, task, language, group, scoring, messages` (JSON), `tools,
-    prompt` (rendered), `input_ids` (its tokens) and `reference`, the expected answer. Lengths are in tokens.
-    With the `train_task` sequence-classification no token carries loss; train and validation shards have the class
-    as `label`, the test shard as `reference`, and the contract lists the classes of the training rows as `labels`.
-    Encoded shards stay in `cache`, if one is given: the next call reads from there what has not changed.
+    Train and validation files have the columns of `TRAIN`; a label of −100 means no loss. The test file has those of
+    `TEST`, ordered by id: `messages` is the conversation before the answer (JSON), `prompt` its rendered text,
+    `input_ids` its tokens, and `reference` the expected answer.
+    With the `train_task` sequence-classification, no token carries loss: `label` (in test rows, `reference`) is the
+    class, and the contract lists the classes of the training rows as `labels`.
+    Encoded shards are kept in `cache`, if one is given, and reused if nothing they depend on has changed.
 
     Raises:
         PrepareError: too many unusable rows, an overlong row with `on_overlong: error`, or an empty split.
@@ -85,19 +85,19 @@ def prepare(
     """
     template, identity = load_encoding(params, train_task)
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="retune-") as work:
-        parts, rejected = canonical_shards(data, Path(work) / "shards")
+        shards, rejected = canonical_shards(data, Path(work) / "shards")
         contract = template.contract(identity)
-        folders = _encode([part.path for part in parts], params, contract, Path(work) / "encoded", train_task)
-        outcomes = decide(folders, params.near_duplicate_threshold)
+        folders = _encode([shard.path for shard in shards], params, contract, Path(work) / "encoded", train_task)
+        outcomes = decide_outcomes(folders, params.near_duplicate_threshold)
         _require_usable(params, outcomes, [row for row, *_ in rejected])
         with whole_directory(output) as folder:
-            return _write(parts, rejected, folders, outcomes, template, contract, params, folder)
+            return _write(shards, rejected, folders, outcomes, template, contract, params, folder)
 
 
 def _encode(
     shards: list[Path], params: PrepareParams, contract: dict[str, Any], cache: Path, train_task: str
 ) -> list[Path]:
-    """A folder of encoded rows for each shard, in order; what an earlier call left in `cache` is used again."""
+    """A folder of encoded rows for each shard, in order; folders that are already in `cache` are reused."""
     settings = params.model_dump(exclude={"max_dropped_fraction", "default_scoring"})
     code = code_digests("pipeline.data.encoding")
     identity = sha256_json([settings, contract, code, signature_version()])
@@ -107,63 +107,66 @@ def _encode(
     sizes = [pq.read_metadata(shard).num_rows for shard in todo.values()]
     progress = Progress("prepare", sum(sizes), "rows", every=2.0)
     encode = partial(encode_shard, params.model_dump_json(), train_task)
-    with nullcontext() if sum(sizes) < PARALLEL_ROWS else _processes() as pool:
-        encoded = (pool.map if pool else map)(encode, todo.values(), todo)
-        for done, _ in zip(np.cumsum(sizes).tolist(), encoded, strict=True):
+    with nullcontext() if sum(sizes) < PARALLEL_ROWS else _process_pool() as pool:
+        results = (pool.map if pool else map)(encode, todo.values(), todo)
+        for done, _ in zip(np.cumsum(sizes).tolist(), results, strict=True):
             progress.update(done)
-    for left_over in set(cache.iterdir()) - set(folders):
-        shutil.rmtree(left_over)
+    for outdated in set(cache.iterdir()) - set(folders):
+        shutil.rmtree(outdated)
     return folders
 
 
 @contextmanager
-def _processes() -> Iterator[ProcessPoolExecutor]:
-    """A process for each core; spawned, since a fork would copy this one's threads and locks half-way."""
-    pool = ProcessPoolExecutor(available_cores(), get_context("spawn"), _begin_process, (os.getpid(),))
+def _process_pool() -> Iterator[ProcessPoolExecutor]:
+    """One process per core; spawned, because a fork would copy this process's threads and locks in an unsafe state."""
+    pool = ProcessPoolExecutor(available_cores(), get_context("spawn"), _start_process, (os.getpid(),))
     try:
         yield pool
     except BrokenProcessPool:
-        raise PrepareError("a process was killed, most likely because memory ran out; free some, try again") from None
+        raise PrepareError("a process was killed, probably because memory ran out; free memory and retry") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_process(parent: int) -> None:
+def _start_process(parent: int) -> None:
     end_with_parent(parent=parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is already one process per core
 
 
 def _require_usable(params: PrepareParams, outcomes: Outcomes, rejected: list[Rejected]) -> None:
-    """Refuse data of which too much cannot be used, an overlong row where none may be, and an empty split."""
+    """Refuse too many unusable rows, an overlong row with `on_overlong: error`, and an empty split."""
     total = len(outcomes.reason) + len(rejected)
     overlong, unusable = outcomes.cause == "overlong", outcomes.cause == "unusable"
     if params.on_overlong == "error" and overlong.any():
         first = int(np.argmax(overlong))
         row = f"{outcomes.sources[first].as_py()} {outcomes.details[first].as_py()}"
-        raise PrepareError(f"{row}: raise it, or set prepare.on_overlong to drop, truncate_prompt or split")
+        raise PrepareError(f"{row}; raise it, or set prepare.on_overlong to drop, truncate_prompt or split")
     count = int(unusable.sum()) + len(rejected)
     if count > params.max_dropped_fraction * total:
-        reasons = Counter(outcomes.reason[unusable]) + Counter(f"a row {row.reason}" for row in rejected)
+        reasons = Counter(outcomes.reason[unusable]) + Counter(row.reason for row in rejected)
         source = rejected[0].source if rejected else outcomes.sources[int(np.argmax(unusable))].as_py()
         raise PrepareError(
             f"{count} of {total} rows are unusable, more than prepare.max_dropped_fraction "
             f"({params.max_dropped_fraction:g}) allows: "
-            f"{'; '.join(f'{n} × {reason}' for reason, n in reasons.most_common(3))}. The first is {source}"
+            f"{_list_reasons(reasons)}. The first is {source}"
         )
     for split in ("train", "test"):
         if not (outcomes.kept & (outcomes.split == split)).any():
             reasons = Counter(outcomes.reason[~outcomes.kept])
-            dropped = "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(3)) or "none dropped"
             raise PrepareError(
-                f"the {split} split is empty: {total} rows came in ({dropped}; prepare.max_length is "
-                f"{params.max_length} tokens); add rows, or change prepare.test_fraction, prepare.max_length, "
-                "prepare.on_overlong or prepare.filters"
+                f"the {split} split is empty: {total} rows were read, dropped: {_list_reasons(reasons) or 'none'} "
+                f"(prepare.max_length is {params.max_length} tokens); add rows, or change prepare.test_fraction, "
+                "prepare.max_length, prepare.on_overlong or prepare.filters"
             )
 
 
+def _list_reasons(counts: Counter[str]) -> str:
+    return "; ".join(f"{count} × {reason}" for reason, count in counts.most_common(3))
+
+
 def _write(
-    parts: list[Shard],
+    shards: list[Shard],
     rejected: list[Rejection],
     folders: list[Path],
     outcomes: Outcomes,
@@ -171,11 +174,11 @@ def _write(
     contract: dict[str, Any],
     params: PrepareParams,
     output: Path,
-) -> Prepared:
-    """Stream the kept rows to their split's file and the others to `dropped.jsonl`, and report on all of them."""
-    by_class = isinstance(template, TextEncoder)
-    schema = TRAIN.append(pa.field("label", pa.string())) if by_class else TRAIN
-    scoring = choose_scoring(folders, ROWS, outcomes.kept, "exact" if by_class else params.default_scoring)
+) -> PrepareResult:
+    """Write the kept rows to the files of their splits, the others to `dropped.jsonl`, and the report."""
+    classifies = isinstance(template, TextEncoder)
+    schema = TRAIN.append(pa.field("label", pa.string())) if classifies else TRAIN
+    scoring = choose_scoring(folders, ROWS, outcomes.kept, "exact" if classifies else params.default_scoring)
     stats = DataStats()
     tests: list[pa.Table] = []
     example: list[tuple[str, bool]] = []
@@ -187,64 +190,65 @@ def _write(
     ):
         for row, file, format in rejected:
             stats.add_read(format, file, 1)
-            dropped.write(_dropped_line(stats, row.source, f"a row {row.reason}", row.record) + "\n")
-        for rows in _rows_of(parts, folders, len(outcomes.reason), stats):
+            dropped.write(_dropped_line(stats, row.source, row.reason, row.record) + "\n")
+        for rows in _numbered_rows(shards, folders, len(outcomes.reason), stats):
             numbers = rows["number"].to_numpy()
             kept, split = outcomes.kept[numbers], outcomes.split[numbers]
             for name in SPLITS:
-                of_split = rows.filter(pa.array(kept & (split == name)))
-                if name != "test":  # a test item asks for the last answer alone, whatever the template
-                    of_split = _one_row_an_answer(of_split, stats)
-                _count(stats, name, of_split)
-                classes[name].update(of_split["label"].to_pylist())
+                split_rows = rows.filter(pa.array(kept & (split == name)))
+                if name != "test":  # a test item always asks only for the last answer
+                    split_rows = _one_row_per_answer(split_rows, stats)
+                _count(stats, name, split_rows)
+                classes[name].update(split_rows["label"].to_pylist())
                 if name == "test":
-                    tests.append(_with_scoring(of_split, scoring).select([*TEST.names, "number"]))
+                    tests.append(_with_scoring(split_rows, scoring).select([*TEST.names, "number"]))
                 else:
-                    (train if name == "train" else validation).write_table(of_split.select(schema.names))
-                if name == "train" and len(of_split) and not example:
-                    example = _segments(of_split.slice(0, 1), template)
+                    (train if name == "train" else validation).write_table(split_rows.select(schema.names))
+                if name == "train" and len(split_rows) and not example:
+                    example = _segments(split_rows.slice(0, 1), template)
             for row in rows.filter(pa.array(~kept)).select(["source", "record", "number"]).to_pylist():
-                dropped.write(_dropped(stats, row, outcomes) + "\n")
-    test = _whole_test(tests, outcomes)
+                dropped.write(_encoded_row_line(stats, row, outcomes) + "\n")
+    test = _test_table(tests, outcomes)
     pq.write_table(test, output / "test.parquet")
     report = stats.report(params.max_length, _digest(test), example, outcomes.crowded, scoring)
     write_report(report, output)
     tokens = report["train_tokens"]
     contract |= {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
-    if by_class:
+    if classifies:
         contract["labels"] = class_names(classes["train"], classes["validation"] | classes["test"])
     write_json(output / "contract.json", contract)
-    return Prepared(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
+    return PrepareResult(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
 
 
-def _rows_of(parts: list[Shard], folders: list[Path], total: int, stats: DataStats) -> Iterator[pa.Table]:
-    """The encoded rows of each part with their `number` among all."""
+def _numbered_rows(shards: list[Shard], folders: list[Path], total: int, stats: DataStats) -> Iterator[pa.Table]:
+    """The encoded rows of each shard, with their index in `Outcomes` as `number`."""
     progress, start = Progress("prepare", total, "rows written", every=2.0), 0
-    for part, folder in zip(parts, folders, strict=True):
+    for shard, folder in zip(shards, folders, strict=True):
         progress.update(start)
         rows = pq.read_table(folder / ROWS)
-        read = pq.read_metadata(part.path).num_rows
-        stats.add_read(part.format, part.file, read)
-        stats.more += len(rows) - read
+        rows_read = pq.read_metadata(shard.path).num_rows
+        stats.add_read(shard.format, shard.file, rows_read)
+        stats.added += len(rows) - rows_read
         yield rows.append_column("number", pa.array(np.arange(start, start + len(rows))))
         start += len(rows)
 
 
-def _whole_test(tests: list[pa.Table], outcomes: Outcomes) -> pa.Table:
-    """The test split in the order of its ids; near copies in it are one group."""
+def _test_table(tests: list[pa.Table], outcomes: Outcomes) -> pa.Table:
+    """The test split, sorted by id; near copies in it are in one group."""
     test = pa.concat_tables(tests).sort_by([("id", "ascending"), ("prompt", "ascending")])
-    groups = joined_groups(test["group"].to_pylist(), outcomes.cluster[test["number"].to_numpy()])
+    groups = merge_groups(test["group"].to_pylist(), outcomes.cluster[test["number"].to_numpy()])
     test = test.set_column(test.column_names.index("group"), "group", pa.array(groups, pa.string()))
     return test.drop_columns("number").cast(TEST)
 
 
-def _one_row_an_answer(rows: pa.Table, stats: DataStats) -> pa.Table:
-    """`rows` with one more for each earlier answer of a conversation whose template rewrites earlier turns."""
-    more = pc.list_value_length(rows["earlier_ids"])
-    if not pc.any(pc.greater(more, 0)).as_py():
+def _one_row_per_answer(rows: pa.Table, stats: DataStats) -> pa.Table:
+    """`rows`, with an additional row per earlier answer if the template rewrites earlier turns."""
+    earlier_answers = pc.list_value_length(rows["earlier_ids"])
+    rewritten = pc.sum(pc.greater(earlier_answers, 0)).as_py()
+    if not rewritten:
         return rows
-    stats.rewritten += pc.sum(pc.greater(more, 0)).as_py()
-    stats.more += pc.sum(more).as_py()
+    stats.rewritten += rewritten
+    stats.added += pc.sum(earlier_answers).as_py()
     records = []
     for row in rows.to_pylist():
         earlier = zip(row["earlier_ids"], row["earlier_labels"], strict=True)
@@ -268,14 +272,14 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
 
 
 def _with_scoring(rows: pa.Table, choices: dict[str, Choice]) -> pa.Table:
-    """Rows of the test split, those without a scoring with that of their task."""
-    said = zip(rows["scoring"].to_pylist(), rows["task"].to_pylist(), strict=True)
-    scoring = pa.array([scoring or choices[task]["scoring"] for scoring, task in said], pa.string())
+    """`rows`, with the scoring of their task if they have none."""
+    pairs = zip(rows["scoring"].to_pylist(), rows["task"].to_pylist(), strict=True)
+    scoring = pa.array([scoring or choices[task]["scoring"] for scoring, task in pairs], pa.string())
     return rows.set_column(rows.column_names.index("scoring"), "scoring", scoring)
 
 
 def _digest(test: pa.Table) -> str:
-    """Of what is asked and expected in the test split; two datasets with the same one can be compared."""
+    """Digest of the prompts and references of the test split; scores on equal ones can be compared."""
     digest = hashlib.sha256()
     for batch in test.select(["id", "scoring", "input_ids", "reference"]).to_batches(1024):
         for row in batch.to_pylist():
@@ -284,29 +288,31 @@ def _digest(test: pa.Table) -> str:
 
 
 def _segments(row: pa.Table, template: Encoder) -> list[tuple[str, bool]]:
+    """The text of a row in parts (text, has loss)."""
     ids, labels = (row[name][0].as_py() for name in ("input_ids", "labels"))
     parts = groupby(zip(ids, labels, strict=True), key=lambda token: token[1] >= 0)
     return [(template.tokenizer.decode([id for id, _ in tokens]), trained) for trained, tokens in parts]
 
 
-def _dropped(stats: DataStats, row: dict[str, Any], outcomes: Outcomes) -> str:
-    """Count a row that is not kept; its line of `dropped.jsonl`."""
+def _encoded_row_line(stats: DataStats, row: dict[str, Any], outcomes: Outcomes) -> str:
+    """As `_dropped_line`, with the detail and the original from `outcomes`."""
     number, source, record = row["number"], row["source"], json.loads(row["record"])
     reason, original = outcomes.reason[number], int(outcomes.copy_of[number])
-    more = {"detail": detail} if (detail := outcomes.details[number].as_py()) else {}
+    details = {"detail": detail} if (detail := outcomes.details[number].as_py()) else {}
     if original >= 0:
-        more["copy_of"] = outcomes.sources[original].as_py()
+        details["copy_of"] = outcomes.sources[original].as_py()
         stats.duplicates.add(
             reason,
             source=source,
-            of=more["copy_of"],
+            of=details["copy_of"],
             similarity=float(outcomes.similarity[number]),
             text=record,
             of_text=outcomes.texts[original].as_py(),
         )
-    return _dropped_line(stats, source, reason, record, **more)
+    return _dropped_line(stats, source, reason, record, **details)
 
 
-def _dropped_line(stats: DataStats, source: str, reason: str, record: Any, **more: str) -> str:
+def _dropped_line(stats: DataStats, source: str, reason: str, record: Any, **details: str) -> str:
+    """Count a row that is not kept; returns its line of `dropped.jsonl`."""
     stats.dropped.add(reason, source=source, text=record)
-    return json.dumps({"source": source, "reason": reason, "record": record, **more}, default=str)
+    return json.dumps({"source": source, "reason": reason, "record": record, **details}, default=str)

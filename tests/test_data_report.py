@@ -1,4 +1,4 @@
-"""The data report: it adds up, says the same however it was counted, and nothing in the data can act in it."""
+"""The data report adds up, has no secrets, and shows text from the data only as text."""
 
 import re
 from collections import Counter
@@ -18,13 +18,13 @@ def turns(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
 
 
-def finished(stats: DataStats, prompt: str = "user says ") -> dict[str, Any]:
+def report_of(stats: DataStats, prompt: str = "user says ") -> dict[str, Any]:
     return stats.report(64, "0" * 64, [(prompt, False), ("yes", True)], 0, {})
 
 
 @pytest.fixture
-def full() -> dict[str, Any]:
-    """A report with everything in it, every text of it hostile."""
+def hostile_report() -> dict[str, Any]:
+    """A report with every section, in which every text is hostile."""
     stats = DataStats()
     stats.add_read(HOSTILE, HOSTILE, 7)
     stats.tasks |= {"train": Counter({HOSTILE: 2}), "validation": Counter(["code"]), "test": Counter(["code"])}
@@ -35,10 +35,10 @@ def full() -> dict[str, Any]:
         stats.dropped.add(reason, source=HOSTILE, text=turns(HOSTILE + " a@b.org"))
     pair = {"source": HOSTILE, "of": HOSTILE, "similarity": 0.93, "text": turns(HOSTILE), "of_text": turns(HOSTILE)}
     stats.duplicates.add(HOSTILE, **pair)
-    return finished(stats, f"```{HOSTILE}\n")
+    return report_of(stats, f"```{HOSTILE}\n")
 
 
-def test_the_numbers_are_those_of_the_rows() -> None:
+def test_the_report_has_the_counts_of_the_rows() -> None:
     stats = DataStats()
     stats.add_read("alpaca", "a.json", 40)
     stats.tasks |= {"train": Counter(one=20, two=10), "test": Counter(one=2)}
@@ -46,24 +46,22 @@ def test_the_numbers_are_those_of_the_rows() -> None:
     stats.trained_tokens = 100
     for number in range(8):
         stats.dropped.add("seldom" if number < 2 else "often", source=f"a.json:{number}", text=turns("text"))
-    report = finished(stats)
+    report = report_of(stats)
     assert report["rows_in"] == 40
     assert report["rows"] == {"train": 30, "validation": 0, "test": 2}
     assert list(report["dropped"].items()) == [("often", 6), ("seldom", 2)]
-    assert {reason: len(examples) for reason, examples in report["dropped_examples"].items()} == {
-        "often": 5,
-        "seldom": 2,
-    }
+    examples = {reason: len(examples) for reason, examples in report["dropped_examples"].items()}
+    assert examples == {"often": 5, "seldom": 2}
     assert report["train_tokens"] == {"total": 465, "trained": 100, "median_per_row": 16, "max_per_row": 30}
     assert report["lengths"] == {"1": 1, "2": 1, "4": 2, "8": 4, "16": 8, "32": 14}
 
 
-def test_a_row_that_is_neither_kept_nor_dropped_is_no_report() -> None:
+def test_a_row_that_is_neither_kept_nor_dropped_is_an_error() -> None:
     stats = DataStats()
     stats.add_read("alpaca", "rows.json", 2)
     stats.tasks["train"]["default"] += 1
-    with pytest.raises(DataReportError, match="2 rows came in, but 1 are kept and 0 dropped"):
-        finished(stats)
+    with pytest.raises(DataReportError):
+        report_of(stats)
 
 
 def test_the_example_and_the_excerpts_hold_no_secrets() -> None:
@@ -71,7 +69,7 @@ def test_the_example_and_the_excerpts_hold_no_secrets() -> None:
     stats.add_read("a", "f", 1)
     key = "AKIA" + "A1B2" * 4
     stats.dropped.add("reason", source="f:1", text=turns(f"use {key} " + "word " * 500))
-    report = finished(stats, f"use {key}")
+    report = report_of(stats, f"use {key}")
     assert report["example_segments"] == [("use ***", False), ("yes", True)]
     (example,) = report["dropped_examples"]["reason"]
     assert example["text"].startswith("user: use *** word") and len(example["text"]) <= 600
@@ -83,8 +81,8 @@ def test_any_record_has_an_excerpt_that_a_terminal_can_show(record: Any) -> None
     assert all(character.isprintable() or character == "\n" for character in excerpt(record))
 
 
-def test_nothing_of_the_data_is_markup(full: dict[str, Any], tmp_path: Path) -> None:
-    write_report(full, tmp_path)
+def test_text_from_the_data_is_not_markup(hostile_report: dict[str, Any], tmp_path: Path) -> None:
+    write_report(hostile_report, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "<img" not in page and 'onerror="' not in page
     assert page.count("&lt;script&gt;") >= 8 and "default-src 'none'" in page

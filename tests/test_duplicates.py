@@ -1,4 +1,4 @@
-"""Near duplicates against brute force on planted copies; the greedy rule, the test split's protection, and cost."""
+"""Near duplicates agree with brute force on planted copies, protect the test split, and have linear cost."""
 
 import random
 from collections.abc import Sequence
@@ -13,29 +13,29 @@ ENGLISH = [f"{a}{b}" for a in ("ba", "co", "di", "fu", "ge", "lo", "mi") for b i
 CHINESE = [chr(code) for code in range(0x4E00, 0x4E00 + 400)]
 
 
-def written(draw: random.Random, chinese: bool, length: int) -> list[str]:
+def random_words(draw: random.Random, chinese: bool, length: int) -> list[str]:
     return draw.choices(CHINESE if chinese else ENGLISH, k=length)
 
 
-def edited(draw: random.Random, words: Sequence[str], chinese: bool, edits: int) -> list[str]:
+def edit(draw: random.Random, words: Sequence[str], chinese: bool, edits: int) -> list[str]:
     """A copy with words replaced, inserted or deleted, and two parts swapped after many edits."""
     copy = list(words)
-    for edit in range(edits):
-        at = draw.randrange(len(copy) - 1)
-        copy[at : at + draw.randint(0, 1)] = written(draw, chinese, draw.randint(0, 1))
-        if edit == 5:
-            copy = copy[at:] + copy[:at]
-        copy += written(draw, chinese, 3 - len(copy))
+    for number in range(edits):
+        i = draw.randrange(len(copy) - 1)
+        copy[i : i + draw.randint(0, 1)] = random_words(draw, chinese, draw.randint(0, 1))
+        if number == 5:
+            copy = copy[i:] + copy[:i]
+        copy += random_words(draw, chinese, 3 - len(copy))
     return copy
 
 
-def planted(draw: random.Random, originals: int) -> list[str]:
-    """Texts in both languages, each with up to three copies that are edited more or less."""
+def texts_with_copies(draw: random.Random, originals: int) -> list[str]:
+    """Texts in two languages, each with up to three copies with zero to nine edits."""
     texts = []
     for _ in range(originals):
         chinese = draw.random() < 0.5
-        words = written(draw, chinese, draw.randint(4, 160))
-        rows = [words, *(edited(draw, words, chinese, draw.choice((0, 1, 2, 4, 9))) for _ in range(draw.randint(0, 3)))]
+        words = random_words(draw, chinese, draw.randint(4, 160))
+        rows = [words, *(edit(draw, words, chinese, draw.choice((0, 1, 2, 4, 9))) for _ in range(draw.randint(0, 3)))]
         texts += [("" if chinese else " ").join(row) for row in rows]
     draw.shuffle(texts)
     return texts
@@ -58,8 +58,8 @@ def seeded() -> random.Random:
 
 @pytest.fixture(scope="module")
 def compared() -> tuple[list[str], np.ndarray]:
-    """Texts with planted copies, and the similarity of each with each, (N, N)."""
-    texts = planted(seeded(), 200)
+    """Texts with planted copies, and the similarity of every pair, (N, N)."""
+    texts = texts_with_copies(seeded(), 200)
     sets = [shingles(text) for text in texts]
     return texts, np.array(
         [[jaccard(left, right) for right in sets[:row]] + [0.0] * (len(sets) - row) for row, left in enumerate(sets)]
@@ -67,10 +67,10 @@ def compared() -> tuple[list[str], np.ndarray]:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
-def test_planted_copies_are_found_and_nothing_else(compared: tuple[list[str], np.ndarray], threshold: float) -> None:
+def test_planted_copies_are_found_and_no_other_rows(compared: tuple[list[str], np.ndarray], threshold: float) -> None:
     texts, similar = compared
     copies = np.zeros(len(texts), dtype=bool)
-    for row in range(len(texts)):  # the greedy rule with every pair compared
+    for row in range(len(texts)):  # the greedy choice with every pair compared
         copies[row] = (similar[row, :row][~copies[:row]] >= threshold).any()
     result = search(texts, threshold)
     found = result.duplicate_of >= 0
@@ -86,20 +86,22 @@ def test_planted_copies_are_found_and_nothing_else(compared: tuple[list[str], np
 
 def test_the_result_does_not_depend_on_the_order_of_the_rows() -> None:
     draw = seeded()
-    texts = sorted(set(planted(draw, 150)))
+    texts = sorted(set(texts_with_copies(draw, 150)))
     protected = draw.sample(range(len(texts)), 60)
     ranks = draw.sample(range(len(texts)), len(texts))
     first = search(texts, rank=ranks, protected=protected)
-    moved = draw.sample(range(len(texts)), len(texts))  # the row that stands at each place
-    place = {row: at for at, row in enumerate([*moved])} | {-1: -1}
+    shuffled = draw.sample(range(len(texts)), len(texts))
+    new_row = {row: i for i, row in enumerate(shuffled)} | {-1: -1}
     second = search(
-        [texts[row] for row in moved], rank=[ranks[row] for row in moved], protected=[place[row] for row in protected]
+        [texts[row] for row in shuffled],
+        rank=[ranks[row] for row in shuffled],
+        protected=[new_row[row] for row in protected],
     )
-    assert [place[row] for row in first.duplicate_of[moved].tolist()] == second.duplicate_of.tolist()
-    assert [place[row] for row in first.cluster[moved].tolist()] == second.cluster.tolist()
+    assert [new_row[row] for row in first.duplicate_of[shuffled].tolist()] == second.duplicate_of.tolist()
+    assert [new_row[row] for row in first.cluster[shuffled].tolist()] == second.cluster.tolist()
 
 
-def test_of_two_copies_the_row_of_lower_rank_is_kept_and_a_dropped_row_has_no_copies() -> None:
+def test_of_two_copies_the_row_with_the_lower_rank_is_kept_and_a_dropped_row_has_no_copies() -> None:
     pair = ["the same words in this row as there", "The same words in this row, as there!"]
     assert search(pair, rank=[1, 2]).duplicate_of.tolist() == [-1, 0]
     assert search(pair, rank=[2, 1]).duplicate_of.tolist() == [1, -1]
@@ -119,8 +121,8 @@ def test_near_copies_within_the_test_split_share_a_cluster() -> None:
 
 
 @pytest.mark.parametrize("shape", ["equal", "near", "boilerplate", "chain", "test split"])
-def test_cost_is_linear_whatever_the_rows_are(shape: str) -> None:
-    """Comparisons a row, which are the cost that could explode, for rows of which each is a candidate for each."""
+def test_the_number_of_comparisons_is_linear_whatever_the_rows_are(shape: str) -> None:
+    """The rows of each shape are all candidates for each other, so a naive search would compare every pair."""
     words = [f"w{n}" for n in range(100)]
     shapes = {
         "equal": lambda row: words,

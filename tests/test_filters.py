@@ -1,4 +1,4 @@
-"""Filters over single rows drop what they are for and nothing else; a text's language is right, or "und"."""
+"""Each filter drops the rows it is for; a text's language is right, or "und"."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def row(answer: str, question: str = "Say something.") -> Row:
         ({"languages": ["fr"]}, row("42", "42?"), row("Paris is the capital of France.")),
     ],
 )
-def test_a_filter_drops_what_it_is_for_and_names_itself(values: dict[str, Any], kept: Row, dropped: Row) -> None:
+def test_a_filter_drops_rows_and_its_reason_names_it(values: dict[str, Any], kept: Row, dropped: Row) -> None:
     [name] = values
     filters = FilterParams.model_validate(OFF.model_dump() | values)
     assert filter_reason(dropped, OFF) is filter_reason(kept, filters) is None
@@ -55,11 +55,11 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("code", "text"), TEXTS)
-def test_the_language_is_told_or_not_guessed(code: str, text: str) -> None:
+def test_the_language_of_a_text_is_detected_or_undetermined(code: str, text: str) -> None:
     assert language_of(text) == code
 
 
-def test_a_short_answer_is_in_the_language_of_its_conversation() -> None:
+def test_a_short_answer_has_the_language_of_its_conversation() -> None:
     question = {"role": "user", "content": "Wie viele Tage hat das Jahr, wenn es kein Schaltjahr ist?"}
     assert language_of_row([question, {"role": "assistant", "content": "365"}]) == "de"
     assert language_of_row([question, {"role": "assistant", "content": "Il y en a trois cent soixante-cinq."}]) == "fr"

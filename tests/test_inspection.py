@@ -1,4 +1,4 @@
-"""`retune inspect`: what is shown is what the model sees, and every row has its verdict."""
+"""`retune inspect` shows what the model sees, with a verdict on every row."""
 
 import json
 import shutil
@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from test_classification import classifying, make_encoder
 
 from pipeline.chat.template import ChatTemplate, load_template
-from pipeline.data.inspection import InspectionError, Shown, as_text, inspect_dataset, inspect_file, tokens_of
+from pipeline.data.inspection import (
+    InspectedRow,
+    InspectionError,
+    as_text,
+    decode_tokens,
+    inspect_dataset,
+    inspect_file,
+)
 from pipeline.params import Params
 from pipeline.prepare import prepare
 
@@ -35,7 +42,7 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_prepared_row_is_shown_with_all_its_tokens_and_what_is_trained(dataset: Path) -> None:
+def test_a_prepared_row_is_shown_with_all_its_tokens_and_labels(dataset: Path) -> None:
     [shown] = inspect_dataset(dataset, "train", 3, None, None, 1)
     assert shown.id is not None and inspect_dataset(dataset, "train", None, shown.id, None, 3) == [shown]
     record = pq.read_table(dataset / "train.parquet").slice(3, 1).to_pylist()[0]
@@ -62,14 +69,12 @@ def test_a_test_row_is_shown_as_prompt_and_reference(dataset: Path) -> None:
         (None, None, "none", "the train split has no task none; .*default"),
     ],
 )
-def test_a_row_that_is_not_there_is_an_error(
-    dataset: Path, row: int | None, id: str | None, task: str | None, what: str
-) -> None:
+def test_a_missing_row_is_an_error(dataset: Path, row: int | None, id: str | None, task: str | None, what: str) -> None:
     with pytest.raises(InspectionError, match=what):
         inspect_dataset(dataset, "train", row, id, task, 1)
 
 
-def test_a_file_is_shown_as_it_would_be_prepared_with_a_verdict_on_each_row(params: Params, rows: Path) -> None:
+def test_each_row_of_a_file_is_shown_as_prepared_with_its_verdict(params: Params, rows: Path) -> None:
     kept, repaired, dropped, overlong = inspect_file(params, rows, None, None, 10)
     assert (kept.verdict, kept.reasons) == ("kept", [])
     assert "".join(token.text for token in kept.tokens if token.trained) == "A colour.<|im_end|>"
@@ -101,29 +106,29 @@ def test_a_text_and_its_class_are_shown_from_a_file_and_from_the_dataset(params:
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
-def test_the_tokens_texts_together_are_the_text(template: ChatTemplate, text: str) -> None:
+def test_the_texts_of_the_tokens_add_up_to_the_text(template: ChatTemplate, text: str) -> None:
     ids = template.tokenizer.encode(text, add_special_tokens=False)
-    tokens = tokens_of(template.tokenizer, ids)
+    tokens = decode_tokens(template.tokenizer, ids)
     assert "".join(token.text for token in tokens) == template.tokenizer.decode(ids)
     assert [number for token in tokens for number in token.ids] == ids
 
 
-def test_the_trained_tokens_stand_in_brackets_and_green(template: ChatTemplate) -> None:
+def test_trained_tokens_are_in_brackets_and_green(template: ChatTemplate) -> None:
     encoded = template.encode([{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}])
-    shown = tokens_of(template.tokenizer, encoded.input_ids, encoded.labels)
-    text = as_text(Shown("row 0", "kept", [], "t", shown))
+    tokens = decode_tokens(template.tokenizer, encoded.input_ids, encoded.labels)
+    text = as_text(InspectedRow("row 0", "kept", [], "t", tokens))
     *_, start, answer, _ = text.plain.replace("·", "").split("\n")
     assert (start, answer) == ("<|im_start|>assistant⏎", "⟦blue<|im_end|>⟧⏎")
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert "".join(green) == "blue<|im_end|>"
-    whole = as_text(Shown("row 0", "kept", [], "t", [token for token in shown if token.trained])).plain
-    assert whole.replace("·", "").split("\n")[1] == "⟦blue<|im_end|>⟧"
+    only_trained = as_text(InspectedRow("row 0", "kept", [], "t", [token for token in tokens if token.trained])).plain
+    assert only_trained.replace("·", "").split("\n")[1] == "⟦blue<|im_end|>⟧"
 
 
-def test_text_cannot_drive_the_terminal(template: ChatTemplate) -> None:
+def test_control_characters_in_a_text_do_not_reach_the_terminal(template: ChatTemplate) -> None:
     hostile = "\x1b[2J\x07\x9b31m[bold]"
-    tokens = tokens_of(template.tokenizer, template.tokenizer.encode(hostile))
-    plain = as_text(Shown("row 0", "kept", [], "t", tokens, reference=hostile)).plain
+    tokens = decode_tokens(template.tokenizer, template.tokenizer.encode(hostile))
+    plain = as_text(InspectedRow("row 0", "kept", [], "t", tokens, reference=hostile)).plain
     assert not set(plain) & set("\x1b\x07\x9b")
     assert "[bold]" in plain.replace("·", "")
 
@@ -138,7 +143,7 @@ def test_the_command_shows_a_file_in_text_and_as_json(params: Params, rows: Path
     assert [(row["verdict"], row["task"]) for row in answer["rows"]] == [("repaired", "tokens")]
 
 
-def test_a_clone_that_has_not_run_yet_fetches_the_base_model_to_show_a_file(project: Path, rows: Path) -> None:
+def test_a_fresh_clone_fetches_the_base_model_to_show_a_file(project: Path, rows: Path) -> None:
     shutil.rmtree(project / "data")
     done = retune(project, "inspect", str(rows), "--json")
     assert done.returncode == 0, done.stderr

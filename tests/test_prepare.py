@@ -1,4 +1,4 @@
-"""Instruction data into splits: who goes where, who is dropped and why, and that nothing is lost or leaked."""
+"""prepare assigns every row to a split or drops it with a reason, and no row leaks into training."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from conftest import CHATML, sample_rows, with_
 import pipeline.prepare
 from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
-from pipeline.data.default_scoring import reason, sentence
-from pipeline.data.encoding import OVERLONG, split_of
+from pipeline.data.default_scoring import explain_choice, summarise_choices
+from pipeline.data.encoding import OVERLONG, assign_split
 from pipeline.data.outcomes import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST, SPLITS
 from pipeline.params import Params
-from pipeline.prepare import Prepared, PrepareError, prepare
+from pipeline.prepare import PrepareError, PrepareResult, prepare
 
 OUTPUTS = {*(f"{split}.parquet" for split in SPLITS), "contract.json", "dropped.jsonl"} | {
     f"report.{suffix}" for suffix in ("json", "md", "html")
 }
 
 
-def run(params: Params, folder: Path, rows: list[Any], **changes: Any) -> tuple[Prepared, Path]:
+def run(params: Params, folder: Path, rows: list[Any], **changes: Any) -> tuple[PrepareResult, Path]:
     data, output = folder / "data", folder / "dataset"
     data.mkdir(exist_ok=True)
     (data / "rows.json").write_text(json.dumps(rows))
@@ -37,11 +37,11 @@ def read(output: Path, column: str) -> dict[str, list[Any]]:
 
 
 def splits_by(output: Path, column: str) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = defaultdict(set)
+    splits: dict[str, set[str]] = defaultdict(set)
     for split, values in read(output, column).items():
         for value in values:
-            found[value].add(split)
-    return found
+            splits[value].add(split)
+    return splits
 
 
 def dropped(output: Path) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def files_of(output: Path) -> dict[str, bytes]:
 
 
 def groups_in(split: str, params: Params) -> list[str]:
-    return [group for group in (f"g{i}" for i in range(200)) if split_of(group, params.prepare) == split]
+    return [group for group in (f"g{i}" for i in range(200)) if assign_split(group, params.prepare) == split]
 
 
 def group_in(split: str, params: Params) -> str:
@@ -65,13 +65,13 @@ def ask(question: str, answer: str, **columns: Any) -> dict[str, Any]:
 
 
 def varied_rows(number: int, seed: int = 3) -> list[dict[str, Any]]:
-    """Rows of unlike words, so that none is a near copy of another."""
+    """Rows of random words, so that none is a near copy of another."""
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(3000)]
     return [ask(" ".join(draw.choices(words, k=8)), " ".join(draw.choices(words, k=3))) for _ in range(number)]
 
 
-def test_every_output_is_written_and_the_counts_agree(params: Params, tmp_path: Path) -> None:
+def test_every_output_is_written_and_its_counts_agree(params: Params, tmp_path: Path) -> None:
     result, output = run(params, tmp_path, sample_rows(200))
     assert {path.name for path in output.iterdir()} == OUTPUTS
     assert {split: len(ids) for split, ids in read(output, "id").items()} == result.rows
@@ -89,10 +89,10 @@ def test_every_output_is_written_and_the_counts_agree(params: Params, tmp_path: 
         assert row["prompt"].endswith("<|im_start|>assistant\n")
 
 
-def test_no_row_moves_and_the_test_split_stays_when_rows_are_added(params: Params, tmp_path: Path) -> None:
+def test_added_rows_change_neither_the_split_of_a_row_nor_the_test_split(params: Params, tmp_path: Path) -> None:
     rows = varied_rows(200)
     _, output = run(params, tmp_path, rows)
-    before, frozen = splits_by(output, "id"), pq.read_table(output / "test.parquet").drop_columns("source")
+    before, test_before = splits_by(output, "id"), pq.read_table(output / "test.parquet").drop_columns("source")
     digest = read_json(output / "report.json")["test_sha256"]
     more = [row | {"group": group_in("train", params)} for row in varied_rows(50, seed=5)]
     random.Random(6).shuffle(rows)
@@ -100,18 +100,18 @@ def test_no_row_moves_and_the_test_split_stays_when_rows_are_added(params: Param
     after = splits_by(output, "id")
     assert len(before) == 200 and all(len(splits) == 1 for splits in after.values())
     assert before == {id: after[id] for id in before}
-    assert pq.read_table(output / "test.parquet").drop_columns("source").equals(frozen)
+    assert pq.read_table(output / "test.parquet").drop_columns("source").equals(test_before)
     assert read_json(output / "report.json")["test_sha256"] == digest
 
 
-def test_the_splits_have_the_sizes_asked_for(params: Params) -> None:
+def test_the_splits_have_the_configured_sizes(params: Params) -> None:
     fractions = params.prepare.model_copy(update={"test_fraction": 0.1, "validation_fraction": 0.05})
-    counts = Counter(split_of(f"g{i}", fractions) for i in range(4000))
+    counts = Counter(assign_split(f"g{i}", fractions) for i in range(4000))
     assert counts["test"] == pytest.approx(400, abs=80)  # 4 standard deviations
     assert counts["validation"] == pytest.approx(200, abs=56)
 
 
-def test_a_group_stays_together(params: Params, tmp_path: Path) -> None:
+def test_a_group_stays_in_one_split(params: Params, tmp_path: Path) -> None:
     rows = [row | {"group": i % 20, "task": f"t{i % 20}"} for i, row in enumerate(varied_rows(200))]
     by_group = splits_by(run(params, tmp_path, rows)[1], "task")
     assert len(by_group) == 20
@@ -126,7 +126,7 @@ def talks(*contents: str, number: int = 60) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_template_that_rewrites_gets_a_row_an_answer_in_one_split_and_the_report_says_so(
+def test_a_template_that_rewrites_turns_gets_one_row_per_answer_all_in_one_split(
     params: Params, tmp_path: Path
 ) -> None:
     text = CHATML.replace("{{ message['content'] }}", "{{ '' if loop.last else ' ' }}{{ message['content'] }}")
@@ -159,7 +159,7 @@ def test_answers_marked_as_not_trained_are_counted_and_never_a_reference(params:
 LIGHTHOUSE = "The old lighthouse keeper climbed all the narrow steps each evening to light the great lamp above the bay"
 
 
-def test_what_copies_another_row_or_a_test_row_is_dropped_and_says_which(params: Params, tmp_path: Path) -> None:
+def test_a_copy_of_a_row_or_of_a_test_row_is_dropped_with_its_original(params: Params, tmp_path: Path) -> None:
     test, train, validation = (group_in(split, params) for split in ("test", "train", "validation"))
     rows = varied_rows(100)
     cases = [
@@ -183,8 +183,8 @@ def test_what_copies_another_row_or_a_test_row_is_dropped_and_says_which(params:
     }
     assert {row["source"]: (row["reason"], row["copy_of"]) for row in dropped(output)} == expected
     assert sum(result.rows.values()) == len(rows) - len(expected)
-    far = run(params, tmp_path, rows, max_length=512, near_duplicate_threshold=None)[0]
-    assert far.dropped == {LEAKED: 3, DUPLICATE: 1}
+    exact = run(params, tmp_path, rows, max_length=512, near_duplicate_threshold=None)[0]
+    assert exact.dropped == {LEAKED: 3, DUPLICATE: 1}
 
 
 def test_every_row_is_kept_or_dropped_with_a_reason(params: Params, tmp_path: Path) -> None:
@@ -213,14 +213,14 @@ def test_every_row_is_kept_or_dropped_with_a_reason(params: Params, tmp_path: Pa
     ("rows", "changes", "what"),
     [
         ([*sample_rows(100), *(ask(f"q{i}", "") for i in range(6))], {},
-         r"6 of 106 rows are unusable.*6 × a row output is empty.*rows\.json:\[100\]"),
+         r"6 of 106 rows are unusable.*6 × output is empty.*rows\.json:\[100\]"),
         ([*sample_rows(100), ask("q", "word " * 200)], {"on_overlong": "error"},
-         r"rows\.json:\[100\] has \d+ tokens, more than prepare\.max_length \(128\): raise it"),
+         r"rows\.json:\[100\] has \d+ tokens, more than prepare\.max_length \(128\)"),
         ([ask(f"q{i}", "a", group="same") for i in range(3)], {"max_length": 10},
          r"split is empty: 3 rows .*10 tokens"),
     ],
 )  # fmt: skip
-def test_data_that_cannot_become_a_dataset_leaves_the_output_as_it_was(
+def test_data_that_cannot_become_a_dataset_leaves_the_output_unchanged(
     params: Params, tmp_path: Path, rows: list[Any], changes: dict[str, Any], what: str
 ) -> None:
     (tmp_path / "dataset").mkdir()
@@ -231,7 +231,7 @@ def test_data_that_cannot_become_a_dataset_leaves_the_output_as_it_was(
     assert {path.name for path in tmp_path.iterdir()} == {"data", "dataset"}
 
 
-def test_rows_are_kept_up_to_max_length_and_longer_ones_are_no_sign_of_a_broken_source(
+def test_rows_up_to_max_length_are_kept_and_longer_ones_do_not_count_as_unusable(
     params: Params, tmp_path: Path
 ) -> None:
     result, output = run(params, tmp_path, [ask(f"q{i}", "x" * i) for i in range(1, 200)], max_length=100)
@@ -245,7 +245,7 @@ def test_rows_are_kept_up_to_max_length_and_longer_ones_are_no_sign_of_a_broken_
     assert result.dropped == {OVERLONG: 199 - len(lengths)}
 
 
-LABELS = ["yes", "No.", "no", "YES"]  # two, as they are compared
+LABELS = ["yes", "No.", "no", "YES"]  # two different answers, as they are compared
 
 
 @pytest.mark.parametrize(
@@ -258,31 +258,31 @@ LABELS = ["yes", "No.", "no", "YES"]  # two, as they are compared
          {"short": 90}),
     ],
 )  # fmt: skip
-def test_rows_without_a_scoring_are_scored_by_what_their_answers_look_like(
+def test_the_scoring_of_rows_without_one_depends_on_their_answers(
     answers: list[str], scoring: str, choice: dict[str, int], params: Params, tmp_path: Path
 ) -> None:
     rows = [row | {"output": answer} for row, answer in zip(varied_rows(100), answers, strict=True)]
-    made, output = run(params, tmp_path, rows)
+    result, output = run(params, tmp_path, rows)
     assert set(pq.read_table(output / "test.parquet").column("scoring").to_pylist()) == {scoring}
-    assert made.scoring == read_json(output / "report.json")["scoring"]
-    assert choice.items() <= made.scoring["default"].items()
-    assert made.scoring["default"]["scoring"] == scoring
-    assert scoring in sentence(made.scoring)
-    assert reason(made.scoring["default"]) in (output / "report.md").read_text()
+    assert result.scoring == read_json(output / "report.json")["scoring"]
+    assert choice.items() <= result.scoring["default"].items()
+    assert result.scoring["default"]["scoring"] == scoring
+    assert scoring in summarise_choices(result.scoring)
+    assert explain_choice(result.scoring["default"]) in (output / "report.md").read_text()
 
 
-def test_the_parameter_and_a_rows_own_scoring_overrule(params: Params, tmp_path: Path) -> None:
+def test_the_parameter_and_the_scoring_of_a_row_override_the_choice(params: Params, tmp_path: Path) -> None:
     test = group_in("test", params)
     rows = [*sample_rows(100), ask("own", "red", group=test, task="o", scoring="text")]
     for default in ("text", "exact"):
-        made, output = run(params, tmp_path, rows, default_scoring=default)
+        result, output = run(params, tmp_path, rows, default_scoring=default)
         table = pq.read_table(output / "test.parquet")
         scoring = dict(zip(table.column("task").to_pylist(), table.column("scoring").to_pylist(), strict=True))
         assert scoring == {"default": default, "o": "text"}
-        assert set(made.scoring) == {"default"}
+        assert set(result.scoring) == {"default"}
 
 
-def test_what_was_encoded_before_is_read_from_the_cache_unless_a_parameter_changed(
+def test_encoded_shards_are_reused_from_the_cache_unless_a_parameter_changed(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, encoded = tmp_path / "data", list[Path]()
@@ -301,13 +301,16 @@ def test_what_was_encoded_before_is_read_from_the_cache_unless_a_parameter_chang
     first = files("first", "cache")
     assert files("again", "cache") == (first[0], 0)
     (data / "b.json").write_text(json.dumps(varied_rows(50, seed=4)))
-    more, afresh = files("more", "cache"), files("more", "none")
-    assert (more[1], afresh[1]) == (1, 2) and more[0] == afresh[0] != first[0]
+    with_cache, without_cache = files("more", "cache"), files("more", "none")
+    assert (with_cache[1], without_cache[1]) == (1, 2)
+    assert with_cache[0] == without_cache[0] != first[0]
     assert files("short", "cache", max_length=110) == files("short", "short", max_length=110)
-    assert files("short", "cache", max_length=110)[0] != more[0]
+    assert files("short", "cache", max_length=110)[0] != with_cache[0]
 
 
-def test_another_process_gives_the_same_bytes(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_in_another_process_gives_the_same_bytes(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "data").mkdir()
     for name in ("a", "b"):
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps(varied_rows(100, seed=ord(name))))
@@ -318,12 +321,12 @@ def test_another_process_gives_the_same_bytes(params: Params, tmp_path: Path, mo
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-def test_a_process_that_is_killed_ends_the_stage() -> None:
-    with pytest.raises(PrepareError), pipeline.prepare._processes() as pool:
+def test_a_killed_process_ends_the_stage() -> None:
+    with pytest.raises(PrepareError), pipeline.prepare._process_pool() as pool:
         pool.submit(os._exit, 1).result()
 
 
-def test_near_copies_in_the_test_split_stay_and_count_as_one_group(params: Params, tmp_path: Path) -> None:
+def test_near_copies_in_the_test_split_are_kept_as_one_group(params: Params, tmp_path: Path) -> None:
     groups = groups_in("test", params)[:2]
     rows = [*varied_rows(100), *(ask(f"{LIGHTHOUSE}{i}", "Yes", group=group) for i, group in enumerate(groups))]
     result, output = run(params, tmp_path, rows, max_length=512)
@@ -333,7 +336,7 @@ def test_near_copies_in_the_test_split_stay_and_count_as_one_group(params: Param
     assert sum("lighthouse" in row["prompt"] for row in table) == 2
 
 
-def test_a_long_conversation_is_split_between_turns_and_every_answer_is_trained_once(
+def test_a_long_conversation_is_split_between_exchanges_and_every_answer_is_trained_once(
     params: Params, tmp_path: Path
 ) -> None:
     [long] = talks(*(f"{name}{i} said once" for i in range(12) for name in ("question", "answer")), number=1)

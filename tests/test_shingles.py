@@ -1,4 +1,4 @@
-"""Shingles: what counts in a text and what does not; and signatures that are the same everywhere."""
+"""Shingles ignore case, spaces, punctuation and Unicode form; signatures are the same on every machine."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def similarity(left: str, right: str) -> float:
         ("soft\u00adware", "software"),
     ],
 )
-def test_case_spaces_punctuation_and_unicode_forms_do_not_count(left: str, right: str) -> None:
+def test_case_spaces_punctuation_and_unicode_forms_are_ignored(left: str, right: str) -> None:
     assert similarity(left, right) == 1
 
 
@@ -43,7 +43,7 @@ def test_case_spaces_punctuation_and_unicode_forms_do_not_count(left: str, right
         ("🙂", "🙁"),
     ],
 )
-def test_short_texts_are_the_same_only_when_all_that_counts_is(left: str, right: str) -> None:
+def test_short_texts_with_different_tokens_are_not_similar(left: str, right: str) -> None:
     assert similarity(left, right) < 0.5
 
 
@@ -55,5 +55,5 @@ def test_languages_without_spaces_are_compared_by_character_and_mixed_text_by_bo
 
 
 def test_signatures_are_the_same_in_every_process_and_on_every_machine() -> None:
-    # Written down once: a change of these numbers makes every cached signature worthless, so it must be meant.
+    # If these numbers change, every cached signature is invalid.
     assert signatures([ENGLISH, CHINESE, ""])[:, 0].tolist() == [37986, 42000, 48824]

@@ -187,7 +187,7 @@ def _run_stage(name: str, params: Any) -> str:
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
     match name:
         case "prepare":
-            from pipeline.data.default_scoring import sentence
+            from pipeline.data.default_scoring import summarise_choices
             from pipeline.prepare import prepare
 
             prepared = prepare(
@@ -198,7 +198,7 @@ def _run_stage(name: str, params: Any) -> str:
             rows = ", ".join(f"{count:,} {split}" for split, count in prepared.rows.items())
             loss = "" if classes else f"; {prepared.trained_tokens:,} of {prepared.tokens:,} training tokens carry loss"
             chosen = prepared.scoring and params.prepare.default_scoring == "auto" and not classes
-            return f"{rows} rows{dropped}{loss}" + (f"; {sentence(prepared.scoring)}" if chosen else "")
+            return f"{rows} rows{dropped}{loss}" + (f"; {summarise_choices(prepared.scoring)}" if chosen else "")
         case "train":
             from pipeline.registry.init_adapter import fetch_init
             from pipeline.train import train

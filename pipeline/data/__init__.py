@@ -1,4 +1,4 @@
-"""Instruction data: where it comes from, the forms it has, and what becomes of each row, up to its tokens.
+"""Instruction data: its sources, its formats, and the way of each row from a record to tokens.
 
-It knows chat.
+Imports core, params and chat.
 """

@@ -1,7 +1,7 @@
-"""Rows of a text and its class, as encoder models read them: no chat template, one label a row.
+"""Encodes texts for classification (`train.task: sequence-classification`): no chat template, one label per row.
 
-They come as conversations of one question and one short answer, which is what `formats` makes of `text, label` rows.
-Any other row, a text that does not fit, and classes that cannot be learned or told apart are refused.
+A row is a conversation of one question, the text, and one short answer, its class; `formats` makes them from rows with
+`text` and `label`.
 """
 
 from dataclasses import dataclass
@@ -26,34 +26,42 @@ from pipeline.params import PrepareParams
 
 CUT = "end of the text cut to fit prepare.max_length"
 MAX_CLASSES = 1000
-LONGEST_NAME = 200  # characters of a class; more is an answer
-# Their positions begin after the padding token's, so the last of them are never reached.
-SHIFTED = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet"}
+MAX_CLASS_NAME = 200  # characters; a longer one is an answer, not a class
+# Models whose positions start after the padding token's id, so the last ones are never used.
+SHIFTED_POSITIONS = {
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "longformer",
+    "mpnet",
+}
 GOLDEN = ("A fine film, and not a minute too long.", "  Spaces,\ttabs\nand a line — 电影不错。 ", "")
 
 
 class ClassError(ValueError):
-    """The classes of a dataset cannot be trained; the message says which and why."""
+    """The classes of a dataset cannot be trained."""
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """What prepare asks of a template, for texts that have a class instead of an answer."""
+    """The interface of `ChatTemplate` that prepare uses, for texts with a class instead of an answer."""
 
     tokenizer: PreTrainedTokenizerBase
-    cut_at: int | None  # tokens; None: a longer text is left as it is, for prepare.on_overlong
+    cut_at: int | None  # tokens; None: a longer text is not cut, and prepare.on_overlong decides
 
     def encode(self, messages: list[Message], tools: str | None = None) -> Encoded:
-        """Tokens of a text; none carries loss, the class does.
+        """Tokens of a text; no token carries loss, because the class is trained.
 
         Raises:
-            RowError: it is no text with one class.
+            RowError: the row is not a text with one class.
         """
         if [message["role"] for message in messages] != ["user", "assistant"] or tools:
-            raise RowError("is no text with one class; train.task is sequence-classification")
+            raise RowError("is not one text with one class, which train.task sequence-classification needs")
         name = messages[-1]["content"]
-        if messages[-1].get("tool_calls") or len(name) > LONGEST_NAME or "\n" in name:
-            raise RowError(f"has an answer of {len(name)} characters where a class is expected")
+        if messages[-1].get("tool_calls") or len(name) > MAX_CLASS_NAME or "\n" in name:
+            raise RowError(f"has an answer of {len(name)} characters; expected the name of a class")
         ids = self._tokens(messages[0]["content"])
         whole = self.tokenizer(messages[0]["content"])["input_ids"] if self.cut_at else ids
         return Encoded(ids, [-100] * len(ids), (CUT,) if len(whole) > len(ids) else ())
@@ -62,7 +70,7 @@ class TextEncoder:
         return messages[-1]["content"], self._tokens(messages[-1]["content"])
 
     def contract(self, model: dict[str, Any]) -> dict[str, Any]:
-        """What a later stage must find unchanged; prepare adds the `labels`."""
+        """What must be the same in later stages; prepare adds the `labels`."""
         return {
             "task": CLASSIFICATION,
             "model": model,
@@ -79,48 +87,48 @@ class TextEncoder:
 
 
 def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
-    """The encoder of the base model that `params` name, and the model's identity.
+    """The encoder of the base model in `params`, and the model's identity.
 
     Raises:
-        TemplateError: there is no such model or tokenizer, or it is too small for `max_length`.
+        TemplateError: model or tokenizer cannot be loaded, or its context is shorter than `max_length`.
     """
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     encoder = _load(identity, params.max_length if params.on_overlong == "truncate_prompt" else None)
     config = text_config(identity)
     require_rows(config, encoder.tokenizer, set(encoder.tokenizer.get_vocab().values()))
-    require_context(params, _context(config, encoder.tokenizer))
+    require_context(params, _context_length(config, encoder.tokenizer))
     return encoder, identity
 
 
 def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None) -> TextEncoder:
-    """The encoder of a contract, after checking that base model and tokenizer are what they were.
+    """The encoder of a contract, if base model and tokenizer are unchanged.
 
     Args:
-        source: a shipped model's folder as `local_source`; its base model need not be here.
+        source: a shipped model's folder as `local_source`; then the base model is not needed.
 
     Raises:
-        TemplateError: any of them differs.
+        TemplateError: base model or tokenizer has changed.
     """
     encoder = _load(source or same_model(contract), contract["cut_at"])
-    differ = differing_keys(encoder.contract(contract["model"]), contract)
-    if differ:
-        raise TemplateError(f"{', '.join(differ)} differ from the contract of the dataset; run `dvc repro prepare`")
+    changed = differing_keys(encoder.contract(contract["model"]), contract)
+    if changed:
+        raise TemplateError(f"{', '.join(changed)} differ from the contract of the dataset; run `dvc repro prepare`")
     return encoder
 
 
 def class_names(train: set[str], other: set[str]) -> list[str]:
-    """The classes in the order of their numbers: by value where all are numbers, else by alphabet.
+    """The classes in the order of their label ids: numbers by value, then names by alphabet.
 
     Raises:
-        ClassError: there are fewer than two or too many, or one is in no training row.
+        ClassError: there are fewer than two or too many, or a class has no training row.
     """
     if not 2 <= len(train) <= MAX_CLASSES:
         names = ", ".join(sorted(train)[:5])
-        raise ClassError(f"classes in the training rows: {len(train):,} ({names}); expected 2 to {MAX_CLASSES:,}")
+        raise ClassError(f"the training rows have {len(train):,} classes ({names}); expected 2 to {MAX_CLASSES:,}")
     if other - train:
         raise ClassError(
-            f"the class {min(other - train)} is in test or validation rows and in no training row; add rows of it, or "
-            "leave it out"
+            f"the class {min(other - train)} is in test or validation rows but in no training row; add or remove rows "
+            "of this class"
         )
     return sorted(train, key=lambda name: (int(name), "") if name.isdecimal() else (1 << 62, name))
 
@@ -130,17 +138,17 @@ def _load(source: dict[str, Any], cut_at: int | None) -> TextEncoder:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise TemplateError(
-                f"the tokenizer of {source['name_or_path']} has no padding and no end token, so rows fill no batch"
+                f"the tokenizer of {source['name_or_path']} has no padding token and no end token; batches need one"
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return TextEncoder(tokenizer, cut_at)
 
 
-def _context(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    if config.model_type in SHIFTED:
+    if config.model_type in SHIFTED_POSITIONS:
         limit -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1
     return int(min(limit, tokenizer.model_max_length))

@@ -1,8 +1,8 @@
-"""Which row copies which: MinHash LSH finds the candidates, the exact Jaccard similarity of their shingles decides.
+"""Finds duplicate rows: MinHash LSH proposes candidates, and the exact Jaccard similarity of their shingles decides.
 
-A row is a duplicate of an earlier row that is kept and whose shingles are as similar as the threshold asks. Rows of the
-test split are protected: they are never duplicates, what is near to one of them is, and near copies among themselves
-share a cluster. Time grows linearly with the rows, whatever they say.
+A row is a duplicate if an earlier, kept row is at least as similar as the threshold. Rows of the test split are
+protected: they are never duplicates, rows close to one of them are, and those close to each other share a cluster.
+The time is linear in the number of rows, whatever they contain.
 """
 
 import math
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from pipeline.core.progress import Progress
 from pipeline.data.shingles import LANES, Signatures, jaccard, shingles
 
-RECALL = 0.98  # the share that the bands find, on average, of pairs at the very threshold; above it they find more
-DOUBT = 4.0  # standard deviations by which a signature may underrate a pair that is compared all the same
-LISTED = 32  # kept rows that a bucket lists: what more rows share without being copies is boilerplate
-TRIES = 8  # listed rows that a row is compared with, the likest first: boilerplate again
-SETS = 1024  # texts whose shingles are in memory at once
-MIXER = np.array([pow(0x9E3779B97F4A7C15, place + 1, 1 << 64) for place in range(LANES)], dtype=np.uint64)
+RECALL = 0.98  # the average share of pairs at the threshold that the bands find; of more similar pairs they find more
+DOUBT = 4.0  # standard deviations by which a signature may underestimate a pair that is still compared
+BUCKET_ROWS = 32  # kept rows per bucket: more rows that share a band and are not copies share boilerplate
+MAX_TRIES = 8  # candidates that a row is compared with, the most similar first; more would again be boilerplate
+CACHED_SETS = 1024  # texts whose shingles are in memory at once
+MIXER = np.array([pow(0x9E3779B97F4A7C15, lane + 1, 1 << 64) for lane in range(LANES)], dtype=np.uint64)
 
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    duplicate_of: NDArray[np.int64]  # (N,) the kept row that this row copies; −1: it is kept
-    jaccard: NDArray[np.float64]  # (N,) the similarity of the two; NaN: it is kept
-    cluster: NDArray[np.int64]  # (N,) for a protected row the first row of its cluster, by rank; −1 for the others
+    duplicate_of: NDArray[np.int64]  # (N,) the kept row that this row copies; −1 if it is kept
+    jaccard: NDArray[np.float64]  # (N,) the similarity of the two; NaN if it is kept
+    cluster: NDArray[np.int64]  # (N,) the first row, by rank, of a protected row's cluster; −1 for other rows
     compared: int  # pairs
-    crowded: int  # rows of which a copy may be missed: a bucket's list was full, or too many likely ones to compare
+    crowded: int  # rows for which a copy may be missed: their bucket was full, or they had too many candidates
 
 
 def near_duplicates(
@@ -43,74 +43,75 @@ def near_duplicates(
     protected: NDArray[np.bool_],
     threshold: float,
 ) -> NearDuplicates:
-    """Duplicates by greedy choice in the order of `rank` (distinct), lowest first, after all protected rows.
+    """Choose duplicates greedily: protected rows come first, then the others, each in the order of `rank`.
 
-    `text_of` gives the text of a row, `threshold` is from 0.3 (`params`) to 1. The result depends on texts and ranks,
-    not on the order of the rows.
+    The ranks are distinct; `text_of` returns the text of a row; `threshold` is between 0.3 and 1. The result depends on
+    texts and ranks, not on the order of the rows.
     """
     buckets = _buckets(signatures, *banding(threshold))
     order = np.lexsort((rank, ~protected))
-    place = np.argsort(order)
-    listed: dict[int, list[int]] = defaultdict(list)  # kept rows by bucket
-    shingles_of = lru_cache(SETS)(lambda row: shingles(text_of(row)))
-    agreeing = LANES * (threshold - DOUBT * math.sqrt(threshold * (1 - threshold) / LANES))
+    position = np.argsort(order)  # of each row in `order`
+    kept_rows: dict[int, list[int]] = defaultdict(list)  # by bucket
+    shingles_of = lru_cache(CACHED_SETS)(lambda row: shingles(text_of(row)))
+    min_agreement = LANES * (threshold - DOUBT * math.sqrt(threshold * (1 - threshold) / LANES))
     duplicate_of, similarity = np.full(len(order), -1), np.full(len(order), np.nan)
     crowded = np.zeros(len(order), dtype=bool)
-    clusters, compared = Clusters(), 0  # of places in that order
-    alike = order[(buckets[order] >= 0).any(axis=1)]
-    progress = Progress("prepare", len(alike), "rows compared", every=2.0)
+    clusters, compared = Clusters(), 0  # clusters of positions
+    in_buckets = order[(buckets[order] >= 0).any(axis=1)]
+    progress = Progress("prepare", len(in_buckets), "rows compared", every=2.0)
 
-    for done, row in enumerate(alike.tolist()):
+    for done, row in enumerate(in_buckets.tolist()):
         progress.update(done)
-        shared = buckets[row][buckets[row] >= 0].tolist()
-        others = np.array(list({other for bucket in shared for other in listed[bucket]}), dtype=np.int64)
-        agreed = np.count_nonzero(signatures[others] == signatures[row], axis=1)
-        likest = others[np.lexsort((place[others], -agreed))][: np.count_nonzero(agreed >= agreeing)]
+        row_buckets = buckets[row][buckets[row] >= 0].tolist()
+        others = np.array(list({other for bucket in row_buckets for other in kept_rows[bucket]}), dtype=np.int64)
+        agreement = np.count_nonzero(signatures[others] == signatures[row], axis=1)
+        best_first = others[np.lexsort((position[others], -agreement))]
         tries = 0
-        for other in likest.tolist():
-            if protected[row] and clusters.first(place[row]) == clusters.first(place[other]):
+        for other in best_first[: np.count_nonzero(agreement >= min_agreement)].tolist():
+            if protected[row] and clusters.first(position[row]) == clusters.first(position[other]):
                 continue
-            if tries == TRIES:
+            if tries == MAX_TRIES:
                 crowded[row] = True
                 break
             tries += 1
-            near = jaccard(shingles_of(row), shingles_of(other))
-            if near < threshold:
+            pair_similarity = jaccard(shingles_of(row), shingles_of(other))
+            if pair_similarity < threshold:
                 continue
             if not protected[row]:
-                duplicate_of[row], similarity[row] = other, near
+                duplicate_of[row], similarity[row] = other, pair_similarity
                 break
-            clusters.join(place[row], place[other])
+            clusters.join(position[row], position[other])
         compared += tries
         if duplicate_of[row] < 0:
-            for bucket in shared:
-                if len(listed[bucket]) < LISTED:
-                    listed[bucket].append(row)
+            for bucket in row_buckets:
+                if len(kept_rows[bucket]) < BUCKET_ROWS:
+                    kept_rows[bucket].append(row)
                 else:
                     crowded[row] = True
 
     cluster = np.full(len(order), -1)
     for row in np.flatnonzero(protected).tolist():
-        cluster[row] = order[clusters.first(place[row])]
+        cluster[row] = order[clusters.first(position[row])]
     return NearDuplicates(duplicate_of, similarity, cluster, compared, int(np.count_nonzero(crowded)))
 
 
 def banding(threshold: float) -> tuple[int, int]:
-    """Bands, and minima of each: the widest that find RECALL of the pairs at the threshold with the lanes there are.
+    """(bands, minima per band): the widest bands that find RECALL of the pairs at the threshold with LANES minima.
 
-    Two rows agree in a band of r minima with probability Jʳ, in at least one of b with 1 − (1 − Jʳ)ᵇ (Leskovec,
-    Rajaraman and Ullman, Mining of Massive Datasets, 3.4): 17 of 7 for 0.8. Wide bands make fewer false candidates.
+    Two rows agree in a band of r minima with probability Jʳ, and in at least one of b bands with 1 − (1 − Jʳ)ᵇ
+    (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). For 0.8, that gives 17 bands of 7 minima. Wide
+    bands give fewer false candidates.
     """
     for width in range(LANES, 1, -1):
-        found = threshold**width
-        bands = 1 if found == 1 else math.ceil(math.log(1 - RECALL) / math.log1p(-found))
+        probability = threshold**width
+        bands = 1 if probability == 1 else math.ceil(math.log(1 - RECALL) / math.log1p(-probability))
         if bands * width <= LANES:
             return bands, width
-    raise AssertionError("two minima a band are enough for 0.3")
+    raise AssertionError("bands of two minima are enough for a threshold of 0.3")
 
 
 class Clusters:
-    """Items that are joined, by a union-find forest whose roots are the least of their items."""
+    """Sets of joined items (union-find); the representative of a set is its smallest item."""
 
     def __init__(self) -> None:
         self.parent: dict[Any, Any] = {}
@@ -127,9 +128,9 @@ class Clusters:
 
 
 def _buckets(signatures: Signatures, bands: int, width: int) -> NDArray[np.int64]:
-    """The bucket that each row has in each band, (N, bands); −1 where no other row is in it.
+    """The bucket of each row in each band, (N, bands); −1 if no other row is in it.
 
-    Some unlike bands share a bucket by chance; a comparison tells.
+    Hash collisions can put different bands into one bucket; the comparison of rows tells them apart.
     """
     buckets = np.full((len(signatures), bands), -1)
     for band in range(bands):

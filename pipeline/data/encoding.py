@@ -1,7 +1,7 @@
-"""Encodes one row at a time: a conversation becomes tokens, labels and the keys by which copies are found.
+"""Encodes the rows of a shard: a conversation becomes tokens, labels, and the keys that copies are found by.
 
-Work goes shard by shard, in several processes, and is kept: a shard whose bytes, parameters, tokenizer and code are
-those of an earlier run is not encoded again. Nothing is left out: a row that cannot be used is a record that says why.
+No row is left out: one that cannot be used becomes a record with the reason. `prepare` encodes shards in several
+processes and caches the results.
 """
 
 import hashlib
@@ -35,26 +35,26 @@ KEY = pa.binary(16)  # the first half of a SHA-256
 SCHEMA = pa.schema(
     [
         ("source", pa.string()),
-        ("reason", pa.string()),  # null: the row can be used
-        ("cause", pa.string()),  # of the reason: unusable | overlong | filtered
-        ("detail", pa.string()),  # what the reason leaves out, since reasons are counted: lengths
+        ("reason", pa.string()),  # why the row cannot be used; null if it can
+        ("cause", pa.string()),  # unusable | overlong | filtered
+        ("detail", pa.string()),  # the reason with values, which `reason` omits because rows are counted by it
         ("repairs", pa.list_(pa.string())),
         ("record", pa.string()),  # JSON: the conversation
         ("id", pa.string()),
         ("task", pa.string()),
         ("language", pa.string()),
         ("split", pa.string()),
-        ("scoring", pa.string()),  # null: as its task's answers say
+        ("scoring", pa.string()),  # null: chosen by task
         ("short_answer", pa.string()),  # null: longer than a label
-        ("key", KEY),  # prompt and answer
-        ("prompt_key", KEY),
-        ("asked", pa.list_(KEY)),  # the prompts of all answers of the conversation
-        ("input_ids", TOKENS),
+        ("key", KEY),  # of prompt and answer
+        ("prompt_key", KEY),  # of the last answer
+        ("prompt_keys", pa.list_(KEY)),  # of all answers in the conversation
+        ("input_ids", TOKENS),  # in the test split, of the prompt only
         ("labels", TOKENS),
-        ("label", pa.string()),  # the class of a text; null: answers are trained
-        ("earlier_ids", pa.list_(TOKENS)),  # rows of the answers before, where the template rewrites earlier turns
+        ("label", pa.string()),  # the class of a text; null if answers are trained
+        ("earlier_ids", pa.list_(TOKENS)),  # for templates that rewrite earlier turns: a row for each earlier answer
         ("earlier_labels", pa.list_(TOKENS)),
-        # In the test split only, where input_ids are those of the prompt:
+        # Only in the test split:
         ("group", pa.string()),
         ("messages", pa.string()),  # JSON: the conversation before the answer
         ("tools", pa.string()),
@@ -69,85 +69,75 @@ CHUNK = 1024  # rows whose tokens are Python lists at once
 
 
 def encode_shard(params_json: str, train_task: str, shard: Path, folder: Path) -> None:
-    """Encode a canonical shard to `folder`, which appears whole.
+    """Encode a canonical shard to `folder`, which is created at the end.
 
-    `rows.parquet` has `SCHEMA`; `text.arrow` (one string column, to be memory-mapped) and `signatures.npy`, row by row
-    the same, are what near duplicates are found by.
+    `rows.parquet` has `SCHEMA`. To find near duplicates, `text.arrow` (one string column, to be memory-mapped) and
+    `signatures.npy` have the text and the signature of each row.
     """
     params = PrepareParams.model_validate_json(params_json)
     template = _template(params_json, train_task)
     table = read_shard(shard)
     with whole_directory(folder) as partial:
-        text = pa.schema([("text", pa.string())])
-        signed = []
+        text_schema = pa.schema([("text", pa.string())])
+        chunk_signatures = []
         with (
-            pq.ParquetWriter(partial / ROWS, SCHEMA, compression="zstd", write_statistics=False) as rows,
+            pq.ParquetWriter(partial / ROWS, SCHEMA, compression="zstd", write_statistics=False) as row_writer,
             pa.OSFile(str(partial / TEXT), "wb") as file,
-            pa.ipc.new_file(file, text) as texts,
+            pa.ipc.new_file(file, text_schema) as text_writer,
         ):
             for start in range(0, len(table), CHUNK):
-                chunk = table.slice(start, CHUNK)
-                records = encode_rows(rows_of(chunk), template, params)
-                compared = [record.pop("text") for record in records]
-                rows.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
-                texts.write_table(pa.table({"text": compared}, schema=text))
+                rows = [
+                    Row(**record | {"messages": json.loads(record["messages"]), "repairs": record["repairs"] or []})
+                    for record in table.slice(start, CHUNK).to_pylist()
+                ]
+                records = encode_rows(rows, template, params)
+                texts = [record.pop("text") for record in records]
+                row_writer.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
+                text_writer.write_table(pa.table({"text": texts}, schema=text_schema))
                 if params.near_duplicate_threshold is not None:
-                    signed.append(signatures(compared))
-        if signed:
-            np.save(partial / SIGNATURES, np.concatenate(signed))
+                    chunk_signatures.append(signatures(texts))
+        if chunk_signatures:
+            np.save(partial / SIGNATURES, np.concatenate(chunk_signatures))
 
 
 def load_encoding(params: PrepareParams, train_task: str) -> tuple[Encoder, dict[str, Any]]:
-    """What rows are encoded by for `train.task`, and the identity of the base model."""
+    """The encoder for `train.task`, and the identity of the base model."""
     return classes.load_encoder(params) if train_task == CLASSIFICATION else load_template(params)
 
 
-def rows_of(table: pa.Table) -> list[Row]:
-    """The rows of a shard's table."""
-    return [
-        Row(**record | {"messages": json.loads(record["messages"]), "repairs": record["repairs"] or []})
-        for record in table.to_pylist()
-    ]
-
-
 def encode_rows(rows: list[Row], template: Encoder, params: PrepareParams) -> list[dict[str, Any]]:
-    """Each row as a record of `SCHEMA` (several when a long one is split), with the `text` it is compared by."""
+    """Records of `SCHEMA`, with the `text` for finding near duplicates; a long row can become several records."""
     records: list[dict[str, Any]] = []
     for row in rows:
         if reason := filter_reason(row, params.filters):
             records.append(_dropped(row, reason, "filtered"))
             continue
-        asked = prompt_keys(row.messages, row.tools)
-        group = row.group if row.group is not None else asked[-1]
-        split = split_of(group, params)
+        row_keys = prompt_keys(row.messages, row.tools)
+        group = row.group if row.group is not None else row_keys[-1]
+        split = assign_split(group, params)
         try:
             for piece in fit(template, row.messages, row.tools, params.max_length, params.on_overlong):
-                keys = asked if piece.messages is row.messages else prompt_keys(piece.messages, row.tools)
+                keys = row_keys if piece.messages is row.messages else prompt_keys(piece.messages, row.tools)
                 records.append(_record(row, piece, keys, group, split, template))
         except Overlong as error:
             records.append(_dropped(row, OVERLONG, "overlong", str(error)))
         except RowError as error:
-            records.append(_dropped(row, f"a row {error}", "unusable"))
+            records.append(_dropped(row, str(error), "unusable"))
     return records
 
 
-def split_of(group: str, params: PrepareParams) -> str:
-    """The split of a row, from its group (its prompt where it names none) and the two fractions alone."""
-    place = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
-    if place < params.test_fraction:
+def assign_split(group: str, params: PrepareParams) -> str:
+    """The split of all rows of a group; it depends only on the group's hash and the two fractions."""
+    position = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
+    if position < params.test_fraction:
         return "test"
-    return "validation" if place < params.test_fraction + params.validation_fraction else "train"
+    return "validation" if position < params.test_fraction + params.validation_fraction else "train"
 
 
 def prompt_keys(messages: list[Message], tools: str | None) -> list[str]:
-    """A digest of what is asked before each answer, spaces and case folded."""
+    """For each answer, a digest of the conversation before it, with spaces and case folded."""
     turns = [[turn["role"], " ".join(turn["content"].casefold().split()), *_calls(turn)] for turn in messages]
     return [sha256_json([turns[:i], tools]) for i, turn in enumerate(turns) if turn[0] == "assistant"]
-
-
-def compared_text(messages: list[Message]) -> str:
-    """What near duplicates are looked for in: all turns but the system's, which thousands of rows may share."""
-    return "\n".join(text for message in messages if message["role"] != "system" for text in _texts(message))
 
 
 def _calls(message: Message) -> list[str]:
@@ -156,7 +146,7 @@ def _calls(message: Message) -> list[str]:
 
 
 def _texts(message: Message) -> list[str]:
-    """All that a message says: content, reasoning, calls."""
+    """Content, reasoning and calls of a message."""
     reasoning = message.get("reasoning_content")
     return [message["content"], *([reasoning] if reasoning else []), *_calls(message)]
 
@@ -176,18 +166,19 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
         "short_answer": short_answer(messages[-1]),
         "key": hashlib.sha256((keys[-1] + answer).encode()).digest()[:16],
         "prompt_key": bytes.fromhex(keys[-1][:32]),
-        "asked": [bytes.fromhex(key[:32]) for key in keys],
+        "prompt_keys": [bytes.fromhex(key[:32]) for key in keys],
         "input_ids": piece.encoded.input_ids,
         "labels": piece.encoded.labels,
         "label": messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,
-        "earlier_ids": [row.input_ids for row in piece.encoded.earlier],
-        "earlier_labels": [row.labels for row in piece.encoded.earlier],
-        "text": compared_text(messages),
+        "earlier_ids": [earlier.input_ids for earlier in piece.encoded.earlier],
+        "earlier_labels": [earlier.labels for earlier in piece.encoded.earlier],
+        # Without system messages, which thousands of rows may share.
+        "text": "\n".join(text for turn in messages if turn["role"] != "system" for text in _texts(turn)),
     }
     if split == "test":
         prompt, prompt_ids = template.prompt(messages[:-1], tools)
         if piece.encoded.input_ids[: len(prompt_ids)] != prompt_ids:
-            raise RowError("has other tokens in its prompt alone than before its answer")
+            raise RowError("has a prompt whose tokens change when the answer follows")
         record |= {"group": group, "tools": tools, "prompt": prompt, "input_ids": prompt_ids}
         record["messages"] = json.dumps(messages[:-1], ensure_ascii=False)
         record |= _reference(piece, template, tools)
@@ -195,14 +186,13 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
 
 
 def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str, str]:
-    """The `reference`, in the words that a generation is read in; of calls that cannot be read back their text."""
+    """The reference answer: text, or calls in canonical form; calls that cannot be read back are scored as text."""
     last = piece.messages[-1]
     if not last.get("tool_calls") or not isinstance(template, ChatTemplate):
         return {"reference": str(last["content"])}
-    # How a call is written is the template's affair: it is what the trained tokens of the last turn say.
+    # The template decides how calls are written, so read them from the trained tokens of the last turn.
     ids, labels = piece.encoded.input_ids, piece.encoded.labels
-    # Without what the template appends after the end token.
-    start = end = max((place for place, label in enumerate(labels, start=1) if label >= 0), default=0)
+    start = end = max((end for end, label in enumerate(labels, start=1) if label >= 0), default=0)
     while start and labels[start - 1] >= 0:
         start -= 1
     answer = read_answer(template, ids[:start], ids[start:end], tools)
@@ -213,8 +203,8 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
 
 def _dropped(row: Row, reason: str, cause: str, detail: str | None = None) -> dict[str, Any]:
     record = json.dumps(row.messages, ensure_ascii=False, default=str)
-    why = {"reason": reason, "cause": cause, "detail": detail}
-    return {"source": row.source, "repairs": [], "record": record, "text": ""} | why
+    fields = {"source": row.source, "repairs": [], "record": record, "text": ""}
+    return fields | {"reason": reason, "cause": cause, "detail": detail}
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,6 @@
-"""What becomes of each row when all are known: exact and near copies, and what the test split asks or nearly says.
+"""Decides what becomes of each encoded row: exact and near copies, and rows that leak into the test split, are dropped.
 
-Rows of the test split are compared first and among themselves only: nothing but themselves decides whether they belong
-to it.
+Rows of the test split are compared first, and only with each other, so no other row decides what the test split is.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ DUPLICATE = "exact duplicate of an earlier row"
 NEAR_DUPLICATE = "near duplicate of an earlier row"
 LEAKED = "its prompt is in the test split too"
 NEAR_TEST = "near copy of a test row"
-RANK = {"test": 0, "validation": 1, "train": 2}  # of two near copies the one with the lower rank stays
+RANK = {"test": 0, "validation": 1, "train": 2}  # of two near copies, the one with the lower rank is kept
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,21 @@ class Outcomes:
     """By row, in the order of the shards; N rows."""
 
     kept: NDArray[np.bool_]  # (N,)
-    reason: NDArray[np.object_]  # (N,) str, None where the row is kept
-    cause: NDArray[np.object_]  # (N,) unusable | overlong | filtered | duplicate | leaked; None: kept
-    split: NDArray[np.object_]  # (N,) str, None where the row could not be encoded
-    copy_of: NDArray[np.int64]  # (N,) the row that a dropped one copies or leaks; −1: none
-    similarity: NDArray[np.float64]  # (N,) Jaccard similarity of the two, 1 for exact copies; NaN where not measured
-    cluster: NDArray[np.int64]  # (N,) of a test row: the first of its near copies in the test split; −1 elsewhere
+    reason: NDArray[np.object_]  # (N,) str; None if the row is kept
+    cause: NDArray[np.object_]  # (N,) unusable | overlong | filtered | duplicate | leaked; None if the row is kept
+    split: NDArray[np.object_]  # (N,) str; None if the row could not be encoded
+    copy_of: NDArray[np.int64]  # (N,) the row that a dropped row copies or leaks; −1 if there is none
+    similarity: NDArray[np.float64]  # (N,) Jaccard similarity of the two, 1 for exact copies; NaN if not measured
+    cluster: NDArray[np.int64]  # (N,) the first of a test row's near copies in the test split; −1 for other rows
     sources: pa.ChunkedArray  # (N,) file and line
-    details: pa.ChunkedArray  # (N,) what the reason leaves out; null: nothing
-    texts: pa.ChunkedArray  # (N,) in memory-mapped files: their size is no matter
-    crowded: int = 0  # rows with so many likely copies that one may have been missed
+    details: pa.ChunkedArray  # (N,) additions to the reason; null if there is none
+    texts: pa.ChunkedArray  # (N,) memory-mapped, so not limited by memory
+    crowded: int = 0  # rows with so many candidates that a near copy may have been missed
 
 
-def decide(folders: list[Path], threshold: float | None) -> Outcomes:
-    """Compare all rows of the encoded shards in `folders`; without a `threshold` for exact copies only."""
-    columns = ["source", "reason", "cause", "detail", "split", "key", "prompt_key", "asked"]
+def decide_outcomes(folders: list[Path], threshold: float | None) -> Outcomes:
+    """Compare all rows of the encoded shards in `folders`; without a `threshold`, find only exact copies."""
+    columns = ["source", "reason", "cause", "detail", "split", "key", "prompt_key", "prompt_keys"]
     rows = pa.concat_tables(pq.read_table(folder / ROWS, columns=columns) for folder in folders)
     reason, cause, split = (_objects(rows[name]) for name in ("reason", "cause", "split"))
     texts = [pa.ipc.open_file(pa.memory_map(str(folder / TEXT))).read_all() for folder in folders]
@@ -61,55 +60,67 @@ def decide(folders: list[Path], threshold: float | None) -> Outcomes:
         details=rows["detail"],
         texts=pa.concat_tables(texts)["text"],
     )
-    test = split == "test"
-    for part in (test, ~test):
-        (numbers,) = np.nonzero(outcomes.kept & part)
-        # Codes count up in order of first appearance: a row is the first of its key where its code is a new maximum.
+    is_test = split == "test"
+    for in_part in (is_test, ~is_test):
+        (numbers,) = np.nonzero(outcomes.kept & in_part)
+        # Codes are numbered by first appearance: the first row with a key is the one whose code is a new maximum.
         codes = _codes(rows["key"].take(pa.array(numbers)))
-        first = codes > np.maximum.accumulate(np.concatenate([[-1], codes]))[:-1]
-        _drop(outcomes, numbers[~first], DUPLICATE, "duplicate", numbers[first][codes[~first]], 1.0)
-    (tests,) = np.nonzero(outcomes.kept & test)
-    asked = rows["asked"].combine_chunks()
-    places = pc.index_in(asked.flatten(), value_set=rows["prompt_key"].take(pa.array(tests)).combine_chunks())
-    hits, owners = places.is_valid(), pc.list_parent_indices(asked)
-    leaking, which = np.unique(owners.filter(hits).to_numpy(), return_index=True)
-    leaked = tests[places.filter(hits).to_numpy()[which]]
-    other = outcomes.kept[leaking] & ~test[leaking]
-    _drop(outcomes, leaking[other], LEAKED, "leaked", leaked[other], np.nan)
+        is_first = codes > np.maximum.accumulate(np.concatenate([[-1], codes]))[:-1]
+        originals = numbers[is_first][codes[~is_first]]
+        _drop(outcomes, numbers[~is_first], DUPLICATE, "duplicate", originals, 1.0)
+    _drop_leaks(outcomes, rows["prompt_key"], rows["prompt_keys"].combine_chunks(), is_test)
     if threshold is None:
         return outcomes
-    return replace(outcomes, crowded=_near(outcomes, folders, threshold))
+    return replace(outcomes, crowded=_drop_near_copies(outcomes, folders, threshold))
 
 
-def _near(outcomes: Outcomes, folders: list[Path], threshold: float) -> int:
-    """Mark near copies; returns how many rows had too many likely ones to compare them all."""
+def _drop_leaks(
+    outcomes: Outcomes, prompt_key: pa.ChunkedArray, prompt_keys: pa.ListArray, is_test: NDArray[np.bool_]
+) -> None:
+    """Drop the rows outside the test split that ask, in any turn, what a test row asks."""
+    (tests,) = np.nonzero(outcomes.kept & is_test)
+    test_indices = pc.index_in(prompt_keys.flatten(), value_set=prompt_key.take(pa.array(tests)).combine_chunks())
+    found, rows = test_indices.is_valid(), pc.list_parent_indices(prompt_keys)
+    leaking, first_hit = np.unique(rows.filter(found).to_numpy(), return_index=True)
+    leaked = tests[test_indices.filter(found).to_numpy()[first_hit]]
+    dropped = outcomes.kept[leaking] & ~is_test[leaking]
+    _drop(outcomes, leaking[dropped], LEAKED, "leaked", leaked[dropped], np.nan)
+
+
+def _drop_near_copies(outcomes: Outcomes, folders: list[Path], threshold: float) -> int:
+    """Drop near copies and set the clusters of test rows; returns the number of crowded rows."""
     (numbers,) = np.nonzero(outcomes.kept)
     signatures = np.concatenate([np.load(folder / SIGNATURES) for folder in folders])[numbers]
     split = outcomes.split[numbers]
     rank = sum(RANK[name] * (split == name) for name in RANK) * len(outcomes.reason) + numbers
     near = near_duplicates(
-        signatures, lambda place: outcomes.texts[int(numbers[place])].as_py(), rank, split == "test", threshold
+        signatures, lambda index: outcomes.texts[int(numbers[index])].as_py(), rank, split == "test", threshold
     )
-    (places,) = np.nonzero(near.duplicate_of >= 0)
-    originals = numbers[near.duplicate_of[places]]
+    (copies,) = np.nonzero(near.duplicate_of >= 0)
+    originals = numbers[near.duplicate_of[copies]]
     leaks = outcomes.split[originals] == "test"
-    for which, why, kind in ((leaks, NEAR_TEST, "leaked"), (~leaks, NEAR_DUPLICATE, "duplicate")):
-        _drop(outcomes, numbers[places[which]], why, kind, originals[which], near.jaccard[places[which]])
+    for selected, reason, cause in ((leaks, NEAR_TEST, "leaked"), (~leaks, NEAR_DUPLICATE, "duplicate")):
+        _drop(outcomes, numbers[copies[selected]], reason, cause, originals[selected], near.jaccard[copies[selected]])
     protected = near.cluster >= 0
     outcomes.cluster[numbers[protected]] = numbers[near.cluster[protected]]
     return near.crowded
 
 
 def _drop(
-    outcomes: Outcomes, numbers: NDArray[np.int64], reason: str, cause: str, of: NDArray[np.int64], similarity: Any
+    outcomes: Outcomes,
+    numbers: NDArray[np.int64],
+    reason: str,
+    cause: str,
+    originals: NDArray[np.int64],
+    similarity: Any,
 ) -> None:
     outcomes.kept[numbers] = False
     outcomes.reason[numbers], outcomes.cause[numbers] = reason, cause
-    outcomes.copy_of[numbers], outcomes.similarity[numbers] = of, similarity
+    outcomes.copy_of[numbers], outcomes.similarity[numbers] = originals, similarity
 
 
 def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
-    """Strings as references to few objects: what repeats is there once."""
+    """Strings as an array of objects, in which equal strings are one object."""
     encoded = column.combine_chunks().dictionary_encode()
     words = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
     return words[encoded.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
@@ -119,11 +130,11 @@ def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
     return column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def joined_groups(groups: list[str], clusters: NDArray[np.int64]) -> list[str]:
-    """The group of each test row; near copies, and all that shares a group with them, are one: they fail together."""
-    joined = Clusters()
+def merge_groups(groups: list[str], clusters: NDArray[np.int64]) -> list[str]:
+    """The group of each test row, where near copies and all rows that share a group with them become one group."""
+    merged = Clusters()
     members: dict[int, str] = {}  # cluster → a group in it
     for cluster, group in zip(clusters.tolist(), groups, strict=True):
         if cluster >= 0:
-            joined.join(group, members.setdefault(cluster, group))
-    return [joined.first(group) for group in groups]
+            merged.join(group, members.setdefault(cluster, group))
+    return [merged.first(group) for group in groups]

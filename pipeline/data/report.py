@@ -1,7 +1,7 @@
-"""What became of every row: counted while `prepare` streams, written as JSON, Markdown and one HTML file.
+"""The data report: what became of every row, as JSON, Markdown and one HTML file.
 
-The same data gives the same bytes: the report is part of a DVC output, so it holds no time, no path and nothing of an
-earlier version. Nothing from the data can act: Jinja escapes it, and the HTML page forbids every script by its policy.
+The report is part of a DVC output, so it has no timestamps and no paths: the same data gives the same bytes. Text from
+the data cannot act as markup: Jinja escapes it, and the page's policy forbids scripts.
 """
 
 import json
@@ -13,27 +13,27 @@ from typing import Any
 from pipeline.core.files import write_json, write_text
 from pipeline.core.pages.templates import environment
 from pipeline.core.redaction import redact
-from pipeline.data.default_scoring import Choice, reason
+from pipeline.data.default_scoring import Choice, explain_choice
 
-EXAMPLES = 5  # kept for each reason, kind of repair and kind of duplicate
+EXAMPLES = 5  # per reason, kind of repair and kind of duplicate
 EXCERPT = 300  # characters of an example
 SPLITS = ("train", "validation", "test")
-MOST_LINES = 12  # of a table by task or language; the smaller ones become one
+MAX_LINES = 12  # in a table by task or language; the smallest ones are summed up in one more line
 
 
 class DataReportError(RuntimeError):
-    """The counts do not add up: a defect of Retune, not of the data."""
+    """The counts do not add up: a bug in Retune, not in the data."""
 
 
 class Tally:
-    """Rows by reason, with the first few examples of each."""
+    """Counts of rows by reason, with the first few examples of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[Any]] = {}
 
     def add(self, name: str, **example: Any) -> None:
-        """Count one row and keep it as an example while there are few; records become excerpts."""
+        """Count one row, and keep it as an example (as excerpts of its texts) if there are fewer than EXAMPLES."""
         self.counts[name] += 1
         examples = self.examples.setdefault(name, [])
         if len(examples) < EXAMPLES:
@@ -42,21 +42,21 @@ class Tally:
 
 
 class DataStats:
-    """Everything the report says of the rows, counted one by one."""
+    """The counts for the report, collected row by row."""
 
     def __init__(self) -> None:
-        self.formats, self.sources = Counter[str](), Counter[str]()  # of the rows that came in, usable or not
+        self.formats, self.sources = Counter[str](), Counter[str]()  # of all rows read, usable or not
         self.dropped, self.repaired, self.duplicates = Tally(), Tally(), Tally()
         self.tasks = {split: Counter[str]() for split in SPLITS}
         self.languages = {split: Counter[str]() for split in SPLITS}
-        self.lengths = Counter[int]()  # tokens of a training row → rows; at most max_length different ones
-        self.trained_tokens = 0  # of the training split, those that carry loss
-        self.more = 0  # rows that came of splitting others, and of templates that need a row an answer
-        self.rewritten = 0  # conversations of such templates
-        self.untrained = 0  # answers that their rows mark as not trained
+        self.lengths = Counter[int]()  # tokens of a training row → rows
+        self.trained_tokens = 0  # in the training split: tokens with loss
+        self.added = 0  # rows made by splitting long rows, or for templates that need one row per answer
+        self.rewritten = 0  # conversations with one row per answer
+        self.untrained = 0  # answers marked as not trained
 
     def add_read(self, format: str, source: str, rows: int) -> None:
-        """`rows` records, usable or not, were read from the file `source` in `format`."""
+        """Count `rows` records, usable or not, of the file `source`."""
         self.formats[format] += rows
         self.sources[source] += rows
 
@@ -68,25 +68,29 @@ class DataStats:
         crowded: int,
         scoring: dict[str, Choice],
     ) -> dict[str, Any]:
-        """`report.json`; counts are rows unless they say otherwise. `example` is a training row in parts (text, loss).
+        """The content of `report.json`; counts are of rows unless named otherwise.
+
+        Args:
+            example: one training row as parts (text, has loss).
 
         Raises:
-            DataReportError: a row that came in is neither kept nor dropped, or is both.
+            DataReportError: rows read and added are not as many as rows kept and dropped.
         """
         rows = {split: counts.total() for split, counts in self.tasks.items()}
         rows_in, kept, dropped = self.formats.total(), sum(rows.values()), self.dropped.counts.total()
-        if rows_in + self.more != kept + dropped:
+        if rows_in + self.added != kept + dropped:
             raise DataReportError(
-                f"{rows_in} rows came in, but {kept} are kept and {dropped} dropped; a row was lost or counted twice"
+                f"{rows_in} rows were read and {self.added} added, but {kept} were kept and {dropped} dropped; this is "
+                "a bug in Retune"
             )
         lengths = sorted(self.lengths.elements())
         bins = Counter(1 << max(tokens - 1, 0).bit_length() for tokens in lengths)
         return {
             "rows_in": rows_in,
             "rows": rows,
-            "rewritten_conversations": self.rewritten,  # with a row for each answer
+            "rewritten_conversations": self.rewritten,
             "untrained_answers": self.untrained,
-            "more_rows": self.more,
+            "more_rows": self.added,
             "tasks": self.tasks,
             "languages": self.languages,
             "formats": self.formats,
@@ -97,7 +101,7 @@ class DataStats:
             "repaired_examples": self.repaired.examples,
             "duplicates": self.duplicates.counts,
             "duplicate_pairs": self.duplicates.examples,
-            "crowded": crowded,  # rows with so many likely near copies that one may have been missed
+            "crowded": crowded,
             "train_tokens": {
                 "total": sum(lengths),
                 "trained": self.trained_tokens,
@@ -105,9 +109,9 @@ class DataStats:
                 "max_per_row": lengths[-1] if lengths else 0,
             },
             "max_length": max_length,
-            # Training rows by tokens: powers of two, of which each counts the rows up to it and above the one before.
-            "lengths": {str(most): rows for most, rows in sorted(bins.items())},
-            "scoring": scoring,  # task → choice
+            # Training rows by number of tokens; the keys are upper bounds of the bins, powers of two.
+            "lengths": {str(bound): rows for bound, rows in sorted(bins.items())},
+            "scoring": scoring,
             "test_sha256": test_sha256,
             "example_segments": [(redact(text), has_loss) for text, has_loss in example],
         }
@@ -121,65 +125,67 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         "summary": summary(report),
         "kept": sum(report["rows"].values()),
         "dropped": sum(report["dropped"].values()),
-        "languages": over_splits(report["languages"]),
+        "languages": sum_over_splits(report["languages"]),
         "mixes": [("Tasks", table(report["tasks"])), ("Languages", table(report["languages"]))],
     }
     for name in ("report.md", "report.html"):
         pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
-        pages.filters |= {"ranked": _ranked, "reason": reason}
+        pages.filters |= {"ranked": _ranked, "reason": explain_choice}
         write_text(folder / name, pages.get_template(f"data_{name}.jinja").render(values))
 
 
 def excerpt(record: Any) -> str:
-    """The beginning of a row for people: its turns in short, without secrets."""
+    """The start of a row to show to people: its turns, shortened and without secrets."""
     if isinstance(record, list) and record and all(isinstance(turn, dict) and "role" in turn for turn in record):
-        room = max(60, EXCERPT // len(record))
-        lines = (f"{turn['role']}: {_short(turn.get('content') or turn, room)}" for turn in record)
+        width = max(60, EXCERPT // len(record))
+        lines = (f"{turn['role']}: {_shorten(turn.get('content') or turn, width)}" for turn in record)
         return "\n".join(lines)[: 2 * EXCERPT]
-    return _short(record, EXCERPT)
+    return _shorten(record, EXCERPT)
 
 
-def _short(value: Any, room: int) -> str:
+def _shorten(value: Any, width: int) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(redact(text[:2000]).split())
     text = "".join(character if character.isprintable() else "�" for character in text)
-    return text if len(text) <= room else text[: room - 1] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """One sentence: how many rows came in, what became of them, and the commonest reason for dropping one."""
+    """One sentence: how many rows were read, kept, repaired and dropped, and the most frequent reason."""
     rows, dropped = report["rows"], sum(report["dropped"].values())
     splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     counts = {
-        "conversations with a row for each answer as the template needs it": report["rewritten_conversations"],
-        "answers marked as not trained": report["untrained_answers"],
+        "conversations got one row per answer, as the template needs": report["rewritten_conversations"],
+        "answers are marked as not trained": report["untrained_answers"],
         "repairs": sum(report["repaired"].values()),
     }
-    parts = [f"{report['rows_in']:,} rows came in", f"{sum(rows.values()):,} go on ({splits})"]
-    sentence = ", ".join([*parts, *(f"{count:,} {what}" for what, count in counts.items() if count)])
+    parts = [f"{report['rows_in']:,} rows were read", f"{sum(rows.values()):,} kept ({splits})"]
+    sentence = ", ".join([*parts, *(f"{count:,} {label}" for label, count in counts.items() if count)])
     if not dropped:
-        return f"{sentence}; none is dropped."
+        return f"{sentence}; none was dropped."
     reason, count = _ranked(report["dropped"])[0]
-    why = "because" if count == dropped else f"most often ({count:,}) because"
-    return f"{sentence}; {dropped:,} ({dropped / report['rows_in']:.1%}) are dropped, {why}: {reason}."
+    frequency = "" if count == dropped else f", most often ({count:,})"
+    return f"{sentence}; {dropped:,} ({dropped / report['rows_in']:.1%}) dropped{frequency}: {reason}."
 
 
 def table(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, dict[str, tuple[int, float]]]]:
-    """Rows of a table, the largest first: a name, and for each split its rows and their percentage of the split."""
-    names = [name for name, _ in over_splits(counts)]
-    groups = [(name, [name]) for name in names[:MOST_LINES]]
-    if rest := names[MOST_LINES:]:
-        groups.append((f"{len(rest)} more", rest))
+    """Table lines (name, {split: (rows, percentage of the split)}) from counts by split and name, the largest first."""
+    names = [name for name, _ in sum_over_splits(counts)]
+    groups = [(name, [name]) for name in names[:MAX_LINES]]
+    if smallest := names[MAX_LINES:]:
+        groups.append((f"{len(smallest)} more", smallest))
     lines = []
     for label, group in groups:
-        rows = {split: sum(of_split.get(name, 0) for name in group) for split, of_split in counts.items()}
-        cells = {split: (n, 100 * n / (sum(counts[split].values()) or 1)) for split, n in rows.items()}
+        cells = {}
+        for split, split_counts in counts.items():
+            rows = sum(split_counts.get(name, 0) for name in group)
+            cells[split] = (rows, 100 * rows / (sum(split_counts.values()) or 1))
         lines.append((label, cells))
     return lines
 
 
-def over_splits(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, int]]:
-    """The rows of all splits together by name, the most first."""
+def sum_over_splits(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, int]]:
+    """(name, rows in all splits), the largest first."""
     return _ranked(sum(map(Counter, counts.values()), Counter[str]()))
 
 

@@ -1,9 +1,9 @@
-"""Texts as sets of shingles, whatever the language, and their MinHash signatures.
+"""Sets of shingles of texts in any language, and their MinHash signatures.
 
-A token is a word, a number, one character of a script that is written without spaces (Chinese, Japanese, Thai …) or
-one symbol. Case, Unicode form (NFKC), white space and punctuation do not count; symbols do, since `12 + 5` and `12 * 5`
-ask for different things. A shingle is 3 tokens in a row, or 5 where it begins with such a character; a text too short
-for one is one shingle, whole, and a text without any token is compared as it is.
+A token is a word, a number, a symbol, or one character of a script without spaces (Chinese, Japanese, Thai …). Case,
+Unicode form (NFKC), white space and punctuation are ignored; symbols count, since `12 + 5` and `12 * 5` are different
+questions. A shingle is 3 consecutive tokens, or 5 if the first one is a character of a script without spaces. A text
+that is too short for one is a single shingle; a text without tokens is compared without its white space.
 """
 
 import re
@@ -16,8 +16,8 @@ import regex
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-WORDS, CHARACTERS = 3, 5  # tokens of a shingle that begins with a word, with a character of an unspaced script
-LANES = 128  # minima of a signature
+WORDS, CHARACTERS = 3, 5  # tokens in a shingle that starts with a word, or with a character of an unspaced script
+LANES = 128  # minima in a signature
 
 Signatures = NDArray[np.uint16]  # (N, LANES)
 
@@ -33,7 +33,7 @@ _DASHES = str.maketrans(dict.fromkeys("‐‒–−", "-"))
 
 
 def signatures(texts: Sequence[str]) -> Signatures:
-    """MinHash minima of each text's shingles: two texts agree in each with the probability of their similarity.
+    """MinHash minima of each text's shingles: two texts agree in each lane with the probability of their similarity.
 
     The low 16 bits are enough (b-bit minwise hashing, Li and König 2010).
     """
@@ -42,12 +42,12 @@ def signatures(texts: Sequence[str]) -> Signatures:
 
 
 def signature_version() -> str:
-    """Changes whenever a signature could: part of the key of every cache of signatures."""
+    """A text that changes whenever signatures could; part of every cache key."""
     return f"rensa {version('rensa')}, regex {version('regex')}, Unicode {unicodedata.unidata_version}"
 
 
 def shingles(text: str) -> set[str]:
-    """Every run of WORDS tokens, or of CHARACTERS where it begins with a character of an unspaced script."""
+    """The shingles of `text`; see the module's docstring."""
     folded = _fold(text)
     tokens = (_ASCII_TOKEN if folded.isascii() else _TOKEN).findall(folded) or ["".join(folded.split())]
     if folded.isascii() or not _ANY_UNSPACED.search(folded):
@@ -60,7 +60,7 @@ def shingles(text: str) -> set[str]:
 
 
 def jaccard(left: set[str], right: set[str]) -> float:
-    """Jaccard similarity of two texts' shingles."""
+    """Jaccard similarity of two sets of shingles."""
     shared = len(left & right)
     return shared / (len(left) + len(right) - shared)
 
