@@ -1,6 +1,6 @@
-"""What an attacker would put into a version, a model, an adapter, a checkpoint or a template, as files.
+"""Files that an attacker could put into a version, a model, an adapter, a checkpoint or a template.
 
-Everything is generated here: no real malware, only payloads that create the canary file when they run.
+All are generated here, without real malware: the payloads only create the canary file when they run.
 """
 
 import io
@@ -22,23 +22,23 @@ _armed: list["Witness"] = []
 
 
 class Witness:
-    """Sees, by Python's audit events, whether code ran, a file was written elsewhere, or a connection was tried."""
+    """Records forbidden audit events: code that ran, files written elsewhere, attempted connections."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.secret, self.seen = root.resolve(), root.resolve() / "secret.txt", list[str]()
+        self.root, self.secret, self.violations = root.resolve(), root.resolve() / "secret.txt", list[str]()
         self.allowed = (self.root, Path(os.environ["HF_DATASETS_CACHE"]).parent, Path("/dev"))
 
     def event(self, name: str, arguments: tuple[Any, ...]) -> None:
         if name in FORBIDDEN:
-            self.seen.append(f"{name} {arguments!r}")
+            self.violations.append(f"{name} {arguments!r}")
         elif name == "open" and isinstance(arguments[0], str | bytes | Path):
             path = Path(os.fsdecode(arguments[0]))
             if path.name == CANARY or path == self.secret:
-                self.seen.append(f"{name} {arguments!r}")
+                self.violations.append(f"{name} {arguments!r}")
             elif isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                where = Path(os.path.abspath(path))
-                if not any(where.is_relative_to(root) for root in self.allowed) and "__pycache__" not in where.parts:
-                    self.seen.append(f"written outside: {where}")
+                full = Path(os.path.abspath(path))
+                if not any(full.is_relative_to(root) for root in self.allowed) and "__pycache__" not in full.parts:
+                    self.violations.append(f"written outside: {full}")
 
 
 def _hook(name: str, arguments: tuple[Any, ...]) -> None:
@@ -46,21 +46,21 @@ def _hook(name: str, arguments: tuple[Any, ...]) -> None:
         witness.event(name, arguments)
 
 
-sys.addaudithook(_hook)  # cannot be removed; without an armed witness it does nothing
+sys.addaudithook(_hook)  # cannot be removed; does nothing without a witness
 
 
 @contextmanager
 def watching(root: Path) -> Iterator[Witness]:
-    """A witness of the block, which must end with nothing seen, no canary in `root`, and the environment as it was."""
+    """Fail if the block causes a violation, creates a canary in `root`, or changes the environment."""
     witness = Witness(root)
     witness.secret.write_text("the secret of somebody else")
     environment = dict(os.environ)
     _armed.append(witness)
     try:
         yield witness
-    finally:  # whatever the block raised: a refusal that comes too late is none
+    finally:  # also if the block raises, because a refusal can come too late
         _armed.remove(witness)
-        assert witness.seen == []
+        assert witness.violations == []
         assert not list(root.rglob(CANARY))
         changed = {key for key in os.environ.keys() | environment if os.environ.get(key) != environment.get(key)}
         assert not {key for key in changed if not key.startswith(("PYTEST", "TORCH", "KMP", "ACCELERATE"))}
@@ -78,7 +78,7 @@ class Payload:
 
 
 def programs(canary: Path) -> dict[str, bytes]:
-    """Bytes that are a pickle, an archive or a program, by kind."""
+    """Pickles, archives and programs, by kind."""
     torch_file = io.BytesIO()
     torch.save({"a": Payload(canary)}, torch_file)
     return {
@@ -133,7 +133,7 @@ BAD_NAMES = [
     "merged/%2e%2e/config.json", ".git/hooks/post-checkout", ".dvc/config", "dataset/train.parquet", "merged", "",
 ]  # fmt: skip
 
-# Chat templates that reach for Python, after the Jinja escapes in use.
+# Chat templates that try to escape from Jinja's sandbox, by known techniques.
 BAD_TEMPLATES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",

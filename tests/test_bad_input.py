@@ -1,4 +1,4 @@
-"""What cannot be trained: one sentence that names it and the way out, before anything is trained."""
+"""A base model that cannot be used is refused before training, with one sentence that names the fault."""
 
 import shutil
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def smaller_vocabulary(base: Path) -> None:
 
 
 def control_token_beyond(base: Path) -> None:
-    """As when somebody adds ChatML's tokens and forgets the embedding."""
+    """A control token is added to the tokenizer, but not to the embedding."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|turn|>")
@@ -53,7 +53,7 @@ def control_token_beyond(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "sentence"),
+    ("damage", "message"),
     [
         (truncated, r"model.safetensors may not be loaded"),
         (
@@ -65,36 +65,36 @@ def control_token_beyond(base: Path) -> None:
     ],
 )
 def test_a_base_model_that_cannot_be_used_is_refused_by_prepare(
-    tmp_path: Path, params: Params, data: Path, harm: Callable[[Path], None], sentence: str
+    tmp_path: Path, params: Params, data: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     base = make_base(tmp_path / "base")
-    harm(base)
-    with pytest.raises(ValueError, match=sentence) as error:
+    damage(base)
+    with pytest.raises(ValueError, match=message) as error:
         prepare(with_(params, prepare={"model_name_or_path": str(base)}).prepare, data, tmp_path / "dataset")
     assert "\n" not in str(error.value) and type(error.value).__module__.startswith("pipeline.")
     assert not (tmp_path / "dataset").exists()
 
 
 @pytest.mark.parametrize(
-    ("harm", "sentence"),
+    ("damage", "message"),
     [
         (shutil.rmtree, r"there is no such folder"),
         (config(rms_norm_eps=1e-5), r"is not the one the dataset was prepared for .*; run `dvc repro`, or put it back"),
         (lambda base: make_base(base, seed=1), r"is not the one the dataset was prepared for \(digest "),
     ],
 )
-def test_a_base_model_changed_since_is_refused_by_train(
-    tmp_path: Path, params: Params, data: Path, harm: Callable[[Path], None], sentence: str
+def test_a_base_model_that_changed_after_prepare_is_refused_by_train(
+    tmp_path: Path, params: Params, data: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     base = make_base(tmp_path / "base")
     prepare(with_(params, prepare={"model_name_or_path": str(base)}).prepare, data, tmp_path / "dataset")
-    harm(base)
-    with pytest.raises(ValueError, match=sentence):
+    damage(base)
+    with pytest.raises(ValueError, match=message):
         train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_shard_that_is_missing_is_named(tmp_path: Path, params: Params, data: Path) -> None:
+def test_the_error_names_a_missing_shard_of_the_base_model(tmp_path: Path, params: Params, data: Path) -> None:
     base = make_base(tmp_path / "base")
     shard_missing(base)
     settings = with_(params, prepare={"model_name_or_path": str(base)})
@@ -105,6 +105,6 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path, params: Params, data: 
 
 
 def test_virtual_tokens_that_do_not_fit_the_context_are_refused(tmp_path: Path, params: Params, dataset: Path) -> None:
-    many = short(params, "prompt", num_virtual_tokens=500).train
+    too_many = short(params, "prompt", num_virtual_tokens=500).train
     with pytest.raises(ValueError, match="train.num_virtual_tokens is 500 .* set prepare.max_length to 12 at most"):
-        train(many, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+        train(too_many, dataset, tmp_path / "adapter", tmp_path / "checkpoints")

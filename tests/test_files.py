@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whoever else writes or reads them, and whoever is killed."""
+"""`whole_directory` replaces a folder completely or not at all, with other writers and readers and after kills."""
 
 import os
 import signal
@@ -24,17 +24,17 @@ with whole_directory(Path(sys.argv[1])) as folder:
 
 
 def writer(target: Path, name: str) -> subprocess.Popen[str]:
-    """A process that is in the middle of writing `target`, and ends when it is told to."""
+    """A process that has started to write `target` and finishes after a line of input."""
     command = [sys.executable, "-c", WRITER, str(target), name]
     child = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "begun\n"
     return child
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_two_processes_that_write_one_folder_do_not_disturb_each_other(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("exists", [False, True])
+def test_two_processes_can_write_one_folder_and_the_last_one_wins(tmp_path: Path, exists: bool) -> None:
     target = tmp_path / "made" / "folder"
-    if there:
+    if exists:
         target.mkdir(parents=True)
         (target / "old").touch()
     other = writer(target, "other")
@@ -48,7 +48,7 @@ def test_two_processes_that_write_one_folder_do_not_disturb_each_other(tmp_path:
     assert [path.name for path in target.parent.iterdir()] == ["folder"]
 
 
-def test_what_a_killed_writer_left_is_removed_and_the_folder_stays_as_it_was(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_and_the_folder_is_unchanged(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     target.mkdir()
     (target / "old").touch()
@@ -63,20 +63,20 @@ def test_what_a_killed_writer_left_is_removed_and_the_folder_stays_as_it_was(tmp
     assert (target / "old").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere two renames are needed")
-def test_a_reader_finds_the_folder_at_every_moment(tmp_path: Path) -> None:
-    target, missing, over = tmp_path / "folder", 0, threading.Event()
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems need two renames")
+def test_the_folder_exists_at_every_moment_of_a_replacement(tmp_path: Path) -> None:
+    target, missing, finished = tmp_path / "folder", 0, threading.Event()
     target.mkdir()
 
     def rewrite() -> None:
         for _ in range(300):
             with whole_directory(target):
                 pass
-        over.set()
+        finished.set()
 
     thread = threading.Thread(target=rewrite)
     thread.start()
-    while not over.is_set():
+    while not finished.is_set():
         missing += not target.exists()
     thread.join()
     assert missing == 0

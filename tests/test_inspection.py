@@ -9,7 +9,7 @@ import pytest
 from conftest import retune, with_, write_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_classification import classifying, make_encoder
+from test_classification import with_classification, make_encoder
 
 from pipeline.chat.template import ChatTemplate, load_template
 from pipeline.data.inspection import (
@@ -90,7 +90,7 @@ def test_each_row_of_a_file_is_shown_as_prepared_with_its_verdict(params: Params
 
 
 def test_a_text_and_its_class_are_shown_from_a_file_and_from_the_dataset(params: Params, tmp_path: Path) -> None:
-    settings = classifying(params, make_encoder(tmp_path / "base", "bert"))
+    settings = with_classification(params, make_encoder(tmp_path / "base", "bert"))
     path = tmp_path / "data" / "rows.jsonl"
     path.parent.mkdir()
     rows = ({"text": f"film {i} is {('good', 'bad')[i % 2]}", "label": ("pos", "neg")[i % 2]} for i in range(60))

@@ -19,7 +19,7 @@ from pipeline.core.redaction import HIDDEN, has_credentials, redact, redacted_er
 from pipeline.params import Params
 from pipeline.settings import ParamsError, load_params
 
-# Made up, of the shape and length of real ones.
+# Invented, with the shape and length of real ones.
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIAQ7PLANTED1KEY9ZX",
     "AWS_SECRET_ACCESS_KEY": "wJalrPLANTED+K7MDENG/bPxRfiCYpl4nt3dKEYab",
@@ -36,7 +36,7 @@ URIS = {
     "HTTPS_PROXY": "http://planteduser:plantedpass@127.0.0.1:9",
     "AWS_ENDPOINT_URL_DYNAMODB": "https://planteduser:plantedpass@example.org",
 }
-TRACES = [*SECRETS.values(), "plantedpass", quote(SECRETS["AWS_SECRET_ACCESS_KEY"], safe="")]
+FORBIDDEN = [*SECRETS.values(), "plantedpass", quote(SECRETS["AWS_SECRET_ACCESS_KEY"], safe="")]
 
 
 @pytest.fixture
@@ -45,12 +45,12 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def clean(text: str) -> bool:
-    return not any(trace in text for trace in TRACES)
+def has_no_secret(text: str) -> bool:
+    return not any(secret in text for secret in FORBIDDEN)
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_secret_of_the_environment_is_hidden_in_every_spelling(planted: None, name: str) -> None:
+def test_a_secret_in_the_environment_is_hidden_in_every_encoding(planted: None, name: str) -> None:
     value = SECRETS[name]
     encoded = base64.b64encode(value.encode()).decode()
     for spelling in (value, quote(value, safe=""), repr(value), encoded, f"x{value}y", f"{value}\n{value}"):
@@ -76,7 +76,7 @@ def test_a_secret_of_the_environment_is_hidden_in_every_spelling(planted: None, 
         ("-----BEGIN EC PRIVATE KEY-----\nabc\n-----END EC PRIVATE KEY-----\nrest", "***\nrest"),
     ],
 )
-def test_a_secret_of_known_shape_is_hidden(text: str, shown: str) -> None:
+def test_a_secret_with_a_known_shape_is_hidden(text: str, shown: str) -> None:
     assert redact(text) == shown
     assert has_credentials(text)
 
@@ -98,19 +98,19 @@ def test_a_secret_of_known_shape_is_hidden(text: str, shown: str) -> None:
         "time 10:30 user: me @home",
     ],
 )
-def test_ordinary_text_stays_as_it_is(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     assert redact(text) == text
     assert not has_credentials(text)
 
 
-def test_settings_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_not_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"TOKENIZERS_PARALLELISM": "falsely", "GOOGLE_CREDENTIALS_FILE": "/srv/key.json", "API_TOKEN": "1"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     assert redact("falsely /srv/key.json 1") == "falsely /srv/key.json 1"
 
 
-def test_an_error_loses_its_secrets_and_keeps_its_kind(planted: None) -> None:
+def test_an_error_keeps_its_class_without_secrets(planted: None) -> None:
     @redacted_errors
     def fail() -> None:
         raise ConnectionError(f"cannot reach {URIS['HTTPS_PROXY']} with {SECRETS['HF_TOKEN']}", 5)
@@ -143,12 +143,12 @@ raise RuntimeError(f"uncaught {secret}")
 
 
 def test_log_records_and_tracebacks_of_any_library_are_redacted(planted: None) -> None:
-    ran = subprocess.run([sys.executable, "-c", PROGRAM], env=environment(), capture_output=True, text=True)
-    assert clean(ran.stdout + ran.stderr)
-    assert "signing with *** and {'key': '***'}" in ran.stdout
-    assert "INFO:root:3 items" in ran.stdout
-    assert "ValueError: ***" in ran.stdout
-    assert "RuntimeError: uncaught ***" in ran.stderr
+    program = subprocess.run([sys.executable, "-c", PROGRAM], env=environment(), capture_output=True, text=True)
+    assert has_no_secret(program.stdout + program.stderr)
+    assert "signing with *** and {'key': '***'}" in program.stdout
+    assert "INFO:root:3 items" in program.stdout
+    assert "ValueError: ***" in program.stdout
+    assert "RuntimeError: uncaught ***" in program.stderr
 
 
 def params_with(folder: Path, section: str, key: str, value: Any) -> Path:
@@ -167,7 +167,7 @@ def params_with(folder: Path, section: str, key: str, value: Any) -> Path:
         ("ingest", "sources", [{"uri": "rows.csv"}, {"uri": "https://user:plantedpass@example.org/rows.csv"}]),
     ],
 )
-def test_credentials_in_params_are_refused_with_line_and_way_out_and_not_shown(
+def test_credentials_in_params_are_refused_without_being_printed(
     tmp_path: Path, section: str, key: str, value: Any
 ) -> None:
     path = params_with(tmp_path, section, key, value)
@@ -175,20 +175,20 @@ def test_credentials_in_params_are_refused_with_line_and_way_out_and_not_shown(
         ParamsError, match=rf"{section}\.{key}\S* holds a password or key .*line \d+.*environment"
     ) as caught:
         load_params(path)
-    assert clean(str(caught.value))
+    assert has_no_secret(str(caught.value))
 
 
 def test_a_command_that_fails_prints_no_secret(tmp_path: Path, planted: None) -> None:
     path = params_with(tmp_path, "prepare", "model_name_or_path", f"./{SECRETS['MLFLOW_TRACKING_PASSWORD']}")
     assert path.exists()
     command = [sys.executable, "-m", "pipeline", "stage", "prepare"]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert ran.returncode == 1
-    assert "error: " in ran.stderr
-    assert clean(ran.stdout + ran.stderr)
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "error: " in result.stderr
+    assert has_no_secret(result.stdout + result.stderr)
 
 
-def test_the_work_folder_is_private_and_nothing_is_writable_for_everybody(tmp_path: Path) -> None:
+def test_the_work_folder_is_private_and_no_file_is_world_writable(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("{}")
     command = ["sh", "-c", f"umask 0; {sys.executable} -m pipeline status; true"]
     subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True)
@@ -199,32 +199,33 @@ def test_the_work_folder_is_private_and_nothing_is_writable_for_everybody(tmp_pa
 @pytest.mark.faults
 def test_a_whole_run_leaves_no_secret_anywhere(tmp_path: Path, base: Path, params: Params, planted: None) -> None:
     root = make_project(tmp_path / "project", base, params)
-    # A stage that prints one, as a library's debug output might.
+    # The stage prints a secret, as a library's debug output might.
     stages = (root / "dvc.yaml").read_text().replace("stage prepare", "stage prepare && echo leaking $HF_TOKEN")
     (root / "dvc.yaml").write_text(stages)
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     settings = environment() | {"TMPDIR": str(scratch), "PREFECT_LOGGING_LEVEL": "DEBUG", "NO_PROXY": "127.0.0.1"}
     command = ["sh", "-c", f"umask 0; exec {sys.executable} -m pipeline run"]
-    seen: set[str] = set()
+    command_lines: set[str] = set()
     listening: set[str] = set()
     with (tmp_path / "output").open("w") as out:
         child = subprocess.Popen(command, cwd=root, env=settings, stdout=out, stderr=subprocess.STDOUT)
         while child.poll() is None:
             for process in psutil.Process(child.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    seen.add(" ".join(process.cmdline()))
+                    command_lines.add(" ".join(process.cmdline()))
                     connections = process.net_connections("tcp")
-                    listening |= {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+                    listening |= {socket.laddr.ip for socket in connections if socket.status == psutil.CONN_LISTEN}
             time.sleep(0.2)
     output = (tmp_path / "output").read_text()
     assert child.returncode == 0, output
-    assert clean(output)
+    assert has_no_secret(output)
     assert f"leaking {HIDDEN}" in output
-    assert any("prefect server start" in line for line in seen) and all(clean(line) for line in seen)
+    assert any("prefect server start" in line for line in command_lines)
+    assert all(has_no_secret(line) for line in command_lines)
     assert listening == {"127.0.0.1"}
     files = [path for path in (*root.rglob("*"), *scratch.rglob("*")) if path.is_file() and not path.is_symlink()]
-    leaking = [(path, trace) for path in files for trace in TRACES if trace.encode() in path.read_bytes()]
+    leaking = [(path, secret) for path in files for secret in FORBIDDEN if secret.encode() in path.read_bytes()]
     assert leaking == []
     assert {".db", ".lock", ".json", ".log", ".parquet"} <= {path.suffix for path in files}
     writable = [path for path in (*root.rglob("*"), *scratch.rglob("*")) if not path.is_symlink()]
