@@ -9,7 +9,7 @@ import pytest
 from conftest import retune, with_, write_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_classification import with_classification, make_encoder
+from test_classification import make_encoder, with_classification
 
 from pipeline.chat.template import ChatTemplate, load_template
 from pipeline.data.inspection import (
