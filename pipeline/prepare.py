@@ -35,9 +35,9 @@ from pipeline.core.progress import Progress
 from pipeline.data.classes import TextEncoder, class_names
 from pipeline.data.default_scoring import Choice, choose_scoring
 from pipeline.data.encoding import ROWS, TOKENS, Encoder, encode_shard, load_encoding
-from pipeline.data.outcomes import SPLITS, Outcomes, decide_outcomes, merge_groups
+from pipeline.data.outcomes import Outcomes, decide_outcomes, merge_groups
 from pipeline.data.records import Rejected
-from pipeline.data.report import DataStats, write_report
+from pipeline.data.report import SPLITS, DataStats, write_report
 from pipeline.data.shards import Rejection, Shard, canonical_shards
 from pipeline.data.shingles import signature_version
 from pipeline.params import PrepareParams

@@ -169,16 +169,16 @@ def test_a_broken_record_is_rejected_with_a_reason(tmp_path: Path, record: dict[
 
 
 def test_every_spelling_of_a_tool_call_gives_the_same_messages(tmp_path: Path) -> None:
-    text, whole = '{"zone": "UTC"}', {"zone": "UTC"}
+    text, arguments = '{"zone": "UTC"}', {"zone": "UTC"}
     result = {"role": "tool", "name": "clock", "tool_call_id": "c1", "content": "12:00"}
     for role, spelling in (
         ("tool", {"tool_calls": [{"id": "c1", "type": "function", "function": {"name": "clock", "arguments": text}}]}),
-        ("tool", {"tool_calls": [{"id": "c1", "function": {"name": "clock", "arguments": whole}}]}),
+        ("tool", {"tool_calls": [{"id": "c1", "function": {"name": "clock", "arguments": arguments}}]}),
         ("function", {"function_call": {"name": "clock", "arguments": text}}),
     ):
         call = {"role": "assistant", "content": None} | spelling
         messages = row(tmp_path, {"messages": [QUESTION, call, result | {"role": role}, ANSWER]}).messages
-        assert messages[1]["tool_calls"][0]["function"] == {"name": "clock", "arguments": whole}
+        assert messages[1]["tool_calls"][0]["function"] == {"name": "clock", "arguments": arguments}
         assert messages[2] == result
 
 

@@ -232,10 +232,10 @@ def test_the_command_reports_each_file_and_its_format_option_overrides_the_colum
     path = source(tmp_path / "new", *(row | {"id": 7} for row in sample_rows(20)), {"instruction": "q", "output": ""})
     refused = retune(project, "ingest", str(path))
     assert refused.returncode == 1 and "has no column answer, question" in refused.stderr
-    said = retune(project, "ingest", str(path), "--format", "alpaca").stdout
-    assert "ingest: 20 rows from 1 file\n  new.jsonl: alpaca, JSONL, 20 rows, 1 rejected; not used: id\n" in said
-    assert "1 cannot be used: output is empty" in said
-    assert "data.dvc now points to the new snapshot" in said
+    output = retune(project, "ingest", str(path), "--format", "alpaca").stdout
+    assert "ingest: 20 rows from 1 file\n  new.jsonl: alpaca, JSONL, 20 rows, 1 rejected; not used: id\n" in output
+    assert "1 cannot be used: output is empty" in output
+    assert "data.dvc now points to the new snapshot" in output
 
 
 @pytest.mark.parametrize("command", ["ingest", "inspect"])

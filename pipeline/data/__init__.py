@@ -1,4 +1,4 @@
-"""Instruction data: its sources, its formats, and the way of each row from a record to tokens.
+"""Instruction data: sources, formats, snapshots, duplicates, and the encoding of rows as tokens.
 
 Imports core, params and chat.
 """

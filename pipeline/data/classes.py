@@ -28,15 +28,7 @@ CUT = "end of the text cut to fit prepare.max_length"
 MAX_CLASSES = 1000
 MAX_CLASS_NAME = 200  # characters; a longer one is an answer, not a class
 # Models whose positions start after the padding token's id, so the last ones are never used.
-SHIFTED_POSITIONS = {
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "camembert",
-    "longformer",
-    "mpnet",
-}
+SHIFTED = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet"}
 GOLDEN = ("A fine film, and not a minute too long.", "  Spaces,\ttabs\nand a line — 电影不错。 ", "")
 
 
@@ -63,8 +55,8 @@ class TextEncoder:
         if messages[-1].get("tool_calls") or len(name) > MAX_CLASS_NAME or "\n" in name:
             raise RowError(f"has an answer of {len(name)} characters; expected the name of a class")
         ids = self._tokens(messages[0]["content"])
-        whole = self.tokenizer(messages[0]["content"])["input_ids"] if self.cut_at else ids
-        return Encoded(ids, [-100] * len(ids), (CUT,) if len(whole) > len(ids) else ())
+        uncut_ids = self.tokenizer(messages[0]["content"])["input_ids"] if self.cut_at else ids
+        return Encoded(ids, [-100] * len(ids), (CUT,) if len(uncut_ids) > len(ids) else ())
 
     def prompt(self, messages: list[Message], tools: str | None = None) -> tuple[str, list[int]]:
         return messages[-1]["content"], self._tokens(messages[-1]["content"])
@@ -149,6 +141,6 @@ def _context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | No
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    if config.model_type in SHIFTED_POSITIONS:
+    if config.model_type in SHIFTED:
         limit -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1
     return int(min(limit, tokenizer.model_max_length))

@@ -203,9 +203,7 @@ def _best_paths(records: Records) -> Records:
         path: list[dict[str, Any]] = []
         candidates = [first]
         while usable := [
-            message
-            for message in candidates
-            if not message.get("deleted") and message.get("review_result") is not False
+            reply for reply in candidates if not reply.get("deleted") and reply.get("review_result") is not False
         ]:
             path.append(min(usable, key=_rank))
             candidates = replies.pop(str(path[-1].get("message_id")), [])
@@ -283,7 +281,7 @@ def _turns_format(record: dict[str, Any]) -> str | None:
 
 def _is_pair(record: dict[str, Any]) -> bool:
     """Whether a record has one question and one answer, and no context column with a value."""
-    pairs = [pair for pair in PAIRS if pair[0] in record and pair[1] in record]
+    pairs = [pair for pair in PAIRS if record.keys() >= set(pair)]
     return len(pairs) == 1 and "system_prompt" not in record and not any(record.get(name) for name in CONTEXT_NAMES)
 
 

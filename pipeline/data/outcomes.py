@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pipeline.data.duplicates import Clusters, near_duplicates
 from pipeline.data.encoding import ROWS, SIGNATURES, TEXT
 
-SPLITS = ("train", "validation", "test")
 DUPLICATE = "exact duplicate of an earlier row"
 NEAR_DUPLICATE = "near duplicate of an earlier row"
 LEAKED = "its prompt is in the test split too"
