@@ -32,7 +32,7 @@ from pipeline.core.dependencies import code_digests
 from pipeline.core.files import sha256_file, sha256_json, whole_directory, write_json
 from pipeline.core.processes import available_cores, end_with_parent
 from pipeline.core.progress import Progress
-from pipeline.data.classes import TextEncoder, class_names
+from pipeline.data.classes import TextEncoder, order_classes
 from pipeline.data.default_scoring import Choice, choose_scoring
 from pipeline.data.encoding import ROWS, TOKENS, Encoder, encode_shard, load_encoding
 from pipeline.data.outcomes import Outcomes, decide_outcomes, merge_groups
@@ -215,7 +215,7 @@ def _write(
     tokens = report["train_tokens"]
     contract |= {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
     if classifies:
-        contract["labels"] = class_names(classes["train"], classes["validation"] | classes["test"])
+        contract["labels"] = order_classes(classes["train"], classes["validation"] | classes["test"])
     write_json(output / "contract.json", contract)
     return PrepareResult(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
 

@@ -26,7 +26,7 @@ from pipeline.chat.rendering import TemplateError
 from pipeline.cli.talk import predict as answer_file
 from pipeline.cli.versions import CommandError
 from pipeline.core.files import read_json
-from pipeline.data.classes import ClassError, class_names
+from pipeline.data.classes import ClassError, order_classes
 from pipeline.evaluate import evaluate
 from pipeline.merge import merge, score_model
 from pipeline.params import Params
@@ -219,8 +219,8 @@ def test_classes_that_cannot_be_learned_are_refused(
 
 def test_a_class_without_a_training_row_is_refused() -> None:
     with pytest.raises(ClassError, match="class c "):
-        class_names({"a", "b"}, {"c"})
-    assert class_names({"10", "9", "1"}, {"9"}) == ["1", "9", "10"]
+        order_classes({"a", "b"}, {"c"})
+    assert order_classes({"10", "9", "1"}, {"9"}) == ["1", "9", "10"]
 
 
 def test_a_dataset_of_the_other_task_is_refused(tmp_path: Path, params: Params, dataset: Path, base: Path) -> None:

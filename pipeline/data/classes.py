@@ -108,7 +108,7 @@ def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None)
     return encoder
 
 
-def class_names(train: set[str], other: set[str]) -> list[str]:
+def order_classes(train: set[str], other: set[str]) -> list[str]:
     """The classes in the order of their label ids: numbers by value, then names by alphabet.
 
     Raises:

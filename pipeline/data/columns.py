@@ -4,7 +4,6 @@ A column that is not read is reported by name; a column that changes what the ot
 """
 
 import re
-import shlex
 import string
 from collections import Counter
 from collections.abc import Iterable
@@ -80,11 +79,6 @@ def format_columns(columns: ColumnsParams) -> str:
     """The text that `parse_columns` turns into `columns`."""
     text = ",".join(f"{key}={value}" for key, value in columns.model_dump(exclude_none=True).items())
     return text.replace("\n", "\\n")
-
-
-def as_option(columns: ColumnsParams) -> str:
-    """The value of `--columns`, quoted for a shell."""
-    return shlex.quote(format_columns(columns))
 
 
 def parse_columns(text: str) -> ColumnsParams:

@@ -4,16 +4,17 @@ Every record becomes a `Row`, or a `Rejected` with the reason. A file that fits 
 with a suggestion, because a wrong guess would be worse.
 """
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.columns import as_option, guess_columns, named_columns, note_unread
+from pipeline.data.columns import format_columns, guess_columns, named_columns, note_unread
 from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, SHARD_COLUMNS, Format, Records, configure_format
 from pipeline.data.messages import is_dialogue
-from pipeline.data.readers import KNOWN, FormatError, class_names, read_records, split_name
+from pipeline.data.readers import KNOWN, FormatError, read_class_names, read_records, split_name
 from pipeline.data.records import Rejected, Row
 from pipeline.params import ColumnsParams
 
@@ -27,7 +28,7 @@ class UnclearFormatError(FormatError):
     def __init__(self, fault: str, records: list[Any], formats: Sequence[str] = ()) -> None:
         self.formats = formats  # those that fit; empty if none does
         self.columns = guess_columns(records)
-        guess = "template=…,response=…" if self.columns is None else as_option(self.columns)
+        guess = "template=…,response=…" if self.columns is None else shlex.quote(format_columns(self.columns))
         known = "; ".join(f"{name} ({KNOWN_FORMATS[name]})" for name in FORMATS if str(KNOWN_FORMATS[name]))
         super().__init__(
             f"{fault}; map its columns for `retune ingest`, perhaps with --columns {guess}, or name its format with "
@@ -96,7 +97,7 @@ def open_rows(
                 raise
             format, columns = ask(error)
     unused: set[str] = set()
-    known = configure_format(recognised, columns, class_names(path))
+    known = configure_format(recognised, columns, read_class_names(path))
     return RowFile(recognised, _rows(known.spread(chain(first, records)), recognised, known, unused), unused)
 
 

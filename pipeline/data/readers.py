@@ -102,7 +102,7 @@ def _numbered_records(path: Path, suffix: str, packing: str) -> Iterator[tuple[i
                 yield from _line_records(path, stream)
 
 
-def class_names(path: Path) -> dict[str, list[str]]:
+def read_class_names(path: Path) -> dict[str, list[str]]:
     """Class names by column, as Hugging Face's `datasets` writes them to Parquet and Arrow files."""
     suffix = split_name(path)[1]
     if suffix not in (".parquet", ".arrow"):
