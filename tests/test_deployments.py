@@ -267,7 +267,7 @@ def hook() -> Iterator[tuple[str, list[Any]]]:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(1200)  # seven runs of a flow, three of them trainings
+@pytest.mark.timeout(1200)  # eight runs of a flow, two of them trainings
 def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
     tmp_path: Path, base: Path, params: Params, hook: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +275,7 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
     (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
     source.mkdir()
     (source / "a.json").write_text(rows_of("red", 300))
-    operations = {"services": ["cpu"], "min_new_rows": 100}
+    operations = {"services": ["cpu"], "min_new_rows": 250}
     change_params(root, ingest={"sources": [{"uri": f"{source}/*.json"}]}, operations=operations)
     up = retune(root, "up", "--port", str(free_port()), "--json")
     assert up.returncode == 0, up.stderr
@@ -297,7 +297,7 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
         assert finished(url, "watch/watch")["state_name"] == "Unchanged"
         (source / "b.json").write_text(rows_of("red", 50, start=300))
         found = finished(url, "watch/watch")
-        assert found["state"]["message"] == "50 new rows; fewer than 100, so no retraining"
+        assert found["state"]["message"] == "50 new rows; fewer than 250, so no retraining"
 
         failed = finished(url, "promote/promote", version="v1", force=True)
         assert failed["state_name"] == "Failed"
@@ -308,10 +308,11 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
         assert made["state_name"] in ("Promoted", "Unchanged"), made["state"]  # the retraining may have promoted it
         (source / "a.json").write_text(rows_of("a colour that nobody has ever named before", 200))
         (source / "b.json").unlink()
-        assert finished(url, "watch/watch")["state_name"] == "Updated"
+        found = finished(url, "watch/watch")
+        assert found["state"]["message"] == "200 new rows; fewer than 250, so no retraining"
         worse = finished(url, "evaluate-champion/evaluate-champion")
         assert worse["state_name"] == "Regressed", worse["state"]
         wait_until(lambda: ended(url, name="retrain-champion-regressed"), 240)
-        wait_until(lambda: len(ended(url, name="retrain-new-data")) == 2, 240)  # none for the 50 rows
+        assert len(ended(url, name="retrain-new-data")) == 1
     finally:
         retune(root, "down")
