@@ -56,11 +56,8 @@ def control_token_beyond(base: Path) -> None:
     ("damage", "message"),
     [
         (truncated, r"model.safetensors may not be loaded"),
-        (
-            smaller_vocabulary,
-            r"has an embedding for 300 tokens, fewer than its tokenizer knows: .* has the id 300; put",
-        ),
-        (control_token_beyond, r"fewer than its tokenizer knows: <\|turn\|> has the id \d+; put the model's own"),
+        (smaller_vocabulary, r"300 tokens.* has the id 300"),
+        (control_token_beyond, r"<\|turn\|> has the id \d+"),
         (config(model_type="unheard-of"), r"^no model configuration could be read from .*base: "),
     ],
 )
@@ -78,9 +75,9 @@ def test_a_base_model_that_cannot_be_used_is_refused_by_prepare(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, r"there is no such folder"),
-        (config(rms_norm_eps=1e-5), r"is not the one the dataset was prepared for .*; run `dvc repro`, or put it back"),
-        (lambda base: make_base(base, seed=1), r"is not the one the dataset was prepared for \(digest "),
+        (shutil.rmtree, r"model_name_or_path is .*base"),
+        (config(rms_norm_eps=1e-5), r"base is not the one .* \(digest [0-9a-f]{12}"),
+        (lambda base: make_base(base, seed=1), r"base is not the one .* \(digest [0-9a-f]{12}"),
     ],
 )
 def test_a_base_model_that_changed_after_prepare_is_refused_by_train(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.chat import Message
 from pipeline.chat.conversation import ESCAPED, ChatTemplate
 from pipeline.chat.rendering import RowError, TemplateError
-from pipeline.chat.template import FROM_TRL, NAMED, TEMPLATES, named_ends, named_text
+from pipeline.chat.template import FROM_TRL, NAMED, TEMPLATES, named_stop_ids, named_text
 
 WORDS = ["the quick brown fox jumps over the lazy dog, hello world! philosophy " * 3, "你好，世界。再见 😀 tool call"]
 CONTROL = ["<s>", "</s>", "<pad>", "<unk>"]
@@ -98,7 +98,7 @@ def kind(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 def named(tokenizer: PreTrainedTokenizerFast, name: str, **fields: Any) -> ChatTemplate:
     text = named_text(name)
-    return ChatTemplate(tokenizer, text, frozenset(named_ends(tokenizer, name, "the test")), name=name, **fields)
+    return ChatTemplate(tokenizer, text, frozenset(named_stop_ids(tokenizer, name, "the test")), name=name, **fields)
 
 
 def own(tokenizer: PreTrainedTokenizerFast, text: str) -> ChatTemplate:
@@ -310,7 +310,7 @@ def test_lookalikes_of_control_tokens_are_not_interpreted() -> None:
     folding.add_tokens([AddedToken("<tool_call>", normalized=True)])
     token = folding.convert_tokens_to_ids("<tool_call>")
     assert token in folding.encode("＜tool_call＞")
-    with pytest.raises(RowError, match="normaliser makes a control token of"):
+    with pytest.raises(RowError, match="normalises"):
         named(folding, "qwen").encode(talk("＜tool_call＞", "a"))
     assert named(folding, "qwen").encode(talk("＜tool＞", "a")).repairs == ()
 

@@ -1,8 +1,8 @@
-"""Conversations as a model reads them: templates, tokens, labels and the contract that holds them together.
+"""Conversations as a model reads them: chat templates, tokens, labels (which tokens are trained) and their contract.
 
-It knows core and params.
+It may import core and params.
 """
 
 from typing import Any
 
-Message = dict[str, Any]  # one turn: role, content and what `data.messages` describes
+Message = dict[str, Any]  # one turn: role, content and the other fields that `data.messages` describes

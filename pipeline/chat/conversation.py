@@ -1,7 +1,7 @@
-"""Conversations to tokens and labels, by one chat template for training, evaluation and serving alike.
+"""Turns conversations into tokens and labels, with one chat template for training, evaluation and serving.
 
-Each trained answer stands behind the tokens of the prompt that a server would send, and is tokenised by itself, as a
-model writes it. A template that rewrites earlier turns makes several rows of one conversation: one an answer.
+Each trained answer follows exactly the tokens of the prompt that a server would send, and is tokenised separately, as a
+model generates it. If the template rewrites earlier turns, one conversation becomes several rows.
 """
 
 import datetime
@@ -16,26 +16,28 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat import Message
-from pipeline.chat.rendering import Renderer, RowError, Tools, with_objects
+from pipeline.chat.rendering import Renderer, RowError, Tools, with_argument_objects
 from pipeline.chat.tokens import TokenEncoder
 from pipeline.chat.turns import PROBE_ANSWER, Turn, TurnWriter, left_out
 from pipeline.core.files import sha256_json
 
-Conversation = tuple[list[Message], str | None]  # messages, and the tools on offer as JSON
+Conversation = tuple[list[Message], str | None]  # messages, and the offered tools as JSON
 
-# What parameters, contracts and templates share.
+# Fields that the prepare parameters, the contract and ChatTemplate have in common.
 SETTINGS = ("train_on", "on_control_tokens", "chat_template_kwargs", "chat_template_date", "reasoning", "on_left_out")
 ESCAPED = "control tokens in its text escaped"
-CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 LEFT_OUT = "a part of it left out by the chat template"
+STRFTIME_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 @dataclass(frozen=True)
 class Encoded:
+    """A conversation as a training row."""
+
     input_ids: list[int]  # (T,)
-    labels: list[int]  # (T,) the token where it is trained, -100 where it is not
-    repairs: tuple[str, ...] = ()  # what was done to the row, in the words of the data report
-    earlier: tuple["Encoded", ...] = ()  # rows of the answers before, where the template rewrites earlier turns
+    labels: list[int]  # (T,) the token if it is trained, else -100
+    repairs: tuple[str, ...] = ()  # changes to the row, as the data report names them
+    earlier: tuple["Encoded", ...] = ()  # rows of earlier answers, if the template rewrites earlier turns
 
     @property
     def length(self) -> int:
@@ -52,64 +54,63 @@ class ChatTemplate:
     on_control_tokens: str = "escape"
     name: str | None = None  # of a named template
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    chat_template_date: str | None = None  # YYYY-MM-DD, of a template that prints it
-    reasoning: str = "drop"  # drop | inline | refuse reasoning that the template has no place for
-    on_left_out: str = "drop"  # drop | keep a row of which the template leaves out a part
+    chat_template_date: str | None = None  # YYYY-MM-DD, for a template that prints the date
+    reasoning: str = "drop"  # drop | inline | refuse reasoning that the template cannot write
+    on_left_out: str = "drop"  # drop | keep a row if the template leaves out a part of it
 
     def served_text(self) -> str:
-        """The template as it ships: with its arguments and its date inside, so that every server renders what was
-        trained without being told them."""
-        values = "".join(f"{{%- set {key} = {value!r} -%}}" for key, value in self.chat_template_kwargs.items())
+        """The template as it ships, with its arguments and date built in, so that every server renders what was
+        trained."""
+        assignments = "".join(f"{{%- set {key} = {value!r} -%}}" for key, value in self.chat_template_kwargs.items())
         if self.chat_template_date is None:
-            return values + self.text
+            return assignments + self.text
         day = datetime.date.fromisoformat(self.chat_template_date)
-        return values + CLOCK.sub(lambda match: json.dumps(day.strftime(match[2])), self.text)
+        return assignments + STRFTIME_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), self.text)
 
     def render(self, messages: list[Message], tools: str | None = None, add_generation_prompt: bool = False) -> str:
-        """`messages` as the model reads them.
+        """The text that the model reads.
 
         Raises:
-            RowError: see `encode`.
-            TemplateError: the template is not Jinja or breaks out of its sandbox.
+            RowError, TemplateError: see `encode`.
         """
-        return self._encoder.text(self._renderer.render(*self._ready(messages, tools)[:2], add_generation_prompt))
+        return self._encoder.text(self._renderer.render(*self._adapt(messages, tools)[:2], add_generation_prompt))
 
     def prompt(self, messages: list[Message], tools: str | None = None) -> tuple[str, list[int]]:
         """`messages` up to where the assistant's answer begins: the text, and its tokens (T,)."""
-        rendered = self._renderer.render(*self._ready(messages, tools)[:2], add_generation_prompt=True)
+        rendered = self._renderer.render(*self._adapt(messages, tools)[:2], add_generation_prompt=True)
         return self._encoder.text(rendered), self._encoder.ids(rendered)
 
     def prompt_ids(self, messages: list[Message], tools: str | None = None) -> list[int]:
         return self.prompt(messages, tools)[1]
 
     def encode(self, messages: list[Message], tools: str | None = None) -> Encoded:
-        """Tokens of a conversation and the labels of its trained turns, each turn's end token included.
+        """Tokens and labels of a conversation. Answers are trained, each with the token that ends its turn.
 
-        Tool calls are answers and trained; tool results are not, nor are answers with a `weight` of 0. A control token
-        of the model in somebody's text is tokenised as text, or refused, as `on_control_tokens` says.
+        Tool calls are answers; tool results are not, and answers with a `weight` of 0 are not trained. A control token
+        in a message is tokenised as text, or refused if `on_control_tokens` is drop.
 
         Raises:
-            RowError: nothing to train on, tools that are not a list of objects, something the template refuses or (with
-                `on_left_out: drop`) leaves out, or (with `drop`) control tokens in a text.
-            TemplateError: the template breaks out of its sandbox.
+            RowError: no answer to train on, tools that are not a list of objects, a conversation that the template
+                refuses or of which it leaves out a part (unless `on_left_out` is keep), or a refused control token.
+            TemplateError: the template does something that its sandbox forbids.
         """
-        ready, offered, escaped = self._ready(messages, tools)
-        turns = [self._writer.turn(ready, offered, index) for index in self._trained(messages, ready)]
+        adapted, offered, escaped = self._adapt(messages, tools)
+        turns = [self._writer.turn(adapted, offered, index) for index in self._trained_indices(messages, adapted)]
         last = turns[-1]
-        lost = left_out(ready[: last.index + 1], last.prompt + last.answer)
-        if lost is not None and self.on_left_out == "drop":
-            raise RowError(f"has {lost} that the chat template leaves out (prepare.on_left_out)")
-        marks = [ESCAPED] * escaped + [LEFT_OUT] * (lost is not None)
-        repairs = (*marks, *dict.fromkeys(repair for turn in turns for repair in turn.repairs))
+        missing = left_out(adapted[: last.index + 1], last.prompt + last.answer)
+        if missing is not None and self.on_left_out == "drop":
+            raise RowError(f"has {missing} that the chat template leaves out (prepare.on_left_out)")
+        repairs = [ESCAPED] * escaped + [LEFT_OUT] * (missing is not None)
+        repairs += dict.fromkeys(repair for turn in turns for repair in turn.repairs)
         *earlier, row = self._rows(turns)
-        return replace(row, repairs=repairs, earlier=tuple(earlier))
+        return replace(row, repairs=tuple(repairs), earlier=tuple(earlier))
 
     def golden(self, conversations: Sequence[Conversation] | None = None) -> list[dict[str, Any]]:
         """Tokens and labels of fixed conversations: the contract's fingerprint of rendering and tokenising.
 
-        Without `conversations`: one turn, two turns, a system message, tools with a call, and an injected control
-        token. Of those that the template refuses, `input_ids` and `labels` are null. `earlier` has the rows of earlier
-        answers, where the template rewrites them.
+        The default conversations have one turn, two turns, a system message, tools with a call, and an injected control
+        token. If the template refuses one, its `input_ids` and `labels` are null. `earlier` holds the rows of earlier
+        answers, if the template rewrites them.
         """
         golden: list[dict[str, Any]] = []
         for messages, tools in conversations or _golden_conversations(self._stops[0]):
@@ -123,10 +124,10 @@ class ChatTemplate:
         return golden
 
     def contract(self, model: dict[str, Any], golden: Sequence[Conversation] | None = None) -> dict[str, Any]:
-        """What a later stage must find unchanged. `model` is `model_identity`'s answer.
+        """What later stages must find unchanged; `model` comes from `model_identity`.
 
-        `prepare` adds what it knows of the data: `max_length`, and `trained_fraction`, the part of the training
-        split's tokens that carries loss.
+        `prepare` adds two facts about the data: `max_length`, and `trained_fraction`, the share of the training
+        split's tokens that are trained.
         """
         return {
             "model": model,
@@ -139,6 +140,16 @@ class ChatTemplate:
             **{key: getattr(self, key) for key in SETTINGS},
             "golden": self.golden(golden),
         }
+
+    def find_end_tokens(self) -> set[int]:
+        """The control token that the template writes right after an answer; an untuned base may not declare it."""
+        try:
+            rendered = self.render(_alternate("Hello", PROBE_ANSWER))
+        except RowError:
+            return set()
+        after = rendered.partition(PROBE_ANSWER)[2].strip()
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        return {number for number, token in tokens if token.special and str(token) and after.startswith(str(token))}
 
     @cached_property
     def _renderer(self) -> Renderer:
@@ -160,77 +171,68 @@ class ChatTemplate:
     def _stops(self) -> tuple[str, ...]:
         return tuple(map(self._token, sorted(self.stop_ids)))
 
-    def written_ends(self) -> set[int]:
-        """The control token that the template writes right behind an answer: it ends a turn, though a base that was
-        never tuned may not name it."""
-        try:
-            rendered = self.render(_talk("Hello", PROBE_ANSWER))
-        except RowError:
-            return set()
-        rest = rendered.partition(PROBE_ANSWER)[2].strip()
-        tokens = self.tokenizer.added_tokens_decoder.items()
-        return {id for id, token in tokens if token.special and str(token) and rest.startswith(str(token))}
+    def _token(self, token_id: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
 
-    def _token(self, id: int) -> str:
-        return str(self.tokenizer.convert_ids_to_tokens(id))
-
-    def _ready(self, messages: list[Message], tools: str | None) -> tuple[list[Message], Tools | None, bool]:
-        """Messages and tools as the renderer takes them, and whether control tokens are hidden in them."""
-        plain, parsed = with_objects(messages), None if tools is None else _parsed(tools)
+    def _adapt(self, messages: list[Message], tools: str | None) -> tuple[list[Message], Tools | None, bool]:
+        """Messages and tools as the renderer takes them, and whether control tokens were hidden in them."""
+        plain, parsed = with_argument_objects(messages), None if tools is None else _parse_tools(tools)
         hidden, offered = self._encoder.hide_messages(plain), self._encoder.hide(parsed)
         escaped = hidden != plain or offered != parsed
         if escaped and self.on_control_tokens == "drop":
             raise RowError(f"contains the model's control token {self._encoder.first_hidden([hidden, offered])}")
         return *self._renderer.adapt(hidden, offered), escaped
 
-    def _trained(self, messages: list[Message], ready: list[Message]) -> list[int]:
-        """The places in `ready` of the answers that carry loss."""
+    def _trained_indices(self, messages: list[Message], adapted: list[Message]) -> list[int]:
+        """Indices in `adapted` of the answers that are trained."""
         weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
-        places = [i for i, message in enumerate(ready) if message["role"] == "assistant"]
+        answers = [index for index, message in enumerate(adapted) if message["role"] == "assistant"]
         if self.train_on == "last_response":
             weights[:-1] = [0] * len(weights[:-1])
-        trained = [place for place, weight in zip(places, weights, strict=True) if weight]
+        trained = [index for index, weight in zip(answers, weights, strict=True) if weight]
         if not trained:
             raise RowError("has no answer to train on")
         return trained
 
     def _rows(self, turns: list[Turn]) -> list[Encoded]:
-        """A row goes on as long as the next prompt begins with its tokens; else another one begins."""
-        rows: list[tuple[list[int], list[int], str]] = []  # tokens, labels, and what is not generated behind them
-        text = ""  # what is tokenised already
-        ids: list[int] = []
+        """Training rows: a turn extends the last row if its prompt begins with that row's tokens, else begins one."""
+        rows: list[tuple[list[int], list[int], str]] = []  # tokens, labels, untrained text after them
+        text = ""  # already tokenised
+        ids: list[int] = []  # of `text`
         for turn in turns:
             if not turn.prompt.startswith(text):
                 text, ids = "", []
-            new = turn.prompt[len(text) :]
-            new = self._token(ids[-1]) + new if ids else new
-            prompt, answer, alike = self._ids(new, turn.answer)
+            new_text = turn.prompt[len(text) :]
+            if ids:
+                new_text = self._token(ids[-1]) + new_text
+            prompt, answer, same_as_joined = self._ids(new_text, turn.answer)
             if not answer or answer[-1] not in self.stop_ids:
                 raise RowError("has an answer that does not end with an end token of its own")
             prompt = [*ids, *prompt[1:]] if ids else prompt
-            text, ids = (turn.prompt + turn.answer, [*prompt, *answer]) if alike else ("", [])
-            before = self._labels_before(prompt, *rows[-1][:2]) if rows else None
-            if before is not None:
+            text, ids = (turn.prompt + turn.answer, [*prompt, *answer]) if same_as_joined else ("", [])
+            labels = self._labels_of_start(prompt, *rows[-1][:2]) if rows else None
+            if labels is not None:
                 rows.pop()
-            untrained = [-100] * (len(prompt) - len(before or []))
-            rows.append(([*prompt, *answer], [*(before or []), *untrained, *answer], turn.rest))
+            labels = labels or []
+            untrained = [-100] * (len(prompt) - len(labels))
+            rows.append(([*prompt, *answer], [*labels, *untrained, *answer], turn.rest))
         encoded = []
         for ids, labels, rest in rows:
-            more = self._encoder.ids(self._token(ids[-1]) + rest)[1:] if rest else []
-            encoded.append(Encoded([*ids, *more], [*labels, *[-100] * len(more)]))
+            rest_ids = self._encoder.ids(self._token(ids[-1]) + rest)[1:] if rest else []
+            encoded.append(Encoded([*ids, *rest_ids], [*labels, *[-100] * len(rest_ids)]))
         return encoded
 
     def _ids(self, prompt: str, answer: str) -> tuple[list[int], list[int], bool]:
-        """The tokens of a prompt and of its answer, and whether these are the tokens of both as one text."""
+        """Tokens of a prompt and of its answer, and whether both as one text have the same tokens."""
         ids, joined = self._encoder.ids(prompt), self._encoder.ids(prompt + answer)
         if joined[: len(ids)] == ids:
             return ids, joined[len(ids) :], True
         return ids, self._encoder.continued(answer), False
 
-    def _labels_before(self, prompt: list[int], ids: list[int], labels: list[int]) -> list[int] | None:
-        """The labels of the row `ids` where `prompt` begins with it, else None.
+    def _labels_of_start(self, prompt: list[int], ids: list[int], labels: list[int]) -> list[int] | None:
+        """Labels of the row `ids` if `prompt` begins with it, else None.
 
-        A template may close the last turn with an end token and let the next header close the others (ChatGLM3).
+        The last token may be another end token: ChatGLM3 ends the last turn with one, and others by the next header.
         """
         end = len(ids) - 1
         if len(prompt) <= end or prompt[:end] != ids[:end] or prompt[end] not in self.stop_ids:
@@ -238,7 +240,7 @@ class ChatTemplate:
         return [*labels[:end], prompt[end]]
 
 
-def _parsed(tools: str) -> Tools:
+def _parse_tools(tools: str) -> Tools:
     try:
         parsed = json.loads(tools)
     except ValueError:
@@ -249,28 +251,27 @@ def _parsed(tools: str) -> Tools:
     return parsed
 
 
-def _talk(*contents: str) -> list[Message]:
+def _alternate(*contents: str) -> list[Message]:
+    """Messages of user and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def _golden_conversations(stop: str) -> list[Conversation]:
     call = {"name": "clock", "arguments": {"city": "北京", "utc": True}}
     tool = {"name": "clock", "description": "Tells the time.", "parameters": {"type": "object", "properties": {}}}
-    with_call: list[Message] = _talk("What time is it in Beijing?", "", "", "08:00.")
+    with_call = _alternate("What time is it in Beijing?", "", "", "08:00.")
     with_call[1] |= {"tool_calls": [{"id": "call00001", "type": "function", "function": call}]}
     with_call[2] = {"role": "tool", "name": "clock", "tool_call_id": "call00001", "content": "08:00"}
     return [
-        (_talk("Hello", "Good day."), None),
-        (_talk("1 + 1 = ?\n", "2", "再见", "再见。"), None),
-        ([{"role": "system", "content": "Be brief."}, *_talk("Hello", "Hi.")], None),
+        (_alternate("Hello", "Good day."), None),
+        (_alternate("1 + 1 = ?\n", "2", "再见", "再见。"), None),
+        ([{"role": "system", "content": "Be brief."}, *_alternate("Hello", "Hi.")], None),
         (with_call, json.dumps([{"type": "function", "function": tool}])),
-        (_talk(f"What does {stop} mean?", f"{stop} ends a turn."), None),
+        (_alternate(f"What does {stop} mean?", f"{stop} ends a turn."), None),
     ]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    # Truncation and padding are run-time settings that calls leave behind in the Rust object; they are not identity.
+    """SHA-256 of the fast tokenizer without truncation and padding, which calls leave behind in the Rust object."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation", None)
-    state.pop("padding", None)
-    return sha256_json(state)
+    return sha256_json({key: value for key, value in state.items() if key not in ("truncation", "padding")})

@@ -1,11 +1,10 @@
-"""A chat template as a program that turns messages into text, run in transformers' sandbox.
+"""Renders messages with a chat template, in transformers' sandbox.
 
-Tools and tool calls are written by the template itself where it can, else in a documented textual form. A template that
-is not Jinja or breaks out of the sandbox is refused, and so is a conversation that it cannot carry.
+The template writes tools and tool calls itself if it can; else they become text (see `Renderer.adapt`). A template that
+is not Jinja or does what the sandbox forbids is refused, and so is a conversation that it cannot render.
 """
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
@@ -27,15 +26,15 @@ _PROBE_QUESTION = {"role": "user", "content": "probe question"}
 
 
 class TemplateError(ValueError):
-    """The template, tokenizer or base model is not the one the dataset was made with, or cannot be trained with."""
+    """The template, tokenizer or base model cannot be trained with, or is not the one the dataset was made with."""
 
 
 class RowError(ValueError):
-    """One conversation that this template cannot carry; the others are fine."""
+    """This conversation cannot be rendered or trained on; the message continues the sentence "a row …"."""
 
 
 class Renderer:
-    """A compiled template, and what it can do by itself: found by trying it, since its text does not say."""
+    """A compiled template. What it can write by itself is found by trying it."""
 
     def __init__(
         self,
@@ -46,19 +45,21 @@ class Renderer:
     ) -> None:
         self._variables = named_tokens | (chat_template_kwargs or {})
         if date is not None:
-            self._variables |= {"strftime_now": _clock(date)}
+            self._variables |= {"strftime_now": datetime.fromisoformat(date).strftime}
         try:
             self._compiled = _compile_jinja_template(text)
-            self._compiled.globals = dict(self._compiled.globals)  # copied for every rendering: a ChainMap takes longer
+            self._compiled.globals = dict(
+                self._compiled.globals
+            )  # each rendering copies it; copying a ChainMap is slow
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
-        self._offers = "probe_tool" in self._tries([_PROBE_QUESTION], [_PROBE_TOOL])
-        kinds = [(kind, empty) for empty in ("", None) for kind in ("object", "text")]
-        self._arguments = next((kind for kind in kinds if self._calls(*kind)), None)
-        self._takes_system = self._tries([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
+        self._takes_tools = "probe_tool" in self._try([_PROBE_QUESTION], [_PROBE_TOOL])
+        forms = [(as_text, empty) for empty in ("", None) for as_text in (False, True)]
+        self._call_form = next((form for form in forms if self._writes_calls(*form)), None)
+        self._takes_system = self._try([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
 
     def render(self, messages: list[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
-        """The text of `messages` and `tools` as `adapt` gives them."""
+        """The text of `messages` and `tools`, which come from `adapt`."""
         try:
             return self._compiled.render(
                 messages=messages,
@@ -69,30 +70,30 @@ class Renderer:
             )
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"the chat template does what its sandbox forbids: {error}") from None
-        except jinja2.TemplateError as error:  # what the template itself raises, e.g. for a system message
+        except jinja2.TemplateError as error:  # raised by the template itself, e.g. for a system message
             raise RowError(f"is refused by the chat template: {error}") from None
-        except Exception as error:  # a template is a program: it can fail in any way on values it did not expect
+        except Exception as error:  # a template is a program: unexpected values can make it fail in any way
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise RowError(f"cannot be rendered by the chat template: {reason}") from None
 
     def adapt(self, messages: list[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
-        """Messages and tools in the shape that the template can write, without loss.
+        """Messages and tools in a form that the template can write, without loss.
 
-        Reasoning gets every name that templates read it by, and arguments of calls become what the template expects, an
-        object or its JSON text. A template that knows no tool calls gets them as `<tool_call>` JSON in the answer,
-        results as `<tool_response>` in a user turn, and the offer at the end of the system message (before the first
-        question, where it refuses one): the convention of Hermes and Qwen.
+        Reasoning gets every key that templates read, and the arguments of calls become what the template expects: an
+        object, or its JSON text. If the template cannot write tool calls, they follow the convention of Hermes and
+        Qwen: calls as `<tool_call>` JSON in the answer, results as `<tool_response>` in a user turn, and the tools at
+        the end of the system message (or before the first question, if the template refuses system messages).
         """
         if any(len(message) > 2 for message in messages):
             messages = [_as_served(message) for message in messages]
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
-            if self._arguments is None:
+            if self._call_form is None:
                 messages = _calls_as_text(messages)
             else:
-                messages = [_with_arguments(message, *self._arguments) for message in messages]
+                messages = [_with_arguments(message, *self._call_form) for message in messages]
         if not tools:
             return messages, None
-        if self._offers:
+        if self._takes_tools:
             return messages, [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         listed = json.dumps(tools, ensure_ascii=False)
         offer = f"You can use these tools:\n{listed}\nTo use one, answer with\n{CALL_FORMAT}"
@@ -103,14 +104,17 @@ class Renderer:
             return [{"role": "system", "content": offer}, *messages], None
         return [first | {"content": f"{offer}\n\n{first['content']}"}, *messages[1:]], None
 
-    def _tries(self, messages: list[Message], tools: Tools | None = None) -> str:
+    def _try(self, messages: list[Message], tools: Tools | None = None) -> str:
         try:
             return self.render(messages, tools)
         except RowError:
             return ""
 
-    def _calls(self, kind: str, empty: str | None) -> bool:
-        """Whether a call with its arguments as `kind`, and its result, are written; not as Python's repr, not twice."""
+    def _writes_calls(self, as_text: bool, empty: str | None) -> bool:
+        """Whether the template writes a call in this form (see `_with_arguments`) and its result.
+
+        Python's repr of an object, or JSON inside JSON, does not count.
+        """
         call = {
             "id": "probe0001",
             "type": "function",
@@ -118,59 +122,53 @@ class Renderer:
         }
         messages = [
             _PROBE_QUESTION,
-            _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, kind, empty),
+            _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, as_text, empty),
             {"role": "tool", "name": "probe_tool", "tool_call_id": "probe0001", "content": "probe_result"},
         ]
-        text = self._tries(messages, [_PROBE_TOOL] if self._offers else None)
-        call_text = text.partition("probe question")[2] or text  # the offer may stand before it
+        text = self._try(messages, [_PROBE_TOOL] if self._takes_tools else None)
+        call_text = text.partition("probe question")[2] or text  # the list of tools may come before the question
         written = all(word in call_text for word in ("probe_tool", "probe_key", "probe_value", "probe_result"))
         return written and "{'probe_key'" not in text and '\\"probe_key' not in text
 
 
-def _clock(date: str) -> Callable[[str], str]:
-    """`strftime_now` of templates that print the date, at `date` (YYYY-MM-DD) for ever."""
-    day = datetime.fromisoformat(date)
-    return lambda format: day.strftime(format)
-
-
 def _as_served(message: Message) -> Message:
-    """`message` without what is for training only, and with its reasoning under the names that templates read."""
+    """`message` without `weight`, which only training reads, and its reasoning under every key that templates read."""
     message = {key: value for key, value in message.items() if key != "weight"}
     reasoning = message.get("reasoning_content")
     return message if not reasoning else message | {"reasoning": reasoning, "thinking": reasoning}
 
 
-def with_objects(messages: list[Message]) -> list[Message]:
-    """`messages` with the arguments of every call as an object, so that nothing is hidden in the escapes of JSON."""
-    return [_with_arguments(message, "object") if "tool_calls" in message else message for message in messages]
+def with_argument_objects(messages: list[Message]) -> list[Message]:
+    """`messages` with the arguments of each call as an object, so that no control token hides in JSON escapes."""
+    return [_with_arguments(message) if "tool_calls" in message else message for message in messages]
 
 
-def _with_arguments(message: Message, kind: str, empty: str | None = "") -> Message:
-    """`message` with the arguments of its calls as `kind`, object or text, and `empty` as content where it has none."""
+def _with_arguments(message: Message, as_text: bool = False, empty: str | None = "") -> Message:
+    """`message` with the arguments of its calls as objects or as JSON text; `empty` replaces a call's empty content."""
     changed = message | {"content": message.get("content") or ""}
     if message.get("tool_calls"):
         changed["content"] = changed["content"] or empty
         changed["tool_calls"] = []
         for call in message["tool_calls"]:
-            value = arguments_of(call)
-            text = json.dumps(value, ensure_ascii=False)
-            function = call["function"] | {"arguments": value if kind == "object" else text}
-            changed["tool_calls"].append(call | {"function": function})
+            arguments = arguments_of(call)
+            written = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
+            changed["tool_calls"].append(call | {"function": call["function"] | {"arguments": written}})
     return changed
 
 
 def arguments_of(call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call as an object, which may come as its JSON text."""
-    value = call["function"].get("arguments")
-    if isinstance(value, str):
+    """The arguments of a call, given as an object or as its JSON text."""
+    arguments = call["function"].get("arguments")
+    if isinstance(arguments, str):
         with suppress(ValueError):
-            value = json.loads(value)
-    if not isinstance(value, dict):
+            arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
         raise RowError("has a tool call whose arguments are not a JSON object")
-    return value
+    return arguments
 
 
 def _calls_as_text(messages: list[Message]) -> list[Message]:
+    """Messages with calls and results in the textual form that `Renderer.adapt` describes."""
     plain: list[Message] = []
     for message in messages:
         text = message.get("content") or ""
@@ -183,7 +181,7 @@ def _calls_as_text(messages: list[Message]) -> list[Message]:
             text = "\n".join(parts)
         elif role == "tool":
             role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
-        # Results and what is asked after them become one turn: many templates want the roles to alternate.
+        # A result and the question after it become one turn, because many templates want the roles to alternate.
         if role == "user" and plain and plain[-1]["role"] == "user":
             text = f"{plain.pop()['content']}\n{text}"
         plain.append({"role": role, "content": text})

@@ -1,8 +1,8 @@
-"""What a model wrote, in its parts: the thinking before the answer, the answer itself, and the tools it calls.
+"""Splits what a model wrote into thinking, answer and tool calls.
 
-Tool calls are read by transformers' response parser with the fields of `calls.yaml`. Thinking is found here, since the
-prompt may have opened it and a model may never end it. A text in which none of this occurs is decoded without control
-tokens, and nothing else happens to it.
+Tool calls are read by transformers' response parser with the fields in `calls.yaml`. Thinking is found here, because
+the prompt may have opened it and the model may never end it. Text without either is only decoded, without control
+tokens.
 """
 
 import json
@@ -21,10 +21,10 @@ from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.turns import PROBE_ANSWER, opened_thinking
 
-Field = dict[str, Any]  # of a response template, as transformers documents it
+Field = dict[str, Any]  # a field of a response template, as transformers documents it
 ToolCall = dict[str, Any]  # {"name": str, "arguments": object}
 
-# How the thinking begins and ends.
+# The beginning and the end of thinking.
 TAGS = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("◁think▷", "◁/think▷"), ("[THINK]", "[/THINK]"))
 THINKING = (
     *TAGS,
@@ -33,23 +33,23 @@ THINKING = (
     ("<|channel|>analysis<|message|>", "<|end|>"),  # gpt-oss
     ("to=self<|message|>", "<|eom|>"),  # Muse
 )
-HEADER = re.compile(r"\s*(?:<\|start\|>\w*\s*)?")  # gpt-oss: each part of an answer has one, the prompt the first
-TAIL = 32  # tokens of the prompt that may hold how its last header ends
+HEADER = re.compile(r"\s*(?:<\|start\|>\w*\s*)?")  # gpt-oss: before each part of an answer but the first
+TAIL = 32  # tokens of the prompt that are searched for an opening of the thinking
 
-LENIENT = {"name": "json", "args": {"allow_non_json": True}}  # an argument's value; what is not JSON is text
+LENIENT = {"name": "json", "args": {"allow_non_json": True}}  # parser of an argument's value: JSON, else text
 TABLE = YAML(typ="safe").load(Path(__file__).with_name("calls.yaml"))
 
 
 @dataclass(frozen=True)
 class Answer:
-    text: str  # without thinking, calls and control tokens, nor the space around it that is not part of it
+    text: str  # without thinking, calls, control tokens and surrounding white space
     ids: list[int]  # new tokens, the end token included
-    cut_off: bool  # no end token came, or the thinking never ended
+    cut_off: bool  # no end token, or the thinking never ended
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
 
     def message(self) -> Message:
-        """As a turn of a conversation: the template decides what of it later turns see."""
+        """The answer as a message; the template decides which parts of it later turns see."""
         message: Message = {"role": "assistant", "content": self.text}
         if self.reasoning is not None:
             message["reasoning_content"] = self.reasoning
@@ -57,48 +57,48 @@ class Answer:
 
 
 def read_answer(template: ChatTemplate, prompt: Sequence[int], ids: list[int], tools: str | None = None) -> Answer:
-    """The parts of the tokens `ids`, which a model wrote after the tokens `prompt`.
+    """Parse the tokens `ids`, which a model wrote after the tokens `prompt`.
 
-    A call that is not well-formed stays part of the content.
+    A malformed call stays part of the text.
 
     Args:
-        tools: those on offer, as JSON: some templates write 7 and "7" alike, and only these tell them apart.
+        tools: the offered tools as JSON; some templates write 7 and "7" alike, and only the tools' schemas tell.
     """
     tokenizer = template.tokenizer
     ended = bool(ids) and ids[-1] in template.stop_ids
     text = str(tokenizer.decode(ids))
-    thoughts, rest = _thinking(template, str(tokenizer.decode(list(prompt[-TAIL:]))), text)
+    thoughts, rest = _split_thinking(template, str(tokenizer.decode(list(prompt[-TAIL:]))), text)
     reasoning = _without_tokens(tokenizer, "\n".join(thoughts)).strip() or None
     if rest is None:
         return Answer("", ids, True, reasoning)
     stop = str(tokenizer.decode(ids[-1:])) if ended else ""
-    content, calls = _answer(template, prompt, rest, stop, tools)
+    content, calls = _split_calls(template, prompt, rest, tools)
     if content == text:
         answer = str(tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
     else:
         answer = _without_tokens(tokenizer, content.rstrip().removesuffix(stop))
-    return Answer(_unframed(template, answer), ids, not ended, reasoning, calls)
+    return Answer(_strip(template, answer), ids, not ended, reasoning, calls)
 
 
 def canonical_calls(calls: Sequence[ToolCall]) -> str:
-    """`calls` as JSON that is the same for equal calls: keys, and the calls of one turn, have no order; 3.0 is 3."""
-    plain = json.loads(json.dumps(list(calls)), parse_float=_number)
+    """`calls` as JSON that is the same for equal calls: the order of keys and calls does not count; 3.0 is 3."""
+    plain = json.loads(json.dumps(list(calls)), parse_float=_whole_as_int)
     return f"[{', '.join(sorted(json.dumps(call, ensure_ascii=False, sort_keys=True) for call in plain))}]"
 
 
 def as_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-    """`calls` in the form that conversations have them."""
+    """`calls` as a message's `tool_calls`."""
     return [{"id": f"call{i:05}", "type": "function", "function": dict(call)} for i, call in enumerate(calls, start=1)]
 
 
-def _thinking(template: ChatTemplate, asked: str, text: str) -> tuple[list[str], str | None]:
-    """The thoughts that `text` begins with, and what follows them; None if they never end."""
+def _split_thinking(template: ChatTemplate, prompt_end: str, text: str) -> tuple[list[str], str | None]:
+    """The thoughts at the beginning of `text`, and what follows them; None if they never end."""
     thoughts: list[str] = []
-    opened = opened_thinking(asked)
+    opened = opened_thinking(prompt_end)
     start, pair = 0, None if opened is None else ("", opened[0])
-    if pair is None:  # a template may leave the opening out that its model was trained with
-        ends = (pair for pair in TAGS if pair[1] in template.text and pair[1] in text)
-        pair = next((pair for pair in ends if pair[0] not in text.partition(pair[1])[0]), None)
+    if pair is None:  # a template may leave out the opening that its model was trained with
+        closed = (pair for pair in TAGS if pair[1] in template.text and pair[1] in text)
+        pair = next((pair for pair in closed if pair[0] not in text.partition(pair[1])[0]), None)
     rest = text
     while True:
         if pair is None:
@@ -109,47 +109,48 @@ def _thinking(template: ChatTemplate, asked: str, text: str) -> tuple[list[str],
             if pair is None:
                 return thoughts, rest[start:] if thoughts and header[0].strip() else rest
             start += len(pair[0])
-        thought, end, rest = rest[start:].partition(pair[1])
+        thought, closing, rest = rest[start:].partition(pair[1])
         thoughts.append(thought.strip())
-        if not end:
+        if not closing:
             return thoughts, None
         start, pair = 0, None
 
 
-def _answer(
-    template: ChatTemplate, prompt: Sequence[int], text: str, stop: str, tools: str | None
+def _split_calls(
+    template: ChatTemplate, prompt: Sequence[int], text: str, tools: str | None
 ) -> tuple[str, tuple[ToolCall, ...]]:
-    """Content and calls of an answer without its thinking; all of `text` is content where nothing else is in it."""
+    """Content and calls of an answer without thinking; all of `text` is content if there are no calls."""
     frame: Field = next((entry["field"] for entry in TABLE["frames"] if entry["mark"] in text), {})
-    marked = (entry for entry in TABLE["calls"] if entry["mark"] in text and entry["template"] in template.text)
-    entry: dict[str, Any] = next(marked, {})
+    matching = (entry for entry in TABLE["calls"] if entry["mark"] in text and entry["template"] in template.text)
+    entry: dict[str, Any] = next(matching, {})
     offered = json.loads(tools) if tools is not None else None
-    fields = {"content": frame | {"content": "text", "content_args": {"strip": False}}}
-    with_calls = [fields | {"tool_calls": _call_field(entry, bool(offered))}] if entry else []
-    for tried in [*with_calls, *([fields] if frame else [])]:
+    content = {"content": frame | {"content": "text", "content_args": {"strip": False}}}
+    attempts = [content | {"tool_calls": _call_field(entry, bool(offered))}] if entry else []
+    attempts += [content] if frame else []
+    for fields in attempts:
         try:
             parsed = template.tokenizer.parse_response(
-                text, {"start_anchor": " ", "fields": tried}, prefix="", tools=offered
+                text, {"start_anchor": " ", "fields": fields}, prefix="", tools=offered
             )
-            found = parsed.get("tool_calls", [])
-            calls = tuple(_call(item) for one in found for item in (one if isinstance(one, list) else [one]))
-        except (ValueError, KeyError, TypeError):  # it began as a call and is none
+            items = parsed.get("tool_calls", [])
+            calls = tuple(_call(call) for item in items for call in (item if isinstance(item, list) else [item]))
+        except (ValueError, KeyError, TypeError):  # malformed
             continue
         if calls and entry.get("bare"):
-            asked = str(template.tokenizer.decode(list(prompt)))
-            calls = calls if all(c["name"] in asked for c in calls) else ()
+            prompt_text = str(template.tokenizer.decode(list(prompt)))
+            calls = calls if all(call["name"] in prompt_text for call in calls) else ()
         if calls or frame:
             return str(parsed.get("content", "")), calls
     return text, ()
 
 
 def _call_field(entry: dict[str, Any], offered: bool) -> Field:
-    """How the calls of a table's entry are read; without tools on offer, values have the type that they look like."""
+    """The parser's field for an entry of `calls.yaml`; if no tools are offered, values that are JSON are parsed."""
     if "trl" in entry:
-        from trl import chat_template_utils as trl  # seconds, and PyTorch with it
+        from trl import chat_template_utils as trl  # slow: it imports PyTorch
 
         field: Field = getattr(trl, f"{entry['trl']}_template")["fields"]["tool_calls"]
-        if "open_pattern" in field:  # names may hold dots and dashes, as OpenAI's may
+        if "open_pattern" in field:  # OpenAI allows dots and dashes in names
             field = field | {"open_pattern": field["open_pattern"].replace(r"<name>\w+)", r"<name>[\w.-]+)")}
     else:
         field = entry["field"]
@@ -159,7 +160,9 @@ def _call_field(entry: dict[str, Any], offered: bool) -> Field:
 
 
 def _call(parsed: Any) -> ToolCall:
-    """Raises ValueError: no name, or arguments that are not an object."""
+    """Raises:
+    ValueError: no name, or arguments that are not an object.
+    """
     function = parsed["function"]
     name, arguments = function["name"], function.get("arguments")
     if isinstance(arguments, str):
@@ -169,8 +172,7 @@ def _call(parsed: Any) -> ToolCall:
     return {"name": name, "arguments": arguments or {}}
 
 
-def _number(text: str) -> float:
-    """A whole number as an integer."""
+def _whole_as_int(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
 
@@ -180,14 +182,14 @@ def _without_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return re.sub("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)", "", text)
 
 
-def _unframed(template: ChatTemplate, text: str) -> str:
-    """`text` without the space that stands around an answer; its first line keeps the indentation that it has."""
+def _strip(template: ChatTemplate, text: str) -> str:
+    """`text` without the white space that the template puts around an answer; the first line keeps its indentation."""
     text = text.rstrip()
     if not text[:1].isspace():
         return text
-    lead = ""
+    spaces = ""
     with suppress(RowError, TemplateError):
         before = template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER}])
         before = before.partition(PROBE_ANSWER)[0]
-        lead = before[len(before.rstrip()) :]
-    return re.sub(r"\A(?:\s*\n| (?! ))", "", text.removeprefix(lead))
+        spaces = before[len(before.rstrip()) :]
+    return re.sub(r"\A(?:\s*\n| (?! ))", "", text.removeprefix(spaces))

@@ -1,12 +1,10 @@
-"""The template contract: which chat template, tokenizer and base model belong together, and a refusal when they change.
+"""Loads chat templates, and checks the contract: the chat template, tokenizer and base model that belong together.
 
-`load_template` makes the `ChatTemplate` that parameters name, `load_contract` that of a contract, checked against
-model and tokenizer; what cannot be trained with, or differs from the contract, is a `TemplateError`.
+`load_template` loads the template that the parameters name; `load_contract` loads the template of a contract and checks
+that tokenizer and base model are unchanged. Both raise `TemplateError`.
 """
 
 import datetime
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -19,23 +17,23 @@ from pipeline.chat.conversation import ChatTemplate as ChatTemplate
 from pipeline.chat.conversation import Encoded as Encoded
 from pipeline.chat.rendering import RowError as RowError
 from pipeline.chat.rendering import TemplateError as TemplateError
-from pipeline.core.files import sha256_file, sha256_json
+from pipeline.core.files import read_json, sha256_file, sha256_json
 from pipeline.core.sanitise import portable
 from pipeline.core.vetting import check_model
 from pipeline.params import PrepareParams
 
 TEMPLATES = Path(__file__).parent / "templates"
-FROM_TRL = {"qwen": "qwen2_5", "gemma": "gemma3"}  # named templates that TRL has as the families publish them
+IDENTIFYING = {".json", ".safetensors", ".model", ".jinja", ".txt", ".py"}  # files in a base model's digest
+FROM_TRL = {"qwen": "qwen2_5", "gemma": "gemma3"}  # named templates that TRL ships as the families publish them
 
-
-# What a named template needs of a tokenizer, each as one token (bos_token is what it calls so), and which of these
-# end a turn.
+# For each named template: tokens that the tokenizer must have, and those that end a turn. `bos_token` and `eos_token`
+# are the tokenizer's own.
 NAMED = {
     "chatml": ("<|im_start|> <|im_end|>", "<|im_end|>"),
     "llama2": ("bos_token eos_token", "eos_token"),
     "llama3": ("bos_token <|start_header_id|> <|end_header_id|> <|eot_id|>", "<|eot_id|>"),
     "qwen": ("<|im_start|> <|im_end|>", "<|im_end|>"),
-    # The header of the next turn ends this one, as in the family's own fine-tuning code.
+    # The next turn's header ends a turn, as in the family's own fine-tuning code.
     "chatglm3": (
         "[gMASK] sop <|system|> <|user|> <|assistant|> <|observation|> eos_token",
         "<|user|> <|observation|> eos_token",
@@ -53,11 +51,11 @@ NAMED = {
 
 
 def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
-    """The template that `params` name, and the identity of the base model it belongs to.
+    """The template that `params` name, and the identity of its base model.
 
     Raises:
-        TemplateError: there is no such model, tokenizer, template or end token, the template cannot be trained with,
-            or the model is too small for `max_length` or for its tokenizer.
+        TemplateError: model, tokenizer, template or end token is missing or unusable, or the model has too few
+            positions for `max_length` or too few embeddings for its tokenizer.
     """
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     name = params.chat_template if params.chat_template in NAMED else None
@@ -78,11 +76,10 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
 
 
 def require_context(params: PrepareParams, limit: int | None) -> None:
-    """Refuse rows longer than the positions that the model has; None or 0: it has no limit."""
+    """Refuse a `max_length` above the number of positions of the model; None or 0 means no limit."""
     if limit and params.max_length > limit:
         raise TemplateError(
-            f"prepare.max_length is {params.max_length}; {params.model_name_or_path} was made for {limit} tokens at "
-            "most"
+            f"prepare.max_length is {params.max_length}; {params.model_name_or_path} takes at most {limit} tokens"
         )
 
 
@@ -90,80 +87,77 @@ def named_text(name: str) -> str:
     """The Jinja text of a named template."""
     if name not in FROM_TRL:
         return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-    trl = distribution("trl")  # importing it would take seconds
+    trl = distribution("trl")  # importing it takes seconds
     return Path(str(trl.locate_file(f"trl/chat_templates/{FROM_TRL[name]}.jinja"))).read_text(encoding="utf-8")
 
 
 def load_contract(contract: dict[str, Any]) -> ChatTemplate:
-    """The template of a contract, after checking that base model, tokenizer and rendering are what they were.
+    """The template of a contract.
 
     Raises:
-        TemplateError: any of them differs.
+        TemplateError: base model, tokenizer or rendering have changed.
     """
-    template, differ = _of_contract(same_model(contract), contract)
-    if differ:
+    template, different = _load_contracted(require_same_model(contract), contract)
+    if different:
         raise TemplateError(
-            f"{', '.join(differ)} differ from the template contract of the dataset; run `dvc repro prepare`"
+            f"{', '.join(different)} differ from the template contract of the dataset; run `dvc repro prepare`"
         )
     return template
 
 
-def same_model(contract: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a contract's base model, after checking that it is the one that is here."""
+def require_same_model(contract: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a base model that differs from the contract's; returns its identity."""
     model: dict[str, Any] = contract["model"]
     identity = model_identity(model["name_or_path"], model["revision"], model["trust_remote_code"])
     if identity != model:
         raise TemplateError(
             f"the base model {model['name_or_path']} is not the one the dataset was prepared for "
-            f"(digest {identity['digest'][:12]}, expected {model['digest'][:12]}); run `dvc repro`, or put it back"
+            f"(digest {identity['digest'][:12]}, expected {model['digest'][:12]}); run `dvc repro`, or restore it"
         )
     return identity
 
 
 def load_shipped(folder: Path) -> ChatTemplate:
-    """The template of a merged model that was written with its contract; its base model need not be here.
+    """The template of a merged model, whose folder has its contract; the base model is not needed.
 
     Raises:
-        TemplateError: tokenizer or template are not the contract's.
+        TemplateError: tokenizer or template differ from the contract.
     """
-    contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
-    template, differ = _of_contract(local_source(folder), contract)
-    if differ:
-        raise TemplateError(f"{', '.join(differ)} in {folder} differ from the contract it was shipped with")
+    template, different = _load_contracted(local_source(folder), read_json(folder / "contract.json"))
+    if different:
+        raise TemplateError(f"{', '.join(different)} in {folder} differ from the contract it was shipped with")
     return template
 
 
 def differing_keys(contract: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Keys of `contract` that `other` lacks or has another value for, sorted."""
+    """Keys of `contract` that are missing or different in `other`, sorted."""
     return sorted(key for key in contract if contract[key] != other.get(key))
 
 
 def local_source(folder: Path) -> dict[str, Any]:
-    """A folder that Retune wrote, as `load_base` and the tokenizer's loader take it."""
+    """The source of a model in a folder that Retune wrote, for `load_base` and `load_tokenizer`."""
     return {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
 
 
 def model_identity(name_or_path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """What pins a base model: the commit of a Hub repository, or a digest over a local folder's files.
+    """What identifies a base model: the commit of a Hub repository, or a digest of a local folder's files.
 
     Raises:
-        TemplateError: not a folder and not pinned, or no safetensors weights.
+        TemplateError: neither a folder nor a Hub name with a revision, or no safetensors weights.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         if name_or_path.startswith((".", "/", "data/")) or revision is None:
             raise TemplateError(
-                f"prepare.model_name_or_path is {name_or_path}: there is no such folder (`dvc pull data.dvc` fetches "
-                "the sample base model), and as a Hub name it needs prepare.model_revision, the commit to use"
+                f"prepare.model_name_or_path is {name_or_path}, which is not a folder (`dvc pull data.dvc` fetches the "
+                "sample base model); a Hub name also needs prepare.model_revision, a commit"
             )
         digest = revision
     else:
-        files = sorted(
-            p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt", ".py"}
-        )
-        if not any(p.suffix == ".safetensors" for p in files):
+        files = [path for path in folder.iterdir() if path.suffix in IDENTIFYING]
+        if not any(path.suffix == ".safetensors" for path in files):
             raise TemplateError(f"{folder} has no .safetensors weights; pickled weights are not loaded, convert them")
-        digest = sha256_json({p.name: sha256_file(p) for p in files})
+        digest = sha256_json({path.name: sha256_file(path) for path in files})
     return {
         "name_or_path": name_or_path,
         "revision": revision,
@@ -172,31 +166,31 @@ def model_identity(name_or_path: str, revision: str | None, trust_remote_code: b
     }
 
 
-def _of_contract(source: dict[str, Any], contract: dict[str, Any]) -> tuple[ChatTemplate, list[str]]:
-    """The contract's template with the tokenizer at `source`, and the keys in which it differs from the contract."""
+def _load_contracted(source: dict[str, Any], contract: dict[str, Any]) -> tuple[ChatTemplate, list[str]]:
+    """The contract's template with the tokenizer at `source`, and the contract's keys that differ from it."""
     if "labels" in contract:
         raise TemplateError(
-            "the dataset is for train.task sequence-classification, which has no conversations; `retune classify TEXT` "
-            "asks its model"
+            "this is a classifier (train.task is sequence-classification), which has no chat template; use "
+            "`retune classify TEXT`"
         )
     settings = {key: contract[key] for key in SETTINGS if key in contract}
     template = _load(source, contract["chat_template"], contract.get("chat_template_name"), settings)
-    # The conversations are those of the contract, so that later versions may have others.
+    # The conversations come from the contract, so that later versions of Retune may use others.
     golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
     return template, differing_keys(template.contract(contract["model"], golden), contract)
 
 
 def load_tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's identity, or of `local_source`.
+    """The tokenizer of a `model_identity` or `local_source`.
 
     Raises:
-        TemplateError: there is none that could be loaded.
+        TemplateError: it cannot be loaded.
     """
     path = source["name_or_path"]
     check_model(path, source["revision"])
-    where = {key: source[key] for key in ("revision", "trust_remote_code")}
+    options = {key: source[key] for key in ("revision", "trust_remote_code")}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **where)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # the tokenizers library raises Exception itself
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TemplateError(f"no tokenizer could be loaded from {path}: {reason}") from None
@@ -207,13 +201,11 @@ def _load(identity: dict[str, Any], text: str | None, name: str | None, settings
     path = identity["name_or_path"]
     tokenizer = load_tokenizer(identity)
     if not tokenizer.is_fast:
-        raise TemplateError(
-            f"{path} has no fast tokenizer (tokenizer.json), which is needed to find the answers' tokens"
-        )
+        raise TemplateError(f"{path} has no fast tokenizer (tokenizer.json), which Retune needs to find answer tokens")
     text = text if text is not None else tokenizer.chat_template
     if not isinstance(text, str):
         raise TemplateError(
-            f"{path} has no chat template; name one with prepare.chat_template: {', '.join(NAMED)}, or a Jinja file"
+            f"{path} has no chat template; set prepare.chat_template to one of {', '.join(NAMED)}, or to a Jinja file"
         )
     try:
         stops = GenerationConfig.from_pretrained(path, revision=identity["revision"]).eos_token_id
@@ -223,11 +215,11 @@ def _load(identity: dict[str, Any], text: str | None, name: str | None, settings
     if tokenizer.eos_token_id is not None:
         stop_ids.add(tokenizer.eos_token_id)
     if name is not None:
-        stop_ids |= named_ends(tokenizer, name, path)
+        stop_ids |= named_stop_ids(tokenizer, name, path)
     if not stop_ids:
-        raise TemplateError(f"{path} names no end-of-sequence token, so a generation could never end")
+        raise TemplateError(f"{path} has no end-of-sequence token, so a generation could never end")
     if tokenizer.pad_token_id is None:
-        # Safe here, though not in general: labels and attention masks are built by position, never by token.
+        # Padding with an end token is safe here: labels and attention masks are built by position, never by token.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(stop_ids))
     tokenizer.padding_side = "left"
     if "strftime_now" not in text:
@@ -235,26 +227,30 @@ def _load(identity: dict[str, Any], text: str | None, name: str | None, settings
     elif settings.get("chat_template_date") == "today":
         settings["chat_template_date"] = datetime.date.today().isoformat()
     template = ChatTemplate(tokenizer, text, frozenset(stop_ids), name=name, **settings)
-    return replace(template, stop_ids=template.stop_ids | template.written_ends())
+    return replace(template, stop_ids=template.stop_ids | template.find_end_tokens())
 
 
-def named_ends(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:
-    """The ids of the tokens that end a turn of the named template, each of whose tokens must be one."""
-    needed, ends = (tokens.split() for tokens in NAMED[name])
+def named_stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:
+    """The ids of the tokens that end a turn of the named template.
+
+    Raises:
+        TemplateError: the tokenizer lacks one of the template's control tokens.
+    """
+    required, ends = (tokens.split() for tokens in NAMED[name])
     ids: dict[str, int] = {}
-    lacking = []
-    for token in needed:
+    missing = []
+    for token in required:
         text = getattr(tokenizer, token) if token in ("bos_token", "eos_token") else token
-        found = tokenizer.encode(text, add_special_tokens=False) if text is not None else []
-        if len(found) == 1 and found[0] in tokenizer.added_tokens_decoder:
-            ids[token] = found[0]
+        token_ids = tokenizer.encode(text, add_special_tokens=False) if text is not None else []
+        if len(token_ids) == 1 and token_ids[0] in tokenizer.added_tokens_decoder:
+            ids[token] = token_ids[0]
         else:
-            lacking.append(token if text in (None, token) else f"{token} {text}")
-    if lacking:
+            missing.append(token if text in (None, token) else f"{token} {text}")
+    if missing:
         raise TemplateError(
-            f"prepare.chat_template is {name}, whose {', '.join(lacking)} the tokenizer of {path} does not have as "
-            "one token: the model would read it as ordinary text; choose the template of the model's own family, or "
-            "one that writes no control tokens but the end of the sequence (alpaca, vicuna, zephyr)"
+            f"prepare.chat_template is {name}, but the tokenizer of {path} has no single token for "
+            f"{', '.join(missing)}, so the model would read ordinary text; use the template of the model's family, or "
+            "one without such control tokens (alpaca, vicuna, zephyr)"
         )
     return {ids[token] for token in ends}
 
@@ -263,45 +259,42 @@ def text_config(identity: dict[str, Any]) -> Any:
     """The configuration of the model's text part; weights are not read.
 
     Raises:
-        TemplateError: there is none that transformers knows.
+        TemplateError: transformers cannot read it.
     """
     name = identity["name_or_path"]
-    source = {key: identity[key] for key in ("revision", "trust_remote_code")}
+    options = {key: identity[key] for key in ("revision", "trust_remote_code")}
     try:
-        return AutoConfig.from_pretrained(name, **source).get_text_config()
+        return AutoConfig.from_pretrained(name, **options).get_text_config()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TemplateError(f"no model configuration could be read from {name}: {reason}") from None
 
 
 def _require_vocabulary(config: Any, template: ChatTemplate) -> None:
-    """Refuse a tokenizer with tokens that the model has no embedding for and that a row could hold.
+    """Refuse a tokenizer with a token that a row could contain and that the model has no embedding for.
 
-    Control tokens that the template does not write cannot come up: in people's texts they are escaped. (Some published
-    tokenizers have such beyond the model's vocabulary.)
+    Control tokens that the template does not write cannot occur, because those in messages are escaped; some published
+    tokenizers have such tokens beyond the model's vocabulary.
     """
     tokenizer = template.tokenizer
-    used = {id for entry in template.golden() for id in entry["input_ids"] or []} | template.stop_ids
+    used = {number for entry in template.golden() for number in entry["input_ids"] or []} | template.stop_ids
     added = set(tokenizer.added_tokens_decoder)
-    require_rows(config, tokenizer, used | {id for id in tokenizer.get_vocab().values() if id not in added})
+    require_embeddings(config, tokenizer, used | (set(tokenizer.get_vocab().values()) - added))
 
 
-def require_rows(config: Any, tokenizer: PreTrainedTokenizerBase, ids: set[int]) -> None:
-    """Refuse token ids that are no row of the model's embedding; see `require_vocabulary`."""
-    if max(ids, default=0) >= config.vocab_size:
-        first = min(id for id in ids if id >= config.vocab_size)
+def require_embeddings(config: Any, tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    unknown = [number for number in token_ids if number >= config.vocab_size]
+    if unknown:
         raise TemplateError(
-            f"{config.name_or_path} has an embedding for {config.vocab_size} tokens, fewer than its tokenizer knows: "
-            f"{tokenizer.convert_ids_to_tokens(first)} has the id {first}; put the model's own tokenizer back, or save "
-            "the model with its embedding resized to the tokenizer"
+            f"{config.name_or_path} has embeddings for {config.vocab_size} tokens, fewer than its tokenizer has: "
+            f"{tokenizer.convert_ids_to_tokens(min(unknown))} has the id {min(unknown)}; restore the model's own "
+            "tokenizer, or resize the model's embeddings and save it"
         )
 
 
-def require_same_contract(
-    contract: dict[str, Any], other: dict[str, Any], where: Path, but: Sequence[str] = ()
-) -> None:
-    """Refuse a contract that differs from the dataset's in a key other than `but`."""
-    wanted = {key: value for key, value in contract.items() if key not in but}
-    differ = differing_keys(portable(wanted), portable(other))  # what ships names no folder of this machine
-    if differ:
-        raise TemplateError(f"{', '.join(differ)} of the template contract differ between the dataset and {where}")
+def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where: Path) -> None:
+    """Refuse `other`, the contract in `where`, if it differs from the dataset's contract."""
+    different = differing_keys(portable(contract), portable(other))  # shipped contracts name no local folders
+    if different:
+        raise TemplateError(f"{', '.join(different)} of the template contract differ between the dataset and {where}")

@@ -1,9 +1,9 @@
-"""Rendered conversations to tokens, where a control token is one only if the template wrote it.
+"""Tokenises rendered conversations so that a control token in a message stays text.
 
-A control token in somebody's text becomes a mark before the template sees it. After rendering, what still reads as a
-control token is the template's, and becomes another mark, while the first marks become text again. A second copy of
-the tokenizer knows its control tokens by those marks alone, so it cannot find one in text, and everything around it is
-split and merged exactly as ever. Marks are made of noncharacters, which Unicode reserves for such use.
+Before rendering, each control token in a message is replaced by a mark. Control tokens found after rendering were
+written by the template and get another kind of mark; the first marks become text again. A copy of the tokenizer knows
+its control tokens by their marks only, so it finds none in text, and splits and merges everything else as before. Marks
+consist of noncharacters, which Unicode reserves for internal use.
 """
 
 import json
@@ -17,43 +17,45 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.chat import Message
 from pipeline.chat.rendering import RowError
-from pipeline.chat.turns import PLACE
+from pipeline.chat.turns import PLACEHOLDER
 
-HIDDEN, SHOWN, END = "\ufdd0", "\ufdd1", "\ufdd2"  # begin a hidden and a template's control token; end either
-NONCHARACTERS = re.compile(f"[{HIDDEN}{SHOWN}{END}{PLACE}]")
+HIDDEN, WRITTEN, END = "\ufdd0", "\ufdd1", "\ufdd2"  # begin a mark for a message's or a template's token; end a mark
+NONCHARACTERS = re.compile(f"[{HIDDEN}{WRITTEN}{END}{PLACEHOLDER}]")
 HIDDEN_TOKEN = re.compile(f"{HIDDEN}([0-9]+){END}")
-BROKEN = re.compile(f"[{HIDDEN}{SHOWN}{END}]|" + r"\\ufdd[0-2]")  # as JSON may write them, too
+PART_OF_MARK = re.compile(f"[{HIDDEN}{WRITTEN}{END}]|" + r"\\ufdd[0-2]")  # also as JSON may escape it
 
 
 class TokenEncoder:
-    """The fast tokenizer without special tokens of its own, truncation and padding, which would shift tokens."""
+    """The fast tokenizer without the special tokens, truncation and padding that it would add itself."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, stop_ids: Set[int]) -> None:
         added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
-        # Not all_special_tokens: that lacks those that tokenizer.json marks as special and no role names.
+        # Not all_special_tokens, which lacks special tokens of tokenizer.json that have no role such as eos_token.
         special = {str(token): number for number, token in added.items() if token.special or number in stop_ids}
-        # Tokens like <tool_call> are ordinary in an answer, which the model writes itself, and control elsewhere.
-        written = {str(token): number for number, token in added.items() if str(token) in template}
-        self._id = special | written
+        # The model itself writes tokens like <tool_call>: they are ordinary in an answer, control tokens elsewhere.
+        in_template = {str(token): number for number, token in added.items() if str(token) in template}
+        self._id = special | in_template
         self._text = {number: token for token, number in self._id.items()}
         self._special, self._control = _any_of(special), _any_of(self._id)
-        # Such a token is looked for after normalising, which may make it of other characters (NFKC: ＜s＞ is <s>).
-        folded = any(token.normalized for token in added.values() if str(token) in self._id)
-        self._normalizer = tokenizer.backend_tokenizer.normalizer if folded else None
-        self._unknown = tokenizer.unk_token_id  # what any text may become
+        # A `normalized` token is matched after normalising, which may produce it from other characters (NFKC: ＜s＞).
+        normalises = any(token.normalized for token in added.values() if str(token) in self._id)
+        self._normalizer = tokenizer.backend_tokenizer.normalizer if normalises else None
+        self._unknown = tokenizer.unk_token_id  # any text may become it
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state |= {"truncation": None, "padding": None, "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(state))
 
     @cached_property
     def _marked(self) -> tuple[Tokenizer, dict[int, int]]:
-        return _known_by_marks(json.loads(self._plain.to_str()), self._id)
+        return _tokenizer_of_marks(json.loads(self._plain.to_str()), self._id)
 
     def hide(self, value: Any, answer: bool = False) -> Any:
-        """`value` (text, or lists and objects of it) with every control token in it hidden.
+        """`value` (text, or lists and objects of texts) with a mark in place of each control token.
 
-        `answer` is for the assistant's own text. Noncharacters that this module uses as marks are a RowError, and so is
-        what normalising makes a control token of.
+        Set `answer` for the assistant's text, where words such as <tool_call> are ordinary.
+
+        Raises:
+            RowError: the text has noncharacters used for marks, or characters that normalise to a control token.
         """
         if isinstance(value, dict):
             return {self.hide(key, answer): self.hide(item, answer) for key, item in value.items()}
@@ -61,65 +63,72 @@ class TokenEncoder:
             return [self.hide(item, answer) for item in value]
         if not isinstance(value, str):
             return value
-        if found := NONCHARACTERS.search(value):
-            raise RowError(f"contains the noncharacter U+{ord(found[0]):04X}, which is not for text")
+        if noncharacter := NONCHARACTERS.search(value):
+            raise RowError(f"contains the noncharacter U+{ord(noncharacter[0]):04X}; remove it from the text")
         control = self._special if answer else self._control
-        hidden = control.sub(lambda m: f"{HIDDEN}{self._id[m[0]]}{END}", value)
+        hidden = control.sub(lambda token: f"{HIDDEN}{self._id[token[0]]}{END}", value)
         if self._normalizer is not None and control.search(self._normalizer.normalize_str(hidden)):
-            raise RowError("contains what this tokenizer's normaliser makes a control token of")
+            raise RowError("contains characters that this tokenizer normalises to a control token")
         return hidden
 
     def hide_messages(self, messages: list[Message]) -> list[Message]:
-        """`messages` with every control token in their texts and calls hidden."""
-        return [self.hide(each, each["role"] == "assistant") | {"role": each["role"]} for each in messages]
+        return [self.hide(message, message["role"] == "assistant") | {"role": message["role"]} for message in messages]
 
     def first_hidden(self, values: Any) -> str | None:
-        """The first control token that was hidden in `values`."""
-        found = HIDDEN_TOKEN.search(json.dumps(values, ensure_ascii=False))
-        return self._text[int(found[1])] if found else None
+        """The first control token that is hidden in `values`."""
+        mark = HIDDEN_TOKEN.search(json.dumps(values, ensure_ascii=False))
+        return self._text[int(mark[1])] if mark else None
 
     def text(self, rendered: str) -> str:
-        """Rendered text as its reader sees it; a RowError where the template took the mark of a hidden token apart."""
-        text = HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], rendered)
-        if BROKEN.search(text):
+        """Rendered text with hidden control tokens as text again.
+
+        Raises:
+            RowError: the template changed a mark.
+        """
+        text = HIDDEN_TOKEN.sub(lambda mark: self._text[int(mark[1])], rendered)
+        if PART_OF_MARK.search(text):
             raise RowError("contains a control token that the chat template rewrites")
         return text
 
     def ids(self, rendered: str) -> list[int]:
-        """The tokens (T,) of rendered text; a RowError as `text`, or where a control token cannot be ordinary text."""
-        if not BROKEN.search(rendered):
+        """The tokens (T,) of rendered text.
+
+        Raises:
+            RowError: as `text`, or a control token in a message cannot be tokenised as text.
+        """
+        if not PART_OF_MARK.search(rendered):
             return list(self._plain.encode(rendered, add_special_tokens=False).ids)
         self.text(rendered)
-        marked = self._control.sub(lambda m: f"{SHOWN}{self._id[m[0]]}{END}", rendered)
-        marked = HIDDEN_TOKEN.sub(lambda m: self._text[int(m[1])], marked)
+        marked = self._control.sub(lambda token: f"{WRITTEN}{self._id[token[0]]}{END}", rendered)
+        marked = HIDDEN_TOKEN.sub(lambda mark: self._text[int(mark[1])], marked)
         tokenizer, original = self._marked
-        ids = [original.get(id, id) for id in tokenizer.encode(marked, add_special_tokens=False).ids]
-        if sum(id in self._text and id != self._unknown for id in ids) != marked.count(SHOWN):
+        ids = [original.get(number, number) for number in tokenizer.encode(marked, add_special_tokens=False).ids]
+        if sum(number in self._text and number != self._unknown for number in ids) != marked.count(WRITTEN):
             raise RowError("contains a control token that this tokenizer cannot write as ordinary text")
         return ids
 
     def continued(self, rendered: str) -> list[int]:
-        """`ids` of text that other text stands before: without the space that tokenizers put at a beginning."""
+        """`ids` of text that continues other text: without the space that tokenizers add at the beginning."""
         line_end, joined = self.ids("\n"), self.ids(f"\n{rendered}")
         return joined[len(line_end) :] if joined[: len(line_end)] == line_end else self.ids(rendered)
 
 
 def _any_of(tokens: dict[str, int]) -> re.Pattern[str]:
-    """Any of `tokens`, the longest first, as the tokenizer matches them."""
+    """A pattern for any of `tokens`, the longest first, as the tokenizer matches them."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def _known_by_marks(state: dict[str, Any], control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
-    """A copy of the tokenizer that knows its control tokens by their marks, and its ids → the original's.
+def _tokenizer_of_marks(state: dict[str, Any], control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
+    """A copy of the tokenizer that knows its control tokens by their marks, and its ids that differ → the original's.
 
-    The vocabulary is renamed too: a model that looks whole words or pieces up would find a control token there.
+    The vocabulary is renamed too, because a model that looks up whole words or pieces would find a control token there.
     """
-    mark = {token: f"{SHOWN}{number}{END}" for token, number in control.items()}
+    mark = {token: f"{WRITTEN}{number}{END}" for token, number in control.items()}
     for token in state["added_tokens"]:
         if token["content"] in mark:
             token |= {"content": mark[token["content"]], "normalized": False}
     model = state["model"]
-    # A token that merges can produce keeps its name; `ids` finds it in the result and refuses the row.
+    # A token that merges can produce keeps its name; if it comes up, `ids` refuses the row.
     merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges", [])}
     rename = {token: name for token, name in mark.items() if token not in merged}
     if isinstance(model["vocab"], dict):
@@ -129,7 +138,6 @@ def _known_by_marks(state: dict[str, Any], control: dict[str, int]) -> tuple[Tok
     if model.get("unk_token") in rename:
         model["unk_token"] = rename[model["unk_token"]]
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    # Added tokens outside the vocabulary are numbered anew, in order: where the original has gaps, they shift.
-    numbers = {token["content"]: token["id"] for token in state["added_tokens"]}
-    new = {tokenizer.token_to_id(content): number for content, number in numbers.items()}
-    return tokenizer, {found: number for found, number in new.items() if found is not None and found != number}
+    # The copy renumbers added tokens outside the vocabulary without gaps, so their ids may differ from the original's.
+    new_ids = {tokenizer.token_to_id(token["content"]): token["id"] for token in state["added_tokens"]}
+    return tokenizer, {new: old for new, old in new_ids.items() if new is not None and new != old}

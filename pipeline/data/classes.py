@@ -17,8 +17,8 @@ from pipeline.chat.template import (
     load_tokenizer,
     model_identity,
     require_context,
-    require_rows,
-    same_model,
+    require_embeddings,
+    require_same_model,
     text_config,
 )
 from pipeline.core.combinations import CLASSIFICATION
@@ -87,7 +87,7 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     encoder = _load(identity, params.max_length if params.on_overlong == "truncate_prompt" else None)
     config = text_config(identity)
-    require_rows(config, encoder.tokenizer, set(encoder.tokenizer.get_vocab().values()))
+    require_embeddings(config, encoder.tokenizer, set(encoder.tokenizer.get_vocab().values()))
     require_context(params, _context_length(config, encoder.tokenizer))
     return encoder, identity
 
@@ -101,7 +101,7 @@ def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None)
     Raises:
         TemplateError: base model or tokenizer has changed.
     """
-    encoder = _load(source or same_model(contract), contract["cut_at"])
+    encoder = _load(source or require_same_model(contract), contract["cut_at"])
     changed = differing_keys(encoder.contract(contract["model"]), contract)
     if changed:
         raise TemplateError(f"{', '.join(changed)} differ from the contract of the dataset; run `dvc repro prepare`")

@@ -1,4 +1,4 @@
-"""How an adapter is trained: methods, sequences, loss, the trainer, its checkpoints, and the plan.
+"""How an adapter is trained: methods, packed sequences, loss, the trainer, its checkpoints, and the plan.
 
-It knows data and weights.
+It may import weights and every folder below it.
 """

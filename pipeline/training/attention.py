@@ -1,7 +1,7 @@
-"""Attention within each row of a packed line: one function for transformers, two kernels behind it.
+"""Attention within each row of a packed line, with one kernel for GPUs and one for CPUs.
 
-A dense mask over a line computes T × T scores, of which all but those within rows are thrown away. On a GPU PyTorch's
-own FlashAttention takes the bounds of rows instead; on a CPU rows lie side by side, as long as the longest.
+A dense mask over a line computes T × T scores and throws away all that lie between rows. Instead, a GPU uses PyTorch's
+FlashAttention, which takes the bounds of rows; a CPU computes rows as a batch, padded to the longest.
 """
 
 import inspect
@@ -20,13 +20,13 @@ from pipeline.training.footprint import attention_dropout
 from pipeline.training.packing import Batch, Collate, rows_of
 from pipeline.weights.loading import ModelError, compute_dtype
 
-# query (T, heads, width), key and value (T, key heads, width), bounds (rows + 1), tokens of the longest row; then
-# scale, window (tokens that a query looks back on, itself among them; None: to the row's start) and dropout.
+# Arguments: query (T, heads, width), key and value (T, key heads, width), bounds (rows + 1), length of the longest row;
+# scale, dropout, and window (tokens that a query sees, including itself; None: all since the row's start).
 Kernel = Callable[..., Tensor]
 
 
 class UnsupportedAttention(ValueError):
-    """The architecture's attention is more than a softmax over a row's earlier tokens."""
+    """The architecture's attention is not a plain softmax over the earlier tokens of a row."""
 
 
 def packed_attention(
@@ -43,7 +43,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: causal attention within rows, by `kernel`."""
+    """Causal attention within rows, in the form that transformers calls."""
     extras = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if extras or cu_seq_lens_q is None or max_length_q is None:
         raise UnsupportedAttention(f"its attention takes {extras[0]}" if extras else "rows are not packed")
@@ -54,116 +54,115 @@ def packed_attention(
 
 
 def side_by_side(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, **options: Any) -> Tensor:
-    """The kernel for CPUs: a table of rows, padded to the longest, through scaled_dot_product_attention."""
+    """The kernel for CPUs: scaled_dot_product_attention over a batch of rows, padded to the longest."""
     lengths = bounds.diff().long()
-    # Where each token lies in the table; padding comes after a row's end, where causal queries do not look.
+    # Each token's position in the flattened batch. Padding follows a row's end, where causal queries do not look.
     offsets = (torch.arange(len(lengths)) * longest - bounds[:-1]).long()
-    cells = torch.arange(len(query)) + offsets.repeat_interleave(lengths)
+    positions = torch.arange(len(query)) + offsets.repeat_interleave(lengths)
 
-    def table(x: Tensor) -> Tensor:  # (rows, heads, longest, width)
-        flat = x.new_zeros(len(lengths) * longest, *x.shape[1:]).index_copy(0, cells, x)
+    def to_batch(x: Tensor) -> Tensor:  # (rows, heads, longest, width)
+        flat = x.new_zeros(len(lengths) * longest, *x.shape[1:]).index_copy(0, positions, x)
         return repeat_kv(flat.view(len(lengths), longest, *x.shape[1:]).transpose(1, 2), query.shape[1] // x.shape[1])
 
     mask = None
     if options["window"] is not None:
         mask = torch.ones(longest, longest, dtype=torch.bool).tril().triu(1 - options["window"])
-    q, k, v = table(query), table(key), table(value)
+    q, k, v = to_batch(query), to_batch(key), to_batch(value)
     output = scaled_dot_product_attention(q, k, v, mask, options["dropout"], mask is None, scale=options["scale"])
-    return output.transpose(1, 2).flatten(0, 1)[cells]
+    return output.transpose(1, 2).flatten(0, 1)[positions]
 
 
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, varlen_attn: Any = None, **options: Any
 ) -> Tensor:
-    """The kernel for GPUs: PyTorch's `varlen_attn`, or one of the same contract; it has no float32 and no dropout."""
+    """The kernel for GPUs: PyTorch's `varlen_attn` (or a replacement), which has no float32 and no dropout."""
     if varlen_attn is None:
         from torch.nn.attention.varlen import varlen_attn
     if options["dropout"]:
         raise UnsupportedAttention(f"its attention has a dropout of {options['dropout']:g}")
     groups, dtype, bounds = query.shape[1] // key.shape[1], query.dtype, bounds.to(torch.int32)
-    grouped = {}
+    grouping = {}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        grouped = {"enable_gqa": groups > 1}
+        grouping = {"enable_gqa": groups > 1}
     else:  # PyTorch 2.11
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     if query.is_cuda and dtype is torch.float32:
         query, key, value = (x.to(compute_dtype()) for x in (query, key, value))
     window = (-1 if options["window"] is None else options["window"] - 1, 0)
     sizes = (bounds, bounds, longest, longest)
-    return varlen_attn(query, key, value, *sizes, scale=options["scale"], window_size=window, **grouped).to(dtype)
+    return varlen_attn(query, key, value, *sizes, scale=options["scale"], window_size=window, **grouping).to(dtype)
 
 
 def use_packed_attention(model: Any, sequences: Dataset, kernel: Kernel | None = None) -> str:
-    """Let `model` compute attention by the kernel of its device, where that changes nothing; returns which attention
-    it has now, and why not the faster one."""
-    on_gpu, before, kind = model.device.type == "cuda", model.config._attn_implementation, model.config.model_type
+    """Switch `model` to its device's kernel if that changes no result; returns which attention it has now, and why."""
+    on_gpu, before, family = model.device.type == "cuda", model.config._attn_implementation, model.config.model_type
     kernel, dropout = kernel or (varlen if on_gpu else side_by_side), attention_dropout(model.config.get_text_config())
     if before != "sdpa":
-        reason: str | None = f"{kind} has {before} attention"
+        reason: str | None = f"{family} has {before} attention"
     elif not getattr(model, "_supports_attention_backend", False):
-        reason = f"{kind} does not take its attention from transformers' interface"
+        reason = f"{family} does not take its attention from transformers' interface"
     elif dropout and kernel is not side_by_side:
         reason = f"its attention has a dropout of {dropout:g}"
     else:
-        # Registered without a mask function, so transformers builds no mask.
+        # No mask function is registered, so transformers builds no mask.
         AttentionInterface.register("packed_rows", partial(packed_attention, kernel))
         reason = _difference(model, sequences)
     if reason is None:
         return "varlen, PyTorch's FlashAttention for packed rows" if on_gpu else "row by row"
     model.set_attn_implementation(before)
-    return f"{before} ({'varlen' if on_gpu else 'row by row'} does not fit: {reason})"
+    return f"{before} (not {'varlen' if on_gpu else 'row by row'}: {reason})"
 
 
 def _difference(model: Any, sequences: Dataset) -> str | None:
-    """Switch `model` to the registered kernel; what speaks against it, None if nothing does.
+    """Switch `model` to the registered kernel; returns why it may not be used, or None.
 
-    Masks of an architecture's own (chunks, say) show as a difference larger than what the model itself makes of the
-    same rows in another order. What depends on distance shows on long rows alone.
+    An architecture with its own mask (such as chunks) computes values that differ by more than its noise, which is the
+    difference when the same rows come in another order. What depends on distance shows only in long rows.
     """
     lengths = sequences["seq_lengths"][:]
-    chosen = (_fullest(lengths), max(range(len(lengths)), key=lambda i: max(lengths[i])))
-    lines = [rows_of(sequences[i]) for i in chosen]
+    tested = (_fullest(lengths), max(range(len(lengths)), key=lambda i: max(lengths[i])))
+    lines = [rows_of(sequences[i]) for i in tested]
     expected = [last_hidden(model, rows) for rows in lines]
     noise = max(_largest(_reordered(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
     model.set_attn_implementation("packed_rows")
     try:
-        apart = max(_largest(last_hidden(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
+        error = max(_largest(last_hidden(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
     except torch.OutOfMemoryError:
         raise
-    except (UnsupportedAttention, NotImplementedError, TypeError, RuntimeError) as error:
-        return str(error).splitlines()[0]
-    if apart <= max(3 * noise, 1e-3 * max(map(_largest, expected))):
+    except (UnsupportedAttention, NotImplementedError, TypeError, RuntimeError) as problem:
+        return str(problem).splitlines()[0]
+    if error <= max(3 * noise, 1e-3 * max(map(_largest, expected))):
         return None
-    return f"{model.config.model_type} computes other values (by {apart:.2g}, its own noise is {noise:.2g})"
+    return f"{model.config.model_type} computes other values (by {error:.2g}, its own noise is {noise:.2g})"
 
 
 def require_isolation(model: Any, sequences: Dataset) -> None:
-    """See that a row comes out of the model the same whatever its neighbour in a packed line says."""
+    """Refuse a model whose output for a row depends on the row before it in a packed line."""
     first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"][:])])
     if not others:
-        return  # no line holds two rows
+        return  # no line has two rows
     vocabulary = model.config.get_text_config().vocab_size
     changed = first | {"input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
     start = len(first["input_ids"])
     before, after = (last_hidden(model, [row, others[0]])[start:] for row in (first, changed))
-    apart = _largest(before - after)
-    if not apart <= 1e-3 * _largest(before):
+    change = _largest(before - after)
+    if not change <= 1e-3 * _largest(before):
         raise ModelError(
-            f"{model.config.model_type} does not keep packed rows apart (a row changes by {apart:.3g} with its "
+            f"{model.config.model_type} does not keep packed rows apart (a row changes by {change:.3g} with its "
             "neighbour); set train.packing to false"
         )
 
 
 @torch.no_grad()
 def last_hidden(model: Any, rows: list[Batch]) -> Tensor:
-    """(T, hidden) of `rows` in one line, in float32: what the output layer sees, which costs no logits."""
+    """The output layer's input (T, hidden) for `rows` in one line, in float32; logits would take much more memory."""
     batch = Collate(0, packed=True)(rows)  # nothing is padded
     batch = {key: value for key, value in batch.items() if key not in ("rows", "labels")}
     batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
-    seen: list[Tensor] = []
+    hidden: list[Tensor] = []
 
     def keep(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        seen.append(inputs[0][0].float())
+        hidden.append(inputs[0][0].float())
         return (inputs[0][:, -1:],)
 
     was_training, handle = model.training, model.get_output_embeddings().register_forward_pre_hook(keep)
@@ -174,20 +173,21 @@ def last_hidden(model: Any, rows: list[Batch]) -> Tensor:
     finally:
         handle.remove()
         model.train(was_training)
-    return seen[0]
+    return hidden[0]
 
 
 def _fullest(lengths: list[list[int]]) -> int:
+    """The number of the line with the most rows."""
     return max(range(len(lengths)), key=lambda i: len(lengths[i]))
 
 
 def _reordered(model: Any, rows: list[Batch]) -> Tensor:
-    """`last_hidden` of the same rows, computed in reverse order; of a single row, next to itself."""
+    """`last_hidden` of the same rows, computed in reverse order; a single row is computed next to itself."""
     order = rows[::-1] if len(rows) > 1 else rows * 2
     parts = torch.split(last_hidden(model, order), [len(row["input_ids"]) for row in order])
     return torch.cat(parts[::-1] if len(rows) > 1 else parts[:1])
 
 
 def _largest(hidden: Tensor) -> float:
-    """The largest token, as the root of its mean square."""
+    """The largest root mean square of a token."""
     return float(hidden.pow(2).mean(-1).sqrt().max())

@@ -1,7 +1,6 @@
-"""Checkpoints of one run: kept under a hash of all that shapes its result, sealed with digests, checked before a load.
+"""Checkpoints: stored under a hash of everything that shapes the result, sealed with digests, checked before loading.
 
-A checkpoint without a seal, or with a file that its seal does not know as it is, is passed over for the one before.
-Checkpoints of another run are never continued.
+A run continues only its own checkpoints, and skips one that is unsealed or altered for the one before.
 """
 
 import shutil
@@ -15,11 +14,10 @@ from pipeline.core.files import read_json, sha256_file, sha256_json, write_json
 from pipeline.core.vetting import check_checkpoint
 from pipeline.params import TrainParams
 
-SEAL = "digests.json"  # {file: sha256}, written last: a checkpoint that a kill cut short has none
-WATCH = "watch.json"  # what `Watch` has to know of the steps before
+SEAL = "digests.json"  # {file: sha256}, written last, so an incomplete checkpoint has none
+WATCH = "watch.json"  # the state of `Watch`
 KEPT_DAYS = 30
-# They change when and where a run stops, not what comes out of it: a stopped run goes on with other values.
-WITHOUT_EFFECT = {"max_hours", "num_threads"}
+WITHOUT_EFFECT = {"max_hours", "num_threads"}  # parameters that do not change the result: a run continues with others
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 Identity = dict[str, dict[str, Any]]
 
@@ -29,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def identity(params: TrainParams, dataset: Path, init: Path | None = None) -> Identity:
-    """All that shapes a training's result, by kind: data, base and template, parameters, first weights, code."""
+    """Everything that shapes a training's result, by kind."""
     return {
         "data": {path.name: sha256_file(path) for path in sorted(dataset.glob("*.parquet"))},
         "base model or template": read_json(dataset / "contract.json"),
@@ -41,53 +39,56 @@ def identity(params: TrainParams, dataset: Path, init: Path | None = None) -> Id
 
 
 def open_run(params: TrainParams, dataset: Path, checkpoints: Path, init: Path | None = None) -> Path:
-    """The folder of this run's checkpoints; says so when there are only those of a run that differs."""
+    """The folder of this run's checkpoints, with `run.json`; deletes folders unused for 30 days.
+
+    If there are only checkpoints of other runs, prints what differs from the latest.
+    """
     current = identity(params, dataset, init)
     folder = checkpoints / sha256_json(current)[:24]
     if not folder.exists():
-        others = sorted(checkpoints.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
-        if others:
-            before = read_json(others[-1])
-            names = [f"train.{key}" for key in current["parameters"]
-                     if before["parameters"].get(key) != current["parameters"][key]]  # fmt: skip
-            changed = [kind for kind in current if before.get(kind) != current[kind] and kind != "parameters"]
-            what = ", ".join([*changed, *names])
-            print(f"train · the last checkpoints are of a run with other {what}; this one starts afresh", flush=True)
+        runs = sorted(checkpoints.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+        if runs:
+            last = read_json(runs[-1])
+            changed = [kind for kind in current if last.get(kind) != current[kind] and kind != "parameters"]
+            changed += [f"train.{key}" for key in current["parameters"]
+                        if last["parameters"].get(key) != current["parameters"][key]]  # fmt: skip
+            what = ", ".join(changed)
+            print(f"train · the last checkpoints are from a run with different {what}; starting from step 0", flush=True)
         write_json(folder / "run.json", current)
-    for path in [file.parent for file in checkpoints.glob("*/run.json")]:
-        last_change = max(each.stat().st_mtime for each in [path, *path.iterdir()])
-        if path != folder and time.time() - last_change > KEPT_DAYS * 86400:
-            print(f"train · {path} was not touched for {KEPT_DAYS} days and is removed", flush=True)
-            shutil.rmtree(path, ignore_errors=True)
+    for run in [file.parent for file in checkpoints.glob("*/run.json")]:
+        last_change = max(path.stat().st_mtime for path in [run, *run.iterdir()])
+        if run != folder and time.time() - last_change > KEPT_DAYS * 86400:
+            print(f"train · deleting {run}, which was unused for {KEPT_DAYS} days", flush=True)
+            shutil.rmtree(run, ignore_errors=True)
     return folder
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the digests of all files of a checkpoint that was just saved; from here on it counts."""
+    """Write the digests of a saved checkpoint's files, which makes it valid."""
     (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
     write_json(checkpoint / SEAL, {str(path.relative_to(checkpoint)): sha256_file(path) for path in files})
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is sealed and whole; each that is not is named and passed over."""
+    """The newest valid checkpoint in `folder`; prints why it skips others."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for checkpoint in newest_first:
-        problem = problem_of(checkpoint)
+        problem = find_problem(checkpoint)
         if problem is None:
             check_checkpoint(checkpoint)
             return checkpoint
-        print(f"train · {checkpoint} is not whole ({problem}); it is passed over", flush=True)
+        print(f"train · skipping {checkpoint}: {problem}", flush=True)
     return None
 
 
-def problem_of(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint from being used: no seal, no trainer's state, or a file that is not as it was saved."""
+def find_problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used: it is incomplete or a file was altered; None if it can."""
     try:
         digests = read_json(checkpoint / SEAL)
         changed = [name for name, digest in digests.items() if sha256_file(checkpoint / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
-        return f"it was not saved to its end: {error}"
+        return f"it is incomplete: {error}"
     if "trainer_state.json" not in digests:
-        return f"{SEAL} does not name trainer_state.json"
-    return f"{changed[0]} is not as it was saved" if changed else None
+        return f"{SEAL} does not list trainer_state.json"
+    return f"{changed[0]} was altered" if changed else None

@@ -1,6 +1,6 @@
-"""Training on classes: texts with the number of a class, batches padded to their longest, the loss a mean over rows.
+"""Trains classifiers: rows are a text and the number of a class, and the loss is a mean over rows.
 
-All else (checkpoints, batches split when memory runs out, what is watched) is `AdapterTrainer`'s.
+Everything else (checkpoints, splitting batches when memory runs out, watching) is `AdapterTrainer`'s.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from pipeline.training.trainer import AdapterTrainer
 
 
 def class_sequences(path: Path, labels: Sequence[str]) -> Dataset:
-    """Rows of a split as the trainer takes them: `input_ids`, the number of the class, and `rows` as with texts."""
+    """The training sequences of a split: `input_ids`, `label` (the number of the class) and `rows`."""
     table = pq.read_table(path, columns=["input_ids", "label"])
     number = {name: i for i, name in enumerate(labels)}
-    labels_of_rows = pa.array([number[name] for name in table["label"].to_pylist()], pa.int64())
+    label_numbers = pa.array([number[name] for name in table["label"].to_pylist()], pa.int64())
     rows = pa.array([[row] for row in range(len(table))], pa.list_(pa.int64()))
-    return Dataset(pa.table({"input_ids": table["input_ids"], "label": labels_of_rows, "rows": rows}))
+    return Dataset(pa.table({"input_ids": table["input_ids"], "label": label_numbers, "rows": rows}))
 
 
 class ClassCollate:
@@ -42,11 +42,11 @@ class ClassTrainer(AdapterTrainer):
     """`AdapterTrainer` over the batches of `ClassCollate`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # Decoders read the class at the last token that is no padding.
+        # Decoders read the class at the last token that is not padding.
         options["model"].config.pad_token_id = options["processing_class"].pad_token_id
         super().__init__(*args, **options)
-        self.own_loss, self.loss_used = False, "cross-entropy of classes"
-        self.model_accepts_loss_kwargs = True  # so that the step's rows are counted, and the loss is over them all
+        self.uses_chunked_loss, self.loss_description = False, "cross-entropy of classes"
+        self.model_accepts_loss_kwargs = True  # makes transformers count the rows of a whole step
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -57,5 +57,5 @@ class ClassTrainer(AdapterTrainer):
         loss = nats / rows * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def scored(self, batch: Batch) -> int:
+    def count_targets(self, batch: Batch) -> int:
         return len(batch["labels"])
