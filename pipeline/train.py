@@ -1,8 +1,8 @@
-"""train: a dataset and its base model in, a (Q)LoRA adapter out, through TRL's SFTTrainer.
+"""The train stage: trains a (Q)LoRA adapter on the prepared dataset with TRL's SFTTrainer.
 
-The base is quantised to NF4 as it is loaded, on a GPU or a CPU. Loss is on the tokens that prepare labelled. A killed
-run goes on from its last checkpoint; checkpoints lie under a hash of everything that shapes the result, so a run never
-continues another one. `training/` holds the parts.
+The base is quantised to NF4 as it is loaded, on a GPU or a CPU. The loss covers the tokens that prepare labelled. A
+killed run continues from its last checkpoint; checkpoints are stored under a hash of everything that shapes the result,
+so a run never continues a different one. The parts are in `training/`.
 """
 
 import os
@@ -32,11 +32,11 @@ from pipeline.params import TrainParams
 from pipeline.training.attention import require_isolation, use_packed_attention
 from pipeline.training.checkpoints import last_checkpoint, open_run, versions
 from pipeline.training.classifier import ClassCollate, ClassTrainer, class_sequences
-from pipeline.training.footprint import Gpu, UnplannedError, batches, count
+from pipeline.training.footprint import Gpu, UnplannedError, choose_batches, count
 from pipeline.training.gradients import require_gradients
 from pipeline.training.hardware import require_kernels, use_liger
 from pipeline.training.launch import launch, run_one
-from pipeline.training.methods import AllocateRanks, adapter_config, require_context, settings_of
+from pipeline.training.methods import AllocateRanks, adapter_config, require_room_for_virtual_tokens, saved_settings
 from pipeline.training.packing import Collate, lengths_of, training_sequences
 from pipeline.training.sharding import shard_on_cpus
 from pipeline.training.targets import describe_experts
@@ -51,14 +51,14 @@ RECORDED = ("steps", "shipped_step", "loss", "validation_loss", "trainable_param
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training reports."""
+    """The result of a training."""
 
     steps: int
-    shipped_step: int  # whose weights the adapter has: with early stopping the best one, else the last
-    loss: float  # nats a trained token, mean over up to logging_steps steps before and with the shipped one
+    shipped_step: int  # the step of the saved weights: the best one with early stopping, else the last
+    loss: float  # nats per trained token, a mean over up to logging_steps steps that end with the shipped one
     validation_loss: float | None  # after the shipped step
     trainable_parameters: int
-    tokens_per_second: float  # real tokens, padding not counted; of all processes, resumed steps not counted
+    tokens_per_second: float  # of all processes, without padding and steps before the resume
     resumed_from_step: int
 
 
@@ -71,20 +71,20 @@ def train(
     tables: Path | None = None,
     init: Path | None = None,
 ) -> Trained:
-    """Train an adapter on `dataset` and write it to `output` as PEFT saves it (safetensors), with the tokenizer.
+    """Train an adapter on `dataset` and save it with its tokenizer in `output`, in PEFT's format (safetensors).
 
-    Beside it: `contract.json` (copied from the dataset), `training.json` (resolved parameters, versions, final losses)
-    and `loss.csv` (step, loss in nats a token, validation loss, learning rate, gradient norm, weight change) for
-    `dvc plots`. What differs between two equal runs (speed, memory, retries) goes to the folder `tables`.
+    `output` also has `contract.json` (copied from the dataset), `training.json` (resolved parameters, versions, final
+    losses) and `loss.csv` (step, loss in nats per token, validation loss, learning rate, gradient norm, weight change)
+    for `dvc plots`. Figures that differ between equal runs (speed, memory, retries) go to the folder `tables`.
 
     Args:
-        init: the folder of an adapter whose weights this one starts with.
+        init: the folder of an adapter to start from.
 
     Raises:
-        InitError, MethodError, TemplateError, ModelError: adapter, target modules or base are not what they should be.
-        TrainError: a loss of NaN or one that jumps, a layer that passes no gradient, an adapter that did not change.
-        HardwareError, OutOfMemory: a kernel or memory is asked for that this machine does not have.
-        Interrupted: SIGTERM, or max_hours is spent; a checkpoint was saved.
+        InitError, MethodError, TemplateError, ModelError: initial adapter, modules, template or base are refused.
+        TrainError: the loss diverged, a layer passes no gradient, or the adapter did not change.
+        HardwareError, OutOfMemory: this machine lacks a kernel or memory.
+        Interrupted: SIGTERM, or max_hours is over; a checkpoint was saved.
     """
     if params.num_processes > 1 and "LOCAL_RANK" not in os.environ:
         folders = {"dataset": dataset, "output": output, "checkpoints": checkpoints, "tables": tables, "init": init}
@@ -103,24 +103,25 @@ def train(
         class_sequences(path, labels) if labels else training_sequences(path, params)
         for path in (dataset / "train.parquet", dataset / "validation.parquet")
     )
-    batch = _batches(params, contract["model"], lengths_of(train_rows))
-    model, adapter = _model(params, contract, init)
+    micro_batch, accumulation = _choose_batches(params, contract["model"], lengths_of(train_rows))
+    model, adapter = _load_model(params, contract, init)
     folder = open_run(params, dataset, checkpoints, init)
     sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
-    used = _use_fast_paths(params, model, train_rows)
-    trainer = _trainer(
-        params, init, adapter, model=model, watch=Watch(params, sources), args=_arguments(params, folder, *batch),
+    run = _use_fast_paths(params, model, train_rows)
+    trainer = _make_trainer(
+        params, init, adapter, model=model, watch=Watch(params, sources),
+        args=_arguments(params, folder, micro_batch, accumulation),
         train_dataset=train_rows, eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
         data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
     )  # fmt: skip
     _say(
-        f"attention: {used['attention']} · loss: {trainer.loss_used} · layers: {used['layers']} · {batch[0]} × "
-        f"{batch[1]} sequences a step"
+        f"attention: {run['attention']} · loss: {trainer.loss_description} · layers: {run['layers']} · {micro_batch} × "
+        f"{accumulation} sequences per step"
     )
     trained = _run(trainer, params, folder)
-    used |= {"micro_batch": batch[0], "threads": threads, "resumed_from_step": trained.resumed_from_step}
-    _write(trainer, output, portable(contract), portable(_record(params, contract, trained, init)), tables, used)
+    run |= {"micro_batch": micro_batch, "threads": threads, "resumed_from_step": trained.resumed_from_step}
+    _write(trainer, output, portable(contract), portable(_record(params, contract, trained, init)), tables, run)
     return trained
 
 
@@ -128,13 +129,13 @@ def _say(line: str) -> None:
     print(f"train · {line}", flush=True)
 
 
-def _model(params: TrainParams, contract: dict[str, Any], init: Path | None) -> tuple[Any, PeftConfig | None]:
-    """The base as it is trained on, and the adapter to put on it."""
+def _load_model(params: TrainParams, contract: dict[str, Any], init: Path | None) -> tuple[Any, PeftConfig | None]:
+    """The base model and the configuration of its adapter."""
     attention = None if params.attn_implementation == "auto" else params.attn_implementation
     model = load_base(contract["model"], quantisation_of(params), contract.get("labels"), attention)
     if params.method == "full":
-        model.float()  # the weights that are updated; on a GPU autocast computes in bfloat16
-    require_context(params, model.config, contract["max_length"])
+        model.float()  # weights are updated in float32; on a GPU autocast computes in bfloat16
+    require_room_for_virtual_tokens(params, model.config, contract["max_length"])
     adapter = adapter_config(params, model)
     if line := describe_experts(params, model):
         _say(line)
@@ -144,7 +145,7 @@ def _model(params: TrainParams, contract: dict[str, Any], init: Path | None) -> 
 
 
 def _use_fast_paths(params: TrainParams, model: Any, rows: Dataset) -> dict[str, Any]:
-    """Give `model` the fastest attention and layers that change nothing; says which it has."""
+    """Give `model` the fastest attention and layers that change no result; returns which it has."""
     attention = model.config._attn_implementation
     if params.packing and params.task != CLASSIFICATION:
         require_isolation(model, rows)
@@ -153,55 +154,56 @@ def _use_fast_paths(params: TrainParams, model: Any, rows: Dataset) -> dict[str,
     return {"attention": attention, "layers": use_liger(model, params)}
 
 
-def _trainer(params: TrainParams, init: Path | None, adapter: PeftConfig | None, **settings: Any) -> AdapterTrainer:
-    """The trainer with its adapter, new or with the weights of the one in `init`."""
+def _make_trainer(
+    params: TrainParams, init: Path | None, adapter: PeftConfig | None, **settings: Any
+) -> AdapterTrainer:
+    """The trainer, whose adapter is new or starts with the weights in `init`."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 asks transformers by the old name
-        kind = ClassTrainer if params.task == CLASSIFICATION else AdapterTrainer
-        trainer: AdapterTrainer = kind(peft_config=adapter, **settings)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 uses this old name
+        trainer_class = ClassTrainer if params.task == CLASSIFICATION else AdapterTrainer
+        trainer: AdapterTrainer = trainer_class(peft_config=adapter, **settings)
     if params.strategy == "fsdp" and not torch.cuda.is_available():
         shard_on_cpus(trainer)
     if adapter is not None:
-        check_settings(settings_of(trainer.model), "this training's adapter")
+        check_settings(saved_settings(trainer.model), "this training's adapter")
     if params.method == "adalora":
         trainer.add_callback(AllocateRanks(trainer.model.base_model))
     if compute_dtype() is not torch.bfloat16:
-        # TRL makes adapters of quantised models bfloat16, as QLoRA does on GPUs; a CPU gains no speed by it and
-        # loses the small updates, and float16's loss scale wants float32.
+        # TRL casts adapters of quantised models to bfloat16, as QLoRA does on GPUs. A CPU gains no speed from it and
+        # loses small updates, and the loss scale of float16 needs float32.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if init is not None:
         load_init(trainer.model, init)
         _say(f"the adapter starts from {init}")
-    # The trainer's own printer of raw dictionaries; `watch` prints lines people read.
-    trainer.pop_callback(PrinterCallback)
+    trainer.pop_callback(PrinterCallback)  # it prints raw dictionaries; `Watch` prints progress
     return trainer
 
 
 def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
-    """Train to the end, from the last checkpoint in `folder` if there is one; the model has the weights that ship."""
+    """Train, from the last checkpoint in `folder` if there is one; then the model has the weights to save."""
     watch, trainable = trainer.watch, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     require_gradients(trainer)
     watch.remember_start(trainer.model)
     start = last_checkpoint(folder)
     resumed = int(start.name.split("-")[1]) if start else 0
     if start:
-        _say(f"going on from step {resumed} ({start})")
-        trainer.go_on_from(start)
+        _say(f"continuing from step {resumed} ({start})")
+        trainer.restore(start)
     with watch:
-        # Killed after its last step, it has nothing left to train; the loop would take a step more.
+        # A run that was killed after its last step has nothing left to train; the loop would take one more step.
         if start is None or not trainer.is_finished(start):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     step = trainer.state.global_step
     if (watch.interrupted or watch.out_of_time) and step < trainer.state.max_steps:
         why = "by a signal" if watch.interrupted else f"after train.max_hours ({params.max_hours})"
-        raise Interrupted(f"stopped {why} at step {step}; the next run goes on from there")
+        raise Interrupted(f"stopped {why} at step {step}; the next run continues from there")
     shipped = trainer.load_best()
     if not any(watch.changes(trainer.model).values()):
         raise TrainError(
-            f"the adapter did not change in {step} steps; with very few of them set train.warmup_ratio to 0, else no "
-            "gradient reached it"
+            f"the adapter did not change in {step} steps, so no gradient reached it; with very few steps, set "
+            "train.warmup_ratio to 0"
         )
     return Trained(
         steps=step,
@@ -215,12 +217,12 @@ def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
 
 
 def _write(
-    trainer: AdapterTrainer, output: Path, contract: Any, record: Any, tables: Path | None, used: dict[str, Any]
+    trainer: AdapterTrainer, output: Path, contract: Any, record: Any, tables: Path | None, run: dict[str, Any]
 ) -> None:
-    """The adapter's folder, the same files for two equal trainings, and `tables` with what differs from run to run."""
-    trainer.accelerator.wait_for_everyone()  # nobody reads a checkpoint any more: the first process removes them
+    """Write the adapter's folder, which is the same in equal runs, and `tables`, which is not."""
+    trainer.accelerator.wait_for_everyone()  # then no process reads checkpoints, and the first one deletes them
     if not trainer.is_world_process_zero():
-        trainer.save_model()  # of a sharded model every process gives its part
+        trainer.save_model()  # every process of a sharded model contributes its part
     else:
         with whole_directory(output) as folder:
             trainer.save_model(str(folder))
@@ -233,42 +235,42 @@ def _write(
             write_json(folder / "training.json", record)
             write_table(folder / "loss.csv", LOSS, trainer.watch.loss_rows)
         if tables is not None:
-            used |= {"memory": [vars(rung) for rung in trainer.rungs[1:]]}
+            run |= {"memory": [vars(fallback) for fallback in trainer.fallbacks[1:]]}
             with whole_directory(tables) as folder:
                 write_table(folder / "speed.csv", SPEED, trainer.watch.speed_rows)
-                write_json(folder / "run.json", used | {"earlier_seconds": trainer.watch.earlier_seconds})
+                write_json(folder / "run.json", run | {"earlier_seconds": trainer.watch.earlier_seconds})
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
 def quantisation_of(params: TrainParams) -> dict[str, Any]:
-    """How the base is loaded for training; the storage dtype changes no value, so no later stage needs it."""
+    """How training loads the base; later stages do not need the storage dtype, which changes no value."""
     storage = {"bnb_4bit_quant_storage": params.bnb_4bit_quant_storage} if params.strategy == "fsdp" else {}
     return {key: getattr(params, key) for key in QUANTISATION} | storage
 
 
-def _batches(params: TrainParams, base: dict[str, Any], lengths: list[int]) -> tuple[int, int]:
-    """Sequences of a micro-batch and micro-batches of a step; the same in every process."""
-    card = counts = None
+def _choose_batches(params: TrainParams, base: dict[str, Any], lengths: list[int]) -> tuple[int, int]:
+    """Sequences per micro-batch and micro-batches per step, the same in every process."""
+    gpu = counts = None
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        card = Gpu(torch.cuda.get_device_name(), total, free)
+        gpu = Gpu(torch.cuda.get_device_name(), total, free)
         if compute_dtype() is torch.float16:
-            _say(f"the {card.name} has no bfloat16; computing in float16, with a scaled loss")
+            _say(f"the {gpu.name} has no bfloat16; computing in float16, with a scaled loss")
         config = AutoConfig.from_pretrained(
             base["name_or_path"], revision=base["revision"], trust_remote_code=base["trust_remote_code"]
         )
         try:
             counts = count(config, params)
         except UnplannedError as error:
-            _say(f"the memory of {error} cannot be planned; one sequence at a time")
-    rows, accumulation = batches(params, counts, card, lengths)
-    if card is not None and params.strategy == "ddp":
+            _say(f"the memory for {error} cannot be planned; training one sequence at a time")
+    rows, accumulation = choose_batches(params, counts, gpu, lengths)
+    if gpu is not None and params.strategy == "ddp":
         PartialState()
-        fitting = sorted({*gather_object([rows])})
-        if len(fitting) > 1:
-            _say(f"the GPUs have room for {' and '.join(map(str, fitting))} sequences at a time; all take {fitting[0]}")
-        rows, accumulation = fitting[0], accumulation * rows // fitting[0]
+        sizes = sorted({*gather_object([rows])})
+        if len(sizes) > 1:
+            _say(f"the GPUs have room for {' and '.join(map(str, sizes))} sequences at a time; all take {sizes[0]}")
+        rows, accumulation = sizes[0], accumulation * rows // sizes[0]
     return rows, accumulation
 
 
@@ -278,7 +280,7 @@ def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) 
         output_dir=str(folder),
         learning_rate=params.learning_rate,
         lr_scheduler_type=params.lr_scheduler_type,
-        warmup_steps=params.warmup_ratio,  # below 1 it is a fraction of all steps (transformers 5)
+        warmup_steps=params.warmup_ratio,  # a value below 1 is a fraction of all steps (transformers 5)
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
         num_train_epochs=params.num_train_epochs,
@@ -286,26 +288,26 @@ def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) 
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=rows,
         gradient_accumulation_steps=accumulation,
-        # prepare has tokenised, labelled and measured the rows, and `training_sequences` has packed them.
+        # prepare has tokenised and labelled the rows, and `training_sequences` has packed them.
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
-        padding_free=False,  # `Collate` does it, with the rows of a batch beside it
-        # Unpacked rows of like length share a batch, so there is little padding.
+        padding_free=False,  # `Collate` does it
+        # Unpacked rows of similar length share a batch, so there is little padding.
         train_sampling_strategy="random" if params.packing else "group_by_length",
         max_length=None,
         activation_checkpointing=params.gradient_checkpointing,
         torch_compile=params.torch_compile,
         optim=params.optim,
-        logging_strategy="no",  # `Watch` logs, and says when to validate
+        logging_strategy="no",  # `Watch` logs and decides when to validate
         eval_strategy="no",
         save_steps=params.save_steps,
-        save_total_limit=2 if params.early_stopping_patience is None else 3,  # the best, and two to go on from
+        save_total_limit=2 if params.early_stopping_patience is None else 3,  # the best and two others
         seed=params.seed,
         bf16=compute_dtype() is torch.bfloat16,
         fp16=compute_dtype() is torch.float16,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        logging_nan_inf_filter=False,  # by default a NaN is logged as the mean of the steps before
+        logging_nan_inf_filter=False,  # the default replaces a NaN by the mean of earlier steps
         report_to="none",
         disable_tqdm=True,
     )

@@ -103,7 +103,7 @@ def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpo
         trainings = [each["state_name"] for each in ended(url) if each["name"].startswith("train-")]
         assert sorted(trainings) == ["Crashed", "Trained"]
         log = (root / ".retune" / "logs" / "gpu-worker.log").read_text()
-        assert "going on from step" in log
+        assert "continuing from step" in log
     finally:
         retune(root, "down")
     assert stack.marked(root) == []

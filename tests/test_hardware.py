@@ -16,8 +16,8 @@ from conftest import with_
 from transformers import LlamaConfig
 
 from pipeline.params import Params
-from pipeline.train import _batches, train
-from pipeline.training.footprint import GIB, Counts, Gpu, batches, count, step_memory
+from pipeline.train import _choose_batches, train
+from pipeline.training.footprint import GIB, Counts, Gpu, choose_batches, count, step_memory
 from pipeline.training.hardware import HardwareError, require_kernels, use_liger
 from pipeline.training.watching import Watch
 
@@ -65,7 +65,7 @@ def counts(automatic: Params) -> Counts:
 
 
 def test_the_same_parameters_take_the_same_steps_on_a_small_and_a_large_card(automatic: Params, counts: Counts) -> None:
-    taken = {gib: batches(automatic.train, counts, card(gib), [2048] * 100) for gib in (24, 48, 141)}
+    taken = {gib: choose_batches(automatic.train, counts, card(gib), [2048] * 100) for gib in (24, 48, 141)}
     assert {rows * accumulation for rows, accumulation in taken.values()} == {8}
     assert taken[24][0] < taken[48][0] < taken[141][0]
     for gib, (rows, _) in taken.items():
@@ -86,7 +86,7 @@ def test_a_step_has_the_same_rows_however_many_at_a_time(
             finish(watch, *sums)
 
         monkeypatch.setattr(Watch, "finish_step", note)
-        monkeypatch.setattr("pipeline.train._batches", lambda *_, rows=rows: (rows, 4 // rows))
+        monkeypatch.setattr("pipeline.train._choose_batches", lambda *_, rows=rows: (rows, 4 // rows))
         train(with_(params, train=settings).train, dataset, tmp_path / f"{rows}", tmp_path / f"checkpoints{rows}")
     assert steps[1] == steps[4] and len(steps[1]) > 3
 
@@ -106,7 +106,7 @@ def test_a_step_has_the_tokens_that_are_asked_for(
     automatic: Params, settings: dict[str, Any], expected: tuple[int, int]
 ) -> None:
     lengths = [100] * 50 if settings.get("packing") is False else [2048] * 50
-    assert batches(with_(automatic, train=settings).train, None, None, lengths) == expected
+    assert choose_batches(with_(automatic, train=settings).train, None, None, lengths) == expected
 
 
 def test_an_old_gpu_and_gpus_with_other_room_are_each_said_in_a_sentence(
@@ -120,7 +120,7 @@ def test_an_old_gpu_and_gpus_with_other_room_are_each_said_in_a_sentence(
     monkeypatch.setattr("pipeline.train.compute_dtype", lambda: torch.float16)
     monkeypatch.setattr("pipeline.train.PartialState", lambda: None)
     monkeypatch.setattr("pipeline.train.gather_object", lambda own: [*own, 1])
-    assert _batches(both, base, [2048] * 100) == (1, 8)
+    assert _choose_batches(both, base, [2048] * 100) == (1, 8)
     old, other = capsys.readouterr().out.splitlines()
     assert "T4 has no bfloat16" in old and "float16" in old
     assert "room for 1 and 2 sequences at a time; all take 1" in other
@@ -128,8 +128,8 @@ def test_an_old_gpu_and_gpus_with_other_room_are_each_said_in_a_sentence(
 
 def test_a_card_that_other_processes_fill_is_refused_before_training(automatic: Params, counts: Counts) -> None:
     with pytest.raises(HardwareError, match=r"leave 3\.0.*CUDA_VISIBLE_DEVICES"):
-        batches(automatic.train, counts, card(80, free=3), [2048] * 10)
-    batches(automatic.train, counts, card(10), [2048] * 10)  # too small by itself: smaller pieces are tried
+        choose_batches(automatic.train, counts, card(80, free=3), [2048] * 10)
+    choose_batches(automatic.train, counts, card(10), [2048] * 10)  # too small by itself: smaller pieces are tried
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from pipeline.merge import merge
 from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
 from pipeline.train import train
-from pipeline.training.methods import adapter_config, settings_of
+from pipeline.training.methods import adapter_config, saved_settings
 from pipeline.training.targets import MethodError, describe_experts, target_modules
 from pipeline.weights.loading import load_base
 from pipeline.weights.merging import MergeError
@@ -220,7 +220,7 @@ def test_experts_are_targets_of_all_linear_and_by_name_and_routers_are_not(param
     assert any(".experts." in name for name in trained) and not any(".gate." in name for name in trained)
     of_their_own = describe_experts(named, model)  # what was not named is not missed
     assert of_their_own is None or "not trained" not in of_their_own
-    settings = settings_of(tuned)
+    settings = saved_settings(tuned)
     assert not settings["rank_pattern"] and not settings["alpha_pattern"]
     check_settings(settings, "here")
 

@@ -14,7 +14,7 @@ from pipeline.params import Params
 from pipeline.training import loss as loss_module
 from pipeline.training.attention import use_packed_attention
 from pipeline.training.loss import add_chunked_loss, chunked_loss
-from pipeline.training.packing import Collate, fill_lines, pieces, tokens_in, training_sequences
+from pipeline.training.packing import Collate, count_tokens, pack_rows, split_batch, training_sequences
 from pipeline.weights.loading import load_base
 
 
@@ -50,7 +50,7 @@ def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: P
         assert use_packed_attention(model, sequences) == "row by row"
         add_chunked_loss(model)
         for sequence in sequences.select(range(4)):
-            for piece in pieces(Collate(0, packed=True)([sequence]), 1000):
+            for piece in split_batch(Collate(0, packed=True)([sequence]), 1000):
                 [number] = piece["rows"].tolist()
                 count = (piece["labels"][:, 1:] != -100).sum()
                 packed[number] = float(model(**inputs(piece), chunked_loss=True).loss / count)
@@ -68,16 +68,16 @@ def test_pieces_of_a_batch_are_its_rows(dataset: Path) -> None:
     padded = [Collate(0, packed=False)(rows)]
     for [batch] in (packed, padded):
         for number in (1, 2, 3, 5, 9):
-            parts = pieces(batch, number)
+            parts = split_batch(batch, number)
             assert len(parts) == min(number, 5)
             assert [row for part in parts for row in part["rows"].tolist()] == [0, 1, 2, 3, 4]
-            assert sum(map(tokens_in, parts)) == tokens_in(batch)
+            assert sum(map(count_tokens, parts)) == count_tokens(batch)
 
 
 def test_nearly_every_token_is_a_real_one(dataset: Path, params: Params) -> None:
     sequences = training_sequences(dataset / "train.parquet", params.train)
     batches = [Collate(0, packed=True)([sequences[i], sequences[-1 - i]]) for i in range(5)]
-    assert sum(map(tokens_in, batches)) == sum(batch["input_ids"].numel() for batch in batches)
+    assert sum(map(count_tokens, batches)) == sum(batch["input_ids"].numel() for batch in batches)
 
 
 def test_a_row_longer_than_a_packed_sequence_is_trained_whole(dataset: Path, params: Params) -> None:
@@ -113,9 +113,9 @@ def test_a_line_without_labels_has_no_loss_and_no_gradient(model: Any, dataset: 
 def test_every_row_is_in_one_line_and_lines_are_full(params: Params) -> None:
     draw = torch.Generator().manual_seed(0)
     lengths = [int(n) for n in torch.randint(5, 120, (2000,), generator=draw)] + [900, 512, 513]
-    lines = fill_lines(lengths, 512, seed=1)
+    lines = pack_rows(lengths, 512, seed=1)
     assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
     totals = [sum(lengths[row] for row in line) for line in lines]
     assert all(total <= 512 or len(line) == 1 for total, line in zip(totals, lines, strict=True))
     assert sum(totals) / len(totals) > 0.95 * 512
-    assert lines != fill_lines(lengths, 512, seed=2)
+    assert lines != pack_rows(lengths, 512, seed=2)

@@ -35,9 +35,9 @@ from pipeline.settings import change_params, load_params, yaml_text
 from pipeline.training.footprint import GIB, count, step_memory
 from pipeline.training.methods import adapter_config
 from pipeline.training.plan import gpu_kind
-from pipeline.training.presets import PRESETS, PresetError, apply, available, values
+from pipeline.training.presets import PRESETS, PresetError, apply_preset, list_presets, preset_values
 
-PRESET = {each.name: each for each in available()}
+PRESET = {each.name: each for each in list_presets()}
 NAMES = [*PRESET]
 
 
@@ -87,17 +87,17 @@ def comments(text: str) -> list[str]:
 
 
 def test_a_preset_sets_what_all_others_set_and_keeps_every_comment(project_file: Path) -> None:
-    keys = [{(section, key) for section, settings in values(name).items() for key in settings} for name in NAMES]
+    keys = [{(section, key) for section, settings in preset_values(name).items() for key in settings} for name in NAMES]
     assert all(of_one == keys[0] for of_one in keys)  # nothing of an earlier preset is left over
     before = project_file.read_text()
     for name, task in (("gpt2-lora", None), ("qwen3-8b-qlora", "reasoning"), ("roberta-base-imdb", None)):
-        apply(name, project_file, task)
+        apply_preset(name, project_file, task)
         assert comments(project_file.read_text()) == comments(before)
         params = load_params(project_file).model_dump()
-        for section, settings in values(name, task).items():
+        for section, settings in preset_values(name, task).items():
             for key, value in settings.items():
                 assert params[section][key] == value or value == "auto", f"{section}.{key}"
-    assert apply(name, project_file, task) == {}
+    assert apply_preset(name, project_file, task) == {}
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def own() -> Params:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_pins_its_model_names_a_template_and_target_modules_that_there_are(name: str, own: Params) -> None:
-    prepare = values(name)["prepare"]
+    prepare = preset_values(name)["prepare"]
     assert re.fullmatch(r"[0-9a-f]{40}", prepare["model_revision"])
     assert prepare["chat_template"] in {*NAMED, None}  # null: the tokenizer's own
     with torch.device("meta"):
         auto: Any = AutoModelForSequenceClassification if "imdb" in name else AutoModelForCausalLM
         model = auto.from_config(MODELS[name])
     for task in PRESET[name].tasks:
-        params = with_(own, **values(name, task))
+        params = with_(own, **preset_values(name, task))
         adapter_config(params.train, model)
         context = getattr(MODELS[name].get_text_config(), "max_position_embeddings", None) or 2048
         assert params.prepare.max_length <= context
@@ -122,12 +122,12 @@ def test_a_preset_pins_its_model_names_a_template_and_target_modules_that_there_
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SMALL else pytest.mark.faults) for n in NAMES])
 def test_a_preset_fits_the_gpu_it_names(name: str, own: Params) -> None:
-    params = with_(own, **values(name))
+    params = with_(own, **preset_values(name))
     gpu, size = PRESET[name].gpu, params.train.per_device_train_batch_size
     length = max(params.prepare.max_length, params.train.packed_length if params.train.packing else 0)
     counts = count(MODELS[name], params.train)
     memory = step_memory(counts, params.train, 1 if size == "auto" else size, length, on_gpu=gpu is not None)
-    assert memory["peak"] < (16 * GIB if gpu is None else gpu_kind(gpu).room)
+    assert memory["peak"] < (16 * GIB if gpu is None else gpu_kind(gpu).usable)
 
 
 def test_a_block_becomes_one_line_when_its_keys_change(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_what_there_is_not_is_refused_with_what_there_is(
 ) -> None:
     before = project_file.read_text()
     with pytest.raises(PresetError, match=named):
-        apply(name, project_file, task)
+        apply_preset(name, project_file, task)
     assert project_file.read_text() == before
 
 

@@ -264,7 +264,7 @@ def test_a_gpu_machine_that_dies_loses_neither_the_run_nor_its_slot(
         assert run["state_name"] == "Promoted", log_lines(prefect, run)
         assert time.monotonic() - died > 60  # by missed heartbeats, not by luck
         assert [each["state_name"] for each in trainings(prefect)[len(before) :]] == ["Crashed", "Trained"]
-        assert "going on from step" in team.log("gpu-worker").read_text()
+        assert "continuing from step" in team.log("gpu-worker").read_text()
         assert_shipped(team, s3, cpu, gpu)
 
         # Pool and deployment take one run at a time: neither counts the dead one any more.

@@ -51,10 +51,10 @@ def test_a_training_starts_with_the_weights_it_is_given(
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        (LoraConfig(r=4, lora_alpha=32), "has r 8, but train.lora_r asks for 4; set it alike"),
-        (LoraConfig(r=8, lora_alpha=8), "has lora_alpha 32, but train.lora_alpha asks for 8"),
-        (LoraConfig(r=8, lora_alpha=32, use_dora=True), "has use_dora False, but train.method asks for True"),
-        (IA3Config(), "has peft_type LORA, but train.method asks for IA3"),
+        (LoraConfig(r=4, lora_alpha=32), r" r 8.* train\.lora_r .*4"),
+        (LoraConfig(r=8, lora_alpha=8), r" lora_alpha 32.* train\.lora_alpha .*8"),
+        (LoraConfig(r=8, lora_alpha=32, use_dora=True), r" use_dora False.* train\.method .*True"),
+        (IA3Config(), r" peft_type LORA.* train\.method .*IA3"),
     ],
 )
 def test_an_adapter_with_other_settings_is_refused(dataset: Path, adapter: Path, config: PeftConfig, what: str) -> None:
@@ -68,12 +68,12 @@ def test_an_adapter_of_another_base_or_other_modules_is_refused_before_training(
     tmp_path: Path, params: Params, dataset: Path, adapter: Path
 ) -> None:
     other = frozen(params, lora_target_modules=["q_proj"], lora_r=8).train
-    with pytest.raises(InitError, match="is for other modules than train.lora_target_modules asks for"):
+    with pytest.raises(InitError, match=r"train\.lora_target_modules"):
         train(other, dataset, tmp_path / "out", tmp_path / "other", init=adapter)
     shutil.copytree(adapter, tmp_path / "adapter")
     contract = read_json(adapter / "contract.json")
     write_json(tmp_path / "adapter" / "contract.json", contract | {"model": contract["model"] | {"digest": "0" * 64}})
-    with pytest.raises(InitError, match=r"was trained on another base: .* \(digest 000000000000\), not "):
+    with pytest.raises(InitError, match=r"another base.* \(digest 000000000000\)"):
         train(params.train, dataset, tmp_path / "out", tmp_path / "checkpoints", init=tmp_path / "adapter")
     assert not (tmp_path / "checkpoints").exists()
 

@@ -20,14 +20,14 @@ def preset(
 ) -> None:
     """Write the parameters for a model and task into params.yaml, comments kept; without NAME, list what there is."""
     from pipeline.settings import yaml_text
-    from pipeline.training.presets import apply, available
+    from pipeline.training.presets import apply_preset, list_presets
 
-    presets = available()
+    presets = list_presets()
     if name is None:
         lines = [f"{each.name:20} {each.about} (--for {', '.join(each.tasks)})" for each in presets]
         answer(json_output, [asdict(each) for each in presets], "\n".join(lines))
         return
-    changed = apply(name, Path("params.yaml"), task)
+    changed = apply_preset(name, Path("params.yaml"), task)
     first = next(each.first for each in presets if each.name == name)
     lines = [f"  {key}: {yaml_text(old)} → {yaml_text(new)}" for key, (old, new) in changed.items()]
     lines.append(f"preset: {name} is in params.yaml, {len(changed)} values changed; `git diff params.yaml` shows them")

@@ -19,9 +19,11 @@ class OutOfMemory(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Rung:
+class Fallback:
+    """How a batch is computed from a step on."""
+
     step: int = 0
-    pieces: int = 1  # parts, split between rows, in which a batch goes through the model
+    pieces: int = 1  # parts that the batch is split into, between rows
     gradient_checkpointing: bool = False
 
 

@@ -53,7 +53,9 @@ def open_run(params: TrainParams, dataset: Path, checkpoints: Path, init: Path |
             changed += [f"train.{key}" for key in current["parameters"]
                         if last["parameters"].get(key) != current["parameters"][key]]  # fmt: skip
             what = ", ".join(changed)
-            print(f"train · the last checkpoints are from a run with different {what}; starting from step 0", flush=True)
+            print(
+                f"train · the last checkpoints are from a run with different {what}; starting from step 0", flush=True
+            )
         write_json(folder / "run.json", current)
     for run in [file.parent for file in checkpoints.glob("*/run.json")]:
         last_change = max(path.stat().st_mtime for path in [run, *run.iterdir()])

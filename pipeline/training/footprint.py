@@ -1,7 +1,7 @@
-"""What a training step takes: bytes and arithmetic by a closed formula over the model's sizes, and the batch that fits.
+"""The memory and work of a training step, by a formula over the model's sizes, and the largest batch that fits.
 
-Sizes are counted on PyTorch's meta device, without weights; the constants are fitted to the measurements in
-tests/test_plan.py. From it follow `retune plan` and `train.per_device_train_batch_size: auto`.
+Sizes are counted on PyTorch's meta device, without weights; constants are fitted to the measurements in
+tests/test_plan.py. `retune plan` and `train.per_device_train_batch_size: auto` use it.
 """
 
 import warnings
@@ -21,43 +21,41 @@ from pipeline.training.methods import adapter_config
 from pipeline.training.targets import expert_parameters
 
 GIB = 2**30
-FREE_FRACTION = 0.92  # of a GPU's memory: the rest is the CUDA context and what the allocator cannot use
-SMALL_TENSORS = 1.04  # what the formula leaves out
-TILE = (4096, 32768)  # tokens and words of which TRL 1.16 computes the loss at a time
-SHARDED = ("fsdp", "deepspeed")  # strategies of which a GPU holds a part that is not known here
+FREE_FRACTION = 0.92  # of a GPU's memory; the rest is the CUDA context and what the allocator cannot use
+SMALL_TENSORS = 1.04  # factor for tensors that the formula leaves out
+TILE = (4096, 32768)  # tokens and vocabulary entries for which TRL 1.16 computes the loss at a time
+SHARDED = ("fsdp", "deepspeed")  # strategies where each GPU holds a part of unknown size
 
 
 class UnplannedError(ValueError):
-    """The configuration lacks the sizes that the formula needs."""
+    """The model's configuration lacks sizes that the formula needs; the message names the model type."""
 
 
 class Gpu(NamedTuple):
-    """Memory in bytes; `free`: of it, what other processes leave."""
-
     name: str
-    total: int
-    free: int
+    total: int  # bytes
+    free: int  # bytes that other processes leave
 
 
 @dataclass(frozen=True)
 class Counts:
-    """A base model with its adapter, in numbers (bytes come later)."""
+    """Sizes of a base model and its adapter, as numbers of weights or of values per token."""
 
     layers: int
     hidden: int
-    queries: int  # width of all heads
-    keys: int  # width of all heads that keys and values have
+    query_width: int  # of all heads together
+    key_width: int  # of all key heads together; values have the same
     heads: int
-    inner: int  # of the feed-forward part, of all experts that a token goes to
+    feedforward_width: int  # of all experts together that a token passes
     gated: bool
     attention_dropout: float
     parameters: int
     trainable: int
-    quantisable: int  # weights that bitsandbytes would hold in 4 bits: every linear layer's but the heads'
-    used: int  # weights of linear layers and experts that a token is multiplied with
+    quantisable: int  # weights that bitsandbytes can hold in 4 bits: all linear layers except the heads
+    active: int  # weights of linear layers and experts that a token passes
     largest_layer: int
-    head: int  # weights of the output layer; 0 with classes
-    dropped: int  # numbers a token that LoRA's dropout keeps
+    head: int  # weights of the output layer; 0 for a classifier
+    dropout_inputs: int  # values per token that LoRA's dropout keeps
 
 
 def count(config: PreTrainedConfig, params: TrainParams) -> Counts:
@@ -72,17 +70,17 @@ def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
     text = config.get_text_config()
     layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
     width = getattr(text, "head_dim", None) or getattr(text, "v_head_dim", None) or hidden // heads
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    feedforward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
     auto = AutoModelForSequenceClassification if params.task == CLASSIFICATION else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = auto.from_config(config, dtype=torch.bfloat16)
         model.requires_grad_(False)
-        kept = tuple(f"{key}." for key in get_keys_to_not_convert(model))
+        not_quantised = tuple(f"{key}." for key in get_keys_to_not_convert(model))
         linear = [
             module.weight.numel()
             for name, module in model.named_modules()
-            if type(module) in (torch.nn.Linear, Conv1D) and not f"{name}.".startswith(kept)
+            if type(module) in (torch.nn.Linear, Conv1D) and not f"{name}.".startswith(not_quantised)
         ]
         experts = [parameter for _, parameter in expert_parameters(model)]
         gated = any("gate" in name for name, _ in model.named_parameters())
@@ -90,27 +88,30 @@ def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
         head = 0 if params.task == CLASSIFICATION else model.get_output_embeddings().weight.numel()
         settings = adapter_config(params, model)
         tuned = get_peft_model(model, settings, autocast_adapter_dtype=False) if settings else model.requires_grad_()
-    used = sum(linear)
+    active = sum(linear)
     if experts:
         shared = getattr(text, "n_shared_experts", None) or 0
-        inner = (getattr(text, "moe_intermediate_size", None) or inner) * (text.num_experts_per_tok + shared)
-        used += sum(p.numel() for p in experts) * text.num_experts_per_tok // experts[0].shape[0]
+        expert_width = getattr(text, "moe_intermediate_size", None) or feedforward
+        feedforward = expert_width * (text.num_experts_per_tok + shared)
+        active += sum(p.numel() for p in experts) * text.num_experts_per_tok // experts[0].shape[0]
     return Counts(
         layers=layers,
         hidden=hidden,
-        queries=heads * width,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        query_width=heads * width,
+        key_width=(getattr(text, "num_key_value_heads", None) or heads) * width,
         heads=heads,
-        inner=inner,
+        feedforward_width=feedforward,
         gated=gated,
         attention_dropout=attention_dropout(text),
         parameters=parameters,
         trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         quantisable=sum(linear),
-        used=used,
+        active=active,
         largest_layer=max(linear),
         head=head,
-        dropped=sum(m.in_features for m in tuned.modules() if params.lora_dropout and hasattr(m, "lora_dropout")),
+        dropout_inputs=sum(
+            module.in_features for module in tuned.modules() if params.lora_dropout and hasattr(module, "lora_dropout")
+        ),
     )
 
 
@@ -119,103 +120,103 @@ def attention_dropout(text_config: Any) -> float:
 
 
 def weight_bytes(counts: Counts, params: TrainParams, on_gpu: bool) -> int:
-    """Of the frozen base; in 4 bits half a byte a weight, and a constant for each 64 (QLoRA, Dettmers et al. 2023)."""
-    each = 4 if params.method == "full" or not on_gpu else 2
+    """Bytes of the base. In 4 bits: half a byte a weight and a constant for each 64 (QLoRA, Dettmers et al. 2023)."""
+    width = 4 if params.method == "full" or not on_gpu else 2
     if not params.load_in_4bit:
-        return counts.parameters * each
+        return counts.parameters * width
     constant = 1 + 4 / 256 if params.bnb_4bit_use_double_quant else 4
-    return int((counts.parameters - counts.quantisable) * each + counts.quantisable * (0.5 + constant / 64))
+    return int((counts.parameters - counts.quantisable) * width + counts.quantisable * (0.5 + constant / 64))
 
 
 def step_memory(counts: Counts, params: TrainParams, rows: int, length: int, on_gpu: bool) -> dict[str, int]:
-    """Bytes at the moment of the peak of a micro-batch of `rows` sequences of `length` tokens: `peak` and its parts.
+    """Peak memory in bytes of a micro-batch of `rows` sequences of `length` tokens: `peak` and its parts.
 
-    These are `weights` (the frozen base), `adapter`, `optimizer`, `activations` (kept from the forward pass through
-    the layers) and `backward` (gradients, loss, and what is recomputed or short-lived, at the worst moment).
+    The parts are `weights` (the frozen base), `adapter`, `optimizer`, `activations` (kept by the forward pass) and
+    `backward` (gradients, loss, recomputed and short-lived tensors at the peak).
     """
-    full, width = params.method == "full", 2 if on_gpu else 4  # bytes of a number, as `compute_dtype` has it
+    full, width = params.method == "full", 2 if on_gpu else 4  # bytes of a value in `compute_dtype`
     length += params.num_virtual_tokens if params.method == "prompt" else 0
     tokens = rows * length
-    # Packed sequences lie in one line, whose dense mask a token sees whole.
+    # Packed sequences form one long sequence, and a dense mask covers all of it.
     layer = tokens * SMALL_TENSORS * _layer_bytes(counts, params, tokens if params.packing else length, on_gpu)
-    again = params.gradient_checkpointing  # then a layer keeps its input alone, and one is computed again at a time
-    trained = counts.trainable * (2 if on_gpu and params.load_in_4bit else 4)  # as TRL and PEFT keep them
-    unpacked = 2 * width * counts.largest_layer if params.load_in_4bit else 0
+    recomputes = params.gradient_checkpointing  # each layer keeps only its input; one at a time is computed again
+    trained = counts.trainable * (2 if on_gpu and params.load_in_4bit else 4)  # in TRL's and PEFT's dtype
+    dequantised = 2 * width * counts.largest_layer if params.load_in_4bit else 0
     cast = counts.trainable * width if full and on_gpu else 0  # autocast's copies of trained weights
     tile = min(tokens, TILE[0]) * min(counts.head // counts.hidden, TILE[1]) * (width if on_gpu else 9 * 4)
-    short_lived = max(tile + tokens * counts.hidden * 4, tokens * width * 4 * counts.inner)
+    short_lived = max(tile + tokens * counts.hidden * 4, tokens * width * 4 * counts.feedforward_width)
     parts = {
         "weights": weight_bytes(counts, params, on_gpu),
         "adapter": 0 if full else trained,
         "optimizer": 2 * (trained if params.optim == "adamw_torch" else counts.trainable),
-        "activations": int(counts.layers * (tokens * width * counts.hidden if again else layer)),
-        "backward": int((layer if again else 0) + trained + unpacked + cast + short_lived),
+        "activations": int(counts.layers * (tokens * width * counts.hidden if recomputes else layer)),
+        "backward": int((layer if recomputes else 0) + trained + dequantised + cast + short_lived),
     }
     return parts | {"peak": sum(parts.values())}
 
 
-def _layer_bytes(counts: Counts, params: TrainParams, seen: int, on_gpu: bool) -> float:
-    """Bytes a token that one layer keeps for the backward pass."""
+def _layer_bytes(counts: Counts, params: TrainParams, context: int, on_gpu: bool) -> float:
+    """Bytes per token that one layer keeps for the backward pass; a token attends to `context` tokens."""
     width = 2 if on_gpu else 4
-    # A GPU's attention may take the bounds of rows instead of a mask (FlashAttention, PyTorch's varlen).
+    # FlashAttention and PyTorch's varlen take the bounds of rows instead of a mask.
     auto = params.attn_implementation == "auto" and params.packing
     flash = on_gpu and (auto or params.attn_implementation.startswith("flash_attention"))
     fused = on_gpu and uses_liger(params)
-    # Both norms: the input in float32, and the output that LoRA reads.
+    # Two norms, each with its input in float32 and its output, which LoRA reads.
     norms = 2 * counts.hidden * ((width if fused else 4) + width)
-    # Queries, output, keys and values; scaled_dot_product_attention with a mask takes keys and values of all heads.
-    attention = width * 2 * (counts.queries + (counts.keys if flash else counts.queries))
+    # Queries, output, keys and values; scaled_dot_product_attention with a mask repeats keys and values for all heads.
+    attention = width * 2 * (counts.query_width + (counts.key_width if flash else counts.query_width))
     if params.attn_implementation == "eager" or (counts.attention_dropout and not on_gpu):
-        attention += width * 3 * counts.heads * seen  # scores, dropout's mask and their product
-    feedforward = width * counts.inner * (3 if fused else 4 if counts.gated else 5)
-    # Of LoRA's dropout each target keeps its own input and mask, none shares one.
-    shared = width * (2 * counts.hidden + counts.inner)
-    dropout = max(0.0, (width + 1) * counts.dropped / counts.layers - shared) if counts.dropped else 0.0
+        attention += width * 3 * counts.heads * context  # scores, dropout's mask and their product
+    feedforward = width * counts.feedforward_width * (3 if fused else 4 if counts.gated else 5)
+    # With LoRA's dropout each target keeps its own input and mask; without it, targets share their inputs.
+    shared = width * (2 * counts.hidden + counts.feedforward_width)
+    dropout = max(0.0, (width + 1) * counts.dropout_inputs / counts.layers - shared) if counts.dropout_inputs else 0.0
     return norms + attention + feedforward + dropout
 
 
 def flops_per_token(counts: Counts, params: TrainParams, rows: int, length: int) -> float:
-    """Forward and backward; frozen weights take no gradient."""
+    """Floating-point operations of forward and backward pass; frozen weights need no gradient."""
     length += params.num_virtual_tokens if params.method == "prompt" else 0
-    seen = rows * length if params.packing else length
-    # 2 products of 2 · queries · seen a token; 2.5 times that in the backward pass, as in FlashAttention.
-    attention = 4 * counts.layers * counts.queries * seen
+    context = rows * length if params.packing else length
+    # Per token 2 products of 2 · query_width · context; 2.5 times that in the backward pass, as in FlashAttention.
+    attention = 4 * counts.layers * counts.query_width * context
     full = params.method == "full"
-    forward = 2 * counts.used + attention + (0 if full else 2 * counts.trainable)
-    backward = 2 * counts.used + 2.5 * attention + (2 if full else 4) * counts.trainable
+    forward = 2 * counts.active + attention + (0 if full else 2 * counts.trainable)
+    backward = 2 * counts.active + 2.5 * attention + (2 if full else 4) * counts.trainable
     return forward * (2 if params.gradient_checkpointing else 1) + backward + 6 * counts.head
 
 
-def batches(params: TrainParams, counts: Counts | None, card: Gpu | None, lengths: list[int]) -> tuple[int, int]:
-    """Sequences of a micro-batch, and micro-batches of an optimiser step; `lengths` are the sequences' tokens.
+def choose_batches(params: TrainParams, counts: Counts | None, gpu: Gpu | None, lengths: list[int]) -> tuple[int, int]:
+    """Sequences per micro-batch, and micro-batches per optimiser step; `lengths` are the tokens of each sequence.
 
-    `auto` takes the largest micro-batch that fits and that the step is a multiple of, so the rows of a step are the
-    same on every card. It takes one sequence on a CPU, where more are no faster, and of a sharded model.
+    `auto` takes the largest micro-batch that fits and divides the step, so a step has the same rows on every GPU. It is
+    one sequence on a CPU, where more are not faster, and for a sharded model.
 
     Args:
-        counts: of the model; None where the formula does not know its architecture.
+        counts: None if the formula does not know the model's architecture.
 
     Raises:
-        HardwareError: another process holds the memory that the training needs.
+        HardwareError: other processes use the memory that the training needs.
     """
     auto = params.per_device_train_batch_size == "auto"
     rows = 1 if auto else int(params.per_device_train_batch_size)
     if params.tokens_per_step is None:
         per_step = rows * int(params.gradient_accumulation_steps)
     else:
-        each = params.packed_length if params.packing else sum(lengths) / max(len(lengths), 1)
-        per_step = max(1, round(params.tokens_per_step / each / params.num_processes))
-    if card is not None and counts is not None and params.strategy not in SHARDED:
+        length = params.packed_length if params.packing else sum(lengths) / max(len(lengths), 1)
+        per_step = max(1, round(params.tokens_per_step / length / params.num_processes))
+    if gpu is not None and counts is not None and params.strategy not in SHARDED:
 
-        def needed(number: int) -> int:
+        def peak(number: int) -> int:
             return step_memory(counts, params, number, max(lengths), on_gpu=True)["peak"]
 
-        room = card.free * FREE_FRACTION
+        available = gpu.free * FREE_FRACTION
         if auto:
-            rows = next((n for n in range(per_step, 1, -1) if per_step % n == 0 and needed(n) <= room), 1)
-        if room < needed(rows) <= card.total * FREE_FRACTION:
+            rows = next((n for n in range(per_step, 1, -1) if per_step % n == 0 and peak(n) <= available), 1)
+        if available < peak(rows) <= gpu.total * FREE_FRACTION:
             raise HardwareError(
-                f"this training needs {needed(rows) / GIB:.1f} GiB, and of the {card.name}'s {card.total / GIB:.1f} "
-                f"other processes leave {card.free / GIB:.1f}; stop them, or choose a GPU with CUDA_VISIBLE_DEVICES"
+                f"this training needs {peak(rows) / GIB:.1f} GiB; of the {gpu.name}'s {gpu.total / GIB:.1f} GiB, other "
+                f"processes leave {gpu.free / GIB:.1f}; stop them, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
     return rows, max(1, round(per_step / rows))

@@ -1,7 +1,7 @@
-"""Whether gradients get through: one row forward and backward before a training, each frozen layer looked at.
+"""Checks before training that every frozen layer passes gradients back.
 
-A layer that takes part in the result but passes nothing back would leave all below it untrained, without a word; 4-bit
-layers of a CPU build did so after an inference (see `keep_4bit_weights_trainable`).
+A layer that passes none leaves all layers below it untrained, silently; 4-bit layers on CPUs did so after an inference
+(see `keep_4bit_weights_trainable`).
 """
 
 from functools import partial
@@ -14,14 +14,14 @@ from pipeline.training.watching import TrainError, shortened
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer in the backward pass instead of keeping what it computed."""
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def require_gradients(trainer: Any) -> None:
-    """Train on a short row without taking the step, with no more memory than a step takes."""
+    """Run one short row forward and backward, without a step; refuse a model with a layer that blocks gradients."""
     model = trainer.model.train()
-    if trainer.args.activation_checkpointing:  # as the training itself, which turns it on only as it starts
+    if trainer.args.activation_checkpointing:  # the trainer turns it on only when training starts
         checkpoint_activations(model)
     entered, reached, passed = set[str](), set[str](), set[str]()
     hooks: list[Any] = []
@@ -32,8 +32,8 @@ def require_gradients(trainer: Any) -> None:
 
     def enter(name: str, _: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not arguments or not isinstance(arguments[0], torch.Tensor) or not arguments[0].requires_grad:
-            return None  # the first layers: nothing below them learns
-        view: Any = arguments[0].view_as(arguments[0])  # layers share an input; each gets its own to look at
+            return None  # the first layers: nothing below them is trained
+        view: Any = arguments[0].view_as(arguments[0])  # layers share an input, and the hook must see only its own
         view.register_hook(partial(mark, passed, name))
         entered.add(name)
         return view, *arguments[1:]
@@ -43,7 +43,7 @@ def require_gradients(trainer: Any) -> None:
             output.register_hook(partial(mark, reached, name))
 
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")  # PEFT's wrappers show that of the layer within
+        weight = module._parameters.get("weight")  # not module.weight: PEFT's wrappers return that of the inner layer
         if weight is not None and weight.dim() == 2 and not weight.requires_grad:
             hooks.append(module.register_forward_pre_hook(partial(enter, name)))
             hooks.append(module.register_forward_hook(partial(leave, name)))
@@ -59,6 +59,6 @@ def require_gradients(trainer: Any) -> None:
     blocked = sorted(reached - passed)
     if blocked:
         raise TrainError(
-            f"{len(blocked)} frozen layers pass no gradient back, so what lies below them cannot learn: "
+            f"{len(blocked)} frozen layers pass no gradient back, so the layers below them cannot learn: "
             f"{shortened(blocked)}; set train.load_in_4bit to false"
         )

@@ -1,7 +1,7 @@
-"""Several processes for one training, by `accelerate launch`: the same `train` in each, and one result.
+"""Trains in several processes with `accelerate launch`: each runs the same `train`, and the first returns the result.
 
-More than one machine: start `accelerate launch … -m pipeline stage train` on each with accelerate's own settings; a
-process that finds itself in a group joins it instead of launching one.
+For several machines, start `accelerate launch … -m pipeline stage train` on each with accelerate's own settings; a
+process that is already in a group joins it instead of launching one.
 """
 
 import json
@@ -20,29 +20,29 @@ from pipeline.core.processes import run_forwarding_sigterm
 from pipeline.params import TrainParams
 from pipeline.training.watching import Interrupted, TrainError
 
-INTERRUPTED, FAILED = 75, 1  # exit statuses of a process (75: try again, as sysexits.h has it)
+INTERRUPTED, FAILED = 75, 1  # exit statuses of a process (75 is EX_TEMPFAIL in sysexits.h: try again)
 
 
 def launch(params: TrainParams, **folders: Path | None) -> dict[str, Any]:
-    """Run `train` with its `folders` in `params.num_processes` processes; returns the fields of its result."""
+    """Run `train` with its `folders` in `params.num_processes` processes; returns its result as a dictionary."""
     cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
     if cuda and gpus < params.num_processes:
-        raise TrainError(f"train.num_processes is {params.num_processes}, and this machine has {gpus} GPUs")
+        raise TrainError(f"train.num_processes is {params.num_processes}, but this machine has {gpus} GPUs")
     with tempfile.TemporaryDirectory(prefix="retune-train-") as folder:
-        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        job, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
         paths = {name: None if path is None else str(path.resolve()) for name, path in folders.items()}
-        write_json(job, {"params": params.model_dump_json(), "result": str(result), "folders": paths})
+        write_json(job, {"params": params.model_dump_json(), "result": str(result_file), "folders": paths})
         on_cpu = {} if cuda else {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         command = [*launcher(params), "-m", "pipeline.train", str(job)]
         status = run_forwarding_sigterm(command, os.environ | on_cpu)
-        if result.is_file():
-            answer = read_json(result)
-            if "interrupted" in answer:
-                raise Interrupted(answer["interrupted"])
+        if result_file.is_file():
+            result = read_json(result_file)
+            if "interrupted" in result:
+                raise Interrupted(result["interrupted"])
             if status == 0:
-                return answer
+                return result
     raise TrainError(
-        f"a training in {params.num_processes} processes ended with status {status}; the first error above says why"
+        f"training in {params.num_processes} processes failed with status {status}; the first error above says why"
     )
 
 
@@ -50,7 +50,7 @@ def launcher(params: TrainParams) -> list[str]:
     """The command that starts `params.num_processes` processes with `params.strategy`."""
     number = str(params.num_processes)
     if not torch.cuda.is_available():
-        # accelerate's own launcher wants MPI for several processes on CPUs; torchrun is what it runs on GPUs.
+        # On CPUs accelerate's launcher needs MPI; torchrun, which it uses on GPUs, does not.
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", number, "--num_machines", "1"]
     command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -63,9 +63,9 @@ def launcher(params: TrainParams) -> list[str]:
     return [*command, "--multi_gpu"]
 
 
-# accelerate's settings of FSDP: options of its launcher, and variables of a process that torchrun started.
+# Options of accelerate's launcher for FSDP.
 FSDP = {
-    "version": "1",  # 4-bit weights: FSDP 2 shards each tensor on its own, which bitsandbytes does not know
+    "version": "1",  # FSDP 2 shards each tensor separately, which bitsandbytes does not support for 4-bit weights
     "sharding_strategy": "FULL_SHARD",
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "use_orig_params": "false",
@@ -75,23 +75,23 @@ FSDP = {
 
 
 def run_one(job_file: str, train: Callable[..., Any]) -> int:
-    """One process of the group, which runs the stage's own `train`; its exit status."""
+    """Run `train` as one process of the group; returns the exit status."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    answer: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
     first = os.environ.get("RANK", "0") == "0"
     if not first:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what the first one says holds for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # all processes print the same
     folders = {name: None if path is None else Path(path) for name, path in job["folders"].items()}
     try:
-        status, answer = 0, asdict(train(TrainParams.model_validate_json(job["params"]), **folders))
+        status, result = 0, asdict(train(TrainParams.model_validate_json(job["params"]), **folders))
     except Interrupted as error:
-        status, answer = INTERRUPTED, {"interrupted": str(error)}
+        status, result = INTERRUPTED, {"interrupted": str(error)}
     except ValueError as error:
         status = FAILED
         if first:
             print(f"train: {error}", file=sys.stderr, flush=True)
-    if first and answer is not None:
-        write_json(Path(job["result"]), answer)
+    if first and result is not None:
+        write_json(Path(job["result"]), result)
     return status

@@ -1,8 +1,7 @@
-"""The loss of the trained tokens without their full logits: hidden states and labels in, nats out, chunk by chunk.
+"""The loss of trained tokens in chunks, so that no tensor of tokens × vocabulary is needed.
 
-Only positions that carry a label pass the output layer, a chunk at a time, and each chunk's gradient is taken while its
-logits are there; nothing of the size tokens × vocabulary is ever held. For frozen output layers on a CPU; elsewhere
-TRL's fused head, which has kernels for GPUs, does the same.
+Only labelled positions pass the output layer, a chunk at a time, and each chunk's gradient is computed while its logits
+exist. It is for frozen output layers on a CPU; elsewhere TRL's fused head does the same, with kernels for GPUs.
 """
 
 import types
@@ -48,13 +47,13 @@ class _ChunkedLoss(torch.autograd.Function):
 def chunked_loss(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of -log p(label) in nats; `hidden` (N, width) may need a gradient, the output layer may not."""
+    """Sum of -log p(label) in nats; `hidden` (N, width) may need a gradient, the output layer must not."""
     apply: Any = _ChunkedLoss.apply
     return apply(hidden, weight, bias, labels)
 
 
 def has_plain_frozen_head(model: Any) -> bool:
-    """Whether the logits are the output layer's alone (no cap or scale, as Gemma 2 and Cohere have), and frozen."""
+    """Whether the output layer is frozen and its output is not capped or scaled, as in Gemma 2 and Cohere."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     return (
@@ -66,12 +65,12 @@ def has_plain_frozen_head(model: Any) -> bool:
 
 
 def add_chunked_loss(model: Any) -> None:
-    """Give a causal language model `model(…, labels=…, chunked_loss=True)`, whose output is `loss`: a sum, in nats."""
-    own_forward, sum_of_nats = model.forward, chunked_loss
+    """Let `model` accept `model(…, labels=…, chunked_loss=True)`, which returns `loss`, a sum in nats."""
+    plain_forward, sum_of_nats = model.forward, chunked_loss
 
     def forward(self: Any, *args: Any, chunked_loss: bool = False, **inputs: Any) -> Any:
         if not chunked_loss:
-            return own_forward(*args, **inputs)
+            return plain_forward(*args, **inputs)
         labels = inputs.pop("labels")[:, 1:]
         hidden = self.base_model(*args, **inputs, use_cache=False).last_hidden_state[:, :-1]
         head = self.get_output_embeddings()

@@ -1,7 +1,4 @@
-"""The methods of `train.method` as PEFT has them: parameters and a base model in, the adapter's configuration out.
-
-`targets.py` says which modules it is put on.
-"""
+"""Builds PEFT's configuration of the adapter from `train.method` and the base; `targets.py` chooses the modules."""
 
 from typing import Any
 
@@ -11,13 +8,13 @@ from transformers import TrainerCallback, TrainerState
 
 from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
 from pipeline.params import TrainParams
-from pipeline.training.targets import MethodError, feedforward, target_modules, target_parameters
+from pipeline.training.targets import MethodError, feedforward_modules, target_modules, target_parameters
 
 
 def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | None:
-    """The adapter to train on `model`; None trains the model itself."""
+    """The adapter to train on `model`; None for `full`, which trains the model itself."""
     task = TaskType.SEQ_CLS if params.task == CLASSIFICATION else TaskType.CAUSAL_LM
-    new = getattr(model, "new_modules", None) or None  # beside the head, which PEFT knows
+    new = getattr(model, "new_modules", None) or None  # untrained modules other than the head, which PEFT knows
     match params.method:
         case "full":
             return None
@@ -27,8 +24,10 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
             return PromptTuningConfig(task_type=task, num_virtual_tokens=params.num_virtual_tokens)
         case "ia3":
             targets = target_modules(params, model)
-            inputs = feedforward(model, targets)
-            return IA3Config(task_type=task, target_modules=targets, feedforward_modules=inputs, modules_to_save=new)
+            feedforward = feedforward_modules(model, targets)
+            return IA3Config(
+                task_type=task, target_modules=targets, feedforward_modules=feedforward, modules_to_save=new
+            )
     lora: dict[str, Any] = {
         "task_type": task,
         "target_modules": target_modules(params, model),
@@ -37,7 +36,7 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
         "modules_to_save": new,
     }
     if params.method == "adalora":
-        # It begins with half as much again and ends at lora_r in the mean; `AllocateRanks` fits it to the steps.
+        # The rank starts at 1.5 × lora_r and ends at lora_r on average; `AllocateRanks` sets the steps.
         return AdaLoraConfig(**lora, target_r=params.lora_r, init_r=-(-params.lora_r * 3 // 2), total_step=1 << 30)
     return LoraConfig(
         **lora,
@@ -48,18 +47,18 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
     )
 
 
-def require_context(params: TrainParams, config: Any, max_length: int) -> None:
-    """Refuse virtual tokens that leave the longest rows no place in the model's context."""
+def require_room_for_virtual_tokens(params: TrainParams, config: Any, max_length: int) -> None:
+    """Refuse virtual tokens that do not fit into the model's context together with the longest rows."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if params.method in VIRTUAL_TOKENS and limit and max_length + params.num_virtual_tokens > limit:
         raise MethodError(
-            f"train.num_virtual_tokens is {params.num_virtual_tokens} and rows have up to {max_length} tokens, more "
-            f"than the model's {limit}; set prepare.max_length to {limit - params.num_virtual_tokens} at most"
+            f"train.num_virtual_tokens is {params.num_virtual_tokens} and rows have up to {max_length} tokens, but the "
+            f"model takes {limit} in all; set prepare.max_length to at most {limit - params.num_virtual_tokens}"
         )
 
 
-def settings_of(model: Any) -> dict[str, Any]:
-    """What the adapter on `model` will be saved with; PEFT may have made other names of those that were asked for."""
+def saved_settings(model: Any) -> dict[str, Any]:
+    """The settings that the adapter on `model` will be saved with; PEFT may have changed names of modules."""
     saved: dict[str, Any] = model.peft_config[model.active_adapter].to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in saved.items()}
 
@@ -67,7 +66,7 @@ def settings_of(model: Any) -> dict[str, Any]:
 class AllocateRanks(TrainerCallback):
     """AdaLoRA's schedule and regulariser, which PEFT leaves to the training loop (Zhang et al. 2023, algorithm 1).
 
-    Rank is cut from the first tenth of the steps on, for a little more than half of them; the rest trains what is left.
+    Ranks are cut between 10 % and 70 % of the steps.
     """
 
     def __init__(self, adalora: Any) -> None:
@@ -80,13 +79,13 @@ class AllocateRanks(TrainerCallback):
         self.config.deltaT = max(1, total // 100)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Add the gradient of what keeps A and B orthogonal: TRL's loss is not the one that PEFT adds it to."""
-        unlike = []
+        """Add the gradient of the regulariser that keeps A and B orthogonal, which PEFT adds only to its own loss."""
+        deviations = []
         for name, p in self.adalora.model.named_parameters():
             if p.requires_grad and ("lora_A" in name or "lora_B" in name):
                 product = p @ p.T if "lora_A" in name else p.T @ p
-                unlike.append(torch.linalg.norm(product - torch.eye(len(product), device=p.device)))
-        regulariser: torch.Tensor = self.config.orth_reg_weight * torch.stack(unlike).mean()
+                deviations.append(torch.linalg.norm(product - torch.eye(len(product), device=p.device)))
+        regulariser: torch.Tensor = self.config.orth_reg_weight * torch.stack(deviations).mean()
         torch.autograd.backward(regulariser)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:

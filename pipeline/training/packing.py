@@ -1,7 +1,7 @@
-"""Rows as training sequences without padding: several rows share one, isolated from each other, and none is cut.
+"""Packs rows into training sequences without padding or cutting any; `attention.py` keeps packed rows apart.
 
-A batch carries `rows`, the numbers of its rows, so that a step can name them and be split between rows when memory runs
-out. `attention.py` keeps packed rows apart.
+A batch has `rows`, the numbers of its rows, so that errors can name them, and a batch can be split between rows when
+memory runs out.
 """
 
 from itertools import pairwise
@@ -20,62 +20,63 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pipeline.params import TrainParams
 
 Batch = dict[str, Any]
-OPEN_LINES = 16
+OPEN_SEQUENCES = 16
 
 
 def training_sequences(path: Path, params: TrainParams) -> Dataset:
-    """Rows as training sequences: one each, or packed to `packed_length`; `seq_lengths` keeps packed rows apart.
+    """The training sequences of a split: one per row, or rows packed to `packed_length`, with their `seq_lengths`.
 
-    A row longer than `packed_length` is a sequence of its own; none is cut.
+    A row longer than `packed_length` is a sequence by itself.
     """
     table = pq.read_table(path, columns=["input_ids", "labels"]).combine_chunks()
     lengths = np.asarray(table.column("input_ids").combine_chunks().value_lengths(), dtype=np.int64)
     if not params.packing or not len(lengths):
         return Dataset(table.append_column("rows", _lists(np.arange(len(lengths)), np.ones_like(lengths))))
-    lines = fill_lines(lengths.tolist(), params.packed_length, params.seed)
-    order = np.concatenate(lines)
-    taken = table.take(pa.array(order)).combine_chunks()
-    line_lengths = np.array([lengths[line].sum() for line in lines])
-    columns = {name: _lists(taken.column(name).combine_chunks().flatten(), line_lengths) for name in taken.column_names}
-    sizes = np.array([len(line) for line in lines])
+    packed = pack_rows(lengths.tolist(), params.packed_length, params.seed)
+    order = np.concatenate(packed)
+    ordered = table.take(pa.array(order)).combine_chunks()
+    tokens = np.array([lengths[rows].sum() for rows in packed])
+    columns = {name: _lists(ordered.column(name).combine_chunks().flatten(), tokens) for name in ordered.column_names}
+    sizes = np.array([len(rows) for rows in packed])
     columns |= {"rows": _lists(order, sizes), "seq_lengths": _lists(lengths[order], sizes)}
     return Dataset(pa.table(columns))
 
 
 def _lists(values: Any, lengths: np.ndarray[Any, Any]) -> pa.Array:
+    """`values` as lists of these lengths."""
     return pa.LargeListArray.from_arrays(np.concatenate([[0], lengths.cumsum()]), pa.array(values))
 
 
-def fill_lines(lengths: list[int], line: int, seed: int) -> list[list[int]]:
-    """Row numbers by line: each row, in random order, goes where it leaves the least room among the open lines.
+def pack_rows(lengths: list[int], packed_length: int, seed: int) -> list[list[int]]:
+    """Row numbers of each packed sequence. Each row, in random order, goes into the fullest open sequence that fits.
 
-    TRL packs the longest rows first, which fills lines a little better, but puts rows of like length, so often of one
-    task, into one step: on the sample that cost 4 % of validation loss. Room at a line's end costs nothing here, since
-    lines are not padded.
+    TRL packs the longest rows first. That fills sequences slightly better, but puts rows of similar length, so often of
+    one task, into one step: on the sample it cost 4 % of validation loss. Unused room costs nothing here, because
+    sequences are not padded.
     """
-    filled: list[list[int]] = []
-    open_lines: list[tuple[int, list[int]]] = []  # room, rows
+    closed: list[list[int]] = []
+    open_sequences: list[tuple[int, list[int]]] = []  # room, rows
     for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        fitting = [each for each in open_lines if each[0] >= lengths[row]]
-        fullest = min(fitting, key=itemgetter(0), default=(line, list[int]()))
+        fitting = [sequence for sequence in open_sequences if sequence[0] >= lengths[row]]
+        fullest = min(fitting, key=itemgetter(0), default=(packed_length, list[int]()))
         if fitting:
-            open_lines.remove(fullest)
+            open_sequences.remove(fullest)
         room, rows = fullest[0] - lengths[row], [*fullest[1], row]
         if room > 0:
-            open_lines.append((room, rows))
+            open_sequences.append((room, rows))
         else:
-            filled.append(rows)
-        if len(open_lines) > OPEN_LINES:
-            fullest = min(open_lines, key=itemgetter(0))
-            open_lines.remove(fullest)
-            filled.append(fullest[1])
-    return filled + [rows for _, rows in open_lines]
+            closed.append(rows)
+        if len(open_sequences) > OPEN_SEQUENCES:
+            fullest = min(open_sequences, key=itemgetter(0))
+            open_sequences.remove(fullest)
+            closed.append(fullest[1])
+    return closed + [rows for _, rows in open_sequences]
 
 
 class Collate:
-    """Sequences as one batch, by TRL's collator, with the numbers of their `rows`, (R,).
+    """Makes a batch of sequences with TRL's collator, and adds the numbers of their `rows` (R,).
 
-    Packed, they follow each other in one line: `input_ids` is (1, T) and `cu_seq_lens_q` says where each row starts.
+    Packed sequences are concatenated: `input_ids` is (1, T), and `cu_seq_lens_q` has the bounds of rows.
     """
 
     def __init__(self, pad_token_id: int, packed: bool) -> None:
@@ -88,38 +89,40 @@ class Collate:
 
 
 def lengths_of(sequences: Dataset) -> list[int]:
-    """Tokens of each sequence; the tokens themselves stay in Arrow's memory."""
+    """Number of tokens of each sequence, without copying the tokens from Arrow's memory."""
     return pc.list_value_length(sequences.data.column("input_ids")).to_pylist()
 
 
-def tokens_in(batch: Batch) -> int:
-    """Real ones: packed lines have no padding, and no mask."""
+def count_tokens(batch: Batch) -> int:
+    """Number of tokens without padding; packed batches have no padding, so no mask."""
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
-def pieces(batch: Batch, number: int) -> list[Batch]:
-    """`batch` as up to `number` batches of about as many rows each; their rows are those of `batch`."""
+def split_batch(batch: Batch, number: int) -> list[Batch]:
+    """Split `batch` between rows into up to `number` batches with about the same number of rows."""
     if number == 1:
         return [batch]
     parts = [part for part in torch.arange(len(batch["rows"])).tensor_split(number) if len(part)]
     if "cu_seq_lens_q" not in batch:
         return [{key: value[part] for key, value in batch.items()} for part in parts]
-    line = {key: batch[key].flatten().tolist() for key in ("input_ids", "labels", "rows")}
-    rows = rows_of(line | {"seq_lengths": batch["cu_seq_lens_q"].diff().tolist()})
+    sequence = {key: batch[key].flatten().tolist() for key in ("input_ids", "labels", "rows")}
+    rows = rows_of(sequence | {"seq_lengths": batch["cu_seq_lens_q"].diff().tolist()})
     collate = Collate(0, packed=True)  # nothing is padded
     return [collate([rows[i] for i in part.tolist()]) for part in parts]
 
 
 def short_row(sequences: Dataset) -> Batch:
-    """The shortest row of the first lines, of those that have some context if there are any."""
-    lines = list(sequences.select(range(min(len(sequences), 64))))
-    rows = [row for line in lines for row in (rows_of(line) if "seq_lengths" in line else [line])]
+    """The shortest row of the first sequences, with at least 16 tokens if there is one."""
+    first = list(sequences.select(range(min(len(sequences), 64))))
+    rows = [row for sequence in first for row in (rows_of(sequence) if "seq_lengths" in sequence else [sequence])]
     return min(rows, key=lambda row: (len(row["input_ids"]) < 16, len(row["input_ids"])))
 
 
-def rows_of(line: Batch) -> list[Batch]:
-    bounds = [0, *torch.tensor(line["seq_lengths"]).cumsum(0).tolist()]
+def rows_of(sequence: Batch) -> list[Batch]:
+    """The rows of a packed sequence, each as a sequence by itself."""
+    bounds = [0, *torch.tensor(sequence["seq_lengths"]).cumsum(0).tolist()]
     return [
-        {key: line[key][a:b] for key in ("input_ids", "labels")} | {"rows": [row], "seq_lengths": [b - a]}
-        for row, (a, b) in zip(line["rows"], pairwise(bounds), strict=True)
+        {key: sequence[key][start:end] for key in ("input_ids", "labels")}
+        | {"rows": [row], "seq_lengths": [end - start]}
+        for row, (start, end) in zip(sequence["rows"], pairwise(bounds), strict=True)
     ]

@@ -1,6 +1,6 @@
-"""plan: what training, evaluation and merge will take, from parameters and the model's configuration alone.
+"""Predicts memory, time and cost of training, evaluation and merge, from the parameters and the model's configuration.
 
-No weights are read and no GPU is needed. A training that cannot fit is refused, with the changes that save memory.
+No weights are read and no GPU is needed. A training that does not fit is refused, with the changes that save memory.
 """
 
 import math
@@ -22,7 +22,7 @@ from pipeline.training.footprint import (
     Counts,
     Gpu,
     UnplannedError,
-    batches,
+    choose_batches,
     count,
     flops_per_token,
     step_memory,
@@ -31,10 +31,10 @@ from pipeline.training.footprint import (
 from pipeline.training.packing import lengths_of, training_sequences
 from pipeline.weights.checkpoint import SHARD_BYTES
 
-WEIGHTS_FRACTION = 0.9  # of a GPU, for the weights of a model that is scored
+WEIGHTS_FRACTION = 0.9  # of a GPU's memory, for the weights of a model that is scored
 GPUS = Path(__file__).parents[2] / "infra" / "gpus.yaml"
-# What saves memory, the cheapest in quality and time first.
-SAVING = {
+# Changes that save memory; the first cost least quality and time.
+SAVING_CHANGES = {
     "gradient_checkpointing": True,
     "per_device_train_batch_size": 1,
     "method": "qlora",
@@ -44,7 +44,7 @@ SAVING = {
 
 
 class PlanError(ValueError):
-    """The run cannot fit, or there is no such GPU; the message says what would do."""
+    """The run does not fit, or the GPU or model is unknown; the message says what to change."""
 
 
 @checked(config=ConfigDict(extra="forbid", frozen=True))
@@ -57,7 +57,7 @@ class GpuKind:
     utilization: float  # fraction of bf16_tflops that adapter training reaches
 
     @property
-    def room(self) -> float:
+    def usable(self) -> float:
         """Bytes that a process can use."""
         return self.memory_gib * GIB * FREE_FRACTION
 
@@ -76,19 +76,19 @@ class Plan:
     gpu: str | None
     seconds: float | None
     cost_usd: float | None
-    evaluate: str  # what the later stages need, and how they will be done
+    evaluate: str  # memory that the later stages need
     merge: str
 
 
 def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) -> Plan:
-    """What the stages will take with `params`, on the GPU that infra/gpus.yaml calls `gpu`, or on a CPU.
+    """Plan a run on the GPU that infra/gpus.yaml calls `gpu`, or on a CPU.
 
     Args:
-        dataset: the prepare stage's output, for the number of steps and the true longest row; None plans a step with a
-            row of `prepare.max_length` tokens.
+        dataset: the prepare stage's output, which gives the number of steps and the longest row. None plans one step
+            with rows of `prepare.max_length` tokens.
 
     Raises:
-        PlanError: no such GPU, no such model, or the training cannot fit into the GPU's memory.
+        PlanError: the GPU or model is unknown, or the training does not fit into the GPU's memory.
     """
     kind, train, config = None if gpu is None else gpu_kind(gpu), params.train, _configuration(params)
     lengths = [] if dataset is None else lengths_of(training_sequences(dataset / "train.parquet", train))
@@ -97,22 +97,22 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
         counts = count(config, train)
     except UnplannedError as error:
         raise PlanError(
-            f"a step of {error} cannot be planned; train without a plan: what does not fit is retried in smaller pieces"
+            f"training {error} cannot be planned; train without a plan: a batch that does not fit is split and retried"
         ) from None
     size = 0 if kind is None else int(kind.memory_gib * GIB)
-    rows, accumulation = batches(train, counts, Gpu(gpu, size, size) if gpu else None, lengths or [longest])
+    rows, accumulation = choose_batches(train, counts, Gpu(gpu, size, size) if gpu else None, lengths or [longest])
     memory = step_memory(counts, train, rows, longest, on_gpu=kind is not None)
-    if kind is not None and memory["peak"] > kind.room and train.strategy not in SHARDED:
+    if kind is not None and memory["peak"] > kind.usable and train.strategy not in SHARDED:
         raise PlanError(
-            f"this training needs {memory['peak'] / GIB:.1f} GiB; the {gpu} has {kind.room / GIB:.1f} GiB available; "
-            f"{_ways_out(config, train, rows, longest, kind)}"
+            f"this training needs {memory['peak'] / GIB:.1f} GiB; the {gpu} has {kind.usable / GIB:.1f} GiB available; "
+            f"{_advise(config, train, rows, longest, kind)}"
         )
     flops = flops_per_token(counts, train, rows, longest)
     tokens = steps = seconds = cost = None
     if lengths:
-        each_epoch = math.ceil(len(lengths) / (rows * accumulation * train.num_processes))
-        steps = train.max_steps if train.max_steps > 0 else math.ceil(each_epoch * train.num_train_epochs)
-        tokens = round(sum(lengths) * steps / each_epoch)
+        epoch_steps = math.ceil(len(lengths) / (rows * accumulation * train.num_processes))
+        steps = train.max_steps if train.max_steps > 0 else math.ceil(epoch_steps * train.num_train_epochs)
+        tokens = round(sum(lengths) * steps / epoch_steps)
         if kind is not None:
             seconds = flops * tokens / (kind.bf16_tflops * 1e12 * kind.utilization) / train.num_processes
             cost = seconds / 3600 * kind.usd_per_hour * train.num_processes
@@ -125,14 +125,14 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
 def describe(plan: Plan) -> str:
     """The plan as lines for a terminal."""
     share = plan.trainable_parameters / plan.parameters
-    steps = "not known before there is a dataset; `dvc repro prepare` makes it"
+    steps = "not known without a dataset; run `dvc repro prepare`"
     if plan.steps is not None:
         steps = f"{plan.steps:,}, {plan.tokens:,} tokens"
     lines = [
         f"parameters   {plan.parameters:,}, of which {plan.trainable_parameters:,} are trained ({share:.2%})",
-        f"train        {plan.rows} × {plan.sequence_length:,} tokens at a time, {plan.accumulation} times a step",
+        f"train        {plan.rows} × {plan.sequence_length:,} tokens at a time, {plan.accumulation} times per step",
         *(f"             {size / GIB:7.2f} GiB  {name}" for name, size in plan.memory.items()),
-        f"work         {plan.flops_per_token / 1e9:,.3g} GFLOP a token",
+        f"work         {plan.flops_per_token / 1e9:,.3g} GFLOP per token",
         f"steps        {steps}",
     ]
     if plan.seconds is not None:
@@ -143,24 +143,25 @@ def describe(plan: Plan) -> str:
 def gpu_kind(name: str) -> GpuKind:
     known = TypeAdapter(dict[str, GpuKind]).validate_python(YAML(typ="safe").load(GPUS.read_text(encoding="utf-8")))
     if name not in known:
-        raise PlanError(f"{name} is not a GPU of infra/gpus.yaml; it has {', '.join(known)}: add yours there")
+        raise PlanError(f"{name} is not a GPU in infra/gpus.yaml, which has {', '.join(known)}; add yours there")
     return known[name]
 
 
 def _later_stages(counts: Counts, params: Params, kind: GpuKind | None) -> tuple[str, str]:
-    """What evaluation and merge need: the weights in plain numbers if they fit, in 4 bits, or through a device map."""
+    """The memory that evaluation and merge need; weights that do not fit are loaded in 4 bits or by a device map."""
     train, width = params.train, 4 if kind is None else 2
-    plain, packed = counts.parameters * width, weight_bytes(counts, train, on_gpu=kind is not None)
-    room = math.inf if kind is None else WEIGHTS_FRACTION * kind.memory_gib * GIB
-    whole = f"{plain / GIB:.2f} GiB in {'float32' if kind is None else 'bfloat16'}"
-    if plain > room:
-        whole += ", by accelerate's device map, partly in host memory or on disk: slow"
-    in_4_bits = plain > room and train.load_in_4bit and packed <= room
-    base = f"{packed / GIB:.2f} GiB in 4 bits, several times as slow" if in_4_bits else whole
-    # Keys and values of a prompt and its answer, the widest layer's numbers, and the last logits.
+    full_bytes, bytes_in_4_bits = counts.parameters * width, weight_bytes(counts, train, on_gpu=kind is not None)
+    available = math.inf if kind is None else WEIGHTS_FRACTION * kind.memory_gib * GIB
+    full = f"{full_bytes / GIB:.2f} GiB in {'float32' if kind is None else 'bfloat16'}"
+    if full_bytes > available:
+        full += ", by accelerate's device map, partly in host memory or on disk: slow"
+    in_4_bits = full_bytes > available and train.load_in_4bit and bytes_in_4_bits <= available
+    base = f"{bytes_in_4_bits / GIB:.2f} GiB in 4 bits, several times as slow" if in_4_bits else full
+    # Keys and values of a prompt and its answer, the activations of the widest layer, and the last logits.
     length = params.prepare.max_length + params.evaluate.max_new_tokens
-    prompt = length * 2 * width * (counts.layers * counts.keys + counts.inner) + 4 * counts.head // counts.hidden
-    merge = f"{min(SHARD_BYTES, plain) / GIB:.2f} GiB of host memory, shard by shard; the merged model {whole}"
+    values_per_token = counts.layers * counts.key_width + counts.feedforward_width
+    prompt = length * 2 * width * values_per_token + 4 * counts.head // counts.hidden
+    merge = f"{min(SHARD_BYTES, full_bytes) / GIB:.2f} GiB of host memory, shard by shard; the merged model {full}"
     if train.method in VIRTUAL_TOKENS:
         merge = f"not possible after train.method {train.method}"
     return f"the base, {base}; {prompt / 2**20:.1f} MiB for each prompt at a time", merge
@@ -174,12 +175,12 @@ def _configuration(params: Params) -> PreTrainedConfig:
         raise PlanError(f"no model configuration could be read from {name}: {str(error).splitlines()[0]}") from None
 
 
-def _ways_out(config: PreTrainedConfig, train: TrainParams, rows: int, length: int, kind: GpuKind) -> str:
-    """What the training would take with everything that saves memory; `rows` are what `auto` came to."""
-    used = vars(train) | {"per_device_train_batch_size": rows}
-    changes = [f"train.{key}: {str(value).lower()}" for key, value in SAVING.items() if used[key] != value]
-    saving = train.model_copy(update=SAVING)
+def _advise(config: PreTrainedConfig, train: TrainParams, rows: int, length: int, kind: GpuKind) -> str:
+    """What to change so that the training fits; `rows` is the planned micro-batch."""
+    planned = vars(train) | {"per_device_train_batch_size": rows}
+    changes = [f"train.{key}: {str(value).lower()}" for key, value in SAVING_CHANGES.items() if planned[key] != value]
+    saving = train.model_copy(update=SAVING_CHANGES)
     least = step_memory(count(config, saving), saving, 1, length, on_gpu=True)["peak"]
-    needed = f"with {' and '.join(changes)} it needs {least / GIB:.1f}" if changes else "nothing saves more"
-    shorter = "prepare.max_length and train.packed_length" if train.packing else "prepare.max_length"
-    return needed if least <= kind.room else f"{needed}; lower {shorter}, or take a larger GPU"
+    advice = f"with {' and '.join(changes)} it needs {least / GIB:.1f}" if changes else "no parameter saves more"
+    lengths = "prepare.max_length and train.packed_length" if train.packing else "prepare.max_length"
+    return advice if least <= kind.usable else f"{advice}; lower {lengths}, or use a larger GPU"

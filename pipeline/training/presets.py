@@ -1,7 +1,7 @@
 """Parameter sets for known models (infra/presets), written into params.yaml.
 
-The user's comments and order stay. A preset sets the same parameters as all others, so that none of an earlier preset
-is left over; what no preset sets stays as it was.
+Comments and order stay. All presets set the same parameters, so nothing of an earlier preset remains; parameters that
+no preset sets stay as they are.
 """
 
 from dataclasses import dataclass
@@ -16,39 +16,39 @@ PRESETS = Path(__file__).parents[2] / "infra" / "presets"
 
 
 class PresetError(ValueError):
-    """There is no such preset, or no such variant of it."""
+    """The preset is unknown, or has no values for the task."""
 
 
 @dataclass(frozen=True)
 class Preset:
     name: str
     about: str
-    gpu: str | None  # of infra/gpus.yaml, the smallest it is meant for; None: a CPU will do
-    tasks: list[str]  # of `--for`
-    first: str | None  # what to do before it can be used
+    gpu: str | None  # the smallest GPU in infra/gpus.yaml that it is meant for; None: a CPU is enough
+    tasks: list[str]  # values of `--for`
+    first: str | None  # what to do before using it
 
 
-def available() -> list[Preset]:
-    """All presets by name, as infra/presets has them."""
+def list_presets() -> list[Preset]:
+    """All presets, sorted by name."""
     trees = {path.stem: _read(path.stem) for path in sorted(PRESETS.glob("*.yaml"))}
     return [Preset(name, tree["about"], tree["gpu"], list(tree["for"]), tree["first"]) for name, tree in trees.items()]
 
 
-def apply(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any, Any]]:
-    """Write the preset's values into `path`, and nothing else; returns what changed: parameter → value before, now.
+def apply_preset(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any, Any]]:
+    """Write the preset's values into `path`; returns the changes: parameter → (old value, new value).
 
     Args:
-        task: of the preset's `for`: rank, alpha and target modules for classification, generation or reasoning.
+        task: adds the preset's rank, alpha and target modules for classification, generation or reasoning.
 
     Raises:
-        PresetError: no such preset or task.
-        ParamsError: `path` cannot be used as it is, or not with the preset's values.
+        PresetError: unknown preset or task.
+        ParamsError: `path` is invalid, before or after the changes.
     """
-    load_params(path)  # a file that is wrong already is not made wrong in another way
+    load_params(path)  # refuses an invalid file before it is changed
     before: dict[str, dict[str, Any]] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     changed = {
         f"{section}.{key}": (before[section][key], new)
-        for section, settings in values(name, task).items()
+        for section, settings in preset_values(name, task).items()
         for key, new in settings.items()
         if before[section][key] != new or isinstance(new, bool) != isinstance(before[section][key], bool)
     }
@@ -56,11 +56,11 @@ def apply(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any
     return changed
 
 
-def values(name: str, task: str | None = None) -> dict[str, dict[str, Any]]:
-    """What a preset sets: section → parameter → value."""
+def preset_values(name: str, task: str | None = None) -> dict[str, dict[str, Any]]:
+    """The values that a preset sets: section → parameter → value."""
     tree = _read(name)
     if task is not None and task not in tree["for"]:
-        raise PresetError(f"{name} has no values for {task}; it has them for {', '.join(tree['for'])}")
+        raise PresetError(f"{name} has no values for {task}, only for {', '.join(tree['for'])}")
     sections: dict[str, dict[str, Any]] = {key: dict(settings) for key, settings in tree["params"].items()}
     if task is not None:
         sections["train"] |= tree["for"][task]
@@ -70,6 +70,6 @@ def values(name: str, task: str | None = None) -> dict[str, dict[str, Any]]:
 def _read(name: str) -> dict[str, Any]:
     files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
     if name not in files:
-        raise PresetError(f"{name} is not a preset; there are {', '.join(files)}")
+        raise PresetError(f"{name} is not a preset; the presets are {', '.join(files)}")
     tree: dict[str, Any] = YAML(typ="safe").load(files[name].read_text(encoding="utf-8"))
     return tree

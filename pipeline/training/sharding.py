@@ -1,4 +1,4 @@
-"""FSDP: a model in parts, one a process. accelerate wraps it; what its checkpoints hold is here.
+"""Checkpoints of models that FSDP shards over processes; accelerate does the sharding.
 
 Only the trained weights are gathered, into safetensors, so no process ever holds the whole base.
 """
@@ -14,23 +14,23 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from trl import SFTTrainer
 
-WRAPPER = "_fsdp_wrapped_module."  # in the names of a sharded model's weights
+WRAPPER = "_fsdp_wrapped_module."  # part of the names of a sharded model's weights
 ADAPTER = "adapter_model.safetensors"
 
 
 def shard_on_cpus(trainer: SFTTrainer) -> None:
-    """Let `trainer` shard its model on CPUs as on GPUs: accelerate by itself shards on GPUs alone."""
-    for state in (PartialState(), trainer.accelerator.state):  # the second is filled from the first again and again
+    """Let `trainer` shard its model on CPUs; accelerate does so only on GPUs."""
+    for state in (PartialState(), trainer.accelerator.state):  # accelerate copies the first into the second repeatedly
         state.distributed_type = DistributedType.FSDP
-        state.device = torch.device("cpu")  # accelerate's has an index, which FSDP takes for another device
+        state.device = torch.device("cpu")  # accelerate's device has an index, so FSDP treats it as another device
     trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     trainer.is_fsdp_enabled = True
 
 
 def gather_trained(model: Any) -> dict[str, torch.Tensor] | None:
-    """The trained weights as modules of the sharded `model` name them; None if it is not sharded.
+    """The trained weights of a sharded `model` by name, on the CPU; None if it is not sharded.
 
-    Every process has to call it.
+    Every process must call it.
     """
     if not isinstance(model, FSDP):
         return None
@@ -40,13 +40,13 @@ def gather_trained(model: Any) -> dict[str, torch.Tensor] | None:
             continue
         with FSDP.summon_full_params(unit, recurse=False, writeback=False):
             for name, weight in unit.module.named_parameters():
-                if "_flat_param" not in name:  # those of units within have their own turn
+                if "_flat_param" not in name:  # units inside this one are handled by themselves
                     weights[f"{path}.{name}".lstrip(".").removeprefix(WRAPPER)] = weight.detach().cpu().clone()
     return weights
 
 
 class ShardedTrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints are the same files when the model is sharded, an optimiser's state a process."""
+    """SFTTrainer whose checkpoints of a sharded model have the usual files, with one optimiser state per process."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         weights = gather_trained(self.model)
@@ -55,7 +55,7 @@ class ShardedTrainer(SFTTrainer):
             return
         if not self.args.should_save:
             return
-        # The files of an unsharded model: PEFT finds its weights by the sharded modules' names, and keeps these.
+        # Write the names of an unsharded model. PEFT finds its weights only by the sharded names, and saves those.
         folder = Path(output_dir or self.args.output_dir)
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             weights = {name.replace(WRAPPER, ""): weight for name, weight in weights.items()}
@@ -65,7 +65,7 @@ class ShardedTrainer(SFTTrainer):
             save_file(named, folder / ADAPTER, metadata={"format": "pt"})
 
     def load_before_sharding(self, checkpoint: Path) -> None:
-        """The trained weights of a checkpoint; transformers would load them later, into the parts."""
+        """Load a checkpoint's trained weights; transformers would load them after sharding, into the parts."""
         if (checkpoint / ADAPTER).exists():
             set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER))
         else:

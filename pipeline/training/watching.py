@@ -1,8 +1,8 @@
-"""What is seen of a training while it runs, and what stops it: divergence, a signal, its time, no more progress.
+"""Watches a training: prints progress, records losses, and stops it on divergence, a signal, or lack of progress.
 
-`Watch` gets each step's loss, gradient norm and rows; it prints the progress line, decides when to validate and save,
-and keeps the tables `loss.csv` (the same in two equal runs) and `speed.csv`. Its state is saved with each checkpoint,
-so a resumed run's tables are those of an uninterrupted one.
+`Watch` gets each step's loss, gradient norm and rows. It decides when to validate and save, and collects the tables
+`loss.csv` (identical in equal runs) and `speed.csv`. Its state is saved with each checkpoint, so the tables of a
+resumed run are complete.
 """
 
 import csv
@@ -29,10 +29,10 @@ from pipeline.params import TrainParams
 LOSS = ("step", "loss", "validation_loss", "learning_rate", "grad_norm", "weight_change")
 SPEED = ("step", "tokens_per_second", "memory_gib", "seconds")
 STATE = ("loss_rows", "speed_rows", "recent", "unlogged", "best", "worse")
-WINDOW = 50  # steps whose median a loss is compared with
-ENOUGH = 10  # of them; fewer say nothing yet
-SAMPLE = 2**16  # numbers of a parameter that say how far it moved
-MOVED_BY = 10  # steps after the warmup within which each module's adapter has to move
+WINDOW = 50  # steps over whose median loss a rise is measured
+MIN_WINDOW = 10  # steps before a rise is measured
+SAMPLE = 2**16  # values of a parameter that are compared to measure its change
+MOVED_BY = 10  # steps after the warmup within which every module's weights must have changed
 
 
 class TrainError(ValueError):
@@ -40,11 +40,11 @@ class TrainError(ValueError):
 
 
 class Interrupted(RuntimeError):
-    """A signal or `max_hours` ended the run after a checkpoint was saved; the same command goes on from there."""
+    """A signal or `max_hours` stopped the run, and a checkpoint was saved; the same command continues from it."""
 
 
 class Watch(TrainerCallback):
-    """Callback of one training; `sources` names the rows of the train split."""
+    """Callback of one training; `sources` are the sources of the train split's rows, for messages."""
 
     def __init__(self, params: TrainParams, sources: list[str]) -> None:
         self.params, self.sources = params, sources
@@ -53,12 +53,12 @@ class Watch(TrainerCallback):
         self.speed_rows: list[dict[str, Any]] = []
         self.recent: list[float] = []  # losses of the last WINDOW steps
         self.unlogged: list[float] = []  # losses since the last row of loss.csv
-        self.tokens = 0  # of this process, since it started; padding not counted
+        self.tokens = 0  # without padding, since this process started
         self.best: Sequence[Any] | None = None  # validation loss, step
-        self.worse = 0  # validations since the best one
+        self.worse = 0  # number of validations since the best one
         self.interrupted = self.out_of_time = False
         self.seconds = 0.0  # of this process
-        self.earlier_seconds = 0.0  # of those before, until their checkpoint
+        self.earlier_seconds = 0.0  # of earlier processes, up to the checkpoint
         self.grad_norm = math.nan
         self._logged_at, self._logged_tokens = 0.0, 0
         self._start: dict[str, torch.Tensor] = {}
@@ -78,7 +78,7 @@ class Watch(TrainerCallback):
         self.seconds = time.monotonic() - self.started
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run has to know; JSON."""
+        """The state that a resumed run needs, for JSON."""
         seconds = self.earlier_seconds + time.monotonic() - self.started
         return {name: getattr(self, name) for name in STATE} | {"seconds": seconds}
 
@@ -88,38 +88,37 @@ class Watch(TrainerCallback):
         self.earlier_seconds = state["seconds"]
 
     def row(self, step: int) -> dict[str, Any]:
-        """The row of loss.csv for `step`, which was logged."""
+        """The row of loss.csv for a logged `step`."""
         return next(row for row in reversed(self.loss_rows) if row["step"] == step)
 
     def remember_start(self, model: torch.nn.Module) -> None:
-        """Keep the trained weights as they are first (of large ones a sample, where they are), to say later how far
-        each module moved. The trainer makes the same ones from the same seed when a run is resumed."""
+        """Keep a sample of the initial weights to measure changes; a resumed run starts with the same ones."""
         self._start = {name: _sample(p).clone() for name, p in _trainable(model)}
 
     def changes(self, model: torch.nn.Module) -> dict[str, float]:
-        """How far each module's weights are from their start: the Euclidean norm of the difference, from the sample."""
+        """Euclidean norm of the change of each module's weights since the start, estimated from the sample."""
         scales: list[tuple[str, float]] = []
         norms: list[torch.Tensor] = []
         for name, parameter in _trainable(model):
             now, before = _sample(parameter), self._start.get(name)
-            # Of a sharded model a process has other, or no, numbers.
+            # A process of a sharded model may hold another part now, or none.
             if before is not None and now.shape == before.shape and now.numel():
                 scales.append((_module(name), parameter.numel() / now.numel()))
                 norms.append((now - before).norm())
         squares: dict[str, float] = {}
-        # One copy from the GPU for all of them: each would wait for the work before it.
+        # Copy all norms from the GPU at once, because each copy waits for the GPU.
         for (module, scale), norm in zip(scales, torch.stack(norms).tolist() if norms else [], strict=True):
             squares[module] = squares.get(module, 0.0) + norm**2 * scale
         return {module: math.sqrt(square) for module, square in squares.items()}
 
-    # --- what the trainer reports of a step ---
+    # --- called by the trainer ---
 
     def begin_step(self) -> None:
-        """The step begins, or begins again."""
+        """Begin a step, or repeat it."""
         self.step_loss, self.step_rows, self.step_tokens = torch.zeros(()), list[int](), 0
 
     def add(self, loss: torch.Tensor, tokens: int, rows: Iterable[int]) -> None:
-        """A micro-batch: its share of the step's loss, its tokens, its rows."""
+        """Add a micro-batch's share of the step's loss, its tokens and its rows."""
         self.step_loss = self.step_loss.to(loss.device) + loss
         self.step_tokens += tokens
         self.step_rows.extend(rows)
@@ -129,42 +128,40 @@ class Watch(TrainerCallback):
         hours = self.params.max_hours
         return hours is not None and time.monotonic() - self.started > hours * 3600
 
-    def problem(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with the step, before the optimiser takes it; `loss` is that of all processes."""
-        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+    def find_problem(self, loss: float, grad_norm: float) -> str | None:
+        """Why the optimiser must not take this step, or None; `loss` is that of all processes."""
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
-                return f"the {what} is {value}"
-        limit, usual = self.params.max_loss_rise, statistics.median(self.recent or [math.inf])
-        if limit is not None and len(self.recent) >= ENOUGH and loss > usual + limit:
-            return (
-                f"the loss is {loss:.2f} where the median was {usual:.2f}, a rise above train.max_loss_rise ({limit})"
-            )
+                return f"the {name} is {value}"
+        limit, median = self.params.max_loss_rise, statistics.median(self.recent or [math.inf])
+        if limit is not None and len(self.recent) >= MIN_WINDOW and loss > median + limit:
+            return f"the loss is {loss:.2f} after a median of {median:.2f}, a rise above train.max_loss_rise ({limit})"
         return None
 
     def finish_step(self, loss: float, grad_norm: float, tokens: int, interrupted: bool, out_of_time: bool) -> None:
-        """The step's sums over all processes, given by the trainer before `on_step_end`."""
+        """Take the step's sums over all processes; called before `on_step_end`."""
         self.recent = [*self.recent, loss][-WINDOW:]
         self.unlogged.append(loss)
         self.grad_norm = grad_norm
         self.tokens += tokens
         self.interrupted, self.out_of_time = interrupted, out_of_time
 
-    # --- the trainer's events ---
+    # --- callbacks ---
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         if not self.changes(model):
-            self.remember_start(model)  # sharded by now: a process watches the part that it holds
-        every = 5.0 if state.is_world_process_zero else math.inf
-        self.progress = Progress("train", state.max_steps, "steps", every)
+            self.remember_start(model)  # the model may be sharded now, and a process watches its own part
+        interval = 5.0 if state.is_world_process_zero else math.inf
+        self.progress = Progress("train", state.max_steps, "steps", interval)
         self.progress.resume_at(state.global_step)
         self.warmup_steps = args.get_warmup_steps(state.max_steps)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        # Each step draws from a seed of its own: a resumed run needs no generator's state to go on to the bit.
-        number = int(sha256_json([self.params.seed, state.global_step, args.process_index])[:8], 16)
-        random.seed(number)
-        np.random.seed(number)
-        torch.manual_seed(number)
+        # Each step has its own seed, so a resumed run is bit-identical without saved states of generators.
+        seed = int(sha256_json([self.params.seed, state.global_step, args.process_index])[:8], 16)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         self.begin_step()
 
     def on_pre_optimizer_step(
@@ -180,11 +177,12 @@ class Watch(TrainerCallback):
         if self.interrupted or self.out_of_time:
             control.should_save = control.should_training_stop = True
         speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
-        shown = [f"loss {statistics.fmean(self.recent[-self.params.logging_steps :]):.3f}"]
-        validated = next((row for row in reversed(self.loss_rows) if "validation_loss" in row), None)
-        shown += [f"validation {validated['validation_loss']:.3f} at step {validated['step']}"] if validated else []
-        shown += [f"gradient {self.grad_norm:.2f}", f"{speed:,.0f} tokens/s", f"{memory_gib():.1f} GiB"]
-        self.progress.update(step, " · ".join(shown))
+        figures = [f"loss {statistics.fmean(self.recent[-self.params.logging_steps :]):.3f}"]
+        validation = next((row for row in reversed(self.loss_rows) if "validation_loss" in row), None)
+        if validation is not None:
+            figures.append(f"validation {validation['validation_loss']:.3f} at step {validation['step']}")
+        figures += [f"gradient {self.grad_norm:.2f}", f"{speed:,.0f} tokens/s", f"{memory_gib():.1f} GiB"]
+        self.progress.update(step, " · ".join(figures))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **_: Any) -> None:
         loss = metrics["eval_loss"]
@@ -193,7 +191,7 @@ class Watch(TrainerCallback):
             raise TrainError(f"the validation loss is {loss} at step {state.global_step}; lower train.learning_rate")
         if self.best is None or loss < self.best[0]:
             self.best, self.worse = (loss, state.global_step), 0
-            if self.params.early_stopping_patience is not None:  # whose checkpoint transformers then keeps
+            if self.params.early_stopping_patience is not None:  # transformers keeps the best step's checkpoint
                 state.best_global_step, control.should_save = state.global_step, True
         else:
             self.worse += 1
@@ -201,7 +199,7 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
             print(
                 f"train · the validation loss has not fallen below {self.best[0]:.4f} (step {self.best[1]}) in "
-                f"{self.worse} validations: training ends at step {state.global_step}",
+                f"{self.worse} validations; training stops at step {state.global_step}",
                 flush=True,
             )
 
@@ -225,10 +223,11 @@ class Watch(TrainerCallback):
         figures = (step, round(speed, 1), round(memory_gib(), 3), round(now - self.started, 2))
         self.speed_rows.append(dict(zip(SPEED, figures, strict=True)))
         self.unlogged, self._logged_at, self._logged_tokens = [], now, self.tokens
-        still = [name for name, change in changes.items() if change == 0]
-        if still and not self._warned and step >= self.warmup_steps + MOVED_BY:
+        unchanged = [name for name, change in changes.items() if change == 0]
+        if unchanged and not self._warned and step >= self.warmup_steps + MOVED_BY:
             self._warned = True
-            print(f"train · warning: the weights of {shortened(still)} have not changed after {step} steps", flush=True)
+            names = shortened(unchanged)
+            print(f"train · warning: the weights of {names} have not changed after {step} steps", flush=True)
 
 
 def write_table(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
@@ -253,7 +252,7 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """Up to 2^16 of its numbers, evenly spread, in float32 on its device: a copy of all weights is never made."""
+    """Up to 2^16 of its values, evenly spread, in float32 on its device."""
     step = -(-parameter.numel() // SAMPLE) or 1
     return parameter.detach().flatten()[::step].float()
 
@@ -267,7 +266,7 @@ def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def _module(name: str) -> str:
-    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` as `model.layers.0.mlp.up_proj`."""
-    for mark in (".lora_", ".ia3_", ".modules_to_save"):
-        name = name.split(mark)[0]
+    """The module of a weight: `base_model.model.layers.0.q_proj.lora_A.default.weight` → `layers.0.q_proj`."""
+    for suffix in (".lora_", ".ia3_", ".modules_to_save"):
+        name = name.split(suffix)[0]
     return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias")

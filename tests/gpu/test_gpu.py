@@ -168,12 +168,12 @@ def test_out_of_memory_ends_on_a_lower_micro_batch_with_the_same_loss(tmp_path: 
 
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    loss, rungs = trained("whole")
-    assert rungs == []
+    loss, fallbacks = trained("whole")
+    assert fallbacks == []
     peak = torch.cuda.max_memory_allocated() if CUDA else 0
     with memory_for_less(peak, tokens=6 * 128):
-        limited_loss, rungs = trained("limited")
-    assert rungs and rungs[-1]["pieces"] > 1
+        limited_loss, fallbacks = trained("limited")
+    assert fallbacks and fallbacks[-1]["pieces"] > 1
     assert limited_loss == pytest.approx(loss, rel=0.01)
 
 
