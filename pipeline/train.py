@@ -19,10 +19,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoConfig, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
 
-from pipeline.chat.template import load_contract
+from pipeline.chat.template import load_config, load_contract
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import WORK_DIR, read_json, sha256_file, whole_directory, write_json
 from pipeline.core.sanitise import clean_folder, portable
@@ -257,11 +257,8 @@ def _choose_batches(params: TrainParams, base: dict[str, Any], lengths: list[int
         gpu = Gpu(torch.cuda.get_device_name(), total, free)
         if compute_dtype() is torch.float16:
             _say(f"the {gpu.name} has no bfloat16; computing in float16, with a scaled loss")
-        config = AutoConfig.from_pretrained(
-            base["name_or_path"], revision=base["revision"], trust_remote_code=base["trust_remote_code"]
-        )
         try:
-            counts = count(config, params)
+            counts = count(load_config(base), params)
         except UnplannedError as error:
             _say(f"the memory for {error} cannot be planned; training one sequence at a time")
     rows, accumulation = choose_batches(params, counts, gpu, lengths)

@@ -48,9 +48,8 @@ class Renderer:
             self._variables |= {"strftime_now": datetime.fromisoformat(date).strftime}
         try:
             self._compiled = _compile_jinja_template(text)
-            self._compiled.globals = dict(
-                self._compiled.globals
-            )  # each rendering copies it; copying a ChainMap is slow
+            # Each rendering copies this mapping, and copying a ChainMap is slow.
+            self._compiled.globals = dict(self._compiled.globals)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
         self._takes_tools = "probe_tool" in self._try([_PROBE_QUESTION], [_PROBE_TOOL])

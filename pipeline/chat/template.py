@@ -10,7 +10,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.chat.conversation import SETTINGS
 from pipeline.chat.conversation import ChatTemplate as ChatTemplate
@@ -69,7 +69,7 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             )
         text = path.read_text(encoding="utf-8")
     template = _load(identity, text, name, {key: getattr(params, key) for key in SETTINGS})
-    config = text_config(identity)
+    config = load_config(identity).get_text_config()
     _require_vocabulary(config, template)
     require_context(params, getattr(config, "max_position_embeddings", None))
     return template, identity
@@ -255,19 +255,19 @@ def named_stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> 
     return {ids[token] for token in ends}
 
 
-def text_config(identity: dict[str, Any]) -> Any:
-    """The configuration of the model's text part; weights are not read.
+def load_config(source: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a `model_identity` or `local_source`; weights are not read.
 
     Raises:
         TemplateError: transformers cannot read it.
     """
-    name = identity["name_or_path"]
-    options = {key: identity[key] for key in ("revision", "trust_remote_code")}
+    path = source["name_or_path"]
+    options = {key: source[key] for key in ("revision", "trust_remote_code")}
     try:
-        return AutoConfig.from_pretrained(name, **options).get_text_config()
+        return AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise TemplateError(f"no model configuration could be read from {name}: {reason}") from None
+        raise TemplateError(f"no model configuration could be read from {path}: {reason}") from None
 
 
 def _require_vocabulary(config: Any, template: ChatTemplate) -> None:

@@ -14,12 +14,12 @@ from pipeline.chat.conversation import Encoded, tokenizer_digest
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.template import (
     differing_keys,
+    load_config,
     load_tokenizer,
     model_identity,
     require_context,
     require_embeddings,
     require_same_model,
-    text_config,
 )
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.params import PrepareParams
@@ -86,7 +86,7 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
     """
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     encoder = _load(identity, params.max_length if params.on_overlong == "truncate_prompt" else None)
-    config = text_config(identity)
+    config = load_config(identity).get_text_config()
     require_embeddings(config, encoder.tokenizer, set(encoder.tokenizer.get_vocab().values()))
     require_context(params, _context_length(config, encoder.tokenizer))
     return encoder, identity

@@ -1,6 +1,6 @@
-"""Attention within each row of a packed line, with one kernel for GPUs and one for CPUs.
+"""Attention within each row of packed sequences, with one kernel for GPUs and one for CPUs.
 
-A dense mask over a line computes T × T scores and throws away all that lie between rows. Instead, a GPU uses PyTorch's
+A dense mask computes T × T scores and throws away all of those between rows. Instead, a GPU uses PyTorch's
 FlashAttention, which takes the bounds of rows; a CPU computes rows as a batch, padded to the longest.
 """
 
@@ -137,10 +137,10 @@ def _difference(model: Any, sequences: Dataset) -> str | None:
 
 
 def require_isolation(model: Any, sequences: Dataset) -> None:
-    """Refuse a model whose output for a row depends on the row before it in a packed line."""
+    """Refuse a model whose output for a row depends on the row before it in a packed sequence."""
     first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"][:])])
     if not others:
-        return  # no line has two rows
+        return  # no sequence has two rows
     vocabulary = model.config.get_text_config().vocab_size
     changed = first | {"input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
     start = len(first["input_ids"])
@@ -155,7 +155,7 @@ def require_isolation(model: Any, sequences: Dataset) -> None:
 
 @torch.no_grad()
 def last_hidden(model: Any, rows: list[Batch]) -> Tensor:
-    """The output layer's input (T, hidden) for `rows` in one line, in float32; logits would take much more memory."""
+    """The output layer's input (T, hidden) for packed `rows`, in float32; logits would take much more memory."""
     batch = Collate(0, packed=True)(rows)  # nothing is padded
     batch = {key: value for key, value in batch.items() if key not in ("rows", "labels")}
     batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
@@ -177,7 +177,7 @@ def last_hidden(model: Any, rows: list[Batch]) -> Tensor:
 
 
 def _fullest(lengths: list[list[int]]) -> int:
-    """The number of the line with the most rows."""
+    """The number of the sequence with the most rows."""
     return max(range(len(lengths)), key=lambda i: len(lengths[i]))
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
 from ruamel.yaml import YAML
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from pipeline.chat.template import load_config
 from pipeline.core.combinations import VIRTUAL_TOKENS
 from pipeline.core.progress import clock
 from pipeline.params import Params, TrainParams
@@ -44,7 +45,7 @@ SAVING_CHANGES = {
 
 
 class PlanError(ValueError):
-    """The run does not fit, or the GPU or model is unknown; the message says what to change."""
+    """The training does not fit, or the GPU is unknown; the message says what to change."""
 
 
 @checked(config=ConfigDict(extra="forbid", frozen=True))
@@ -88,9 +89,12 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
             with rows of `prepare.max_length` tokens.
 
     Raises:
-        PlanError: the GPU or model is unknown, or the training does not fit into the GPU's memory.
+        PlanError: the GPU is unknown, or the training does not fit into its memory.
+        TemplateError: the model's configuration cannot be read.
     """
-    kind, train, config = None if gpu is None else gpu_kind(gpu), params.train, _configuration(params)
+    kind, train, base = None if gpu is None else gpu_kind(gpu), params.train, params.prepare
+    source = {"name_or_path": base.model_name_or_path, "revision": base.model_revision}
+    config = load_config(source | {"trust_remote_code": base.trust_remote_code})
     lengths = [] if dataset is None else lengths_of(training_sequences(dataset / "train.parquet", train))
     longest = max(lengths or [params.prepare.max_length, train.packed_length if train.packing else 0])
     try:
@@ -165,14 +169,6 @@ def _later_stages(counts: Counts, params: Params, kind: GpuKind | None) -> tuple
     if train.method in VIRTUAL_TOKENS:
         merge = f"not possible after train.method {train.method}"
     return f"the base, {base}; {prompt / 2**20:.1f} MiB for each prompt at a time", merge
-
-
-def _configuration(params: Params) -> PreTrainedConfig:
-    name, revision = params.prepare.model_name_or_path, params.prepare.model_revision
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=params.prepare.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"no model configuration could be read from {name}: {str(error).splitlines()[0]}") from None
 
 
 def _advise(config: PreTrainedConfig, train: TrainParams, rows: int, length: int, kind: GpuKind) -> str:
