@@ -1,4 +1,4 @@
-"""Conversations and chat templates for tests: the real ones that TRL ships, and small ones of their own."""
+"""Conversations and chat templates for tests: the real templates that TRL ships, and the named ones."""
 
 import re
 from functools import cache
@@ -14,11 +14,11 @@ from pipeline.chat.conversation import ChatTemplate, Encoded
 from pipeline.chat.template import NAMED, named_text
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
-# Without TRL's own changes of templates, and models that look at pictures.
-NOT_TEXT = ("_training", "_vl", "idefics", "llava", "smolvlm", "diffusion")
-TEMPLATES = [path.stem for path in sorted(FOLDER.glob("*.jinja")) if not any(part in path.stem for part in NOT_TEXT)]
+# TRL's training variants of templates, and models that read images.
+EXCLUDED = ("_training", "_vl", "idefics", "llava", "smolvlm", "diffusion")
+TEMPLATES = [path.stem for path in sorted(FOLDER.glob("*.jinja")) if not any(part in path.stem for part in EXCLUDED)]
 DATED = [name for name in TEMPLATES if "strftime_now" in (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")]
-STOPS = {  # what ends a turn where it is not <|im_end|>, by the start of the name; the first ends the sequence
+STOPS = {  # tokens that end a turn, by the start of the name, if not <|im_end|>; the first ends the sequence
     "cohere": ["<|END_OF_TURN_TOKEN|>"], "deepseek": ["<｜end▁of▁sentence｜>"],
     "gemma4": ["<turn|>", "<|tool_response>"], "gemma": ["<end_of_turn>"],
     "glm": ["<|user|>", "<|observation|>", "<|endoftext|>"], "gptoss": ["<|return|>", "<|call|>"],
@@ -33,6 +33,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def talk(*contents: str, thought: str | None = None) -> list[Message]:
+    """Messages of user and assistant in turn; each answer has the reasoning `thought`."""
     messages: list[Message] = [
         {"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)
     ]
@@ -57,7 +58,7 @@ def stops_of(name: str) -> list[str]:
 
 @cache
 def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that merges line breaks, as real ones do, with the control tokens of a template."""
+    """A byte-level tokenizer with a template's control tokens; like real ones, it merges line breaks."""
     text = named_text(name) if name in NAMED else (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ", "ĊĊĊ", "Ġb", "oo"]
     merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("Ġ", "b"), ("o", "o")]
@@ -72,7 +73,7 @@ def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
 
 
 def template_of(name: str, **settings: Any) -> ChatTemplate:
-    """A template of TRL's or a named one; those that print the date print 31 January 2026."""
+    """A template of TRL's or a named one, with the date 31 January 2026 if it prints one."""
     tokenizer = tokenizer_for(name)
     stop_ids = frozenset(tokenizer.convert_tokens_to_ids(stops_of(name)))
     return ChatTemplate(
@@ -80,10 +81,10 @@ def template_of(name: str, **settings: Any) -> ChatTemplate:
     )
 
 
-def trained_runs(template: ChatTemplate, row: Encoded) -> list[tuple[list[int], list[int]]]:
-    """Of each run of trained tokens in a row and its earlier ones: the tokens before it, and its own."""
+def trained_runs(row: Encoded) -> list[tuple[list[int], list[int]]]:
+    """For each run of trained tokens in a row and its earlier rows: the tokens before it, and the run."""
     runs = []
-    for ids, labels in [(each.input_ids, [*each.labels, -100]) for each in (*row.earlier, row)]:
+    for ids, labels in [(part.input_ids, [*part.labels, -100]) for part in (*row.earlier, row)]:
         edges = [i for i, label in enumerate(labels) if (label == -100) != (i == 0 or labels[i - 1] == -100)]
         runs += [(ids[:start], ids[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
     return runs
@@ -91,4 +92,4 @@ def trained_runs(template: ChatTemplate, row: Encoded) -> list[tuple[list[int], 
 
 def trained(template: ChatTemplate, messages: list[Message], tools: str | None = None) -> list[str]:
     """The trained texts of a conversation, one for each answer."""
-    return [template.tokenizer.decode(ids) for _, ids in trained_runs(template, template.encode(messages, tools))]
+    return [template.tokenizer.decode(ids) for _, ids in trained_runs(template.encode(messages, tools))]

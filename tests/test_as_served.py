@@ -1,4 +1,4 @@
-"""Real chat templates: what is trained stands behind the prompt that a server sends, and ends as a generation does."""
+"""Real chat templates: each trained answer follows the prompt that a server sends, and ends as a generation does."""
 
 import datetime
 from typing import Any
@@ -19,7 +19,7 @@ def served(template: ChatTemplate, messages: list[Message], **kwargs: Any) -> st
 
 @pytest.mark.parametrize("train_on", ["all_responses", "last_response"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_trained_answer_stands_behind_the_prompt_a_server_sends(name: str, train_on: str) -> None:
+def test_every_trained_answer_follows_the_prompt_that_a_server_sends(name: str, train_on: str) -> None:
     today = datetime.date.today().isoformat()
     template = template_of(name, train_on=train_on, chat_template_date=today)
     tokenizer = template.tokenizer
@@ -27,22 +27,22 @@ def test_every_trained_answer_stands_behind_the_prompt_a_server_sends(name: str,
         try:
             served(template, messages[:1])
         except Exception:
-            continue  # a family without a system message
+            continue  # the template refuses system messages
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        places = answers if train_on == "all_responses" else answers[-1:]
-        for place, (before, ids) in zip(places, trained_runs(template, template.encode(messages)), strict=True):
-            prompt, run = served(template, messages[:place]), tokenizer.decode(ids)
+        trained_answers = answers if train_on == "all_responses" else answers[-1:]
+        for index, (before, ids) in zip(trained_answers, trained_runs(template.encode(messages)), strict=True):
+            prompt, answer = served(template, messages[:index]), tokenizer.decode(ids)
             assert tokenizer.decode(before) == prompt
             assert before == tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            assert messages[place]["content"].strip() in run
-            assert run.endswith(tuple(stops_of(name)))
+            assert messages[index]["content"].strip() in answer
+            assert answer.endswith(tuple(stops_of(name)))
             opened = prompt.rstrip().endswith("<think>")
-            assert run.count("</think>") == run.count("<think>") + opened
-            has_place = opened or (
+            assert answer.count("</think>") == answer.count("<think>") + opened
+            writes_reasoning = opened or (
                 THOUGHT in template.render(CONVERSATIONS["reasoning"])
                 and not served(template, CONVERSATIONS["reasoning"][:1]).rstrip().endswith(("</think>", "<channel|>"))
             )
-            assert (THOUGHT in run) == ("reasoning_content" in messages[place] and has_place)
+            assert (THOUGHT in answer) == ("reasoning_content" in messages[index] and writes_reasoning)
 
 
 @pytest.mark.parametrize("name", DATED)
@@ -53,15 +53,15 @@ def test_the_date_is_pinned(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe", "nemotron_3_nano"])
-def test_template_arguments_are_those_of_a_server(name: str) -> None:
+def test_template_arguments_are_passed_as_a_server_passes_them(name: str) -> None:
     template = template_of(name, chat_template_kwargs={"enable_thinking": False})
     messages = CONVERSATIONS["reasoning, two turns"]
-    for place, (before, ids) in zip((1, 3), trained_runs(template, template.encode(messages)), strict=True):
-        assert template.tokenizer.decode(before) == served(template, messages[:place], enable_thinking=False)
+    for index, (before, ids) in zip((1, 3), trained_runs(template.encode(messages)), strict=True):
+        assert template.tokenizer.decode(before) == served(template, messages[:index], enable_thinking=False)
         assert THOUGHT not in template.tokenizer.decode(ids)
 
 
-def test_reasoning_without_a_place_is_dropped_and_counted_or_written_into_the_answer_or_refused() -> None:
+def test_reasoning_that_a_template_cannot_write_is_dropped_or_written_into_the_answer_or_refused() -> None:
     for reasoning, written in (("drop", "Four it is."), ("inline", f"<think>\n{THOUGHT}\n</think>\n\nFour it is.")):
         template = template_of("llama3", reasoning=reasoning)
         assert trained(template, CONVERSATIONS["reasoning"]) == [f"{written}<|eot_id|>"]
@@ -72,7 +72,7 @@ def test_reasoning_without_a_place_is_dropped_and_counted_or_written_into_the_an
     template.encode(CONVERSATIONS["one turn"])
 
 
-def test_a_row_of_which_the_template_leaves_out_a_part_is_dropped_or_counted() -> None:
+def test_a_row_that_the_template_shortens_is_refused_or_counted() -> None:
     calls = as_calls([{"name": "weather", "arguments": {"city": city}} for city in ("Oslo", "Rome")])
     question, answer = talk("Weather in Oslo and Rome?", "Snow in Oslo, sun in Rome.")
     results = [{"role": "tool", "name": "weather", "content": sky} for sky in ("snow", "sun")]
@@ -92,9 +92,7 @@ def test_a_row_of_which_the_template_leaves_out_a_part_is_dropped_or_counted() -
 
 @pytest.mark.parametrize("name", ["gptoss", "llama3_2", "muse_glimmer", "qwen3", "nemotron_3_nano", "llama3"])
 @pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}, {"reasoning_effort": "low"}])
-def test_the_template_that_ships_renders_what_was_trained_without_being_told_arguments_or_date(
-    name: str, kwargs: dict[str, Any]
-) -> None:
+def test_the_shipped_template_needs_neither_arguments_nor_date(name: str, kwargs: dict[str, Any]) -> None:
     date = "2024-02-29" if name in DATED else None
     template = template_of(name, chat_template_date=date, chat_template_kwargs=kwargs)
     for messages in CONVERSATIONS.values():

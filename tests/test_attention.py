@@ -1,6 +1,6 @@
-"""Packed rows stay apart: the kernels of both devices have the logits and gradients of plain attention, or are refused.
+"""Packed rows stay apart: both kernels give the logits and gradients of plain attention, or are refused.
 
-PyTorch's varlen attention runs on GPUs alone; the CPU's kernel behind the same contract stands for it here.
+PyTorch's varlen attention runs only on GPUs; here the CPU's kernel with the same signature replaces it.
 """
 
 from copy import deepcopy
@@ -42,7 +42,7 @@ def varlen_attn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
     max_q: int, max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
 ) -> torch.Tensor:  # fmt: skip
-    """The contract of `torch.nn.attention.varlen.varlen_attn` in PyTorch 2.11, which has no grouped heads."""
+    """A replacement for `torch.nn.attention.varlen.varlen_attn` of PyTorch 2.11, which has no grouped heads."""
     assert query.shape[1] == key.shape[1] and cu_seq_q.dtype is torch.int32 and window_size[1] == 0
     assert max_q == max_k == int(cu_seq_q.diff().max()) and torch.equal(cu_seq_q, cu_seq_k)
     window = None if window_size[0] < 0 else window_size[0] + 1
@@ -52,7 +52,7 @@ def varlen_attn(
 def with_grouped_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *bounds: Any, enable_gqa: bool = False, **options: Any
 ) -> torch.Tensor:
-    """The same in PyTorch 2.12 and later."""
+    """A replacement for the same function of PyTorch 2.12 and later."""
     groups = query.shape[1] // key.shape[1]
     assert enable_gqa or groups == 1
     return varlen_attn(query, *(x.repeat_interleave(groups, dim=1) for x in (key, value)), *bounds, **options)
@@ -88,7 +88,7 @@ OTHERS: dict[str, tuple[PretrainedConfig, str]] = {
 
 @pytest.fixture(scope="module")
 def sequences(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """A line of many rows of 8 tokens, and some whose row is longer than any window here."""
+    """A sequence of many rows of 8 tokens, and sequences with a row longer than any window here."""
     draw = torch.Generator().manual_seed(0)
     lengths = [8] * 30 + [100, 90]
     rows = [torch.randint(3, 400, (length,), generator=draw).tolist() for length in lengths]
@@ -99,7 +99,7 @@ def sequences(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Datas
 
 def random_model(config: PretrainedConfig) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(deepcopy(config)).eval()  # which kernel it has is written into it
+    return AutoModelForCausalLM.from_config(deepcopy(config)).eval()  # a model changes its configuration
 
 
 def logits_and_gradients(model: Any, sequences: Dataset) -> list[torch.Tensor]:
@@ -124,7 +124,7 @@ def test_every_kernel_has_the_logits_and_gradients_of_plain_attention(sequences:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_an_architecture_with_more_than_plain_attention_keeps_its_own(sequences: Dataset, name: str) -> None:
+def test_an_architecture_with_other_attention_keeps_it(sequences: Dataset, name: str) -> None:
     config, reason = OTHERS[name]
     for kernel in ("cpu", "varlen"):
         model = random_model(config)
@@ -133,33 +133,33 @@ def test_an_architecture_with_more_than_plain_attention_keeps_its_own(sequences:
         assert model.config._attn_implementation == before
 
 
-def test_a_layer_that_asks_for_more_is_refused_whatever_its_logits(sequences: Dataset) -> None:
+def test_a_layer_that_passes_an_unsupported_argument_is_refused_even_if_its_logits_agree(sequences: Dataset) -> None:
     """A cap of 50 changes no logit of a random model by more than rounding does."""
-    model, called, extra = random_model(PLAIN["llama, grouped heads"]), packed_attention, "softcap"
+    model, original = random_model(PLAIN["llama, grouped heads"]), packed_attention
 
-    def asking(*arguments: Any, **options: Any) -> Any:
-        return called(*arguments, **options, **{extra: 50.0})
+    def capped(*arguments: Any, **options: Any) -> Any:
+        return original(*arguments, **options, softcap=50.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.training.attention.packed_attention", asking)
-        assert f"its attention takes {extra}" in use_packed_attention(model, sequences, KERNELS["varlen"])
+        patch.setattr("pipeline.training.attention.packed_attention", capped)
+        assert "its attention takes softcap" in use_packed_attention(model, sequences, KERNELS["varlen"])
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_dropout_of_attention_is_left_to_kernels_that_have_it(sequences: Dataset) -> None:
+def test_attention_with_dropout_uses_only_kernels_that_have_it(sequences: Dataset) -> None:
     config = LlamaConfig(**SMALL, attention_dropout=0.1)
     assert "dropout of 0.1" in use_packed_attention(random_model(config), sequences, KERNELS["varlen"])
     assert use_packed_attention(random_model(config), sequences) == "row by row"
 
 
 def test_an_architecture_that_mixes_rows_is_refused(sequences: Dataset) -> None:
-    class Deaf(LlamaForCausalLM):  # type: ignore[misc]
-        """Does not pass on where rows begin."""
+    class Mixing(LlamaForCausalLM):  # type: ignore[misc]
+        """Does not pass on the bounds of rows."""
 
         def forward(self, input_ids: Any = None, **_: Any) -> Any:
             return super().forward(input_ids=input_ids, use_cache=False)
 
     config = PLAIN["llama, grouped heads"]
     require_isolation(random_model(config), sequences)
-    with pytest.raises(ModelError, match=r"llama does not keep packed rows apart .* train\.packing to false"):
-        require_isolation(Deaf(deepcopy(config)).eval(), sequences)
+    with pytest.raises(ModelError, match=r"llama .*train\.packing"):
+        require_isolation(Mixing(deepcopy(config)).eval(), sequences)

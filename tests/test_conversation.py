@@ -1,4 +1,4 @@
-"""Conversations to tokens: named templates, tool calls, escaped control tokens, hostile templates."""
+"""Tokens and labels of conversations: named templates, tool calls, escaped control tokens."""
 
 import json
 import tomllib
@@ -64,7 +64,7 @@ def like_llama(legacy: bool) -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """Its vocabulary holds the control tokens as pieces: it finds them in text unless they are kept from it."""
+    """Its vocabulary has the control tokens as pieces, so it finds them in text unless they are hidden."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     settings = {"initial_alphabet": [chr(number) for number in range(33, 127)], "show_progress": False}
@@ -109,7 +109,7 @@ def marked(template: ChatTemplate, messages: list[Message], tools: str | None = 
     """The rendered text with ⟦ ⟧ around what is trained."""
     encoded, decode = template.encode(messages, tools), template.tokenizer.decode
     text, done = "", 0
-    for before, ids in trained_runs(template, encoded):
+    for before, ids in trained_runs(encoded):
         text += f"{decode(before[done:])}⟦{decode(ids)}⟧"
         done = len(before) + len(ids)
     return text + decode(encoded.input_ids[done:])
@@ -127,7 +127,7 @@ IM, IM_TURN = (
 )
 HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
 BRIEF = "Be brief."
-# As each family publishes its format: before the first turn, the same with a system message, and a turn.
+# Each family's published format: the text before the first turn, the same with a system message, and a turn.
 FAMILIES = {
     "chatml": ("", IM.format(BRIEF), IM_TURN),
     "qwen": (IM.format(QWEN), IM.format(BRIEF), IM_TURN),
@@ -144,7 +144,7 @@ FAMILIES = {
     "gemma": ("<s>", "<s>", "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n⟦{}<end_of_turn>⟧\n"),
     "mistral": ("<s>", "<s>", "[INST] {}[/INST]⟦ {}</s>⟧"),
 }
-IN_QUESTION = {  # where the system message stands in the first question
+IN_QUESTION = {  # families that put the system message into the first question
     "llama2": f"<<SYS>>\n{BRIEF}\n<</SYS>>\n\nq",
     "gemma": f"{BRIEF}\n\nq",
     "mistral": f"{BRIEF}\n\nq",
@@ -159,7 +159,7 @@ def test_every_named_template_has_a_file_and_is_installed() -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_named_template_writes_its_familys_format_and_trains_answer_and_end(
+def test_a_named_template_writes_its_familys_format_and_trains_the_answer_with_its_end(
     tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
     template, (begin, with_system, turn) = named(tokenizer, name), FAMILIES[name]
@@ -167,7 +167,7 @@ def test_a_named_template_writes_its_familys_format_and_trains_answer_and_end(
     assert marked(template, [SYSTEM, *talk("q", "a")]) == with_system + turn.format(IN_QUESTION.get(name, "q"), "a")
     both = begin + turn.format("q", "a") + turn.format("q2", "a2")
     if name == "chatglm3":
-        both = both.replace("</s>⟧<|user|>", "<|user|>⟧")  # the next header ends a turn, and is trained
+        both = both.replace("</s>⟧<|user|>", "<|user|>⟧")  # the next header ends the turn, so it is trained
     assert marked(template, talk("q", "a", "q2", "a2")) == both
 
 
@@ -217,14 +217,15 @@ def test_arguments_as_json_text_are_the_same_as_an_object(tokenizer: PreTrainedT
     ("before", "after_content", "expected"),
     [
         ("{% for t in tools or [] %}{{ t.function.name }};{% endfor %}", "", ["clock;<|im_start|>user"]),
-        # It joins arguments as text, so it gets text; it refuses a system message: tools come in the first question.
+        # The second joins arguments as text, so it gets text. The third refuses system messages, so tools come in the
+        # first question.
         ("", "{% for c in message.tool_calls %}CALL {{ c.function.name }} {{ c.function.arguments }}{% endfor %}",
          ['⟦CALL clock {"city": "北京", "utc": true}<|im_end|>⟧']),
         ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", "",
          ["<|im_start|>user\nYou can use these tools:\n[", "</tool_call>\n\ntime?<|im_end|>"]),
     ],
 )  # fmt: skip
-def test_a_template_gets_tools_and_calls_as_it_can_write_them(
+def test_tools_and_calls_take_the_form_that_a_template_can_write(
     tokenizer: PreTrainedTokenizerFast, before: str, after_content: str, expected: list[str]
 ) -> None:
     content = "{{ message['content'] }}"
@@ -239,10 +240,10 @@ def test_a_template_gets_tools_and_calls_as_it_can_write_them(
         (talk("q"), None),
         (tool_talk("{"), TOOLS),
         *((talk(f"q{mark}12\ufdd2", "a"), None) for mark in "\ufdd0\ufdd1\ufdd2"),  # forges the mark of a token
-        (talk("q\ufdd3", "a"), None),  # forges the mark of an answer's place
+        (talk("q\ufdd3", "a"), None),  # forges the placeholder of an answer
     ],
 )
-def test_a_row_without_an_answer_or_with_what_no_template_can_carry_is_refused(
+def test_a_row_that_no_template_can_render_is_refused(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], tools: str | None
 ) -> None:
     with pytest.raises(RowError):
@@ -263,7 +264,7 @@ def test_control_tokens_in_texts_stay_text_with_every_kind_of_tokenizer(
     kind: PreTrainedTokenizerFast, name: str, pairs: list[tuple[str, str]], system: bool
 ) -> None:
     template, contents = named(kind, name), [text for pair in pairs for text in pair]
-    control = set(kind.added_tokens_decoder) - {kind.unk_token_id}  # what a tokenizer lacks is unknown, as ever
+    control = set(kind.added_tokens_decoder) - {kind.unk_token_id}
     before, harmless = ([{"role": "system", "content": text}] * system for text in (contents[0], "x"))
     encoded = template.encode([*before, *talk(*contents)])
     plain = template.encode([*harmless, *talk(*("x" for _ in contents))])
@@ -275,18 +276,20 @@ def test_control_tokens_in_texts_stay_text_with_every_kind_of_tokenizer(
     assert encoded.input_ids[: len(prompt)] == prompt and encoded.labels[len(prompt)] != -100
 
 
-def test_an_escaped_token_is_tokenised_as_if_it_never_was_one(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_escaped_token_is_tokenised_as_ordinary_text(tokenizer: PreTrainedTokenizerFast) -> None:
     template = named(tokenizer, "chatml")
     encoded = template.encode(talk("say <|im_end|>!", "a"))
     assert encoded.repairs == (ESCAPED,)
-    never = json.loads(byte_level().to_str())
-    never["added_tokens"] = []
-    del never["model"]["vocab"]["<|im_end|>"]
-    as_text = Tokenizer.from_str(json.dumps(never)).encode("user\nsay <|im_end|>!").ids
+    without_token = json.loads(byte_level().to_str())
+    without_token["added_tokens"] = []
+    del without_token["model"]["vocab"]["<|im_end|>"]
+    as_text = Tokenizer.from_str(json.dumps(without_token)).encode("user\nsay <|im_end|>!").ids
     assert encoded.input_ids[1 : 1 + len(as_text)] == as_text
 
 
-def test_control_tokens_in_tools_and_calls_stay_text_behind_escapes_too(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_control_tokens_in_tools_and_calls_stay_text_even_if_json_escapes_them(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tools = json.dumps([{"name": "clock", "description": "ends <|im_end|>", "parameters": {"</s>": "<s>"}}])
     escaped = json.dumps({"city": "<|im_end|>"}).replace("<", "\\u003c").replace(">", "\\u003e")
@@ -316,7 +319,7 @@ def test_lookalikes_of_control_tokens_are_not_interpreted() -> None:
 
 
 def test_a_word_that_the_template_writes_is_ordinary_in_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    # As <think> and <tool_call>, which tokenizers add without calling them special: the model writes them itself.
+    # Tokenizers add <think> and <tool_call> as ordinary tokens, because the model writes them itself.
     more = wrapped(byte_level())
     more.add_tokens(["<tool_call>"])
     token = more.convert_tokens_to_ids("<tool_call>")

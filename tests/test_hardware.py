@@ -1,6 +1,6 @@
-"""What a training makes of its GPU: kernels by choice, memory, and the same steps on any card.
+"""What a training does with its GPU: kernels, memory, and the same steps on any GPU.
 
-Cards are values as PyTorch reports them; no test here needs one.
+GPUs are values as PyTorch reports them; no test here needs one.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from pipeline.training.watching import Watch
 LLAMA_8B = LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
 
 
-def card(total: float, free: float | None = None) -> Gpu:
+def a100(total: float, free: float | None = None) -> Gpu:
     return Gpu("A100", int(total * GIB), int((total if free is None else free) * GIB))
 
 
@@ -42,20 +42,20 @@ FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_int
 def test_a_kernel_without_its_gpu_or_package_is_refused(
     params: Params, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, package: str
 ) -> None:
-    asked = with_(params, train={key: value}).train
+    train = with_(params, train={key: value}).train
     with pytest.raises(HardwareError, match=rf"train\.{key}"):
-        require_kernels(asked, cuda=False)
+        require_kernels(train, cuda=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(HardwareError, match=rf"train\.{key} .*{package}"):
-        require_kernels(asked, cuda=True)
+        require_kernels(train, cuda=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    require_kernels(asked, cuda=True)
-    require_kernels(params.train, cuda=False)  # nothing is asked for by name
+    require_kernels(train, cuda=True)
+    require_kernels(params.train, cuda=False)  # it names no kernel
 
 
 @pytest.fixture(scope="module")
 def automatic(params: Params) -> Params:
-    """Eight lines of 2,048 tokens a step."""
+    """Eight sequences of 2,048 tokens per step."""
     return with_(params, train={"packed_length": 2048, "tokens_per_step": 8 * 2048, "lora_r": 16})
 
 
@@ -64,8 +64,8 @@ def counts(automatic: Params) -> Counts:
     return count(LLAMA_8B, automatic.train)
 
 
-def test_the_same_parameters_take_the_same_steps_on_a_small_and_a_large_card(automatic: Params, counts: Counts) -> None:
-    taken = {gib: choose_batches(automatic.train, counts, card(gib), [2048] * 100) for gib in (24, 48, 141)}
+def test_the_same_parameters_take_the_same_steps_on_a_small_and_a_large_gpu(automatic: Params, counts: Counts) -> None:
+    taken = {gib: choose_batches(automatic.train, counts, a100(gib), [2048] * 100) for gib in (24, 48, 141)}
     assert {rows * accumulation for rows, accumulation in taken.values()} == {8}
     assert taken[24][0] < taken[48][0] < taken[141][0]
     for gib, (rows, _) in taken.items():
@@ -98,18 +98,18 @@ def test_a_step_has_the_same_rows_however_many_at_a_time(
         ({"per_device_train_batch_size": 4}, (4, 2)),
         ({"strategy": "ddp", "num_processes": 2}, (1, 4)),
         ({"tokens_per_step": 100}, (1, 1)),
-        ({"packing": False, "tokens_per_step": 1024}, (1, 10)),  # rows of 100 tokens in the mean
+        ({"packing": False, "tokens_per_step": 1024}, (1, 10)),  # rows of 100 tokens on average
         ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "tokens_per_step": None}, (3, 5)),
     ],
 )
-def test_a_step_has_the_tokens_that_are_asked_for(
+def test_a_step_has_the_tokens_that_the_parameters_set(
     automatic: Params, settings: dict[str, Any], expected: tuple[int, int]
 ) -> None:
     lengths = [100] * 50 if settings.get("packing") is False else [2048] * 50
     assert choose_batches(with_(automatic, train=settings).train, None, None, lengths) == expected
 
 
-def test_an_old_gpu_and_gpus_with_other_room_are_each_said_in_a_sentence(
+def test_an_old_gpu_and_gpus_of_different_sizes_are_reported(
     automatic: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     LLAMA_8B.save_pretrained(tmp_path)
@@ -121,19 +121,19 @@ def test_an_old_gpu_and_gpus_with_other_room_are_each_said_in_a_sentence(
     monkeypatch.setattr("pipeline.train.PartialState", lambda: None)
     monkeypatch.setattr("pipeline.train.gather_object", lambda own: [*own, 1])
     assert _choose_batches(both, base, [2048] * 100) == (1, 8)
-    old, other = capsys.readouterr().out.splitlines()
-    assert "T4 has no bfloat16" in old and "float16" in old
-    assert "room for 1 and 2 sequences at a time; all take 1" in other
+    old, sizes = capsys.readouterr().out.splitlines()
+    assert "T4" in old and "float16" in old
+    assert "1 and 2" in sizes
 
 
-def test_a_card_that_other_processes_fill_is_refused_before_training(automatic: Params, counts: Counts) -> None:
+def test_a_gpu_that_other_processes_fill_is_refused_before_training(automatic: Params, counts: Counts) -> None:
     with pytest.raises(HardwareError, match=r"leave 3\.0.*CUDA_VISIBLE_DEVICES"):
-        choose_batches(automatic.train, counts, card(80, free=3), [2048] * 10)
-    choose_batches(automatic.train, counts, card(10), [2048] * 10)  # too small by itself: smaller pieces are tried
+        choose_batches(automatic.train, counts, a100(80, free=3), [2048] * 10)
+    choose_batches(automatic.train, counts, a100(10), [2048] * 10)  # too small by itself: smaller pieces are tried
 
 
 @pytest.mark.parametrize(
-    ("choice", "installed", "kind", "device", "said"),
+    ("choice", "installed", "family", "device", "layers"),
     [
         ("auto", True, "llama", "cuda", "Liger's"),
         (True, True, "llama", "cuda", "Liger's"),
@@ -145,7 +145,7 @@ def test_a_card_that_other_processes_fill_is_refused_before_training(automatic: 
     ],
 )
 def test_liger_is_used_where_it_is_installed_and_knows_the_model(
-    params: Params, monkeypatch: pytest.MonkeyPatch, choice: Any, installed: bool, kind: str, device: str, said: str
+    params: Params, monkeypatch: pytest.MonkeyPatch, choice: Any, installed: bool, family: str, device: str, layers: str
 ) -> None:
     applied: list[dict[str, Any]] = []
     package: Any = types.ModuleType("liger_kernel.transformers.monkey_patch")
@@ -153,9 +153,9 @@ def test_liger_is_used_where_it_is_installed_and_knows_the_model(
     package._apply_liger_kernel_to_instance = lambda **options: applied.append(options)
     monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    model = types.SimpleNamespace(device=torch.device(device), config=types.SimpleNamespace(model_type=kind))
+    model = types.SimpleNamespace(device=torch.device(device), config=types.SimpleNamespace(model_type=family))
     chosen = with_(params, train={"use_liger_kernel": choice}).train
-    with nullcontext() if said else pytest.raises(HardwareError, match=kind):
-        assert said in use_liger(model, chosen)
-    assert len(applied) == (said == "Liger's")
+    with nullcontext() if layers else pytest.raises(HardwareError, match=family):
+        assert layers in use_liger(model, chosen)
+    assert len(applied) == (layers == "Liger's")
     assert all(not options["fused_linear_cross_entropy"] for options in applied)  # the loss is the trainer's

@@ -1,4 +1,4 @@
-"""Every method of train.method and every model family, through train, evaluate and merge on tiny real architectures."""
+"""Every train.method and every model family, trained, evaluated and merged on tiny real architectures."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -57,12 +57,12 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "glm": GlmConfig(**HEADS),
     "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
     "qwen3_moe": Qwen3MoeConfig(**HEADS, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2),
-    "deepseek_v3": DeepseekV3Config(  # its first layer has no experts, the second shared ones as well
+    "deepseek_v3": DeepseekV3Config(  # its first layer has no experts, its second also has shared ones
         **WIDE, num_key_value_heads=4, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
         topk_group=1, first_k_dense_replace=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16,
         qk_nope_head_dim=16, v_head_dim=16,
     ),
-    "gemma3": Gemma3Config(  # with a part for pictures, whose layers have the same names
+    "gemma3": Gemma3Config(  # with a part for images, whose layers have the same names
         text_config=Gemma3TextConfig(**HEADS, sliding_window=16),
         vision_config=SiglipVisionConfig(
             hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
@@ -73,11 +73,11 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "bloom": BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4, eos_token_id=2),
     "gpt2": GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=512, eos_token_id=2),
 }  # fmt: skip
-UNPACKED = {"bloom": {"packing": False}}  # its ALiBi counts positions over the whole line
+UNPACKED = {"bloom": {"packing": False}}  # its ALiBi counts positions over the whole packed sequence
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 METHODS = get_args(TrainParams.model_fields["method"].annotation)
-LINEAR_ONLY = ("dora", "ia3", "adalora")  # have nothing for experts
-# By default each method on one kind of model; all families with all methods are marked faults.
+LINEAR_ONLY = ("dora", "ia3", "adalora")  # methods that cannot train experts
+# By default each method is tested on one family; the other pairs are marked faults.
 QUICK = {
     "lora": "llama", "qlora": "mixtral", "dora": "gemma", "rslora": "phi", "ia3": "gpt2", "adalora": "qwen2",
     "prefix": "llama", "prompt": "qwen3", "full": "gemma3",
@@ -95,7 +95,7 @@ def on_meta(family: str) -> Any:
 
 
 def of_family(params: Params, data: Path, config: PretrainedConfig, folder: Path) -> Path:
-    """`data` as prepared for a random model of `config`."""
+    """A dataset prepared from `data` for a random model of `config`."""
     base = make_base(folder / "base")
     (base / "model.safetensors").unlink()
     torch.manual_seed(0)
@@ -117,23 +117,23 @@ def short(params: Params, method: str, **values: Any) -> Params:
 def test_a_family_is_trained_evaluated_and_merged(
     tmp_path: Path, params: Params, data: Path, family: str, method: str
 ) -> None:
-    own = of_family(params, data, FAMILIES[family], tmp_path)
+    dataset = of_family(params, data, FAMILIES[family], tmp_path)
     attention = {"lora_target_modules": "attention"} if family in EXPERTS and method in LINEAR_ONLY else {}
     settings = short(params, method, **UNPACKED.get(family, {}), **attention)
-    done = train(settings.train, own, tmp_path / "adapter", tmp_path / "checkpoints")
-    evaluate(settings.evaluate, own, tmp_path / "adapter", tmp_path / "evaluation")
-    assert done.steps == 4 and done.trainable_parameters > 0
-    answers = read_json(tmp_path / "evaluation" / "scores.json")
-    assert answers["adapter"]["num_samples"] == answers["base"]["num_samples"] == 6
+    result = train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    evaluate(settings.evaluate, dataset, tmp_path / "adapter", tmp_path / "evaluation")
+    assert result.steps == 4 and result.trainable_parameters > 0
+    scores = read_json(tmp_path / "evaluation" / "scores.json")
+    assert scores["adapter"]["num_samples"] == scores["base"]["num_samples"] == 6
     folders = (tmp_path / name for name in ("adapter", "evaluation", "merged", "parity"))
     if method in VIRTUAL_TOKENS:
-        with pytest.raises(MergeError, match="cannot be merged"):
-            merge(settings.merge, own, *folders)
+        with pytest.raises(MergeError):
+            merge(settings.merge, dataset, *folders)
         return
-    result = merge(settings.merge, own, *folders)
-    assert result.agreement >= 0.5
+    merged = merge(settings.merge, dataset, *folders)
+    assert merged.agreement >= 0.5
     if method != "qlora":  # nothing is rounded
-        assert result.logit_error["full"] < 1e-4 and result.agreement == 1
+        assert merged.logit_error["full"] < 1e-4 and merged.agreement == 1
     read_json(tmp_path / "merged" / "config.json")
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
@@ -152,8 +152,8 @@ def test_the_untuned_base_answers_as_the_base_alone(
         changed = tuned(ids).logits[:, -3:]
         with untuned(tuned, local_source(base)) as plain:
             assert torch.equal(plain(ids).logits, alone)
-        if method != "full":  # of which the base has taken the memory
-            assert torch.equal(tuned(ids).logits[:, -3:], changed)  # and it is tuned again
+        if method != "full":  # whose weights the base has replaced
+            assert torch.equal(tuned(ids).logits[:, -3:], changed)  # the adapter is active again
     assert not torch.allclose(changed, alone, atol=1e-3)
     if method == "full":
         before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "adapter" / "model.safetensors")
@@ -171,71 +171,70 @@ def test_adalora_cuts_rank_and_keeps_its_factors_orthogonal(tmp_path: Path, para
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted", "names"),
+    ("family", "targets", "names"),
     [
         ("llama", "auto", ["q_proj", "v_proj"]),
         ("llama", "attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
         ("gpt2", "auto", ["c_attn"]),
         ("gpt2", "attention", ["attn.c_proj", "c_attn"]),  # another c_proj is in the feed-forward part
         ("bloom", "auto", ["query_key_value"]),
-        ("glm", "auto", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # PEFT has no choice for it: its attention
+        ("glm", "auto", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # PEFT has no default for it
         ("phi", ["fc1", "dense"], ["dense", "fc1"]),
         ("mixtral", "all-linear", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # and its experts, but not its router
         ("deepseek_v3", "attention", ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]),
     ],
 )
-def test_target_modules_are_those_that_are_meant(params: Params, family: str, wanted: Any, names: list[str]) -> None:
+def test_target_modules_get_names_of_linear_layers(params: Params, family: str, targets: Any, names: list[str]) -> None:
     model = on_meta(family)
-    assert target_modules(with_(params, train={"lora_target_modules": wanted}).train, model) == names
+    assert target_modules(with_(params, train={"lora_target_modules": targets}).train, model) == names
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "name", "choice"),
+    ("family", "method", "name", "possible"),
     [
         *(("gpt2", method, "q_proj", "attn.c_proj, c_attn, c_fc, mlp.c_proj") for method in ("lora", "ia3", "adalora")),
         ("llama", "lora", "lm_head", "q_proj"),  # the output layer
         ("llama", "lora", "embed_tokens", "q_proj"),
         ("mixtral", "lora", "gate", "experts.down_proj"),  # a router
         ("deepseek_v3", "lora", "gate_proj", "experts.gate_up_proj"),  # PEFT takes it for the experts
-        ("gemma3", "lora", "fc1", "up_proj"),  # of the part for pictures
+        ("gemma3", "lora", "fc1", "up_proj"),  # in the part for images
     ],
 )
-def test_a_module_that_cannot_be_trained_is_refused_with_those_that_can(
-    params: Params, family: str, method: str, name: str, choice: str
+def test_a_module_that_cannot_be_trained_is_refused_with_the_possible_names(
+    params: Params, family: str, method: str, name: str, possible: str
 ) -> None:
     model = on_meta(family)
-    with pytest.raises(MethodError, match=f"names {name}.*{choice}"):
+    with pytest.raises(MethodError, match=f"names {name}.*{possible}"):
         adapter_config(short(params, method, lora_target_modules=[name]).train, model)
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_targets_of_all_linear_and_by_name_and_routers_are_not(params: Params, family: str) -> None:
     model = on_meta(family)
-    whole = adapter_config(short(params, "lora").train, model)
-    assert whole.target_parameters == ["experts.down_proj", "experts.gate_up_proj"]
+    all_linear = adapter_config(short(params, "lora").train, model)
+    assert all_linear.target_parameters == ["experts.down_proj", "experts.gate_up_proj"]
     named = short(params, "lora", lora_target_modules=["o_proj", "experts.down_proj"]).train
     assert adapter_config(named, model).target_parameters == ["experts.down_proj"]
-    tuned = get_peft_model(model, whole)
+    tuned = get_peft_model(model, all_linear)
     trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
     assert any(".experts." in name for name in trained) and not any(".gate." in name for name in trained)
-    of_their_own = describe_experts(named, model)  # what was not named is not missed
-    assert of_their_own is None or "not trained" not in of_their_own
+    assert "not trained" not in (describe_experts(named, model) or "")  # modules that were not named are not missing
     settings = saved_settings(tuned)
     assert not settings["rank_pattern"] and not settings["alpha_pattern"]
     check_settings(settings, "here")
 
 
-@pytest.mark.parametrize("wanted", ["all-linear", "attention", "auto", ["q_proj", "up_proj"]])
-def test_only_what_texts_pass_is_trained_of_a_model_that_sees_pictures(params: Params, wanted: Any) -> None:
+@pytest.mark.parametrize("targets", ["all-linear", "attention", "auto", ["q_proj", "up_proj"]])
+def test_only_text_layers_of_a_model_for_images_are_trained(params: Params, targets: Any) -> None:
     model = on_meta("gemma3")
     for method in ("lora", "ia3"):
-        chosen = target_modules(short(params, method, lora_target_modules=wanted).train, model)
+        chosen = target_modules(short(params, method, lora_target_modules=targets).train, model)
         assert all(path.startswith("model.language_model.layers.") for path in chosen)
         assert ("model.language_model.layers.1.self_attn.q_proj" in chosen) and len(chosen) in (14, 8, 4)
 
 
 @pytest.mark.parametrize("change", [{"method": m} for m in LINEAR_ONLY] + [{"lora_dropout": 0.05}])
-def test_what_experts_cannot_be_trained_with_is_refused(params: Params, change: dict[str, Any]) -> None:
+def test_methods_and_dropout_that_cannot_train_experts_are_refused(params: Params, change: dict[str, Any]) -> None:
     model = on_meta("mixtral")
     key = next(iter(change))
     with pytest.raises(MethodError, match=rf"train\.{key} is .*experts\.down_proj"):
@@ -247,6 +246,6 @@ def test_settings_that_loading_refuses_are_refused_before_the_first_step(
     tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.core.vetting.DENIED", (*DENIED, "lora_alpha"))
-    monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("a batch was trained on"))
+    monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("training has begun"))
     with pytest.raises(UnsafeModelError, match="lora_alpha = "):
         train(short(params, "lora").train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")

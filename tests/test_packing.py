@@ -1,4 +1,4 @@
-"""Packed rows stay apart, cost no padding, and have the loss of rows alone; the loss never holds all logits."""
+"""Packed rows stay apart, need no padding and have the loss of single rows; the loss never needs all logits."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def model(dataset: Path) -> Any:
     return load_base(read_json(dataset / "contract.json")["model"], None).eval()
 
 
-def line(dataset: Path, numbers: list[int]) -> dict[str, Any]:
+def packed(dataset: Path, numbers: list[int]) -> dict[str, Any]:
     rows = pq.read_table(dataset / "train.parquet", columns=["input_ids", "labels"]).to_pylist()
     chosen = [rows[number] for number in numbers]
     return {
@@ -38,10 +38,10 @@ def inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key != "rows"}
 
 
-def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: Params) -> None:
+def test_each_row_has_the_loss_that_it_has_by_itself(model: Any, dataset: Path, params: Params) -> None:
     sequences = training_sequences(dataset / "train.parquet", params.train)
     rows = pq.read_table(dataset / "train.parquet", columns=["input_ids", "labels"]).to_pylist()
-    alone, packed = {}, {}
+    alone, in_sequence = {}, {}
     with torch.no_grad():
         for sequence in sequences.select(range(4)):
             for number in sorted(set(sequence["rows"])):
@@ -53,20 +53,19 @@ def test_each_row_has_the_loss_it_has_alone(model: Any, dataset: Path, params: P
             for piece in split_batch(Collate(0, packed=True)([sequence]), 1000):
                 [number] = piece["rows"].tolist()
                 count = (piece["labels"][:, 1:] != -100).sum()
-                packed[number] = float(model(**inputs(piece), chunked_loss=True).loss / count)
-            whole = Collate(0, packed=True)([sequence])
-            total = float(model(**inputs(whole), chunked_loss=True).loss)
-            counts = {n: sum(label != -100 for label in rows[n]["labels"][1:]) for n in whole["rows"].tolist()}
+                in_sequence[number] = float(model(**inputs(piece), chunked_loss=True).loss / count)
+            batch = Collate(0, packed=True)([sequence])
+            total = float(model(**inputs(batch), chunked_loss=True).loss)
+            counts = {n: sum(label != -100 for label in rows[n]["labels"][1:]) for n in batch["rows"].tolist()}
             assert total == pytest.approx(sum(alone[n] * counts[n] for n in counts), rel=1e-5)
     assert len(alone) > 8
-    assert packed == pytest.approx(alone, abs=1e-5)
+    assert in_sequence == pytest.approx(alone, abs=1e-5)
 
 
-def test_pieces_of_a_batch_are_its_rows(dataset: Path) -> None:
-    packed = [Collate(0, packed=True)([line(dataset, [0, 1, 2]), line(dataset, [3, 4])])]
-    rows = [{key: line(dataset, [n])[key] for key in ("input_ids", "labels", "rows")} for n in range(5)]
-    padded = [Collate(0, packed=False)(rows)]
-    for [batch] in (packed, padded):
+def test_a_batch_is_split_between_its_rows(dataset: Path) -> None:
+    rows = [{key: packed(dataset, [n])[key] for key in ("input_ids", "labels", "rows")} for n in range(5)]
+    packed_batch = Collate(0, packed=True)([packed(dataset, [0, 1, 2]), packed(dataset, [3, 4])])
+    for batch in (packed_batch, Collate(0, packed=False)(rows)):
         for number in (1, 2, 3, 5, 9):
             parts = split_batch(batch, number)
             assert len(parts) == min(number, 5)
@@ -74,13 +73,13 @@ def test_pieces_of_a_batch_are_its_rows(dataset: Path) -> None:
             assert sum(map(count_tokens, parts)) == count_tokens(batch)
 
 
-def test_nearly_every_token_is_a_real_one(dataset: Path, params: Params) -> None:
+def test_packed_batches_have_no_padding(dataset: Path, params: Params) -> None:
     sequences = training_sequences(dataset / "train.parquet", params.train)
     batches = [Collate(0, packed=True)([sequences[i], sequences[-1 - i]]) for i in range(5)]
     assert sum(map(count_tokens, batches)) == sum(batch["input_ids"].numel() for batch in batches)
 
 
-def test_a_row_longer_than_a_packed_sequence_is_trained_whole(dataset: Path, params: Params) -> None:
+def test_a_row_longer_than_a_packed_sequence_is_not_cut(dataset: Path, params: Params) -> None:
     rows = pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()
     sequences = training_sequences(dataset / "train.parquet", with_(params, train={"packed_length": 40}).train)
     assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, rows))
@@ -100,9 +99,9 @@ def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch:
     torch.testing.assert_close(chunked_loss(hidden, weight, bias, labels), full)
 
 
-def test_a_line_without_labels_has_no_loss_and_no_gradient(model: Any, dataset: Path) -> None:
+def test_a_sequence_without_labels_has_no_loss_and_no_gradient(model: Any, dataset: Path) -> None:
     add_chunked_loss(model)
-    empty = line(dataset, [0])
+    empty = packed(dataset, [0])
     empty["labels"] = [-100] * len(empty["labels"])
     model.get_input_embeddings().weight.requires_grad_(True)
     output = model(**inputs(Collate(0, packed=True)([empty])), chunked_loss=True)
@@ -110,12 +109,12 @@ def test_a_line_without_labels_has_no_loss_and_no_gradient(model: Any, dataset: 
     assert float(output.loss) == 0 and float(model.get_input_embeddings().weight.grad.abs().sum()) == 0
 
 
-def test_every_row_is_in_one_line_and_lines_are_full(params: Params) -> None:
+def test_every_row_is_in_one_sequence_and_sequences_are_full(params: Params) -> None:
     draw = torch.Generator().manual_seed(0)
     lengths = [int(n) for n in torch.randint(5, 120, (2000,), generator=draw)] + [900, 512, 513]
-    lines = pack_rows(lengths, 512, seed=1)
-    assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
-    totals = [sum(lengths[row] for row in line) for line in lines]
-    assert all(total <= 512 or len(line) == 1 for total, line in zip(totals, lines, strict=True))
+    sequences = pack_rows(lengths, 512, seed=1)
+    assert sorted(row for rows in sequences for row in rows) == list(range(len(lengths)))
+    totals = [sum(lengths[row] for row in rows) for rows in sequences]
+    assert all(total <= 512 or len(rows) == 1 for total, rows in zip(totals, sequences, strict=True))
     assert sum(totals) / len(totals) > 0.95 * 512
-    assert lines != pack_rows(lengths, 512, seed=2)
+    assert sequences != pack_rows(lengths, 512, seed=2)

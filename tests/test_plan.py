@@ -1,4 +1,4 @@
-"""The plan: the formula against what a GPU took, and what a plan says and refuses."""
+"""The plan: its formula against a GPU's measured memory, and what it says and refuses."""
 
 import re
 from pathlib import Path
@@ -23,17 +23,17 @@ LLAMA = LlamaConfig(**SMALL, intermediate_size=704, num_attention_heads=8)
 LLAMA_3_8B = LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
 LLAMA_65B = LlamaConfig(hidden_size=8192, intermediate_size=22016, num_hidden_layers=80, num_attention_heads=64)
 SIZES = {"7B": LlamaConfig(), "65B": LLAMA_65B}
-SDPA = {"attn_implementation": "sdpa"}  # with a mask over the packed line
+SDPA = {"attn_implementation": "sdpa"}  # with a mask over the packed sequence
 
 
-def planned(params: Params, **changes: Any) -> Any:
+def train_params(params: Params, **changes: Any) -> Any:
     method = "qlora" if changes.get("load_in_4bit", True) else "lora"
     settings = {"lora_r": 16, "lora_target_modules": "all-linear", "use_liger_kernel": False, "method": method}
     return with_(params, train=settings | changes).train
 
 
 # Measured on one H200 (November 2026; torch 2.11, transformers 5.23, trl 1.16, peft 0.21.2, bitsandbytes 0.50.2,
-# liger-kernel 0.8.5): Llama-3.1-8B's shape, LoRA r 16 on all linear layers, packed lines of 2,048, bf16;
+# liger-kernel 0.8.5): Llama-3.1-8B's shape, LoRA r 16 on all linear layers, packed sequences of 2,048, bf16;
 # `max_memory_allocated` in the steps.
 @pytest.mark.parametrize(
     ("rows", "changes", "measured"),
@@ -49,25 +49,25 @@ def planned(params: Params, **changes: Any) -> Any:
 def test_the_formula_is_within_a_tenth_of_a_gpu(
     params: Params, rows: int, changes: dict[str, Any], measured: float
 ) -> None:
-    train = planned(params, **changes)
+    train = train_params(params, **changes)
     memory = step_memory(count(LLAMA_3_8B, train), train, rows, 2048, on_gpu=True)
     assert memory["peak"] / GIB == pytest.approx(measured, rel=0.10)
 
 
 def test_parameters_steps_time_and_cost_are_those_of_the_training(params: Params, dataset: Path, adapter: Path) -> None:
-    record, made = read_json(adapter / "training.json"), plan(params, dataset, gpu="A100-80GB")
-    assert (made.trainable_parameters, made.steps) == (record["trainable_parameters"], record["steps"])
-    assert made.tokens and made.seconds and made.cost_usd
-    assert made.seconds == pytest.approx(made.flops_per_token * made.tokens / (312e12 * 0.40))
-    assert made.cost_usd == pytest.approx(made.seconds / 3600 * 1.80)
-    assert "A100-80GB" in describe(made)
+    record, planned = read_json(adapter / "training.json"), plan(params, dataset, gpu="A100-80GB")
+    assert (planned.trainable_parameters, planned.steps) == (record["trainable_parameters"], record["steps"])
+    assert planned.tokens and planned.seconds and planned.cost_usd
+    assert planned.seconds == pytest.approx(planned.flops_per_token * planned.tokens / (312e12 * 0.40))
+    assert planned.cost_usd == pytest.approx(planned.seconds / 3600 * 1.80)
+    assert "A100-80GB" in describe(planned)
 
 
 @pytest.mark.parametrize(("gpu", "model"), [("Voodoo2", None), (None, "missing")])
-def test_what_there_is_not_is_refused(params: Params, tmp_path: Path, gpu: str | None, model: str | None) -> None:
-    tried = with_(params, prepare={"model_name_or_path": str(tmp_path / model)}) if model else params
+def test_an_unknown_gpu_or_model_is_refused(params: Params, tmp_path: Path, gpu: str | None, model: str | None) -> None:
+    settings = with_(params, prepare={"model_name_or_path": str(tmp_path / model)}) if model else params
     with pytest.raises((PlanError, TemplateError), match="A100-80GB" if gpu else str(tmp_path)):
-        plan(tried, gpu=gpu)
+        plan(settings, gpu=gpu)
 
 
 SAVING = {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}
@@ -82,33 +82,33 @@ SAVING = {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}
         ("65B", "A6000", SAVING, None),
     ],
 )
-def test_what_fits_is_planned_stage_by_stage_and_what_does_not_is_refused_with_what_would(
+def test_a_run_that_fits_is_planned_and_another_is_refused_with_advice(
     params: Params, tmp_path: Path, monkeypatch: Any, size: str, gpu: str, train: Any, refused: str | None
 ) -> None:
-    own = "GPU-12GB: {memory_gib: 12, bf16_tflops: 50, usd_per_hour: 0.2, utilization: 0.3}\n"
-    (tmp_path / "gpus.yaml").write_text(planning.GPUS.read_text() + own)
+    entry = "GPU-12GB: {memory_gib: 12, bf16_tflops: 50, usd_per_hour: 0.2, utilization: 0.3}\n"
+    (tmp_path / "gpus.yaml").write_text(planning.GPUS.read_text() + entry)
     monkeypatch.setattr(planning, "GPUS", tmp_path / "gpus.yaml")
     config = SIZES[size]
     config.save_pretrained(tmp_path / size)
     prepare = {"model_name_or_path": str(tmp_path / size), "max_length": 512}
-    settings = {"method": "qlora", "load_in_4bit": "auto", "lora_r": 16, "packed_length": 512}
-    tried = with_(params, prepare=prepare, train=settings | train)
+    common = {"method": "qlora", "load_in_4bit": "auto", "lora_r": 16, "packed_length": 512}
+    settings = with_(params, prepare=prepare, train=common | train)
     if refused:
         with pytest.raises(PlanError, match=refused):
-            plan(tried, gpu=gpu)
+            plan(settings, gpu=gpu)
         return
-    made = plan(tried, gpu=gpu)
-    whole = gpu == "A100-80GB"
-    assert ("in bfloat16" if whole else "in 4 bits") in made.evaluate
-    cache = 2 * 2 * 512 * config.num_hidden_layers * config.hidden_size / 2**20  # keys and values of a prompt alone
-    assert cache < float(re.findall(r"; ([\d.]+) MiB for each prompt", made.evaluate)[0]) < 2 * cache
-    assert "shard by shard" in made.merge and ("device map" in made.merge) == (not whole)
-    assert (made.steps, made.tokens, made.seconds) == (None, None, None)
-    assert "dvc repro prepare" in describe(made)
+    planned = plan(settings, gpu=gpu)
+    fits_unquantised = gpu == "A100-80GB"
+    assert ("in bfloat16" if fits_unquantised else "in 4 bits") in planned.evaluate
+    cache = 2 * 2 * 512 * config.num_hidden_layers * config.hidden_size / 2**20  # only keys and values of a prompt
+    assert cache < float(re.findall(r"; ([\d.]+) MiB for each prompt", planned.evaluate)[0]) < 2 * cache
+    assert ("device map" in planned.merge) == (not fits_unquantised)
+    assert (planned.steps, planned.tokens, planned.seconds) == (None, None, None)
+    assert "dvc repro prepare" in describe(planned)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_planned_with_the_parameters_that_it_trains(params: Params, method: str) -> None:
+def test_a_plan_has_the_number_of_parameters_that_a_method_trains(params: Params, method: str) -> None:
     settings = {"method": method, "load_in_4bit": "auto", "packing": method not in VIRTUAL_TOKENS}
     train = with_(params, train=settings).train
     counts = count(LLAMA, train)
@@ -116,31 +116,33 @@ def test_every_method_is_planned_with_the_parameters_that_it_trains(params: Para
     adapter = adapter_config(train, model)
     trained = get_peft_model(model, adapter) if adapter else model
     expected = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    assert counts.trainable == pytest.approx(expected, rel=1e-3)  # AdaLoRA's rank counters are none on a GPU
+    assert counts.trainable == pytest.approx(expected, rel=1e-3)  # AdaLoRA also counts its rank counters
     for on_gpu in (False, True):
         memory = step_memory(counts, train, 1, 64, on_gpu)
         assert min(memory["weights"], memory["activations"], memory["backward"]) > 0
 
 
-def test_work_is_counted_by_the_weights_that_a_token_meets(params: Params) -> None:
-    # Frozen weights take no gradient: 4 a weight, not 6; recomputing the forward pass adds 2. The head is recomputed
-    # tile by tile in any case.
+def test_work_counts_the_weights_that_a_token_passes(params: Params) -> None:
+    # 4 operations per frozen weight, which needs no gradient, and 2 more for recomputing the forward pass. The head is
+    # always recomputed in tiles.
     config = LlamaConfig(num_hidden_layers=4)
     layers, head = 4 * (4 * 4096**2 + 3 * 4096 * 11008), 4096 * 32000
-    for checkpointing, each in ((False, 4), (True, 6)):
-        train = planned(params, gradient_checkpointing=checkpointing)
-        assert flops_per_token(count(config, train), train, 1, 256) == pytest.approx(each * layers + 6 * head, rel=0.05)
+    for checkpointing, per_weight in ((False, 4), (True, 6)):
+        train = train_params(params, gradient_checkpointing=checkpointing)
+        assert flops_per_token(count(config, train), train, 1, 256) == pytest.approx(
+            per_weight * layers + 6 * head, rel=0.05
+        )
     mixture = MixtralConfig(**SMALL, intermediate_size=256, num_attention_heads=8, num_local_experts=4).to_dict()
-    train = planned(params, lora_target_modules="attention")
+    train = train_params(params, lora_target_modules="attention")
     few, all_four = (count(MixtralConfig(**mixture | {"num_experts_per_tok": n}), train) for n in (2, 4))
     assert few.parameters == all_four.parameters
     assert flops_per_token(few, train, 1, 64) < flops_per_token(all_four, train, 1, 64)
     assert step_memory(few, train, 1, 64, True)["peak"] < step_memory(all_four, train, 1, 64, True)["peak"]
 
 
-def test_a_classifier_is_planned_and_a_model_without_the_sizes_of_the_formula_is_refused(params: Params) -> None:
+def test_a_classifier_is_planned_and_a_model_without_known_sizes_is_refused(params: Params) -> None:
     settings = {"task": "sequence-classification", "packing": False}
     train = with_(params, train=settings, promote={"primary_metric": "accuracy", "guard_metrics": {}}).train
     assert step_memory(count(LLAMA, train), train, 1, 64, on_gpu=True)["peak"] > 0
     with pytest.raises(UnplannedError, match="mamba"):
-        count(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=100), planned(params))
+        count(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=100), train_params(params))

@@ -33,7 +33,7 @@ def tokens(template: ChatTemplate, text: str) -> list[int]:
 def written_by(template: ChatTemplate, answer: dict[str, Any], tools: Any = None) -> tuple[str, str]:
     """The prompt of `answer`, and what a model is trained to write behind it."""
     encoded = template.encode([*QUESTION, answer], None if tools is None else json.dumps(tools))
-    [(before, written)] = trained_runs(template, encoded)
+    [(before, written)] = trained_runs(encoded)
     return template.tokenizer.decode(before), template.tokenizer.decode(written)
 
 

@@ -1,4 +1,4 @@
-"""The chat template as a contract: what is trained, what is refused, and what a later stage finds unchanged."""
+"""The chat template and its contract: what is trained, what is refused, and which changes a later stage detects."""
 
 import datetime
 import json
@@ -51,7 +51,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
-def test_of_any_text_the_answers_and_their_end_tokens_are_trained_behind_their_prompts(
+def test_answers_of_any_text_are_trained_with_their_end_tokens_after_their_prompts(
     template: ChatTemplate, pairs: list[tuple[str, str]]
 ) -> None:
     messages = talk(*(text for pair in pairs for text in pair))
@@ -60,11 +60,11 @@ def test_of_any_text_the_answers_and_their_end_tokens_are_trained_behind_their_p
     assert all(label in (-100, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
     assert trained(template, messages) == [answer + END for _, answer in pairs]
     assert template.tokenizer.decode(encoded.input_ids[-1]) == "\n" and encoded.labels[-1] == -100
-    for number, (before, _) in enumerate(trained_runs(template, encoded)):
+    for number, (before, _) in enumerate(trained_runs(encoded)):
         assert before == template.prompt_ids(messages[: 2 * number + 1])
 
 
-def test_only_the_answers_that_are_asked_for_are_trained(params: Params, template: ChatTemplate) -> None:
+def test_train_on_and_weights_choose_the_trained_answers(params: Params, template: ChatTemplate) -> None:
     messages = talk("q1", "bad", "q2", "good")
     assert trained(loaded(params, train_on="last_response"), messages) == [f"good{END}"]
     messages[1]["weight"] = 0
@@ -75,7 +75,7 @@ def test_only_the_answers_that_are_asked_for_are_trained(params: Params, templat
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tools"])
-def test_control_tokens_are_refused_on_demand(params: Params, role: str) -> None:
+def test_on_control_tokens_drop_refuses_them(params: Params, role: str) -> None:
     messages, tools = [dict(SYSTEM), *talk("q", "a")], [{"name": END if role == "tools" else "clock"}]
     for message in messages:
         message["content"] += END if message["role"] == role else ""
@@ -97,25 +97,29 @@ JOINED = (
 @pytest.mark.parametrize(
     ("text", "answers", "rows"),
     [
-        (REWRITES, ("a1", "a2"), 2),  # earlier turns read otherwise: a row for each answer
-        (NEXT_HEADER, ("a1", "a2"), 1),  # the header of the next turn ends this one, and is trained
-        (JOINED, ("lour", "!"), 2),  # the second prompt has the word "colour", the first answer is tokenised by itself
+        (REWRITES, ("a1", "a2"), 2),  # it rewrites earlier turns, so each answer has a row
+        (NEXT_HEADER, ("a1", "a2"), 1),  # the header of the next turn ends this one, so it is trained
+        (
+            JOINED,
+            ("lour", "!"),
+            2,
+        ),  # the second prompt has the token "colour"; the first answer is tokenised separately
     ],
 )
-def test_each_answer_stands_behind_its_prompt_whatever_a_template_does_with_earlier_turns(
+def test_each_answer_follows_its_prompt_even_if_the_template_rewrites_earlier_turns(
     params: Params, tmp_path: Path, text: str, answers: tuple[str, str], rows: int
 ) -> None:
     template, messages = loaded(params, text, tmp_path), talk("q1", answers[0], "q2", answers[1])
     encoded = template.encode(messages)
     assert len(encoded.earlier) == rows - 1
     assert trained(template, messages) == [f"{answer}{END}" for answer in answers]
-    for place, (before, _) in zip((1, 3), trained_runs(template, encoded), strict=True):
-        assert before == template.prompt_ids(messages[:place])
+    for index, (before, _) in zip((1, 3), trained_runs(encoded), strict=True):
+        assert before == template.prompt_ids(messages[:index])
     last = loaded(params, text, tmp_path, train_on="last_response").encode(messages)
     assert (last.input_ids, last.earlier) == (encoded.input_ids, ())
 
 
-def test_a_row_that_the_template_cannot_carry_does_not_condemn_the_others(params: Params, tmp_path: Path) -> None:
+def test_only_the_row_that_the_template_refuses_is_refused(params: Params, tmp_path: Path) -> None:
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     template = loaded(params, refuses + CHATML, tmp_path)
     assert trained(template, talk("q", "a")) == [f"a{END}"]
@@ -147,7 +151,7 @@ def test_another_base_model_and_another_tokenizer_are_refused(params: Params, co
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "named"),
+    ("key", "value", "changed"),
     [
         ("chat_template", CHATML.replace(f"{END}\n", f"{END}\n\n"), "chat_template_sha256"),
         ("tokenizer_sha256", "0" * 64, "tokenizer_sha256"),
@@ -156,19 +160,19 @@ def test_another_base_model_and_another_tokenizer_are_refused(params: Params, co
         ("train_on", "last_response", "golden"),
         ("on_control_tokens", "drop", "golden"),
         ("golden", [], "golden"),
-        ("on_left_out", None, "on_left_out"),  # as an older version wrote it: without
+        ("on_left_out", None, "on_left_out"),  # an older version wrote contracts without it
     ],
 )
-def test_a_changed_contract_names_what_changed(params: Params, copy: Path, key: str, value: Any, named: str) -> None:
+def test_a_changed_contract_names_what_changed(params: Params, copy: Path, key: str, value: Any, changed: str) -> None:
     contract = contract_of(params, copy) | {key: value}
     if value is None:
         del contract[key]
-    with pytest.raises(TemplateError, match=named):
+    with pytest.raises(TemplateError, match=changed):
         load_contract(contract)
 
 
 def test_a_contract_with_other_golden_conversations_is_still_checked(params: Params, copy: Path) -> None:
-    # A later version may choose others: a model that was shipped with these must stay servable, and be checked.
+    # A later version may use others; models that were shipped with these must still be served and checked.
     contract = contract_of(params, copy)
     contract["golden"] = contract["golden"][:1]
     assert load_contract(contract).text == contract["chat_template"]
@@ -184,7 +188,7 @@ def without_end(copy: Path, eos: str | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "prepare", "what"),
+    ("change", "prepare", "value"),
     [
         (None, {"model_name_or_path": "data/none"}, "data/none"),
         (None, {"model_name_or_path": "some/model"}, "prepare.model_revision"),
@@ -202,22 +206,22 @@ def without_end(copy: Path, eos: str | None = None) -> None:
     ],
 )
 def test_a_base_or_template_that_cannot_be_trained_with_is_refused(
-    params: Params, copy: Path, change: Callable[[Path], object] | None, prepare: dict[str, Any], what: str
+    params: Params, copy: Path, change: Callable[[Path], object] | None, prepare: dict[str, Any], value: str
 ) -> None:
     if change is not None:
         change(copy)
-    with pytest.raises(TemplateError, match=what):
+    with pytest.raises(TemplateError, match=value):
         contract_of(params, copy, **prepare)
 
 
-def test_a_base_is_looked_at_without_its_weights(params: Params, copy: Path) -> None:
+def test_a_base_is_checked_without_reading_its_weights(params: Params, copy: Path) -> None:
     for weights in copy.glob("*.safetensors"):
         save_file({}, weights)
     contract_of(params, copy, max_length=512)
 
 
-def test_a_named_template_brings_the_end_token_that_a_base_does_not_name(params: Params, copy: Path) -> None:
-    without_end(copy, "<|endoftext|>")  # as bases before instruction tuning, whose generations end with that
+def test_a_named_template_adds_the_end_token_that_a_base_does_not_declare(params: Params, copy: Path) -> None:
+    without_end(copy, "<|endoftext|>")  # like bases without instruction tuning
     assert trained(loaded(params, model_name_or_path=str(copy)), talk("q", "a")) == [f"a{END}"]
     contract = contract_of(params, copy, chat_template="chatml")
     assert contract["chat_template_name"] == "chatml"
@@ -226,7 +230,7 @@ def test_a_named_template_brings_the_end_token_that_a_base_does_not_name(params:
     assert trained(template, talk("q", "a")) == [f"a{END}"]
 
 
-def test_a_dataset_of_yesterday_is_the_contracts_today(
+def test_the_date_today_is_pinned_in_the_contract(
     params: Params, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Yesterday(datetime.date):

@@ -1,4 +1,4 @@
-"""A model that thinks, with a real template, from its rows to a merged model: what counts are its answers' contents."""
+"""A thinking model with a real template, from rows to a merged model: only the answers' contents are scored."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipeline.train import train
 QWEN3 = FOLDER / "qwen3.jinja"
 
 
-def test_a_thinking_model_is_scored_by_its_contents_and_merged_with_its_template(
+def test_a_thinking_model_is_scored_without_its_thoughts_and_merged_with_its_template(
     tmp_path: Path, params: Params
 ) -> None:
     """A base with Qwen 3's template, from prepare to merge; half of the rows reason."""

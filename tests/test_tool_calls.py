@@ -50,7 +50,9 @@ def of_calls(dataset: Path) -> Any:
     return test.filter([task == "calls" for task in test["task"].to_pylist()])
 
 
-def test_the_reference_of_a_call_is_its_calls_as_what_is_trained_reads(dataset: Path, template: ChatTemplate) -> None:
+def test_the_reference_of_a_call_equals_what_is_parsed_from_the_trained_tokens(
+    dataset: Path, template: ChatTemplate
+) -> None:
     test = of_calls(dataset)
     assert len(test) > 5
     assert set(test["scoring"].to_pylist()) == {"tool_calls"}
@@ -67,7 +69,7 @@ def test_the_reference_of_a_call_is_its_calls_as_what_is_trained_reads(dataset: 
         assert (canonical_calls(read.tool_calls), read.cut_off) == (item["reference"], False)
 
 
-def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path, params: Params) -> None:
+def test_calls_count_for_accuracy_and_not_for_text_metrics(dataset: Path, params: Params) -> None:
     test = of_calls(dataset).slice(0, 5)
     expected = [json.loads(reference) for reference in test["reference"].to_pylist()]
     swapped = [dict(reversed(call.items())) for call in reversed(expected[1])]
@@ -89,7 +91,7 @@ def test_calls_count_for_accuracy_and_no_text_is_measured_on_them(dataset: Path,
     assert [scores[metric] for metric in TEXTS] == [None] * len(TEXTS)
 
 
-def test_texts_beside_calls_are_scored_as_without_them(dataset: Path, params: Params) -> None:
+def test_calls_do_not_change_the_scores_of_texts(dataset: Path, params: Params) -> None:
     rows = pq.read_table(dataset / "test.parquet").to_pylist()
     for row in rows:  # calls with Chinese arguments ask for no other tokeniser of the texts
         row["reference"] = row["reference"].replace("box", "盒") if row["scoring"] == "tool_calls" else row["reference"]

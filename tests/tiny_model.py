@@ -1,4 +1,4 @@
-"""A tiny real base model with a tokenizer of its own, and rows that it can learn; no network."""
+"""A tiny real base model with its own tokenizer, and rows that it can learn; needs no network."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ COLOURS = ["red", "blue", "green", "black", "white"]
 
 
 def sample_rows(number: int) -> list[dict[str, str]]:
-    """Alpaca rows a tiny model can learn: the answer is a word of the question."""
+    """Alpaca rows that a tiny model can learn: the answer is a word of the question."""
     draw = random.Random(0)
     rows = []
     for i in range(number):
@@ -25,7 +25,7 @@ def sample_rows(number: int) -> list[dict[str, str]]:
 
 
 def byte_level(texts: Iterable[str] = (), special: Sequence[str] = SPECIAL) -> Any:
-    """A tokenizer as GPT-2's, of the words in `texts`, or in `sample_rows`."""
+    """A tokenizer like GPT-2's, trained on `texts` or on `sample_rows`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -42,7 +42,7 @@ def byte_level(texts: Iterable[str] = (), special: Sequence[str] = SPECIAL) -> A
 
 
 def make_base(folder: Path, seed: int = 0, steps: int = 0, tokenizer: Any = None, **sizes: int) -> Path:
-    """A random Llama (trained for `steps`) with 2 layers, or other `sizes`, its own tokenizer and a ChatML template."""
+    """A random 2-layer Llama (or other `sizes`), trained for `steps`, with its own tokenizer and a ChatML template."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def make_base(folder: Path, seed: int = 0, steps: int = 0, tokenizer: Any = None
 
 
 def teach_format(model: Any, tokenizer: Any, steps: int) -> None:
-    """Chats whose answer is any colour: the base knows the words and when to stop, but not what is asked."""
+    """Train on chats with a random colour as the answer: the base learns the words and when to stop, not the task."""
     import torch
 
     draw = random.Random(1)
