@@ -1,4 +1,4 @@
-"""Work that is killed at any step, or races: no snapshot, version, decision or adapter is torn, lost or made twice."""
+"""Work that is killed at any step, or races: no snapshot, version, decision or adapter is damaged, lost or doubled."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def files(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): sha256_file(path) for path in root.rglob("*") if path.is_file()}
 
 
-# What runs in the fork, in a folder of its own.
+# These functions run in a fork, each in its own folder.
 
 
 def ingest(root: str) -> None:
@@ -55,7 +55,7 @@ def ingest_whose_dvc_is_cut_short(root: str) -> None:
 
 
 def publish(root: str) -> None:
-    graph.stale = lambda folder: {}  # made in a moment; DVC knows nothing of it
+    graph.stale = lambda folder: {}  # DVC does not know the test's artifacts
     shipping.publish(parameters(Path(root)).publish, Path(root))
 
 
@@ -75,30 +75,28 @@ def training(root: str) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """Something to kill, and what has to hold after that."""
+    """Something to kill, and checks of the state after that."""
 
     run: Callable[[str], Any]
-    template: Path  # what it starts from
-    events: int  # of a whole run
-    done: Callable[[Path], bool]  # whether it took effect; fails where something is torn
-    repaired: Callable[[Path], None]  # everything is right, once, after the next whole run
+    template: Path  # the folder that each run starts from
+    events: int  # of a complete run
+    took_effect: Callable[[Path], bool]  # fails if something is damaged
+    check_repaired: Callable[[Path], None]  # fails unless everything is right after the next complete run
 
     def fresh(self, folder: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         return shutil.copytree(self.template, folder, symlinks=True)
 
     def killed(self, folder: Path, *kills: int) -> tuple[bool, Any]:
-        """Whether it had taken effect when it was killed, again and again, at these events; the next run must leave
-        everything right, and its answer.
-        """
+        """Kill it at each of these events, then run it; returns whether it took effect before that, and its answer."""
         root = self.fresh(folder)
         for kill_at in kills:
             assert preloaded.call(self.run, root, kill_at=kill_at).killed
-        done = self.done(root)
+        effect = self.took_effect(root)
         answer = preloaded.call(self.run, root).answer
-        assert self.done(root)
-        self.repaired(root)
-        return done, answer
+        assert self.took_effect(root)
+        self.check_repaired(root)
+        return effect, answer
 
 
 def ingest_work(template: Path, scratch: Path, base: Path, params: Params) -> Work:
@@ -111,47 +109,47 @@ def ingest_work(template: Path, scratch: Path, base: Path, params: Params) -> Wo
     new = files(scratch / "data")
     assert old != new
 
-    def done(root: Path) -> bool:
+    def took_effect(root: Path) -> bool:
         recover(root)
         assert files(root / "data") in (old, new)
         assert not list(root.glob(".retune/ingest*"))
         return files(root / "data") == new
 
-    def repaired(root: Path) -> None:
-        assert graph.stale(root).get("data.dvc") is None  # DVC takes it for what data.dvc names
+    def check_repaired(root: Path) -> None:
+        assert graph.stale(root).get("data.dvc") is None  # the data are those of data.dvc
 
-    return Work(ingest, template, whole.events, done, repaired)
+    return Work(ingest, template, whole.events, took_effect, check_repaired)
 
 
 def publish_work(template: Path, scratch: Path) -> Work:
     published(template, parameters(template), registered=False)
     shutil.rmtree(template / "store")
 
-    def done(root: Path) -> bool:
+    def took_effect(root: Path) -> bool:
         store = FileStore(root / "store")
         keys = store.list("versions/")
         for key in keys:
             check_objects(store, json.loads(store.read(key) or b"")["files"])
         return len(keys) == 1
 
-    def repaired(root: Path) -> None:
+    def check_repaired(root: Path) -> None:
         [version] = ModelRegistry(f"sqlite:///{root}/mlflow.db", NAME).numbers()
         assert version == graph.version_id(root)
 
     whole = preloaded.call(publish, shutil.copytree(template, scratch))
-    return Work(publish, template, whole.events, done, repaired)
+    return Work(publish, template, whole.events, took_effect, check_repaired)
 
 
 def promote_work(template: Path, scratch: Path) -> Work:
     params = parameters(template)
     first = published(template, params, 0.4)
     gate.promote(params.publish, params.promote, first, template)
-    published(template, params, 0.6, registered=False)  # the registry has not heard of it
+    published(template, params, 0.6, registered=False)
 
-    def done(root: Path) -> bool:
+    def took_effect(root: Path) -> bool:
         return len(read_log(FileStore(root / "store"), NAME)) == 2
 
-    def repaired(root: Path) -> None:
+    def check_repaired(root: Path) -> None:
         log = read_log(FileStore(root / "store"), NAME)
         assert [record.decision for record in log] == ["promoted", "promoted"]
         client = ModelRegistry(f"sqlite:///{root}/mlflow.db", NAME).client
@@ -160,11 +158,11 @@ def promote_work(template: Path, scratch: Path) -> Work:
 
     whole = preloaded.call(promote, shutil.copytree(template, scratch))
     assert whole.answer == ["promoted", []]
-    return Work(promote, template, whole.events, done, repaired)
+    return Work(promote, template, whole.events, took_effect, check_repaired)
 
 
 def train_work(template: Path, scratch: Path, params: Params, dataset: Path) -> Work:
-    # Dropout on, two micro-batches a step, a checkpoint every 3 steps, validation every 4: nothing falls together.
+    # Dropout, two micro-batches per step, and checkpoints and validations at different steps.
     short = with_(
         params,
         train={"lora_dropout": 0.1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
@@ -176,14 +174,14 @@ def train_work(template: Path, scratch: Path, params: Params, dataset: Path) -> 
     assert whole.answer == 0
     adapter = files(scratch / "adapter")
 
-    def done(root: Path) -> bool:
+    def took_effect(root: Path) -> bool:
         assert not (root / "adapter").exists() or files(root / "adapter") == adapter
         return (root / "adapter").exists()
 
-    def repaired(root: Path) -> None:
+    def check_repaired(root: Path) -> None:
         assert not list((root / "checkpoints").iterdir())
 
-    return Work(training, template, whole.events, done, repaired)
+    return Work(training, template, whole.events, took_effect, check_repaired)
 
 
 @pytest.fixture(scope="module", params=["ingest", "publish", "promote", "train"])
@@ -200,9 +198,9 @@ def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_work_killed_again_and_again_is_lost_or_done_once(work: Work, tmp_path: Path) -> None:
     print(f"{work.events} events")
-    # Of a training: in the middle of an epoch, between two checkpoints.
+    # A training is killed within an epoch, between two checkpoints.
     _, answer = work.killed(tmp_path / "killed", int(0.4 * work.events), int(0.3 * work.events))
-    assert work.run is not training or answer > 3  # the step that it went on from
+    assert work.run is not training or answer > 3  # the step that it resumed from
     assert work.killed(tmp_path / "killed", work.events)[0]
 
 
@@ -212,15 +210,15 @@ def test_work_killed_at_any_step_is_lost_or_done_once(work: Work, tmp_path: Path
     effects = [work.killed(tmp_path / "killed", number)[0] for number in range(1, work.events + 1)]
     before, after = effects.count(False), effects.count(True)
     print(f"killed at each of {work.events} events: {before} before, {after} after the effect")
-    assert effects == sorted(effects)  # from some event on it has taken effect
+    assert effects == sorted(effects)  # from some event on, it took effect
 
 
 @pytest.mark.parametrize("work", ["ingest"], indirect=True)
-def test_an_ingest_killed_while_dvc_writes_its_file_is_taken_back(work: Work, tmp_path: Path) -> None:
+def test_an_ingest_killed_while_dvc_writes_its_file_is_undone(work: Work, tmp_path: Path) -> None:
     root = work.fresh(tmp_path / "killed")
     assert preloaded.call(ingest_whose_dvc_is_cut_short, root).killed
-    assert not work.done(root)
-    work.repaired(root)
+    assert not work.took_effect(root)
+    work.check_repaired(root)
 
 
 RACER = """
@@ -248,10 +246,7 @@ print(json.dumps(events), flush=True)
 
 
 def race(params: PublishParams, racers: int, rounds: int) -> dict[str, list[list[int]]]:
-    """Let `racers` processes promote themselves as often as they can, and check the history that they make.
-
-    Returns: every process's attempts.
-    """
+    """Let `racers` processes promote themselves as often as they can, and check the log; returns their attempts."""
     command = [sys.executable, "-c", RACER, params.model_dump_json()]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     children = [subprocess.Popen([*command, str(me), str(rounds)], env=environment(), **pipes) for me in range(racers)]
@@ -268,9 +263,11 @@ def race(params: PublishParams, racers: int, rounds: int) -> dict[str, list[list
     log = read_log(open_store(params), "model")
     assert [record.number for record in log] == list(range(1, rounds + 1))
     for before, record in zip([None, *log], log, strict=False):
-        assert record.previous == (before.version if before else None)  # decided knowing the champion that it replaced
+        assert record.previous == (before.version if before else None)  # it knew the champion that it replaced
     wins = {seen + 1: who for who, events in attempts.items() for _, _, seen, _, _, won in events if won}
-    assert wins == {record.number: record.version for record in log}  # nobody believes in a promotion that is not there
+    assert wins == {
+        record.number: record.version for record in log
+    }  # no process believes in a promotion that is not in the log
     lost = sum(not event[5] for events in attempts.values() for event in events)
     print(f"{rounds} promotions, {lost} attempts lost to another process")
     assert lost > 0
@@ -281,7 +278,7 @@ def race(params: PublishParams, racers: int, rounds: int) -> dict[str, list[list
 @pytest.mark.parametrize(("racers", "rounds"), [(4, 20), pytest.param(64, 200, marks=pytest.mark.faults)])
 def test_racing_promoters_make_one_linear_history(tmp_path: Path, racers: int, rounds: int) -> None:
     attempts = race(publish_params((tmp_path / "store").as_uri()), racers, rounds)
-    # Linearisable: a read sees every record whose creation had returned when it began, and none that was not begun.
+    # Linearisable: a read sees every record that was created before it began, and none whose creation began after it.
     returned = sorted(event[4] for events in attempts.values() for event in events if event[5])
     begun = sorted(event[3] for events in attempts.values() for event in events if event[5])
     for events in attempts.values():

@@ -13,7 +13,7 @@ from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.training import loss as loss_module
 from pipeline.training.attention import use_packed_attention
-from pipeline.training.loss import add_chunked_loss, chunked_loss
+from pipeline.training.loss import add_chunked_loss, sum_of_nats
 from pipeline.training.packing import Collate, count_tokens, pack_rows, split_batch, training_sequences
 from pipeline.weights.loading import load_base
 
@@ -91,12 +91,12 @@ def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch:
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(23, 16, requires_grad=True), torch.randn(300, 16), torch.randn(300)
     labels = torch.randint(0, 300, (23,))
-    chunked_loss(hidden, weight, bias, labels).mul(0.5).backward()
+    sum_of_nats(hidden, weight, bias, labels).mul(0.5).backward()
     gradient, hidden.grad = hidden.grad, None
     full = functional.cross_entropy(hidden @ weight.T + bias, labels, reduction="sum")
     full.mul(0.5).backward()
     torch.testing.assert_close(gradient, hidden.grad)
-    torch.testing.assert_close(chunked_loss(hidden, weight, bias, labels), full)
+    torch.testing.assert_close(sum_of_nats(hidden, weight, bias, labels), full)
 
 
 def test_a_sequence_without_labels_has_no_loss_and_no_gradient(model: Any, dataset: Path) -> None:

@@ -1,4 +1,4 @@
-"""The presets: each sets the same parameters, fits its model's real architecture, and leaves the user's comments."""
+"""Presets: all set the same parameters, fit their model's real architecture, and keep the user's comments."""
 
 import json
 import re
@@ -37,7 +37,7 @@ from pipeline.training.methods import adapter_config
 from pipeline.training.plan import gpu_kind
 from pipeline.training.presets import PRESETS, PresetError, apply_preset, list_presets, preset_values
 
-PRESET = {each.name: each for each in list_presets()}
+PRESET = {preset.name: preset for preset in list_presets()}
 NAMES = [*PRESET]
 
 
@@ -47,7 +47,7 @@ def sized(kind: Any, *sizes: int, **others: Any) -> PreTrainedConfig:
     return config
 
 
-# The published configurations, as far as memory and module names depend on them.
+# The published configurations, as far as they determine memory and module names.
 GEMMA_TEXT = sized(Gemma3TextConfig, 262208, 2560, 10240, 34, 8, 4, head_dim=256, max_position_embeddings=131072)
 GEMMA_VISION = SiglipVisionConfig(
     hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=896,
@@ -86,9 +86,9 @@ def comments(text: str) -> list[str]:
     return re.findall(r"#.*", text)
 
 
-def test_a_preset_sets_what_all_others_set_and_keeps_every_comment(project_file: Path) -> None:
+def test_presets_set_the_same_parameters_and_keep_every_comment(project_file: Path) -> None:
     keys = [{(section, key) for section, settings in preset_values(name).items() for key in settings} for name in NAMES]
-    assert all(of_one == keys[0] for of_one in keys)  # nothing of an earlier preset is left over
+    assert all(preset == keys[0] for preset in keys)  # so nothing of an earlier preset remains
     before = project_file.read_text()
     for name, task in (("gpt2-lora", None), ("qwen3-8b-qlora", "reasoning"), ("roberta-base-imdb", None)):
         apply_preset(name, project_file, task)
@@ -101,12 +101,12 @@ def test_a_preset_sets_what_all_others_set_and_keeps_every_comment(project_file:
 
 
 @pytest.fixture(scope="module")
-def own() -> Params:
+def project() -> Params:
     return load_params(ROOT / "params.yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_pins_its_model_names_a_template_and_target_modules_that_there_are(name: str, own: Params) -> None:
+def test_a_preset_pins_its_model_and_names_an_existing_template_and_modules(name: str, project: Params) -> None:
     prepare = preset_values(name)["prepare"]
     assert re.fullmatch(r"[0-9a-f]{40}", prepare["model_revision"])
     assert prepare["chat_template"] in {*NAMED, None}  # null: the tokenizer's own
@@ -114,15 +114,15 @@ def test_a_preset_pins_its_model_names_a_template_and_target_modules_that_there_
         auto: Any = AutoModelForSequenceClassification if "imdb" in name else AutoModelForCausalLM
         model = auto.from_config(MODELS[name])
     for task in PRESET[name].tasks:
-        params = with_(own, **preset_values(name, task))
+        params = with_(project, **preset_values(name, task))
         adapter_config(params.train, model)
         context = getattr(MODELS[name].get_text_config(), "max_position_embeddings", None) or 2048
         assert params.prepare.max_length <= context
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SMALL else pytest.mark.faults) for n in NAMES])
-def test_a_preset_fits_the_gpu_it_names(name: str, own: Params) -> None:
-    params = with_(own, **preset_values(name))
+def test_a_preset_fits_its_gpu(name: str, project: Params) -> None:
+    params = with_(project, **preset_values(name))
     gpu, size = PRESET[name].gpu, params.train.per_device_train_batch_size
     length = max(params.prepare.max_length, params.train.packed_length if params.train.packing else 0)
     counts = count(MODELS[name], params.train)
@@ -139,7 +139,7 @@ def test_a_block_becomes_one_line_when_its_keys_change(tmp_path: Path) -> None:
     change_params({"evaluate.prompts": [], "promote.guard_metrics": {"chrf": 1.0}}, file)
     now = load_params(file)
     assert (now.evaluate.prompts, now.promote.guard_metrics) == ([], {"chrf": 1.0})
-    assert comments(file.read_text()) == [each for each in comments(before) if each != "# half"]
+    assert comments(file.read_text()) == [comment for comment in comments(before) if comment != "# half"]
     lost = Counter(before.split("\n")) - Counter(file.read_text().split("\n"))
     assert lost.total() == 6  # two keys, two items, two metrics
 
@@ -156,7 +156,7 @@ def test_a_value_is_written_as_yaml_that_reads_back(value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "task", "named"), [("gpt3", None, "bloomz-560m"), ("gpt2-lora", "poetry", "reasoning")]
 )
-def test_what_there_is_not_is_refused_with_what_there_is(
+def test_an_unknown_preset_or_task_is_refused_with_the_known_ones(
     project_file: Path, name: str, task: str | None, named: str
 ) -> None:
     before = project_file.read_text()

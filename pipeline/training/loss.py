@@ -5,6 +5,7 @@ exist. It is for frozen output layers on a CPU; elsewhere TRL's fused head does 
 """
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,12 +45,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad, None, None, None
 
 
-def chunked_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
-) -> torch.Tensor:
-    """Sum of -log p(label) in nats; `hidden` (N, width) may need a gradient, the output layer must not."""
-    apply: Any = _ChunkedLoss.apply
-    return apply(hidden, weight, bias, labels)
+# Sum of -log p(label) in nats. The arguments are those of `forward`; only `hidden` may need a gradient.
+sum_of_nats: Callable[..., torch.Tensor] = _ChunkedLoss.apply
 
 
 def has_plain_frozen_head(model: Any) -> bool:
@@ -66,7 +63,7 @@ def has_plain_frozen_head(model: Any) -> bool:
 
 def add_chunked_loss(model: Any) -> None:
     """Let `model` accept `model(…, labels=…, chunked_loss=True)`, which returns `loss`, a sum in nats."""
-    plain_forward, sum_of_nats = model.forward, chunked_loss
+    plain_forward = model.forward
 
     def forward(self: Any, *args: Any, chunked_loss: bool = False, **inputs: Any) -> Any:
         if not chunked_loss:

@@ -27,11 +27,11 @@ class MethodError(ValueError):
 
 
 def target_modules(params: TrainParams, model: Any) -> str | list[str]:
-    """`all-linear`, which PEFT resolves, or the sorted names of linear layers of `model`."""
+    """`all-linear`, or the sorted names of linear layers of `model`."""
     experts, linear, text = target_parameters(params, model), dict(linear_modules(model)), _language_model(model)
     routed = bool(experts) or any(_is_router(name) for name, _ in model.named_modules())
     if params.lora_target_modules == "all-linear" and params.method != "ia3" and not (routed or text):
-        return "all-linear"
+        return "all-linear"  # PEFT resolves this name, but not for IA3
     names = _target_names(params, model, linear, experts)
     if text:  # the parts for images and sound have layers with the same names
         names = [path for path in linear if any(_matches(name, [path]) for name in names)]
