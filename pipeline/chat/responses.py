@@ -62,7 +62,7 @@ def read_answer(template: ChatTemplate, prompt: Sequence[int], ids: list[int], t
     A malformed call stays part of the text.
 
     Args:
-        tools: the offered tools as JSON; some templates write 7 and "7" alike, and only the tools' schemas tell.
+        tools: the offered tools as JSON. Some templates write 7 and "7" alike, and only the schemas tell which it is.
     """
     tokenizer = template.tokenizer
     ended = bool(ids) and ids[-1] in template.stop_ids
@@ -133,7 +133,7 @@ def _split_calls(
                 text, {"start_anchor": " ", "fields": fields}, prefix="", tools=offered
             )
             items = parsed.get("tool_calls", [])
-            calls = tuple(_call(call) for item in items for call in (item if isinstance(item, list) else [item]))
+            calls = tuple(_parse_call(call) for item in items for call in (item if isinstance(item, list) else [item]))
         except (ValueError, KeyError, TypeError):  # malformed
             continue
         if calls and entry.get("bare"):
@@ -159,7 +159,7 @@ def _call_field(entry: dict[str, Any], offered: bool) -> Field:
     return field
 
 
-def _call(parsed: Any) -> ToolCall:
+def _parse_call(parsed: Any) -> ToolCall:
     """Raises:
     ValueError: no name, or arguments that are not an object.
     """

@@ -58,9 +58,10 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             positions for `max_length` or too few embeddings for its tokenizer.
     """
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
-    name = params.chat_template if params.chat_template in NAMED else None
-    text = named_text(name) if name is not None else None
-    if params.chat_template is not None and name is None:
+    name = text = None
+    if params.chat_template in NAMED:
+        name, text = params.chat_template, named_text(params.chat_template)
+    elif params.chat_template is not None:
         path = Path(params.chat_template)
         if not path.is_file():
             raise TemplateError(
