@@ -111,9 +111,7 @@ def test_gradient_checkpointing_is_the_last_fallback(
     assert_close(weights, unlimited)
 
 
-def test_without_a_fallback_the_error_says_what_to_change(
-    tmp_path: Path, few: Params, dataset: Path
-) -> None:
+def test_without_a_fallback_the_error_says_what_to_change(tmp_path: Path, few: Params, dataset: Path) -> None:
     with (
         memory_for(3, after=CHECKS),
         pytest.raises(OutOfMemory, match=r"at step 1 with one row .* lower prepare.max_length"),
