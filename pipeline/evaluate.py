@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.chat.responses import Answer, read_answer
-from pipeline.chat.template import ChatTemplate, load_contract, require_same_contract
+from pipeline.chat.template import load_contract, require_same_contract
 from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
@@ -34,41 +34,6 @@ class SystemAnswers:
     answers: dict[str, list[Answer]]  # by set of prompts
     test_losses: Losses  # of the references
     general_losses: Losses
-    kept_files: list[Path]
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What both systems are asked."""
-
-    params: EvaluateParams
-    template: ChatTemplate
-    test: pa.Table
-    general: list[GeneralRow]
-    vllm_answers: dict[str, list[Answer]]  # of each system to the test split, with backend vllm
-    kept: Path | None
-
-    def ask(self, model: Any, system: str, depends_on: dict[str, Any]) -> SystemAnswers:
-        """Answers and losses of `model`; `depends_on` identifies it in the names of kept answers."""
-        params, template, name = self.params, self.template, f"the {system}"
-        sets = {
-            TEST: self.test.column("input_ids").to_pylist(),
-            GENERAL: [row.prompt for row in self.general if row.prompt is not None],
-            PROMPTS: [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts],
-        }
-        answers, kept_files = {TEST: self.vllm_answers.get(system, [])}, list[Path]()
-        for set_name, prompts in sets.items():
-            if not prompts or answers.get(set_name):
-                continue
-            file = self.kept and kept_file(self.kept, depends_on, prompts, params.max_new_tokens, template.stop_ids)
-            kept_files += [file] if file else []
-            tools = self.test.column("tools").to_pylist() if set_name == TEST else None
-            settings = (params.max_new_tokens, params.batch_size, "evaluate", name + set_name, file, tools)
-            answers[set_name] = generate(model, template, prompts, *settings)
-        pad, sequences = template.tokenizer.pad_token_id, [row.sequence for row in self.general]
-        general_losses = sequence_losses(model, sequences, pad, "evaluate", name)
-        test_losses = reference_losses(model, template, self.test, "evaluate", name)
-        return SystemAnswers(answers, test_losses, general_losses, kept_files)
 
 
 def evaluate(
@@ -97,19 +62,48 @@ def evaluate(
     quantisation = read_json(adapter / "training.json")["quantisation"]
     if "labels" in contract:
         return _evaluate_classes(params, dataset, adapter, output, contract, quantisation)
+    return _evaluate_answers(params, dataset, adapter, output, contract, quantisation, kept)
+
+
+def _evaluate_answers(
+    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: Any, quantisation: Any, kept: Any
+) -> dict[str, Metrics]:
+    """`evaluate` for a model that answers in text."""
     template, test = load_contract(contract), test_items(dataset, params.max_samples)
-    vllm_answers: dict[str, list[Answer]] = {}
+    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
+    limits = (params.max_new_tokens, template.stop_ids)
+    vllm_answers: dict[str, list[Answer]] = {}  # of each system to the test split
     if params.backend == "vllm":  # before another copy of the base is on the GPU
-        vllm_answers = _answer_by_vllm(params, contract["model"], adapter, template, test, quantisation)
+        tokens = vllm_tokens(contract["model"], adapter, prompts, *limits, quantisation["load_in_4bit"])
+        for system, ids in tokens.items():
+            vllm_answers[system] = [read_answer(template, *row) for row in zip(prompts, ids, tools, strict=True)]
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else []
-    questions = Questions(params, template, test, general, vllm_answers, kept)
+    sets = {
+        TEST: prompts,
+        GENERAL: [row.prompt for row in general if row.prompt is not None],
+        PROMPTS: [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts],
+    }
+    kept_files: list[Path] = []
+
+    def ask(model: Any, system: str, depends_on: dict[str, Any]) -> SystemAnswers:
+        name, answers = f"the {system}", {TEST: vllm_answers.get(system, [])}
+        for set_name, prompts in sets.items():
+            if prompts and not answers.get(set_name):
+                file = kept and kept_file(kept, depends_on, prompts, *limits)
+                kept_files.extend([file] if file else [])
+                settings = (params.max_new_tokens, params.batch_size, "evaluate", name + set_name, file)
+                answers[set_name] = generate(model, template, prompts, *settings, tools if set_name == TEST else None)
+        pad, sequences = template.tokenizer.pad_token_id, [row.sequence for row in general]
+        general_losses = sequence_losses(model, sequences, pad, "evaluate", name)
+        return SystemAnswers(answers, reference_losses(model, template, test, "evaluate", name), general_losses)
+
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
     depends_on = {"base": contract["model"]["digest"], "quantisation": quantisation}
-    systems = {"adapter": questions.ask(model, "adapter", depends_on | {"adapter": weights})}
+    systems = {"adapter": ask(model, "adapter", depends_on | {"adapter": weights})}
     with untuned(model, contract["model"]) as base:
-        systems["base"] = questions.ask(base, "base", depends_on)
+        systems["base"] = ask(base, "base", depends_on)
     with whole_directory(output) as folder:
         items = dict[str, pa.Table]()
         for name in ("base", "adapter"):
@@ -117,28 +111,9 @@ def evaluate(
         _write_other_answers(systems, general, params, folder)
         metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
-        used = {file for system in systems.values() for file in system.kept_files}
-        for path in set(kept.glob("*")) - used:  # answers of earlier runs
+        for path in set(kept.glob("*")) - set(kept_files):  # answers of earlier runs
             path.unlink()
     return metrics
-
-
-def _answer_by_vllm(
-    params: EvaluateParams,
-    identity: dict[str, Any],
-    adapter: Path,
-    template: ChatTemplate,
-    test: pa.Table,
-    quantisation: dict[str, Any],
-) -> dict[str, list[Answer]]:
-    """Each system's answers to the test split."""
-    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
-    limit, stop_ids = params.max_new_tokens, template.stop_ids
-    tokens = vllm_tokens(identity, adapter, prompts, limit, stop_ids, quantisation["load_in_4bit"])
-    return {
-        system: [read_answer(template, *row) for row in zip(prompts, answer_ids, tools, strict=True)]
-        for system, answer_ids in tokens.items()
-    }
 
 
 def _write_other_answers(
@@ -160,7 +135,7 @@ def _write_other_answers(
 
 
 def _evaluate_classes(
-    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: dict[str, Any], quantisation: Any
+    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: Any, quantisation: Any
 ) -> dict[str, Metrics]:
     """`evaluate` for a sequence classification model, whose answers are classes."""
     labels, encoder, test = contract["labels"], load_classes(contract), test_items(dataset, params.max_samples)

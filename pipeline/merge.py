@@ -6,7 +6,6 @@ into packed 4-bit weights. The scores that the gate reads are measured on the me
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,11 @@ from pipeline.scoring.items import provenance, score_items, scoring_params, summ
 from pipeline.scoring.likelihood import per_sequence, reference_losses, token_agreement
 from pipeline.scoring.parity import Merged, merge_closest, prove
 from pipeline.scoring.resampling import read_scores
-from pipeline.weights.loading import Quantisation, record_dtype, use_free_cores
+from pipeline.weights.loading import record_dtype, use_free_cores
 from pipeline.weights.merging import require_mergeable
 from pipeline.weights.placement import load_for_scoring, load_tuned, untuned
 
 LOGIT_PROMPTS, LOGIT_POSITIONS = 16, 64  # whose logits are compared; answers are compared on all prompts
-
-
-@dataclass(frozen=True)
-class _Evaluated:
-    """What was evaluated, and on what."""
-
-    contract: dict[str, Any]
-    quantisation: Quantisation
-    adapter: Path
-    evaluation: Path
-    dataset: Path
-    params: EvaluateParams
-    test: pa.Table
 
 
 def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, output: Path, parity: Path) -> Merged:
@@ -66,9 +52,7 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
     use_free_cores()
     quantisation, labels = read_json(adapter / "training.json")["quantisation"], contract.get("labels")
     evaluate_params = scoring_params(read_json(evaluation / "evaluation.json"))
-    test = test_items(dataset, evaluate_params.max_samples)
-    evaluated = _Evaluated(contract, quantisation, adapter, evaluation, dataset, evaluate_params, test)
-    tuned = _TunedClassifier(evaluated) if labels else _TunedModel(evaluated)
+    tuned = (_TunedClassifier if labels else _TunedModel)(contract, dataset, adapter, evaluation, evaluate_params)
     with whole_directory(output) as folder, whole_directory(parity) as proof:
         base, merging, errors = merge_closest(
             params, contract["model"], adapter, quantisation, folder, tuned.logit_error, labels
@@ -83,13 +67,16 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
 class _TunedModel:
     """The adapter on its base: the logits and answers that a merged model is compared with."""
 
-    def __init__(self, evaluated: _Evaluated) -> None:
-        self.evaluated, self.template = evaluated, load_contract(evaluated.contract)
-        self.prompts = evaluated.test.column("input_ids").to_pylist()
-        identity = evaluated.contract["model"]
-        model = load_tuned(identity, evaluated.quantisation, evaluated.adapter)
+    def __init__(
+        self, contract: dict[str, Any], dataset: Path, adapter: Path, evaluation: Path, params: EvaluateParams
+    ) -> None:
+        self.contract, self.dataset, self.params = contract, dataset, params
+        self.test, self.template = test_items(dataset, params.max_samples), load_contract(contract)
+        self.prompts = self.test.column("input_ids").to_pylist()
+        self.answer_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
+        model = load_tuned(contract["model"], read_json(adapter / "training.json")["quantisation"], adapter)
         self.logits = self._logits(model)
-        with untuned(model, identity) as base:
+        with untuned(model, contract["model"]) as base:
             self.logit_change = _mean_difference(self.logits, self._logits(base))
 
     def logit_error(self, _: str, folder: Path) -> float:
@@ -97,20 +84,20 @@ class _TunedModel:
         return _mean_difference(self.logits, self._logits(load_for_scoring(local_source(folder))))
 
     def score_merged(self, folder: Path, _: str) -> tuple[pa.Table, dict[str, Any], float, float]:
-        """Complete `folder` and score it; scored items, their provenance, and shares of equal tokens and answers."""
-        evaluated, template, pad = self.evaluated, self.template, self.template.tokenizer.pad_token_id
-        test, params = evaluated.test, evaluated.params
+        """Complete `folder` and score it: items, their provenance, and shares of equal tokens and of equal answers."""
+        template, pad = self.template, self.template.tokenizer.pad_token_id
         model = load_for_scoring(local_source(folder))
         bos, stop_ids = model.generation_config.bos_token_id, sorted(template.stop_ids)
         # A server stops where the evaluation stopped.
         GenerationConfig(bos_token_id=bos, eos_token_id=stop_ids, pad_token_id=pad).save_pretrained(str(folder))
         template.tokenizer.chat_template = template.served_text()
-        _complete(folder, template.tokenizer, evaluated.contract)
-        answers, items, signatures = _score(model, "the merged model", template, test, self.prompts, params, "merge")
-        expected_ids = pq.read_table(evaluated.evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
-        agreement = token_agreement(model, self.prompts, expected_ids, pad, "merge", "the merged model")
-        identical = sum(answer.ids == ids for answer, ids in zip(answers, expected_ids, strict=True)) / len(answers)
-        return items, provenance(params, evaluated.dataset, signatures), agreement, identical
+        _complete(folder, template.tokenizer, self.contract)
+        answers, items, signatures = _score(
+            model, template, self.test, self.prompts, self.params, "merge", "the merged model"
+        )
+        agreement = token_agreement(model, self.prompts, self.answer_ids, pad, "merge", "the merged model")
+        identical = sum(answer.ids == ids for answer, ids in zip(answers, self.answer_ids, strict=True)) / len(answers)
+        return items, provenance(self.params, self.dataset, signatures), agreement, identical
 
     def _logits(self, model: Any) -> list[torch.Tensor]:
         """Logits of the last LOGIT_POSITIONS tokens of the first LOGIT_PROMPTS prompts, (T, V) each, in float32."""
@@ -128,43 +115,39 @@ class _TunedModel:
 class _TunedClassifier:
     """As `_TunedModel` for classes, by the logits of all test texts, which the evaluation recorded."""
 
-    def __init__(self, evaluated: _Evaluated) -> None:
-        self.evaluated, self.encoder = evaluated, load_classes(evaluated.contract)
+    def __init__(
+        self, contract: dict[str, Any], dataset: Path, _: Path, evaluation: Path, params: EvaluateParams
+    ) -> None:
+        self.contract, self.dataset, self.params = contract, dataset, params
+        self.test, self.encoder = test_items(dataset, params.max_samples), load_classes(contract)
         self.logits, base_logits = (
-            np.array(pq.read_table(evaluated.evaluation / f"items.{system}.parquet")["logits"].to_pylist(), np.float32)
+            np.array(pq.read_table(evaluation / f"items.{system}.parquet")["logits"].to_pylist(), np.float32)
             for system in ("adapter", "base")
         )
         self.logit_change = float(np.abs(self.logits - base_logits).mean())
         self.merged_logits: dict[str, NDArray[np.float32]] = {}  # by the base that was merged into
 
     def logit_error(self, base: str, folder: Path) -> float:
-        model = load_for_scoring(local_source(folder), None, self.evaluated.contract["labels"])
-        rows, batch_size = self.evaluated.test.column("input_ids").to_pylist(), self.evaluated.params.batch_size
-        logits = compute_logits(model, self.encoder, rows, batch_size, "merge", f"the merged model ({base})")
+        model = load_for_scoring(local_source(folder), None, self.contract["labels"])
+        rows, system = self.test.column("input_ids").to_pylist(), f"the merged model ({base})"
+        logits = compute_logits(model, self.encoder, rows, self.params.batch_size, "merge", system)
         self.merged_logits[base] = logits
         return float(np.abs(logits - self.logits).mean())
 
     def score_merged(self, folder: Path, base: str) -> tuple[pa.Table, dict[str, Any], float, float]:
-        evaluated, logits = self.evaluated, self.merged_logits[base]
-        _complete(folder, self.encoder.tokenizer, evaluated.contract)
-        items = score_classes(evaluated.test, make_predictions(logits, evaluated.contract["labels"]))
+        _complete(folder, self.encoder.tokenizer, self.contract)
+        logits = self.merged_logits[base]
+        items = score_classes(self.test, make_predictions(logits, self.contract["labels"]))
         agreement = float((logits.argmax(axis=1) == self.logits.argmax(axis=1)).mean())
-        return items, class_provenance(evaluated.params, evaluated.dataset), agreement, agreement
+        return items, class_provenance(self.params, self.dataset), agreement, agreement
 
 
 def _score(
-    model: Any,
-    system: str,
-    template: ChatTemplate,
-    test: pa.Table,
-    prompts: list[list[int]],
-    params: EvaluateParams,
-    stage: str,
+    model: Any, template: ChatTemplate, test: pa.Table, prompts: Any, params: EvaluateParams, stage: str, system: str
 ) -> tuple[list[Answer], pa.Table, dict[str, str]]:
     """A model's answers to the test split, the scored items and each metric's signature."""
-    tools = test.column("tools").to_pylist()
-    limits = (params.max_new_tokens, params.batch_size)
-    answers = generate(model, template, prompts, *limits, stage, system, tools=tools)
+    settings = (params.max_new_tokens, params.batch_size, stage, system)
+    answers = generate(model, template, prompts, *settings, tools=test.column("tools").to_pylist())
     losses = reference_losses(model, template, test, stage, system)
     return answers, *score_items(test, answers, losses)
 
@@ -189,7 +172,7 @@ def score_model(model_folder: Path, dataset: Path, settings: dict[str, Any], out
         messages, tools = (test.column(name).to_pylist() for name in ("messages", "tools"))
         prompts = [template.prompt_ids(json.loads(m), offered) for m, offered in zip(messages, tools, strict=True)]
         model = load_for_scoring(source)
-        _, items, signatures = _score(model, "the champion", template, test, prompts, params, "promote")
+        _, items, signatures = _score(model, template, test, prompts, params, "promote", "the champion")
         recorded = provenance(params, dataset, signatures)
     with whole_directory(output) as folder:
         pq.write_table(items, folder / "items.parquet")

@@ -82,10 +82,7 @@ def teach_words(model: Any, folder: Path) -> None:
         hidden = (torch.rand(ids.shape) < 0.3) & (ids > 4)
         labels = ids.masked_fill(~hidden, -100)
         ids[hidden] = tokenizer.mask_token_id
-        ids[:, 0], labels[:, 0] = (
-            tokenizer.mask_token_id,
-            ids[:, -4],
-        )  # the first token must predict one of the last words
+        ids[:, 0], labels[:, 0] = tokenizer.mask_token_id, ids[:, -4]  # predict one of the last words
         model(ids, attention_mask=(ids != 1).long(), labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -149,10 +146,8 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     items = pq.read_table(tmp_path / "parity" / "items.merged.parquet")
     conversations = [[{"role": "user", "content": text}] for text in items["prompt"].to_pylist()[:8]]
     classes = classify(tmp_path / "merged", conversations)
-    assert [prediction.label for prediction in classes] == items["predicted"].to_pylist()[:8]
-    assert [prediction.confidence for prediction in classes] == pytest.approx(
-        items["confidence"].to_pylist()[:8], abs=1e-4
-    )
+    assert [c.label for c in classes] == items["predicted"].to_pylist()[:8]
+    assert [c.confidence for c in classes] == pytest.approx(items["confidence"].to_pylist()[:8], abs=1e-4)
     assert all(0.5 <= c.confidence <= 1 and sum(c.probabilities) == pytest.approx(1) for c in classes)
 
     (tmp_path / "artifacts").mkdir()
@@ -164,8 +159,7 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     answer_file(Path("reviews.jsonl"), model="workspace")
     rows = [json.loads(line) for line in Path("reviews.answers.jsonl").read_text().splitlines()]
     assert [(row["id"], row["label"], row["confidence"], row["model"]) for row in rows] == [
-        (number, classes[number].label, pytest.approx(classes[number].confidence, abs=1e-4), "workspace")
-        for number in (0, 1)
+        (i, classes[i].label, pytest.approx(classes[i].confidence, abs=1e-4), "workspace") for i in (0, 1)
     ]
     with pytest.raises(CommandError, match="a base model has no classes"):
         answer_file(Path("reviews.jsonl"), model="base")

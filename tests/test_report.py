@@ -116,9 +116,7 @@ def test_the_stage_writes_both_pages_with_the_numbers_of_its_metrics(evaluation:
         assert f"| {name} | {cells} |" in text
     page = (evaluation / "report.html").read_text()
     assert "Not decided yet" in page
-    assert (
-        "<b>user</b>" in page and "&lt;|im_start|&gt;" not in page
-    )  # prompts are shown as turns, without control tokens
+    assert "<b>user</b>" in page and "&lt;|im_start|&gt;" not in page  # turns without control tokens
     assert page.count("<polyline") == 2
     assert (render(contents, "report.md"), render(contents, "report.html")) == (text, page)
 
@@ -162,10 +160,7 @@ def test_a_slice_shows_accuracy_only_if_it_is_informative(contents: Contents, pa
     assert shown_metric([0.0] * (number - 1) + [1.0]) == ("accuracy", number)
     assert shown_metric([0.0] * number) == ("rougeL", number)  # zeros of free texts say nothing
     assert shown_metric([0.0] * number, "t: red") == ("accuracy", number)  # zeros of classes say that none is right
-    assert shown_metric([1.0] * 3 + [None] * (number - 3)) == (
-        "rougeL",
-        number,
-    )  # three items do not stand for the slice
+    assert shown_metric([1.0] * 3 + [None] * (number - 3)) == ("rougeL", number)  # three items are too few
 
 
 def test_texts_of_a_model_are_not_markup_and_the_page_is_self_contained(full: Contents) -> None:
@@ -227,9 +222,7 @@ document.body.append(frame);
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(full: Contents, tmp_path: Path, width: int) -> None:
-    page = render(full, "report.html").replace(
-        'http-equiv="Content-Security-Policy"', ""
-    )  # escaping alone must suffice
+    page = render(full, "report.html").replace('http-equiv="Content-Security-Policy"', "")  # escaping must suffice
     literal = json.dumps(page.replace("<details>", "<details open>")).replace("</", "<\\/")
     (tmp_path / "frame.html").write_text(FRAME % (width, literal, width))
     ran = dump_dom(

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.data.report import excerpt
 from pipeline.registry.significance import binary_test
-from pipeline.report.tables import VERDICT_WORDS, Row
+from pipeline.report.tables import VERDICTS, Row
 from pipeline.scoring.resampling import (
     BINARY,
     LOWER_IS_BETTER,
@@ -52,7 +52,7 @@ class Change:
     low: float
     high: float
     needed: str = ""
-    verdict: str = ""  # a value of tables.VERDICT_WORDS, if the gate has decided
+    verdict: str = ""  # a value of tables.VERDICTS, if the gate has decided
 
     @property
     def gain(self) -> tuple[float, float, float]:
@@ -176,13 +176,7 @@ def gate_changes(comparison: dict[str, Any]) -> list[Change]:
     """The gate's own rows, of the metrics that count some item."""
     keys = ("difference", "low", "high", "needed")
     return [
-        Change(
-            metric,
-            row["candidate"],
-            row["champion"],
-            **{key: row[key] for key in keys},
-            verdict=VERDICT_WORDS[row["verdict"]],
-        )
+        Change(metric, row["candidate"], row["champion"], **{k: row[k] for k in keys}, verdict=VERDICTS[row["verdict"]])
         for metric, row in comparison.items()
         if row["items"]
     ]

@@ -1,6 +1,6 @@
 """Renders the evaluation report as Markdown and as one self-contained HTML file.
 
-Texts of models and data are only ever text there: Jinja escapes them, and the page's own policy forbids scripts.
+Texts from models and data cannot run there: Jinja escapes them, and the page's own policy forbids scripts.
 """
 
 import math

@@ -17,7 +17,7 @@ SYSTEMS = {
     "adapter": "candidate before merge",
     "merged": "candidate (merged)",
 }
-VERDICT_WORDS = {
+VERDICTS = {
     "passed": "passed",
     "failed": "refused",
     "open": "not shown",
@@ -84,7 +84,7 @@ def verdict_rows(comparison: Comparison, first: bool = False) -> list[Row]:
                 "95 % interval": span(metric, row) if tested else "–",
                 "needed": row["needed"],
                 "p": "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
-                "verdict": VERDICT_WORDS[verdict],
+                "verdict": VERDICTS[verdict],
             }
         )
     return rows

@@ -111,9 +111,6 @@ def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dty
         save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-    written = open_checkpoint(folder)
-    if {n: t.shape for n, t in written.items()} != {n: t.shape for n, t in checkpoint.items()}:
-        raise WeightsError(f"the weights read back from {folder} have other names or shapes than those written")
 
 
 def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, device: torch.device, transposed: bool) -> Edit:

@@ -95,11 +95,7 @@ def require_mergeable(adapter: Path) -> None:
 
 
 def _edits(
-    config: PretrainedConfig,
-    checkpoint: Checkpoint,
-    adapter: Path,
-    rounded: dict[str, Edit],
-    dtype: torch.dtype | None,
+    config: PretrainedConfig, checkpoint: Checkpoint, adapter: Path, rounded: dict[str, Edit], dtype: torch.dtype | None
 ) -> tuple[dict[str, Edit], int]:
     """The edits that merge the adapter, by tensor of the checkpoint, and the number of modules that it targets."""
     _require_plain_lora(adapter)

@@ -24,15 +24,7 @@ from pipeline.core.memory import free
 from pipeline.core.progress import note
 from pipeline.weights.architecture import base_config, checkpoint_names, empty_model, rounded_weights
 from pipeline.weights.checkpoint import Edit, open_checkpoint, rewrite
-from pipeline.weights.loading import (
-    ModelError,
-    Quantisation,
-    compute_dtype,
-    device,
-    is_whole,
-    load_adapter,
-    load_base,
-)
+from pipeline.weights.loading import ModelError, Quantisation, compute_dtype, device, is_whole, load_adapter, load_base
 
 VARIABLE = "RETUNE_MAX_MEMORY"
 GIB = 2**30
