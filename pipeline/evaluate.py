@@ -59,17 +59,17 @@ def evaluate(
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     use_free_cores()
-    quantisation = read_json(adapter / "training.json")["quantisation"]
     if "labels" in contract:
-        return _evaluate_classes(params, dataset, adapter, output, contract, quantisation)
-    return _evaluate_answers(params, dataset, adapter, output, contract, quantisation, kept)
+        return _evaluate_classes(params, dataset, adapter, output, contract)
+    return _evaluate_answers(params, dataset, adapter, output, contract, kept)
 
 
 def _evaluate_answers(
-    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: Any, quantisation: Any, kept: Any
+    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: dict[str, Any], kept: Path | None
 ) -> dict[str, Metrics]:
     """`evaluate` for a model that answers in text."""
     template, test = load_contract(contract), test_items(dataset, params.max_samples)
+    quantisation = read_json(adapter / "training.json")["quantisation"]
     prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
     limits = (params.max_new_tokens, template.stop_ids)
     vllm_answers: dict[str, list[Answer]] = {}  # of each system to the test split
@@ -135,11 +135,12 @@ def _write_other_answers(
 
 
 def _evaluate_classes(
-    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: Any, quantisation: Any
+    params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: dict[str, Any]
 ) -> dict[str, Metrics]:
     """`evaluate` for a sequence classification model, whose answers are classes."""
     labels, encoder, test = contract["labels"], load_classes(contract), test_items(dataset, params.max_samples)
     rows = test.column("input_ids").to_pylist()
+    quantisation = read_json(adapter / "training.json")["quantisation"]
     model = load_tuned(contract["model"], quantisation, adapter, labels)
     logits = {"adapter": compute_logits(model, encoder, rows, params.batch_size, "evaluate", "the adapter")}
     with untuned(model, contract["model"], labels) as base:
