@@ -37,7 +37,7 @@ def note_unread(record: dict[str, Any], format: str, reads: frozenset[str], unus
         if key in UNPAIRED and str(record[key]).lower() in ("true", "false"):
             raise ValueError(
                 f"has a column {key} that marks good and bad answers (unpaired preference data), and bad ones would be "
-                f"trained too; keep the records with true, in a file without the column {key}"
+                f"trained too; keep only the records with true, and remove the column {key}"
             )
         if key in MEDIA:
             raise ValueError(

@@ -69,7 +69,7 @@ CHUNK = 1024  # rows whose tokens are Python lists at once
 
 
 def encode_shard(params_json: str, train_task: str, shard: Path, folder: Path) -> None:
-    """Encode a canonical shard to `folder`, which is created at the end.
+    """Encode a canonical shard to `folder`, which appears only when it is complete.
 
     `rows.parquet` has `SCHEMA`. To find near duplicates, `text.arrow` (one string column, to be memory-mapped) and
     `signatures.npy` have the text and the signature of each row.

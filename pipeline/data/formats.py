@@ -102,7 +102,7 @@ def open_rows(
 
 
 def is_complete(columns: ColumnsParams | None) -> bool:
-    """Whether a mapping is complete without a format: one for classification may name no response."""
+    """Whether a mapping says by itself how records are read; one for classification may name no response."""
     return columns is not None and columns.response is not None
 
 
