@@ -68,11 +68,7 @@ class ChatTemplate:
         return assignments + STRFTIME_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), self.text)
 
     def render(self, messages: list[Message], tools: str | None = None, add_generation_prompt: bool = False) -> str:
-        """The text that the model reads.
-
-        Raises:
-            RowError, TemplateError: see `encode`.
-        """
+        """The text that the model reads; raises what `encode` raises."""
         return self._encoder.text(self._renderer.render(*self._adapt(messages, tools)[:2], add_generation_prompt))
 
     def prompt(self, messages: list[Message], tools: str | None = None) -> tuple[str, list[int]]:

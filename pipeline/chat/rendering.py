@@ -36,14 +36,8 @@ class RowError(ValueError):
 class Renderer:
     """A compiled template. What it can write by itself is found by trying it."""
 
-    def __init__(
-        self,
-        text: str,
-        named_tokens: dict[str, str],
-        chat_template_kwargs: dict[str, Any] | None = None,
-        date: str | None = None,
-    ) -> None:
-        self._variables = named_tokens | (chat_template_kwargs or {})
+    def __init__(self, text: str, named_tokens: dict[str, str], kwargs: dict[str, Any], date: str | None) -> None:
+        self._variables = named_tokens | kwargs
         if date is not None:
             self._variables |= {"strftime_now": datetime.fromisoformat(date).strftime}
         try:

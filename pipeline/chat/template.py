@@ -93,11 +93,7 @@ def named_text(name: str) -> str:
 
 
 def load_contract(contract: dict[str, Any]) -> ChatTemplate:
-    """The template of a contract.
-
-    Raises:
-        TemplateError: base model, tokenizer or rendering have changed.
-    """
+    """The template of a contract; TemplateError if base model, tokenizer or rendering have changed."""
     template, different = _load_contracted(require_same_model(contract), contract)
     if different:
         raise TemplateError(
@@ -119,11 +115,7 @@ def require_same_model(contract: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_shipped(folder: Path) -> ChatTemplate:
-    """The template of a merged model, whose folder has its contract; the base model is not needed.
-
-    Raises:
-        TemplateError: tokenizer or template differ from the contract.
-    """
+    """The template of a merged model, checked against the contract in its folder; the base model is not needed."""
     template, different = _load_contracted(local_source(folder), read_json(folder / "contract.json"))
     if different:
         raise TemplateError(f"{', '.join(different)} in {folder} differ from the contract it was shipped with")
@@ -182,11 +174,7 @@ def _load_contracted(source: dict[str, Any], contract: dict[str, Any]) -> tuple[
 
 
 def load_tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a `model_identity` or `local_source`.
-
-    Raises:
-        TemplateError: it cannot be loaded.
-    """
+    """The tokenizer of a `model_identity` or `local_source`; TemplateError if it cannot be loaded."""
     path = source["name_or_path"]
     check_model(path, source["revision"])
     options = {key: source[key] for key in ("revision", "trust_remote_code")}
@@ -232,11 +220,7 @@ def _load(identity: dict[str, Any], text: str | None, name: str | None, settings
 
 
 def named_stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> set[int]:
-    """The ids of the tokens that end a turn of the named template.
-
-    Raises:
-        TemplateError: the tokenizer lacks one of the template's control tokens.
-    """
+    """The ids of the end tokens of a named template; TemplateError if the tokenizer lacks a token of it."""
     required, ends = (tokens.split() for tokens in NAMED[name])
     ids: dict[str, int] = {}
     missing = []
@@ -257,11 +241,7 @@ def named_stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> 
 
 
 def load_config(source: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a `model_identity` or `local_source`; weights are not read.
-
-    Raises:
-        TemplateError: transformers cannot read it.
-    """
+    """The configuration of a `model_identity` or `local_source`; TemplateError if it cannot be read."""
     path = source["name_or_path"]
     options = {key: source[key] for key in ("revision", "trust_remote_code")}
     try:

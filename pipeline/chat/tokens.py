@@ -80,22 +80,14 @@ class TokenEncoder:
         return self._text[int(mark[1])] if mark else None
 
     def text(self, rendered: str) -> str:
-        """Rendered text with hidden control tokens as text again.
-
-        Raises:
-            RowError: the template changed a mark.
-        """
+        """Rendered text with hidden control tokens as text again; RowError if the template changed a mark."""
         text = HIDDEN_TOKEN.sub(lambda mark: self._text[int(mark[1])], rendered)
         if PART_OF_MARK.search(text):
             raise RowError("contains a control token that the chat template rewrites")
         return text
 
     def ids(self, rendered: str) -> list[int]:
-        """The tokens (T,) of rendered text.
-
-        Raises:
-            RowError: as `text`, or a control token in a message cannot be tokenised as text.
-        """
+        """The tokens (T,) of rendered text; RowError as `text`, or if a control token in a message cannot be text."""
         if not PART_OF_MARK.search(rendered):
             return list(self._plain.encode(rendered, add_special_tokens=False).ids)
         self.text(rendered)

@@ -14,7 +14,7 @@ from pipeline.chat import Message
 from pipeline.chat.rendering import Renderer, RowError, Tools, arguments_of
 
 PLACEHOLDER = "\ufdd3"  # a noncharacter that stands for the content of a message, to find where it is rendered
-PROBE_ANSWER = "probe answer"  # the same for rendering messages of `ChatTemplate`, which refuses noncharacters
+PROBE_ANSWER = "probe answer"  # the same for `ChatTemplate.render`, which refuses noncharacters
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 REASONING_DROPPED = "reasoning left out: the prompt closes the thinking, or the chat template has no place for it"
 REASONING_INLINE = "reasoning written into the answer, since the chat template has no place for it"
@@ -63,11 +63,7 @@ class TurnWriter:
         self._end = {calls: self._next_header(calls) or end for calls in (False, True)}
 
     def turn(self, messages: list[Message], tools: Tools | None, index: int) -> Turn:
-        """The turn of the answer at `index` of adapted `messages`.
-
-        Raises:
-            RowError: the template leaves the answer out, or its reasoning is refused.
-        """
+        """The turn of the answer at `index` of adapted `messages`; RowError if the template cannot write it."""
         before, message = messages[:index], messages[index]
         plain = {key: value for key, value in message.items() if key not in REASONING_KEYS}
         prompt = self._renderer.render(before, tools, add_generation_prompt=True)
