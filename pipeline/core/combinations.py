@@ -74,8 +74,8 @@ def _rules(p: Any) -> list[tuple[str, bool, str]]:
         ("train.load_in_4bit", METHODS[t.method].in_4bit not in (None, t.load_in_4bit),
          "train.method qlora needs a 4-bit base, lora and full need the base unquantised: set it to auto"),
         ("train.packing", t.packing and t.method in VIRTUAL_TOKENS,
-         "with train.method prefix or prompt, only the first row of a packed line would get the trained vectors: set "
-         "it to false"),
+         "with train.method prefix or prompt, only the first row of a packed sequence would get the trained vectors; "
+         "set it to false"),
         ("train.gradient_checkpointing", t.gradient_checkpointing and t.method == "prefix",
          "PEFT cannot recompute the keys and values of train.method prefix: set it to false"),
         ("train.gradient_accumulation_steps",

@@ -106,14 +106,14 @@ def use_packed_attention(model: Any, sequences: Dataset, kernel: Kernel | None =
     else:
         # No mask function is registered, so transformers builds no mask.
         AttentionInterface.register("packed_rows", partial(packed_attention, kernel))
-        reason = _difference(model, sequences)
+        reason = _try_registered(model, sequences)
     if reason is None:
         return "varlen, PyTorch's FlashAttention for packed rows" if on_gpu else "row by row"
     model.set_attn_implementation(before)
     return f"{before} (not {'varlen' if on_gpu else 'row by row'}: {reason})"
 
 
-def _difference(model: Any, sequences: Dataset) -> str | None:
+def _try_registered(model: Any, sequences: Dataset) -> str | None:
     """Switch `model` to the registered kernel; returns why it may not be used, or None.
 
     An architecture with its own mask (such as chunks) computes values that differ by more than its noise, which is the
@@ -121,12 +121,14 @@ def _difference(model: Any, sequences: Dataset) -> str | None:
     """
     lengths = sequences["seq_lengths"][:]
     tested = (_fullest(lengths), max(range(len(lengths)), key=lambda i: max(lengths[i])))
-    lines = [rows_of(sequences[i]) for i in tested]
-    expected = [last_hidden(model, rows) for rows in lines]
-    noise = max(_largest(_reordered(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
+    row_lists = [rows_of(sequences[i]) for i in tested]
+    expected = [last_hidden(model, rows) for rows in row_lists]
+    noise = max(_largest(_reordered(model, rows) - hidden) for rows, hidden in zip(row_lists, expected, strict=True))
     model.set_attn_implementation("packed_rows")
     try:
-        error = max(_largest(last_hidden(model, rows) - hidden) for rows, hidden in zip(lines, expected, strict=True))
+        error = max(
+            _largest(last_hidden(model, rows) - hidden) for rows, hidden in zip(row_lists, expected, strict=True)
+        )
     except torch.OutOfMemoryError:
         raise
     except (UnsupportedAttention, NotImplementedError, TypeError, RuntimeError) as problem:

@@ -33,7 +33,7 @@ Result = dict[str, Any]
 @dataclass(frozen=True)
 class Size:
     model: dict[str, int]  # of LlamaConfig
-    line: int  # tokens of a packed line
+    line: int  # tokens of a packed sequence
     row: float  # logarithm of a row's median tokens; 4.9 gives Alpaca's mean by Llama 3.1's tokenizer, 174
     steps: int
     prompts: int
