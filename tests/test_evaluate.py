@@ -56,8 +56,8 @@ def test_empty_and_cut_off_answers_are_counted_apart_and_never_scored_as_text(da
     test = pq.read_table(dataset / "test.parquet").slice(0, 4)
     right = test.column("reference").to_pylist()
     test = test.set_column(test.column_names.index("scoring"), "scoring", [["exact"] * 3 + ["text"]])
-    said = ((right[0], False), (right[1], True), (" ", False), ("", False))
-    answers = [Answer(text, [1], cut_off) for text, cut_off in said]
+    texts = ((right[0], False), (right[1], True), (" ", False), ("", False))
+    answers = [Answer(text, [1], cut_off) for text, cut_off in texts]
     items, signatures = score_items(test, answers, ([1.0] * 4, [2] * 4))
     assert set(signatures) == set(METRICS)
     assert items.column("accuracy").to_pylist() == [1.0, 0.0, 0.0, None]  # the last has no one right answer

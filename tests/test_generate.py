@@ -89,9 +89,9 @@ def test_fixed_batches_give_the_same_answers_and_are_reported(
     template = load_contract(read_json(dataset / "contract.json"))
     model = load_base(identity(base))
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
-    ours = dict(generate_tokens(model, prompts, 5, template, 4, "--max-new-tokens"))
+    rolling_answers = dict(generate_tokens(model, prompts, 5, template, 4, "--max-new-tokens"))
     monkeypatch.setattr("pipeline.scoring.generation.has_only_kv_cache", lambda _: False)
-    assert dict(generate_tokens(model, prompts, 5, template, 4, "--max-new-tokens")) == ours
+    assert dict(generate_tokens(model, prompts, 5, template, 4, "--max-new-tokens")) == rolling_answers
     assert "fixed batches" in capsys.readouterr().err
 
 

@@ -59,9 +59,9 @@ def test_the_closer_base_is_chosen_and_the_differences_are_recorded(merged: Path
     evaluated = read_json(evaluation / "scores.json")
     for metric in set(METRICS) - {"perplexity"}:
         assert scores[metric] == evaluated["adapter"][metric]
-    shown = read_json(merged / "parity" / "metrics.json")  # for `dvc metrics`
-    assert shown.pop("base") == {m: evaluated["base"][m]["score"] for m in ("accuracy", "rougeL")}
-    assert shown == {metric: scores[metric]["score"] for metric in METRICS if scores[metric]}
+    metrics = read_json(merged / "parity" / "metrics.json")  # for `dvc metrics`
+    assert metrics.pop("base") == {m: evaluated["base"][m]["score"] for m in ("accuracy", "rougeL")}
+    assert metrics == {metric: scores[metric]["score"] for metric in METRICS if scores[metric]}
 
 
 def test_a_plain_load_has_the_dtype_and_stop_tokens_of_the_evaluation(

@@ -109,11 +109,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same(folder: Path, expected: PreTrainedModel, saved: Path) -> None:
     """The files equal what `expected` saves, bit for bit, and load into the same model."""
     expected.save_pretrained(saved)
-    ours, theirs = tensors(folder), tensors(saved)
-    assert set(ours) == set(theirs)
-    for name in theirs:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert torch.equal(ours[name], theirs[name]), name
+    actual, expected_tensors = tensors(folder), tensors(saved)
+    assert set(actual) == set(expected_tensors)
+    for name in expected_tensors:
+        assert actual[name].dtype == expected_tensors[name].dtype, name
+        assert torch.equal(actual[name], expected_tensors[name]), name
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert loaded.dtype == expected.dtype
     for name, value in expected.state_dict().items():

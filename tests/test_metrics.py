@@ -70,11 +70,11 @@ CASES = {
 @pytest.mark.parametrize("tokenize", CASES)
 def test_bleu_and_chrf_equal_those_of_sacrebleu(tokenize: str, metrics: dict[str, Any]) -> None:
     predictions, references = CASES[tokenize]
-    for name, theirs in (("bleu", sacrebleu.BLEU(tokenize=tokenize)), ("chrf", sacrebleu.CHRF())):
-        ours = metrics[name].compute(predictions=predictions, references=references)
-        assert ours["score"] == pytest.approx(theirs.corpus_score(predictions, [references]).score, abs=1e-12)
-        assert ours["signature"] == str(theirs.get_signature())
-        assert 0 < ours["score"] < 100
+    for name, library in (("bleu", sacrebleu.BLEU(tokenize=tokenize)), ("chrf", sacrebleu.CHRF())):
+        result = metrics[name].compute(predictions=predictions, references=references)
+        assert result["score"] == pytest.approx(library.corpus_score(predictions, [references]).score, abs=1e-12)
+        assert result["signature"] == str(library.get_signature())
+        assert 0 < result["score"] < 100
 
 
 def test_rouge_equals_that_of_rouge_score(metrics: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from pipeline.scoring.resampling import (
     corpus_score,
     group_of,
     metric_items,
+    num_counted,
     num_groups,
     require_same_items,
     resampled_differences,
@@ -146,7 +147,7 @@ def _untested(claim: Claim) -> dict[str, Any]:
         scores, verdict = dict.fromkeys(scores), "unmeasured"
     return scores | {
         "margin": -claim.bound if claim.is_guard else None,
-        "items": num_groups(claim.candidate),  # without groups: the number of items
+        "items": num_counted(claim.candidate),
         "groups": num_groups(claim.candidate, claim.groups),
         "needed": claim.needed,
         **dict.fromkeys(("test", "p", "p_adjusted", "power", "passed")),

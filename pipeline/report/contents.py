@@ -20,7 +20,7 @@ from pipeline.scoring.resampling import (
     PERCENT,
     group_of,
     metric_items,
-    num_groups,
+    num_counted,
     paired_difference,
     slices_of,
 )
@@ -144,11 +144,11 @@ class Contents:
         parts = slices_of(new.items, kind) if kind in new.metrics else {}  # a manifest's scores have no slices
         result = []
         for name in sorted(parts, key=lambda name: (-len(parts[name]), name))[:MAX_SLICES]:
-            items, exact = len(parts[name]), num_groups(metric_items(parts[name], "accuracy"))
+            items, exact = len(parts[name]), num_counted(metric_items(parts[name], "accuracy"))
             accuracies = [system.slice_score(kind, name, "accuracy") for system in self.systems]
             are_classes = parts[name].column("label").null_count == 0  # then rougeL says no more
             informative = are_classes or any(score and score["score"] for score in accuracies)
-            texts = num_groups(metric_items(parts[name], "rougeL"))  # 0 if the answers are tool calls
+            texts = num_counted(metric_items(parts[name], "rougeL"))  # 0 if the answers are tool calls
             show_accuracy = exact and (not texts or (2 * exact >= items and informative))
             result.append((name, items, "accuracy", exact) if show_accuracy else (name, items, "rougeL", texts))
         return result

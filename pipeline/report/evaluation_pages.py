@@ -12,7 +12,7 @@ from pipeline.core.pages.templates import environment
 from pipeline.registry.wording import number
 from pipeline.report.contents import Change, Contents
 from pipeline.report.tables import SYSTEMS, markdown, score_rows
-from pipeline.scoring.resampling import METRICS, PERCENT, metric_items, num_groups
+from pipeline.scoring.resampling import METRICS, PERCENT, metric_items, num_counted
 
 SLICES = {"by_task": "By task", "by_language": "By language", "by_length": "By length of the prompt"}
 
@@ -27,7 +27,7 @@ def render(contents: Contents, name: str) -> str:
     """The page `name`: report.md or report.html."""
     labels = SYSTEMS | contents.labels
     systems, items = contents.systems, contents.systems[-1].items
-    counts = {metric: num_groups(metric_items(items, metric)) for metric in METRICS}
+    counts = {metric: num_counted(metric_items(items, metric)) for metric in METRICS}
     pages = environment(Path(__file__).parent / "pages", html=name.endswith(".html"))
     pages.filters |= {"signed": lambda change, key: number(change.metric, getattr(change, key), "+")}
     return pages.get_template(f"evaluation.{name.removeprefix('report.')}.jinja").render(

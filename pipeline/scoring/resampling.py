@@ -133,10 +133,14 @@ def require_same_items(candidate: Items, champion: Items) -> None:
         raise ValueError(f"the two systems were scored on different items: {candidate.shape} and {champion.shape}")
 
 
-def num_groups(items: Items, groups: Groups | None = None) -> int:
-    """Number of groups (or items, without `groups`) that count."""
-    counted = ~_missing(items)
-    return int(counted.sum()) if groups is None else len(np.unique(groups[counted]))
+def num_counted(items: Items) -> int:
+    """Number of items that count."""
+    return int((~_missing(items)).sum())
+
+
+def num_groups(items: Items, groups: Groups) -> int:
+    """Number of groups with an item that counts."""
+    return len(np.unique(groups[~_missing(items)]))
 
 
 def group_sums(items: Items, groups: Groups) -> Array:
