@@ -1,4 +1,4 @@
-"""Every parameter as typed, frozen objects: one section a stage, `Params` the whole. `settings` reads the file.
+"""All parameters as typed, frozen objects: `Params` has a section for each stage. `settings` reads them from the file.
 
 Unknown keys, wrong types, values out of range and combinations that cannot work are errors.
 """
@@ -32,7 +32,7 @@ Format = Literal[
 
 
 class ColumnsParams(Section):
-    """Which column of a source is what; one that is not named here is not there."""
+    """Which column of a source has which role; a role without a column does not occur."""
 
     prompt: str | None = None
     response: str | None = None
@@ -51,13 +51,15 @@ class ColumnsParams(Section):
                 raise ValueError("ingest.columns needs prompt and response, or a template instead of prompt")
             return self
         if self.prompt is not None:
-            raise ValueError("ingest.columns names a prompt and a template; the template is the prompt")
+            raise ValueError("ingest.columns has prompt and template; remove prompt, which the template replaces")
         try:
             parts = list(string.Formatter().parse(self.template))
         except ValueError as error:
-            raise ValueError(f"ingest.columns.template: {error}; write {{{{ for a brace that is meant") from None
+            raise ValueError(f"ingest.columns.template: {error}; write {{{{ for a brace itself") from None
         if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
-            raise ValueError("ingest.columns.template takes {column} only, without ! and :; write {{ for a brace")
+            raise ValueError(
+                "ingest.columns.template takes {column} only, without ! and :; write {{ for a brace itself"
+            )
         return self
 
 
@@ -90,7 +92,7 @@ class FilterParams(Section):
         for least, most in (("min_answer_chars", "max_answer_chars"), ("min_chars", "max_chars")):
             low, high = getattr(self, least), getattr(self, most)
             if low is not None and high is not None and low > high:
-                raise ValueError(f"prepare.filters.{least} is {low} and {most} {high}: no row is both")
+                raise ValueError(f"prepare.filters.{least} is {low} and {most} is {high}; no row can pass both")
         return self
 
 
@@ -123,7 +125,7 @@ class PrepareParams(Section):
         except (TypeError, ValueError):
             valid = False
         if not valid:
-            raise ValueError(f"is {value}; expected today, or a date as 2026-01-31")
+            raise ValueError(f"is {value}; expected today, or a date like 2026-01-31")
         return date
 
 
@@ -231,7 +233,7 @@ class PromoteParams(Section):
     webhooks: list[Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]]
 
     def gate(self) -> dict[str, Any]:
-        """What decides: two versions are not compared twice by the same gate."""
+        """The parameters that affect a decision: the same gate does not decide twice on the same version."""
         return self.model_dump(exclude={"approval", "approval_hours", "webhooks"})
 
 

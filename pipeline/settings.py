@@ -1,7 +1,6 @@
 """Reads `params.yaml` into `Params`, and writes the changes of a form or a preset into it.
 
-A change is validated first and keeps the file's comments. Unknown keys, wrong types, values out of range, impossible
-combinations and passwords are refused with key, value and line.
+A change is validated first and keeps the file's comments. Errors name key, value and line. Passwords are refused too.
 """
 
 import difflib
@@ -31,7 +30,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         ParamsError: one sentence for each key that is missing, unknown, of the wrong type or out of range.
     """
     try:
-        return _checked(path.read_text(encoding="utf-8"), path)
+        return _parse(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise ParamsError(f"{Path.cwd()} is not in a Retune project: there is no {path} here or above") from None
     except UnicodeDecodeError as error:
@@ -45,7 +44,7 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
         ParamsError: a key is not in the file, or the result would be invalid; the file is unchanged.
     """
     text = path.read_text(encoding="utf-8")
-    _checked(text, path)
+    _parse(text, path)
     yaml = _yaml()
     tree: Any = yaml.load(text)
     for key, value in changes.items():
@@ -66,12 +65,12 @@ def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> 
             comments[2].value += lines
     stream = io.StringIO()
     yaml.dump(tree, stream)
-    _checked(stream.getvalue(), path)
+    _parse(stream.getvalue(), path)
     write_text(path, stream.getvalue())
 
 
 def _lines_after(block: Any) -> str:
-    """Comments and empty lines below a block, which ruamel attaches to its last value."""
+    """Comments and empty lines below a block; ruamel attaches them to its last value."""
     if not hasattr(block, "fa") or not block or block.fa.flow_style():
         return ""
     last, column = (list(block)[-1], 2) if isinstance(block, dict) else (len(block) - 1, 0)
@@ -97,7 +96,7 @@ def _yaml() -> Any:
     return yaml
 
 
-def _checked(text: str, path: Path) -> Params:
+def _parse(text: str, path: Path) -> Params:
     try:
         tree: Any = _yaml().load(text)
     except YAMLError as error:
@@ -112,7 +111,7 @@ def _checked(text: str, path: Path) -> Params:
     try:
         return Params.model_validate(_plain(tree))
     except ValidationError as error:
-        # Unknown keys first: one is often the missing key, misspelt.
+        # Unknown keys first, because an unknown key is often the missing one, misspelt.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise ParamsError(redact("\n".join(_sentence(e, tree, path) for e in errors))) from None
 
@@ -144,7 +143,7 @@ def _plain(node: Any) -> Any:
 
 
 def _sentence(error: Any, tree: Any, path: Path) -> str:
-    # pydantic's location also holds union branches ("str", "literal[...]"); only keys of the file are shown.
+    # pydantic's location also has union branches ("str", "literal[...]"); only the file's keys are shown.
     keys: list[str] = []
     node: Any = tree
     for part in error["loc"]:
@@ -152,7 +151,7 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
             break
         keys.append(str(part))
         node = node.get(part)
-    key, where = ".".join(keys), _where(keys, tree, path)
+    key, where = ".".join(keys), _location(keys, tree, path)
     match error["type"]:
         case "extra_forbidden":
             fields: dict[str, Any] = Params.model_fields
@@ -165,23 +164,23 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
             return f"{key} is missing{where}; no parameter has a default, copy it from the project's params.yaml"
         case "value_error":
             return "\n".join(_with_line(line, tree, path, where) for line in str(error["ctx"]["error"]).split("\n"))
-    got = "null" if node is None else repr(node)
-    return f"{key} is {got}; {error['msg'][0].lower()}{error['msg'][1:]}{where}"
+    value = "null" if node is None else repr(node)
+    return f"{key} is {value}; {error['msg'][0].lower()}{error['msg'][1:]}{where}"
 
 
 def _with_line(sentence: str, tree: Any, path: Path, where: str) -> str:
-    """`sentence` with the line of the parameter that it begins with, else with `where`; a command gets neither."""
+    """Add the line of the parameter at its start to `sentence`, else `where`; nothing after a command."""
     parameter = re.match(r"(\w+)\.(\w+) ", sentence)
     if parameter and parameter[2] in (tree.get(parameter[1]) or {}):
-        return sentence + _where([parameter[1], parameter[2]], tree, path)
+        return sentence + _location([parameter[1], parameter[2]], tree, path)
     return sentence if sentence.startswith("`") else sentence + where
 
 
-def _where(keys: list[str], node: Any, path: Path) -> str:
-    """The file and the line of the last of `keys` that is in it."""
+def _location(keys: list[str], node: Any, path: Path) -> str:
+    """The file, and the line of the last of `keys` that is in it."""
     line = None
     for key in keys:
         if not isinstance(node, dict) or key not in node:
             break
-        line, node = node.lc.key(key)[0] + 1, node[key]  # type: ignore[attr-defined]  # ruamel's know their place
+        line, node = node.lc.key(key)[0] + 1, node[key]  # type: ignore[attr-defined]  # ruamel's dict
     return f" ({path}, line {line})" if line else f" ({path})"

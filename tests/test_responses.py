@@ -12,7 +12,7 @@ from pipeline.chat.conversation import ChatTemplate
 from pipeline.chat.responses import Answer, as_calls, canonical_calls, read_answer
 from pipeline.chat.template import NAMED
 from pipeline.cli import talk as try_commands
-from pipeline.cli.serving import _Pieces
+from pipeline.cli.serving import AnswerStreamer
 
 QUESTION = talk("How is the weather?")
 ANSWER = "Good: it is 20 °C.\n\n  - and dry"
@@ -176,7 +176,7 @@ def test_calls_of_families_without_a_template_here() -> None:
 def test_thinking_and_text_are_streamed_separately(name: str, before: str, after: str) -> None:
     template, text, reasoning = template_of(name), list[str](), list[str]()
     prompt = template.prompt_ids(QUESTION)
-    stream = _Pieces(template, prompt, text=text.append, reasoning=reasoning.append)
+    stream = AnswerStreamer(template, prompt, text=text.append, reasoning=reasoning.append)
     for ids in (prompt, *([token] for token in tokens(template, f"{before}{ANSWER} 好 [1] <b>!{after}"))):
         stream.put(torch.tensor([ids]))
     stream.end()

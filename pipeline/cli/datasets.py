@@ -1,4 +1,4 @@
-"""The commands that ingest data and show its rows, with the questions they ask on a terminal."""
+"""The commands that ingest data and show rows."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def ingest(
     """Make the rows of all SOURCEs the new data snapshot, on which `retune run` then trains."""
     from pipeline.core import graph
     from pipeline.data.snapshot import recover
-    from pipeline.ingest import ingest as do
+    from pipeline.ingest import ingest as ingest_sources
     from pipeline.services.events import contents, count_new, tell_updated
     from pipeline.settings import load_params
 
@@ -57,22 +57,24 @@ def ingest(
         recover()
         base_from = _pull_base(load_params().prepare.model_name_or_path)
         before = contents()
-        reading = _reading(params, format, columns)
-        typed = [as_typed(source) for source in sources or ()]
-        result = do(reading, typed, replace=replace, ask=None if json_output else _terminal())
+        params = _with_options(params, format, columns)
+        uris = [as_typed(source) for source in sources or ()]
+        result = ingest_sources(params, uris, replace=replace, ask=None if json_output else _terminal())
         new_rows = count_new(before) if result.changed else 0
-    told = result.changed and tell_updated(new_rows, operations.min_new_rows)
+    sent = result.changed and tell_updated(new_rows, operations.min_new_rows)
     if json_output:
-        print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": told, "remote": graph.team_remote()}))
+        print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": sent, "remote": graph.team_remote()}))
         return
     if base_from is not None:
         print(f"ingest: the snapshot of data.dvc is lost; data/base is the base model of commit {base_from[:12]}")
-    _say_ingested(result, told, graph.team_remote())
+    _print_result(result, sent, graph.team_remote())
 
 
 def inspect(
     file: Annotated[Path | None, typer.Argument(help="A data file or folder; default: the prepared dataset.")] = None,
-    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Of the dataset.")] = "train",
+    split: Annotated[
+        Literal["train", "validation", "test"], typer.Option(help="A split of the prepared dataset.")
+    ] = "train",
     row: Annotated[int | None, typer.Option(min=0, help="The first row to show; 0 is the first of all.")] = None,
     id: Annotated[str | None, typer.Option(help="The row with this id, as shown in the reports.")] = None,
     task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
@@ -98,20 +100,20 @@ def inspect(
     if misplaced is not None:
         raise CommandError("--format and --columns are for a file, --id is for the prepared dataset")
     if file is None:
-        shown = inspect_dataset(Path("artifacts/dataset"), split, row, id, task, count)
+        rows = inspect_dataset(Path("artifacts/dataset"), split, row, id, task, count)
     else:
-        params = params.model_copy(update={"ingest": _reading(params.ingest, format, columns)})
-        shown = inspect_file(params, file, row, task, count, None if json_output else _terminal())
+        params = params.model_copy(update={"ingest": _with_options(params.ingest, format, columns)})
+        rows = inspect_file(params, file, row, task, count, None if json_output else _terminal())
     if json_output:
-        print(json.dumps({"rows": [each.as_json() for each in shown]}, ensure_ascii=False))
+        print(json.dumps({"rows": [shown.as_json() for shown in rows]}, ensure_ascii=False))
         return
     console = Console(highlight=False, soft_wrap=True)
-    for each in shown:
-        console.print(as_text(each))
+    for shown in rows:
+        console.print(as_text(shown))
 
 
-def _reading(params: "IngestParams", format: str | None, columns: str | None) -> "IngestParams":
-    """`params` with the format and the columns of the command line; a format named there overrules a mapping."""
+def _with_options(params: "IngestParams", format: str | None, columns: str | None) -> "IngestParams":
+    """`params` with the format and columns of the command line; a format there replaces a mapping in `params`."""
     from pipeline.data.columns import parse_columns
     from pipeline.data.known_formats import FORMATS
 
@@ -130,7 +132,7 @@ def _terminal() -> "Ask | None":
 
 
 def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
-    """The format, or the columns, that a person names on the terminal."""
+    """Ask on the terminal for the format or the columns."""
     from pipeline.data.columns import format_columns, parse_columns
     from pipeline.data.known_formats import FORMATS
 
@@ -146,7 +148,7 @@ def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
             print(f"{answer} is not a format; expected {', '.join(sorted(FORMATS))}; {fault}", file=sys.stderr)
 
 
-def _say_ingested(result: "IngestResult", told: bool, remote: str | None) -> None:
+def _print_result(result: "IngestResult", sent: bool, remote: str | None) -> None:
     print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
     for file in result.files[:20]:
         rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
@@ -166,12 +168,12 @@ def _say_ingested(result: "IngestResult", told: bool, remote: str | None) -> Non
         print("  the same data as before; data.dvc is unchanged")
         return
     print("  these rows replace the previous ones; data.dvc now points to the new snapshot")
-    print("  the server was told: its deployment retrain starts" if told else "  next: `retune run` trains on them")
+    print("  the server starts its deployment retrain" if sent else "  next: `retune run` trains on them")
     if remote is not None:
         print(f"  to share them: commit data.dvc, then `dvc push data.dvc` sends the rows to the DVC remote {remote}")
     else:
         print(
-            "  only this machine has the rows: a colleague's clone cannot train on them before a DVC remote has them:\n"
+            "  only this machine has the rows; so that a colleague's clone can train on them, push them to a remote:\n"
             "    dvc remote add -d team s3://BUCKET/PATH    # or ssh://, gs://, azure://, a folder both can reach\n"
             '    git add .dvc/config data.dvc && git commit -m "New data"\n'
             "    dvc push data.dvc"
@@ -179,9 +181,9 @@ def _say_ingested(result: "IngestResult", told: bool, remote: str | None) -> Non
 
 
 def _pull_base(model: str) -> str | None:
-    """Have `data/` here before its rows are replaced; where the old rows are lost, the base model alone.
+    """Check out `data/` before its rows are replaced; if the old rows are lost, only the base model.
 
-    Returns: the commit that the base model came from, if it had to be looked for.
+    Returns the commit that the base model came from, if it had to be searched for.
     """
     from pipeline.core import graph
 

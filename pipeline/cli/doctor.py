@@ -28,7 +28,7 @@ def doctor(root: Path = Path(".")) -> list[Check]:
     except ParamsError as error:
         return [Check("parameters", False, str(error), "fix params.yaml; all other checks need it")]
     model = RegisteredModel(params.publish, root)
-    looks: dict[str, Callable[[], Finding]] = {
+    functions: dict[str, Callable[[], Finding]] = {
         "gpu": _gpu,
         "git": lambda: _git(root),
         "data": lambda: _data(root),
@@ -39,12 +39,12 @@ def doctor(root: Path = Path(".")) -> list[Check]:
         "servers": lambda: _servers(root),
     }
     checks = [Check("parameters", True, "params.yaml is valid")]
-    for name, look in looks.items():
+    for name, function in functions.items():
         try:
-            checks.append(Check(name, *look()))
+            checks.append(Check(name, *function()))
         except Exception as error:  # whatever is broken, the next check still runs
-            ours = type(error).__module__.startswith("pipeline.")  # written for people
-            checks.append(Check(name, False, redact(str(error) if ours else f"{type(error).__name__}: {error}")))
+            for_people = type(error).__module__.startswith("pipeline.")
+            checks.append(Check(name, False, redact(str(error) if for_people else f"{type(error).__name__}: {error}")))
     return checks
 
 
@@ -73,7 +73,7 @@ def _data(root: Path) -> Finding:
     name = f"snapshot {graph.snapshot(root)['md5'][:8]}"
     try:
         with only_run(root):
-            pass  # only tested: DVC does not answer while a stage writes
+            pass  # DVC does not answer while a stage writes
     except RunUnderWay as error:
         return None, f"{name}; {error}"
     if "data.dvc" not in graph.stale(root):
@@ -91,7 +91,7 @@ def _data(root: Path) -> Finding:
 
 
 def _remote(root: Path) -> Finding:
-    """Whether the remote has the data's snapshot, asked with the credentials that DVC finds."""
+    """Whether the remote has the data's snapshot, and DVC has credentials for it."""
     remote = graph.sharing_remote(root) if (root / "data.dvc").exists() else graph.team_remote(root)
     if remote is None:
         advice = "`dvc remote add -d team s3://BUCKET/PATH`, commit .dvc/config, `dvc push`"
@@ -124,7 +124,7 @@ def _store(model: RegisteredModel) -> Finding:
 def _servers(root: Path) -> Finding:
     if not (state := stack.state(root)):
         return None, "not running; `retune up` starts them"
-    services = [each for each in state["services"] if each["state"] not in ("healthy", "running", "starting")]
-    wrong = "; ".join(f"{each['name']} {each['state']}, {each['log']}" for each in services)
+    failed = [service for service in state["services"] if service["state"] not in ("healthy", "running", "starting")]
+    wrong = "; ".join(f"{service['name']} {service['state']}, {service['log']}" for service in failed)
     advice = "read the log, then `retune down` and `retune up`" if wrong else ""
     return not wrong, wrong or f"dashboard at {state['url']}", advice

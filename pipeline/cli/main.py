@@ -33,7 +33,7 @@ ARTIFACTS = Path("artifacts")
 
 
 def main() -> None:
-    """Run the command line; this project's own errors become one sentence and exit status 1, SIGTERM's 143."""
+    """Run the command line; errors of this project become one sentence and exit status 1, or 143 after SIGTERM."""
     collect_rarely()
     redact_process()
     enter_project()
@@ -41,7 +41,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError) as error:
-        # This project's errors are written for people; any other is a defect and keeps its traceback.
+        # Errors of this project are written for people; any other is a defect and keeps its traceback.
         if not type(error).__module__.startswith(("pipeline.", "flows.")):
             raise
         print(redact(f"error: {error}"), file=sys.stderr)
@@ -68,11 +68,11 @@ def run(json_output: Json = False) -> None:
 
     params = load_params()
     with only_run() as lock:
-        recover()  # from an ingest that was killed
+        recover()  # after an ingest that was killed
         require_ready(params)
         version = None if graph.stale() else graph.version_id()
         if version and (reason := settled(params.publish, params.promote, version)):
-            _say_nothing_to_do(params, version, reason, json_output)
+            _print_unchanged(params, version, reason, json_output)
             return
         dashboard = server.running()
         if dashboard is None:
@@ -92,7 +92,7 @@ def run(json_output: Json = False) -> None:
     raise typer.Exit(status)
 
 
-def _say_nothing_to_do(params: Any, version: str, reason: str, json_output: bool) -> None:
+def _print_unchanged(params: Any, version: str, reason: str, json_output: bool) -> None:
     from pipeline.registry.model import RegisteredModel
     from pipeline.report.whole import report_decision
     from pipeline.services.events import record_unchanged
@@ -112,13 +112,13 @@ def _say_nothing_to_do(params: Any, version: str, reason: str, json_output: bool
 @app.command(cls=ProjectCommand)
 def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or merge.")]) -> None:
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
-    # DVC forwards no signals: a stage must not outlive it. SIGTERM lets a training save a checkpoint.
+    # DVC forwards no signals, and a stage must not outlive it. SIGTERM lets a training save a checkpoint.
     end_with_parent(signal.SIGTERM)
     from pipeline.core import graph, timings
     from pipeline.settings import load_params
 
     if graph.RUN in os.environ and not lives(os.environ[graph.RUN]):
-        raise typer.Exit(143)  # the run died, and DVC with it, before this process could ask for their deaths
+        raise typer.Exit(143)  # the run and DVC died before the call of `end_with_parent`
 
     params = load_params()
     started = time.monotonic()
@@ -180,7 +180,7 @@ def score(
 
 
 def _run_stage(name: str, params: Any) -> str:
-    """Run one stage on the project's own folders; returns what came of it in a few words."""
+    """Run one stage on the project's folders; returns a summary of its result."""
     if Path(params.prepare.model_name_or_path).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     classes = params.train.task == "sequence-classification"
@@ -197,8 +197,8 @@ def _run_stage(name: str, params: Any) -> str:
             dropped = f", {sum(prepared.dropped.values()):,} dropped ({reasons})" if prepared.dropped else ""
             rows = ", ".join(f"{count:,} {split}" for split, count in prepared.rows.items())
             loss = "" if classes else f"; {prepared.trained_tokens:,} of {prepared.tokens:,} training tokens carry loss"
-            chosen = prepared.scoring and params.prepare.default_scoring == "auto" and not classes
-            return f"{rows} rows{dropped}{loss}" + (f"; {summarise_choices(prepared.scoring)}" if chosen else "")
+            show_scoring = prepared.scoring and params.prepare.default_scoring == "auto" and not classes
+            return f"{rows} rows{dropped}{loss}" + (f"; {summarise_choices(prepared.scoring)}" if show_scoring else "")
         case "train":
             from pipeline.registry.init_adapter import fetch_init
             from pipeline.train import train

@@ -1,4 +1,4 @@
-"""The commands about training: parameter sets for known models, and the classes that a trained model gives to texts."""
+"""The commands about models: parameters for known ones, and classes of texts from a trained classifier."""
 
 import os
 from collections.abc import Callable
@@ -12,23 +12,23 @@ from pipeline.cli.versions import Json, answer
 
 
 def preset(
-    name: Annotated[str | None, typer.Argument(help="Of those that `retune preset` lists.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of the presets that `retune preset` lists.")] = None,
     task: Annotated[
-        str | None, typer.Option("--for", help="Rank, alpha and modules for this task; the list names those there are.")
+        str | None, typer.Option("--for", help="Rank, alpha and modules for this task, one of those in the list.")
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Write the parameters for a model and task into params.yaml, comments kept; without NAME, list what there is."""
+    """Write the parameters for a model and task into params.yaml, and keep its comments; without NAME, list presets."""
     from pipeline.settings import yaml_text
     from pipeline.training.presets import apply_preset, list_presets
 
     presets = list_presets()
     if name is None:
-        lines = [f"{each.name:20} {each.about} (--for {', '.join(each.tasks)})" for each in presets]
-        answer(json_output, [asdict(each) for each in presets], "\n".join(lines))
+        lines = [f"{preset.name:20} {preset.about} (--for {', '.join(preset.tasks)})" for preset in presets]
+        answer(json_output, [asdict(preset) for preset in presets], "\n".join(lines))
         return
     changed = apply_preset(name, Path("params.yaml"), task)
-    first = next(each.first for each in presets if each.name == name)
+    first = next(preset.first for preset in presets if preset.name == name)
     lines = [f"  {key}: {yaml_text(old)} → {yaml_text(new)}" for key, (old, new) in changed.items()]
     lines.append(f"preset: {name} is in params.yaml, {len(changed)} values changed; `git diff params.yaml` shows them")
     lines += [] if first is None else [f"first: {first}"]
@@ -40,15 +40,15 @@ def classify(
     model: Annotated[Path, typer.Option(help="The merged model's folder.")] = Path("artifacts/merged"),
     json_output: Json = False,
 ) -> None:
-    """Class and confidence of each TEXT, by a model trained with train.task sequence-classification."""
+    """Print the class and confidence of each TEXT, from a model of train.task sequence-classification."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a merged model is whole
-    from pipeline.scoring.classification import classify as do
+    from pipeline.scoring.classification import classify as classify_texts
 
     if not (model / "contract.json").is_file():
-        raise typer.BadParameter(f"{model} holds no merged model; `dvc repro` makes artifacts/merged")
-    answers = do(model, [[{"role": "user", "content": text}] for text in texts])
-    lines = [f"{each.label} ({each.confidence:.3f})  {text}" for text, each in zip(texts, answers, strict=True)]
-    answer(json_output, [asdict(each) for each in answers], "\n".join(lines))
+        raise typer.BadParameter(f"{model} has no merged model; `dvc repro` makes artifacts/merged")
+    results = classify_texts(model, [[{"role": "user", "content": text}] for text in texts])
+    lines = [f"{result.label} ({result.confidence:.3f})  {text}" for text, result in zip(texts, results, strict=True)]
+    answer(json_output, [asdict(result) for result in results], "\n".join(lines))
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (preset, classify)

@@ -11,8 +11,8 @@ import typer
 from pipeline.cli.versions import Json, answer
 from pipeline.core.checks import as_json
 
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Of the dashboard; else operations.prefect_port.")]
-MlflowPort = Annotated[int | None, typer.Option(min=1, max=65535, help="Of MLflow; else operations.mlflow_port.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="The dashboard's; default: operations.prefect_port.")]
+MlflowPort = Annotated[int | None, typer.Option(min=1, max=65535, help="MLflow's; default: operations.mlflow_port.")]
 
 
 def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = False) -> None:
@@ -21,11 +21,11 @@ def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = Fa
     from pipeline.settings import load_params
 
     params = stack.with_ports(load_params(), port, mlflow_port)
-    state = stack.up(params, on_wait=lambda doing: print(f"up: {doing}", file=sys.stderr))
+    state = stack.up(params, on_wait=lambda text: print(f"up: {text}", file=sys.stderr))
     if json_output:
         print(json.dumps(state))
         return
-    _services(state)
+    _print_services(state)
     print(f"up: dashboard at {state['url']}; `retune down` stops everything")
 
 
@@ -53,13 +53,13 @@ def status(json_output: Json = False) -> None:
     state = stack.state()
     try:
         with only_run():
-            pass  # only tested: a status query must not block a run
+            pass  # do not hold the lock: `status` must not block a run
         stale = list(graph.stale())
     except RunUnderWay:
         stale = ["a run is under way"]
     model = RegisteredModel(params.publish)
     log, registry = model.log(), model.registry
-    waiting = proposed(log)
+    proposal = proposed(log)
     run = under_way.look()
     overview = {
         "run": run,
@@ -67,14 +67,14 @@ def status(json_output: Json = False) -> None:
         "services": state.get("services", []),
         "stale": stale,
         "champion": champion(log),
-        "waiting": waiting.version if waiting else None,
+        "waiting": proposal.version if proposal else None,
     }
     if json_output:
         print(json.dumps(overview))
         return
     print(f"dashboard  {overview['dashboard'] or 'not running (`retune up` starts it)'}")
     if state:
-        _services(state)
+        _print_services(state)
     if run is not None:
         since = time.strftime("%H:%M", time.localtime(run["since"]))
         started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
@@ -103,9 +103,10 @@ def doctor(json_output: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _services(state: dict[str, Any]) -> None:
-    for each in state.get("services", []):
-        print(f"{each['name']:<16} {each['state']:<16} {each['url'] or '':<22} process {each['pid']}, {each['log']}")
+def _print_services(state: dict[str, Any]) -> None:
+    for service in state.get("services", []):
+        name, status, url = (service[key] or "" for key in ("name", "state", "url"))
+        print(f"{name:<16} {status:<16} {url:<22} process {service['pid']}, {service['log']}")
 
 
 COMMANDS: list[Callable[..., None]] = [up, down, status, doctor]

@@ -1,4 +1,4 @@
-"""Lets commands work in every folder of a project, as git's and DVC's do."""
+"""Lets commands work in every folder of a project, as in git and DVC."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-_below = Path(".")  # from the project's top folder to where the command was called
+_below = Path(".")  # from the project's top folder to the folder where the command was called
 
 
 def enter_project() -> None:
@@ -21,12 +21,12 @@ def enter_project() -> None:
 
 
 def as_typed(path: str) -> str:
-    """`path`, typed where the command was called, as seen from the project's top folder; an address stays."""
+    """Make a path, relative to where the command was called, relative to the project's top folder; a URI stays."""
     return path if _below == Path(".") or "://" in path else os.path.normpath(_below / path)
 
 
 class ProjectCommand(TyperCommand):
-    """A command whose paths are relative to where it was called, and whose summary is not shortened."""
+    """A command whose paths are relative to where it was called, with its whole summary in the overview."""
 
     def get_short_help_str(self, limit: int = 45) -> str:
         return super().get_short_help_str(10_000)

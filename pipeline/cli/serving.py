@@ -1,8 +1,7 @@
-"""Models to talk to: the base, published versions or the workspace's adapter, each with its own template contract.
+"""Models that answer: the base, published versions or the workspace's adapter, each with its own template contract.
 
-One base model holds several adapters, of which one answers at a time; batches take the merged model of a version. A
-model whose base, tokenizer or template is not what its contract says is refused, and so is an adapter that cannot
-share the loaded base.
+In a conversation, several adapters share one base model, and one of them answers; batches use a version's merged model.
+A model is refused if its base, tokenizer or template differs from its contract, or if it cannot share the loaded base.
 """
 
 import json
@@ -36,21 +35,21 @@ from pipeline.weights.loading import ModelError, input_device, is_whole, load_ad
 from pipeline.weights.placement import load_for_scoring, load_tuned
 
 BASE, WORKSPACE = "base", "workspace"
-# What must be the same for two adapters to answer on one base; other keys tell of the data they were trained on.
+# Keys of the contract that must be equal if two adapters share a base; the others describe the training data.
 SERVED = ("chat_template_sha256", "tokenizer_sha256", "stop_ids", "pad_id", "on_control_tokens")
 
 
 class ServingError(RuntimeError):
-    """There is no such model, or it cannot answer next to the others."""
+    """There is no such model, or it cannot share a base with the others."""
 
 
 class Talk:
-    """One base model and the adapters that were loaded onto it; `active` is the one that answers."""
+    """One base model and the adapters loaded onto it; the one named `active` answers."""
 
     def __init__(self, params: Params, names: list[str], root: Path = Path(".")) -> None:
         self.params, self.root = params, root
         self.active = names[0]
-        self._adapters: dict[str, str | None] = {}  # name → PEFT's name of it; None: the base itself
+        self._adapters: dict[str, str | None] = {}  # name → PEFT's name for it; None: without an adapter
         prepare, train = params.prepare, params.train
         if names[0] == BASE:
             self.template, identity = load_template(prepare)
@@ -60,14 +59,14 @@ class Talk:
         else:
             folder, _ = find_folder(params, names[0], "adapter", root)
             contract = read_json(folder / "contract.json")
-            # A contract that shipped names no folder of a machine: the project's base model is the one, or none is.
+            # A published contract has no path, so the base must be the project's.
             identity = model_identity(prepare.model_name_or_path, prepare.model_revision, prepare.trust_remote_code)
             _require_base(names[0], contract, identity)
             self.contract = contract | {"model": identity}
             self.template = load_contract(self.contract)
             self.quantisation = read_json(folder / "training.json")["quantisation"]
-        self._whole = names[0] != BASE and is_whole(folder)
-        if self._whole:  # train.method full: there is no adapter to put on the base
+        self._is_full_model = names[0] != BASE and is_whole(folder)
+        if self._is_full_model:  # train.method full: the model has no adapter
             self.model: Any = load_tuned(self.contract["model"], self.quantisation, folder)
             self._adapters[names[0]] = None
         else:
@@ -80,9 +79,9 @@ class Talk:
         return list(self._adapters)
 
     def use(self, name: str) -> None:
-        """Let `name` answer from now on; it is loaded if it is not yet."""
+        """Let `name` answer from now on; load it if necessary."""
         if name not in self._adapters:
-            if self._whole:
+            if self._is_full_model:
                 raise ServingError(f"{self.active} is a whole model, not an adapter; run `retune chat {name}` instead")
             self._adapters[name] = None if name == BASE else self._load(name)
         peft_name = self._adapters[name]
@@ -98,13 +97,13 @@ class Talk:
         on_text: Callable[[str], None] = lambda _: None,
         on_reasoning: Callable[[str], None] = lambda _: None,
     ) -> Answer:
-        """The active model's greedy answer; `on_text` and `on_reasoning` get its parts as they are made."""
+        """The active model's greedy answer; `on_text` and `on_reasoning` get its text while it is generated."""
         ids = self.template.prompt_ids(messages)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise ModelError(
-                f"the conversation has {len(ids)} tokens; with {max_new_tokens} for the answer that is more than the "
-                f"{limit} that the model was made for: /reset, or a smaller --max-new-tokens"
+                f"the conversation has {len(ids)} tokens; with {max_new_tokens} for the answer that exceeds the "
+                f"model's limit of {limit}; /reset the conversation, or use a smaller --max-new-tokens"
             )
         tokens = torch.tensor([ids], device=input_device(self.model))
         config = GenerationConfig(
@@ -119,7 +118,7 @@ class Talk:
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 generation_config=config,
-                streamer=_Pieces(self.template, ids, reasoning=on_reasoning, text=on_text),
+                streamer=AnswerStreamer(self.template, ids, reasoning=on_reasoning, text=on_text),
             )
         return read_answer(self.template, ids, output[0, len(ids) :].tolist())
 
@@ -131,10 +130,9 @@ class Talk:
         if read_json(folder / "training.json")["quantisation"] != self.quantisation:
             differ.append("the base's quantisation")
         if differ or is_whole(folder):
-            what = (
-                f"differs from {self.active} in {', '.join(differ)}" if differ else "is a whole model, not an adapter"
-            )
-            raise ServingError(f"{name} {what}; run `retune chat {name}` instead")
+            keys = ", ".join(differ)
+            problem = f"differs from {self.active} in {keys}" if keys else "is a whole model, not an adapter"
+            raise ServingError(f"{name} {problem}; run `retune chat {name}` instead")
         peft_name = f"adapter{len(self._adapters)}"
         self.model = load_adapter(self.model, folder, peft_name)
         return peft_name
@@ -144,37 +142,36 @@ def _require_base(name: str, contract: dict[str, Any], identity: dict[str, Any])
     if contract["model"]["digest"] != identity["digest"]:
         raise TemplateError(
             f"{name} was trained on a base with digest {contract['model']['digest'][:12]}, and "
-            f"prepare.model_name_or_path {identity['name_or_path']} has {identity['digest'][:12]}; put that base "
-            "back, or name it in params.yaml"
+            f"prepare.model_name_or_path {identity['name_or_path']} has {identity['digest'][:12]}; set it to that base"
         )
 
 
-class _Pieces(BaseStreamer):
-    """Hands on thinking and text as they grow, without what could move a terminal's cursor."""
+class AnswerStreamer(BaseStreamer):
+    """Passes on reasoning and text as they grow, without characters that could move a terminal's cursor."""
 
-    def __init__(self, template: ChatTemplate, prompt: list[int], **hands: Callable[[str], None]) -> None:
-        self.template, self.prompt, self.hands = template, prompt, hands
-        self.ids: list[int] | None = None  # the first that comes is the prompt
-        self.shown = dict.fromkeys(self.hands, "")
+    def __init__(self, template: ChatTemplate, prompt: list[int], **callbacks: Callable[[str], None]) -> None:
+        self.template, self.prompt, self.callbacks = template, prompt, callbacks
+        self.ids: list[int] | None = None  # None until `put` has received the prompt
+        self.sent = dict.fromkeys(self.callbacks, "")
 
     def put(self, value: torch.Tensor) -> None:
         if self.ids is None:
             self.ids = []
             return
         self.ids += value.flatten().tolist()
-        self._show(r"[<\[]\S*$|\ufffd$")  # what may be the beginning of a control token or of a character waits
+        self._send(r"[<\[]\S*$|\ufffd$")  # hold back what may be the start of a control token or of a character
 
     def end(self) -> None:
-        self._show("(?!)")
+        self._send("(?!)")
 
-    def _show(self, waits: str) -> None:
+    def _send(self, held_back: str) -> None:
         answer = read_answer(self.template, self.prompt, self.ids or [])
-        for part, hand in self.hands.items():
-            text = printable(re.sub(waits, "", getattr(answer, part) or "").rstrip())
-            more = text.removeprefix(self.shown[part])
-            if more and len(text) > len(self.shown[part]):
-                hand(more if len(more) < len(text) or not self.shown[part] else f"\n{text}")
-                self.shown[part] = text
+        for part, callback in self.callbacks.items():
+            text = printable(re.sub(held_back, "", getattr(answer, part) or "").rstrip())
+            new = text.removeprefix(self.sent[part])
+            if new and len(text) > len(self.sent[part]):
+                callback(new if len(new) < len(text) or not self.sent[part] else f"\n{text}")
+                self.sent[part] = text
 
 
 def printable(text: str) -> str:
@@ -189,14 +186,15 @@ def default_name(params: Params, root: Path = Path(".")) -> str:
 
 
 def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) -> tuple[Path, str]:
-    """Where the `adapter` or `merged` model of `name` lies, and its id: the workspace's, or those of a published
-    version, fetched and checked, its signature too where publish.require_signature is on.
+    """Folder and id of the `adapter` or `merged` model of `name`: the workspace's or a published version's.
+
+    A version's files are downloaded and checked, and its signature too if publish.require_signature is on.
     """
     if name == WORKSPACE:
         folder = root / "artifacts" / part
         if not (folder / "contract.json").is_file():
             stage = {"adapter": "train", "merged": "merge"}[part]
-            raise ServingError(f"{folder} holds no model; `retune run` or `dvc repro {stage}` makes one")
+            raise ServingError(f"{folder} has no model; `retune run` or `dvc repro {stage}` makes one")
         return folder, name
     model = RegisteredModel(params.publish, root)
     manifest = model.manifest(model.find(name))
@@ -204,7 +202,7 @@ def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) ->
 
 
 def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple[Any, ChatTemplate, dict[str, Any]]:
-    """Model, template and identity of `name`: of a version or the workspace the merged model, which serves."""
+    """Model, template and identity of `name`; for a version or the workspace it is the merged model."""
     if name == BASE:
         template, identity = load_template(params.prepare)
         return load_for_scoring(identity), template, {"model": BASE, "digest": identity["digest"]}
@@ -215,11 +213,12 @@ def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple
 
 
 def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | None]]:
-    """Each line of a JSONL file: the row, its conversation up to the answer, and its tools as JSON; an error names the
-    line that has none.
+    """Each line of a JSONL file: the row, its conversation up to the answer, and its tools as JSON.
+
+    Raises ServingError with the number of a line without a conversation.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # texts may contain other line separators
     except UnicodeDecodeError as error:
         raise ServingError(f"{file} is not UTF-8 text (byte {error.start}); convert it") from None
     prompts = []
@@ -232,11 +231,11 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
             messages = row.get("messages")
             if messages is None:
                 messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
-            said = [
+            valid = [
                 isinstance(m["role"], str) and (isinstance(m.get("content"), str) or "tool_calls" in m)
                 for m in messages
             ]
-            if not said or not all(said) or messages[-1]["role"] == "assistant":  # a training row has its answer
+            if not valid or not all(valid) or messages[-1]["role"] == "assistant":  # training rows have an answer
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ServingError(

@@ -1,4 +1,4 @@
-"""The commands that use a version: its report, a conversation with it, answers to a file."""
+"""The commands that use a version: report, chat and predict."""
 
 import json
 import os
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from pipeline.chat.responses import Answer
     from pipeline.cli.serving import Talk
 
-HELP = """/adapter NAME   let another model answer: base, workspace, champion, v3 or a version's id
+HELP = """/adapter NAME   switch to another model: base, workspace, champion, v3 or a version's id
 /adapters       list the loaded models
 /system TEXT    set the system message; without TEXT, remove it
 /reset          forget the conversation
 /quit           end (also Ctrl-D)"""
 MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="At most so many per answer; default: evaluate.max_new_tokens.")
+    int | None, typer.Option(min=1, help="Maximum number of tokens per answer; default: evaluate.max_new_tokens.")
 ]
 
 
@@ -53,7 +53,7 @@ def chat(
     json_output: Json = False,
 ) -> None:
     """Talk to a version or the base, prompted exactly as in training; /help lists the commands."""
-    params = _ready()
+    params = _load_params()
     from pipeline.cli.serving import Talk
 
     if json_output and prompt is None:
@@ -89,7 +89,7 @@ def predict(
 
     A model trained with train.task sequence-classification gives each line its label and confidence.
     """
-    params = _ready()
+    params = _load_params()
     from pipeline.cli.serving import BASE, find_folder, load_for_batches, read_prompts
     from pipeline.core.combinations import CLASSIFICATION
     from pipeline.core.files import WORK_DIR
@@ -107,7 +107,7 @@ def predict(
             raise CommandError("a base model has no classes; name a version, or workspace")
         folder, name = find_folder(params, name, "merged")
         classes = classify(folder, [messages for _, messages, _ in rows], size)
-        results = [{"label": each.label, "confidence": each.confidence} for each in classes]
+        results = [{"label": result.label, "confidence": result.confidence} for result in classes]
         _write_answers(target, rows, results, name, json_output)
         return
     loaded, template, identity = load_for_batches(params, name)
@@ -137,45 +137,45 @@ COMMANDS: list[Callable[..., None]] = [report, chat, predict]
 
 
 def _converse(talk: "Talk", limit: int, start: list[Any]) -> None:
-    """Questions from standard input, answers to standard output, until it ends."""
+    """Read questions from standard input and write answers to standard output, until the input ends."""
 
-    def tell(text: str) -> None:
+    def note(text: str) -> None:
         print(f"chat: {text}", file=sys.stderr)
 
-    tell(f"{talk.active} answers; /help lists the commands")
+    note(f"{talk.active} answers; /help lists the commands")
     messages = list(start)
     while True:
         try:
             line = input(f"{talk.active}> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
-        command, _, rest = line.partition(" ")
-        rest = rest.strip()
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
         try:
             if command == "/quit":
                 return
             if line and not line.startswith("/"):
                 question = [*messages, {"role": "user", "content": line}]
                 messages = [*question, _show(talk, question, limit).message()]
-            elif command == "/adapter" and rest:
-                talk.use(rest)
-                tell(f"{talk.active} answers")
+            elif command == "/adapter" and argument:
+                talk.use(argument)
+                note(f"{talk.active} answers")
             elif command == "/adapters":
-                tell(", ".join(f"{name} (answers)" if name == talk.active else name for name in talk.names))
+                note(", ".join(f"{name} (answers)" if name == talk.active else name for name in talk.names))
             elif command == "/system":
-                messages = [{"role": "system", "content": rest}] if rest else []
+                messages = [{"role": "system", "content": argument}] if argument else []
             elif command == "/reset":
                 messages = [message for message in messages[:1] if message["role"] == "system"]
             elif line:
                 print(HELP, file=sys.stderr)
-        except (ValueError, RuntimeError) as error:  # no such model, or no answer: the conversation is as before
-            tell(str(error))
-        except KeyboardInterrupt:  # cuts an answer off
+        except (ValueError, RuntimeError) as error:  # no such model, or no answer; the conversation is unchanged
+            note(str(error))
+        except KeyboardInterrupt:  # Ctrl-C stops an answer
             print()
 
 
 def _show(talk: "Talk", messages: list[Any], limit: int) -> "Answer":
-    """Write the answer as it is made; its thinking dimmed before it, where a person looks on and not in a pipe."""
+    """Print the answer while it is generated; on a terminal, first the model's reasoning, dimmed."""
     dim, plain, thinking = "\033[2m", "\033[0m", False
 
     def reasoning(piece: str) -> None:
@@ -198,7 +198,7 @@ def _show(talk: "Talk", messages: list[Any], limit: int) -> "Answer":
 
 
 def _fields(answer: "Answer") -> dict[str, Any]:
-    """What programs are told of an answer; `reasoning` and `tool_calls` where there are any."""
+    """An answer as JSON, with `reasoning` and `tool_calls` if there are any."""
     from pipeline.cli.serving import printable
 
     fields: dict[str, Any] = {"answer": printable(answer.text), "cut_off": answer.cut_off}
@@ -210,7 +210,7 @@ def _fields(answer: "Answer") -> dict[str, Any]:
 
 
 def _name_or_default(model: str | None, params: Any, command: str, say: bool = True) -> str:
-    """The named model, else the default; prints which one that is if there is no champion yet."""
+    """The named model, else the default; prints its name if there is no champion yet."""
     from pipeline.cli.serving import default_name
 
     name = model or default_name(params)
@@ -219,8 +219,8 @@ def _name_or_default(model: str | None, params: Any, command: str, say: bool = T
     return name
 
 
-def _ready() -> Any:
-    """Parameters; with a base model of this machine no library asks the Hub."""
+def _load_params() -> Any:
+    """The parameters; with a local base model, libraries send no requests to the Hub."""
     from pipeline.settings import load_params
 
     params = load_params()

@@ -1,4 +1,4 @@
-"""The commands for published versions: publish, verify, promote, roll back, compare, download and delete."""
+"""The commands about published versions: publish, verify, promote, roll back, compare, download and delete."""
 
 import json
 import sys
@@ -19,15 +19,15 @@ Reason = Annotated[str, typer.Option(help="Recorded in the history.")]
 
 
 class CommandError(ValueError):
-    """Options that do not go together, or that name nothing."""
+    """Options that cannot be combined, or that name something that does not exist."""
 
 
 def publish(json_output: Json = False) -> None:
-    """Ship the workspace's artifacts as a version: store first, registry after."""
-    from pipeline.publish import publish as do
+    """Publish the workspace's artifacts as a version, and register it in MLflow."""
+    from pipeline.publish import publish as publish_workspace
     from pipeline.settings import load_params
 
-    result = do(load_params().publish)
+    result = publish_workspace(load_params().publish)
     name, signed = name_of(result.version, result.number), "signed" if result.signed else "unsigned"
     new = f"publish: version {name}, {result.uploaded_bytes / 1e6:.1f} MB uploaded, {signed}"
     answer(json_output, asdict(result), new if result.created else f"publish: already published as {name}, {signed}")
@@ -35,20 +35,20 @@ def publish(json_output: Json = False) -> None:
 
 def sign(version: Version = None, json_output: Json = False) -> None:
     """Sign a version that was published unsigned, after checking its files."""
-    from pipeline.publish import sign as do
+    from pipeline.publish import sign as sign_version
 
     params, model, version = find(version)
-    signed = do(params.publish, version)
-    said = f"sign: version {model.label(version)} {'is signed' if signed else 'had a signature already'}"
-    answer(json_output, {"version": version, "signed": signed}, said)
+    signed = sign_version(params.publish, version)
+    text = f"sign: version {model.label(version)} {'is signed' if signed else 'already has a signature'}"
+    answer(json_output, {"version": version, "signed": signed}, text)
 
 
 def verify(version: Version = None, json_output: Json = False) -> None:
     """Check a version's signature, the digest of every file, and its lineage; exit status 1 when one fails."""
-    from pipeline.registry.verify import verify as do
+    from pipeline.registry.verify import verify as verify_version
 
     _, model, version = find(version)
-    checks = do(model, version)
+    checks = verify_version(model, version)
     failed = [check.name for check in checks if check.passed is False]
     if json_output:
         print(json.dumps({"version": version} | as_json(checks)))
@@ -70,8 +70,8 @@ def promote(
     json_output: Json = False,
 ) -> None:
     """Make a version the champion if it is measurably better; a refusal (exit status 3) shows both numbers."""
-    from pipeline.promote import approve as reply
-    from pipeline.promote import promote as do
+    from pipeline.promote import approve as answer_proposal
+    from pipeline.promote import promote as promote_version
     from pipeline.report.whole import report_decision
     from pipeline.settings import load_params
 
@@ -81,15 +81,15 @@ def promote(
         raise CommandError("--force needs --reason: the history keeps why the gate was overruled")
     params = load_params()
     if approve or reject:
-        decision = reply(params.publish, params.promote, version, approve, reason)
+        decision = answer_proposal(params.publish, params.promote, version, approve, reason)
     else:
-        decision = do(params.publish, params.promote, version, force=reason if force else None)
+        decision = promote_version(params.publish, params.promote, version, force=reason if force else None)
     decision.warnings.extend(report_decision(params.publish, decision.version, Path("artifacts")))
     _show_decision(decision, json_output)
     if decision.decision == "proposed" and not json_output and sys.stdin.isatty():
         agreed = typer.confirm("Make it the champion?")
         why = reason or typer.prompt("Reason, kept in the history", default="", show_default=False)
-        decision = reply(params.publish, params.promote, decision.version, agreed, why)
+        decision = answer_proposal(params.publish, params.promote, decision.version, agreed, why)
         _show_decision(decision, json_output)
     if decision.champion != decision.version:
         raise typer.Exit(3)
@@ -101,13 +101,13 @@ def rollback(
     json_output: Json = False,
 ) -> None:
     """Make the previous champion, or another earlier one, champion again."""
-    from pipeline.promote import rollback as do
+    from pipeline.promote import rollback as roll_back
 
-    params, model = _project()
-    record, warnings = do(params.publish, params.promote, to, reason)
-    _warn(warnings)
-    said = f"rollback: {model.label(record.champion)} is champion again; it was {model.label(record.previous)}"
-    answer(json_output, asdict(record), said)
+    params, model = _load_model()
+    record, warnings = roll_back(params.publish, params.promote, to, reason)
+    _print_warnings(warnings)
+    text = f"rollback: {model.label(record.champion)} is champion again, instead of {model.label(record.previous)}"
+    answer(json_output, asdict(record), text)
 
 
 def history(
@@ -115,19 +115,19 @@ def history(
     json_output: Json = False,
 ) -> None:
     """List all decisions: who, when, from which champion to which, why, and with which numbers."""
-    from pipeline.promote import history as do
+    from pipeline.promote import history as read_history
 
-    params, model = _project()
-    log, warnings = do(params.publish)
-    _warn(warnings)
+    params, model = _load_model()
+    log, warnings = read_history(params.publish)
+    _print_warnings(warnings)
     if number is not None and number > len(log):
-        raise CommandError(f"there are {len(log)} decisions, no number {number}")
-    shown = log if number is None else [log[number - 1]]
+        raise CommandError(f"there is no decision {number}; the history has {len(log)}")
+    records = log if number is None else [log[number - 1]]
     if json_output:
-        print(json.dumps([asdict(record) for record in shown]))
+        print(json.dumps([asdict(record) for record in records]))
         return
     if not log:
-        print("history: nothing was decided yet; `retune run` trains, publishes and decides")
+        print("history: no decisions yet; `retune run` trains, publishes and decides")
         return
 
     def name(version: str | None) -> str:
@@ -145,15 +145,17 @@ def history(
             "why": (in_short(record.comparison) if by_gate else "") or record.reason,
         }
 
-    show_table([row(record) for record in shown])
+    show_table([row(record) for record in records])
     if number is None:
         print(f"champion: {name(log[-1].champion)}; `retune history NUMBER` shows one decision's numbers")
         return
-    [record] = shown
+    [record] = records
     print(f"Champion {name(record.previous)} → {name(record.champion)}\nWhy      {record.reason}")
     show_verdict(record.comparison, record.previous is None)
-    for line in [*(f"note: {one}" for one in record.notes), *(f"overruled: {one}" for one in record.overruled)]:
-        print(line)
+    for note in record.notes:
+        print(f"note: {note}")
+    for reason in record.overruled:
+        print(f"overruled: {reason}")
 
 
 def download(
@@ -178,13 +180,13 @@ def download(
     fetch(model.store, manifest, [name for name in manifest["files"] if name.startswith(prefix)], folder, prefix)
     if part == "all":
         (folder / "manifest.json").write_bytes(encode(manifest))
-        if signed := read_signature(model.store, manifest):
-            (folder / "manifest.sig").write_bytes(signed)
-    said = f"download: version {model.label(version)} in {folder}"
+        if signature := read_signature(model.store, manifest):
+            (folder / "manifest.sig").write_bytes(signature)
+    text = f"download: version {model.label(version)} in {folder}"
     if part == "merged":
-        auto = auto_class(manifest["params"]["train"])
-        said += f'\n  {auto}.from_pretrained("{folder}") loads it as it was scored'
-    answer(json_output, {"version": version, "path": str(folder)}, said)
+        model_class = auto_class(manifest["params"]["train"])
+        text += f'\n  {model_class}.from_pretrained("{folder}") loads it as it was scored'
+    answer(json_output, {"version": version, "path": str(folder)}, text)
 
 
 def delete(
@@ -193,13 +195,13 @@ def delete(
     json_output: Json = False,
 ) -> None:
     """Delete a version for good, unless it is the champion or waits for approval."""
-    from pipeline.registry.retention import delete as do
+    from pipeline.registry.retention import delete as delete_version
 
     params, model, version = find(version)
-    name = model.label(version)  # while it has one
-    record = do(params.publish, version, reason)
-    said = f"delete: version {name} is gone; `retune gc` collects the files that no other version has"
-    answer(json_output, asdict(record), said)
+    name = model.label(version)  # a deleted version has none
+    record = delete_version(params.publish, version, reason)
+    text = f"delete: version {name} is deleted; `retune gc` deletes the files that no other version has"
+    answer(json_output, asdict(record), text)
 
 
 def prune(
@@ -207,17 +209,19 @@ def prune(
     json_output: Json = False,
 ) -> None:
     """List the versions beyond publish.keep_versions and keep_champions; --yes deletes them."""
-    from pipeline.registry.retention import delete as do
+    from pipeline.registry.retention import delete as delete_version
     from pipeline.registry.retention import outdated
 
-    params, model = _project()
+    params, model = _load_model()
     keep, versions = params.publish.keep_versions, outdated(params.publish)
-    lines = [model.label(version) for version in versions]  # while they have numbers
+    lines = [model.label(version) for version in versions]  # deleted versions have none
     for version in versions if yes else ():
-        do(params.publish, version, f"older than the newest {keep}")
-    done = "deleted; `retune gc` collects their files" if yes else "would be deleted; `retune prune --yes` does it"
+        delete_version(params.publish, version, f"older than the newest {keep}")
+    result = (
+        "deleted; `retune gc` deletes their files" if yes else "would be deleted; `retune prune --yes` deletes them"
+    )
     nothing = "prune: nothing to delete" + "; publish.keep_versions is null" * (keep is None)
-    lines.append(f"prune: {len(versions)} versions {done}" if versions else nothing)
+    lines.append(f"prune: {len(versions)} versions {result}" if versions else nothing)
     answer(json_output, {"versions": versions, "deleted": yes}, "\n".join(lines))
 
 
@@ -227,7 +231,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(help="Also write it as a page, with every text.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Compare two versions: scores with intervals, parameters and data that differ, texts that changed most."""
+    """Compare two versions: scores with intervals, parameters and data that differ, and answers that changed most."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -253,12 +257,12 @@ COMMANDS: list[Callable[..., None]] = [
 
 
 def find(version: str | None) -> tuple[Any, Any, str]:
-    """Parameters, the registered model, and the content id of the version that was named."""
-    params, model = _project()
+    """The parameters, the registered model, and the id of the version named by `version`."""
+    params, model = _load_model()
     return params, model, model.find(version)
 
 
-def _project() -> tuple[Any, Any]:
+def _load_model() -> tuple[Any, Any]:
     from pipeline.registry.model import RegisteredModel
     from pipeline.settings import load_params
 
@@ -269,7 +273,7 @@ def _project() -> tuple[Any, Any]:
 def _show_decision(decision: Any, json_output: bool) -> None:
     from pipeline.registry.compare import BASE
 
-    _warn(decision.warnings)
+    _print_warnings(decision.warnings)
     answer(json_output, asdict(decision), "\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
     if not json_output:
         show_verdict(decision.comparison, decision.against == BASE)
@@ -281,6 +285,6 @@ def answer(json_output: bool, values: Any, text: str) -> None:
     print(json.dumps(values) if json_output else text)
 
 
-def _warn(warnings: list[str]) -> None:
+def _print_warnings(warnings: list[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""The files that a version may hold: a list of names, none of which leaves its folder or runs.
+"""The list of file names that a version may contain, and checks of the files' content.
 
-Of the contents only that is checked which decides what a loader does; docs/security.md says what readers refuse.
+Content is checked only where it decides what a loader does; docs/security.md says what the readers themselves refuse.
 """
 
 import re
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.core.files import strict_json
 
 PARTS = ("adapter", "evaluation", "merged", "parity")
-# By suffix, what may stand before it. Letters, digits, '.', '_' and '-' only: no other spelling of a name gets past.
+# Suffix → names without it. Only letters, digits, '.', '_' and '-' occur, so a name has only one spelling.
 NAMES = {
     ".safetensors": r"(adapter_)?model(-\d{5}-of-\d{5})?",
     ".json": r"adapter_config|added_tokens|config|contract|evaluation|general|generation_config|"
@@ -26,11 +26,11 @@ NAMES = {
     ".md": "README|report",
 }
 _FILE = "|".join(f"({stems}){re.escape(suffix)}" for suffix, stems in NAMES.items())
-# The card, and what MLflow's own loader looks for: its description and a second name of the tokenizer's files.
+# Also the model card, and for MLflow's loader `MLmodel` and the tokenizer's files under a second name.
 _FOLDERS = "|".join((*PARTS, "components/tokenizer"))
-_DEVICE = r"(?!.*/(con|prn|aux|nul|com\d|lpt\d)\.)"  # on Windows
+_DEVICE = r"(?!.*/(con|prn|aux|nul|com\d|lpt\d)\.)"  # device names on Windows
 _PATTERN = re.compile(rf"{_DEVICE}({_FOLDERS})/({_FILE})|README\.md|MLmodel")
-# A link into a content-addressed cache names its bytes by their digest: DVC's (cache.type symlink) or the Hub's.
+# Paths in content-addressed caches, where a file's name is its digest: DVC's (cache.type symlink) and the Hub's.
 _CACHED = re.compile(r"files/md5/[0-9a-f]{2}/[0-9a-f]{30}|blobs/([0-9a-f]{40}|[0-9a-f]{64})")
 
 
@@ -52,15 +52,11 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a link, weights that are not safetensors, JSON that readers could take in two ways, and a foreign MLmodel.
-
-    Raises:
-        UnsafeFileError: the file is one of them.
-    """
+    """Raises UnsafeFileError: a link, weights that are not safetensors, ambiguous JSON, or another kind of MLmodel."""
     check_link(path)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:  # reads the header, by no torch
+            with safe_open(path, framework="np") as file:  # reads only the header, without torch
                 file.keys()
         elif path.suffix == ".json":
             strict_json(path.read_bytes())
@@ -84,9 +80,9 @@ def check_link(path: Path) -> None:
 
 
 def _check_mlmodel(description: Any) -> None:
-    """MLflow imports the module and unpickles the files that it names: only its transformers loader may be one."""
+    """Allow only MLflow's transformers loader: MLflow imports the module and unpickles the files named in MLmodel."""
     flavors = description.get("flavors", {}) if isinstance(description, dict) else {}
     function, model = flavors.get("python_function", {}), flavors.get("transformers", {})
     known = set(flavors) <= {"python_function", "transformers"} and set(function) <= {"loader_module", "python_version"}
     if not known or function.get("loader_module") not in (None, "mlflow.transformers") or model.get("code") is not None:
-        raise ValueError("it describes more than the transformers model that Retune ships")
+        raise ValueError("it asks for more than a transformers model")

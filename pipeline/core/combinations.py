@@ -1,4 +1,4 @@
-"""Which parameters go together, as one table. Imports nothing slow, because every command uses it."""
+"""Which values of parameters cannot be combined, in one table. Imports nothing slow, because every command uses it."""
 
 import re
 from typing import Any, NamedTuple
@@ -42,12 +42,12 @@ def in_4bit(method: Any, load_in_4bit: Any) -> Any:
 def conflicts(params: Any) -> list[str]:
     """A sentence for each parameter whose value cannot work with the others, with what to do."""
     classes = params.train.task == CLASSIFICATION
-    of_classes = [row for row in _class_rules(params) if row[1]] if classes else []
+    class_conflicts = [row for row in _class_rules(params) if row[1]] if classes else []
     because = f", but train.task is {CLASSIFICATION}"
     return [
         *(f"{_value(params, name)}; {why}" for name, broken, why in _rules(params) if broken),
-        *(f"{_value(params, name)}{because}; {why}" for name, _, why in of_classes),
-        *([CLASS_PRESET] if of_classes else []),
+        *(f"{_value(params, name)}{because}; {why}" for name, _, why in class_conflicts),
+        *([CLASS_PRESET] if class_conflicts else []),
     ]
 
 

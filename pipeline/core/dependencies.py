@@ -1,6 +1,6 @@
-"""The code that a result depends on: a module and its imports, read from the source so that no list can be outdated.
+"""The code that a result depends on: a module and everything it imports, read from the source code.
 
-`python -m pipeline.core.dependencies` writes it into `dvc.yaml`; checkpoints and caches are keyed by its digests.
+`python -m pipeline.core.dependencies` writes these files into `dvc.yaml`; checkpoints and caches use their digests.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pipeline.core.files import sha256_file
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("prepare", "train", "evaluate", "merge")
-# These read, refuse, print or start something; no result depends on them. A folder stands for all its modules.
+# Modules that read, check, print or start something, so no result depends on them. A folder stands for its modules.
 WITHOUT_EFFECT = {
     "pipeline.core",
     "pipeline.params",
@@ -60,7 +60,7 @@ def write_dependencies(dvc_yaml: Path = ROOT / "dvc.yaml") -> None:
 
 
 def _without_effect(name: str) -> bool:
-    return name not in SHAPING and any(name == each or name.startswith(f"{each}.") for each in WITHOUT_EFFECT)
+    return name not in SHAPING and any(f"{name}.".startswith(f"{module}.") for module in WITHOUT_EFFECT)
 
 
 def _file(name: str) -> Path:
@@ -69,8 +69,8 @@ def _file(name: str) -> Path:
 
 
 def _data_in(folder: Path) -> list[Path]:
-    inside = [path for path in folder.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
-    files = [*folder.iterdir(), *(path for each in inside for path in each.rglob("*"))]
+    subfolders = [path for path in folder.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
+    files = [*folder.iterdir(), *(path for subfolder in subfolders for path in subfolder.rglob("*"))]
     return [
         path
         for path in files
@@ -79,15 +79,15 @@ def _data_in(folder: Path) -> list[Path]:
 
 
 @cache
-def _imported(name: str) -> list[str]:
+def _imported(module: str) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(_file(name).read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(_file(module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = [f"{node.module}.{alias.name}" for alias in node.names]
-            names += [each if _file(each).is_file() else node.module for each in inside]
-    return [each for each in names if each.startswith("pipeline.")]
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [name if _file(name).is_file() else node.module for name in imported]
+    return [name for name in names if name.startswith("pipeline.")]
 
 
 if __name__ == "__main__":

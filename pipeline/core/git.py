@@ -1,4 +1,4 @@
-"""All uses of git. Commits made here hold tracked files and the files that runs write, nothing else.
+"""All uses of git. Commits made here contain only tracked files and files that runs write.
 
 Index, branch and working tree stay unchanged.
 """
@@ -24,16 +24,16 @@ class GitError(RuntimeError):
 
 def run(root: Path, *arguments: str, **environment: str) -> str:
     """The output of a git command, without the final newline."""
-    done = _git(root, *arguments, **environment)
-    if done.returncode != 0:
-        raise GitError(redact(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}"))
-    return done.stdout.rstrip()
+    git = _git(root, *arguments, **environment)
+    if git.returncode != 0:
+        raise GitError(redact(f"`git {' '.join(arguments)}` failed: {git.stderr.strip()}"))
+    return git.stdout.rstrip()
 
 
 def ask(root: Path, *arguments: str) -> str | None:
     """The output of a git command, or None if it fails, as it does outside of a repository."""
-    done = _git(root, *arguments)
-    return done.stdout.rstrip() if done.returncode == 0 else None
+    git = _git(root, *arguments)
+    return git.stdout.rstrip() if git.returncode == 0 else None
 
 
 def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -48,13 +48,14 @@ def changes(root: Path, ignored: tuple[str, ...]) -> list[str]:
     """
     excluded = [f":(exclude){name}" for name in ignored]
     tracked = (ask(root, "diff", "--name-only", "HEAD", "--", ":/", *excluded) or "").splitlines()
-    unknown = (ask(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
-    named = _texts(YAML(typ="safe").load(root / "params.yaml")) if unknown and (root / "params.yaml").exists() else []
-    return tracked + [path for path in unknown if path.startswith(CODE) or path in {os.path.normpath(t) for t in named}]
+    untracked = (ask(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    params = YAML(typ="safe").load(root / "params.yaml") if untracked and (root / "params.yaml").exists() else {}
+    named = {os.path.normpath(text) for text in _texts(params)}
+    return tracked + [path for path in untracked if path.startswith(CODE) or path in named]
 
 
 def _texts(tree: Any) -> list[str]:
-    """Every text in a tree of YAML."""
+    """Every string in a tree of YAML."""
     if isinstance(tree, dict | list):
         values = tree.values() if isinstance(tree, dict) else tree
         return [text for value in values for text in _texts(value)]
@@ -70,18 +71,18 @@ def commit(root: Path, message: str, parents: list[str], tracked: bool = False) 
             run(root, "add", "--update", **index)
         run(root, "add", "--force", "--", *(name for name in RECORDED if (root / name).exists()), **index)
         tree = run(root, "write-tree", **index)
-    who = {
+    author = {
         f"GIT_{role}_{key}": ask(root, "config", f"user.{key.lower()}") or default
         for role in ("AUTHOR", "COMMITTER")
         for key, default in (("NAME", "retune"), ("EMAIL", "retune@localhost"))
     }
-    return run(root, "commit-tree", tree, *(f"-p{parent}" for parent in parents), "-m", message, **who)
+    return run(root, "commit-tree", tree, *(f"-p{parent}" for parent in parents), "-m", message, **author)
 
 
 def record_version(branch: str, model: str, version: str, number: str | None, root: Path = Path(".")) -> str:
     """Commit a promoted run on `branch` (created from HEAD if missing) and tag it; returns the commit.
 
-    A version that already has a tag keeps it.
+    If the version already has a tag, its commit is returned.
 
     Raises:
         GitError: files other than `RECORDED` differ from HEAD, so the commit would not be what the version was made
@@ -89,9 +90,9 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     """
     others = changes(root, RECORDED)
     if others:
-        shown = ", ".join(others[:3]) + " and more" * (len(others) > 3)
+        names = ", ".join(others[:3]) + " and more" * (len(others) > 3)
         raise GitError(
-            f"{shown} differ from HEAD, so a tag would not be what {version} was made from; commit them, then "
+            f"{names} differ from HEAD, so a tag would not be what {version} was made from; commit them, then "
             "`retune run`"
         )
     if run(root, "rev-parse", "--abbrev-ref", "HEAD") == branch:
@@ -103,11 +104,11 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     tip = ask(root, "rev-parse", "--verify", "--quiet", ref)
     contained = tip is not None and ask(root, "merge-base", "--is-ancestor", head, tip) is not None
     parents = [head] if tip is None else [tip] if contained else [tip, head]
-    recorded = commit(root, f"{tag} is champion\n\nVersion {version}.", parents)
-    # Compare and swap: another run's commit is not lost.
-    run(root, "update-ref", ref, recorded, tip or "0" * len(recorded))
-    run(root, "tag", tag, recorded)
-    return recorded
+    new = commit(root, f"{tag} is champion\n\nVersion {version}.", parents)
+    # Fails if another run has moved the branch, so that its commit is not lost.
+    run(root, "update-ref", ref, new, tip or "0" * len(new))
+    run(root, "tag", tag, new)
+    return new
 
 
 def _git(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

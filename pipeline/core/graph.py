@@ -21,9 +21,7 @@ RUN = "RETUNE_RUN"  # in the environment of DVC and its stages: `identity` of th
 SAMPLE_REMOTE = "sample"  # in .dvc/config: a folder of this git repository, for the sample's bytes and no others
 SAMPLE_FOLDER = Path("infra/sample-remote")
 SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity")
-PATIENCE = (
-    5.0  # seconds to wait for a path that another DVC has locked; for the whole repository DVC itself waits three
-)
+PATIENCE = 5.0  # seconds to wait for a path that another DVC has locked; DVC itself waits 3 s for the repository's lock
 
 
 class GraphError(RuntimeError):
@@ -43,7 +41,7 @@ def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pu
     """
     with _dvc(root, "repro", "--single-item", *(["--pull"] if pull else []), stage, stderr=subprocess.STDOUT) as dvc:
 
-        def end_leftovers() -> None:  # they hold memory that the next stage may need, and would keep the pipe open
+        def end_leftovers() -> None:  # child processes that use memory and would keep the pipe open
             dvc.wait()
             end_group(dvc, grace=5.0)
 
@@ -68,11 +66,11 @@ def stale(root: Path = Path(".")) -> dict[str, Any]:
 
 
 def pull_data(root: Path = Path(".")) -> bool:
-    """Check out the snapshot of `data.dvc` unless `data/` already holds it; returns whether it had to.
+    """Check out the snapshot of `data.dvc` unless `data/` already has it; returns whether anything changed.
 
     Raises:
         SnapshotMissing: neither this machine nor the DVC remote has it.
-        GraphError: the remote does not answer, or `data/` holds changes that no snapshot records.
+        GraphError: the remote does not answer, or `data/` has changes that no snapshot records.
     """
     if not (root / "data.dvc").exists():
         raise GraphError("data.dvc is missing; `git checkout data.dvc` restores it")
@@ -99,16 +97,16 @@ def missing_snapshot(root: Path) -> str:
     data = snapshot(root)
     size = f"{data['nfiles']} files, {data['size'] / 1e6:,.1f} MB"
     remote = sharing_remote(root)
-    where = f"nor in the DVC remote {remote}" if remote else "and there is no DVC remote"
-    how = "" if remote else "`dvc remote add -d team s3://BUCKET/PATH`, commit .dvc/config and run "
+    where = f"and not in the DVC remote {remote}" if remote else "and there is no DVC remote"
+    setup = "" if remote else "`dvc remote add -d team s3://BUCKET/PATH`, commit .dvc/config and run "
     return (
         f"the data snapshot {data['md5'][:8]} of data.dvc ({size}) is not on this machine, {where}: ask whoever "
-        f"ingested it to run {how}`dvc push data.dvc`, or ingest the rows again here with `retune ingest`"
+        f"ingested it to run {setup}`dvc push data.dvc`, or ingest the rows again here with `retune ingest`"
     )
 
 
 def snapshot(root: Path = Path(".")) -> dict[str, Any]:
-    """The snapshot as `data.dvc` describes it: md5, size in bytes, nfiles, and its remote if it names one."""
+    """The snapshot's entry in `data.dvc`: md5, size in bytes, nfiles, and perhaps its remote."""
     return _yaml(root / "data.dvc")["outs"][0]
 
 
@@ -119,14 +117,14 @@ def team_remote(root: Path = Path(".")) -> str | None:
 
 
 def sharing_remote(root: Path = Path(".")) -> str | None:
-    """Name of the remote where the snapshot of `data.dvc` is, or belongs."""
+    """Name of the remote that has, or should have, the snapshot of `data.dvc`."""
     return snapshot(root).get("remote") or team_remote(root)
 
 
 def restore_base(root: Path = Path(".")) -> str | None:
     """Restore `data/base` from the newest earlier snapshot that can be fetched; returns that snapshot's commit.
 
-    The rows of a snapshot may be lost; the base model is the same in all of them until somebody changes it.
+    A snapshot whose rows are lost usually has the same base model as the snapshots before it.
     """
     if (root / "data" / "base").exists():
         return None
@@ -143,7 +141,7 @@ def restore_base(root: Path = Path(".")) -> str | None:
 
 
 def add_data(root: Path = Path(".")) -> None:
-    """Record `data/` as the new snapshot of `data.dvc`; unless it is the sample, it leaves the sample's remote."""
+    """Record `data/` as the new snapshot of `data.dvc`; only the sample itself stays in the sample's remote."""
     path = root / "data.dvc"
     before = snapshot(root) if path.exists() else {}
     ask(root, "add", "data")
@@ -175,16 +173,16 @@ def ask(root: Path, *arguments: str, timeout_s: float | None = None) -> str:
 
 
 def remove_truncated_locks(root: Path) -> None:
-    """Remove DVC's list of path locks if a kill truncated it; DVC would refuse to read it for ever."""
+    """Remove DVC's list of path locks if a kill truncated it; otherwise every later DVC command would fail."""
     path = root / ".dvc" / "tmp" / "rwlock"
-    seen = None
-    while path.exists() and (text := path.read_bytes()) != seen:
+    previous = None
+    while path.exists() and (text := path.read_bytes()) != previous:
         try:
             json.loads(text)
             return
         except ValueError:
-            seen = text
-            time.sleep(0.5)  # a running DVC that is still writing it will have changed it by then
+            previous = text
+            time.sleep(0.5)  # if a running DVC is writing it, it changes in this time
     path.unlink(missing_ok=True)
 
 
@@ -210,7 +208,7 @@ def _dvc(root: Path, *arguments: str, stderr: int) -> Iterator[subprocess.Popen[
 
 
 def _refuse_conflicts(root: Path) -> None:
-    """Name a file with merge conflicts; either side is fine, because DVC reruns a stage that it does not describe."""
+    """Raises GraphError: a file has merge conflicts. Either side is fine, because DVC reruns stages that changed."""
     for name in ("dvc.lock", "data.dvc", "dvc.yaml"):
         if line := conflict_line(root / name):
             raise GraphError(
@@ -228,9 +226,10 @@ def lock(root: Path = Path(".")) -> dict[str, Any]:
 
 
 def version_id(root: Path = Path("."), stages: dict[str, Any] | None = None) -> str:
-    """Id of the version that the workspace's artifacts, or those of `stages` (of a `dvc.lock`), make up.
+    """Id of the version that the workspace's artifacts make up, or those of `stages` (from a `dvc.lock`).
 
-    It hashes DVC's digest of each folder that ships, so equal content has the same id on every machine."""
+    It is a hash of DVC's digests of the folders that ship, so equal content has the same id on every machine.
+    """
     stages = lock(root)["stages"] if stages is None else stages
     outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
     if missing := [path for path in SHIPPED if path not in outs]:

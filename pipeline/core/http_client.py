@@ -1,5 +1,5 @@
-"""HTTP requests to the team's servers: JSON out, bytes in. Redirects are not followed, so that what is sent, keys
-included, reaches only the configured address.
+"""HTTP requests to the team's servers: JSON out, bytes in. Redirects are not followed, so that data and keys reach only
+the configured address.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ MAX_REASON = 300  # characters kept of an error's answer
 
 
 class HttpError(RuntimeError):
-    """No usable answer. `status` is the server's, or None if it could not be reached; the cause says why."""
+    """No usable answer. `status` is the server's, or None if it could not be reached; see `__cause__`."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)

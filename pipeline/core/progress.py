@@ -1,4 +1,4 @@
-"""Lines of progress in the one format that people read and the flow parses: `train 35% · … · ETA 0:48`."""
+"""Lines of progress, in a format that people read and the flow parses: `train 35% · … · ETA 0:48`."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ def note(text: str) -> None:
 
 
 class Progress:
-    """Prints a stage's progress, at most every `every` seconds, with the time left at the rate so far."""
+    """Prints a stage's progress, at most every `every` seconds, with the remaining time at the rate so far."""
 
     def __init__(self, stage: str, total: int, unit: str, every: float = 5.0) -> None:
         self.stage, self.total, self.unit, self.every = stage, total, unit, every
@@ -35,6 +35,6 @@ class Progress:
         if now - self.printed < self.every:
             return
         self.printed = now
-        left = (now - self.first) / max(done - self.start, 1) * (self.total - done)
+        eta = (now - self.first) / max(done - self.start, 1) * (self.total - done)
         parts = [f"{self.stage} {100 * done // self.total}%", f"{done:,}/{self.total:,} {self.unit}", detail]
-        print(" · ".join([part for part in parts if part] + [f"ETA {clock(left)}"]), file=sys.stderr, flush=True)
+        note(" · ".join([part for part in parts if part] + [f"ETA {clock(eta)}"]))

@@ -1,7 +1,7 @@
 """Removes secrets from text before a person, a log or a database sees it.
 
-`***` replaces values of secret-looking environment variables, passwords in URIs, signatures in queries, and tokens of
-known shape. A secret of any other shape that no variable holds is not recognised.
+`***` replaces values of environment variables with secret-looking names, passwords in URIs, signatures in queries, and
+tokens in known formats. Other secrets are not recognised.
 """
 
 import base64
@@ -49,7 +49,7 @@ _QUERY = re.compile(
 
 
 def redact(text: str) -> str:
-    """`text` without what looks like a secret; safe to call twice."""
+    """`text` with everything that looks like a secret replaced; safe to call twice."""
     for value in _values(tuple(sorted(_secret_variables(os.environ).items()))):
         text = text.replace(value, HIDDEN)
     text = _USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
@@ -58,7 +58,7 @@ def redact(text: str) -> str:
 
 
 def has_credentials(text: str) -> bool:
-    """Whether `text` contains a URI, a key or a webhook that grants access to its reader."""
+    """Whether `text` contains a URI, a key or a webhook that gives its reader access to something."""
     return any(pattern.search(text) for pattern in (_USERINFO, _SHAPES, _HEADER, _QUERY))
 
 
@@ -70,7 +70,7 @@ def redact_process() -> None:
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         entry = make(*args, **kwargs)
-        with suppress(TypeError, ValueError):  # the message does not fit its arguments; logging reports that
+        with suppress(TypeError, ValueError):  # a message that does not fit its arguments; logging reports that
             entry.msg, entry.args = redact(entry.getMessage()), ()
         if entry.exc_info and entry.exc_info[1] is not None:
             entry.exc_text = redact("".join(traceback.format_exception(entry.exc_info[1])).rstrip("\n"))

@@ -42,14 +42,14 @@ def only_on_gpus(gpus: Iterable[str], on_wait: Callable[[str], None]) -> Iterato
 
     All projects, workers and users of the machine take the same locks, in the same order.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         for gpu in sorted(gpus):
             path = Path(tempfile.gettempdir()) / f"retune-gpu-{gpu}.lock"
             try:
                 lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            except PermissionError:  # another user's; reading is enough to lock
+            except PermissionError:  # another user's file; read access is enough to lock it
                 lock = os.open(path, os.O_RDONLY)
-            held.callback(os.close, lock)
+            stack.callback(os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Cleans what leaves the machine: configurations without code references (`auto_map`), local paths and user names."""
+"""Removes code references (`auto_map`), local paths and user names from what leaves the machine."""
 
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -7,8 +7,8 @@ from typing import Any
 from pipeline.core.files import read_json, write_json
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
-# Keys that name code to fetch and run, or the folder in which the files were saved; transformers and PEFT set the
-# latter again when they load.
+# Keys that name code to download and run, or the folder where the files were saved, which transformers and PEFT set
+# again when they load the files.
 _DROPPED = (
     "auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "is_local", "local_files_only", "_commit_hash"
 )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Time and peak memory of each stage on this machine, tied to the output that it made."""
+"""Time and peak memory of each stage on this machine, recorded together with the digest of its output."""
 
 from pathlib import Path
 
 from pipeline.core.files import WORK_DIR, read_json, sha256_file, write_json
 
-# One file of each stage's output; its digest says whether a recorded time belongs to the present output.
+# One file of each stage's output; its digest shows whether a recorded time belongs to the present output.
 MARKERS = {
     "prepare": "dataset/report.json",
     "train": "adapter/training.json",
@@ -14,7 +14,7 @@ MARKERS = {
 
 
 def record(stage: str, seconds: float, peak_memory_bytes: int, root: Path = Path(".")) -> None:
-    """Record what a stage's process needed; for a resumed training, the time before its checkpoint is added."""
+    """Record a stage's time and memory; for a resumed training, the time before its checkpoint is added."""
     if stage == "train":
         seconds += read_json(root / "artifacts" / "training" / "run.json")["earlier_seconds"]
     marker = sha256_file(root / "artifacts" / MARKERS[stage])

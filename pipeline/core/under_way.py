@@ -28,7 +28,7 @@ def told(trigger: str) -> Iterator[None]:
 
 
 def tell(stage: str, line: str = "") -> None:
-    """Record the run's present stage and last line of progress; does nothing outside of a run."""
+    """Record the run's current stage and last line of progress; does nothing outside of a run."""
     with suppress(OSError, ValueError):
         progress, eta = LINE.match(line), ETA.search(line)
         now = {"stage": stage, "percent": int(progress["percent"]) if progress else None, "line": line}
@@ -38,6 +38,6 @@ def tell(stage: str, line: str = "") -> None:
 def look(root: Path = Path(".")) -> dict[str, Any] | None:
     """The last record, if the run's process still lives."""
     with suppress(OSError, ValueError):
-        known: dict[str, Any] = read_json(root / FILE)
-        return known if lives(known["process"]) else None
+        record: dict[str, Any] = read_json(root / FILE)
+        return record if lives(record["process"]) else None
     return None

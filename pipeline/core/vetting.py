@@ -1,7 +1,7 @@
-"""Foreign models, adapters and checkpoints, looked at before any library loads them.
+"""Checks foreign models, adapters and checkpoints before any library loads them.
 
-Refused is what would make a loader run code, unpickle, fetch something else or read files from elsewhere. What the
-loaders refuse or ignore themselves is left to them; docs/security.md says which test holds what.
+Refused is whatever makes a loader run code, unpickle, download something else or read files from elsewhere. What the
+loaders refuse or ignore themselves is not checked here; docs/security.md names the tests for it.
 """
 
 import re
@@ -16,13 +16,13 @@ from pipeline.core.combinations import PEFT_TYPES
 from pipeline.core.files import strict_json
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json")
-# Settings of an adapter that import modules, fetch a tokenizer or rewrite the base; so do all that end in `_config`.
+# Settings of an adapter that import modules, download a tokenizer or change the base; also all that end in `_config`.
 DENIED = {
     "auto_mapping", "tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text", "init_weights",
     "layer_replication", "trainable_token_indices",
 }  # fmt: skip
-STATES = ("optimizer.pt", "scheduler.pt")  # pickles; the Trainer reads them with torch's weights_only alone
-# training_args.bin is a whole pickle: the Trainer writes it and nothing reads it.
+STATES = ("optimizer.pt", "scheduler.pt")  # pickles, which the Trainer reads only with torch's weights_only
+# training_args.bin is an unrestricted pickle: the Trainer writes it, and nothing reads it.
 CHECKPOINT_FILES = re.compile(
     r".*\.(safetensors|json|jinja|md|txt|model)|optimizer(-\d+)?\.pt|scheduler\.pt|training_args\.bin"
 )
@@ -37,11 +37,11 @@ class UnsafeModelError(ValueError):
 def check_model(name_or_path: str, revision: str | None) -> None:
     """Refuse a base or merged model whose files ask for more than to be loaded as safetensors.
 
-    Of a Hub model only the configurations are looked at, at the commit `revision`; `use_safetensors=True` checks its
-    weights. `auto_map` is allowed: without `trust_remote_code` transformers ignores or refuses it.
+    Of a Hub model only the configurations at the commit `revision` are checked, because `use_safetensors=True` checks
+    the weights. `auto_map` is allowed: without `trust_remote_code` transformers ignores or refuses it.
 
     Raises:
-        UnsafeModelError, UnsafeFileError: with file, key and way out.
+        UnsafeModelError, UnsafeFileError: with the file, the key and what to do.
     """
     folder = Path(name_or_path)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -49,14 +49,14 @@ def check_model(name_or_path: str, revision: str | None) -> None:
         if path.suffix == ".safetensors":
             check_file(path)
         elif path.name == "adapter_config.json":
-            raise UnsafeModelError(f"{folder} holds an adapter, and a base model is whole: merge the adapter first")
+            raise UnsafeModelError(f"{folder} is an adapter, not a base model; merge it into its base first")
     for name in CONFIGS:
         if (file := _find(name_or_path, name, revision)) is not None:
             try:
                 config = strict_json(file.read_bytes())
                 problem = _problem(config) if isinstance(config, dict) else "is not a JSON object"
             except ValueError as error:
-                problem = f"is not sound JSON: {error}"
+                problem = f"is not valid JSON: {error}"
             if problem:
                 raise UnsafeModelError(f"{name_or_path}: {name} {problem}")
 
@@ -65,7 +65,7 @@ def check_adapter(folder: Path) -> None:
     """Refuse an adapter that is not safetensors and plain settings.
 
     Raises:
-        UnsafeModelError, UnsafeFileError: with file, key and way out.
+        UnsafeModelError, UnsafeFileError: with the file, the key and what to do.
     """
     check_file(folder / "adapter_model.safetensors")
     check_file(folder / "adapter_config.json")
@@ -73,29 +73,29 @@ def check_adapter(folder: Path) -> None:
 
 
 def check_settings(config: Any, where: str) -> None:
-    """Refuse an adapter's settings (an adapter_config.json) that would do more than place weights; `train` asks it too.
+    """Refuse an adapter's settings (adapter_config.json) that would do more than add weights; `train` calls this too.
 
     Raises:
         UnsafeModelError: with the key, its value and what is expected.
     """
     if not isinstance(config, dict) or config.get("peft_type") not in PEFT_TYPES:
-        raise UnsafeModelError(f"{where} is not of an adapter that Retune loads: {', '.join(PEFT_TYPES)}")
+        raise UnsafeModelError(f"{where} has no peft_type that Retune loads; expected one of {', '.join(PEFT_TYPES)}")
     for key, value in config.items():
         changes_base = key == "init_lora_weights" and value not in (True, False, None, "gaussian")
         if changes_base or (value and (key in DENIED or key.endswith("_config"))):
-            raise UnsafeModelError(f"{where} has {key} = {value!r}; adapters are loaded only without it")
+            raise UnsafeModelError(f"{where} has {key} = {value!r}; Retune loads only adapters without it")
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse a training checkpoint that holds anything but what the Trainer saves.
+    """Refuse a training checkpoint that contains anything that the Trainer does not save.
 
     Raises:
-        UnsafeModelError: with the file. Delete the folder to train from the start.
+        UnsafeModelError: with the file.
     """
     try:
         for path in folder.iterdir():
             if not CHECKPOINT_FILES.fullmatch(path.name) or path.is_symlink() or not path.is_file():
-                raise UnsafeModelError(f"{path} is nothing that a training saves")
+                raise UnsafeModelError(f"{path} is not a file that a training saves")
         if (folder / "model.safetensors").exists():
             check_model(str(folder), None)
         else:
@@ -119,13 +119,13 @@ def _find(name_or_path: str, name: str, revision: str | None) -> Path | None:
     if known or is_offline_mode():  # offline no loader can fetch it either
         return None
     raise UnsafeModelError(
-        f"{name_or_path}: the Hub did not say whether there is a {name}, so it could not be looked at; try again when "
+        f"{name_or_path}: the Hub did not say whether there is a {name}, so it could not be checked; try again when "
         "the Hub answers, or set HF_HUB_OFFLINE=1 to use what is in the cache"
     )
 
 
 def _problem(config: Any) -> str | None:
-    """What in a configuration or index of shards, at any depth, would have a loader do more than load."""
+    """What in a configuration or an index of shards, at any depth, would make a loader do more than load weights."""
     if isinstance(config, list):
         return next(filter(None, map(_problem, config)), None)
     if not isinstance(config, dict):
@@ -140,7 +140,7 @@ def _problem(config: Any) -> str | None:
         elif key == "transformers_weights" and value is not None:
             return f"has transformers_weights = {value!r}; weights are model.safetensors or its shards"
         elif "_implementation" in key and "/" in str(value):
-            return f"has {key} = {value!r}, a kernel that would be fetched and run; remove the key"
+            return f"has {key} = {value!r}, a kernel that would be downloaded and run; remove the key"
         elif problem := _problem(value):
             return problem
     return None
