@@ -1,4 +1,4 @@
-"""What a person meets on the command line: help, one sentence for each mistake, statuses that scripts can rely on."""
+"""The command line: help, one sentence for each mistake, exit statuses, and documents that match the commands."""
 
 import errno
 import fcntl
@@ -28,12 +28,12 @@ def root(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -
     return make_project(tmp_path_factory.mktemp("cli") / "project", base, params)
 
 
-def sentence(root: Path, *arguments: str) -> str:
-    done = retune(root, *arguments)
-    assert done.returncode == 1, done.stdout
-    assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
+def error_of(root: Path, *arguments: str) -> str:
+    command = retune(root, *arguments)
+    assert command.returncode == 1, command.stdout
+    assert command.stderr.splitlines()[-1].startswith("error: "), command.stderr
+    assert "Traceback" not in command.stderr
+    return command.stderr
 
 
 def test_the_overview_shows_whole_summaries_at_80_columns(tmp_path: Path) -> None:
@@ -50,29 +50,29 @@ def test_a_command_works_from_a_folder_below_with_paths_as_typed(root: Path) -> 
     below = root / "notes"
     below.mkdir()
     (below / "rows.jsonl").write_text('{"prompt": "What is one plus one?", "completion": "two"}\n')
-    shown = [retune(below, "inspect", name, "--json") for name in ("rows.jsonl", str(below / "rows.jsonl"))]
-    assert [done.returncode for done in shown] == [0, 0], shown[0].stderr
-    [row] = json.loads(shown[0].stdout)["rows"]
+    commands = [retune(below, "inspect", name, "--json") for name in ("rows.jsonl", str(below / "rows.jsonl"))]
+    assert [command.returncode for command in commands] == [0, 0], commands[0].stderr
+    [row] = json.loads(commands[0].stdout)["rows"]
     assert "one plus one" in "".join(token["text"] for token in row["tokens"])
     above = retune(root, "inspect", "notes/rows.jsonl", "--json")
-    assert json.loads(above.stdout) == json.loads(shown[0].stdout)
+    assert json.loads(above.stdout) == json.loads(commands[0].stdout)
     shutil.rmtree(below)
 
 
-def written(pattern: str) -> set[str]:
-    """What stands in README and docs as code: lines of blocks, and between backticks."""
-    found: set[str] = set()
+def code_lines(pattern: str) -> set[str]:
+    """Code in README and docs that matches: lines of blocks, and text between backticks."""
+    matching: set[str] = set()
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text()
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
         lines = [line for block in blocks for line in block.splitlines()] + [" ".join(code.split()) for code in inline]
-        found |= {line.split("  #")[0].strip() for line in lines if re.match(pattern, line)}
-    return found
+        matching |= {line.split("  #")[0].strip() for line in lines if re.match(pattern, line)}
+    return matching
 
 
 def test_every_command_of_the_docs_exists_with_its_options() -> None:
-    lines = written(r"retune( |$)")
+    lines = code_lines(r"retune( |$)")
     assert len(lines) > 50
     for line in lines:
         words = line.replace("…", "").replace("|", " ").split()[1:]
@@ -81,22 +81,20 @@ def test_every_command_of_the_docs_exists_with_its_options() -> None:
         options = [word.split("=")[0] for word in words if word.startswith("--")]
         for name in [word for word in words if word in COMMANDS] if "|" in line else words[:1]:
             assert name in COMMANDS, line
-            known = {option for each in COMMANDS[name].params for option in (*each.opts, *each.secondary_opts)} | {
-                "--help"
-            }
-            assert set(options) <= known, line
+            known = {option for param in COMMANDS[name].params for option in (*param.opts, *param.secondary_opts)}
+            assert set(options) <= known | {"--help"}, line
 
 
 def test_every_make_target_of_the_docs_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+|\$\(READY\)):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {word for line in written(r"make ") for word in line.split("&&")[0].split()[1:2]} - {".venv/.ready"}
+    named = {word for line in code_lines(r"make ") for word in line.split("&&")[0].split()[1:2]} - {".venv/.ready"}
     assert len(named) > 8
     assert named <= targets
 
 
 def test_every_parameter_of_the_docs_exists() -> None:
     tree = load_params(ROOT / "params.yaml").model_dump()
-    lines = written(rf"({'|'.join(tree)})\.[a-z_]+(\.[a-z_]+)?(:.*)?$")
+    lines = code_lines(rf"({'|'.join(tree)})\.[a-z_]+(\.[a-z_]+)?(:.*)?$")
     assert len(lines) > 50
     for line in lines:
         value: Any = tree
@@ -114,8 +112,8 @@ def test_documents_stay_short() -> None:
         assert [line for line in lines if len(line) > 120] == [], name
 
 
-def test_outside_a_project_the_way_in_is_named(tmp_path: Path) -> None:
-    assert str(tmp_path) in sentence(tmp_path, "run")
+def test_outside_a_project_the_error_names_the_folder(tmp_path: Path) -> None:
+    assert str(tmp_path) in error_of(tmp_path, "run")
     assert not (tmp_path / ".retune").exists()
 
 
@@ -126,21 +124,21 @@ def test_one_run_at_a_time(root: Path) -> None:
         lock.truncate(0)
         lock.write("4321")
         lock.flush()
-        assert "a run is under way here (process 4321)" in sentence(root, "run")
+        assert "a run is under way here (process 4321)" in error_of(root, "run")
 
 
-def test_a_stage_does_nothing_once_the_run_that_started_it_is_dead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(graph.RUN, f"{os.getpid()}:1.5")  # it died before the stage could ask to die with DVC
+def test_a_stage_does_nothing_if_the_run_that_started_it_is_dead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(graph.RUN, f"{os.getpid()}:1.5")  # no process has this identity
     assert retune(root, "stage", "prepare").returncode == 143
     assert not (root / "artifacts").exists()
 
 
-def test_before_the_first_run_nothing_is_there_to_promote(root: Path) -> None:
-    assert "dvc.lock is missing" in sentence(root, "promote")
-    assert "no earlier champion" in sentence(root, "rollback")
+def test_commands_about_versions_before_the_first_run(root: Path) -> None:
+    assert "dvc.lock is missing" in error_of(root, "promote")
+    assert "no earlier champion" in error_of(root, "rollback")
     assert json.loads(retune(root, "history", "--json").stdout) == []
-    assert "has no champion yet" in sentence(root, "download", "champion", "here")
-    assert "is not published" in sentence(root, "verify", "0123456789abcdef")
+    assert "has no champion yet" in error_of(root, "download", "champion", "here")
+    assert "is not published" in error_of(root, "verify", "0123456789abcdef")
     assert "nothing to delete; publish.keep_versions is null" in retune(root, "prune").stdout
     status = json.loads(retune(root, "status", "--json").stdout)
     assert status["champion"] is None
@@ -158,20 +156,20 @@ def test_before_the_first_run_nothing_is_there_to_promote(root: Path) -> None:
         (["delete", "v1", "--reason", "room"], "has no version v1; it has none"),
     ],
 )
-def test_a_command_about_versions_says_what_it_lacks(root: Path, arguments: list[str], words: str) -> None:
-    assert words in sentence(root, *arguments)
+def test_wrong_arguments_about_versions_are_named(root: Path, arguments: list[str], words: str) -> None:
+    assert words in error_of(root, *arguments)
 
 
 def test_a_store_that_cannot_be_written_is_named(root: Path) -> None:
     change_params(root, publish={"artifact_store": "file://params.yaml/store"})
-    assert "the artifact store params.yaml/store cannot be" in sentence(root, "history")
+    assert "the artifact store params.yaml/store cannot be" in error_of(root, "history")
     change_params(root, publish={"artifact_store": "file://store"})
 
 
-def test_a_folder_of_another_user_is_one_sentence(
+def test_another_users_project_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The kernel's answers to somebody whose folder it is not: no test can be sure to run as two users."""
+    """The kernel's errors are simulated, because a test cannot run as two users everywhere."""
 
     def refuse(path: Path, *arguments: Any, **options: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
@@ -182,13 +180,13 @@ def test_a_folder_of_another_user_is_one_sentence(
     (tmp_path / ".retune").mkdir()
     monkeypatch.setattr(Path, "chmod", refuse)
     monkeypatch.setattr(sys, "argv", ["retune", "--help"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit:
         main()
-    assert ended.value.code == 0
+    assert exit.value.code == 0
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(sys, "argv", ["retune", "status"])
     monkeypatch.setattr("pipeline.settings.load_params", lambda: refuse(Path(".retune")))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit:
         main()
-    assert ended.value.code == 1
+    assert exit.value.code == 1
     assert Path(".retune").owner() in capsys.readouterr().err

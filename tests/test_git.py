@@ -1,4 +1,4 @@
-"""A promoted run as a commit on a branch of its own: nothing that is checked out changes."""
+"""A promoted run is a commit on a separate branch; the checked-out files do not change."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_each_version_is_a_commit_and_a_tag_and_the_checkout_stays(root: Path) -
     assert {first, git(root, "rev-parse", "HEAD")} < set(ancestors)
 
 
-def test_a_dirty_tree_and_the_checked_out_branch_are_refused(root: Path) -> None:
+def test_a_dirty_tree_or_the_checked_out_branch_is_refused(root: Path) -> None:
     with pytest.raises(GitError, match="which is checked out"):
         record_version("main", "model", "abc", "1", root)
     (root / "dvc.yaml").write_text("changed\n")
@@ -44,7 +44,7 @@ def test_a_dirty_tree_and_the_checked_out_branch_are_refused(root: Path) -> None
     assert git(root, "branch", "--format=%(refname:short)") == "main"
 
 
-def test_parameters_that_a_run_was_started_with_are_in_the_commit(root: Path) -> None:
+def test_the_runs_parameters_are_in_the_commit(root: Path) -> None:
     (root / "params.yaml").write_text("changed\n")
     record_version("retune/champions", "model", "abc", "1", root)
     assert git(root, "show", "model/v1:params.yaml") == "changed"

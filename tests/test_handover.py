@@ -1,4 +1,4 @@
-"""A stage handed to a worker in a clone of its own: only a git server and a DVC remote are shared."""
+"""A stage runs on a worker with its own clone; only a git server and a DVC remote are shared."""
 
 import json
 import os
@@ -34,14 +34,13 @@ def places(tmp_path: Path, base: Path, params: Params) -> tuple[Path, Path]:
     return parent, worker
 
 
-def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places: tuple[Path, Path]) -> None:
+def test_a_worker_without_a_shared_disk_runs_the_stage_and_its_entry_is_merged(places: tuple[Path, Path]) -> None:
     parent, worker = places
+    (parent / "notes.txt").write_text("untracked")
     status, head = git(parent, "status", "--porcelain"), git(parent, "rev-parse", "HEAD")
-    (parent / "notes.txt").write_text("nobody else's business")
-    status = git(parent, "status", "--porcelain")
     commit = handover.ask("train", "origin", parent)
     assert "notes.txt" not in git(parent, "ls-tree", "--name-only", commit)
-    assert "dvc.lock" in git(parent, "ls-tree", "--name-only", commit)  # git does not know it yet
+    assert "dvc.lock" in git(parent, "ls-tree", "--name-only", commit)  # though untracked
     assert git(parent, "status", "--porcelain") == status  # index, branch and files are as they were
     assert git(parent, "rev-parse", "HEAD") == head
     lines: list[str] = []
@@ -54,19 +53,19 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
     assert (parent / "artifacts" / "adapter" / "adapter_model.safetensors").exists()
     assert "train" not in graph.stale(parent)
     assert "Running stage" not in dvc(parent, "repro", "--single-item", "train")
-    # An answer for other inputs than ours is refused.
-    before, asked_for = (parent / "dvc.lock").read_text(), (parent / "params.yaml").read_text()
-    (parent / "params.yaml").write_text(asked_for.replace("lora_r: 8", "lora_r: 4"))
+    # An answer for other inputs than the parent's is refused.
+    lock, params = (parent / "dvc.lock").read_text(), (parent / "params.yaml").read_text()
+    (parent / "params.yaml").write_text(params.replace("lora_r: 8", "lora_r: 4"))
     with pytest.raises(handover.HandoverError, match="on other inputs than this project"):
         handover.take("train", commit, "origin", parent)
-    assert (parent / "dvc.lock").read_text() == before
-    (parent / "params.yaml").write_text(asked_for)
+    assert (parent / "dvc.lock").read_text() == lock
+    (parent / "params.yaml").write_text(params)
     assert "retune" in git(parent, "ls-remote", "origin")
     for _ in range(2):
         handover.forget(commit, "origin", parent)
     assert "retune" not in git(parent, "ls-remote", "origin")
 
-    # What a killed run asked for is forgotten.
+    # The request of a killed run is deleted.
     killed = handover.ask("train", "origin", parent)
     time.sleep(1)  # a commit's second is part of its name
     handover.ask("train", "origin", parent)
@@ -77,7 +76,7 @@ def test_a_worker_without_our_disk_runs_the_stage_and_its_entry_is_merged(places
 
 
 @pytest.mark.faults
-def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpoint(
+def test_when_a_gpu_worker_is_killed_the_run_continues_from_its_checkpoint(
     places: tuple[Path, Path],
 ) -> None:
     root, _ = places
@@ -91,16 +90,16 @@ def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpo
     )
     up = retune(root, "up", "--port", str(free_port()), "--json")
     assert up.returncode == 0, up.stderr
-    known = json.loads(up.stdout)
-    clone, url = root / stack.CLONE, known["url"]
+    state = json.loads(up.stdout)
+    clone, url = root / stack.CLONE, state["url"]
     try:
         start(url, "retrain/retrain", trigger="far")
         wait_until(lambda: list(clone.glob(".retune/checkpoints/*/checkpoint-*")), 240)
-        victim = next(each["pid"] for each in known["services"] if each["name"] == "gpu-worker")
-        os.kill(victim, signal.SIGKILL)
-        [whole] = wait_until(lambda: ended(url, name="retrain-far"), 400)
-        assert whole["state_name"] in ("Promoted", "Refused"), whole["state"]
-        trainings = [each["state_name"] for each in ended(url) if each["name"].startswith("train-")]
+        worker = next(service["pid"] for service in state["services"] if service["name"] == "gpu-worker")
+        os.kill(worker, signal.SIGKILL)
+        [retraining] = wait_until(lambda: ended(url, name="retrain-far"), 400)
+        assert retraining["state_name"] in ("Promoted", "Refused"), retraining["state"]
+        trainings = [run["state_name"] for run in ended(url) if run["name"].startswith("train-")]
         assert sorted(trainings) == ["Crashed", "Trained"]
         log = (root / ".retune" / "logs" / "gpu-worker.log").read_text()
         assert "continuing from step" in log
@@ -109,7 +108,7 @@ def test_a_killed_gpu_worker_frees_its_slot_and_the_run_goes_on_from_its_checkpo
     assert stack.marked(root) == []
 
 
-def test_one_gpu_is_held_by_one_training_whatever_others_each_has() -> None:
+def test_only_one_training_at_a_time_uses_a_gpu() -> None:
     order: list[str] = []
     gpu, other = f"test-{uuid.uuid4()}", f"test-{uuid.uuid4()}"
 

@@ -1,4 +1,4 @@
-"""params.yaml: what is accepted, and the sentences people get for what is not."""
+"""params.yaml: what is accepted, and the errors for what is not."""
 
 import re
 from pathlib import Path
@@ -18,13 +18,13 @@ CLASSES = {"train": {"task": "sequence-classification", "packing": False}, "prom
 
 
 def changed(tmp_path: Path, key: str, new: str) -> tuple[Path, int]:
-    """The project's file with the line of `key` (unique in it) begun by `new`, and that line's number."""
+    """A copy of the project's file with `new` instead of the value of the unique `key`, and the number of that line."""
     lines = PROJECT.read_text().split("\n")
-    [place] = [i for i, line in enumerate(lines) if re.match(rf" +{key}:", line)]
-    lines[place] = re.sub(r"^ +[^#]*", f"{new}  ", lines[place])
+    [index] = [i for i, line in enumerate(lines) if re.match(rf" +{key}:", line)]
+    lines[index] = re.sub(r"^ +[^#]*", f"{new}  ", lines[index])
     path = tmp_path / "params.yaml"
     path.write_text("\n".join(lines))
-    return path, place + 1
+    return path, index + 1
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_missing_parameter_or_section_is_named(tmp_path: Path, cut: str, key: 
         load_params(path)
 
 
-# What goes with the project's parameters but for one, and that one.
+# The parameter that an error must name, and changes to the project's parameters.
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("merge.base", {"train": {"method": "lora", "load_in_4bit": False}, "merge": {"base": "nf4"}}),
     ("prepare.test_fraction", {"prepare": {"test_fraction": 0.5, "validation_fraction": 0.5}}),
@@ -132,7 +132,7 @@ def test_the_nearest_combination_that_works_is_accepted(sections: dict[str, dict
     assert isinstance(with_(load_params(PROJECT), **sections), Params)
 
 
-def test_everything_that_does_not_go_with_another_task_is_named_at_once_with_the_preset_that_sets_it(
+def test_every_parameter_that_does_not_fit_the_task_is_named_and_the_preset_that_sets_them(
     tmp_path: Path,
 ) -> None:
     text = PROJECT.read_text()
@@ -146,8 +146,8 @@ def test_everything_that_does_not_go_with_another_task_is_named_at_once_with_the
     with pytest.raises(ParamsError) as error:
         load_params(path)
     *sentences, preset = str(error.value).split("\n")
-    named = ["train.method", "prepare.on_overlong", "promote.primary_metric", "evaluate.prompts"]
-    assert [sentence.split()[0] for sentence in sentences] == named
+    parameters = ["train.method", "prepare.on_overlong", "promote.primary_metric", "evaluate.prompts"]
+    assert [sentence.split()[0] for sentence in sentences] == parameters
     lines = text.split("\n")
     for sentence in sentences:
         line = int(re.findall(r"line (\d+)\)$", sentence)[0])
@@ -157,7 +157,7 @@ def test_everything_that_does_not_go_with_another_task_is_named_at_once_with_the
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full", "dora", "rslora", "ia3", "adalora", "prefix", "prompt"])
-def test_qlora_alone_puts_the_base_in_4_bits_by_itself_and_others_work_on_either(method: str) -> None:
+def test_only_qlora_loads_the_base_in_4_bits_by_default_and_most_methods_work_with_both(method: str) -> None:
     fixed = method in ("lora", "qlora", "full")
     for load_in_4bit, resolved in (("auto", method == "qlora"), *(() if fixed else ((True, True), (False, False)))):
         train = {"method": method, "load_in_4bit": load_in_4bit, "packing": method not in ("prefix", "prompt")}
@@ -187,7 +187,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: byt
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_the_sections_are_the_stages_in_the_order_they_run_and_the_machine() -> None:
+def test_the_sections_are_the_stages_in_their_order_and_operations() -> None:
     stages = ["ingest", "prepare", "train", "evaluate", "merge", "publish", "promote"]
     assert list(Params.model_fields) == [*stages, "operations"]
     assert re.findall(r"(?m)^(\w+):", PROJECT.read_text()) == list(Params.model_fields)

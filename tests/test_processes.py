@@ -1,4 +1,4 @@
-"""Several processes for one training: gloo on the CPU; GPUs run the same command with another back end."""
+"""One training in several processes: with gloo on the CPU; GPUs run the same command with another back end."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.training.watching import Interrupted
 
 @pytest.fixture(autouse=True)
 def forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHON_EXEC", sys.executable)  # of what torchrun starts: forks of `preloaded`
+    monkeypatch.setenv("PYTHON_EXEC", sys.executable)  # so torchrun starts forks of `preloaded`
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ FSDP = {"strategy": "fsdp", "bnb_4bit_quant_storage": "float32"}
 def test_two_processes_train_as_one_with_the_same_effective_batch(
     tmp_path: Path, few: Params, dataset: Path, strategy: dict[str, str]
 ) -> None:
-    """With FSDP each holds half of every layer of the 4-bit base, its adapter and its optimiser."""
+    """With FSDP each process has half of every layer of the 4-bit base, of the adapter and of the optimiser's state."""
     one = train(few.train, dataset, tmp_path / "one", tmp_path / "checkpoints")
     both = train(two(few, **strategy).train, dataset, tmp_path / "two", tmp_path / "checkpoints")
     assert both.trainable_parameters == one.trainable_parameters
@@ -67,7 +67,7 @@ def test_two_processes_stop_together_and_resume(
 
 
 @pytest.mark.faults
-def test_what_fails_in_a_process_is_told(
+def test_an_error_in_one_process_is_reported(
     tmp_path: Path, few: Params, dataset: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     wild = two(few, learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0, lr_scheduler_type="constant")
@@ -80,10 +80,9 @@ def test_what_fails_in_a_process_is_told(
 @pytest.mark.parametrize(
     ("strategy", "flag"), [("ddp", "--multi_gpu"), ("fsdp", "--use_fsdp"), ("deepspeed", "--use_deepspeed")]
 )
-def test_gpus_are_launched_by_accelerate(
+def test_accelerate_accepts_the_flags_for_gpus(
     params: Params, strategy: str, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every flag is one that accelerate knows."""
     from accelerate.commands.launch import launch_command_parser
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""What ships names no code, no folder and no user of this machine."""
+"""Published files contain no code, and no path or user name of this machine."""
 
 import getpass
 import shutil
@@ -19,7 +19,7 @@ from pipeline.train import train
 MAP = {"AutoModelForCausalLM": "modeling_evil.M", "AutoConfig": "evil/repo--configuration_evil.C"}
 
 
-def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
+def test_code_and_paths_in_a_base_model_are_not_published(
     tmp_path: Path, base: Path, params: Params, data: Path, evaluation: Path
 ) -> None:
     own = tmp_path / "home" / "alice" / "own-base"
@@ -58,7 +58,7 @@ def test_what_ships_of_a_base_with_code_and_paths_holds_neither(
     load_shipped(folders["merged"])
 
 
-def test_the_files_that_tokenizers_and_models_come_in_are_shipped() -> None:
+def test_all_usual_files_of_models_and_tokenizers_may_be_published() -> None:
     names = "tokenizer.model spiece.model sentencepiece.bpe.model vocab.txt vocab.json merges.txt added_tokens.json "
     names += "special_tokens_map.json generation_config.json additional_chat_templates/rag.jinja chat_template.jinja "
     names += "model-00001-of-00002.safetensors model.safetensors.index.json"
@@ -81,7 +81,7 @@ def test_the_files_that_tokenizers_and_models_come_in_are_shipped() -> None:
         ("/{{ x }}", "/{{ x }}"),
     ],
 )
-def test_only_paths_of_this_machine_are_shortened(name: str, expected: str) -> None:
+def test_only_local_paths_are_shortened(name: str, expected: str) -> None:
     assert portable_name(name) == expected
     assert portable({"a": [{"model_name_or_path": name}]}) == {"a": [{"model_name_or_path": expected}]}
     assert portable({"content": name, "n": 1, "none": None}) == {"content": name, "n": 1, "none": None}

@@ -1,7 +1,7 @@
-"""Hostile versions, models, adapters, checkpoints, data and templates: none runs, escapes or leaks; honest ones load.
+"""Hostile versions, models, adapters, checkpoints, data and templates do no harm; honest ones load.
 
-Each hostile thing is used as the pipeline uses it, under a witness that sees code run, files written elsewhere and
-connections tried. The default run takes a part of the slow families; `make test-faults` takes them all.
+Each hostile input is used as the pipeline uses it, while `watching` detects code that runs, files that are written
+elsewhere and connections. The default run tests a part of the slow cases; `make test-faults` tests them all.
 """
 
 import json
@@ -37,14 +37,14 @@ from pipeline.weights.loading import load_adapter, load_base
 
 
 def part(cases: Iterable[Any], keep: int) -> list[Any]:
-    """All cases, of which about `keep`, evenly spread, run by default and the others in `make test-faults`."""
+    """All cases; about `keep` of them, evenly spread, run by default, the others only in `make test-faults`."""
     listed = list(cases)
     step = -(-len(listed) // keep)
     return [case if i % step == 0 else pytest.param(case, marks=pytest.mark.faults) for i, case in enumerate(listed)]
 
 
 def refused(use: Callable[[], Any]) -> str | None:
-    """The sentence with which the project refuses, None when it does not; anything else is an error of ours."""
+    """The project's error; None if there is none. Any other error is a defect and is raised."""
     try:
         use()
     except (ValueError, RuntimeError) as error:
@@ -62,7 +62,7 @@ def changed(path: Path, **values: Any) -> None:
     write_json(path, read_json(path) | values)
 
 
-def test_the_witness_sees_what_it_watches_for(tmp_path: Path) -> None:
+def test_watching_detects_what_it_should(tmp_path: Path) -> None:
     for act in (
         lambda: pickle.loads(pickle.dumps(hostile.Payload(tmp_path / CANARY))),
         lambda: socket.getaddrinfo("localhost", 80),
@@ -79,12 +79,12 @@ def test_the_witness_sees_what_it_watches_for(tmp_path: Path) -> None:
 
 
 def version(store: FileStore, files: dict[str, bytes]) -> dict[str, Any]:
-    """A version with these files as any writer of the store can make it: objects, digests and manifest agree."""
+    """A version that any writer of the store can make: files, digests and manifest are consistent."""
     entries = {}
     for name, data in files.items():
         entries[name] = {"sha256": sha256(data).hexdigest(), "size": len(data)}
         store.create(f"objects/{entries[name]['sha256']}", data)
-    # Not read back: the schema of manifests is another lock, and this one has to hold by itself.
+    # Returned without a check against the manifest's schema: `fetch` must refuse these files by itself.
     return {"version": "v", "files": entries}
 
 
@@ -116,9 +116,7 @@ BAD_CONTENTS: list[tuple[str, bytes]] = [
 
 
 @pytest.mark.parametrize(("name", "data"), BAD_CONTENTS, ids=range(len(BAD_CONTENTS)))
-def test_bytes_that_a_loader_could_take_for_more_are_refused_and_removed(
-    tmp_path: Path, name: str, data: bytes
-) -> None:
+def test_files_that_could_make_a_loader_do_more_are_refused_and_removed(tmp_path: Path, name: str, data: bytes) -> None:
     store, folder = FileStore(tmp_path / "store"), tmp_path / "target"
     manifest = version(store, {name: data})
     with watching(tmp_path), pytest.raises(UnsafeFileError):
@@ -126,9 +124,7 @@ def test_bytes_that_a_loader_could_take_for_more_are_refused_and_removed(
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_digest_is_checked_before_anything_looks_at_the_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_digest_is_checked_before_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FileStore(tmp_path / "store")
     manifest = version(store, {"merged/config.json": b"{}"})
     [altered] = (tmp_path / "store" / "objects").iterdir()
@@ -140,7 +136,7 @@ def test_a_digest_is_checked_before_anything_looks_at_the_bytes(
 
 
 @pytest.mark.parametrize("linked", ["merged", "merged/config.json"])
-def test_a_link_in_the_folder_of_a_download_is_not_followed(tmp_path: Path, linked: str) -> None:
+def test_a_link_in_the_download_folder_is_not_followed(tmp_path: Path, linked: str) -> None:
     store = FileStore(tmp_path / "store")
     manifest = version(store, {"merged/config.json": b"{}"})
     (tmp_path / "elsewhere").mkdir()
@@ -153,7 +149,7 @@ def test_a_link_in_the_folder_of_a_download_is_not_followed(tmp_path: Path, link
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_link_is_shipped_only_out_of_a_cache_of_digests(tmp_path: Path, cached: bool) -> None:
+def test_only_links_into_content_addressed_caches_are_published(tmp_path: Path, cached: bool) -> None:
     target = tmp_path / ("cache/files/md5/ab/" + "0" * 30 if cached else "home/credentials.json")
     target.parent.mkdir(parents=True)
     target.write_text("{}")
@@ -174,7 +170,7 @@ def config(name: str, **values: Any) -> Change:
 
 
 def code(name: str, **values: Any) -> Change:
-    """A configuration that names code, and the code beside it."""
+    """A configuration that names code, and the code next to it."""
 
     def change(folder: Path) -> None:
         for module in ("modeling_evil", "configuration_evil", "tokenization_evil", "custom_generate/generate"):
@@ -237,9 +233,9 @@ HOSTILE_BASES: dict[str, Change] = {
     "unknown model with code": code("config.json", model_type="evil", auto_map=MAPS["local"]),
     "unknown model with code elsewhere": code("config.json", model_type="evil", auto_map=MAPS["remote"]),
 }
-# What transformers ignores or never runs, and what honest repositories hold: these load, and nothing happens.
+# Things that transformers ignores or never runs, and that honest repositories contain: these bases load.
 LOADED_BASES: dict[str, Change] = {
-    "pickles beside the weights": bytes_of("pytorch_model.bin", "torch.save"),
+    "pickles next to the weights": bytes_of("pytorch_model.bin", "torch.save"),
     **{f"known model with code, {kind}": code("config.json", auto_map=value) for kind, value in MAPS.items()},
     "tokenizer with code": code("tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.T", None]}),
     "generation code": code("generation_config.json", custom_generate="evil/repo", trust_remote_code=True),
@@ -251,7 +247,7 @@ LOADED_BASES: dict[str, Change] = {
 
 
 def used(folder: Path, params: Params) -> str | None:
-    """The base as prepare and train use it: refused with a sentence, or loaded."""
+    """Use the base as prepare and train do; returns the error if it is refused."""
 
     def use() -> None:
         template, _ = load_template(params.prepare)
@@ -273,7 +269,7 @@ def test_a_hostile_base_model_is_refused_and_nothing_of_it_runs(
 
 
 @pytest.mark.parametrize("name", part(LOADED_BASES, 5))
-def test_what_loaders_ignore_in_a_base_model_never_runs_and_asks_nobody(
+def test_what_loaders_ignore_in_a_base_model_never_runs_and_nobody_is_asked(
     tmp_path: Path, base: Path, params: Params, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to trust it"))
@@ -296,7 +292,7 @@ def test_a_sharded_base_linked_from_the_hubs_cache_is_loaded(tmp_path: Path, bas
     assert used(snapshot, params) is None
 
 
-def test_a_hub_model_in_the_cache_is_looked_at_as_well(
+def test_a_hub_model_in_the_cache_is_checked_too(
     tmp_path: Path, base: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = "a" * 40
@@ -310,21 +306,21 @@ def test_a_hub_model_in_the_cache_is_looked_at_as_well(
         load_base(identity)
 
 
-def test_a_file_that_the_hub_did_not_answer_for_is_not_taken_for_absent(
+def test_a_file_is_not_treated_as_absent_if_the_hub_did_not_answer(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = "b" * 40
     folder = tmp_path / "models--evil--repo"
     shutil.copytree(base, folder / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    check_model("evil/repo", commit)  # offline: what is not in the cache, no loader gets
+    check_model("evil/repo", commit)  # offline no loader can get a file that is not in the cache
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
     with pytest.raises(UnsafeModelError, match="evil/repo: .* model.safetensors.index.json"):
         check_model("evil/repo", commit)
     (folder / ".no_exist" / commit).mkdir(parents=True)
-    (folder / ".no_exist" / commit / "model.safetensors.index.json").touch()  # the Hub said so once
+    (folder / ".no_exist" / commit / "model.safetensors.index.json").touch()  # the Hub said that it does not exist
     check_model("evil/repo", commit)
 
 
@@ -367,7 +363,7 @@ def test_a_hostile_adapter_is_refused_and_nothing_of_it_runs(
         config("adapter_config.json", megatron_core="evil.module"),  # imported with a megatron_config alone
     ],
 )
-def test_an_honest_adapter_loads_and_nothing_beside_it_is_touched(
+def test_an_honest_adapter_loads_and_files_next_to_it_are_not_read(
     tmp_path: Path, base: Path, adapter: Path, change: Change
 ) -> None:
     shutil.copytree(adapter, tmp_path / "adapter")
@@ -386,7 +382,7 @@ def _stopped(params: Params) -> Any:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path) -> Path:
-    """A checkpoint as a training leaves it that was stopped half-way; its folder's name is the run's key."""
+    """A checkpoint of a training that was stopped half-way; its folder's name is the run's key."""
     folder = tmp_path_factory.mktemp("stopped")
     remove = shutil.rmtree
 
@@ -416,7 +412,7 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_of_it_runs(tmp_path: Path, 
     check_checkpoint(checkpoint)  # the honest one
     shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
     HOSTILE_CHECKPOINTS[name](tmp_path / "checkpoint-2")
-    seal(tmp_path / "checkpoint-2")  # who can change a checkpoint can change its digests
+    seal(tmp_path / "checkpoint-2")  # an attacker can also renew the digests
     with watching(tmp_path):
         assert "delete" in str(refused(lambda: last_checkpoint(tmp_path)))
 
@@ -433,7 +429,7 @@ def test_a_resume_never_opens_the_pickled_arguments(
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_the_trainer_reads_no_state_that_would_run_something(
+def test_the_trainer_refuses_a_state_that_would_run_code(
     tmp_path: Path, checkpoint: Path, params: Params, dataset: Path, name: str
 ) -> None:
     target = tmp_path / checkpoint.parent.name / "checkpoint-2"
@@ -477,11 +473,11 @@ def test_a_hostile_row_stays_text(tmp_path: Path, params: Params) -> None:
     assert sum(report["rows"].values()) + sum(report["dropped"].values()) == 60 + len(rows)
 
 
-def test_a_hostile_answer_is_no_markup_in_the_report() -> None:
-    for shown in map(cell, HOSTILE_TEXTS):
-        assert not re.search(r"(?<!\\)<", shown)
-        assert "](" not in shown.replace("\\](", "")
-        assert "\n" not in shown
+def test_a_hostile_answer_is_not_markup_in_the_report() -> None:
+    for text in map(cell, HOSTILE_TEXTS):
+        assert not re.search(r"(?<!\\)<", text)
+        assert "](" not in text.replace("\\](", "")
+        assert "\n" not in text
 
 
 @pytest.mark.parametrize("template", part(BAD_TEMPLATES, 5))
@@ -503,11 +499,11 @@ def test_a_hostile_template_reads_and_runs_nothing(tmp_path: Path, params: Param
     assert not [text for text in answers if "secret of" in text or "<class" in text or "module '" in text]
 
 
-def test_the_document_names_tests_that_exist() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
+def test_the_tests_named_in_the_document_exist() -> None:
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert len(named) > 20
-    assert named - set(re.findall(r"def (test_\w+)", sources)) == set()
+    assert len(names) > 20
+    assert names - set(re.findall(r"def (test_\w+)", sources)) == set()
 
 
 @pytest.mark.faults
@@ -518,7 +514,7 @@ def test_a_web_page_can_neither_read_the_server_nor_post_to_it(tmp_path: Path) -
         own = httpx.get(f"{running}/api/health", headers={"Origin": running})
         assert own.headers["Access-Control-Allow-Origin"] == running
         assert "Access-Control-Allow-Origin" not in httpx.get(f"{running}/api/health", headers=page).headers
-        # JSON from elsewhere needs the server's leave first; what needs no leave is not read as JSON.
+        # A browser asks the server before it sends JSON from another origin; plain text is not read as JSON.
         assert httpx.options(f"{running}/api/flows/", headers=asks).status_code == 400
         text = page | {"Content-Type": "text/plain"}
         assert httpx.post(f"{running}/api/flows/", content=b'{"name": "x"}', headers=text).status_code == 422
