@@ -69,20 +69,15 @@ class Claim:
 
 def claims_on(candidate: pa.Table, champion: pa.Table, params: PromoteParams) -> list[Claim]:
     """The claims of the primary metric and then of the guards; both tables have the same items."""
-    margins = {metric: margin for metric, margin in params.guard_metrics.items() if metric != params.primary_metric}
-    bounds = {params.primary_metric: params.min_improvement} | {metric: -margin for metric, margin in margins.items()}
-    return [
-        Claim(
-            metric,
-            metric,
-            metric_items(candidate, metric),
-            metric_items(champion, metric),
-            group_of(candidate),
-            bound,
-            params.declared_effect if metric == params.primary_metric else 0.0,
-        )
-        for metric, bound in bounds.items()
-    ]
+    groups = group_of(candidate)
+
+    def claim(metric: str, bound: float, declared: float = 0.0) -> Claim:
+        items = metric_items(candidate, metric), metric_items(champion, metric)
+        return Claim(metric, metric, *items, groups, bound, declared)
+
+    primary = params.primary_metric
+    guards = [claim(metric, -margin) for metric, margin in params.guard_metrics.items() if metric != primary]
+    return [claim(primary, params.min_improvement, params.declared_effect), *guards]
 
 
 def forgetting_claims(base: pa.Table, candidate: pa.Table, params: PromoteParams) -> list[Claim]:
