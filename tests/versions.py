@@ -1,4 +1,4 @@
-"""Workspaces as a run leaves them, made in a moment: real files and scores, no training; versions of them."""
+"""Makes workspaces like those after a run, with real files and scores but without training, and versions of them."""
 
 import json
 import random
@@ -28,29 +28,29 @@ ITEMS = 100
 
 
 def parameters(root: Path, **publishing: Any) -> Params:
-    """The project's own parameters, with store and an empty registry in `root`."""
+    """The project's parameters, with the store and an empty registry in `root`."""
     if not (root / "mlflow.db").exists():
         shutil.copy(_empty_registry(), root / "mlflow.db")
-    places = {"artifact_store": (root / "store").as_uri(), "tracking_uri": f"sqlite:///{root}/mlflow.db"}
-    return with_(load_params(ROOT / "params.yaml"), publish=places | publishing)
+    uris = {"artifact_store": (root / "store").as_uri(), "tracking_uri": f"sqlite:///{root}/mlflow.db"}
+    return with_(load_params(ROOT / "params.yaml"), publish=uris | publishing)
 
 
 def registry_lost(root: Path, params: Params) -> Params:
-    """`params` with another, empty registry (MLflow keeps a database open that is deleted under it)."""
+    """`params` with another, empty registry. (Deleting the database would not help: MLflow keeps it open.)"""
     shutil.copy(_empty_registry(), root / "empty.db")
     return with_(params, publish={"tracking_uri": f"sqlite:///{root}/empty.db"})
 
 
 @cache
 def _empty_registry() -> Path:
-    """A database with MLflow's tables, which take it seconds to make."""
+    """A database with MLflow's tables; MLflow takes seconds to create them."""
     path = Path(CACHE) / "mlflow.db"
     ModelRegistry(f"sqlite:///{path}", "none").numbers()
     return path
 
 
 def published(root: Path, params: Params, quality: float = 0.5, registered: bool = True, **workspace: Any) -> str:
-    """Publish a version whose answers have about this ROUGE-L and accuracy; returns its id. Nothing asks DVC."""
+    """Publish a version with about this ROUGE-L and accuracy, without running DVC; returns its id."""
     make_workspace(root, params, quality, **workspace)
     model = RegisteredModel(params.publish, root)
     version = graph.version_id(root)
@@ -71,8 +71,10 @@ def make_workspace(
     commit: bool = False,
     forgets: float | None = None,
 ) -> None:
-    """Artifacts and dvc.lock in `root`. `exact`: whether test items count for accuracy; `model`: what was merged;
-    `forgets`: nats a token that a general set lost.
+    """Write artifacts and dvc.lock to `root`.
+
+    `exact`: whether test items count for accuracy; `model`: the merged model's folder; `forgets`: by how many nats per
+    token the loss on a general set rose.
     """
     artifacts = root / "artifacts"
     shutil.rmtree(artifacts, ignore_errors=True)
@@ -130,7 +132,7 @@ def make_workspace(
 
 
 def write_lock(root: Path, tree: dict[str, Any]) -> None:
-    """The dvc.lock of a run with the parameters `tree` that left what lies in `root`."""
+    """Write the dvc.lock of a run with the parameters `tree` and the present artifacts in `root`."""
     graph_file = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     outs = {stage: [out for out in parts["outs"] if isinstance(out, str)] for stage, parts in graph_file.items()}
     for path in (path for paths in outs.values() for path in paths):

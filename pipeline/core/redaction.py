@@ -50,8 +50,8 @@ _QUERY = re.compile(
 
 def redact(text: str) -> str:
     """`text` with everything that looks like a secret replaced; safe to call twice."""
-    for value in _values(tuple(sorted(_secret_variables(os.environ).items()))):
-        text = text.replace(value, HIDDEN)
+    for spelling in _spellings(_secrets()):
+        text = text.replace(spelling, HIDDEN)
     text = _USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
     text = _SHAPES.sub(HIDDEN, text)
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _HEADER.sub(rf"\g<1>{HIDDEN}", text))
@@ -98,24 +98,16 @@ def redacted_errors(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _secret_variables(environment: Any) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in environment.items()
-        if _NAME.search(name) and not _NO_SECRET.search(name) and len(value) >= MIN_LENGTH
-    }
+def _secrets() -> frozenset[str]:
+    variables = [(name, value) for name, value in os.environ.items() if len(value) >= MIN_LENGTH]
+    return frozenset(value for name, value in variables if _NAME.search(name) and not _NO_SECRET.search(name))
 
 
 @lru_cache(maxsize=4)
-def _values(variables: tuple[tuple[str, str], ...]) -> list[str]:
+def _spellings(secrets: frozenset[str]) -> list[str]:
     """Every spelling of each secret: plain, escaped for URLs, in JSON, in base64; the longest first."""
     spellings: set[str] = set()
-    for _, value in variables:
-        spellings |= {
-            value,
-            quote(value, safe=""),
-            quote_plus(value),
-            repr(value)[1:-1],
-            base64.b64encode(value.encode()).decode(),
-        }
+    for value in secrets:
+        encoded = base64.b64encode(value.encode()).decode()
+        spellings |= {value, quote(value, safe=""), quote_plus(value), repr(value)[1:-1], encoded}
     return sorted(spellings, key=len, reverse=True)
