@@ -40,7 +40,7 @@ class FaultProxy:
     server_port: int
     plan: Callable[[int, str], str | None] = lambda number, line: None  # fault of the n-th request, counted from 0
     on_kill: Callable[[], None] = lambda: None
-    seen: list[str] = field(default_factory=list)  # request lines, in order
+    request_lines: list[str] = field(default_factory=list)  # request lines, in order
     heads: list[bytes] = field(default_factory=list)
     port: int = 0
 
@@ -73,8 +73,8 @@ class FaultProxy:
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while (request := await _request(reader, writer)) is not None:
-                number = len(self.seen)
-                self.seen.append(request.line)
+                number = len(self.request_lines)
+                self.request_lines.append(request.line)
                 self.heads.append(request.head)
                 fault = self.plan(number, request.line)
                 answer = await self._answer(request, fault)

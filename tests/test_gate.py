@@ -124,7 +124,7 @@ def test_randomisation_of_few_groups_is_the_share_of_all_exchanges() -> None:
 
 def test_the_power_is_the_textbooks_for_one_metric() -> None:
     noise = np.random.default_rng(0).standard_normal((200_000, 1))
-    # One-sided 2.5 %, standard error 1: a difference of 2.8016 is seen with a probability of 0.8.
+    # One-sided 2.5 %, standard error 1: a difference of 2.8016 is found with a probability of 0.8.
     assert power(noise, [1.0], [2.8016]) == pytest.approx(0.8, abs=0.003)
     assert power(noise, [1.0], [0.0]) == pytest.approx(ALPHA, abs=0.002)
     assert rows_factor(noise[:20_000], [2.0], [2.8016]) == pytest.approx(4.0, rel=0.03)

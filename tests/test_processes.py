@@ -59,10 +59,10 @@ def test_two_processes_stop_together_and_resume(
     short = with_(few, train={"max_hours": 1e-9})
     with pytest.raises(Interrupted, match=r"max_hours .* at step 1"):
         train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
-    done = train(few.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
-    assert (done.resumed_from_step, done.steps) == (1, 4)
+    resumed = train(few.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert (resumed.resumed_from_step, resumed.steps) == (1, 4)
     alone = train(few.train, dataset, tmp_path / "alone", tmp_path / "checkpoints")
-    assert alone.loss == done.loss
+    assert alone.loss == resumed.loss
     assert read_json(tmp_path / "alone" / "training.json") == read_json(tmp_path / "adapter" / "training.json")
 
 

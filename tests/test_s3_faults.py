@@ -67,7 +67,7 @@ class Publishing:
     def run(self, name: str) -> None:
         self._publish(name, 2)
 
-    def done(self, name: str) -> bool:
+    def is_done(self, name: str) -> bool:
         """Check that every visible version is complete; returns whether there are two."""
         store = self._store(name)
         for number, key in enumerate(store.list("versions/"), start=1):
@@ -125,7 +125,7 @@ class Promoting:
         decision = self._promote(name, (Path(self.folder) / name).read_text())
         assert (decision.decision, decision.warnings) in (("promoted", []), ("unchanged", []))
 
-    def done(self, name: str) -> bool:
+    def is_done(self, name: str) -> bool:
         return len(self._log(name)) == 2
 
     def check(self, name: str) -> None:
@@ -174,17 +174,17 @@ def work(request: pytest.FixtureRequest, proxy: FaultProxy, tmp_path_factory: py
 @pytest.fixture(scope="module")
 def requests(work: Work, proxy: FaultProxy) -> int:
     """The number of requests without a fault."""
-    name, before = work.fresh(), len(proxy.seen)
+    name, before = work.fresh(), len(proxy.request_lines)
     work.run(name)
-    number = len(proxy.seen) - before
-    assert work.done(name) and number > 8
+    number = len(proxy.request_lines) - before
+    assert work.is_done(name) and number > 8
     work.check(name)
     return number
 
 
 def plan(proxy: FaultProxy, fault: str, index: int) -> None:
     """Inject the fault into request `index`, counted from now."""
-    at = len(proxy.seen) + index
+    at = len(proxy.request_lines) + index
 
     def fault_of(number: int, line: str) -> str | None:
         possible = line.startswith("PUT") or "Conflict" not in fault  # only writes conflict
@@ -203,10 +203,10 @@ def at_first_attempt(work: Work, proxy: FaultProxy, fault: str, index: int) -> b
         error = raised
     print(fault, index, error)
     proxy.plan = lambda number, line: None
-    work.done(name)
+    work.is_done(name)
     if error is not None:
         work.run(name)
-    assert work.done(name)
+    assert work.is_done(name)
     work.check(name)
     return error is None
 
@@ -239,9 +239,9 @@ def effect_of_kill(work: Work, proxy: FaultProxy, how: str, index: int) -> bool:
 
     assert preloaded.call(run_in_a_fork, type(work).__name__, asdict(work), name, started=started).killed
     proxy.plan = lambda number, line: None
-    effect = work.done(name)
+    effect = work.is_done(name)
     work.run(name)
-    assert work.done(name)
+    assert work.is_done(name)
     work.check(name)
     return effect
 
