@@ -55,7 +55,7 @@ def write_rows(folder: Path, rows: list[tuple[str, str]]) -> Path:
     return folder
 
 
-def make_encoder(folder: Path, family: str) -> Path:
+def make_encoder(folder: Path, family: str, steps: int = 60) -> Path:
     """A random masked language model with its tokenizer, as roberta-base and bert-base are published."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     tokenizer = byte_level([text for text, _ in reviews(200)], special)
@@ -66,18 +66,18 @@ def make_encoder(folder: Path, family: str) -> Path:
     settings = SIZES | {"vocab_size": len(tokenizer.get_vocab()), "pad_token_id": 1, "max_position_embeddings": 130}
     config = {"roberta": RobertaConfig, "bert": BertConfig}[family](**settings)
     model = AutoModelForMaskedLM.from_config(config)
-    teach_words(model, folder)
+    teach_words(model, folder, steps)
     model.save_pretrained(folder)
     return folder
 
 
-def teach_words(model: Any, folder: Path) -> None:
+def teach_words(model: Any, folder: Path, steps: int) -> None:
     """Train briefly, so that the first token attends to the others, as in published encoders."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     batch = tokenizer([text for text, _ in reviews(64)], padding=True, return_tensors="pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     torch.manual_seed(0)
-    for step in range(60):
+    for step in range(steps):
         ids = batch["input_ids"][step % 4 :: 4].clone()
         hidden = (torch.rand(ids.shape) < 0.3) & (ids > 4)
         labels = ids.masked_fill(~hidden, -100)
@@ -121,15 +121,17 @@ def prepare_dataset(params: Params, data: Path, folder: Path) -> Path:
         ("llama", "lora", 0.002),
         pytest.param("roberta", "lora", 0.002, marks=pytest.mark.faults),
         pytest.param("roberta", "full", 0.0005, marks=pytest.mark.faults),
-        pytest.param("bert", "ia3", 0.05, marks=pytest.mark.faults),
+        pytest.param("bert", "ia3", 0.03, marks=pytest.mark.faults),
         pytest.param("llama", "dora", 0.002, marks=pytest.mark.faults),
     ],
 )
 def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     tmp_path: Path, params: Params, texts: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str, rate: float
 ) -> None:
-    base = make_base(tmp_path / "base") if family == "llama" else make_encoder(tmp_path / "base", family)
-    settings = with_classification(params, base, method, learning_rate=rate)
+    # IA3 only scales activations, so it needs a better base and more steps.
+    steps, epochs = (400, 12.0) if method == "ia3" else (60, 6.0)
+    base = make_base(tmp_path / "base") if family == "llama" else make_encoder(tmp_path / "base", family, steps)
+    settings = with_classification(params, base, method, learning_rate=rate, num_train_epochs=epochs)
     dataset = prepare_dataset(settings, texts, tmp_path)
     assert read_json(dataset / "contract.json")["labels"] == ["neg", "pos"]
     train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
