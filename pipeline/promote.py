@@ -268,7 +268,7 @@ def _follow_up(model: RegisteredModel, params: PromoteParams, record: Record) ->
     number, warnings = model.sync_registry(record.version)
     decisive: Record | None = record  # the decision that says what to do next
     if record.decision == "unchanged":
-        earlier = [earlier for earlier in model.log() if earlier.version == record.version]
+        earlier = [entry for entry in model.log() if entry.version == record.version]
         was_champion = record.version == record.champion or not earlier or earlier[-1].decision == "promoted"
         decisive = None if was_champion else earlier[-1]
     else:

@@ -202,8 +202,8 @@ def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
     shipped = trainer.load_best()
     if not any(watch.changes(trainer.model).values()):
         raise TrainError(
-            f"the adapter did not change in {step} steps, so no gradient reached it; with very few steps, set "
-            "train.warmup_ratio to 0"
+            f"the adapter did not change in {step} steps; if these are very few, set train.warmup_ratio to 0, "
+            "otherwise no gradient reached it"
         )
     return Trained(
         steps=step,

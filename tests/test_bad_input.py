@@ -17,6 +17,14 @@ from pipeline.prepare import prepare
 from pipeline.train import train
 
 
+ENCODER_DECODER = {
+    "model_type": "musicgen",
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+    "decoder": {"model_type": "musicgen_decoder"},
+}
+
+
 def config(**values: Any) -> Callable[[Path], None]:
     return lambda base: write_json(base / "config.json", read_json(base / "config.json") | values)
 
@@ -59,6 +67,7 @@ def control_token_beyond(base: Path) -> None:
         (smaller_vocabulary, r"300 tokens.* has the id 300"),
         (control_token_beyond, r"<\|turn\|> has the id \d+"),
         (config(model_type="unheard-of"), r"^no model configuration could be read from .*base: "),
+        (config(**ENCODER_DECODER), r"^no model configuration could be read from .*base: "),
     ],
 )
 def test_a_base_model_that_cannot_be_used_is_refused_by_prepare(

@@ -322,3 +322,10 @@ def test_tensors_that_are_not_floating_point_keep_their_type(tmp_path: Path) -> 
     loaded = load_file(tmp_path / "written" / "model.safetensors")
     for name, value in stored.items():
         assert torch.equal(loaded[name], value.bfloat16() if value.is_floating_point() else value)
+
+
+def test_an_edit_that_changes_a_shape_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
+    (tmp_path / "written").mkdir()
+    with pytest.raises(WeightsError, match="written"):
+        weights.rewrite(weights.open_checkpoint(tmp_path), tmp_path / "written", {"a": lambda tensor: tensor.T})

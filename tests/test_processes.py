@@ -71,7 +71,7 @@ def test_an_error_in_one_process_is_reported(
     tmp_path: Path, few: Params, dataset: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     wild = two(few, learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0, lr_scheduler_type="constant")
-    with pytest.raises(TrainError, match="2 processes ended with status"):
+    with pytest.raises(TrainError, match="2 processes failed with status"):
         train(wild.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     assert "whose batch is rows.json" in capfd.readouterr().err
     assert not (tmp_path / "adapter").exists()

@@ -30,7 +30,7 @@ class TemplateError(ValueError):
 
 
 class RowError(ValueError):
-    """This conversation cannot be rendered or trained on; the message continues the sentence "a row …"."""
+    """This conversation cannot be rendered or trained on; the message says what the row has or is."""
 
 
 class Renderer:

@@ -160,9 +160,7 @@ def _call_field(entry: dict[str, Any], offered: bool) -> Field:
 
 
 def _parse_call(parsed: Any) -> ToolCall:
-    """Raises:
-    ValueError: no name, or arguments that are not an object.
-    """
+    """A tool call from the parser's result; ValueError if it has no name or its arguments are not an object."""
     function = parsed["function"]
     name, arguments = function["name"], function.get("arguments")
     if isinstance(arguments, str):

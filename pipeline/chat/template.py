@@ -234,8 +234,8 @@ def named_stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> 
     if missing:
         raise TemplateError(
             f"prepare.chat_template is {name}, but the tokenizer of {path} has no single token for "
-            f"{', '.join(missing)}, so the model would read ordinary text; use the template of the model's family, or "
-            "one without such control tokens (alpaca, vicuna, zephyr)"
+            f"{', '.join(missing)}, so the model would read them as ordinary text; use the template of the model's "
+            "family, or one without such control tokens (alpaca, vicuna, zephyr)"
         )
     return {ids[token] for token in ends}
 
@@ -245,7 +245,9 @@ def load_config(source: dict[str, Any]) -> PreTrainedConfig:
     path = source["name_or_path"]
     options = {key: source[key] for key in ("revision", "trust_remote_code")}
     try:
-        return AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
+        config.get_text_config()  # fails if the model has several texts, as an encoder and a decoder
+        return config
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TemplateError(f"no model configuration could be read from {path}: {reason}") from None
@@ -270,7 +272,7 @@ def require_embeddings(config: Any, tokenizer: PreTrainedTokenizerBase, token_id
         raise TemplateError(
             f"{config.name_or_path} has embeddings for {config.vocab_size} tokens, fewer than its tokenizer has: "
             f"{tokenizer.convert_ids_to_tokens(min(unknown))} has the id {min(unknown)}; restore the model's own "
-            "tokenizer, or resize the model's embeddings and save it"
+            "tokenizer, or resize the model's embeddings to the tokenizer and save the model"
         )
 
 

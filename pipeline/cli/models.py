@@ -14,7 +14,8 @@ from pipeline.cli.versions import Json, answer
 def preset(
     name: Annotated[str | None, typer.Argument(help="One of the presets that `retune preset` lists.")] = None,
     task: Annotated[
-        str | None, typer.Option("--for", help="Rank, alpha and modules for this task, one of those in the list.")
+        str | None,
+        typer.Option("--for", help="Also set rank, alpha and modules for one of the listed tasks."),
     ] = None,
     json_output: Json = False,
 ) -> None:

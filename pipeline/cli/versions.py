@@ -121,7 +121,7 @@ def history(
     log, warnings = read_history(params.publish)
     _print_warnings(warnings)
     if number is not None and number > len(log):
-        raise CommandError(f"there is no decision {number}; the history has {len(log)}")
+        raise CommandError(f"there is no decision {number}; the number of decisions is {len(log)}")
     records = log if number is None else [log[number - 1]]
     if json_output:
         print(json.dumps([asdict(record) for record in records]))

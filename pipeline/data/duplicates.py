@@ -21,7 +21,7 @@ from pipeline.data.shingles import LANES, Signatures, jaccard, shingles
 
 RECALL = 0.98  # the average share of pairs at the threshold that the bands find; of more similar pairs they find more
 DOUBT = 4.0  # standard deviations by which a signature may underestimate a pair that is still compared
-BUCKET_ROWS = 32  # kept rows per bucket: more rows that share a band and are not copies share boilerplate
+BUCKET_ROWS = 32  # kept rows per bucket; what more rows share without being copies is boilerplate
 MAX_TRIES = 8  # candidates that a row is compared with, the most similar first; more would again be boilerplate
 CACHED_SETS = 1024  # texts whose shingles are in memory at once
 MIXER = np.array([pow(0x9E3779B97F4A7C15, lane + 1, 1 << 64) for lane in range(LANES)], dtype=np.uint64)

@@ -131,7 +131,7 @@ def _turn_pairs(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
     for number, turn in enumerate(turns):
         names = next((pair for pair in TURN_PAIRS if isinstance(turn, dict) and pair[0] in turn), None)
         if names is None:
-            raise ValueError(f"a turn is {shorten(turn)}; expected human and assistant, or input and output")
+            raise ValueError(f"a turn is {shorten(turn)}; expected keys human and assistant, or input and output")
         messages += _system(turn) if number == 0 else []
         messages += alternating([text_field(turn, name) for name in names])
         unused.update(f"{key}[].{name}" for name in turn.keys() - {*names, *(() if number else ("system",))})

@@ -139,7 +139,7 @@ def split_thoughts(message: Message) -> None:
     if match is None and content.lstrip().startswith("<think>"):
         raise ValueError("has <think> without </think> before its answer")
     if match is not None and "reasoning_content" in message:
-        raise ValueError("has reasoning twice: in the content and under a key")
+        raise ValueError("has reasoning twice: as <think> in its content and under a key of its own")
     answer = content
     if match is not None:
         answer = check_text(content[match.end() :], "content after </think>", required="tool_calls" not in message)

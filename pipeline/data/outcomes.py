@@ -35,7 +35,7 @@ class Outcomes:
     similarity: NDArray[np.float64]  # (N,) Jaccard similarity of the two, 1 for exact copies; NaN if not measured
     cluster: NDArray[np.int64]  # (N,) the first of a test row's near copies in the test split; −1 for other rows
     sources: pa.ChunkedArray  # (N,) file and line
-    details: pa.ChunkedArray  # (N,) additions to the reason; null if there is none
+    details: pa.ChunkedArray  # (N,) the reason with its values; null if it has none
     texts: pa.ChunkedArray  # (N,) memory-mapped, so not limited by memory
     crowded: int = 0  # rows with so many candidates that a near copy may have been missed
 

@@ -155,8 +155,8 @@ def summary(report: Mapping[str, Any]) -> str:
     rows, dropped = report["rows"], sum(report["dropped"].values())
     splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     counts = {
-        "conversations got one row per answer, as the template needs": report["rewritten_conversations"],
-        "answers are marked as not trained": report["untrained_answers"],
+        "conversations with one row per answer (the template needs that)": report["rewritten_conversations"],
+        "answers not trained": report["untrained_answers"],
         "repairs": sum(report["repaired"].values()),
     }
     parts = [f"{report['rows_in']:,} rows were read", f"{sum(rows.values()):,} kept ({splits})"]

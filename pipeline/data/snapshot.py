@@ -62,7 +62,7 @@ def recover(root: Path = Path(".")) -> bool:
                 shutil.rmtree(target, ignore_errors=True)
             if before["data.dvc"] is None:
                 (root / "data.dvc").unlink(missing_ok=True)
-            else:
+            elif now != before["data.dvc"]:
                 write_text(root / "data.dvc", before["data.dvc"])
         journal.unlink()
     shutil.rmtree(root / SCRATCH, ignore_errors=True)

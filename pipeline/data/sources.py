@@ -49,9 +49,9 @@ class _Download:
 
     def add(self, size: int) -> None:
         self.done += size
-        if (size_so_far := max(self.done, self.expected)) > self.limit_gib * 2**30:
+        if (known_size := max(self.done, self.expected)) > self.limit_gib * 2**30:
             raise SourceError(
-                f"{self.uri} has at least {size_so_far / 2**30:,.1f} GiB; ingest.max_download_gib is "
+                f"{self.uri} has at least {known_size / 2**30:,.1f} GiB; ingest.max_download_gib is "
                 f"{self.limit_gib:g}: raise it to download this much"
             )
         self.progress.update(self.done >> 20, self.uri)
@@ -213,7 +213,7 @@ def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
         commit = info.sha or ""
         if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
-            raise SourceError(f"the Hub has no commit for {revision} of {repo}; name another one, with 40 hex digits")
+            raise SourceError(f"the Hub names no commit for {revision} of {repo}; give the commit, 40 hex digits")
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         chosen = [
             path

@@ -17,6 +17,7 @@ from pipeline.registry.significance import ALPHA, POWER, binary_test, corpus_tes
 from pipeline.scoring.resampling import (
     BINARY,
     LOWER_IS_BETTER,
+    RELATIVE,
     Groups,
     Items,
     corpus_score,
@@ -87,7 +88,7 @@ def forgetting_claims(base: pa.Table, candidate: pa.Table, params: PromoteParams
         old, new = metric_items(base, metric), metric_items(candidate, metric)
         if np.isnan(corpus_score(old)):
             continue  # no row of the set has one right answer, so it has no accuracy
-        margin = limit * corpus_score(old) if metric in LOWER_IS_BETTER else limit
+        margin = limit * corpus_score(old) if metric in RELATIVE else limit
         claims.append(Claim(f"general_{metric}", metric, new, old, groups, -margin))
     return claims
 

@@ -45,7 +45,7 @@ class RegisteredModel:
     def append_decision(self, make_record: Callable[[list[Record]], Record]) -> Record:
         """Append the record that `make_record` makes from the log; make it again if another process was faster.
 
-        A record with the number 0, or of a record in the log, is returned without being appended.
+        A record whose number is 0 or already in the log is returned without being appended.
         """
         while True:
             log = self.log()

@@ -90,7 +90,7 @@ def binary_test(candidate: Items, champion: Items, groups: Groups, bound: float)
 
 
 def mcnemar(net: Array) -> float:
-    """The exact probability of such a result, or a better one, if each group's net change could have either sign.
+    """The exact probability of such a result, or a better one, if each group's net change has either sign by chance.
 
     `net`: right answers gained minus those lost, for each group. For single items this is McNemar's binomial test.
     """
@@ -147,7 +147,7 @@ def design_effect(change: Array, member: NDArray[np.intp]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: compared with α each, they keep the risk of any false positive below α."""
+    """Holm's (1979) adjusted p-values: compared with α each, they keep the risk of any false positive at most α."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [1.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

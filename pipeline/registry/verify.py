@@ -33,7 +33,7 @@ def verify(model: RegisteredModel, version: str) -> list[Check]:
     try:
         id = manifests.version_of(manifest)
     except (GraphError, KeyError, TypeError) as error:
-        id = f"none: {error}"
+        id = f"no id: {error}"
     return [
         Check("manifest", True, "matches manifest.schema.json"),
         Check("id", id == version, f"dvc.lock in the manifest gives {id}"),

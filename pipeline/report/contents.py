@@ -18,6 +18,7 @@ from pipeline.scoring.resampling import (
     LOWER_IS_BETTER,
     METRICS,
     PERCENT,
+    RELATIVE,
     group_of,
     metric_items,
     num_counted,
@@ -57,10 +58,10 @@ class Change:
     @property
     def gain(self) -> tuple[float, float, float]:
         """Low, difference and high, where more is better, as shares of the scale (perplexity: of the old value)."""
-        if self.metric.removeprefix("general_") in LOWER_IS_BETTER:
-            return -self.high / self.old, -self.difference / self.old, -self.low / self.old
-        scale = 100 if self.metric in PERCENT else 1
-        return self.low / scale, self.difference / scale, self.high / scale
+        metric = self.metric.removeprefix("general_")
+        scale = self.old if metric in RELATIVE else 100 if metric in PERCENT else 1
+        low, difference, high = self.low / scale, self.difference / scale, self.high / scale
+        return (-high, -difference, -low) if metric in LOWER_IS_BETTER else (low, difference, high)
 
     @property
     def direction(self) -> str:

@@ -20,7 +20,7 @@ from pipeline.registry.wording import number
 from pipeline.report.contents import Contents, System
 from pipeline.report.evaluation_pages import write_report
 from pipeline.report.tables import SYSTEMS, Row, interval
-from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT
+from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT, RELATIVE
 
 OPEN = (
     "The gate decides at promotion, on the merged model and against the champion; artifacts/report.html then has its "
@@ -157,7 +157,8 @@ def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
     for metric, lost in general["lost"].items():
         if lost is not None:
             scores = {SYSTEMS[system]: interval(metric, general[system][metric]) for system in ("base", "adapter")}
-            difference = f"{100 * lost:+.1f} %" if metric in LOWER_IS_BETTER else number(metric, -lost, "+")
+            higher = lost if metric in LOWER_IS_BETTER else -lost
+            difference = f"{100 * higher:+.1f} %" if metric in RELATIVE else number(metric, higher, "+")
             rows.append({"": metric} | scores | {"difference": difference})
     return {"General set: what was forgotten": rows}
 

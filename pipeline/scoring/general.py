@@ -20,7 +20,7 @@ from pipeline.data.records import Rejected
 from pipeline.params import EvaluateParams, GeneralParams
 from pipeline.scoring.items import compute_metric
 from pipeline.scoring.likelihood import Losses
-from pipeline.scoring.resampling import LOWER_IS_BETTER, table_scores
+from pipeline.scoring.resampling import LOWER_IS_BETTER, RELATIVE, table_scores
 
 METRICS = ("accuracy", "perplexity")
 
@@ -112,8 +112,7 @@ def measure_forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams
         old, new = base[metric], adapter[metric]
         if old is None or new is None:
             lost[metric] = None
-        elif metric in LOWER_IS_BETTER:
-            lost[metric] = new["score"] / old["score"] - 1
         else:
-            lost[metric] = old["score"] - new["score"]
+            higher = (new["score"] - old["score"]) / (old["score"] if metric in RELATIVE else 1)
+            lost[metric] = higher if metric in LOWER_IS_BETTER else -higher
     return {"rows": len(before), "base": base, "adapter": adapter, "lost": lost}

@@ -1,4 +1,4 @@
-"""Greedy answers of a model to tokenised prompts. When a row ends, a waiting prompt takes its place at once.
+"""Greedy answers of a model to tokenised prompts. When rows end, waiting prompts take their places.
 
 Rows in a batch are rounded differently, in the last bits, than a single row. If two tokens are about equally likely, an
 answer may therefore depend on `batch_size`; the same batch gives the same answers.

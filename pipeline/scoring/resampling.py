@@ -18,6 +18,7 @@ from pipeline.params import Metric
 
 METRICS: tuple[str, ...] = get_args(Metric)
 LOWER_IS_BETTER = frozenset({"perplexity"})
+RELATIVE = frozenset({"perplexity"})  # two scores are compared by their ratio, because the metric has no upper limit
 BINARY = frozenset({"accuracy", "exact_match"})  # an item is right or wrong
 PERCENT = frozenset({"bleu", "chrf"})  # 0–100; the other metrics 0–1, perplexity from 1 up
 CONFIDENCE = 0.95

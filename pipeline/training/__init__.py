@@ -1,4 +1,4 @@
 """How an adapter is trained: methods, packed sequences, loss, the trainer, its checkpoints, and the plan.
 
-It may import weights and every folder below it.
+It may import weights, and everything that weights may import.
 """

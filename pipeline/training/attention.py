@@ -110,7 +110,7 @@ def use_packed_attention(model: Any, sequences: Dataset, kernel: Kernel | None =
     if reason is None:
         return "varlen, PyTorch's FlashAttention for packed rows" if on_gpu else "row by row"
     model.set_attn_implementation(before)
-    return f"{before} (not {'varlen' if on_gpu else 'row by row'}: {reason})"
+    return f"{before} ({'varlen' if on_gpu else 'row by row'} is not used: {reason})"
 
 
 def _try_registered(model: Any, sequences: Dataset) -> str | None:

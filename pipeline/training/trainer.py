@@ -203,9 +203,8 @@ class AdapterTrainer(ShardedTrainer):
         super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's method also writes a model card
         if self.args.should_save:
             checkpoint = self._checkpoint(self.state.global_step)
-            write_json(
-                checkpoint / WATCH, self.watch.state() | {"rungs": [vars(fallback) for fallback in self.fallbacks]}
-            )
+            fallbacks = [vars(fallback) for fallback in self.fallbacks]
+            write_json(checkpoint / WATCH, self.watch.state() | {"fallbacks": fallbacks})
             seal(checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -221,7 +220,7 @@ class AdapterTrainer(ShardedTrainer):
         self.watch.restore(state)
         if self.is_fsdp_enabled:
             self.load_before_sharding(checkpoint)
-        self.fallbacks = [Fallback(**fallback) for fallback in state["rungs"]]
+        self.fallbacks = [Fallback(**fallback) for fallback in state["fallbacks"]]
         if self.fallbacks[-1].gradient_checkpointing:
             checkpoint_activations(self.model)
         if self.watch.best is not None and self.watch.params.early_stopping_patience is not None:

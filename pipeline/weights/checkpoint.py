@@ -43,7 +43,7 @@ class Stored:
         return tensor
 
     def size(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes; for floating-point numbers, when they are written as `dtype`."""
+        """Size in bytes; floating-point numbers are counted as `dtype` if it is given."""
         is_float = self.dtype in FLOATS
         return prod(self.shape) * ((dtype or FLOATS[self.dtype]).itemsize if is_float else WIDTHS.get(self.dtype, 1))
 
@@ -111,6 +111,9 @@ def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dty
         save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    written = {name: stored.shape for name, stored in open_checkpoint(folder).items()}
+    if written != {name: stored.shape for name, stored in checkpoint.items()}:
+        raise WeightsError(f"the tensors written to {folder} differ in name or shape from those of their base")
 
 
 def round_trip(quantisation: Mapping[str, Any], dtype: torch.dtype, device: torch.device, transposed: bool) -> Edit:

@@ -28,7 +28,7 @@ disable_progress_bar()  # its carriage returns would fill logs; stages print the
 
 Quantisation = dict[str, Any]  # load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant
 HEADS = ("classifier", "score")  # of classification models: every method trains and saves them whole
-UNQUANTISED = (*HEADS, "pooler.dense", "pre_classifier")  # often missing from the published model, so made new
+UNQUANTISED = (*HEADS, "pooler.dense", "pre_classifier")  # often new in training, so without published weights
 PROMPT = "prompt_embeddings"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -109,7 +109,7 @@ def load_base(
         UnsafeModelError, UnsafeFileError: see `check_model`.
     """
     check_model(identity["name_or_path"], identity["revision"])
-    # Not None without 4 bits: that loads weights that are stored quantised as if they were not, with only a warning.
+    # Left out without 4 bits: None would load weights that are stored quantised as if they were not, with a warning.
     quantised = {}
     if quantisation is not None and quantisation["load_in_4bit"]:
         config = BitsAndBytesConfig(

@@ -1,7 +1,7 @@
 """Places a model for scoring: on one device, on several GPUs or, if it is too large, also in CPU memory and on disk.
 
-An adapter that was trained on a 4-bit base is scored on the same rounded weights. They compute several times as fast
-as plain bfloat16 (float32 on a CPU), so they stay in 4 bits only if memory requires it.
+An adapter that was trained on a 4-bit base is scored on the same rounded weights. Held as plain bfloat16 (float32 on a
+CPU) they compute several times faster than in 4 bits, so they stay in 4 bits only if memory requires it.
 """
 
 import os
