@@ -16,7 +16,6 @@ from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.train import train
 
-
 ENCODER_DECODER = {
     "model_type": "musicgen",
     "text_encoder": {"model_type": "t5"},
