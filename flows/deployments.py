@@ -4,7 +4,6 @@ Each takes the project's run lock while it writes, and ends in a state named aft
 """
 
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from pipeline import promote as promotion
 from pipeline.core import graph
 from pipeline.core.environment import set_environment
 from pipeline.core.files import write_text
-from pipeline.core.processes import end_with_parent, environment
+from pipeline.core.processes import end_with_worker, environment
 from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.data.snapshot import recover
@@ -194,8 +193,7 @@ def _tried(changes: dict[str, Any] | None) -> Iterator[Any]:
 def _enter() -> None:
     if not Path("params.yaml").is_file():
         raise RuntimeError(f"{Path.cwd()} is not a Retune project; set RETUNE_ROOT in the worker's environment")
-    # The parent is the worker. On SIGTERM, Prefect retries its report to a server that may have died too.
-    end_with_parent(signal.SIGTERM, grace=45)
+    end_with_worker()
     redact_process()
     set_environment()
     os.environ["PATH"] = environment()["PATH"]

@@ -6,7 +6,6 @@ training then continues from its last checkpoint.
 """
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +26,7 @@ from prefect.states import Cancelled, Cancelling, Completed
 from flows.lines import training_progress
 from pipeline.core import handover
 from pipeline.core.environment import set_environment
-from pipeline.core.processes import end_with_parent
+from pipeline.core.processes import end_with_worker
 from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.params import OperationsParams
 
@@ -109,7 +108,7 @@ def _wait(run_id: UUID, minutes: float, on_line: Callable[[str], None]) -> Any:
 @redacted_errors
 def train(commit: str, remote: str = "origin") -> State[Any]:
     """Run the stage `train` of `commit` in this worker's clone."""
-    end_with_parent(signal.SIGTERM, grace=45)  # the worker's process
+    end_with_worker()
     redact_process()
     set_environment()
     with training_progress() as show:

@@ -28,7 +28,7 @@ from pipeline.scoring.items import provenance, score_items, scoring_params, summ
 from pipeline.scoring.likelihood import per_sequence, reference_losses, token_agreement
 from pipeline.scoring.parity import Merged, merge_closest, prove
 from pipeline.scoring.resampling import read_scores
-from pipeline.weights.loading import record_dtype, use_free_cores
+from pipeline.weights.loading import Quantisation, record_dtype, use_free_cores
 from pipeline.weights.merging import require_mergeable
 from pipeline.weights.placement import load_for_scoring, load_tuned, untuned
 
@@ -52,7 +52,11 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
     use_free_cores()
     quantisation, labels = read_json(adapter / "training.json")["quantisation"], contract.get("labels")
     evaluate_params = scoring_params(read_json(evaluation / "evaluation.json"))
-    tuned = (_TunedClassifier if labels else _TunedModel)(contract, dataset, adapter, evaluation, evaluate_params)
+    tuned: _TunedClassifier | _TunedModel
+    if labels:
+        tuned = _TunedClassifier(contract, dataset, evaluation, evaluate_params)
+    else:
+        tuned = _TunedModel(contract, dataset, evaluation, evaluate_params, adapter, quantisation)
     with whole_directory(output) as folder, whole_directory(parity) as proof:
         base, merging, errors = merge_closest(
             params, contract["model"], adapter, quantisation, folder, tuned.logit_error, labels
@@ -68,13 +72,19 @@ class _TunedModel:
     """The adapter on its base: the logits and answers that a merged model is compared with."""
 
     def __init__(
-        self, contract: dict[str, Any], dataset: Path, adapter: Path, evaluation: Path, params: EvaluateParams
+        self,
+        contract: dict[str, Any],
+        dataset: Path,
+        evaluation: Path,
+        params: EvaluateParams,
+        adapter: Path,
+        quantisation: Quantisation,
     ) -> None:
         self.contract, self.dataset, self.params = contract, dataset, params
         self.test, self.template = test_items(dataset, params.max_samples), load_contract(contract)
         self.prompts = self.test.column("input_ids").to_pylist()
         self.answer_ids = pq.read_table(evaluation / "items.adapter.parquet").column("answer_ids").to_pylist()
-        model = load_tuned(contract["model"], read_json(adapter / "training.json")["quantisation"], adapter)
+        model = load_tuned(contract["model"], quantisation, adapter)
         self.logits = self._logits(model)
         with untuned(model, contract["model"]) as base:
             self.logit_change = _mean_difference(self.logits, self._logits(base))
@@ -115,9 +125,7 @@ class _TunedModel:
 class _TunedClassifier:
     """As `_TunedModel` for classes, by the logits of all test texts, which the evaluation recorded."""
 
-    def __init__(
-        self, contract: dict[str, Any], dataset: Path, _: Path, evaluation: Path, params: EvaluateParams
-    ) -> None:
+    def __init__(self, contract: dict[str, Any], dataset: Path, evaluation: Path, params: EvaluateParams) -> None:
         self.contract, self.dataset, self.params = contract, dataset, params
         self.test, self.encoder = test_items(dataset, params.max_samples), load_classes(contract)
         self.logits, base_logits = (

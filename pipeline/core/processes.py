@@ -60,6 +60,14 @@ def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
         os.kill(os.getpid(), signal_number)
 
 
+def end_with_worker() -> None:
+    """End this flow run when the worker that started it dies, so that it does not keep the project's lock.
+
+    On SIGTERM, Prefect retries its report to a server that may have died too, so SIGKILL follows after 45 seconds.
+    """
+    end_with_parent(signal.SIGTERM, grace=45)
+
+
 def _kill_after_parent(parent: int, grace: float) -> None:
     while os.getppid() == parent:
         time.sleep(1)

@@ -20,7 +20,7 @@ from pipeline.data.records import Rejected
 from pipeline.params import EvaluateParams, GeneralParams
 from pipeline.scoring.items import compute_metric
 from pipeline.scoring.likelihood import Losses
-from pipeline.scoring.resampling import LOWER_IS_BETTER, RELATIVE, table_scores
+from pipeline.scoring.resampling import LOWER_IS_BETTER, difference, table_scores
 
 METRICS = ("accuracy", "perplexity")
 
@@ -113,6 +113,5 @@ def measure_forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams
         if old is None or new is None:
             lost[metric] = None
         else:
-            higher = (new["score"] - old["score"]) / (old["score"] if metric in RELATIVE else 1)
-            lost[metric] = higher if metric in LOWER_IS_BETTER else -higher
+            lost[metric] = difference(metric, new, old) * (1 if metric in LOWER_IS_BETTER else -1)
     return {"rows": len(before), "base": base, "adapter": adapter, "lost": lost}

@@ -17,7 +17,7 @@ import torch
 from pipeline.core.files import write_json
 from pipeline.params import MergeParams
 from pipeline.scoring.items import Metrics
-from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT, RELATIVE
+from pipeline.scoring.resampling import LOWER_IS_BETTER, METRICS, PERCENT, difference
 from pipeline.weights.loading import Quantisation
 from pipeline.weights.merging import MergeError, Merging, merge_adapter
 
@@ -88,8 +88,7 @@ def prove(
     for metric in METRICS:
         ours, theirs = merged.metrics[metric], evaluated["adapter"][metric]
         if ours and theirs:
-            scale = theirs["score"] if metric in RELATIVE else 1
-            differences[metric] = (ours["score"] - theirs["score"]) / scale
+            differences[metric] = difference(metric, ours, theirs)
     _require_parity(params, merged, differences)
     pq.write_table(items, folder / "items.merged.parquet")
     write_json(folder / "scores.json", {"merged": merged.metrics})
@@ -123,8 +122,8 @@ def _require_parity(params: MergeParams, merged: Merged, differences: dict[str, 
             f"the merged model's logits differ from the adapter's by {error:.4f} on average; merge.max_logit_error "
             f"allows {params.max_logit_error:g} of the adapter's own change of {change:.4f}. {advice}"
         )
-    for metric, difference in differences.items():
-        worse = (1 if metric in LOWER_IS_BETTER else -1) * difference / (100 if metric in PERCENT else 1)
+    for metric, higher in differences.items():
+        worse = (1 if metric in LOWER_IS_BETTER else -1) * higher / (100 if metric in PERCENT else 1)
         if worse > params.max_metric_drop:
             raise MergeError(
                 f"{metric} of the merged model is worse than the adapter's by {worse:.4f} (of the metric's range, or "

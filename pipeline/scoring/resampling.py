@@ -39,6 +39,11 @@ def read_scores(folder: Path) -> dict[str, Any]:
     return scores
 
 
+def difference(metric: str, new: Score, old: Score) -> float:
+    """How much higher `new` is than `old`; of a relative metric as a fraction of `old`."""
+    return (new["score"] - old["score"]) / (old["score"] if metric in RELATIVE else 1)
+
+
 def slices_of(items: pa.Table, kind: str) -> dict[str, pa.Table]:
     """The items of each slice of `kind`: by_task, by_language or by_length (1–32 tokens of the prompt, 33–64, …)."""
     column = {"by_task": "task", "by_language": "language", "by_length": "prompt_tokens"}[kind]
