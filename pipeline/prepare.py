@@ -33,11 +33,11 @@ from pipeline.core.files import sha256_file, sha256_json, whole_directory, write
 from pipeline.core.processes import available_cores, end_with_parent
 from pipeline.core.progress import Progress
 from pipeline.data.classes import TextEncoder, order_classes
+from pipeline.data.data_report import SPLITS, DataStats, write_report
 from pipeline.data.default_scoring import Choice, choose_scoring
 from pipeline.data.encoding import ROWS, TOKENS, Encoder, encode_shard, load_encoding
 from pipeline.data.outcomes import Outcomes, decide_outcomes, merge_groups
 from pipeline.data.records import Rejected
-from pipeline.data.report import SPLITS, DataStats, write_report
 from pipeline.data.shards import Rejection, Shard, canonical_shards
 from pipeline.data.shingles import signature_version
 from pipeline.params import PrepareParams

@@ -162,6 +162,8 @@ def _make_trainer(
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 uses this old name
         trainer_class = ClassTrainer if params.task == CLASSIFICATION else AdapterTrainer
         trainer: AdapterTrainer = trainer_class(peft_config=adapter, **settings)
+    if params.task != CLASSIFICATION:
+        trainer.use_fused_head()
     if params.strategy == "fsdp" and not torch.cuda.is_available():
         shard_on_cpus(trainer)
     if adapter is not None:
@@ -294,6 +296,7 @@ def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) 
         max_length=None,
         activation_checkpointing=params.gradient_checkpointing,
         torch_compile=params.torch_compile,
+        router_aux_loss_coef=0.0,  # TRL's default adds a loss for balanced experts to that of the answers
         optim=params.optim,
         logging_strategy="no",  # `Watch` logs and decides when to validate
         eval_strategy="no",

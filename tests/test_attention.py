@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     PretrainedConfig,
+    Qwen3_5TextConfig,
 )
 
 from pipeline.params import Params
@@ -161,5 +162,7 @@ def test_an_architecture_that_mixes_rows_is_refused(sequences: Dataset) -> None:
 
     config = PLAIN["llama, grouped heads"]
     require_isolation(random_model(config), sequences)
-    with pytest.raises(ModelError, match=r"llama .*train\.packing"):
-        require_isolation(Mixing(deepcopy(config)).eval(), sequences)
+    needs_package = Qwen3_5TextConfig(**SMALL, layer_types=["linear_attention", "full_attention"])
+    for model in (Mixing(deepcopy(config)).eval(), random_model(needs_package)):
+        with pytest.raises(ModelError, match=rf"{model.config.model_type} .*train\.packing"):
+            require_isolation(model, sequences)

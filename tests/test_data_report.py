@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.report import DataReportError, DataStats, excerpt, write_report
+from pipeline.data.data_report import DataReportError, DataStats, excerpt, write_report
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">`*|[x](javascript:alert(1))"

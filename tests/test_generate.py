@@ -116,6 +116,12 @@ def test_a_gpu_answers_as_many_prompts_at_once_as_fit_its_memory(monkeypatch: py
     assert rows_at_once(model, "auto", 512) == 67  # 128 KiB per token
     assert rows_at_once(model, "auto", 64) == 256 and rows_at_once(model, "auto", 10**6) == 1
     assert rows_at_once(model, 16, 512) == 16
+    layer_types = ["sliding_attention"] * 3 + ["full_attention"]  # whose heads are twice as wide
+    gemma = {"head_dim": 128, "global_head_dim": 256, "num_key_value_heads": 8, "layer_types": layer_types * 8}
+    model.config = CONFIG_MAPPING["gemma4_text"](**llama_3_8b | gemma)
+    assert rows_at_once(model, "auto", 512) == int(67.2 / 1.25)
+    model.config = CONFIG_MAPPING["mamba"]()
+    assert rows_at_once(model, "auto", 512) == 256
 
 
 def test_kept_answers_of_another_model_or_setting_are_not_used(tmp_path: Path) -> None:

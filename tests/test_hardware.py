@@ -82,7 +82,7 @@ def test_a_step_has_the_same_rows_however_many_at_a_time(
     for rows, taken in steps.items():
 
         def note(watch: Watch, *sums: Any, taken: list[list[int]] = taken) -> None:
-            taken.append(sorted(watch.step_rows))
+            taken.append(sorted(torch.cat(watch.step_rows).tolist()))
             finish(watch, *sums)
 
         monkeypatch.setattr(Watch, "finish_step", note)

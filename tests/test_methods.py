@@ -12,17 +12,22 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
+    DeepseekV32Config,
+    FalconH1Config,
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GlmConfig,
     GPT2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    ModernBertDecoderConfig,
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SiglipVisionConfig,
@@ -70,22 +75,38 @@ FAMILIES: dict[str, PretrainedConfig] = {
         ),
         mm_tokens_per_image=4,
     ),
+    "llama4": Llama4TextConfig(**HEADS, intermediate_size_mlp=128, num_local_experts=4),
+    "modernbert": ModernBertDecoderConfig(**GROUPED | {"bos_token_id": 1}, cls_token_id=1, sep_token_id=2),
+    "deepseek_v32": DeepseekV32Config(  # with an indexer
+        **WIDE, num_key_value_heads=4, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+        topk_group=1, first_k_dense_replace=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=16, index_head_dim=32, index_n_heads=2,
+    ),
+    "falcon_h1": FalconH1Config(**HEADS, mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16),
+    "qwen3_5": Qwen3_5TextConfig(**HEADS, layer_types=["linear_attention", "full_attention"]),
     "bloom": BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4, eos_token_id=2),
     "gpt2": GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=512, eos_token_id=2),
 }  # fmt: skip
-UNPACKED = {"bloom": {"packing": False}}  # its ALiBi counts positions over the whole packed sequence
+# Bloom's ALiBi counts positions over the whole packed sequence; the others need a package to keep rows apart.
+UNPACKED = {family: {"packing": False} for family in ("bloom", "falcon_h1", "qwen3_5")}
+ONLY_LORA = ("llama4", "modernbert", "deepseek_v32", "falcon_h1", "qwen3_5")
+OWN_LOSS = (
+    "llama4",
+    "modernbert",
+)  # TRL's fused head does not find the layers of the one and skips a layer of the other
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 METHODS = get_args(TrainParams.model_fields["method"].annotation)
 LINEAR_ONLY = ("dora", "ia3", "adalora")  # methods that cannot train experts
 # By default each method is tested on one family; the other pairs are marked faults.
 QUICK = {
-    "lora": "llama", "qlora": "mixtral", "dora": "gemma", "rslora": "phi", "ia3": "gpt2", "adalora": "qwen2",
-    "prefix": "llama", "prompt": "qwen3", "full": "gemma3",
+    "lora": "modernbert", "qlora": "mixtral", "dora": "gemma", "rslora": "phi", "ia3": "gpt2", "adalora": "qwen2",
+    "prefix": "mixtral", "prompt": "qwen3", "full": "gemma3",
 }  # fmt: skip
 PAIRS = [
     pytest.param(family, method, marks=[] if QUICK[method] == family else pytest.mark.faults)
     for family in FAMILIES
     for method in METHODS
+    if method == "lora" or family not in ONLY_LORA
 ]
 
 
@@ -115,14 +136,19 @@ def short(params: Params, method: str, **values: Any) -> Params:
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_a_family_is_trained_evaluated_and_merged(
-    tmp_path: Path, params: Params, data: Path, family: str, method: str
+    tmp_path: Path, params: Params, data: Path, family: str, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = of_family(params, data, FAMILIES[family], tmp_path)
     attention = {"lora_target_modules": "attention"} if family in EXPERTS and method in LINEAR_ONLY else {}
     settings = short(params, method, **UNPACKED.get(family, {}), **attention)
+    if (family, method) == ("deepseek_v3", "prefix"):  # its cache is compressed
+        with pytest.raises(MethodError, match="deepseek_v3"):
+            train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+        return
     result = train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     evaluate(settings.evaluate, dataset, tmp_path / "adapter", tmp_path / "evaluation")
     assert result.steps == 4 and result.trainable_parameters > 0
+    assert f"loss: {'the model' if family in OWN_LOSS else 'TRL'}'s" in capsys.readouterr().out
     scores = read_json(tmp_path / "evaluation" / "scores.json")
     assert scores["adapter"]["num_samples"] == scores["base"]["num_samples"] == 6
     folders = (tmp_path / name for name in ("adapter", "evaluation", "merged", "parity"))
@@ -181,6 +207,12 @@ def test_adalora_cuts_rank_and_keeps_its_factors_orthogonal(tmp_path: Path, para
         ("glm", "auto", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # PEFT has no default for it
         ("phi", ["fc1", "dense"], ["dense", "fc1"]),
         ("mixtral", "all-linear", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # and its experts, but not its router
+        ("deepseek_v32", "attention", ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]),
+        (
+            "falcon_h1",
+            "all-linear",
+            ["down_proj", "gate_proj", "in_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        ),
         ("deepseek_v3", "attention", ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Packed rows stay apart, need no padding and have the loss of single rows; the loss never needs all logits."""
+"""Packed rows stay apart, need no padding and have the loss of single rows."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import with_
-from torch.nn import functional
+from trl.trainer import add_fused_lm_head
 
 from pipeline.core.files import read_json
 from pipeline.params import Params
-from pipeline.training import loss as loss_module
 from pipeline.training.attention import use_packed_attention
-from pipeline.training.loss import add_chunked_loss, sum_of_nats
 from pipeline.training.packing import Collate, count_tokens, pack_rows, split_batch, training_sequences
 from pipeline.weights.loading import load_base
 
@@ -48,14 +46,14 @@ def test_each_row_has_the_loss_that_it_has_by_itself(model: Any, dataset: Path, 
                 ids, labels = (torch.tensor([rows[number][key]]) for key in ("input_ids", "labels"))
                 alone[number] = float(model(input_ids=ids, labels=labels).loss)
         assert use_packed_attention(model, sequences) == "row by row"
-        add_chunked_loss(model)
+        add_fused_lm_head(model)
         for sequence in sequences.select(range(4)):
             for piece in split_batch(Collate(0, packed=True)([sequence]), 1000):
                 [number] = piece["rows"].tolist()
                 count = (piece["labels"][:, 1:] != -100).sum()
-                in_sequence[number] = float(model(**inputs(piece), chunked_loss=True).loss / count)
+                in_sequence[number] = -float(model(**inputs(piece), fused_lm_head=True).log_probs.sum() / count)
             batch = Collate(0, packed=True)([sequence])
-            total = float(model(**inputs(batch), chunked_loss=True).loss)
+            total = -float(model(**inputs(batch), fused_lm_head=True).log_probs.sum())
             counts = {n: sum(label != -100 for label in rows[n]["labels"][1:]) for n in batch["rows"].tolist()}
             assert total == pytest.approx(sum(alone[n] * counts[n] for n in counts), rel=1e-5)
     assert len(alone) > 8
@@ -84,29 +82,6 @@ def test_a_row_longer_than_a_packed_sequence_is_not_cut(dataset: Path, params: P
     sequences = training_sequences(dataset / "train.parquet", with_(params, train={"packed_length": 40}).train)
     assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, rows))
     assert sorted(sum(sequences["input_ids"], [])) == sorted(sum(rows, []))
-
-
-def test_the_chunked_loss_has_the_loss_and_gradient_of_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", 5 * 300)  # chunks of 5 rows
-    torch.manual_seed(0)
-    hidden, weight, bias = torch.randn(23, 16, requires_grad=True), torch.randn(300, 16), torch.randn(300)
-    labels = torch.randint(0, 300, (23,))
-    sum_of_nats(hidden, weight, bias, labels).mul(0.5).backward()
-    gradient, hidden.grad = hidden.grad, None
-    full = functional.cross_entropy(hidden @ weight.T + bias, labels, reduction="sum")
-    full.mul(0.5).backward()
-    torch.testing.assert_close(gradient, hidden.grad)
-    torch.testing.assert_close(sum_of_nats(hidden, weight, bias, labels), full)
-
-
-def test_a_sequence_without_labels_has_no_loss_and_no_gradient(model: Any, dataset: Path) -> None:
-    add_chunked_loss(model)
-    empty = packed(dataset, [0])
-    empty["labels"] = [-100] * len(empty["labels"])
-    model.get_input_embeddings().weight.requires_grad_(True)
-    output = model(**inputs(Collate(0, packed=True)([empty])), chunked_loss=True)
-    output.loss.backward()
-    assert float(output.loss) == 0 and float(model.get_input_embeddings().weight.grad.abs().sum()) == 0
 
 
 def test_every_row_is_in_one_sequence_and_sequences_are_full(params: Params) -> None:

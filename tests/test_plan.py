@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import with_
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, MambaConfig, MixtralConfig
 
 from pipeline.chat.template import TemplateError
 from pipeline.core.combinations import METHODS, VIRTUAL_TOKENS
@@ -138,6 +138,14 @@ def test_work_counts_the_weights_that_a_token_passes(params: Params) -> None:
     assert few.parameters == all_four.parameters
     assert flops_per_token(few, train, 1, 64) < flops_per_token(all_four, train, 1, 64)
     assert step_memory(few, train, 1, 64, True)["peak"] < step_memory(all_four, train, 1, 64, True)["peak"]
+
+
+def test_layers_of_different_widths_are_planned_by_their_mean(params: Params) -> None:
+    widths = {"hidden_size": 64, "head_dim": 16, "global_head_dim": 32, "num_attention_heads": 4, "vocab_size": 100}
+    layer_types = ["sliding_attention", "full_attention"]
+    gemma = Gemma4TextConfig(**widths, num_key_value_heads=2, num_hidden_layers=2, layer_types=layer_types)
+    counts = count(gemma, train_params(params))
+    assert (counts.query_width, counts.key_width, counts.heads) == (4 * 24, 2 * 24, 4)
 
 
 def test_a_classifier_is_planned_and_a_model_without_known_sizes_is_refused(params: Params) -> None:

@@ -14,10 +14,10 @@ from conftest import CHATML, sample_rows, with_
 import pipeline.prepare
 from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
+from pipeline.data.data_report import SPLITS
 from pipeline.data.default_scoring import explain_choice, summarise_choices
 from pipeline.data.encoding import OVERLONG, assign_split
 from pipeline.data.outcomes import DUPLICATE, LEAKED, NEAR_DUPLICATE, NEAR_TEST
-from pipeline.data.report import SPLITS
 from pipeline.params import Params
 from pipeline.prepare import PrepareError, PrepareResult, prepare
 

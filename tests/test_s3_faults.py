@@ -187,7 +187,8 @@ def plan(proxy: FaultProxy, fault: str, index: int) -> None:
     at = len(proxy.request_lines) + index
 
     def fault_of(number: int, line: str) -> str | None:
-        possible = line.startswith("PUT") or "Conflict" not in fault  # only writes conflict
+        creates = line.startswith("PUT") and "partNumber" not in line  # only conditional writes conflict
+        possible = creates or "Conflict" not in fault
         return fault if number == at and possible else None
 
     proxy.plan = fault_of

@@ -43,19 +43,20 @@ def available_cores() -> int:
 def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None, grace: float | None = None) -> None:
     """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
 
-    Linux only; elsewhere a child outlives a killed parent until it next writes to the closed pipe. For the kernel the
-    parent is the *thread* that started this process: start such children from a thread that lives long enough.
+    Linux only, except for `grace`: elsewhere a child outlives a killed parent until it next writes to the closed pipe.
+    For the kernel the parent is the *thread* that started this process: start children from a thread that lives long
+    enough.
 
     Args:
         parent: the parent's process id if known; it may have died before this call.
         grace: seconds after the parent's death until this process is killed if `signal_number` has not ended it.
     """
-    if sys.platform != "linux":
-        return
     parent = os.getppid() if parent is None else parent
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number)
     if grace is not None:
         threading.Thread(target=_kill_after_parent, args=(parent, grace), daemon=True).start()
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number)
     if os.getppid() != parent:  # it died before the request
         os.kill(os.getpid(), signal_number)
 

@@ -141,12 +141,13 @@ class S3Store(ArtifactStore):
                 try:
                     answer = self._client.get_object(Bucket=self.bucket, Key=self._full_key(check_key(key)))
                     return bytes(answer["Body"].read())
-                except BROKEN_BODY:  # botocore repeats failed requests, but not for a body that is cut off
-                    if attempt == ATTEMPTS:
-                        raise
-                    time.sleep(0.1 * 2**attempt)
                 except self._client.exceptions.NoSuchKey:
                     break
+                except (*BROKEN_BODY, ClientError) as error:
+                    # botocore repeats failed requests, but not for a body that is cut off; a 404 then has no code.
+                    if attempt == ATTEMPTS or (isinstance(error, ClientError) and _code(error) != "404"):
+                        raise
+                    time.sleep(0.1 * 2**attempt)
         return None
 
     def download(self, files: Files, progress: Progress) -> None:
@@ -219,7 +220,7 @@ class S3Store(ArtifactStore):
         except ClientError as error:
             # boto3's operation name in plain words: PutObject is "put object".
             action = re.sub(r"(?<!^)(?=[A-Z])", " ", error.operation_name).lower().replace(" v2", "")
-            problem = f"refused to {action}: {_status(error)} {error.response.get('Error', {}).get('Code', '')}"
+            problem = f"refused to {action}: {_status(error)} {_code(error)}"
         except (RetriesExceededError, BotoCoreError, ValueError) as error:
             # Only the error's name, because boto3's message may quote a credential.
             cause = error.last_exception if isinstance(error, RetriesExceededError) else error
@@ -259,6 +260,10 @@ def _pause_at_conflict(response: Any, attempts: int, **_: object) -> float | Non
 
 def _base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _status(error: ClientError) -> int:

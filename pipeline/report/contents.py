@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.report import excerpt
+from pipeline.data.data_report import excerpt
 from pipeline.registry.significance import binary_test
 from pipeline.report.tables import VERDICTS, Row
 from pipeline.scoring.resampling import (

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.files import read_json, write_json, write_text
-from pipeline.data.report import excerpt
+from pipeline.data.data_report import excerpt
 from pipeline.params import EvaluateParams
 from pipeline.registry.wording import number
 from pipeline.report.contents import Contents, System

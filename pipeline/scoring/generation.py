@@ -18,6 +18,7 @@ from pipeline.core.progress import Progress, note
 from pipeline.params import BatchSize
 from pipeline.scoring.kept import KeptAnswers
 from pipeline.scoring.rolling import RollingBatch, has_only_kv_cache
+from pipeline.weights.architecture import attention_widths
 from pipeline.weights.loading import ModelError, input_device
 
 ROWS_ON_A_CPU, MOST_ROWS = 64, 256  # with `batch_size: auto`; beyond 256 rows, a GPU is no faster per row
@@ -78,11 +79,13 @@ def rows_at_once(model: Any, batch_size: BatchSize, tokens: int) -> int:
         return ROWS_ON_A_CPU
     free()
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_of_a_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize  # keys and values
+    try:
+        _, key_width = attention_widths(config)
+    except AttributeError:  # Mamba has no attention
+        return MOST_ROWS
+    bytes_of_a_token = 2 * config.num_hidden_layers * key_width * model.dtype.itemsize  # keys and values
     unused, _ = torch.cuda.mem_get_info()
-    return max(1, min(MOST_ROWS, int(unused * CACHE_SHARE) // (bytes_of_a_token * tokens)))
+    return max(1, min(MOST_ROWS, int(unused * CACHE_SHARE / (bytes_of_a_token * tokens))))
 
 
 def generate_tokens(

@@ -141,6 +141,11 @@ def _try_registered(model: Any, sequences: Dataset) -> str | None:
 def require_isolation(model: Any, sequences: Dataset) -> None:
     """Refuse a model whose output for a row depends on the row before it in a packed sequence."""
     first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"][:])])
+    try:
+        last_hidden(model, [first])
+    except ValueError as error:  # Qwen 3.5 and others need a package to keep rows apart
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{model.config.model_type} cannot be packed ({reason}); set train.packing to false") from None
     if not others:
         return  # no sequence has two rows
     vocabulary = model.config.get_text_config().vocab_size

@@ -45,7 +45,7 @@ class ClassTrainer(AdapterTrainer):
         # Decoders read the class at the last token that is not padding.
         options["model"].config.pad_token_id = options["processing_class"].pad_token_id
         super().__init__(*args, **options)
-        self.uses_chunked_loss, self.loss_description = False, "cross-entropy of classes"
+        self.loss_description = "cross-entropy of classes"
         self.model_accepts_loss_kwargs = True  # makes transformers count the rows of a whole step
 
     def compute_loss(

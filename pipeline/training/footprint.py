@@ -19,6 +19,7 @@ from pipeline.params import TrainParams
 from pipeline.training.hardware import HardwareError, uses_liger
 from pipeline.training.methods import adapter_config
 from pipeline.training.targets import expert_parameters
+from pipeline.weights.architecture import attention_widths
 
 GIB = 2**30
 FREE_FRACTION = 0.92  # of a GPU's memory; the rest is the CUDA context and what the allocator cannot use
@@ -43,8 +44,8 @@ class Counts:
 
     layers: int
     hidden: int
-    query_width: int  # of all heads together
-    key_width: int  # of all key heads together; values have the same
+    query_width: float  # of all heads together
+    key_width: float  # of all key heads together; values have the same
     heads: int
     feedforward_width: int  # of all experts together that a token passes
     gated: bool
@@ -62,14 +63,14 @@ def count(config: PreTrainedConfig, params: TrainParams) -> Counts:
     """The sizes of the model of `config` with the adapter of `params`."""
     try:
         return _count(config, params)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, KeyError, RuntimeError, ImportError) as error:
         raise UnplannedError(f"{config.model_type} ({error})") from None
 
 
 def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
     text = config.get_text_config()
-    layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-    width = getattr(text, "head_dim", None) or getattr(text, "v_head_dim", None) or hidden // heads
+    layers, hidden = text.num_hidden_layers, text.hidden_size
+    query_width, key_width = attention_widths(text)
     feedforward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
     auto = AutoModelForSequenceClassification if params.task == CLASSIFICATION else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
@@ -80,7 +81,7 @@ def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
         linear = [
             module.weight.numel()
             for name, module in model.named_modules()
-            if type(module) in (torch.nn.Linear, Conv1D) and not f"{name}.".startswith(not_quantised)
+            if isinstance(module, torch.nn.Linear | Conv1D) and not f"{name}.".startswith(not_quantised)
         ]
         experts = [parameter for _, parameter in expert_parameters(model)]
         gated = any("gate" in name for name, _ in model.named_parameters())
@@ -97,9 +98,9 @@ def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
     return Counts(
         layers=layers,
         hidden=hidden,
-        query_width=heads * width,
-        key_width=(getattr(text, "num_key_value_heads", None) or heads) * width,
-        heads=heads,
+        query_width=query_width,
+        key_width=key_width,
+        heads=max(layer.num_attention_heads for layer in text.per_layer_config),
         feedforward_width=feedforward,
         gated=gated,
         attention_dropout=attention_dropout(text),

@@ -48,7 +48,12 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
 
 
 def require_room_for_virtual_tokens(params: TrainParams, config: Any, max_length: int) -> None:
-    """Refuse virtual tokens that do not fit into the model's context together with the longest rows."""
+    """Refuse virtual tokens that the model cannot take, or not together with the longest rows."""
+    if params.method == "prefix" and getattr(config.get_text_config(), "kv_lora_rank", None):
+        raise MethodError(
+            f"train.method is prefix, but {config.model_type} caches compressed keys and values, which PEFT's prefixes "
+            "are not; set it to prompt or lora"
+        )
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if params.method in VIRTUAL_TOKENS and limit and max_length + params.num_virtual_tokens > limit:
         raise MethodError(

@@ -20,6 +20,9 @@ from pipeline.params import TrainParams
 from pipeline.weights.loading import HEADS
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # modules that choose the experts of a token
+CHOOSING = {"router", "indexer"}  # parts of paths whose layers choose experts or earlier tokens, so pass no gradient
+MAMBA = {"mamba", "mixer"}  # parts of paths; they use the weights of these layers directly, without an adapter
+USED_DIRECTLY = ("dt_proj", "out_proj")
 
 
 class MethodError(ValueError):
@@ -29,8 +32,8 @@ class MethodError(ValueError):
 def target_modules(params: TrainParams, model: Any) -> str | list[str]:
     """`all-linear`, or the sorted names of linear layers of `model`."""
     experts, linear, text = target_parameters(params, model), dict(linear_modules(model)), _language_model(model)
-    routed = bool(experts) or any(_is_router(name) for name, _ in model.named_modules())
-    if params.lora_target_modules == "all-linear" and params.method != "ia3" and not (routed or text):
+    fixed = bool(experts) or any(_is_fixed(name) for name, _ in model.named_modules())
+    if params.lora_target_modules == "all-linear" and params.method != "ia3" and not (fixed or text):
         return "all-linear"  # PEFT resolves this name, but not for IA3
     names = _target_names(params, model, linear, experts)
     if text:  # the parts for images and sound have layers with the same names
@@ -67,12 +70,12 @@ def describe_experts(params: TrainParams, model: Any) -> str | None:
 
 
 def linear_modules(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Path and module of each linear layer that texts pass, without output layer, classification head and routers."""
+    """Path and module of each linear layer that an adapter can change: of the text part, neither head nor fixed."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     text = _language_model(model)
     for name, module in model.named_modules():
         outside = name.split(".")[0] in HEADS or name in getattr(model, "new_modules", ()) or not name.startswith(text)
-        if isinstance(module, torch.nn.Linear | Conv1D) and not (module is head or outside or _is_router(name)):
+        if isinstance(module, torch.nn.Linear | Conv1D) and not (module is head or outside or _is_fixed(name)):
             yield name, module
 
 
@@ -127,8 +130,8 @@ def _target_names(params: TrainParams, model: Any, linear: dict[str, torch.nn.Mo
             possible = sorted({_short(path, linear) for path in linear} | set(_expert_names(model)))
             raise MethodError(
                 f"train.lora_target_modules names {name}, which is not a linear layer that an adapter can change "
-                "(output layers, embeddings, routers and layers for images stay frozen, and PEFT takes some names for "
-                f"experts); possible names are {', '.join(possible)}"
+                "(output layers, embeddings, routers, some layers of Mamba and those for images stay frozen, and PEFT "
+                f"takes some names for experts); possible names are {', '.join(possible)}"
             )
     return names
 
@@ -147,8 +150,11 @@ def _language_model(model: Any) -> str:
     return next(f"{path}." for path, module in model.named_modules() if module is decoder)
 
 
-def _is_router(name: str) -> bool:
-    return name.split(".")[-1] in ROUTERS
+def _is_fixed(name: str) -> bool:
+    """Whether an adapter on this layer would be ignored or get no gradient."""
+    *path, last = name.split(".")
+    direct = last in USED_DIRECTLY and not MAMBA.isdisjoint(path[-1:])
+    return direct or last in ROUTERS or not CHOOSING.isdisjoint([*path, last])
 
 
 def _in_attention(name: str) -> bool:
@@ -158,6 +164,8 @@ def _in_attention(name: str) -> bool:
 def _short(name: str, linear: dict[str, torch.nn.Module]) -> str:
     """The shortest end of a path that is not shared between attention and other parts, such as `attn.c_proj`."""
     parts = name.split(".")
+    if parts[-1].isdigit():  # of a list, and a number alone would also mean whole layers
+        return name
     for length in range(1, len(parts)):
         end = ".".join(parts[-length:])
         matching = [path for path in linear if _matches(end, [path])]

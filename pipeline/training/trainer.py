@@ -1,26 +1,26 @@
-"""Extends TRL's SFTTrainer for long jobs: chunked loss, retries when memory runs out, checks of each step, sealed
-checkpoints, and a validation loss that is a mean over tokens.
+"""Extends TRL's SFTTrainer for long jobs: retries when memory runs out, checks of each step, sealed checkpoints, and
+a validation loss that is a mean over tokens.
 
 The training loop, accumulation, clipping, optimiser and schedule are transformers'.
 """
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftType
 from transformers import TrainerState
 from trl import SFTTrainer
+from trl.trainer import add_fused_lm_head
 
 from pipeline.core.files import read_json, write_json
 from pipeline.core.memory import Fallback, OutOfMemory, free, out_of_memory
 from pipeline.training.checkpoints import WATCH, find_problem, seal
 from pipeline.training.gradients import checkpoint_activations
-from pipeline.training.loss import add_chunked_loss, has_plain_frozen_head
-from pipeline.training.packing import Batch, count_tokens, split_batch
+from pipeline.training.packing import Batch, count_tokens, short_row, split_batch
 from pipeline.training.sharding import ShardedTrainer
 from pipeline.training.watching import TrainError, Watch, shortened
 
@@ -33,16 +33,7 @@ class AdapterTrainer(ShardedTrainer):
         self.watch = watch
         self.fallbacks: list[Fallback] = [Fallback()]  # the last one applies
         self.micro_batches: list[Batch] = []  # of the current step
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        # TRL's fused head has kernels for GPUs, but on a CPU it scores every position, trained or not, and twice.
-        # AdaLoRA adds a regulariser to the loss that the model returns, which must be a mean.
-        adalora = getattr(options.get("peft_config"), "peft_type", None) == PeftType.ADALORA
-        self.uses_chunked_loss = not torch.cuda.is_available() and not adalora and has_plain_frozen_head(base)
-        self.loss_description = "TRL's fused head, in chunks"
-        if self.uses_chunked_loss:
-            self.loss_description = "trained tokens only, in chunks"
-            add_chunked_loss(base)
-
+        self.loss_description, self.uses_fused_head = "the model's own", False
         step_sequences = (
             self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         )
@@ -51,16 +42,41 @@ class AdapterTrainer(ShardedTrainer):
 
     # --- loss ---
 
+    def use_fused_head(self) -> None:
+        """Let TRL's fused head compute the loss, if it does not skip a layer before the output layer (ModernBERT's)."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        add_fused_lm_head(model)
+        batch = self._prepare_inputs(self.data_collator([short_row(self.train_dataset)]))
+        ids = batch["labels"] = batch["input_ids"]
+        inputs = {key: value for key, value in batch.items() if key != "rows"}
+        was_training = model.training
+        with torch.no_grad(), self.compute_loss_context_manager(), suppress(AttributeError):  # of unusual bases
+            fused = model.eval()(**inputs, fused_lm_head=True).log_probs
+            logits = model(**{key: inputs[key] for key in inputs if key != "labels"}, use_cache=False).logits[:, :-1]
+            expected = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            self.uses_fused_head = bool((fused - expected).abs().mean() <= 0.1 * expected.std())
+        model.train(was_training)
+        if self.uses_fused_head:
+            self.loss_description = "TRL's fused head, in chunks"
+
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The mean over the trained tokens of a step, from TRL's fused head, which never holds all logits.
+
+        TRL's own method also measures entropy and accuracy, which nothing reads, and waits for the GPU to get them.
+        """
         inputs = {key: value for key, value in inputs.items() if key != "rows"}
-        if not self.uses_chunked_loss or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if num_items_in_batch is None:
-            num_items_in_batch = (inputs["labels"][:, 1:] != -100).sum()
+        if not self.uses_fused_head:
+            return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, fused_lm_head=True)
+        tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         # `num_items_in_batch` counts the tokens of all processes, but their gradients are averaged.
-        return model(**inputs, chunked_loss=True).loss / num_items_in_batch * self.accelerator.num_processes
+        loss = -outputs.log_probs.sum() / tokens * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        return 0  # nothing reads the sum, and counting visits every module for each micro-batch
 
     # --- a step ---
 
@@ -82,7 +98,7 @@ class AdapterTrainer(ShardedTrainer):
         loss = torch.stack(
             [train(model, piece, items) for piece in split_batch(inputs, self.fallbacks[-1].pieces)]
         ).sum()
-        self.watch.add(loss, count_tokens(inputs), inputs["rows"].tolist())
+        self.watch.add(loss, count_tokens(inputs), inputs["rows"])
         return loss
 
     def _repeat_step(self, model: Any, items: Any) -> torch.Tensor:
@@ -144,7 +160,8 @@ class AdapterTrainer(ShardedTrainer):
         ignores_norm = norm is None or self.accelerator.scaler is not None
         problem = watch.find_problem(loss, 0.0 if ignores_norm else norm_value)
         if problem is not None:
-            rows = gather_object(watch.step_rows) if processes > 1 else watch.step_rows
+            rows = torch.cat(watch.step_rows).tolist()
+            rows = gather_object(rows) if processes > 1 else rows
             sources = shortened([watch.sources[row] for row in sorted(set(rows))], 12)
             raise TrainError(
                 f"{problem} at step {self.state.global_step + 1}, whose batch is {sources}; lower "

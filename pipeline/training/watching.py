@@ -115,13 +115,13 @@ class Watch(TrainerCallback):
 
     def begin_step(self) -> None:
         """Begin a step, or repeat it."""
-        self.step_loss, self.step_rows, self.step_tokens = torch.zeros(()), list[int](), 0
+        self.step_loss, self.step_rows, self.step_tokens = torch.zeros(()), list[torch.Tensor](), 0
 
-    def add(self, loss: torch.Tensor, tokens: int, rows: Iterable[int]) -> None:
+    def add(self, loss: torch.Tensor, tokens: int, rows: torch.Tensor) -> None:
         """Add a micro-batch's share of the step's loss, its tokens and its rows."""
         self.step_loss = self.step_loss.to(loss.device) + loss
         self.step_tokens += tokens
-        self.step_rows.extend(rows)
+        self.step_rows.append(rows)  # on its device: reading it would wait for the GPU
 
     @property
     def time_is_up(self) -> bool:

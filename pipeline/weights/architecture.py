@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from statistics import fmean
 from typing import Any
 
 import bitsandbytes as bnb
@@ -52,6 +53,17 @@ def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) ->
     if hasattr(config, "auto_map"):
         del config.auto_map  # names Python files that are not shipped
     return config
+
+
+def attention_widths(text_config: PretrainedConfig) -> tuple[float, float]:
+    """Values per token of all query heads, and of all key heads; as means over layers, which differ in Gemma 4."""
+    queries, keys = list[int](), list[int]()
+    for layer in text_config.per_layer_config:
+        heads = layer.num_attention_heads
+        width = getattr(layer, "head_dim", None) or getattr(layer, "v_head_dim", None) or layer.hidden_size // heads
+        queries.append(heads * width)
+        keys.append((getattr(layer, "num_key_value_heads", None) or heads) * width)
+    return fmean(queries), fmean(keys)
 
 
 def auto_class(config: PretrainedConfig) -> Any:

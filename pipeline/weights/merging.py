@@ -197,7 +197,8 @@ def _merge_with_peft(
             weights = list(layer.get_base_layer().parameters())
             before = [weight.data.clone() for weight in weights]
             layer.merge()  # not safe_merge, which rounds the change to the weight's type before it adds it
-            _require_change(path, before, [weight.data for weight in weights], out)
+            if not hasattr(layer, "lora_E") or layer.lora_E["default"].numel():  # AdaLoRA may leave a module no rank
+                _require_change(path, before, [weight.data for weight in weights], out)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "already merged", "no longer tied"
             merged = model.merge_and_unload()
