@@ -123,7 +123,7 @@ def test_a_dvc_stage_depends_on_exactly_the_code_that_shapes_its_result(stage: s
 def test_what_only_speaks_or_refuses_trains_nothing_again() -> None:
     listed = {path for stage in STAGES.values() for path in stage["deps"]}
     assert not [path for path in listed if path.startswith(("pipeline/cli/", "pipeline/services/"))]
-    assert [stage for stage in STAGES if "pipeline/training/loss.py" in STAGES[stage]["deps"]] == ["train"]
+    assert [stage for stage in STAGES if "pipeline/training/packing.py" in STAGES[stage]["deps"]] == ["train"]
 
 
 def test_the_stages_of_dvc_are_those_of_the_graph() -> None:

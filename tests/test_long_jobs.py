@@ -27,7 +27,7 @@ from pipeline.training.checkpoints import identity, last_checkpoint, open_run
 from pipeline.training.watching import Interrupted, Watch
 from pipeline.weights.loading import load_base
 
-CHECKS = 9  # forward passes before the first step: 2 for isolation, 6 for row attention, 1 for gradients
+CHECKS = 11  # forward passes before the first step: isolation 2, row attention 6, TRL's head 2, gradients 1
 
 
 @contextmanager

@@ -141,17 +141,15 @@ def _try_registered(model: Any, sequences: Dataset) -> str | None:
 def require_isolation(model: Any, sequences: Dataset) -> None:
     """Refuse a model whose output for a row depends on the row before it in a packed sequence."""
     first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"][:])])
+    start, vocabulary = len(first["input_ids"]), model.config.get_text_config().vocab_size
+    changed = first | {"input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
     try:
-        last_hidden(model, [first])
+        before, after = (last_hidden(model, [row, *others[:1]])[start:] for row in (first, changed))
     except ValueError as error:  # Qwen 3.5 and others need a package to keep rows apart
         reason = str(error).splitlines()[0]
         raise ModelError(f"{model.config.model_type} cannot be packed ({reason}); set train.packing to false") from None
     if not others:
         return  # no sequence has two rows
-    vocabulary = model.config.get_text_config().vocab_size
-    changed = first | {"input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
-    start = len(first["input_ids"])
-    before, after = (last_hidden(model, [row, others[0]])[start:] for row in (first, changed))
     change = _largest(before - after)
     if not change <= 1e-3 * _largest(before):
         raise ModelError(
