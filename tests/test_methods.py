@@ -1,5 +1,6 @@
 """Every train.method and every model family, trained, evaluated and merged on tiny real architectures."""
 
+import csv
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,6 +45,7 @@ from pipeline.prepare import prepare
 from pipeline.train import train
 from pipeline.training.methods import adapter_config, saved_settings
 from pipeline.training.targets import MethodError, describe_experts, target_modules
+from pipeline.training.trainer import AdapterTrainer
 from pipeline.weights.loading import load_base
 from pipeline.weights.merging import MergeError
 from pipeline.weights.placement import load_tuned, untuned
@@ -162,6 +164,20 @@ def test_a_family_is_trained_evaluated_and_merged(
         assert merged.logit_error["full"] < 1e-4 and merged.agreement == 1
     read_json(tmp_path / "merged" / "config.json")
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_fused_head_trains_and_validates_as_the_models_own_loss(
+    tmp_path: Path, params: Params, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = of_family(params, data, FAMILIES["mixtral"], tmp_path)
+    settings = short(params, "lora", gradient_accumulation_steps=2, logging_steps=1).train
+    train(settings, dataset, tmp_path / "fused", tmp_path / "checkpoints")
+    monkeypatch.setattr(AdapterTrainer, "use_fused_head", lambda trainer: None)
+    train(settings, dataset, tmp_path / "own", tmp_path / "checkpoints")
+    fused, own = (csv.DictReader((tmp_path / name / "loss.csv").open()) for name in ("fused", "own"))
+    for a, b in zip(fused, own, strict=True):
+        for column in ("loss", "validation_loss", "grad_norm"):
+            assert float(a[column] or 0) == pytest.approx(float(b[column] or 0), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])

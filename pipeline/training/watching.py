@@ -227,7 +227,11 @@ class Watch(TrainerCallback):
         if unchanged and not self._warned and step >= self.warmup_steps + MOVED_BY:
             self._warned = True
             names = shortened(unchanged)
-            print(f"train · warning: the weights of {names} have not changed after {step} steps", flush=True)
+            print(
+                f"train · warning: the weights of {names} have not changed after {step} steps; if the model does not "
+                "use these layers, merge will refuse the adapter: leave them out of train.lora_target_modules",
+                flush=True,
+            )
 
 
 def write_table(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:

@@ -161,8 +161,8 @@ def _require_change(module: str, before: list[torch.Tensor], after: list[torch.T
         )
     if all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
         raise MergeError(
-            f"the adapter changes nothing in {module}: either it was not trained, or its change is too small for "
-            f"{name}; then set merge.dtype to float32"
+            f"the adapter changes nothing in {module}: the model does not use this layer (then leave it out of "
+            f"train.lora_target_modules), or the change is too small for {name} (then set merge.dtype to float32)"
         )
 
 
