@@ -142,6 +142,7 @@ def test_a_gpu_that_other_processes_fill_is_refused_before_training(automatic: P
         ("auto", True, "bloom", "cuda", "does not know bloom"),
         (True, True, "bloom", "cuda", None),
         ("auto", True, "llama", "cpu", "llama's own"),
+        ("auto", True, "qwen3_5_moe", "cuda", "cannot be imported"),
     ],
 )
 def test_liger_is_used_where_it_is_installed_and_knows_the_model(
@@ -149,8 +150,14 @@ def test_liger_is_used_where_it_is_installed_and_knows_the_model(
 ) -> None:
     applied: list[dict[str, Any]] = []
     package: Any = types.ModuleType("liger_kernel.transformers.monkey_patch")
-    package.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
-    package._apply_liger_kernel_to_instance = lambda **options: applied.append(options)
+    package.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None, "qwen3_5_moe": None}
+
+    def apply(model: Any, **options: Any) -> None:
+        if model.config.model_type != "llama":
+            raise ImportError("cannot import name 'LigerQwen3_5MoeCausalLMOutputWithPast'")
+        applied.append(options)
+
+    package._apply_liger_kernel_to_instance = apply
     monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     model = types.SimpleNamespace(device=torch.device(device), config=types.SimpleNamespace(model_type=family))

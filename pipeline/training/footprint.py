@@ -91,10 +91,11 @@ def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
         tuned = get_peft_model(model, settings, autocast_adapter_dtype=False) if settings else model.requires_grad_()
     active = sum(linear)
     if experts:
+        per_token = getattr(text, "top_k_experts", None) or text.num_experts_per_tok  # Gemma 4's name, the usual name
         shared = getattr(text, "n_shared_experts", None) or 0
         expert_width = getattr(text, "moe_intermediate_size", None) or feedforward
-        feedforward = expert_width * (text.num_experts_per_tok + shared)
-        active += sum(p.numel() for p in experts) * text.num_experts_per_tok // experts[0].shape[0]
+        feedforward = expert_width * (per_token + shared)
+        active += sum(p.numel() for p in experts) * per_token // experts[0].shape[0]
     return Counts(
         layers=layers,
         hidden=hidden,

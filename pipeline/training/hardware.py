@@ -46,13 +46,17 @@ def use_liger(model: Any, params: TrainParams) -> str:
         return f"{family}'s own ({reason})"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
-    if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        if params.use_liger_kernel is True:
-            raise HardwareError(f"Liger has no layers for {family}; set train.use_liger_kernel to auto")
-        return f"{family}'s own (Liger does not know {family})"
-    # Without Liger's loss, which would replace the model's forward pass and with it the trainer's loss.
-    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-    return "Liger's"
+    reason = f"Liger does not know {family}"
+    if family in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        try:
+            # Without Liger's loss, which would replace the model's forward pass and with it the trainer's loss.
+            _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+            return "Liger's"
+        except ImportError as error:  # Liger 0.8.5 lacks a part of its layers for Qwen 3.5's experts
+            reason = f"Liger's layers for it cannot be imported: {error}"
+    if params.use_liger_kernel is True:
+        raise HardwareError(f"train.use_liger_kernel is true, but {reason}; set it to auto")
+    return f"{family}'s own ({reason})"
 
 
 def _why_no_liger() -> str | None:
