@@ -17,6 +17,7 @@ from transformers import (
     FalconH1Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     GlmConfig,
     GPT2Config,
@@ -84,6 +85,11 @@ FAMILIES: dict[str, PretrainedConfig] = {
         topk_group=1, first_k_dense_replace=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16,
         qk_nope_head_dim=16, v_head_dim=16, index_head_dim=32, index_n_heads=2,
     ),
+    "gemma4": Gemma4TextConfig(  # with wider heads in some layers
+        **GROUPED, head_dim=16, global_head_dim=32, layer_types=["sliding_attention", "full_attention"],
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64, hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=400,
+    ),
     "falcon_h1": FalconH1Config(**HEADS, mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16),
     "qwen3_5": Qwen3_5TextConfig(**HEADS, layer_types=["linear_attention", "full_attention"]),
     "bloom": BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4, eos_token_id=2),
@@ -91,7 +97,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 # Bloom's ALiBi counts positions over the whole packed sequence; the others need a package to keep rows apart.
 UNPACKED = {family: {"packing": False} for family in ("bloom", "falcon_h1", "qwen3_5")}
-ONLY_LORA = ("llama4", "modernbert", "deepseek_v32", "falcon_h1", "qwen3_5")
+ONLY_LORA = ("llama4", "modernbert", "deepseek_v32", "gemma4", "falcon_h1", "qwen3_5")
 OWN_LOSS = (
     "llama4",
     "modernbert",
