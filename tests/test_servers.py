@@ -253,7 +253,7 @@ def test_a_gpu_machine_that_dies_loses_neither_the_run_nor_its_slot(
         ingest = ["sh", str(team_servers.WORKER), "retune", "ingest", str(tmp_path / "rows.json"), "--json"]
         said = team.run("ingest", ingest, team.worker_values("cpu-worker", cpu, git))
         assert json.loads(said.splitlines()[-1])["told"], "the event was not taken"
-        wait_until(lambda: list(gpu.glob(".retune/checkpoints/*/checkpoint-*")), 400)
+        wait_until(lambda: list(gpu.glob(".retune/checkpoints/*/checkpoint-*/digests.json")), 400)  # a whole one
         victims = stack.marked(gpu)
         for each in victims:  # the worker, its run, DVC, the training: a machine without power
             each.kill()
