@@ -76,8 +76,8 @@ def test_our_own_requests_carry_the_password_of_the_server(
     assert record_unchanged("version v1", root)
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "team:other")  # of another server
     assert server.environment(root, url)["PREFECT_API_AUTH_STRING"] == PASSWORD
-    with server.for_one_run(root) as found:
-        assert found == url
+    with server.for_one_run(root) as used_url:
+        assert used_url == url
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING")  # now another shell's
     assert not emit("dataset.updated", "retune.dataset", {}, root)
     with pytest.raises(server.ServerError, match="PREFECT_API_AUTH_STRING"), server.for_one_run(root):
@@ -92,36 +92,39 @@ def test_pools_automations_and_deployments_are_made_once_and_prefects_client_lis
     assert done.returncode == 0, done.stdout + done.stderr
     deployments = server.post(url, "deployments/filter", {})
     assert len(deployments) == 7
-    assert all("RETUNE_ROOT" in str(each["pull_steps"]) for each in deployments)  # the worker's, not this machine's
+    assert all(
+        "RETUNE_ROOT" in str(deployment["pull_steps"]) for deployment in deployments
+    )  # the worker's, not this machine's
     with of_server(url):
         asyncio.run(pools_and_automations())  # again
         with get_client(sync_client=True) as client:  # newer FastAPIs answer its limit of null with 422
             assert len(client.read_deployments()) == 7
             pools = {pool.name: pool.concurrency_limit for pool in client.read_work_pools()}
     assert pools == {"cpu": None, "gpu": 1}
-    names = [each["name"] for each in server.post(url, "automations/filter", {})]
+    names = [automation["name"] for automation in server.post(url, "automations/filter", {})]
     assert len(names) == len(set(names)) == 3
 
 
-def test_a_training_that_no_worker_takes_is_said_at_once_and_given_up(
+def test_a_training_that_no_worker_takes_is_reported_at_once_and_cancelled(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "POLL_SECONDS", 0.2)
     lines: list[str] = []
 
-    def asked() -> str:
-        [train] = [each["id"] for each in server.post(url, "deployments/filter", {}) if each["name"] == "train"]
+    def request_training() -> str:
+        deployments = server.post(url, "deployments/filter", {})
+        [train] = [deployment["id"] for deployment in deployments if deployment["name"] == "train"]
         body = {"state": {"type": "SCHEDULED"}, "parameters": {"commit": "0" * 40}}
         return str(server.post(url, f"deployments/{train}/create_flow_run", body)["id"])
 
     with of_server(url):
-        run = asked()
+        run = request_training()
         with pytest.raises(gpu.TrainingFailed, match="worker_wait_minutes, 0.02;"):
             gpu._wait(UUID(run), 0.02, lines.append)
         assert len(lines) == 1 and "no worker polls the work pool gpu; waiting 0.02 minutes" in lines[0]
         assert states(url)[run] == "Cancelled"  # no worker that comes later begins it
         server.post(url, "work_pools/gpu/workers/heartbeat", {"name": "busy"})  # there is one, with other work
-        run, state = asked(), {"type": "COMPLETED", "name": "Trained"}
+        run, state = request_training(), {"type": "COMPLETED", "name": "Trained"}
         path, body = f"flow_runs/{run}/set_state", {"state": state, "force": True}
         threading.Timer(3, lambda: server.post(url, path, body)).start()
         assert gpu._wait(UUID(run), 0.02, lines.append).state.name == "Trained"  # after more than 1.2 seconds
@@ -141,14 +144,14 @@ def test_runs_whose_process_is_gone_are_closed_and_living_and_waiting_ones_stay(
     with pytest.raises(server.ServerError, match=str(os.getpid())):
         flow_runs.refuse_runs_by_hand(url)
     flow_runs.close_lost_runs(url)
-    found = states(url)
-    assert [found[run] for run in lost] == ["Crashed"] * 3
-    assert (found[mine], found[waiting]) == ("Running", "Paused")
-    assert [found[run] for run in deployed] == ["Running", "Pending", "Paused"]
+    now = states(url)
+    assert [now[run] for run in lost] == ["Crashed"] * 3
+    assert (now[mine], now[waiting]) == ("Running", "Paused")
+    assert [now[run] for run in deployed] == ["Running", "Pending", "Paused"]
     flow_runs.close_stack_runs(url)
-    found = states(url)
-    assert [found[run] for run in deployed] == ["Crashed"] * 3
-    assert found[mine] == "Running"
+    now = states(url)
+    assert [now[run] for run in deployed] == ["Crashed"] * 3
+    assert now[mine] == "Running"
     flow_runs._end(url, [{"id": mine}], "COMPLETED", "done")
     flow_runs.refuse_runs_by_hand(url)  # those that are over need nothing
 
@@ -160,9 +163,9 @@ def test_runs_of_a_stack_that_goes_down_are_cancelled_with_the_reason(
     deployment = server.post(url, "deployments/filter", {})[0]["id"]
     run, ended = begin(url, "RUNNING", "1", deployment), begin(url, "COMPLETED", "1", deployment)
     flow_runs.cancel_stack_runs(url, "somebody said so")
-    found: dict[str, Any] = {each["id"]: each["state"] for each in server.post(url, "flow_runs/filter", {})}
-    assert (found[run]["type"], found[run]["message"]) == ("CANCELLED", "somebody said so")
-    assert found[ended]["type"] == "COMPLETED"
+    now: dict[str, Any] = {run["id"]: run["state"] for run in server.post(url, "flow_runs/filter", {})}
+    assert (now[run]["type"], now[run]["message"]) == ("CANCELLED", "somebody said so")
+    assert now[ended]["type"] == "COMPLETED"
 
 
 def test_the_reason_of_a_failed_stage_is_its_own_error_before_pythons_and_dvcs() -> None:

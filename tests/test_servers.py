@@ -34,34 +34,34 @@ from pipeline.settings import load_params
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
-# What answers anybody, and why it may. Everything else must refuse.
+# Routes that answer without a password, and why they may. All others must refuse.
 OPEN = {
     "prefect": {
         "/api/health": "probes; says true",
         "/api/ready": "probes; says whether the database answers",
-        "/ui-settings": "the login page asks here which kind of login there is",
+        "/ui-settings": "tells the login page which kind of login there is",
         "/{file}": "the dashboard's files, the same on every server of this version",
-        "/v2/{file}": "the same of the second dashboard",
+        "/v2/{file}": "the files of the second dashboard",
         "/docs": "a page that shows openapi.json",
-        "/docs/oauth2-redirect": "an empty page of it",
-        "/redoc": "another page that shows it",
-        "/openapi.json": "which calls the API has: the same on every server of this version",
+        "/docs/oauth2-redirect": "an empty page of /docs",
+        "/redoc": "another page that shows openapi.json",
+        "/openapi.json": "the calls of the API, the same on every server of this version",
     },
     "mlflow": {
         "/health": "probes; says OK",
         "/static-files/<path:path>": "the pages' files, the same on every server of this version",
-        "/api/3.0/mlflow/server-info": "clients ask here what the server can do before they log in",
-        "/ajax-api/3.0/mlflow/server-info": "the same for the pages",
+        "/api/3.0/mlflow/server-info": "tells clients what the server can do, before they log in",
+        "/ajax-api/3.0/mlflow/server-info": "the same, for the pages",
     },
 }
-FEWEST = {"prefect": 150, "mlflow": 150}  # fewer routes than that, and the list is not the server's
+MIN_ROUTES = {"prefect": 150, "mlflow": 150}  # a shorter list is not the server's
 
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[Team]:
-    why = team_servers.why_not()
-    if why is not None:
-        pytest.skip(why)
+    missing = team_servers.why_not()
+    if missing is not None:
+        pytest.skip(missing)
     folder = tmp_path_factory.mktemp("team")
     with team_servers.start(folder, s3) as started:
         yield started
@@ -71,24 +71,24 @@ def team(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[Team]:
 @pytest.mark.parametrize("service", ["prefect", "mlflow"])
 def test_no_http_route_answers_without_credentials(team: Team, service: str) -> None:
     routes = [(method, path) for kind, method, path in team_servers.routes(team, service) if kind == "http"]
-    assert len(routes) > FEWEST[service]
+    assert len(routes) > MIN_ROUTES[service]
     answered: dict[str, str] = {}
-    lost = []
-    with httpx.Client(base_url=team.url(service), timeout=60) as anybody, team.client(service) as known:
+    closed = []
+    with httpx.Client(base_url=team.url(service), timeout=60) as stranger, team.client(service) as user:
         for method, path in routes:
-            refused = anybody.request(method, filled(path))
-            if refused.status_code not in (401, 403):
-                answered[path] = f"{method} {refused.status_code} {refused.text[:80]}"
-            elif method == "GET" and known.get(filled(path)).status_code == 401:
-                lost.append(path)  # it refuses everybody: the refusal above says nothing
-        assert anybody.get(filled(path), auth=("admin", "wrong")).status_code in (401, 403)
-    assert {path: said for path, said in answered.items() if path not in OPEN[service]} == {}
-    assert set(OPEN[service]) <= set(answered), "what refuses after all is no exemption"
-    assert lost == []
+            answer = stranger.request(method, filled(path))
+            if answer.status_code not in (401, 403):
+                answered[path] = f"{method} {answer.status_code} {answer.text[:80]}"
+            elif method == "GET" and user.get(filled(path)).status_code == 401:
+                closed.append(path)  # it refuses everybody, so the refusal above proves nothing
+        assert stranger.get(filled(path), auth=("admin", "wrong")).status_code in (401, 403)
+    assert {path: answer for path, answer in answered.items() if path not in OPEN[service]} == {}
+    assert set(OPEN[service]) <= set(answered), "a route that refuses is not an exemption"
+    assert closed == []
 
 
 def filled(path: str) -> str:
-    """A path that the route takes: a number where it wants one, else an id."""
+    """A path for the route, with a number or an id for each parameter."""
     return re.sub(r"\{[^}]*\}|<[^>]*>", "00000000-0000-0000-0000-000000000000", re.sub(r"<int:[^>]*>", "1", path))
 
 
@@ -126,7 +126,7 @@ def command(root: Path, *words: str) -> str:
 
 
 def ship(team: Team, s3: str, folder: Path, base: Path, params: Params, name: str, **train: Any) -> Path:
-    """A project as its people set it up before the first start: pushed to git, its snapshot in the team's remote."""
+    """A team's project before its first start, pushed to git, with its data in the DVC remote; returns git's folder."""
     root = make_project(folder / "people", base, params)
     shutil.copy(ROOT / "prefect.yaml", root)
     change_params(
@@ -155,7 +155,7 @@ def ship(team: Team, s3: str, folder: Path, base: Path, params: Params, name: st
 
 @contextmanager
 def workers(team: Team, folder: Path, git: Path) -> Iterator[tuple[Path, Path]]:
-    """Bucket, user, pools and deployments made, and a worker of each pool; the clones of both."""
+    """Set up bucket, user, pools and deployments, and start a worker for each pool; yields their clones."""
     cpu, gpu = folder / "cpu-worker", folder / "gpu-worker"
     values = team.worker_values("setup", cpu, git)
     setup = [sys.executable, str(team_servers.INFRA / "docker" / "setup.py")]
@@ -171,43 +171,41 @@ def workers(team: Team, folder: Path, git: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def flow_runs(prefect: httpx.Client) -> dict[str, dict[str, Any]]:
-    """Every run that the server knows and that is due, by name."""
-    found = prefect.post("/api/flow_runs/filter", json={"sort": "START_TIME_ASC"}).raise_for_status().json()
-    return {each["name"]: each for each in found if each["state_name"] != "Scheduled"}
+    """All runs that have begun, by name."""
+    runs = prefect.post("/api/flow_runs/filter", json={"sort": "START_TIME_ASC"}).raise_for_status().json()
+    return {run["name"]: run for run in runs if run["state_name"] != "Scheduled"}
 
 
 def ended(prefect: httpx.Client, name: str, seconds: float) -> dict[str, Any]:
-    """The run whose name begins so, once it has ended: to the name is added what was decided."""
-    over = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+    """The run whose name begins with `name` (its decision is appended), once it has ended."""
 
-    def found() -> list[dict[str, Any]]:
-        return [
-            run for known, run in flow_runs(prefect).items() if known.startswith(name) and run["state_type"] in over
-        ]
+    def ended_runs() -> list[dict[str, Any]]:
+        runs = [run for run_name, run in flow_runs(prefect).items() if run_name.startswith(name)]
+        return [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
 
-    wait_until(found, seconds)
-    return found()[0]
+    wait_until(ended_runs, seconds)
+    return ended_runs()[0]
 
 
 def trainings(prefect: httpx.Client) -> list[dict[str, Any]]:
     """Runs on the gpu pool, in the order of their start."""
-    return [each for each in flow_runs(prefect).values() if each["work_pool_name"] == "gpu"]
+    return [run for run in flow_runs(prefect).values() if run["work_pool_name"] == "gpu"]
 
 
 def log_lines(prefect: httpx.Client, run: dict[str, Any]) -> str:
-    """What a run that did not end well had said, for the message of a failed test."""
-    asked = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "sort": "TIMESTAMP_DESC", "limit": 60}
-    return "\n".join(each["message"] for each in reversed(prefect.post("/api/logs/filter", json=asked).json()))
+    """The last log lines of a run, for the message of a failed test."""
+    query = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "sort": "TIMESTAMP_DESC", "limit": 60}
+    return "\n".join(line["message"] for line in reversed(prefect.post("/api/logs/filter", json=query).json()))
 
 
 def assert_shipped(team: Team, s3: str, clone: Path, other: Path) -> None:
-    """One version is champion for the promotion log and for MLflow; bytes are in S3, none beside the clones."""
+    """Check that log and MLflow have the same champion, and that its files are in S3, not in the clones."""
     publish = load_params(clone / "params.yaml").publish
     version = champion(read_log(open_store(publish), publish.registered_model_name))
     assert version is not None
-    asked = {"name": publish.registered_model_name, "alias": "champion"}
+    query = {"name": publish.registered_model_name, "alias": "champion"}
     as_worker = ("retune", team.secret("mlflow_worker_password"))
-    answer = httpx.get(f"{team.url('mlflow')}/api/2.0/mlflow/registered-models/alias", params=asked, auth=as_worker)
+    answer = httpx.get(f"{team.url('mlflow')}/api/2.0/mlflow/registered-models/alias", params=query, auth=as_worker)
     entry = answer.raise_for_status().json()["model_version"]
     assert {"key": "version_id", "value": version} in entry["tags"]
     client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1")
@@ -226,15 +224,15 @@ def test_a_run_of_the_schedule_goes_from_its_trigger_to_a_promotion(
     with workers(team, tmp_path, git) as (cpu, gpu), team.client("prefect") as prefect:
         before = trainings(prefect)
         deployment = prefect.get("/api/deployments/name/retrain/retrain").raise_for_status().json()["id"]
-        # Prefect looks at new schedules for a few seconds, each minute at all: a busy machine could miss one sooner.
+        # Prefect reads new schedules once a minute, so a busy machine could miss one that is due sooner.
         due = (datetime.now(UTC) + timedelta(seconds=90)).isoformat()
         schedule = {"schedule": {"interval": 86400, "anchor_date": due}, "active": True}
-        asked = [schedule | {"parameters": {"trigger": "seconds-ahead"}}]
-        prefect.post(f"/api/deployments/{deployment}/schedules", json=asked).raise_for_status()
+        schedules = [schedule | {"parameters": {"trigger": "seconds-ahead"}}]
+        prefect.post(f"/api/deployments/{deployment}/schedules", json=schedules).raise_for_status()
         run = ended(prefect, "retrain-seconds-ahead", 600)
         assert run["state_name"] == "Promoted", log_lines(prefect, run)
         assert run["auto_scheduled"]
-        assert [each["state_name"] for each in trainings(prefect)[len(before) :]] == ["Trained"]
+        assert [run["state_name"] for run in trainings(prefect)[len(before) :]] == ["Trained"]
         assert_shipped(team, s3, cpu, gpu)
 
 
@@ -251,26 +249,26 @@ def test_a_gpu_machine_that_dies_loses_neither_the_run_nor_its_slot(
     with workers(team, tmp_path, git) as (cpu, gpu), team.client("prefect") as prefect:
         before = trainings(prefect)
         ingest = ["sh", str(team_servers.WORKER), "retune", "ingest", str(tmp_path / "rows.json"), "--json"]
-        said = team.run("ingest", ingest, team.worker_values("cpu-worker", cpu, git))
-        assert json.loads(said.splitlines()[-1])["told"], "the event was not taken"
+        output = team.run("ingest", ingest, team.worker_values("cpu-worker", cpu, git))
+        assert json.loads(output.splitlines()[-1])["told"], "the server did not accept the event"
         wait_until(lambda: list(gpu.glob(".retune/checkpoints/*/checkpoint-*/digests.json")), 400)  # a whole one
-        victims = stack.marked(gpu)
-        for each in victims:  # the worker, its run, DVC, the training: a machine without power
-            each.kill()
+        processes = stack.marked(gpu)
+        for process in processes:  # the worker, its run, DVC, the training: as if the power failed
+            process.kill()
         died = time.monotonic()
-        assert victims and not (gpu / "artifacts" / "adapter").exists()
+        assert processes and not (gpu / "artifacts" / "adapter").exists()
         team.worker("gpu", gpu, git)
         run = ended(prefect, "retrain-new-data", 900)
         assert run["state_name"] == "Promoted", log_lines(prefect, run)
-        assert time.monotonic() - died > 60  # by missed heartbeats, not by luck
-        assert [each["state_name"] for each in trainings(prefect)[len(before) :]] == ["Crashed", "Trained"]
+        assert time.monotonic() - died > 60  # it was detected by missed heartbeats
+        assert [run["state_name"] for run in trainings(prefect)[len(before) :]] == ["Crashed", "Trained"]
         assert "continuing from step" in team.log("gpu-worker").read_text()
         assert_shipped(team, s3, cpu, gpu)
 
-        # Pool and deployment take one run at a time: neither counts the dead one any more.
+        # Pool and deployment take one run at a time; neither counts the dead one any more.
         deployment = prefect.get("/api/deployments/name/retrain/retrain").raise_for_status().json()["id"]
-        asked = {"parameters": {"trigger": "afterwards"}, "state": {"type": "SCHEDULED"}}
-        prefect.post(f"/api/deployments/{deployment}/create_flow_run", json=asked).raise_for_status()
+        new_run = {"parameters": {"trigger": "afterwards"}, "state": {"type": "SCHEDULED"}}
+        prefect.post(f"/api/deployments/{deployment}/create_flow_run", json=new_run).raise_for_status()
         assert ended(prefect, "retrain-afterwards", 120)["state_name"] == "Unchanged"
-        going_on = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}}
-        assert prefect.post("/api/flow_runs/filter", json=going_on).json() == []
+        unfinished = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}}
+        assert prefect.post("/api/flow_runs/filter", json=unfinished).json() == []
