@@ -24,15 +24,15 @@ from ruamel.yaml import YAML
 INFRA = ROOT / "infra"
 SECRET = re.compile(r"\{secret:(\w+)\}")
 HIDDEN = re.compile(r"PASSWORD|SECRET|TOKEN|AUTH_STRING|ACCESS_KEY")
-RAW = {"prefect-db", "redis", "mlflow-db", "store-data"}  # what no worker may reach past its server
+RAW = {"prefect-db", "redis", "mlflow-db", "store-data"}  # workers may reach these only through their servers
 
 
 def interpolated(value: Any) -> Any:
-    """As compose puts the environment in, with none set but RETUNE_GIT_URL."""
+    """`value` as compose reads it when only RETUNE_GIT_URL is set."""
     if isinstance(value, dict):
-        return {key: interpolated(each) for key, each in value.items()}
+        return {key: interpolated(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [interpolated(each) for each in value]
+        return [interpolated(item) for item in value]
     if not isinstance(value, str):
         return value
     value = re.sub(r"\$\{RETUNE_GIT_URL:\?[^}]*\}", "https://git.example.org/retune.git", value)
@@ -90,11 +90,11 @@ def test_a_service_has_no_rights_and_is_reached_only_where_it_asks_for_a_passwor
     if name in ("setup", "cpu-worker", "gpu-worker"):
         assert networks == {"team"}
     if name in RAW:
-        assert "team" not in networks and all(COMPOSE["networks"][each]["internal"] for each in networks)
+        assert "team" not in networks and all(COMPOSE["networks"][network]["internal"] for network in networks)
 
 
 @every_service
-def test_a_secret_comes_from_a_file_and_only_to_who_uses_it(name: str) -> None:
+def test_a_secret_comes_from_a_file_and_only_its_users_get_it(name: str) -> None:
     service = SERVICES[name]
     environment = service.get("environment", {})
     for key, value in environment.items():
@@ -106,7 +106,7 @@ def test_a_secret_comes_from_a_file_and_only_to_who_uses_it(name: str) -> None:
         assert in_url is None or SECRET.fullmatch(in_url[1]), f"{name}: {key} has a password in the open"
     command = json.dumps([service.get("entrypoint", []), service.get("command", [])])
     assert "{secret:" not in command  # which `ps` and `docker inspect` show
-    used = {each for value in environment.values() for each in SECRET.findall(value)}
+    used = {secret for value in environment.values() for secret in SECRET.findall(value)}
     used |= set(re.findall(r"/run/secrets/(\w+)", command + json.dumps(environment)))
     for config in service.get("configs", []):
         if config["source"] != "with_secrets":
@@ -114,22 +114,22 @@ def test_a_secret_comes_from_a_file_and_only_to_who_uses_it(name: str) -> None:
     if service["image"].startswith("retune-"):
         used |= set(re.findall(r"/run/secrets\}/(\w+)", (INFRA / "docker" / "git-askpass.sh").read_text()))
     assert used == set(service.get("secrets", []))
-    if {each for value in environment.values() for each in SECRET.findall(value)}:  # somebody puts them in
+    if any(SECRET.search(value) for value in environment.values()):  # something must fill them in
         assert "with_secrets.py" in command or service["image"].startswith("retune-")
 
 
 def test_every_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
-    made = run_file("make_secrets.py")
-    assert set(made["MADE"]) | set(made["ASKED"]) == set(COMPOSE["secrets"])
+    script = run_file("make_secrets.py")
+    assert set(script["MADE"]) | set(script["ASKED"]) == set(COMPOSE["secrets"])
     folder = tmp_path / "secrets"
     with pytest.raises(SystemExit, match="git_token"):
-        made["main"](folder)
+        script["main"](folder)
     (folder / "git_token").write_text("t")
     first = {path.name: path.read_text() for path in folder.iterdir()}
-    made["main"](folder)
+    script["main"](folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == first
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    values = [value.strip() for name, value in first.items() if name in made["MADE"]]
+    values = [value.strip() for name, value in first.items() if name in script["MADE"]]
     assert len(set(values)) == len(values) and min(map(len, values)) >= 20
     for ignored in ("infra/secrets/git_token", "infra/.env"):
         assert subprocess.run(["git", "check-ignore", "-q", ignored], cwd=ROOT).returncode == 0
@@ -153,21 +153,21 @@ def test_secrets_are_filled_in_quoted_in_addresses_and_refused_when_missing(tmp_
     assert done.stdout == "a/b@c redis://:a%2Fb%40c@r/1\n", done.stderr
     assert (tmp_path / "out.ini").read_text() == "# http://x\nplain = a/b@c\nuri = pg://u:a%2Fb%40c@h/d\n"
     assert stat.S_IMODE((tmp_path / "out.ini").stat().st_mode) == 0o600
-    for value, said in (("{secret:gone}", "the secret gone cannot be read"), ("{secret:none}", "is empty")):
+    for value, message in (("{secret:gone}", "the secret gone cannot be read"), ("{secret:none}", "is empty")):
         done = run("--", sys.executable, "-c", show, A=value)
-        assert done.returncode == 1 and said in done.stderr and done.stdout == ""
+        assert done.returncode == 1 and message in done.stderr and done.stdout == ""
 
 
 def commands() -> list[list[str]]:
-    """What the locked Prefect is asked to do: by compose, by the worker's start, on Kubernetes."""
-    asked = [service["command"] for service in SERVICES.values() if service.get("command", [""])[0] == "prefect"]
+    """Prefect's commands in compose, in the worker's start script and on Kubernetes."""
+    commands = [service["command"] for service in SERVICES.values() if service.get("command", [""])[0] == "prefect"]
     line = re.search(r"exec (prefect worker start .*)", (INFRA / "docker" / "worker.sh").read_text())
     assert line is not None
-    asked.append(
+    commands.append(
         line[1].replace('"$pool"', "gpu").replace('"$pool-$(hostname)"', "gpu-host").replace(' "$@"', "").split()
     )
     kubernetes = YAML(typ="safe").load((INFRA / "kubernetes" / "worker.yaml").read_text())
-    return [*asked, kubernetes["spec"]["template"]["spec"]["containers"][0]["args"]]
+    return [*commands, kubernetes["spec"]["template"]["spec"]["containers"][0]["args"]]
 
 
 def test_the_locked_prefect_takes_every_command() -> None:
@@ -198,10 +198,10 @@ def settings_of_prefect() -> set[str]:
 
 
 def test_every_prefect_variable_is_a_setting_of_the_locked_prefect() -> None:
-    found = {key for each in SERVICES.values() for key in each.get("environment", {}) if key.startswith("PREFECT_")}
+    used = {key for service in SERVICES.values() for key in service.get("environment", {}) if key[:8] == "PREFECT_"}
     for dockerfile in (INFRA / "docker").glob("*.Dockerfile"):
-        found |= set(re.findall(r"\b(PREFECT_[A-Z_]+)=", dockerfile.read_text()))
-    assert found - settings_of_prefect() == set()
+        used |= set(re.findall(r"\b(PREFECT_[A-Z_]+)=", dockerfile.read_text()))
+    assert used - settings_of_prefect() == set()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
@@ -222,7 +222,7 @@ def test_an_image_is_clean_by_hadolint_from_the_lock_and_starts_its_pool(kind: s
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().split("\n") if line.startswith("!")]
     for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE):
         for source in line.split()[:-1]:
-            assert (ROOT / source).exists() and any(f"{source}/".startswith(f"{each}/") for each in allowed), source
+            assert (ROOT / source).exists() and any(f"{source}/".startswith(f"{folder}/") for folder in allowed), source
 
 
 def test_a_worker_starts_in_a_clone_of_its_own_and_goes_on_with_it(tmp_path: Path) -> None:
@@ -246,12 +246,12 @@ def test_a_worker_starts_in_a_clone_of_its_own_and_goes_on_with_it(tmp_path: Pat
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    said = start("gpu", "--limit", "1", RETUNE_POOL="gpu")
-    assert said.startswith("worker start --pool gpu --type process --name gpu-") and said.endswith(f"in {root}\n")
-    assert "--with-healthcheck --limit 1" in said
+    output = start("gpu", "--limit", "1", RETUNE_POOL="gpu")
+    assert output.startswith("worker start --pool gpu --type process --name gpu-") and output.endswith(f"in {root}\n")
+    assert "--with-healthcheck --limit 1" in output
     assert git(root, "config", "retune.worker") == "true"
     assert git(root, "rev-parse", "HEAD") == git(origin, "rev-parse", "HEAD")
-    assert git(root, "status", "--porcelain") == ""  # config.local is nobody's to commit
+    assert git(root, "status", "--porcelain") == ""  # config.local is ignored
 
     from dvc.config import Config
 
