@@ -36,8 +36,8 @@ os.execv(command[0], command)
 def binaries() -> Path | None:
     """The folder with `initdb` and `postgres`, the newest of several; None where PostgreSQL is not installed."""
     known = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name))
-    found = shutil.which("initdb")
-    places = [*([Path(found).resolve().parent] if found else []), *reversed(known)]
+    initdb = shutil.which("initdb")
+    places = [*([Path(initdb).resolve().parent] if initdb else []), *reversed(known)]
     return next((each for each in places if (each / "initdb").exists() and (each / "postgres").exists()), None)
 
 

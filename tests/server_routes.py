@@ -48,9 +48,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "prefect":
         from prefect.server.api.server import create_app
 
-        found = of_mounted(create_app(), "")
+        routes = of_mounted(create_app(), "")
     else:
         from mlflow.server.auth import create_app as create_mlflow
 
-        found = of_mounted(create_mlflow(), "")
-    print(json.dumps(sorted(set(found))))
+        routes = of_mounted(create_mlflow(), "")
+    print(json.dumps(sorted(set(routes))))

@@ -291,13 +291,13 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
         ):
             done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True)
             assert done.returncode == 0, done.stderr.decode()
-        found = finished(url, "watch/watch")
-        assert found["state"]["message"] == "300 new rows; retraining requested"
+        run = finished(url, "watch/watch")
+        assert run["state"]["message"] == "300 new rows; retraining requested"
         wait_until(lambda: ended(url, name="retrain-new-data"), 240)
         assert finished(url, "watch/watch")["state_name"] == "Unchanged"
         (source / "b.json").write_text(rows_of("red", 50, start=300))
-        found = finished(url, "watch/watch")
-        assert found["state"]["message"] == "50 new rows; fewer than 250, so no retraining"
+        run = finished(url, "watch/watch")
+        assert run["state"]["message"] == "50 new rows; fewer than 250, so no retraining"
 
         failed = finished(url, "promote/promote", version="v1", force=True)
         assert failed["state_name"] == "Failed"
@@ -308,8 +308,8 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
         assert made["state_name"] in ("Promoted", "Unchanged"), made["state"]  # the retraining may have promoted it
         (source / "a.json").write_text(rows_of("a colour that nobody has ever named before", 200))
         (source / "b.json").unlink()
-        found = finished(url, "watch/watch")
-        assert found["state"]["message"] == "200 new rows; fewer than 250, so no retraining"
+        run = finished(url, "watch/watch")
+        assert run["state"]["message"] == "200 new rows; fewer than 250, so no retraining"
         worse = finished(url, "evaluate-champion/evaluate-champion")
         assert worse["state_name"] == "Regressed", worse["state"]
         wait_until(lambda: ended(url, name="retrain-champion-regressed"), 240)

@@ -29,13 +29,13 @@ def objects() -> list[dict[str, Any]]:
 
 
 def one(kind: str, name: str) -> dict[str, Any]:
-    [found] = [each for each in objects() if (each["kind"], each["metadata"]["name"]) == (kind, name)]
-    return found
+    [matching] = [each for each in objects() if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    return matching
 
 
 def literals(name: str) -> dict[str, str]:
-    [found] = [each for each in KUSTOMIZATION["configMapGenerator"] if each["name"] == name]
-    return dict(each.split("=", 1) for each in found["literals"])
+    [matching] = [each for each in KUSTOMIZATION["configMapGenerator"] if each["name"] == name]
+    return dict(each.split("=", 1) for each in matching["literals"])
 
 
 def job(**chosen: Any) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def test_own_rows_are_never_pushed_into_the_samples_remote(project: Path) -> Non
     with pytest.raises(AssertionError, match="returncode=1"):
         dvc(project, "push", "-q")
     assert sorted((project / "infra").rglob("*")) == before
-    found = checks(project)
-    assert found["data"].passed and found["dvc remote"].passed is None
+    results = checks(project)
+    assert results["data"].passed and results["dvc remote"].passed is None
 
 
 def test_a_clone_without_the_rows_names_the_snapshot_and_ingests_them_again(project: Path) -> None:
@@ -77,8 +77,8 @@ def test_a_clone_without_the_rows_names_the_snapshot_and_ingests_them_again(proj
     clone, named = clone_of(project, "clone"), graph.snapshot(project)["md5"]
     with pytest.raises(SnapshotMissing, match=named[:8]):
         graph.pull_data(clone)
-    found = checks(clone)["data"]
-    assert found.passed is False and named[:8] in found.detail
+    check = checks(clone)["data"]
+    assert check.passed is False and named[:8] in check.detail
     assert "base model" in ingest(clone)
     assert graph.snapshot(clone)["md5"] == named  # base and rows are those of the lost snapshot
     assert git(clone, "status", "--porcelain") == ""
@@ -87,8 +87,8 @@ def test_a_clone_without_the_rows_names_the_snapshot_and_ingests_them_again(proj
 def test_a_clone_fetches_own_rows_from_the_teams_remote(project: Path, tmp_path: Path) -> None:
     dvc(project, "remote", "add", "-d", "team", str(tmp_path / "team"))
     assert graph.team_remote(project) == "team"
-    found = checks(project)["dvc remote"]
-    assert found.passed is False and "dvc push" in found.advice
+    check = checks(project)["dvc remote"]
+    assert check.passed is False and "dvc push" in check.advice
     commit(project)
     dvc(project, "push", "-q", "data.dvc")
     clone = clone_of(project, "clone")

@@ -137,8 +137,8 @@ def test_the_whole_stack_restarts_what_dies_and_goes_down_without_a_rest(root: P
 
 
 def supervisor(processes: list[psutil.Process]) -> psutil.Process:
-    [found] = [each for each in processes if "supervisor.supervisord" in each.cmdline()]
-    return found
+    [supervisor] = [process for process in processes if "supervisor.supervisord" in process.cmdline()]
+    return supervisor
 
 
 def test_a_process_that_ignores_the_signal_of_its_parents_death_is_killed() -> None:

@@ -46,16 +46,16 @@ def parse(name: str) -> dict[str, Any]:
 
 def documents(kms: bool = False) -> dict[str, list[Statement]]:
     """The statements of each policy document, with what it takes over from others."""
-    found = {}
+    policies = {}
     for block in parse("policies.tf")["data"]:
         for name, body in block.get("aws_iam_policy_document", {}).items():
             statements = list(body.get("statement", []))
             statements += [each["statement"]["content"][0] for each in body.get("dynamic", []) if kms]
             for source in body.get("source_policy_documents", []):
                 [taken] = re.findall(r"aws_iam_policy_document\.(\w+)\.json", source)
-                statements = [*found[taken], *statements]
-            found[name] = statements
-    return found
+                statements = [*policies[taken], *statements]
+            policies[name] = statements
+    return policies
 
 
 def resolved(text: str, prefix: str) -> str:

@@ -115,14 +115,14 @@ def _near_duplicates(sizes: list[int]) -> None:
             batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
             signed = np.concatenate(list(workers.map(signatures, batches)))
             unprotected = np.zeros(len(rows), dtype=bool)
-            found = near_duplicates(signed, rows.__getitem__, np.arange(len(rows)), unprotected, THRESHOLD)
-            return int((found.duplicate_of >= 0).sum())
+            duplicates = near_duplicates(signed, rows.__getitem__, np.arange(len(rows)), unprotected, THRESHOLD)
+            return int((duplicates.duplicate_of >= 0).sum())
 
         ways: list[tuple[str, Callable[[list[str]], int], list[str]]]
         ways = [("retune, 2 processes", with_retune, texts[:size]) for size in sizes]
         for name, way, rows in [("datasketch, 1 process", _with_datasketch, texts[:PEER_ROWS]), *ways]:
-            seconds, found = timed(lambda way=way, rows=rows: way(rows))  # type: ignore[misc]
-            row(name, f"{len(rows):,}", f"{len(rows) / seconds:,.0f}", f"{found:,}")
+            seconds, duplicates = timed(lambda way=way, rows=rows: way(rows))  # type: ignore[misc]
+            row(name, f"{len(rows):,}", f"{len(rows) / seconds:,.0f}", f"{duplicates:,}")
 
 
 def _load(_: int) -> str:
@@ -132,17 +132,17 @@ def _load(_: int) -> str:
 def _with_datasketch(rows: list[str]) -> int:
     from datasketch import MinHash, MinHashLSH  # type: ignore[import-untyped]
 
-    index, found = MinHashLSH(threshold=THRESHOLD, num_perm=LANES), 0
+    index, duplicates = MinHashLSH(threshold=THRESHOLD, num_perm=LANES), 0
     for i, text in enumerate(rows):
         words = text.lower().split()
         sketch = MinHash(num_perm=LANES)
         starts = range(max(1, len(words) - WORDS + 1))
         sketch.update_batch([" ".join(words[start : start + WORDS]).encode() for start in starts])
         if index.query(sketch):
-            found += 1
+            duplicates += 1
         else:
             index.insert(i, sketch)
-    return found
+    return duplicates
 
 
 def _preparing(folder: Path, rows: int) -> None:
