@@ -92,9 +92,8 @@ def test_pools_automations_and_deployments_are_made_once_and_prefects_client_lis
     assert done.returncode == 0, done.stdout + done.stderr
     deployments = server.post(url, "deployments/filter", {})
     assert len(deployments) == 7
-    assert all(
-        "RETUNE_ROOT" in str(deployment["pull_steps"]) for deployment in deployments
-    )  # the worker's, not this machine's
+    steps = [str(deployment["pull_steps"]) for deployment in deployments]
+    assert all("RETUNE_ROOT" in step for step in steps)  # the worker's, not this machine's
     with of_server(url):
         asyncio.run(pools_and_automations())  # again
         with get_client(sync_client=True) as client:  # newer FastAPIs answer its limit of null with 422

@@ -98,10 +98,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
 # Bloom's ALiBi counts positions over the whole packed sequence; the others need a package to keep rows apart.
 UNPACKED = {family: {"packing": False} for family in ("bloom", "falcon_h1", "qwen3_5")}
 ONLY_LORA = ("llama4", "modernbert", "deepseek_v32", "gemma4", "falcon_h1", "qwen3_5")
-OWN_LOSS = (
-    "llama4",
-    "modernbert",
-)  # TRL's fused head does not find the layers of the one and skips a layer of the other
+# TRL's fused head does not find Llama 4's layers, and skips one of ModernBERT's.
+OWN_LOSS = ("llama4", "modernbert")
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 METHODS = get_args(TrainParams.model_fields["method"].annotation)
 LINEAR_ONLY = ("dora", "ia3", "adalora")  # methods that cannot train experts
@@ -241,6 +239,22 @@ def test_adalora_cuts_rank_and_keeps_its_factors_orthogonal(tmp_path: Path, para
 def test_target_modules_get_names_of_linear_layers(params: Params, family: str, targets: Any, names: list[str]) -> None:
     model = on_meta(family)
     assert target_modules(with_(params, train={"lora_target_modules": targets}).train, model) == names
+
+
+def test_all_linear_leaves_out_layers_that_pass_no_gradient_or_ignore_an_adapter(params: Params) -> None:
+    def layers(*names: str) -> torch.nn.Module:
+        return torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in names})
+
+    block = {
+        "self_attn": layers("q_proj", "gate"),
+        "indexer": layers("wq_b"),
+        "router": layers("classifier"),
+        "mamba": layers("in_proj", "dt_proj", "out_proj"),
+        "adapters": torch.nn.ModuleList([torch.nn.Linear(4, 4)]),  # the name "0" would also mean the whole block
+    }
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict(block)])})
+    train = short(params, "ia3").train
+    assert target_modules(train, model) == ["in_proj", "layers.0.adapters.0", "q_proj"]
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,12 @@ class ClassCollate:
 class ClassTrainer(AdapterTrainer):
     """`AdapterTrainer` over the batches of `ClassCollate`."""
 
+    loss_description = "cross-entropy of classes"
+
     def __init__(self, *args: Any, **options: Any) -> None:
         # Decoders read the class at the last token that is not padding.
         options["model"].config.pad_token_id = options["processing_class"].pad_token_id
         super().__init__(*args, **options)
-        self.loss_description = "cross-entropy of classes"
         self.model_accepts_loss_kwargs = True  # makes transformers count the rows of a whole step
 
     def compute_loss(

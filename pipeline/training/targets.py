@@ -19,7 +19,7 @@ from pipeline.core.combinations import METHODS, VIRTUAL_TOKENS
 from pipeline.params import TrainParams
 from pipeline.weights.loading import HEADS
 
-ROUTERS = ("gate", "router", "shared_expert_gate")  # modules that choose the experts of a token
+ROUTERS = ("gate", "shared_expert_gate")  # layers that choose the experts of a token
 CHOOSING = {"router", "indexer"}  # parts of paths whose layers choose experts or earlier tokens, so pass no gradient
 MAMBA = {"mamba", "mixer"}  # parts of paths; they use the weights of these layers directly, without an adapter
 USED_DIRECTLY = ("dt_proj", "out_proj")

@@ -33,7 +33,7 @@ class AdapterTrainer(ShardedTrainer):
         self.watch = watch
         self.fallbacks: list[Fallback] = [Fallback()]  # the last one applies
         self.micro_batches: list[Batch] = []  # of the current step
-        self.loss_description, self.uses_fused_head = "the model's own", False
+        self.uses_fused_head = False
         step_sequences = (
             self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         )
@@ -41,6 +41,10 @@ class AdapterTrainer(ShardedTrainer):
         watch.eval_steps = None if self.eval_dataset is None else (watch.params.eval_steps or max(epoch_steps, 1))
 
     # --- loss ---
+
+    @property
+    def loss_description(self) -> str:
+        return "TRL's fused head, in chunks" if self.uses_fused_head else "the model's own"
 
     def use_fused_head(self) -> None:
         """Let TRL's fused head compute the loss, if its probabilities are the model's own.
@@ -61,8 +65,6 @@ class AdapterTrainer(ShardedTrainer):
             differs = (fused - expected).abs().mean() > 0.1 * expected.std()  # rounding is far below that
             self.uses_fused_head = not differs
         model.train(was_training)
-        if self.uses_fused_head:
-            self.loss_description = "TRL's fused head, in chunks"
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
