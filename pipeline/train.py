@@ -26,7 +26,6 @@ from pipeline.chat.template import load_config, load_contract
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import WORK_DIR, read_json, sha256_file, whole_directory, write_json
 from pipeline.core.sanitise import clean_folder, portable
-from pipeline.core.vetting import check_settings
 from pipeline.data.classes import load_classes
 from pipeline.params import TrainParams
 from pipeline.training.attention import require_isolation, use_packed_attention
@@ -36,7 +35,7 @@ from pipeline.training.footprint import Gpu, UnplannedError, choose_batches, cou
 from pipeline.training.gradients import require_gradients
 from pipeline.training.hardware import require_kernels, use_liger
 from pipeline.training.launch import launch, run_one
-from pipeline.training.methods import AllocateRanks, adapter_config, require_room_for_virtual_tokens, saved_settings
+from pipeline.training.methods import AllocateRanks, adapter_config, require_loadable, require_room_for_virtual_tokens
 from pipeline.training.packing import Collate, lengths_of, training_sequences
 from pipeline.training.sharding import shard_on_cpus
 from pipeline.training.targets import describe_experts
@@ -109,7 +108,7 @@ def train(
     sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
     run = _use_fast_paths(params, model, train_rows)
     trainer = _make_trainer(
-        params, init, adapter, model=model, watch=Watch(params, sources),
+        params, contract, init, adapter, model=model, watch=Watch(params, sources),
         args=_arguments(params, folder, micro_batch, accumulation),
         train_dataset=train_rows, eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
@@ -155,19 +154,19 @@ def _use_fast_paths(params: TrainParams, model: Any, rows: Dataset) -> dict[str,
 
 
 def _make_trainer(
-    params: TrainParams, init: Path | None, adapter: PeftConfig | None, **settings: Any
+    params: TrainParams, contract: dict[str, Any], init: Path | None, adapter: PeftConfig | None, **settings: Any
 ) -> AdapterTrainer:
     """The trainer, whose adapter is new or starts with the weights in `init`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 uses this old name
         trainer_class = ClassTrainer if params.task == CLASSIFICATION else AdapterTrainer
         trainer: AdapterTrainer = trainer_class(peft_config=adapter, **settings)
+        if adapter is not None:
+            require_loadable(trainer.model, contract["model"], contract.get("labels"))
     if params.task != CLASSIFICATION:
         trainer.use_fused_head()
     if params.strategy == "fsdp" and not torch.cuda.is_available():
         shard_on_cpus(trainer)
-    if adapter is not None:
-        check_settings(saved_settings(trainer.model), "this training's adapter")
     if params.method == "adalora":
         trainer.add_callback(AllocateRanks(trainer.model.base_model))
     if compute_dtype() is not torch.bfloat16:

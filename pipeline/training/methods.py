@@ -1,5 +1,7 @@
 """Builds PEFT's configuration of the adapter from `train.method` and the base; `targets.py` chooses the modules."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -7,8 +9,11 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningC
 from transformers import TrainerCallback, TrainerState
 
 from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
+from pipeline.core.vetting import UnsafeModelError
 from pipeline.params import TrainParams
 from pipeline.training.targets import MethodError, feedforward_modules, target_modules, target_parameters
+from pipeline.weights.architecture import base_config, empty_model
+from pipeline.weights.loading import ModelError, load_adapter
 
 
 def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | None:
@@ -62,10 +67,24 @@ def require_room_for_virtual_tokens(params: TrainParams, config: Any, max_length
         )
 
 
-def saved_settings(model: Any) -> dict[str, Any]:
-    """The settings that the adapter on `model` will be saved with; PEFT may have changed names of modules."""
-    saved: dict[str, Any] = model.peft_config[model.active_adapter].to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in saved.items()}
+def require_loadable(model: Any, identity: dict[str, Any], labels: list[str] | None) -> None:
+    """Refuse an adapter on `model` that the later stages could not load, before hours are spent on it.
+
+    PEFT may save names of modules that it does not find again, or settings that `check_adapter` refuses.
+    """
+    try:
+        base = empty_model(base_config(identity, labels))
+    except ModelError:  # it needs its repository's code
+        return
+    with TemporaryDirectory(prefix="retune-") as folder:
+        model.save_pretrained(folder)
+        try:
+            load_adapter(base, Path(folder), empty=True)
+        except (ModelError, UnsafeModelError) as error:
+            raise MethodError(
+                f"the adapter that this training would save cannot be loaded again: {str(error).partition(': ')[2]}; "
+                "choose other train.lora_target_modules or another train.method"
+            ) from None
 
 
 class AllocateRanks(TrainerCallback):

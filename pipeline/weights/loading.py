@@ -229,7 +229,7 @@ def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = F
         if keys:
             raise ModelError(
                 f"the adapter in {folder} does not fit {base.config.name_or_path}: {len(keys)} {kind} weights "
-                f"({', '.join(keys)})"
+                f"(first {keys[0]})"
             )
     return model.eval()
 
