@@ -18,7 +18,7 @@ from flows.lines import say
 from flows.summary import record_verdict, show_run, verdict
 from flows.tasks import StageResult, ended_as, show_report
 from pipeline import promote as gate
-from pipeline.core.under_way import tell
+from pipeline.core.current_run import record_stage
 from pipeline.params import Params
 from pipeline.registry.decisions import name_of
 
@@ -53,7 +53,7 @@ def wait_for_approval(params: Params, trigger: str, result: dict[str, Any]) -> d
         return result
     name = name_of(decision["version"], decision["number"])
     say(f"promote: version {name} passes and waits for approval; resume this run in the dashboard")
-    tell("approval")
+    record_stage("approval")
     if "RETUNE_RUN_LOCK" in os.environ:  # inherited from `retune run`; this unlocks it for both
         fcntl.flock(int(os.environ["RETUNE_RUN_LOCK"]), fcntl.LOCK_UN)
     form = Approval.with_initial_data(description=verdict(decision), approve=False)

@@ -29,7 +29,7 @@ from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.data.snapshot import recover
 from pipeline.ingest import ingest
-from pipeline.registry.compare import score_today
+from pipeline.registry.compare import score_on_current_split
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.retention import collect, delete, outdated
 from pipeline.scoring.resampling import LOWER_IS_BETTER
@@ -152,7 +152,7 @@ def evaluate_champion() -> State[Any]:
         graph.pull_data()
         if graph.repro("prepare", print) != 0:
             raise StageFailed("stage prepare failed; `dvc repro prepare` shows it alone")
-        now = score_today(model, manifest, metric)
+        now = score_on_current_split(model, manifest, metric)
     message = f"{metric} {now:.3f} today; {then['score']:.3f} ({then['low']:.3f} to {then['high']:.3f}) when published"
     create_markdown_artifact(
         f"**{name}**: {message}", key="champion", description="The champion scored on today's test split"

@@ -45,7 +45,7 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
         raise TrainingFailed(
             "operations.train_pool is gpu, but no server with a gpu worker is running; start it with `retune up`"
         )
-    commit = handover.ask("train", params.git_remote)
+    commit = handover.request("train", params.git_remote)
     try:
         for attempt in range(1, params.train_attempts + 1):
             on_line(f"train: requested {commit[:12]} from the gpu pool, attempt {attempt}")
@@ -57,7 +57,7 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
             )
             run = _wait(started.id, params.worker_wait_minutes, on_line)
             if run.state.is_completed():
-                handover.take("train", commit, params.git_remote)
+                handover.accept("train", commit, params.git_remote)
                 return
             if not run.state.is_crashed():
                 raise TrainingFailed(f"the gpu worker's run {run.name} ended as {run.state.name}: {run.state.message}")
@@ -112,5 +112,5 @@ def train(commit: str, remote: str = "origin") -> State[Any]:
     redact_process()
     set_environment()
     with training_progress() as show:
-        handover.work("train", commit, remote, show)
+        handover.answer("train", commit, remote, show)
     return Completed(name="Trained", message=f"commit {commit[:12]}")

@@ -9,9 +9,9 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from pipeline.core.current_run import record_stage
 from pipeline.core.progress import LINE
 from pipeline.core.redaction import redact
-from pipeline.core.under_way import tell
 
 # DVC's hints after each stage, for people who type `dvc repro`.
 DVC_HINTS = (
@@ -38,7 +38,7 @@ def training_progress() -> Iterator[Callable[[str], None]]:
 def shown(stage: str, artifact: Any = None) -> Callable[[str], None]:
     """A function for each line of the output of `stage`; it also updates the progress artifact, if there is one."""
     logger = get_run_logger()
-    tell(stage)
+    record_stage(stage)
 
     def on_line(line: str) -> None:
         line = redact(line)
@@ -48,7 +48,7 @@ def shown(stage: str, artifact: Any = None) -> Callable[[str], None]:
         say(line)
         if not (progress := LINE.match(line)):
             return
-        tell(stage, line)
+        record_stage(stage, line)
         if artifact is not None:
             try:
                 update_progress_artifact(artifact_id=artifact, progress=float(progress["percent"]), description=line)

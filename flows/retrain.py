@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State
 from flows.approval import wait_for_approval
 from flows.summary import describe_run, show_run, state_of
 from flows.tasks import ARTIFACTS, StageResult, evaluate, ingest, merge, prepare, promote, publish, train
-from pipeline.core.under_way import told
+from pipeline.core.current_run import recorded
 from pipeline.scoring.resampling import METRICS, read_scores
 from pipeline.settings import load_params
 
@@ -25,7 +25,7 @@ def retrain(trigger: str = "by-hand") -> State[Any]:
 
 
 def run_stages(trigger: str) -> dict[str, Any]:
-    with told(trigger):
+    with recorded(trigger):
         describe_run(trigger)
         params = load_params()
         result = summary(

@@ -17,9 +17,9 @@ from flows.summary import record_verdict
 from pipeline import promote as promotion
 from pipeline import publish as shipping
 from pipeline.core import git, graph
+from pipeline.core.current_run import record_stage
 from pipeline.core.progress import clock
 from pipeline.core.redaction import redacted_errors
-from pipeline.core.under_way import tell
 from pipeline.data.snapshot import recover
 from pipeline.params import Params
 from pipeline.registry.init_adapter import pin_champion
@@ -91,7 +91,7 @@ def merge() -> State[Any]:
 @redacted_errors
 def publish(params: Params) -> State[Any]:
     started = time.monotonic()
-    tell("publish")
+    record_stage("publish")
     published = shipping.publish(params.publish)
     store = open_store(params.publish)
     link = f"{store.uri}/versions/{published.version}/manifest.json"
@@ -105,7 +105,7 @@ def publish(params: Params) -> State[Any]:
 @redacted_errors
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
-    tell("promote")
+    record_stage("promote")
     decision = promotion.promote(params.publish, params.promote)
     if decision.decision == "promoted" and params.operations.git_branch is not None:
         _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)

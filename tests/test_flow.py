@@ -21,9 +21,9 @@ import pytest
 from conftest import PYTHON, change_params, dvc, environment, git, make_project, retune, with_
 from local_servers import api, give_database, prefect_server, read, use_server, wait_until
 
+from pipeline.core.current_run import FILE, record_stage, recorded
 from pipeline.core.files import read_json, write_json
 from pipeline.core.processes import identity
-from pipeline.core.under_way import FILE, tell, told
 from pipeline.params import Params
 
 WORSE = {"max_steps": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0}
@@ -294,8 +294,8 @@ def test_a_failing_stage_ends_the_run_with_one_sentence_and_changes_no_champion(
 
 def test_status_says_how_far_the_run_is_while_its_process_lives(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
-    with told("by-hand"):
-        tell("train", "train 35% · 70/200 steps · loss 0.5 · ETA 1:02")
+    with recorded("by-hand"):
+        record_stage("train", "train 35% · 70/200 steps · loss 0.5 · ETA 1:02")
         status = json.loads(retune(root, "status", "--json").stdout)["run"]
     assert (status["stage"], status["percent"], status["eta"]) == ("train", 35, "1:02")
     assert (status["trigger"], status["by"], status["process"]) == ("by-hand", getpass.getuser(), identity())

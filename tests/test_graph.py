@@ -79,12 +79,12 @@ def test_a_stage_runs_once_without_input_and_its_lines_arrive_in_order(project: 
 
 def test_the_error_is_dvcs_message(project: Path) -> None:
     with pytest.raises(GraphError, match="Stage 'nosuch' not found"):
-        graph.ask(project, "repro", "nosuch")
+        graph.run(project, "repro", "nosuch")
     with pytest.raises(GraphError, match="you are not inside of a DVC repository"):
         graph.stale(project.parent)
     (project / ".dvc" / "tmp" / "rwlock").write_text('{"write": {"/so')
     with pytest.raises(GraphError, match=r"remove \.dvc/tmp/rwlock"):
-        graph.ask(project, "repro", "--single-item", "first")
+        graph.run(project, "repro", "--single-item", "first")
 
 
 def test_an_error_in_a_line_ends_the_stage(project: Path) -> None:
@@ -129,13 +129,13 @@ def test_a_briefly_locked_path_is_waited_for_and_one_that_stays_locked_is_an_err
     other = subprocess.Popen(["sleep", "600"])
     lock_output(project, other.pid)
     threading.Timer(2.0, lambda: (other.kill(), other.wait())).start()
-    graph.ask(project, "repro", "--single-item", "first")
+    graph.run(project, "repro", "--single-item", "first")
     assert (project / "one").exists()
     (project / "data" / "rows").write_text("another")
     lock_output(project, os.getpid())
     monkeypatch.setattr(graph, "PATIENCE", 0.5)
     with pytest.raises(GraphError, match=rf"is busy, it is being blocked by:\n  \(PID {os.getpid()}\): dvc repro"):
-        graph.ask(project, "repro", "--single-item", "first")
+        graph.run(project, "repro", "--single-item", "first")
 
 
 def lives(line: str) -> bool:

@@ -38,18 +38,18 @@ def test_a_worker_without_a_shared_disk_runs_the_stage_and_its_entry_is_merged(p
     parent, worker = places
     (parent / "notes.txt").write_text("untracked")
     status, head = git(parent, "status", "--porcelain"), git(parent, "rev-parse", "HEAD")
-    commit = handover.ask("train", "origin", parent)
+    commit = handover.request("train", "origin", parent)
     assert "notes.txt" not in git(parent, "ls-tree", "--name-only", commit)
     assert "dvc.lock" in git(parent, "ls-tree", "--name-only", commit)  # though untracked
     assert git(parent, "status", "--porcelain") == status  # index, branch and files are as they were
     assert git(parent, "rev-parse", "HEAD") == head
     lines: list[str] = []
     with pytest.raises(handover.HandoverError, match="not marked as a worker's clone"):
-        handover.work("train", commit, "origin", lines.append, parent)
-    handover.work("train", commit, "origin", lines.append, worker)
+        handover.answer("train", commit, "origin", lines.append, parent)
+    handover.answer("train", commit, "origin", lines.append, worker)
     assert any("Running stage 'train'" in line for line in lines)
     assert not (worker / "artifacts" / "merged").exists()
-    handover.take("train", commit, "origin", parent)
+    handover.accept("train", commit, "origin", parent)
     assert (parent / "artifacts" / "adapter" / "adapter_model.safetensors").exists()
     assert "train" not in graph.stale(parent)
     assert "Running stage" not in dvc(parent, "repro", "--single-item", "train")
@@ -57,7 +57,7 @@ def test_a_worker_without_a_shared_disk_runs_the_stage_and_its_entry_is_merged(p
     lock, params = (parent / "dvc.lock").read_text(), (parent / "params.yaml").read_text()
     (parent / "params.yaml").write_text(params.replace("lora_r: 8", "lora_r: 4"))
     with pytest.raises(handover.HandoverError, match="on other inputs than this project"):
-        handover.take("train", commit, "origin", parent)
+        handover.accept("train", commit, "origin", parent)
     assert (parent / "dvc.lock").read_text() == lock
     (parent / "params.yaml").write_text(params)
     assert "retune" in git(parent, "ls-remote", "origin")
@@ -66,13 +66,13 @@ def test_a_worker_without_a_shared_disk_runs_the_stage_and_its_entry_is_merged(p
     assert "retune" not in git(parent, "ls-remote", "origin")
 
     # The request of a killed run is deleted.
-    killed = handover.ask("train", "origin", parent)
+    killed = handover.request("train", "origin", parent)
     time.sleep(1)  # a commit's second is part of its name
-    handover.ask("train", "origin", parent)
+    handover.request("train", "origin", parent)
     assert [killed in line for line in git(parent, "ls-remote", "origin", "refs/retune/*").splitlines()] == [False]
     (parent / "pipeline" / "training" / "own_loss.py").touch()
     with pytest.raises(handover.HandoverError, match="pipeline/training/own_loss.py"):
-        handover.ask("train", "origin", parent)
+        handover.request("train", "origin", parent)
 
 
 @pytest.mark.faults

@@ -23,7 +23,7 @@ from pipeline.core.files import read_json, write_json
 from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.publish import ship_version
-from pipeline.registry.compare import score_today
+from pipeline.registry.compare import score_on_current_split
 from pipeline.registry.model import RegisteredModel
 
 
@@ -216,13 +216,13 @@ def test_a_version_is_scored_again_on_another_test_split(
     model = RegisteredModel(own.publish, there)
     manifest = model.manifest(str(model.champion()))
     published, scored = manifest["metrics"]["merged"]["accuracy"]["score"], model.folder(manifest["version"]) / "scored"
-    assert score_today(model, manifest, "accuracy") == published
+    assert score_on_current_split(model, manifest, "accuracy") == published
     assert not scored.exists()  # the same split: nothing to compute
     report_file = there / "artifacts" / "dataset" / "report.json"
     before = report_file.read_bytes()
     try:
         write_json(report_file, read_json(report_file) | {"test_sha256": "0" * 64})
-        assert score_today(model, manifest, "accuracy") == pytest.approx(published)
+        assert score_on_current_split(model, manifest, "accuracy") == pytest.approx(published)
     finally:
         report_file.write_bytes(before)
     assert (scored / "items.parquet").is_file()

@@ -79,7 +79,7 @@ def _data(root: Path) -> Finding:
     if "data.dvc" not in graph.stale(root):
         return True, f"data/ is {name}, as in data.dvc"
     arguments = ("data", "status", "--json", "--not-in-remote", "data")
-    missing = json.loads(graph.ask(root, *arguments, timeout_s=REMOTE_SECONDS))
+    missing = json.loads(graph.run(root, *arguments, timeout_s=REMOTE_SECONDS))
     if missing.get("not_in_cache"):
         if missing.get("not_in_remote") or graph.sharing_remote(root) is None:
             return False, graph.missing_snapshot(root)
@@ -96,9 +96,9 @@ def _remote(root: Path) -> Finding:
     if remote is None:
         advice = "`dvc remote add -d team s3://BUCKET/PATH`, commit .dvc/config, `dvc push`"
         return None, "none; your own data is on this machine only", advice
-    address = redact(graph.ask(root, "config", f"remote.{remote}.url").strip())
+    address = redact(graph.run(root, "config", f"remote.{remote}.url").strip())
     try:
-        missing = json.loads(graph.ask(root, "status", "--cloud", "--json", "data.dvc", timeout_s=REMOTE_SECONDS))
+        missing = json.loads(graph.run(root, "status", "--cloud", "--json", "data.dvc", timeout_s=REMOTE_SECONDS))
     except graph.GraphError as error:
         return False, f"{remote} {address}: {redact(str(error))}", "check address and credentials: `dvc remote list`"
     advice = f"the data's snapshot is missing there; `dvc push --remote {remote} data.dvc`" if missing else ""

@@ -42,7 +42,7 @@ def down(json_output: Json = False) -> None:
 
 def status(json_output: Json = False) -> None:
     """Show servers and workers, the current run's progress and who started it, stale stages, and the champion."""
-    from pipeline.core import graph, under_way
+    from pipeline.core import current_run, graph
     from pipeline.core.run_lock import RunUnderWay, only_run
     from pipeline.registry.decisions import champion, proposed
     from pipeline.registry.model import RegisteredModel
@@ -60,7 +60,7 @@ def status(json_output: Json = False) -> None:
     model = RegisteredModel(params.publish)
     log, registry = model.log(), model.registry
     proposal = proposed(log)
-    run = under_way.look()
+    run = current_run.read()
     overview = {
         "run": run,
         "dashboard": state.get("url") if state.get("ready") else None,

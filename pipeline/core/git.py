@@ -30,7 +30,7 @@ def run(root: Path, *arguments: str, **environment: str) -> str:
     return git.stdout.rstrip()
 
 
-def ask(root: Path, *arguments: str) -> str | None:
+def run_or_none(root: Path, *arguments: str) -> str | None:
     """The output of a git command, or None if it fails, as it does outside of a repository."""
     git = _git(root, *arguments)
     return git.stdout.rstrip() if git.returncode == 0 else None
@@ -38,7 +38,7 @@ def ask(root: Path, *arguments: str) -> str | None:
 
 def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
     """HEAD's id ("" outside of a repository), and whether files other than the `ignored` ones differ from it."""
-    return {"commit": ask(root, "rev-parse", "HEAD") or "", "dirty": bool(changes(root, ignored))}
+    return {"commit": run_or_none(root, "rev-parse", "HEAD") or "", "dirty": bool(changes(root, ignored))}
 
 
 def changes(root: Path, ignored: tuple[str, ...]) -> list[str]:
@@ -47,8 +47,8 @@ def changes(root: Path, ignored: tuple[str, ...]) -> list[str]:
     An untracked file counts only if a run can read it: code, or a file that a parameter names.
     """
     excluded = [f":(exclude){name}" for name in ignored]
-    tracked = (ask(root, "diff", "--name-only", "HEAD", "--", ":/", *excluded) or "").splitlines()
-    untracked = (ask(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    tracked = (run_or_none(root, "diff", "--name-only", "HEAD", "--", ":/", *excluded) or "").splitlines()
+    untracked = (run_or_none(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
     params = YAML(typ="safe").load(root / "params.yaml") if untracked and (root / "params.yaml").exists() else {}
     named = {os.path.normpath(text) for text in _texts(params)}
     return tracked + [path for path in untracked if path.startswith(CODE) or path in named]
@@ -72,7 +72,7 @@ def commit(root: Path, message: str, parents: list[str], tracked: bool = False) 
         run(root, "add", "--force", "--", *(name for name in RECORDED if (root / name).exists()), **index)
         tree = run(root, "write-tree", **index)
     author = {
-        f"GIT_{role}_{key}": ask(root, "config", f"user.{key.lower()}") or default
+        f"GIT_{role}_{key}": run_or_none(root, "config", f"user.{key.lower()}") or default
         for role in ("AUTHOR", "COMMITTER")
         for key, default in (("NAME", "retune"), ("EMAIL", "retune@localhost"))
     }
@@ -98,11 +98,11 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     if run(root, "rev-parse", "--abbrev-ref", "HEAD") == branch:
         raise GitError(f"operations.git_branch is {branch}, which is checked out; name a separate branch")
     tag = f"{model}/{f'v{number}' if number else version}"
-    if existing := ask(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}"):
+    if existing := run_or_none(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}"):
         return existing
     ref, head = f"refs/heads/{branch}", run(root, "rev-parse", "HEAD")
-    tip = ask(root, "rev-parse", "--verify", "--quiet", ref)
-    contained = tip is not None and ask(root, "merge-base", "--is-ancestor", head, tip) is not None
+    tip = run_or_none(root, "rev-parse", "--verify", "--quiet", ref)
+    contained = tip is not None and run_or_none(root, "merge-base", "--is-ancestor", head, tip) is not None
     parents = [head] if tip is None else [tip] if contained else [tip, head]
     new = commit(root, f"{tag} is champion\n\nVersion {version}.", parents)
     # Fails if another run has moved the branch, so that its commit is not lost.

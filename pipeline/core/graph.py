@@ -61,7 +61,7 @@ def outcome(lines: list[str], stage: str) -> str:
 
 def stale(root: Path = Path(".")) -> dict[str, Any]:
     """Stages and snapshots that `dvc status` reports as changed, with its reasons; empty when all is up to date."""
-    changed: dict[str, Any] = json.loads(ask(root, "status", "--json"))
+    changed: dict[str, Any] = json.loads(run(root, "status", "--json"))
     return changed
 
 
@@ -74,16 +74,16 @@ def pull_data(root: Path = Path(".")) -> bool:
     """
     if not (root / "data.dvc").exists():
         raise GraphError("data.dvc is missing; `git checkout data.dvc` restores it")
-    reasons = json.loads(ask(root, "status", "--json", "data.dvc")).get("data.dvc", [])
+    reasons = json.loads(run(root, "status", "--json", "data.dvc")).get("data.dvc", [])
     if not reasons:
         return False
     if sharing_remote(root) is not None:
-        ask(root, "fetch", "data.dvc")
-    if json.loads(ask(root, "data", "status", "--json", "data")).get("not_in_cache"):
+        run(root, "fetch", "data.dvc")
+    if json.loads(run(root, "data", "status", "--json", "data")).get("not_in_cache"):
         raise SnapshotMissing(missing_snapshot(root))
     try:
         # Without --force DVC overwrites only data that is some snapshot (git changed data.dvc).
-        ask(root, "checkout", "data.dvc")
+        run(root, "checkout", "data.dvc")
     except GraphError:
         raise GraphError(
             "data/ has changes that no snapshot records (edited by hand, or by an interrupted ingest); `dvc checkout "
@@ -112,7 +112,7 @@ def snapshot(root: Path = Path(".")) -> dict[str, Any]:
 
 def team_remote(root: Path = Path(".")) -> str | None:
     """Name of DVC's default remote, where a team shares its data; None if that is the sample's or missing."""
-    default = ask(root, "config", "core.remote").strip()
+    default = run(root, "config", "core.remote").strip()
     return None if default in ("", SAMPLE_REMOTE) else default
 
 
@@ -128,12 +128,14 @@ def restore_base(root: Path = Path(".")) -> str | None:
     """
     if (root / "data" / "base").exists():
         return None
-    for commit in (git.ask(root, "log", "--format=%H", "-n", "20", "--", "data.dvc") or "").split():
-        of_sample = f"  remote: {SAMPLE_REMOTE}" in (git.ask(root, "show", f"{commit}:data.dvc") or "").splitlines()
+    for commit in (git.run_or_none(root, "log", "--format=%H", "-n", "20", "--", "data.dvc") or "").split():
+        of_sample = (
+            f"  remote: {SAMPLE_REMOTE}" in (git.run_or_none(root, "show", f"{commit}:data.dvc") or "").splitlines()
+        )
         url = f"url={(root / SAMPLE_FOLDER).resolve()}"  # DVC cannot resolve the relative path for an older commit
         remote = ["--remote", SAMPLE_REMOTE, "--remote-config", url] if of_sample else []
         try:
-            ask(root, "get", ".", "data/base", "--rev", commit, "-o", "data/base", *remote)
+            run(root, "get", ".", "data/base", "--rev", commit, "-o", "data/base", *remote)
             return commit
         except GraphError:
             shutil.rmtree(root / "data" / "base", ignore_errors=True)
@@ -144,13 +146,13 @@ def add_data(root: Path = Path(".")) -> None:
     """Record `data/` as the new snapshot of `data.dvc`; only the sample itself stays in the sample's remote."""
     path = root / "data.dvc"
     before = snapshot(root) if path.exists() else {}
-    ask(root, "add", "data")
+    run(root, "add", "data")
     if snapshot(root)["md5"] != before.get("md5") and before.get("remote") == SAMPLE_REMOTE:
         text = path.read_text(encoding="utf-8")
         write_text(path, text.replace(f"  remote: {SAMPLE_REMOTE}\n", ""))
 
 
-def ask(root: Path, *arguments: str, timeout_s: float | None = None) -> str:
+def run(root: Path, *arguments: str, timeout_s: float | None = None) -> str:
     """The output of a DVC command.
 
     Raises:

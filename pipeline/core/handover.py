@@ -14,18 +14,18 @@ from ruamel.yaml import YAML
 from pipeline.core import git, graph
 from pipeline.core.files import WORK_DIR, write_text
 
-ASKED, ANSWERED = "refs/retune/asked", "refs/retune/answered"
-PENDING = WORK_DIR / "asked"  # the commit of an open request; a killed run leaves it behind
+REQUESTS, ANSWERS = "refs/retune/requests", "refs/retune/answers"
+PENDING = WORK_DIR / "request"  # the commit of an open request; a killed run leaves it behind
 
 
 class HandoverError(RuntimeError):
     """Inputs or outputs could not be exchanged, or the answer does not match the request."""
 
 
-def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
+def request(stage: str, remote: str, root: Path = Path(".")) -> str:
     """Push the working tree as a commit, and the stage's inputs; returns the commit for the worker."""
     inputs = [name for name in graph.STAGES[: graph.STAGES.index(stage)] if name in graph.lock(root)["stages"]]
-    graph.ask(root, "push", "data.dvc", *inputs)
+    graph.run(root, "push", "data.dvc", *inputs)
     # Untracked files, new modules included, would not reach the worker.
     deps = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
     unknown = git.run(root, "ls-files", "--others", "--exclude-standard", "--", *deps, "pipeline").splitlines()
@@ -35,11 +35,11 @@ def ask(stage: str, remote: str, root: Path = Path(".")) -> str:
         forget((root / PENDING).read_text(), remote, root)
     commit = git.commit(root, f"Inputs of {stage}", ["HEAD"], tracked=True)
     write_text(root / PENDING, commit)
-    git.run(root, "push", "--quiet", remote, f"{commit}:{ASKED}/{commit}")
+    git.run(root, "push", "--quiet", remote, f"{commit}:{REQUESTS}/{commit}")
     return commit
 
 
-def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], root: Path = Path(".")) -> None:
+def answer(stage: str, commit: str, remote: str, on_line: Callable[[str], None], root: Path = Path(".")) -> None:
     """Check `commit` out in the worker's clone, run the stage, and push its outputs.
 
     Checkpoints and caches of the clone stay, so a stage that a dead worker had begun continues.
@@ -52,19 +52,19 @@ def work(stage: str, commit: str, remote: str, on_line: Callable[[str], None], r
             f"{root.resolve()} is not marked as a worker's clone, and a worker overwrites its working tree; make a "
             "separate clone, run `git config retune.worker true` in it, and set RETUNE_ROOT to its path"
         )
-    git.run(root, "fetch", "--quiet", remote, f"{ASKED}/{commit}")
+    git.run(root, "fetch", "--quiet", remote, f"{REQUESTS}/{commit}")
     git.run(root, "checkout", "--quiet", "--force", "--detach", commit)
     status = graph.repro(stage, on_line, root, pull=True)
     if status != 0:
         raise HandoverError(f"stage {stage} failed on this worker with status {status}; its output is above")
-    graph.ask(root, "push", "--run-cache", stage)
-    answer = git.commit(root, f"{stage} has run", ["HEAD"])
-    git.run(root, "push", "--quiet", "--force", remote, f"{answer}:{ANSWERED}/{commit}")
+    graph.run(root, "push", "--run-cache", stage)
+    commit_with_outputs = git.commit(root, f"{stage} has run", ["HEAD"])
+    git.run(root, "push", "--quiet", "--force", remote, f"{commit_with_outputs}:{ANSWERS}/{commit}")
 
 
-def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
+def accept(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
     """Merge the stage's entry of the answer into this `dvc.lock`, and fetch its outputs."""
-    git.run(root, "fetch", "--quiet", remote, f"{ANSWERED}/{commit}")
+    git.run(root, "fetch", "--quiet", remote, f"{ANSWERS}/{commit}")
     entry = YAML(typ="safe").load(git.run(root, "show", "FETCH_HEAD:dvc.lock"))["stages"].get(stage)
     if entry is None:
         raise HandoverError(f"the worker's dvc.lock has no entry for {stage}")
@@ -75,7 +75,7 @@ def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
     YAML().dump(tree, text)
     write_text(path, text.getvalue())
     try:
-        graph.ask(root, "pull", stage)
+        graph.run(root, "pull", stage)
         wrong = graph.stale(root).get(stage)
         if wrong:
             raise HandoverError(f"the worker ran {stage} on other inputs than this project has: {wrong}")
@@ -86,7 +86,7 @@ def take(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None:
 
 def forget(commit: str, remote: str, root: Path = Path(".")) -> None:
     """Delete the request's and the answer's refs in the remote, which may then drop both commits."""
-    listed = git.run(root, "ls-remote", remote, f"{ASKED}/{commit}", f"{ANSWERED}/{commit}").split("\n")
+    listed = git.run(root, "ls-remote", remote, f"{REQUESTS}/{commit}", f"{ANSWERS}/{commit}").split("\n")
     refs = [line.split("\t")[1] for line in listed if line]
     if refs:
         git.run(root, "push", "--quiet", remote, *(f":{ref}" for ref in refs))

@@ -112,7 +112,7 @@ def merged_items(
     return pq.read_table(scored / "items.parquet")
 
 
-def score_today(model: RegisteredModel, manifest: Manifest, metric: str) -> float:
+def score_on_current_split(model: RegisteredModel, manifest: Manifest, metric: str) -> float:
     """`metric` of the version's merged model on the prepared test split, decoded as when it was published.
 
     Raises what `merged_items` does, and CompareError if no test item counts for the metric.

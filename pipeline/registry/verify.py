@@ -111,9 +111,9 @@ def _check_lineage(manifest: Manifest, files: dict[str, Any]) -> Check:
 
 def _check_commit(manifest: Manifest, root: Path) -> Check:
     commit = manifest["git"]["commit"]
-    if not commit or git.ask(root, "rev-parse", "--git-dir") is None:
+    if not commit or git.run_or_none(root, "rev-parse", "--git-dir") is None:
         return Check("git commit", None, commit[:12] or "the version was published outside a git repository")
-    known = git.ask(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None
+    known = git.run_or_none(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None
     missing = "" if known else " is not in this repository (try `git fetch`)"
     changed = ", with uncommitted changes" if manifest["git"]["dirty"] else ""
     return Check("git commit", known, f"{commit[:12]}{missing}{changed}")

@@ -17,7 +17,7 @@ ETA = re.compile(r"ETA ([\d:]+)")
 
 
 @contextmanager
-def told(trigger: str) -> Iterator[None]:
+def recorded(trigger: str) -> Iterator[None]:
     """Record who started a run, why and when; the record is valid while the run's process lives."""
     begun = {"process": identity(), "trigger": trigger, "by": getpass.getuser(), "since": time.time()}
     write_json(FILE, begun | {"stage": None, "percent": None, "eta": None, "line": ""})
@@ -27,7 +27,7 @@ def told(trigger: str) -> Iterator[None]:
         FILE.unlink(missing_ok=True)
 
 
-def tell(stage: str, line: str = "") -> None:
+def record_stage(stage: str, line: str = "") -> None:
     """Record the run's current stage and last line of progress; does nothing outside of a run."""
     with suppress(OSError, ValueError):
         progress, eta = LINE.match(line), ETA.search(line)
@@ -35,7 +35,7 @@ def tell(stage: str, line: str = "") -> None:
         write_json(FILE, read_json(FILE) | now | {"eta": eta[1] if eta else None})
 
 
-def look(root: Path = Path(".")) -> dict[str, Any] | None:
+def read(root: Path = Path(".")) -> dict[str, Any] | None:
     """The last record, if the run's process still lives."""
     with suppress(OSError, ValueError):
         record: dict[str, Any] = read_json(root / FILE)
