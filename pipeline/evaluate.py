@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from pipeline.chat.responses import Answer, read_answer
 from pipeline.chat.template import load_contract, require_same_contract
 from pipeline.core.files import read_json, sha256_file, whole_directory, write_json
+from pipeline.core.progress import note
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
@@ -59,9 +60,16 @@ def evaluate(
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     use_free_cores()
+    if params.max_new_tokens == "auto":
+        params = params.model_copy(update={"max_new_tokens": answer_limit(contract["max_answer_tokens"])})
     if "labels" in contract:
         return _evaluate_classes(params, dataset, adapter, output, contract)
     return _evaluate_answers(params, dataset, adapter, output, contract, kept)
+
+
+def answer_limit(longest: int) -> int:
+    """Tokens that an answer may have with `max_new_tokens: auto`: a quarter more than `longest`, in steps of 32."""
+    return -(-longest * 5 // 4 // 32) * 32
 
 
 def _evaluate_answers(
@@ -71,7 +79,14 @@ def _evaluate_answers(
     template, test = load_contract(contract), test_items(dataset, params.max_samples)
     quantisation = read_json(adapter / "training.json")["quantisation"]
     prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
-    limits = (params.max_new_tokens, template.stop_ids)
+    limit = int(params.max_new_tokens)  # `evaluate` has resolved `auto`
+    limits = (limit, template.stop_ids)
+    lengths = test.column("answer_tokens").to_pylist()
+    if long := sum(length > limit for length in lengths):
+        note(
+            f"{long:,} of {len(lengths):,} reference answers have more tokens than evaluate.max_new_tokens ({limit}); "
+            f"answers of their length are cut off and count as wrong: set it to auto, or to {max(lengths)} and more"
+        )
     vllm_answers: dict[str, list[Answer]] = {}  # of each system to the test split
     if params.backend == "vllm":  # before another copy of the base is on the GPU
         tokens = vllm_tokens(contract["model"], adapter, prompts, *limits, quantisation["load_in_4bit"])
@@ -93,7 +108,7 @@ def _evaluate_answers(
             if prompts and not answers.get(set_name):
                 file = kept and kept_file(kept, depends_on, prompts, *limits)
                 kept_files.extend([file] if file else [])
-                settings = (params.max_new_tokens, params.batch_size, "evaluate", name + set_name, file)
+                settings = (limit, params.batch_size, "evaluate", name + set_name, file)
                 answers[set_name] = generate(model, template, prompts, *settings, tools if set_name == TEST else None)
         pad, sequences = template.tokenizer.pad_token_id, [row.sequence for row in general]
         general_losses = sequence_losses(model, sequences, pad, "evaluate", name)

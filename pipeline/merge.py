@@ -154,7 +154,7 @@ def _score(
     model: Any, template: ChatTemplate, test: pa.Table, prompts: Any, params: EvaluateParams, stage: str, system: str
 ) -> tuple[list[Answer], pa.Table, dict[str, str]]:
     """A model's answers to the test split, the scored items and each metric's signature."""
-    settings = (params.max_new_tokens, params.batch_size, stage, system)
+    settings = (int(params.max_new_tokens), params.batch_size, stage, system)
     answers = generate(model, template, prompts, *settings, tools=test.column("tools").to_pylist())
     losses = reference_losses(model, template, test, stage, system)
     return answers, *score_items(test, answers, losses)

@@ -185,7 +185,7 @@ class GeneralParams(Section):
 
 class EvaluateParams(Section):
     backend: Literal["auto", "transformers", "vllm"]
-    max_new_tokens: Positive
+    max_new_tokens: Literal["auto"] | Positive
     batch_size: BatchSize
     max_samples: Positive | None
     bootstrap_samples: Annotated[int, Field(ge=100)]

@@ -50,6 +50,7 @@ TEST = pa.schema(
         *((name, pa.string()) for name in (*COMMON, "group", "scoring", "messages", "tools", "prompt")),
         ("input_ids", TOKENS),
         ("reference", pa.string()),
+        ("answer_tokens", pa.int32()),
     ]
 )
 
@@ -74,7 +75,7 @@ def prepare(
 
     Train and validation files have the columns of `TRAIN`; a label of −100 means no loss. The test file has those of
     `TEST`, ordered by id: `messages` is the conversation before the answer (JSON), `prompt` its rendered text,
-    `input_ids` its tokens, and `reference` the expected answer.
+    `input_ids` its tokens, `reference` the expected answer, and `answer_tokens` what the model has to write for it.
     With the `train_task` sequence-classification, no token carries loss: `label` (in test rows, `reference`) is the
     class, and the contract lists the classes of the training rows as `labels`.
     Encoded shards are kept in `cache`, if one is given, and reused if nothing they depend on has changed.
@@ -183,6 +184,7 @@ def _write(
     tests: list[pa.Table] = []
     example: list[tuple[str, bool]] = []
     classes: dict[str, set[str]] = {name: set() for name in SPLITS}
+    longest = 0
     with (
         pq.ParquetWriter(output / "train.parquet", schema) as train,
         pq.ParquetWriter(output / "validation.parquet", schema) as validation,
@@ -200,6 +202,7 @@ def _write(
                     split_rows = _one_row_per_answer(split_rows, stats)
                 _count(stats, name, split_rows)
                 classes[name].update(split_rows["label"].to_pylist())
+                longest = max(longest, pc.max(split_rows["answer_tokens"]).as_py() or 0)
                 if name == "test":
                     tests.append(_with_scoring(split_rows, scoring).select([*TEST.names, "number"]))
                 else:
@@ -213,7 +216,8 @@ def _write(
     report = stats.report(params.max_length, _digest(test), example, outcomes.crowded, scoring)
     write_report(report, output)
     tokens = report["train_tokens"]
-    contract |= {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
+    contract |= {"max_length": params.max_length, "max_answer_tokens": longest}
+    contract["trained_fraction"] = tokens["trained"] / tokens["total"]
     if classifies:
         contract["labels"] = order_classes(classes["train"], classes["validation"] | classes["test"])
     write_json(output / "contract.json", contract)

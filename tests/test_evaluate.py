@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -138,3 +139,18 @@ def test_a_general_set_that_is_not_the_pinned_one_or_does_not_fit_is_refused(
     template = load_contract(read_json(dataset / "contract.json"))
     with pytest.raises(GeneralError, match=expected_text):
         read_general(GeneralParams(path=f"{general[0]}{ending}", sha256=digest or general[1]), template, context)
+
+
+def test_answers_may_be_longer_than_any_of_the_data_by_default_and_references_that_are_cut_off_are_counted(
+    tmp_path: Path, dataset: Path, adapter: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longest = read_json(dataset / "contract.json")["max_answer_tokens"]
+    lengths = pq.read_table(dataset / "test.parquet").column("answer_tokens").to_pylist()
+    assert 1 < max(lengths) <= longest
+    expected = {"auto": [], 2: [f"{sum(length > 2 for length in lengths[:4])} of 4"]}
+    for limit, shown in expected.items():
+        settings = with_(params, evaluate={"max_new_tokens": limit, "max_samples": 4, "bootstrap_samples": 100})
+        evaluate(settings.evaluate, dataset, adapter, tmp_path / "evaluation")
+        resolved = read_json(tmp_path / "evaluation" / "evaluation.json")["params"]["max_new_tokens"]
+        assert resolved == limit or (1.25 * longest <= resolved < 1.25 * longest + 32 and resolved % 32 == 0)
+        assert re.findall(r"(\d of 4) reference answers", capsys.readouterr().err) == shown

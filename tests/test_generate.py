@@ -70,7 +70,7 @@ def test_answers_in_a_rolling_batch_equal_those_to_single_prompts(name: str, mon
     monkeypatch.setattr(rolling, "PREFILL_TOKENS", 80)  # two long prompts
     model, prompts = make(*ROLLING[name]), random_prompts(14)
     assert has_only_kv_cache(model)
-    answers = dict(generate_rolling(model, prompts, 20, STOPPING, 4))
+    answers = dict(generate_rolling(model, prompts, [20] * 14, STOPPING, 4))
     assert len({len(ids) for ids in answers.values()}) > 1  # so rows have left one by one
     assert answers == {i: answer_alone(model, prompt) for i, prompt in enumerate(prompts)}
 
@@ -78,7 +78,7 @@ def test_answers_in_a_rolling_batch_equal_those_to_single_prompts(name: str, mon
 def test_an_ended_row_takes_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, real = [], RollingBatch.step
     monkeypatch.setattr(RollingBatch, "step", lambda self: rows.append(len(self.last)) or real(self))
-    answers = dict(generate_rolling(make(*ROLLING["llama"]), random_prompts(16), 20, STOPPING, 8))
+    answers = dict(generate_rolling(make(*ROLLING["llama"]), random_prompts(16), [20] * 16, STOPPING, 8))
     assert sum(rows) == sum(len(ids) - 1 for ids in answers.values())  # the first token comes with the prompt
 
 
@@ -89,13 +89,15 @@ def test_fixed_batches_give_the_same_answers_and_are_reported(
     template = load_contract(read_json(dataset / "contract.json"))
     model = load_base(identity(base))
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
-    rolling_answers = dict(generate_tokens(model, prompts, 5, template, 4, "--max-new-tokens"))
+    rolling_answers = dict(generate_tokens(model, prompts, [5] * 9, template, 4, "--max-new-tokens"))
     monkeypatch.setattr("pipeline.scoring.generation.has_only_kv_cache", lambda _: False)
-    assert dict(generate_tokens(model, prompts, 5, template, 4, "--max-new-tokens")) == rolling_answers
+    assert dict(generate_tokens(model, prompts, [5] * 9, template, 4, "--max-new-tokens")) == rolling_answers
     assert "fixed batches" in capsys.readouterr().err
 
 
-def test_an_answer_ends_at_its_end_token_or_is_cut_off_and_must_fit_the_context(base: Path, dataset: Path) -> None:
+def test_an_answer_ends_at_its_end_token_or_is_cut_off_at_the_limit_or_the_end_of_the_context(
+    base: Path, dataset: Path
+) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
     prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
     model = load_base(identity(base))
@@ -104,8 +106,10 @@ def test_an_answer_ends_at_its_end_token_or_is_cut_off_and_must_fit_the_context(
     assert (short.cut_off, len(short.ids), complete.cut_off) == (True, 1, False)
     assert 1 < len(complete.ids) < 64
     assert generate(model, template, [], 8, 4, "test", "base") == []
-    with pytest.raises(ModelError, match=r"510 .* 8 .* 512.* --max-new-tokens"):
-        generate(model, template, [[1] * 510], 8, 1, "test", "base", limited_by="--max-new-tokens")
+    long, other = generate(model, template, [[1] * 510, [1]], 8, 2, "test", "base")
+    assert (long.cut_off, len(long.ids), len(other.ids) > 2) == (True, 2, True)
+    with pytest.raises(ModelError, match="prompt 2 has 512 tokens, and the model takes 512"):
+        generate(model, template, [[1], [1] * 512], 8, 1, "test", "base")
 
 
 def test_a_gpu_answers_as_many_prompts_at_once_as_fit_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

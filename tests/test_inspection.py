@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from chats import talk
 from conftest import retune, with_, write_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_classification import make_encoder, with_classification
+from test_template import REWRITES
 
 from pipeline.chat.template import ChatTemplate, load_template
 from pipeline.data.inspection import (
@@ -87,6 +89,18 @@ def test_each_row_of_a_file_is_shown_as_prepared_with_its_verdict(params: Params
     filters = params.prepare.filters.model_dump() | {"min_answer_chars": 10}
     short = inspect_file(with_(params, prepare={"filters": filters}), rows, 0, None, 1)[0]
     assert short.verdict == "dropped" and "min_answer_chars" in short.reasons[0]
+
+
+def test_every_answer_is_shown_as_trained_if_the_template_rewrites_earlier_turns(
+    params: Params, tmp_path: Path
+) -> None:
+    template, path = tmp_path / "rewrites.jinja", tmp_path / "rows.jsonl"
+    template.write_text(REWRITES)
+    path.write_text(json.dumps({"messages": talk("q1", "a1", "q2", "a2")}))
+    shown = inspect_file(with_(params, prepare={"chat_template": str(template)}), path, None, None, 1)
+    trained = ["".join(token.text for token in row.tokens if token.trained) for row in shown]
+    assert trained == ["a1<|im_end|>", "a2<|im_end|>"]
+    assert [row.place for row in shown] == ["record 0, part 1 of 2", "record 0, part 2 of 2"]
 
 
 def test_a_text_and_its_class_are_shown_from_a_file_and_from_the_dataset(params: Params, tmp_path: Path) -> None:

@@ -132,6 +132,10 @@ def test_work_counts_the_weights_that_a_token_passes(params: Params) -> None:
         assert flops_per_token(count(config, train), train, 1, 256) == pytest.approx(
             per_weight * layers + 6 * head, rel=0.05
         )
+    counts, isolated = count(config, train), train_params(params, packing=True, attn_implementation="auto")
+    assert flops_per_token(counts, isolated, 8, 2048) == flops_per_token(counts, isolated, 1, 2048)
+    dense = isolated.model_copy(update={"attn_implementation": "sdpa"})
+    assert flops_per_token(counts, dense, 8, 2048) > 1.5 * flops_per_token(counts, isolated, 8, 2048)
     mixture = MixtralConfig(**SMALL, intermediate_size=256, num_attention_heads=8, num_local_experts=4).to_dict()
     train = train_params(params, lora_target_modules="attention")
     few, all_four = (count(MixtralConfig(**mixture | {"num_experts_per_tok": n}), train) for n in (2, 4))

@@ -156,6 +156,14 @@ def test_a_version_that_forgot_too_much_is_refused(tmp_path: Path, params: Param
     assert promote_version(tmp_path, params).decision == "promoted"
 
 
+def test_a_decision_says_how_many_answers_were_cut_off_if_these_are_many(tmp_path: Path, params: Params) -> None:
+    shown = {}
+    for cut_off in (5, 6):
+        published(tmp_path, params, 0.5 + cut_off / 10, cut_off=cut_off)
+        shown[cut_off] = [note for note in promote_version(tmp_path, params).notes if "cut off" in note]
+    assert (shown[5], [note.split()[0] for note in shown[6]]) == ([], ["6"])
+
+
 def test_a_fresh_clone_promotes_by_published_scores(tmp_path: Path, params: Params, first: str) -> None:
     second, third = published(tmp_path, params, 0.6), published(tmp_path, params, 0.7, test_split="b")
     for folder in ("artifacts", ".retune"):

@@ -18,7 +18,7 @@ from pipeline.params import Params
 from pipeline.registry import manifest as manifests
 from pipeline.registry import signature
 from pipeline.registry.artifact_store import FileStore, StoreError
-from pipeline.registry.compare import score_today
+from pipeline.registry.compare import score_on_current_split
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
 from pipeline.registry.stores import open_store
@@ -238,7 +238,7 @@ def test_nothing_loads_a_version_that_is_not_signed(
     monkeypatch.setattr("subprocess.run", lambda *command, **options: pytest.fail("it was scored"))
     write_json(tmp_path / "artifacts" / "dataset" / "report.json", {"test_sha256": "another split"})
     for load in (
-        lambda: score_today(model, model.manifest(version), "rougeL"),
+        lambda: score_on_current_split(model, model.manifest(version), "rougeL"),
         lambda: find_folder(strict, "champion", "adapter", tmp_path),
         lambda: find_folder(strict, version, "merged", tmp_path),
         lambda: fetch_init(with_(strict, train={"init_adapter": version}), tmp_path),

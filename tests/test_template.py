@@ -195,6 +195,8 @@ def without_end(copy: Path, eos: str | None = None) -> None:
         (None, {"chat_template": "none.jinja"}, "none.jinja"),
         (None, {"chat_template": "llama3"}, r"llama3.*bos_token, .*eot_id"),  # of another family
         (None, {"max_length": 513}, "513.* 512 tokens"),
+        (None, {"chat_template_kwargs": {"mesages": 1}}, "mesages.*messages"),
+        (None, {"chat_template_kwargs": {"enable_thinking": False}}, "enable_thinking"),
         (lambda copy: (copy / "model.safetensors").rename(copy / "pytorch_model.bin"), {}, "safetensors"),
         (lambda copy: (copy / "chat_template.jinja").unlink(), {}, "prepare.chat_template"),
         (lambda copy: (copy / "chat_template.jinja").write_text("{% for m in"), {}, "Jinja"),

@@ -70,16 +70,17 @@ def make_workspace(
     model: Path | None = None,
     commit: bool = False,
     forgets: float | None = None,
+    cut_off: int = 0,
 ) -> None:
     """Write artifacts and dvc.lock to `root`.
 
     `exact`: whether test items count for accuracy; `model`: the merged model's folder; `forgets`: by how many nats per
-    token the loss on a general set rose.
+    token the loss on a general set rose; `cut_off`: how many answers were cut off.
     """
     artifacts = root / "artifacts"
     shutil.rmtree(artifacts, ignore_errors=True)
     test_sha256 = sha256_json(test_split)
-    base, merged = items(0.1, exact, test_split), items(quality, exact, test_split)
+    base, merged = items(0.1, exact, test_split), items(quality, exact, test_split, cut_off)
     digests = {"chat_template_sha256": "c" * 64, "tokenizer_sha256": "d" * 64}
     contract = {"model": {}, "train_on": "all_responses"} | digests
     training = {
@@ -165,7 +166,7 @@ def weights(path: Path, value: float, number: int) -> None:
 COUNTED = ("macro_f1", "bleu", "chrf", "perplexity")  # their items are counts, the others' are scores
 
 
-def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table:
+def items(quality: float, exact: bool = True, test_split: str = "a", cut_off: int = 0) -> pa.Table:
     """Scored answers: each item's difficulty is its own, `quality` moves all of them."""
     draw = random.Random(test_split)
     places = [draw.random() for _ in range(ITEMS)]
@@ -182,7 +183,7 @@ def items(quality: float, exact: bool = True, test_split: str = "a") -> pa.Table
             "messages": [json.dumps([{"role": "user", "content": f"Which colour has box {i}?"}]) for i in ids],
             "prompt": [f"<|user|>Which colour has box {i}?" for i in ids],
             "reference": ["red"] * ITEMS,
-            "status": ["ok"] * ITEMS,
+            "status": ["cut_off"] * cut_off + ["ok"] * (ITEMS - cut_off),
             "scoring": ["exact" if exact else "text"] * ITEMS,
             "answer": [f"red to {score:.2f}" for score in scores],
             "accuracy": pa.array([float(s > 0.5) if exact else None for s in scores], pa.float64()),

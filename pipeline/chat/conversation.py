@@ -59,13 +59,20 @@ class ChatTemplate:
     on_left_out: str = "drop"  # drop | keep a row if the template leaves out a part of it
 
     def served_text(self) -> str:
-        """The template as it ships, with its arguments and date built in, so that every server renders what was
-        trained."""
+        """The template as it ships, so that every server renders what was trained.
+
+        It has its arguments, its date and the prelude of `Renderer` built in.
+        """
         assignments = "".join(f"{{%- set {key} = {value!r} -%}}" for key, value in self.chat_template_kwargs.items())
+        assignments += self._renderer.prelude
         if self.chat_template_date is None:
             return assignments + self.text
         day = datetime.date.fromisoformat(self.chat_template_date)
         return assignments + STRFTIME_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), self.text)
+
+    def variables(self) -> set[str]:
+        """The names that the template reads: messages, tools, named tokens, and its arguments."""
+        return self._renderer.variables()
 
     def render(self, messages: list[Message], tools: str | None = None, add_generation_prompt: bool = False) -> str:
         """The text that the model reads; raises what `encode` raises."""
@@ -122,8 +129,8 @@ class ChatTemplate:
     def contract(self, model: dict[str, Any], golden: Sequence[Conversation] | None = None) -> dict[str, Any]:
         """What later stages must find unchanged; `model` comes from `model_identity`.
 
-        `prepare` adds two facts about the data: `max_length`, and `trained_fraction`, the share of the training
-        split's tokens that are trained.
+        `prepare` adds facts about the data: `max_length`, `max_answer_tokens`, the length of the longest answer, and
+        `trained_fraction`, the share of the training split's tokens that are trained.
         """
         return {
             "model": model,

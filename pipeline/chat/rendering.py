@@ -1,22 +1,25 @@
 """Renders messages with a chat template, in transformers' sandbox.
 
-The template writes tools and tool calls itself if it can; else they become text (see `Renderer.adapt`). A template that
-is not Jinja or does what the sandbox forbids is refused, and so is a conversation that it cannot render.
+A template that cannot write tools or tool calls gets a prelude that makes them text; it ships with the template, so a
+server renders them alike. A template that is not Jinja or does what the sandbox forbids is refused, and so is a
+conversation that it cannot render.
 """
 
 import json
 from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from transformers.utils.chat_template_utils import _compile_jinja_template  # the sandbox of apply_chat_template
 
 from pipeline.chat import Message
 
 Tools = list[dict[str, Any]]
 
-CALL_FORMAT = '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
+FALLBACKS = Path(__file__).parent / "fallbacks"
 _PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "string"}}, "required": ["probe_key"]}
 _PROBE_TOOL = {
     "type": "function",
@@ -40,16 +43,30 @@ class Renderer:
         self._variables = named_tokens | kwargs
         if date is not None:
             self._variables |= {"strftime_now": datetime.fromisoformat(date).strftime}
+        self._text = text
+        self._compile(text)
+        self.prelude = ""
+        if "probe_tool" not in self._try([_PROBE_QUESTION], [_PROBE_TOOL]):
+            takes_system = self._try([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
+            self.prelude += f"{{%- set takes_system = {takes_system} -%}}" + _fallback("tools")
+        forms = [(as_text, empty) for empty in ("", None) for as_text in (False, True)]
+        written = [form for form in forms if self._writes_calls(*form)]
+        self._call_form = (written or forms)[0]
+        self.prelude += "" if written else _fallback("calls")
+        if self.prelude:
+            self._compile(self.prelude + text)
+
+    def variables(self) -> set[str]:
+        """The names that the template reads and a caller can set."""
+        return jinja2.meta.find_undeclared_variables(self._compiled.environment.parse(self._text))
+
+    def _compile(self, text: str) -> None:
         try:
             self._compiled = _compile_jinja_template(text)
-            # Each rendering copies this mapping, and copying a ChainMap is slow.
-            self._compiled.globals = dict(self._compiled.globals)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
-        self._takes_tools = "probe_tool" in self._try([_PROBE_QUESTION], [_PROBE_TOOL])
-        forms = [(as_text, empty) for empty in ("", None) for as_text in (False, True)]
-        self._call_form = next((form for form in forms if self._writes_calls(*form)), None)
-        self._takes_system = self._try([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
+        # Each rendering copies this mapping, and copying a ChainMap is slow.
+        self._compiled.globals = dict(self._compiled.globals)
 
     def render(self, messages: list[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """The text of `messages` and `tools`, which come from `adapt`."""
@@ -73,29 +90,15 @@ class Renderer:
         """Messages and tools in a form that the template can write, without loss.
 
         Reasoning gets every key that templates read, and the arguments of calls become what the template expects: an
-        object, or its JSON text. If the template cannot write tool calls, they follow the convention of Hermes and
-        Qwen: calls as `<tool_call>` JSON in the answer, results as `<tool_response>` in a user turn, and the tools at
-        the end of the system message (or before the first question, if the template refuses system messages).
+        object, or its JSON text.
         """
         if any(len(message) > 2 for message in messages):
             messages = [_as_served(message) for message in messages]
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
-            if self._call_form is None:
-                messages = _calls_as_text(messages)
-            else:
-                messages = [_with_arguments(message, *self._call_form) for message in messages]
+            messages = [_with_arguments(message, *self._call_form) for message in messages]
         if not tools:
             return messages, None
-        if self._takes_tools:
-            return messages, [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-        listed = json.dumps(tools, ensure_ascii=False)
-        offer = f"You can use these tools:\n{listed}\nTo use one, answer with\n{CALL_FORMAT}"
-        first = messages[0]
-        if first["role"] == "system":
-            return [first | {"content": f"{first['content']}\n\n{offer}"}, *messages[1:]], None
-        if self._takes_system or first["role"] != "user":
-            return [{"role": "system", "content": offer}, *messages], None
-        return [first | {"content": f"{offer}\n\n{first['content']}"}, *messages[1:]], None
+        return messages, [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
     def _try(self, messages: list[Message], tools: Tools | None = None) -> str:
         try:
@@ -118,7 +121,7 @@ class Renderer:
             _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, as_text, empty),
             {"role": "tool", "name": "probe_tool", "tool_call_id": "probe0001", "content": "probe_result"},
         ]
-        text = self._try(messages, [_PROBE_TOOL] if self._takes_tools else None)
+        text = self._try(messages, None if self.prelude else [_PROBE_TOOL])
         call_text = text.partition("probe question")[2] or text  # the list of tools may come before the question
         written = all(word in call_text for word in ("probe_tool", "probe_key", "probe_value", "probe_result"))
         return written and "{'probe_key'" not in text and '\\"probe_key' not in text
@@ -160,22 +163,5 @@ def arguments_of(call: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _calls_as_text(messages: list[Message]) -> list[Message]:
-    """Messages with calls and results in the textual form that `Renderer.adapt` describes."""
-    plain: list[Message] = []
-    for message in messages:
-        text = message.get("content") or ""
-        role = message["role"]
-        if message.get("tool_calls"):
-            parts = [text] if text else []
-            for call in message["tool_calls"]:
-                written = {"name": call["function"]["name"], "arguments": arguments_of(call)}
-                parts.append(f"<tool_call>\n{json.dumps(written, ensure_ascii=False)}\n</tool_call>")
-            text = "\n".join(parts)
-        elif role == "tool":
-            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
-        # A result and the question after it become one turn, because many templates want the roles to alternate.
-        if role == "user" and plain and plain[-1]["role"] == "user":
-            text = f"{plain.pop()['content']}\n{text}"
-        plain.append({"role": role, "content": text})
-    return plain
+def _fallback(name: str) -> str:
+    return (FALLBACKS / f"{name}.jinja").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ that tokenizer and base model are unchanged. Both raise `TemplateError`.
 """
 
 import datetime
+import difflib
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -70,10 +71,20 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             )
         text = path.read_text(encoding="utf-8")
     template = _load(identity, text, name, {key: getattr(params, key) for key in SETTINGS})
+    require_read(params.chat_template_kwargs, template)
     config = load_config(identity).get_text_config()
     _require_vocabulary(config, template)
     require_context(params, getattr(config, "max_position_embeddings", None))
     return template, identity
+
+
+def require_read(kwargs: dict[str, Any], template: ChatTemplate) -> None:
+    """Refuse an argument that the chat template does not read, because it would change nothing."""
+    names = template.variables()
+    for name in kwargs.keys() - names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]}?" if near else "remove it"
+        raise TemplateError(f"prepare.chat_template_kwargs has {name}, which the chat template does not read; {hint}")
 
 
 def require_context(params: PrepareParams, limit: int | None) -> None:

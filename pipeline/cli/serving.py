@@ -100,14 +100,13 @@ class Talk:
         """The active model's greedy answer; `on_text` and `on_reasoning` get its text while it is generated."""
         ids = self.template.prompt_ids(messages)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and len(ids) + max_new_tokens > limit:
+        if limit is not None and len(ids) >= limit:
             raise ModelError(
-                f"the conversation has {len(ids)} tokens; with {max_new_tokens} for the answer that exceeds the "
-                f"model's limit of {limit}; /reset the conversation, or use a smaller --max-new-tokens"
+                f"the conversation has {len(ids)} tokens, and the model takes {limit} with the answer; /reset it"
             )
         tokens = torch.tensor([ids], device=input_device(self.model))
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)),
             do_sample=False,
             eos_token_id=sorted(self.template.stop_ids),
             pad_token_id=self.template.tokenizer.pad_token_id,

@@ -21,7 +21,10 @@ HELP = """/adapter NAME   switch to another model: base, workspace, champion, v3
 /reset          forget the conversation
 /quit           end (also Ctrl-D)"""
 MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="Maximum number of tokens per answer; default: evaluate.max_new_tokens.")
+    int | None,
+    typer.Option(
+        min=1, help="Maximum number of tokens per answer; default: evaluate.max_new_tokens (auto: prepare.max_length)."
+    ),
 ]
 
 
@@ -60,7 +63,7 @@ def chat(
         raise CommandError("--json needs --prompt: a conversation is not one object")
     names = list(dict.fromkeys(models or [_name_or_default(None, params, "chat", prompt is not None)]))
     talk = Talk(params, names)
-    limit = max_new_tokens or params.evaluate.max_new_tokens
+    limit = _limit(params, max_new_tokens)
     start = [] if system is None else [{"role": "system", "content": system}]
     if prompt is None:
         _converse(talk, limit, start)
@@ -112,13 +115,19 @@ def predict(
         return
     loaded, template, identity = load_for_batches(params, name)
     prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
-    limit = max_new_tokens or params.evaluate.max_new_tokens
+    limit = _limit(params, max_new_tokens)
     keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
     limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
     settings = (limit, size, "predict", identity["model"], keep, [tools for *_, tools in rows], limited_by)
     results = [_fields(answer) for answer in generate(loaded, template, prompts, *settings)]
     _write_answers(target, rows, results, identity["model"], json_output)
     keep.unlink(missing_ok=True)
+
+
+def _limit(params: Any, option: int | None) -> int:
+    """Tokens that an answer may have."""
+    limit = params.evaluate.max_new_tokens
+    return option or (params.prepare.max_length if limit == "auto" else limit)
 
 
 def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]], model: str, json_output: bool) -> None:

@@ -52,6 +52,7 @@ SCHEMA = pa.schema(
         ("input_ids", TOKENS),  # in the test split, of the prompt only
         ("labels", TOKENS),
         ("label", pa.string()),  # the class of a text; null if answers are trained
+        ("answer_tokens", pa.int32()),  # of the last answer
         ("earlier_ids", pa.list_(TOKENS)),  # for templates that rewrite earlier turns: a row for each earlier answer
         ("earlier_labels", pa.list_(TOKENS)),
         # Only in the test split:
@@ -154,6 +155,7 @@ def _texts(message: Message) -> list[str]:
 def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, template: Encoder) -> dict[str, Any]:
     messages, tools = piece.messages, row.tools
     answer = "\n".join(_texts(messages[-1]))
+    start, end = _last_answer(piece.encoded.labels)
     record = {
         "source": row.source,
         "repairs": [*row.repairs, *piece.encoded.repairs],
@@ -169,6 +171,7 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
         "prompt_keys": [bytes.fromhex(key[:32]) for key in keys],
         "input_ids": piece.encoded.input_ids,
         "labels": piece.encoded.labels,
+        "answer_tokens": end - start,
         "label": messages[-1]["content"] if isinstance(template, classes.TextEncoder) else None,
         "earlier_ids": [earlier.input_ids for earlier in piece.encoded.earlier],
         "earlier_labels": [earlier.labels for earlier in piece.encoded.earlier],
@@ -191,14 +194,20 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
     if not last.get("tool_calls") or not isinstance(template, ChatTemplate):
         return {"reference": str(last["content"])}
     # The template decides how calls are written, so read them from the trained tokens of the last turn.
-    ids, labels = piece.encoded.input_ids, piece.encoded.labels
-    start = end = max((end for end, label in enumerate(labels, start=1) if label >= 0), default=0)
-    while start and labels[start - 1] >= 0:
-        start -= 1
+    ids = piece.encoded.input_ids
+    start, end = _last_answer(piece.encoded.labels)
     answer = read_answer(template, ids[:start], ids[start:end], tools)
     if answer.tool_calls:
         return {"reference": canonical_calls(answer.tool_calls)}
     return {"reference": answer.text, "scoring": "text"}
+
+
+def _last_answer(labels: list[int]) -> tuple[int, int]:
+    """The beginning and the end of the last run of trained tokens."""
+    start = end = max((end for end, label in enumerate(labels, start=1) if label >= 0), default=0)
+    while start and labels[start - 1] >= 0:
+        start -= 1
+    return start, end
 
 
 def _dropped(row: Row, reason: str, cause: str, detail: str | None = None) -> dict[str, Any]:

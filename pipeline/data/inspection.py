@@ -136,17 +136,21 @@ def _as_prepared(template: Encoder, params: PrepareParams, place: str, row: Row 
     records = encode_rows([row], template, params)
     if reason := records[0].get("detail") or records[0].get("reason"):
         return [InspectedRow(place, "dropped", [reason], row.task, [], source=row.source, record=row.messages)]
+    pieces = []  # long rows are split, and a template that rewrites earlier turns needs a row for each answer
+    for record in records:
+        earlier = zip(record["earlier_ids"], record["earlier_labels"], strict=True)
+        pieces += [(record, *row) for row in (*earlier, (record["input_ids"], record["labels"]))]
     return [
         InspectedRow(
-            place=place if len(records) == 1 else f"{place}, part {part} of {len(records)}",
+            place=place if len(pieces) == 1 else f"{place}, part {part} of {len(pieces)}",
             verdict="repaired" if record["repairs"] else "kept",
             reasons=record["repairs"],
             task=row.task,
-            tokens=decode_tokens(template.tokenizer, record["input_ids"], record["labels"]),
+            tokens=decode_tokens(template.tokenizer, ids, labels),
             source=row.source,
             label=record["label"],
         )
-        for part, record in enumerate(records, start=1)
+        for part, (record, ids, labels) in enumerate(pieces, start=1)
     ]
 
 

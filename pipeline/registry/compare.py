@@ -24,6 +24,7 @@ from pipeline.registry.model import RegisteredModel
 from pipeline.scoring.resampling import corpus_score, metric_items
 
 BASE = "the base model"
+MANY_CUT_OFF = 0.05  # of the answers; more are worth a note
 
 
 class UnfairError(CompareError):
@@ -61,6 +62,13 @@ def compare(
         base_items, adapter_items = (pq.read_table(folder / f"general.{name}.parquet") for name in ("base", "adapter"))
         claims += forgetting_claims(base_items, adapter_items, params)
     rows = compare_claims(claims, params.seed)
+    cut_off = sum(state == "cut_off" for state in candidate_items.column("status").to_pylist())
+    if cut_off > MANY_CUT_OFF * len(candidate_items):
+        limit = settings["params"]["max_new_tokens"]
+        notes.append(
+            f"{cut_off:,} of the candidate's {len(candidate_items):,} answers were cut off at {limit} tokens "
+            "(evaluate.max_new_tokens) and count as wrong"
+        )
     for metric, row in rows.items():
         if row["passed"] is None:
             zero = f"both score 0 on all {row['items']:,} test items that count"

@@ -46,25 +46,29 @@ def generate(
         tools: the tools of each prompt, as JSON.
         limited_by: the option that sets `max_new_tokens`, for errors.
 
+    Answers end where the model's context does.
+
     Raises:
-        ModelError: a prompt and its answer do not fit the model's context.
+        ModelError: a prompt fills the model's context.
         OutOfMemory: out of memory even with a single prompt; before that, the batch is halved.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths, default=0)
+    if longest >= context:
+        number = lengths.index(longest) + 1
         raise ModelError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the model's context of {limit}: "
-            f"lower {limited_by}, or shorten the prompts (prepare.max_length)"
+            f"prompt {number} has {longest} tokens, and the model takes {context} with the answer; shorten it"
         )
     model.eval()
     answers = KeptAnswers(keep)
     missing = [i for i in range(len(prompts)) if i not in answers]
     progress = Progress(stage, len(prompts), f"answers of {system}")
     progress.resume_at(len(answers))
-    rows = rows_at_once(model, batch_size, longest + max_new_tokens)
+    rows = rows_at_once(model, batch_size, min(context, longest + max_new_tokens))
     missing_prompts = [prompts[i] for i in missing]
-    for number, ids in generate_tokens(model, missing_prompts, max_new_tokens, template, rows, limited_by):
+    limits = [min(max_new_tokens, context - len(prompt)) for prompt in missing_prompts]
+    for number, ids in generate_tokens(model, missing_prompts, limits, template, rows, limited_by):
         answers[missing[number]] = ids
         progress.update(len(answers))
     tools = tools or [None] * len(prompts)
@@ -89,16 +93,20 @@ def rows_at_once(model: Any, batch_size: BatchSize, tokens: int) -> int:
 
 
 def generate_tokens(
-    model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int, limited_by: str
+    model: Any, prompts: Prompts, limits: Sequence[int], template: ChatTemplate, batch_size: int, limited_by: str
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield each prompt's number and up to `limit` greedy tokens, with the end token, as soon as the answer ends."""
+    """Yield each prompt's number and greedy tokens, with the end token, as soon as the answer ends.
+
+    `limits` has the largest number of tokens for each prompt.
+    """
     done: set[int] = set()
     rolling = has_only_kv_cache(model)
     if prompts and not rolling:
         note("this model answers in fixed batches, each as slow as its longest answer: its rows cannot be exchanged")
     while remaining := [i for i in range(len(prompts)) if i not in done]:
         waiting = [prompts[i] for i in remaining]
-        answers = (generate_rolling if rolling else generate_in_batches)(model, waiting, limit, template, batch_size)
+        write = generate_rolling if rolling else generate_in_batches
+        answers = write(model, waiting, [limits[i] for i in remaining], template, batch_size)
         try:
             for number, ids in answers:
                 done.add(remaining[number])
@@ -123,7 +131,7 @@ def generate_tokens(
 
 @torch.inference_mode()
 def generate_rolling(
-    model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int
+    model: Any, prompts: Prompts, limits: Sequence[int], template: ChatTemplate, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
     """As `generate_tokens`; when a row ends it leaves the batch, and waiting prompts join."""
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: memory fails early
@@ -139,7 +147,7 @@ def generate_rolling(
             batch.step()
         for i, token in zip(rows[first:], batch.last[first:], strict=True):
             new[i].append(token)
-        ended = [row for row, i in enumerate(rows) if new[i][-1] in template.stop_ids or len(new[i]) == limit]
+        ended = [row for row, i in enumerate(rows) if new[i][-1] in template.stop_ids or len(new[i]) == limits[i]]
         if ended:
             yield from ((rows[row], new[rows[row]]) for row in ended)
             running = [row for row in range(len(rows)) if row not in ended]
@@ -149,17 +157,16 @@ def generate_rolling(
 
 @torch.inference_mode()
 def generate_in_batches(
-    model: Any, prompts: Prompts, limit: int, template: ChatTemplate, batch_size: int
+    model: Any, prompts: Prompts, limits: Sequence[int], template: ChatTemplate, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
     """As `generate_tokens`, with transformers' `generate`, for models that cache more than keys and values."""
     pad = template.tokenizer.pad_token_id
-    config = GenerationConfig(
-        max_new_tokens=limit, do_sample=False, eos_token_id=sorted(template.stop_ids), pad_token_id=pad
-    )
+    config = GenerationConfig(do_sample=False, eos_token_id=sorted(template.stop_ids), pad_token_id=pad)
     device = input_device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        config.max_new_tokens = limits[batch[0]]  # of the longest prompt
         width = len(prompts[batch[0]])
         ids = torch.tensor([[*[pad] * (width - len(prompts[i])), *prompts[i]] for i in batch], device=device)  # (B, T)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)

@@ -180,7 +180,8 @@ def _layer_bytes(counts: Counts, params: TrainParams, context: int, on_gpu: bool
 def flops_per_token(counts: Counts, params: TrainParams, rows: int, length: int) -> float:
     """Floating-point operations of forward and backward pass; frozen weights need no gradient."""
     length += params.num_virtual_tokens if params.method == "prompt" else 0
-    context = rows * length if params.packing else length
+    # A dense mask covers all packed sequences of a micro-batch; otherwise tokens of other rows cost nothing.
+    context = rows * length if params.packing and params.attn_implementation in ("sdpa", "eager") else length
     # Per token 2 products of 2 · query_width · context; 2.5 times that in the backward pass, as in FlashAttention.
     attention = 4 * counts.layers * counts.query_width * context
     full = params.method == "full"

@@ -162,7 +162,8 @@ def _later_stages(counts: Counts, params: Params, kind: GpuKind | None) -> tuple
     in_4_bits = full_bytes > available and train.load_in_4bit and bytes_in_4_bits <= available
     base = f"{bytes_in_4_bits / GIB:.2f} GiB in 4 bits, several times as slow" if in_4_bits else full
     # Keys and values of a prompt and its answer, the activations of the widest layer, and the last logits.
-    length = params.prepare.max_length + params.evaluate.max_new_tokens
+    answer = params.evaluate.max_new_tokens
+    length = params.prepare.max_length + (0 if answer == "auto" else answer)  # rows of max_length have their answer
     values_per_token = counts.layers * counts.key_width + counts.feedforward_width
     prompt = length * 2 * width * values_per_token + 4 * counts.head // counts.hidden
     merge = f"{min(SHARD_BYTES, full_bytes) / GIB:.2f} GiB of host memory, shard by shard; the merged model {full}"

@@ -38,7 +38,7 @@ def apply_preset(name: str, path: Path, task: str | None = None) -> dict[str, tu
     """Write the preset's values into `path`; returns the changes: parameter → (old value, new value).
 
     Args:
-        task: adds the preset's rank, alpha and target modules for classification, generation or reasoning.
+        task: adds the preset's values for classification, generation or reasoning, such as rank and target modules.
 
     Raises:
         PresetError: unknown preset or task.
@@ -62,8 +62,8 @@ def preset_values(name: str, task: str | None = None) -> dict[str, dict[str, Any
     if task is not None and task not in tree["for"]:
         raise PresetError(f"{name} has no values for {task}, only for {', '.join(tree['for'])}")
     sections: dict[str, dict[str, Any]] = {key: dict(settings) for key, settings in tree["params"].items()}
-    if task is not None:
-        sections["train"] |= tree["for"][task]
+    for key, value in (tree["for"][task] if task is not None else {}).items():
+        next(settings for settings in sections.values() if key in settings)[key] = value
     return sections
 
 
