@@ -131,7 +131,7 @@ MERGES: list[tuple[str, torch.dtype, PeftConfig, str | None]] = [  # and why PEF
     ("llama", BF16, IA3Config(task_type="CAUSAL_LM"), "IA3"),
     ("gpt2", BF16, LoraConfig(**LORA, bias="all"), "bias"),
     ("llama", BF16, LoraConfig(**LORA | {"target_modules": ["q_proj", "lm_head"]}), "lm_head"),  # the head too
-    ("llama", BF16, LoraConfig(**LORA, use_dora=True), "lora_magnitude_vector"),
+    ("llama", BF16, LoraConfig(**LORA, use_dora=True), "the method is DoRA"),
     ("llama", BF16, AdaLoraConfig(task_type="CAUSAL_LM", total_step=10, target_modules=["q_proj"]), "ADALORA"),
     ("llama", BF16, LoraConfig(**LORA | {"target_modules": ["embed_tokens", "q_proj"]}), "embed_tokens"),
     ("llama-tied", BF16, LoraConfig(**LORA, modules_to_save=["lm_head"]), "lm_head.weight.* tied"),

@@ -47,7 +47,13 @@ def _quiet() -> None:
     for library in ("transformers", "trl", "peft", "torch", "accelerate"):
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=library)
-    warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+    # The second is of every AdaLoRA adapter, whose ranks are loaded all the same.
+    for message in (
+        "The PEFT config's `base_model_name_or_path` was renamed",
+        "The following rank_pattern keys",
+        "Position ids are not supported",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     for library in ("accelerate", "bitsandbytes", "trl", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
 

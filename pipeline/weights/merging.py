@@ -131,6 +131,8 @@ def _require_plain_lora(adapter: Path) -> None:
     settings = PeftConfig.from_pretrained(str(adapter))
     if type(settings) is not LoraConfig:
         raise _NeedsPeft(f"the method is {settings.peft_type.value}")
+    if settings.use_dora:
+        raise _NeedsPeft("the method is DoRA")
     with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
         for key in file.keys():  # noqa: SIM118
             whole = any(f".{module}." in key for module in settings.modules_to_save or ())
