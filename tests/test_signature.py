@@ -18,9 +18,9 @@ from pipeline.params import Params
 from pipeline.registry import manifest as manifests
 from pipeline.registry import signature
 from pipeline.registry.artifact_store import FileStore, StoreError
-from pipeline.registry.compare import score_today
+from pipeline.registry.compare import score_on_current_split
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
+from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError, check_signature
 from pipeline.registry.stores import open_store
 from pipeline.registry.verify import verify
 
@@ -156,8 +156,14 @@ def test_promotion_refuses_an_unsigned_or_altered_version_and_accepts_it_once_si
         with pytest.raises(SignatureError, match="not signed"):
             promote_version(tmp_path, strict, first, force)
     signing = with_(strict, publish={"signing_key": str(keys / "ours.pem")})
-    assert [publish.sign(signing.publish, first, tmp_path) for _ in range(2)] == [True, False]
     model = RegisteredModel(params.publish, tmp_path)
+    check = check_signature(model.store, params.publish, model.manifest(first))
+    assert (check.passed, check.detail) == (None, "not signed")
+    assert [publish.sign(signing.publish, first, tmp_path) for _ in range(2)] == [True, False]
+    check = check_signature(
+        model.store, params.publish, model.manifest(first) | {"created": "2026-01-01T00:00:00+00:00"}
+    )
+    assert "altered" in check.detail  # the signature is of another manifest
     assert model.registry.tags(first)["signed"] == "true"
     assert promote_version(tmp_path, strict, first).decision == "promoted"
     promote_version(tmp_path, strict, published(tmp_path, signing, 0.6))
@@ -238,7 +244,7 @@ def test_nothing_loads_a_version_that_is_not_signed(
     monkeypatch.setattr("subprocess.run", lambda *command, **options: pytest.fail("it was scored"))
     write_json(tmp_path / "artifacts" / "dataset" / "report.json", {"test_sha256": "another split"})
     for load in (
-        lambda: score_today(model, model.manifest(version), "rougeL"),
+        lambda: score_on_current_split(model, model.manifest(version), "rougeL"),
         lambda: find_folder(strict, "champion", "adapter", tmp_path),
         lambda: find_folder(strict, version, "merged", tmp_path),
         lambda: fetch_init(with_(strict, train={"init_adapter": version}), tmp_path),
