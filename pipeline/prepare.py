@@ -182,7 +182,7 @@ def _write(
     stats = DataStats()
     tests: list[pa.Table] = []
     example: list[tuple[str, bool]] = []
-    classes: dict[str, set[str]] = {name: set() for name in SPLITS}
+    classes: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
     with (
         pq.ParquetWriter(output / "train.parquet", schema) as train,
         pq.ParquetWriter(output / "validation.parquet", schema) as validation,
@@ -215,7 +215,7 @@ def _write(
     tokens = report["train_tokens"]
     contract |= {"max_length": params.max_length, "trained_fraction": tokens["trained"] / tokens["total"]}
     if classifies:
-        contract["labels"] = order_classes(classes["train"], classes["validation"] | classes["test"])
+        contract["labels"] = order_classes(classes["train"], classes["validation"] + classes["test"])
     write_json(output / "contract.json", contract)
     return PrepareResult(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,18 @@ def test_classes_that_cannot_be_learned_are_refused(
         prepare_dataset(settings, write_rows(tmp_path / "data", rows), tmp_path)
 
 
-def test_a_class_without_a_training_row_is_refused() -> None:
-    with pytest.raises(ClassError, match="class c "):
-        order_classes({"a", "b"}, {"c"})
-    assert order_classes({"10", "9", "1"}, {"9"}) == ["1", "9", "10"]
+def test_every_class_without_a_training_row_is_named_with_its_rows() -> None:
+    rare = Counter({f"rare{number:02}": 1 for number in range(11)})
+    for other, words in (
+        (Counter(c=2), ["1 class ", " c (2 rows)"]),
+        (Counter(A=1, c=2), ["2 classes ", " A (1 row; ", " from a ", " c (2 rows)"]),
+        (rare, ["11 classes ", "rare09 (1 row)", "1 more"]),
+    ):
+        with pytest.raises(ClassError) as error:
+            order_classes(Counter("ab"), other)
+        assert [word for word in words if word not in str(error.value)] == []
+        assert "rare10" not in str(error.value)
+    assert order_classes(Counter(["10", "9", "1"]), Counter("9")) == ["1", "9", "10"]
 
 
 def test_a_dataset_of_the_other_task_is_refused(tmp_path: Path, params: Params, dataset: Path, base: Path) -> None:
