@@ -64,6 +64,7 @@ def test_columns_and_keys_that_are_not_read_are_reported(
         ({"title": "T", "summary": "S", "url": "https://example.org"}, {"prompt": "title", "response": "summary"}),
         ({"prompt one": "Q", "yes": "A", "n": 3}, {"prompt": "prompt one", "response": "yes"}),
         ({"Label": "good", "Text": "A long text"}, {"prompt": "Text", "response": "Label"}),
+        ({"sentiment_label": "good", "review": "A long text"}, {"prompt": "review", "response": "sentiment_label"}),
     ],
 )
 def test_the_error_about_unknown_columns_suggests_a_mapping_that_works(

@@ -18,9 +18,7 @@ from pipeline.params import ColumnsParams
 MEDIA = frozenset(name + s for name in ("image", "audio", "video") for s in ("", "s"))
 UNPAIRED = frozenset(("label", "kto_tag"))  # TRL and LLaMA-Factory: whether an answer is a good one
 # Common parts of column names, the likeliest first.
-PROMPT_NAMES = (
-    "question", "prompt", "query", "instruction", "request", "user", "human", "input", "title", "source", "text"
-)  # fmt: skip
+PROMPT_NAMES = ("question", "prompt", "query", "instruction", "request", "user", "human", "input", "title", "source")
 CONTEXT_NAMES = ("context", "passage", "document", "paragraph", "background", "evidence", "input")
 ANSWER_NAMES = (
     "answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution", "label"
