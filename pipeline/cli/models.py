@@ -58,7 +58,8 @@ def classify(
     from pipeline.settings import load_params
 
     folder, name = Path(as_typed(model or "")), model
-    if model in (None, *WORDS) or not (folder / "contract.json").is_file():
+    is_name = model in (None, *WORDS) or not (folder / "contract.json").is_file()
+    if is_name and "/" not in (model or ""):
         folder, name = find_classifier(load_params(), model, "classify")
     results = classify_texts(folder, [[{"role": "user", "content": text}] for text in texts])
     labels = read_json(folder / "contract.json")["labels"]
