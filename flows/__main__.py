@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.core.environment import collect_rarely
 from pipeline.core.redaction import redact, redact_process
+from pipeline.core.run_lock import name_holder
 
 
 def main() -> None:
@@ -18,6 +19,7 @@ def main() -> None:
     from flows.retrain import retrain
     from flows.summary import show
 
+    name_holder(int(os.environ["RETUNE_RUN_LOCK"]))
     try:
         state: Any = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
         # A refusal is not an error, although its state is not green.

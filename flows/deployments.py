@@ -25,6 +25,7 @@ from pipeline.core import graph
 from pipeline.core.environment import set_environment
 from pipeline.core.files import write_text
 from pipeline.core.processes import end_with_worker, environment
+from pipeline.core.progress import counted
 from pipeline.core.redaction import redact_process, redacted_errors
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.data.snapshot import recover
@@ -106,7 +107,7 @@ def watch() -> State[Any]:
         return Completed(name="Unchanged", message="the sources hold the same rows as the snapshot")
     emitted = tell_updated(new_rows, params.operations.min_new_rows)
     reaction = "retraining requested" if emitted else f"fewer than {params.operations.min_new_rows}, so no retraining"
-    return Completed(name="Updated", message=f"{new_rows:,} new rows; {reaction}")
+    return Completed(name="Updated", message=f"{counted(new_rows, 'new row')}; {reaction}")
 
 
 @flow(name="promote", flow_run_name="promote-{version}")

@@ -19,6 +19,20 @@ Positive = Annotated[int, Field(ge=1)]
 BatchSize = Positive | Literal["auto"]
 
 
+IN_WORDS: dict[str, str] = {}  # pattern → what errors call a text of it
+
+
+def like(pattern: str, words: str) -> Any:
+    """A field with this pattern; errors say `words` instead of it."""
+    IN_WORDS[pattern] = words
+    return Field(pattern=pattern)
+
+
+NAME = "letters, digits, '.', '_' and '-', and first a letter or digit"
+TRACKING = "sqlite:/// and a file, or an http or https address without a user"
+URL = like(r"^https?://[^@?#]+$", "an http or https address without user, query and fragment")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -75,7 +89,7 @@ class IngestParams(Section):
     format: Format
     columns: ColumnsParams | None
     sources: Annotated[list[SourceParams], Field(min_length=1)] | None
-    s3_endpoint_url: Annotated[str, Field(pattern=r"^https?://[^@?#]+$")] | None
+    s3_endpoint_url: Annotated[str, URL] | None
     max_download_gib: Annotated[float, Field(gt=0)]
     max_rejected_fraction: Fraction
 
@@ -85,7 +99,7 @@ class FilterParams(Section):
     max_answer_chars: Positive | None
     min_chars: Positive | None
     max_chars: Positive | None
-    languages: Annotated[list[Annotated[str, Field(pattern="^[a-z]{2,3}$")]], Field(min_length=1)] | None
+    languages: Annotated[list[Annotated[str, like("^[a-z]{2,3}$", "codes such as en")]], Field(min_length=1)] | None
 
     @model_validator(mode="after")
     def check(self) -> "FilterParams":
@@ -98,7 +112,7 @@ class FilterParams(Section):
 
 class PrepareParams(Section):
     model_name_or_path: str
-    model_revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+    model_revision: Annotated[str, like(r"^[0-9a-f]{40}$", "a commit of 40 hexadecimal digits")] | None
     trust_remote_code: bool
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
@@ -180,7 +194,7 @@ class TrainParams(Section):
 
 class GeneralParams(Section):
     path: Annotated[str, Field(min_length=1)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, like(r"^[0-9a-f]{64}$", "a SHA-256 digest of 64 hexadecimal digits")]
 
 
 class EvaluateParams(Section):
@@ -203,16 +217,16 @@ class MergeParams(Section):
 
 
 class PublishParams(Section):
-    artifact_store: Annotated[str, Field(pattern=r"^(file|s3)://.+")]
-    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^@?#]+$")] | None  # no password in a file
+    artifact_store: Annotated[str, like(r"^(file|s3)://.+", "file:// and a folder, or s3:// and a bucket")]
+    endpoint_url: Annotated[str, URL] | None  # no password in a file
     region_name: str | None
     profile_name: str | None
     addressing_style: Literal["auto", "path", "virtual"]
     server_side_encryption: Literal["AES256", "aws:kms"] | None
     sse_kms_key_id: str | None
     max_concurrency: Annotated[int, Field(ge=1, le=64)]
-    tracking_uri: Annotated[str, Field(pattern=r"^(sqlite:///.+|https?://[^@]+)$")]
-    registered_model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    tracking_uri: Annotated[str, like(r"^(sqlite:///.+|https?://[^@]+)$", TRACKING)]
+    registered_model_name: Annotated[str, like(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", f"up to 64 {NAME}")]
     price_per_hour: Annotated[float, Field(ge=0)] | None
     signing_key: str | None
     verify_key: str | None
@@ -230,7 +244,7 @@ class PromoteParams(Section):
     seed: Annotated[int, Field(ge=0)]
     approval: Literal["auto", "manual"]
     approval_hours: Annotated[float, Field(gt=0)]
-    webhooks: list[Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]]
+    webhooks: list[Annotated[str, like(r"^[A-Z_][A-Z0-9_]*$", "names of environment variables")]]
 
     def gate(self) -> dict[str, Any]:
         """The parameters that affect a decision: the same gate does not decide twice on the same version."""
@@ -243,10 +257,10 @@ class OperationsParams(Section):
     mlflow_port: Annotated[int, Field(ge=1, le=65535)]
     min_new_rows: Positive
     train_pool: Literal["local", "gpu"]
-    git_remote: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    git_remote: Annotated[str, like(r"^[A-Za-z0-9][A-Za-z0-9._-]*$", NAME)]
     train_attempts: Annotated[int, Field(ge=1, le=10)]
     worker_wait_minutes: Annotated[float, Field(gt=0)]
-    git_branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] | None
+    git_branch: Annotated[str, like(r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", f"the name of a branch: {NAME} or /")] | None
 
 
 class Params(Section):

@@ -183,7 +183,7 @@ def _write(
     stats = DataStats()
     tests: list[pa.Table] = []
     example: list[tuple[str, bool]] = []
-    classes: dict[str, set[str]] = {name: set() for name in SPLITS}
+    classes: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
     longest = 0
     with (
         pq.ParquetWriter(output / "train.parquet", schema) as train,
@@ -219,7 +219,7 @@ def _write(
     contract |= {"max_length": params.max_length, "max_answer_tokens": longest}
     contract["trained_fraction"] = tokens["trained"] / tokens["total"]
     if classifies:
-        contract["labels"] = order_classes(classes["train"], classes["validation"] | classes["test"])
+        contract["labels"] = order_classes(classes["train"], classes["validation"] + classes["test"])
     write_json(output / "contract.json", contract)
     return PrepareResult(report["rows"], report["dropped"], tokens["trained"], tokens["total"], scoring)
 

@@ -276,7 +276,8 @@ def _follow_up(model: RegisteredModel, params: PromoteParams, record: Record) ->
     next_step = ""
     if decisive is not None:
         name, candidate = f"v{number}" if number else record.version, model.manifest(record.version)
-        next_step = wording.next_step(decisive.word, name, decisive.comparison, candidate, decisive.previous is None)
+        first, by_person = decisive.previous is None, decisive.proposal is not None
+        next_step = wording.next_step(decisive.word, name, decisive.comparison, candidate, first, by_person)
     serving = model.label(record.champion) if record.champion else None
     return Decision(
         decision=record.decision,

@@ -16,7 +16,7 @@ from ruamel.yaml.tokens import CommentToken
 
 from pipeline.core.files import conflict_line, write_text
 from pipeline.core.redaction import has_credentials, redact
-from pipeline.params import Params
+from pipeline.params import IN_WORDS, Params
 
 
 class ParamsError(ValueError):
@@ -165,7 +165,12 @@ def _sentence(error: Any, tree: Any, path: Path) -> str:
         case "value_error":
             return "\n".join(_with_line(line, tree, path, where) for line in str(error["ctx"]["error"]).split("\n"))
     value = "null" if node is None else repr(node)
-    return f"{key} is {value}; {error['msg'][0].lower()}{error['msg'][1:]}{where}"
+    fault, message = f"{key} is {value}", error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "string_pattern_mismatch":
+        message = f"expected {IN_WORDS.get(error['ctx']['pattern'], message)}"
+    if error["loc"][-1] == "[key]":
+        fault = f"{'.'.join(keys[:-1])} has the key {keys[-1]}"
+    return f"{fault}; {message}{where}"
 
 
 def _with_line(sentence: str, tree: Any, path: Path, where: str) -> str:

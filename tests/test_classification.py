@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from pipeline.chat.rendering import TemplateError
+from pipeline.cli.models import classify as classify_texts
 from pipeline.cli.talk import predict as answer_file
 from pipeline.cli.versions import CommandError
 from pipeline.core.files import read_json
@@ -126,8 +128,9 @@ def prepare_dataset(params: Params, data: Path, folder: Path) -> Path:
     ],
 )
 def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
-    tmp_path: Path, params: Params, texts: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str, rate: float
-) -> None:
+    tmp_path: Path, params: Params, texts: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], family: str, method: str, rate: float,
+) -> None:  # fmt: skip
     # IA3 only scales activations, so it needs a better base and more steps.
     steps, epochs = (400, 12.0) if method == "ia3" else (60, 6.0)
     base = make_base(tmp_path / "base") if family == "llama" else make_encoder(tmp_path / "base", family, steps)
@@ -163,8 +166,18 @@ def test_reviews_are_classified_by_the_merged_model_as_by_the_adapter(
     assert [(row["id"], row["label"], row["confidence"], row["model"]) for row in rows] == [
         (i, classes[i].label, pytest.approx(classes[i].confidence, abs=1e-4), "workspace") for i in (0, 1)
     ]
-    with pytest.raises(CommandError, match="a base model has no classes"):
-        answer_file(Path("reviews.jsonl"), model="base")
+    for command, asked in ((answer_file, Path("reviews.jsonl")), (classify_texts, ["A text."])):
+        with pytest.raises(CommandError, match="a base model has no classes"):
+            command(asked, model="base")  # type: ignore[operator]
+    capsys.readouterr()
+    (tmp_path / "workspace").mkdir()  # a name of a model, whatever folders there are
+    shutil.copy(tmp_path / "merged" / "contract.json", tmp_path / "workspace")
+    for name in ("workspace", str(tmp_path / "merged")):
+        classify_texts([lines[0]["text"]], name, json_output=True)
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["model"], answer["texts"][0]["label"]) == (name, classes[0].label)
+        expected = dict(zip(["neg", "pos"], classes[0].probabilities, strict=True))
+        assert answer["texts"][0]["probabilities"] == pytest.approx(expected, abs=1e-4)
     recorded = read_json(tmp_path / "evaluation" / "evaluation.json")
     score_model(tmp_path / "merged", dataset, recorded, tmp_path / "again")
     assert pq.read_table(tmp_path / "again" / "items.parquet")["predicted"].equals(items["predicted"])
@@ -213,10 +226,18 @@ def test_classes_that_cannot_be_learned_are_refused(
         prepare_dataset(settings, write_rows(tmp_path / "data", rows), tmp_path)
 
 
-def test_a_class_without_a_training_row_is_refused() -> None:
-    with pytest.raises(ClassError, match="class c "):
-        order_classes({"a", "b"}, {"c"})
-    assert order_classes({"10", "9", "1"}, {"9"}) == ["1", "9", "10"]
+def test_every_class_without_a_training_row_is_named_with_its_rows() -> None:
+    rare = Counter({f"rare{number:02}": 1 for number in range(11)})
+    for other, words in (
+        (Counter(c=2), ["1 class ", " c (2 rows)"]),
+        (Counter(A=1, c=2), ["2 classes ", " A (1 row; ", " from a ", " c (2 rows)"]),
+        (rare, ["11 classes ", "rare09 (1 row)", "1 more"]),
+    ):
+        with pytest.raises(ClassError) as error:
+            order_classes(Counter("ab"), other)
+        assert [word for word in words if word not in str(error.value)] == []
+        assert "rare10" not in str(error.value)
+    assert order_classes(Counter(["10", "9", "1"]), Counter("9")) == ["1", "9", "10"]
 
 
 def test_a_dataset_of_the_other_task_is_refused(tmp_path: Path, params: Params, dataset: Path, base: Path) -> None:
@@ -241,13 +262,20 @@ def test_a_classifier_becomes_champion(tmp_path: Path, params: Params) -> None:
     assert metrics["adapter"]["macro_f1"]["score"] > 0.8
     merged = read_json(root / "artifacts" / "parity" / "scores.json")["merged"]
     assert merged["accuracy"] == metrics["adapter"]["accuracy"]
-    answered = retune(root, "classify", "--json", "Film 7 by director 123456: splendid.")
-    [answer] = json.loads(answered.stdout)
-    assert answer["label"] == "pos" and 0.5 < answer["confidence"] <= 1
+    text = "Film 7 by director 123456: splendid."
+    answered = retune(root, "classify", "--json", text)
+    assert answered.returncode == 0 and "workspace" in answered.stderr  # there is no champion yet
+    assert json.loads(answered.stdout)["texts"][0]["label"] == "pos"
     ran = retune(root, "run", "--json")
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
     assert [s["outcome"] for s in result["stages"] if s["stage"] in ("prepare", "train", "merge")] == ["cached"] * 3
     assert result["decision"]["decision"] == "promoted"
+    assert "retune classify" in result["decision"]["next"]
     assert "Promoted" in (root / "artifacts" / "report.html").read_text()
     assert retune(root, "doctor").returncode == 0
+    version = result["version"]["version"]
+    shutil.rmtree(root / "artifacts" / "merged")  # the champion's files come from the store
+    for name in ([], ["--model", "champion"], ["--model", version]):
+        answered = retune(root, "classify", "--json", *name, text)
+        assert json.loads(answered.stdout)["model"] == version, answered.stderr

@@ -63,6 +63,8 @@ def test_columns_and_keys_that_are_not_read_are_reported(
         ({"passage": "P", "query": "Q", "reply": "A"}, {"template": "{query}\n{passage}", "response": "reply"}),
         ({"title": "T", "summary": "S", "url": "https://example.org"}, {"prompt": "title", "response": "summary"}),
         ({"prompt one": "Q", "yes": "A", "n": 3}, {"prompt": "prompt one", "response": "yes"}),
+        ({"Label": "good", "Text": "A long text"}, {"prompt": "Text", "response": "Label"}),
+        ({"sentiment_label": "good", "review": "A long text"}, {"prompt": "review", "response": "sentiment_label"}),
     ],
 )
 def test_the_error_about_unknown_columns_suggests_a_mapping_that_works(
@@ -75,6 +77,32 @@ def test_the_error_about_unknown_columns_suggests_a_mapping_that_works(
     assert guess is not None and guess.model_dump(exclude_none=True) == columns
     assert shlex.quote(format_columns(guess)) in str(error.value)
     assert all(isinstance(row, Row) for row in read_rows(path, "auto", guess))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "record", "corrected"),
+    [
+        ("prompt=text,response=LABEL", {"Text": "Q", "Label": "A"}, "prompt=Text,response=Label"),
+        ("prompt=text,response=lable", {"text": "Q", "label": "A"}, "prompt=text,response=label"),
+        ("template={Ask}? {b},response=a", {"ask": "Q", "b": "B", "a": "A"}, "response=a,template={ask}? {b}"),
+    ],
+)
+def test_a_misspelt_column_of_a_mapping_is_corrected(
+    tmp_path: Path, mapping: str, record: dict[str, Any], corrected: str
+) -> None:
+    path = write(tmp_path, record)
+    with pytest.raises(UnclearFormatError) as error:
+        open_rows(path, columns=parse_columns(mapping))
+    assert error.value.columns == parse_columns(corrected) and f"{shlex.quote(corrected)}?" in str(error.value)
+    assert [type(row) for row in open_rows(path, columns=error.value.columns).rows] == [Row]
+
+
+def test_a_mapping_that_does_not_fit_a_file_of_a_known_format_is_answered_with_the_format(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "Q", "label": "A"})
+    with pytest.raises(UnclearFormatError) as error:
+        open_rows(path, columns=ColumnsParams(prompt="body", response="verdict"))
+    assert (error.value.formats, error.value.columns) == (["classification"], None)
+    assert "classification" in str(error.value) and "--columns" not in str(error.value)
 
 
 NAME = (

@@ -321,7 +321,9 @@ def test_a_kill_during_training_leaves_no_process_and_no_half_adapter(
             if line.startswith("train ") and "steps" in line:
                 break
         started = psutil.Process(child.pid).children(recursive=True)
-        assert json.loads(retune(root, "status", "--json").stdout)["run"]["stage"] == "train"
+        status = json.loads(retune(root, "status", "--json").stdout)["run"]
+        assert status["stage"] == "train"
+        assert f"(process {status['process'].partition(':')[0]})" in retune(root, "run").stderr
         os.kill(victims(child.pid, started)[victim], number)
         child.wait(timeout=60)
         assert child.returncode != 0

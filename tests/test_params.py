@@ -38,7 +38,7 @@ def changed(tmp_path: Path, key: str, new: str) -> tuple[Path, int]:
         ("  learning_rate: .inf", "train.learning_rate is inf; .*finite"),
         ("  optim: sgd", "train.optim is 'sgd'; .*'adamw_torch' or 'paged_adamw_8bit'"),
         ("  lora_dropout: 1.0", "train.lora_dropout is 1.0; .*less than 1"),
-        ("  model_revision: main", "prepare.model_revision is 'main'; .*pattern"),
+        ("  model_revision: main", "prepare.model_revision is 'main'; .*commit"),
         ("  artifact_store: ftp://b", "publish.artifact_store is 'ftp://b'; .*file"),
         ("  server_side_encryption: aws", "publish.server_side_encryption is 'aws'; .*'AES256' or 'aws:kms'"),
         ("    bleu: -1.0", r"promote\.guard_metrics\.bleu is -1.0; .*greater than 0"),
@@ -48,6 +48,24 @@ def test_a_wrong_value_is_named_with_key_file_and_line(tmp_path: Path, new: str,
     path, line = changed(tmp_path, new.strip().split(":")[0], new)
     with pytest.raises(ParamsError, match=rf"^{sentence}.* \({re.escape(str(path))}, line {line}\)$"):
         load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "new", "words"),
+    [
+        ("artifact_store", "  artifact_store: ftp://b", ["artifact_store is 'ftp://b'", "s3://", "file://"]),
+        ("tracking_uri", "  tracking_uri: mlruns", ["tracking_uri is 'mlruns'", "sqlite:///", "https"]),
+        ("registered_model_name", "  registered_model_name: a b", ["registered_model_name is 'a b'", "64 letters"]),
+        ("git_branch", "  git_branch: a b", ["git_branch is 'a b'", "branch"]),
+        ("webhooks", "  webhooks: [https://x]", ["webhooks is ['https://x']", "environment variables"]),
+        ("bleu", "    blue: 5.0", ["guard_metrics has the key blue", "'bleu'"]),
+    ],
+)
+def test_an_error_says_what_is_expected_in_words(tmp_path: Path, key: str, new: str, words: list[str]) -> None:
+    with pytest.raises(ParamsError) as error:
+        load_params(changed(tmp_path, key, new)[0])
+    assert [word for word in [*words, "params.yaml, line "] if word not in str(error.value)] == []
+    assert "^" not in str(error.value) and "is 5.0" not in str(error.value)
 
 
 def test_an_unknown_key_is_named_with_file_and_line(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.params import Params
 from pipeline.training import plan as planning
 from pipeline.training.footprint import GIB, UnplannedError, count, flops_per_token, step_memory
 from pipeline.training.methods import adapter_config
-from pipeline.training.plan import PlanError, describe, plan
+from pipeline.training.plan import PlanError, describe, find_gpu, plan
 
 SMALL: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_key_value_heads": 2, "vocab_size": 4000}
 LLAMA = LlamaConfig(**SMALL, intermediate_size=704, num_attention_heads=8)
@@ -63,11 +63,25 @@ def test_parameters_steps_time_and_cost_are_those_of_the_training(params: Params
     assert "A100-80GB" in describe(planned)
 
 
-@pytest.mark.parametrize(("gpu", "model"), [("Voodoo2", None), (None, "missing")])
-def test_an_unknown_gpu_or_model_is_refused(params: Params, tmp_path: Path, gpu: str | None, model: str | None) -> None:
-    settings = with_(params, prepare={"model_name_or_path": str(tmp_path / model)}) if model else params
-    with pytest.raises(PlanError if gpu else TemplateError, match="A100-80GB" if gpu else str(tmp_path)):
-        plan(settings, gpu=gpu)
+@pytest.mark.parametrize("gpu", ["Voodoo2", "A100", ""])
+def test_a_gpu_that_is_unknown_or_one_of_several_is_refused(params: Params, gpu: str) -> None:
+    with pytest.raises(PlanError, match="L4.*A100-80GB"):
+        plan(params, gpu=gpu)
+
+
+def test_part_of_a_gpus_name_is_enough_if_it_fits_one(params: Params) -> None:
+    texts = ("H100", "4090", "l4", "L40s", "A100-80GB")
+    assert [find_gpu(text)[0] for text in texts] == ["H100-80GB", "RTX-4090", "L4", "L40S", "A100-80GB"]
+    assert plan(params, gpu="h200").gpu == "H200"
+
+
+@pytest.mark.parametrize("model", ["data/missing", "/missing", "owner/name"])
+def test_a_base_model_that_is_not_there_is_refused_without_asking_the_hub(
+    params: Params, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.delattr(planning, "load_config")  # which asks the Hub
+    with pytest.raises(TemplateError, match=f"{model}.*dvc pull"):
+        plan(with_(params, prepare={"model_name_or_path": model}))
 
 
 SAVING = {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}

@@ -34,7 +34,7 @@ from pipeline.params import Params
 from pipeline.settings import change_params, load_params, yaml_text
 from pipeline.training.footprint import GIB, count, step_memory
 from pipeline.training.methods import adapter_config
-from pipeline.training.plan import gpu_kind
+from pipeline.training.plan import find_gpu
 from pipeline.training.presets import PRESETS, PresetError, apply_preset, list_presets, preset_values
 
 PRESET = {preset.name: preset for preset in list_presets()}
@@ -127,7 +127,7 @@ def test_a_preset_fits_its_gpu(name: str, project: Params) -> None:
     length = max(params.prepare.max_length, params.train.packed_length if params.train.packing else 0)
     counts = count(MODELS[name], params.train)
     memory = step_memory(counts, params.train, 1 if size == "auto" else size, length, on_gpu=gpu is not None)
-    assert memory["peak"] < (16 * GIB if gpu is None else gpu_kind(gpu).usable)
+    assert memory["peak"] < (16 * GIB if gpu is None else find_gpu(gpu)[1].usable)
 
 
 def test_a_block_becomes_one_line_when_its_keys_change(tmp_path: Path) -> None:

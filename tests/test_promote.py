@@ -240,7 +240,12 @@ def test_with_manual_approval_a_version_waits_for_a_persons_answer(
     assert serving(tmp_path, manual) == (version if agreed else None)
     log = [(r["decision"], r["proposal"], r["actor"] == "Ada") for r in records(tmp_path)]
     assert log == [("proposed", None, False), (answer.decision, 1, True)]
-    assert promote_version(tmp_path, manual).decision == "unchanged"  # a refused version is not proposed again
+    again = promote_version(tmp_path, manual)
+    assert again.decision == "unchanged"  # a refused version is not proposed again
+    if not agreed:
+        assert answer.next == again.next and "--force" in again.next and "gate" not in again.next
+        forced = promote_version(tmp_path, manual, force="Ada was wrong")
+        assert forced.word == "forced" and "gate" not in forced.title  # the gate had passed
     with pytest.raises(DecisionError, match="no version"):
         promote.approve(manual.publish, manual.promote, root=tmp_path)
 

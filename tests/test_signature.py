@@ -20,7 +20,7 @@ from pipeline.registry import signature
 from pipeline.registry.artifact_store import FileStore, StoreError
 from pipeline.registry.compare import score_on_current_split
 from pipeline.registry.model import RegisteredModel
-from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError
+from pipeline.registry.signature import PASSWORD_VARIABLE, SignatureError, check_signature
 from pipeline.registry.stores import open_store
 from pipeline.registry.verify import verify
 
@@ -156,8 +156,14 @@ def test_promotion_refuses_an_unsigned_or_altered_version_and_accepts_it_once_si
         with pytest.raises(SignatureError, match="not signed"):
             promote_version(tmp_path, strict, first, force)
     signing = with_(strict, publish={"signing_key": str(keys / "ours.pem")})
-    assert [publish.sign(signing.publish, first, tmp_path) for _ in range(2)] == [True, False]
     model = RegisteredModel(params.publish, tmp_path)
+    check = check_signature(model.store, params.publish, model.manifest(first))
+    assert (check.passed, check.detail) == (None, "not signed")
+    assert [publish.sign(signing.publish, first, tmp_path) for _ in range(2)] == [True, False]
+    check = check_signature(
+        model.store, params.publish, model.manifest(first) | {"created": "2026-01-01T00:00:00+00:00"}
+    )
+    assert "altered" in check.detail  # the signature is of another manifest
     assert model.registry.tags(first)["signed"] == "true"
     assert promote_version(tmp_path, strict, first).decision == "promoted"
     promote_version(tmp_path, strict, published(tmp_path, signing, 0.6))

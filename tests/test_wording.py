@@ -9,10 +9,11 @@ from pipeline.registry.wording import TITLES, next_step, title, why
 from pipeline.report.tables import in_short, markdown, score_rows, show_table, verdict_rows
 
 MANIFEST: dict[str, Any] = {
-    "params": {"prepare": {"test_fraction": 0.1}},
+    "params": {"prepare": {"test_fraction": 0.1}, "train": {"task": "causal-lm"}},
     "data": {"rows": {"train": 380, "validation": 52, "test": 48}},
     "evaluation": {"params": {"max_samples": None}},
 }
+CLASSIFIER = MANIFEST | {"params": {"train": {"task": "sequence-classification"}}}
 LIMITED = MANIFEST | {"evaluation": {"params": {"max_samples": 48}}}
 
 
@@ -60,9 +61,14 @@ def test_the_next_step_fits_the_decision() -> None:
         ("undecided", never, MANIFEST, False, "promote.guard_metrics", "Add"),
         ("promoted", {"rougeL": BETTER}, MANIFEST, False, "retune rollback", "force"),
         ("promoted", {"rougeL": BETTER}, MANIFEST, True, "retune chat", "rollback"),  # there is nothing to go back to
+        ("promoted", {"rougeL": BETTER}, CLASSIFIER, False, "retune classify TEXT", "retune chat"),
+        ("forced", {"rougeL": BETTER}, CLASSIFIER, True, "retune classify TEXT", "retune chat"),
+        ("refused", {"rougeL": row("failed", -0.1)}, MANIFEST, False, "overrule the gate", "after all"),
     ):
         text = next_step(word, "v4", comparison, manifest, first)
         assert expected in text and unexpected not in text
+    text = next_step("refused", "v4", {"rougeL": BETTER}, MANIFEST, by_person=True)  # it passed the gate
+    assert 'retune promote v4 --force --reason "…"' in text and "overrule" not in text and "worst" not in text
 
 
 def test_every_decision_has_a_title_and_a_forced_one_is_called_so() -> None:

@@ -13,6 +13,7 @@ import typer
 
 from pipeline.cli.project import as_typed
 from pipeline.cli.versions import CommandError, Json
+from pipeline.core.progress import counted
 from pipeline.core.run_lock import only_run
 
 if TYPE_CHECKING:
@@ -149,15 +150,17 @@ def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
 
 
 def _print_result(result: "IngestResult", sent: bool, remote: str | None) -> None:
-    print(f"ingest: {result.rows:,} rows from {len(result.files)} file{'s' * (len(result.files) != 1)}")
+    print(f"ingest: {counted(result.rows, 'row')} from {counted(len(result.files), 'file')}")
     for file in result.files[:20]:
         rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
         unused = f"; not used: {', '.join(file['not_used'])}" if file["not_used"] else ""
-        print(f"  {file['name']}: {file['format']}, {file['container']}, {file['rows']:,} rows{rejected}{unused}")
+        print(
+            f"  {file['name']}: {file['format']}, {file['container']}, {counted(file['rows'], 'row')}{rejected}{unused}"
+        )
     if len(result.files) > 20:
         print(f"  and {len(result.files) - 20} more, in data/instructions/snapshot.json")
     if result.left_out:
-        print(f"  {result.left_out:,} rows left out by weight and cap")
+        print(f"  {counted(result.left_out, 'row')} left out by weight and cap")
     for reason, count in result.rejected.items():
         print(f"  {count:,} cannot be used: {reason}")
     for repair, count in result.repaired.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.core import git, graph
 from pipeline.core.checks import Check
 from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.progress import counted
 from pipeline.core.redaction import redact
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
@@ -35,7 +36,10 @@ def doctor(root: Path = Path(".")) -> list[Check]:
         "dvc remote": lambda: _remote(root),
         "base model": lambda: _base(params),
         "artifact store": lambda: _store(model),
-        "registry": lambda: (True, f"{params.publish.tracking_uri}, {len(model.registry.numbers())} versions"),
+        "registry": lambda: (
+            True,
+            f"{params.publish.tracking_uri}, {counted(len(model.registry.numbers()), 'version')}",
+        ),
         "servers": lambda: _servers(root),
     }
     checks = [Check("parameters", True, "params.yaml is valid")]
@@ -64,7 +68,7 @@ def _git(root: Path) -> Finding:
         changed = len(git.run(root, "status", "--porcelain").splitlines())
     except git.GitError as error:
         return False, str(error), "`git init`: a version's manifest names the commit that it was made from"
-    return True, f"{changed} uncommitted changes" if changed else "clean"
+    return True, counted(changed, "uncommitted change") if changed else "clean"
 
 
 def _data(root: Path) -> Finding:

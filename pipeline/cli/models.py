@@ -8,7 +8,12 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.project import as_typed
+from pipeline.cli.talk import find_classifier
 from pipeline.cli.versions import Json, answer
+from pipeline.core.progress import counted
+
+WORDS = ("champion", "workspace", "base")  # of --model; a folder with such a name is written ./champion
 
 
 def preset(
@@ -31,25 +36,39 @@ def preset(
     changed = apply_preset(name, Path("params.yaml"), task)
     first = next(preset.first for preset in presets if preset.name == name)
     lines = [f"  {key}: {yaml_text(old)} → {yaml_text(new)}" for key, (old, new) in changed.items()]
-    lines.append(f"preset: {name} is in params.yaml, {len(changed)} values changed; `git diff params.yaml` shows them")
+    lines.append(
+        f"preset: {name} is in params.yaml, {counted(len(changed), 'value')} changed; `git diff params.yaml` shows them"
+    )
     lines += [] if first is None else [f"first: {first}"]
     answer(json_output, {"preset": name, "changed": changed, "first": first}, "\n".join(lines))
 
 
 def classify(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
-    model: Annotated[Path, typer.Option(help="The merged model's folder.")] = Path("artifacts/merged"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="As for predict, or a merged model's folder; default: the champion.", show_default=False),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Print the class and confidence of each TEXT, from a model of train.task sequence-classification."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a merged model is whole
+    from pipeline.core.files import read_json
     from pipeline.scoring.classification import classify as classify_texts
+    from pipeline.settings import load_params
 
-    if not (model / "contract.json").is_file():
-        raise typer.BadParameter(f"{model} has no merged model; `dvc repro` makes artifacts/merged")
-    results = classify_texts(model, [[{"role": "user", "content": text}] for text in texts])
-    lines = [f"{result.label} ({result.confidence:.3f})  {text}" for text, result in zip(texts, results, strict=True)]
-    answer(json_output, [asdict(result) for result in results], "\n".join(lines))
+    folder, name = Path(as_typed(model or "")), model
+    is_name = model in (None, *WORDS) or not (folder / "contract.json").is_file()
+    if is_name and "/" not in (model or ""):
+        folder, name = find_classifier(load_params(), model, "classify")
+    results = classify_texts(folder, [[{"role": "user", "content": text}] for text in texts])
+    labels = read_json(folder / "contract.json")["labels"]
+    rows = [
+        {"text": text} | asdict(result) | {"probabilities": dict(zip(labels, result.probabilities, strict=True))}
+        for text, result in zip(texts, results, strict=True)
+    ]
+    lines = [f"{row['label']} ({row['confidence']:.3f})  {row['text']}" for row in rows]
+    answer(json_output, {"model": name, "texts": rows}, "\n".join(lines))
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (preset, classify)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli.versions import CommandError, Json, Version, find
+from pipeline.core.progress import counted
 
 if TYPE_CHECKING:
     from pipeline.chat.responses import Answer
@@ -93,7 +94,7 @@ def predict(
     A model trained with train.task sequence-classification gives each line its label and confidence.
     """
     params = _load_params()
-    from pipeline.cli.serving import BASE, find_folder, load_for_batches, read_prompts
+    from pipeline.cli.serving import load_for_batches, read_prompts
     from pipeline.core.combinations import CLASSIFICATION
     from pipeline.core.files import WORK_DIR
     from pipeline.scoring.classification import classify
@@ -104,16 +105,13 @@ def predict(
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
     rows, size = read_prompts(file), params.evaluate.batch_size
     use_free_cores()
-    name = _name_or_default(model, params, "predict")
     if params.train.task == CLASSIFICATION:
-        if name == BASE:
-            raise CommandError("a base model has no classes; name a version, or workspace")
-        folder, name = find_folder(params, name, "merged")
+        folder, name = find_classifier(params, model, "predict")
         classes = classify(folder, [messages for _, messages, _ in rows], size)
         results = [{"label": result.label, "confidence": result.confidence} for result in classes]
         _write_answers(target, rows, results, name, json_output)
         return
-    loaded, template, identity = load_for_batches(params, name)
+    loaded, template, identity = load_for_batches(params, _name_or_default(model, params, "predict"))
     prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
     limit = _limit(params, max_new_tokens)
     keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
@@ -139,7 +137,10 @@ def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]],
         print(json.dumps({"model": model, "rows": len(lines), "path": str(target)}))
     else:
         cut = sum(line.get("cut_off", False) for line in lines)
-        print(f"predict: {len(lines):,} lines in {target}" + (f", {cut:,} answers cut off" if cut else ""))
+        print(
+            f"predict: {counted(len(lines), 'line')} in {target}"
+            + (f", {counted(cut, 'answer')} cut off" if cut else "")
+        )
 
 
 COMMANDS: list[Callable[..., None]] = [report, chat, predict]
@@ -226,6 +227,16 @@ def _name_or_default(model: str | None, params: Any, command: str, say: bool = T
     if model is None and say and name != "champion":
         print(f"{command}: there is no champion yet; {name} answers", file=sys.stderr)
     return name
+
+
+def find_classifier(params: Any, model: str | None, command: str) -> tuple[Path, str]:
+    """Folder and id of the merged model with this name, else of the default."""
+    from pipeline.cli.serving import BASE, find_folder
+
+    name = _name_or_default(model, params, command)
+    if name == BASE:
+        raise CommandError("a base model has no classes; name a version, or workspace (`retune run` trains one)")
+    return find_folder(params, name, "merged")
 
 
 def _load_params() -> Any:

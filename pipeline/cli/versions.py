@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.core.checks import as_json
+from pipeline.core.progress import counted
 from pipeline.registry.decisions import name_of
 from pipeline.report.tables import WIDTH, in_short, show_table, show_verdict, verdict_lines
 
@@ -221,7 +222,7 @@ def prune(
         "deleted; `retune gc` deletes their files" if yes else "would be deleted; `retune prune --yes` deletes them"
     )
     nothing = "prune: nothing to delete" + "; publish.keep_versions is null" * (keep is None)
-    lines.append(f"prune: {len(versions)} versions {result}" if versions else nothing)
+    lines.append(f"prune: {counted(len(versions), 'version')} {result}" if versions else nothing)
     answer(json_output, {"versions": versions, "deleted": yes}, "\n".join(lines))
 
 

@@ -14,6 +14,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`number` with its noun: 1 row, 2 rows, 3 classes."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending * (number != 1)}"
+
+
 def note(text: str) -> None:
     """Print a line for people, on stderr: stdout may be JSON for a program."""
     print(text, file=sys.stderr, flush=True)

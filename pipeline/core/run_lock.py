@@ -30,10 +30,14 @@ def only_run(root: Path = Path(".")) -> Iterator[int]:
             raise RunUnderWay(
                 f"a run is under way here (process {holder}); `retune status` shows its progress"
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        name_holder(lock.fileno())
         yield lock.fileno()
+
+
+def name_holder(lock: int) -> None:
+    """Write this process's number into the lock file: that of the flow, which inherits the lock from `retune run`."""
+    os.truncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A row is a conversation of one question, the text, and one short answer, its cla
 `text` and `label`.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,12 @@ from pipeline.chat.template import (
     require_same_model,
 )
 from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.progress import counted
 from pipeline.params import PrepareParams
 
 CUT = "end of the text cut to fit prepare.max_length"
 MAX_CLASSES = 1000
+SHOWN = 10  # classes that an error names
 MAX_CLASS_NAME = 200  # characters; a longer one is an answer, not a class
 # Models whose positions start after the padding token's id, so the last ones are never used.
 SHIFTED = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet"}
@@ -108,8 +111,12 @@ def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None)
     return encoder
 
 
-def order_classes(train: set[str], other: set[str]) -> list[str]:
+def order_classes(train: Counter[str], other: Counter[str]) -> list[str]:
     """The classes in the order of their label ids: numbers by value, then names by alphabet.
+
+    Args:
+        train: rows of each class in the training split.
+        other: the same in the other splits.
 
     Raises:
         ClassError: there are fewer than two or too many, or a class has no training row.
@@ -117,10 +124,13 @@ def order_classes(train: set[str], other: set[str]) -> list[str]:
     if not 2 <= len(train) <= MAX_CLASSES:
         names = ", ".join(sorted(train)[:5])
         raise ClassError(f"the training rows have {len(train):,} classes ({names}); expected 2 to {MAX_CLASSES:,}")
-    if other - train:
+    if missing := sorted(other.keys() - train.keys()):
+        hints = {name.casefold(): f"; differs from {name} only in case" for name in train}
+        named = [f"{name} ({counted(other[name], 'row')}{hints.get(name.casefold(), '')})" for name in missing[:SHOWN]]
+        named += [f"{len(missing) - SHOWN} more"] * (len(missing) > SHOWN)
         raise ClassError(
-            f"the class {min(other - train)} is in test or validation rows but in no training row; add or remove rows "
-            "of this class"
+            f"the training rows lack {counted(len(missing), 'class')} of the test and validation rows: "
+            f"{', '.join(named)}; add rows of each, or rename or remove its rows"
         )
     return sorted(train, key=lambda name: (int(name), "") if name.isdecimal() else (1 << 62, name))
 

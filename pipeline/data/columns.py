@@ -3,6 +3,7 @@
 A column that is not read is reported by name; a column that changes what the others mean is refused.
 """
 
+import difflib
 import re
 import string
 from collections import Counter
@@ -19,7 +20,9 @@ UNPAIRED = frozenset(("label", "kto_tag"))  # TRL and LLaMA-Factory: whether an 
 # Common parts of column names, the likeliest first.
 PROMPT_NAMES = ("question", "prompt", "query", "instruction", "request", "user", "human", "input", "title", "source")
 CONTEXT_NAMES = ("context", "passage", "document", "paragraph", "background", "evidence", "input")
-ANSWER_NAMES = ("answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution")
+ANSWER_NAMES = (
+    "answer", "response", "completion", "output", "reply", "assistant", "target", "summary", "solution", "label"
+)  # fmt: skip
 NOT_TEXT = re.compile(r"(^|_)(uu)?(id|date|time|url|lang|language)$", re.IGNORECASE)
 MAPPED = ("columns", "classification")  # formats for which the mapping or the task says which columns count
 
@@ -73,6 +76,21 @@ def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
     if any(brace in prompt + context for brace in "{}"):
         return None
     return ColumnsParams(template=f"{{{prompt}}}\n{{{context}}}", response=response)
+
+
+def correct_columns(columns: ColumnsParams, names: list[str]) -> ColumnsParams | None:
+    """`columns` with the nearest of `names` for each column that is not one of them; None if one has none."""
+    mapping = columns.model_dump(exclude_none=True)
+    for missing in sorted(set(named_columns(columns)).difference(names)):
+        free = {name.casefold(): name for name in names if name not in mapping.values()}
+        near = difflib.get_close_matches(missing.casefold(), [*free], 1)
+        if not near:
+            return None
+        right = free[near[0]]
+        mapping = {role: right if value == missing else value for role, value in mapping.items()}
+        if "template" in mapping:
+            mapping["template"] = mapping["template"].replace(f"{{{missing}}}", f"{{{right}}}")
+    return ColumnsParams(**mapping)
 
 
 def format_columns(columns: ColumnsParams) -> str:

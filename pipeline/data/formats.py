@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.columns import format_columns, guess_columns, named_columns, note_unread
+from pipeline.data.columns import correct_columns, format_columns, guess_columns, named_columns, note_unread
 from pipeline.data.known_formats import FORMATS, KNOWN_FORMATS, SHARD_COLUMNS, Format, Records, configure_format
 from pipeline.data.messages import is_dialogue
 from pipeline.data.readers import KNOWN, FormatError, read_class_names, read_records, split_name
@@ -25,8 +25,17 @@ SAMPLE = 1000  # records at the start of a file that its format is recognised by
 class UnclearFormatError(FormatError):
     """A file fits no format or several: a person must name the format, or map the columns."""
 
-    def __init__(self, fault: str, records: list[Any], formats: Sequence[str] = ()) -> None:
+    def __init__(
+        self, fault: str, records: list[Any], formats: Sequence[str] = (), corrected: ColumnsParams | None = None
+    ) -> None:
         self.formats = formats  # those that fit; empty if none does
+        self.columns = corrected
+        if corrected is not None:
+            super().__init__(f"{fault}; did you mean --columns {shlex.quote(format_columns(corrected))}?")
+            return
+        if len(formats) == 1:
+            super().__init__(f"{fault}; leave the mapping out: the file is of the format {formats[0]}")
+            return
         self.columns = guess_columns(records)
         guess = "template=…,response=…" if self.columns is None else shlex.quote(format_columns(self.columns))
         known = "; ".join(f"{name} ({KNOWN_FORMATS[name]})" for name in FORMATS if str(KNOWN_FORMATS[name]))
@@ -114,7 +123,8 @@ def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParam
     if columns is not None:
         if missing := sorted(set(named_columns(columns)) - set(names)):
             fault = f"{path} has no column {', '.join(missing)}, which the mapping names; it has {', '.join(names)}"
-            raise UnclearFormatError(fault, records)
+            fitting = sorted({name for record in records for name in _formats_of(record)})
+            raise UnclearFormatError(fault, records, fitting, correct_columns(columns, names))
         if format == "auto" and is_complete(columns):
             return "columns"
     if format == "auto":

@@ -44,7 +44,7 @@ class Record:
 
     @property
     def word(self) -> str:
-        """The decision as people see it: `forced` if a person overruled the gate."""
+        """The decision as people see it: `forced` if a person overruled the gate or a rejection."""
         return "forced" if self.decision == "promoted" and self.overruled else self.decision
 
 

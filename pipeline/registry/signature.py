@@ -86,7 +86,10 @@ def check_signature(store: ArtifactStore, params: PublishParams, manifest: Manif
     signature = read_signature(store, manifest)
     if signature is None:
         passed = False if params.require_signature else None
-        return Check("signature", passed, "the version is not signed, or its manifest was altered afterwards")
+        folder = manifest_key(manifest["version"]).removesuffix("manifest.json")
+        of_another = any(key.endswith(".sig") for key in store.list(folder))
+        detail = "not signed, or the manifest was altered after it was signed" if of_another else "not signed"
+        return Check("signature", passed, detail)
     if params.verify_key is None:
         return Check("signature", None, "not checked, because publish.verify_key is null")
     try:

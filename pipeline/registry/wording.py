@@ -6,13 +6,14 @@ A decision is about a version, a verdict about one metric. Both are made in `gat
 import math
 from typing import Any
 
+from pipeline.core.combinations import CLASSIFICATION
 from pipeline.registry.gate import Comparison, decide
 from pipeline.registry.manifest import Manifest
 from pipeline.scoring.resampling import LOWER_IS_BETTER, PERCENT
 
 TITLES = {
     "promoted": "Promoted: {name} is the champion now",
-    "forced": "Forced: {name} is the champion now, against the gate",
+    "forced": "Forced: {name} is the champion now, because a person decided so",
     "refused": "Refused: {name} does not become champion; {stays}",
     "undecided": "Undecided: there are too few test items to tell whether {name} is better; {stays}",
     "proposed": "Proposed: {name} passes the gate and waits for a person; {stays}",
@@ -45,25 +46,32 @@ def why(comparison: Comparison, against: str) -> str:
     )
 
 
-def next_step(word: str, name: str, comparison: Comparison, manifest: Manifest, first: bool = False) -> str:
+def next_step(
+    word: str, name: str, comparison: Comparison, manifest: Manifest, first: bool = False, by_person: bool = False
+) -> str:
     """What a person can do after the decision `word`.
 
     Args:
         name: a name of the version that commands accept: v4, or its id.
         first: there was no champion, so the version was compared with the base model.
+        by_person: a person answered the gate's proposal.
     """
-    overrule = f'or overrule the gate: `retune promote {name} --force --reason "…"`'
+    force = f'`retune promote {name} --force --reason "…"`'
     match word:
         case "promoted" | "forced":
             rollback = "" if first else "; `retune rollback` restores the previous champion"
-            return f"Talk to it with `retune chat`{rollback}"
+            classifies = manifest["params"]["train"]["task"] == CLASSIFICATION
+            use = "Classify texts with `retune classify TEXT`" if classifies else "Talk to it with `retune chat`"
+            return f"{use}{rollback}"
         case "proposed":
             return 'Agree with `retune promote --approve`, or refuse with `retune promote --reject --reason "…"`'
+        case "refused" if by_person:
+            return f"To promote it after all: {force}"
         case "refused":
             improve = "Read its worst answers in artifacts/report.html, change data or parameters and `retune run`"
-            return f"{improve}; {overrule}"
+            return f"{improve}; or overrule the gate: {force}"
         case "undecided":
-            return f"{_more_items(comparison, manifest)}; {overrule}"
+            return f"{_more_items(comparison, manifest)}; or overrule the gate: {force}"
         case "open":
             return f"`retune promote {name}` runs the gate"
     return ""

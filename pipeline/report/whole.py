@@ -93,6 +93,7 @@ def _contents(model: RegisteredModel, manifest: Manifest, record: Record | None)
         "Time and cost": times | facts(manifest, "cost"),
     } | parts["facts"]
     word, comparison = (record.word, record.comparison) if record else ("open", {})
+    first, by_person = not (record and record.previous), record is not None and record.proposal is not None
     return Contents.compare(
         systems,
         old,
@@ -100,7 +101,7 @@ def _contents(model: RegisteredModel, manifest: Manifest, record: Record | None)
         about=about,
         title=title(word, label, model.label(record.champion) if record and record.champion else None),
         verdict=record.reason if record else "",
-        next=next_step(word, label.split(" ")[0], comparison, manifest, not (record and record.previous)),
+        next=next_step(word, label.split(" ")[0], comparison, manifest, first, by_person),
         decision=word,
         changes=gate_changes(comparison),
         notes=notes,

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as checked
 from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
-from pipeline.chat.template import load_config
+from pipeline.chat.template import load_config, model_identity
 from pipeline.core.combinations import VIRTUAL_TOKENS
 from pipeline.core.progress import clock
 from pipeline.params import Params, TrainParams
@@ -82,7 +82,7 @@ class Plan:
 
 
 def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) -> Plan:
-    """Plan a run on the GPU that infra/gpus.yaml calls `gpu`, or on a CPU.
+    """Plan a run on the GPU of infra/gpus.yaml that `gpu` names, or on a CPU.
 
     Args:
         dataset: the prepare stage's output, which gives the number of steps and the longest row. None plans one step
@@ -92,7 +92,10 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
         PlanError: the GPU is unknown, or the training does not fit into its memory.
         TemplateError: the model's configuration cannot be read.
     """
-    kind, train, base = None if gpu is None else gpu_kind(gpu), params.train, params.prepare
+    gpu, kind = (None, None) if gpu is None else find_gpu(gpu)
+    train, base = params.train, params.prepare
+    if not Path(base.model_name_or_path).is_dir():  # of a folder, it would read all weights
+        model_identity(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     source = {"name_or_path": base.model_name_or_path, "revision": base.model_revision}
     config = load_config(source | {"trust_remote_code": base.trust_remote_code})
     lengths = [] if dataset is None else lengths_of(training_sequences(dataset / "train.parquet", train))
@@ -144,11 +147,15 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, f"evaluate     {plan.evaluate}", f"merge        {plan.merge}"])
 
 
-def gpu_kind(name: str) -> GpuKind:
+def find_gpu(text: str) -> tuple[str, GpuKind]:
+    """Name and entry of the GPU called `text`, else of the only one whose name contains it; case does not count."""
     known = TypeAdapter(dict[str, GpuKind]).validate_python(YAML(typ="safe").load(GPUS.read_text(encoding="utf-8")))
-    if name not in known:
-        raise PlanError(f"{name} is not a GPU in infra/gpus.yaml, which has {', '.join(known)}; add yours there")
-    return known[name]
+    matches = [name for name in known if text.casefold() in name.casefold()]
+    names = [name for name in matches if text.casefold() == name.casefold()] or matches
+    if len(names) != 1:
+        problem = f"fits {' and '.join(names)}" if names else "is not a GPU"
+        raise PlanError(f"{text} {problem} in infra/gpus.yaml, which has {', '.join(known)}; name one, or add yours")
+    return names[0], known[names[0]]
 
 
 def _later_stages(counts: Counts, params: Params, kind: GpuKind | None) -> tuple[str, str]:
