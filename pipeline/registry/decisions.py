@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.registry.artifact_store import ArtifactStore
 
 # promoted, refused: by the gate or a person; rollback: by a person; undecided: too few test items to tell; proposed:
-# passed the gate, waits for approval; deleted: `gc` may collect its files.
-DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "deleted")
+# passed the gate, waits for approval; deleted: `gc` may collect its files; canary, canary-ended: only in old logs.
+DECISIONS = ("promoted", "refused", "undecided", "rollback", "proposed", "canary", "canary-ended", "deleted")
 
 
 class DecisionError(RuntimeError):
