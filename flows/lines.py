@@ -24,6 +24,8 @@ DVC_HINTS = (
     "Updating lock file",
     "Data and pipelines are up to date",
     "ERROR: failed to reproduce",  # the run's last line has the reason
+    "ERROR: failed to transfer",
+    "Having any troubles?",
 )
 
 

@@ -162,7 +162,7 @@ def _make_trainer(
         trainer_class = ClassTrainer if params.task == CLASSIFICATION else AdapterTrainer
         trainer: AdapterTrainer = trainer_class(peft_config=adapter, **settings)
         if adapter is not None:
-            require_loadable(trainer.model, contract["model"], contract.get("labels"))
+            require_loadable(trainer.model, contract, Path(trainer.args.output_dir))
     if params.task != CLASSIFICATION:
         trainer.use_fused_head()
     if params.strategy == "fsdp" and not torch.cuda.is_available():

@@ -3,11 +3,13 @@
 import gc
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,16 @@ def environment() -> dict[str, str]:
     """For child processes: this interpreter's programs first, this checkout's code importable from any folder."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+@contextmanager
+def files_up_to(limit: int) -> Iterator[None]:
+    """No file may be larger than `limit` bytes, also in child processes; a full disk only has another error number."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def write_params(root: Path, params: Params) -> None:

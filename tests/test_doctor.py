@@ -41,6 +41,7 @@ def test_a_healthy_project_passes_and_each_fault_of_a_broken_one_is_named(root: 
     assert status == 1
     failed = {name for name, check in results.items() if check["passed"] is False}
     assert failed == {"data", "base model", "artifact store"}
+    assert results["git"]["detail"] == "1 uncommitted change"
     assert "retune ingest" in results["data"]["advice"]
     assert "prepare.chat_template is no" in results["base model"]["detail"]
 

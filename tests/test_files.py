@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from conftest import environment, files_up_to
 
-from pipeline.core.files import whole_directory
+from pipeline.core.files import whole_directory, write_text
 
 WRITER = """
 import sys
@@ -61,6 +61,18 @@ def test_leftovers_of_a_killed_writer_are_removed_and_the_folder_is_unchanged(tm
         raise ValueError("no")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert (target / "old").exists()
+
+
+def test_an_error_names_the_target_not_the_temporary_file_next_to_it(tmp_path: Path) -> None:
+    target = tmp_path / ("x" * 250)  # a temporary name is longer, so that it cannot be created
+    with pytest.raises(OSError, match=f"'{target}'$"):
+        write_text(target, "")
+    with pytest.raises(OSError, match=f"'{target}'$"), whole_directory(target):
+        pass
+    with files_up_to(10**6), pytest.raises(OSError, match=f"'{tmp_path}/full'$"):
+        write_text(tmp_path / "full", "x" * 10**7)
+    with pytest.raises(OSError, match=f"'{tmp_path}/folder/no/file'$"), whole_directory(tmp_path / "folder") as folder:
+        (folder / "no" / "file").touch()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems need two renames")

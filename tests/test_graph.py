@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PYTHON, environment
+from conftest import PYTHON, environment, files_up_to
 
 from pipeline.core import graph
-from pipeline.core.graph import GraphError
+from pipeline.core.graph import GraphError, NotCopied
 
 STAGES = """\
 stages:
@@ -27,6 +27,9 @@ stages:
     cmd: {python} -c "open('two', 'w').write(open('one').read()[::-1]); print('no end of line', end='')"
     deps: [one]
     outs: [two]
+  big:
+    cmd: ulimit -S -f unlimited && mkdir big && head -c 2000000 /dev/urandom > big/file
+    outs: [big]
   long:
     cmd: echo pid $$ && exec {python} -c 'import time; time.sleep(600)'
   killer:
@@ -69,7 +72,7 @@ def test_a_stage_runs_once_without_input_and_its_lines_arrive_in_order(project: 
     assert graph.repro("first", lines.append, project) == 0
     assert lines.index("Running stage 'first':") < lines.index("in: ")
     assert graph.outcome(lines, "first") == "ran"
-    assert set(graph.stale(project)) == {"second", "long", "killer", "leaver"}
+    assert set(graph.stale(project)) == {"second", "big", "long", "killer", "leaver"}
     assert graph.repro("second", lines.append, project) == 0
     assert any(line.startswith("no end of line") for line in lines)
     again: list[str] = []
@@ -85,6 +88,35 @@ def test_the_error_is_dvcs_message(project: Path) -> None:
     (project / ".dvc" / "tmp" / "rwlock").write_text('{"write": {"/so')
     with pytest.raises(GraphError, match=r"remove \.dvc/tmp/rwlock"):
         graph.run(project, "repro", "--single-item", "first")
+
+
+def test_dvcs_advice_to_ask_its_makers_is_no_part_of_the_error(project: Path) -> None:
+    (project / ".dvc" / "tmp").rename(project / "tmp")
+    (project / ".dvc" / "tmp").write_text("")  # an error that DVC does not expect, as a full disk is
+    with pytest.raises(GraphError) as error:
+        graph.stale(project)
+    assert len(str(error.value).splitlines()) == 1 and "https:" not in str(error.value)
+
+
+def test_outputs_that_dvc_cannot_store_fail_the_stage_and_are_stored_later_without_another_run(project: Path) -> None:
+    with files_up_to(10**6), pytest.raises(NotCopied, match=str(project / ".dvc" / "cache")):
+        graph.repro("big", print, project)
+    result = (project / "big" / "file").read_bytes()
+    with files_up_to(10**6), pytest.raises(NotCopied):
+        graph.store_results(project)
+    assert "big" not in graph.store_results(project)
+    lines: list[str] = []
+    assert graph.repro("big", lines.append, project) == 0
+    assert graph.outcome(lines, "big") == "cached" and (project / "big" / "file").read_bytes() == result
+
+
+def test_outputs_that_are_not_those_of_the_record_are_not_stored(project: Path) -> None:
+    graph.repro("big", print, project)
+    lock = (project / "dvc.lock").read_text()
+    shutil.rmtree(project / ".dvc" / "cache")
+    (project / "big" / "file").write_text("edited by hand")
+    assert "big" in graph.store_results(project)
+    assert (project / "dvc.lock").read_text() == lock and not list((project / ".dvc" / "cache").rglob("*"))
 
 
 def test_an_error_in_a_line_ends_the_stage(project: Path) -> None:

@@ -1,17 +1,19 @@
 """An ingest replaces the snapshot completely or not at all, and reports everything it leaves out."""
 
 import json
+import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import change_params, environment, make_project, retune, sample_rows
+from conftest import PYTHON, change_params, environment, files_up_to, make_project, retune, sample_rows
 from typer.testing import CliRunner
 
 from pipeline.cli import datasets, main
 from pipeline.core import graph
 from pipeline.core.files import read_json, sha256_file
-from pipeline.core.graph import GraphError
+from pipeline.core.graph import GraphError, NotCopied
 from pipeline.data import snapshot
 from pipeline.data.formats import find_files, read_rows
 from pipeline.data.readers import FormatError
@@ -119,6 +121,24 @@ def test_the_old_snapshot_is_restored_if_dvc_cannot_record_the_new_one(
     with pytest.raises(GraphError, match="disk full"):
         ingest(AUTO, [str(source(tmp_path / "new", *sample_rows(5)))], project)
     assert state(project) == before
+
+
+def test_rows_that_dvc_cannot_store_leave_the_old_snapshot(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, add_data = state(project), graph.add_data
+
+    def add_to_full_cache(root: Path) -> None:
+        with files_up_to(10**6):
+            add_data(root)
+
+    monkeypatch.setattr(sys, "executable", PYTHON)  # a fork of `preloaded` would not inherit the limit
+    monkeypatch.setattr(graph, "add_data", add_to_full_cache)
+    big = source(tmp_path / "new", *sample_rows(20), {"instruction": "q", "output": secrets.token_hex(2 * 10**6)})
+    with pytest.raises(NotCopied):
+        ingest(AUTO, [str(big)], project)
+    assert state(project) == before
+    assert not graph.stale(project).get("data.dvc")
 
 
 def test_format_and_columns_apply_to_every_source_without_its_own(tmp_path: Path) -> None:

@@ -84,6 +84,19 @@ def test_a_clone_without_the_rows_names_the_snapshot_and_ingests_them_again(proj
     assert git(clone, "status", "--porcelain") == ""
 
 
+def test_data_that_the_cache_lacks_is_stored_unless_it_was_edited(project: Path) -> None:
+    recorded = (project / "data.dvc").read_text()
+    shutil.rmtree(project / ".dvc" / "cache")
+    assert checks(project)["data"].passed is None
+    assert not graph.pull_data(project)
+    assert checks(project)["data"].passed and not graph.stale(project).get("data.dvc")
+    shutil.rmtree(project / ".dvc" / "cache")
+    (project / "data" / "instructions" / "edited").touch()
+    with pytest.raises(SnapshotMissing):
+        graph.pull_data(project)
+    assert (project / "data.dvc").read_text() == recorded
+
+
 def test_a_clone_fetches_own_rows_from_the_teams_remote(project: Path, tmp_path: Path) -> None:
     dvc(project, "remote", "add", "-d", "team", str(tmp_path / "team"))
     assert graph.team_remote(project) == "team"
@@ -99,6 +112,7 @@ def test_a_clone_fetches_own_rows_from_the_teams_remote(project: Path, tmp_path:
 
 def test_the_sample_needs_no_remote_of_ones_own_and_data_changed_by_hand_is_not_run_on(sample: Path) -> None:
     clone = clone_of(sample, "clone")
+    assert {check.passed for check in doctor.doctor(clone) if check.name in ("data", "base model")} == {None}
     assert graph.pull_data(clone)
     assert (clone / "data" / "base" / "config.json").exists()
     changed = clone / "data" / "instructions" / "rows.json"

@@ -3,14 +3,13 @@
 import json
 import os
 import random
-import resource
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import preloaded
 import pytest
-from conftest import publish_params
+from conftest import files_up_to, publish_params
 
 from pipeline.core.files import sha256_file
 from pipeline.params import PublishParams
@@ -218,15 +217,13 @@ def test_a_damaged_object_is_detected_and_replaces_no_file(tmp_path: Path, folde
 
 
 def publish_in_small_files(folder: str, limit: int) -> str:
-    """The error of a publish if no file may be larger than `limit` bytes; a full disk only has another error number."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        publish(FileStore(Path(folder) / "store"), "v1", {"f": Path(folder) / "f"})
-        return ""
-    except StoreError as error:
-        return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    """The error of a publish if no file may be larger than `limit` bytes."""
+    with files_up_to(limit):
+        try:
+            publish(FileStore(Path(folder) / "store"), "v1", {"f": Path(folder) / "f"})
+            return ""
+        except StoreError as error:
+            return str(error)
 
 
 @pytest.mark.parametrize("limit", [0, 199_999])
@@ -236,3 +233,11 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, folder_store
     assert f"written in {folder_store.uri}: File too large" in error
     assert (folder_store.list("versions/"), folder_store.unfinished(float("inf"))) == ([], 0)
     publish(folder_store, "v1", files)
+
+
+def test_a_full_disk_that_is_downloaded_to_is_blamed_itself(tmp_path: Path, store: ArtifactStore) -> None:
+    files = some_files(tmp_path / "in", 2_000_000)
+    manifest, _ = publish(store, "v1", files)
+    with files_up_to(10**6), pytest.raises(StoreError, match=str(tmp_path / "out")) as error:
+        fetch(store, manifest, files, tmp_path / "out")
+    assert store.uri not in str(error.value) and not files_in(tmp_path / "out")

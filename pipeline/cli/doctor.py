@@ -34,7 +34,7 @@ def doctor(root: Path = Path(".")) -> list[Check]:
         "git": lambda: _git(root),
         "data": lambda: _data(root),
         "dvc remote": lambda: _remote(root),
-        "base model": lambda: _base(params),
+        "base model": lambda: _base(params, root, checks),
         "artifact store": lambda: _store(model),
         "registry": lambda: (
             True,
@@ -84,6 +84,8 @@ def _data(root: Path) -> Finding:
         return True, f"data/ is {name}, as in data.dvc"
     arguments = ("data", "status", "--json", "--not-in-remote", "data")
     missing = json.loads(graph.run(root, *arguments, timeout_s=REMOTE_SECONDS))
+    if not missing.get("uncommitted"):
+        return None, f"data/ is {name}, but DVC's cache lacks it; a run stores it"
     if missing.get("not_in_cache"):
         if missing.get("not_in_remote") or graph.sharing_remote(root) is None:
             return False, graph.missing_snapshot(root)
@@ -109,7 +111,11 @@ def _remote(root: Path) -> Finding:
     return not missing, f"{remote} {address}", advice
 
 
-def _base(params: Params) -> Finding:
+def _base(params: Params, root: Path, checks: list[Check]) -> Finding:
+    model = Path(params.prepare.model_name_or_path)
+    data_comes = any(check.name == "data" and check.passed is None for check in checks)
+    if data_comes and model.parts[:1] == ("data",) and not (root / model).exists():
+        return None, f"{model} is part of the data snapshot; a run fetches it"
     from pipeline.chat.template import load_template
     from pipeline.data.classes import load_encoder
 

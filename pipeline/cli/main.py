@@ -16,7 +16,7 @@ from pipeline.cli import datasets, models, operate, talk, versions
 from pipeline.cli.project import ProjectCommand, enter_project
 from pipeline.cli.versions import Json, answer
 from pipeline.core.environment import collect_rarely, set_environment
-from pipeline.core.files import WORK_DIR
+from pipeline.core.files import FULL_DISK, WORK_DIR
 from pipeline.core.processes import end_with_parent, lives, python_ending_with_parent, run_forwarding_sigterm
 from pipeline.core.progress import clock
 from pipeline.core.redaction import redact, redact_process
@@ -50,6 +50,8 @@ def main() -> None:
         if error.strerror is None:
             raise
         where = f": {error.filename}" if error.filename else ""
+        if error.errno in FULL_DISK:
+            where += "; free space (docs/operations.md, The disk is full)"
         if isinstance(error, PermissionError) and WORK_DIR.exists() and not os.access(WORK_DIR, os.W_OK | os.X_OK):
             where += f"; this project belongs to {WORK_DIR.owner()}, make a clone of your own"
         print(redact(f"error: {error.strerror}{where}"), file=sys.stderr)

@@ -16,6 +16,7 @@ from pipeline.core.processes import identity, lives
 
 WORK_DIR = Path(".retune")  # git-ignored: Prefect database, logs, checkpoints, timings; may be deleted between runs
 CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -32,9 +33,10 @@ def whole_directory(target: Path, scratch: Path | None = None) -> Iterator[Path]
         if not lives(left.name.split(".", 2)[2].removesuffix(".partial")):
             shutil.rmtree(left, ignore_errors=True)
     partial = scratch / f".{target.name}.{identity()}.partial"
-    partial.mkdir()
     try:
-        yield partial
+        with _blaming(target, partial):
+            partial.mkdir()
+            yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -65,8 +67,22 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with _blaming(path, partial):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+@contextmanager
+def _blaming(target: Path, partial: Path) -> Iterator[None]:
+    """An error names `target`, not the `partial` that would have replaced it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in FULL_DISK:
+            error.filename = str(target)
+        elif isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(partial), str(target))
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

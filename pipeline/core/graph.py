@@ -1,6 +1,7 @@
 """The stage graph of `dvc.yaml`, queried and run through DVC, so that flow and `dvc repro` see each other's work."""
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -21,6 +22,12 @@ RUN = "RETUNE_RUN"  # in the environment of DVC and its stages: `identity` of th
 SAMPLE_REMOTE = "sample"  # in .dvc/config: a folder of this git repository, for the sample's bytes and no others
 SAMPLE_FOLDER = Path("infra/sample-remote")
 SHIPPED = ("artifacts/adapter", "artifacts/evaluation", "artifacts/merged", "artifacts/parity")
+# DVC's line for a file that it could not copy into its cache or a remote; often its exit status is 0 nevertheless.
+NOT_COPIED = re.compile(
+    r"(?m)^ERROR: failed to transfer '.+' - (?:\[Errno \d+\] )?(?P<why>.*?)(?:: '.*' -> '(?P<target>.*)/files/md5/.*)?$"
+)
+CHATTER = re.compile(r"(?m)^ERROR: (unexpected error - )?(\[Errno \d+\] )?|\s*^Having any troubles\?.*")
+FULL = re.compile("(?i)no space left|is full|quota exceeded")
 PATIENCE = 5.0  # seconds to wait for a path that another DVC has locked; DVC itself waits 3 s for the repository's lock
 
 
@@ -32,13 +39,21 @@ class SnapshotMissing(GraphError):
     """Neither this machine nor the DVC remote has the data snapshot."""
 
 
+class NotCopied(GraphError):
+    """DVC could not copy a file into its cache or a remote, perhaps because the disk is full."""
+
+
 def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pull: bool = False) -> int:
     """Run `stage` alone if its dependencies changed; returns the exit status of `dvc repro`.
 
     Args:
         on_line: called with each line that DVC and the stage print. If it raises (on cancellation), both are ended.
         pull: fetch missing dependencies from the remote.
+
+    Raises:
+        NotCopied: DVC could not store the outputs; `store_results` does it later.
     """
+    not_copied = ""
     with _dvc(root, "repro", "--single-item", *(["--pull"] if pull else []), stage, stderr=subprocess.STDOUT) as dvc:
 
         def end_leftovers() -> None:  # child processes that use memory and would keep the pipe open
@@ -48,8 +63,11 @@ def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pu
         threading.Thread(target=end_leftovers, daemon=True).start()
         assert dvc.stdout is not None
         for line in dvc.stdout:
+            not_copied = not_copied or (line if NOT_COPIED.match(line) else "")
             on_line(line.rstrip("\n"))
-        return dvc.wait()
+        status = dvc.wait()
+    _refuse_not_copied(not_copied, f"`dvc repro {stage}`")
+    return status
 
 
 def outcome(lines: list[str], stage: str) -> str:
@@ -65,17 +83,39 @@ def stale(root: Path = Path(".")) -> dict[str, Any]:
     return changed
 
 
+def store_results(root: Path = Path(".")) -> dict[str, Any]:
+    """Store results and data that are as recorded, but that DVC's full cache had no space for; returns what is `stale`.
+
+    Raises:
+        NotCopied: the cache is still full.
+    """
+    changed = stale(root)
+    for name, reasons in list(changed.items()):
+        if "not in cache" not in str(reasons) or "changed deps" in str(reasons):
+            continue
+        try:
+            run(root, "commit", name)  # without --force DVC refuses if the working tree differs from its record
+            del changed[name]
+        except NotCopied:
+            raise
+        except GraphError:
+            continue
+    return changed
+
+
 def pull_data(root: Path = Path(".")) -> bool:
     """Check out the snapshot of `data.dvc` unless `data/` already has it; returns whether anything changed.
 
+    It calls `store_results` first, so data and results that are only in the working tree are not lost.
+
     Raises:
+        NotCopied: DVC's cache is full.
         SnapshotMissing: neither this machine nor the DVC remote has it.
         GraphError: the remote does not answer, or `data/` has changes that no snapshot records.
     """
     if not (root / "data.dvc").exists():
         raise GraphError("data.dvc is missing; `git checkout data.dvc` restores it")
-    reasons = json.loads(run(root, "status", "--json", "data.dvc")).get("data.dvc", [])
-    if not reasons:
+    if "data.dvc" not in store_results(root):
         return False
     if sharing_remote(root) is not None:
         run(root, "fetch", "data.dvc")
@@ -157,6 +197,7 @@ def run(root: Path, *arguments: str, timeout_s: float | None = None) -> str:
 
     Raises:
         GraphError: the command failed (with DVC's own message) or took longer than `timeout_s`.
+        NotCopied: it did not copy every file.
     """
     _refuse_conflicts(root)
     command, deadline = f"`dvc {' '.join(arguments)}`", time.monotonic() + PATIENCE
@@ -166,12 +207,27 @@ def run(root: Path, *arguments: str, timeout_s: float | None = None) -> str:
                 output, errors = dvc.communicate(timeout=timeout_s)
             except subprocess.TimeoutExpired:
                 raise GraphError(f"{command} did not answer within {timeout_s:g} s") from None
+        _refuse_not_copied(errors, command)
         if dvc.returncode == 0:
             return output
         if "is busy" not in errors or time.monotonic() > deadline:
-            advice = "; if no DVC is running here, remove .dvc/tmp/rwlock" if "RWLock-file" in errors else ""
-            raise GraphError(f"{command} failed: {errors.strip() or output.strip()}{advice}")
+            reason = CHATTER.sub("", errors).strip() or output.strip()
+            raise GraphError(f"{command} failed: {reason}{_advice(errors)}")
         time.sleep(0.2)
+
+
+def _refuse_not_copied(output: str, command: str) -> None:
+    """Raises NotCopied: `output` has DVC's line for a file that it could not copy."""
+    if failed := NOT_COPIED.search(output):
+        target = f" to {failed['target']}" if failed["target"] else ""
+        raise NotCopied(f"{command} could not copy every file{target}: {failed['why']}{_advice(failed['why'])}")
+
+
+def _advice(reason: str) -> str:
+    """What to do about `reason`, if it is known."""
+    if "RWLock-file" in reason:
+        return "; if no DVC is running here, remove .dvc/tmp/rwlock"
+    return "; free space (docs/operations.md, The disk is full), then try again" if FULL.search(reason) else ""
 
 
 def remove_truncated_locks(root: Path) -> None:

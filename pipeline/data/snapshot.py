@@ -35,6 +35,7 @@ def replace_instructions(new: Path, root: Path) -> bool:
         new.rename(target)
         graph.add_data(root)
     except BaseException:
+        (root / "data.dvc").unlink(missing_ok=True)  # it may name rows that DVC could not store; `recover` restores it
         recover(root)
         raise
     changed = _read_data_dvc(root) != before

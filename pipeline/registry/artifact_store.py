@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.core.files import FULL_DISK
+
 OBJECT = re.compile(r"objects/[0-9a-f]{64}")  # a shared bucket may have other files under `objects/`
 Files = Sequence[tuple[str, Path]]  # keys, and the local files to upload or to write
 PARTIAL = ".partial"  # suffix of a file whose write is in progress or was interrupted
@@ -48,7 +50,7 @@ class ArtifactStore(Protocol):
 
     def read(self, key: str) -> bytes | None: ...  # None if the key does not exist
 
-    def download(self, files: Files, progress: Progress) -> None: ...
+    def download(self, files: Files, progress: Progress) -> None: ...  # OSError: a local file cannot be written
 
     def scan(self, prefix: str) -> Sequence[Stored]: ...  # sorted by key
 
@@ -157,6 +159,8 @@ class FileStore(ArtifactStore):
         try:
             yield
         except OSError as error:
+            if done == "read" and error.errno in FULL_DISK:
+                raise  # of the disk that is downloaded to
             raise StoreError(f"{key} cannot be {done} in {self.uri}: {error.strerror or error}") from error
 
 

@@ -5,8 +5,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -92,7 +93,7 @@ def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], 
 
     Raises:
         UnsafeFileError: the manifest names a file that versions do not ship, or a file's content may not be loaded.
-        StoreError: an object is missing or altered, or a link would lead a file out of `folder`.
+        StoreError: an object is missing or altered, a link would lead a file out of `folder`, or it cannot be written.
     """
     check_names(manifest["files"])
     targets = {folder / name.removeprefix(prefix): (name, manifest["files"][name]) for name in names}
@@ -104,10 +105,9 @@ def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], 
         for path, (_, entry) in targets.items()
         if not (path.is_file() and sha256_file(path) == entry["sha256"])
     }
-    folder.mkdir(parents=True, exist_ok=True)
     progress = _meter("fetch", sum(entry["size"] for entry in absent.values()))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary, ThreadPoolExecutor(2) as pool:
-        partial = {path: Path(temporary) / str(number) for number, path in enumerate(absent)}
+    with _writing(folder) as temporary, ThreadPoolExecutor(2) as pool:
+        partial = {path: temporary / str(number) for number, path in enumerate(absent)}
         store.download([(f"objects/{absent[path]['sha256']}", partial[path]) for path in absent], progress)
         for path, digest in zip(absent, pool.map(sha256_file, partial.values()), strict=True):
             if digest != absent[path]["sha256"]:
@@ -121,6 +121,21 @@ def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], 
         except UnsafeFileError:
             path.unlink()
             raise
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder in `folder`.
+
+    Raises:
+        StoreError: a file cannot be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+            yield Path(temporary)
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror}; free space or allow writing there") from error
 
 
 def _meter(stage: str, total: int) -> Callable[[int], None]:

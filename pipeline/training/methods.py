@@ -67,16 +67,18 @@ def require_room_for_virtual_tokens(params: TrainParams, config: Any, max_length
         )
 
 
-def require_loadable(model: Any, identity: dict[str, Any], labels: list[str] | None) -> None:
+def require_loadable(model: Any, contract: dict[str, Any], scratch: Path) -> None:
     """Refuse an adapter on `model` that the later stages could not load, before hours are spent on it.
 
-    PEFT may save names of modules that it does not find again, or settings that `check_adapter` refuses.
+    It is saved in `scratch`. PEFT may save names of modules that it does not find again, or settings that
+    `check_adapter` refuses.
     """
     try:
-        base = empty_model(base_config(identity, labels))
+        base = empty_model(base_config(contract["model"], contract.get("labels")))
     except ModelError:  # it needs its repository's code
         return
-    with TemporaryDirectory(prefix="retune-") as folder:
+    scratch.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=scratch) as folder:
         model.save_pretrained(folder)
         try:
             load_adapter(base, Path(folder), empty=True)
