@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -83,6 +84,8 @@ def test_each_row_of_a_file_is_shown_as_prepared_with_its_verdict(params: Params
     assert (repaired.verdict, repaired.reasons) == ("repaired", ["control tokens in its text escaped"])
     assert (dropped.verdict, dropped.tokens) == ("dropped", [])
     assert "output is empty" in dropped.reasons[0] and "output is empty" in as_text(dropped).plain
+    huge = as_text(replace(dropped, record={"output": "a" * 10_000})).plain
+    assert "(10,014 characters)" in huge and len(huge) < 5_000
     assert overlong.verdict == "dropped" and "more than prepare.max_length (128)" in overlong.reasons[0]
     cut = with_(params, prepare={"on_overlong": "truncate_prompt"})
     assert inspect_file(cut, rows, 3, None, 1)[0].verdict == "repaired"

@@ -25,6 +25,7 @@ from pipeline.data.formats import Ask, find_files, read_rows
 from pipeline.data.records import Rejected, Row
 from pipeline.params import Params, PrepareParams
 
+SHOWN_CHARACTERS = 4096  # of a row that is dropped
 PARTIAL_CHARACTER = "\ufffd"  # what an incomplete character is decoded to
 MAX_CHARACTER_TOKENS = 8  # a character has at most 4 bytes; some tokenizers put a token before it
 # Symbols for control characters, which could change the terminal; line breaks are marked.
@@ -184,7 +185,9 @@ def as_text(row: InspectedRow) -> Text:
     for reason in row.reasons:
         text.append(f"{row.verdict}: {reason}\n")
     if row.record is not None:
-        text.append(json.dumps(row.record, ensure_ascii=False, default=str).translate(VISIBLE) + "\n")
+        record = json.dumps(row.record, ensure_ascii=False, default=str)
+        cut = f"… ({len(record):,} characters)" if len(record) > SHOWN_CHARACTERS else ""
+        text.append(record[:SHOWN_CHARACTERS].translate(VISIBLE) + cut + "\n")
     before = Token("\n", [], False)
     for token in row.tokens:
         if token.trained != before.trained:
