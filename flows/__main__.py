@@ -19,7 +19,8 @@ def main() -> None:
     from flows.retrain import retrain
     from flows.summary import show
 
-    name_holder(int(os.environ["RETUNE_RUN_LOCK"]))
+    if lock := os.environ.get("RETUNE_RUN_LOCK"):
+        name_holder(int(lock))
     try:
         state: Any = retrain(os.environ.get("RETUNE_TRIGGER", "by-hand"), return_state=True)
         # A refusal is not an error, although its state is not green.

@@ -60,8 +60,6 @@ def evaluate(
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
     use_free_cores()
-    if params.max_new_tokens == "auto":
-        params = params.model_copy(update={"max_new_tokens": answer_limit(contract["max_answer_tokens"])})
     if "labels" in contract:
         return _evaluate_classes(params, dataset, adapter, output, contract)
     return _evaluate_answers(params, dataset, adapter, output, contract, kept)
@@ -79,8 +77,10 @@ def _evaluate_answers(
     template, test = load_contract(contract), test_items(dataset, params.max_samples)
     quantisation = read_json(adapter / "training.json")["quantisation"]
     prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
-    limit = int(params.max_new_tokens)  # `evaluate` has resolved `auto`
-    limits = (limit, template.stop_ids)
+    auto = params.max_new_tokens == "auto"
+    if auto:
+        params = params.model_copy(update={"max_new_tokens": answer_limit(contract["max_answer_tokens"])})
+    limit = int(params.max_new_tokens)
     lengths = test.column("answer_tokens").to_pylist()
     if long := sum(length > limit for length in lengths):
         note(
@@ -89,7 +89,9 @@ def _evaluate_answers(
         )
     vllm_answers: dict[str, list[Answer]] = {}  # of each system to the test split
     if params.backend == "vllm":  # before another copy of the base is on the GPU
-        tokens = vllm_tokens(contract["model"], adapter, prompts, *limits, quantisation["load_in_4bit"])
+        tokens = vllm_tokens(
+            contract["model"], adapter, prompts, limit, template.stop_ids, quantisation["load_in_4bit"]
+        )
         for system, ids in tokens.items():
             vllm_answers[system] = [read_answer(template, *row) for row in zip(prompts, ids, tools, strict=True)]
     model = load_tuned(contract["model"], quantisation, adapter)
@@ -100,15 +102,19 @@ def _evaluate_answers(
         GENERAL: [row.prompt for row in general if row.prompt is not None],
         PROMPTS: [template.prompt_ids([{"role": "user", "content": text}]) for text in params.prompts],
     }
+    limits = dict.fromkeys(sets, limit)
+    if auto:  # the other sets have nothing to do with the task's answers
+        longest = max((sum(label >= 0 for label in row.sequence[1]) for row in general if row.prompt), default=0)
+        limits |= {GENERAL: max(limit, answer_limit(longest)), PROMPTS: contract["max_length"]}
     kept_files: list[Path] = []
 
     def ask(model: Any, system: str, depends_on: dict[str, Any]) -> SystemAnswers:
         name, answers = f"the {system}", {TEST: vllm_answers.get(system, [])}
         for set_name, prompts in sets.items():
             if prompts and not answers.get(set_name):
-                file = kept and kept_file(kept, depends_on, prompts, *limits)
+                file = kept and kept_file(kept, depends_on, prompts, limits[set_name], template.stop_ids)
                 kept_files.extend([file] if file else [])
-                settings = (limit, params.batch_size, "evaluate", name + set_name, file)
+                settings = (limits[set_name], params.batch_size, "evaluate", name + set_name, file)
                 answers[set_name] = generate(model, template, prompts, *settings, tools if set_name == TEST else None)
         pad, sequences = template.tokenizer.pad_token_id, [row.sequence for row in general]
         general_losses = sequence_losses(model, sequences, pad, "evaluate", name)

@@ -96,7 +96,7 @@ def with_classification(params: Params, base: Path, method: str = "lora", **trai
         "gradient_accumulation_steps": 1, "tokens_per_step": None, "per_device_train_batch_size": 8,
         "learning_rate": 0.002, "num_train_epochs": 6.0, "warmup_ratio": 0.0,
     }  # fmt: skip
-    few, close = {"bootstrap_samples": 100}, {"min_agreement": 0.9}
+    few, close = {"bootstrap_samples": 100, "max_new_tokens": "auto"}, {"min_agreement": 0.9}
     other = {"prepare": {"model_name_or_path": str(base)}, "promote": {"primary_metric": "accuracy"}}
     return with_(params, train=settings | train, evaluate=few, merge=close, **other)
 

@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.evaluate import evaluate
 from pipeline.params import GeneralParams, Params
 from pipeline.scoring.general import GeneralError, read_general
+from pipeline.scoring.generation import generate
 from pipeline.scoring.items import class_labels, score_items, summarise
 from pipeline.scoring.likelihood import reference_losses
 from pipeline.scoring.resampling import METRICS, PERCENT
@@ -127,6 +129,25 @@ def test_forgetting_is_measured_and_both_systems_answer_the_prompts(
     assert (answers["prompt"], answers["adapter"]["answer"]) == (prompt, "red")
     assert answers["base"] != answers["adapter"]
     assert "prompts" not in read_json(tmp_path / "evaluation" / "evaluation.json")["params"]
+
+
+def test_the_general_set_and_the_prompts_have_room_for_answers_of_their_own(
+    tmp_path: Path, dataset: Path, adapter: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, int] = {}
+
+    def record(*arguments: Any) -> list[Answer]:
+        limits[arguments[6]] = arguments[3]
+        return generate(*arguments)
+
+    monkeypatch.setattr("pipeline.evaluate.generate", record)
+    path = tmp_path / "general.jsonl"
+    path.write_text(json.dumps({"messages": talk("Count", " ".join(map(str, range(60)))), "scoring": "exact"}))
+    general = {"path": str(path), "sha256": sha256_file(path)}
+    settings = {"max_new_tokens": "auto", "max_samples": 2, "prompts": ["Hello"], "general": general}
+    evaluate(with_(params, evaluate=settings).evaluate, dataset, adapter, tmp_path / "evaluation")
+    assert limits["the base"] < 60 * 1.25 <= limits["the base, general"]
+    assert limits["the base, prompts"] == params.prepare.max_length
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,9 @@ def test_fixed_batches_give_the_same_answers_and_are_reported(
     monkeypatch.setattr("pipeline.scoring.generation.has_only_kv_cache", lambda _: False)
     assert dict(generate_tokens(model, prompts, [5] * 9, template, 4, "--max-new-tokens")) == rolling_answers
     assert "fixed batches" in capsys.readouterr().err
+    limits = [2, *[5] * 8]  # the end of the context leaves one prompt fewer tokens
+    answers = dict(generate_tokens(model, prompts, limits, template, 4, "--max-new-tokens"))
+    assert answers == rolling_answers | {0: rolling_answers[0][:2]}
 
 
 def test_an_answer_ends_at_its_end_token_or_is_cut_off_at_the_limit_or_the_end_of_the_context(
@@ -182,10 +185,11 @@ def test_vllm_answers_greedily_with_base_and_adapter_or_is_refused(
     class LLM:
         def __init__(self, **arguments: Any) -> None:
             assert arguments["load_format"] == "safetensors" and not arguments["trust_remote_code"]
-            assert (arguments["max_lora_rank"], arguments["max_model_len"]) == (8, 11)
+            assert (arguments["max_lora_rank"], arguments["max_model_len"]) == (8, 512)
 
         def generate(self, prompts: list[dict[str, list[int]]], sampling: Any, lora_request: Any) -> list[Any]:
-            assert (sampling["temperature"], sampling["max_tokens"], sampling["stop_token_ids"]) == (0.0, 8, [2, 7])
+            assert [row["max_tokens"] for row in sampling] == [8, 2]  # the second ends 2 tokens before the context
+            assert (sampling[0]["temperature"], sampling[0]["stop_token_ids"]) == (0.0, [2, 7])
             last = 5 if lora_request is None else 6
             tokens = [[*prompt["prompt_token_ids"], last] for prompt in prompts]
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))]) for ids in tokens]
@@ -194,5 +198,5 @@ def test_vllm_answers_greedily_with_base_and_adapter_or_is_refused(
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *arguments: arguments))
-    tokens = vllm_tokens(identity(base), adapter, [[1, 2, 3], [4]], 8, frozenset({7, 2}), quantised=False)
-    assert tokens == {"adapter": [[1, 2, 3, 6], [4, 6]], "base": [[1, 2, 3, 5], [4, 5]]}
+    tokens = vllm_tokens(identity(base), adapter, [[1, 2, 3], [4] * 510], 8, frozenset({7, 2}), quantised=False)
+    assert tokens == {"adapter": [[1, 2, 3, 6], [*[4] * 510, 6]], "base": [[1, 2, 3, 5], [*[4] * 510, 5]]}

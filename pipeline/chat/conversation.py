@@ -129,7 +129,7 @@ class ChatTemplate:
     def contract(self, model: dict[str, Any], golden: Sequence[Conversation] | None = None) -> dict[str, Any]:
         """What later stages must find unchanged; `model` comes from `model_identity`.
 
-        `prepare` adds facts about the data: `max_length`, `max_answer_tokens`, the length of the longest answer, and
+        `prepare` adds facts about the data: `max_length`, `max_answer_tokens`, of the longest last answer, and
         `trained_fraction`, the share of the training split's tokens that are trained.
         """
         return {

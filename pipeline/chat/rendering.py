@@ -45,15 +45,16 @@ class Renderer:
             self._variables |= {"strftime_now": datetime.fromisoformat(date).strftime}
         self._text = text
         self._compile(text)
-        self.prelude = ""
-        if "probe_tool" not in self._try([_PROBE_QUESTION], [_PROBE_TOOL]):
+        tools = [_PROBE_TOOL] if "probe_tool" in self._try([_PROBE_QUESTION], [_PROBE_TOOL]) else None
+        forms = [(as_text, empty) for empty in ("", None) for as_text in (False, True)]
+        written = [form for form in forms if self._writes_calls(tools, *form)]
+        self._call_form = (written or forms)[0]
+        self.prelude = "" if written else _fallback("calls")
+        if tools is None:
             takes_system = self._try([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
             self.prelude += f"{{%- set takes_system = {takes_system} -%}}" + _fallback("tools")
-        forms = [(as_text, empty) for empty in ("", None) for as_text in (False, True)]
-        written = [form for form in forms if self._writes_calls(*form)]
-        self._call_form = (written or forms)[0]
-        self.prelude += "" if written else _fallback("calls")
         if self.prelude:
+            self.prelude = _fallback("text") + self.prelude
             self._compile(self.prelude + text)
 
     def variables(self) -> set[str]:
@@ -106,7 +107,7 @@ class Renderer:
         except RowError:
             return ""
 
-    def _writes_calls(self, as_text: bool, empty: str | None) -> bool:
+    def _writes_calls(self, tools: Tools | None, as_text: bool, empty: str | None) -> bool:
         """Whether the template writes a call in this form (see `_with_arguments`) and its result.
 
         Python's repr of an object, or JSON inside JSON, does not count.
@@ -121,7 +122,7 @@ class Renderer:
             _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, as_text, empty),
             {"role": "tool", "name": "probe_tool", "tool_call_id": "probe0001", "content": "probe_result"},
         ]
-        text = self._try(messages, None if self.prelude else [_PROBE_TOOL])
+        text = self._try(messages, tools)
         call_text = text.partition("probe question")[2] or text  # the list of tools may come before the question
         written = all(word in call_text for word in ("probe_tool", "probe_key", "probe_value", "probe_result"))
         return written and "{'probe_key'" not in text and '\\"probe_key' not in text

@@ -59,7 +59,9 @@ def classify(
 
     folder, name = Path(as_typed(model or "")), model
     is_name = model in (None, *WORDS) or not (folder / "contract.json").is_file()
-    if is_name and "/" not in (model or ""):
+    if is_name and "/" in (model or ""):
+        raise typer.BadParameter(f"{model} has no merged model; expected a folder with contract.json")
+    if is_name:
         folder, name = find_classifier(load_params(), model, "classify")
     results = classify_texts(folder, [[{"role": "user", "content": text}] for text in texts])
     labels = read_json(folder / "contract.json")["labels"]

@@ -66,8 +66,8 @@ def compare(
     if cut_off > MANY_CUT_OFF * len(candidate_items):
         limit = settings["params"]["max_new_tokens"]
         notes.append(
-            f"{cut_off:,} of the candidate's {len(candidate_items):,} answers were cut off at {limit} tokens "
-            "(evaluate.max_new_tokens) and count as wrong"
+            f"{cut_off:,} of the candidate's {len(candidate_items):,} answers were cut off (evaluate.max_new_tokens is "
+            f"{limit}) and count as wrong"
         )
     for metric, row in rows.items():
         if row["passed"] is None:

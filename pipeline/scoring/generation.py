@@ -164,9 +164,11 @@ def generate_in_batches(
     config = GenerationConfig(do_sample=False, eos_token_id=sorted(template.stop_ids), pad_token_id=pad)
     device = input_device(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        config.max_new_tokens = limits[batch[0]]  # of the longest prompt
+    while order:
+        # The end of the context leaves long prompts fewer tokens, each length another number.
+        batch = [i for i in order[:batch_size] if limits[i] == limits[order[0]]]
+        order = order[len(batch) :]
+        config.max_new_tokens = limits[batch[0]]
         width = len(prompts[batch[0]])
         ids = torch.tensor([[*[pad] * (width - len(prompts[i])), *prompts[i]] for i in batch], device=device)  # (B, T)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)

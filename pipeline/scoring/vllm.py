@@ -6,6 +6,7 @@ A base that was quantised for training is refused: vLLM would round it different
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat.template import load_config
 from pipeline.core.files import read_json
 from pipeline.core.vetting import check_adapter, check_model
 
@@ -44,6 +45,8 @@ def vllm_tokens(
         ) from None
     check_model(identity["name_or_path"], identity["revision"])
     check_adapter(adapter)
+    context = getattr(load_config(identity).get_text_config(), "max_position_embeddings", None) or 1 << 62
+    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     rank = read_json(adapter / "adapter_config.json")["r"]
     engine = LLM(
         model=identity["name_or_path"],
@@ -54,12 +57,13 @@ def vllm_tokens(
         enable_lora=True,
         max_lora_rank=next(known for known in RANKS if known >= rank),
         enable_prefix_caching=True,
-        max_model_len=max(map(len, prompts)) + max_new_tokens,
+        max_model_len=max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
         seed=0,
     )
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(stop_ids), detokenize=False
-    )
+    sampling = [
+        SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=sorted(stop_ids), detokenize=False)
+        for limit in limits
+    ]
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     requests = {"adapter": LoRARequest("adapter", 1, str(adapter)), "base": None}
     return {

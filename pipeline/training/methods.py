@@ -9,7 +9,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningC
 from transformers import TrainerCallback, TrainerState
 
 from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
-from pipeline.core.vetting import UnsafeModelError
+from pipeline.core.vetting import UnsafeModelError, check_adapter
 from pipeline.params import TrainParams
 from pipeline.training.targets import MethodError, feedforward_modules, target_modules, target_parameters
 from pipeline.weights.architecture import base_config, empty_model
@@ -74,18 +74,21 @@ def require_loadable(model: Any, contract: dict[str, Any], scratch: Path) -> Non
     `check_adapter` refuses.
     """
     try:
-        base = empty_model(base_config(contract["model"], contract.get("labels")))
+        base: Any = empty_model(base_config(contract["model"], contract.get("labels")))
     except ModelError:  # it needs its repository's code
-        return
+        base = None
     scratch.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=scratch) as folder:
         model.save_pretrained(folder)
         try:
-            load_adapter(base, Path(folder), empty=True)
+            check_adapter(Path(folder))
+            if base is not None:
+                load_adapter(base, Path(folder), empty=True)
         except (ModelError, UnsafeModelError) as error:
+            reason = str(error).replace(f"{folder}: ", "").replace(f" in {folder}", "")
             raise MethodError(
-                f"the adapter that this training would save cannot be loaded again: {str(error).partition(': ')[2]}; "
-                "choose other train.lora_target_modules or another train.method"
+                f"the adapter of this training could not be loaded again ({reason}); choose other "
+                "train.lora_target_modules or another train.method"
             ) from None
 
 
