@@ -73,13 +73,13 @@ def require_loadable(model: Any, contract: dict[str, Any], scratch: Path) -> Non
     It is saved in `scratch`. PEFT may save names of modules that it does not find again, or settings that
     `check_adapter` refuses.
     """
-    try:
-        base: Any = empty_model(base_config(contract["model"], contract.get("labels")))
-    except ModelError:  # it needs its repository's code
-        base = None
     scratch.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=scratch) as folder:
+    with torch.random.fork_rng(), TemporaryDirectory(dir=scratch) as folder:  # rows keep the order of the seed
         model.save_pretrained(folder)
+        try:
+            base: Any = empty_model(base_config(contract["model"], contract.get("labels")))
+        except ModelError:  # it needs its repository's code
+            base = None
         try:
             check_adapter(Path(folder))
             if base is not None:
