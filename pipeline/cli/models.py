@@ -13,8 +13,6 @@ from pipeline.cli.talk import find_classifier
 from pipeline.cli.versions import Json, answer
 from pipeline.core.progress import counted
 
-WORDS = ("champion", "workspace", "base")  # of --model; a folder with such a name is written ./champion
-
 
 def preset(
     name: Annotated[str | None, typer.Argument(help="One of the presets that `retune preset` lists.")] = None,
@@ -53,12 +51,14 @@ def classify(
 ) -> None:
     """Print the class and confidence of each TEXT, from a model of train.task sequence-classification."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a merged model is whole
+    from pipeline.cli.serving import BASE, WORKSPACE
     from pipeline.core.files import read_json
     from pipeline.scoring.classification import classify as classify_texts
     from pipeline.settings import load_params
 
     folder, name = Path(as_typed(model or "")), model
-    is_name = model in (None, *WORDS) or not (folder / "contract.json").is_file()
+    # A folder with the name of a model is written ./champion.
+    is_name = model in (None, "champion", WORKSPACE, BASE) or not (folder / "contract.json").is_file()
     if is_name and "/" in (model or ""):
         raise typer.BadParameter(f"{model} has no merged model; expected a folder with contract.json")
     if is_name:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.chat import Message
+from pipeline.core.progress import counted
 from pipeline.core.text import fold
 
 MAX_LABEL = 40  # characters
@@ -58,7 +59,7 @@ def choose_scoring(
 def explain_choice(choice: Choice) -> str:
     if choice["short"] < MIN_SHORT * choice["rows"]:
         return f"{choice['rows'] - choice['short']:,} of {choice['rows']:,} answers are longer than a label"
-    return f"{choice['answers']:,} different answer{'s' * (choice['answers'] != 1)} in {choice['rows']:,} rows"
+    return f"{counted(choice['answers'], 'different answer')} in {choice['rows']:,} rows"
 
 
 def summarise_choices(choices: Mapping[str, Choice]) -> str:

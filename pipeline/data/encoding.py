@@ -204,7 +204,10 @@ def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str,
 
 def _last_answer(labels: list[int]) -> tuple[int, int]:
     """The beginning and the end of the last run of trained tokens."""
-    start = end = max((end for end, label in enumerate(labels, start=1) if label >= 0), default=0)
+    end = len(labels)
+    while end and labels[end - 1] < 0:
+        end -= 1
+    start = end
     while start and labels[start - 1] >= 0:
         start -= 1
     return start, end

@@ -52,27 +52,38 @@ def generate(
         ModelError: a prompt fills the model's context.
         OutOfMemory: out of memory even with a single prompt; before that, the batch is halved.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths, default=0)
-    if longest >= context:
-        number = lengths.index(longest) + 1
-        raise ModelError(
-            f"prompt {number} has {longest} tokens, and the model takes {context} with the answer; shorten it"
-        )
+    limits = answer_limits(model.config, prompts, max_new_tokens)
     model.eval()
     answers = KeptAnswers(keep)
     missing = [i for i in range(len(prompts)) if i not in answers]
     progress = Progress(stage, len(prompts), f"answers of {system}")
     progress.resume_at(len(answers))
-    rows = rows_at_once(model, batch_size, min(context, longest + max_new_tokens))
-    missing_prompts = [prompts[i] for i in missing]
-    limits = [min(max_new_tokens, context - len(prompt)) for prompt in missing_prompts]
-    for number, ids in generate_tokens(model, missing_prompts, limits, template, rows, limited_by):
+    longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
+    rows = rows_at_once(model, batch_size, longest)
+    waiting, most = [prompts[i] for i in missing], [limits[i] for i in missing]
+    for number, ids in generate_tokens(model, waiting, most, template, rows, limited_by):
         answers[missing[number]] = ids
         progress.update(len(answers))
     tools = tools or [None] * len(prompts)
     return [read_answer(template, prompts[i], answers[i], tools[i]) for i in range(len(prompts))]
+
+
+def answer_limits(config: Any, prompts: Prompts, max_new_tokens: int) -> list[int]:
+    """The most tokens that each answer may have: `max_new_tokens`, or fewer where the model's context ends.
+
+    Raises:
+        ModelError: a prompt fills the context.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 62
+    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    least = min(limits, default=1)
+    if least < 1:
+        number = limits.index(least)
+        raise ModelError(
+            f"prompt {number + 1} has {len(prompts[number])} tokens, and the model takes {context} with the answer; "
+            "shorten it"
+        )
+    return limits
 
 
 def rows_at_once(model: Any, batch_size: BatchSize, tokens: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.chat.template import load_config
 from pipeline.core.files import read_json
 from pipeline.core.vetting import check_adapter, check_model
+from pipeline.scoring.generation import answer_limits
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # of its kernels
 
@@ -45,8 +46,7 @@ def vllm_tokens(
         ) from None
     check_model(identity["name_or_path"], identity["revision"])
     check_adapter(adapter)
-    context = getattr(load_config(identity).get_text_config(), "max_position_embeddings", None) or 1 << 62
-    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    limits = answer_limits(load_config(identity), prompts, max_new_tokens)
     rank = read_json(adapter / "adapter_config.json")["r"]
     engine = LLM(
         model=identity["name_or_path"],
