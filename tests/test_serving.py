@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import promote as gate
 from pipeline.chat.template import TemplateError
 from pipeline.cli.serving import ServingError, Talk, printable, read_prompts
-from pipeline.cli.talk import chat, predict, report
+from pipeline.cli.talk import _limit, chat, predict, report
 from pipeline.core import graph
 from pipeline.core.files import read_json, write_json
 from pipeline.merge import merge
@@ -133,6 +133,12 @@ def test_a_file_is_answered_line_by_line_by_the_merged_model(there: Path, tmp_pa
     assert [answer["id"] for answer in answers] == list(range(len(rows)))
     assert [answer["answer"] for answer in answers] == list(tuned.values())
     assert not list((there / ".retune" / "predictions").iterdir())
+
+
+def test_an_answer_may_be_as_long_as_a_row_if_no_option_or_parameter_limits_it(own: Params) -> None:
+    auto = with_(own, evaluate={"max_new_tokens": "auto"})
+    assert (_limit(auto, None), _limit(auto, 3)) == (own.prepare.max_length, 3)
+    assert _limit(own, None) == own.evaluate.max_new_tokens != own.prepare.max_length
 
 
 @pytest.mark.parametrize(
