@@ -17,7 +17,7 @@ from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
 from pipeline.evaluate import evaluate
 from pipeline.params import Params
-from pipeline.scoring import rolling
+from pipeline.scoring import rolling, slots
 from pipeline.scoring.generation import generate, generate_rolling, generate_tokens, rows_at_once
 from pipeline.scoring.kept import KeptAnswers, kept_file
 from pipeline.scoring.rolling import RollingBatch, has_only_kv_cache
@@ -73,6 +73,47 @@ def test_answers_in_a_rolling_batch_equal_those_to_single_prompts(name: str, mon
     answers = dict(generate_rolling(model, prompts, [20] * 14, STOPPING, 4))
     assert len({len(ids) for ids in answers.values()}) > 1  # so rows have left one by one
     assert answers == {i: answer_alone(model, prompt) for i, prompt in enumerate(prompts)}
+
+
+IN_SLOTS = {
+    **{name: ROLLING[name] for name in ("llama", "gpt2")},
+    "a window longer than the text": ("mistral", GROUPED | {"sliding_window": 60}),
+    "windows and layers that share keys": ("gemma4_text", GROUPED | {"head_dim": 16, "sliding_window": 60}),
+    "experts": ("qwen3_moe", GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.mark.parametrize("name", IN_SLOTS)
+@torch.inference_mode()
+def test_answers_in_slots_equal_those_to_single_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes by a graph, step by step; caches grow from 16 to 48 columns and to the longest text."""
+    model, prompts = make(*IN_SLOTS[name]), random_prompts(14)
+    assert slots.why_no_slots(model, prompts, 60) is None
+    monkeypatch.setattr(slots, "COLUMNS", 16)
+    monkeypatch.setattr(
+        "pipeline.scoring.generation.decoding_batch", lambda *_: slots.SlotBatch(model, slots=4, longest=60)
+    )
+    answers = dict(generate_rolling(model, prompts[::-1], [20] * 14, STOPPING, 4))
+    assert answers == {13 - i: answer_alone(model, prompt) for i, prompt in enumerate(prompts)}
+
+
+@pytest.mark.parametrize("name", sorted(ROLLING.keys() - IN_SLOTS.keys()))
+@torch.inference_mode()
+def test_a_model_that_needs_more_than_a_mask_and_positions_is_not_computed_in_slots(name: str) -> None:
+    assert slots.why_no_slots(make(*ROLLING[name]), random_prompts(14), 60)
+
+
+@torch.inference_mode()
+def test_slots_with_other_logits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, real = make(*ROLLING["llama"]), slots.SlotBatch._forward
+
+    def one_position_off(batch: slots.SlotBatch) -> Any:
+        batch.positions.sub_(1)
+        return real(batch)
+
+    monkeypatch.setattr(slots.SlotBatch, "_forward", one_position_off)
+    reason = slots.why_no_slots(model, random_prompts(14), 60)
+    assert reason is not None and "logits differ" in reason
 
 
 def test_an_ended_row_takes_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,7 +318,7 @@ def test_tensors_that_are_not_floating_point_keep_their_type(tmp_path: Path) -> 
     stored |= {"scalar": torch.tensor(3.0), "flags": torch.tensor([True, False, True])}
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "written").mkdir()
-    weights.rewrite(weights.open_checkpoint(tmp_path), tmp_path / "written", {}, torch.bfloat16)
+    weights.rewrite(weights.open_checkpoint(tmp_path), tmp_path / "written", {}, torch.bfloat16, "merge")
     loaded = load_file(tmp_path / "written" / "model.safetensors")
     for name, value in stored.items():
         assert torch.equal(loaded[name], value.bfloat16() if value.is_floating_point() else value)
@@ -328,4 +328,6 @@ def test_an_edit_that_changes_a_shape_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
     (tmp_path / "written").mkdir()
     with pytest.raises(WeightsError, match="written"):
-        weights.rewrite(weights.open_checkpoint(tmp_path), tmp_path / "written", {"a": lambda tensor: tensor.T})
+        weights.rewrite(
+            weights.open_checkpoint(tmp_path), tmp_path / "written", {"a": lambda tensor: tensor.T}, None, "merge"
+        )

@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import environment, make_base, with_
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.core.sanitise import portable
+from pipeline.evaluate import evaluate
+from pipeline.merge import merge
 from pipeline.params import Params, TrainParams
 from pipeline.train import QUANTISATION, train
 from pipeline.training.checkpoints import last_checkpoint, seal
@@ -92,8 +95,12 @@ def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Param
         train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
 
 
-def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(tmp_path: Path, params: Params, dataset: Path) -> None:
-    """Kills that cannot be caught are in `test_kills.py`."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(
+    tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Kills that cannot be caught are in `test_kills.py`; bfloat16 is what adapters have on a GPU."""
+    monkeypatch.setattr("pipeline.train.compute_dtype", lambda: dtype)
     short, steps = with_(params, train={"max_steps": 10, "logging_steps": 4}).train, iter(range(1000))
     train(short, dataset, tmp_path / "alone", tmp_path / "checkpoints")
     hook = register_optimizer_step_post_hook(
@@ -107,14 +114,20 @@ def test_sigterm_saves_and_the_next_run_makes_the_same_adapter(tmp_path: Path, p
     assert not (tmp_path / "adapter").exists()
     assert train(short, dataset, tmp_path / "adapter", tmp_path / "checkpoints").resumed_from_step == 7
     assert_same_files(tmp_path / "alone", tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {dtype}
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_training_uses_no_deprecated_name(tmp_path: Path, params: Params, dataset: Path) -> None:
+def test_no_stage_uses_a_deprecated_name(tmp_path: Path, params: Params, dataset: Path) -> None:
     settings = {"max_steps": 2, "logging_steps": 1, "warmup_ratio": 0.0, "gradient_checkpointing": True}
+    params = with_(params, train=settings, evaluate={"max_samples": 4}, merge={"min_agreement": 0.0})
+    inputs = (dataset, tmp_path / "adapter")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(with_(params, train=settings).train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+        train(params.train, *inputs, tmp_path / "checkpoints")
+        evaluate(params.evaluate, *inputs, tmp_path / "evaluation")
+        merge(params.merge, *inputs, tmp_path / "evaluation", tmp_path / "merged", tmp_path / "parity")
     deprecations = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
     assert [str(warning.message) for warning in caught if issubclass(warning.category, deprecations)] == []
 

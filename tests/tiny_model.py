@@ -78,11 +78,14 @@ def teach_format(model: Any, tokenizer: Any, steps: int) -> None:
         texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    # Liger's layers, which an earlier training in this process may have put into the model's class, need the GPU.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    ids, mask, labels = (x.to(device) for x in (batch["input_ids"], batch["attention_mask"], labels))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         rows = torch.arange(16) + 16 * (step % 16)
-        model(
-            batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows], labels=labels[rows]
-        ).loss.backward()
+        model(ids[rows], attention_mask=mask[rows], labels=labels[rows]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    model.cpu()

@@ -17,7 +17,8 @@ from pipeline.core.memory import OutOfMemory, free, out_of_memory
 from pipeline.core.progress import Progress, note
 from pipeline.params import BatchSize
 from pipeline.scoring.kept import KeptAnswers
-from pipeline.scoring.rolling import RollingBatch, has_only_kv_cache
+from pipeline.scoring.rolling import has_only_kv_cache
+from pipeline.scoring.slots import decoding_batch
 from pipeline.weights.architecture import attention_widths
 from pipeline.weights.loading import ModelError, input_device
 
@@ -146,7 +147,8 @@ def generate_rolling(
 ) -> Iterator[tuple[int, list[int]]]:
     """As `generate_tokens`; when a row ends it leaves the batch, and waiting prompts join."""
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: memory fails early
-    batch, rows = RollingBatch(model), list[int]()  # the prompt of each row
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    batch, rows = decoding_batch(model, prompts, longest, batch_size), list[int]()  # the prompt of each row
     new: list[list[int]] = [[] for _ in prompts]
     while rows or waiting:
         first, room = 0, batch_size - len(rows)

@@ -47,7 +47,7 @@ class RollingBatch:
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         lengths = torch.tensor(list(map(len, prompts)), device=self.device)
         cache = DynamicCache()
-        tokens = self._forward(ids, lengths, cache)
+        tokens = self._forward(ids, lengths, cache).argmax(-1).tolist()
         if self.last:
             longest = max(width, int(self.lengths.max()))
             for layer, new_layer in zip(self.cache.layers, cache.layers, strict=True):
@@ -59,10 +59,12 @@ class RollingBatch:
         self.lengths, self.last = torch.cat([self.lengths, lengths]), self.last + tokens
         return len(prompts)
 
-    def step(self) -> None:
-        """Add one token to each row."""
+    def step(self) -> torch.Tensor:
+        """Add one token to each row; returns the logits that chose them (rows, V)."""
         self.lengths = self.lengths + 1
-        self.last = self._forward(torch.tensor(self.last, device=self.device)[:, None], self.lengths, self.cache)
+        logits = self._forward(torch.tensor(self.last, device=self.device)[:, None], self.lengths, self.cache)
+        self.last = logits.argmax(-1).tolist()
+        return logits
 
     def keep(self, rows: list[int]) -> None:
         """Remove all rows but `rows`."""
@@ -73,8 +75,8 @@ class RollingBatch:
             start = layer.keys.shape[2] - longest
             layer.keys, layer.values = (x[index.to(x.device), :, start:] for x in (layer.keys, layer.values))
 
-    def _forward(self, ids: torch.Tensor, lengths: torch.Tensor, cache: DynamicCache) -> list[int]:
-        """The most likely token after each row; `ids` (B, T) are its newest tokens, `lengths` includes them."""
+    def _forward(self, ids: torch.Tensor, lengths: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """The logits after each row (B, V); `ids` (B, T) are its newest tokens, `lengths` includes them."""
         columns = torch.arange(int(lengths.max()), device=self.device)
         positions = columns - (len(columns) - lengths)[:, None]
         output = self.model(
@@ -85,5 +87,5 @@ class RollingBatch:
             use_cache=True,
             logits_to_keep=1,
         )
-        tokens: list[int] = output.logits[:, -1].argmax(-1).tolist()
-        return tokens
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits

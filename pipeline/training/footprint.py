@@ -56,7 +56,7 @@ class Counts:
     active: int  # weights of linear layers and experts that a token passes
     largest_layer: int
     head: int  # weights of the output layer; 0 for a classifier
-    dropout_inputs: int  # values per token that LoRA's dropout keeps
+    adapter_inputs: int  # values per token that LoRA's modules read
 
 
 def count(config: PreTrainedConfig, params: TrainParams) -> Counts:
@@ -111,9 +111,7 @@ def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
         active=active,
         largest_layer=max(linear),
         head=head,
-        dropout_inputs=sum(
-            module.in_features for module in tuned.modules() if params.lora_dropout and hasattr(module, "lora_dropout")
-        ),
+        adapter_inputs=sum(module.in_features for module in tuned.modules() if hasattr(module, "lora_dropout")),
     )
 
 
@@ -171,10 +169,12 @@ def _layer_bytes(counts: Counts, params: TrainParams, context: int, on_gpu: bool
     if params.attn_implementation == "eager" or (counts.attention_dropout and not on_gpu):
         attention += width * 3 * counts.heads * context  # scores, dropout's mask and their product
     feedforward = width * counts.feedforward_width * (3 if fused else 4 if counts.gated else 5)
-    # With LoRA's dropout each target keeps its own input and mask; without it, targets share their inputs.
-    shared = width * (2 * counts.hidden + counts.feedforward_width)
-    dropout = max(0.0, (width + 1) * counts.dropout_inputs / counts.layers - shared) if counts.dropout_inputs else 0.0
-    return norms + attention + feedforward + dropout
+    # Targets share their inputs, unless each keeps its own after dropout, with a mask, or cast from PEFT's float32.
+    own = 0.0
+    if params.lora_dropout or (on_gpu and not params.load_in_4bit):
+        kept = (width + (params.lora_dropout > 0)) * counts.adapter_inputs / counts.layers
+        own = max(0.0, kept - width * (2 * counts.hidden + counts.feedforward_width))
+    return norms + attention + feedforward + own
 
 
 def flops_per_token(counts: Counts, params: TrainParams, rows: int, length: int) -> float:

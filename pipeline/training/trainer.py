@@ -238,6 +238,14 @@ class AdapterTrainer(ShardedTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Do nothing: each step has its own seed (`Watch.on_step_begin`), and a saved state would be a pickle."""
 
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        """Keep the type of trained weights: on a GPU TRL trains QLoRA's in bfloat16, and PEFT loads them as float32."""
+        trained = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if name in trained:
+                parameter.data = parameter.data.to(trained[name])
+
     def restore(self, checkpoint: Path) -> None:
         """Restore `Watch` and the fallbacks; `train` itself loads weights, optimiser and data order."""
         state = read_json(checkpoint / WATCH)

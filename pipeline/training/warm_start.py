@@ -52,7 +52,7 @@ def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> No
 
 def load_init(model: Any, folder: Path) -> None:
     """Load the weights of the adapter in `folder` into the new adapter of `model`."""
-    loaded = model.load_adapter(str(folder), "default", is_trainable=True)
+    loaded = model.load_adapter(str(folder), "default", is_trainable=True, autocast_adapter_dtype=False)
     unexpected = [key for key in loaded.unexpected_keys if key != PROMPT]
     if loaded.missing_keys or unexpected:
         first = (list(loaded.missing_keys) + unexpected)[0]

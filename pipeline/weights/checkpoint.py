@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.core.files import read_json, write_json
+from pipeline.core.progress import Progress
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -92,15 +93,21 @@ def _header(path: Path) -> Checkpoint:
         raise WeightsError(f"{path} is missing, cut short or damaged ({error}); download it again") from None
 
 
-def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None = None) -> None:
-    """Write `checkpoint` to `folder`, with `edits` by tensor name and floats as `dtype` (None: as stored)."""
+def rewrite(
+    checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None, stage: str
+) -> None:
+    """Write `checkpoint` to `folder`, with `edits` by tensor name and floats as `dtype` (None: as stored).
+
+    `stage` is the one that its lines of progress name.
+    """
     plan = split_state_dict_into_shards_factory(
         checkpoint,
         get_storage_size=lambda stored: stored.size(dtype),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
-    for file, names in plan.filename_to_tensors.items():
+    progress = Progress(stage, len(plan.filename_to_tensors), "files of weights")
+    for number, (file, names) in enumerate(plan.filename_to_tensors.items(), start=1):
         shard = {}
         for name in names:
             stored, tensor = checkpoint[name], checkpoint[name].load()
@@ -109,6 +116,7 @@ def rewrite(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dty
                 tensor = edited.to(dtype or FLOATS[stored.dtype]).contiguous()
             shard[name] = tensor
         save_file(shard, folder / file, metadata={"format": "pt"})
+        progress.update(number)
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     written = {name: stored.shape for name, stored in open_checkpoint(folder).items()}

@@ -1,5 +1,6 @@
 """Loads base models and adapters, quantised as in training, on the GPU or CPU, with threads for the idle cores."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -216,7 +217,9 @@ def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = F
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     try:
-        with _placeholders(base, config):
+        with _placeholders(base, config), warnings.catch_warnings():
+            # PEFT 0.21 uses an old name of transformers'; the adapter's own name for its base has no folders.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|The PEFT config's `base_model_name_or_path`")
             model = base if isinstance(base, PeftModel) else get_peft_model(base, config, name, low_cpu_mem_usage=empty)
             loading_info = model.load_adapter(str(folder), name, low_cpu_mem_usage=empty)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -77,7 +77,7 @@ def merge_adapter(
             modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, rounded, dtype)
             return Merging("peft", str(reason), modules)
         merging = Merging("shards", None, modules)
-    rewrite(checkpoint, folder, edits, dtype)
+    rewrite(checkpoint, folder, edits, dtype, "merge")
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)

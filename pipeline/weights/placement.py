@@ -158,7 +158,7 @@ def _offloaded(
             )
         (folder / "base").mkdir()
         edits = {names[parameter]: round_weight for parameter, round_weight in rounded.items()}
-        rewrite(checkpoint, folder / "base", edits, compute_dtype())
+        rewrite(checkpoint, folder / "base", edits, compute_dtype(), "load")
         config.save_pretrained(folder / "base")
         source = {"name_or_path": str(folder / "base"), "revision": None, "trust_remote_code": False}
     model = load_base(source, None, labels, device_map="auto", max_memory=memory, offload_folder=str(folder / "disk"))

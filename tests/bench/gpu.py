@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ TINY = Size(
 FIXED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "tokens_per_step": None}
 AUTO = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": "auto"}  # with 16 lines a step
 TRL, BF16, GENERATION = "trl sft, its defaults", "LoRA on bf16, 2 lines", "generation, QLoRA adapter"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 QLORA, CHECKPOINTED = "QLoRA, 2 lines", "QLoRA, 2 lines, checkpointing"
 TRAININGS: dict[str, dict[str, Any]] = {
     "QLoRA, auto": AUTO,
@@ -99,12 +101,14 @@ def table(size: Size, folder: Path, options: argparse.Namespace) -> None:
         if "error" in result:
             row(name, f"failed: {result['error']}")
             continue
-        share = result.get("flops_per_token", 0) * result["tokens_per_s"] / machine["flops"]
-        row(
-            name, f"{result['tokens_per_s']:,.0f}", f"{share:.0%}" if share else "",
-            f"{result['peak'] / GIB:.2f}" if result["peak"] else "",
-            f"{result['planned'] / GIB:.2f}" if "planned" in result else "", result.get("rows", ""), f"{seconds:.0f}",
-        )  # fmt: skip
+        for label, numbers in ({name: result} | result.get("others", {})).items():
+            share = numbers.get("flops_per_token", 0) * numbers["tokens_per_s"] / machine["flops"]
+            row(
+                label, f"{numbers['tokens_per_s']:,.0f}", f"{share:.0%}" if share else "",
+                f"{numbers['peak'] / GIB:.2f}" if numbers.get("peak") else "",
+                f"{numbers['planned'] / GIB:.2f}" if "planned" in numbers else "", numbers.get("rows", ""),
+                f"{numbers.get('seconds', seconds):.0f}",
+            )  # fmt: skip
 
 
 def _in_process(name: str, folder: Path, options: argparse.Namespace, seconds: float) -> Result:
@@ -157,12 +161,16 @@ def make(size: Size, folder: Path) -> Result:
         layer = name.split(".")[2] if ".layers." in name else "rest"
         index[name] = f"model-{layer}.safetensors"
     torch.manual_seed(0)
-    for file in sorted(set(index.values())):
-        tensors = {}
-        for name in (name for name in index if index[name] == file):
-            weight = torch.empty(shapes[name], dtype=dtype, device=device)
-            tensors[name] = (weight.fill_(1) if len(weight.shape) == 1 else weight.normal_(std=0.02)).cpu()
-        save_file(tensors, base / file, metadata={"format": "pt"})
+    saved = []
+    with ThreadPoolExecutor() as pool:
+        for file in sorted(set(index.values())):
+            tensors = {}
+            for name in (name for name in index if index[name] == file):
+                weight = torch.empty(shapes[name], dtype=dtype, device=device)
+                tensors[name] = (weight.fill_(1) if len(weight.shape) == 1 else weight.normal_(std=0.02)).cpu()
+            saved.append(pool.submit(save_file, tensors, base / file, metadata={"format": "pt"}))
+    for future in saved:
+        future.result()
     _write(base / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     # Rows are numbers, but a contract names its tokenizer.
     tokenizer = PreTrainedTokenizerFast(
@@ -257,27 +265,46 @@ def _kind(device_name: str) -> str | None:
 
 
 def generation(size: Size, folder: Path) -> Result:
-    """New tokens a second with the adapter that the row QLORA trained, all prompts at once."""
+    """New tokens a second of a LoRA adapter on the base as QLoRA rounds it: all answers of one length, and of many.
+
+    Random weights never end an answer, so each prompt has a limit of its own; only tokens up to it count.
+    """
     import torch
+    from peft import LoraConfig, get_peft_model
 
     from pipeline.chat.template import load_contract
-    from pipeline.scoring.generation import generate
-    from pipeline.weights.placement import load_tuned
+    from pipeline.scoring.generation import generate_in_batches, generate_rolling, rows_at_once
+    from pipeline.weights.placement import load_for_scoring
 
     contract = json.loads((folder / "dataset" / "contract.json").read_text())
-    adapter = folder / QLORA.replace(" ", "-") / "adapter"
-    quantisation = json.loads((adapter / "training.json").read_text())["quantisation"]
-    model, template = load_tuned(contract["model"], quantisation, adapter), load_contract(contract)
+    template, base = load_contract(contract), load_for_scoring(contract["model"], NF4)
+    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)).eval()
     draw = random.Random(1)
     prompts = [
         [draw.randrange(300, size.model["vocab_size"]) for _ in range(draw.randrange(30, 200))]
-        for _ in range(size.prompts)
+        for _ in range(4 * size.prompts)
     ]
-    generate(model, template, prompts, 4, size.prompts, "bench", "a first time")
-    asked = (model, template, prompts, size.new_tokens, size.prompts, "bench", "the adapter")
-    seconds, answers = timed(lambda: generate(*asked))
+    limits = [min(2 * size.new_tokens, max(1, round(draw.lognormvariate(size.row, 0.7)))) for _ in prompts]
+    alike, most = [size.new_tokens] * len(prompts), rows_at_once(model, "auto", 200 + 2 * size.new_tokens)
+
+    def measure(way: Any, rows: int, limits: list[int], asked: list[int]) -> Result:
+        seconds, _ = timed(lambda: list(way(model, prompts[: len(limits)], asked, template, rows)))
+        result = {"tokens_per_s": sum(limits) / seconds, "rows": rows, "seconds": seconds}
+        print(way.__name__, result, flush=True)
+        return result
+
+    few = alike[: size.prompts]
+    measure(generate_rolling, size.prompts, few, [4] * len(few))  # the first time
+    result = measure(generate_rolling, size.prompts, few, few)
+    others = {
+        f"{GENERATION}, {len(prompts)} prompts": measure(generate_rolling, most, alike, alike),
+        f"{GENERATION}, {len(prompts)} answers of 1 to {max(limits)} tokens": measure(
+            generate_rolling, most, limits, limits
+        ),
+        "the same by transformers' generate": measure(generate_in_batches, most, limits, [max(limits)] * len(limits)),
+    }
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"tokens_per_s": sum(len(answer.ids) for answer in answers) / seconds, "peak": peak, "rows": size.prompts}
+    return result | {"others": others, "peak": peak}
 
 
 def _write(path: Path, value: Any) -> None:

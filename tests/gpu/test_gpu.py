@@ -57,6 +57,7 @@ def limit_card(size: int) -> None:
     """PyTorch fails with a real out of memory above `size` bytes."""
     gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_per_process_memory_fraction(size / torch.cuda.mem_get_info()[1])
 
 
@@ -187,30 +188,31 @@ def test_a_killed_training_resumes_and_ends_as_one_left_alone(tmp_path: Path, pa
     assert killed.returncode == -signal.SIGKILL
     resumed = train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
     assert 0 < resumed.resumed_from_step < resumed.steps == alone.steps
-    assert resumed.loss == pytest.approx(alone.loss, rel=1e-2 if CUDA else 1e-6)
+    # Two runs on an H200 were the same to the bit; larger attention adds up gradients in any order.
+    assert resumed.loss == pytest.approx(alone.loss, rel=1e-4 if CUDA else 1e-6)
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "adapter"))
-    assert all((a[key] - b[key]).norm() <= (0.05 if CUDA else 1e-6) * a[key].norm() for key in a)
+    assert all((a[key] - b[key]).norm() <= (1e-3 if CUDA else 1e-6) * a[key].norm() for key in a)
 
 
 def test_a_model_larger_than_the_card_is_evaluated_and_merged(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """240 MiB of bfloat16 on a card with 200; on a CPU a part of the weights lies on disk."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10}
+    """700 MiB of bfloat16 on a card with 500; on a CPU a part of the weights lies on disk."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 30}
     params, data = sized(params, tmp_path, {"max_steps": 2}, **sizes)
     results = {}
     for stage, result in stages(params, data, tmp_path):
         results[stage] = result
         if stage == "train":
             monkeypatch.chdir(tmp_path)  # the folder for offloaded weights
-            monkeypatch.setenv("RETUNE_MAX_MEMORY", "gpu=96MiB" if CUDA else "cpu=0.2MiB")
+            monkeypatch.setenv("RETUNE_MAX_MEMORY", "gpu=300MiB" if CUDA else "cpu=0.2MiB")
             if CUDA:
-                limit_card(200 * MIB)
+                limit_card(500 * MIB)  # of which cuBLAS takes some 100
     said = "".join(capsys.readouterr())
     assert "is larger than the memory of the device" in said
     assert results["merge"].agreement > 0.8
     merged = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
-    assert not CUDA or merged > 200 * MIB > torch.cuda.max_memory_reserved()
+    assert not CUDA or merged > 500 * MIB > torch.cuda.max_memory_reserved()
 
 
 def test_no_training_needs_more_than_its_plan_by_a_tenth(tmp_path: Path, params: Params) -> None:
