@@ -50,7 +50,7 @@ bench-data: $(READY)  ## compare ingest and prepare with datasets.map and datask
 bench-train: $(READY)  ## compare train with `trl sft` and its defaults, on rows of the last prepare (about 8 minutes)
 	@python -m tests.bench.train
 
-bench-evaluate: $(READY)  ## compare generation in rolling batches with transformers' fixed batches (about 3 minutes)
+bench-evaluate: $(READY)  ## compare generation in slots with transformers' fixed batches (about 3 minutes)
 	@python -m tests.bench.generation
 
 bench-merge: $(READY)  ## compare merging shard by shard with PEFT: time, peak memory (about 4 minutes, 9 GB of disk)

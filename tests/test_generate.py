@@ -1,4 +1,4 @@
-"""Answers in a rolling batch equal those to single prompts, for each kind of cache; a kill loses no answer."""
+"""Answers in slots equal those to single prompts, for each kind of attention; a kill loses no answer."""
 
 import random
 import sys
@@ -17,10 +17,10 @@ from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
 from pipeline.evaluate import evaluate
 from pipeline.params import Params
-from pipeline.scoring import rolling, slots
-from pipeline.scoring.generation import generate, generate_rolling, generate_tokens, rows_at_once
+from pipeline.scoring import slots
+from pipeline.scoring.generation import generate, generate_in_slots, generate_tokens, rows_at_once
 from pipeline.scoring.kept import KeptAnswers, kept_file
-from pipeline.scoring.rolling import RollingBatch, has_only_kv_cache
+from pipeline.scoring.slots import SlotBatch, why_no_slots
 from pipeline.scoring.vllm import BackendError, vllm_tokens
 from pipeline.weights.loading import ModelError, load_base
 
@@ -32,16 +32,22 @@ GPT2 = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions
 LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "moe_layers": []}
 LLAMA4 |= {"attention_chunk_size": 16, "layer_types": ["chunked_attention"] * 2, "use_qk_norm": False}
 STOPPING = SimpleNamespace(stop_ids=frozenset(range(1, 256, 9)))
-ROLLING: dict[str, tuple[str, dict[str, Any]]] = {
+SLOTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GROUPED),
     "gpt2": ("gpt2", GPT2 | {"bos_token_id": 2}),
     "a window of 6": ("mistral", GROUPED | WINDOW),
     "a window in some layers": ("qwen2", GROUPED | WINDOW | {"max_window_layers": 1}),
     "softcaps": ("gemma2", GROUPED | WINDOW | {"head_dim": 16}),
+    "windows, and layers that share keys": ("gemma4_text", GROUPED | WINDOW | {"head_dim": 16}),
+    "sinks": ("gpt_oss", GROUPED | WINDOW | {"head_dim": 16, "num_local_experts": 4}),
+    "experts": ("qwen3_moe", GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+}
+NO_SLOTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunks": ("llama4_text", GROUPED | LLAMA4),
     "positions from the mask": ("bloom", {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "mamba": ("mamba", {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}),
+    "linear attention": ("qwen3_next", GROUPED),
 }
-STATES = {"mamba": {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}, "qwen3_next": GROUPED}
 
 
 def make(kind: str, sizes: dict[str, Any]) -> Any:
@@ -65,78 +71,60 @@ def answer_alone(model: Any, prompt: list[int]) -> list[int]:
     return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ROLLING)
-def test_answers_in_a_rolling_batch_equal_those_to_single_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rolling, "PREFILL_TOKENS", 80)  # two long prompts
-    model, prompts = make(*ROLLING[name]), random_prompts(14)
-    assert has_only_kv_cache(model)
-    answers = dict(generate_rolling(model, prompts, [20] * 14, STOPPING, 4))
+@pytest.mark.parametrize("columns", [16, 64])
+@pytest.mark.parametrize("name", SLOTS)
+def test_answers_in_slots_equal_those_to_single_prompts(
+    name: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts join in any order of lengths, and the cache grows between them and while they are answered."""
+    monkeypatch.setattr(slots, "PREFILL_TOKENS", 80)  # two long prompts
+    monkeypatch.setattr(slots, "COLUMNS", {"cpu": columns})
+    model, prompts = make(*SLOTS[name]), random_prompts(14)
+    assert why_no_slots(model, prompts) is None
+    answers = dict(generate_in_slots(model, prompts, [20] * 14, STOPPING, 4))
     assert len({len(ids) for ids in answers.values()}) > 1  # so rows have left one by one
     assert answers == {i: answer_alone(model, prompt) for i, prompt in enumerate(prompts)}
 
 
-IN_SLOTS = {
-    **{name: ROLLING[name] for name in ("llama", "gpt2")},
-    "a window longer than the text": ("mistral", GROUPED | {"sliding_window": 60}),
-    "windows and layers that share keys": ("gemma4_text", GROUPED | {"head_dim": 16, "sliding_window": 60}),
-    "experts": ("qwen3_moe", GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
-}
+@pytest.mark.parametrize("name", NO_SLOTS)
+def test_a_model_with_another_memory_or_other_masks_is_not_computed_in_slots(name: str) -> None:
+    assert why_no_slots(make(*NO_SLOTS[name]), random_prompts(14))
 
 
-@pytest.mark.parametrize("name", IN_SLOTS)
-@torch.inference_mode()
-def test_answers_in_slots_equal_those_to_single_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU computes by a graph, step by step; caches grow from 16 to 48 columns and to the longest text."""
-    model, prompts = make(*IN_SLOTS[name]), random_prompts(14)
-    assert slots.why_no_slots(model, prompts, 60) is None
-    monkeypatch.setattr(slots, "COLUMNS", 16)
-    monkeypatch.setattr(
-        "pipeline.scoring.generation.decoding_batch", lambda *_: slots.SlotBatch(model, slots=4, longest=60)
-    )
-    answers = dict(generate_rolling(model, prompts[::-1], [20] * 14, STOPPING, 4))
-    assert answers == {13 - i: answer_alone(model, prompt) for i, prompt in enumerate(prompts)}
-
-
-@pytest.mark.parametrize("name", sorted(ROLLING.keys() - IN_SLOTS.keys()))
-@torch.inference_mode()
-def test_a_model_that_needs_more_than_a_mask_and_positions_is_not_computed_in_slots(name: str) -> None:
-    assert slots.why_no_slots(make(*ROLLING[name]), random_prompts(14), 60)
-
-
-@torch.inference_mode()
 def test_slots_with_other_logits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real = make(*ROLLING["llama"]), slots.SlotBatch._forward
+    model, real = make(*SLOTS["llama"]), SlotBatch._forward
 
-    def one_position_off(batch: slots.SlotBatch) -> Any:
+    def one_position_off(batch: SlotBatch) -> Any:
         batch.positions.sub_(1)
         return real(batch)
 
-    monkeypatch.setattr(slots.SlotBatch, "_forward", one_position_off)
-    reason = slots.why_no_slots(model, random_prompts(14), 60)
+    monkeypatch.setattr(SlotBatch, "_forward", one_position_off)
+    reason = why_no_slots(model, random_prompts(14))
     assert reason is not None and "logits differ" in reason
 
 
-def test_an_ended_row_takes_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, real = [], RollingBatch.step
-    monkeypatch.setattr(RollingBatch, "step", lambda self: rows.append(len(self.last)) or real(self))
-    answers = dict(generate_rolling(make(*ROLLING["llama"]), random_prompts(16), [20] * 16, STOPPING, 8))
-    assert sum(rows) == sum(len(ids) - 1 for ids in answers.values())  # the first token comes with the prompt
+def test_slots_of_ended_rows_are_given_to_others_and_dropped_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed, real = [], SlotBatch._forward
+    monkeypatch.setattr(SlotBatch, "_forward", lambda batch: computed.append(len(batch.tokens)) or real(batch))
+    answers = dict(generate_in_slots(make(*SLOTS["llama"]), random_prompts(64), [20] * 64, STOPPING, 8))
+    needed = sum(len(ids) - 1 for ids in answers.values())  # the first token comes with the prompt
+    assert max(computed) == 8 and computed[-1] < 4
+    assert needed <= sum(computed) < 1.25 * needed
 
 
 def test_fixed_batches_give_the_same_answers_and_are_reported(
     base: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not any(has_only_kv_cache(make(kind, sizes)) for kind, sizes in STATES.items())
     template = load_contract(read_json(dataset / "contract.json"))
     model = load_base(identity(base))
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
-    rolling_answers = dict(generate_tokens(model, prompts, [5] * 9, template, 4, "--max-new-tokens"))
-    monkeypatch.setattr("pipeline.scoring.generation.has_only_kv_cache", lambda _: False)
-    assert dict(generate_tokens(model, prompts, [5] * 9, template, 4, "--max-new-tokens")) == rolling_answers
+    slot_answers = dict(generate_tokens(model, prompts, [5] * 9, template, 4, "--max-new-tokens"))
+    monkeypatch.setattr("pipeline.scoring.generation.why_no_slots", lambda *_: "a reason")
+    assert dict(generate_tokens(model, prompts, [5] * 9, template, 4, "--max-new-tokens")) == slot_answers
     assert "fixed batches" in capsys.readouterr().err
     limits = [2, *[5] * 8]  # the end of the context leaves one prompt fewer tokens
     answers = dict(generate_tokens(model, prompts, limits, template, 4, "--max-new-tokens"))
-    assert answers == rolling_answers | {0: rolling_answers[0][:2]}
+    assert answers == slot_answers | {0: slot_answers[0][:2]}
 
 
 def test_an_answer_ends_at_its_end_token_or_is_cut_off_at_the_limit_or_the_end_of_the_context(

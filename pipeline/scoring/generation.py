@@ -17,8 +17,7 @@ from pipeline.core.memory import OutOfMemory, free, out_of_memory
 from pipeline.core.progress import Progress, note
 from pipeline.params import BatchSize
 from pipeline.scoring.kept import KeptAnswers
-from pipeline.scoring.rolling import has_only_kv_cache
-from pipeline.scoring.slots import decoding_batch
+from pipeline.scoring.slots import SlotBatch, why_no_slots
 from pipeline.weights.architecture import attention_widths
 from pipeline.weights.loading import ModelError, input_device
 
@@ -112,12 +111,12 @@ def generate_tokens(
     `limits` has the largest number of tokens for each prompt.
     """
     done: set[int] = set()
-    rolling = has_only_kv_cache(model)
-    if prompts and not rolling:
-        note("this model answers in fixed batches, each as slow as its longest answer: its rows cannot be exchanged")
+    single = len(prompts) == 1 and input_device(model).type == "cpu"  # has no row to exchange, and no graph
+    if reason := None if single or not prompts else why_no_slots(model, prompts):
+        note(f"this model answers in fixed batches, each as slow as its longest answer: {reason}")
     while remaining := [i for i in range(len(prompts)) if i not in done]:
         waiting = [prompts[i] for i in remaining]
-        write = generate_rolling if rolling else generate_in_batches
+        write = generate_in_batches if single or reason else generate_in_slots
         answers = write(model, waiting, [limits[i] for i in remaining], template, batch_size)
         try:
             for number, ids in answers:
@@ -142,13 +141,13 @@ def generate_tokens(
 
 
 @torch.inference_mode()
-def generate_rolling(
+def generate_in_slots(
     model: Any, prompts: Prompts, limits: Sequence[int], template: ChatTemplate, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
     """As `generate_tokens`; when a row ends it leaves the batch, and waiting prompts join."""
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: memory fails early
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    batch, rows = decoding_batch(model, prompts, longest, batch_size), list[int]()  # the prompt of each row
+    batch, rows = SlotBatch(model, longest), list[int]()  # the prompt of each row
     new: list[list[int]] = [[] for _ in prompts]
     while rows or waiting:
         first, room = 0, batch_size - len(rows)

@@ -273,7 +273,7 @@ def generation(size: Size, folder: Path) -> Result:
     from peft import LoraConfig, get_peft_model
 
     from pipeline.chat.template import load_contract
-    from pipeline.scoring.generation import generate_in_batches, generate_rolling, rows_at_once
+    from pipeline.scoring.generation import generate_in_batches, generate_in_slots, rows_at_once
     from pipeline.weights.placement import load_for_scoring
 
     contract = json.loads((folder / "dataset" / "contract.json").read_text())
@@ -294,12 +294,12 @@ def generation(size: Size, folder: Path) -> Result:
         return result
 
     few = alike[: size.prompts]
-    measure(generate_rolling, size.prompts, few, [4] * len(few))  # the first time
-    result = measure(generate_rolling, size.prompts, few, few)
+    measure(generate_in_slots, size.prompts, few, [4] * len(few))  # the first time
+    result = measure(generate_in_slots, size.prompts, few, few)
     others = {
-        f"{GENERATION}, {len(prompts)} prompts": measure(generate_rolling, most, alike, alike),
+        f"{GENERATION}, {len(prompts)} prompts": measure(generate_in_slots, most, alike, alike),
         f"{GENERATION}, {len(prompts)} answers of 1 to {max(limits)} tokens": measure(
-            generate_rolling, most, limits, limits
+            generate_in_slots, most, limits, limits
         ),
         "the same by transformers' generate": measure(generate_in_batches, most, limits, [max(limits)] * len(limits)),
     }
