@@ -31,6 +31,10 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 GPT2 = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 1}
 LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "moe_layers": []}
 LLAMA4 |= {"attention_chunk_size": 16, "layer_types": ["chunked_attention"] * 2, "use_qk_norm": False}
+GPT_NEO = {"vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 128}
+GPT_NEO |= {"attention_types": [[["global", "local"], 1]], "window_size": 45}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4}
+LONG |= {"original_max_position_embeddings": 32}
 STOPPING = SimpleNamespace(stop_ids=frozenset(range(1, 256, 9)))
 SLOTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GROUPED),
@@ -40,11 +44,13 @@ SLOTS: dict[str, tuple[str, dict[str, Any]]] = {
     "softcaps": ("gemma2", GROUPED | WINDOW | {"head_dim": 16}),
     "windows, and layers that share keys": ("gemma4_text", GROUPED | WINDOW | {"head_dim": 16}),
     "sinks": ("gpt_oss", GROUPED | WINDOW | {"head_dim": 16, "num_local_experts": 4}),
+    "other rotations for long rows": ("phi3", GROUPED | {"rope_parameters": LONG, "eos_token_id": 1}),
     "experts": ("qwen3_moe", GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
 }
 NO_SLOTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunks": ("llama4_text", GROUPED | LLAMA4),
     "positions from the mask": ("bloom", {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "a window counted from the cache's end": ("gpt_neo", GPT_NEO),
     "mamba": ("mamba", {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}),
     "linear attention": ("qwen3_next", GROUPED),
 }
@@ -64,9 +70,9 @@ def random_prompts(number: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def answer_alone(model: Any, prompt: list[int]) -> list[int]:
+def answer_alone(model: Any, prompt: list[int], limit: int = 20) -> list[int]:
     stops = sorted(STOPPING.stop_ids)
-    config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=stops, pad_token_id=0)
     ids = torch.tensor([prompt])
     return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, len(prompt) :].tolist()
 
@@ -76,11 +82,11 @@ def answer_alone(model: Any, prompt: list[int]) -> list[int]:
 def test_answers_in_slots_equal_those_to_single_prompts(
     name: str, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts join in any order of lengths, and the cache grows between them and while they are answered."""
+    """The cache grows and shrinks while rows are answered."""
     monkeypatch.setattr(slots, "PREFILL_TOKENS", 80)  # two long prompts
     monkeypatch.setattr(slots, "COLUMNS", {"cpu": columns})
     model, prompts = make(*SLOTS[name]), random_prompts(14)
-    assert why_no_slots(model, prompts) is None
+    assert why_no_slots(model, prompts, 60) is None
     answers = dict(generate_in_slots(model, prompts, [20] * 14, STOPPING, 4))
     assert len({len(ids) for ids in answers.values()}) > 1  # so rows have left one by one
     assert answers == {i: answer_alone(model, prompt) for i, prompt in enumerate(prompts)}
@@ -88,7 +94,7 @@ def test_answers_in_slots_equal_those_to_single_prompts(
 
 @pytest.mark.parametrize("name", NO_SLOTS)
 def test_a_model_with_another_memory_or_other_masks_is_not_computed_in_slots(name: str) -> None:
-    assert why_no_slots(make(*NO_SLOTS[name]), random_prompts(14))
+    assert why_no_slots(make(*NO_SLOTS[name]), random_prompts(14), 60)
 
 
 def test_slots_with_other_logits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +105,30 @@ def test_slots_with_other_logits_are_not_used(monkeypatch: pytest.MonkeyPatch) -
         return real(batch)
 
     monkeypatch.setattr(SlotBatch, "_forward", one_position_off)
-    reason = why_no_slots(model, random_prompts(14))
+    reason = why_no_slots(model, random_prompts(14), 60)
     assert reason is not None and "logits differ" in reason
+
+
+def test_rows_that_end_together_leave_their_slots_to_fewer() -> None:
+    model, prompts = make(*SLOTS["llama"]), random_prompts(11)
+    answers = dict(generate_in_slots(model, prompts, [2] * 11, STOPPING, 8))
+    assert answers == {i: answer_alone(model, prompt, 2) for i, prompt in enumerate(prompts)}
+
+
+@torch.inference_mode()
+def test_numbers_that_overflowed_in_an_ended_row_do_not_reach_the_next_one_in_its_slot() -> None:
+    model, (first, *prompts) = make(*SLOTS["llama"]), random_prompts(3)
+    batch = SlotBatch(model, rows=2, longest=60)
+    batch.join([max(prompts, key=len), min(prompts, key=len)])
+    batch.keep([1])
+    for layer in batch.layers:
+        layer.keys[0], layer.values[0] = torch.nan, torch.nan
+    batch.join([first])
+    answer = [batch.last[1]]
+    for _ in range(3):
+        batch.step()
+        answer.append(batch.last[1])
+    assert answer == answer_alone(model, first)[:4]
 
 
 def test_slots_of_ended_rows_are_given_to_others_and_dropped_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_generation_and_likelihoods_halve_their_batch_when_memory_runs_out(
         losses, counts = sequence_losses(model, sequences, 0, "evaluate", "base")
     assert losses == pytest.approx(likelihoods[0], abs=1e-4) and counts == likelihoods[1]
     printed = capsys.readouterr()
-    assert "8 prompts at once; retrying with 4" in printed.err
+    assert "8 prompts at once; retrying with 4" in printed.err and "fixed batches" not in printed.err
     assert printed.out.count("a batch of 8 (text of 10 tokens); retrying with 4") == 1
     with memory_for(3), pytest.raises(OutOfMemory, match="one prompt of 12 tokens"):
         generate(model, template, prompts, 4, 8, "evaluate", "base")

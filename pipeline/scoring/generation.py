@@ -58,8 +58,7 @@ def generate(
     missing = [i for i in range(len(prompts)) if i not in answers]
     progress = Progress(stage, len(prompts), f"answers of {system}")
     progress.resume_at(len(answers))
-    longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
-    rows = rows_at_once(model, batch_size, longest)
+    rows = rows_at_once(model, batch_size, _longest(prompts, limits) if prompts else 0)
     waiting, most = [prompts[i] for i in missing], [limits[i] for i in missing]
     for number, ids in generate_tokens(model, waiting, most, template, rows, limited_by):
         answers[missing[number]] = ids
@@ -111,14 +110,13 @@ def generate_tokens(
     `limits` has the largest number of tokens for each prompt.
     """
     done: set[int] = set()
-    single = len(prompts) == 1 and input_device(model).type == "cpu"  # has no row to exchange, and no graph
-    if reason := None if single or not prompts else why_no_slots(model, prompts):
-        note(f"this model answers in fixed batches, each as slow as its longest answer: {reason}")
+    write: Any = None
     while remaining := [i for i in range(len(prompts)) if i not in done]:
-        waiting = [prompts[i] for i in remaining]
-        write = generate_in_batches if single or reason else generate_in_slots
-        answers = write(model, waiting, [limits[i] for i in remaining], template, batch_size)
+        waiting, most = [prompts[i] for i in remaining], [limits[i] for i in remaining]
+        answers: Any = None
         try:
+            write = write or _fastest(model, waiting, most)
+            answers = write(model, waiting, most, template, batch_size)
             for number, ids in answers:
                 done.add(remaining[number])
                 yield remaining[number], ids
@@ -140,14 +138,29 @@ def generate_tokens(
         note(f"out of memory with {size} prompts at once; retrying with {batch_size}")
 
 
+def _fastest(model: Any, prompts: Prompts, limits: Sequence[int]) -> Any:
+    """The function that answers `prompts` fastest."""
+    if len(prompts) == 1 and input_device(model).type == "cpu":
+        return generate_in_batches  # there is no row to exchange, and no graph
+    if reason := why_no_slots(model, prompts, _longest(prompts, limits)):
+        note(f"this model answers in fixed batches, each as slow as its longest answer: {reason}")
+        return generate_in_batches
+    return generate_in_slots
+
+
+def _longest(prompts: Prompts, limits: Sequence[int]) -> int:
+    """The tokens of a prompt and its answer."""
+    return max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+
+
 @torch.inference_mode()
 def generate_in_slots(
     model: Any, prompts: Prompts, limits: Sequence[int], template: ChatTemplate, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
     """As `generate_tokens`; when a row ends it leaves the batch, and waiting prompts join."""
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: memory fails early
-    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    batch, rows = SlotBatch(model, longest), list[int]()  # the prompt of each row
+    batch = SlotBatch(model, min(batch_size, len(prompts)), _longest(prompts, limits))
+    rows: list[int] = []  # the prompt of each row
     new: list[list[int]] = [[] for _ in prompts]
     while rows or waiting:
         first, room = 0, batch_size - len(rows)

@@ -2,11 +2,13 @@
 
 Fixed addresses and shapes let a GPU repeat a step as a CUDA graph, which starts its 3,000 kernels at once instead of
 one by one. A token's position is its column in the cache, so masks are Retune's own, for layers that see all earlier
-tokens or a window of them; `why_no_slots` compares what they give with what the model computes by itself.
+tokens or a window of them. `why_no_slots` compares the logits of two prompts with those that each gets alone.
 """
 
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,123 +17,165 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from pipeline.core.memory import out_of_memory
+from pipeline.core.progress import note
 from pipeline.weights.loading import input_device
 
 PREFILL_TOKENS = 16_384  # in one forward pass over prompts; limits its memory
 COLUMNS = {"cpu": 32, "cuda": 256}  # by which the cache grows; each time, a graph is captured anew
-TRIAL = 64, 32  # tokens of two prompts, on which slots are tried
-TOLERANCE = 0.01  # of the logits' norm, or three times what they change with other rows in the batch
+TRIAL = 64, 32  # tokens of the two prompts on which slots are tried
+TOLERANCE = 0.01  # of the logits' norm, or three times what another prompt in the batch changes
 WINDOW, ALL = "sliding_attention", "full_attention"
 
 
 class SlotBatch:
-    """Rows of token ids and the newest token of each; a row has at most `longest` tokens."""
+    """At most `rows` rows of token ids, each of up to `longest` tokens, and the newest token of each."""
 
-    def __init__(self, model: Any, longest: int) -> None:
-        self.model, self.device, self.longest = model, input_device(model), longest
-        devices = {parameter.device for parameter in model.parameters()}
-        self.uses_graphs = len(devices) == 1 and self.device.type == "cuda"
+    def __init__(self, model: Any, rows: int, longest: int, columns: int | None = None) -> None:
+        self.model, self.device, self.rows, self.longest = model, input_device(model), rows, longest
+        self.columns = columns or COLUMNS[self.device.type]
         self.last: list[int] = []  # the newest tokens, which are not in the cache yet
         self.lengths: list[int] = []  # tokens in the cache, by row
         self.slots: list[int] = []  # of each row
-        self.tokens, self.positions, self.numbers = torch.zeros(3, 0, dtype=torch.long, device=self.device)  # by slot
         self.layers: list[_SlotLayer] = []
+        # By slot: the newest token, its position, and whether a row has the slot. A free slot stays at position 0.
+        self.tokens, self.positions, self.taken = torch.zeros(3, 0, dtype=torch.long, device=self.device)
+        self.uses_graphs = False
         self.graph: Any = None  # torch.cuda.CUDAGraph
-        self.logits: Tensor  # of the graph's step
+        self.logits: Tensor | None = None  # of the graph's step
+        self.config = model.config.get_text_config()
+        self.window = _window(self.config)
+        self.kinds = set(getattr(self.config, "layer_types", None) or [WINDOW if self.window else ALL])
 
     def join(self, prompts: Sequence[Sequence[int]]) -> int:
         """Add as many `prompts` (the longest first) as fit one pass, with their first new tokens; returns how many."""
         prompts = prompts[: max(1, PREFILL_TOKENS // len(prompts[0]))]
-        cache, width = DynamicCache(), len(prompts[0])
-        tokens = padded_logits(self.model, prompts, [len(prompt) for prompt in prompts], cache).argmax(-1)
+        prefilled, width = DynamicCache(), len(prompts[0])
+        tokens = padded_logits(self.model, prompts, [len(prompt) for prompt in prompts], prefilled).argmax(-1)
         if not self.layers:
-            self.layers = [_SlotLayer(layer, self) for layer in cache.layers]
-        self._make_room(len(self.slots) + len(prompts), width + 1)
-        slots = [slot for slot in range(len(self.tokens)) if slot not in set(self.slots)][: len(prompts)]
+            self.layers = [_SlotLayer(layer, self) for layer in prefilled.layers]
+            # After a pass, offloaded weights are on the meta device again.
+            self.uses_graphs = {parameter.device for parameter in self.model.parameters()} == {self.device} != {CPU}
+        rows, width_now = len(self.slots) + len(prompts), self.layers[0].keys.shape[2]
+        if rows > len(self.tokens) or width >= width_now:
+            self._resize(max(rows, self.rows), max(width_now, self._columns_for(width + 1)))
+        taken = set(self.slots)
+        slots = [slot for slot in range(len(self.tokens)) if slot not in taken][: len(prompts)]
         index, lengths = (torch.tensor(x, device=self.device) for x in (slots, [len(prompt) for prompt in prompts]))
         # From the right end of the columns to the left; what is copied behind a row's end is overwritten or masked.
         columns = (torch.arange(width, device=self.device) + (width - lengths)[:, None]).clamp(max=width - 1)
-        for layer, new_layer in zip(self.layers, cache.layers, strict=True):
+        for layer, new_layer in zip(self.layers, prefilled.layers, strict=True):
             for cached, new in ((layer.keys, new_layer.keys), (layer.values, new_layer.values)):
                 source = columns.to(new.device)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-                cached[index.to(new.device), :, :width] = new.gather(2, source)
-        self.tokens[index], self.positions[index] = tokens, lengths
+                # Zeros behind it: a NaN of the row before would pass through the mask.
+                cached[index.to(new.device)] = pad(new.gather(2, source), (0, 0, 0, cached.shape[2] - width))
+        self.tokens[index], self.positions[index], self.taken[index] = tokens, lengths, 1
         self.slots, self.last = self.slots + slots, self.last + tokens.tolist()
         self.lengths = self.lengths + lengths.tolist()
         return len(prompts)
 
-    def step(self, eager: bool = False) -> Tensor:
-        """Add one token to each row; returns the logits that chose them (slots, V)."""
-        self._make_room(len(self.slots), max(self.lengths) + 1)
-        if eager or not self.uses_graphs:
-            logits = self._forward()
+    def step(self) -> None:
+        """Add one token to each row."""
+        self._fit()
+        if self.uses_graphs and self.graph is None:
+            self._capture()
+        if self.graph is None:
+            self.logits = self._forward()
         else:
-            if self.graph is None:
-                self._capture()
             self.graph.replay()
-            logits = self.logits
         tokens = self.tokens.tolist()
         self.last, self.lengths = [tokens[slot] for slot in self.slots], [length + 1 for length in self.lengths]
-        return logits
 
     def keep(self, rows: list[int]) -> None:
         """Remove all rows but `rows`."""
+        freed = torch.tensor([slot for row, slot in enumerate(self.slots) if row not in set(rows)], device=self.device)
+        self.positions[freed], self.taken[freed] = 0, 0
         self.slots, self.last, self.lengths = ([of[r] for r in rows] for of in (self.slots, self.last, self.lengths))
 
     def _forward(self) -> Tensor:
-        """A token for each slot, also for free ones."""
-        columns = torch.arange(self.layers[0].keys.shape[2], device=self.device)
-        self.positions.clamp_(max=len(columns) - 1)  # of free slots
-        logits = self.model(
+        """A token for each slot, also for free ones; returns the logits that chose them (slots, V)."""
+        logits: Tensor = self.model(
             input_ids=self.tokens[:, None],
-            attention_mask=masks(self.model, columns, self.positions),
+            attention_mask=self._masks(),
             position_ids=self.positions[:, None],
             past_key_values=Cache(layers=list(self.layers)),
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
         self.tokens.copy_(logits.argmax(-1))
-        self.positions.add_(1)
+        self.positions.add_(self.taken)
         return logits
 
-    def _make_room(self, rows: int, columns: int) -> None:
-        """Grow to at least these sizes; on a CPU, shrink to `rows` when most slots are free (a graph would be lost)."""
-        slots, capacity = len(self.tokens), self.layers[0].keys.shape[2]
-        step = COLUMNS[self.device.type]
-        columns = capacity if columns <= capacity else min(self.longest, -(-columns // step) * step)
-        if self.device.type == "cpu" and rows < slots // 2:
-            kept = torch.tensor(self.slots, dtype=torch.long)
-            self.tokens, self.positions, slots = self.tokens[kept], self.positions[kept], rows
-            for layer in self.layers:
-                layer.keys, layer.values = layer.keys[kept], layer.values[kept]
-            self.slots, self.numbers = list(range(rows)), torch.arange(rows)
-        if (more := max(0, rows - slots)) or columns > capacity:
-            self.tokens, self.positions = pad(self.tokens, (0, more)), pad(self.positions, (0, more))
-            self.numbers = torch.arange(slots + more, device=self.device)
-            for layer in self.layers:
-                sizes = (0, 0, 0, columns - capacity, 0, 0, 0, more)
-                layer.keys, layer.values = pad(layer.keys, sizes), pad(layer.values, sizes)
-            self.graph = None
+    def _masks(self) -> Any:
+        """What the token of each slot sees (slots, 1, 1, columns), in the form that the model's layers take."""
+        columns, positions = torch.arange(self.layers[0].keys.shape[2], device=self.device), self.positions[:, None]
+        seen = {ALL: columns <= positions}
+        if self.window:
+            seen[WINDOW] = seen[ALL] & (columns > positions - self.window)
+        forms = {kind: mask[:, None, None] for kind, mask in seen.items()}
+        if self.config._attn_implementation == "eager":
+            least, zero = torch.finfo(self.model.dtype).min, self.positions.new_zeros((), dtype=self.model.dtype)
+            forms = {kind: zero.expand(mask.shape).masked_fill(~mask, least) for kind, mask in forms.items()}
+        return {kind: forms[kind] for kind in self.kinds} if len(self.kinds) > 1 else forms[next(iter(self.kinds))]
+
+    def _columns_for(self, tokens: int) -> int:
+        return min(self.longest, -(-tokens // self.columns) * self.columns)
+
+    def _fit(self) -> None:
+        """Room for a token more; less room where it is worth moving the cache, or capturing a graph anew."""
+        slots, columns, needed = len(self.tokens), self.layers[0].keys.shape[2], max(self.lengths) + 1
+        few = len(self.slots) < slots // (4 if self.uses_graphs else 2)
+        if needed > columns or few or self._columns_for(needed) <= columns // 2:
+            self._resize(len(self.slots) if few else slots, self._columns_for(needed))
+
+    def _resize(self, slots: int, columns: int) -> None:
+        """Give the cache these sizes; rows move to the first slots."""
+        self.graph = self.logits = None
+        kept = torch.tensor(self.slots, dtype=torch.long, device=self.device)
+        more = slots - len(kept)
+        self.slots = list(range(len(kept)))
+        self.tokens, self.positions, self.taken = (
+            pad(x[kept], (0, more)) for x in (self.tokens, self.positions, self.taken)
+        )
+        for layer in self.layers:
+            layer.numbers = torch.arange(slots, device=layer.keys.device)
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name)[kept.to(layer.keys.device), :, :columns]
+                setattr(layer, name, pad(tensor, (0, 0, 0, columns - tensor.shape[2], 0, 0, 0, more)))
 
     def _capture(self) -> None:
-        """Record `_forward` as a graph, without a change of the rows' state."""
+        """Record `_forward` as a graph, without a change of the rows' state; if that fails, go on without graphs."""
         state = self.tokens.clone(), self.positions.clone()
-        mode, stream = torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        mode, stream = torch.cuda.get_sync_debug_mode(), _stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with warnings.catch_warnings(), torch.cuda.stream(stream):
-            warnings.simplefilter("ignore")  # that this mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")  # what waits for the GPU cannot be captured
-            try:
+        try:
+            with torch.cuda.stream(stream):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that this mode is a prototype
+                    torch.cuda.set_sync_debug_mode("error")  # what waits for the GPU cannot be captured
                 self._forward()
-            finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self._forward()
-        self.graph = graph
-        for tensor, before in zip((self.tokens, self.positions), state, strict=True):
-            tensor.copy_(before)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    self.logits = self._forward()
+            self.graph = graph
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            note(f"answers without a CUDA graph, several times slower: {str(error).splitlines()[0]}")
+            self.uses_graphs = False
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(stream)
+            for tensor, before in zip((self.tokens, self.positions), state, strict=True):
+                tensor.copy_(before)
+
+
+CPU = torch.device("cpu")
+
+
+@cache
+def _stream() -> Any:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -141,16 +185,17 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, like: DynamicLayer, batch: SlotBatch) -> None:
         super().__init__()
-        self.batch, self.is_initialized = batch, True
+        self.batch, self.is_initialized = weakref.proxy(batch), True  # a cycle would keep the cache in memory
         self.keys, self.values = (x.new_zeros(0, x.shape[1], 0, x.shape[3]) for x in (like.keys, like.values))
+        self.numbers = torch.arange(0)  # of the slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        slots, positions = (x.to(self.keys.device) for x in (self.batch.numbers, self.batch.positions))
+        positions = self.batch.positions.to(self.keys.device)
         for cached, new in ((self.keys, key_states), (self.values, value_states)):
-            cached[slots, :, positions] = new[:, :, 0]
+            cached[self.numbers, :, positions] = new[:, :, 0]
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -162,34 +207,16 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     get_max_length = get_seq_length
 
 
-def masks(model: Any, columns: Tensor, positions: Tensor) -> Any:
-    """What the token of each slot sees (slots, 1, 1, columns), in the form that the model's layers take."""
-    config = model.config.get_text_config()
-    seen = {ALL: columns <= positions[:, None]}
-    if window := _window(config):
-        seen[WINDOW] = seen[ALL] & (columns > positions[:, None] - window)
-
-    def form(mask: Tensor) -> Tensor:
-        mask = mask[:, None, None]
-        if config._attn_implementation != "eager":
-            return mask
-        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(model.dtype).min
-        )
-
-    kinds = set(getattr(config, "layer_types", None) or [WINDOW if window else ALL])
-    if len(kinds) == 1:
-        return form(seen[kinds.pop()])
-    return {kind: form(seen[kind]) for kind in kinds}
-
-
 def _window(config: Any) -> int | None:
     windows = {layer.sliding_window for layer in DynamicCache(config=config).layers if hasattr(layer, "sliding_window")}
     return max(windows, default=None)
 
 
 def padded_logits(model: Any, ids: Sequence[Sequence[int]], lengths: Sequence[int], cache: DynamicCache) -> Tensor:
-    """The logits after each row (B, V), padded on the left as by `generate`; `ids` end the rows of `lengths` tokens."""
+    """The logits after each row (B, V), padded on the left as by `generate`.
+
+    `ids` are the newest tokens of rows that have `lengths` tokens in all; the others are in `cache`.
+    """
     device, width, end = input_device(model), max(map(len, ids)), max(lengths)
     positions = torch.arange(end, device=device) - (end - torch.tensor(lengths, device=device))[:, None]
     logits: Tensor = model(
@@ -204,43 +231,51 @@ def padded_logits(model: Any, ids: Sequence[Sequence[int]], lengths: Sequence[in
 
 
 @torch.inference_mode()
-def why_no_slots(model: Any, prompts: Sequence[Sequence[int]]) -> str | None:
-    """Why the answers to `prompts` cannot be computed in slots, or None."""
+def why_no_slots(model: Any, prompts: Iterable[Sequence[int]], longest: int) -> str | None:
+    """Why answers to `prompts`, with up to `longest` tokens together, cannot be computed in slots, or None."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family, config = base.config.model_type, base.config.get_text_config()
     if base is not model and model.active_peft_config.is_prompt_learning:
         return "the adapter has vectors before the text"
+    if not type(base).__module__.startswith("transformers."):
+        return f"{family} is code from its own repository"
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     if not all(type(layer) in known for layer in DynamicCache(config=base.config).layers) or base._is_stateful:
         return f"{family} remembers more than keys and values"
     if others := set(getattr(config, "layer_types", None) or [ALL]) - {ALL, WINDOW}:
-        return f"{family} has {sorted(others)[0]} layers"
-    if base.config._attn_implementation not in ("sdpa", "eager"):
-        return f"{family} has {base.config._attn_implementation} attention"
+        return f"{family} has {min(others)} layers"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"{family} has {config._attn_implementation} attention"
+    by_length = sorted(prompts, key=len)
     try:
-        return _try_slots(model, [max(prompts, key=len)[-TRIAL[0] :], min(prompts, key=len)[-TRIAL[1] :]])
+        return _try_slots(model, [by_length[-1][-TRIAL[0] :], by_length[0][-TRIAL[1] :]], longest)
     except Exception as error:
         if out_of_memory(error):
             raise
         return f"{family}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
-def _try_slots(model: Any, prompts: Sequence[Sequence[int]]) -> str | None:
-    """Compare two steps of `prompts`, the second by a graph, with those that each takes alone."""
-    lengths, caches, together = [len(prompt) for prompt in prompts], [DynamicCache() for _ in prompts], DynamicCache()
-    batch = SlotBatch(model, max(lengths) + 2)
+def _try_slots(model: Any, prompts: Sequence[Sequence[int]], longest: int) -> str | None:
+    """Compare a step of `prompts` in slots with those that each takes alone, at the cache's full size."""
+    batch, caches = SlotBatch(model, len(prompts), longest, columns=longest), [DynamicCache() for _ in prompts]
     batch.join(prompts)
-    newest = prompts
-    for step in range(3):
-        singles = zip(newest, lengths, caches, strict=True)
-        expected = torch.cat([padded_logits(model, [ids], [length], cache) for ids, length, cache in singles])
-        padded = padded_logits(model, newest, lengths, together)
-        if step:
-            actual = batch.step(eager=step == 1)
-            noise, error = (float((x - expected).norm() / expected.norm()) for x in (padded, actual))
-            if not error <= max(3 * noise, TOLERANCE):
-                return f"in slots, its logits differ by {error:.1%}, by its own noise {noise:.1%}"
-        # Of two tokens that are about equally likely, all go on with the same one.
-        newest, lengths = [[token] for token in expected.argmax(-1).tolist()], [length + 1 for length in lengths]
-        batch.tokens.copy_(expected.argmax(-1))
-    return None
+    lengths = [len(prompt) for prompt in prompts]
+    for prompt, alone in zip(prompts, caches, strict=True):
+        padded_logits(model, [prompt], [len(prompt)], alone)
+    newest, lengths = [[token] for token in batch.last], [length + 1 for length in lengths]
+    rows = zip(newest, lengths, caches, strict=True)
+    expected = torch.cat([padded_logits(model, [ids], [length], alone) for ids, length, alone in rows]).float()
+    batch.step()
+    assert batch.logits is not None
+    if _difference(batch.logits, expected) <= TOLERANCE:
+        return None
+    together = DynamicCache()
+    padded_logits(model, prompts, [length - 1 for length in lengths], together)
+    noise = _difference(padded_logits(model, newest, lengths, together), expected)
+    if (error := _difference(batch.logits, expected)) <= 3 * noise:
+        return None
+    return f"in slots, its logits differ by {error:.1%}, by its own noise {noise:.1%}"
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    return float((logits.float() - expected).norm() / expected.norm())

@@ -1,6 +1,7 @@
 """Optional GPU kernels: refuses those that the parameters name if they cannot run; uses Liger's if they can."""
 
 import importlib.util
+import logging
 import os
 import shutil
 from typing import Any
@@ -44,6 +45,7 @@ def use_liger(model: Any, params: TrainParams) -> str:
     if not uses_liger(params):
         reason = _why_no_liger() if params.use_liger_kernel == "auto" else "train.use_liger_kernel is false"
         return f"{family}'s own ({reason})"
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of layers for other makers' hardware
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
     reason = f"Liger does not know {family}"

@@ -27,7 +27,7 @@ from tests.tiny_model import CHATML, byte_level
 GIB = 2**30
 ROWS = 853
 MAX_TOKENS = 1024  # of a row: none is cut by `trl sft`
-ROW_SECONDS = 150  # a row that takes longer is ended
+ROW_SECONDS = 200  # a row that takes longer is ended
 Result = dict[str, Any]
 
 
@@ -273,7 +273,7 @@ def generation(size: Size, folder: Path) -> Result:
     from peft import LoraConfig, get_peft_model
 
     from pipeline.chat.template import load_contract
-    from pipeline.scoring.generation import generate_in_batches, generate_in_slots, rows_at_once
+    from pipeline.scoring.generation import generate_in_batches, generate_tokens, rows_at_once
     from pipeline.weights.placement import load_for_scoring
 
     contract = json.loads((folder / "dataset" / "contract.json").read_text())
@@ -288,23 +288,23 @@ def generation(size: Size, folder: Path) -> Result:
     alike, most = [size.new_tokens] * len(prompts), rows_at_once(model, "auto", 200 + 2 * size.new_tokens)
 
     def measure(way: Any, rows: int, limits: list[int], asked: list[int]) -> Result:
+        if cuda := torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         seconds, _ = timed(lambda: list(way(model, prompts[: len(limits)], asked, template, rows)))
-        result = {"tokens_per_s": sum(limits) / seconds, "rows": rows, "seconds": seconds}
-        print(way.__name__, result, flush=True)
-        return result
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
+        return {"tokens_per_s": sum(limits) / seconds, "rows": rows, "seconds": seconds, "peak": peak}
+
+    def retune(*given: Any) -> Any:
+        return generate_tokens(*given, limited_by="bench")
 
     few = alike[: size.prompts]
-    measure(generate_in_slots, size.prompts, few, [4] * len(few))  # the first time
-    result = measure(generate_in_slots, size.prompts, few, few)
-    others = {
-        f"{GENERATION}, {len(prompts)} prompts": measure(generate_in_slots, most, alike, alike),
-        f"{GENERATION}, {len(prompts)} answers of 1 to {max(limits)} tokens": measure(
-            generate_in_slots, most, limits, limits
-        ),
-        "the same by transformers' generate": measure(generate_in_batches, most, limits, [max(limits)] * len(limits)),
-    }
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return result | {"others": others, "peak": peak}
+    measure(retune, size.prompts, few, [4] * len(few))  # the first time
+    names = [f"{GENERATION}, {len(prompts)} prompts", f"{GENERATION}, {len(prompts)} answers of 1 to {max(limits)}"]
+    others = {names[0]: measure(retune, most, alike, alike), names[1]: measure(retune, most, limits, limits)}
+    others["the same by transformers' generate"] = measure(
+        generate_in_batches, most, limits, [max(limits)] * len(limits)
+    )
+    return measure(retune, size.prompts, few, few) | {"others": others}
 
 
 def _write(path: Path, value: Any) -> None:

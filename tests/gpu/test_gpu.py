@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from pipeline.evaluate import evaluate
 from pipeline.merge import merge
 from pipeline.params import Params
 from pipeline.prepare import prepare
+from pipeline.scoring import slots
+from pipeline.scoring.generation import generate_in_batches, generate_in_slots
 from pipeline.settings import load_params
 from pipeline.train import train
 from pipeline.training.attention import use_packed_attention
@@ -118,6 +121,26 @@ def test_packed_attention_has_the_logits_and_gradients_of_sdpa_and_of_single_row
     with torch.no_grad():
         alone = [model(torch.tensor([row], device=model.device), use_cache=False).logits[0].float() for row in ids]
     assert (logits - torch.cat(alone)).norm() <= tolerance * logits.norm()
+
+
+def test_answers_in_slots_are_those_of_generate_and_leave_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU by graphs, which are captured anew as the cache grows; in float32, where no two tokens are a tie."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LLAMA).to(device()).eval()
+    for parameter in model.parameters():  # a fresh model repeats itself
+        parameter.data *= 3.0 if parameter.dim() > 1 else 1.0
+    monkeypatch.setattr(slots, "COLUMNS", {"cpu": 32, "cuda": 32})
+    template: Any = SimpleNamespace(stop_ids=frozenset(range(3, 400, 60)), tokenizer=SimpleNamespace(pad_token_id=0))
+    prompts = [torch.randint(3, 400, (length,)).tolist() for length in (5, 70, 33, 1, 96, 12, 50)]
+    expected = dict(generate_in_batches(model, prompts, [40] * 7, template, 1))
+    before = torch.cuda.memory_allocated() if CUDA else 0
+    graphs, real = set(), slots.SlotBatch.step
+    monkeypatch.setattr(slots.SlotBatch, "step", lambda batch: [real(batch), graphs.add(batch.graph)])
+    assert slots.why_no_slots(model, prompts, 136) is None
+    assert dict(generate_in_slots(model, prompts, [40] * 7, template, 4)) == expected
+    assert (len(graphs) > 2 and None not in graphs) if CUDA else graphs == {None}
+    graphs.clear()
+    assert not CUDA or torch.cuda.memory_allocated() <= before + 64 * MIB  # cuBLAS's own
 
 
 @contextmanager
