@@ -218,8 +218,7 @@ def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = F
     config.inference_mode = True
     try:
         with _placeholders(base, config), warnings.catch_warnings():
-            # PEFT 0.21 uses an old name of transformers', and does not find the base's path in an adapter, where only its
-            # name is kept.
+            # PEFT 0.21 uses an old name of transformers'; an adapter keeps its base's name without the path.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|The PEFT config's `base_model_name_or_path`")
             model = base if isinstance(base, PeftModel) else get_peft_model(base, config, name, low_cpu_mem_usage=empty)
             loading_info = model.load_adapter(str(folder), name, low_cpu_mem_usage=empty)
