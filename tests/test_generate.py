@@ -1,7 +1,9 @@
 """Answers in slots equal those to single prompts, for each kind of attention; a kill loses no answer."""
 
+import gc
 import random
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +131,20 @@ def test_numbers_that_overflowed_in_an_ended_row_do_not_reach_the_next_one_in_it
         batch.step()
         answer.append(batch.last[1])
     assert answer == answer_alone(model, first)[:4]
+
+
+@torch.inference_mode()
+def test_a_batch_leaves_no_memory_for_the_garbage_collector() -> None:
+    batch = SlotBatch(make(*SLOTS["llama"]), rows=2, longest=60)
+    batch.join([[5, 6, 7]])
+    batch.step()
+    left = weakref.ref(batch)
+    gc.disable()
+    try:
+        del batch
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_slots_of_ended_rows_are_given_to_others_and_dropped_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
