@@ -42,7 +42,7 @@ from pipeline.training.targets import describe_experts
 from pipeline.training.trainer import AdapterTrainer
 from pipeline.training.warm_start import check_init, load_init
 from pipeline.training.watching import LOSS, SPEED, Interrupted, TrainError, Watch, write_table
-from pipeline.weights.loading import compute_dtype, load_base, sort_sets, use_free_cores, use_threads
+from pipeline.weights.loading import PEFT_WARNINGS, compute_dtype, load_base, sort_sets, use_free_cores, use_threads
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 RECORDED = ("steps", "shipped_step", "loss", "validation_loss", "trainable_parameters")
@@ -158,7 +158,7 @@ def _make_trainer(
 ) -> AdapterTrainer:
     """The trainer, whose adapter is new or starts with the weights in `init`."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT 0.21 uses this old name
+        warnings.filterwarnings("ignore", PEFT_WARNINGS)
         trainer_class = ClassTrainer if params.task == CLASSIFICATION else AdapterTrainer
         trainer: AdapterTrainer = trainer_class(peft_config=adapter, **settings)
         if adapter is not None:

@@ -25,6 +25,7 @@ COLUMNS = {"cpu": 32, "cuda": 256}  # by which the cache grows; each time, a gra
 TRIAL = 64, 32  # tokens of the two prompts on which slots are tried
 TOLERANCE = 0.01  # of the logits' norm, or three times what another prompt in the batch changes
 WINDOW, ALL = "sliding_attention", "full_attention"
+CPU = torch.device("cpu")
 
 
 class SlotBatch:
@@ -49,8 +50,8 @@ class SlotBatch:
     def join(self, prompts: Sequence[Sequence[int]]) -> int:
         """Add as many `prompts` (the longest first) as fit one pass, with their first new tokens; returns how many."""
         prompts = prompts[: max(1, PREFILL_TOKENS // len(prompts[0]))]
-        prefilled, width = DynamicCache(), len(prompts[0])
-        tokens = padded_logits(self.model, prompts, [len(prompt) for prompt in prompts], prefilled).argmax(-1)
+        prefilled, width, lengths = DynamicCache(), len(prompts[0]), [len(prompt) for prompt in prompts]
+        tokens = padded_logits(self.model, prompts, lengths, prefilled).argmax(-1)
         if not self.layers:
             self.layers = [_SlotLayer(layer, self) for layer in prefilled.layers]
             # After a pass, offloaded weights are on the meta device again.
@@ -60,17 +61,16 @@ class SlotBatch:
             self._resize(max(rows, self.rows), max(width_now, self._columns_for(width + 1)))
         taken = set(self.slots)
         slots = [slot for slot in range(len(self.tokens)) if slot not in taken][: len(prompts)]
-        index, lengths = (torch.tensor(x, device=self.device) for x in (slots, [len(prompt) for prompt in prompts]))
+        index, ends = (torch.tensor(x, device=self.device) for x in (slots, lengths))
         # From the right end of the columns to the left; what is copied behind a row's end is overwritten or masked.
-        columns = (torch.arange(width, device=self.device) + (width - lengths)[:, None]).clamp(max=width - 1)
+        columns = (torch.arange(width, device=self.device) + (width - ends)[:, None]).clamp(max=width - 1)
         for layer, new_layer in zip(self.layers, prefilled.layers, strict=True):
             for cached, new in ((layer.keys, new_layer.keys), (layer.values, new_layer.values)):
                 source = columns.to(new.device)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
                 # Zeros behind it: a NaN of the row before would pass through the mask.
                 cached[index.to(new.device)] = pad(new.gather(2, source), (0, 0, 0, cached.shape[2] - width))
-        self.tokens[index], self.positions[index], self.taken[index] = tokens, lengths, 1
-        self.slots, self.last = self.slots + slots, self.last + tokens.tolist()
-        self.lengths = self.lengths + lengths.tolist()
+        self.tokens[index], self.positions[index], self.taken[index] = tokens, ends, 1
+        self.slots, self.last, self.lengths = self.slots + slots, self.last + tokens.tolist(), self.lengths + lengths
         return len(prompts)
 
     def step(self) -> None:
@@ -87,7 +87,8 @@ class SlotBatch:
 
     def keep(self, rows: list[int]) -> None:
         """Remove all rows but `rows`."""
-        freed = torch.tensor([slot for row, slot in enumerate(self.slots) if row not in set(rows)], device=self.device)
+        kept = set(rows)
+        freed = torch.tensor([slot for row, slot in enumerate(self.slots) if row not in kept], device=self.device)
         self.positions[freed], self.taken[freed] = 0, 0
         self.slots, self.last, self.lengths = ([of[r] for r in rows] for of in (self.slots, self.last, self.lengths))
 
@@ -168,9 +169,6 @@ class SlotBatch:
             torch.cuda.current_stream().wait_stream(stream)
             for tensor, before in zip((self.tokens, self.positions), state, strict=True):
                 tensor.copy_(before)
-
-
-CPU = torch.device("cpu")
 
 
 @cache
@@ -267,14 +265,12 @@ def _try_slots(model: Any, prompts: Sequence[Sequence[int]], longest: int) -> st
     expected = torch.cat([padded_logits(model, [ids], [length], alone) for ids, length, alone in rows]).float()
     batch.step()
     assert batch.logits is not None
-    if _difference(batch.logits, expected) <= TOLERANCE:
+    if (error := _difference(batch.logits, expected)) <= TOLERANCE:
         return None
     together = DynamicCache()
     padded_logits(model, prompts, [length - 1 for length in lengths], together)
     noise = _difference(padded_logits(model, newest, lengths, together), expected)
-    if (error := _difference(batch.logits, expected)) <= 3 * noise:
-        return None
-    return f"in slots, its logits differ by {error:.1%}, by its own noise {noise:.1%}"
+    return None if error <= 3 * noise else f"in slots, its logits differ by {error:.1%}, by its own noise {noise:.1%}"
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:

@@ -31,6 +31,8 @@ Quantisation = dict[str, Any]  # load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use
 HEADS = ("classifier", "score")  # of classification models: every method trains and saves them whole
 UNQUANTISED = (*HEADS, "pooler.dense", "pre_classifier")  # often new in training, so without published weights
 PROMPT = "prompt_embeddings"
+# PEFT 0.21 uses an old name of transformers'; an adapter keeps its base's name without the path.
+PEFT_WARNINGS = "`is_gradient_checkpointing`|The PEFT config's `base_model_name_or_path`"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -218,8 +220,7 @@ def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = F
     config.inference_mode = True
     try:
         with _placeholders(base, config), warnings.catch_warnings():
-            # PEFT 0.21 uses an old name of transformers'; an adapter keeps its base's name without the path.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|The PEFT config's `base_model_name_or_path`")
+            warnings.filterwarnings("ignore", PEFT_WARNINGS)
             model = base if isinstance(base, PeftModel) else get_peft_model(base, config, name, low_cpu_mem_usage=empty)
             loading_info = model.load_adapter(str(folder), name, low_cpu_mem_usage=empty)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
