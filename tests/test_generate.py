@@ -117,6 +117,28 @@ def test_rows_that_end_together_leave_their_slots_to_fewer() -> None:
     assert answers == {i: answer_alone(model, prompt, 2) for i, prompt in enumerate(prompts)}
 
 
+@pytest.mark.parametrize(("kept", "joining"), [([3], [2, 1, 0]), ([1, 2, 3], [10])], ids=["more rows", "longer rows"])
+@torch.inference_mode()
+def test_rows_join_a_batch_that_has_too_few_slots_or_columns(
+    kept: list[int], joining: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "COLUMNS", {"cpu": 16})
+    model, prompts = make(*SLOTS["llama"]), sorted(random_prompts(14), key=len)
+    batch = SlotBatch(model, rows=4, longest=60)
+    batch.join(prompts[3::-1])
+    batch.keep(kept)
+    batch.step()
+    before = len(kept)
+    batch.join([prompts[i] for i in joining])
+    answers = [[token] for token in batch.last[before:]]
+    for _ in range(3):
+        batch.step()
+        answers = [[*answer, token] for answer, token in zip(answers, batch.last[before:], strict=True)]
+    expected = [answer_alone(model, prompts[i], 4) for i in joining]
+    assert max(map(len, expected)) == 4
+    assert [answer[: len(alone)] for answer, alone in zip(answers, expected, strict=True)] == expected
+
+
 @torch.inference_mode()
 def test_numbers_that_overflowed_in_an_ended_row_do_not_reach_the_next_one_in_its_slot() -> None:
     model, (first, *prompts) = make(*SLOTS["llama"]), random_prompts(3)

@@ -129,11 +129,17 @@ def test_a_padded_batch_is_split_too(tmp_path: Path, few: Params, dataset: Path)
 
 
 def test_generation_and_likelihoods_halve_their_batch_when_memory_runs_out(
-    dataset: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.chat.template import load_contract
+    from pipeline.scoring import generation
     from pipeline.scoring.generation import generate
     from pipeline.scoring.likelihood import sequence_losses
+
+    rows, real = list[int](), generation.SlotBatch
+    monkeypatch.setattr(
+        generation, "SlotBatch", lambda model, size, *rest: rows.append(size) or real(model, size, *rest)
+    )
 
     contract = read_json(dataset / "contract.json")
     model, template = load_base(contract["model"], None), load_contract(contract)
@@ -144,6 +150,7 @@ def test_generation_and_likelihoods_halve_their_batch_when_memory_runs_out(
     with memory_for(45):
         assert generate(model, template, prompts, 4, 8, "evaluate", "base") == answers
         losses, counts = sequence_losses(model, sequences, 0, "evaluate", "base")
+    assert rows == [8, 8, 4, 2]  # slots again after each failure
     assert losses == pytest.approx(likelihoods[0], abs=1e-4) and counts == likelihoods[1]
     printed = capsys.readouterr()
     assert "8 prompts at once; retrying with 4" in printed.err and "fixed batches" not in printed.err
