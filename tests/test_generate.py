@@ -206,7 +206,7 @@ def test_an_answer_ends_at_its_end_token_or_is_cut_off_at_the_limit_or_the_end_o
     assert generate(model, template, [], 8, 4, "test", "base") == []
     long, other = generate(model, template, [[1] * 510, [1]], 8, 2, "test", "base")
     assert (long.cut_off, len(long.ids), len(other.ids) > 2) == (True, 2, True)
-    with pytest.raises(ModelError, match="prompt 2 has 512 tokens, and the model takes 512"):
+    with pytest.raises(ModelError, match="512 tokens, and the model takes 512"):
         generate(model, template, [[1], [1] * 512], 8, 1, "test", "base")
 
 

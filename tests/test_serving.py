@@ -122,16 +122,22 @@ def test_a_conversation_on_the_command_line(there: Path, evaluation: Path) -> No
     assert printable("a\x1b[2Jb\n\tc\r") == "a�[2Jb\n\tc�"  # what a model writes cannot move the cursor
 
 
-def test_a_file_is_answered_line_by_line_by_the_merged_model(there: Path, tmp_path: Path, evaluation: Path) -> None:
+def test_a_file_is_answered_line_by_line_and_a_line_without_an_answer_says_why(
+    there: Path, tmp_path: Path, evaluation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tuned = scored(evaluation, "adapter")
     rows = [{"id": i, "prompt": question} for i, question in enumerate(tuned)]
     rows[3] = {"id": 3, "messages": [{"role": "user", "content": rows[3]["prompt"]}]}
+    rows.insert(1, {"id": "long", "prompt": "and " * 2000})
+    rows.append({"id": "refused", "messages": [{"role": "user", "content": "a"}] * 2, "tools": "[3]"})
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     predict(file)
     answers = [json.loads(line) for line in (tmp_path / "questions.answers.jsonl").read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == list(range(len(rows)))
-    assert [answer["answer"] for answer in answers] == list(tuned.values())
+    assert [answer["id"] for answer in answers] == [row["id"] for row in rows]
+    faults = {answer["id"]: answer["error"] for answer in answers if "error" in answer}
+    assert faults.keys() == {"long", "refused"} and "2 lines not answered" in capsys.readouterr().out
+    assert [answer["answer"] for answer in answers if answer["id"] not in faults] == list(tuned.values())
     assert not list((there / ".retune" / "predictions").iterdir())
 
 

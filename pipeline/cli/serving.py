@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.chat import Message
+from pipeline.chat.rendering import RowError
 from pipeline.chat.responses import Answer, read_answer
 from pipeline.chat.template import (
     ChatTemplate,
@@ -31,6 +32,7 @@ from pipeline.core.files import read_json
 from pipeline.core.sanitise import portable
 from pipeline.params import Params
 from pipeline.registry.model import RegisteredModel
+from pipeline.scoring.generation import answer_limits
 from pipeline.weights.loading import ModelError, input_device, is_whole, load_adapter
 from pipeline.weights.placement import load_for_scoring, load_tuned
 
@@ -99,14 +101,10 @@ class Talk:
     ) -> Answer:
         """The active model's greedy answer; `on_text` and `on_reasoning` get its text while it is generated."""
         ids = self.template.prompt_ids(messages)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and len(ids) >= limit:
-            raise ModelError(
-                f"the conversation has {len(ids)} tokens, and the model takes {limit} with the answer; /reset it"
-            )
+        (limit,) = answer_limits(self.model.config, [ids], max_new_tokens)
         tokens = torch.tensor([ids], device=input_device(self.model))
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)),
+            max_new_tokens=limit,
             do_sample=False,
             eos_token_id=sorted(self.template.stop_ids),
             pad_token_id=self.template.tokenizer.pad_token_id,
@@ -243,3 +241,15 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
             ) from None
         prompts.append((row, messages, tools if tools is None or isinstance(tools, str) else json.dumps(tools)))
     return prompts
+
+
+def prompt_or_fault(model: Any, template: ChatTemplate, messages: list[Message], tools: str | None) -> list[int] | str:
+    """The tokens (T,) of a conversation up to the answer, or the reason why `model` cannot answer it."""
+    try:
+        ids = template.prompt_ids(messages, tools)
+        answer_limits(model.config, [ids], max_new_tokens=1)
+    except RowError as error:
+        return f"the conversation {error}"
+    except ModelError as error:
+        return str(error)
+    return ids

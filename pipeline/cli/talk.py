@@ -91,10 +91,12 @@ def predict(
 ) -> None:
     """Answer every line of FILE with a version's merged model; after a kill, the command continues where it stopped.
 
+    A line that the model cannot answer, such as one longer than its context, gets an `error` instead of an answer.
+
     A model trained with train.task sequence-classification gives each line its label and confidence.
     """
     params = _load_params()
-    from pipeline.cli.serving import load_for_batches, read_prompts
+    from pipeline.cli.serving import load_for_batches, prompt_or_fault, read_prompts
     from pipeline.core.combinations import CLASSIFICATION
     from pipeline.core.files import WORK_DIR
     from pipeline.scoring.classification import classify
@@ -112,12 +114,15 @@ def predict(
         _write_answers(target, rows, results, name, json_output)
         return
     loaded, template, identity = load_for_batches(params, _name_or_default(model, params, "predict"))
-    prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
+    checked = [prompt_or_fault(loaded, template, messages, tools) for _, messages, tools in rows]
+    prompts = [prompt for prompt in checked if not isinstance(prompt, str)]
+    tools = [tools for (*_, tools), prompt in zip(rows, checked, strict=True) if not isinstance(prompt, str)]
     limit = _limit(params, max_new_tokens)
     keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
     limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
-    settings = (limit, size, "predict", identity["model"], keep, [tools for *_, tools in rows], limited_by)
-    results = [_fields(answer) for answer in generate(loaded, template, prompts, *settings)]
+    settings = (limit, size, "predict", identity["model"], keep, tools, limited_by)
+    answers = iter(generate(loaded, template, prompts, *settings))
+    results = [{"error": prompt} if isinstance(prompt, str) else _fields(next(answers)) for prompt in checked]
     _write_answers(target, rows, results, identity["model"], json_output)
     keep.unlink(missing_ok=True)
 
@@ -133,13 +138,15 @@ def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]],
 
     lines = [row | result | {"model": model} for (row, _, _), result in zip(rows, results, strict=True)]
     write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    faults = sum("error" in result for result in results)
     if json_output:
-        print(json.dumps({"model": model, "rows": len(lines), "path": str(target)}))
+        print(json.dumps({"model": model, "rows": len(lines), "errors": faults, "path": str(target)}))
     else:
         cut = sum(line.get("cut_off", False) for line in lines)
         print(
             f"predict: {counted(len(lines), 'line')} in {target}"
             + (f", {counted(cut, 'answer')} cut off" if cut else "")
+            + (f"; {counted(faults, 'line')} not answered, see `error` there" if faults else "")
         )
 
 

@@ -75,12 +75,10 @@ def answer_limits(config: Any, prompts: Prompts, max_new_tokens: int) -> list[in
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 62
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-    least = min(limits, default=1)
-    if least < 1:
-        number = limits.index(least)
+    if min(limits, default=1) < 1:
         raise ModelError(
-            f"prompt {number + 1} has {len(prompts[number])} tokens, and the model takes {context} with the answer; "
-            "shorten it"
+            f"a conversation has {max(map(len, prompts))} tokens, and the model takes {context} with the answer; "
+            "shorten it (in a chat, with /reset)"
         )
     return limits
 
