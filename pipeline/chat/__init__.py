@@ -6,3 +6,8 @@ It may import core and params.
 from typing import Any
 
 Message = dict[str, Any]  # one turn: role, content and the other fields that `data.messages` describes
+
+
+def alternating(*contents: str) -> list[Message]:
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]

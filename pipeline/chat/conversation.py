@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat import Message
-from pipeline.chat.rendering import Renderer, RowError, Tools, with_argument_objects
-from pipeline.chat.tokens import TokenEncoder
+from pipeline.chat import Message, alternating
+from pipeline.chat.rendering import Renderer, RowError, Tools, with_arguments
+from pipeline.chat.tokens import HIDDEN_TOKEN, TokenEncoder
 from pipeline.chat.turns import PROBE_ANSWER, Turn, TurnWriter, left_out
 from pipeline.core.files import sha256_json
 
@@ -59,16 +59,13 @@ class ChatTemplate:
     on_left_out: str = "drop"  # drop | keep a row if the template leaves out a part of it
 
     def served_text(self) -> str:
-        """The template as it ships, so that every server renders what was trained.
-
-        It has its arguments, its date and the prelude of `Renderer` built in.
-        """
-        assignments = "".join(f"{{%- set {key} = {value!r} -%}}" for key, value in self.chat_template_kwargs.items())
-        assignments += self._renderer.prelude
-        if self.chat_template_date is None:
-            return assignments + self.text
-        day = datetime.date.fromisoformat(self.chat_template_date)
-        return assignments + STRFTIME_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), self.text)
+        """The template as it ships, with its arguments, its date and the prelude of `Renderer` built in."""
+        text = self.text
+        if self.chat_template_date is not None:
+            day = datetime.date.fromisoformat(self.chat_template_date)
+            text = STRFTIME_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), text)
+        assignments = (f"{{%- set {key} = {value!r} -%}}" for key, value in self.chat_template_kwargs.items())
+        return "".join([*assignments, self._renderer.prelude, text])
 
     def variables(self) -> set[str]:
         """The names that the template reads: messages, tools, named tokens, and its arguments."""
@@ -89,12 +86,10 @@ class ChatTemplate:
     def encode(self, messages: list[Message], tools: str | None = None) -> Encoded:
         """Tokens and labels of a conversation. Answers are trained, each with the token that ends its turn.
 
-        Tool calls are answers; tool results are not, and answers with a `weight` of 0 are not trained. A control token
-        in a message is tokenised as text, or refused if `on_control_tokens` is drop.
+        Tool calls are answers; tool results are not, and answers with a `weight` of 0 are not trained.
 
         Raises:
-            RowError: no answer to train on, tools that are not a list of objects, a conversation that the template
-                refuses or of which it leaves out a part (unless `on_left_out` is keep), or a refused control token.
+            RowError: the conversation cannot be written or has nothing to train on, or a setting refuses what it has.
             TemplateError: the template does something that its sandbox forbids.
         """
         adapted, offered, escaped = self._adapt(messages, tools)
@@ -111,9 +106,8 @@ class ChatTemplate:
     def golden(self, conversations: Sequence[Conversation] | None = None) -> list[dict[str, Any]]:
         """Tokens and labels of fixed conversations: the contract's fingerprint of rendering and tokenising.
 
-        The default conversations have one turn, two turns, a system message, tools with a call, and an injected control
-        token. If the template refuses one, its `input_ids` and `labels` are null. `earlier` holds the rows of earlier
-        answers, if the template rewrites them.
+        If the template refuses one, its `input_ids` and `labels` are null. `earlier` holds the rows of earlier answers,
+        if the template rewrites them.
         """
         golden: list[dict[str, Any]] = []
         for messages, tools in conversations or _golden_conversations(self._stops[0]):
@@ -147,7 +141,7 @@ class ChatTemplate:
     def find_end_tokens(self) -> set[int]:
         """The control token that the template writes right after an answer; an untuned base may not declare it."""
         try:
-            rendered = self.render(_alternate("Hello", PROBE_ANSWER))
+            rendered = self.render(alternating("Hello", PROBE_ANSWER))
         except RowError:
             return set()
         after = rendered.partition(PROBE_ANSWER)[2].strip()
@@ -179,20 +173,29 @@ class ChatTemplate:
 
     def _adapt(self, messages: list[Message], tools: str | None) -> tuple[list[Message], Tools | None, bool]:
         """Messages and tools as the renderer takes them, and whether control tokens were hidden in them."""
-        plain, parsed = with_argument_objects(messages), None if tools is None else _parse_tools(tools)
-        hidden, offered = self._encoder.hide_messages(plain), self._encoder.hide(parsed)
+        try:
+            parsed = None if tools is None else json.loads(tools)
+        except ValueError:
+            raise RowError("has tools that are not JSON") from None
+        if not isinstance(parsed, list | None) or not all(isinstance(tool, dict) for tool in parsed or ()):
+            raise RowError("has tools that are not a list of objects")
+        # With arguments as objects, no control token hides in JSON escapes.
+        plain = [with_arguments(message) if "tool_calls" in message else message for message in messages]
+        hide = self._encoder.hide
+        hidden = [hide(message, message["role"] == "assistant") | {"role": message["role"]} for message in plain]
+        offered = hide(parsed)
         escaped = hidden != plain or offered != parsed
         if escaped and self.on_control_tokens == "drop":
-            raise RowError(f"contains the model's control token {self._encoder.first_hidden([hidden, offered])}")
+            first = next(HIDDEN_TOKEN.finditer(json.dumps([hidden, offered], ensure_ascii=False)))
+            raise RowError(f"contains the model's control token {self._encoder.text(first[0])}")
         return *self._renderer.adapt(hidden, offered), escaped
 
     def _trained_indices(self, messages: list[Message], adapted: list[Message]) -> list[int]:
         """Indices in `adapted` of the answers that are trained."""
         weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
         answers = [index for index, message in enumerate(adapted) if message["role"] == "assistant"]
-        if self.train_on == "last_response":
-            weights[:-1] = [0] * len(weights[:-1])
-        trained = [index for index, weight in zip(answers, weights, strict=True) if weight]
+        pairs = list(zip(answers, weights, strict=True))[-1 if self.train_on == "last_response" else 0 :]
+        trained = [index for index, weight in pairs if weight]
         if not trained:
             raise RowError("has no answer to train on")
         return trained
@@ -213,10 +216,9 @@ class ChatTemplate:
                 raise RowError("has an answer that does not end with an end token of its own")
             prompt = [*ids, *prompt[1:]] if ids else prompt
             text, ids = (turn.prompt + turn.answer, [*prompt, *answer]) if same_as_joined else ("", [])
-            labels = self._labels_of_start(prompt, *rows[-1][:2]) if rows else None
-            if labels is not None:
+            labels = self._labels_of_start(prompt, *rows[-1][:2]) if rows else []
+            if labels:
                 rows.pop()
-            labels = labels or []
             untrained = [-100] * (len(prompt) - len(labels))
             rows.append(([*prompt, *answer], [*labels, *untrained, *answer], turn.rest))
         encoded = []
@@ -232,45 +234,29 @@ class ChatTemplate:
             return ids, joined[len(ids) :], True
         return ids, self._encoder.continued(answer), False
 
-    def _labels_of_start(self, prompt: list[int], ids: list[int], labels: list[int]) -> list[int] | None:
-        """Labels of the row `ids` if `prompt` begins with it, else None.
+    def _labels_of_start(self, prompt: list[int], ids: list[int], labels: list[int]) -> list[int]:
+        """Labels of the row `ids` if `prompt` begins with it, else [].
 
         The last token may be another end token: ChatGLM3 ends the last turn with one, and others by the next header.
         """
         end = len(ids) - 1
         if len(prompt) <= end or prompt[:end] != ids[:end] or prompt[end] not in self.stop_ids:
-            return None
+            return []
         return [*labels[:end], prompt[end]]
-
-
-def _parse_tools(tools: str) -> Tools:
-    try:
-        parsed = json.loads(tools)
-    except ValueError:
-        raise RowError("has tools that are not JSON") from None
-    parsed = [parsed] if isinstance(parsed, dict) else parsed
-    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
-        raise RowError("has tools that are not a list of objects")
-    return parsed
-
-
-def _alternate(*contents: str) -> list[Message]:
-    """Messages of user and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def _golden_conversations(stop: str) -> list[Conversation]:
     call = {"name": "clock", "arguments": {"city": "北京", "utc": True}}
     tool = {"name": "clock", "description": "Tells the time.", "parameters": {"type": "object", "properties": {}}}
-    with_call = _alternate("What time is it in Beijing?", "", "", "08:00.")
+    with_call = alternating("What time is it in Beijing?", "", "", "08:00.")
     with_call[1] |= {"tool_calls": [{"id": "call00001", "type": "function", "function": call}]}
     with_call[2] = {"role": "tool", "name": "clock", "tool_call_id": "call00001", "content": "08:00"}
     return [
-        (_alternate("Hello", "Good day."), None),
-        (_alternate("1 + 1 = ?\n", "2", "再见", "再见。"), None),
-        ([{"role": "system", "content": "Be brief."}, *_alternate("Hello", "Hi.")], None),
+        (alternating("Hello", "Good day."), None),
+        (alternating("1 + 1 = ?\n", "2", "再见", "再见。"), None),
+        ([{"role": "system", "content": "Be brief."}, *alternating("Hello", "Hi.")], None),
         (with_call, json.dumps([{"type": "function", "function": tool}])),
-        (_alternate(f"What does {stop} mean?", f"{stop} ends a turn."), None),
+        (alternating(f"What does {stop} mean?", f"{stop} ends a turn."), None),
     ]
 
 

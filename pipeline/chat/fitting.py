@@ -34,16 +34,11 @@ def fit(template: Any, messages: list[Message], tools: str | None, max_length: i
     An exchange is a question and everything up to the next question. `truncate_prompt` leaves out the oldest exchanges,
     but never the system message or the last exchange; if that is not enough, it cuts the start of the last question.
     `split` makes rows of whole exchanges, each with the system message, and trains every answer once; with `train_on:
-    last_response` it makes only the row with the last answer. `drop` and `error` change nothing.
-
-    Raises:
-        Overlong: `on_overlong` cannot make it fit.
-        RowError: see `ChatTemplate.encode`.
+    last_response` it makes only the row with the last answer. Raises Overlong, or a RowError as `ChatTemplate.encode`.
     """
     encoded: Encoded = template.encode(messages, tools)
     if encoded.length <= max_length:
         return [Fitted(messages, encoded)]
-    too_long = f"has {encoded.length} tokens, more than prepare.max_length ({max_length})"
     system = [message for message in messages[:1] if message["role"] == "system"]
     exchanges = _exchanges(messages[len(system) :])
     while not _is_trained(exchanges[-1]):  # a row ends with a trained answer
@@ -54,25 +49,24 @@ def fit(template: Any, messages: list[Message], tools: str | None, max_length: i
         repaired = replace(encoded, repairs=(*encoded.repairs, *repairs))
         return Fitted([*system, *shorter], repaired) if encoded.length <= max_length else None
 
+    rows: list[Fitted] = []
     if on_overlong == "split" and template.train_on == "all_responses":
         rows = _split(exchanges, fit_row)
-        if rows is None:
-            raise Overlong(f"{too_long}, and even one of its exchanges alone is longer")
-        return rows
-    if on_overlong not in ("split", "truncate_prompt"):
-        raise Overlong(too_long)
-    row = _without_oldest(exchanges, fit_row)
-    if row is None and on_overlong == "truncate_prompt":
-        row = _with_shorter_question(exchanges[-1], len(exchanges) > 1, fit_row)
-    if row is None:
-        raise Overlong(f"{too_long}, and its last answer leaves no room for the question")
-    return [row]
+    elif on_overlong in ("split", "truncate_prompt"):
+        row = _without_oldest(exchanges, fit_row)
+        if row is None and on_overlong == "truncate_prompt":
+            row = _with_shorter_question(exchanges[-1], len(exchanges) > 1, fit_row)
+        rows = [row] if row else []
+    if not rows:
+        even = "" if on_overlong in ("drop", "error") else ", even if shortened without cutting an answer"
+        raise Overlong(f"has {encoded.length} tokens, more than prepare.max_length ({max_length}){even}")
+    return rows
 
 
-def _split(exchanges: list[list[Message]], fit_row: FitRow) -> list[Fitted] | None:
+def _split(exchanges: list[list[Message]], fit_row: FitRow) -> list[Fitted]:
+    """Rows of as many exchanges as fit together; none if an exchange alone is too long."""
     rows: list[Fitted] = []
     current: list[Message] = []
-    extends_last_row = False
     for exchange in exchanges:
         if not _is_trained(exchange):  # context for the exchanges that follow it, if they fit together
             current += exchange
@@ -81,13 +75,12 @@ def _split(exchanges: list[list[Message]], fit_row: FitRow) -> list[Fitted] | No
         if row is None:
             current = []
             row = fit_row(exchange, SPLIT)
-        elif extends_last_row:
+        elif rows:  # it extends the last row
             rows.pop()
         if row is None:
-            return None
+            return []
         current += exchange
         rows.append(row)
-        extends_last_row = True
     return rows
 
 

@@ -1,8 +1,7 @@
 """Renders messages with a chat template, in transformers' sandbox.
 
 A template that cannot write tools or tool calls gets a prelude that makes them text; it ships with the template, so a
-server renders them alike. A template that is not Jinja or does what the sandbox forbids is refused, and so is a
-conversation that it cannot render.
+server renders them alike.
 """
 
 import json
@@ -21,10 +20,8 @@ Tools = list[dict[str, Any]]
 
 FALLBACKS = Path(__file__).parent / "fallbacks"
 _PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "string"}}, "required": ["probe_key"]}
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {"name": "probe_tool", "description": "probe", "parameters": _PARAMETERS},
-}
+_FUNCTION = {"name": "probe_tool", "description": "probe", "parameters": _PARAMETERS}
+_PROBE_TOOL = {"type": "function", "function": _FUNCTION}
 _PROBE_QUESTION = {"role": "user", "content": "probe question"}
 
 
@@ -72,13 +69,8 @@ class Renderer:
     def render(self, messages: list[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """The text of `messages` and `tools`, which come from `adapt`."""
         try:
-            return self._compiled.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
+            values = {"messages": messages, "tools": tools, "documents": None} | self._variables
+            return self._compiled.render(values, add_generation_prompt=add_generation_prompt)
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"the chat template does what its sandbox forbids: {error}") from None
         except jinja2.TemplateError as error:  # raised by the template itself, e.g. for a system message
@@ -88,15 +80,11 @@ class Renderer:
             raise RowError(f"cannot be rendered by the chat template: {reason}") from None
 
     def adapt(self, messages: list[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
-        """Messages and tools in a form that the template can write, without loss.
-
-        Reasoning gets every key that templates read, and the arguments of calls become what the template expects: an
-        object, or its JSON text.
-        """
+        """Messages and tools in a form that the template can write, without loss."""
         if any(len(message) > 2 for message in messages):
             messages = [_as_served(message) for message in messages]
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
-            messages = [_with_arguments(message, *self._call_form) for message in messages]
+            messages = [with_arguments(message, *self._call_form) for message in messages]
         if not tools:
             return messages, None
         return messages, [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
@@ -108,18 +96,15 @@ class Renderer:
             return ""
 
     def _writes_calls(self, tools: Tools | None, as_text: bool, empty: str | None) -> bool:
-        """Whether the template writes a call in this form (see `_with_arguments`) and its result.
+        """Whether the template writes a call in this form (see `with_arguments`) and its result.
 
         Python's repr of an object, or JSON inside JSON, does not count.
         """
-        call = {
-            "id": "probe0001",
-            "type": "function",
-            "function": {"name": "probe_tool", "arguments": {"probe_key": "probe_value"}},
-        }
+        function = {"name": "probe_tool", "arguments": {"probe_key": "probe_value"}}
+        call = {"id": "probe0001", "type": "function", "function": function}
         messages = [
             _PROBE_QUESTION,
-            _with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, as_text, empty),
+            with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, as_text, empty),
             {"role": "tool", "name": "probe_tool", "tool_call_id": "probe0001", "content": "probe_result"},
         ]
         text = self._try(messages, tools)
@@ -135,12 +120,7 @@ def _as_served(message: Message) -> Message:
     return message if not reasoning else message | {"reasoning": reasoning, "thinking": reasoning}
 
 
-def with_argument_objects(messages: list[Message]) -> list[Message]:
-    """`messages` with the arguments of each call as an object, so that no control token hides in JSON escapes."""
-    return [_with_arguments(message) if "tool_calls" in message else message for message in messages]
-
-
-def _with_arguments(message: Message, as_text: bool = False, empty: str | None = "") -> Message:
+def with_arguments(message: Message, as_text: bool = False, empty: str | None = "") -> Message:
     """`message` with the arguments of its calls as objects or as JSON text; `empty` replaces a call's empty content."""
     changed = message | {"content": message.get("content") or ""}
     if message.get("tool_calls"):
@@ -148,8 +128,8 @@ def _with_arguments(message: Message, as_text: bool = False, empty: str | None =
         changed["tool_calls"] = []
         for call in message["tool_calls"]:
             arguments = arguments_of(call)
-            written = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
-            changed["tool_calls"].append(call | {"function": call["function"] | {"arguments": written}})
+            form = {"arguments": json.dumps(arguments, ensure_ascii=False) if as_text else arguments}
+            changed["tool_calls"].append(call | {"function": call["function"] | form})
     return changed
 
 

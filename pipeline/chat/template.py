@@ -1,11 +1,9 @@
-"""Loads chat templates, and checks the contract: the chat template, tokenizer and base model that belong together.
-
-`load_template` loads the template that the parameters name; `load_contract` loads the template of a contract and checks
-that tokenizer and base model are unchanged. Both raise `TemplateError`.
-"""
+"""Loads chat templates, and checks the contract: the chat template, tokenizer and base model that belong together."""
 
 import datetime
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -15,7 +13,6 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from pipeline.chat.conversation import SETTINGS
 from pipeline.chat.conversation import ChatTemplate as ChatTemplate
-from pipeline.chat.conversation import Encoded as Encoded
 from pipeline.chat.rendering import RowError as RowError
 from pipeline.chat.rendering import TemplateError as TemplateError
 from pipeline.core.files import read_json, sha256_file, sha256_json
@@ -52,12 +49,7 @@ NAMED = {
 
 
 def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
-    """The template that `params` name, and the identity of its base model.
-
-    Raises:
-        TemplateError: model, tokenizer, template or end token is missing or unusable, or the model has too few
-            positions for `max_length` or too few embeddings for its tokenizer.
-    """
+    """The template that `params` name, and the identity of its base model; TemplateError if one cannot be used."""
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     name = text = None
     if params.chat_template in NAMED:
@@ -71,20 +63,21 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             )
         text = path.read_text(encoding="utf-8")
     template = _load(identity, text, name, {key: getattr(params, key) for key in SETTINGS})
-    require_read(params.chat_template_kwargs, template)
-    config = load_config(identity).get_text_config()
-    _require_vocabulary(config, template)
+    for argument in params.chat_template_kwargs.keys() - template.variables():
+        near = difflib.get_close_matches(argument, template.variables(), 1)
+        raise TemplateError(
+            f"prepare.chat_template_kwargs has {argument}, which the chat template does not read; "
+            + (f"did you mean {near[0]}?" if near else "remove it")
+        )
+    config, tokenizer = load_config(identity).get_text_config(), template.tokenizer
+    # Of the control tokens, only those that the template writes can occur, because those in messages are escaped; some
+    # published tokenizers have others beyond the model's vocabulary.
+    written = {number for entry in template.golden() for number in entry["input_ids"] or []} | template.stop_ids
+    require_embeddings(
+        config, tokenizer, written | {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}
+    )
     require_context(params, getattr(config, "max_position_embeddings", None))
     return template, identity
-
-
-def require_read(kwargs: dict[str, Any], template: ChatTemplate) -> None:
-    """Refuse an argument that the chat template does not read, because it would change nothing."""
-    names = template.variables()
-    for name in kwargs.keys() - names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]}?" if near else "remove it"
-        raise TemplateError(f"prepare.chat_template_kwargs has {name}, which the chat template does not read; {hint}")
 
 
 def require_context(params: PrepareParams, limit: int | None) -> None:
@@ -103,13 +96,23 @@ def named_text(name: str) -> str:
     return Path(str(trl.locate_file(f"trl/chat_templates/{FROM_TRL[name]}.jinja"))).read_text(encoding="utf-8")
 
 
-def load_contract(contract: dict[str, Any]) -> ChatTemplate:
-    """The template of a contract; TemplateError if base model, tokenizer or rendering have changed."""
-    template, different = _load_contracted(require_same_model(contract), contract)
-    if different:
+def load_contract(contract: dict[str, Any], shipped: Path | None = None) -> ChatTemplate:
+    """The template of a contract; TemplateError if base model, tokenizer or rendering have changed.
+
+    The base model is not needed if `shipped` is the folder of a merged model, which has its own tokenizer.
+    """
+    if "labels" in contract:
         raise TemplateError(
-            f"{', '.join(different)} differ from the template contract of the dataset; run `dvc repro prepare`"
+            "this is a classifier (train.task is sequence-classification), which has no chat template; use "
+            "`retune classify TEXT`"
         )
+    source = local_source(shipped) if shipped else require_same_model(contract)
+    settings = {key: contract[key] for key in SETTINGS if key in contract}
+    template = _load(source, contract["chat_template"], contract.get("chat_template_name"), settings)
+    # The conversations come from the contract, so that later versions of Retune may use others.
+    golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
+    made_for = shipped or "the dataset; run `dvc repro prepare`"
+    require_same_contract(template.contract(contract["model"], golden), contract, made_for)
     return template
 
 
@@ -126,11 +129,8 @@ def require_same_model(contract: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_shipped(folder: Path) -> ChatTemplate:
-    """The template of a merged model, checked against the contract in its folder; the base model is not needed."""
-    template, different = _load_contracted(local_source(folder), read_json(folder / "contract.json"))
-    if different:
-        raise TemplateError(f"{', '.join(different)} in {folder} differ from the contract it was shipped with")
-    return template
+    """The template of a merged model, checked against the contract in its folder."""
+    return load_contract(read_json(folder / "contract.json"), folder)
 
 
 def differing_keys(contract: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -149,19 +149,17 @@ def model_identity(name_or_path: str, revision: str | None, trust_remote_code: b
     Raises:
         TemplateError: neither a folder nor a Hub name with a revision, or no safetensors weights.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        if name_or_path.startswith((".", "/", "data/")) or revision is None:
-            raise TemplateError(
-                f"prepare.model_name_or_path is {name_or_path}, which is not a folder (`dvc pull data.dvc` fetches the "
-                "sample base model); a Hub name also needs prepare.model_revision, a commit"
-            )
-        digest = revision
-    else:
+    folder, digest = Path(name_or_path), revision
+    if folder.is_dir():
         files = [path for path in folder.iterdir() if path.suffix in IDENTIFYING]
         if not any(path.suffix == ".safetensors" for path in files):
             raise TemplateError(f"{folder} has no .safetensors weights; pickled weights are not loaded, convert them")
         digest = sha256_json({path.name: sha256_file(path) for path in files})
+    elif name_or_path.startswith((".", "/", "data/")) or revision is None:
+        raise TemplateError(
+            f"prepare.model_name_or_path is {name_or_path}, which is not a folder (`dvc pull data.dvc` fetches the "
+            "sample base model); a Hub name also needs prepare.model_revision, a commit"
+        )
     return {
         "name_or_path": name_or_path,
         "revision": revision,
@@ -170,31 +168,23 @@ def model_identity(name_or_path: str, revision: str | None, trust_remote_code: b
     }
 
 
-def _load_contracted(source: dict[str, Any], contract: dict[str, Any]) -> tuple[ChatTemplate, list[str]]:
-    """The contract's template with the tokenizer at `source`, and the contract's keys that differ from it."""
-    if "labels" in contract:
-        raise TemplateError(
-            "this is a classifier (train.task is sequence-classification), which has no chat template; use "
-            "`retune classify TEXT`"
-        )
-    settings = {key: contract[key] for key in SETTINGS if key in contract}
-    template = _load(source, contract["chat_template"], contract.get("chat_template_name"), settings)
-    # The conversations come from the contract, so that later versions of Retune may use others.
-    golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
-    return template, differing_keys(template.contract(contract["model"], golden), contract)
-
-
 def load_tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer of a `model_identity` or `local_source`; TemplateError if it cannot be loaded."""
     path = source["name_or_path"]
     check_model(path, source["revision"])
-    options = {key: source[key] for key in ("revision", "trust_remote_code")}
-    try:
+    with _loading("tokenizer", source) as options:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:  # the tokenizers library raises Exception itself
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TemplateError(f"no tokenizer could be loaded from {path}: {reason}") from None
     return tokenizer
+
+
+@contextmanager
+def _loading(what: str, source: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the options for `from_pretrained`; an error becomes a TemplateError with its first line."""
+    try:
+        yield {key: source[key] for key in ("revision", "trust_remote_code")}
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise TemplateError(f"no {what} could be read from {source['name_or_path']}: {reason}") from None
 
 
 def _load(identity: dict[str, Any], text: str | None, name: str | None, settings: dict[str, Any]) -> ChatTemplate:
@@ -253,27 +243,10 @@ def named_stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, path: str) -> 
 
 def load_config(source: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of a `model_identity` or `local_source`; TemplateError if it cannot be read."""
-    path = source["name_or_path"]
-    options = {key: source[key] for key in ("revision", "trust_remote_code")}
-    try:
-        config = AutoConfig.from_pretrained(path, **options)
+    with _loading("model configuration", source) as options:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source["name_or_path"], **options)
         config.get_text_config()  # fails if the model has several texts, as an encoder and a decoder
-        return config
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise TemplateError(f"no model configuration could be read from {path}: {reason}") from None
-
-
-def _require_vocabulary(config: Any, template: ChatTemplate) -> None:
-    """Refuse a tokenizer with a token that a row could contain and that the model has no embedding for.
-
-    Control tokens that the template does not write cannot occur, because those in messages are escaped; some published
-    tokenizers have such tokens beyond the model's vocabulary.
-    """
-    tokenizer = template.tokenizer
-    used = {number for entry in template.golden() for number in entry["input_ids"] or []} | template.stop_ids
-    added = set(tokenizer.added_tokens_decoder)
-    require_embeddings(config, tokenizer, used | (set(tokenizer.get_vocab().values()) - added))
+    return config
 
 
 def require_embeddings(config: Any, tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> None:
@@ -287,8 +260,8 @@ def require_embeddings(config: Any, tokenizer: PreTrainedTokenizerBase, token_id
         )
 
 
-def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where: Path) -> None:
-    """Refuse `other`, the contract in `where`, if it differs from the dataset's contract."""
+def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where: Path | str) -> None:
+    """Refuse `contract` if it differs from `other`, the contract of `where`."""
     different = differing_keys(portable(contract), portable(other))  # shipped contracts name no local folders
     if different:
-        raise TemplateError(f"{', '.join(different)} of the template contract differ between the dataset and {where}")
+        raise TemplateError(f"{', '.join(different)} differ from the contract of {where}")

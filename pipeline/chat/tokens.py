@@ -1,9 +1,8 @@
 """Tokenises rendered conversations so that a control token in a message stays text.
 
-Before rendering, each control token in a message is replaced by a mark. Control tokens found after rendering were
-written by the template and get another kind of mark; the first marks become text again. A copy of the tokenizer knows
-its control tokens by their marks only, so it finds none in text, and splits and merges everything else as before. Marks
-consist of noncharacters, which Unicode reserves for internal use.
+Before rendering, each control token in a message is replaced by a mark of noncharacters. Control tokens found after
+rendering were written by the template and get another kind of mark; the first marks become text again. A copy of the
+tokenizer knows its control tokens by their marks only, and splits and merges everything else as before.
 """
 
 import json
@@ -15,7 +14,6 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat import Message
 from pipeline.chat.rendering import RowError
 from pipeline.chat.turns import PLACEHOLDER
 
@@ -70,14 +68,6 @@ class TokenEncoder:
         if self._normalizer is not None and control.search(self._normalizer.normalize_str(hidden)):
             raise RowError("contains characters that this tokenizer normalises to a control token")
         return hidden
-
-    def hide_messages(self, messages: list[Message]) -> list[Message]:
-        return [self.hide(message, message["role"] == "assistant") | {"role": message["role"]} for message in messages]
-
-    def first_hidden(self, values: Any) -> str | None:
-        """The first control token that is hidden in `values`."""
-        mark = HIDDEN_TOKEN.search(json.dumps(values, ensure_ascii=False))
-        return self._text[int(mark[1])] if mark else None
 
     def text(self, rendered: str) -> str:
         """Rendered text with hidden control tokens as text again; RowError if the template changed a mark."""

@@ -1,7 +1,6 @@
 """Encodes texts for classification (`train.task: sequence-classification`): no chat template, one label per row.
 
-A row is a conversation of one question, the text, and one short answer, its class; `formats` makes them from rows with
-`text` and `label`.
+A row is a conversation of one question, the text, and one short answer, its class.
 """
 
 from collections import Counter
@@ -14,12 +13,12 @@ from pipeline.chat import Message
 from pipeline.chat.conversation import Encoded, tokenizer_digest
 from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.template import (
-    differing_keys,
     load_config,
     load_tokenizer,
     model_identity,
     require_context,
     require_embeddings,
+    require_same_contract,
     require_same_model,
 )
 from pipeline.core.combinations import CLASSIFICATION
@@ -47,11 +46,7 @@ class TextEncoder:
     cut_at: int | None  # tokens; None: a longer text is not cut, and prepare.on_overlong decides
 
     def encode(self, messages: list[Message], tools: str | None = None) -> Encoded:
-        """Tokens of a text; no token carries loss, because the class is trained.
-
-        Raises:
-            RowError: the row is not a text with one class.
-        """
+        """Tokens of a text, none with loss; RowError if the row is not a text with one class."""
         if [message["role"] for message in messages] != ["user", "assistant"] or tools:
             raise RowError("is not one text with one class, which train.task sequence-classification needs")
         name = messages[-1]["content"]
@@ -82,11 +77,7 @@ class TextEncoder:
 
 
 def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
-    """The encoder of the base model in `params`, and the model's identity.
-
-    Raises:
-        TemplateError: model or tokenizer cannot be loaded, or its context is shorter than `max_length`.
-    """
+    """The encoder of the base model in `params`, and the model's identity; TemplateError as `load_template`."""
     identity = model_identity(params.model_name_or_path, params.model_revision, params.trust_remote_code)
     encoder = _load(identity, params.max_length if params.on_overlong == "truncate_prompt" else None)
     config = load_config(identity).get_text_config()
@@ -96,41 +87,31 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
 
 
 def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None) -> TextEncoder:
-    """The encoder of a contract, if base model and tokenizer are unchanged.
+    """The encoder of a contract; TemplateError if base model or tokenizer has changed.
 
-    Args:
-        source: a shipped model's folder as `local_source`; then the base model is not needed.
-
-    Raises:
-        TemplateError: base model or tokenizer has changed.
+    With the `source` of a shipped model, from `local_source`, the base model is not needed.
     """
     encoder = _load(source or require_same_model(contract), contract["cut_at"])
-    changed = differing_keys(encoder.contract(contract["model"]), contract)
-    if changed:
-        raise TemplateError(f"{', '.join(changed)} differ from the contract of the dataset; run `dvc repro prepare`")
+    require_same_contract(encoder.contract(contract["model"]), contract, "the dataset; run `dvc repro prepare`")
     return encoder
 
 
 def order_classes(train: Counter[str], other: Counter[str]) -> list[str]:
     """The classes in the order of their label ids: numbers by value, then names by alphabet.
 
-    Args:
-        train: rows of each class in the training split.
-        other: the same in the other splits.
-
-    Raises:
-        ClassError: there are fewer than two or too many, or a class has no training row.
+    `train` and `other` count the rows of each class in the training split and in the other two. Raises ClassError for
+    fewer than two classes, too many, or one without a training row.
     """
     if not 2 <= len(train) <= MAX_CLASSES:
         names = ", ".join(sorted(train)[:5])
         raise ClassError(f"the training rows have {len(train):,} classes ({names}); expected 2 to {MAX_CLASSES:,}")
     if missing := sorted(other.keys() - train.keys()):
-        hints = {name.casefold(): f"; differs from {name} only in case" for name in train}
-        named = [f"{name} ({counted(other[name], 'row')}{hints.get(name.casefold(), '')})" for name in missing[:SHOWN]]
-        named += [f"{len(missing) - SHOWN} more"] * (len(missing) > SHOWN)
+        similar = {name.casefold(): f"; differs from {name} only in case" for name in train}
+        named = [f"{name} ({counted(other[name], 'row')}{similar.get(name.casefold(), '')})" for name in missing]
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise ClassError(
             f"the training rows lack {counted(len(missing), 'class')} of the test and validation rows: "
-            f"{', '.join(named)}; add rows of each, or rename or remove its rows"
+            f"{', '.join(named[:SHOWN])}{more}; add rows of each, or rename or remove its rows"
         )
     return sorted(train, key=lambda name: (int(name), "") if name.isdecimal() else (1 << 62, name))
 

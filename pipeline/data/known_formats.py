@@ -12,10 +12,9 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from pipeline.chat import Message
+from pipeline.chat import Message, alternating
 from pipeline.data.columns import CONTEXT_NAMES, named_columns
 from pipeline.data.messages import (
-    alternating,
     chat_messages,
     dialogue,
     is_dialogue,
@@ -100,7 +99,7 @@ def _history(record: dict[str, Any], key: str) -> list[Message]:
     pairs = list_field(record, key)
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"{key} is not a list of [question, answer] pairs")
-    return alternating([check_text(text, key) for pair in pairs for text in pair])
+    return alternating(*(check_text(text, key) for pair in pairs for text in pair))
 
 
 def _answer(record: dict[str, Any], key: str, class_names: dict[str, list[str]]) -> str:
@@ -133,7 +132,7 @@ def _turn_pairs(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
         if names is None:
             raise ValueError(f"a turn is {shorten(turn)}; expected keys human and assistant, or input and output")
         messages += _system(turn) if number == 0 else []
-        messages += alternating([text_field(turn, name) for name in names])
+        messages += alternating(*(text_field(turn, name) for name in names))
         unused.update(f"{key}[].{name}" for name in turn.keys() - {*names, *(() if number else ("system",))})
     return messages
 
@@ -251,7 +250,7 @@ def _from_columns(
         texts = (literal + (scalar_field(record, name) if name else "") for literal, name, _, _ in parts)
         question = check_text("".join(texts), "template")
     answer = _answer(record, str(columns.response), class_names)
-    return [*messages, *alternating([question, answer.strip() if is_class else answer])]
+    return [*messages, *alternating(question, answer.strip() if is_class else answer)]
 
 
 def _turns_format(record: dict[str, Any]) -> str | None:
@@ -311,7 +310,7 @@ KNOWN_FORMATS: dict[str, Format] = {
     "turn-pairs": _turns("turn-pairs", _turn_pairs, "conversation with human, assistant"),
     "ultrachat": _turns(
         "ultrachat",
-        lambda turns, key, _: alternating([check_text(turn, key) for turn in turns]),
+        lambda turns, key, _: alternating(*(check_text(turn, key) for turn in turns)),
         "data, a list of texts",
     ),
     "openassistant": Format(_from_shard, TREE_KEYS, frozenset(("messages", "repairs")), spread=_best_paths),

@@ -9,7 +9,8 @@ import re
 from itertools import pairwise
 from typing import Any
 
-from pipeline.chat import Message
+from pipeline.chat import Message, alternating
+from pipeline.chat.turns import REASONING_KEYS  # Qwen and DeepSeek; OpenRouter; gpt-oss
 from pipeline.data.records import check_text, parse_json, shorten, to_json
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
@@ -20,7 +21,6 @@ ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "function": "tool",
     "observation": "tool",
 }
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # Qwen and DeepSeek; OpenRouter; gpt-oss
 TRAINED_FLAGS = ("weight", "train", "loss_weight")  # OpenAI, axolotl, LLaMA-Factory: whether a turn is trained
 TURN_KEYS = frozenset(("role", "content", "tool_calls", "function_call", *REASONING_KEYS, *TRAINED_FLAGS))
 # A dialogue in one text, as in multi-turn rows of BELLE, Anthropic and Guanaco.
@@ -79,11 +79,6 @@ def sharegpt_messages(turns: list[Any], key: str, unused: set[str]) -> list[Mess
     return chat_messages(renamed_turns, key, unused)
 
 
-def alternating(contents: list[str]) -> list[Message]:
-    """Messages of user and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
 def is_dialogue(text: Any) -> bool:
     """Whether `text` is a whole conversation: it starts with `Human:` and a later line starts with `Assistant:`."""
     if not isinstance(text, str) or "Assistant" not in text:
@@ -100,7 +95,7 @@ def dialogue(text: str, key: str, open_end: bool) -> list[Message]:
         raise ValueError(f"{key} contains a conversation in which Human: and Assistant: do not alternate")
     if open_end and (speakers[-1] != "Assistant" or contents[-1]):
         raise ValueError(f"{key} contains a conversation (Human:/Assistant:) that does not end with Assistant:")
-    return alternating([check_text(content, key) for content in (contents[:-1] if open_end else contents)])
+    return alternating(*(check_text(content, key) for content in (contents[:-1] if open_end else contents)))
 
 
 def join_turns(messages: list[Message]) -> tuple[list[Message], list[str]]:
