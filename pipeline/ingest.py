@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from pipeline.data.sources import Source, fetch, without_secrets
 from pipeline.params import IngestParams, SourceParams
 
 RECORD_CHARACTERS = 4096  # longer rejected records are cut
-MAPPABLE_FORMATS = ("auto", "classification")  # the formats that can be combined with a column mapping
 MIN_SHARE = 0.5  # of the previous snapshot's rows; fewer are probably a mistake
 MAX_REASONS = 20  # listed per source in snapshot.json; all others are counted together
 
@@ -52,13 +52,27 @@ class _File:
     source: SourceParams
     stat: tuple[int, int, int]
     spool: Path  # holds all its rows, until weights and caps decide which ones stay
-    format: str = ""
-    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.array([], np.uint64))  # (N,) of the rows' contents
-    kept: NDArray[np.bool_] = field(default_factory=lambda: np.array([], bool))  # (N,) by weight and cap
     rejected: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
-    unused: set[str] = field(default_factory=set)  # columns and message keys with a value that were not read
-    shards: list[str] = field(default_factory=list)
+    # Set by `_convert`, `_choose_rows` and `write_snapshot`:
+    format: str = field(init=False)
+    unused: set[str] = field(init=False)  # columns and message keys with a value that were not read
+    hashes: NDArray[np.uint64] = field(init=False)  # (N,) of the rows' contents
+    kept: NDArray[np.bool_] = field(init=False)  # (N,) by weight and cap
+    shards: list[str] = field(init=False)
+
+    def notes(self) -> dict[str, Any]:
+        """Its entry in `snapshot.json`."""
+        return {
+            "name": self.name,
+            "sha256": sha256_file(self.path),
+            "container": container_of(Path(self.name)),
+            "format": self.format,
+            "rows": len(self.hashes),
+            "rejected": self.rejected.total(),
+            "not_used": sorted(self.unused),
+            "shards": self.shards,
+        }
 
 
 def ingest(
@@ -73,11 +87,9 @@ def ingest(
     Args:
         sources: URIs, read with `params.format` and `params.columns`; if empty, `params.sources`.
         replace: skip the checks for too many rejected records and too few rows.
-        ask: asks a person for the format or the columns of a file that fits no format or several.
 
     Raises:
-        FormatError, SourceError, IngestError, GraphError: a file, a source, the combination of all, or DVC is at fault;
-            `data/` is unchanged.
+        FormatError, SourceError, IngestError, GraphError: a file, a source, the combination of all, or DVC is at fault.
     """
     recover(root)
     scratch = root / SCRATCH
@@ -88,14 +100,9 @@ def ingest(
         changed = replace_instructions(scratch / "new", root)
     finally:
         recover(root)
-    return IngestResult(
-        files=[file for source in notes["sources"] for file in source["files"]],
-        rows=notes["rows"],
-        rejected=_totals(notes, "rejected"),
-        repaired=_totals(notes, "repaired"),
-        left_out=notes["left_out"],
-        changed=changed,
-    )
+    files = [file for source in notes["sources"] for file in source["files"]]
+    rejected, repaired = _totals(notes, "rejected"), _totals(notes, "repaired")
+    return IngestResult(files, notes["rows"], rejected, repaired, notes["left_out"], changed)
 
 
 def write_snapshot(
@@ -112,14 +119,16 @@ def write_snapshot(
     names: set[str] = set()
     for source, fetched_source in zip(sources, fetched, strict=True):
         for path, name in fetched_source.files:
-            files.append(_File(path, _unique_name(name, names), source, _stat(path), scratch / f"{len(files)}.arrow"))
+            # Names are unique, because `Row.source` contains them.
+            unique = next(n for i in count(1) if (n := name if i == 1 else f"{i}/{name}") not in names)
+            names.add(unique)
+            files.append(_File(path, unique, source, _stat(path), scratch / f"{len(files)}.arrow"))
     _convert(files, new / "rejected.jsonl", ask)
     if not any(len(file.hashes) for file in files):
         reasons = sum((file.rejected for file in files), Counter[str]())
-        reason, count = reasons.most_common(1)[0]
-        raise FormatError(
-            f"no usable row in {', '.join(source.uri for source in fetched)}: {reason} ({count} of {reasons.total()})"
-        )
+        reason, records = reasons.most_common(1)[0]
+        uris = ", ".join(source.uri for source in fetched)
+        raise FormatError(f"no usable row in {uris}: {reason} ({records} of {reasons.total()})")
     _choose_rows(sources, files)
     for file in files:
         file.shards = write_shards(_kept_rows(file), new, file.name)
@@ -134,17 +143,8 @@ def write_snapshot(
 def _with_defaults(source: SourceParams, params: IngestParams) -> SourceParams:
     """`source` with `params.format` and `params.columns` if it has none of its own that would contradict them."""
     format = params.format if source.format == "auto" and not is_complete(source.columns) else source.format
-    columns = source.columns or (params.columns if source.format in MAPPABLE_FORMATS else None)
+    columns = source.columns or (params.columns if source.format in ("auto", "classification") else None)
     return source.model_copy(update={"format": format, "columns": columns})
-
-
-def _unique_name(name: str, names: set[str]) -> str:
-    """`name`, with a number if another file has it, because `Row.source` contains it."""
-    unique, copy = name, 2
-    while unique in names:
-        unique, copy = f"{copy}/{name}", copy + 1
-    names.add(unique)
-    return unique
 
 
 def _stat(path: Path) -> tuple[int, int, int]:
@@ -160,7 +160,7 @@ def _convert(files: list[_File], rejected_lines: Path, ask: Ask | None) -> None:
         for file in files:
             source = file.source
             row_file = open_rows(file.path, source.format, source.columns, file.name, ask)
-            hashes = [file.hashes]
+            hashes = [np.array([], np.uint64)]
             with pa.OSFile(str(file.spool), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as spool:
                 rejected: list[Rejected] = []
                 for table in tabulate(row_file.rows, rejected):
@@ -216,11 +216,10 @@ def _rejected_line(row: Rejected) -> str:
     entry = {"source": row.source, "reason": row.reason}
     try:
         text = json.dumps(row.record, allow_nan=False)
+        if len(text) <= RECORD_CHARACTERS:
+            return json.dumps(entry | {"record": row.record})
     except (ValueError, TypeError):  # NaN, a date, …
-        text = ""
-    if text and len(text) <= RECORD_CHARACTERS:
-        return json.dumps(entry | {"record": row.record})
-    text = text or repr(row.record)
+        text = repr(row.record)
     return json.dumps(entry | {"record": text[:RECORD_CHARACTERS], "record_characters": len(text)})
 
 
@@ -243,31 +242,13 @@ def _notes(sources: list[SourceParams], fetched: list[Source], files: list[_File
                 "left_out": sum(int((~file.kept).sum()) for file in source_files),
                 "rejected": reasons | ({"other reasons": others} if others else {}),
                 "repaired": dict(sum((file.repaired for file in source_files), Counter[str]()).most_common()),
-                "files": [
-                    {
-                        "name": file.name,
-                        "sha256": sha256_file(file.path),
-                        "container": container_of(Path(file.name)),
-                        "format": file.format,
-                        "rows": len(file.hashes),
-                        "rejected": file.rejected.total(),
-                        "not_used": sorted(file.unused),
-                        "shards": file.shards,
-                    }
-                    for file in source_files
-                ],
+                "files": [file.notes() for file in source_files],
             }
         )
-    kept, left_out = (sum(entry[key] for entry in entries) for key in ("rows", "left_out"))
-    rejected_records = sum(file.rejected.total() for file in files)
-    return {
-        "rows": kept,
-        "left_out": left_out,
-        "records": kept + left_out + rejected_records,
-        "rejected": rejected_records,
-        "shards": [shard for file in files for shard in file.shards],
-        "sources": entries,
-    }
+    counts = {key: sum(entry[key] for entry in entries) for key in ("rows", "left_out")}
+    counts["rejected"] = sum(file.rejected.total() for file in files)
+    shards = [shard for file in files for shard in file.shards]
+    return counts | {"records": sum(counts.values()), "shards": shards, "sources": entries}
 
 
 def _totals(notes: dict[str, Any], key: str) -> dict[str, int]:

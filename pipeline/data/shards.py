@@ -1,13 +1,14 @@
 """The shards of a data snapshot: Parquet files of validated conversations, each named after a digest of its bytes.
 
-Rows appended to a source change only its last shard, so DVC stores only what is new, and `prepare` encodes only that.
-Rows inserted in the middle of a file change all shards from there on, because a shard contains the rows' line numbers.
+Rows appended to a source change only its last shard; rows inserted in the middle change all shards from there on,
+because a shard contains the rows' line numbers.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -66,16 +67,14 @@ def write_shards(tables: Iterable[pa.Table], folder: Path, name: str) -> list[st
     pending = SCHEMA.empty_table()  # rows that are not in a shard yet
     for table in tables:
         pending = pa.concat_tables([pending, table])
-        while len(pending) >= (size := _next_shard_size(pending)):
-            shards.append(_write_shard(pending.slice(0, size), folder, stem))
-            pending = pending.slice(size)
+        while True:
+            sizes = np.cumsum(pc.binary_length(pending["messages"]).to_numpy().astype(np.int64))
+            rows = min(SHARD_ROWS, int(np.searchsorted(sizes, SHARD_BYTES)) + 1)  # of a full shard
+            if rows > len(pending):
+                break
+            shards.append(_write_shard(pending.slice(0, rows), folder, stem))
+            pending = pending.slice(rows)
     return [*shards, _write_shard(pending, folder, stem)] if len(pending) else shards
-
-
-def _next_shard_size(rows: pa.Table) -> int:
-    """The number of rows in the next shard; more than `len(rows)` if they do not fill it."""
-    sizes = np.cumsum(pc.binary_length(rows["messages"]).to_numpy().astype(np.int64))
-    return min(SHARD_ROWS, int(np.searchsorted(sizes, SHARD_BYTES)) + 1)
 
 
 def _write_shard(rows: pa.Table, folder: Path, stem: str) -> str:
@@ -95,10 +94,8 @@ def _write_shard(rows: pa.Table, folder: Path, stem: str) -> str:
 
 def is_shard(path: Path) -> bool:
     """Whether `path` is a shard that `retune ingest` wrote."""
-    if path.suffix != ".parquet":
-        return False
     try:
-        return bool(pq.read_schema(path).equals(SHARD_SCHEMA))
+        return path.suffix == ".parquet" and bool(pq.read_schema(path).equals(SHARD_SCHEMA))
     except (OSError, pa.ArrowException):
         return False
 
@@ -120,24 +117,20 @@ def read_snapshot(folder: Path) -> dict[str, Any] | None:
 def read_rejected(folder: Path) -> Iterator[Rejected]:
     """The records that `retune ingest` could not use, with the reason; long ones are cut."""
     path = folder / "rejected.jsonl"
-    if path.exists():
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                entry = json.loads(line)
-                yield Rejected(entry["source"], entry["reason"], entry["record"])
+    with path.open(encoding="utf-8") if path.exists() else nullcontext(()) as lines:
+        for entry in map(json.loads, lines):
+            yield Rejected(entry["source"], entry["reason"], entry["record"])
 
 
 def canonical_shards(data: Path, scratch: Path) -> tuple[list[Shard], list[Rejection]]:
     """The shards in `data`, followed by those made in `scratch` from other data files; and the rejected records."""
-    snapshot = (read_snapshot(data) if data.is_dir() else None) or {"sources": [], "shards": []}
+    snapshot = read_snapshot(data) or {"sources": [], "shards": []}
     files = [file for source in snapshot["sources"] for file in source["files"]]
     origin = {shard: (file["name"], file["format"]) for file in files for shard in file["shards"]}
     formats = {file["name"]: file["format"] for file in files}
+    names_and_rows = ((row.source.rpartition(":")[0], row) for row in read_rejected(data))
+    rejected: list[Rejection] = [(row, name, formats.get(name, "unknown")) for name, row in names_and_rows]
     shards: list[Shard] = []
-    rejected: list[Rejection] = []
-    for row in read_rejected(data):
-        name = row.source.rpartition(":")[0]
-        rejected.append((row, name, formats.get(name, "unknown")))
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     for path in find_files(data):

@@ -1,7 +1,6 @@
 """Replaces one data snapshot by another: `data/instructions` and `data.dvc` change together or not at all.
 
-A journal file survives a kill. With it, `recover` (called by every later ingest and run) restores the old snapshot,
-unless `data.dvc` already named the new one.
+A journal survives a kill; with it, `recover` restores the old snapshot, unless `data.dvc` already named the new one.
 """
 
 import re
@@ -19,11 +18,7 @@ INSTRUCTIONS = Path("data/instructions")
 def replace_instructions(new: Path, root: Path) -> bool:
     """Replace `data/instructions` by the folder `new` (on the same file system) and record it with DVC.
 
-    Returns:
-        Whether `data.dvc` now names another snapshot.
-
-    Raises:
-        GraphError: DVC could not record it; the old snapshot is restored.
+    Returns whether `data.dvc` now names another snapshot. Raises GraphError if DVC could not record it.
     """
     target, old, journal = root / INSTRUCTIONS, root / SCRATCH / "old", root / JOURNAL
     before = _read_data_dvc(root)
@@ -56,11 +51,10 @@ def recover(root: Path = Path(".")) -> bool:
         before = read_json(journal)
         now = _read_data_dvc(root)
         if now == before["data.dvc"] or not _is_complete(now):
+            if old.exists() or not before["had_instructions"]:
+                shutil.rmtree(target, ignore_errors=True)
             if old.exists():
-                shutil.rmtree(target, ignore_errors=True)
                 old.rename(target)
-            elif not before["had_instructions"]:
-                shutil.rmtree(target, ignore_errors=True)
             if before["data.dvc"] is None:
                 (root / "data.dvc").unlink(missing_ok=True)
             elif now != before["data.dvc"]:

@@ -1,7 +1,6 @@
 """Fetches data sources: files, folders and globs, Hub datasets, S3 and HTTP.
 
-The result is local files and, for remote sources, what identifies their bytes: a commit, checksum or ETags. A source
-without revision or checksum, outside its own root, or that changes while it is read is refused.
+A source without revision or checksum, outside its own root, or that changes while it is read is refused.
 """
 
 import glob
@@ -68,12 +67,7 @@ class _Download:
 
 
 def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
-    """The files of `uri`; remote ones are downloaded into the empty `folder`.
-
-    Raises:
-        FormatError: a local path has no data files, or leads out of its root.
-        SourceError: a remote source is not pinned, does not exist, is too large, or changed while it was read.
-    """
+    """The files of `uri`; remote ones are downloaded into the empty `folder`. Raises FormatError or SourceError."""
     folder.mkdir(parents=True, exist_ok=True)
     match uri.partition("://")[0].lower() if "://" in uri else "":
         case "":
@@ -135,21 +129,16 @@ def _http(uri: str, folder: Path, limit_gib: float) -> Source:
             f"{without_secrets(uri)} has no checksum or no known file type; expected "
             f"{without_secrets(address)}#sha256=…, with 64 hex digits, and a file that ends in {KNOWN}"
         )
-    target = folder / f"file{''.join(suffixes)}"
-    headers = {"Accept-Encoding": "identity"}
-    with (
-        _reading(uri, httpx.HTTPError, httpx.InvalidURL),
-        httpx.stream("GET", address, follow_redirects=True, timeout=TIMEOUT, headers=headers) as response,
-    ):
+    target, shown = folder / f"file{''.join(suffixes)}", without_secrets(uri)
+    options: dict[str, Any] = {"follow_redirects": True, "timeout": TIMEOUT, "headers": {"Accept-Encoding": "identity"}}
+    with _reading(uri, httpx.HTTPError, httpx.InvalidURL), httpx.stream("GET", address, **options) as response:
         if response.status_code != 200:
-            raise SourceError(f"{without_secrets(uri)} answers with status {response.status_code}; expected 200")
-        download = _Download(without_secrets(uri), int(response.headers.get("Content-Length", 0)), limit_gib)
+            raise SourceError(f"{shown} answers with status {response.status_code}; expected 200")
+        download = _Download(shown, int(response.headers.get("Content-Length", 0)), limit_gib)
         digest = download.write(target, response.iter_raw(CHUNK))
     if digest != sha256:
-        raise SourceError(
-            f"{without_secrets(uri)}: the file has the SHA-256 {digest}; check the file, or correct the URI"
-        )
-    return Source(without_secrets(uri), [(target, name)], {"sha256": sha256})
+        raise SourceError(f"{shown}: the file has the SHA-256 {digest}; check the file, or correct the URI")
+    return Source(shown, [(target, name)], {"sha256": sha256})
 
 
 def _s3(uri: str, endpoint: str | None, folder: Path, limit_gib: float) -> Source:
@@ -170,17 +159,16 @@ def _s3(uri: str, endpoint: str | None, folder: Path, limit_gib: float) -> Sourc
             raise SourceError(f"{without_secrets(uri)} has no object that ends in {KNOWN}")
         download = _Download(without_secrets(uri), sum(entry["Size"] for entry in objects), limit_gib)
         for number, entry in enumerate(objects):
-            object_key = entry["Key"]
+            object_key, etag = entry["Key"], entry["ETag"]
             name = PurePosixPath(key).name if object_key == key else object_key.removeprefix(key).lstrip("/")
             target = folder / f"{number:06}{''.join(split_name(Path(name))[1:])}"
             with _reading(f"s3://{bucket}/{object_key}", ClientError):
                 # With the listed ETag, the server refuses an object that was replaced since.
-                answer = client.get_object(Bucket=bucket, Key=object_key, IfMatch=entry["ETag"])
+                answer = client.get_object(Bucket=bucket, Key=object_key, IfMatch=etag)
             download.write(target, answer["Body"].iter_chunks(CHUNK))
             files.append((target, name))
-            pinned[object_key] = {"etag": entry["ETag"].strip('"')}
-            if (version := answer.get("VersionId", "null")) != "null":
-                pinned[object_key]["version_id"] = version
+            version = answer.get("VersionId", "null")
+            pinned[object_key] = {"etag": etag.strip('"')} | ({"version_id": version} if version != "null" else {})
     return Source(without_secrets(uri), files, {"objects": pinned})
 
 
@@ -215,16 +203,13 @@ def _hub(uri: str, folder: Path, limit_gib: float) -> Source:
         if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
             raise SourceError(f"the Hub names no commit for {revision} of {repo}; give the commit, 40 hex digits")
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        chosen = [
-            path
-            for path in sorted(sizes)
-            if split_name(Path(path))[1] and PurePosixPath(path).name not in HUB_METADATA
-            if pattern is None or fnmatch(path, pattern) or path.startswith(f"{pattern.rstrip('/')}/")
-        ]
-        if not chosen:
+        data = [path for path in sorted(sizes) if split_name(Path(path))[1] and Path(path).name not in HUB_METADATA]
+        if pattern is not None:
+            data = [path for path in data if fnmatch(path, pattern) or path.startswith(f"{pattern.rstrip('/')}/")]
+        if not data:
             raise SourceError(f"{uri} has no file that ends in {KNOWN}")
-        download = _Download(uri, sum(sizes[path] for path in chosen), limit_gib)
-        for path in chosen:
+        download = _Download(uri, sum(sizes[path] for path in data), limit_gib)
+        for path in data:
             if not (folder / path).resolve().is_relative_to(folder.resolve()):
                 raise SourceError(f"{uri} has a file named {path!r}, which leads out of its folder")
             local = hf_hub_download(repo, path, repo_type="dataset", revision=commit, local_dir=folder)
