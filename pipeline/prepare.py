@@ -47,10 +47,11 @@ COMMON = ("id", "source", "task", "language")
 TRAIN = pa.schema([*((name, pa.string()) for name in COMMON), ("input_ids", TOKENS), ("labels", TOKENS)])
 TEST = pa.schema(
     [
+        # `messages` is the conversation before the answer (JSON), `prompt` its rendered text, `input_ids` its tokens.
         *((name, pa.string()) for name in (*COMMON, "group", "scoring", "messages", "tools", "prompt")),
         ("input_ids", TOKENS),
-        ("reference", pa.string()),
-        ("answer_tokens", pa.int32()),
+        ("reference", pa.string()),  # the expected answer
+        ("answer_tokens", pa.int32()),  # what the model has to write for it
     ]
 )
 
@@ -74,10 +75,8 @@ def prepare(
     """Write `train|validation|test.parquet`, `contract.json`, `report.json|md|html` and `dropped.jsonl` to `output`.
 
     Train and validation files have the columns of `TRAIN`; a label of −100 means no loss. The test file has those of
-    `TEST`, ordered by id: `messages` is the conversation before the answer (JSON), `prompt` its rendered text,
-    `input_ids` its tokens, `reference` the expected answer, and `answer_tokens` what the model has to write for it.
-    With the `train_task` sequence-classification, no token carries loss: `label` (in test rows, `reference`) is the
-    class, and the contract lists the classes of the training rows as `labels`.
+    `TEST`, ordered by id. With the `train_task` sequence-classification, no token carries loss: `label` (in test rows,
+    `reference`) is the class, and the contract lists the classes of the training rows as `labels`.
     Encoded shards are kept in `cache`, if one is given, and reused if nothing they depend on has changed.
 
     Raises:
@@ -149,8 +148,7 @@ def _require_usable(params: PrepareParams, outcomes: Outcomes, rejected: list[Re
         source = rejected[0].source if rejected else outcomes.sources[int(np.argmax(unusable))].as_py()
         raise PrepareError(
             f"{count} of {total} rows are unusable, more than prepare.max_dropped_fraction "
-            f"({params.max_dropped_fraction:g}) allows: "
-            f"{_list_reasons(reasons)}. The first is {source}"
+            f"({params.max_dropped_fraction:g}) allows: {_list_reasons(reasons)}. The first is {source}"
         )
     for split in ("train", "test"):
         if not (outcomes.kept & (outcomes.split == split)).any():
@@ -182,7 +180,6 @@ def _write(
     scoring = choose_scoring(folders, ROWS, outcomes.kept, "exact" if classifies else params.default_scoring)
     stats = DataStats()
     tests: list[pa.Table] = []
-    example: list[tuple[str, bool]] = []
     classes: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
     longest = 0
     with (
@@ -204,16 +201,16 @@ def _write(
                 classes[name].update(split_rows["label"].to_pylist())
                 longest = max(longest, pc.max(split_rows["answer_tokens"]).as_py() or 0)
                 if name == "test":
-                    tests.append(_with_scoring(split_rows, scoring).select([*TEST.names, "number"]))
+                    tests.append(split_rows.select([*TEST.names, "number"]))
                 else:
                     (train if name == "train" else validation).write_table(split_rows.select(schema.names))
-                if name == "train" and len(split_rows) and not example:
-                    example = _segments(split_rows.slice(0, 1), template)
             for row in rows.filter(pa.array(~kept)).select(["source", "record", "number"]).to_pylist():
                 dropped.write(_encoded_row_line(stats, row, outcomes) + "\n")
-    test = _test_table(tests, outcomes)
+    test = _test_table(tests, outcomes, scoring)
     pq.write_table(test, output / "test.parquet")
-    report = stats.report(params.max_length, _digest(test), example, outcomes.crowded, scoring)
+    example = _segments(next(pq.ParquetFile(output / "train.parquet").iter_batches(1)), template)
+    facts = {"max_length": params.max_length, "crowded": outcomes.crowded, "scoring": scoring}
+    report = stats.report(example, test_sha256=_digest(test), **facts)
     write_report(report, output)
     tokens = report["train_tokens"]
     contract |= {"max_length": params.max_length, "max_answer_tokens": longest}
@@ -237,12 +234,14 @@ def _numbered_rows(shards: list[Shard], folders: list[Path], total: int, stats: 
         start += len(rows)
 
 
-def _test_table(tests: list[pa.Table], outcomes: Outcomes) -> pa.Table:
-    """The test split, sorted by id; near copies in it are in one group."""
+def _test_table(tests: list[pa.Table], outcomes: Outcomes, choices: dict[str, Choice]) -> pa.Table:
+    """The test split, sorted by id; near copies in it are in one group, and every row has a scoring."""
     test = pa.concat_tables(tests).sort_by([("id", "ascending"), ("prompt", "ascending")])
-    groups = merge_groups(test["group"].to_pylist(), outcomes.cluster[test["number"].to_numpy()])
-    test = test.set_column(test.column_names.index("group"), "group", pa.array(groups, pa.string()))
-    return test.drop_columns("number").cast(TEST)
+    columns = test.to_pydict()
+    columns["group"] = merge_groups(columns["group"], outcomes.cluster[columns.pop("number")])
+    pairs = zip(columns["scoring"], columns["task"], strict=True)
+    columns["scoring"] = [scoring or choices[task]["scoring"] for scoring, task in pairs]
+    return pa.table(columns, schema=TEST)
 
 
 def _one_row_per_answer(rows: pa.Table, stats: DataStats) -> pa.Table:
@@ -275,13 +274,6 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
             stats.repaired.add(repair, source=row["source"], text=json.loads(row["record"]))
 
 
-def _with_scoring(rows: pa.Table, choices: dict[str, Choice]) -> pa.Table:
-    """`rows`, with the scoring of their task if they have none."""
-    pairs = zip(rows["scoring"].to_pylist(), rows["task"].to_pylist(), strict=True)
-    scoring = pa.array([scoring or choices[task]["scoring"] for scoring, task in pairs], pa.string())
-    return rows.set_column(rows.column_names.index("scoring"), "scoring", scoring)
-
-
 def _digest(test: pa.Table) -> str:
     """Digest of the prompts and references of the test split; scores on equal ones can be compared."""
     digest = hashlib.sha256()
@@ -291,10 +283,10 @@ def _digest(test: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def _segments(row: pa.Table, template: Encoder) -> list[tuple[str, bool]]:
+def _segments(row: pa.RecordBatch, template: Encoder) -> list[tuple[str, bool]]:
     """The text of a row in parts (text, has loss)."""
-    ids, labels = (row[name][0].as_py() for name in ("input_ids", "labels"))
-    parts = groupby(zip(ids, labels, strict=True), key=lambda token: token[1] >= 0)
+    tokens = zip(row["input_ids"][0].as_py(), row["labels"][0].as_py(), strict=True)
+    parts = groupby(tokens, key=lambda token: token[1] >= 0)
     return [(template.tokenizer.decode([id for id, _ in tokens]), trained) for trained, tokens in parts]
 
 
@@ -305,14 +297,9 @@ def _encoded_row_line(stats: DataStats, row: dict[str, Any], outcomes: Outcomes)
     details = {"detail": detail} if (detail := outcomes.details[number].as_py()) else {}
     if original >= 0:
         details["copy_of"] = outcomes.sources[original].as_py()
-        stats.duplicates.add(
-            reason,
-            source=source,
-            of=details["copy_of"],
-            similarity=float(outcomes.similarity[number]),
-            text=record,
-            of_text=outcomes.texts[original].as_py(),
-        )
+        texts = {"text": record, "of_text": outcomes.texts[original].as_py()}
+        similarity = float(outcomes.similarity[number])
+        stats.duplicates.add(reason, source=source, of=details["copy_of"], similarity=similarity, **texts)
     return _dropped_line(stats, source, reason, record, **details)
 
 

@@ -19,7 +19,7 @@ def turns(text: str) -> list[dict[str, str]]:
 
 
 def report_of(stats: DataStats, prompt: str = "user says ") -> dict[str, Any]:
-    return stats.report(64, "0" * 64, [(prompt, False), ("yes", True)], 0, {})
+    return stats.report([(prompt, False), ("yes", True)], max_length=64, test_sha256="0" * 64, crowded=0, scoring={})
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""Column mappings (`--columns`, `ingest.columns`), and the columns that a format does not read.
-
-A column that is not read is reported by name; a column that changes what the others mean is refused.
-"""
+"""Column mappings (`--columns`, `ingest.columns`), and the columns that a format does not read."""
 
 import difflib
 import re

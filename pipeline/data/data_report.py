@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.core.files import write_json, write_text
 from pipeline.core.pages.templates import environment
 from pipeline.core.redaction import redact
-from pipeline.data.default_scoring import Choice, explain_choice
+from pipeline.data.default_scoring import explain_choice
 
 EXAMPLES = 5  # per reason, kind of repair and kind of duplicate
 EXCERPT = 300  # characters of an example
@@ -60,21 +60,11 @@ class DataStats:
         self.formats[format] += rows
         self.sources[source] += rows
 
-    def report(
-        self,
-        max_length: int,
-        test_sha256: str,
-        example: Sequence[tuple[str, bool]],
-        crowded: int,
-        scoring: dict[str, Choice],
-    ) -> dict[str, Any]:
+    def report(self, example: Sequence[tuple[str, bool]], **facts: Any) -> dict[str, Any]:
         """The content of `report.json`; counts are of rows unless named otherwise.
 
-        Args:
-            example: one training row as parts (text, has loss).
-
-        Raises:
-            DataReportError: rows read and added are not as many as rows kept and dropped.
+        `example` is one training row as parts (text, has loss); `facts` are further entries: max_length, test_sha256,
+        crowded (rows for which a near copy may have been missed) and scoring (task → `Choice`).
         """
         rows = {split: counts.total() for split, counts in self.tasks.items()}
         rows_in, kept, dropped = self.formats.total(), sum(rows.values()), self.dropped.counts.total()
@@ -101,19 +91,16 @@ class DataStats:
             "repaired_examples": self.repaired.examples,
             "duplicates": self.duplicates.counts,
             "duplicate_pairs": self.duplicates.examples,
-            "crowded": crowded,
             "train_tokens": {
                 "total": sum(lengths),
                 "trained": self.trained_tokens,
                 "median_per_row": lengths[len(lengths) // 2] if lengths else 0,
                 "max_per_row": lengths[-1] if lengths else 0,
             },
-            "max_length": max_length,
             # Training rows by number of tokens; the keys are upper bounds of the bins, powers of two.
             "lengths": {str(bound): rows for bound, rows in sorted(bins.items())},
-            "scoring": scoring,
-            "test_sha256": test_sha256,
             "example_segments": [(redact(text), has_loss) for text, has_loss in example],
+            **facts,
         }
 
 
@@ -152,15 +139,15 @@ def _shorten(value: Any, width: int) -> str:
 
 def summary(report: Mapping[str, Any]) -> str:
     """One sentence: how many rows were read, kept, repaired and dropped, and the most frequent reason."""
-    rows, dropped = report["rows"], sum(report["dropped"].values())
-    splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
+    dropped = sum(report["dropped"].values())
+    splits = ", ".join(f"{count:,} {split}" for split, count in report["rows"].items())
     counts = {
         "conversations with one row per answer (the template needs that)": report["rewritten_conversations"],
         "answers not trained": report["untrained_answers"],
         "repairs": sum(report["repaired"].values()),
     }
-    parts = [f"{report['rows_in']:,} rows were read", f"{sum(rows.values()):,} kept ({splits})"]
-    sentence = ", ".join([*parts, *(f"{count:,} {label}" for label, count in counts.items() if count)])
+    sentence = f"{report['rows_in']:,} rows were read, {sum(report['rows'].values()):,} kept ({splits})"
+    sentence += "".join(f", {count:,} {label}" for label, count in counts.items() if count)
     if not dropped:
         return f"{sentence}; none was dropped."
     reason, count = _ranked(report["dropped"])[0]
@@ -176,11 +163,8 @@ def table(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, dict[str, 
         groups.append((f"{len(smallest)} more", smallest))
     lines = []
     for label, group in groups:
-        cells = {}
-        for split, split_counts in counts.items():
-            rows = sum(split_counts.get(name, 0) for name in group)
-            cells[split] = (rows, 100 * rows / (sum(split_counts.values()) or 1))
-        lines.append((label, cells))
+        rows = {split: sum(split_counts.get(name, 0) for name in group) for split, split_counts in counts.items()}
+        lines.append((label, {split: (n, 100 * n / (sum(counts[split].values()) or 1)) for split, n in rows.items()}))
     return lines
 
 

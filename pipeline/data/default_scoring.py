@@ -1,7 +1,6 @@
 """Chooses for each task how the answers of rows without a `scoring` column are scored.
 
-If a task's answers are short and recur, like labels, they are right or wrong as a whole: `exact`. Otherwise they are
-free text, for which only metrics such as BLEU and ROUGE are meaningful: `text`.
+If they are short and recur, like labels, they are right or wrong as a whole: `exact`; else they are `text`.
 """
 
 from collections.abc import Mapping
@@ -44,12 +43,10 @@ def choose_scoring(
     columns = ["task", "scoring", "short_answer"]
     rows = pa.concat_tables(pq.read_table(folder / rows_file, columns=columns) for folder in folders)
     rows = rows.filter(pc.and_(pa.array(kept), rows["scoring"].is_null()))
-    counts = rows.group_by("task").aggregate(
-        [([], "count_all"), ("short_answer", "count"), ("short_answer", "count_distinct")]
-    )
-    names = ("task", "count_all", "short_answer_count", "short_answer_count_distinct")
+    aggregates = [([], "count_all"), ("short_answer", "count"), ("short_answer", "count_distinct")]
+    counts = rows.group_by("task").aggregate(aggregates).sort_by("task")
     choices = {}
-    for task, total, short, answers in sorted(zip(*(counts[name].to_pylist() for name in names), strict=True)):
+    for task, total, short, answers in zip(*counts.to_pydict().values(), strict=True):
         repeated = short >= MIN_SHORT * total and MIN_REPEATS * answers <= total
         scoring = ("exact" if repeated else "text") if default_scoring == "auto" else default_scoring
         choices[task] = Choice(scoring=scoring, rows=total, short=short, answers=answers)
@@ -64,7 +61,7 @@ def explain_choice(choice: Choice) -> str:
 
 def summarise_choices(choices: Mapping[str, Choice]) -> str:
     """One line about the choices for the largest tasks."""
-    largest = sorted(choices, key=lambda task: -choices[task]["rows"])[:MAX_TASKS]
-    parts = [f"{task} as {choices[task]['scoring']} ({explain_choice(choices[task])})" for task in largest]
-    more = ["others in the data report"] if len(choices) > len(largest) else []
-    return f"rows without a scoring column are scored by their answers: {', '.join(parts + more)}"
+    largest = sorted(choices.items(), key=lambda item: -item[1]["rows"])
+    parts = [f"{task} as {choice['scoring']} ({explain_choice(choice)})" for task, choice in largest[:MAX_TASKS]]
+    parts += ["others in the data report"] * (len(largest) > MAX_TASKS)
+    return f"rows without a scoring column are scored by their answers: {', '.join(parts)}"
