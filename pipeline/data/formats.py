@@ -1,11 +1,10 @@
-"""Recognises the format of a data file and reads its records as rows.
+"""Recognises the format of a data file and reads its records as rows, each a `Row`, or a `Rejected` with the reason.
 
-Every record becomes a `Row`, or a `Rejected` with the reason. A file that fits no format, or more than one, is refused
-with a suggestion, because a wrong guess would be worse.
+A file that fits no format, or more than one, is refused with a suggestion, because a wrong guess would be worse.
 """
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -26,23 +25,21 @@ class UnclearFormatError(FormatError):
     """A file fits no format or several: a person must name the format, or map the columns."""
 
     def __init__(
-        self, fault: str, records: list[Any], formats: Sequence[str] = (), corrected: ColumnsParams | None = None
+        self, fault: str, records: list[Any], formats: list[str], corrected: ColumnsParams | None = None
     ) -> None:
         self.formats = formats  # those that fit; empty if none does
-        self.columns = corrected
-        if corrected is not None:
-            super().__init__(f"{fault}; did you mean --columns {shlex.quote(format_columns(corrected))}?")
-            return
-        if len(formats) == 1:
-            super().__init__(f"{fault}; leave the mapping out: the file is of the format {formats[0]}")
-            return
-        self.columns = guess_columns(records)
-        guess = "template=…,response=…" if self.columns is None else shlex.quote(format_columns(self.columns))
+        self.columns = corrected or (guess_columns(records) if len(formats) != 1 else None)
+        columns = "template=…,response=…" if self.columns is None else shlex.quote(format_columns(self.columns))
         known = "; ".join(f"{name} ({KNOWN_FORMATS[name]})" for name in FORMATS if str(KNOWN_FORMATS[name]))
-        super().__init__(
-            f"{fault}; map its columns for `retune ingest`, perhaps with --columns {guess}, or name its format with "
-            f"--format: {known}"
+        hint = (
+            f"map its columns for `retune ingest`, perhaps with --columns {columns}, or name its format with --format: "
         )
+        if corrected is not None:
+            super().__init__(f"{fault}; did you mean --columns {columns}?")
+        elif len(formats) == 1:
+            super().__init__(f"{fault}; leave the mapping out: the file is of the format {formats[0]}")
+        else:
+            super().__init__(f"{fault}; {hint}{known}")
 
 
 Ask = Callable[[UnclearFormatError], tuple[str, ColumnsParams | None]]  # gets format and columns from a person
@@ -58,10 +55,7 @@ class RowFile:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The data files at `path`: itself, or all files with a known suffix in the folder, in name order.
-
-    What `retune ingest` keeps next to its shards (snapshot.json, rejected.jsonl) is not data.
-    """
+    """The data files at `path`, itself or a folder, in name order; not the notes that `retune ingest` writes."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     notes = {file.parent / name for file in files for name in NOTES if file.name == "snapshot.json"}
     files = [file for file in files if split_name(file)[1] and file not in notes]
@@ -74,11 +68,7 @@ def find_files(path: Path) -> list[Path]:
 def read_rows(
     path: Path, format: str = "auto", columns: ColumnsParams | None = None, ask: Ask | None = None
 ) -> Iterator[Row | Rejected]:
-    """Every record of the file `path`, in order, as a `Row` or a `Rejected`.
-
-    Raises:
-        FormatError: the file is unreadable or empty, fits no format or several, or lacks a column that `columns` names.
-    """
+    """Every record of the file `path`, in order; FormatError if the file is broken, empty or of an unclear format."""
     yield from open_rows(path, format, columns, ask=ask).rows
 
 
@@ -97,10 +87,10 @@ def open_rows(
     _, dot, suffix = split_name(path)[0].rpartition(".")
     if format == "auto" and dot and suffix in FORMATS and not is_complete(columns):  # as in rows.sharegpt.jsonl
         format = suffix
-    while True:
+    recognised = None
+    while recognised is None:
         try:
             recognised = recognise(path, [record for _, record in first], format, columns)
-            break
         except UnclearFormatError as error:
             if ask is None:
                 raise
@@ -134,11 +124,9 @@ def recognise(path: Path, records: list[Any], format: str, columns: ColumnsParam
             f"{path} has a column mapping and the format {format}; with a mapping, the format must be classification, "
             "or auto with a response and a prompt or template"
         )
-    if format in ("alpaca", "belle"):
-        # Both have the same converter, which looks for dialogues in each row.
-        has_dialogue = any(isinstance(record, dict) and is_dialogue(record.get("instruction")) for record in records)
-        format = "belle" if has_dialogue else format
-    return format
+    # Both have the same converter, which looks for dialogues in each row.
+    has_dialogue = any(isinstance(record, dict) and is_dialogue(record.get("instruction")) for record in records)
+    return "belle" if format == "alpaca" and has_dialogue else format
 
 
 def _formats_of(record: Any) -> list[str]:

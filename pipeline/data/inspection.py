@@ -1,8 +1,4 @@
-"""Shows rows as the model sees them, token by token, with the trained tokens marked.
-
-The rows come from a prepared dataset, or from a data file as it would be prepared, with a verdict on each (kept,
-repaired or dropped).
-"""
+"""Shows rows as the model sees them, token by token, with the trained tokens marked."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,8 +6,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -63,7 +57,7 @@ class InspectedRow:
 
     @property
     def trained(self) -> int:
-        return sum(len(token.ids) for token in self.tokens if token.trained)
+        return sum(len(token.ids) * token.trained for token in self.tokens)
 
     def as_json(self) -> dict[str, Any]:
         values = asdict(self) | {"length": self.length, "trained": self.trained}
@@ -75,25 +69,22 @@ def inspect_dataset(
 ) -> list[InspectedRow]:
     """Up to `count` rows of a prepared split, from number `row` on (0 is the first), with this id and task.
 
-    Raises:
-        InspectionError: the dataset or the row does not exist.
-        TemplateError: the base model or tokenizer has changed since the dataset was prepared.
+    Raises InspectionError, or TemplateError if base model or tokenizer have changed since the dataset was prepared.
     """
     file = dataset / f"{split}.parquet"
     if not file.is_file():
         raise InspectionError(f"{file} does not exist; run `dvc repro prepare`, or give a data file to inspect")
-    rows = pq.read_table(file, columns=["id", "task"]).to_pylist()
-    filters = {key: value for key, value in (("id", id), ("task", task)) if value is not None}
-    numbers = [number for number, row_keys in enumerate(rows) if filters.items() <= row_keys.items()]
-    numbers = [number for number in numbers if number >= (row or 0)][:count]
+    table = pq.read_table(file)
+    rows = table.select(["id", "task"]).to_pylist()
+    wanted = {key: value for key, value in (("id", id), ("task", task)) if value is not None}
+    numbers = [i for i, keys in enumerate(rows) if i >= (row or 0) and wanted.items() <= keys.items()][:count]
     if not numbers:
-        what = ", ".join(f"{key} {value}" for key, value in ({"row": row} | filters).items() if value is not None)
-        tasks = ", ".join(sorted({row_keys["task"] for row_keys in rows})[:20])
+        what = ", ".join(f"{key} {value}" for key, value in ({"row": row} | wanted).items() if value is not None)
+        tasks = ", ".join(sorted({keys["task"] for keys in rows})[:20])
         raise InspectionError(f"the {split} split has no {what}; it has {len(rows)} rows of the tasks {tasks}")
     contract = read_json(dataset / "contract.json")
     load = classes.load_classes if contract.get("task") == CLASSIFICATION else load_contract
     tokenizer = load(contract).tokenizer
-    records = pads.dataset(file).take(pa.array(numbers)).to_pylist()
     return [
         InspectedRow(
             place=f"{split} row {number}",
@@ -103,7 +94,7 @@ def inspect_dataset(
             tokens=decode_tokens(tokenizer, record["input_ids"], record.get("labels")),
             **{key: record.get(key) for key in ("id", "source", "reference", "label")},
         )
-        for number, record in zip(numbers, records, strict=True)
+        for number, record in zip(numbers, table.take(numbers).to_pylist(), strict=True)
     ]
 
 
@@ -116,11 +107,8 @@ def inspect_file(
     """
     format, columns = params.ingest.format, params.ingest.columns
     records = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))
-    matching = (
-        (number, record)
-        for number, record in enumerate(records)
-        if number >= (row or 0) and (task is None or (isinstance(record, Row) and record.task == task))
-    )
+    numbered = ((i, record) for i, record in enumerate(records) if i >= (row or 0))
+    matching = (pair for pair in numbered if task is None or getattr(pair[1], "task", None) == task)
     selected = list(islice(matching, count))  # before the slow loading of the model: it may ask about the file
     if not selected:
         what = f"no row of task {task}" if task is not None else f"no row {row}"
@@ -134,11 +122,10 @@ def inspect_file(
 def _as_prepared(template: Encoder, params: PrepareParams, place: str, row: Row | Rejected) -> list[InspectedRow]:
     if isinstance(row, Rejected):
         return [InspectedRow(place, "dropped", [row.reason], "", [], source=row.source, record=row.record)]
-    records = encode_rows([row], template, params)
-    if reason := records[0].get("detail") or records[0].get("reason"):
-        return [InspectedRow(place, "dropped", [reason], row.task, [], source=row.source, record=row.messages)]
     pieces = []  # long rows are split, and a template that rewrites earlier turns needs a row for each answer
-    for record in records:
+    for record in encode_rows([row], template, params):
+        if reason := record.get("detail") or record.get("reason"):
+            return [InspectedRow(place, "dropped", [reason], row.task, [], source=row.source, record=row.messages)]
         earlier = zip(record["earlier_ids"], record["earlier_labels"], strict=True)
         pieces += [(record, *row) for row in (*earlier, (record["input_ids"], record["labels"]))]
     return [
@@ -175,13 +162,12 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: li
 
 def as_text(row: InspectedRow) -> Text:
     """A row as text for a terminal: trained tokens in ⟦ ⟧ and green, a dot between tokens."""
-    head = [row.place, f"task {row.task}" if row.task else "", f"id {row.id}" if row.id else ""]
-    head += [row.source or "", row.verdict if row.verdict != "prepared" else ""]
+    head = [row.place, row.task and f"task {row.task}", row.id and f"id {row.id}", row.source]
+    head += [row.verdict if row.verdict != "prepared" else ""]
     if row.tokens:
         trained = "a prompt, nothing trained" if row.reference is not None else f"{row.trained} trained"
         head.append(f"{row.length} tokens" if row.label is not None else f"{row.length} tokens, {trained}")
-    text = Text()
-    text.append(" · ".join(part for part in head if part) + "\n", "bold")
+    text = Text().append(" · ".join(part for part in head if part) + "\n", "bold")
     for reason in row.reasons:
         text.append(f"{row.verdict}: {reason}\n")
     if row.record is not None:

@@ -32,6 +32,7 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "data")  # columns
 PAIRS = (("question", "answer"), ("prompt", "response"), ("query", "response"), ("question", "response"))
 TURN_PAIRS = (("human", "assistant"), ("input", "output"))  # question and answer in one object
 TURN_KEYS = (("sharegpt", {"from"}), ("messages", {"role"}), *(("turn-pairs", {*pair}) for pair in TURN_PAIRS))
+ORCA_COLUMNS = ("system_prompt", "question", "response")
 TREE_KEYS = ("message_id", "message_tree_id", "parent_id", "role", "text")  # OpenAssistant: one message per record
 TREE_KEYS_READ = {*TREE_KEYS, "rank", "deleted", "review_result"}
 # Converts a record; adds the names of columns and message keys with a value that are not read to the set.
@@ -137,6 +138,10 @@ def _turn_pairs(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
     return messages
 
 
+def _texts(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
+    return alternating(*(check_text(turn, key) for turn in turns))
+
+
 def _from_turns(
     read: Callable[[list[Any], str, set[str]], list[Message]], record: dict[str, Any], unused: set[str]
 ) -> list[Message]:
@@ -167,13 +172,13 @@ def _from_pair(
     question, answer = record.get(prompt), record.get(response)
     if isinstance(question, list):
         messages += chat_messages(question, prompt, unused)
-    elif not about or not is_dialogue(question):
-        text = check_text(question, prompt)
-        messages.append({"role": "user", "content": f"{text}\n{context}" if context else text})
-    elif context:
-        raise ValueError(f"{prompt} contains a conversation (Human:/Assistant:), and there is a column {about}")
-    else:
+    elif about and is_dialogue(question):
+        if context:
+            raise ValueError(f"{prompt} contains a conversation (Human:/Assistant:), and there is a column {about}")
         messages += dialogue(str(question), prompt, open_end=True)
+    else:
+        text = check_text(question, prompt)
+        messages += alternating(f"{text}\n{context}" if context else text)
     if isinstance(answer, list):
         return messages + chat_messages(answer, response, unused)
     return [*messages, {"role": "assistant", "content": _answer(record, response, {})}]
@@ -182,8 +187,8 @@ def _from_pair(
 def _best_paths(records: Records) -> Records:
     """The best conversation of each message tree in OpenAssistant's flat files, as a record like those of shards.
 
-    From the first message on, it takes the reply with the lowest rank. A message that is not below a first message
-    becomes a `Rejected`. All messages are in memory at once, because those of a tree can be anywhere in the file.
+    From the first message on, it takes the reply with the lowest rank. All messages are in memory at once, because
+    those of a tree can be anywhere in the file.
     """
     by_parent: dict[str, list[tuple[str, Any]]] = defaultdict(list)  # parent's id → messages; "" → first messages
     for source, record in records:
@@ -199,9 +204,7 @@ def _best_paths(records: Records) -> Records:
             tree += children
         path: list[dict[str, Any]] = []
         candidates = [first]
-        while usable := [
-            reply for reply in candidates if not reply.get("deleted") and reply.get("review_result") is not False
-        ]:
+        while usable := [m for m in candidates if not m.get("deleted") and m.get("review_result") is not False]:
             path.append(min(usable, key=_rank))
             candidates = replies.pop(str(path[-1].get("message_id")), [])
         turns = []
@@ -308,17 +311,11 @@ KNOWN_FORMATS: dict[str, Format] = {
     "sharegpt": _turns("sharegpt", sharegpt_messages, "conversations with from and value"),
     "messages": _turns("messages", chat_messages, "messages with role, content"),
     "turn-pairs": _turns("turn-pairs", _turn_pairs, "conversation with human, assistant"),
-    "ultrachat": _turns(
-        "ultrachat",
-        lambda turns, key, _: alternating(*(check_text(turn, key) for turn in turns)),
-        "data, a list of texts",
-    ),
+    "ultrachat": _turns("ultrachat", _texts, "data, a list of texts"),
     "openassistant": Format(_from_shard, TREE_KEYS, frozenset(("messages", "repairs")), spread=_best_paths),
     "prompt-completion": _pair(("prompt", "completion")),
     "question-answer": replace(_pair(*PAIRS), fits=_is_pair, description=" or ".join(map(", ".join, PAIRS))),
-    "openorca": replace(
-        _pair(("question", "response"), system="system_prompt"), needs=("system_prompt", "question", "response")
-    ),
+    "openorca": replace(_pair(("question", "response"), system="system_prompt"), needs=ORCA_COLUMNS),
     # `configure_format` replaces the converter.
     "classification": Format(_from_shard, ("text", "label"), defaults=("classification", "exact")),
     "text": Format(

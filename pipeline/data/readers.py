@@ -64,10 +64,7 @@ def container_of(path: Path) -> str:
 
 
 def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any]]:
-    """(source, record) of each record of `path`, in order; an ambiguous record is a `Rejected`.
-
-    The source is name:line, or name:[index]. A FormatError is raised only after the records before the fault.
-    """
+    """(source, record) of each record of `path`, in order; the source is name:line, or name:[index]."""
     _, suffix, packing = split_name(path)
     if not suffix:
         raise FormatError(f"{path} ends in {path.suffix or 'nothing'}; expected {KNOWN}")
@@ -120,9 +117,7 @@ def read_class_names(path: Path) -> dict[str, list[str]]:
 
 
 def _lines(path: Path, stream: BinaryIO) -> Iterator[str]:
-    number = 0
-    while line := stream.readline(MAX_RECORD_BYTES + 1):
-        number += 1
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_RECORD_BYTES + 1), b""), start=1):
         if len(line) > MAX_RECORD_BYTES:
             limit = MAX_RECORD_BYTES >> 20
             raise FormatError(f"{path}, line {number}: the record is longer than {limit} MiB; shorten or remove it")
@@ -135,10 +130,8 @@ def _decode(path: Path, data: bytes, line: int) -> str:
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         likely = charset_normalizer.from_bytes(data[:65536], cp_isolation=LEGACY_ENCODINGS).best()
-        raise FormatError(
-            f"{path}, line {line}: not UTF-8; convert the file, perhaps with "
-            f"`iconv -f {likely.encoding if likely else 'ITS_ENCODING'} -t UTF-8`"
-        ) from None
+        command = f"iconv -f {likely.encoding if likely else 'ITS_ENCODING'} -t UTF-8"
+        raise FormatError(f"{path}, line {line}: not UTF-8; convert the file, perhaps with `{command}`") from None
 
 
 def _line_records(path: Path, stream: BinaryIO) -> Iterator[tuple[int | str, Any]]:
@@ -202,8 +195,7 @@ def _csv_records(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[tuple
     rows, line = csv.reader(chain([first], lines), delimiter=delimiter, strict=True), 1
     try:
         header = next(rows, [])
-        repeated = {column for column in header if header.count(column) > 1}
-        if repeated:
+        if repeated := {column for column in header if header.count(column) > 1}:
             raise FormatError(f"{path} has the column {min(repeated)!r} twice; rename one")
         line = rows.line_num + 1
         for row in rows:
@@ -239,10 +231,7 @@ def _open_arrow(path: Path) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without null keys in its objects, since a table gives each object the keys of all others in its column.
-
-    Nulls that the row itself had are lost too, because the table does not tell them apart.
-    """
+    """`value` without the null keys that a table gives each object, because other objects of its column have them."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

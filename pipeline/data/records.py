@@ -15,18 +15,14 @@ TOOL_CALLS = "tool_calls"  # the scoring of a row whose answer calls tools
 
 @dataclass
 class Row:
-    """One conversation that ends with a trained turn of the assistant.
-
-    `task`, `group` and `scoring` are optional columns of the source: a label for scores by task; a key for rows that
-    must stay in one split (e.g. all questions about one thing); "exact" if there is one right answer, else "text".
-    """
+    """One conversation that ends with a trained turn of the assistant."""
 
     messages: list[Message]
     source: str  # file:line (JSONL, CSV) or file:[index] (other files), for error messages
     tools: str | None = None  # JSON schemas of the available tools, as text
-    task: str = "default"
-    group: str | None = None
-    scoring: str | None = None
+    task: str = "default"  # a label for scores by task
+    group: str | None = None  # a key for rows that must stay in one split, e.g. all questions about one thing
+    scoring: str | None = None  # "exact" if there is one right answer, else "text"; None: chosen by task
     repairs: list[str] = field(default_factory=list)
 
 
@@ -71,11 +67,9 @@ def list_field(record: dict[str, Any], key: str) -> list[Any]:
     value = record.get(key)
     if isinstance(value, str) and value.strip():  # a cell of a CSV file
         value = parse_json(value, key)
-    if not value and not isinstance(value, int | float):
-        return []
-    if not isinstance(value, list):
+    if not isinstance(value, list) and value not in (None, "", {}):
         raise ValueError(f"{key} is not a list")
-    return value
+    return value or []
 
 
 def parse_json(text: Any, key: str) -> Any:
