@@ -84,12 +84,10 @@ def ingest(
 ) -> IngestResult:
     """Replace `data/instructions` by the rows of all sources and record the snapshot in `data.dvc`.
 
-    Args:
-        sources: URIs, read with `params.format` and `params.columns`; if empty, `params.sources`.
-        replace: skip the checks for too many rejected records and too few rows.
+    `sources` are URIs, read with `params.format` and `params.columns`; if empty, `params.sources` are read. `replace`
+    skips the checks for too many rejected records and too few rows.
 
-    Raises:
-        FormatError, SourceError, IngestError, GraphError: a file, a source, the combination of all, or DVC is at fault.
+    Raises FormatError, SourceError, IngestError or GraphError if a file, a source, all together, or DVC is at fault.
     """
     recover(root)
     scratch = root / SCRATCH
@@ -178,8 +176,7 @@ def _convert(files: list[_File], rejected_lines: Path, ask: Ask | None) -> None:
 def _choose_rows(sources: list[SourceParams], files: list[_File]) -> None:
     """Apply weights and caps: keep the rows with the lowest hashes, so that new rows change the choice little.
 
-    A weight never repeats rows. The source with the fewest rows for its weight is kept whole, and the others in
-    proportion to it.
+    The source with the fewest rows for its weight is kept whole, and the others in proportion to it.
     """
     groups = [[file for file in files if file.source is source] for source in sources]
     hashes = [np.concatenate([file.hashes for file in group]) for group in groups]

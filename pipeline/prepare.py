@@ -72,10 +72,7 @@ def prepare(
     carries loss: `label` (in test rows, `reference`) is the class, and the contract lists the classes of the training
     rows as `labels`.
     Encoded shards are kept in `cache`, if one is given, and reused if nothing they depend on has changed.
-
-    Raises:
-        PrepareError: too many unusable rows, an overlong row with `on_overlong: error`, or an empty split.
-        FormatError, TemplateError, ClassError: a data file, the base model or the classes cannot be used.
+    Raises PrepareError, FormatError, TemplateError or ClassError: rows, a file, the model or classes cannot be used.
     """
     template, identity = load_encoding(params, train_task)
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="retune-") as work:
@@ -207,8 +204,8 @@ def _write(
     report = stats.report(example, test_sha256=_digest(test), **facts)
     write_report(report, output)
     tokens = report["train_tokens"]
-    contract |= {"max_length": params.max_length, "max_answer_tokens": longest}
-    contract["trained_fraction"] = tokens["trained"] / tokens["total"]
+    contract |= {"max_length": params.max_length, "max_answer_tokens": longest}  # of the longest last answer
+    contract["trained_fraction"] = tokens["trained"] / tokens["total"]  # of the training split
     if classifies:
         contract["labels"] = order_classes(classes["train"], classes["validation"] + classes["test"])
     write_json(output / "contract.json", contract)

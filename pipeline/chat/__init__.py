@@ -1,7 +1,4 @@
-"""Conversations as a model reads them: chat templates, tokens, labels (which tokens are trained) and their contract.
-
-It may import core and params.
-"""
+"""Conversations as a model reads them: chat templates, tokens, labels (which tokens are trained) and their contract."""
 
 from typing import Any
 

@@ -65,35 +65,34 @@ class ChatTemplate:
             day = datetime.date.fromisoformat(self.chat_template_date)
             text = STRFTIME_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), text)
         assignments = (f"{{%- set {key} = {value!r} -%}}" for key, value in self.chat_template_kwargs.items())
-        return "".join([*assignments, self._renderer.prelude, text])
-
-    def variables(self) -> set[str]:
-        """The names that the template reads: messages, tools, named tokens, and its arguments."""
-        return self._renderer.variables()
+        return "".join([*assignments, self.renderer.prelude, text])
 
     def render(self, messages: list[Message], tools: str | None = None, add_generation_prompt: bool = False) -> str:
         """The text that the model reads; raises what `encode` raises."""
-        return self._encoder.text(self._renderer.render(*self._adapt(messages, tools)[:2], add_generation_prompt))
+        return self._encoder.text(self.renderer.render(*self._adapt(messages, tools)[:2], add_generation_prompt))
 
     def prompt(self, messages: list[Message], tools: str | None = None) -> tuple[str, list[int]]:
         """`messages` up to where the assistant's answer begins: the text, and its tokens (T,)."""
-        rendered = self._renderer.render(*self._adapt(messages, tools)[:2], add_generation_prompt=True)
+        rendered = self.renderer.render(*self._adapt(messages, tools)[:2], add_generation_prompt=True)
         return self._encoder.text(rendered), self._encoder.ids(rendered)
 
     def prompt_ids(self, messages: list[Message], tools: str | None = None) -> list[int]:
         return self.prompt(messages, tools)[1]
 
     def encode(self, messages: list[Message], tools: str | None = None) -> Encoded:
-        """Tokens and labels of a conversation. Answers are trained, each with the token that ends its turn.
-
-        Tool calls are answers; tool results are not, and answers with a `weight` of 0 are not trained.
+        """Tokens and labels of a conversation. Answers are trained, each with its end token, unless `weight` is 0.
 
         Raises:
             RowError: the conversation cannot be written or has nothing to train on, or a setting refuses what it has.
             TemplateError: the template does something that its sandbox forbids.
         """
         adapted, offered, escaped = self._adapt(messages, tools)
-        turns = [self._writer.turn(adapted, offered, index) for index in self._trained_indices(messages, adapted)]
+        weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        answers = [index for index, message in enumerate(adapted) if message["role"] == "assistant"]
+        pairs = list(zip(answers, weights, strict=True))[-1 if self.train_on == "last_response" else 0 :]
+        turns = [self._writer.turn(adapted, offered, index) for index, weight in pairs if weight]
+        if not turns:
+            raise RowError("has no answer to train on")
         last = turns[-1]
         missing = left_out(adapted[: last.index + 1], last.prompt + last.answer)
         if missing is not None and self.on_left_out == "drop":
@@ -104,11 +103,7 @@ class ChatTemplate:
         return replace(row, repairs=tuple(repairs), earlier=tuple(earlier))
 
     def golden(self, conversations: Sequence[Conversation] | None = None) -> list[dict[str, Any]]:
-        """Tokens and labels of fixed conversations: the contract's fingerprint of rendering and tokenising.
-
-        If the template refuses one, its `input_ids` and `labels` are null. `earlier` holds the rows of earlier answers,
-        if the template rewrites them.
-        """
+        """Tokens and labels (null if refused) of fixed conversations: a fingerprint of rendering and tokenising."""
         golden: list[dict[str, Any]] = []
         for messages, tools in conversations or _golden_conversations(self._stops[0]):
             entry: dict[str, Any] = {"messages": messages, "tools": tools, "input_ids": None, "labels": None}
@@ -121,11 +116,7 @@ class ChatTemplate:
         return golden
 
     def contract(self, model: dict[str, Any], golden: Sequence[Conversation] | None = None) -> dict[str, Any]:
-        """What later stages must find unchanged; `model` comes from `model_identity`.
-
-        `prepare` adds facts about the data: `max_length`, `max_answer_tokens`, of the longest last answer, and
-        `trained_fraction`, the share of the training split's tokens that are trained.
-        """
+        """What later stages must find unchanged; `model` comes from `model_identity`, and `prepare` adds facts."""
         return {
             "model": model,
             "chat_template": self.text,
@@ -149,7 +140,7 @@ class ChatTemplate:
         return {number for number, token in tokens if token.special and str(token) and after.startswith(str(token))}
 
     @cached_property
-    def _renderer(self) -> Renderer:
+    def renderer(self) -> Renderer:
         return Renderer(
             self.text, self.tokenizer.special_tokens_map, self.chat_template_kwargs, self.chat_template_date
         )
@@ -162,7 +153,7 @@ class ChatTemplate:
     def _writer(self) -> TurnWriter:
         eos = self.tokenizer.eos_token_id
         end = self._token(min(self.stop_ids) if eos is None else eos)
-        return TurnWriter(self._renderer, self._stops, end, self.reasoning)
+        return TurnWriter(self.renderer, self._stops, end, self.reasoning)
 
     @cached_property
     def _stops(self) -> tuple[str, ...]:
@@ -188,17 +179,7 @@ class ChatTemplate:
         if escaped and self.on_control_tokens == "drop":
             first = next(HIDDEN_TOKEN.finditer(json.dumps([hidden, offered], ensure_ascii=False)))
             raise RowError(f"contains the model's control token {self._encoder.text(first[0])}")
-        return *self._renderer.adapt(hidden, offered), escaped
-
-    def _trained_indices(self, messages: list[Message], adapted: list[Message]) -> list[int]:
-        """Indices in `adapted` of the answers that are trained."""
-        weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
-        answers = [index for index, message in enumerate(adapted) if message["role"] == "assistant"]
-        pairs = list(zip(answers, weights, strict=True))[-1 if self.train_on == "last_response" else 0 :]
-        trained = [index for index, weight in pairs if weight]
-        if not trained:
-            raise RowError("has no answer to train on")
-        return trained
+        return *self.renderer.adapt(hidden, offered), escaped
 
     def _rows(self, turns: list[Turn]) -> list[Encoded]:
         """Training rows: a turn extends the last row if its prompt begins with that row's tokens, else begins one."""

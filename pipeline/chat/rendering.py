@@ -96,10 +96,7 @@ class Renderer:
             return ""
 
     def _writes_calls(self, tools: Tools | None, as_text: bool, empty: str | None) -> bool:
-        """Whether the template writes a call in this form (see `with_arguments`) and its result.
-
-        Python's repr of an object, or JSON inside JSON, does not count.
-        """
+        """Whether the template writes a call in this form and its result, not as a Python repr or JSON inside JSON."""
         function = {"name": "probe_tool", "arguments": {"probe_key": "probe_value"}}
         call = {"id": "probe0001", "type": "function", "function": function}
         messages = [

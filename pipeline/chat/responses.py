@@ -1,8 +1,7 @@
 """Splits what a model wrote into thinking, answer and tool calls.
 
 Tool calls are read by transformers' response parser with the fields in `calls.yaml`. Thinking is found here, because
-the prompt may have opened it and the model may never end it. Text without either is only decoded, without control
-tokens.
+the prompt may have opened it and the model may never end it.
 """
 
 import json
@@ -57,12 +56,9 @@ class Answer:
 
 
 def read_answer(template: ChatTemplate, prompt: Sequence[int], ids: list[int], tools: str | None = None) -> Answer:
-    """Parse the tokens `ids`, which a model wrote after the tokens `prompt`.
+    """Parse the tokens `ids`, which a model wrote after the tokens `prompt`; a malformed call stays part of the text.
 
-    A malformed call stays part of the text.
-
-    Args:
-        tools: the offered tools as JSON. Some templates write 7 and "7" alike, and only the schemas tell which it is.
+    `tools` are the offered tools as JSON: some templates write 7 and "7" alike, and only the schemas tell which it is.
     """
     tokenizer = template.tokenizer
     ended = bool(ids) and ids[-1] in template.stop_ids
@@ -82,7 +78,9 @@ def read_answer(template: ChatTemplate, prompt: Sequence[int], ids: list[int], t
 
 def canonical_calls(calls: Sequence[ToolCall]) -> str:
     """`calls` as JSON that is the same for equal calls: the order of keys and calls does not count; 3.0 is 3."""
-    plain = json.loads(json.dumps(list(calls)), parse_float=_whole_as_int)
+    plain = json.loads(
+        json.dumps(list(calls)), parse_float=lambda text: int(x) if (x := float(text)).is_integer() else x
+    )
     return f"[{', '.join(sorted(json.dumps(call, ensure_ascii=False, sort_keys=True) for call in plain))}]"
 
 
@@ -168,11 +166,6 @@ def _parse_call(parsed: Any) -> ToolCall:
     if not isinstance(name, str) or not isinstance(arguments, dict | None):
         raise ValueError(name)
     return {"name": name, "arguments": arguments or {}}
-
-
-def _whole_as_int(text: str) -> float:
-    value = float(text)
-    return int(value) if value.is_integer() else value
 
 
 def _without_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

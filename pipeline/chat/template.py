@@ -63,8 +63,8 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             )
         text = path.read_text(encoding="utf-8")
     template = _load(identity, text, name, {key: getattr(params, key) for key in SETTINGS})
-    for argument in params.chat_template_kwargs.keys() - template.variables():
-        near = difflib.get_close_matches(argument, template.variables(), 1)
+    for argument in params.chat_template_kwargs.keys() - (names := template.renderer.variables()):
+        near = difflib.get_close_matches(argument, names, 1)
         raise TemplateError(
             f"prepare.chat_template_kwargs has {argument}, which the chat template does not read; "
             + (f"did you mean {near[0]}?" if near else "remove it")
@@ -146,8 +146,7 @@ def local_source(folder: Path) -> dict[str, Any]:
 def model_identity(name_or_path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """What identifies a base model: the commit of a Hub repository, or a digest of a local folder's files.
 
-    Raises:
-        TemplateError: neither a folder nor a Hub name with a revision, or no safetensors weights.
+    Raises TemplateError for a folder without safetensors weights, or a Hub name without a revision.
     """
     folder, digest = Path(name_or_path), revision
     if folder.is_dir():

@@ -45,15 +45,36 @@ class TokenEncoder:
 
     @cached_property
     def _marked(self) -> tuple[Tokenizer, dict[int, int]]:
-        return _tokenizer_of_marks(json.loads(self._plain.to_str()), self._id)
+        """A copy of the tokenizer that knows its control tokens by their marks, and its differing ids → the original's.
+
+        The vocabulary is renamed too, because a model that looks up whole words would find a control token there.
+        """
+        state = json.loads(self._plain.to_str())
+        mark = {token: f"{WRITTEN}{number}{END}" for token, number in self._id.items()}
+        for token in state["added_tokens"]:
+            if token["content"] in mark:
+                token |= {"content": mark[token["content"]], "normalized": False}
+        model = state["model"]
+        # A token that merges can produce keeps its name; if it comes up, `ids` refuses the row.
+        merged = {
+            "".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges", [])
+        }
+        rename = {token: name for token, name in mark.items() if token not in merged}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {rename.get(piece, piece): number for piece, number in model["vocab"].items()}
+        else:
+            model["vocab"] = [[rename.get(piece, piece), score] for piece, score in model["vocab"]]
+        if model.get("unk_token") in rename:
+            model["unk_token"] = rename[model["unk_token"]]
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+        # The copy renumbers added tokens outside the vocabulary without gaps, so their ids may differ.
+        new_ids = {tokenizer.token_to_id(token["content"]): token["id"] for token in state["added_tokens"]}
+        return tokenizer, {new: old for new, old in new_ids.items() if new is not None and new != old}
 
     def hide(self, value: Any, answer: bool = False) -> Any:
         """`value` (text, or lists and objects of texts) with a mark in place of each control token.
 
-        Set `answer` for the assistant's text, where words such as <tool_call> are ordinary.
-
-        Raises:
-            RowError: the text has noncharacters used for marks, or characters that normalise to a control token.
+        In the assistant's text (`answer`), words such as <tool_call> are ordinary. Raises RowError.
         """
         if isinstance(value, dict):
             return {self.hide(key, answer): self.hide(item, answer) for key, item in value.items()}
@@ -98,28 +119,3 @@ class TokenEncoder:
 def _any_of(tokens: dict[str, int]) -> re.Pattern[str]:
     """A pattern for any of `tokens`, the longest first, as the tokenizer matches them."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-
-def _tokenizer_of_marks(state: dict[str, Any], control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
-    """A copy of the tokenizer that knows its control tokens by their marks, and its ids that differ → the original's.
-
-    The vocabulary is renamed too, because a model that looks up whole words or pieces would find a control token there.
-    """
-    mark = {token: f"{WRITTEN}{number}{END}" for token, number in control.items()}
-    for token in state["added_tokens"]:
-        if token["content"] in mark:
-            token |= {"content": mark[token["content"]], "normalized": False}
-    model = state["model"]
-    # A token that merges can produce keeps its name; if it comes up, `ids` refuses the row.
-    merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges", [])}
-    rename = {token: name for token, name in mark.items() if token not in merged}
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {rename.get(piece, piece): number for piece, number in model["vocab"].items()}
-    else:
-        model["vocab"] = [[rename.get(piece, piece), score] for piece, score in model["vocab"]]
-    if model.get("unk_token") in rename:
-        model["unk_token"] = rename[model["unk_token"]]
-    tokenizer = Tokenizer.from_str(json.dumps(state))
-    # The copy renumbers added tokens outside the vocabulary without gaps, so their ids may differ from the original's.
-    new_ids = {tokenizer.token_to_id(token["content"]): token["id"] for token in state["added_tokens"]}
-    return tokenizer, {new: old for new, old in new_ids.items() if new is not None and new != old}

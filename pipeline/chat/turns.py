@@ -1,7 +1,6 @@
 """The prompt that a server sends and the answer that the model has to write, for each trained answer.
 
-The prompt is everything before the answer, rendered with the generation prompt; the answer ends with a token that ends
-the turn. Both are text, which `conversation` tokenises.
+The prompt is everything before the answer, rendered with the generation prompt. Both are text.
 """
 
 import json
@@ -51,10 +50,7 @@ def opened_thinking(prompt: str) -> tuple[str, str] | None:
 
 
 class TurnWriter:
-    """Makes the turns of one chat template.
-
-    `stops` are the texts of the tokens that end a turn; `end` is the one to add if the template writes none.
-    """
+    """Makes turns with `stops`, the texts of tokens that end one; `end` is added if the template writes none."""
 
     def __init__(self, renderer: Renderer, stops: Sequence[str], end: str, reasoning: str) -> None:
         self._renderer = renderer
@@ -106,10 +102,7 @@ class TurnWriter:
         return answer + self._end[calls], ""
 
     def _next_header(self, calls: bool) -> str | None:
-        """The token that begins the next turn, if it also ends this one (GLM, ChatGLM).
-
-        The next turn is the result after a call, else a question.
-        """
+        """The token that begins the next turn (a result, else a question), if it also ends this one (GLM, ChatGLM)."""
         question = {"role": "user", "content": "probe question"}
         answer: Message = {"role": "assistant", "content": PROBE_ANSWER}
         following = {"role": "user", "content": PLACEHOLDER}

@@ -1,4 +1,1 @@
-"""Instruction data: sources, formats, snapshots, duplicates, and the encoding of rows as tokens.
-
-Imports core, params and chat.
-"""
+"""Instruction data: sources, formats, snapshots, duplicates, and the encoding of rows as tokens."""

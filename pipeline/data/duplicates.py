@@ -25,21 +25,20 @@ MAX_TRIES = 8  # candidates that a row is compared with, the most similar first;
 CACHED_SETS = 1024  # texts whose shingles are in memory at once
 
 
+Rows = NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class NearDuplicates:
-    duplicate_of: NDArray[np.int64]  # (N,) the kept row that this row copies; −1 if it is kept
+    duplicate_of: Rows  # (N,) the kept row that this row copies; −1 if it is kept
     jaccard: NDArray[np.float64]  # (N,) the similarity of the two; NaN if it is kept
-    cluster: NDArray[np.int64]  # (N,) the first row, by rank, of a protected row's cluster; −1 for other rows
+    cluster: Rows  # (N,) the first row, by rank, of a protected row's cluster; −1 for other rows
     compared: int  # pairs
     crowded: int  # rows for which a copy may be missed: their bucket was full, or they had too many candidates
 
 
 def near_duplicates(
-    signatures: Signatures,
-    text_of: Callable[[int], str],
-    rank: NDArray[np.int64],
-    protected: NDArray[np.bool_],
-    threshold: float,
+    signatures: Signatures, text_of: Callable[[int], str], rank: Rows, protected: NDArray[np.bool_], threshold: float
 ) -> NearDuplicates:
     """Choose duplicates greedily: protected rows come first, then the others, each in the order of their `rank`.
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.duplicates import Clusters, near_duplicates
+from pipeline.data.duplicates import Clusters, Rows, near_duplicates
 from pipeline.data.encoding import ROWS, SIGNATURES, TEXT
 
 DUPLICATE = "exact duplicate of an earlier row"
@@ -106,17 +106,10 @@ def _drop_near_copies(outcomes: Outcomes, folders: list[Path], threshold: float)
     return near.crowded
 
 
-def _drop(
-    outcomes: Outcomes,
-    numbers: NDArray[np.int64],
-    reason: str,
-    cause: str,
-    originals: NDArray[np.int64],
-    similarity: Any,
-) -> None:
-    outcomes.kept[numbers] = False
-    outcomes.reason[numbers], outcomes.cause[numbers] = reason, cause
-    outcomes.copy_of[numbers], outcomes.similarity[numbers] = originals, similarity
+def _drop(outcomes: Outcomes, rows: Rows, reason: str, cause: str, originals: Rows, similarity: Any) -> None:
+    outcomes.kept[rows] = False
+    outcomes.reason[rows], outcomes.cause[rows] = reason, cause
+    outcomes.copy_of[rows], outcomes.similarity[rows] = originals, similarity
 
 
 def merge_groups(groups: list[str], clusters: NDArray[np.int64]) -> list[str]:

@@ -21,15 +21,8 @@ import pyarrow.parquet as pq
 from pipeline.core.files import KeyTwiceError, unique_keys
 from pipeline.data.records import Rejected
 
-CONTAINERS = {
-    ".json": "JSON",
-    ".jsonl": "JSONL",
-    ".ndjson": "JSONL",
-    ".csv": "CSV",
-    ".tsv": "TSV",
-    ".parquet": "Parquet",
-    ".arrow": "Arrow",
-}
+TABLES = {".parquet": "Parquet", ".arrow": "Arrow"}
+CONTAINERS = {".json": "JSON", ".jsonl": "JSONL", ".ndjson": "JSONL", ".csv": "CSV", ".tsv": "TSV"} | TABLES
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 KNOWN = ".json, .jsonl, .csv or .tsv (also with .gz or .zst), .parquet or .arrow"
 BOM = b"\xef\xbb\xbf"
@@ -52,13 +45,13 @@ def split_name(path: Path) -> tuple[str, str, str]:
     packing = path.suffix.lower() if path.suffix.lower() in PACKINGS else ""
     inner = Path(path.name[: len(path.name) - len(packing)])
     suffix = inner.suffix.lower()
-    if suffix not in CONTAINERS or (packing and suffix in (".parquet", ".arrow")):
+    if suffix not in CONTAINERS or (packing and suffix in TABLES):
         return path.name, "", ""
     return inner.stem, suffix, packing
 
 
 def container_of(path: Path) -> str:
-    """Name of the container to show, such as `JSONL, gzip`; "" if the file name has no known suffix."""
+    """Name of the container to show, such as `JSONL, gzip`."""
     _, suffix, packing = split_name(path)
     return ", ".join(part for part in (CONTAINERS.get(suffix, ""), PACKINGS.get(packing, "")) if part)
 
@@ -78,7 +71,7 @@ def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any
 
 def _numbered_records(path: Path, suffix: str, packing: str) -> Iterator[tuple[int | str, Any]]:
     """Each record with its position in the file: a line number, or [an index]."""
-    if suffix in (".parquet", ".arrow"):
+    if suffix in TABLES:
         records = (record for batch in _batches(path, suffix) for record in batch.to_pylist())
         for number, record in enumerate(records):
             yield f"[{number}]", {key: _without_nulls(value) for key, value in record.items()}
@@ -102,7 +95,7 @@ def _numbered_records(path: Path, suffix: str, packing: str) -> Iterator[tuple[i
 def read_class_names(path: Path) -> dict[str, list[str]]:
     """Class names by column, as Hugging Face's `datasets` writes them to Parquet and Arrow files."""
     suffix = split_name(path)[1]
-    if suffix not in (".parquet", ".arrow"):
+    if suffix not in TABLES:
         return {}
     try:
         schema = pq.read_schema(path) if suffix == ".parquet" else _open_arrow(path).schema

@@ -48,7 +48,9 @@ def signature_version() -> str:
 
 def shingles(text: str) -> set[str]:
     """The shingles of `text`; see the module's docstring."""
-    folded = _fold(text)
+    folded = text.lower()
+    if not text.isascii():
+        folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold().translate(_DASHES)
     tokens = (_ASCII_TOKEN if folded.isascii() else _TOKEN).findall(folded) or ["".join(folded.split())]
     if folded.isascii() or not _ANY_UNSPACED.search(folded):
         runs = {" ".join(run) for run in zip(*(tokens[start:] for start in range(WORDS)), strict=False)}
@@ -63,9 +65,3 @@ def jaccard(left: set[str], right: set[str]) -> float:
     """Jaccard similarity of two sets of shingles."""
     shared = len(left & right)
     return shared / (len(left) + len(right) - shared)
-
-
-def _fold(text: str) -> str:
-    if text.isascii():
-        return text.lower()
-    return unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold().translate(_DASHES)

@@ -40,17 +40,16 @@ def replace_instructions(new: Path, root: Path) -> bool:
 
 
 def recover(root: Path = Path(".")) -> bool:
-    """Undo what a killed ingest left unfinished; returns whether there was anything.
-
-    Also removes DVC's list of processes if a kill truncated it, because the next DVC command would fail on it.
-    """
+    """Undo what a killed ingest left unfinished; returns whether there was anything."""
     graph.remove_truncated_locks(root)
     target, old, journal = root / INSTRUCTIONS, root / SCRATCH / "old", root / JOURNAL
     interrupted = journal.exists()
     if interrupted:
         before = read_json(journal)
         now = _read_data_dvc(root)
-        if now == before["data.dvc"] or not _is_complete(now):
+        # DVC writes the file in place, the path last; one that names a remote is the old one.
+        complete = now and re.search(r"md5: [0-9a-f]{32}\.dir\n", now) and now.endswith("path: data\n")
+        if now == before["data.dvc"] or not complete:
             if old.exists() or not before["had_instructions"]:
                 shutil.rmtree(target, ignore_errors=True)
             if old.exists():
@@ -67,8 +66,3 @@ def recover(root: Path = Path(".")) -> bool:
 def _read_data_dvc(root: Path) -> str | None:
     path = root / "data.dvc"
     return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def _is_complete(text: str | None) -> bool:
-    """Whether DVC finished writing `data.dvc` (in place, the path last). A file that names a remote is the old one."""
-    return bool(text and re.search(r"md5: [0-9a-f]{32}\.dir\n", text) and text.endswith("path: data\n"))
