@@ -145,14 +145,14 @@ def _require_usable(params: PrepareParams, outcomes: Outcomes, rejected: list[Re
         if not (outcomes.kept & (outcomes.split == split)).any():
             reasons = Counter(outcomes.reason[~outcomes.kept])
             raise PrepareError(
-                f"the {split} split is empty: {total} rows were read, dropped: {_list_reasons(reasons) or 'none'} "
+                f"the {split} split is empty: {total} rows were read, dropped: {_list_reasons(reasons)} "
                 f"(prepare.max_length is {params.max_length} tokens); add rows, or change prepare.test_fraction, "
                 "prepare.max_length, prepare.on_overlong or prepare.filters"
             )
 
 
 def _list_reasons(counts: Counter[str]) -> str:
-    return "; ".join(f"{count} × {reason}" for reason, count in counts.most_common(3))
+    return "; ".join(f"{count} × {reason}" for reason, count in counts.most_common(3)) or "none"
 
 
 def _write(
@@ -268,9 +268,8 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
 def _digest(test: pa.Table) -> str:
     """Digest of the prompts and references of the test split; scores on equal ones can be compared."""
     digest = hashlib.sha256()
-    for batch in test.select(["id", "scoring", "input_ids", "reference"]).to_batches(1024):
-        for row in batch.to_pylist():
-            digest.update(json.dumps(list(row.values())).encode())
+    for row in test.select(["id", "scoring", "input_ids", "reference"]).to_pylist():
+        digest.update(json.dumps(list(row.values())).encode())
     return digest.hexdigest()
 
 

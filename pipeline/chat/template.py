@@ -97,10 +97,7 @@ def named_text(name: str) -> str:
 
 
 def load_contract(contract: dict[str, Any], shipped: Path | None = None) -> ChatTemplate:
-    """The template of a contract; TemplateError if base model, tokenizer or rendering have changed.
-
-    The base model is not needed if `shipped` is the folder of a merged model, which has its own tokenizer.
-    """
+    """The template of a contract, or of a `shipped` folder; TemplateError if base, tokenizer or rendering differ."""
     if "labels" in contract:
         raise TemplateError(
             "this is a classifier (train.task is sequence-classification), which has no chat template; use "
@@ -144,10 +141,7 @@ def local_source(folder: Path) -> dict[str, Any]:
 
 
 def model_identity(name_or_path: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """What identifies a base model: the commit of a Hub repository, or a digest of a local folder's files.
-
-    Raises TemplateError for a folder without safetensors weights, or a Hub name without a revision.
-    """
+    """What identifies a base model: the commit of a Hub repository, or a digest of a local folder's files."""
     folder, digest = Path(name_or_path), revision
     if folder.is_dir():
         files = [path for path in folder.iterdir() if path.suffix in IDENTIFYING]

@@ -1,7 +1,4 @@
-"""Encodes texts for classification (`train.task: sequence-classification`): no chat template, one label per row.
-
-A row is a conversation of one question, the text, and one short answer, its class.
-"""
+"""Encodes texts for classification without a chat template: a row is a question, the text, and an answer, its class."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -87,10 +84,7 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
 
 
 def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None) -> TextEncoder:
-    """The encoder of a contract; TemplateError if base model or tokenizer has changed.
-
-    With the `source` of a shipped model, from `local_source`, the base model is not needed.
-    """
+    """The encoder of a contract, or of a shipped model's `source`; TemplateError if base or tokenizer has changed."""
     encoder = _load(source or require_same_model(contract), contract["cut_at"])
     require_same_contract(encoder.contract(contract["model"]), contract, "the dataset; run `dvc repro prepare`")
     return encoder
@@ -99,8 +93,7 @@ def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None)
 def order_classes(train: Counter[str], other: Counter[str]) -> list[str]:
     """The classes in the order of their label ids: numbers by value, then names by alphabet.
 
-    `train` and `other` count the rows of each class in the training split and in the other two. Raises ClassError for
-    fewer than two classes, too many, or one without a training row.
+    `train` and `other` count each class's rows, in the training split and in the others; raises ClassError.
     """
     if not 2 <= len(train) <= MAX_CLASSES:
         names = ", ".join(sorted(train)[:5])
@@ -130,7 +123,7 @@ def _load(source: dict[str, Any], cut_at: int | None) -> TextEncoder:
 
 def _context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
+    if not limit or limit < 0:
         return None
     if config.model_type in SHIFTED:
         limit -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1

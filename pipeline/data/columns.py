@@ -60,19 +60,16 @@ def guess_columns(records: Iterable[Any]) -> ColumnsParams | None:
 
     def take(parts: Iterable[str]) -> str | None:
         name = next((name for part in parts for name in names if part in name.lower()), None)
-        if name is not None:
-            names.remove(name)
+        names[:] = [other for other in names if other != name]
         return name
 
     response, prompt = take(ANSWER_NAMES), take(PROMPT_NAMES)
     response = response or names.pop(0)
     prompt = prompt or names.pop(0)
-    context = take(CONTEXT_NAMES)
-    if context is None:
+    if (context := take(CONTEXT_NAMES)) is None:
         return ColumnsParams(prompt=prompt, response=response)
-    if any(brace in prompt + context for brace in "{}"):
-        return None
-    return ColumnsParams(template=f"{{{prompt}}}\n{{{context}}}", response=response)
+    has_brace = re.search("[{}]", prompt + context)
+    return None if has_brace else ColumnsParams(template=f"{{{prompt}}}\n{{{context}}}", response=response)
 
 
 def correct_columns(columns: ColumnsParams, names: list[str]) -> ColumnsParams | None:

@@ -1,7 +1,4 @@
-"""Chooses for each task how the answers of rows without a `scoring` column are scored.
-
-If they are short and recur, like labels, they are right or wrong as a whole: `exact`; else they are `text`.
-"""
+"""Chooses how a task's rows without a `scoring` are scored: `exact` if answers are short and recur, else `text`."""
 
 from collections.abc import Mapping
 from pathlib import Path

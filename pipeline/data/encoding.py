@@ -1,7 +1,4 @@
-"""Encodes the rows of a shard: a conversation becomes tokens, labels, and the keys that copies are found by.
-
-No row is left out: one that cannot be used becomes a record with the reason.
-"""
+"""Encodes a shard's rows: tokens, labels, keys that copies are found by, or the reason why a row cannot be used."""
 
 import hashlib
 import json

@@ -67,10 +67,7 @@ class InspectedRow:
 def inspect_dataset(
     dataset: Path, split: str, row: int | None, id: str | None, task: str | None, count: int
 ) -> list[InspectedRow]:
-    """Up to `count` rows of a prepared split, from number `row` on (0 is the first), with this id and task.
-
-    Raises InspectionError, or TemplateError if base model or tokenizer have changed since the dataset was prepared.
-    """
+    """Up to `count` rows of a prepared split, from number `row` on (0 is the first), with this id and task."""
     file = dataset / f"{split}.parquet"
     if not file.is_file():
         raise InspectionError(f"{file} does not exist; run `dvc repro prepare`, or give a data file to inspect")
@@ -101,10 +98,7 @@ def inspect_dataset(
 def inspect_file(
     params: Params, path: Path, row: int | None, task: str | None, count: int, ask: Ask | None = None
 ) -> list[InspectedRow]:
-    """Up to `count` records of a data file or folder as they would be prepared, from number `row` on, or of one task.
-
-    The file is read as by `retune ingest`. Copies, leaks and splits, which depend on all the data, are not considered.
-    """
+    """Up to `count` records of a file or folder as prepare would encode them, without looking for copies and leaks."""
     format, columns = params.ingest.format, params.ingest.columns
     records = (record for file in find_files(path) for record in read_rows(file, format, columns, ask))
     numbered = ((i, record) for i, record in enumerate(records) if i >= (row or 0))

@@ -6,7 +6,6 @@ message may have name and tool_call_id. A turn that cannot be converted raises a
 """
 
 import re
-from itertools import pairwise
 from typing import Any
 
 from pipeline.chat import Message, alternating
@@ -81,10 +80,8 @@ def sharegpt_messages(turns: list[Any], key: str, unused: set[str]) -> list[Mess
 
 def is_dialogue(text: Any) -> bool:
     """Whether `text` is a whole conversation: it starts with `Human:` and a later line starts with `Assistant:`."""
-    if not isinstance(text, str) or "Assistant" not in text:
-        return False
-    first = SPEAKER.match(text.strip())
-    return first is not None and first[1] == "Human" and "Assistant" in SPEAKER.findall(text.strip())
+    speakers = SPEAKER.findall(text.strip()) if isinstance(text, str) and SPEAKER.match(text.strip()) else []
+    return speakers[:1] == ["Human"] and "Assistant" in speakers
 
 
 def dialogue(text: str, key: str, open_end: bool) -> list[Message]:
@@ -99,19 +96,14 @@ def dialogue(text: str, key: str, open_end: bool) -> list[Message]:
 
 
 def join_turns(messages: list[Message]) -> tuple[list[Message], list[str]]:
-    """Join consecutive turns of one role, as templates and servers expect; returns messages and repairs.
-
-    Tool results stay apart, because each answers its own call.
-    """
-    if all(one["role"] != two["role"] or one["role"] == "tool" for one, two in pairwise(messages)):
-        return messages, []
+    """Join consecutive turns of one role, as templates and servers expect; returns messages and repairs."""
     joined: list[Message] = []
     repairs: dict[str, None] = {}
     for message in messages:
-        if not joined or joined[-1]["role"] != message["role"] or message["role"] == "tool":
+        last: Message = joined[-1] if joined else {"role": None}
+        if last["role"] != message["role"] or message["role"] == "tool":  # each tool result answers its own call
             joined.append(message)
             continue
-        last = joined[-1]
         weights_differ = last.get("weight") != message.get("weight")
         answer_after_call = last.get("tool_calls") and message["content"]
         if weights_differ or answer_after_call or "reasoning_content" in message:
@@ -133,16 +125,13 @@ def split_thoughts(message: Message) -> None:
     match = THOUGHTS.match(content) or CLOSED_THOUGHTS.match(content)
     if match is None and content.lstrip().startswith("<think>"):
         raise ValueError("has <think> without </think> before its answer")
-    if match is not None and "reasoning_content" in message:
-        raise ValueError("has reasoning twice: as <think> in its content and under a key of its own")
-    answer = content
     if match is not None:
-        answer = check_text(content[match.end() :], "content after </think>", required="tool_calls" not in message)
-    if MIDDLE_THOUGHTS.search(answer):
+        if "reasoning_content" in message:
+            raise ValueError("has reasoning twice: as <think> in its content and under a key of its own")
+        content = check_text(content[match.end() :], "content after </think>", required="tool_calls" not in message)
+        message |= {"content": content} | ({"reasoning_content": match[1].strip()} if match[1].strip() else {})
+    if MIDDLE_THOUGHTS.search(content):
         raise ValueError("has <think>…</think> in the middle of an answer; expected it before the answer")
-    message["content"] = answer
-    if match is not None and (thoughts := match[1].strip()):
-        message["reasoning_content"] = thoughts
 
 
 def tool_call(call: Any) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""`Row`, the form in which every conversation is kept, and functions that check the values of a record.
-
-A value that cannot be used raises a ValueError, and the record becomes a `Rejected` with that message as its reason.
-"""
+"""`Row`, the form in which every conversation is kept, and functions that check the values of a record (ValueError)."""
 
 import json
 from dataclasses import dataclass, field

@@ -58,10 +58,7 @@ Rejection = tuple[Rejected, str, str]  # with file and format
 
 
 def write_shards(tables: Iterable[pa.Table], folder: Path, name: str) -> list[str]:
-    """Write tables of `SCHEMA` to shards `NAME-DIGEST.parquet` in `folder`; returns their names in order.
-
-    The shards do not depend on how the rows are divided into tables.
-    """
+    """Write tables of `SCHEMA`, however divided, to shards `NAME-DIGEST.parquet` in `folder`; returns their names."""
     stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "rows"
     shards: list[str] = []
     pending = SCHEMA.empty_table()  # rows that are not in a shard yet

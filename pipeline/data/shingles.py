@@ -33,11 +33,9 @@ _DASHES = str.maketrans(dict.fromkeys("‐‒–−", "-"))
 
 
 def signatures(texts: Sequence[str]) -> Signatures:
-    """MinHash minima of each text's shingles: two texts agree in each lane with the probability of their similarity.
-
-    The low 16 bits are enough (b-bit minwise hashing, Li and König 2010).
-    """
+    """MinHash minima of each text's shingles: two texts agree in each lane with the probability of their similarity."""
     digests = RMinHash.digests_from_token_sets([shingles(text) for text in texts], LANES, 42)
+    # The low 16 bits are enough (b-bit minwise hashing, Li and König 2010).
     return np.array(digests, dtype=np.uint32).reshape(-1, LANES).astype(np.uint16)
 
 

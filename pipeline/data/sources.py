@@ -84,7 +84,7 @@ def fetch(uri: str, params: IngestParams, folder: Path) -> Source:
 def without_secrets(uri: str) -> str:
     """`uri` without user, password and query."""
     parts = urlsplit(uri)
-    if not parts.scheme or parts.scheme == "hf" or "://" not in uri:
+    if parts.scheme in ("", "hf") or "://" not in uri:
         return uri
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", parts.fragment))
 
