@@ -77,22 +77,21 @@ class _File:
 
 def ingest(
     params: IngestParams,
-    sources: Sequence[str] = (),
+    uris: Sequence[str] = (),
     root: Path = Path("."),
     replace: bool = False,
     ask: Ask | None = None,
 ) -> IngestResult:
     """Replace `data/instructions` by the rows of all sources and record the snapshot in `data.dvc`.
 
-    `sources` are URIs, read with `params.format` and `params.columns`; if empty, `params.sources` are read. `replace`
-    skips the checks for too many rejected records and too few rows.
-
-    Raises FormatError, SourceError, IngestError or GraphError if a file, a source, all together, or DVC is at fault.
+    The `uris` are read with `params.format` and `params.columns`; without any, `params.sources` are read. `replace`
+    skips the checks for too many rejected records and too few rows. Raises FormatError, SourceError, IngestError or
+    GraphError if a file, a source, all together, or DVC is at fault.
     """
     recover(root)
     scratch = root / SCRATCH
     try:
-        notes = write_snapshot(params, sources, scratch / "new", scratch, ask)
+        notes = write_snapshot(params, uris, scratch / "new", scratch, ask)
         if not replace:
             _require_plausible(notes, params.max_rejected_fraction, scratch / "new", root)
         changed = replace_instructions(scratch / "new", root)
@@ -125,8 +124,8 @@ def write_snapshot(
     if not any(len(file.hashes) for file in files):
         reasons = sum((file.rejected for file in files), Counter[str]())
         reason, records = reasons.most_common(1)[0]
-        uris = ", ".join(source.uri for source in fetched)
-        raise FormatError(f"no usable row in {uris}: {reason} ({records} of {reasons.total()})")
+        shown = ", ".join(source.uri for source in fetched)
+        raise FormatError(f"no usable row in {shown}: {reason} ({records} of {reasons.total()})")
     _choose_rows(sources, files)
     for file in files:
         file.shards = write_shards(_kept_rows(file), new, file.name)

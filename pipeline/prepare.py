@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -98,25 +98,21 @@ def _encode(
     sizes = [pq.read_metadata(shard).num_rows for shard in todo.values()]
     progress = Progress("prepare", sum(sizes), "rows", every=2.0)
     encode = partial(encode_shard, params.model_dump_json(), train_task)
-    with nullcontext() if sum(sizes) < PARALLEL_ROWS else _process_pool() as pool:
+    # Processes are spawned, because a fork would copy this process's threads and locks in an unsafe state.
+    pool_options = (available_cores(), get_context("spawn"), _start_process, (os.getpid(),))
+    pool = ProcessPoolExecutor(*pool_options) if sum(sizes) >= PARALLEL_ROWS else None
+    try:
         results = (pool.map if pool else map)(encode, todo.values(), todo)
         for done, _ in zip(np.cumsum(sizes).tolist(), results, strict=True):
             progress.update(done)
-    for outdated in set(cache.iterdir()) - set(folders):
-        shutil.rmtree(outdated)
-    return folders
-
-
-@contextmanager
-def _process_pool() -> Iterator[ProcessPoolExecutor]:
-    """One process per core; spawned, because a fork would copy this process's threads and locks in an unsafe state."""
-    pool = ProcessPoolExecutor(available_cores(), get_context("spawn"), _start_process, (os.getpid(),))
-    try:
-        yield pool
     except BrokenProcessPool:
         raise PrepareError("a process was killed, probably because memory ran out; free memory and retry") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    for outdated in set(cache.iterdir()) - set(folders):
+        shutil.rmtree(outdated)
+    return folders
 
 
 def _start_process(parent: int) -> None:
@@ -228,11 +224,12 @@ def _numbered_rows(shards: list[Shard], folders: list[Path], total: int, stats: 
 def _test_table(tests: list[pa.Table], outcomes: Outcomes, choices: dict[str, Choice]) -> pa.Table:
     """The test split, sorted by id; near copies in it are in one group, and every row has a scoring."""
     test = pa.concat_tables(tests).sort_by([("id", "ascending"), ("prompt", "ascending")])
-    columns = test.to_pydict()
-    columns["group"] = merge_groups(columns["group"], outcomes.cluster[columns.pop("number")])
-    pairs = zip(columns["scoring"], columns["task"], strict=True)
-    columns["scoring"] = [scoring or choices[task]["scoring"] for scoring, task in pairs]
-    return pa.table(columns, schema=TEST)
+    groups = merge_groups(test["group"].to_pylist(), outcomes.cluster[test["number"].to_numpy()])
+    pairs = zip(test["scoring"].to_pylist(), test["task"].to_pylist(), strict=True)
+    scoring = [scoring or choices[task]["scoring"] for scoring, task in pairs]
+    for name, values in (("group", groups), ("scoring", scoring)):
+        test = test.drop_columns(name).append_column(name, pa.array(values, pa.string()))
+    return test.select(TEST.names).cast(TEST)
 
 
 def _one_row_per_answer(rows: pa.Table, stats: DataStats) -> pa.Table:
@@ -268,8 +265,9 @@ def _count(stats: DataStats, split: str, rows: pa.Table) -> None:
 def _digest(test: pa.Table) -> str:
     """Digest of the prompts and references of the test split; scores on equal ones can be compared."""
     digest = hashlib.sha256()
-    for row in test.select(["id", "scoring", "input_ids", "reference"]).to_pylist():
-        digest.update(json.dumps(list(row.values())).encode())
+    for batch in test.select(["id", "scoring", "input_ids", "reference"]).to_batches(1024):
+        for row in batch.to_pylist():
+            digest.update(json.dumps(list(row.values())).encode())
     return digest.hexdigest()
 
 
