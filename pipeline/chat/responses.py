@@ -101,11 +101,10 @@ def _split_thinking(template: ChatTemplate, prompt_end: str, text: str) -> tuple
     while True:
         if pair is None:
             header = HEADER.match(rest)
-            assert header is not None  # it may be empty
-            start = header.end()
+            start = header.end() if header else 0
             pair = next((pair for pair in THINKING if rest.startswith(pair[0], start)), None)
             if pair is None:
-                return thoughts, rest[start:] if thoughts and header[0].strip() else rest
+                return thoughts, rest[start:] if thoughts and rest[:start].strip() else rest
             start += len(pair[0])
         thought, closing, rest = rest[start:].partition(pair[1])
         thoughts.append(thought.strip())

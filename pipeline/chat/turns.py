@@ -143,9 +143,7 @@ def left_out(messages: list[Message], text: str) -> str | None:
 def _end_of(part: str, text: str, start: int) -> int:
     """The end of `part` in `text` after `start`, as it is, as JSON writes it, or with other white space; else -1."""
     part = part.strip()
-    if (found := text.find(part, start)) >= 0:  # nearly always
-        return found + len(part)
-    for form in (json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]):
+    for form in (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]):
         if (found := text.find(form, start)) >= 0:
             return found + len(form)
     match = re.compile(r"\s+".join(map(re.escape, part.split()))).search(text, start)

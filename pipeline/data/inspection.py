@@ -87,9 +87,8 @@ def inspect_dataset(
             place=f"{split} row {number}",
             verdict="prepared",
             reasons=[],
-            task=record["task"],
             tokens=decode_tokens(tokenizer, record["input_ids"], record.get("labels")),
-            **{key: record.get(key) for key in ("id", "source", "reference", "label")},
+            **{key: record.get(key) for key in ("task", "id", "source", "reference", "label")},
         )
         for number, record in zip(numbers, table.take(numbers).to_pylist(), strict=True)
     ]
@@ -138,26 +137,26 @@ def _as_prepared(template: Encoder, params: PrepareParams, place: str, row: Row 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int] | None = None) -> list[Token]:
     """`ids` (T,) with their texts, which joined are the text of all ids. Without labels, no token is trained."""
+    trained = [label != -100 for label in labels or [-100] * len(ids)]
     tokens: list[Token] = []
     before: list[int] = []  # decoded with the next token, since SentencePiece drops the space of a token alone
     group: list[int] = []
     for i, token_id in enumerate(ids):
         group.append(token_id)
-        text_before = tokenizer.decode(before)
-        text = tokenizer.decode(before + group)
+        text_before, text = tokenizer.decode(before), tokenizer.decode(before + group)
         text = text[len(text_before) :] if text.startswith(text_before) else tokenizer.decode(group)
-        is_partial = text.endswith(PARTIAL_CHARACTER) and i + 1 < len(ids) and len(group) < MAX_CHARACTER_TOKENS
-        if is_partial and (labels is None or (labels[i] == -100) == (labels[i + 1] == -100)):
+        is_partial = text.endswith(PARTIAL_CHARACTER) and len(group) < MAX_CHARACTER_TOKENS
+        if is_partial and trained[i : i + 2] == [trained[i]] * 2:  # the next token may complete the character
             continue
-        tokens.append(Token(text, group, labels is not None and labels[i] != -100))
+        tokens.append(Token(text, group, trained[i]))
         before, group = group, []
     return tokens
 
 
 def as_text(row: InspectedRow) -> Text:
     """A row as text for a terminal: trained tokens in ⟦ ⟧ and green, a dot between tokens."""
-    head = [row.place, row.task and f"task {row.task}", row.id and f"id {row.id}", row.source]
-    head += [row.verdict if row.verdict != "prepared" else ""]
+    verdict = row.verdict if row.verdict != "prepared" else ""
+    head = [row.place, row.task and f"task {row.task}", row.id and f"id {row.id}", row.source, verdict]
     if row.tokens:
         trained = "a prompt, nothing trained" if row.reference is not None else f"{row.trained} trained"
         head.append(f"{row.length} tokens" if row.label is not None else f"{row.length} tokens, {trained}")

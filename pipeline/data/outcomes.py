@@ -69,9 +69,8 @@ def decide_outcomes(folders: list[Path], threshold: float | None) -> Outcomes:
         originals = numbers[is_first][codes[~is_first]]
         _drop(outcomes, numbers[~is_first], DUPLICATE, "duplicate", originals, 1.0)
     _drop_leaks(outcomes, rows["prompt_key"], rows["prompt_keys"].combine_chunks(), is_test)
-    if threshold is None:
-        return outcomes
-    return replace(outcomes, crowded=_drop_near_copies(outcomes, folders, threshold))
+    crowded = 0 if threshold is None else _drop_near_copies(outcomes, folders, threshold)
+    return replace(outcomes, crowded=crowded)
 
 
 def _drop_leaks(

@@ -72,8 +72,7 @@ def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, Any
 def _numbered_records(path: Path, suffix: str, packing: str) -> Iterator[tuple[int | str, Any]]:
     """Each record with its position in the file: a line number, or [an index]."""
     if suffix in TABLES:
-        records = (record for batch in _batches(path, suffix) for record in batch.to_pylist())
-        for number, record in enumerate(records):
+        for number, record in enumerate(record for batch in _batches(path, suffix) for record in batch.to_pylist()):
             yield f"[{number}]", {key: _without_nulls(value) for key, value in record.items()}
         return
     unpacked: Any = pa.input_stream(str(path), compression=PACKINGS.get(packing))
