@@ -131,11 +131,7 @@ class ChatTemplate:
 
     def find_end_tokens(self) -> set[int]:
         """The control token that the template writes right after an answer; an untuned base may not declare it."""
-        try:
-            rendered = self.render(alternating("Hello", PROBE_ANSWER))
-        except RowError:
-            return set()
-        after = rendered.partition(PROBE_ANSWER)[2].strip()
+        after = self.renderer.attempt(alternating("Hello", PROBE_ANSWER)).partition(PROBE_ANSWER)[2].strip()
         tokens = self.tokenizer.added_tokens_decoder.items()
         return {number for number, token in tokens if token.special and str(token) and after.startswith(str(token))}
 

@@ -42,13 +42,13 @@ class Renderer:
             self._variables |= {"strftime_now": datetime.fromisoformat(date).strftime}
         self._text = text
         self._compile(text)
-        tools = [_PROBE_TOOL] if "probe_tool" in self._try([_PROBE_QUESTION], [_PROBE_TOOL]) else None
+        tools = [_PROBE_TOOL] if "probe_tool" in self.attempt([_PROBE_QUESTION], [_PROBE_TOOL]) else None
         forms = [(as_text, empty) for empty in ("", None) for as_text in (False, True)]
         written = [form for form in forms if self._writes_calls(tools, *form)]
         self._call_form = (written or forms)[0]
         self.prelude = "" if written else _fallback("calls")
         if tools is None:
-            takes_system = self._try([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
+            takes_system = self.attempt([{"role": "system", "content": "probe system"}, _PROBE_QUESTION]) != ""
             self.prelude += f"{{%- set takes_system = {takes_system} -%}}" + _fallback("tools")
         if self.prelude:
             self.prelude = _fallback("text") + self.prelude
@@ -89,7 +89,8 @@ class Renderer:
             return messages, None
         return messages, [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
-    def _try(self, messages: list[Message], tools: Tools | None = None) -> str:
+    def attempt(self, messages: list[Message], tools: Tools | None = None) -> str:
+        """As `render`; "" if the template refuses the messages."""
         try:
             return self.render(messages, tools)
         except RowError:
@@ -104,7 +105,7 @@ class Renderer:
             with_arguments({"role": "assistant", "content": "", "tool_calls": [call]}, as_text, empty),
             {"role": "tool", "name": "probe_tool", "tool_call_id": "probe0001", "content": "probe_result"},
         ]
-        text = self._try(messages, tools)
+        text = self.attempt(messages, tools)
         call_text = text.partition("probe question")[2] or text  # the list of tools may come before the question
         written = all(word in call_text for word in ("probe_tool", "probe_key", "probe_value", "probe_result"))
         return written and "{'probe_key'" not in text and '\\"probe_key' not in text

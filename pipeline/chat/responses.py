@@ -7,7 +7,6 @@ the prompt may have opened it and the model may never end it.
 import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.chat import Message
+from pipeline.chat import Message, alternating
 from pipeline.chat.conversation import ChatTemplate
-from pipeline.chat.rendering import RowError, TemplateError
 from pipeline.chat.turns import PROBE_ANSWER, opened_thinking
 
 Field = dict[str, Any]  # a field of a response template, as transformers documents it
@@ -177,9 +175,5 @@ def _strip(template: ChatTemplate, text: str) -> str:
     text = text.rstrip()
     if not text[:1].isspace():
         return text
-    spaces = ""
-    with suppress(RowError, TemplateError):
-        before = template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER}])
-        before = before.partition(PROBE_ANSWER)[0]
-        spaces = before[len(before.rstrip()) :]
-    return re.sub(r"\A(?:\s*\n| (?! ))", "", text.removeprefix(spaces))
+    before = template.renderer.attempt(alternating("?", PROBE_ANSWER)).partition(PROBE_ANSWER)[0]
+    return re.sub(r"\A(?:\s*\n| (?! ))", "", text.removeprefix(before[len(before.rstrip()) :]))

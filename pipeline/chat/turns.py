@@ -110,10 +110,7 @@ class TurnWriter:
             function = {"name": "probe", "arguments": {}}
             answer |= {"tool_calls": [{"id": "probe0001", "type": "function", "function": function}]}
             following = {"role": "tool", "name": "probe", "tool_call_id": "probe0001", "content": PLACEHOLDER}
-        try:
-            rendered = self._renderer.render([question, answer, following], None)
-        except RowError:
-            return None
+        rendered = self._renderer.attempt([question, answer, following])
         between = rendered.partition(PROBE_ANSWER)[2].partition(PLACEHOLDER)[0]
         stops = [(start, stop) for stop in self._stops if (start := between.find(stop)) >= 0]
         return min(stops)[1] if stops else None
