@@ -164,6 +164,7 @@ class ChatTemplate:
             parsed = None if tools is None else json.loads(tools)
         except ValueError:
             raise RowError("has tools that are not JSON") from None
+        parsed = [parsed] if isinstance(parsed, dict) else parsed
         if not isinstance(parsed, list | None) or not all(isinstance(tool, dict) for tool in parsed or ()):
             raise RowError("has tools that are not a list of objects")
         # With arguments as objects, no control token hides in JSON escapes.

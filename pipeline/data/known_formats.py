@@ -35,8 +35,10 @@ TURN_KEYS = (("sharegpt", {"from"}), ("messages", {"role"}), *(("turn-pairs", {*
 ORCA_COLUMNS = ("system_prompt", "question", "response")
 TREE_KEYS = ("message_id", "message_tree_id", "parent_id", "role", "text")  # OpenAssistant: one message per record
 TREE_KEYS_READ = {*TREE_KEYS, "rank", "deleted", "review_result"}
-# Converts a record; adds the names of columns and message keys with a value that are not read to the set.
-Converter = Callable[[dict[str, Any], set[str]], list[Message]]
+Record = dict[str, Any]
+# Convert a record, or the turns in a column; they add names of columns and keys that are not read to the set.
+Converter = Callable[[Record, set[str]], list[Message]]
+TurnsConverter = Callable[[list[Any], str, set[str]], list[Message]]
 Records = Iterable[tuple[str, Any]]  # (source, record); a record can be a `Rejected`
 
 
@@ -47,7 +49,7 @@ class Format:
     convert: Converter
     needs: tuple[str, ...] = ()  # columns that identify a record of this format
     also_reads: frozenset[str] = OPTIONAL
-    fits: Callable[[dict[str, Any]], bool] = lambda record: True  # a further condition
+    fits: Callable[[Record], bool] = lambda record: True  # a further condition
     description: str = ""  # of its columns, for messages; default: `needs`
     spread: Callable[[Records], Records] = iter  # turns the file's records into records of one conversation each
     columns: ColumnsParams | None = None  # other names of the columns task, group, scoring and tools
@@ -60,10 +62,10 @@ class Format:
     def reads(self) -> frozenset[str]:
         return self.also_reads.union(self.needs)
 
-    def looks_like(self, record: dict[str, Any]) -> bool:
+    def looks_like(self, record: Record) -> bool:
         return bool(str(self)) and record.keys() >= set(self.needs) and self.fits(record)
 
-    def row(self, record: dict[str, Any], source: str, unused: set[str]) -> Row:
+    def row(self, record: Record, source: str, unused: set[str]) -> Row:
         """The row of a record: the conversation up to its last trained answer, and the optional columns."""
         messages, repairs = join_turns(self.convert(record, unused))
         if "repairs" in self.reads:
@@ -91,19 +93,19 @@ class Format:
         return Row(messages, source, tools_json(tools or functions), task or self.defaults[0], group, scoring, repairs)
 
 
-def _system(record: dict[str, Any], key: str = "system") -> list[Message]:
+def _system(record: Record, key: str = "system") -> list[Message]:
     system = text_field(record, key, required=False)
     return [{"role": "system", "content": system}] if system else []
 
 
-def _history(record: dict[str, Any], key: str) -> list[Message]:
+def _history(record: Record, key: str) -> list[Message]:
     pairs = list_field(record, key)
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"{key} is not a list of [question, answer] pairs")
     return alternating(*(check_text(text, key) for pair in pairs for text in pair))
 
 
-def _answer(record: dict[str, Any], key: str, class_names: dict[str, list[str]]) -> str:
+def _answer(record: Record, key: str, class_names: dict[str, list[str]]) -> str:
     """The answer in a column; a number becomes its class name if the file has class names, else its digits."""
     value = record.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -142,9 +144,7 @@ def _texts(turns: list[Any], key: str, unused: set[str]) -> list[Message]:
     return alternating(*(check_text(turn, key) for turn in turns))
 
 
-def _from_turns(
-    read: Callable[[list[Any], str, set[str]], list[Message]], record: dict[str, Any], unused: set[str]
-) -> list[Message]:
+def _from_turns(read: TurnsConverter, record: Record, unused: set[str]) -> list[Message]:
     """A conversation turn by turn, from the first of the `CONVERSATIONS` columns that has a value."""
     filled = [key for key in CONVERSATIONS if record.get(key) is not None]
     unused.update(filled[1:])
@@ -159,7 +159,7 @@ def _from_turns(
 
 
 def _from_pair(
-    pairs: list[tuple[str, str]], system: str, about: str, record: dict[str, Any], unused: set[str]
+    pairs: list[tuple[str, str]], system: str, about: str, record: Record, unused: set[str]
 ) -> list[Message]:
     """A question and its answer from the first pair of columns that the record has; each can be a list of messages.
 
@@ -223,7 +223,7 @@ def _rank(message: dict[str, Any]) -> float:
     return float(rank) if isinstance(rank, int | float) else float("inf")
 
 
-def _from_text(record: dict[str, Any], unused: set[str]) -> list[Message]:
+def _from_text(record: Record, unused: set[str]) -> list[Message]:
     text = text_field(record, "text")
     if not is_dialogue(text):
         raise ValueError("has a text without a prompt; add one with --columns template=…,response=text")
@@ -236,12 +236,12 @@ def _shard_sources(records: Records) -> Records:
         yield str(record.get("source") or source) if isinstance(record, dict) else source, record
 
 
-def _from_shard(record: dict[str, Any], unused: set[str]) -> list[Message]:
+def _from_shard(record: Record, unused: set[str]) -> list[Message]:
     return chat_messages(list_field(record, "messages"), "messages", unused)
 
 
 def _from_columns(
-    columns: ColumnsParams, is_class: bool, class_names: dict[str, list[str]], record: dict[str, Any], unused: set[str]
+    columns: ColumnsParams, is_class: bool, class_names: dict[str, list[str]], record: Record, unused: set[str]
 ) -> list[Message]:
     """A question and its answer from mapped columns; a class name is stripped of surrounding space."""
     messages = _system(record, columns.system) if columns.system else []
@@ -256,7 +256,7 @@ def _from_columns(
     return [*messages, *alternating(question, answer.strip() if is_class else answer)]
 
 
-def _turns_format(record: dict[str, Any]) -> str | None:
+def _turns_format(record: Record) -> str | None:
     """The format of a record's conversation, by its first turn; None if it has none."""
     for key in CONVERSATIONS:
         turns = record.get(key)
@@ -279,13 +279,13 @@ def _turns_format(record: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_pair(record: dict[str, Any]) -> bool:
+def _is_pair(record: Record) -> bool:
     """Whether a record has one question and one answer, and no context column with a value."""
     pairs = [pair for pair in PAIRS if record.keys() >= set(pair)]
     return len(pairs) == 1 and "system_prompt" not in record and not any(record.get(name) for name in CONTEXT_NAMES)
 
 
-def _turns(format: str, read: Callable[[list[Any], str, set[str]], list[Message]], description: str) -> Format:
+def _turns(format: str, read: TurnsConverter, description: str) -> Format:
     reads = OPTIONAL.union(CONVERSATIONS)
     return Format(partial(_from_turns, read), (), reads, lambda record: _turns_format(record) == format, description)
 
