@@ -23,9 +23,7 @@ DOUBT = 4.0  # standard deviations by which a signature may underestimate a pair
 BUCKET_ROWS = 32  # kept rows per bucket; what more rows share without being copies is boilerplate
 MAX_TRIES = 8  # candidates that a row is compared with, the most similar first; more would again be boilerplate
 CACHED_SETS = 1024  # texts whose shingles are in memory at once
-
-
-Rows = NDArray[np.int64]
+Rows = NDArray[np.int64]  # numbers of rows
 
 
 @dataclass(frozen=True)
