@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -98,21 +98,25 @@ def _encode(
     sizes = [pq.read_metadata(shard).num_rows for shard in todo.values()]
     progress = Progress("prepare", sum(sizes), "rows", every=2.0)
     encode = partial(encode_shard, params.model_dump_json(), train_task)
-    # Processes are spawned, because a fork would copy this process's threads and locks in an unsafe state.
-    pool_options = (available_cores(), get_context("spawn"), _start_process, (os.getpid(),))
-    pool = ProcessPoolExecutor(*pool_options) if sum(sizes) >= PARALLEL_ROWS else None
-    try:
+    with nullcontext() if sum(sizes) < PARALLEL_ROWS else _process_pool() as pool:
         results = (pool.map if pool else map)(encode, todo.values(), todo)
         for done, _ in zip(np.cumsum(sizes).tolist(), results, strict=True):
             progress.update(done)
-    except BrokenProcessPool:
-        raise PrepareError("a process was killed, probably because memory ran out; free memory and retry") from None
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
     for outdated in set(cache.iterdir()) - set(folders):
         shutil.rmtree(outdated)
     return folders
+
+
+@contextmanager
+def _process_pool() -> Iterator[ProcessPoolExecutor]:
+    """One process per core; spawned, because a fork would copy this process's threads and locks in an unsafe state."""
+    pool = ProcessPoolExecutor(available_cores(), get_context("spawn"), _start_process, (os.getpid(),))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise PrepareError("a process was killed, probably because memory ran out; free memory and retry") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_process(parent: int) -> None:
