@@ -1,4 +1,7 @@
-"""Conversations as a model reads them: chat templates, tokens, labels (which tokens are trained) and their contract."""
+"""Conversations as a model reads them: chat templates, tokens, labels (which tokens are trained) and their contract.
+
+It may import core and params.
+"""
 
 from typing import Any
 
