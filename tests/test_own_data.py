@@ -1,15 +1,20 @@
-"""Own rows stay out of the sample's remote in git, and a clone without them says so and keeps the base model."""
+"""Own rows stay out of the sample's remote, a clone without them says so; `retune doctor` names what is broken."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT, dvc, git, make_project, retune
+from conftest import ROOT, change_params, dvc, git, make_project, retune
 
+from pipeline.chat.template import load_template
 from pipeline.cli import doctor
 from pipeline.cli.doctor import Check
 from pipeline.core import graph
 from pipeline.core.graph import GraphError, SnapshotMissing
+from pipeline.core.run_lock import only_run
+from pipeline.params import Params
 from pipeline.settings import load_params
 
 
@@ -121,3 +126,41 @@ def test_the_sample_needs_no_remote_of_ones_own_and_data_changed_by_hand_is_not_
     with pytest.raises(GraphError, match="edited by hand"):
         graph.pull_data(clone)
     assert changed.read_text() == "[]"
+
+
+def examined(root: Path) -> dict[str, dict[str, Any]]:
+    """The checks of `retune doctor`, by name."""
+    command = retune(root, "doctor", "--json")
+    answer = json.loads(command.stdout)
+    assert answer["passed"] == (command.returncode == 0) == all(c["passed"] is not False for c in answer["checks"])
+    return {check["name"]: check for check in answer["checks"]}
+
+
+def test_a_healthy_project_passes_and_each_fault_of_a_broken_one_is_named(
+    tmp_path: Path, base: Path, params: Params
+) -> None:
+    root = make_project(tmp_path / "project", base, params)
+    results = examined(root)
+    assert [check for check in results.values() if check["passed"] is False] == []
+    assert load_template(params.prepare)[1]["digest"][:12] in results["base model"]["detail"]
+    assert results["base model"]["passed"]
+    assert results["dvc remote"]["passed"] is None  # the tests' projects have no remote
+
+    rows = root / "data" / "instructions" / "rows.json"
+    rows.unlink()
+    rows.write_text("[]")
+    change_params(root, publish={"artifact_store": "file:///proc/no/store"}, prepare={"chat_template": "no"})
+    results = examined(root)
+    failed = {name for name, check in results.items() if check["passed"] is False}
+    assert failed == {"data", "base model", "artifact store"}
+    assert results["git"]["detail"] == "1 uncommitted change"
+    assert "retune ingest" in results["data"]["advice"]
+    assert "prepare.chat_template is no" in results["base model"]["detail"]
+    with only_run(root):  # while a run writes data are not checked
+        assert checks(root)["data"].passed is None and "retune status" in checks(root)["data"].detail
+
+
+def test_with_invalid_parameters_nothing_else_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("ingest: {}\n")
+    [wrong] = doctor.doctor(tmp_path)
+    assert wrong.name == "parameters" and wrong.passed is False and "ingest.format is missing" in wrong.detail

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from functools import cache, reduce
+from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from conftest import CACHE, ROOT, git, with_
+from conftest import ROOT, git, once, with_
 from ruamel.yaml import YAML
 from safetensors.numpy import save_file
 
@@ -41,12 +41,10 @@ def registry_lost(root: Path, params: Params) -> Params:
     return with_(params, publish={"tracking_uri": f"sqlite:///{root}/empty.db"})
 
 
-@cache
 def _empty_registry() -> Path:
     """A database with MLflow's tables; MLflow takes seconds to create them."""
-    path = Path(CACHE) / "mlflow.db"
-    ModelRegistry(f"sqlite:///{path}", "none").numbers()
-    return path
+    made = once("mlflow", lambda folder: ModelRegistry(f"sqlite:///{folder}/mlflow.db", "none").numbers())
+    return made / "mlflow.db"
 
 
 def published(root: Path, params: Params, quality: float = 0.5, registered: bool = True, **workspace: Any) -> str:
@@ -134,25 +132,19 @@ def make_workspace(
 
 def write_lock(root: Path, tree: dict[str, Any]) -> None:
     """Write the dvc.lock of a run with the parameters `tree` and the present artifacts in `root`."""
-    graph_file = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-    outs = {stage: [out for out in parts["outs"] if isinstance(out, str)] for stage, parts in graph_file.items()}
-    for path in (path for paths in outs.values() for path in paths):
-        (root / path).mkdir(parents=True, exist_ok=True)
+    stages = {}
+    for stage, parts in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        outs = [out for out in parts["outs"] if isinstance(out, str)]
+        for path in outs:
+            (root / path).mkdir(parents=True, exist_ok=True)
 
-    def value_of(key: str) -> Any:  # a section, or one parameter as `train.task`
-        return reduce(getitem, key.split("."), tree)
-
-    stages = {
-        stage: {
+        stages[stage] = {
             "cmd": f"retune stage {stage}",
             "deps": [{"path": "data/instructions", "hash": "md5", "md5": "0" * 32 + ".dir"}],
-            "params": {
-                "params.yaml": {name: reduce(getitem, name.split("."), tree) for name in graph_file[stage]["params"]}
-            },
-            "outs": [{"path": path, "hash": "md5", "md5": _digest(root / path)} for path in paths],
+            # A section, or one parameter as `train.task`.
+            "params": {"params.yaml": {key: reduce(getitem, key.split("."), tree) for key in parts["params"]}},
+            "outs": [{"path": path, "hash": "md5", "md5": _digest(root / path)} for path in outs],
         }
-        for stage, paths in outs.items()
-    }
     with (root / "dvc.lock").open("w") as file:
         YAML().dump({"schema": "2.0", "stages": stages}, file)
 
