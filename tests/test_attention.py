@@ -158,8 +158,6 @@ def test_attention_with_dropout_uses_only_kernels_that_have_it(sequences: Datase
 
 def test_an_architecture_that_mixes_rows_is_refused(sequences: Dataset) -> None:
     class Mixing(LlamaForCausalLM):  # type: ignore[misc]
-        """Does not pass on the bounds of rows."""
-
         def forward(self, input_ids: Any = None, **_: Any) -> Any:
             return super().forward(input_ids=input_ids, use_cache=False)
 

@@ -174,7 +174,6 @@ def test_a_briefly_locked_path_is_waited_for_and_one_that_stays_locked_is_an_err
 
 
 def lives(line: str) -> bool:
-    """Whether the process in the line `pid 123` is running."""
     pid = int(line.split()[1])
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 

@@ -1,13 +1,17 @@
-"""Own rows stay out of the sample's remote, a clone without them says so; `retune doctor` names what is broken."""
+"""Own rows stay out of the sample's remote; `retune doctor` names what is broken; the guide's chapter works."""
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, change_params, dvc, git, make_project, retune
+from conftest import ROOT, change_params, dvc, environment, git, make_project, retune
+from ruamel.yaml import YAML
 
+from pipeline import settings
 from pipeline.chat.template import load_template
 from pipeline.cli import doctor
 from pipeline.cli.doctor import Check
@@ -129,7 +133,6 @@ def test_the_sample_needs_no_remote_of_ones_own_and_data_changed_by_hand_is_not_
 
 
 def examined(root: Path) -> dict[str, dict[str, Any]]:
-    """The checks of `retune doctor`, by name."""
     command = retune(root, "doctor", "--json")
     answer = json.loads(command.stdout)
     assert answer["passed"] == (command.returncode == 0) == all(c["passed"] is not False for c in answer["checks"])
@@ -164,3 +167,57 @@ def test_with_invalid_parameters_nothing_else_is_checked(tmp_path: Path) -> None
     (tmp_path / "params.yaml").write_text("ingest: {}\n")
     [wrong] = doctor.doctor(tmp_path)
     assert wrong.name == "parameters" and wrong.passed is False and "ingest.format is missing" in wrong.detail
+
+
+WHO = {f"GIT_{role}_{key}": "t" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+
+
+def blocks(team: Path) -> list[tuple[str, str]]:
+    """Kind and text of each fenced block of the chapter; the team's folder is one of this test."""
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").replace("/mnt/team", str(team))
+    chapter = text.split("\n## Your own data\n")[1].split("\n## ")[0]
+    return re.findall(r"^```(\w*)\n(.*?)^```$", chapter, re.M | re.S)
+
+
+def run_commands(commands: str, folder: Path, last: Path) -> tuple[str, Path]:
+    """What the commands print, and the folder that they end in; each has to succeed."""
+    done = subprocess.run(
+        ["bash", "-euc", f"{commands}pwd > {last}"],
+        cwd=folder, env=environment() | WHO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    print(f"{commands}\n{done.stdout}")
+    assert done.returncode == 0
+    return done.stdout, Path(last.read_text().strip())
+
+
+def numbers(line: str) -> list[str]:
+    """The numbers in a line; versions' ids depend on the processor."""
+    return re.findall(r"\d+(?:\.\d+)?", re.sub(r"\b[0-9a-f]{6}(…|\b)", "", line))
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(3600)
+def test_the_own_data_chapter_works_as_it_is_written(tmp_path: Path) -> None:
+    project = folder = tmp_path / "project"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(project)], check=True)
+    printed: list[list[str]] = []
+    for kind, text in blocks(tmp_path / "team"):
+        match kind:
+            case "python":
+                (tmp_path / "tickets.py").write_text(text)
+            case "yaml":
+                tree = YAML(typ="safe").load(text)
+                values = {f"{section}.{key}": value for section in tree for key, value in tree[section].items()}
+                settings.change_params(values, folder / "params.yaml")
+            case "sh":
+                output, folder = run_commands(text, folder, tmp_path / "last")
+                printed = [numbers(line) for line in output.splitlines()]
+            case _:
+                assert [line for line in text.splitlines() if numbers(line) not in [[], *printed]] == []
+    decisions = json.loads(retune(project, "history", "--json").stdout)
+    assert [each["decision"] for each in decisions] == ["promoted", "promoted", "rollback", "rollback"]
+    first, second, *_ = decisions
+    assert second["previous"] == first["champion"] and decisions[-1]["champion"] == second["champion"]
+    assert folder == tmp_path / "colleague"
+    assert graph.version_id(folder) == second["champion"]
+    assert json.loads(retune(folder, "status", "--json").stdout)["champion"] == second["champion"]

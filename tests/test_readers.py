@@ -77,11 +77,6 @@ def test_every_container_gives_the_same_records(tmp_path: Path, name: str) -> No
     assert container_of(Path(name))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("readers")
-
-
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.text('[]{}",:1 \n\\', max_size=14))
 @example("[1,]")
@@ -89,8 +84,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example("[]]")
 @example("[1")
 @example("[")
-def test_lists_are_read_as_by_the_json_module_which_refuses_the_same_ones(folder: Path, text: str) -> None:
-    path = folder / "any.json"
+def test_lists_are_read_as_by_the_json_module_which_refuses_the_same_ones(tmp_path_factory: Any, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(text)
     try:
         value = json.loads(text)
