@@ -132,10 +132,9 @@ def counts_of(metrics: dict[str, Any], name: str, seed: int) -> tuple[Items, lis
     return np.array(counts, float), predictions, references
 
 
-@pytest.mark.parametrize(("name", "library"), [("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())], ids=str)
-def test_the_score_of_a_resample_follows_from_the_counts_of_its_items(
-    metrics: dict[str, Any], name: str, library: Any
-) -> None:
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+def test_the_score_of_a_resample_follows_from_the_counts_of_its_items(metrics: dict[str, Any], name: str) -> None:
+    library = {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}[name]()
     for seed in range(100):
         items, predictions, references = counts_of(metrics, name, seed)
         drawn = random.Random(seed).choices(range(len(items)), k=len(items))
