@@ -42,22 +42,22 @@ check: $(READY)      ## check formatting, lint and types
 bench: bench-stages bench-data bench-train bench-evaluate bench-merge bench-store bench-flow  ## run every benchmark except bench-gpu
 
 bench-stages: $(READY)  ## print time and peak memory by stage of the last run
-	@python -m tests.bench.stages
+	@python -m tests.bench stages
 
 bench-data: $(READY)  ## compare ingest and prepare with datasets.map and datasketch (about 4 minutes)
 	@python -m tests.bench.data
 
 bench-train: $(READY)  ## compare train with `trl sft` and its defaults, on rows of the last prepare (about 8 minutes)
-	@python -m tests.bench.train
+	@python -m tests.bench train
 
 bench-evaluate: $(READY)  ## compare generation in slots with transformers' fixed batches (about 3 minutes)
-	@python -m tests.bench.generation
+	@python -m tests.bench evaluate
 
 bench-merge: $(READY)  ## compare merging shard by shard with PEFT: time, peak memory (about 4 minutes, 9 GB of disk)
-	@python -m tests.bench.merge
+	@python -m tests.bench merge
 
 bench-store: $(READY)  ## compare the artifact store with boto3's upload_file (about 1 minute)
-	@python -m tests.bench.store
+	@python -m tests.bench store
 
 bench-flow: $(READY)  ## compare the flow with dvc repro, and time runs with nothing to do (about 10 minutes)
 	@python -m tests.bench.flow

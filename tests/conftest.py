@@ -81,7 +81,7 @@ def one_thread() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no process waits for one of them at the end."""
-    longest = ("flow", "flow_runs", "methods", "promote", "kills", "formats", "ingest", "registry", "handover", "train")
+    longest = ("flow", "flow_runs", "methods", "promote", "kills", "formats", "ingest", "registry", "stack", "train")
     order = {f"test_{name}.py": number for number, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -157,7 +157,6 @@ def publish_params(artifact_store: str, **values: Any) -> PublishParams:
 
 @pytest.fixture(scope="session")
 def swift_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of a real S3 server with the bucket `retune`."""
     pytest.importorskip("swift", reason="OpenStack Swift is installed on Linux only")
     import swift_server
 
@@ -211,23 +210,18 @@ def make_project(root: Path, base: Path, params: Params) -> Path:
 
 def git(root: Path, *arguments: str) -> str:
     """What git prints, in the name of somebody."""
-    who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER")
-           for key, value in (("NAME", "t"), ("EMAIL", "t@example.org"))}  # fmt: skip
-    command = ["git", *arguments]
-    return subprocess.run(
-        command, cwd=root, env=os.environ | who, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
+    who = {f"GIT_{role}_{key}": "t" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+    done = subprocess.run(["git", *arguments], cwd=root, env=os.environ | who, check=True, stdout=subprocess.PIPE)
+    return done.stdout.decode().strip()
 
 
 def dvc(root: Path, *arguments: str) -> str:
-    """What DVC prints."""
     done = _run("dvc", root, arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def retune(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run the command line in `root`, to its end."""
     return _run("retune", root, arguments)
 
 

@@ -78,7 +78,6 @@ class Payload:
 
 
 def programs(canary: Path) -> dict[str, bytes]:
-    """Pickles, archives and programs, by kind."""
     torch_file = io.BytesIO()
     torch.save({"a": Payload(canary)}, torch_file)
     return {

@@ -1,5 +1,6 @@
 """A Prefect server for the tests of one file, what it answers, and waiting for what others do."""
 
+import json
 import os
 import shutil
 import socket
@@ -8,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import httpx
-from conftest import once
+from conftest import ROOT, change_params, once, retune
+from s3_sink import serving
 
 from pipeline.core.files import WORK_DIR, write_json
 from pipeline.core.processes import end_group, identity
@@ -39,6 +42,19 @@ def give_database(root: Path) -> None:
         subprocess.run(command, env=os.environ | {"PREFECT_HOME": str(folder)}, check=True, capture_output=True)
 
     shutil.copytree(once("prefect-home", make), root / WORK_DIR / "prefect", dirs_exist_ok=True)
+
+
+@contextmanager
+def whole_stack(root: Path, **sections: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What `retune up --json` says of the project's servers and workers with the changed parameters, until they end."""
+    (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
+    change_params(root, **sections)
+    up = retune(root, "up", "--port", str(free_port()), "--json")
+    assert up.returncode == 0, up.stderr
+    try:
+        yield json.loads(up.stdout)
+    finally:
+        retune(root, "down")
 
 
 def use_server(root: Path, url: str) -> None:
@@ -77,6 +93,24 @@ def start(url: str, deployment: str, **parameters: Any) -> str:
     return str(api(url, f"deployments/{number}/create_flow_run", body)["id"])
 
 
+@contextmanager
+def posted_to(status: Callable[[BaseHTTPRequestHandler], int]) -> Iterator[tuple[str, list[tuple[int, Any]]]]:
+    """A server on loopback: its address, and its status for each POST with the JSON that was posted."""
+    posts: list[tuple[int, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            posts.append((status(self), body))
+            self.send_response(posts[-1][0])
+            self.send_header("Location", "/elsewhere/200")
+            self.end_headers()
+            self.wfile.write(b"" if posts[-1][0] == 204 else b'{"id": 1}')
+
+    with serving(Handler) as url:
+        yield url, posts
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,7 +125,6 @@ def answers(url: str) -> bool:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
-    """What `condition` is, once it is true."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"

@@ -4,7 +4,6 @@
 not run as root: for root it runs as `postgres`, or else `nobody`, in a folder of theirs.
 """
 
-import asyncio
 import os
 import pwd
 import shutil
@@ -12,11 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from local_servers import wait_until
 from swift_server import free_ports
 
 AS_ANOTHER_USER = """
@@ -48,25 +47,31 @@ def start(owners: Mapping[str, str]) -> Iterator[int]:
     folder = Path(tempfile.mkdtemp(prefix="retune-postgres-"))  # pytest's own folders are closed to other users
     server = None
     try:
-        (folder / "password").write_text("postgres\n")
         user = _user()
-        if os.getuid() == 0:
-            for path in (folder, folder / "password"):
-                os.chown(path, user.pw_uid, user.pw_gid)
+        os.chown(folder, user.pw_uid, user.pw_gid)
         as_user = [sys.executable, "-c", AS_ANOTHER_USER, str(user.pw_uid), str(user.pw_gid)]
-        options = ["--username=postgres", f"--pwfile={folder}/password", "--auth=scram-sha-256", "--data-checksums"]
-        options += ["--no-sync", "--no-locale", "--encoding=UTF8", f"--pgdata={folder}/data"]
-        made = subprocess.run([*as_user, str(place / "initdb"), *options], capture_output=True, text=True)
-        if made.returncode != 0:
-            raise RuntimeError(f"initdb ended with status {made.returncode}: {made.stderr}")
+
+        def run(program: str, *options: str, typed: str = "") -> None:
+            command = [*as_user, str(place / program), *options]
+            done = subprocess.run(command, input=typed, capture_output=True, text=True)
+            assert done.returncode == 0, f"{program} ended with status {done.returncode}: {done.stderr}"
+
+        run("initdb", "--auth-local=trust", "--auth-host=scram-sha-256", "--no-sync", "--no-locale", "--encoding=UTF8",
+            f"--pgdata={folder}/data", "--data-checksums", "--username=postgres")  # fmt: skip
+        for name, password in owners.items():  # a superuser, as the official image makes POSTGRES_USER
+            quoted = password.replace("'", "''")
+            role = f"CREATE ROLE {name} SUPERUSER LOGIN PASSWORD '{quoted}'\n"
+            typed = f"{role}CREATE DATABASE {name} OWNER {name}\n"
+            run("postgres", "--single", "-D", f"{folder}/data", "postgres", typed=typed)
         [port] = free_ports(1)
         settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": folder, "fsync": "off"}
         words = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
         with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [*as_user, str(place / "postgres"), "-D", f"{folder}/data", *words], stdout=log, stderr=log
-            )
-        asyncio.run(_make_databases(port, owners, server, folder / "log"))
+            command = [*as_user, str(place / "postgres"), "-D", f"{folder}/data", *words]
+            server = subprocess.Popen(command, stdout=log, stderr=log)
+        state = folder / "data" / "postmaster.pid"
+        wait_until(lambda: server.poll() is not None or (state.exists() and "ready" in state.read_text()), 60)
+        assert server.poll() is None, (folder / "log").read_text()
         yield port
     finally:
         if server is not None:
@@ -79,28 +84,5 @@ def start(owners: Mapping[str, str]) -> Iterator[int]:
 
 
 def _user() -> pwd.struct_passwd:
-    if os.getuid() != 0:
-        return pwd.getpwuid(os.getuid())
     known = {each.pw_name: each for each in pwd.getpwall()}
-    return known.get("postgres") or known["nobody"]
-
-
-async def _make_databases(port: int, owners: Mapping[str, str], server: "subprocess.Popen[bytes]", log: Path) -> None:
-    import asyncpg
-
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            connection = await asyncpg.connect(
-                host="127.0.0.1", port=port, user="postgres", password="postgres", database="postgres"
-            )
-            break
-        except (OSError, asyncpg.CannotConnectNowError):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL does not answer: {log.read_text()}") from None
-            await asyncio.sleep(0.2)
-    for name, password in owners.items():  # a superuser, as the official image makes POSTGRES_USER
-        quoted = password.replace("'", "''")
-        await connection.execute(f"CREATE ROLE {name} SUPERUSER LOGIN PASSWORD '{quoted}'")
-        await connection.execute(f"CREATE DATABASE {name} OWNER {name}")
-    await connection.close()
+    return pwd.getpwuid(os.getuid()) if os.getuid() != 0 else known.get("postgres") or known["nobody"]

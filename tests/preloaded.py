@@ -140,7 +140,6 @@ def _connect() -> socket.socket:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

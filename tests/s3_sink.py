@@ -9,11 +9,21 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 RECEIVE = 2**20  # bytes to receive at once; bodies up to this size are stored
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve in threads of this process; yields the address."""
+    silent = type("Silent", (handler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), silent) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 class Sink:
@@ -63,14 +73,8 @@ class Sink:
             text += f"<NextContinuationToken>{base64.b64encode(keys[999].encode()).decode()}</NextContinuationToken>"
         return f"<ListBucketResult>{text}</ListBucketResult>".encode()
 
-    @contextmanager
-    def running(self) -> Iterator[str]:
-        """Serve in threads of this process; yields the endpoint."""
-        handler = type("Bound", (Handler,), {"sink": self})
-        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            yield f"http://127.0.0.1:{server.server_port}"
-            server.shutdown()
+    def running(self) -> AbstractContextManager[str]:
+        return serving(type("Bound", (Handler,), {"sink": self}))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -95,9 +99,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"" if self.command == "HEAD" else data)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = respond
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 def main() -> None:

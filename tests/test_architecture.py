@@ -114,28 +114,21 @@ def test_no_code_is_loaded_from_files_of_data() -> None:
                 assert ast.unparse(keywords.get("weights_only", ast.Constant(False))) == "True", path
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_dvc_stage_depends_on_exactly_the_code_that_shapes_its_result(stage: str) -> None:
-    listed = {path for path in STAGES[stage]["deps"] if path.startswith("pipeline/")}
-    assert listed == set(code_digests(f"pipeline.{stage}"))
-
-
-def test_what_only_speaks_or_refuses_trains_nothing_again() -> None:
+def test_dvcs_stages_are_those_of_the_graph_and_what_only_speaks_or_refuses_trains_nothing_again() -> None:
+    assert tuple(STAGES) == DVC_STAGES
+    assert set(SHIPPED) <= {out for stage in STAGES.values() for out in stage["outs"]}
     listed = {path for stage in STAGES.values() for path in stage["deps"]}
     assert not [path for path in listed if path.startswith(("pipeline/cli/", "pipeline/services/"))]
     assert [stage for stage in STAGES if "pipeline/training/packing.py" in STAGES[stage]["deps"]] == ["train"]
 
 
-def test_the_stages_of_dvc_are_those_of_the_graph() -> None:
-    assert tuple(STAGES) == DVC_STAGES
-    assert set(SHIPPED) <= {out for stage in STAGES.values() for out in stage["outs"]}
-
-
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_dvc_stage_is_its_own_command_parameters_and_files(stage: str) -> None:
+def test_a_dvc_stage_has_its_own_command_and_parameters_and_exactly_the_code_that_shapes_its_result(stage: str) -> None:
     # prepare tokenises for the task, which is a parameter of train.
     assert STAGES[stage]["params"] == [stage] + ["train.task"] * (stage == "prepare")
     assert STAGES[stage]["cmd"] == f"retune stage {stage}"
+    code = {path for path in STAGES[stage]["deps"] if path.startswith("pipeline/")}
+    assert code == set(code_digests(f"pipeline.{stage}"))
     made = {out for each in STAGES.values() for out in each["outs"]}
     for dependency in STAGES[stage]["deps"]:
         inside_out = any(dependency == out or dependency.startswith(f"{out}/") for out in made)

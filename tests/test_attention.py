@@ -1,10 +1,11 @@
-"""Packed rows stay apart: both kernels give the logits and gradients of plain attention, or are refused.
+"""Packed rows stay apart: they have the loss of single rows, and every kernel the gradients of plain attention.
 
 PyTorch's varlen attention runs only on GPUs; here the CPU's kernel with the same signature replaces it.
 """
 
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +26,9 @@ from transformers import (
     PretrainedConfig,
     Qwen3_5TextConfig,
 )
+from trl.trainer import add_fused_lm_head
 
+from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.training.attention import (
     Kernel,
@@ -35,8 +38,8 @@ from pipeline.training.attention import (
     use_packed_attention,
     varlen,
 )
-from pipeline.training.packing import Collate, training_sequences
-from pipeline.weights.loading import ModelError
+from pipeline.training.packing import Collate, count_tokens, pack_rows, split_batch, training_sequences
+from pipeline.weights.loading import ModelError, load_base
 
 
 def varlen_attn(
@@ -155,8 +158,6 @@ def test_attention_with_dropout_uses_only_kernels_that_have_it(sequences: Datase
 
 def test_an_architecture_that_mixes_rows_is_refused(sequences: Dataset) -> None:
     class Mixing(LlamaForCausalLM):  # type: ignore[misc]
-        """Does not pass on the bounds of rows."""
-
         def forward(self, input_ids: Any = None, **_: Any) -> Any:
             return super().forward(input_ids=input_ids, use_cache=False)
 
@@ -166,3 +167,71 @@ def test_an_architecture_that_mixes_rows_is_refused(sequences: Dataset) -> None:
     for model in (Mixing(deepcopy(config)).eval(), random_model(needs_package)):
         with pytest.raises(ModelError, match=rf"{model.config.model_type} .*train\.packing"):
             require_isolation(model, sequences)
+
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def rows(dataset: Path) -> Rows:
+    return pq.read_table(dataset / "train.parquet", columns=["input_ids", "labels"]).to_pylist()
+
+
+def test_each_row_has_the_loss_that_it_has_by_itself(dataset: Path, rows: Rows, params: Params) -> None:
+    model = load_base(read_json(dataset / "contract.json")["model"], None).eval()
+    sequences = training_sequences(dataset / "train.parquet", params.train).select(range(4))
+    alone, in_sequence = {}, {}
+
+    def log_probability(batch: dict[str, Any]) -> float:
+        inputs = {key: value for key, value in batch.items() if key != "rows"}
+        return float(model(**inputs, fused_lm_head=True).log_probs.sum())
+
+    with torch.no_grad():
+        for number in {number for sequence in sequences for number in sequence["rows"]}:
+            ids, labels = (torch.tensor([rows[number][key]]) for key in ("input_ids", "labels"))
+            alone[number] = float(model(input_ids=ids, labels=labels).loss)
+        assert use_packed_attention(model, sequences) == "row by row"
+        add_fused_lm_head(model)
+        for sequence in sequences:
+            batch = Collate(0, packed=True)([sequence])
+            counts = {n: sum(label != -100 for label in rows[n]["labels"][1:]) for n in batch["rows"].tolist()}
+            assert -log_probability(batch) == pytest.approx(sum(alone[n] * counts[n] for n in counts), rel=1e-5)
+            for piece in split_batch(batch, 1000):
+                [number] = piece["rows"].tolist()
+                in_sequence[number] = -log_probability(piece) / counts[number]
+    assert len(alone) > 8
+    assert in_sequence == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_packed_batch_has_no_padding_and_every_batch_is_split_between_its_rows(rows: Rows) -> None:
+    def packed(*numbers: int) -> dict[str, Any]:
+        ids, labels = (sum((rows[n][key] for n in numbers), []) for key in ("input_ids", "labels"))
+        lengths = [len(rows[n]["input_ids"]) for n in numbers]
+        return {"input_ids": ids, "labels": labels, "rows": list(numbers), "seq_lengths": lengths}
+
+    whole = Collate(0, packed=True)([packed(0, 1, 2), packed(3, 4)])
+    assert count_tokens(whole) == whole["input_ids"].numel()
+    for batch in (whole, Collate(0, packed=False)([rows[n] | {"rows": [n]} for n in range(5)])):
+        for number in (1, 2, 3, 5, 9):
+            parts = split_batch(batch, number)
+            assert len(parts) == min(number, 5)
+            assert [row for part in parts for row in part["rows"].tolist()] == [0, 1, 2, 3, 4]
+            assert sum(map(count_tokens, parts)) == count_tokens(batch)
+
+
+def test_a_row_longer_than_a_packed_sequence_is_not_cut(dataset: Path, rows: Rows, params: Params) -> None:
+    sequences = training_sequences(dataset / "train.parquet", with_(params, train={"packed_length": 40}).train)
+    ids = [row["input_ids"] for row in rows]
+    assert sorted(n for lengths in sequences["seq_lengths"] for n in lengths) == sorted(map(len, ids))
+    assert sorted(sum(sequences["input_ids"], [])) == sorted(sum(ids, []))
+
+
+def test_every_row_is_in_one_sequence_and_sequences_are_full(params: Params) -> None:
+    draw = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in torch.randint(5, 120, (2000,), generator=draw)] + [900, 512, 513]
+    sequences = pack_rows(lengths, 512, seed=1)
+    assert sorted(row for rows in sequences for row in rows) == list(range(len(lengths)))
+    totals = [sum(lengths[row] for row in rows) for rows in sequences]
+    assert all(total <= 512 or len(rows) == 1 for total, rows in zip(totals, sequences, strict=True))
+    assert sum(totals) / len(totals) > 0.95 * 512
+    assert sequences != pack_rows(lengths, 512, seed=2)

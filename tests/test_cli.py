@@ -1,7 +1,6 @@
 """The command line: help, one sentence for each mistake, exit statuses, and documents that match the commands."""
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from conftest import ROOT, change_params, environment, make_project, retune
 
 from pipeline.cli.main import app, main
 from pipeline.core import graph
+from pipeline.core.run_lock import only_run
 from pipeline.params import Params
 from pipeline.settings import load_params
 
@@ -37,10 +37,8 @@ def error_of(root: Path, *arguments: str) -> str:
 
 
 def test_the_overview_shows_whole_summaries_at_80_columns(tmp_path: Path) -> None:
-    overview = subprocess.run(
-        [sys.executable, "-m", "pipeline", "--help"], cwd=tmp_path, env=environment() | {"COLUMNS": "80"},
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+    command, wide = [sys.executable, "-m", "pipeline", "--help"], environment() | {"COLUMNS": "80"}
+    overview = subprocess.run(command, cwd=tmp_path, env=wide, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert max(map(len, overview.splitlines())) <= 80
     for command in COMMANDS.values():
         assert command.hidden or " ".join(command.help.split("\n\n")[0].split()) in " ".join(overview.split())
@@ -118,13 +116,8 @@ def test_outside_a_project_the_error_names_the_folder(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time(root: Path) -> None:
-    (root / ".retune").mkdir(exist_ok=True)
-    with (root / ".retune" / "run.lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write("4321")
-        lock.flush()
-        assert "a run is under way here (process 4321)" in error_of(root, "run")
+    with only_run(root):
+        assert f"a run is under way here (process {os.getpid()})" in error_of(root, "run")
 
 
 def test_a_stage_does_nothing_if_the_run_that_started_it_is_dead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,21 +126,13 @@ def test_a_stage_does_nothing_if_the_run_that_started_it_is_dead(root: Path, mon
     assert not (root / "artifacts").exists()
 
 
-def test_commands_about_versions_before_the_first_run(root: Path) -> None:
-    assert "dvc.lock is missing" in error_of(root, "promote")
-    assert "no earlier champion" in error_of(root, "rollback")
-    assert json.loads(retune(root, "history", "--json").stdout) == []
-    assert "has no champion yet" in error_of(root, "download", "champion", "here")
-    assert "is not published" in error_of(root, "verify", "0123456789abcdef")
-    assert "nothing to delete; publish.keep_versions is null" in retune(root, "prune").stdout
-    status = json.loads(retune(root, "status", "--json").stdout)
-    assert status["champion"] is None
-    assert "train" in status["stale"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["promote"], "dvc.lock is missing"),
+        (["rollback"], "no earlier champion"),
+        (["download", "champion", "here"], "has no champion yet"),
+        (["verify", "0123456789abcdef"], "is not published"),
         (["promote", "v1", "--force"], "--force needs --reason"),
         (["promote", "v1", "--force", "--reason", " "], "--force needs --reason"),
         (["promote", "--approve", "--reject"], "exclude each other"),
@@ -156,8 +141,15 @@ def test_commands_about_versions_before_the_first_run(root: Path) -> None:
         (["delete", "v1", "--reason", "room"], "has no version v1; it has none"),
     ],
 )
-def test_wrong_arguments_about_versions_are_named(root: Path, arguments: list[str], words: str) -> None:
+def test_what_is_wrong_with_a_command_about_versions_is_named(root: Path, arguments: list[str], words: str) -> None:
     assert words in error_of(root, *arguments)
+
+
+def test_before_the_first_run_nothing_is_published_and_all_is_stale(root: Path) -> None:
+    assert json.loads(retune(root, "history", "--json").stdout) == []
+    assert "nothing to delete; publish.keep_versions is null" in retune(root, "prune").stdout
+    status = json.loads(retune(root, "status", "--json").stdout)
+    assert status["champion"] is None and "train" in status["stale"]
 
 
 def test_a_store_that_cannot_be_written_is_named(root: Path) -> None:
@@ -179,14 +171,11 @@ def test_another_users_project_is_one_sentence(
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     (tmp_path / ".retune").mkdir()
     monkeypatch.setattr(Path, "chmod", refuse)
-    monkeypatch.setattr(sys, "argv", ["retune", "--help"])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    assert exit.value.code == 0
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(sys, "argv", ["retune", "status"])
-    monkeypatch.setattr("pipeline.settings.load_params", lambda: refuse(Path(".retune")))
-    with pytest.raises(SystemExit) as exit:
-        main()
-    assert exit.value.code == 1
+    for word, code in (("--help", 0), ("status", 1)):
+        monkeypatch.setattr(sys, "argv", ["retune", word])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        assert exit.value.code == code
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        monkeypatch.setattr("pipeline.settings.load_params", lambda: refuse(Path(".retune")))
     assert Path(".retune").owner() in capsys.readouterr().err

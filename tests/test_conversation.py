@@ -5,6 +5,7 @@ import tomllib
 from typing import Any
 
 import pytest
+import tiny_model
 from chats import SYSTEM, talk, trained_runs
 from conftest import CHATML, ROOT
 from hypothesis import given, settings
@@ -41,11 +42,7 @@ def trained_on_words(tokenizer: Tokenizer, trainer: trainers.Trainer, decoder: A
 
 
 def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    settings = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=CONTROL, **settings)
-    return trained_on_words(tokenizer, trainer, decoders.ByteLevel())
+    return tiny_model.byte_level(WORDS * 3, CONTROL)
 
 
 def like_llama(legacy: bool) -> Tokenizer:

@@ -4,14 +4,13 @@ With RETUNE_SCREENSHOTS=FOLDER the pages are kept there as pictures.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from conftest import ROOT, make_project, retune, with_
-from local_servers import api, free_port
+from conftest import make_project, retune
+from local_servers import api, whole_stack
 
 from pipeline.params import Params
 
@@ -24,18 +23,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory, base: Path, params: Params) -> Iterator[str]:
     """A server on which one whole run was made."""
-    with_worker = with_(params, operations={"services": ["cpu"]})  # deployments come with the workers that take them
-    root = make_project(tmp_path_factory.mktemp("dashboard") / "project", base, with_worker)
-    shutil.copy(ROOT / "prefect.yaml", root)
-    number = free_port()
-    try:
-        assert retune(root, "up", "--port", str(number)).returncode == 0
+    root = make_project(tmp_path_factory.mktemp("dashboard") / "project", base, params)
+    # Deployments come with the workers that take them.
+    with whole_stack(root, operations={"services": ["cpu"]}) as known:
         done = retune(root, "run", "--json")
         assert done.returncode == 0, done.stdout + done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["decision"]["decision"] == "promoted"
-        yield f"http://127.0.0.1:{number}"
-    finally:
-        retune(root, "down")
+        yield known["url"]
 
 
 @pytest.fixture

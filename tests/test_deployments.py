@@ -4,13 +4,10 @@ import base64
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, change_params, environment, make_project, retune, with_, write_params
-from local_servers import api, ended, free_port, start, wait_until
+from local_servers import api, ended, posted_to, start, wait_until, whole_stack
 from prefect.events import EventTrigger
 from prefect.exceptions import Abort
 from ruamel.yaml import YAML
@@ -52,50 +49,20 @@ def test_a_deployment_names_a_flow_that_exists_and_parameters_it_has(deployment:
     assert deployment["work_pool"]["name"] in ("cpu", "gpu")
 
 
-@contextmanager
-def listening(status: Callable[[Any], int]) -> Iterator[tuple[str, list[Any]]]:
-    """A server on loopback: its address, and the JSON that was posted there where `status` of the headers is 204."""
-    told: list[Any] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if status(self.headers) == 204:
-                told.append(body)
-            self.send_response(status(self.headers))
-            self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", told
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What a server at PREFECT_API_URL that asks for a password is told."""
+def test_enough_new_rows_are_told_to_a_server_that_takes_the_password_and_nothing_else_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     known = f"Basic {base64.b64encode(b'admin:secret').decode()}"
-    with listening(lambda headers: 204 if headers["Authorization"] == known else 401) as (url, told):
+    with posted_to(lambda request: 204 if request.headers["Authorization"] == known else 401) as (url, posts):
         monkeypatch.setenv("PREFECT_API_URL", url)
         monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:secret")
-        yield told
-
-
-def test_enough_new_rows_are_told_to_a_server_that_takes_the_password_and_nothing_else_fails(
-    listener: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert not tell_updated(4, 5, tmp_path)
-    assert listener == []
-    assert tell_updated(5, 5, tmp_path)
-    assert [(each["event"], each["payload"]) for each in listener[0]] == [("dataset.updated", {"new_rows": 5})]
-    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:other")
-    assert not tell_updated(5, 5, tmp_path)
-    assert len(listener) == 1
-    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}")
-    assert not emit("dataset.updated", "retune.dataset", {}, tmp_path)
+        assert not tell_updated(4, 5, tmp_path) and not posts
+        assert tell_updated(5, 5, tmp_path)
+        [(_, told)] = posts
+        assert [(each["event"], each["payload"]) for each in told] == [("dataset.updated", {"new_rows": 5})]
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:other")
+        assert not tell_updated(5, 5, tmp_path)
+    assert not emit("dataset.updated", "retune.dataset", {}, tmp_path)  # the server is gone
     monkeypatch.delenv("PREFECT_API_URL")
     assert not emit("dataset.updated", "retune.dataset", {}, tmp_path)
 
@@ -116,19 +83,24 @@ def test_new_rows_are_counted_by_what_they_say(tmp_path: Path) -> None:
     assert count_new(before, tmp_path) == 2
 
 
-def test_a_wrong_parameter_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    text = (ROOT / "params.yaml").read_text()
-    path.write_text(text)
+@pytest.fixture
+def params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project's own, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+
+
+def test_a_wrong_parameter_changes_nothing(params_file: Path) -> None:
+    text = params_file.read_text()
     for wrong, words in (
         ({"train.lora_r": 0}, "train.lora_r is 0"),
         ({"train.rank": 3}, "train.rank is not a parameter"),
         ({"lora_r": 3}, "lora_r is not a parameter"),
     ):
         with pytest.raises(ParamsError, match=words):
-            change(wrong, path)
-        assert path.read_text() == text
-    assert [each.name for each in tmp_path.iterdir()] == ["params.yaml"]
+            change(wrong, params_file)
+        assert params_file.read_text() == text
+    assert [*params_file.parent.iterdir()] == [params_file]
 
 
 @pytest.mark.parametrize(("run", "arguments"), [
@@ -136,24 +108,17 @@ def test_a_wrong_parameter_changes_nothing(tmp_path: Path) -> None:
     (deployments.evaluate_champion, {}),
 ])  # fmt: skip
 def test_a_deployment_ends_as_skipped_while_another_run_holds_the_lock(
-    run: Any, arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, arguments: dict[str, str], params_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     with only_run():
         state = run.fn(**arguments)
     assert (state.type.value, state.name) == ("COMPLETED", "Skipped")
     assert "a run is under way here" in state.message
 
 
-def test_parameters_of_a_trial_are_put_back_unless_they_stay_or_somebody_edits_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "params.yaml"
-    before = (ROOT / "params.yaml").read_text()
-    path.write_text(before)
+def test_parameters_of_a_trial_are_put_back_unless_they_stay_or_somebody_edits_them(params_file: Path) -> None:
+    path, before = params_file, params_file.read_text()
     with deployments._tried({"train.lora_r": 64}):
         assert load_params(path).train.lora_r == 64
     assert path.read_text() == before
@@ -217,16 +182,11 @@ def finished(url: str, deployment: str, **parameters: Any) -> dict[str, Any]:
 @pytest.mark.faults
 def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params) -> None:
     root = make_project(tmp_path / "project", base, params)
-    (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
-    change_params(root, operations={"services": ["cpu"]})
-    up = retune(root, "up", "--port", str(free_port()), "--json")
-    assert up.returncode == 0, up.stderr
-    url = json.loads(up.stdout)["url"]
-    try:
+    with whole_stack(root, operations={"services": ["cpu"]}) as known:
+        url = known["url"]
         schedules = {each["name"]: each["schedules"] for each in api(url, "deployments/filter")}
         assert schedules["retrain"][0]["schedule"]["cron"] == "0 3 * * *"
-        rows = [{"instruction": f"Name the colour of jar {i}: red", "input": "", "output": "red"} for i in range(300)]
-        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        (tmp_path / "rows.json").write_text(rows_of("red", 300))
         ingested = json.loads(retune(root, "ingest", str(tmp_path / "rows.json"), "--json").stdout)
         assert (ingested["new_rows"], ingested["told"]) == (300, True)
         wait_until(lambda: ended(url, name="retrain-new-data"), 240)
@@ -250,8 +210,6 @@ def test_deployments_on_a_real_stack(tmp_path: Path, base: Path, params: Params)
         wait_until(lambda: any("stage train" in " ".join(p.cmdline()) for p in stack.marked(root)), 120)
         supervisor(stack.marked(root)).kill()
         wait_until(lambda: not stack.marked(root), 75)  # the training too, which a worker started
-    finally:
-        retune(root, "down")
 
 
 def rows_of(colour: str, number: int, start: int = 0) -> str:
@@ -259,34 +217,27 @@ def rows_of(colour: str, number: int, start: int = 0) -> str:
     return json.dumps([{"instruction": f"Name the colour of jar {i}: {colour}", "output": colour} for i in names])
 
 
-@pytest.fixture
-def hook() -> Iterator[tuple[str, list[Any]]]:
-    """A webhook of a chat."""
-    with listening(lambda headers: 204) as posted:
-        yield posted
-
-
 @pytest.mark.faults
 @pytest.mark.timeout(1200)  # eight runs of a flow, two of them trainings
 def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
-    tmp_path: Path, base: Path, params: Params, hook: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, base: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, source = make_project(tmp_path / "project", base, params), tmp_path / "source"
-    (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
     source.mkdir()
     (source / "a.json").write_text(rows_of("red", 300))
     operations = {"services": ["cpu"], "min_new_rows": 250}
-    change_params(root, ingest={"sources": [{"uri": f"{source}/*.json"}]}, operations=operations)
-    up = retune(root, "up", "--port", str(free_port()), "--json")
-    assert up.returncode == 0, up.stderr
-    url = json.loads(up.stdout)["url"]
-    try:
+    posting = posted_to(lambda request: 204)  # a webhook of a chat
+    with (
+        posting as (hook, posts),
+        whole_stack(root, ingest={"sources": [{"uri": f"{source}/*.json"}]}, operations=operations) as known,
+    ):
+        url = known["url"]
         # A person makes a block in the dashboard, and names it where deployments are made.
         monkeypatch.setenv("PREFECT_API_URL", f"{url}/api")
         monkeypatch.setenv("RETUNE_ALERT_BLOCK", "custom-webhook/team")
         for code in (
             f"from prefect.blocks.notifications import CustomWebhookNotificationBlock as Block\n"
-            f"Block(name='team', url={hook[0]!r}, json_data={{'text': '{{{{subject}}}}: {{{{body}}}}'}}).save('team')",
+            f"Block(name='team', url={hook!r}, json_data={{'text': '{{{{subject}}}}: {{{{body}}}}'}}).save('team')",
             "import runpy; runpy.run_module('flows.setup', run_name='__main__')",
         ):
             done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True)
@@ -301,7 +252,7 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
 
         failed = finished(url, "promote/promote", version="v1", force=True)
         assert failed["state_name"] == "Failed"
-        [told] = wait_until(lambda: hook[1], 60)
+        [(_, told)] = wait_until(lambda: posts, 60)
         assert "Retune: a run failed" in told["text"] and "force needs a reason" in told["text"]
 
         made = finished(url, "promote/promote", version="v1", force=True, reason="a test asks for it")
@@ -314,5 +265,3 @@ def test_new_rows_and_a_worse_champion_start_a_retraining_and_a_failure_is_told(
         assert worse["state_name"] == "Regressed", worse["state"]
         wait_until(lambda: ended(url, name="retrain-champion-regressed"), 240)
         assert len(ended(url, name="retrain-new-data")) == 1
-    finally:
-        retune(root, "down")

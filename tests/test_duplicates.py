@@ -1,4 +1,4 @@
-"""Near duplicates agree with brute force on planted copies, protect the test split, and have linear cost."""
+"""Near duplicates: which texts are alike, agreement with brute force on planted copies, and linear cost."""
 
 import random
 from collections.abc import Sequence
@@ -145,3 +145,51 @@ def test_the_number_of_comparisons_is_linear_whatever_the_rows_are(shape: str) -
         compared.append(result.compared)
     assert compared[1] <= 5 * compared[0]
     assert compared[1] <= 32 * 1000
+
+
+SENTENCE = "Name three primary colours and say how a painter mixes them."
+POEM = "请写一首关于春天的诗,不要超过四行。"
+
+
+def similarity(left: str, right: str) -> float:
+    return jaccard(shingles(left), shingles(right))
+
+
+@pytest.mark.parametrize(
+    ("alike", "left", "right"),
+    [
+        (True, SENTENCE, SENTENCE.upper().replace(" ", "\n  ")),
+        (True, "A well-known fact: “yes”!", "a well known fact, 'yes'"),
+        (True, "①  ﬁve Ｆｏｏ", "1 five foo"),
+        (True, "Straße", "STRASSE"),
+        (True, "cafe\u0301 noir", "café noir"),
+        (True, POEM, "请写一首关于春天的诗 不要超过四行"),
+        (True, "2019–2020 − 1", "2019-2020 - 1"),
+        (True, "soft\u00adware", "software"),
+        (False, "What is 12 + 5?", "What is 12 * 5?"),
+        (False, "What is 12 - 5?", "What is 12 5?"),
+        (False, "5%", "5"),
+        (False, "3.14", "314"),
+        (False, "yes", "no"),
+        (False, "?", "!"),
+        (False, "", "?"),
+        (False, "你好", "您好"),
+        (False, "🙂", "🙁"),
+    ],
+)
+def test_case_spaces_punctuation_and_unicode_forms_are_ignored_and_nothing_else(
+    alike: bool, left: str, right: str
+) -> None:
+    assert similarity(left, right) == 1 if alike else similarity(left, right) < 0.5
+
+
+def test_languages_without_spaces_are_compared_by_character_and_mixed_text_by_both() -> None:
+    one_character = similarity("今天天气很好我们一起去公园散步吧", "今天天气很好我们一起去公园跑步吧")
+    assert 0.3 < one_character < 0.8
+    assert similarity("用 Python 写一个函数 that sorts a list", "用 Python 写一个函数 that sorts a list 吧") > 0.7
+    assert similarity("สวัสดีครับวันนี้อากาศดีมาก", "สวัสดีครับวันนี้อากาศร้อนมาก") > 0.3
+
+
+def test_signatures_are_the_same_in_every_process_and_on_every_machine() -> None:
+    # If these numbers change, every cached signature is invalid.
+    assert signatures([SENTENCE, POEM, ""])[:, 0].tolist() == [37986, 42000, 48824]

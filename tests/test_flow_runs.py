@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 from conftest import ROOT
 from local_servers import prefect_server, use_server
@@ -55,13 +55,11 @@ def of_server(url: str) -> AbstractContextManager[Any]:
 def begin(url: str, state: str, process: str | None, deployment: str | None = None) -> str:
     flow = server.post(url, "flows/", {"name": "retrain"})["id"]
     run = server.post(url, "flow_runs/", {"flow_id": flow, "deployment_id": deployment, "state": {"type": state}})
-    request = urllib.request.Request(
-        f"{url}/api/flow_runs/{run['id']}", f'{{"infrastructure_pid": "{process}"}}'.encode(), method="PATCH"
-    )
-    request.add_header("Content-Type", "application/json")
-    request.add_header("Authorization", "Basic YWRtaW46c2VjcmV0")
     if process is not None:
-        urllib.request.urlopen(request).close()
+        auth = ("admin", "secret")
+        httpx.patch(
+            f"{url}/api/flow_runs/{run['id']}", json={"infrastructure_pid": process}, auth=auth
+        ).raise_for_status()
     return str(run["id"])
 
 
@@ -104,9 +102,7 @@ def test_pools_automations_and_deployments_are_made_once_and_prefects_client_lis
     assert len(names) == len(set(names)) == 3
 
 
-def test_a_training_that_no_worker_takes_is_reported_at_once_and_cancelled(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_that_no_worker_takes_is_reported_at_once_and_cancelled(url: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(gpu, "POLL_SECONDS", 0.2)
     lines: list[str] = []
 

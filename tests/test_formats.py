@@ -25,12 +25,9 @@ PARTS_OF_TEXT = [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]
 PICTURE = [*PARTS_OF_TEXT, {"type": "image_url", "image_url": {"url": "x"}}]
 
 
-def read(
-    tmp_path: Path, *records: Any, format: str = "auto", columns: ColumnsParams | None = None
-) -> list[Row | Rejected]:
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps(list(records)))
-    return list(read_rows(path, format, columns))
+def read(folder: Path, *records: Any, format: str = "auto", columns: Any = None) -> list[Row | Rejected]:
+    (folder / "data.json").write_text(json.dumps(list(records)))
+    return list(read_rows(folder / "data.json", format, columns))
 
 
 def row(tmp_path: Path, record: Any) -> Row:
@@ -215,30 +212,23 @@ def test_a_format_is_recognised_by_its_keys(tmp_path: Path, record: dict[str, An
 
 def tree(*messages: tuple[str, str | None, float | None, dict[str, Any]]) -> list[dict[str, Any]]:
     """OpenAssistant messages from (id, parent, rank, other keys); ids start with Q for questions, A for answers."""
+    roles = {"Q": "prompter", "A": "assistant"}
     return [
         {"message_id": id, "parent_id": parent, "rank": rank, "text": id, "message_tree_id": "t", "lang": "en"}
-        | {"role": "prompter" if id.startswith("Q") else "assistant"}
-        | others
+        | {"role": roles[id[0]], **others}
         for id, parent, rank, others in messages
     ]
 
 
 def test_the_best_path_of_each_message_tree_is_a_row_whatever_the_order(tmp_path: Path) -> None:
     messages = tree(
-        ("Q1", None, None, {}),
-        ("A1", "Q1", 1.0, {}),
-        ("A2", "Q1", 0.0, {}),
-        ("A3", "Q1", -1.0, {"deleted": True}),
-        ("Q2", "A2", None, {}),
-        ("A4", "Q2", None, {}),
-        ("Q9", None, None, {}),
-        ("A9", "Q9", None, {}),
-        ("A8", "lost", None, {}),
-    )
+        ("Q1", None, None, {}), ("A1", "Q1", 1.0, {}), ("A2", "Q1", 0.0, {}), ("A3", "Q1", -1.0, {"deleted": True}),
+        ("Q2", "A2", None, {}), ("A4", "Q2", None, {}),
+        ("Q9", None, None, {}), ("A9", "Q9", None, {}), ("A8", "lost", None, {}),
+    )  # fmt: skip
     for records in (messages, messages[::-1]):
-        path = tmp_path / "data.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        rows = list(read_rows(path))
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        rows = list(read_rows(tmp_path / "data.jsonl"))
         by_size = sorted((row for row in rows if isinstance(row, Row)), key=lambda row: len(row.messages))
         assert [[m["content"] for m in row.messages] for row in by_size] == [["Q9", "A9"], ["Q1", "A2", "Q2", "A4"]]
         assert [len(row.repairs) for row in by_size] == [0, 1]
@@ -312,23 +302,18 @@ TURN = st.fixed_dictionaries({"from": SPEAKERS, "value": VALUE}) | st.fixed_dict
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("formats")
-
-
 COLUMNS = ColumnsParams(response="a", template="{q}?", system="s", history="h", tools="t", task="k", group="g")
 
 
 @pytest.mark.parametrize("format", sorted({*FORMATS, "columns"} - {"belle", "dolly", "openorca", "classification"}))
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(draw=st.data())
-def test_every_record_becomes_rows_or_rejections(folder: Path, format: str, draw: st.DataObject) -> None:
+def test_every_record_becomes_rows_or_rejections(tmp_path_factory: Any, format: str, draw: st.DataObject) -> None:
     columns = COLUMNS if format == "columns" else None
     names = sorted(configure_format(format, columns, {}).reads)
     record = st.fixed_dictionaries({}, optional=dict.fromkeys(names, VALUE | st.lists(TURN, max_size=4)))
     records: list[Any] = draw.draw(st.lists(record | VALUE, min_size=1, max_size=4))
-    path = folder / "data.json"
+    path = tmp_path_factory.getbasetemp() / "data.json"
     path.write_text(json.dumps([dict.fromkeys(names, ""), *records]))  # the first record has every column
     rows = list(read_rows(path, "auto" if columns else format, columns))
     sources = {row.source.partition("#")[0] for row in rows}

@@ -11,11 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_train import identity
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.chat.template import load_contract
+from pipeline.chat.template import load_contract, local_source
 from pipeline.core.files import read_json
 from pipeline.evaluate import evaluate
 from pipeline.params import Params
@@ -111,10 +110,15 @@ def test_slots_with_other_logits_are_not_used(monkeypatch: pytest.MonkeyPatch) -
     assert reason is not None and "logits differ" in reason
 
 
-def test_rows_that_end_together_leave_their_slots_to_fewer() -> None:
-    model, prompts = make(*SLOTS["llama"]), random_prompts(11)
-    answers = dict(generate_in_slots(model, prompts, [2] * 11, STOPPING, 8))
-    assert answers == {i: answer_alone(model, prompt, 2) for i, prompt in enumerate(prompts)}
+@torch.inference_mode()
+def assert_answered(batch: SlotBatch, first: int, model: Any, prompts: list[list[int]]) -> None:
+    answers = [[token] for token in batch.last[first:]]
+    for _ in range(3):
+        batch.step()
+        answers = [[*answer, token] for answer, token in zip(answers, batch.last[first:], strict=True)]
+    expected = [answer_alone(model, prompt, 4) for prompt in prompts]
+    assert max(map(len, expected)) == 4
+    assert [answer[: len(alone)] for answer, alone in zip(answers, expected, strict=True)] == expected
 
 
 @pytest.mark.parametrize(("kept", "joining"), [([3], [2, 1, 0]), ([1, 2, 3], [10])], ids=["more rows", "longer rows"])
@@ -128,15 +132,8 @@ def test_rows_join_a_batch_that_has_too_few_slots_or_columns(
     batch.join(prompts[3::-1])
     batch.keep(kept)
     batch.step()
-    before = len(kept)
     batch.join([prompts[i] for i in joining])
-    answers = [[token] for token in batch.last[before:]]
-    for _ in range(3):
-        batch.step()
-        answers = [[*answer, token] for answer, token in zip(answers, batch.last[before:], strict=True)]
-    expected = [answer_alone(model, prompts[i], 4) for i in joining]
-    assert max(map(len, expected)) == 4
-    assert [answer[: len(alone)] for answer, alone in zip(answers, expected, strict=True)] == expected
+    assert_answered(batch, len(kept), model, [prompts[i] for i in joining])
 
 
 @torch.inference_mode()
@@ -148,11 +145,7 @@ def test_numbers_that_overflowed_in_an_ended_row_do_not_reach_the_next_one_in_it
     for layer in batch.layers:
         layer.keys[0], layer.values[0] = torch.nan, torch.nan
     batch.join([first])
-    answer = [batch.last[1]]
-    for _ in range(3):
-        batch.step()
-        answer.append(batch.last[1])
-    assert answer == answer_alone(model, first)[:4]
+    assert_answered(batch, 1, model, [first])
 
 
 @torch.inference_mode()
@@ -176,13 +169,16 @@ def test_slots_of_ended_rows_are_given_to_others_and_dropped_at_the_end(monkeypa
     needed = sum(len(ids) - 1 for ids in answers.values())  # the first token comes with the prompt
     assert max(computed) == 8 and computed[-1] < 4
     assert needed <= sum(computed) < 1.25 * needed
+    model, prompts = make(*SLOTS["llama"]), random_prompts(11)  # rows that end together leave their slots to fewer
+    answers = dict(generate_in_slots(model, prompts, [2] * 11, STOPPING, 8))
+    assert answers == {i: answer_alone(model, prompt, 2) for i, prompt in enumerate(prompts)}
 
 
 def test_fixed_batches_give_the_same_answers_and_are_reported(
     base: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
-    model = load_base(identity(base))
+    model = load_base(local_source(base))
     prompts = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:9]
     slot_answers = dict(generate_tokens(model, prompts, [5] * 9, template, 4, "--max-new-tokens"))
     monkeypatch.setattr("pipeline.scoring.generation.why_no_slots", lambda *_: "a reason")
@@ -198,7 +194,7 @@ def test_an_answer_ends_at_its_end_token_or_is_cut_off_at_the_limit_or_the_end_o
 ) -> None:
     template = load_contract(read_json(dataset / "contract.json"))
     prompt = pq.read_table(dataset / "test.parquet").column("input_ids").to_pylist()[:1]
-    model = load_base(identity(base))
+    model = load_base(local_source(base))
     [short] = generate(model, template, prompt, 1, 1, "test", "base")
     [complete] = generate(model, template, prompt, 64, 1, "test", "base")
     assert (short.cut_off, len(short.ids), complete.cut_off) == (True, 1, False)
@@ -275,7 +271,7 @@ def test_vllm_answers_greedily_with_base_and_adapter_or_is_refused(
     """With a stand-in that has vLLM's documented arguments; the package itself is not installed for tests."""
     for quantised, expected_text in ((True, "4-bit"), (False, "No module named 'vllm'")):
         with pytest.raises(BackendError, match=expected_text):
-            vllm_tokens(identity(base), adapter, [[1]], 8, frozenset({2}), quantised)
+            vllm_tokens(local_source(base), adapter, [[1]], 8, frozenset({2}), quantised)
 
     class LLM:
         def __init__(self, **arguments: Any) -> None:
@@ -293,5 +289,5 @@ def test_vllm_answers_greedily_with_base_and_adapter_or_is_refused(
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *arguments: arguments))
-    tokens = vllm_tokens(identity(base), adapter, [[1, 2, 3], [4] * 510], 8, frozenset({7, 2}), quantised=False)
+    tokens = vllm_tokens(local_source(base), adapter, [[1, 2, 3], [4] * 510], 8, frozenset({7, 2}), quantised=False)
     assert tokens == {"adapter": [[1, 2, 3, 6], [*[4] * 510, 6]], "base": [[1, 2, 3, 5], [*[4] * 510, 5]]}

@@ -1,7 +1,8 @@
-"""Running stages by DVC: their processes end with them, and DVC's message about a failure is the error."""
+"""Stages run by DVC: their processes end with them, DVC's message is the error, its plots need no network."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PYTHON, environment, files_up_to
+from browser import CHROMIUM, dump_dom
+from conftest import PYTHON, ROOT, environment, files_up_to
 
 from pipeline.core import graph
 from pipeline.core.graph import GraphError, NotCopied
+from pipeline.settings import ParamsError, load_params
 
 STAGES = """\
 stages:
@@ -171,6 +174,38 @@ def test_a_briefly_locked_path_is_waited_for_and_one_that_stays_locked_is_an_err
 
 
 def lives(line: str) -> bool:
-    """Whether the process in the line `pid 123` is running."""
     pid = int(line.split()[1])
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def plots(project: Path) -> Path:
+    """The page of `dvc plots show` on a curve, by this project's own DVC settings."""
+    shutil.copytree(ROOT / ".dvc" / "plots", project / ".dvc" / "plots", dirs_exist_ok=True)
+    shutil.copy(ROOT / ".dvc" / "config", project / ".dvc" / "config")
+    (project / "loss.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
+    (project / "dvc.yaml").write_text("plots:\n  - loss: {y: {loss.csv: loss}, x: step}\n")
+    subprocess.run([sys.executable, "-m", "dvc", "plots", "show"], cwd=project, env=environment(), check=True)
+    return project / "dvc_plots" / "index.html"
+
+
+def test_the_plots_load_nothing_from_elsewhere(plots: Path) -> None:
+    page = plots.read_text(encoding="utf-8")
+    assert "vegaEmbed" in page
+    assert re.findall(r"<(?:script|link)[^>]*(?:src|href)=", page) == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_without_network_draws_the_plots(plots: Path, tmp_path: Path) -> None:
+    shown = dump_dom("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'browser'}", plots.as_uri())
+    assert re.search(r"<canvas|<svg[^>]*marks", shown.stdout), shown.stderr
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "data.dvc", "dvc.yaml", "params.yaml"])
+def test_a_file_with_gits_conflict_markers_is_one_sentence_with_the_way_out(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("schema: '2.0'\n<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> other\n")
+    with pytest.raises((GraphError, ParamsError)) as error:
+        load_params(tmp_path / name) if name == "params.yaml" else graph.stale(tmp_path)
+    assert f"{name}, line 2" in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert name == "params.yaml" or f"git checkout --ours {name}" in str(error.value)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import stat
 import subprocess
 import sys
@@ -49,13 +50,6 @@ COMPOSE = compose()
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 LOCKED = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
 every_service = pytest.mark.parametrize("name", SERVICES)
-
-
-def run_file(name: str) -> dict[str, Any]:
-    """The names that a script of infra/ defines; it is no package."""
-    import runpy
-
-    return runpy.run_path(str(INFRA / name))
 
 
 def test_the_compose_file_is_one_by_the_compose_specification() -> None:
@@ -119,7 +113,7 @@ def test_a_secret_comes_from_a_file_and_only_its_users_get_it(name: str) -> None
 
 
 def test_every_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
-    script = run_file("make_secrets.py")
+    script = runpy.run_path(str(INFRA / "make_secrets.py"))
     assert set(script["MADE"]) | set(script["ASKED"]) == set(COMPOSE["secrets"])
     folder = tmp_path / "secrets"
     with pytest.raises(SystemExit, match="git_token"):
@@ -144,9 +138,8 @@ def test_secrets_are_filled_in_quoted_in_addresses_and_refused_when_missing(tmp_
 
     def run(*arguments: str, **values: str) -> "subprocess.CompletedProcess[str]":
         environment = {"RETUNE_SECRETS": str(tmp_path), "A": "", "B": "", **values}
-        return subprocess.run(
-            [sys.executable, "-S", script, *arguments], env=environment, capture_output=True, text=True
-        )
+        command = [sys.executable, "-S", script, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     template = f"{tmp_path / 't.ini'}:{tmp_path / 'out.ini'}"
     done = run(template, "--", sys.executable, "-c", show, A="{secret:pw}", B="redis://:{secret:pw}@r/1")
@@ -163,9 +156,7 @@ def commands() -> list[list[str]]:
     commands = [service["command"] for service in SERVICES.values() if service.get("command", [""])[0] == "prefect"]
     line = re.search(r"exec (prefect worker start .*)", (INFRA / "docker" / "worker.sh").read_text())
     assert line is not None
-    commands.append(
-        line[1].replace('"$pool"', "gpu").replace('"$pool-$(hostname)"', "gpu-host").replace(' "$@"', "").split()
-    )
+    commands.append(re.sub(r'"\$pool[^"]*"', "gpu", line[1]).replace(' "$@"', "").split())
     kubernetes = YAML(typ="safe").load((INFRA / "kubernetes" / "worker.yaml").read_text())
     return [*commands, kubernetes["spec"]["template"]["spec"]["containers"][0]["args"]]
 
@@ -188,35 +179,28 @@ def test_the_locked_mlflow_takes_its_command() -> None:
     assert chosen["app_name"] == "basic-auth" and "mlflow:5000" in chosen["allowed_hosts"].split(",")
 
 
-def settings_of_prefect() -> set[str]:
+def test_every_prefect_variable_is_a_setting_of_the_locked_prefect() -> None:
     from prefect.settings.legacy import _get_settings_fields
     from prefect.settings.models.root import Settings
     from prefect_redis.client import RedisMessagingSettings
 
-    ours = {f"PREFECT_REDIS_MESSAGING_{name}".upper() for name in RedisMessagingSettings.model_fields}
-    return ours | set(_get_settings_fields(Settings))
-
-
-def test_every_prefect_variable_is_a_setting_of_the_locked_prefect() -> None:
     used = {key for service in SERVICES.values() for key in service.get("environment", {}) if key[:8] == "PREFECT_"}
     for dockerfile in (INFRA / "docker").glob("*.Dockerfile"):
         used |= set(re.findall(r"\b(PREFECT_[A-Z_]+)=", dockerfile.read_text()))
-    assert used - settings_of_prefect() == set()
+    redis = {f"PREFECT_REDIS_MESSAGING_{name}".upper() for name in RedisMessagingSettings.model_fields}
+    assert used - redis - set(_get_settings_fields(Settings)) == set()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_an_image_is_clean_by_hadolint_from_the_lock_and_starts_its_pool(kind: str) -> None:
     path = INFRA / "docker" / f"{kind}.Dockerfile"
-    done = subprocess.run(
-        [Path(sys.executable).parent / "hadolint", "--failure-threshold", "style", path], capture_output=True, text=True
-    )
+    command = [Path(sys.executable).parent / "hadolint", "--failure-threshold", "style", path]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     text = path.read_text()
     assert "pip install --no-cache-dir -r requirements.lock" in text
-    assert re.search(r"^USER 10001:10001$", text, re.MULTILINE) and re.search(
-        rf'^CMD \["{kind}"\]$', text, re.MULTILINE
-    )
-    assert re.search(r"^HEALTHCHECK ", text, re.MULTILINE)
+    for line in ("USER 10001:10001$", rf'CMD \["{kind}"\]$', "HEALTHCHECK "):
+        assert re.search(f"^{line}", text, re.MULTILINE), line
     assert SERVICES[f"{kind}-worker"]["build"]["dockerfile"] == f"infra/docker/{kind}.Dockerfile"
     assert SERVICES[f"{kind}-worker"]["user"] == "10001:10001" and SERVICES[f"{kind}-worker"]["command"][0] == kind
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().split("\n") if line.startswith("!")]

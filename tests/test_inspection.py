@@ -45,7 +45,7 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_prepared_row_is_shown_with_all_its_tokens_and_labels(dataset: Path) -> None:
+def test_a_prepared_row_is_shown_with_all_its_tokens_and_labels_or_with_its_reference(dataset: Path) -> None:
     [shown] = inspect_dataset(dataset, "train", 3, None, None, 1)
     assert shown.id is not None and inspect_dataset(dataset, "train", None, shown.id, None, 3) == [shown]
     record = pq.read_table(dataset / "train.parquet").slice(3, 1).to_pylist()[0]
@@ -54,9 +54,6 @@ def test_a_prepared_row_is_shown_with_all_its_tokens_and_labels(dataset: Path) -
     assert (shown.place, shown.id, shown.task, shown.length) == (
         "train row 3", record["id"], record["task"], len(record["input_ids"])
     )  # fmt: skip
-
-
-def test_a_test_row_is_shown_as_prompt_and_reference(dataset: Path) -> None:
     [shown] = inspect_dataset(dataset, "test", None, None, None, 1)
     record = pq.read_table(dataset / "test.parquet").slice(0, 1).to_pylist()[0]
     assert "".join(token.text for token in shown.tokens) == record["prompt"]

@@ -66,11 +66,10 @@ def promote(root: str) -> list[Any]:
 
 
 def training(root: str) -> int:
-    order = json.loads((Path(root) / "order.json").read_text())
-    params, folder = Params.model_validate(order["params"]), Path(root)
-    return train(
-        params.train, Path(order["dataset"]), folder / "adapter", folder / "checkpoints", tables=folder / "tables"
-    ).resumed_from_step
+    folder, order = Path(root), json.loads((Path(root) / "order.json").read_text())
+    outputs = (folder / name for name in ("adapter", "checkpoints"))
+    params = Params.model_validate(order["params"]).train
+    return train(params, Path(order["dataset"]), *outputs, tables=folder / "tables").resumed_from_step
 
 
 @dataclass(frozen=True)
@@ -251,11 +250,9 @@ def race(params: PublishParams, racers: int, rounds: int) -> dict[str, list[list
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     children = [subprocess.Popen([*command, str(me), str(rounds)], env=environment(), **pipes) for me in range(racers)]
     try:
+        assert [child.stdout.readline() for child in children] == ["ready\n"] * racers  # type: ignore[union-attr]
         for child in children:
-            assert child.stdout.readline() == "ready\n"  # type: ignore[union-attr]
-        for child in children:
-            child.stdin.write("go\n")  # type: ignore[union-attr]
-            child.stdin.flush()  # type: ignore[union-attr]
+            print("go", file=child.stdin, flush=True)
         attempts = {str(me): json.loads(child.communicate()[0]) for me, child in enumerate(children)}
     finally:
         for child in children:
@@ -265,9 +262,8 @@ def race(params: PublishParams, racers: int, rounds: int) -> dict[str, list[list
     for before, record in zip([None, *log], log, strict=False):
         assert record.previous == (before.version if before else None)  # it knew the champion that it replaced
     wins = {seen + 1: who for who, events in attempts.items() for _, _, seen, _, _, won in events if won}
-    assert wins == {
-        record.number: record.version for record in log
-    }  # no process believes in a promotion that is not in the log
+    # No process believes in a promotion that is not in the log.
+    assert wins == {record.number: record.version for record in log}
     lost = sum(not event[5] for events in attempts.values() for event in events)
     print(f"{rounds} promotions, {lost} attempts lost to another process")
     assert lost > 0

@@ -19,9 +19,13 @@ from conftest import with_
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
+from pipeline.chat.template import load_contract
 from pipeline.core.files import read_json
 from pipeline.core.memory import OutOfMemory
 from pipeline.params import Params
+from pipeline.scoring import generation
+from pipeline.scoring.generation import generate
+from pipeline.scoring.likelihood import sequence_losses
 from pipeline.train import TrainError, train
 from pipeline.training.checkpoints import identity, last_checkpoint, open_run
 from pipeline.training.watching import Interrupted, Watch
@@ -31,14 +35,16 @@ CHECKS = 11  # forward passes before the first step: isolation 2, row attention 
 
 
 @contextmanager
-def memory_for(tokens: int, after: int = 0, checkpointed: bool = False, backward: bool = False) -> Iterator[list[int]]:
-    """Limit forward passes after the first `after` ones to `tokens` tokens; yields the sizes of all passes.
+def memory_for(
+    tokens: int, after: int = 0, checkpointed: bool = False, backward: bool = False
+) -> Iterator[list[tuple[int, bool]]]:
+    """Limit forward passes after the first `after` ones to `tokens` tokens; yields size and checkpointing of all.
 
     Args:
         checkpointed: no limit with gradient checkpointing.
         backward: fail half-way through the backward pass instead.
     """
-    original_forward, sizes = LlamaModel.forward, []
+    original_forward, passes = LlamaModel.forward, list[tuple[int, bool]]()
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -48,8 +54,8 @@ def memory_for(tokens: int, after: int = 0, checkpointed: bool = False, backward
         hidden.register_hook(fail)
 
     def forward(self: Any, *arguments: Any, input_ids: torch.Tensor, **options: Any) -> Any:
-        sizes.append(input_ids.numel())
-        enough = input_ids.numel() <= tokens or len(sizes) <= after or (checkpointed and self.gradient_checkpointing)
+        passes.append((input_ids.numel(), self.gradient_checkpointing and self.training))
+        enough = input_ids.numel() <= tokens or len(passes) <= after or (checkpointed and self.gradient_checkpointing)
         if not enough and not backward:
             fail()
         if not enough:
@@ -59,7 +65,7 @@ def memory_for(tokens: int, after: int = 0, checkpointed: bool = False, backward
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaModel, "forward", forward)
-        yield sizes
+        yield passes
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,6 @@ def trained(params: Params, dataset: Path, folder: Path) -> tuple[dict[str, torc
 
 @pytest.fixture(scope="module")
 def unlimited(tmp_path_factory: pytest.TempPathFactory, few: Params, dataset: Path) -> dict[str, torch.Tensor]:
-    """The weights that training gives without a limit of memory."""
     torch.set_num_threads(1)
     weights, fallbacks = trained(few, dataset, tmp_path_factory.mktemp("unlimited"))
     assert fallbacks == []
@@ -93,9 +98,9 @@ def test_out_of_memory_takes_the_same_steps_in_smaller_pieces(
     tmp_path: Path, few: Params, dataset: Path, unlimited: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A step has 2 passes: this fails in step 2, half-way through the backward pass.
-    with memory_for(300, after=CHECKS + 2 + 1, backward=True) as sizes:
+    with memory_for(300, after=CHECKS + 2 + 1, backward=True) as passes:
         weights, fallbacks = trained(few, dataset, tmp_path)
-    assert max(sizes[CHECKS + 5 :]) <= 300
+    assert max(passes[CHECKS + 5 :])[0] <= 300
     assert (fallbacks[0]["step"], fallbacks[0]["pieces"]) == (2, 2)
     assert not fallbacks[-1]["gradient_checkpointing"]
     assert_close(weights, unlimited)
@@ -112,10 +117,8 @@ def test_gradient_checkpointing_is_the_last_fallback(
 
 
 def test_without_a_fallback_the_error_says_what_to_change(tmp_path: Path, few: Params, dataset: Path) -> None:
-    with (
-        memory_for(3, after=CHECKS),
-        pytest.raises(OutOfMemory, match=r"at step 1 with one row .* lower prepare.max_length"),
-    ):
+    advice = r"at step 1 with one row .* lower prepare.max_length"
+    with memory_for(3, after=CHECKS), pytest.raises(OutOfMemory, match=advice):
         trained(few, dataset, tmp_path)
 
 
@@ -131,16 +134,8 @@ def test_a_padded_batch_is_split_too(tmp_path: Path, few: Params, dataset: Path)
 def test_generation_and_likelihoods_halve_their_batch_when_memory_runs_out(
     dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.chat.template import load_contract
-    from pipeline.scoring import generation
-    from pipeline.scoring.generation import generate
-    from pipeline.scoring.likelihood import sequence_losses
-
     rows, real = list[int](), generation.SlotBatch
-    monkeypatch.setattr(
-        generation, "SlotBatch", lambda model, size, *rest: rows.append(size) or real(model, size, *rest)
-    )
-
+    monkeypatch.setattr(generation, "SlotBatch", lambda model, *rest: rows.append(rest[0]) or real(model, *rest))
     contract = read_json(dataset / "contract.json")
     model, template = load_base(contract["model"], None), load_contract(contract)
     prompts = [ids[-12:] for ids in pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()[:10]]
@@ -161,10 +156,21 @@ def test_generation_and_likelihoods_halve_their_batch_when_memory_runs_out(
         sequence_losses(model, sequences, 0, "evaluate", "base")
 
 
-def test_the_error_about_an_infinite_loss_names_step_and_rows(tmp_path: Path, params: Params, dataset: Path) -> None:
-    wild = with_(params, train={"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0})
-    with pytest.raises(TrainError, match=r"is (nan|inf) at step \d+, whose batch is rows\.json:\[\d+\], "):
-        train(wild.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+@pytest.mark.parametrize(
+    ("settings", "message", "said"),
+    [
+        ({"learning_rate": 1e30, "max_grad_norm": 1e30}, r"is (nan|inf) at step \d+, whose batch is rows\.json:", ""),
+        ({"learning_rate": 1e-30, "max_steps": 12, "logging_steps": 1}, "the adapter did not change in 12 steps",
+         "have not changed after 10 steps"),
+    ],
+)  # fmt: skip
+def test_an_infinite_loss_and_an_adapter_that_does_not_change_are_refused_with_step_and_rows(
+    tmp_path: Path, params: Params, dataset: Path, capsys: Any, settings: dict[str, Any], message: str, said: str
+) -> None:
+    bad = with_(params, train={"warmup_ratio": 0.0} | settings)
+    with pytest.raises(TrainError, match=message):
+        train(bad.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert said in capsys.readouterr().out
 
 
 def test_a_jump_of_the_loss_stops_the_run(tmp_path: Path, params: Params, dataset: Path) -> None:
@@ -175,10 +181,8 @@ def test_a_jump_of_the_loss_stops_the_run(tmp_path: Path, params: Params, datase
     labels, bad = rows.column("labels").to_pylist(), range(7, len(rows), 40)
     for row in bad:
         labels[row] = [label if label == -100 else 390 for label in labels[row]]
-    index = rows.schema.get_field_index("labels")
-    pq.write_table(
-        rows.set_column(index, "labels", pa.array(labels, rows.schema.field(index).type)), broken / "train.parquet"
-    )
+    column = pa.array(labels, rows.schema.field("labels").type)
+    pq.write_table(rows.drop_columns("labels").append_column("labels", column), broken / "train.parquet")
     with pytest.raises(TrainError, match=r"train\.max_loss_rise \(0\.5\) at step \d+, whose batch is") as caught:
         train(steady.train, broken, tmp_path / "adapter", tmp_path / "checkpoints")
     sources, named = rows.column("source").to_pylist(), str(caught.value).split("whose batch is ")[1]
@@ -231,15 +235,6 @@ def test_the_change_of_a_module_is_estimated_from_a_sample_of_its_weights(params
     assert watch.changes(model) == {"large": pytest.approx(float(change.norm()), rel=0.02), "still": 0}
 
 
-def test_an_adapter_that_does_not_change_is_reported_and_refused(
-    tmp_path: Path, params: Params, dataset: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    still = with_(params, train={"learning_rate": 1e-30, "max_steps": 12, "logging_steps": 1, "warmup_ratio": 0.0})
-    with pytest.raises(TrainError, match="the adapter did not change in 12 steps"):
-        train(still.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
-    assert "have not changed after 10 steps" in capsys.readouterr().out
-
-
 def test_a_frozen_layer_that_passes_no_gradient_is_refused(
     tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,17 +256,8 @@ def test_the_gradient_check_uses_one_short_row_and_the_checkpointing_of_the_trai
     tmp_path: Path, few: Params, dataset: Path
 ) -> None:
     shortest = min(map(len, pq.read_table(dataset / "train.parquet").column("input_ids").to_pylist()))
-    passes = []  # (tokens, with gradient checkpointing)
-    original_forward = LlamaModel.forward
-
-    def forward(self: Any, *arguments: Any, input_ids: torch.Tensor, **options: Any) -> Any:
-        passes.append((input_ids.numel(), self.gradient_checkpointing and self.training))
-        return original_forward(self, *arguments, input_ids=input_ids, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaModel, "forward", forward)
-        short = with_(few, train={"gradient_checkpointing": True, "max_steps": 1})
-        train(short.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+    with memory_for(10**9) as passes:
+        trained(with_(few, train={"gradient_checkpointing": True, "max_steps": 1}), dataset, tmp_path)
     assert passes[CHECKS - 1] == (shortest, True)
     assert all(length > shortest for length, _ in passes[CHECKS : CHECKS + 2])
 

@@ -1,4 +1,4 @@
-"""The manifest: its content, and the schema that is checked when it is written and read."""
+"""The manifest: its content and schema; the state of the code in it, and the commit that a promoted run becomes."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from versions import parameters, published
 from pipeline import publish
 from pipeline.core import graph, timings
 from pipeline.core.files import sha256_file, write_json
-from pipeline.core.git import changes, state
+from pipeline.core.git import GitError, changes, record_version, state
 from pipeline.params import Params
 from pipeline.registry import manifest as manifests
 from pipeline.registry.artifact_store import FileStore, StoreError
@@ -56,12 +56,11 @@ def test_a_manifest_has_the_versions_files_and_lineage(manifest: Manifest, shipp
     assert {"README.md", "MLmodel", "components/tokenizer/tokenizer.json"} <= set(manifest["files"])
 
 
-def test_files_that_a_run_writes_do_not_make_the_code_dirty(tmp_path: Path) -> None:
-    (tmp_path / ".dvc").mkdir()
-    for name in ("dvc.lock", ".dvc/init_adapter.json", "params.yaml"):
-        (tmp_path / name).write_text("before")
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
-        git(tmp_path, *command)
+def test_files_that_a_run_writes_do_not_make_the_code_dirty(clone: Path) -> None:
+    (clone / ".dvc").mkdir()
+    (clone / ".dvc" / "init_adapter.json").write_text("before")
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "more")
     for name, text, changed in (
         ("dvc.lock", "written by a run", []),
         (".dvc/init_adapter.json", "written by a run", []),
@@ -69,10 +68,10 @@ def test_files_that_a_run_writes_do_not_make_the_code_dirty(tmp_path: Path) -> N
         ("pipeline/new.py", "", ["pipeline/new.py"]),
         ("params.yaml", "evaluate: {general: {path: ./rows.csv}}", ["params.yaml", "pipeline/new.py", "rows.csv"]),
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-        assert sorted(changes(tmp_path, manifests.WRITTEN_BY_RUNS)) == changed
-        assert state(tmp_path, manifests.WRITTEN_BY_RUNS)["dirty"] == bool(changed)
+        (clone / name).parent.mkdir(exist_ok=True)
+        (clone / name).write_text(text)
+        assert sorted(changes(clone, manifests.WRITTEN_BY_RUNS)) == changed
+        assert state(clone, manifests.WRITTEN_BY_RUNS)["dirty"] == bool(changed)
 
 
 def test_publishing_again_restores_an_object_that_the_store_lost(
@@ -170,3 +169,38 @@ def test_the_hub_can_read_the_model_card(manifest: Manifest, shipped: tuple[Path
     assert "accuracy" in card.text and "macro_f1" not in card.text  # no item of the workspace is a classification
     base = {"name_or_path": "Qwen/Qwen2.5-0.5B", "revision": "a" * 40, "digest": "a" * 40}
     assert ModelCard(model_card(manifest | {"base_model": base})).data.base_model == "Qwen/Qwen2.5-0.5B"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    git(tmp_path, "init", "-q", "-b", "main")
+    for name in ("data.dvc", "dvc.lock", "params.yaml"):
+        (tmp_path / name).write_text("first\n")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "start")
+    return tmp_path
+
+
+def test_each_champion_is_a_commit_of_its_run_and_a_tag_and_the_checkout_stays(clone: Path) -> None:
+    head = git(clone, "rev-parse", "HEAD")
+    (clone / "dvc.lock").write_text("second\n")
+    (clone / "params.yaml").write_text("changed\n")
+    first = record_version("retune/champions", "model", "abc", "1", clone)
+    assert [git(clone, "show", f"model/v1:{name}") for name in ("dvc.lock", "params.yaml")] == ["second", "changed"]
+    assert (git(clone, "rev-parse", "HEAD"), git(clone, "branch", "--show-current")) == (head, "main")
+    assert git(clone, "status", "--porcelain").split() == ["M", "dvc.lock", "M", "params.yaml"]
+    assert record_version("retune/champions", "model", "abc", "1", clone) == first
+    git(clone, "commit", "-qam", "by hand")
+    (clone / "dvc.lock").write_text("third\n")
+    second = record_version("retune/champions", "model", "def", "2", clone)
+    assert git(clone, "rev-parse", "retune/champions") == second
+    assert {first, git(clone, "rev-parse", "HEAD")} < set(git(clone, "rev-list", second).split())
+
+
+def test_a_dirty_tree_or_the_checked_out_branch_is_refused(clone: Path) -> None:
+    with pytest.raises(GitError, match="which is checked out"):
+        record_version("main", "model", "abc", "1", clone)
+    (clone / "dvc.yaml").write_text("changed\n")
+    with pytest.raises(GitError, match=r"dvc\.yaml differ from HEAD"):
+        record_version("retune/champions", "model", "abc", "1", clone)
+    assert (git(clone, "tag"), git(clone, "branch", "--format=%(refname:short)")) == ("", "main")

@@ -1,4 +1,4 @@
-"""The local `evaluate` modules, loaded by path without a network, compared with the libraries they use."""
+"""Metrics compared with the libraries that they use; scores, intervals and paired comparisons on simulated data."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from rouge_score import rouge_scorer
 
 from pipeline.scoring.items import METRICS_FILE
 from pipeline.scoring.metrics import tokeniser_for
-from pipeline.scoring.resampling import corpus_score, metric_items
+from pipeline.scoring.resampling import Items, bootstrap_metrics, corpus_score, metric_items, paired_difference
 
 ALL = ("exact_match", "bleu", "chrf", "rouge", "accuracy")
 
@@ -114,12 +114,95 @@ def test_perplexity_weights_tokens_and_not_items_equally() -> None:
     assert corpus_score(metric_items(table, "perplexity")) == pytest.approx(math.exp(4 / 8))
 
 
-def test_the_score_of_a_resample_follows_from_the_counts_of_its_items(metrics: dict[str, Any]) -> None:
-    draw = random.Random(5)
-    words = ["The", "cat's", "sat", "on_it", "C-3PO", "3.14", "A.B.", "x=1;", ""]
-    for number in range(1, 30):
-        predictions, references = ([" ".join(draw.choices(words, k=9)) for _ in range(number)] for _ in "ab")
-        items = np.array(metrics["chrf"].compute(predictions=predictions, references=references)["items"], float)
-        chosen = draw.choices(range(number), k=number)
-        expected = sacrebleu.CHRF().corpus_score([predictions[i] for i in chosen], [[references[i] for i in chosen]])
-        assert corpus_score(items[chosen]) == pytest.approx(expected.score, abs=1e-9)
+WORDS = ["The", "cat's", "sat", "on_it", "C-3PO", "3.14", "A.B.", "x=1;", "a", "mat", ""]
+
+
+def corpus(seed: int) -> tuple[list[str], list[str]]:
+    """Predictions and references that share much, little or nothing; some too short for 4-grams, some empty."""
+    draw = random.Random(seed)
+    longest, overlap = draw.choice([2, 4, 12]), draw.choice([0.0, 0.5, 1.0])
+    references = [draw.choices(WORDS, k=draw.randint(0, longest)) for _ in range(draw.randint(1, 8))]
+    predictions = [[word if draw.random() < overlap else "x" for word in words] for words in references]
+    return [" ".join(words[draw.choice([0, 0, 2]) :]) for words in predictions], list(map(" ".join, references))
+
+
+def counts_of(metrics: dict[str, Any], name: str, seed: int) -> tuple[Items, list[str], list[str]]:
+    predictions, references = corpus(seed)
+    counts = metrics[name].compute(predictions=predictions, references=references)["items"]
+    return np.array(counts, float), predictions, references
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+def test_the_score_of_a_resample_follows_from_the_counts_of_its_items(metrics: dict[str, Any], name: str) -> None:
+    library = {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}[name]()
+    for seed in range(100):
+        items, predictions, references = counts_of(metrics, name, seed)
+        drawn = random.Random(seed).choices(range(len(items)), k=len(items))
+        expected = library.corpus_score([predictions[i] for i in drawn], [[references[i] for i in drawn]])
+        assert corpus_score(items[drawn]) == pytest.approx(expected.score, abs=1e-9), f"seed {seed}"
+
+
+def test_each_resample_is_scored_as_if_it_were_the_test_set(metrics: dict[str, Any]) -> None:
+    items = np.concatenate([counts_of(metrics, "bleu", seed)[0] for seed in range(20)])
+    score = bootstrap_metrics({"": items}, np.arange(len(items)), 400, seed=3)[""]
+    draw = np.random.default_rng(3).multinomial(len(items), np.full(len(items), 1 / len(items)), 400)
+    scores = [corpus_score(np.repeat(items, counts, axis=0)) for counts in draw]
+    assert score is not None
+    assert (score["low"], score["high"]) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+
+
+def test_the_interval_covers_the_truth_about_95_percent_of_the_time() -> None:
+    covered = 0
+    for seed in range(300):
+        items = (np.random.default_rng(seed).random(150) < 0.6).astype(float)
+        score = bootstrap_metrics({"": items}, np.arange(150), 300, seed)[""]
+        covered += score is not None and score["low"] <= 0.6 <= score["high"]
+    assert 0.91 <= covered / 300 <= 0.98
+
+
+def test_items_that_do_not_count_change_nothing() -> None:
+    table = pa.table({"accuracy": pa.array([1.0, None, 0.0, 1.0, None])})
+    items = metric_items(table, "accuracy")
+    counting = np.array([1.0, 0.0, 1.0])
+    assert corpus_score(items) == corpus_score(counting) == pytest.approx(2 / 3)
+    other = np.array([0.0, np.nan, 0.0, 1.0, np.nan])
+    expected = paired_difference(counting, np.array([0.0, 0.0, 1.0]), 200, seed=0)
+    assert paired_difference(items, other, 200, seed=0) == expected
+    nothing = np.array([np.nan, np.nan])
+    score = paired_difference(nothing, nothing, 100, 0)
+    assert np.isnan(list(score.values())).all()
+    assert bootstrap_metrics({"": nothing}, np.arange(2), 100, 0) == {"": None}
+
+
+def test_a_system_never_differs_from_itself_and_pairing_cancels_the_effect_of_hard_items(
+    metrics: dict[str, Any],
+) -> None:
+    hardness = np.random.default_rng(0).random(200)
+    for items in (hardness, counts_of(metrics, "bleu", 7)[0]):
+        assert paired_difference(items, items.copy(), 500, seed=0) == {"score": 0.0, "low": 0.0, "high": 0.0}
+    better = paired_difference(hardness + 0.01, hardness, 300, seed=0)
+    assert (better["low"], better["high"]) == pytest.approx((0.01, 0.01))
+
+
+def test_systems_that_scored_different_items_are_not_compared() -> None:
+    holes = np.array([1.0, np.nan])
+    for a, b in ((np.ones(3), np.ones(4)), (np.ones(3), np.ones((3, 10))), (holes, holes[::-1])):
+        with pytest.raises(ValueError, match=r"\(3,\)|\(2,\)"):
+            paired_difference(a, b, 100, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "quality", "at_least", "at_most"),
+    [(1, 0.5, 0.0, 0.05), (10, 0.5, 0.0, 0.09), (1, 0.9, 0.9, 1.0)],
+    ids=["equal", "equal, in groups of ten", "better"],
+)
+def test_a_better_system_is_recognised_and_an_equal_one_rarely(
+    group_size: int, quality: float, at_least: float, at_most: float
+) -> None:
+    draw = np.random.default_rng(3)
+    groups = np.repeat(np.arange(40), group_size)
+    wins = 0
+    for simulation in range(200):
+        a, b = (np.repeat(draw.random(40) < right, group_size).astype(float) for right in (quality, 0.5))
+        wins += paired_difference(a, b, 300, simulation, groups)["low"] > 0
+    assert at_least <= wins / 200 <= at_most

@@ -39,48 +39,34 @@ def changed(tmp_path: Path, key: str, new: str) -> tuple[Path, int]:
         ("  optim: sgd", "train.optim is 'sgd'; .*'adamw_torch' or 'paged_adamw_8bit'"),
         ("  lora_dropout: 1.0", "train.lora_dropout is 1.0; .*less than 1"),
         ("  model_revision: main", "prepare.model_revision is 'main'; .*commit"),
-        ("  artifact_store: ftp://b", "publish.artifact_store is 'ftp://b'; .*file"),
+        ("  artifact_store: ftp://b", "publish.artifact_store is 'ftp://b'; .*(s3://.*file://|file://.*s3://)"),
+        ("  tracking_uri: mlruns", "publish.tracking_uri is 'mlruns'; .*sqlite:///.*https"),
+        ("  registered_model_name: a b", "publish.registered_model_name is 'a b'; .*64 letters"),
+        ("  git_branch: a b", "operations.git_branch is 'a b'; .*branch"),
+        ("  webhooks: [https://x]", r"promote.webhooks is \['https://x'\]; .*environment variables"),
         ("  server_side_encryption: aws", "publish.server_side_encryption is 'aws'; .*'AES256' or 'aws:kms'"),
         ("    bleu: -1.0", r"promote\.guard_metrics\.bleu is -1.0; .*greater than 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_key_file_and_line(tmp_path: Path, new: str, sentence: str) -> None:
     path, line = changed(tmp_path, new.strip().split(":")[0], new)
-    with pytest.raises(ParamsError, match=rf"^{sentence}.* \({re.escape(str(path))}, line {line}\)$"):
+    with pytest.raises(ParamsError, match=rf"^{sentence}.* \({re.escape(str(path))}, line {line}\)$") as error:
         load_params(path)
-
-
-@pytest.mark.parametrize(
-    ("key", "new", "words"),
-    [
-        ("artifact_store", "  artifact_store: ftp://b", ["artifact_store is 'ftp://b'", "s3://", "file://"]),
-        ("tracking_uri", "  tracking_uri: mlruns", ["tracking_uri is 'mlruns'", "sqlite:///", "https"]),
-        ("registered_model_name", "  registered_model_name: a b", ["registered_model_name is 'a b'", "64 letters"]),
-        ("git_branch", "  git_branch: a b", ["git_branch is 'a b'", "branch"]),
-        ("webhooks", "  webhooks: [https://x]", ["webhooks is ['https://x']", "environment variables"]),
-        ("bleu", "    blue: 5.0", ["guard_metrics has the key blue", "'bleu'"]),
-    ],
-)
-def test_an_error_says_what_is_expected_in_words(tmp_path: Path, key: str, new: str, words: list[str]) -> None:
-    with pytest.raises(ParamsError) as error:
-        load_params(changed(tmp_path, key, new)[0])
-    assert [word for word in [*words, "params.yaml, line "] if word not in str(error.value)] == []
-    assert "^" not in str(error.value) and "is 5.0" not in str(error.value)
+    assert "^" not in str(error.value)  # what is expected is said in words
 
 
 def test_an_unknown_key_is_named_with_file_and_line(tmp_path: Path) -> None:
     path, line = changed(tmp_path, "lora_r", "  lora_rank: 16")
+    section = PROJECT.read_text().split("\n").index("train:") + 1
     with pytest.raises(ParamsError) as error:
         load_params(path)
     assert str(error.value).split("\n") == [
         f"train.lora_rank is not a parameter ({path}, line {line}); did you mean lora_r?",
-        f"train.lora_r is missing ({path}, line {section_line('train')}); no parameter has a default, "
+        f"train.lora_r is missing ({path}, line {section}); no parameter has a default, "
         "copy it from the project's params.yaml",
     ]
-
-
-def section_line(name: str) -> int:
-    return PROJECT.read_text().split("\n").index(f"{name}:") + 1
+    with pytest.raises(ParamsError, match=r"guard_metrics has the key blue.*'bleu'.*params.yaml, line "):
+        load_params(changed(tmp_path, "bleu", "    blue: 5.0")[0])
 
 
 def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
@@ -150,9 +136,7 @@ def test_the_nearest_combination_that_works_is_accepted(sections: dict[str, dict
     assert isinstance(with_(load_params(PROJECT), **sections), Params)
 
 
-def test_every_parameter_that_does_not_fit_the_task_is_named_and_the_preset_that_sets_them(
-    tmp_path: Path,
-) -> None:
+def test_every_parameter_that_does_not_fit_the_task_is_named_and_the_preset_that_sets_them(tmp_path: Path) -> None:
     text = PROJECT.read_text()
     for old, new in (("task: causal-lm", "task: sequence-classification"), ("method: qlora", "method: prompt"),
                      ("on_overlong: drop", "on_overlong: split"), ("prompts: []", "prompts: [Why?]"),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import with_
 from peft import LoraConfig, get_peft_model
-from test_train import identity
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.chat.template import local_source
 from pipeline.core.files import WORK_DIR, read_json
 from pipeline.evaluate import evaluate
 from pipeline.merge import merge
@@ -48,9 +48,9 @@ def offload_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_4_bit_base_has_the_same_weights_wherever_it_is_placed(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: str
 ) -> None:
-    expected = load_adapter(load_base(identity(base), NF4), adapter)
+    expected = load_adapter(load_base(local_source(base), NF4), adapter)
     monkeypatch.setenv("RETUNE_MAX_MEMORY", limit)
-    model = load_tuned(identity(base), NF4, adapter)
+    model = load_tuned(local_source(base), NF4, adapter)
     assert in_4_bits(model) == (limit == IN_4_BITS)
     assert ("disk" in getattr(model, "hf_device_map", {}).values()) == (limit == ON_DISK)
     output = capsys.readouterr().err
@@ -72,10 +72,10 @@ def test_an_offloaded_models_folder_is_removed_with_the_model(
         tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
-    expected = load_for_scoring(identity(tmp_path / "base"))
+    expected = load_for_scoring(local_source(tmp_path / "base"))
     (offload_folder / "99999999-0").mkdir(parents=True)  # of a process that was killed
     monkeypatch.setenv("RETUNE_MAX_MEMORY", "cpu=300KiB")
-    model = load_for_scoring(identity(tmp_path / "base"))
+    model = load_for_scoring(local_source(tmp_path / "base"))
     assert {"cpu", "disk"} == set(model.hf_device_map.values())
     torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=0)
     (folder,) = offload_folder.iterdir()
@@ -139,10 +139,10 @@ def test_a_limit_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch,
 
 def test_dora_needs_the_whole_base_in_memory(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", use_dora=True)
-    get_peft_model(load_base(identity(base)), dora).save_pretrained(tmp_path / "adapter")
+    get_peft_model(load_base(local_source(base)), dora).save_pretrained(tmp_path / "adapter")
     monkeypatch.setenv("RETUNE_MAX_MEMORY", ON_DISK)
     with pytest.raises(ModelError, match="use_dora"):
-        load_tuned(identity(base), NF4, tmp_path / "adapter")
+        load_tuned(local_source(base), NF4, tmp_path / "adapter")
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_reported_once(

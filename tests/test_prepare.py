@@ -57,10 +57,6 @@ def groups_in(split: str, params: Params) -> list[str]:
     return [group for group in (f"g{i}" for i in range(200)) if assign_split(group, params.prepare) == split]
 
 
-def group_in(split: str, params: Params) -> str:
-    return groups_in(split, params)[0]
-
-
 def ask(question: str, answer: str, **columns: Any) -> dict[str, Any]:
     return {"instruction": question, "input": "", "output": answer} | columns
 
@@ -95,7 +91,7 @@ def test_added_rows_change_neither_the_split_of_a_row_nor_the_test_split(params:
     _, output = run(params, tmp_path, rows)
     before, test_before = splits_by(output, "id"), pq.read_table(output / "test.parquet").drop_columns("source")
     digest = read_json(output / "report.json")["test_sha256"]
-    more = [row | {"group": group_in("train", params)} for row in varied_rows(50, seed=5)]
+    more = [row | {"group": groups_in("train", params)[0]} for row in varied_rows(50, seed=5)]
     random.Random(6).shuffle(rows)
     run(params, tmp_path, [*more, *rows])
     after = splits_by(output, "id")
@@ -161,7 +157,7 @@ LIGHTHOUSE = "The old lighthouse keeper climbed all the narrow steps each evenin
 
 
 def test_a_copy_of_a_row_or_of_a_test_row_is_dropped_with_its_original(params: Params, tmp_path: Path) -> None:
-    test, train, validation = (group_in(split, params) for split in ("test", "train", "validation"))
+    test, train, validation = (groups_in(split, params)[0] for split in ("test", "train", "validation"))
     rows = varied_rows(100)
     cases = [
         (ask("What is the secret?", "one", group=test), None, None),
@@ -190,24 +186,14 @@ def test_a_copy_of_a_row_or_of_a_test_row_is_dropped_with_its_original(params: P
 
 def test_every_row_is_kept_or_dropped_with_a_reason(params: Params, tmp_path: Path) -> None:
     broken: list[Any] = [
-        None,
-        {},
-        ask("q", ""),
-        ask("q", "a <|im_end|>"),
-        ask("long", "word " * 200),
-        ask("half", "\ud83d"),
-        ask("not a number", "a") | {"input": float("nan")},
-        sample_rows(1)[0],
-    ]
-    result, output = run(
-        params, tmp_path, [*sample_rows(100), *broken], max_dropped_fraction=0.5, on_control_tokens="drop"
-    )
-    report = read_json(output / "report.json")
-    assert report["rows_in"] == 108 == sum(result.rows.values()) + sum(result.dropped.values())
-    assert [d["source"] for d in sorted(dropped(output), key=lambda d: d["source"])] == [
-        f"rows.json:[{i}]" for i in range(100, 108)
-    ]
-    assert all(d["reason"] in result.dropped for d in dropped(output))
+        None, {}, ask("q", ""), ask("q", "a <|im_end|>"), ask("long", "word " * 200), ask("half", "\ud83d"),
+        ask("not a number", "a") | {"input": float("nan")}, sample_rows(1)[0],
+    ]  # fmt: skip
+    settings = {"max_dropped_fraction": 0.5, "on_control_tokens": "drop"}
+    result, output = run(params, tmp_path, [*sample_rows(100), *broken], **settings)
+    assert read_json(output / "report.json")["rows_in"] == 108 == sum((result.rows | result.dropped).values())
+    assert sorted(row["source"] for row in dropped(output)) == [f"rows.json:[{i}]" for i in range(100, 108)]
+    assert all(row["reason"] in result.dropped for row in dropped(output))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +259,7 @@ def test_the_scoring_of_rows_without_one_depends_on_their_answers(
 
 
 def test_the_parameter_and_the_scoring_of_a_row_override_the_choice(params: Params, tmp_path: Path) -> None:
-    test = group_in("test", params)
+    test = groups_in("test", params)[0]
     rows = [*sample_rows(100), ask("own", "red", group=test, task="o", scoring="text")]
     for default in ("text", "exact"):
         result, output = run(params, tmp_path, rows, default_scoring=default)
@@ -341,7 +327,7 @@ def test_a_long_conversation_is_split_between_exchanges_and_every_answer_is_trai
     params: Params, tmp_path: Path
 ) -> None:
     [long] = talks(*(f"{name}{i} said once" for i in range(12) for name in ("question", "answer")), number=1)
-    rows = [long | {"group": group_in("train", params)}, *talks("question", "answer", number=100)]
+    rows = [long | {"group": groups_in("train", params)[0]}, *talks("question", "answer", number=100)]
     _, output = run(params, tmp_path, rows, on_overlong="split")
     tokenizer = load_contract(read_json(output / "contract.json")).tokenizer
     trained = [

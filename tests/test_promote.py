@@ -1,18 +1,17 @@
 """Decisions: by the gate and by people, with their reasons, aliases and webhooks."""
 
-import http.server
 import json
 import os
 import pty
 import shutil
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import preloaded
 import pytest
 from conftest import environment, once, with_, write_params
+from local_servers import posted_to
 from test_signature import make_key
 from versions import ITEMS, parameters, promote_version, published, records, registry_lost
 
@@ -285,26 +284,14 @@ def test_a_proposal_expires_when_the_champion_changes(tmp_path: Path, manual: Pa
 def test_decisions_are_sent_to_webhooks_and_a_failure_is_a_warning_without_the_secret_url(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests: list[Any] = []
-
-    class Hook(http.server.BaseHTTPRequestHandler):
-        """Records requests; answers with the status in their path."""
-
-        def do_POST(self) -> None:
-            requests.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            self.send_response(int(self.path.rsplit("/", 1)[1]))
-            self.send_header("Location", "/elsewhere/200")
-            self.end_headers()
-
-    monkeypatch.setattr(Hook, "log_message", lambda *_: None)
     reasons = {"BROKEN": "status 500", "MOVED": "status 302", "DEAD": "cannot be reached", "FILE": "not an http"}
     reasons |= {"UNSET": "not set"}
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url, dead = f"http://127.0.0.1:{server.server_port}/secret-token", "http://127.0.0.1:9/secret-token"
-        urls = {"TEAM": f"{url}/200", "BROKEN": f"{url}/500", "MOVED": f"{url}/302", "FILE": "file:///etc/passwd"}
-        for name, address in (urls | {"DEAD": dead}).items():
-            monkeypatch.setenv(f"{name}_HOOK", address)
+    with posted_to(lambda request: int(request.path.rsplit("/", 1)[1])) as (address, posts):
+        urls = {
+            name: f"{address}/secret-token/{code}" for name, code in (("TEAM", 200), ("BROKEN", 500), ("MOVED", 302))
+        }
+        for name, url in (urls | {"FILE": "file:///etc/passwd", "DEAD": "http://127.0.0.1:9/secret-token"}).items():
+            monkeypatch.setenv(f"{name}_HOOK", url)
         hooked = with_(params, promote={"webhooks": [f"{name}_HOOK" for name in (*reasons, "TEAM")]})
         version = published(tmp_path, hooked, 0.5)
         decision = promote_version(tmp_path, hooked)
@@ -312,15 +299,14 @@ def test_decisions_are_sent_to_webhooks_and_a_failure_is_a_warning_without_the_s
         for (name, reason), warning in zip(reasons.items(), decision.warnings, strict=True):
             assert name in warning and reason in warning
         assert "secret-token" not in json.dumps([decision.warnings, records(tmp_path)])
-        assert [path for path, _ in requests] == [f"/secret-token/{status}" for status in (500, 302, 200)]
+        assert [status for status, _ in posts] == [500, 302, 200]
         team = with_(params, promote={"webhooks": ["TEAM_HOOK"]})
         for quality in (0.4, 0.6):
             published(tmp_path, team, quality)
             assert promote_version(tmp_path, team).warnings == []
         promote.rollback(team.publish, team.promote, root=tmp_path)
-        server.shutdown()
-    assert [body["decision"] for _, body in requests[2:]] == ["promoted", "refused", "promoted", "rollback"]
-    assert [body for _, body in requests[2:]] == [{"model": NAME} | record for record in records(tmp_path)]
+    assert [body["decision"] for _, body in posts[2:]] == ["promoted", "refused", "promoted", "rollback"]
+    assert [body for _, body in posts[2:]] == [{"model": NAME} | record for record in records(tmp_path)]
 
 
 def test_the_slower_of_two_promotions_decides_again_against_the_new_champion(

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from chats import FOLDER, talk
-from conftest import ROOT, environment, make_project, retune, tiny, with_
+from conftest import COLOURS, ROOT, environment, make_project, retune, tiny, with_
+from test_methods import LATENT
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,9 +36,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048}
-LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16}
-LATENT |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1, "moe_intermediate_size": 64}
-LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 # For each package: configuration class, its settings, and changes of parameters.
 MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any], dict[str, dict[str, Any]]]] = {
     "llama2": (LlamaConfig, {}, {"prepare": {"chat_template": "llama2"}}),  # no pad token, no template
@@ -47,7 +45,6 @@ MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any], dict[str, dict[s
     "deepseek_v3": (DeepseekV3Config, LATENT, {}),  # its pad token is the one that ends a turn
     "gptoss": (GptOssConfig, {"num_local_experts": 4, "sliding_window": 16}, {"train": {"packing": False}}),
 }
-COLOURS = ["red", "blue", "green", "black"]
 
 
 def fetch_tokenizer(name: str, folder: Path) -> Path:

@@ -96,18 +96,15 @@ def test_a_secret_with_a_known_shape_is_hidden(text: str, shown: str) -> None:
         "token 5 of 7; tokens/s 2,159; password: none",
         "Qwen/Qwen2.5-0.5B-Instruct at 0123456789abcdef0123456789abcdef01234567",
         "time 10:30 user: me @home",
+        "falsely /srv/key.json 1",  # the values of settings
     ],
 )
-def test_ordinary_text_is_unchanged(text: str) -> None:
-    assert redact(text) == text
-    assert not has_credentials(text)
-
-
-def test_settings_are_not_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ordinary_text_and_settings_are_unchanged(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     settings = {"TOKENIZERS_PARALLELISM": "falsely", "GOOGLE_CREDENTIALS_FILE": "/srv/key.json", "API_TOKEN": "1"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    assert redact("falsely /srv/key.json 1") == "falsely /srv/key.json 1"
+    assert redact(text) == text
+    assert not has_credentials(text)
 
 
 def test_an_error_keeps_its_class_without_secrets(planted: None) -> None:
@@ -171,9 +168,8 @@ def test_credentials_in_params_are_refused_without_being_printed(
     tmp_path: Path, section: str, key: str, value: Any
 ) -> None:
     path = params_with(tmp_path, section, key, value)
-    with pytest.raises(
-        ParamsError, match=rf"{section}\.{key}\S* holds a password or key .*line \d+.*environment"
-    ) as caught:
+    words = rf"{section}\.{key}\S* holds a password or key .*line \d+.*environment"
+    with pytest.raises(ParamsError, match=words) as caught:
         load_params(path)
     assert has_no_secret(str(caught.value))
 

@@ -39,15 +39,14 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server with its own artifact storage."""
-    folder, port = tmp_path_factory.mktemp("server"), str(free_port())
-    options = {
-        "--port": port,
-        "--workers": "1",
-        "--backend-store-uri": parameters(folder).publish.tracking_uri,
-        "--artifacts-destination": str(folder / "a"),
-    }
-    command = [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)]
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        parameters(folder).publish.tracking_uri,
+        "--artifacts-destination",
+        f"{folder}/a",
+    ]
     environ = environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
@@ -188,16 +187,9 @@ def test_a_lost_registry_is_filled_again_from_the_store_with_the_same_numbers(tm
 def test_a_version_in_s3_is_signed_verified_and_loaded_through_mlflow(tmp_path: Path, s3: str, mlflow_at: Any) -> None:
     """All commands on a real S3 server: publish, sign, verify, promote, download, gc and delete."""
     make_key(tmp_path / "key.pem")
-    params = parameters(
-        tmp_path,
-        artifact_store="s3://retune/registry",
-        endpoint_url=s3,
-        region_name="us-east-1",
-        addressing_style="path",
-        signing_key=str(tmp_path / "key.pem"),
-        verify_key=str(tmp_path / "key.pub"),
-        require_signature=True,
-    )
+    store = {"artifact_store": "s3://retune/registry", "endpoint_url": s3, "region_name": "us-east-1"}
+    keys = {"signing_key": str(tmp_path / "key.pem"), "verify_key": str(tmp_path / "key.pub")}
+    params = parameters(tmp_path, **store, **keys, addressing_style="path", require_signature=True)
     model = RegisteredModel(params.publish, tmp_path)
     first, second = published(tmp_path, params, 0.5), published(tmp_path, params, 0.6)
     assert [promote_version(tmp_path, params, version).decision for version in (first, second)] == ["promoted"] * 2

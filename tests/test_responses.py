@@ -52,21 +52,16 @@ def test_thinking_and_indentation_of_an_answer_are_kept_and_surrounding_space_is
     for content, thought in ((ANSWER, None), (code, None), (ANSWER, THOUGHT)):
         answer = {"role": "assistant", "content": content} | ({"reasoning_content": thought} if thought else {})
         prompt, written = written_by(template, answer)
-        reasoning = thought if thought and thought in written else None
-        assert parts(read(template, prompt, written)) == (
-            content if content in written else content.strip(),
-            reasoning,
-            [],
-        )
+        kept = content if content in written else content.strip()
+        assert parts(read(template, prompt, written)) == (kept, thought if thought and thought in written else None, [])
 
 
 @pytest.mark.parametrize("name", [name for name in [*TEMPLATES, *NAMED] if name not in NO_CALLS])
 def test_calls_are_read_with_their_arguments(name: str) -> None:
     template = template_of(name)
     two = [*CALLS, {"name": "get-forecast", "arguments": {"city": "Rome"}}]
-    for calls in (
-        [CALLS] if name in ("llama3_1", "llama3_2", "gptoss") else [CALLS, two]
-    ):  # some templates write only one
+    writes_one = name in ("llama3_1", "llama3_2", "gptoss")
+    for calls in [CALLS] if writes_one else [CALLS, two]:
         message = {"role": "assistant", "content": "", "tool_calls": as_calls(calls)}
         prompt, written = written_by(template, message, TOOLS)
         assert list(read(template, prompt, written, TOOLS).tool_calls) == calls

@@ -89,12 +89,8 @@ class Publishing:
         return S3Store(publish_params(f"s3://retune/{name}", **at))
 
     def _files(self, number: int) -> dict[str, Path]:
-        weights = random.Random(number).randbytes(self.size)
-        content = {
-            "adapter/loss.csv": b"," * number,
-            "merged/vocab.txt": b"same",
-            "parity/items.merged.parquet": weights,
-        }
+        content = {"adapter/loss.csv": b"," * number, "merged/vocab.txt": b"same"}
+        content |= {"parity/items.merged.parquet": random.Random(number).randbytes(self.size)}
         files = {name: Path(self.folder) / f"{number}-{name.replace('/', '-')}" for name in content}
         for name, path in files.items():
             if not path.exists():  # an upload refuses a file that is written meanwhile
@@ -235,10 +231,8 @@ def effect_of_kill(work: Work, proxy: FaultProxy, how: str, index: int) -> bool:
     name = work.fresh()
     plan(proxy, how, index)
 
-    def started(child: preloaded.Child) -> None:
-        proxy.on_kill = child.kill
-
-    assert preloaded.call(run_in_a_fork, type(work).__name__, asdict(work), name, started=started).killed
+    fork = (run_in_a_fork, type(work).__name__, asdict(work), name)
+    assert preloaded.call(*fork, started=lambda child: setattr(proxy, "on_kill", child.kill)).killed
     proxy.plan = lambda number, line: None
     effect = work.is_done(name)
     work.run(name)
@@ -263,9 +257,8 @@ def test_work_killed_at_any_request_is_lost_or_done_once(
     work: Work, proxy: FaultProxy, requests: int, how: str
 ) -> None:
     effects = [effect_of_kill(work, proxy, how, index) for index in range(requests)]
-    print(
-        f"killed at each of {requests} requests: {effects.count(False)} before, {effects.count(True)} after the effect"
-    )
+    before, after = effects.count(False), effects.count(True)
+    print(f"killed at each of {requests} requests: {before} before, {after} after the effect")
     assert effects == sorted(effects) and set(effects) == {False, True}
 
 

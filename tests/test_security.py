@@ -35,6 +35,8 @@ from pipeline.train import train
 from pipeline.training.checkpoints import last_checkpoint, seal
 from pipeline.weights.loading import load_adapter, load_base
 
+PROGRAMS, TENSORS, JSON = hostile.programs(Path(CANARY)), hostile.bad_safetensors(), hostile.bad_json()
+
 
 def part(cases: Iterable[Any], keep: int) -> list[Any]:
     """All cases; about `keep` of them, evenly spread, run by default, the others only in `make test-faults`."""
@@ -52,10 +54,6 @@ def refused(use: Callable[[], Any]) -> str | None:
             raise
         return str(error)
     return None
-
-
-def tree(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")} if folder.exists() else set()
 
 
 def changed(path: Path, **values: Any) -> None:
@@ -92,26 +90,23 @@ def version(store: FileStore, files: dict[str, bytes]) -> dict[str, Any]:
 def test_a_version_with_a_hostile_name_is_refused_and_nothing_of_it_is_fetched(tmp_path: Path, name: str) -> None:
     store = FileStore(tmp_path / "store")
     manifest = version(store, {"merged/config.json": b"{}", name: b"{}"})
-    before = tree(tmp_path)
+    before = {*tmp_path.rglob("*")}
     with watching(tmp_path), pytest.raises(UnsafeFileError, match="is not a file that versions ship"):
         fetch(store, manifest, manifest["files"], tmp_path / "target" / "folder")
-    assert tree(tmp_path) - before == {"secret.txt"}
+    assert {*tmp_path.rglob("*")} - before == {tmp_path / "secret.txt"}
 
 
 MLMODEL = {"python_function": {"loader_module": "mlflow.transformers"}, "transformers": {"code": None}}
+BAD_FLAVORS: list[dict[str, Any]] = [
+    {"python_function": {"loader_module": "os"}},
+    {"python_function": {"loader_module": "mlflow.transformers", "code": "code"}},
+    {"sklearn": {"pickled_model": "model.pkl"}},
+    {"transformers": {"code": "code"}},
+]
 BAD_CONTENTS: list[tuple[str, bytes]] = [
-    *(("merged/model.safetensors", data) for data in hostile.bad_safetensors().values()),
-    *(("merged/model.safetensors", data) for data in hostile.programs(Path(CANARY)).values()),
-    *(("merged/config.json", data) for data in hostile.bad_json().values()),
-    *(
-        ("MLmodel", json.dumps({"flavors": MLMODEL | flavors}).encode())
-        for flavors in (
-            {"python_function": {"loader_module": "os"}},
-            {"python_function": {"loader_module": "mlflow.transformers", "code": "code"}},
-            {"sklearn": {"pickled_model": "model.pkl"}},
-            {"transformers": {"code": "code"}},
-        )
-    ),
+    *(("merged/model.safetensors", data) for data in (TENSORS | PROGRAMS).values()),
+    *(("merged/config.json", data) for data in JSON.values()),
+    *(("MLmodel", json.dumps({"flavors": MLMODEL | flavors}).encode()) for flavors in BAD_FLAVORS),
 ]
 
 
@@ -121,7 +116,7 @@ def test_files_that_could_make_a_loader_do_more_are_refused_and_removed(tmp_path
     manifest = version(store, {name: data})
     with watching(tmp_path), pytest.raises(UnsafeFileError):
         fetch(store, manifest, [name], folder)
-    assert not [path for path in folder.rglob("*") if path.is_file()]
+    assert not [*folder.rglob("*.*")]
 
 
 def test_a_digest_is_checked_before_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +127,7 @@ def test_a_digest_is_checked_before_the_content(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("pipeline.registry.stores.check_file", lambda path: pytest.fail(f"{path} was looked at"))
     with pytest.raises(StoreError, match="was altered"):
         fetch(store, manifest, manifest["files"], tmp_path / "target")
-    assert not [path for path in (tmp_path / "target").rglob("*") if path.is_file()]
+    assert not [*(tmp_path / "target").rglob("*.*")]
 
 
 @pytest.mark.parametrize("linked", ["merged", "merged/config.json"])
@@ -142,10 +137,10 @@ def test_a_link_in_the_download_folder_is_not_followed(tmp_path: Path, linked: s
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "target" / linked
     link.parent.mkdir(parents=True)
-    link.symlink_to(tmp_path / "elsewhere" if "." not in linked else tmp_path / "elsewhere" / "file")
+    link.symlink_to(tmp_path / "elsewhere" / ("file" if "." in linked else ""))
     with watching(tmp_path), pytest.raises((UnsafeFileError, StoreError), match="is a link|outside of"):
         fetch(store, manifest, manifest["files"], tmp_path / "target")
-    assert tree(tmp_path / "elsewhere") == set()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -161,53 +156,33 @@ def test_only_links_into_content_addressed_caches_are_published(tmp_path: Path, 
 
 # --- a base model folder --------------------------------------------------------------------------------------------
 
-EVIL = "open({canary!r}, 'w')\nclass M: pass\nclass C: pass\nclass T: pass\n"
-Change = Callable[[Path], None]
+PICKLE, REMOVED = PROGRAMS["torch.save"], Path()
+EVIL = f"open({CANARY!r}, 'w')\nclass M: pass\nclass C: pass\nclass T: pass\n".encode()
+Change = dict[str, Any]  # by file: its bytes, new settings in its JSON, or the target of a link
+# Code that configurations name.
+MODULES = ("modeling_evil", "configuration_evil", "tokenization_evil", "custom_generate/generate")
+CODE: Change = {f"{module}.py": EVIL for module in MODULES}
 
 
-def config(name: str, **values: Any) -> Change:
-    return lambda folder: changed(folder / name, **values)
+def apply(change: Change, folder: Path) -> None:
+    for name, value in change.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(value, dict):
+            changed(path, **value)
+            continue
+        path.unlink(missing_ok=True)
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        elif value is not REMOVED:
+            path.symlink_to(value)
 
 
-def code(name: str, **values: Any) -> Change:
-    """A configuration that names code, and the code next to it."""
-
-    def change(folder: Path) -> None:
-        for module in ("modeling_evil", "configuration_evil", "tokenization_evil", "custom_generate/generate"):
-            (folder / module).parent.mkdir(exist_ok=True)
-            (folder / f"{module}.py").write_text(EVIL.format(canary=str(folder / CANARY)))
-        changed(folder / name, **values)
-
-    return change
-
-
-def bytes_of(name: str, kind: str, instead: bool = False) -> Change:
-    def change(folder: Path) -> None:
-        data = hostile.programs(folder / CANARY).get(kind) or hostile.bad_safetensors()[kind]
-        (folder / name).write_bytes(data)
-        if instead:
-            (folder / name.replace(name.rpartition(".")[2], "safetensors")).unlink(missing_ok=True)
-            (folder / "model.safetensors").unlink(missing_ok=True)
-
-    return change
-
-
-def index(shards: Any) -> Change:
-    def change(folder: Path) -> None:
-        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        (folder / "pytorch_model.bin").write_bytes(hostile.programs(folder / CANARY)["torch.save"])
-        (folder / "other.safetensors").write_bytes(hostile.safetensors({}, b""))
-        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": shards})
-
-    return change
-
-
-def link(name: str, target: str) -> Change:
-    def change(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(target.replace("SECRET", str(folder.parent / "secret.txt")))
-
-    return change
+def index(shard: str | None) -> Change:
+    weights = {"lm_head.weight": shard, "model.norm.weight": "other.safetensors"}
+    files = {"pytorch_model.bin": PICKLE, "other.safetensors": hostile.safetensors({}, b"")}
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weights}).encode()
+    return {"model.safetensors": REMOVED} | files
 
 
 MAPS = {
@@ -215,34 +190,34 @@ MAPS = {
     "remote": {"AutoConfig": "evil/repo--configuration_evil.C", "AutoModelForCausalLM": "evil/repo--modeling_evil.M"},
 }
 HOSTILE_BASES: dict[str, Change] = {
-    "a pickle instead of weights": bytes_of("pytorch_model.bin", "torch.save", instead=True),
-    **{f"{kind} as weights": bytes_of("model.safetensors", kind) for kind in ("pickle 4", "overlap", "huge header")},
-    **{
-        f"index to {shard!r}": index({"lm_head.weight": shard, "model.norm.weight": "other.safetensors"})
-        for shard in ("pytorch_model.bin", "../other/model.safetensors", None)
-    },
-    "quantised": config("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-    "pickled weights by name": config("config.json", transformers_weights="pytorch_model.bin"),
-    "kernel": config("config.json", _attn_implementation="evil/kernel"),
-    "kernel in a part": config("config.json", text_config={"experts_implementation": "evil/kernel:run"}),
-    "adapter inside": lambda folder: write_json(folder / "adapter_config.json", {"peft_type": "LORA"}),
-    "weights by link": link("model.safetensors", "/etc/passwd"),
-    "template by link": link("chat_template.jinja", "SECRET"),
-    "two readings": lambda folder: (folder / "config.json").write_bytes(hostile.bad_json()["repeated key"]) and None,
-    "a text instead of settings": lambda folder: (folder / "generation_config.json").write_text('"x"') and None,
-    "unknown model with code": code("config.json", model_type="evil", auto_map=MAPS["local"]),
-    "unknown model with code elsewhere": code("config.json", model_type="evil", auto_map=MAPS["remote"]),
+    "a pickle instead of weights": {"model.safetensors": REMOVED, "pytorch_model.bin": PICKLE},
+    "pickle 4 as weights": {"model.safetensors": PROGRAMS["pickle 4"]},
+    **{f"{kind} as weights": {"model.safetensors": TENSORS[kind]} for kind in ("overlap", "huge header")},
+    **{f"index to {shard!r}": index(shard) for shard in ("pytorch_model.bin", "../other/model.safetensors", None)},
+    "quantised": {"config.json": {"quantization_config": {"quant_method": "gptq", "bits": 4}}},
+    "pickled weights by name": {"config.json": {"transformers_weights": "pytorch_model.bin"}},
+    "kernel": {"config.json": {"_attn_implementation": "evil/kernel"}},
+    "kernel in a part": {"config.json": {"text_config": {"experts_implementation": "evil/kernel:run"}}},
+    "adapter inside": {"adapter_config.json": b'{"peft_type": "LORA"}'},
+    "weights by link": {"model.safetensors": Path("/etc/passwd")},
+    "template by link": {"chat_template.jinja": Path("../secret.txt")},
+    "two readings": {"config.json": JSON["repeated key"]},
+    "a text instead of settings": {"generation_config.json": b'"x"'},
+    "unknown model with code": CODE | {"config.json": {"model_type": "evil", "auto_map": MAPS["local"]}},
+    "unknown model with code elsewhere": CODE | {"config.json": {"model_type": "evil", "auto_map": MAPS["remote"]}},
 }
+TOKENIZER = {"auto_map": {"AutoTokenizer": ["tokenization_evil.T", None]}}
+ELSEWHERE = {"tokenizer_file": "../secret.txt", "chat_template_file": "/etc/passwd"}
 # Things that transformers ignores or never runs, and that honest repositories contain: these bases load.
 LOADED_BASES: dict[str, Change] = {
-    "pickles next to the weights": bytes_of("pytorch_model.bin", "torch.save"),
-    **{f"known model with code, {kind}": code("config.json", auto_map=value) for kind, value in MAPS.items()},
-    "tokenizer with code": code("tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.T", None]}),
-    "generation code": code("generation_config.json", custom_generate="evil/repo", trust_remote_code=True),
-    "pipelines": code("config.json", custom_pipelines={"text": {"impl": "modeling_evil.M", "pt": ["M"]}}),
-    "name elsewhere": config("config.json", _name_or_path="/etc", name_or_path="evil/repo"),
-    "files elsewhere": config("tokenizer_config.json", tokenizer_file="SECRET", chat_template_file="/etc/passwd"),
-    "attention by name": config("config.json", _attn_implementation="sdpa", quantization_config=None),
+    "pickles next to the weights": {"pytorch_model.bin": PICKLE},
+    **{f"known model with code, {kind}": CODE | {"config.json": {"auto_map": map_}} for kind, map_ in MAPS.items()},
+    "tokenizer with code": CODE | {"tokenizer_config.json": TOKENIZER},
+    "generation code": CODE | {"generation_config.json": {"custom_generate": "evil/repo", "trust_remote_code": True}},
+    "pipelines": CODE | {"config.json": {"custom_pipelines": {"text": {"impl": "modeling_evil.M", "pt": ["M"]}}}},
+    "name elsewhere": {"config.json": {"_name_or_path": "/etc", "name_or_path": "evil/repo"}},
+    "files elsewhere": {"tokenizer_config.json": ELSEWHERE},
+    "attention by name": {"config.json": {"_attn_implementation": "sdpa", "quantization_config": None}},
 }
 
 
@@ -263,7 +238,7 @@ def test_a_hostile_base_model_is_refused_and_nothing_of_it_runs(
     tmp_path: Path, base: Path, params: Params, name: str
 ) -> None:
     shutil.copytree(base, tmp_path / "base")
-    HOSTILE_BASES[name](tmp_path / "base")
+    apply(HOSTILE_BASES[name], tmp_path / "base")
     with watching(tmp_path):
         assert used(tmp_path / "base", params) is not None
 
@@ -274,32 +249,35 @@ def test_what_loaders_ignore_in_a_base_model_never_runs_and_nobody_is_asked(
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to trust it"))
     shutil.copytree(base, tmp_path / "base")
-    LOADED_BASES[name](tmp_path / "base")
+    apply(LOADED_BASES[name], tmp_path / "base")
     with watching(tmp_path):
         assert used(tmp_path / "base", params) is None
 
 
-def test_a_sharded_base_linked_from_the_hubs_cache_is_loaded(tmp_path: Path, base: Path, params: Params) -> None:
-    whole = shutil.copytree(base, tmp_path / "whole", ignore=shutil.ignore_patterns("*.safetensors"))
-    load_base(local_source(base)).save_pretrained(whole, max_shard_size="100KB")
-    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / ("a" * 40)
-    blobs.mkdir(parents=True)
+COMMIT = "a" * 40
+
+
+def in_hub_cache(base: Path, cache: Path, patch: pytest.MonkeyPatch) -> Path:
+    """The snapshot of a repository evil/repo with the files of `base`, linked as the Hub's client links them."""
+    snapshot, blobs = cache / "models--evil--repo" / "snapshots" / COMMIT, cache / "models--evil--repo" / "blobs"
     snapshot.mkdir(parents=True)
-    for path in whole.iterdir():
+    blobs.mkdir()
+    for path in base.iterdir():
         shutil.copy(path, blobs / sha256_file(path))
         (snapshot / path.name).symlink_to(Path("../../blobs") / sha256_file(path))
-    assert (snapshot / "model.safetensors.index.json").exists()
-    assert used(snapshot, params) is None
+    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return snapshot
 
 
 def test_a_hub_model_in_the_cache_is_checked_too(
     tmp_path: Path, base: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = "a" * 40
-    snapshot = tmp_path / "models--evil--repo" / "snapshots" / commit
-    shutil.copytree(base, snapshot)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    identity = {"name_or_path": "evil/repo", "revision": commit, "trust_remote_code": False}
+    whole = shutil.copytree(base, tmp_path / "whole", ignore=shutil.ignore_patterns("*.safetensors"))
+    load_base(local_source(base)).save_pretrained(whole, max_shard_size="100KB")
+    snapshot = in_hub_cache(whole, tmp_path / "hub", monkeypatch)
+    assert (snapshot / "model.safetensors.index.json").exists()
+    assert used(snapshot, params) is None
+    identity = {"name_or_path": "evil/repo", "revision": COMMIT, "trust_remote_code": False}
     load_base(identity)
     changed(snapshot / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(UnsafeModelError, match="evil/repo: config.json has a quantization_config"):
@@ -309,38 +287,33 @@ def test_a_hub_model_in_the_cache_is_checked_too(
 def test_a_file_is_not_treated_as_absent_if_the_hub_did_not_answer(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = "b" * 40
-    folder = tmp_path / "models--evil--repo"
-    shutil.copytree(base, folder / "snapshots" / commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    check_model("evil/repo", commit)  # offline no loader can get a file that is not in the cache
+    absent = in_hub_cache(base, tmp_path, monkeypatch).parents[1] / ".no_exist" / COMMIT
+    check_model("evil/repo", COMMIT)  # offline no loader can get a file that is not in the cache
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
     with pytest.raises(UnsafeModelError, match="evil/repo: .* model.safetensors.index.json"):
-        check_model("evil/repo", commit)
-    (folder / ".no_exist" / commit).mkdir(parents=True)
-    (folder / ".no_exist" / commit / "model.safetensors.index.json").touch()  # the Hub said that it does not exist
-    check_model("evil/repo", commit)
+        check_model("evil/repo", COMMIT)
+    absent.mkdir(parents=True)
+    (absent / "model.safetensors.index.json").touch()  # the Hub said that it does not exist
+    check_model("evil/repo", COMMIT)
 
 
 # --- an adapter -----------------------------------------------------------------------------------------------------
 
+HOSTILE_SETTINGS: Change = {
+    "auto_mapping": {"base_model_class": "system", "parent_library": "os"},
+    "megatron_config": {"a": 1},
+    "peft_type": "XLORA",
+    "init_lora_weights": "pissa",
+    "layer_replication": [[0, 100000]],
+    "trainable_token_indices": [0, 1],
+    "tokenizer_name_or_path": "evil/repo",
+}
 HOSTILE_ADAPTERS: dict[str, Change] = {
-    "no weights but a pickle": bytes_of("adapter_model.bin", "torch.save", instead=True),
-    "a pickle as weights": bytes_of("adapter_model.safetensors", "pickle 4"),
-    **{
-        f"{key} = {value!r}"[:70]: config("adapter_config.json", **{key: value})
-        for key, value in [
-            ("auto_mapping", {"base_model_class": "system", "parent_library": "os"}),
-            ("megatron_config", {"a": 1}),
-            ("peft_type", "XLORA"),
-            ("init_lora_weights", "pissa"),
-            ("layer_replication", [[0, 100000]]),
-            ("trainable_token_indices", [0, 1]),
-            ("tokenizer_name_or_path", "evil/repo"),
-        ]
-    },
+    "no weights but a pickle": {"adapter_model.safetensors": REMOVED, "adapter_model.bin": PICKLE},
+    "a pickle as weights": {"adapter_model.safetensors": PROGRAMS["pickle 4"]},
+    **{key: {"adapter_config.json": {key: value}} for key, value in HOSTILE_SETTINGS.items()},
 }
 
 
@@ -349,40 +322,33 @@ def test_a_hostile_adapter_is_refused_and_nothing_of_it_runs(
     tmp_path: Path, base: Path, adapter: Path, name: str
 ) -> None:
     shutil.copytree(adapter, tmp_path / "adapter")
-    HOSTILE_ADAPTERS[name](tmp_path / "adapter")
+    apply(HOSTILE_ADAPTERS[name], tmp_path / "adapter")
     model = load_base(local_source(base))
     with watching(tmp_path):
         assert refused(lambda: load_adapter(model, tmp_path / "adapter")) is not None
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        config("adapter_config.json", base_model_name_or_path="evil/repo", revision="main"),
-        bytes_of("adapter_model.bin", "torch.save"),
-        config("adapter_config.json", megatron_core="evil.module"),  # imported with a megatron_config alone
-    ],
-)
-def test_an_honest_adapter_loads_and_files_next_to_it_are_not_read(
-    tmp_path: Path, base: Path, adapter: Path, change: Change
-) -> None:
-    shutil.copytree(adapter, tmp_path / "adapter")
-    change(tmp_path / "adapter")
+def test_an_honest_adapter_loads_and_files_next_to_it_are_not_read(tmp_path: Path, base: Path, adapter: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    # megatron_core is imported with a megatron_config alone.
+    ignored = {"base_model_name_or_path": "evil/repo", "revision": "main", "megatron_core": "evil.module"}
+    apply({"adapter_config.json": ignored, "adapter_model.bin": PICKLE}, folder)
     model = load_base(local_source(base))
     with watching(tmp_path):
-        load_adapter(model, tmp_path / "adapter")
+        load_adapter(model, folder)
 
 
 # --- a checkpoint ---------------------------------------------------------------------------------------------------
 
 
-def _stopped(params: Params) -> Any:
+@pytest.fixture(scope="module")
+def stopped(params: Params) -> Any:
     return with_(params, train={"max_steps": 4, "save_steps": 2}).train
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset: Path) -> Path:
-    """A checkpoint of a training that was stopped half-way; its folder's name is the run's key."""
+def stopped_run(tmp_path_factory: pytest.TempPathFactory, stopped: Any, dataset: Path) -> Path:
+    """The checkpoints of a training that was stopped half-way; the folder's name is the run's key."""
     folder = tmp_path_factory.mktemp("stopped")
     remove = shutil.rmtree
 
@@ -392,52 +358,52 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, params: Params, dataset
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.train.shutil.rmtree", keep_checkpoints)
-        train(_stopped(params), dataset, folder / "adapter", folder / "checkpoints")
-    return next((folder / "checkpoints").glob("*/checkpoint-2"))
+        train(stopped, dataset, folder / "adapter", folder / "checkpoints")
+    return next((folder / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def checkpoint(stopped_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(stopped_run / "checkpoint-2", tmp_path / stopped_run.name / "checkpoint-2")
+    return tmp_path / stopped_run.name / "checkpoint-2"
 
 
 HOSTILE_CHECKPOINTS: dict[str, Change] = {
-    **{
-        f"{kind} in {name}": bytes_of(name, kind)
-        for kind, name in [("torch.save", "pytorch_model.bin"), ("pickle 4", "model.safetensors"), ("elf", "evil.py")]
-    },
-    "a folder": lambda folder: (folder / "other").mkdir(),
-    "weights by link": link("optimizer.pt", "/etc/passwd"),
-    "another adapter type": config("adapter_config.json", peft_type="XLORA"),
+    "torch.save in pytorch_model.bin": {"pytorch_model.bin": PICKLE},
+    "pickle 4 in model.safetensors": {"model.safetensors": PROGRAMS["pickle 4"]},
+    "elf in evil.py": {"evil.py": PROGRAMS["elf"]},
+    "a folder": {"other/file": b""},
+    "weights by link": {"optimizer.pt": Path("/etc/passwd")},
+    "another adapter type": {"adapter_config.json": {"peft_type": "XLORA"}},
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE_CHECKPOINTS)
 def test_a_hostile_checkpoint_is_refused_and_nothing_of_it_runs(tmp_path: Path, checkpoint: Path, name: str) -> None:
     check_checkpoint(checkpoint)  # the honest one
-    shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
-    HOSTILE_CHECKPOINTS[name](tmp_path / "checkpoint-2")
-    seal(tmp_path / "checkpoint-2")  # an attacker can also renew the digests
+    apply(HOSTILE_CHECKPOINTS[name], checkpoint)
+    seal(checkpoint)  # an attacker can also renew the digests
     with watching(tmp_path):
-        assert "delete" in str(refused(lambda: last_checkpoint(tmp_path)))
+        assert "delete" in str(refused(lambda: last_checkpoint(checkpoint.parent)))
 
 
 def test_a_resume_never_opens_the_pickled_arguments(
-    tmp_path: Path, checkpoint: Path, params: Params, dataset: Path
+    tmp_path: Path, checkpoint: Path, stopped: Any, dataset: Path
 ) -> None:
-    target = tmp_path / checkpoint.parent.name / "checkpoint-2"
-    shutil.copytree(checkpoint, target)
-    (target / "training_args.bin").write_bytes(hostile.programs(tmp_path / CANARY)["torch.save"])
+    (checkpoint / "training_args.bin").write_bytes(PICKLE)
     with watching(tmp_path):
-        assert train(_stopped(params), dataset, tmp_path / "adapter", tmp_path).resumed_from_step == 2
+        assert train(stopped, dataset, tmp_path / "adapter", tmp_path).resumed_from_step == 2
     assert not list((tmp_path / "adapter").glob("*.bin"))
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_the_trainer_refuses_a_state_that_would_run_code(
-    tmp_path: Path, checkpoint: Path, params: Params, dataset: Path, name: str
+    tmp_path: Path, checkpoint: Path, stopped: Any, dataset: Path, name: str
 ) -> None:
-    target = tmp_path / checkpoint.parent.name / "checkpoint-2"
-    shutil.copytree(checkpoint, target)
-    torch.save({"state": hostile.Payload(tmp_path / CANARY)}, target / name)
-    seal(target)
+    torch.save({"state": hostile.Payload(tmp_path / CANARY)}, checkpoint / name)
+    seal(checkpoint)
     with watching(tmp_path), pytest.raises(Exception, match="Weights only load failed"):
-        train(_stopped(params), dataset, tmp_path / "adapter", tmp_path)
+        train(stopped, dataset, tmp_path / "adapter", tmp_path)
 
 
 # --- data and templates ---------------------------------------------------------------------------------------------
@@ -459,11 +425,8 @@ HOSTILE_TEXTS = [
 
 
 def test_a_hostile_row_stays_text(tmp_path: Path, params: Params) -> None:
-    rows = [
-        {"instruction": f"{text} {i}", "input": "", "output": text, "task": text[:100]}
-        for text in HOSTILE_TEXTS
-        for i in range(5)
-    ]
+    texts = [text for text in HOSTILE_TEXTS for _ in range(5)]
+    rows = [{"instruction": f"{text} {i}", "output": text, "task": text[:100]} for i, text in enumerate(texts)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.json").write_text(json.dumps(sample_rows(60) + rows))
     settings = with_(params, prepare={"max_dropped_fraction": 0.9})

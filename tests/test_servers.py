@@ -7,7 +7,6 @@ Real PostgreSQL, Redis, Prefect (API and services apart), MLflow with its users,
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import boto3
 import httpx
 import pytest
 import team_servers
-from conftest import COLOURS, ROOT, change_params, environment, make_project
+from conftest import ROOT, change_params, dvc, git, make_project, sample_rows
 from local_servers import wait_until
 from team_servers import Team
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -121,48 +120,34 @@ def test_mlflow_has_no_websocket(team: Team) -> None:
         assert refused.value.response.status_code == 403
 
 
-def command(root: Path, *words: str) -> str:
-    return subprocess.run(words, cwd=root, env=environment(), check=True, capture_output=True, text=True).stdout
-
-
 def ship(team: Team, s3: str, folder: Path, base: Path, params: Params, name: str, **train: Any) -> Path:
     """A team's project before its first start, pushed to git, with its data in the DVC remote; returns git's folder."""
     root = make_project(folder / "people", base, params)
     shutil.copy(ROOT / "prefect.yaml", root)
-    change_params(
-        root,
-        publish={
-            "artifact_store": f"s3://retune/{name}",
-            "endpoint_url": s3,
-            "addressing_style": "path",
-            "tracking_uri": team.url("mlflow"),
-            "registered_model_name": name,
-        },
-        operations={"train_pool": "gpu", "services": []},
-        train=train,
-    )
-    git = folder / "project.git"
-    command(folder, "git", "init", "-q", "--bare", "-b", "main", str(git))
-    command(root, "git", "add", "-A")
-    command(root, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "for the team")
-    command(root, "git", "push", "-q", str(git), "HEAD:main")
-    dvc = (sys.executable, "-m", "dvc")
-    command(root, *dvc, "remote", "add", "--local", "team", "s3://retune/dvc")
-    command(root, *dvc, "remote", "modify", "--local", "team", "endpointurl", s3)
-    command(root, *dvc, "push", "-q", "-r", "team", "data.dvc")
-    return git
+    publish = {"artifact_store": f"s3://retune/{name}", "endpoint_url": s3, "addressing_style": "path"}
+    publish |= {"tracking_uri": team.url("mlflow"), "registered_model_name": name}
+    change_params(root, publish=publish, operations={"train_pool": "gpu", "services": []}, train=train)
+    bare = folder / "project.git"
+    git(folder, "init", "-q", "--bare", "-b", "main", str(bare))
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "for the team")
+    git(root, "push", "-q", str(bare), "HEAD:main")
+    dvc(root, "remote", "add", "--local", "team", "s3://retune/dvc")
+    dvc(root, "remote", "modify", "--local", "team", "endpointurl", s3)
+    dvc(root, "push", "-q", "-r", "team", "data.dvc")
+    return bare
 
 
 @contextmanager
-def workers(team: Team, folder: Path, git: Path) -> Iterator[tuple[Path, Path]]:
+def workers(team: Team, folder: Path, bare: Path) -> Iterator[tuple[Path, Path]]:
     """Set up bucket, user, pools and deployments, and start a worker for each pool; yields their clones."""
     cpu, gpu = folder / "cpu-worker", folder / "gpu-worker"
-    values = team.worker_values("setup", cpu, git)
+    values = team.worker_values("setup", cpu, bare)
     setup = [sys.executable, str(team_servers.INFRA / "docker" / "setup.py")]
     team.run("setup", ["sh", str(team_servers.WORKER), *setup], values)
     try:
-        team.worker("cpu", cpu, git)
-        team.worker("gpu", gpu, git)
+        team.worker("cpu", cpu, bare)
+        team.worker("gpu", gpu, bare)
         yield cpu, gpu
     finally:
         for root in (cpu, gpu):
@@ -171,7 +156,6 @@ def workers(team: Team, folder: Path, git: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def flow_runs(prefect: httpx.Client) -> dict[str, dict[str, Any]]:
-    """All runs that have begun, by name."""
     runs = prefect.post("/api/flow_runs/filter", json={"sort": "START_TIME_ASC"}).raise_for_status().json()
     return {run["name"]: run for run in runs if run["state_name"] != "Scheduled"}
 
@@ -183,8 +167,7 @@ def ended(prefect: httpx.Client, name: str, seconds: float) -> dict[str, Any]:
         runs = [run for run_name, run in flow_runs(prefect).items() if run_name.startswith(name)]
         return [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
 
-    wait_until(ended_runs, seconds)
-    return ended_runs()[0]
+    return wait_until(ended_runs, seconds)[0]
 
 
 def trainings(prefect: httpx.Client) -> list[dict[str, Any]]:
@@ -193,7 +176,6 @@ def trainings(prefect: httpx.Client) -> list[dict[str, Any]]:
 
 
 def log_lines(prefect: httpx.Client, run: dict[str, Any]) -> str:
-    """The last log lines of a run, for the message of a failed test."""
     query = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "sort": "TIMESTAMP_DESC", "limit": 60}
     return "\n".join(line["message"] for line in reversed(prefect.post("/api/logs/filter", json=query).json()))
 
@@ -220,8 +202,8 @@ def assert_shipped(team: Team, s3: str, clone: Path, other: Path) -> None:
 def test_a_run_of_the_schedule_goes_from_its_trigger_to_a_promotion(
     team: Team, s3: str, tmp_path: Path, base: Path, params: Params
 ) -> None:
-    git = ship(team, s3, tmp_path, base, params, "by-schedule")
-    with workers(team, tmp_path, git) as (cpu, gpu), team.client("prefect") as prefect:
+    bare = ship(team, s3, tmp_path, base, params, "by-schedule")
+    with workers(team, tmp_path, bare) as (cpu, gpu), team.client("prefect") as prefect:
         before = trainings(prefect)
         deployment = prefect.get("/api/deployments/name/retrain/retrain").raise_for_status().json()["id"]
         # Prefect reads new schedules once a minute, so a busy machine could miss one that is due sooner.
@@ -239,17 +221,12 @@ def test_a_run_of_the_schedule_goes_from_its_trigger_to_a_promotion(
 def test_a_gpu_machine_that_dies_loses_neither_the_run_nor_its_slot(
     team: Team, s3: str, tmp_path: Path, base: Path, params: Params
 ) -> None:
-    git = ship(team, s3, tmp_path, base, params, "by-event", num_train_epochs=30.0, save_steps=20)
-    colours = [COLOURS[i % 5] for i in range(300)]
-    rows = [
-        {"instruction": f"Name the colour of box {400 + i}: {colour}", "input": "", "output": colour}
-        for i, colour in enumerate(colours)
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    with workers(team, tmp_path, git) as (cpu, gpu), team.client("prefect") as prefect:
+    bare = ship(team, s3, tmp_path, base, params, "by-event", num_train_epochs=30.0, save_steps=20)
+    (tmp_path / "rows.json").write_text(json.dumps(sample_rows(700)[400:]))
+    with workers(team, tmp_path, bare) as (cpu, gpu), team.client("prefect") as prefect:
         before = trainings(prefect)
         ingest = ["sh", str(team_servers.WORKER), "retune", "ingest", str(tmp_path / "rows.json"), "--json"]
-        output = team.run("ingest", ingest, team.worker_values("cpu-worker", cpu, git))
+        output = team.run("ingest", ingest, team.worker_values("cpu-worker", cpu, bare))
         assert json.loads(output.splitlines()[-1])["told"], "the server did not accept the event"
         wait_until(lambda: list(gpu.glob(".retune/checkpoints/*/checkpoint-*/digests.json")), 400)  # a whole one
         processes = stack.marked(gpu)
@@ -257,7 +234,7 @@ def test_a_gpu_machine_that_dies_loses_neither_the_run_nor_its_slot(
             process.kill()
         died = time.monotonic()
         assert processes and not (gpu / "artifacts" / "adapter").exists()
-        team.worker("gpu", gpu, git)
+        team.worker("gpu", gpu, bare)
         run = ended(prefect, "retrain-new-data", 900)
         assert run["state_name"] == "Promoted", log_lines(prefect, run)
         assert time.monotonic() - died > 60  # it was detected by missed heartbeats

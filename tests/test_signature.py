@@ -45,8 +45,6 @@ def make_key(path: Path, password: bytes | None = None) -> Any:
 
 @dataclass
 class Signed:
-    """A version that was signed when it was published."""
-
     root: Path
     keys: Path
     params: Params

@@ -3,15 +3,15 @@
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import ROOT
+from s3_sink import serving
 
 from pipeline.data import sources
 from pipeline.data.readers import FormatError
@@ -100,9 +100,6 @@ class Server(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         if path.startswith("/moved"):
@@ -119,6 +116,8 @@ class Server(BaseHTTPRequestHandler):
         else:
             self.answer(404, b"")
 
+    do_HEAD = do_GET
+
     def answer(self, status: int, data: bytes, **headers: str) -> None:
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(data))}).items():
@@ -127,20 +126,12 @@ class Server(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(data)
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @pytest.fixture
 def web() -> Iterator[tuple[str, dict[str, bytes]]]:
     files: dict[str, bytes] = {"/rows.jsonl": ROWS, "/rows": ROWS}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Server,), {"files": files}))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", files
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(type("Own", (Server,), {"files": files})) as url:
+        yield url, files
 
 
 def test_a_file_with_the_right_checksum_is_downloaded(tmp_path: Path, web: tuple[str, dict[str, bytes]]) -> None:

@@ -1,4 +1,4 @@
-"""`retune up`, `status` and `down` with their real processes, which are looked for in /proc."""
+"""`retune up`, `status` and `down` with real processes; a stage that runs on a worker with its own clone."""
 
 import json
 import os
@@ -6,19 +6,24 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, change_params, make_project, retune, with_
-from local_servers import free_port, give_database, read, wait_until
+from conftest import ROOT, change_params, dvc, git, make_project, retune, with_
+from local_servers import ended, free_port, give_database, posted_to, read, start, wait_until, whole_stack
+from s3_sink import serving
 
+from pipeline.core import graph, handover
+from pipeline.core.run_lock import only_on_gpus
 from pipeline.params import Params
 from pipeline.services import server, stack
 from pipeline.services.server import ServerError
@@ -63,16 +68,16 @@ def test_a_taken_port_is_one_sentence_and_leaves_nothing(root: Path) -> None:
 
 
 @pytest.mark.parametrize("health", ["ok", "{}"])
-def test_another_program_that_answers_is_no_prefect_server(tmp_path: Path, health: str) -> None:
-    (tmp_path / "api").mkdir()
-    (tmp_path / "api" / "health").write_text(health)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{other.server_port}"
+def test_another_program_that_answers_is_no_prefect_server(health: str) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(health.encode())
+
+    with serving(Other) as url:
         assert server.answers(f"{url}/api/health")
         assert not server.healthy(url)
-        other.shutdown()
 
 
 @pytest.mark.parametrize(("statuses", "answer", "asked"), [([503, 503, 201], {"id": 1}, 3), ([422, 201], None, 1)])
@@ -80,20 +85,9 @@ def test_a_busy_prefect_server_is_asked_again_and_one_that_refuses_is_not(
     statuses: list[int], answer: Any, asked: int
 ) -> None:
     left = iter(statuses)
-    bodies: list[bytes] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(next(left))
-            self.end_headers()
-            self.wfile.write(b'{"id": 1}')
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as busy:
-        threading.Thread(target=busy.serve_forever, daemon=True).start()
-        assert server.post(f"http://127.0.0.1:{busy.server_port}", "flows/", {"name": "retrain"}) == answer
-        busy.shutdown()
-    assert [json.loads(body) for body in bodies] == [{"name": "retrain"}] * asked
+    with posted_to(lambda request: next(left)) as (url, posts):
+        assert server.post(url, "flows/", {"name": "retrain"}) == answer
+    assert posts == [(status, {"name": "retrain"}) for status in statuses[:asked]]
 
 
 def test_a_killed_supervisor_takes_every_process_with_it(root: Path) -> None:
@@ -173,3 +167,101 @@ def test_a_stack_that_runs_is_not_moved_to_other_ports(params: Params, monkeypat
     for ports, named in (((5000, None), "prefect-server to port 5000"), ((None, 4300), "mlflow to port 4300")):
         with pytest.raises(ServerError, match=named):
             stack.with_ports(params, *ports)
+
+
+@pytest.fixture
+def places(tmp_path: Path, base: Path, params: Params) -> tuple[Path, Path]:
+    """A parent's project after `prepare`, and a worker's clone without any data."""
+    parent, worker, server = tmp_path / "parent", tmp_path / "worker", tmp_path / "server.git"
+    make_project(parent, base, params)
+    dvc(parent, "remote", "add", "-d", "shared", str(tmp_path / "remote"))
+    git(parent, "commit", "-qam", "remote")
+    git(tmp_path, "init", "-q", "--bare", str(server))
+    git(parent, "remote", "add", "origin", str(server))
+    git(parent, "push", "-q", "origin", "HEAD")
+    handover.make_clone(worker, "origin", parent)
+    dvc(parent, "repro", "-q", "prepare")
+    return parent, worker
+
+
+def test_a_worker_without_a_shared_disk_runs_the_stage_and_its_entry_is_merged(places: tuple[Path, Path]) -> None:
+    parent, worker = places
+    (parent / "notes.txt").write_text("untracked")
+    status, head = git(parent, "status", "--porcelain"), git(parent, "rev-parse", "HEAD")
+    commit = handover.request("train", "origin", parent)
+    assert "notes.txt" not in git(parent, "ls-tree", "--name-only", commit)
+    assert "dvc.lock" in git(parent, "ls-tree", "--name-only", commit)  # though untracked
+    assert git(parent, "status", "--porcelain") == status  # index, branch and files are as they were
+    assert git(parent, "rev-parse", "HEAD") == head
+    lines: list[str] = []
+    with pytest.raises(handover.HandoverError, match="not marked as a worker's clone"):
+        handover.answer("train", commit, "origin", lines.append, parent)
+    handover.answer("train", commit, "origin", lines.append, worker)
+    assert any("Running stage 'train'" in line for line in lines)
+    assert not (worker / "artifacts" / "merged").exists()
+    handover.accept("train", commit, "origin", parent)
+    assert (parent / "artifacts" / "adapter" / "adapter_model.safetensors").exists()
+    assert "train" not in graph.stale(parent)
+    assert "Running stage" not in dvc(parent, "repro", "--single-item", "train")
+    # An answer for other inputs than the parent's is refused.
+    lock, params = (parent / "dvc.lock").read_text(), (parent / "params.yaml").read_text()
+    (parent / "params.yaml").write_text(params.replace("lora_r: 8", "lora_r: 4"))
+    with pytest.raises(handover.HandoverError, match="on other inputs than this project"):
+        handover.accept("train", commit, "origin", parent)
+    assert (parent / "dvc.lock").read_text() == lock
+    (parent / "params.yaml").write_text(params)
+    assert "retune" in git(parent, "ls-remote", "origin")
+    for _ in range(2):
+        handover.forget(commit, "origin", parent)
+    assert "retune" not in git(parent, "ls-remote", "origin")
+
+    # The request of a killed run is deleted.
+    killed = handover.request("train", "origin", parent)
+    time.sleep(1)  # a commit's second is part of its name
+    handover.request("train", "origin", parent)
+    assert [killed in line for line in git(parent, "ls-remote", "origin", "refs/retune/*").splitlines()] == [False]
+    (parent / "pipeline" / "training" / "own_loss.py").touch()
+    with pytest.raises(handover.HandoverError, match="pipeline/training/own_loss.py"):
+        handover.request("train", "origin", parent)
+
+
+@pytest.mark.faults
+def test_when_a_gpu_worker_is_killed_the_run_continues_from_its_checkpoint(places: tuple[Path, Path]) -> None:
+    root, _ = places
+    (root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "deployments")
+    operations = {"services": ["cpu", "gpu"], "train_pool": "gpu"}
+    with whole_stack(root, operations=operations, train={"num_train_epochs": 60.0, "save_steps": 20}) as state:
+        clone, url = root / stack.CLONE, state["url"]
+        start(url, "retrain/retrain", trigger="far")
+        wait_until(lambda: list(clone.glob(".retune/checkpoints/*/checkpoint-*")), 240)
+        worker = next(service["pid"] for service in state["services"] if service["name"] == "gpu-worker")
+        os.kill(worker, signal.SIGKILL)
+        [retraining] = wait_until(lambda: ended(url, name="retrain-far"), 400)
+        assert retraining["state_name"] in ("Promoted", "Refused"), retraining["state"]
+        trainings = [run["state_name"] for run in ended(url) if run["name"].startswith("train-")]
+        assert sorted(trainings) == ["Crashed", "Trained"]
+        log = (root / ".retune" / "logs" / "gpu-worker.log").read_text()
+        assert "continuing from step" in log
+    assert stack.marked(root) == []
+
+
+def test_only_one_training_at_a_time_uses_a_gpu() -> None:
+    order: list[str] = []
+    gpu, other = f"test-{uuid.uuid4()}", f"test-{uuid.uuid4()}"
+
+    def second() -> None:
+        with only_on_gpus([gpu], lambda _: order.append("waits")):
+            order.append("second")
+
+    with only_on_gpus([other, gpu], lambda _: order.append("never")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while "waits" not in order:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join(10)
+    for name in (gpu, other):
+        (Path(tempfile.gettempdir()) / f"retune-gpu-{name}.lock").unlink()
+    assert order == ["waits", "first", "second"]

@@ -23,7 +23,6 @@ BIG = "parity/items.merged.parquet"
 
 @pytest.fixture(params=["file", "s3"])
 def params(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishParams:
-    """Parameters of an empty store of each kind."""
     if request.param == "file":
         return publish_params((tmp_path / "store").as_uri())
     monkeypatch.setattr("pipeline.registry.s3.PART_SIZE", PART_SIZE)

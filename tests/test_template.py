@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chats import SYSTEM, talk, trained, trained_runs
-from conftest import CHATML, make_base, with_
+from conftest import CHATML, with_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -99,11 +99,7 @@ JOINED = (
     [
         (REWRITES, ("a1", "a2"), 2),  # it rewrites earlier turns, so each answer has a row
         (NEXT_HEADER, ("a1", "a2"), 1),  # the header of the next turn ends this one, so it is trained
-        (
-            JOINED,
-            ("lour", "!"),
-            2,
-        ),  # the second prompt has the token "colour"; the first answer is tokenised separately
+        (JOINED, ("lour", "!"), 2),  # the second prompt has the token "colour", the first answer none
     ],
 )
 def test_each_answer_follows_its_prompt_even_if_the_template_rewrites_earlier_turns(
@@ -137,7 +133,7 @@ def test_the_contract_of_an_unchanged_base_is_accepted_and_a_shipped_model_needs
     assert load_shipped(moved).golden() == contract["golden"]
 
 
-def test_another_base_model_and_another_tokenizer_are_refused(params: Params, copy: Path) -> None:
+def test_another_tokenizer_is_refused(params: Params, copy: Path) -> None:
     contract = contract_of(params, copy)
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.add_tokens(["Hello"])
@@ -145,9 +141,6 @@ def test_another_base_model_and_another_tokenizer_are_refused(params: Params, co
     (copy / "contract.json").write_text(json.dumps(contract))
     with pytest.raises(TemplateError, match=r"golden.*tokenizer_sha256"):
         load_shipped(copy)
-    make_base(copy, seed=1)
-    with pytest.raises(TemplateError, match=contract["model"]["digest"][:12]):
-        load_contract(contract)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ CREATE = {"s3:if-none-match": "*", "s3:ObjectCreationOperation": "true"}
 OVERWRITE = {"s3:ObjectCreationOperation": "true"}
 PART = {"s3:ObjectCreationOperation": "false"}  # of a multipart upload; carries no condition
 
-Statement = dict[str, Any]
+Policies = dict[str, list[dict[str, Any]]]  # the statements of each policy document
 
 
 def plain(node: Any) -> Any:
@@ -44,9 +44,9 @@ def parse(name: str) -> dict[str, Any]:
         return plain(hcl2.load(file))
 
 
-def documents(kms: bool = False) -> dict[str, list[Statement]]:
-    """The statements of each policy document, with what it takes over from others."""
-    policies = {}
+def documents(kms: bool = False) -> Policies:
+    """With what a document takes over from others."""
+    policies: Policies = {}
     for block in parse("policies.tf")["data"]:
         for name, body in block.get("aws_iam_policy_document", {}).items():
             statements = list(body.get("statement", []))
@@ -82,17 +82,12 @@ def holds(condition: dict[str, Any], context: dict[str, str]) -> bool:
 
 
 def allowed(
-    policies: dict[str, list[Statement]],
-    role: str,
-    action: str,
-    resource: str,
-    context: dict[str, str],
-    prefix: str = "",
+    policies: Policies, role: str, action: str, resource: str, context: dict[str, str], prefix: str = ""
 ) -> bool:
     """IAM's decision: no deny of the role's or the bucket's policy applies, and an allow of the role's does."""
     context = {"aws:SecureTransport": "true", "aws:PrincipalArn": f"arn:aws:iam::1:role/models-{role}"} | context
 
-    def applies(statement: Statement) -> bool:
+    def applies(statement: dict[str, Any]) -> bool:
         return (
             any(matches(each, action) for each in statement["actions"])
             and any(matches(resolved(each, prefix), resource) for each in statement["resources"])
@@ -127,7 +122,7 @@ MAY: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def wrong(policies: dict[str, list[Statement]], prefix: str) -> list[Any]:
+def wrong(policies: Policies, prefix: str) -> list[Any]:
     """Where a policy does not say what MAY does."""
     start = f"{BUCKET}/{prefix}/"
     answers: list[Any] = []

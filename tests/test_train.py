@@ -1,33 +1,44 @@
+"""Training is repeatable, resumed, or starts from an earlier adapter; a base that cannot be used is refused."""
+
 import csv
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import environment, make_base, with_
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from peft import IA3Config, LoraConfig, PeftConfig
+from safetensors.torch import load_file, save_file
+from test_methods import short
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import AutoTokenizer
+from versions import parameters, published
 
+from pipeline.chat.template import local_source
+from pipeline.core import graph
 from pipeline.core.files import read_json, sha256_file, write_json
 from pipeline.core.sanitise import portable
 from pipeline.evaluate import evaluate
 from pipeline.merge import merge
 from pipeline.params import Params, TrainParams
+from pipeline.prepare import prepare
+from pipeline.promote import promote
+from pipeline.registry.artifact_store import StoreError
+from pipeline.registry.init_adapter import PIN, fetch_init, pin_champion
+from pipeline.registry.model import RegisteredModel
 from pipeline.train import QUANTISATION, train
 from pipeline.training.checkpoints import last_checkpoint, seal
+from pipeline.training.warm_start import InitError, check_init
 from pipeline.training.watching import Interrupted
 from pipeline.weights.loading import load_base
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-
-
-def identity(base: Path) -> dict[str, object]:
-    return {"name_or_path": str(base), "revision": None, "trust_remote_code": False}
 
 
 def test_the_adapter_is_saved_as_safetensors_with_its_contract_and_curve(adapter: Path, dataset: Path) -> None:
@@ -61,38 +72,6 @@ def training_command(params: TrainParams, dataset: Path, folder: Path) -> list[s
 def assert_same_files(folder: Path, other: Path) -> None:
     for path in folder.iterdir():
         assert sha256_file(other / path.name) == sha256_file(path), path.name
-
-
-def test_every_frozen_layer_passes_gradients_after_an_evaluation(base: Path, dataset: Path) -> None:
-    """bitsandbytes repacks 4-bit weights at the first inference on AVX512-BF16 CPUs, and gradients stop there."""
-    ids = torch.tensor([pq.read_table(dataset / "train.parquet").column("input_ids")[0].as_py()])
-
-    def gradients(evaluate_first: bool) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-        model = get_peft_model(load_base(identity(base), NF4), lora)
-        if evaluate_first:
-            with torch.no_grad():
-                model.eval()(ids)
-        model.train()(ids, labels=ids).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    before, after = gradients(False), gradients(True)
-    assert before.keys() == after.keys()
-    for name, gradient in after.items():
-        assert gradient is not None and gradient.abs().sum() > 0, name
-        torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-6)
-
-
-def test_another_base_than_the_datasets_is_refused(tmp_path: Path, params: Params, data: Path) -> None:
-    from pipeline.chat.template import TemplateError
-    from pipeline.prepare import prepare
-
-    base = make_base(tmp_path / "base")
-    prepare(with_(params, prepare={"model_name_or_path": str(base)}).prepare, data, tmp_path / "dataset")
-    make_base(base, seed=1)
-    with pytest.raises(TemplateError, match=str(base)):
-        train(params.train, tmp_path / "dataset", tmp_path / "adapter", tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,8 +115,6 @@ def test_no_stage_uses_a_deprecated_name(tmp_path: Path, params: Params, dataset
 def test_a_truncated_checkpoint_is_skipped_for_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], truncated: str
 ) -> None:
-    from safetensors.torch import save_file
-
     for step in (2, 4):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -154,9 +131,197 @@ def test_a_truncated_checkpoint_is_skipped_for_the_one_before(
 
 
 def test_the_base_is_nf4_and_the_record_says_so_to_later_stages(base: Path, adapter: Path) -> None:
-    state = load_base(identity(base), NF4).model.layers[0].mlp.up_proj.weight.quant_state
+    state = load_base(local_source(base), NF4).model.layers[0].mlp.up_proj.weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
     record = read_json(adapter / "training.json")
     assert (record["quantisation"], record["device"]) == (NF4, "cpu")
     assert record["shipped_step"] == record["steps"]
     assert set(NF4) == set(QUANTISATION)
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return lambda base: write_json(base / "config.json", read_json(base / "config.json") | values)
+
+
+def truncated(base: Path) -> None:
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1000])
+
+
+def shard_missing(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    files = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
+    first = {name: weights[name] for name, file in files.items() if file.startswith("model-00001")}
+    save_file(first, base / "model-00001-of-00002.safetensors", {"format": "pt"})
+    (base / "model.safetensors").unlink()
+    write_json(base / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+
+
+def smaller_vocabulary(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:300].clone()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    config(vocab_size=300)(base)
+
+
+def control_token_beyond(base: Path) -> None:
+    """A control token is added to the tokenizer, but not to the embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|turn|>")
+    tokenizer.save_pretrained(base)
+
+
+COMPOSED = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
+COMPOSED |= {"model_type": "musicgen", "decoder": {"model_type": "musicgen_decoder"}}
+CHANGED = r"base is not the one .* \(digest [0-9a-f]{12}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "damage", "message"),
+    [
+        ("prepare", truncated, r"model.safetensors may not be loaded"),
+        ("prepare", smaller_vocabulary, r"300 tokens.* has the id 300"),
+        ("prepare", control_token_beyond, r"<\|turn\|> has the id \d+"),
+        ("prepare", config(model_type="unheard-of"), r"^no model configuration could be read from .*base: "),
+        ("prepare", config(**COMPOSED), r"^no model configuration could be read from .*base: "),
+        ("train", shard_missing, "model-00002-of-00002.safetensors"),
+        ("train, changed after prepare", shutil.rmtree, r"model_name_or_path is .*base"),
+        ("train, changed after prepare", config(rms_norm_eps=1e-5), CHANGED),
+        ("train, changed after prepare", lambda base: make_base(base, seed=1), CHANGED),
+    ],
+)
+def test_a_base_model_that_cannot_be_used_or_changed_is_refused_before_training(
+    tmp_path: Path, params: Params, data: Path, stage: str, damage: Callable[[Path], None], message: str
+) -> None:
+    base, dataset = make_base(tmp_path / "base"), tmp_path / "dataset"
+    settings = with_(params, prepare={"model_name_or_path": str(base)})
+
+    def use() -> None:
+        if "changed" not in stage:
+            damage(base)
+        prepare(settings.prepare, data, dataset)
+        assert stage != "prepare"
+        if "changed" in stage:
+            damage(base)
+        train(params.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+
+    with pytest.raises(ValueError, match=message) as error:
+        use()
+    assert type(error.value).__module__.startswith("pipeline.")
+    assert stage != "prepare" or not ("\n" in str(error.value) or dataset.exists())
+    assert "changed" not in stage or not (tmp_path / "checkpoints").exists()
+
+
+def test_virtual_tokens_that_do_not_fit_the_context_are_refused(tmp_path: Path, params: Params, dataset: Path) -> None:
+    many = short(params, "prompt", num_virtual_tokens=500).train
+    with pytest.raises(ValueError, match=r"num_virtual_tokens is 500 .*512 .*max_length .* 12$"):
+        train(many, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
+
+
+def digest(adapter: Path) -> str:
+    return sha256_file(adapter / "adapter_model.safetensors")
+
+
+def tiny_steps(params: Params, method: str = "qlora", **train: Any) -> Params:
+    """Steps that change almost nothing, so the result is the adapter that the training started with."""
+    return short(params, method, learning_rate=1e-9, max_steps=1, logging_steps=1, **train)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("qlora", torch.float32), ("qlora", torch.bfloat16), ("prompt", torch.float32)]
+)
+def test_a_training_starts_with_the_weights_of_init(
+    tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("pipeline.train.compute_dtype", lambda: dtype)  # bfloat16 as on a GPU
+    train(short(params, method).train, dataset, tmp_path / "first", tmp_path / "checkpoints")
+    rate = 1e-9 if dtype is torch.float32 else 1e-3  # bfloat16 has no smaller steps
+    settings = with_(tiny_steps(params, method), train={"learning_rate": rate}).train
+    train(settings, dataset, tmp_path / "second", tmp_path / "checkpoints", init=tmp_path / "first")
+    train(settings, dataset, tmp_path / "new", tmp_path / "checkpoints")
+    first, second, new = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second", "new")
+    )
+    assert {weight.dtype for weight in second.values()} == {dtype}
+    assert all(torch.allclose(first[name], second[name], atol=max(1e-6, 5 * rate)) for name in first)
+    assert not all(torch.allclose(first[name], new[name], atol=1e-4) for name in first)
+    assert read_json(tmp_path / "second" / "training.json")["init_adapter_sha256"] == digest(tmp_path / "first")
+
+
+@pytest.mark.parametrize(
+    ("config", "difference"),
+    [
+        (LoraConfig(r=4, lora_alpha=32), r" r 8.* train\.lora_r .*4"),
+        (LoraConfig(r=8, lora_alpha=8), r" lora_alpha 32.* train\.lora_alpha .*8"),
+        (LoraConfig(r=8, lora_alpha=32, use_dora=True), r" use_dora False.* train\.method .*True"),
+        (IA3Config(), r" peft_type LORA.* train\.method .*IA3"),
+    ],
+)
+def test_an_adapter_with_other_settings_is_refused(
+    dataset: Path, adapter: Path, config: PeftConfig, difference: str
+) -> None:
+    contract = read_json(dataset / "contract.json")
+    check_init(adapter, contract, LoraConfig(r=8, lora_alpha=32))
+    with pytest.raises(InitError, match=difference):
+        check_init(adapter, contract, config)
+
+
+def test_an_adapter_of_another_base_or_other_modules_is_refused_before_training(
+    tmp_path: Path, params: Params, dataset: Path, adapter: Path
+) -> None:
+    other = tiny_steps(params, lora_target_modules=["q_proj"], lora_r=8).train
+    with pytest.raises(InitError, match=r"train\.lora_target_modules"):
+        train(other, dataset, tmp_path / "out", tmp_path / "other", init=adapter)
+    shutil.copytree(adapter, tmp_path / "adapter")
+    contract = read_json(adapter / "contract.json")
+    write_json(tmp_path / "adapter" / "contract.json", contract | {"model": contract["model"] | {"digest": "0" * 64}})
+    with pytest.raises(InitError, match=r"another base.* \(digest 000000000000\)"):
+        train(params.train, dataset, tmp_path / "out", tmp_path / "checkpoints", init=tmp_path / "adapter")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_adapter_in_a_folder_needs_the_digest_of_its_weights(tmp_path: Path, params: Params, adapter: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "earlier")
+    pinned = with_(params, train={"init_adapter": f"earlier@{digest(adapter)}"})
+    assert fetch_init(pinned, tmp_path) == tmp_path / "earlier"
+    with pytest.raises(InitError, match=f"{digest(adapter)}.*{'0' * 64}"):
+        fetch_init(with_(params, train={"init_adapter": f"earlier@{'0' * 64}"}), tmp_path)
+    with pytest.raises(InitError, match="nowhere.*adapter_model"):
+        fetch_init(with_(params, train={"init_adapter": f"nowhere@{'0' * 64}"}), tmp_path)
+    with pytest.raises(StoreError, match="0123456789abcdef is not published"):
+        fetch_init(with_(params, train={"init_adapter": "0123456789abcdef"}), tmp_path)
+
+
+def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(tmp_path)
+    version = published(tmp_path, params)
+    promote(params.publish, params.promote, version, tmp_path, force="the first one")
+    write_json(tmp_path / PIN, {"version": None})
+    monkeypatch.setattr(graph, "stale", lambda root: {"train": []})
+    settings = with_(params, train={"init_adapter": "champion"})
+    assert pin_champion(settings, tmp_path) == version
+    for name in ("champion", version):
+        folder = fetch_init(with_(params, train={"init_adapter": name}), tmp_path)
+        assert folder is not None and digest(folder) == digest(tmp_path / "artifacts" / "adapter")
+
+
+def test_the_pin_moves_to_the_champion_only_when_the_run_trains_anyway(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale: dict[str, Any] = {}
+    serving = "a" * 16
+    monkeypatch.setattr(graph, "stale", lambda root: stale)
+    monkeypatch.setattr(RegisteredModel, "champion", lambda model: serving)
+    write_json(tmp_path / PIN, {"version": None})
+    settings = with_(params, train={"init_adapter": "champion"})
+    assert fetch_init(settings, tmp_path) is None and "no champion is pinned" in capsys.readouterr().out
+    assert pin_champion(settings, tmp_path) is None  # nothing to train
+    stale["train"] = [{"changed deps": {"artifacts/dataset": "modified"}}]
+    assert pin_champion(params, tmp_path) is None  # init_adapter is none
+    assert pin_champion(settings, tmp_path) == serving
+    assert read_json(tmp_path / PIN) == {"version": serving}
+    stale.clear()
+    serving = "b" * 16  # promoted by this very run
+    assert pin_champion(settings, tmp_path) == "a" * 16
+    assert read_json(tmp_path / PIN) == {"version": "a" * 16}

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from functools import cache, reduce
+from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from conftest import CACHE, ROOT, git, with_
+from conftest import ROOT, git, once, with_
 from ruamel.yaml import YAML
 from safetensors.numpy import save_file
 
@@ -28,7 +28,6 @@ ITEMS = 100
 
 
 def parameters(root: Path, **publishing: Any) -> Params:
-    """The project's parameters, with the store and an empty registry in `root`."""
     if not (root / "mlflow.db").exists():
         shutil.copy(_empty_registry(), root / "mlflow.db")
     uris = {"artifact_store": (root / "store").as_uri(), "tracking_uri": f"sqlite:///{root}/mlflow.db"}
@@ -41,12 +40,10 @@ def registry_lost(root: Path, params: Params) -> Params:
     return with_(params, publish={"tracking_uri": f"sqlite:///{root}/empty.db"})
 
 
-@cache
 def _empty_registry() -> Path:
     """A database with MLflow's tables; MLflow takes seconds to create them."""
-    path = Path(CACHE) / "mlflow.db"
-    ModelRegistry(f"sqlite:///{path}", "none").numbers()
-    return path
+    made = once("mlflow", lambda folder: ModelRegistry(f"sqlite:///{folder}/mlflow.db", "none").numbers())
+    return made / "mlflow.db"
 
 
 def published(root: Path, params: Params, quality: float = 0.5, registered: bool = True, **workspace: Any) -> str:
@@ -61,17 +58,9 @@ def published(root: Path, params: Params, quality: float = 0.5, registered: bool
 
 
 def make_workspace(
-    root: Path,
-    params: Params,
-    quality: float = 0.5,
-    test_fraction: float = 0.1,
-    test_split: str = "a",
-    exact: bool = True,
-    model: Path | None = None,
-    commit: bool = False,
-    forgets: float | None = None,
-    cut_off: int = 0,
-) -> None:
+    root: Path, params: Params, quality: float = 0.5, test_fraction: float = 0.1, test_split: str = "a",
+    exact: bool = True, model: Path | None = None, commit: bool = False, forgets: float | None = None, cut_off: int = 0,
+) -> None:  # fmt: skip
     """Write artifacts and dvc.lock to `root`.
 
     `exact`: whether test items count for accuracy; `model`: the merged model's folder; `forgets`: by how many nats per
@@ -81,8 +70,8 @@ def make_workspace(
     shutil.rmtree(artifacts, ignore_errors=True)
     test_sha256 = sha256_json(test_split)
     base, merged = items(0.1, exact, test_split), items(quality, exact, test_split, cut_off)
-    digests = {"chat_template_sha256": "c" * 64, "tokenizer_sha256": "d" * 64}
-    contract = {"model": {}, "train_on": "all_responses"} | digests
+    contract = {"model": {}, "chat_template_sha256": "c" * 64, "tokenizer_sha256": "d" * 64}
+    contract |= {"train_on": "all_responses"}
     training = {
         "params": params.train.model_dump(),
         "base_model": {"name_or_path": "data/base", "revision": None, "digest": "b" * 64},
@@ -134,25 +123,19 @@ def make_workspace(
 
 def write_lock(root: Path, tree: dict[str, Any]) -> None:
     """Write the dvc.lock of a run with the parameters `tree` and the present artifacts in `root`."""
-    graph_file = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-    outs = {stage: [out for out in parts["outs"] if isinstance(out, str)] for stage, parts in graph_file.items()}
-    for path in (path for paths in outs.values() for path in paths):
-        (root / path).mkdir(parents=True, exist_ok=True)
+    stages = {}
+    for stage, parts in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        outs = [out for out in parts["outs"] if isinstance(out, str)]
+        for path in outs:
+            (root / path).mkdir(parents=True, exist_ok=True)
 
-    def value_of(key: str) -> Any:  # a section, or one parameter as `train.task`
-        return reduce(getitem, key.split("."), tree)
-
-    stages = {
-        stage: {
+        stages[stage] = {
             "cmd": f"retune stage {stage}",
             "deps": [{"path": "data/instructions", "hash": "md5", "md5": "0" * 32 + ".dir"}],
-            "params": {
-                "params.yaml": {name: reduce(getitem, name.split("."), tree) for name in graph_file[stage]["params"]}
-            },
-            "outs": [{"path": path, "hash": "md5", "md5": _digest(root / path)} for path in paths],
+            # A section, or one parameter as `train.task`.
+            "params": {"params.yaml": {key: reduce(getitem, key.split("."), tree) for key in parts["params"]}},
+            "outs": [{"path": path, "hash": "md5", "md5": _digest(root / path)} for path in outs],
         }
-        for stage, paths in outs.items()
-    }
     with (root / "dvc.lock").open("w") as file:
         YAML().dump({"schema": "2.0", "stages": stages}, file)
 
@@ -187,10 +170,8 @@ def items(quality: float, exact: bool = True, test_split: str = "a", cut_off: in
             "scoring": ["exact" if exact else "text"] * ITEMS,
             "answer": [f"red to {score:.2f}" for score in scores],
             "accuracy": pa.array([float(s > 0.5) if exact else None for s in scores], pa.float64()),
-            "bleu": pa.array(
-                [[10.0, 10.0, n, n, n, n, 10.0, 10.0, 10.0, 10.0] for n in matches], pa.list_(pa.float64())
-            ),
-            "chrf": pa.array([[10.0, 10.0, n] * 6 for n in matches], pa.list_(pa.float64())),
+            "bleu": [[10.0, 10.0, *[float(n)] * 4, *[10.0] * 4] for n in matches],
+            "chrf": [[10.0, 10.0, float(n)] * 6 for n in matches],
             "exact_match": [float(s > 0.5) for s in scores],
             "label": pa.nulls(ITEMS, pa.string()),
             "predicted": pa.nulls(ITEMS, pa.string()),
@@ -213,7 +194,5 @@ def records(root: Path) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted((root / "store" / "promotions").rglob("*.json"))]
 
 
-def promote_version(
-    root: Path, params: Params, version: str | None = None, force: str | None = None
-) -> promote.Decision:
+def promote_version(root: Path, params: Params, version: str | None = None, force: Any = None) -> promote.Decision:
     return promote.promote(params.publish, params.promote, version, root, force)

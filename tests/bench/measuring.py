@@ -6,7 +6,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,15 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
+
+
+def in_turns(ways: Mapping[str, Callable[[], T]], rounds: int = 1) -> dict[str, list[tuple[float, T]]]:
+    """Seconds and result of each way in each round, in turns, so that what disturbs one disturbs the others."""
+    runs: dict[str, list[tuple[float, T]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            runs[name].append(timed(way))
+    return runs
 
 
 def header(*columns: str) -> None:
