@@ -1,5 +1,4 @@
-"""promote: makes a published version the champion if it is measurably better, and refuses it if it is not; the gate is
-undecided if there are too few test items to tell.
+"""promote: makes a published version the champion if it is measurably better; refuses it, or leaves it open, if not.
 
 Every decision, by the gate or by a person (approval, force, rollback), is one record of the promotion log; MLflow's
 aliases and the webhooks follow. A version that is not published or was deleted cannot be promoted, nor one without a
@@ -10,23 +9,12 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from pipeline.core.http_client import HttpError, send
 from pipeline.params import Params, PromoteParams, PublishParams
-from pipeline.registry import gate, manifest, wording
+from pipeline.registry import decisions, gate, manifest, wording
 from pipeline.registry.compare import BASE, UnfairError, compare, scoring_settings
-from pipeline.registry.decisions import (
-    DecisionError,
-    Record,
-    champion,
-    champions,
-    deleted,
-    name_of,
-    proposed,
-    refuse_deleted,
-    rolled_back,
-)
+from pipeline.registry.decisions import DecisionError, Record
 from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.verify import require_servable
@@ -49,12 +37,7 @@ class Decision:
 
 
 def require_ready(params: Params, root: Path = Path(".")) -> None:
-    """Check before a training what would otherwise fail after it.
-
-    Raises:
-        StoreError: the store cannot be written.
-        CompareError: the champion is a model for another task.
-    """
+    """Check before a training that the store can be written and that the champion is a model for the same task."""
     model = RegisteredModel(params.publish, root)
     model.store.probe()
     serving = model.champion()
@@ -75,21 +58,15 @@ def promote(
 ) -> Decision:
     """Decide on `version` (id or MLflow number), by default the version of the workspace's artifacts.
 
-    `force`: the reason of a person who overrules the gate and earlier decisions; it is recorded with the numbers. A
-    deletion and `publish.require_signature` cannot be overruled.
-
-    Raises:
-        DecisionError: the version was deleted, or the log cannot be read.
-        StoreError: the version is not published.
-        CompareError: the version cannot be compared with the champion.
-        SignatureError: the version is unsigned or altered, and publish.require_signature is on.
+    `force`: the reason of a person who overrules the gate and earlier decisions; it is recorded with the numbers.
+    What is deleted, not published, or unsigned although `publish.require_signature` is on, cannot be forced.
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version)
 
     def make_record(log: list[Record]) -> Record:
-        refuse_deleted(log, version)
-        candidate, serving = require_servable(model, version), champion(log)
+        decisions.refuse_deleted(log, version)
+        candidate, serving = require_servable(model, version), decisions.champion(log)
         test_sha256 = scoring_settings(candidate, serving, root)["test_sha256"]
         why_settled = settled_reason(log, version, params, test_sha256)
         if version == serving or (why_settled is not None and force is None):
@@ -109,7 +86,7 @@ def _compare_and_decide(
     why_settled: str | None,
 ) -> Record:
     """The record of the gate's decision on `candidate`, or of the decision of the person who forces it."""
-    version, serving = candidate["version"], champion(log)
+    version, serving = candidate["version"], decisions.champion(log)
     comparison: gate.Comparison = {}
     notes, overruled = ["no numbers: candidate and champion were not compared"], [why_settled] if why_settled else []
     try:
@@ -126,19 +103,9 @@ def _compare_and_decide(
         decision, reason, overruled = "promoted", force, [*refusals, *overruled]
     elif decision == "promoted" and params.approval == "manual":
         decision = "proposed"
-    return Record(
-        number=len(log) + 1,
-        decision=decision,
-        version=version,
-        champion=version if decision == "promoted" else serving,
-        previous=serving,
-        reason=reason,
-        comparison=comparison,
-        gate=params.gate(),
-        manifest_sha256=manifest.digest(candidate),
-        overruled=overruled if force is not None else [],
-        notes=notes,
-    )
+    winner = version if decision == "promoted" else serving
+    record = Record(len(log) + 1, decision, version, winner, serving, reason, comparison, params.gate(), notes=notes)
+    return replace(record, manifest_sha256=manifest.digest(candidate), overruled=overruled if force is not None else [])
 
 
 def approve(
@@ -158,7 +125,7 @@ def approve(
     version = model.find(version) if version is not None else None
 
     def make_record(log: list[Record]) -> Record:
-        proposal, serving = proposed(log), champion(log)
+        proposal, serving = decisions.proposed(log), decisions.champion(log)
         if proposal is None or version not in (None, proposal.version):
             waiting = f"version {model.label(proposal.version)}" if proposal else "no version"
             other = "" if version is None else f", not {model.label(version)}"
@@ -169,17 +136,10 @@ def approve(
             raise DecisionError(
                 f"the manifest of version {model.label(proposal.version)} was altered after the version passed the gate"
             )
-        return replace(
-            proposal,
-            number=len(log) + 1,
-            decision="promoted" if agreed else "refused",
-            champion=proposal.version if agreed else serving,
-            previous=serving,
-            reason=reason or (f"approved: {proposal.reason}" if agreed else "not approved"),
-            actor=actor,
-            time="",
-            proposal=proposal.number,
-        )
+        decision, winner = ("promoted", proposal.version) if agreed else ("refused", serving)
+        because = reason or (f"approved: {proposal.reason}" if agreed else "not approved")
+        record = replace(proposal, number=len(log) + 1, decision=decision, champion=winner, previous=serving)
+        return replace(record, reason=because, actor=actor, time="", proposal=proposal.number)
 
     return _follow_up(model, params, model.append_decision(make_record))
 
@@ -198,7 +158,7 @@ def rollback(
     model = RegisteredModel(publishing, root)
 
     def make_record(log: list[Record]) -> Record:
-        earlier, serving = champions(log)[:-1], champion(log)
+        earlier, serving = decisions.champions(log)[:-1], decisions.champion(log)
         if to is None and not earlier:
             raise DecisionError(f"{model.name} has no earlier champion; see `retune history`")
         target = earlier[-1] if to is None else model.find(to)
@@ -208,7 +168,7 @@ def rollback(
             raise DecisionError(
                 f"version {model.label(target)} was never champion of {model.name}; use `retune promote` instead"
             )
-        refuse_deleted(log, target)
+        decisions.refuse_deleted(log, target)
         digest = manifest.digest(require_servable(model, target))
         return Record(len(log) + 1, "rollback", target, target, serving, reason, manifest_sha256=digest)
 
@@ -229,12 +189,12 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams, test_
     The same gate does not refuse a version twice against the same champion, or leave it undecided twice on the same
     test items, and it does not promote a version that was rolled back.
     """
-    serving = champion(log)
+    serving = decisions.champion(log)
     if version == serving:
         return "it is the champion"
-    if version in deleted(log):
-        return f"it was deleted: {deleted(log)[version].reason}"
-    if version in rolled_back(log):
+    if version in decisions.deleted(log):
+        return f"it was deleted: {decisions.deleted(log)[version].reason}"
+    if version in decisions.rolled_back(log):
         return f"it was rolled back; `retune rollback --to {version}` makes it champion again"
     same_gate = [r for r in log if r.version == version and r.previous == serving and r.gate == params.gate()]
     for earlier in reversed(same_gate):
@@ -242,7 +202,7 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams, test_
             return f"refused before, and champion and gate are the same: {earlier.reason}"
         if earlier.decision == "undecided" and earlier.test_sha256 == test_sha256:
             return f"not decided before, and champion, gate and test items are the same: {earlier.reason}"
-        if earlier.decision == "proposed" and earlier == proposed(log) and params.approval == "manual":
+        if earlier.decision == "proposed" and earlier == decisions.proposed(log) and params.approval == "manual":
             return f"it waits for approval (`retune promote --approve`): {earlier.reason}"
     return None
 
@@ -256,7 +216,7 @@ def settled(publishing: PublishParams, params: PromoteParams, version: str, root
     log, candidate = model.log(), read_manifest(model.store, version)
     if version not in {record.version for record in log} and candidate is None:
         return None
-    test_sha256 = scoring_settings(candidate, champion(log), root)["test_sha256"] if candidate else ""
+    test_sha256 = scoring_settings(candidate, decisions.champion(log), root)["test_sha256"] if candidate else ""
     reason = settled_reason(log, version, params, test_sha256)
     if reason is not None and not model.is_synced(log):
         model.sync_registry(version)
@@ -279,18 +239,14 @@ def _follow_up(model: RegisteredModel, params: PromoteParams, record: Record) ->
         first, by_person = decisive.previous is None, decisive.proposal is not None
         next_step = wording.next_step(decisive.word, name, decisive.comparison, candidate, first, by_person)
     serving = model.label(record.champion) if record.champion else None
+    same = ("decision", "version", "champion", "reason", "word", "comparison", "notes")
+    title = wording.title(record.word, decisions.name_of(record.version, number), serving)
     return Decision(
-        decision=record.decision,
-        version=record.version,
+        **{key: getattr(record, key) for key in same},
         number=number,
-        champion=record.champion,
         against=record.previous or BASE,
-        reason=record.reason,
-        word=record.word,
-        title=wording.title(record.word, name_of(record.version, number), serving),
+        title=title,
         next=next_step,
-        comparison=record.comparison,
-        notes=record.notes,
         warnings=warnings,
     )
 
@@ -299,15 +255,10 @@ def _send_to_webhooks(webhooks: list[str], name: str, record: Record) -> list[st
     """POST `record` to the URL in each environment variable; returns a warning, without the URL, for each failure."""
     warnings = []
     for variable in webhooks:
-        url, problem = os.environ.get(variable, ""), ""
-        if urlparse(url).scheme not in ("http", "https"):
-            problem = "its value is not an http or https URL" if url else "it is not set"
-        else:
-            try:
-                send(url, {"model": name} | asdict(record))
-            except HttpError as error:
-                unreachable = f"it cannot be reached ({type(error.__cause__).__name__})"
-                problem = f"it answered with status {error.status}" if error.status else unreachable
-        if problem:
-            warnings.append(f"the decision was not sent to the webhook in {variable}: {problem}")
+        try:
+            send(os.environ.get(variable, ""), {"model": name} | asdict(record))
+        except HttpError as error:
+            cause = f"is not set, not an http or https URL, or cannot be reached ({type(error.__cause__).__name__})"
+            problem = f"answered with status {error.status}" if error.status else cause
+            warnings.append(f"the decision was not sent to the webhook in {variable}: it {problem}")
     return warnings

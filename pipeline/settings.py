@@ -24,11 +24,7 @@ class ParamsError(ValueError):
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read and validate `path`.
-
-    Raises:
-        ParamsError: one sentence for each key that is missing, unknown, of the wrong type or out of range.
-    """
+    """Read and validate `path`. Raises ParamsError: a sentence for each key that is missing, unknown or wrong."""
     try:
         return _parse(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
@@ -40,8 +36,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> None:
     """Write `changes`, such as {"train.lora_r": 32}, into the file at `path`; its comments stay.
 
-    Raises:
-        ParamsError: a key is not in the file, or the result would be invalid; the file is unchanged.
+    Raises ParamsError: a key is not in the file, or the result would be invalid; the file is unchanged.
     """
     text = path.read_text(encoding="utf-8")
     _parse(text, path)

@@ -47,11 +47,7 @@ def digest(manifest: Manifest) -> str:
 
 
 def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
-    """The manifest of a version, or None while there is no such version.
-
-    Raises:
-        StoreError: the manifest was altered, or has another schema version.
-    """
+    """The manifest of a version, None if there is none. Raises StoreError: it was altered, or has another schema."""
     data = store.read(manifest_key(version))
     if data is None:
         return None
@@ -126,11 +122,6 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
 def contract_digests(contract: dict[str, Any]) -> dict[str, str]:
     """The digest of a template contract and the digests in it, as the manifest records them."""
     return {"sha256": sha256_json(contract)} | {k: v for k, v in contract.items() if k.endswith("_sha256")}
-
-
-def version_of(manifest: Manifest) -> str:
-    """The version id, computed from the manifest's `dvc_lock`."""
-    return graph.version_id(stages=manifest["dvc_lock"])
 
 
 def _parameters(stages: dict[str, Any]) -> dict[str, Any]:

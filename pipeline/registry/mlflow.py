@@ -6,7 +6,7 @@ determines the aliases `champion` and `challenger`; the next command corrects th
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -87,11 +87,8 @@ class ModelRegistry:
         points = [Metric(key, value, now, step) for key, value, step in metrics]
         with self._registry_errors():
             if self._aliases() is None:
-                try:
+                with suppress(MlflowException):  # another process may be quicker
                     self.client.create_registered_model(self.name)
-                except MlflowException:
-                    if self._aliases() is None:  # else another process was quicker
-                        raise
             experiment = self.client.get_experiment_by_name(self.name)
             if experiment is not None:
                 experiment_id = experiment.experiment_id

@@ -49,12 +49,9 @@ def why(comparison: Comparison, against: str) -> str:
 def next_step(
     word: str, name: str, comparison: Comparison, manifest: Manifest, first: bool = False, by_person: bool = False
 ) -> str:
-    """What a person can do after the decision `word`.
+    """What a person can do after the decision `word` about the version that commands know as `name`.
 
-    Args:
-        name: a name of the version that commands accept: v4, or its id.
-        first: there was no champion, so the version was compared with the base model.
-        by_person: a person answered the gate's proposal.
+    `first`: it was compared with the base model. `by_person`: a person answered the gate's proposal.
     """
     force = f'`retune promote {name} --force --reason "…"`'
     match word:

@@ -11,12 +11,7 @@ from pipeline.registry.wording import number, span
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS
 
 # Keys of scores.json → names for people.
-SYSTEMS = {
-    "base": "base",
-    "champion": "champion",
-    "adapter": "candidate before merge",
-    "merged": "candidate (merged)",
-}
+SYSTEMS = {"base": "base", "champion": "champion", "adapter": "candidate before merge", "merged": "candidate (merged)"}
 VERDICTS = {
     "passed": "passed",
     "failed": "refused",
@@ -40,9 +35,7 @@ def score_rows(
 ) -> list[Row]:
     """A row for each metric that some system has: `metric`, then each system's name and score.
 
-    Args:
-        systems: the metrics of each system, by key of `names`.
-        counts: how many of the `items` each metric counts, if known; noted if it is not all of them.
+    `systems`: the metrics by key of `names`. `counts`: how many of the `items` each metric counts, if it is known.
     """
     measured = [metric for metric in METRICS if any(scores.get(metric) for scores in systems.values())]
     notes = {metric: f" ({count:,} of {items:,} items)" for metric, count in (counts or {}).items() if count < items}

@@ -28,11 +28,7 @@ DECISIONS = ("promoted", "refused", "undecided", "proposed")
 
 
 def write_version_report(params: PublishParams, version: str, folder: Path, root: Path = Path(".")) -> Contents:
-    """Write the report of the published `version` into `folder`.
-
-    Raises:
-        StoreError: the version is not published, or one of its files is missing or altered.
-    """
+    """Write the report of the published `version` into `folder`. Raises StoreError: it is not published, or altered."""
     model = RegisteredModel(params, root)
     manifest = model.manifest(version)
     decisions = [record for record in model.log() if record.version == version and record.decision in DECISIONS]
