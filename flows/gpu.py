@@ -1,7 +1,7 @@
 """Training on the `gpu` pool: the run sends a request, a worker trains in its own clone, the run fetches the outputs.
 
 `pipeline.core.handover` carries the data. If a worker dies, its run has no more heartbeats, an automation of
-`flows.automations` marks it Crashed and frees the pool's slot, and the parent tries again; in the same clone, the
+`flows.setup` marks it Crashed and frees the pool's slot, and the parent tries again; in the same clone, the
 training then continues from its last checkpoint.
 """
 
@@ -13,12 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_client
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    WorkerFilter,
-    WorkerFilterStatus,
-)
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, WorkerFilter, WorkerFilterStatus
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.states import Cancelled, Cancelling, Completed

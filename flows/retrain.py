@@ -28,17 +28,16 @@ def run_stages(trigger: str) -> dict[str, Any]:
     with recorded(trigger):
         describe_run(trigger)
         params = load_params()
-        result = summary(
-            [
-                ingest(),
-                prepare(),
-                train(params),
-                evaluate(),
-                merge(),
-                publish(params),
-                promote(params),
-            ]
-        )
+        states = [
+            ingest(),
+            prepare(),
+            train(params),
+            evaluate(),
+            merge(),
+            publish(params),
+            promote(params),
+        ]
+        result = summary(states)
         show_run(params, trigger, result)
         return wait_for_approval(params, trigger, result)
 

@@ -108,20 +108,16 @@ def promote(params: Params) -> State[Any]:
     record_stage("promote")
     decision = promotion.promote(params.publish, params.promote)
     if decision.decision == "promoted" and params.operations.git_branch is not None:
-        _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)
+        try:
+            branch, model = params.operations.git_branch, params.publish.registered_model_name
+            commit = git.record_version(branch, model, decision.version, decision.number)
+            say(f"promote: {branch} has commit {commit[:12]}")
+        except git.GitError as error:  # the promotion stands
+            get_run_logger().warning(f"promote: {error}")
+            say(f"promote: not recorded in git: {error}")
     record_verdict(decision)
     show_report(params, decision)
     return ended_as("promote", decision.decision, started, asdict(decision))
-
-
-def _record_in_git(branch: str, model: str, decision: promotion.Decision) -> None:
-    """Record the promotion in git; if that fails, the promotion stands and the reason is logged."""
-    try:
-        commit = git.record_version(branch, model, decision.version, decision.number)
-        say(f"promote: {branch} has commit {commit[:12]}")
-    except git.GitError as error:
-        get_run_logger().warning(f"promote: {error}")
-        say(f"promote: not recorded in git: {error}")
 
 
 def show_report(params: Params, decision: promotion.Decision) -> None:

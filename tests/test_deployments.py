@@ -27,8 +27,8 @@ from test_stack import supervisor
 from versions import parameters, published
 
 from flows import deployments
-from flows.automations import automations
 from flows.deployments import evaluate_champion
+from flows.setup import automations
 from flows.summary import state_of
 from pipeline import promote as gate
 from pipeline.core.run_lock import only_run
