@@ -185,7 +185,7 @@ def test_another_users_project_is_one_sentence(
     assert exit.value.code == 0
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(sys, "argv", ["retune", "status"])
-    monkeypatch.setattr("pipeline.settings.load_params", lambda: refuse(Path(".retune")))
+    monkeypatch.setattr("pipeline.cli.operate.load_params", lambda: refuse(Path(".retune")))
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == 1

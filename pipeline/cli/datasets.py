@@ -1,7 +1,6 @@
 """The commands that ingest data and show rows."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -10,11 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
-from pipeline.cli.project import as_typed
+from pipeline.cli.project import as_typed, load_params_offline
 from pipeline.cli.versions import CommandError, Json
+from pipeline.core import graph
 from pipeline.core.progress import counted
 from pipeline.core.run_lock import only_run
+from pipeline.data.columns import format_columns, parse_columns
+from pipeline.data.known_formats import FORMATS
+from pipeline.data.snapshot import recover
+from pipeline.ingest import ingest as ingest_sources
+from pipeline.services.events import contents, count_new, tell_updated
+from pipeline.settings import load_params
 
 if TYPE_CHECKING:
     from pipeline.data.formats import Ask, UnclearFormatError
@@ -23,8 +30,7 @@ if TYPE_CHECKING:
 
 Format = Annotated[str | None, typer.Option(help="The format, instead of ingest.format and ingest.columns.")]
 Columns = Annotated[
-    str | None,
-    typer.Option(help="The mapping of columns, instead of ingest.columns: prompt=question,response=answer."),
+    str | None, typer.Option(help="The mapping of columns, instead of ingest.columns: prompt=question,response=answer.")
 ]
 
 
@@ -47,12 +53,6 @@ def ingest(
     json_output: Json = False,
 ) -> None:
     """Make the rows of all SOURCEs the new data snapshot, on which `retune run` then trains."""
-    from pipeline.core import graph
-    from pipeline.data.snapshot import recover
-    from pipeline.ingest import ingest as ingest_sources
-    from pipeline.services.events import contents, count_new, tell_updated
-    from pipeline.settings import load_params
-
     params, operations = load_params().ingest, load_params().operations
     with only_run():
         recover()
@@ -85,18 +85,15 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show rows token by token, as the model sees them, with trained tokens marked; FILE is shown as if prepared."""
-    from rich.console import Console
 
     from pipeline.data.inspection import as_text, inspect_dataset, inspect_file
-    from pipeline.settings import load_params
 
-    params = load_params()
+    params = load_params_offline()
     model = Path(params.prepare.model_name_or_path)
     if file is not None and model.parts[:1] == ("data",) and not model.exists():  # a fresh clone
         with only_run():
             _pull_base(str(model))
-    if model.is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        params = load_params_offline()
     misplaced = format or columns if file is None else id
     if misplaced is not None:
         raise CommandError("--format and --columns are for a file, --id is for the prepared dataset")
@@ -115,9 +112,6 @@ def inspect(
 
 def _with_options(params: "IngestParams", format: str | None, columns: str | None) -> "IngestParams":
     """`params` with the format and columns of the command line; a format there replaces a mapping in `params`."""
-    from pipeline.data.columns import parse_columns
-    from pipeline.data.known_formats import FORMATS
-
     if format not in (None, "auto", *FORMATS):
         raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
     changes: dict[str, Any] = {}
@@ -134,9 +128,6 @@ def _terminal() -> "Ask | None":
 
 def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
     """Ask on the terminal for the format or the columns."""
-    from pipeline.data.columns import format_columns, parse_columns
-    from pipeline.data.known_formats import FORMATS
-
     print(error, file=sys.stderr)
     guess = next(iter(error.formats), None) if error.columns is None else format_columns(error.columns)
     while True:
@@ -188,8 +179,6 @@ def _pull_base(model: str) -> str | None:
 
     Returns the commit that the base model came from, if it had to be searched for.
     """
-    from pipeline.core import graph
-
     try:
         graph.pull_data()
     except graph.SnapshotMissing:

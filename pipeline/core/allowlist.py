@@ -39,11 +39,7 @@ class UnsafeFileError(ValueError):
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse names (`part/file`) that versions do not ship.
-
-    Raises:
-        UnsafeFileError: with the first such name.
-    """
+    """Refuse names (`part/file`) that versions do not ship. Raises UnsafeFileError: with the first such name."""
     for name in names:
         if not isinstance(name, str) or not _PATTERN.fullmatch(name):
             raise UnsafeFileError(
@@ -69,8 +65,7 @@ def check_file(path: Path) -> None:
 def check_link(path: Path) -> None:
     """Refuse a symbolic link, unless it leads into a cache whose files are named by their digests.
 
-    Raises:
-        UnsafeFileError: it leads to a file that nobody meant to be part of a model.
+    Raises UnsafeFileError: it leads to a file that nobody meant to be part of a model.
     """
     if not path.is_symlink():
         return

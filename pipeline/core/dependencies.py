@@ -10,9 +10,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from pipeline.core.files import sha256_file
+from pipeline.core.graph import STAGES
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("prepare", "train", "evaluate", "merge")
 # Modules that read, check, print or start something, so no result depends on them. A folder stands for its modules.
 WITHOUT_EFFECT = {
     "pipeline.core",

@@ -99,6 +99,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_of_living(path: Path) -> dict[str, Any]:
+    """The JSON object at `path` if the process that it names as `process` still runs, else {}."""
+    with suppress(OSError, ValueError):
+        record = read_json(path)
+        return record if lives(record.get("process")) else {}
+    return {}
+
+
 class KeyTwiceError(ValueError):
     """JSON with a repeated key; readers differ in which value they take."""
 
@@ -108,11 +116,7 @@ class KeyTwiceError(ValueError):
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`, for `object_pairs_hook` of `json.loads`.
-
-    Raises:
-        KeyTwiceError: for the first repeated key.
-    """
+    """The object of `pairs`, for `object_pairs_hook` of `json.loads`. Raises KeyTwiceError at a repeated key."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -24,7 +24,8 @@ class GitError(RuntimeError):
 
 def run(root: Path, *arguments: str, **environment: str) -> str:
     """The output of a git command, without the final newline."""
-    git = _git(root, *arguments, **environment)
+    command = ["git", *arguments]
+    git = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
     if git.returncode != 0:
         raise GitError(redact(f"`git {' '.join(arguments)}` failed: {git.stderr.strip()}"))
     return git.stdout.rstrip()
@@ -32,8 +33,10 @@ def run(root: Path, *arguments: str, **environment: str) -> str:
 
 def run_or_none(root: Path, *arguments: str) -> str | None:
     """The output of a git command, or None if it fails, as it does outside of a repository."""
-    git = _git(root, *arguments)
-    return git.stdout.rstrip() if git.returncode == 0 else None
+    try:
+        return run(root, *arguments)
+    except GitError:
+        return None
 
 
 def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -80,16 +83,12 @@ def commit(root: Path, message: str, parents: list[str], tracked: bool = False) 
 
 
 def record_version(branch: str, model: str, version: str, number: str | None, root: Path = Path(".")) -> str:
-    """Commit a promoted run on `branch` (created from HEAD if missing) and tag it; returns the commit.
+    """Commit a promoted run on `branch` (created from HEAD if missing) and tag it; returns the tag's commit.
 
-    If the version already has a tag, its commit is returned.
-
-    Raises:
-        GitError: files other than `RECORDED` differ from HEAD, so the commit would not be what the version was made
-            from; or the branch is checked out.
+    Raises GitError: files other than `RECORDED` differ from HEAD, so the commit would not be what the version was made
+    from; or the branch is checked out.
     """
-    others = changes(root, RECORDED)
-    if others:
+    if others := changes(root, RECORDED):
         names = ", ".join(others[:3]) + " and more" * (len(others) > 3)
         raise GitError(
             f"{names} differ from HEAD, so a tag would not be what {version} was made from; commit them, then "
@@ -109,8 +108,3 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     run(root, "update-ref", ref, new, tip or "0" * len(new))
     run(root, "tag", tag, new)
     return new
-
-
-def _git(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)

@@ -98,11 +98,7 @@ def services(params: Params) -> list[Service]:
 
 
 def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None, root: Path = Path(".")) -> Params:
-    """`params` with the ports of the command line.
-
-    Raises:
-        ServerError: a stack runs here on other ports.
-    """
+    """`params` with the ports of the command line. Raises ServerError: a stack runs here on other ports."""
     given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port}
     update = {key: port for key, port in given.items() if port is not None}
     urls = {each["name"]: each["url"] for each in server.known_stack(root).get("services", []) if each["url"]}
@@ -116,8 +112,7 @@ def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None
 def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Start the stack in the background and wait until it works; returns its state. A running stack is left alone.
 
-    Raises:
-        ServerError: a port is taken, or a service did not start; nothing is left running.
+    Raises ServerError: a port is taken, or a service did not start; nothing is left running.
     """
     if server.known_stack(root).get("ready"):
         return state(root)
