@@ -10,9 +10,19 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.approval import wait_for_approval
 from flows.summary import describe_run, show_run, state_of
-from flows.tasks import ARTIFACTS, StageResult, evaluate, ingest, merge, prepare, promote, publish, train
+from flows.tasks import (
+    ARTIFACTS,
+    StageResult,
+    evaluate,
+    ingest,
+    merge,
+    prepare,
+    promote,
+    publish,
+    train,
+    wait_for_approval,
+)
 from pipeline.core.current_run import recorded
 from pipeline.scoring.resampling import METRICS, read_scores
 from pipeline.settings import load_params

@@ -13,26 +13,35 @@ from prefect.exceptions import Abort
 from prefect.states import Cancelled, Completed
 
 from pipeline.core import graph
+from pipeline.core.pages.templates import environment
 from pipeline.core.processes import identity
 from pipeline.core.progress import clock
 from pipeline.params import Params
 from pipeline.promote import Decision
-from pipeline.registry.compare import BASE
 from pipeline.registry.decisions import name_of
-from pipeline.registry.manifest import read_manifest
+from pipeline.registry.gate import BASE
+from pipeline.registry.manifest import require_manifest
 from pipeline.registry.stores import open_store
 from pipeline.report import tables
 
 
 def show_run(params: Params, trigger: str, result: dict[str, Any]) -> None:
     """Create the artifact `run`, the page of the whole run, and tag the run with trigger, data, model, decision."""
-    store = open_store(params.publish)
-    manifest = read_manifest(store, result["version"]["version"]) or {}
-    text = page(result, manifest, store.uri, params.publish.tracking_uri)
-    create_markdown_artifact(text, key="run", description=result["decision"]["title"])
-    version = result["version"]
+    store, version, decision = open_store(params.publish), result["version"], result["decision"]
+    template = environment(Path(__file__).parent / "pages", html=False).get_template("run.md.jinja")
+    page = template.render(
+        result=result,
+        name=name_of(version["version"], version["number"]),
+        verdict=verdict(decision),
+        scores=tables.markdown(tables.score_rows(_systems(result))),
+        stages=tables.markdown(_stage_rows(result, sum(stage["seconds"] for stage in result["stages"]))),
+        cost=require_manifest(store, version["version"])["cost"],
+        store=store.uri,
+        registry=params.publish.tracking_uri,
+    )
+    create_markdown_artifact(page, key="run", description=decision["title"])
     model = f"{params.publish.registered_model_name}-v{version['number']}" if version["number"] else version["version"]
-    describe_run(trigger, result["decision"]["decision"], model)
+    describe_run(trigger, decision["decision"], model)
 
 
 def state_of(decision: str, message: str, data: Any = None) -> State[Any]:
@@ -47,10 +56,7 @@ def state_of(decision: str, message: str, data: Any = None) -> State[Any]:
 
 
 def describe_run(trigger: str, decision: str | None = None, model: str | None = None) -> None:
-    """Tag the present flow run (`retune` for the automations, trigger, data, model) and name it after its decision.
-
-    This is one request. With Prefect's `tags`, every task would make one for each tag's concurrency limit.
-    """
+    """Tag this flow run and name it after its decision in one request; Prefect's `tags` would take one per task."""
     context: Any = get_run_context()
     run = getattr(context, "flow_run", None)
     if run is None:
@@ -77,46 +83,12 @@ def record_verdict(decision: Decision) -> None:
     create_markdown_artifact(verdict(asdict(decision)), key="verdict", description=decision.title)
 
 
-def page(result: dict[str, Any], manifest: dict[str, Any], store: str, registry: str) -> str:
-    """Markdown: verdict, scores of base, champion and candidate, stages, cost, and where everything lies."""
-    version, decision = result["version"], result["decision"]
-    cost = manifest.get("cost") or {"price_per_hour": None, "total": None}
-    unknown = "publish.price_per_hour is not set" if cost["price_per_hour"] is None else "a stage was not timed here"
-    link = f"[{registry}]({registry})" if registry.startswith("http") else f"`{registry}`"
-    seconds = sum(stage["seconds"] for stage in result["stages"])
-    scores, stages = (
-        "\n".join(tables.markdown(rows)) for rows in (tables.score_rows(_systems(result)), _stage_rows(result, seconds))
-    )
-    return f"""\
-# {decision["decision"].capitalize()}: {name_of(version["version"], version["number"])}
-
-{verdict(decision)}
-
-## Test scores
-
-{scores}
-
-## Stages
-
-{stages}
-
-## Cost and places
-
-- cost: {unknown if cost["total"] is None else format(cost["total"], ".2f")}
-- version: `{store}/versions/{version["version"]}/manifest.json`
-- registry: {link}; the whole report is the artifact `report`
-"""
-
-
 def show(result: dict[str, Any], seconds: float) -> None:
     """Print the summary on the terminal: the verdict first, then the numbers."""
     version, decision = result["version"], result["decision"]
     if not result["changed"]:
         print("Nothing to do: data, parameters and code are those of the last run.")
-    print("\n".join(tables.verdict_lines(decision["title"], decision["reason"], decision["next"])))
-    for line in [*decision["notes"], *decision["warnings"]]:
-        print(f"         {line}.")
-    tables.show_verdict(decision["comparison"], decision["against"] == BASE)
+    tables.show_decision(decision)
     tables.show_table(tables.score_rows(_systems(result)), "Test scores (95 % interval)")
     tables.show_table(_stage_rows(result, seconds), "Stages")
     alias = " (champion)" if decision["champion"] == version["version"] else ""

@@ -13,9 +13,9 @@ from typing import Any
 from pipeline.core.http_client import HttpError, send
 from pipeline.params import Params, PromoteParams, PublishParams
 from pipeline.registry import decisions, gate, manifest, wording
-from pipeline.registry.compare import BASE, UnfairError, compare, scoring_settings
+from pipeline.registry.compare import UnfairError, compare, scoring_settings
 from pipeline.registry.decisions import DecisionError, Record
-from pipeline.registry.manifest import Manifest, read_manifest
+from pipeline.registry.manifest import read_manifest
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.verify import require_servable
 
@@ -49,79 +49,55 @@ def require_ready(params: Params, root: Path = Path(".")) -> None:
         )
 
 
-def promote(
-    publishing: PublishParams,
-    params: PromoteParams,
-    version: str | None = None,
-    root: Path = Path("."),
-    force: str | None = None,
-) -> Decision:
+def promote(params: Params, version: str | None = None, root: Path = Path("."), force: str | None = None) -> Decision:
     """Decide on `version` (id or MLflow number), by default the version of the workspace's artifacts.
 
     `force`: the reason of a person who overrules the gate and earlier decisions; it is recorded with the numbers.
     What is deleted, not published, or unsigned although `publish.require_signature` is on, cannot be forced.
     """
-    model = RegisteredModel(publishing, root)
+    model = RegisteredModel(params.publish, root)
     version = model.find(version)
 
     def make_record(log: list[Record]) -> Record:
         decisions.refuse_deleted(log, version)
         candidate, serving = require_servable(model, version), decisions.champion(log)
         test_sha256 = scoring_settings(candidate, serving, root)["test_sha256"]
-        why_settled = settled_reason(log, version, params, test_sha256)
+        why_settled = settled_reason(log, version, params.promote, test_sha256)
         if version == serving or (why_settled is not None and force is None):
             return Record(0, "unchanged", version, serving, serving, why_settled or "")
-        record = _compare_and_decide(model, candidate, log, params, force, why_settled)
-        return replace(record, test_sha256=test_sha256)
+        comparison: gate.Comparison = {}
+        notes = ["no numbers: candidate and champion were not compared"]
+        overruled = [why_settled] if why_settled else []
+        try:
+            comparison, notes = compare(model, candidate, serving, params.promote)
+            against = f"champion {model.label(serving)}" if serving else gate.BASE
+            decision, reason = gate.decide(comparison), wording.why(comparison, against)
+        except gate.CompareError as error:
+            if force is None and not isinstance(error, UnfairError):
+                raise
+            decision, reason = "refused", str(error)
+            overruled.insert(0, reason)
+        if force is not None:
+            refusals = [metric for metric, row in comparison.items() if row["passed"] is False]
+            decision, reason, overruled = "promoted", force, [*refusals, *overruled]
+        elif decision == "promoted" and params.promote.approval == "manual":
+            decision = "proposed"
+        winner = version if decision == "promoted" else serving
+        record = Record(
+            len(log) + 1, decision, version, winner, serving, reason, comparison, params.promote.gate(), notes=notes
+        )
+        overruled = overruled if force is not None else []
+        return replace(record, manifest_sha256=manifest.digest(candidate), overruled=overruled, test_sha256=test_sha256)
 
-    return _follow_up(model, params, model.append_decision(make_record))
-
-
-def _compare_and_decide(
-    model: RegisteredModel,
-    candidate: Manifest,
-    log: list[Record],
-    params: PromoteParams,
-    force: str | None,
-    why_settled: str | None,
-) -> Record:
-    """The record of the gate's decision on `candidate`, or of the decision of the person who forces it."""
-    version, serving = candidate["version"], decisions.champion(log)
-    comparison: gate.Comparison = {}
-    notes, overruled = ["no numbers: candidate and champion were not compared"], [why_settled] if why_settled else []
-    try:
-        comparison, notes = compare(model, candidate, serving, params)
-        against = f"champion {model.label(serving)}" if serving else BASE
-        decision, reason = gate.decide(comparison), wording.why(comparison, against)
-    except gate.CompareError as error:
-        if force is None and not isinstance(error, UnfairError):
-            raise
-        decision, reason = "refused", str(error)
-        overruled.insert(0, reason)
-    if force is not None:
-        refusals = [metric for metric, row in comparison.items() if row["passed"] is False]
-        decision, reason, overruled = "promoted", force, [*refusals, *overruled]
-    elif decision == "promoted" and params.approval == "manual":
-        decision = "proposed"
-    winner = version if decision == "promoted" else serving
-    record = Record(len(log) + 1, decision, version, winner, serving, reason, comparison, params.gate(), notes=notes)
-    return replace(record, manifest_sha256=manifest.digest(candidate), overruled=overruled if force is not None else [])
+    return _follow_up(model, params.promote.webhooks, model.append_decision(make_record))
 
 
 def approve(
-    publishing: PublishParams,
-    params: PromoteParams,
-    version: str | None = None,
-    agreed: bool = True,
-    reason: str = "",
-    actor: str = "",
+    params: Params, version: str | None = None, agreed: bool = True, reason: str = "", actor: str = "",
     root: Path = Path("."),
-) -> Decision:
-    """Record a person's answer to the proposal: its version is promoted, or refused.
-
-    Raises DecisionError: there is no proposal, or for another version, or the champion has changed since.
-    """
-    model = RegisteredModel(publishing, root)
+) -> Decision:  # fmt: skip
+    """Record a person's answer to the proposal. Raises DecisionError: there is none, another, or another champion."""
+    model = RegisteredModel(params.publish, root)
     version = model.find(version) if version is not None else None
 
     def make_record(log: list[Record]) -> Record:
@@ -133,29 +109,20 @@ def approve(
             raise DecisionError(f"{waiting} waits for approval{other}; {advice}")
         # A rejection needs no check: a version that may no longer be used can still be refused.
         if agreed and manifest.digest(require_servable(model, proposal.version)) != proposal.manifest_sha256:
-            raise DecisionError(
-                f"the manifest of version {model.label(proposal.version)} was altered after the version passed the gate"
-            )
+            raise DecisionError(f"the manifest of {model.label(proposal.version)} was altered after it passed the gate")
         decision, winner = ("promoted", proposal.version) if agreed else ("refused", serving)
         because = reason or (f"approved: {proposal.reason}" if agreed else "not approved")
         record = replace(proposal, number=len(log) + 1, decision=decision, champion=winner, previous=serving)
         return replace(record, reason=because, actor=actor, time="", proposal=proposal.number)
 
-    return _follow_up(model, params, model.append_decision(make_record))
+    return _follow_up(model, params.promote.webhooks, model.append_decision(make_record))
 
 
 def rollback(
-    publishing: PublishParams,
-    params: PromoteParams,
-    to: str | None = None,
-    reason: str = "rolled back by hand",
-    root: Path = Path("."),
+    params: Params, to: str | None = None, reason: str = "rolled back by hand", root: Path = Path(".")
 ) -> tuple[Record, list[str]]:
-    """Make the previous champion (or version `to`) champion again; returns the record, and warnings.
-
-    Raises DecisionError: there is no earlier champion, or `to` was never champion.
-    """
-    model = RegisteredModel(publishing, root)
+    """Make the previous champion, or `to`, champion again. Raises DecisionError: it never was, or there is none."""
+    model = RegisteredModel(params.publish, root)
 
     def make_record(log: list[Record]) -> Record:
         earlier, serving = decisions.champions(log)[:-1], decisions.champion(log)
@@ -165,15 +132,15 @@ def rollback(
         if target == serving:
             raise DecisionError(f"version {model.label(target)} is already the champion")
         if target not in {record.champion for record in log}:
-            raise DecisionError(
-                f"version {model.label(target)} was never champion of {model.name}; use `retune promote` instead"
-            )
+            raise DecisionError(f"{model.label(target)} was never champion of {model.name}; use `retune promote`")
         decisions.refuse_deleted(log, target)
         digest = manifest.digest(require_servable(model, target))
         return Record(len(log) + 1, "rollback", target, target, serving, reason, manifest_sha256=digest)
 
     record = model.append_decision(make_record)
-    return record, model.sync_registry(record.version)[1] + _send_to_webhooks(params.webhooks, model.name, record)
+    return record, model.sync_registry(record.version)[1] + _send_to_webhooks(
+        params.promote.webhooks, model.name, record
+    )
 
 
 def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
@@ -207,23 +174,20 @@ def settled_reason(log: list[Record], version: str, params: PromoteParams, test_
     return None
 
 
-def settled(publishing: PublishParams, params: PromoteParams, version: str, root: Path = Path(".")) -> str | None:
-    """Like `settled_reason`, for a version's id; None if it is not published.
-
-    MLflow takes seconds to load, so the registry is used only if a crash left its aliases behind the log.
-    """
-    model = RegisteredModel(publishing, root)
+def settled(params: Params, version: str, root: Path = Path(".")) -> str | None:
+    """`settled_reason` of a published version. MLflow, which is slow, is used only if its aliases lag behind."""
+    model = RegisteredModel(params.publish, root)
     log, candidate = model.log(), read_manifest(model.store, version)
     if version not in {record.version for record in log} and candidate is None:
         return None
     test_sha256 = scoring_settings(candidate, decisions.champion(log), root)["test_sha256"] if candidate else ""
-    reason = settled_reason(log, version, params, test_sha256)
+    reason = settled_reason(log, version, params.promote, test_sha256)
     if reason is not None and not model.is_synced(log):
         model.sync_registry(version)
     return reason
 
 
-def _follow_up(model: RegisteredModel, params: PromoteParams, record: Record) -> Decision:
+def _follow_up(model: RegisteredModel, webhooks: list[str], record: Record) -> Decision:
     """Set the aliases, send the record to the webhooks, and describe the decision."""
     number, warnings = model.sync_registry(record.version)
     decisive: Record | None = record  # the decision that says what to do next
@@ -232,19 +196,16 @@ def _follow_up(model: RegisteredModel, params: PromoteParams, record: Record) ->
         was_champion = record.version == record.champion or not earlier or earlier[-1].decision == "promoted"
         decisive = None if was_champion else earlier[-1]
     else:
-        warnings += _send_to_webhooks(params.webhooks, model.name, record)
-    next_step = ""
-    if decisive is not None:
-        name, candidate = f"v{number}" if number else record.version, model.manifest(record.version)
-        first, by_person = decisive.previous is None, decisive.proposal is not None
-        next_step = wording.next_step(decisive.word, name, decisive.comparison, candidate, first, by_person)
+        warnings += _send_to_webhooks(webhooks, model.name, record)
+    name = f"v{number}" if number else record.version
+    next_step = wording.next_step(decisive, name, model.manifest(record.version)) if decisive else ""
     serving = model.label(record.champion) if record.champion else None
     same = ("decision", "version", "champion", "reason", "word", "comparison", "notes")
     title = wording.title(record.word, decisions.name_of(record.version, number), serving)
     return Decision(
         **{key: getattr(record, key) for key in same},
         number=number,
-        against=record.previous or BASE,
+        against=record.previous or gate.BASE,
         title=title,
         next=next_step,
         warnings=warnings,

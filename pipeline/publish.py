@@ -6,7 +6,6 @@ Publishing the same content again uploads nothing and makes no new version.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.core import graph
 from pipeline.core.allowlist import check_file, check_names
@@ -42,9 +41,7 @@ def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     (the signing key cannot be used), and RegistryError: the version is stored, and the next publish registers it.
     """
     if stale := [stage for stage in graph.stale(root) if stage in graph.STAGES]:
-        raise PublishError(
-            f"{', '.join(stale)} changed since the last run; `retune run` or `dvc repro` brings them up to date"
-        )
+        raise PublishError(f"{', '.join(stale)} changed since the last run; `retune run` brings them up to date")
     model = RegisteredModel(params, root)
     version = graph.version_id(root)
     refuse_deleted(model.log(), version)
@@ -72,7 +69,12 @@ def ship_version(model: RegisteredModel, version: str) -> tuple[Manifest, int]:
         descriptions["README.md"].write_text(card.model_card(manifest), encoding="utf-8")
         descriptions["MLmodel"].write_text(card.mlmodel(manifest), encoding="utf-8")
         description_entries, sent_descriptions = upload(model.store, descriptions)
-    manifest["files"] = entries | description_entries | _mlflow_tokenizer(entries)
+    tokenizer = {  # a second time, under the names where MLflow's transformers flavour looks for it
+        name.replace("merged/", "components/tokenizer/"): entry
+        for name, entry in entries.items()
+        if name.startswith("merged/") and (name[7:] in TOKENIZER_FILES or name.endswith(".model"))
+    }
+    manifest["files"] = entries | description_entries | tokenizer
     _sign(model, manifest)  # before the manifest, so that a visible version is signed
     publish_manifest(model.store, version, manifests.encode(manifest))
     return model.manifest(version), sent + sent_descriptions
@@ -113,12 +115,3 @@ def _shipped_files(root: Path) -> dict[str, Path]:
     for path in files.values():
         check_file(path)
     return files
-
-
-def _mlflow_tokenizer(entries: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer's files a second time, under the names where MLflow's transformers flavour looks for them."""
-    return {
-        name.replace("merged/", "components/tokenizer/"): entry
-        for name, entry in entries.items()
-        if name.startswith("merged/") and (name[7:] in TOKENIZER_FILES or name.endswith(".model"))
-    }

@@ -184,7 +184,7 @@ def test_the_nightly_evaluation_is_skipped_where_the_primary_metric_was_never_me
 ) -> None:
     params = parameters(tmp_path)
     version = published(tmp_path, params, exact=False)
-    gate.promote(params.publish, params.promote, version, tmp_path)
+    gate.promote(params, version, tmp_path)
     write_params(tmp_path, with_(params, promote={"primary_metric": "macro_f1", "guard_metrics": {}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("flows.deployments._enter", lambda: None)

@@ -128,8 +128,7 @@ def _base(params: Params, root: Path, checks: list[Check]) -> Finding:
 
 def _store(model: RegisteredModel) -> Finding:
     model.store.probe()
-    serving = model.champion()
-    return True, f"{model.store.uri}, champion {model.registry.cached_name(serving) if serving else 'none yet'}"
+    return True, f"{model.store.uri}, champion {model.registry.cached_name(model.champion())}"
 
 
 def _servers(root: Path) -> Finding:

@@ -13,7 +13,7 @@ import typer
 
 from pipeline.cli import datasets, operate, talk, versions
 from pipeline.cli.project import ProjectCommand, enter_project, load_params_offline
-from pipeline.cli.versions import Json, answer
+from pipeline.cli.versions import Json, answer, print_warnings
 from pipeline.core import graph, timings
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.environment import collect_rarely, set_environment
@@ -79,7 +79,7 @@ def run(json_output: Json = False) -> None:
         recover()  # after an ingest that was killed
         require_ready(params)
         version = None if graph.stale() else graph.version_id()
-        if version and (reason := settled(params.publish, params.promote, version)):
+        if version and (reason := settled(params, version)):
             _print_unchanged(params, version, reason, json_output)
             return
         dashboard = server.running()
@@ -103,8 +103,7 @@ def run(json_output: Json = False) -> None:
 def _print_unchanged(params: Any, version: str, reason: str, json_output: bool) -> None:
     name = RegisteredModel(params.publish).registry.cached_name(version)
     if not (ARTIFACTS / "report.html").is_file():
-        for warning in report_decision(params.publish, version, ARTIFACTS):
-            print(f"warning: {warning}", file=sys.stderr)
+        print_warnings(report_decision(params.publish, version, ARTIFACTS))
     record_unchanged(f"version {name}: {reason}")
     text = f"Nothing to do: data, parameters and code are those of the last run.\nVersion {name}: {reason}."
     answer(json_output, {"changed": False, "version": version, "reason": reason}, text)

@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 from pipeline.params import Params
 from pipeline.settings import load_params
 
+BASE, WORKSPACE = "base", "workspace"  # names of models that are not versions
 _below = Path(".")  # from the project's top folder to the folder where the command was called
 
 

@@ -19,6 +19,7 @@ from pipeline.chat import Message
 from pipeline.chat import template as templates
 from pipeline.chat.responses import Answer, read_answer
 from pipeline.chat.template import ChatTemplate, TemplateError
+from pipeline.cli.project import BASE, WORKSPACE
 from pipeline.core.files import read_json
 from pipeline.core.sanitise import portable
 from pipeline.params import Params
@@ -26,7 +27,6 @@ from pipeline.registry.model import RegisteredModel
 from pipeline.weights.loading import ModelError, input_device, is_whole, load_adapter
 from pipeline.weights.placement import load_for_scoring, load_tuned
 
-BASE, WORKSPACE = "base", "workspace"
 # Keys of the contract that must be equal if two adapters share a base; the others describe the training data.
 SERVED = ("chat_template_sha256", "tokenizer_sha256", "stop_ids", "pad_id", "on_control_tokens")
 
@@ -168,13 +168,6 @@ class AnswerStreamer(BaseStreamer):
 
 def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
-
-
-def default_name(params: Params, root: Path = Path(".")) -> str:
-    """champion if there is one, else the workspace's adapter if there is one, else the base."""
-    if RegisteredModel(params.publish, root).champion() is not None:
-        return "champion"
-    return WORKSPACE if (root / "artifacts" / "adapter" / "contract.json").is_file() else BASE
 
 
 def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) -> tuple[Path, str]:

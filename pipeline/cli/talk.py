@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.project import as_typed, load_params_offline
+from pipeline.cli.project import BASE, WORKSPACE, as_typed, load_params_offline
 from pipeline.cli.versions import CommandError, Json, Version, answer, find
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.files import WORK_DIR, read_json, write_text
 from pipeline.core.progress import counted
+from pipeline.registry.model import RegisteredModel
 from pipeline.report.whole import write_version_report
 from pipeline.settings import load_params
 
@@ -104,23 +105,27 @@ def predict(
     from pipeline.weights.loading import use_free_cores
 
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
-    rows, size = read_prompts(file), params.evaluate.batch_size
+    rows, size, keep = read_prompts(file), params.evaluate.batch_size, None
     use_free_cores()
     if params.train.task == CLASSIFICATION:
         folder, name = find_classifier(params, model, "predict")
         classes = classify(folder, [messages for _, messages, _ in rows], size)
         results = [{"label": result.label, "confidence": result.confidence} for result in classes]
-        _write_answers(target, rows, results, name, json_output)
-        return
-    loaded, template, identity = load_for_batches(params, _name_or_default(model, params, "predict"))
-    prompts = [template.prompt_ids(messages, tools) for _, messages, tools in rows]
-    limit = _limit(params, max_new_tokens)
-    keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
-    limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
-    settings = (limit, size, "predict", identity["model"], keep, [tools for *_, tools in rows], limited_by)
-    results = [_fields(answer) for answer in generate(loaded, template, prompts, *settings)]
-    _write_answers(target, rows, results, identity["model"], json_output)
-    keep.unlink(missing_ok=True)
+    else:
+        loaded, template, identity = load_for_batches(params, _name_or_default(model, params, "predict"))
+        prompts, name = [template.prompt_ids(messages, tools) for _, messages, tools in rows], identity["model"]
+        limit = _limit(params, max_new_tokens)
+        keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
+        limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
+        settings = (limit, size, "predict", name, keep, [tools for *_, tools in rows], limited_by)
+        results = [_fields(each) for each in generate(loaded, template, prompts, *settings)]
+    lines = [row | result | {"model": name} for (row, _, _), result in zip(rows, results, strict=True)]
+    write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if keep is not None:
+        keep.unlink(missing_ok=True)
+    cut = sum(line.get("cut_off", False) for line in lines)
+    text = f"predict: {counted(len(lines), 'line')} in {target}" + f", {counted(cut, 'answer')} cut off" * (cut > 0)
+    answer(json_output, {"model": name, "rows": len(lines), "path": str(target)}, text)
 
 
 def classify(
@@ -133,7 +138,6 @@ def classify(
 ) -> None:
     """Print the class and confidence of each TEXT, from a model of train.task sequence-classification."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a merged model is whole
-    from pipeline.cli.serving import BASE, WORKSPACE
     from pipeline.scoring.classification import classify as classify_texts
 
     folder, name = Path(as_typed(model or "")), model
@@ -157,14 +161,6 @@ def _limit(params: Any, option: int | None) -> int:
     """Tokens that an answer may have."""
     limit = params.evaluate.max_new_tokens
     return option or (params.prepare.max_length if limit == "auto" else limit)
-
-
-def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]], model: str, json_output: bool) -> None:
-    lines = [row | result | {"model": model} for (row, _, _), result in zip(rows, results, strict=True)]
-    write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    cut = sum(line.get("cut_off", False) for line in lines)
-    text = f"predict: {counted(len(lines), 'line')} in {target}" + f", {counted(cut, 'answer')} cut off" * (cut > 0)
-    answer(json_output, {"model": model, "rows": len(lines), "path": str(target)}, text)
 
 
 def _converse(talk: "Talk", limit: int, messages: list[Any]) -> None:
@@ -237,18 +233,18 @@ def _fields(answer: "Answer") -> dict[str, Any]:
 
 
 def _name_or_default(model: str | None, params: Any, command: str, say: bool = True) -> str:
-    """The named model, else the default; prints its name if there is no champion yet."""
-    from pipeline.cli.serving import default_name
-
-    name = model or default_name(params)
-    if model is None and say and name != "champion":
+    """The named model, else the champion, the workspace's adapter or the base; notes if there is no champion yet."""
+    if model or RegisteredModel(params.publish).champion() is not None:
+        return model or "champion"
+    name = WORKSPACE if Path("artifacts/adapter/contract.json").is_file() else BASE
+    if say:
         print(f"{command}: there is no champion yet; {name} answers", file=sys.stderr)
     return name
 
 
 def find_classifier(params: Any, model: str | None, command: str) -> tuple[Path, str]:
     """Folder and id of the merged model with this name, else of the default."""
-    from pipeline.cli.serving import BASE, find_folder
+    from pipeline.cli.serving import find_folder
 
     name = _name_or_default(model, params, command)
     if name == BASE:

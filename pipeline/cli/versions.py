@@ -18,7 +18,6 @@ from pipeline.core.files import write_text
 from pipeline.core.progress import counted
 from pipeline.registry import retention
 from pipeline.registry.card import auto_class
-from pipeline.registry.compare import BASE
 from pipeline.registry.decisions import name_of
 from pipeline.registry.manifest import encode
 from pipeline.registry.model import RegisteredModel
@@ -26,7 +25,7 @@ from pipeline.registry.signature import read_signature, require_signed
 from pipeline.registry.stores import fetch
 from pipeline.registry.verify import verify as verify_version
 from pipeline.report.evaluation_pages import render
-from pipeline.report.tables import WIDTH, in_short, show_table, show_verdict, verdict_lines
+from pipeline.report.tables import WIDTH, in_short, show_decision, show_table, show_verdict
 from pipeline.report.versus import compare_versions, comparison_json
 from pipeline.report.whole import report_decision
 from pipeline.settings import load_params
@@ -87,15 +86,15 @@ def promote(
         raise CommandError("--force needs --reason: the history keeps why the gate was overruled")
     params = load_params()
     if approve or reject:
-        decision = promotion.approve(params.publish, params.promote, version, approve, reason)
+        decision = promotion.approve(params, version, approve, reason)
     else:
-        decision = promotion.promote(params.publish, params.promote, version, force=reason if force else None)
+        decision = promotion.promote(params, version, force=reason if force else None)
     decision.warnings.extend(report_decision(params.publish, decision.version, Path("artifacts")))
     _show_decision(decision, json_output)
     if decision.decision == "proposed" and not json_output and sys.stdin.isatty():
         agreed = typer.confirm("Make it the champion?")
         why = reason or typer.prompt("Reason, kept in the history", default="", show_default=False)
-        decision = promotion.approve(params.publish, params.promote, decision.version, agreed, why)
+        decision = promotion.approve(params, decision.version, agreed, why)
         _show_decision(decision, json_output)
     if decision.champion != decision.version:
         raise typer.Exit(3)
@@ -108,8 +107,8 @@ def rollback(
 ) -> None:
     """Make the previous champion, or another earlier one, champion again."""
     params, model = _load_model()
-    record, warnings = promotion.rollback(params.publish, params.promote, to, reason)
-    _print_warnings(warnings)
+    record, warnings = promotion.rollback(params, to, reason)
+    print_warnings(warnings)
     text = f"rollback: {model.label(record.champion)} is champion again, instead of {model.label(record.previous)}"
     answer(json_output, asdict(record), text)
 
@@ -121,7 +120,7 @@ def history(
     """List all decisions: who, when, from which champion to which, why, and with which numbers."""
     params, model = _load_model()
     log, warnings = promotion.history(params.publish)
-    _print_warnings(warnings)
+    print_warnings(warnings)
     if number is not None and number > len(log):
         raise CommandError(f"there is no decision {number}; the number of decisions is {len(log)}")
     records = log if number is None else [log[number - 1]]
@@ -132,8 +131,7 @@ def history(
         print("history: no decisions yet; `retune run` trains, publishes and decides")
         return
 
-    def name(version: str | None) -> str:
-        return "none" if version is None else model.registry.cached_name(version)
+    name = model.registry.cached_name
 
     def row(record: Any) -> dict[str, str]:
         by_gate = record.word in ("promoted", "refused", "undecided", "proposed") and record.proposal is None
@@ -251,19 +249,17 @@ def _load_model() -> tuple[Any, Any]:
     return params, RegisteredModel(params.publish)
 
 
-def _show_decision(decision: Any, json_output: bool) -> None:
-    _print_warnings(decision.warnings)
-    answer(json_output, asdict(decision), "\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
-    if not json_output:
-        show_verdict(decision.comparison, decision.against == BASE)
-        for note in decision.notes:
-            print(f"note: {note}")
+def _show_decision(decision: promotion.Decision, json_output: bool) -> None:
+    if json_output:
+        print(json.dumps(asdict(decision)))
+    else:
+        show_decision(asdict(decision))
 
 
 def answer(json_output: bool, values: Any, text: str) -> None:
     print(json.dumps(values) if json_output else text)
 
 
-def _print_warnings(warnings: list[str]) -> None:
+def print_warnings(warnings: list[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

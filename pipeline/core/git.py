@@ -1,7 +1,4 @@
-"""All uses of git. Commits made here contain only tracked files and files that runs write.
-
-Index, branch and working tree stay unchanged.
-"""
+"""All uses of git. Commits made here have only tracked files and files of runs, and move neither index nor branch."""
 
 import os
 import subprocess
@@ -45,10 +42,7 @@ def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
 
 
 def changes(root: Path, ignored: tuple[str, ...]) -> list[str]:
-    """Files that differ from HEAD, except the `ignored` ones.
-
-    An untracked file counts only if a run can read it: code, or a file that a parameter names.
-    """
+    """Files that differ from HEAD, except `ignored` ones, and untracked code or files that a parameter names."""
     excluded = [f":(exclude){name}" for name in ignored]
     tracked = (run_or_none(root, "diff", "--name-only", "HEAD", "--", ":/", *excluded) or "").splitlines()
     untracked = (run_or_none(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
@@ -90,10 +84,7 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     """
     if others := changes(root, RECORDED):
         names = ", ".join(others[:3]) + " and more" * (len(others) > 3)
-        raise GitError(
-            f"{names} differ from HEAD, so a tag would not be what {version} was made from; commit them, then "
-            "`retune run`"
-        )
+        raise GitError(f"{names} differ from HEAD, so {version} was not made from it; commit them, then `retune run`")
     if run(root, "rev-parse", "--abbrev-ref", "HEAD") == branch:
         raise GitError(f"operations.git_branch is {branch}, which is checked out; name a separate branch")
     tag = f"{model}/{f'v{number}' if number else version}"

@@ -79,10 +79,7 @@ def stale(root: Path = Path(".")) -> dict[str, Any]:
 
 
 def store_results(root: Path = Path(".")) -> dict[str, Any]:
-    """Store results and data that are as recorded, but that DVC's full cache had no space for; returns what is `stale`.
-
-    Raises NotCopied: the cache is still full.
-    """
+    """Store what is as recorded, but had no space in DVC's full cache; returns what is `stale`. Raises NotCopied."""
     changed = stale(root)
     for name, reasons in list(changed.items()):
         if "not in cache" not in str(reasons) or "changed deps" in str(reasons):
@@ -100,9 +97,8 @@ def store_results(root: Path = Path(".")) -> dict[str, Any]:
 def pull_data(root: Path = Path(".")) -> bool:
     """Check out the snapshot of `data.dvc` unless `data/` already has it; returns whether anything changed.
 
-    It calls `store_results` first, so data and results that are only in the working tree are not lost.
-
-    Raises NotCopied, SnapshotMissing, and GraphError: the remote does not answer, or `data/` has changes of its own.
+    Data and results that are only in the working tree are stored first. Raises NotCopied, SnapshotMissing, and
+    GraphError: the remote does not answer, or `data/` has changes that no snapshot records.
     """
     if not (root / "data.dvc").exists():
         raise GraphError("data.dvc is missing; `git checkout data.dvc` restores it")
@@ -153,10 +149,7 @@ def sharing_remote(root: Path = Path(".")) -> str | None:
 
 
 def restore_base(root: Path = Path(".")) -> str | None:
-    """Restore `data/base` from the newest earlier snapshot that can be fetched; returns that snapshot's commit.
-
-    A snapshot whose rows are lost usually has the same base model as the snapshots before it.
-    """
+    """Restore `data/base` from the newest earlier snapshot that can be fetched; returns that snapshot's commit."""
     if (root / "data" / "base").exists():
         return None
     for commit in (git.run_or_none(root, "log", "--format=%H", "-n", "20", "--", "data.dvc") or "").split():

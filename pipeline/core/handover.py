@@ -40,10 +40,7 @@ def request(stage: str, remote: str, root: Path = Path(".")) -> str:
 
 
 def answer(stage: str, commit: str, remote: str, on_line: Callable[[str], None], root: Path = Path(".")) -> None:
-    """Check `commit` out in the worker's clone, run the stage, and push its outputs.
-
-    Checkpoints and caches of the clone stay, so a stage that a dead worker had begun continues.
-    """
+    """Check `commit` out in the worker's clone, whose checkpoints stay, run the stage, and push its outputs."""
     if git.run(root, "config", "--default", "false", "--get", "retune.worker") != "true":
         raise HandoverError(
             f"{root.resolve()} is not marked as a worker's clone, and a worker overwrites its working tree; make a "

@@ -58,10 +58,7 @@ def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
 
 
 def end_with_worker() -> None:
-    """End this flow run when the worker that started it dies, so that it does not keep the project's lock.
-
-    On SIGTERM, Prefect retries its report to a server that may have died too, so SIGKILL follows after 45 seconds.
-    """
+    """End this flow run with its worker, by SIGKILL after 45 s: Prefect may retry a report to a server that is dead."""
     end_with_parent(signal.SIGTERM, grace=45)
 
 

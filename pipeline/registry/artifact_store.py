@@ -35,9 +35,9 @@ class Stored:
 
 
 class ArtifactStore(Protocol):
-    """What Retune needs from a store. Keys are names separated by `/`; a write creates an object, never replaces one.
+    """A store. Keys are names separated by `/`; a write creates an object, never replaces one. Errors are StoreErrors.
 
-    Every method raises StoreError if it fails; after a failed creation the key is absent or complete.
+    After a failed creation the key is absent or complete.
     """
 
     uri: str

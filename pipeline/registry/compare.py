@@ -23,7 +23,6 @@ from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
 from pipeline.scoring.resampling import corpus_score, metric_items
 
-BASE = "the base model"
 MANY_CUT_OFF = 0.05  # of the answers; more are worth a note
 
 

@@ -17,6 +17,7 @@ from pipeline.registry.significance import ALPHA, POWER, binary_test, corpus_tes
 from pipeline.scoring import resampling
 from pipeline.scoring.resampling import Groups, Items
 
+BASE = "the base model"  # as what a candidate is compared with
 RESAMPLES = 2000
 MIN_GROUPS = 20  # with fewer independent test items (or groups of items) nothing is decided
 # metric → candidate, champion, difference, low, high, margin, items, groups, needed, test, p, p_adjusted, power,
@@ -86,9 +87,7 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
     rows: Comparison = {claim.name: _untested(claim) for claim in claims}
     primary = rows[claims[0].name]
     if primary["verdict"] == "unmeasured":
-        raise CompareError(
-            f"promote.primary_metric is {claims[0].metric}, but no test item counts for it; choose another"
-        )
+        raise CompareError(f"no test item counts for promote.primary_metric {claims[0].metric}; choose another")
     measured = [claim for claim in claims if rows[claim.name]["verdict"] == "open"]
     tests, resampled = [], []
     for claim in measured:
@@ -140,10 +139,7 @@ def _untested(claim: Claim) -> dict[str, Any]:
 
 
 def decide(comparison: Comparison) -> str:
-    """The decision on a version, from the verdicts on its metrics: promoted, refused or undecided.
-
-    If a metric is open, it is refused if the test set would have shown the declared effect with probability POWER.
-    """
+    """promoted, refused or undecided; an open metric refuses if POWER was enough to show the declared effect."""
     verdicts = [row["verdict"] for row in comparison.values()]
     primary = next(iter(comparison.values()))
     if "failed" in verdicts:

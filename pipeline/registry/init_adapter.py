@@ -28,10 +28,7 @@ def pin_champion(params: Params, root: Path = Path(".")) -> str | None:
 
 
 def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
-    """The folder of the adapter to start from, with its files checked; None to start with a new adapter.
-
-    Raises InitError (no adapter there, or one with another digest), StoreError, SignatureError.
-    """
+    """The folder of the adapter to start from; None: a new one. Raises InitError, StoreError, SignatureError."""
     from pipeline.training.warm_start import InitError  # imports torch, which `pin_champion` does not need
 
     name: str | None = params.train.init_adapter

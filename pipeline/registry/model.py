@@ -43,7 +43,7 @@ class RegisteredModel:
         return champion(self.log())
 
     def append_decision(self, make_record: Callable[[list[Record]], Record]) -> Record:
-        """Append the record that `make_record` makes from the log; make it again if another process was faster.
+        """Append the record that `make_record` makes from the log, again if another process was faster.
 
         A record whose number is 0 or already in the log is returned without being appended.
         """
@@ -56,10 +56,7 @@ class RegisteredModel:
                 return appended
 
     def find(self, version: str | None) -> str:
-        """The id of the version named by `version`: a number (3 or v3), an id or `champion`; None: the workspace's.
-
-        Raises RegistryError (no such number) and DecisionError (no champion).
-        """
+        """The id of the version named by a number (3 or v3), an id or `champion`; None: that of the workspace."""
         if version is None:
             return graph.version_id(self.root)
         if version == "champion":
@@ -96,10 +93,7 @@ class RegisteredModel:
         return self.fetch(manifest, part)
 
     def register(self, manifest: Manifest) -> str:
-        """The version's MLflow number; creates the entry from the store if the registry has none.
-
-        Versions with earlier decisions are registered first, so that the registries of two clones number them alike.
-        """
+        """The version's MLflow number; registers it after versions with earlier decisions, so clones number alike."""
         numbers, version = self.registry.numbers(), manifest["version"]
         if version in numbers:
             return numbers[version]

@@ -54,10 +54,7 @@ def delete(publishing: PublishParams, version: str, reason: str, root: Path = Pa
 
 
 def outdated(publishing: PublishParams, root: Path = Path(".")) -> list[str]:
-    """The versions that `publish.keep_versions` and `keep_champions` do not keep, oldest first.
-
-    The registry's numbers define the age; a version without one is kept. Interrupted deletions come first.
-    """
+    """Interrupted deletions, and numbered versions that keep_versions and keep_champions do not keep, oldest first."""
     model = RegisteredModel(publishing, root)
     log, versions = model.log(), manifests.published_versions(model.store)
     interrupted = [version for version in versions if version in deleted(log)]

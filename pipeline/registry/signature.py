@@ -51,10 +51,7 @@ def sign(params: PublishParams, manifest: bytes) -> bytes | None:
 
 
 def verify(params: PublishParams, manifest: bytes, signature: bytes) -> str:
-    """A name of the key in `publish.verify_key` that made `signature` of `manifest`.
-
-    Raises SignatureError: no trusted key made it for these bytes, or the trusted keys cannot be read.
-    """
+    """A name of the key in `publish.verify_key` that signed `manifest`. Raises SignatureError: none of them did."""
     try:
         blocks = PUBLIC_KEY.findall(Path(params.verify_key or "").read_bytes())
         keys = [serialization.load_pem_public_key(block) for block in blocks]
@@ -68,9 +65,7 @@ def verify(params: PublishParams, manifest: bytes, signature: bytes) -> str:
                 continue
             der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
             return f"key {hashlib.sha256(der).hexdigest()[:16]}"
-    raise SignatureError(
-        f"none of the {len(keys)} public keys in publish.verify_key {params.verify_key} made this signature"
-    )
+    raise SignatureError(f"none of the {len(keys)} keys in publish.verify_key {params.verify_key} made this signature")
 
 
 def read_signature(store: ArtifactStore, manifest: Manifest) -> bytes | None:
@@ -93,10 +88,7 @@ def check_signature(store: ArtifactStore, params: PublishParams, manifest: Manif
 
 
 def require_signed(store: ArtifactStore, manifest: Manifest, params: PublishParams) -> None:
-    """Raise SignatureError if `publish.require_signature` is on and the version has no valid signature.
-
-    This is enough before a download, which checks each file against the manifest.
-    """
+    """Raise SignatureError if a signature is required and not valid; downloads check files against the manifest."""
     if params.require_signature:
         require_passed(manifest, [check_signature(store, params, manifest)])
 
@@ -104,7 +96,5 @@ def require_signed(store: ArtifactStore, manifest: Manifest, params: PublishPara
 def require_passed(manifest: Manifest, checks: list[Check]) -> None:
     for check in checks:
         if not check.passed:
-            raise SignatureError(
-                f"version {manifest['version']} may not be used (publish.require_signature): {check.name}: "
-                f"{check.detail}"
-            )
+            detail = f"{check.name}: {check.detail}"
+            raise SignatureError(f"version {manifest['version']} is refused (publish.require_signature): {detail}")

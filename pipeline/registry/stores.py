@@ -21,10 +21,7 @@ Entry = dict[str, Any]  # {"sha256", "size"}
 
 
 def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
-    """The store at `publish.artifact_store`: `s3://bucket/prefix`, `file://store` in the project, or absolute.
-
-    An S3 server gets no request yet.
-    """
+    """The store at `s3://bucket/prefix` (not asked yet), `file://store` in the project, or an absolute `file:///`."""
     parsed = urlparse(params.artifact_store)
     if parsed.scheme == "s3":
         from pipeline.registry.s3 import S3Store  # importing boto3 takes a third of a second

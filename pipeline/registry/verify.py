@@ -44,10 +44,7 @@ def verify(model: RegisteredModel, version: str) -> list[Check]:
 
 
 def require_servable(model: RegisteredModel, version: str) -> Manifest:
-    """The manifest of a version that may become champion.
-
-    Raises SignatureError: `publish.require_signature` is on, and the version is not signed or a file was altered.
-    """
+    """The manifest of a version that may become champion. Raises SignatureError: it has to be signed and is not."""
     manifest = model.manifest(version)
     require_signed(model.store, manifest, model.params)
     if model.params.require_signature:

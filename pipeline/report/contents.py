@@ -1,7 +1,4 @@
-"""The contents of the evaluation report: scores, differences, tasks and texts of two to four systems.
-
-Texts are shortened, and secrets in them are hidden.
-"""
+"""The contents of the evaluation report: scores, differences, tasks and (shortened, redacted) texts of the systems."""
 
 import json
 from collections import Counter
@@ -126,8 +123,7 @@ class Contents:
     def slices(self, kind: str) -> list[tuple[str, int, str, int]]:
         """The slices by_task, by_language or by_length, largest first: name, items, metric to show, items it counts.
 
-        The metric is accuracy if most items have one right answer and some system finds one. Else it is rougeL, because
-        accuracies that are all zero say nothing about free text.
+        The metric is accuracy if most items have one right answer and some system finds one, else rougeL.
         """
         new = self.systems[-1]
         # A manifest's scores have no slices.

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.registry.gate import Comparison
+from pipeline.registry.gate import BASE, Comparison
 from pipeline.registry.significance import ALPHA
 from pipeline.registry.wording import number, span
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS
@@ -54,11 +54,6 @@ def interval(metric: str, score: dict[str, float] | None) -> str:
     if score is None:
         return "–"
     return number(metric, score["score"]) + (f" ({span(metric, score, '')})" if "low" in score else "")
-
-
-def verdict_lines(title: str, why: str, todo: str) -> list[str]:
-    """The decision, its reason, and what to do next."""
-    return [f"Verdict  {title}.", f"Why      {why}.", *([f"Next     {todo}."] if todo else [])]
 
 
 def verdict_rows(comparison: Comparison, first: bool = False) -> list[Row]:
@@ -114,3 +109,13 @@ def show_verdict(comparison: Comparison, first: bool) -> None:
     if comparison:
         show_table(verdict_rows(comparison, first))
         print(P_NOTE)
+
+
+def show_decision(decision: dict[str, Any]) -> None:
+    """Print a decision: verdict, reason, next step, what readers must know, and the gate's table."""
+    print(f"Verdict  {decision['title']}.\nWhy      {decision['reason']}.")
+    if decision["next"]:
+        print(f"Next     {decision['next']}.")
+    for line in [*decision["notes"], *decision["warnings"]]:
+        print(f"         {line}.")
+    show_verdict(decision["comparison"], decision["against"] == BASE)

@@ -37,10 +37,7 @@ class Side:
 
 
 def compare_versions(params: Params, old: str, new: str, root: Path = Path(".")) -> Contents:
-    """Compare `new` with `old`; each is v3, an id, champion or workspace.
-
-    Raises StoreError, SignatureError, and CompareError: one version twice, or other test items.
-    """
+    """Compare `new` with `old`: v3, an id, champion or workspace. Raises StoreError, SignatureError, CompareError."""
     model = RegisteredModel(params.publish, root)
     before, after = (_find_side(model, name) for name in (old, new))
     if before.manifest["version"] == after.manifest["version"]:

@@ -31,8 +31,7 @@ def refuse_runs_by_hand(url: str) -> None:
     processes = [run["infrastructure_pid"] for run in _open(url, OPEN, of_deployments=False)]
     if living := [process.partition(":")[0] for process in processes if lives(process)]:
         raise server.ServerError(
-            f"a manual run (process {', '.join(living)}) needs this server; wait for it or stop it with Ctrl-C, then "
-            "`retune down`"
+            f"a manual run (process {', '.join(living)}) needs this server; wait for it, or stop it with Ctrl-C"
         )
 
 

@@ -91,10 +91,8 @@ def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
         time.sleep(pause)
         try:
             return json.loads(send(f"{url}/api/{path}", body, auth=(user, secret) if user else None) or b"{}")
-        except ValueError:
-            return None
-        except HttpError as error:
-            if error.status != BUSY:
+        except (HttpError, ValueError) as error:
+            if getattr(error, "status", None) != BUSY:
                 return None
     return None
 
