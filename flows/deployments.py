@@ -34,7 +34,7 @@ from pipeline.registry.compare import score_on_current_split
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.retention import collect, delete, outdated
 from pipeline.scoring.resampling import LOWER_IS_BETTER
-from pipeline.services.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
+from pipeline.services.events import CHAMPION_REGRESSED, contents, emit, tell_updated
 from pipeline.settings import change_params, load_params
 
 P = ParamSpec("P")
@@ -99,7 +99,7 @@ def watch() -> State[Any]:
         graph.pull_data()
         before = contents()
         changed = ingest(params.ingest).changed
-        new_rows = count_new(before) if changed else 0
+        new_rows = len(contents() - before) if changed else 0
     if not changed:
         return Completed(name="Unchanged", message="the sources hold the same rows as the snapshot")
     emitted = tell_updated(new_rows, params.operations.min_new_rows)

@@ -47,20 +47,15 @@ def run_stages(trigger: str) -> dict[str, Any]:
             publish(params),
             promote(params),
         ]
-        result = summary(states)
+        stages: list[StageResult] = [state.result() for state in states]
+        scores = read_scores(ARTIFACTS / "evaluation") | read_scores(ARTIFACTS / "parity")
+        systems = ("base", "adapter", "merged")
+        result = {
+            "changed": any(stage.outcome not in ("cached", "unchanged") for stage in stages),
+            "stages": [{"stage": s.stage, "outcome": s.outcome, "seconds": s.seconds} for s in stages],
+            "metrics": {system: {metric: scores[system][metric] for metric in METRICS} for system in systems},
+            "version": stages[-2].detail,
+            "decision": stages[-1].detail,
+        }
         show_run(params, trigger, result)
         return wait_for_approval(params, trigger, result)
-
-
-def summary(states: list[State[Any]]) -> dict[str, Any]:
-    stages: list[StageResult] = [state.result() for state in states]
-    metrics = read_scores(ARTIFACTS / "evaluation") | read_scores(ARTIFACTS / "parity")
-    return {
-        "changed": any(stage.outcome not in ("cached", "unchanged") for stage in stages),
-        "stages": [{"stage": s.stage, "outcome": s.outcome, "seconds": s.seconds} for s in stages],
-        "metrics": {
-            system: {metric: metrics[system][metric] for metric in METRICS} for system in ("base", "adapter", "merged")
-        },
-        "version": stages[-2].detail,
-        "decision": stages[-1].detail,
-    }

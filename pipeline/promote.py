@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.http_client import HttpError, send
-from pipeline.params import Params, PromoteParams, PublishParams
+from pipeline.params import Params, PromoteParams
 from pipeline.registry import decisions, gate, manifest, wording
 from pipeline.registry.compare import UnfairError, compare, scoring_settings
 from pipeline.registry.decisions import DecisionError, Record
@@ -141,13 +141,6 @@ def rollback(
     return record, model.sync_registry(record.version)[1] + _send_to_webhooks(
         params.promote.webhooks, model.name, record
     )
-
-
-def history(publishing: PublishParams, root: Path = Path(".")) -> tuple[list[Record], list[str]]:
-    """All decisions, oldest first, and warnings; also corrects the registry's aliases."""
-    model = RegisteredModel(publishing, root)
-    log = model.log()
-    return log, model.sync_registry(log[-1].version)[1] if log else []
 
 
 def settled_reason(log: list[Record], version: str, params: PromoteParams, test_sha256: str) -> str | None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,19 +14,17 @@ from rich.console import Console
 from pipeline.cli.project import as_typed, load_params_offline
 from pipeline.cli.versions import CommandError, Json
 from pipeline.core import graph
-from pipeline.core.progress import counted
+from pipeline.core.progress import counted, note
 from pipeline.core.run_lock import only_run
 from pipeline.data.columns import format_columns, parse_columns
+from pipeline.data.formats import Ask, UnclearFormatError
 from pipeline.data.known_formats import FORMATS
 from pipeline.data.snapshot import recover
+from pipeline.ingest import IngestResult
 from pipeline.ingest import ingest as ingest_sources
-from pipeline.services.events import contents, count_new, tell_updated
+from pipeline.params import ColumnsParams, IngestParams
+from pipeline.services.events import contents, tell_updated
 from pipeline.settings import load_params
-
-if TYPE_CHECKING:
-    from pipeline.data.formats import Ask, UnclearFormatError
-    from pipeline.ingest import IngestResult
-    from pipeline.params import ColumnsParams, IngestParams
 
 Format = Annotated[str | None, typer.Option(help="The format, instead of ingest.format and ingest.columns.")]
 Columns = Annotated[
@@ -56,18 +54,16 @@ def ingest(
     params, operations = load_params().ingest, load_params().operations
     with only_run():
         recover()
-        base_from = _pull_base(load_params().prepare.model_name_or_path)
+        _pull_base(load_params().prepare.model_name_or_path)
         before = contents()
         params = _with_options(params, format, columns)
         uris = [as_typed(source) for source in sources or ()]
         result = ingest_sources(params, uris, replace=replace, ask=None if json_output else _terminal())
-        new_rows = count_new(before) if result.changed else 0
+        new_rows = len(contents() - before) if result.changed else 0
     sent = result.changed and tell_updated(new_rows, operations.min_new_rows)
     if json_output:
         print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": sent, "remote": graph.team_remote()}))
         return
-    if base_from is not None:
-        print(f"ingest: the snapshot of data.dvc is lost; data/base is the base model of commit {base_from[:12]}")
     _print_result(result, sent, graph.team_remote())
 
 
@@ -110,7 +106,7 @@ def inspect(
         console.print(as_text(shown))
 
 
-def _with_options(params: "IngestParams", format: str | None, columns: str | None) -> "IngestParams":
+def _with_options(params: IngestParams, format: str | None, columns: str | None) -> IngestParams:
     """`params` with the format and columns of the command line; a format there replaces a mapping in `params`."""
     if format not in (None, "auto", *FORMATS):
         raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
@@ -122,11 +118,11 @@ def _with_options(params: "IngestParams", format: str | None, columns: str | Non
     return params.model_copy(update=changes)
 
 
-def _terminal() -> "Ask | None":
+def _terminal() -> Ask | None:
     return _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
 
 
-def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
+def _ask(error: UnclearFormatError) -> tuple[str, ColumnsParams | None]:
     """Ask on the terminal for the format or the columns."""
     print(error, file=sys.stderr)
     guess = next(iter(error.formats), None) if error.columns is None else format_columns(error.columns)
@@ -140,7 +136,7 @@ def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
             print(f"{answer} is not a format; expected {', '.join(sorted(FORMATS))}; {fault}", file=sys.stderr)
 
 
-def _print_result(result: "IngestResult", sent: bool, remote: str | None) -> None:
+def _print_result(result: IngestResult, sent: bool, remote: str | None) -> None:
     print(f"ingest: {counted(result.rows, 'row')} from {counted(len(result.files), 'file')}")
     for file in result.files[:20]:
         rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
@@ -174,19 +170,15 @@ def _print_result(result: "IngestResult", sent: bool, remote: str | None) -> Non
         )
 
 
-def _pull_base(model: str) -> str | None:
-    """Check out `data/` before its rows are replaced; if the old rows are lost, only the base model.
-
-    Returns the commit that the base model came from, if it had to be searched for.
-    """
+def _pull_base(model: str) -> None:
+    """Check out `data/` before its rows are replaced; if the old rows are lost, only the base model."""
     try:
         graph.pull_data()
     except graph.SnapshotMissing:
-        commit = graph.restore_base()
+        if commit := graph.restore_base():
+            note(f"the snapshot of data.dvc is lost; data/base is the base model of commit {commit[:12]}")
         if Path(model).parts[:1] == ("data",) and not Path(model).exists():
             raise
-        return commit
-    return None
 
 
 COMMANDS: list[Callable[..., None]] = [ingest, inspect]

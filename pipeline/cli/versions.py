@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 
 from pipeline import promote as promotion
 from pipeline import publish as shipping
@@ -118,9 +117,9 @@ def history(
     json_output: Json = False,
 ) -> None:
     """List all decisions: who, when, from which champion to which, why, and with which numbers."""
-    params, model = _load_model()
-    log, warnings = promotion.history(params.publish)
-    print_warnings(warnings)
+    _, model = _load_model()
+    log = model.log()
+    print_warnings(model.sync_registry(log[-1].version)[1] if log else [])
     if number is not None and number > len(log):
         raise CommandError(f"there is no decision {number}; the number of decisions is {len(log)}")
     records = log if number is None else [log[number - 1]]
@@ -222,6 +221,8 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Compare two versions: scores with intervals, parameters and data that differ, and answers that changed most."""
+    from rich.markdown import Markdown  # importing it takes a tenth of a second
+
     contents = compare_versions(load_params(), old, new)
     if html is not None:
         write_text(html, render(contents, "report.html"))

@@ -43,23 +43,11 @@ def tell_updated(new_rows: int, min_new_rows: int, root: Path = Path(".")) -> bo
     return new_rows >= min_new_rows and emit(DATASET_UPDATED, "retune.dataset", {"new_rows": new_rows}, root)
 
 
-def contents(root: Path = Path(".")) -> dict[str, set[int]]:
-    """Digests of the snapshot's rows, by shard; raw files that were not ingested do not count."""
-    folder = root / "data" / "instructions"
-    return {path.name: _digests(path) for path in sorted(folder.glob("*.parquet"))}
-
-
-def count_new(before: dict[str, set[int]], root: Path = Path(".")) -> int:
-    """Number of rows in the snapshot whose content is not in `before`."""
-    known = set().union(*before.values())
-    return sum(len(digests - known) for digests in contents(root).values())
-
-
-def _digests(shard: Path) -> set[int]:
-    # A row's content is its messages and tools; its source and line may change.
-    names = [name for name in ("messages", "tools") if name in pq.read_schema(shard).names]
-    columns = [pq.read_table(shard, columns=[name]).column(name) for name in names]
-    return {
-        xxhash.xxh3_64_intdigest("\0".join(str(column[row]) for column in columns).encode())
-        for row in range(len(columns[0]))
-    }
+def contents(root: Path = Path(".")) -> set[int]:
+    """Digests of the snapshot's rows: of messages and tools, because a row's source and line may change."""
+    digests: set[int] = set()
+    for shard in (root / "data" / "instructions").glob("*.parquet"):  # raw files that were not ingested do not count
+        names = [name for name in ("messages", "tools") if name in pq.read_schema(shard).names]
+        rows = zip(*(pq.read_table(shard, columns=[name]).column(name) for name in names), strict=True)
+        digests |= {xxhash.xxh3_64_intdigest("\0".join(map(str, row)).encode()) for row in rows}
+    return digests
