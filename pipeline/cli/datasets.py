@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline.cli.project import as_typed, load_params_offline
 from pipeline.cli.versions import CommandError, Json
 from pipeline.core import graph
-from pipeline.core.progress import counted, note
+from pipeline.core.progress import counted
 from pipeline.core.run_lock import only_run
 from pipeline.data.columns import format_columns, parse_columns
 from pipeline.data.formats import Ask, UnclearFormatError
@@ -54,7 +54,7 @@ def ingest(
     params, operations = load_params().ingest, load_params().operations
     with only_run():
         recover()
-        _pull_base(load_params().prepare.model_name_or_path)
+        base_from = _pull_base(load_params().prepare.model_name_or_path)
         before = contents()
         params = _with_options(params, format, columns)
         uris = [as_typed(source) for source in sources or ()]
@@ -64,6 +64,8 @@ def ingest(
     if json_output:
         print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": sent, "remote": graph.team_remote()}))
         return
+    if base_from is not None:
+        print(f"ingest: the snapshot of data.dvc is lost; data/base is the base model of commit {base_from[:12]}")
     _print_result(result, sent, graph.team_remote())
 
 
@@ -170,15 +172,16 @@ def _print_result(result: IngestResult, sent: bool, remote: str | None) -> None:
         )
 
 
-def _pull_base(model: str) -> None:
-    """Check out `data/` before its rows are replaced; if the old rows are lost, only the base model."""
+def _pull_base(model: str) -> str | None:
+    """Check out `data/` before its rows are replaced; if the rows are lost, the base model of the returned commit."""
     try:
         graph.pull_data()
     except graph.SnapshotMissing:
-        if commit := graph.restore_base():
-            note(f"the snapshot of data.dvc is lost; data/base is the base model of commit {commit[:12]}")
+        commit = graph.restore_base()
         if Path(model).parts[:1] == ("data",) and not Path(model).exists():
             raise
+        return commit
+    return None
 
 
 COMMANDS: list[Callable[..., None]] = [ingest, inspect]
