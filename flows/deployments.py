@@ -34,17 +34,14 @@ from pipeline.registry.compare import score_on_current_split
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.retention import collect, delete, outdated
 from pipeline.scoring.resampling import LOWER_IS_BETTER
-from pipeline.services.events import CHAMPION_REGRESSED, contents, count_new, emit, tell_updated
+from pipeline.services.events import CHAMPION_REGRESSED, contents, emit, tell_updated
 from pipeline.settings import change_params, load_params
 
 P = ParamSpec("P")
 
 
 def deployed(run: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
-    """`run` as a worker starts it: in the project's folder, with secrets removed from errors.
-
-    If another run holds the lock, it ends as *Skipped*, which raises no alert.
-    """
+    """`run` as a worker starts it: in the project's folder, redacted, *Skipped* (no alert) under another's lock."""
 
     @wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> State[Any]:
@@ -77,7 +74,7 @@ def retrain(
             ingest(params.ingest, sources)
         promotion.require_ready(params)
         version = None if graph.stale() else graph.version_id()
-        reason = version and promotion.settled(params.publish, params.promote, version)
+        reason = version and promotion.settled(params, version)
         if version and reason:
             describe_run(trigger, "unchanged")
             model = RegisteredModel(params.publish)
@@ -102,7 +99,7 @@ def watch() -> State[Any]:
         graph.pull_data()
         before = contents()
         changed = ingest(params.ingest).changed
-        new_rows = count_new(before) if changed else 0
+        new_rows = len(contents() - before) if changed else 0
     if not changed:
         return Completed(name="Unchanged", message="the sources hold the same rows as the snapshot")
     emitted = tell_updated(new_rows, params.operations.min_new_rows)
@@ -118,7 +115,7 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
         params = load_params()
         if force and not reason.strip():
             raise ValueError("force needs a reason, which the history keeps")
-        decision = promotion.promote(params.publish, params.promote, version, force=reason if force else None)
+        decision = promotion.promote(params, version, force=reason if force else None)
     record_verdict(decision)
     return state_of(decision.word, decision.reason)
 
@@ -128,7 +125,7 @@ def promote(version: str, force: bool = False, reason: str = "") -> State[Any]:
 def rollback(reason: str, to: str | None = None) -> State[Any]:
     """Restore the previous champion, or the version named by `to`; runs even while another run holds the lock."""
     params = load_params()
-    record, warnings = promotion.rollback(params.publish, params.promote, to, reason)
+    record, warnings = promotion.rollback(params, to, reason)
     label = RegisteredModel(params.publish).label
     message = "; ".join([f"{label(record.champion)} is champion again; it was {label(record.previous)}", *warnings])
     return Completed(name="Rolled back", message=message, data=asdict(record))

@@ -1,7 +1,7 @@
 """Training on the `gpu` pool: the run sends a request, a worker trains in its own clone, the run fetches the outputs.
 
 `pipeline.core.handover` carries the data. If a worker dies, its run has no more heartbeats, an automation of
-`flows.automations` marks it Crashed and frees the pool's slot, and the parent tries again; in the same clone, the
+`flows.setup` marks it Crashed and frees the pool's slot, and the parent tries again; in the same clone, the
 training then continues from its last checkpoint.
 """
 
@@ -13,12 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_client
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    WorkerFilter,
-    WorkerFilterStatus,
-)
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, WorkerFilter, WorkerFilterStatus
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.states import Cancelled, Cancelling, Completed
@@ -43,7 +38,7 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
     """Have a worker of the gpu pool run the stage `train`, and fetch its outputs; `on_line` gets its progress."""
     if os.environ.get("RETUNE_DASHBOARD") == "":
         raise TrainingFailed(
-            "operations.train_pool is gpu, but no server with a gpu worker is running; start it with `retune up`"
+            "operations.train_pool is gpu, but no server with a gpu worker runs; start it: `retune up`"
         )
     commit = handover.request("train", params.git_remote)
     try:
@@ -63,7 +58,7 @@ def train_on_pool(params: OperationsParams, on_line: Callable[[str], None]) -> N
                 raise TrainingFailed(f"the gpu worker's run {run.name} ended as {run.state.name}: {run.state.message}")
             on_line(f"train: the worker of {run.name} died")
         raise TrainingFailed(
-            f"the workers of {params.train_attempts} attempts died; run `retune doctor` on the gpu machine"
+            f"the workers of {params.train_attempts} attempts died; run `retune doctor` on their machine"
         )
     finally:
         handover.forget(commit, params.git_remote)

@@ -15,18 +15,10 @@ from pipeline.core.redaction import redact
 
 # DVC's hints after each stage, for people who type `dvc repro`.
 DVC_HINTS = (
-    "Use `dvc push`",
-    "To track the changes",
-    "\tgit add",
-    "> ",
-    "To enable auto staging",
-    "\tdvc config",
-    "Updating lock file",
-    "Data and pipelines are up to date",
+    "Use `dvc push`", "To track the changes", "\tgit add", "> ", "To enable auto staging", "\tdvc config",
+    "Updating lock file", "Data and pipelines are up to date", "ERROR: failed to transfer", "Having any troubles?",
     "ERROR: failed to reproduce",  # the run's last line has the reason
-    "ERROR: failed to transfer",
-    "Having any troubles?",
-)
+)  # fmt: skip
 
 
 @contextmanager

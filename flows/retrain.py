@@ -10,9 +10,19 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.approval import wait_for_approval
 from flows.summary import describe_run, show_run, state_of
-from flows.tasks import ARTIFACTS, StageResult, evaluate, ingest, merge, prepare, promote, publish, train
+from flows.tasks import (
+    ARTIFACTS,
+    StageResult,
+    evaluate,
+    ingest,
+    merge,
+    prepare,
+    promote,
+    publish,
+    train,
+    wait_for_approval,
+)
 from pipeline.core.current_run import recorded
 from pipeline.scoring.resampling import METRICS, read_scores
 from pipeline.settings import load_params
@@ -28,30 +38,24 @@ def run_stages(trigger: str) -> dict[str, Any]:
     with recorded(trigger):
         describe_run(trigger)
         params = load_params()
-        result = summary(
-            [
-                ingest(),
-                prepare(),
-                train(params),
-                evaluate(),
-                merge(),
-                publish(params),
-                promote(params),
-            ]
-        )
+        states = [
+            ingest(),
+            prepare(),
+            train(params),
+            evaluate(),
+            merge(),
+            publish(params),
+            promote(params),
+        ]
+        stages: list[StageResult] = [state.result() for state in states]
+        scores = read_scores(ARTIFACTS / "evaluation") | read_scores(ARTIFACTS / "parity")
+        systems = ("base", "adapter", "merged")
+        result = {
+            "changed": any(stage.outcome not in ("cached", "unchanged") for stage in stages),
+            "stages": [{"stage": s.stage, "outcome": s.outcome, "seconds": s.seconds} for s in stages],
+            "metrics": {system: {metric: scores[system][metric] for metric in METRICS} for system in systems},
+            "version": stages[-2].detail,
+            "decision": stages[-1].detail,
+        }
         show_run(params, trigger, result)
         return wait_for_approval(params, trigger, result)
-
-
-def summary(states: list[State[Any]]) -> dict[str, Any]:
-    stages: list[StageResult] = [state.result() for state in states]
-    metrics = read_scores(ARTIFACTS / "evaluation") | read_scores(ARTIFACTS / "parity")
-    return {
-        "changed": any(stage.outcome not in ("cached", "unchanged") for stage in stages),
-        "stages": [{"stage": s.stage, "outcome": s.outcome, "seconds": s.seconds} for s in stages],
-        "metrics": {
-            system: {metric: metrics[system][metric] for metric in METRICS} for system in ("base", "adapter", "merged")
-        },
-        "version": stages[-2].detail,
-        "decision": stages[-1].detail,
-    }

@@ -1,19 +1,25 @@
-"""The tasks of the flow, one per stage, with their artifacts for the dashboard. DVC stages run by `dvc repro`."""
+"""The tasks of the flow, one per stage and a person's approval, with their artifacts. DVC stages run by `dvc repro`."""
 
+import fcntl
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import get_run_logger, task
+from prefect import get_client, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
+from prefect.context import get_run_context
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.states import Completed, Running
 
 from flows.gpu import train_on_pool
 from flows.lines import say, shown, training_progress, why_failed
-from flows.summary import record_verdict
+from flows.summary import record_verdict, show_run, verdict
 from pipeline import promote as promotion
 from pipeline import publish as shipping
 from pipeline.core import git, graph
@@ -22,6 +28,7 @@ from pipeline.core.progress import clock
 from pipeline.core.redaction import redacted_errors
 from pipeline.data.snapshot import recover
 from pipeline.params import Params
+from pipeline.registry.decisions import name_of
 from pipeline.registry.init_adapter import pin_champion
 from pipeline.registry.stores import open_store
 from pipeline.report.tables import score_rows
@@ -106,30 +113,26 @@ def publish(params: Params) -> State[Any]:
 def promote(params: Params) -> State[Any]:
     started = time.monotonic()
     record_stage("promote")
-    decision = promotion.promote(params.publish, params.promote)
+    decision = promotion.promote(params)
     if decision.decision == "promoted" and params.operations.git_branch is not None:
-        _record_in_git(params.operations.git_branch, params.publish.registered_model_name, decision)
+        try:
+            branch, model = params.operations.git_branch, params.publish.registered_model_name
+            commit = git.record_version(branch, model, decision.version, decision.number)
+            say(f"promote: {branch} has commit {commit[:12]}")
+        except git.GitError as error:  # the promotion stands
+            get_run_logger().warning(f"promote: {error}")
+            say(f"promote: not recorded in git: {error}")
+    return _decided("promote", params, decision, started)
+
+
+def _decided(stage: str, params: Params, decision: promotion.Decision, started: float) -> State[Any]:
+    """Show the verdict and write the report; if that fails, the decision gets a warning."""
     record_verdict(decision)
-    show_report(params, decision)
-    return ended_as("promote", decision.decision, started, asdict(decision))
-
-
-def _record_in_git(branch: str, model: str, decision: promotion.Decision) -> None:
-    """Record the promotion in git; if that fails, the promotion stands and the reason is logged."""
-    try:
-        commit = git.record_version(branch, model, decision.version, decision.number)
-        say(f"promote: {branch} has commit {commit[:12]}")
-    except git.GitError as error:
-        get_run_logger().warning(f"promote: {error}")
-        say(f"promote: not recorded in git: {error}")
-
-
-def show_report(params: Params, decision: promotion.Decision) -> None:
-    """Write and show the report of this decision; failing to do so adds a warning."""
     decision.warnings.extend(report_decision(params.publish, decision.version, ARTIFACTS))
     page = ARTIFACTS / "report.md"
     if page.is_file():
         create_markdown_artifact(page.read_text(), key="report", description="The evaluation report of the version")
+    return ended_as(stage, decision.decision, started, asdict(decision))
 
 
 def _repro(stage: str, show: Callable[[str], None] | None = None) -> State[Any]:
@@ -151,3 +154,49 @@ def _repro(stage: str, show: Callable[[str], None] | None = None) -> State[Any]:
 def ended_as(stage: str, outcome: str, started: float, detail: Any = None) -> State[Any]:
     result = StageResult(stage, outcome, time.monotonic() - started, detail)
     return Completed(name=outcome.capitalize(), message=f"{stage} {outcome} in {clock(result.seconds)}", data=result)
+
+
+class Approval(RunInput):
+    """The form that a person fills in to resume a waiting run."""
+
+    your_name: str
+    approve: bool = False
+    reason: str = ""
+
+
+@task
+def approve(params: Params, version: str, answer: Approval) -> State[Any]:
+    started = time.monotonic()
+    actor = f"{answer.your_name} (dashboard)"
+    decision = promotion.approve(params, version, answer.approve, answer.reason, actor)
+    return _decided("approve", params, decision, started)
+
+
+def wait_for_approval(params: Params, trigger: str, result: dict[str, Any]) -> dict[str, Any]:
+    """If the decision is `proposed`, pause until a person resumes the run; returns the result with their answer.
+
+    While paused, the run holds no resources: stages have ended and the run lock is released. A run on its own temporary
+    server, which nobody sees, does not wait, and none waits longer than `promote.approval_hours`. The proposal stays in
+    the promotion log, where `retune promote --approve` can still answer it.
+    """
+    decision = result["decision"]
+    if decision["decision"] != "proposed" or os.environ.get("RETUNE_DASHBOARD") == "":
+        return result
+    name = name_of(decision["version"], decision["number"])
+    say(f"promote: version {name} passes and waits for approval; resume this run in the dashboard")
+    record_stage("approval")
+    if "RETUNE_RUN_LOCK" in os.environ:  # inherited from `retune run`; this unlocks it for both
+        fcntl.flock(int(os.environ["RETUNE_RUN_LOCK"]), fcntl.LOCK_UN)
+    form = Approval.with_initial_data(description=verdict(decision), approve=False)
+    try:
+        answer = pause_flow_run(form, timeout=int(params.promote.approval_hours * 3600), poll_interval=2)
+    except FlowPauseTimeout:
+        hours = f"{params.promote.approval_hours:g} hours"
+        say(f"promote: no answer within {hours}; `retune promote --approve` or --reject can still give one")
+        context: Any = get_run_context()
+        with get_client(sync_client=True) as client:  # a Paused run could only end as Failed
+            client.set_flow_run_state(context.flow_run.id, Running(), force=True)
+        return result
+    result |= {"decision": approve(params, decision["version"], answer).result().detail}
+    show_run(params, trigger, result)
+    return result

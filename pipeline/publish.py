@@ -6,7 +6,6 @@ Publishing the same content again uploads nothing and makes no new version.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.core import graph
 from pipeline.core.allowlist import check_file, check_names
@@ -38,18 +37,11 @@ class Published:
 def publish(params: PublishParams, root: Path = Path(".")) -> Published:
     """Ship the workspace's artifacts as a version of `registered_model_name`.
 
-    Raises:
-        PublishError: artifacts are stale.
-        UnsafeFileError: they contain a file that versions do not ship, such as a pickle.
-        StoreError: the store cannot be written.
-        SignatureError: the signing key cannot be used; nothing was published.
-        RegistryError: MLflow cannot be reached; the version is in the store, and the next publish registers it.
+    Raises PublishError (they are stale), UnsafeFileError (a file that versions do not ship), StoreError, SignatureError
+    (the signing key cannot be used), and RegistryError: the version is stored, and the next publish registers it.
     """
-    stale = [stage for stage in graph.stale(root) if stage in graph.STAGES]
-    if stale:
-        raise PublishError(
-            f"{', '.join(stale)} changed since the last run; `retune run` or `dvc repro` brings them up to date"
-        )
+    if stale := [stage for stage in graph.stale(root) if stage in graph.STAGES]:
+        raise PublishError(f"{', '.join(stale)} changed since the last run; `retune run` brings them up to date")
     model = RegisteredModel(params, root)
     version = graph.version_id(root)
     refuse_deleted(model.log(), version)
@@ -77,7 +69,12 @@ def ship_version(model: RegisteredModel, version: str) -> tuple[Manifest, int]:
         descriptions["README.md"].write_text(card.model_card(manifest), encoding="utf-8")
         descriptions["MLmodel"].write_text(card.mlmodel(manifest), encoding="utf-8")
         description_entries, sent_descriptions = upload(model.store, descriptions)
-    manifest["files"] = entries | description_entries | _mlflow_tokenizer(entries)
+    tokenizer = {  # a second time, under the names where MLflow's transformers flavour looks for it
+        name.replace("merged/", "components/tokenizer/"): entry
+        for name, entry in entries.items()
+        if name.startswith("merged/") and (name[7:] in TOKENIZER_FILES or name.endswith(".model"))
+    }
+    manifest["files"] = entries | description_entries | tokenizer
     _sign(model, manifest)  # before the manifest, so that a visible version is signed
     publish_manifest(model.store, version, manifests.encode(manifest))
     return model.manifest(version), sent + sent_descriptions
@@ -86,10 +83,7 @@ def ship_version(model: RegisteredModel, version: str) -> tuple[Manifest, int]:
 def sign(params: PublishParams, version: str, root: Path = Path(".")) -> bool:
     """Sign a version that was published unsigned, after checking every file; False if it already has a signature.
 
-    Raises:
-        SignatureError: there is no signing key, or it cannot be used.
-        StoreError: there is no such version, or an object is missing or altered.
-        RegistryError: MLflow cannot be reached; the version is signed nevertheless.
+    Raises StoreError, SignatureError (no signing key, or one that cannot be used), RegistryError (it is signed then).
     """
     model = RegisteredModel(params, root)
     manifest = model.manifest(version)
@@ -111,23 +105,13 @@ def _sign(model: RegisteredModel, manifest: Manifest) -> bool:
 
 
 def _shipped_files(root: Path) -> dict[str, Path]:
-    paths = [path for out in graph.SHIPPED for path in sorted((root / out).rglob("*"))]
     files = {
         path.relative_to(root / "artifacts").as_posix(): path
-        for path in paths
+        for out in graph.SHIPPED
+        for path in sorted((root / out).rglob("*"))
         if path.is_file() and path.suffix != ".html"  # versions contain nothing that a browser would run
     }
     check_names(files)
     for path in files.values():
         check_file(path)
     return files
-
-
-def _mlflow_tokenizer(entries: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer's files a second time, under the names where MLflow's transformers flavour looks for them."""
-    merged = {name.removeprefix("merged/"): entry for name, entry in entries.items() if name.startswith("merged/")}
-    return {
-        f"components/tokenizer/{name}": entry
-        for name, entry in merged.items()
-        if name in TOKENIZER_FILES or name.endswith(".model")
-    }

@@ -5,6 +5,7 @@ A change is validated first and keeps the file's comments. Errors name key, valu
 
 import difflib
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,7 @@ class ParamsError(ValueError):
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read and validate `path`.
-
-    Raises:
-        ParamsError: one sentence for each key that is missing, unknown, of the wrong type or out of range.
-    """
+    """Read and validate `path`. Raises ParamsError: a sentence for each key that is missing, unknown or wrong."""
     try:
         return _parse(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
@@ -38,11 +35,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def change_params(changes: dict[str, Any], path: Path = Path("params.yaml")) -> None:
-    """Write `changes`, such as {"train.lora_r": 32}, into the file at `path`; its comments stay.
-
-    Raises:
-        ParamsError: a key is not in the file, or the result would be invalid; the file is unchanged.
-    """
+    """Write `changes`, such as {"train.lora_r": 32}, into `path`; comments stay. May raise ParamsError."""
     text = path.read_text(encoding="utf-8")
     _parse(text, path)
     yaml = _yaml()
@@ -109,7 +102,8 @@ def _parse(text: str, path: Path) -> Params:
         raise ParamsError(f"{path} has no sections; expected the keys ingest, prepare, train, …")
     _refuse_credentials(tree, path)
     try:
-        return Params.model_validate(_plain(tree))
+        plain = json.loads(json.dumps(tree, default=str))  # strict validation refuses ruamel's own types
+        return Params.model_validate(plain)
     except ValidationError as error:
         # Unknown keys first, because an unknown key is often the missing one, misspelt.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -128,18 +122,6 @@ def _refuse_credentials(tree: Any, path: Path, above: str = "") -> None:
                 f"{name} holds a password or key ({path}, line {line}); remove it, and revoke it if it was "
                 "committed: credentials come from the environment, an AWS profile or a role"
             )
-
-
-def _plain(node: Any) -> Any:
-    """ruamel's round-trip nodes as the plain Python values that strict validation requires."""
-    if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(value) for value in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
 
 
 def _sentence(error: Any, tree: Any, path: Path) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pipeline.chat.rendering import TemplateError
-from pipeline.cli.models import classify as classify_texts
+from pipeline.cli.talk import classify as classify_texts
 from pipeline.cli.talk import predict as answer_file
 from pipeline.cli.versions import CommandError
 from pipeline.core.files import read_json

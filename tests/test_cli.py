@@ -177,5 +177,5 @@ def test_another_users_project_is_one_sentence(
             main()
         assert exit.value.code == code
         monkeypatch.setattr(os, "access", lambda *_: False)
-        monkeypatch.setattr("pipeline.settings.load_params", lambda: refuse(Path(".retune")))
+        monkeypatch.setattr("pipeline.cli.operate.load_params", lambda: refuse(Path(".retune")))
     assert Path(".retune").owner() in capsys.readouterr().err

@@ -24,14 +24,14 @@ from test_stack import supervisor
 from versions import parameters, published
 
 from flows import deployments
-from flows.automations import automations
 from flows.deployments import evaluate_champion
+from flows.setup import automations
 from flows.summary import state_of
 from pipeline import promote as gate
 from pipeline.core.run_lock import only_run
 from pipeline.params import Params
 from pipeline.services import stack
-from pipeline.services.events import contents, count_new, emit, tell_updated
+from pipeline.services.events import contents, emit, tell_updated
 from pipeline.settings import ParamsError, load_params
 from pipeline.settings import change_params as change
 
@@ -74,13 +74,13 @@ def test_new_rows_are_counted_by_what_they_say(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"messages": texts, "tools": [None] * len(texts), "row": lines}), path)
 
-    assert count_new({}, tmp_path) == 0
+    assert contents(tmp_path) == set()
     write("a.parquet", ["one", "two"])
     before = contents(tmp_path)
-    assert count_new({}, tmp_path) == 2
+    assert len(before) == 2
     write("a.parquet", ["three", "one", "two"])  # every row has another line now
     write("b.parquet", ["two", "four"])
-    assert count_new(before, tmp_path) == 2
+    assert len(contents(tmp_path) - before) == 2
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_the_nightly_evaluation_is_skipped_where_the_primary_metric_was_never_me
 ) -> None:
     params = parameters(tmp_path)
     version = published(tmp_path, params, exact=False)
-    gate.promote(params.publish, params.promote, version, tmp_path)
+    gate.promote(params, version, tmp_path)
     write_params(tmp_path, with_(params, promote={"primary_metric": "macro_f1", "guard_metrics": {}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("flows.deployments._enter", lambda: None)

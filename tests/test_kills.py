@@ -61,7 +61,7 @@ def publish(root: str) -> None:
 
 def promote(root: str) -> list[Any]:
     params = parameters(Path(root))
-    decision = gate.promote(params.publish, params.promote, None, Path(root))
+    decision = gate.promote(params, None, Path(root))
     return [decision.decision, decision.warnings]
 
 
@@ -142,7 +142,7 @@ def publish_work(template: Path, scratch: Path) -> Work:
 def promote_work(template: Path, scratch: Path) -> Work:
     params = parameters(template)
     first = published(template, params, 0.4)
-    gate.promote(params.publish, params.promote, first, template)
+    gate.promote(params, first, template)
     published(template, params, 0.6, registered=False)
 
     def took_effect(root: Path) -> bool:

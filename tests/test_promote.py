@@ -133,14 +133,14 @@ def test_an_undecided_version_is_compared_again_only_on_other_test_items(
     again = promote_version(tmp_path, params)
     assert (again.decision, again.next) == ("unchanged", decision.next)
     assert again.reason.startswith("not decided before") and decision.reason in again.reason
-    assert promote.settled(params.publish, params.promote, second, tmp_path) == again.reason
+    assert promote.settled(params, second, tmp_path) == again.reason
     monkeypatch.setattr("pipeline.registry.gate.MIN_GROUPS", ITEMS)
     replace_scoring(monkeypatch, tmp_path / "artifacts", {second: "parity/items.merged.parquet"})
     report, parity = (tmp_path / "artifacts" / name for name in ("dataset/report.json", "parity/parity.json"))
     content = read_json(parity)
     write_json(report, read_json(report) | {"test_sha256": "e" * 64})
     write_json(parity, content | {"evaluation": content["evaluation"] | {"test_sha256": "e" * 64}})
-    assert promote.settled(params.publish, params.promote, second, tmp_path) is None
+    assert promote.settled(params, second, tmp_path) is None
     assert promote_version(tmp_path, params, second).decision == "promoted"
     assert records(tmp_path)[2]["test_sha256"] == "e" * 64
 
@@ -193,7 +193,7 @@ def test_an_unpublished_or_deleted_version_cannot_be_promoted_even_by_force(
     for use, error in (
         (lambda: promote_version(tmp_path, params, "0" * 16, force="x"), StoreError),
         (lambda: promote_version(tmp_path, params, first, force="x"), DecisionError),
-        (lambda: promote.rollback(params.publish, params.promote, first, root=tmp_path), DecisionError),
+        (lambda: promote.rollback(params, first, root=tmp_path), DecisionError),
     ):
         with pytest.raises(error, match=r"is not published|was deleted by .* \(not needed\)"):
             use()
@@ -210,10 +210,10 @@ def test_decisions_work_without_the_registry_and_it_is_repaired_afterwards(
     assert f"that of champion {first}" in decision.reason  # without a number
     assert serving(tmp_path, lost) == second
     down = with_(params, publish={"tracking_uri": "http://127.0.0.1:9"})
-    record, [warning] = promote.rollback(down.publish, down.promote, root=tmp_path)
+    record, [warning] = promote.rollback(down, root=tmp_path)
     assert record.champion == first
     assert warning.startswith("the registry http://127.0.0.1") and "The decision stands" in warning
-    assert promote.settled(lost.publish, lost.promote, first, tmp_path) == "it is the champion"  # repairs the alias
+    assert promote.settled(lost, first, tmp_path) == "it is the champion"  # repairs the alias
     assert serving(tmp_path, lost) == first
     again = promote_version(tmp_path, lost, second)  # after a rollback there is no next step
     assert (again.decision, again.champion, again.next) == ("unchanged", first, "")
@@ -233,8 +233,8 @@ def test_with_manual_approval_a_version_waits_for_a_persons_answer(
         make_key(tmp_path / "key.pem")
         answering = with_(manual, publish={"require_signature": True, "verify_key": str(tmp_path / "key.pub")})
         with pytest.raises(SignatureError):
-            promote.approve(answering.publish, answering.promote, root=tmp_path)
-    answer = promote.approve(answering.publish, answering.promote, None, agreed, "I read them", "Ada", tmp_path)
+            promote.approve(answering, root=tmp_path)
+    answer = promote.approve(answering, None, agreed, "I read them", "Ada", tmp_path)
     assert (answer.decision, answer.comparison) == ("promoted" if agreed else "refused", proposal.comparison)
     assert serving(tmp_path, manual) == (version if agreed else None)
     log = [(r["decision"], r["proposal"], r["actor"] == "Ada") for r in records(tmp_path)]
@@ -246,7 +246,7 @@ def test_with_manual_approval_a_version_waits_for_a_persons_answer(
         forced = promote_version(tmp_path, manual, force="Ada was wrong")
         assert forced.word == "forced" and "gate" not in forced.title  # the gate had passed
     with pytest.raises(DecisionError, match="no version"):
-        promote.approve(manual.publish, manual.promote, root=tmp_path)
+        promote.approve(manual, root=tmp_path)
 
 
 def test_promote_on_a_terminal_shows_the_numbers_and_asks(tmp_path: Path, manual: Params) -> None:
@@ -274,10 +274,10 @@ def test_a_proposal_expires_when_the_champion_changes(tmp_path: Path, manual: Pa
     promote_version(tmp_path, manual, first)
     promote_version(tmp_path, manual, second, force="at once")
     with pytest.raises(DecisionError, match="no version waits for approval"):
-        promote.approve(manual.publish, manual.promote, first, root=tmp_path)
+        promote.approve(manual, first, root=tmp_path)
     promote_version(tmp_path, manual, published(tmp_path, manual, 0.7))
     with pytest.raises(DecisionError, match=rf"v3 \(.*\) waits for approval, not v1 \({first[:6]}"):
-        promote.approve(manual.publish, manual.promote, first, root=tmp_path)
+        promote.approve(manual, first, root=tmp_path)
     assert serving(tmp_path, manual) == second
 
 
@@ -304,7 +304,7 @@ def test_decisions_are_sent_to_webhooks_and_a_failure_is_a_warning_without_the_s
         for quality in (0.4, 0.6):
             published(tmp_path, team, quality)
             assert promote_version(tmp_path, team).warnings == []
-        promote.rollback(team.publish, team.promote, root=tmp_path)
+        promote.rollback(team, root=tmp_path)
     assert [body["decision"] for _, body in posts[2:]] == ["promoted", "refused", "promoted", "rollback"]
     assert [body for _, body in posts[2:]] == [{"model": NAME} | record for record in records(tmp_path)]
 

@@ -14,7 +14,6 @@ from local_servers import answers, free_port, wait_until
 from test_signature import make_key
 from versions import parameters, promote_version, published, registry_lost
 
-from pipeline import promote
 from pipeline.registry.manifest import published_versions
 from pipeline.registry.mlflow import ModelRegistry, RegistryError
 from pipeline.registry.model import RegisteredModel
@@ -176,8 +175,9 @@ def test_a_lost_registry_is_filled_again_from_the_store_with_the_same_numbers(tm
         promote_version(tmp_path, params)
     shutil.rmtree(tmp_path / "artifacts")
     other = registry_lost(tmp_path, params).publish
-    assert not promote.history(other, tmp_path)[1]  # registers the champion, and the versions decided on before it
-    registry = RegisteredModel(other, tmp_path).registry
+    model = RegisteredModel(other, tmp_path)
+    assert not model.sync_registry(versions[-1])[1]  # registers the champion, and the versions decided on before it
+    registry = model.registry
     assert registry.numbers() == {version: str(number) for number, version in enumerate(versions, 1)}
     assert aliases(registry) == {"champion": "3"}
     expected = {"base_model", "data", "git_commit", "manifest_sha256", "rougeL", "signed", "test_sha256"}

@@ -69,7 +69,7 @@ def test_a_deletion_cannot_be_undone_and_an_interrupted_one_is_finished(tmp_path
     assert delete(params.publish, "v1", "room", tmp_path).version == first
     assert RegisteredModel(params.publish, tmp_path).registry.numbers() == {second: "2"}
     with pytest.raises(DecisionError):
-        promote.rollback(params.publish, params.promote, root=tmp_path)
+        promote.rollback(params, root=tmp_path)
     manifest.write_bytes(data)  # as if the deletion had been killed after its record
     assert outdated(params.publish, tmp_path) == [first]
     assert delete(params.publish, first, "again", tmp_path).reason == "room"

@@ -133,7 +133,7 @@ class Promoting:
 
     def _promote(self, name: str, version: str) -> promote.Decision:
         params = self._params(name)
-        return promote.promote(params.publish, params.promote, version, Path(self.folder))
+        return promote.promote(params, version, Path(self.folder))
 
     def _log(self, name: str) -> list[Any]:
         return read_log(open_store(self._params(name).publish), name)

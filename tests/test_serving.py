@@ -52,7 +52,7 @@ def root(own: Params, params: Params, dataset: Path, adapter: Path, evaluation: 
         versions.write_lock(root, own.model_dump())
         model = RegisteredModel(own.publish, root)
         model.register(ship_version(model, graph.version_id(root))[0])
-        gate.promote(own.publish, own.promote, root=root)
+        gate.promote(own, root=root)
     write_params(root, own)
     return root
 

@@ -168,7 +168,7 @@ def test_promotion_refuses_an_unsigned_or_altered_version_and_accepts_it_once_si
     weights = tmp_path / "store/objects" / model.manifest(first)["files"]["merged/model.safetensors"]["sha256"]
     weights.write_bytes(changed(weights.read_bytes(), 5))
     for use in (
-        lambda: promote.rollback(strict.publish, strict.promote, first, root=tmp_path),
+        lambda: promote.rollback(strict, first, root=tmp_path),
         lambda: promote_version(tmp_path, strict, first, "I know better"),
     ):
         with pytest.raises(SignatureError, match="was altered"):

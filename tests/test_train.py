@@ -296,7 +296,7 @@ def test_an_adapter_in_a_folder_needs_the_digest_of_its_weights(tmp_path: Path, 
 def test_the_champions_adapter_comes_from_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(tmp_path)
     version = published(tmp_path, params)
-    promote(params.publish, params.promote, version, tmp_path, force="the first one")
+    promote(params, version, tmp_path, force="the first one")
     write_json(tmp_path / PIN, {"version": None})
     monkeypatch.setattr(graph, "stale", lambda root: {"train": []})
     settings = with_(params, train={"init_adapter": "champion"})

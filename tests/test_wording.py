@@ -77,9 +77,11 @@ def test_the_next_step_fits_the_decision() -> None:
         ("forced", {"rougeL": BETTER}, CLASSIFIER, True, "retune classify TEXT", "retune chat"),
         ("refused", {"rougeL": row("failed", -0.1)}, MANIFEST, False, "overrule the gate", "after all"),
     ):
-        text = next_step(word, "v4", comparison, manifest, first)
+        record = Record(1, word, "295a1c", None, None if first else "11aa22", "", comparison)
+        text = next_step(record, "v4", manifest)
         assert expected in text and unexpected not in text
-    text = next_step("refused", "v4", {"rougeL": BETTER}, MANIFEST, by_person=True)  # it passed the gate
+    answer = Record(3, "refused", "295a1c", None, None, "", {"rougeL": BETTER}, proposal=2)  # it passed the gate
+    text = next_step(answer, "v4", MANIFEST)
     assert 'retune promote v4 --force --reason "…"' in text and "overrule" not in text and "worst" not in text
 
 

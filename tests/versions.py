@@ -195,4 +195,4 @@ def records(root: Path) -> list[dict[str, Any]]:
 
 
 def promote_version(root: Path, params: Params, version: str | None = None, force: Any = None) -> promote.Decision:
-    return promote.promote(params.publish, params.promote, version, root, force)
+    return promote.promote(params, version, root, force)

@@ -1,30 +1,34 @@
 """The commands that ingest data and show rows."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
-from pipeline.cli.project import as_typed
+from pipeline.cli.project import as_typed, load_params_offline
 from pipeline.cli.versions import CommandError, Json
+from pipeline.core import graph
 from pipeline.core.progress import counted
 from pipeline.core.run_lock import only_run
-
-if TYPE_CHECKING:
-    from pipeline.data.formats import Ask, UnclearFormatError
-    from pipeline.ingest import IngestResult
-    from pipeline.params import ColumnsParams, IngestParams
+from pipeline.data.columns import format_columns, parse_columns
+from pipeline.data.formats import Ask, UnclearFormatError
+from pipeline.data.known_formats import FORMATS
+from pipeline.data.snapshot import recover
+from pipeline.ingest import IngestResult
+from pipeline.ingest import ingest as ingest_sources
+from pipeline.params import ColumnsParams, IngestParams
+from pipeline.services.events import contents, tell_updated
+from pipeline.settings import load_params
 
 Format = Annotated[str | None, typer.Option(help="The format, instead of ingest.format and ingest.columns.")]
 Columns = Annotated[
-    str | None,
-    typer.Option(help="The mapping of columns, instead of ingest.columns: prompt=question,response=answer."),
+    str | None, typer.Option(help="The mapping of columns, instead of ingest.columns: prompt=question,response=answer.")
 ]
 
 
@@ -47,12 +51,6 @@ def ingest(
     json_output: Json = False,
 ) -> None:
     """Make the rows of all SOURCEs the new data snapshot, on which `retune run` then trains."""
-    from pipeline.core import graph
-    from pipeline.data.snapshot import recover
-    from pipeline.ingest import ingest as ingest_sources
-    from pipeline.services.events import contents, count_new, tell_updated
-    from pipeline.settings import load_params
-
     params, operations = load_params().ingest, load_params().operations
     with only_run():
         recover()
@@ -61,7 +59,7 @@ def ingest(
         params = _with_options(params, format, columns)
         uris = [as_typed(source) for source in sources or ()]
         result = ingest_sources(params, uris, replace=replace, ask=None if json_output else _terminal())
-        new_rows = count_new(before) if result.changed else 0
+        new_rows = len(contents() - before) if result.changed else 0
     sent = result.changed and tell_updated(new_rows, operations.min_new_rows)
     if json_output:
         print(json.dumps(asdict(result) | {"new_rows": new_rows, "told": sent, "remote": graph.team_remote()}))
@@ -85,18 +83,15 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show rows token by token, as the model sees them, with trained tokens marked; FILE is shown as if prepared."""
-    from rich.console import Console
 
     from pipeline.data.inspection import as_text, inspect_dataset, inspect_file
-    from pipeline.settings import load_params
 
-    params = load_params()
+    params = load_params_offline()
     model = Path(params.prepare.model_name_or_path)
     if file is not None and model.parts[:1] == ("data",) and not model.exists():  # a fresh clone
         with only_run():
             _pull_base(str(model))
-    if model.is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        params = load_params_offline()
     misplaced = format or columns if file is None else id
     if misplaced is not None:
         raise CommandError("--format and --columns are for a file, --id is for the prepared dataset")
@@ -113,11 +108,8 @@ def inspect(
         console.print(as_text(shown))
 
 
-def _with_options(params: "IngestParams", format: str | None, columns: str | None) -> "IngestParams":
+def _with_options(params: IngestParams, format: str | None, columns: str | None) -> IngestParams:
     """`params` with the format and columns of the command line; a format there replaces a mapping in `params`."""
-    from pipeline.data.columns import parse_columns
-    from pipeline.data.known_formats import FORMATS
-
     if format not in (None, "auto", *FORMATS):
         raise typer.BadParameter(f"{format} is not a format; expected auto, {', '.join(sorted(FORMATS))}")
     changes: dict[str, Any] = {}
@@ -128,15 +120,12 @@ def _with_options(params: "IngestParams", format: str | None, columns: str | Non
     return params.model_copy(update=changes)
 
 
-def _terminal() -> "Ask | None":
+def _terminal() -> Ask | None:
     return _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
 
 
-def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
+def _ask(error: UnclearFormatError) -> tuple[str, ColumnsParams | None]:
     """Ask on the terminal for the format or the columns."""
-    from pipeline.data.columns import format_columns, parse_columns
-    from pipeline.data.known_formats import FORMATS
-
     print(error, file=sys.stderr)
     guess = next(iter(error.formats), None) if error.columns is None else format_columns(error.columns)
     while True:
@@ -149,7 +138,7 @@ def _ask(error: "UnclearFormatError") -> "tuple[str, ColumnsParams | None]":
             print(f"{answer} is not a format; expected {', '.join(sorted(FORMATS))}; {fault}", file=sys.stderr)
 
 
-def _print_result(result: "IngestResult", sent: bool, remote: str | None) -> None:
+def _print_result(result: IngestResult, sent: bool, remote: str | None) -> None:
     print(f"ingest: {counted(result.rows, 'row')} from {counted(len(result.files), 'file')}")
     for file in result.files[:20]:
         rejected = f", {file['rejected']:,} rejected" if file["rejected"] else ""
@@ -184,12 +173,7 @@ def _print_result(result: "IngestResult", sent: bool, remote: str | None) -> Non
 
 
 def _pull_base(model: str) -> str | None:
-    """Check out `data/` before its rows are replaced; if the old rows are lost, only the base model.
-
-    Returns the commit that the base model came from, if it had to be searched for.
-    """
-    from pipeline.core import graph
-
+    """Check out `data/` before its rows are replaced; if the rows are lost, the base model of the returned commit."""
     try:
         graph.pull_data()
     except graph.SnapshotMissing:

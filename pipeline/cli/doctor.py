@@ -45,7 +45,8 @@ def doctor(root: Path = Path(".")) -> list[Check]:
     checks = [Check("parameters", True, "params.yaml is valid")]
     for name, function in functions.items():
         try:
-            checks.append(Check(name, *function()))
+            passed, detail, *advice = function()
+            checks.append(Check(name, passed, detail, *([] if passed else advice)))
         except Exception as error:  # whatever is broken, the next check still runs
             for_people = type(error).__module__.startswith("pipeline.")
             checks.append(Check(name, False, redact(str(error) if for_people else f"{type(error).__name__}: {error}")))
@@ -107,7 +108,7 @@ def _remote(root: Path) -> Finding:
         missing = json.loads(graph.run(root, "status", "--cloud", "--json", "data.dvc", timeout_s=REMOTE_SECONDS))
     except graph.GraphError as error:
         return False, f"{remote} {address}: {redact(str(error))}", "check address and credentials: `dvc remote list`"
-    advice = f"the data's snapshot is missing there; `dvc push --remote {remote} data.dvc`" if missing else ""
+    advice = f"the data's snapshot is missing there; `dvc push --remote {remote} data.dvc`"
     return not missing, f"{remote} {address}", advice
 
 
@@ -127,8 +128,7 @@ def _base(params: Params, root: Path, checks: list[Check]) -> Finding:
 
 def _store(model: RegisteredModel) -> Finding:
     model.store.probe()
-    serving = model.champion()
-    return True, f"{model.store.uri}, champion {model.registry.cached_name(serving) if serving else 'none yet'}"
+    return True, f"{model.store.uri}, champion {model.registry.cached_name(model.champion())}"
 
 
 def _servers(root: Path) -> Finding:
@@ -136,5 +136,4 @@ def _servers(root: Path) -> Finding:
         return None, "not running; `retune up` starts them"
     failed = [service for service in state["services"] if service["state"] not in ("healthy", "running", "starting")]
     wrong = "; ".join(f"{service['name']} {service['state']}, {service['log']}" for service in failed)
-    advice = "read the log, then `retune down` and `retune up`" if wrong else ""
-    return not wrong, wrong or f"dashboard at {state['url']}", advice
+    return not wrong, wrong or f"dashboard at {state['url']}", "read the log, then `retune down` and `retune up`"

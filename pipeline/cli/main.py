@@ -1,6 +1,5 @@
 """The `retune` command. Each subcommand reads its parameters, calls one function, and prints the result."""
 
-import json
 import os
 import resource
 import signal
@@ -12,15 +11,29 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli import datasets, models, operate, talk, versions
-from pipeline.cli.project import ProjectCommand, enter_project
-from pipeline.cli.versions import Json, answer
+from pipeline.cli import datasets, operate, talk, versions
+from pipeline.cli.project import ProjectCommand, enter_project, load_params_offline
+from pipeline.cli.versions import Json, answer, print_warnings
+from pipeline.core import graph, timings
+from pipeline.core.combinations import CLASSIFICATION
 from pipeline.core.environment import collect_rarely, set_environment
-from pipeline.core.files import FULL_DISK, WORK_DIR
+from pipeline.core.files import FULL_DISK, WORK_DIR, read_json
 from pipeline.core.processes import end_with_parent, lives, python_ending_with_parent, run_forwarding_sigterm
-from pipeline.core.progress import clock
+from pipeline.core.progress import clock, counted
 from pipeline.core.redaction import redact, redact_process
 from pipeline.core.run_lock import only_on_gpus, only_run
+from pipeline.data.snapshot import recover
+from pipeline.promote import require_ready, settled
+from pipeline.registry.init_adapter import fetch_init
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.retention import collect
+from pipeline.registry.stores import open_store
+from pipeline.report.whole import report_decision
+from pipeline.services import server
+from pipeline.services.events import record_unchanged
+from pipeline.services.flow_runs import close_lost_runs
+from pipeline.settings import load_params, yaml_text
+from pipeline.training.presets import apply_preset, list_presets
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,19 +74,12 @@ def main() -> None:
 @app.command(cls=ProjectCommand)
 def run(json_output: Json = False) -> None:
     """Bring everything up to date: train if something changed, publish, and promote if it is better."""
-    from pipeline.core import graph
-    from pipeline.data.snapshot import recover
-    from pipeline.promote import require_ready, settled
-    from pipeline.services import server
-    from pipeline.services.flow_runs import close_lost_runs
-    from pipeline.settings import load_params
-
     params = load_params()
     with only_run() as lock:
         recover()  # after an ingest that was killed
         require_ready(params)
         version = None if graph.stale() else graph.version_id()
-        if version and (reason := settled(params.publish, params.promote, version)):
+        if version and (reason := settled(params, version)):
             _print_unchanged(params, version, reason, json_output)
             return
         dashboard = server.running()
@@ -95,20 +101,12 @@ def run(json_output: Json = False) -> None:
 
 
 def _print_unchanged(params: Any, version: str, reason: str, json_output: bool) -> None:
-    from pipeline.registry.model import RegisteredModel
-    from pipeline.report.whole import report_decision
-    from pipeline.services.events import record_unchanged
-
     name = RegisteredModel(params.publish).registry.cached_name(version)
     if not (ARTIFACTS / "report.html").is_file():
-        for warning in report_decision(params.publish, version, ARTIFACTS):
-            print(f"warning: {warning}", file=sys.stderr)
+        print_warnings(report_decision(params.publish, version, ARTIFACTS))
     record_unchanged(f"version {name}: {reason}")
-    if json_output:
-        print(json.dumps({"changed": False, "version": version, "reason": reason}))
-    else:
-        print("Nothing to do: data, parameters and code are those of the last run.")
-        print(f"Version {name}: {reason}.")
+    text = f"Nothing to do: data, parameters and code are those of the last run.\nVersion {name}: {reason}."
+    answer(json_output, {"changed": False, "version": version, "reason": reason}, text)
 
 
 @app.command(cls=ProjectCommand)
@@ -116,22 +114,19 @@ def stage(name: Annotated[str, typer.Argument(help="prepare, train, evaluate or 
     """Run one stage of dvc.yaml; `dvc repro` calls this."""
     # DVC forwards no signals, and a stage must not outlive it. SIGTERM lets a training save a checkpoint.
     end_with_parent(signal.SIGTERM)
-    from pipeline.core import graph, timings
-    from pipeline.settings import load_params
 
     if graph.RUN in os.environ and not lives(os.environ[graph.RUN]):
         raise typer.Exit(143)  # the run and DVC died before the call of `end_with_parent`
 
-    params = load_params()
     started = time.monotonic()
-    summary = _run_stage(name, params)
+    summary = _run_stage(name)
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     timings.record(name, seconds, peak)
     print(f"{name}: {summary} · {clock(seconds)}, {peak / 2**30:.1f} GiB at its peak", flush=True)
 
 
-for module in (datasets, versions, models, talk, operate):
+for module in (datasets, versions, talk, operate):
     for command in module.COMMANDS:
         app.command(cls=ProjectCommand)(command)
 
@@ -142,10 +137,6 @@ def collect_garbage(
     json_output: Json = False,
 ) -> None:
     """Count objects of the store that no version needs and that are older than seven days; --delete removes them."""
-    from pipeline.registry.retention import collect
-    from pipeline.registry.stores import open_store
-    from pipeline.settings import load_params
-
     garbage = collect(open_store(load_params().publish), delete)
     what = f"{garbage.objects:,} objects, {garbage.bytes / 1e6:,.1f} MB, and {garbage.unfinished:,} unfinished uploads"
     done = "deleted" if garbage.deleted else "could be deleted (`retune gc --delete`)"
@@ -159,7 +150,6 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Estimate a training before it starts: parameters, memory, steps, time and cost."""
-    from pipeline.settings import load_params
     from pipeline.training import plan as planning
 
     dataset = ARTIFACTS / "dataset"
@@ -167,25 +157,43 @@ def plan(
     answer(json_output, asdict(result), planning.describe(result))
 
 
-@app.command(hidden=True, cls=ProjectCommand)
-def score(
-    model: Path,
-    settings: Annotated[Path, typer.Option()],
-    output: Annotated[Path, typer.Option()],
+@app.command(cls=ProjectCommand)
+def preset(
+    name: Annotated[str | None, typer.Argument(help="One of the presets that `retune preset` lists.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--for", help="Also set rank, alpha and modules for one of the listed tasks.")
+    ] = None,
+    json_output: Json = False,
 ) -> None:
+    """Write the parameters for a model and task into params.yaml, and keep its comments; without NAME, list presets."""
+    presets = list_presets()
+    if name is None:
+        lines = [f"{preset.name:20} {preset.about} (--for {', '.join(preset.tasks)})" for preset in presets]
+        answer(json_output, [asdict(preset) for preset in presets], "\n".join(lines))
+        return
+    changed = apply_preset(name, Path("params.yaml"), task)
+    first = next(preset.first for preset in presets if preset.name == name)
+    lines = [f"  {key}: {yaml_text(old)} → {yaml_text(new)}" for key, (old, new) in changed.items()]
+    lines.append(
+        f"preset: {name} is in params.yaml, {counted(len(changed), 'value')} changed; `git diff params.yaml` shows them"
+    )
+    lines += [] if first is None else [f"first: {first}"]
+    answer(json_output, {"preset": name, "changed": changed, "first": first}, "\n".join(lines))
+
+
+@app.command(hidden=True, cls=ProjectCommand)
+def score(model: Path, settings: Annotated[Path, typer.Option()], output: Annotated[Path, typer.Option()]) -> None:
     """Score a merged model on the workspace's test split; `promote` calls this for versions scored on another one."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a shipped model is whole
-    from pipeline.core.files import read_json
     from pipeline.merge import score_model
 
     score_model(model, ARTIFACTS / "dataset", read_json(settings), output)
 
 
-def _run_stage(name: str, params: Any) -> str:
+def _run_stage(name: str) -> str:
     """Run one stage on the project's folders; returns a summary of its result."""
-    if Path(params.prepare.model_name_or_path).is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    classes = params.train.task == "sequence-classification"
+    params = load_params_offline()
+    classes = params.train.task == CLASSIFICATION
     dataset, adapter, evaluation = ARTIFACTS / "dataset", ARTIFACTS / "adapter", ARTIFACTS / "evaluation"
     match name:
         case "prepare":
@@ -202,7 +210,6 @@ def _run_stage(name: str, params: Any) -> str:
             show_scoring = prepared.scoring and params.prepare.default_scoring == "auto" and not classes
             return f"{rows} rows{dropped}{loss}" + (f"; {summarise_choices(prepared.scoring)}" if show_scoring else "")
         case "train":
-            from pipeline.registry.init_adapter import fetch_init
             from pipeline.train import train
             from pipeline.weights.loading import visible_gpus
 

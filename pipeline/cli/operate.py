@@ -8,8 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli import doctor as diagnosis
 from pipeline.cli.versions import Json, answer
+from pipeline.core import current_run, graph
 from pipeline.core.checks import as_json
+from pipeline.core.files import read_of_living
+from pipeline.core.run_lock import RunUnderWay, only_run
+from pipeline.registry.decisions import champion, proposed
+from pipeline.registry.model import RegisteredModel
+from pipeline.services import server, stack
+from pipeline.services.flow_runs import refuse_runs_by_hand
+from pipeline.settings import load_params
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="The dashboard's; default: operations.prefect_port.")]
 MlflowPort = Annotated[int | None, typer.Option(min=1, max=65535, help="MLflow's; default: operations.mlflow_port.")]
@@ -17,23 +26,14 @@ MlflowPort = Annotated[int | None, typer.Option(min=1, max=65535, help="MLflow's
 
 def up(port: Port = None, mlflow_port: MlflowPort = None, json_output: Json = False) -> None:
     """Start the local stack (dashboard, workers, schedules, MLflow) on loopback; it runs until `retune down`."""
-    from pipeline.services import stack
-    from pipeline.settings import load_params
-
     params = stack.with_ports(load_params(), port, mlflow_port)
     state = stack.up(params, on_wait=lambda text: print(f"up: {text}", file=sys.stderr))
-    if json_output:
-        print(json.dumps(state))
-        return
-    _print_services(state)
-    print(f"up: dashboard at {state['url']}; `retune down` stops everything")
+    lines = [*_service_lines(state), f"up: dashboard at {state['url']}; `retune down` stops everything"]
+    answer(json_output, state, "\n".join(lines))
 
 
 def down(json_output: Json = False) -> None:
     """Stop what `retune up` started, its workers' runs included; a training saves a checkpoint first."""
-    from pipeline.services import server, stack
-    from pipeline.services.flow_runs import refuse_runs_by_hand
-
     if url := server.running():
         refuse_runs_by_hand(url)
     stopped = stack.down()
@@ -42,13 +42,6 @@ def down(json_output: Json = False) -> None:
 
 def status(json_output: Json = False) -> None:
     """Show servers and workers, the current run's progress and who started it, stale stages, and the champion."""
-    from pipeline.core import current_run, graph
-    from pipeline.core.run_lock import RunUnderWay, only_run
-    from pipeline.registry.decisions import champion, proposed
-    from pipeline.registry.model import RegisteredModel
-    from pipeline.services import stack
-    from pipeline.settings import load_params
-
     params = load_params()
     state = stack.state()
     try:
@@ -60,7 +53,7 @@ def status(json_output: Json = False) -> None:
     model = RegisteredModel(params.publish)
     log, registry = model.log(), model.registry
     proposal = proposed(log)
-    run = current_run.read()
+    run = read_of_living(current_run.FILE) or None
     overview = {
         "run": run,
         "dashboard": state.get("url") if state.get("ready") else None,
@@ -73,22 +66,20 @@ def status(json_output: Json = False) -> None:
         print(json.dumps(overview))
         return
     print(f"dashboard  {overview['dashboard'] or 'not running (`retune up` starts it)'}")
-    if state:
-        _print_services(state)
+    for line in _service_lines(state):
+        print(line)
     if run is not None:
         since = time.strftime("%H:%M", time.localtime(run["since"]))
         started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
         print(f"run        {run['line'] or run['stage'] or 'starting'}; {started}")
     print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
-    print(f"champion   {registry.cached_name(overview['champion']) if overview['champion'] else 'none yet'}")
+    print(f"champion   {registry.cached_name(champion(log))}")
     if overview["waiting"]:
         print(f"waiting    {registry.cached_name(overview['waiting'])} for approval (`retune promote --approve`)")
 
 
 def doctor(json_output: Json = False) -> None:
     """Check everything a run needs; print how to fix what is missing, and exit with status 1 if something is."""
-    from pipeline.cli import doctor as diagnosis
-
     checks = diagnosis.doctor()
     result = as_json(checks)
     if json_output:
@@ -103,10 +94,12 @@ def doctor(json_output: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _print_services(state: dict[str, Any]) -> None:
-    for service in state.get("services", []):
-        name, status, url = (service[key] or "" for key in ("name", "state", "url"))
-        print(f"{name:<16} {status:<16} {url:<22} process {service['pid']}, {service['log']}")
+def _service_lines(state: dict[str, Any]) -> list[str]:
+    return [
+        f"{service['name']:<16} {service['state']:<16} {service['url'] or '':<22} process {service['pid']}, "
+        f"{service['log']}"
+        for service in state.get("services", [])
+    ]
 
 
 COMMANDS: list[Callable[..., None]] = [up, down, status, doctor]

@@ -6,6 +6,10 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from pipeline.params import Params
+from pipeline.settings import load_params
+
+BASE, WORKSPACE = "base", "workspace"  # names of models that are not versions
 _below = Path(".")  # from the project's top folder to the folder where the command was called
 
 
@@ -23,6 +27,14 @@ def enter_project() -> None:
 def as_typed(path: str) -> str:
     """Make a path, relative to where the command was called, relative to the project's top folder; a URI stays."""
     return path if _below == Path(".") or "://" in path else os.path.normpath(_below / path)
+
+
+def load_params_offline() -> Params:
+    """The parameters; with a local base model, libraries imported after this send no requests to the Hub."""
+    params = load_params()
+    if Path(params.prepare.model_name_or_path).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return params
 
 
 class ProjectCommand(TyperCommand):

@@ -16,18 +16,11 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.chat import Message
+from pipeline.chat import template as templates
 from pipeline.chat.rendering import RowError
 from pipeline.chat.responses import Answer, read_answer
-from pipeline.chat.template import (
-    ChatTemplate,
-    TemplateError,
-    differing_keys,
-    load_contract,
-    load_shipped,
-    load_template,
-    local_source,
-    model_identity,
-)
+from pipeline.chat.template import ChatTemplate, TemplateError
+from pipeline.cli.project import BASE, WORKSPACE
 from pipeline.core.files import read_json
 from pipeline.core.sanitise import portable
 from pipeline.params import Params
@@ -36,7 +29,6 @@ from pipeline.scoring.generation import answer_limits
 from pipeline.weights.loading import ModelError, input_device, is_whole, load_adapter
 from pipeline.weights.placement import load_for_scoring, load_tuned
 
-BASE, WORKSPACE = "base", "workspace"
 # Keys of the contract that must be equal if two adapters share a base; the others describe the training data.
 SERVED = ("chat_template_sha256", "tokenizer_sha256", "stop_ids", "pad_id", "on_control_tokens")
 
@@ -54,7 +46,7 @@ class Talk:
         self._adapters: dict[str, str | None] = {}  # name → PEFT's name for it; None: without an adapter
         prepare, train = params.prepare, params.train
         if names[0] == BASE:
-            self.template, identity = load_template(prepare)
+            self.template, identity = templates.load_template(prepare)
             self.contract = self.template.contract(identity)
             keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
             self.quantisation = {key: getattr(train, key) for key in keys}
@@ -62,10 +54,12 @@ class Talk:
             folder, _ = find_folder(params, names[0], "adapter", root)
             contract = read_json(folder / "contract.json")
             # A published contract has no path, so the base must be the project's.
-            identity = model_identity(prepare.model_name_or_path, prepare.model_revision, prepare.trust_remote_code)
+            identity = templates.model_identity(
+                prepare.model_name_or_path, prepare.model_revision, prepare.trust_remote_code
+            )
             _require_base(names[0], contract, identity)
             self.contract = contract | {"model": identity}
-            self.template = load_contract(self.contract)
+            self.template = templates.load_contract(self.contract)
             self.quantisation = read_json(folder / "training.json")["quantisation"]
         self._is_full_model = names[0] != BASE and is_whole(folder)
         if self._is_full_model:  # train.method full: the model has no adapter
@@ -86,8 +80,7 @@ class Talk:
             if self._is_full_model:
                 raise ServingError(f"{self.active} is a whole model, not an adapter; run `retune chat {name}` instead")
             self._adapters[name] = None if name == BASE else self._load(name)
-        peft_name = self._adapters[name]
-        if peft_name is not None:
+        if (peft_name := self._adapters[name]) is not None:
             self.model.set_adapter(peft_name)
         self.active = name
 
@@ -123,7 +116,7 @@ class Talk:
         folder, _ = find_folder(self.params, name, "adapter", self.root)
         contract = read_json(folder / "contract.json")
         _require_base(name, contract, self.contract["model"])
-        differ = differing_keys({key: portable(self.contract)[key] for key in SERVED}, portable(contract))
+        differ = templates.differing_keys({key: portable(self.contract)[key] for key in SERVED}, portable(contract))
         if read_json(folder / "training.json")["quantisation"] != self.quantisation:
             differ.append("the base's quantisation")
         if differ or is_whole(folder):
@@ -175,18 +168,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
-def default_name(params: Params, root: Path = Path(".")) -> str:
-    """champion if there is one, else the workspace's adapter if there is one, else the base."""
-    if RegisteredModel(params.publish, root).champion() is not None:
-        return "champion"
-    return WORKSPACE if (root / "artifacts" / "adapter" / "contract.json").is_file() else BASE
-
-
 def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) -> tuple[Path, str]:
-    """Folder and id of the `adapter` or `merged` model of `name`: the workspace's or a published version's.
-
-    A version's files are downloaded and checked, and its signature too if publish.require_signature is on.
-    """
+    """Folder and id of the `adapter` or `merged` model of `name`: the workspace's, or a version's after its checks."""
     if name == WORKSPACE:
         folder = root / "artifacts" / part
         if not (folder / "contract.json").is_file():
@@ -201,19 +184,16 @@ def find_folder(params: Params, name: str, part: str, root: Path = Path(".")) ->
 def load_for_batches(params: Params, name: str, root: Path = Path(".")) -> tuple[Any, ChatTemplate, dict[str, Any]]:
     """Model, template and identity of `name`; for a version or the workspace it is the merged model."""
     if name == BASE:
-        template, identity = load_template(params.prepare)
+        template, identity = templates.load_template(params.prepare)
         return load_for_scoring(identity), template, {"model": BASE, "digest": identity["digest"]}
     folder, name = find_folder(params, name, "merged", root)
-    template = load_shipped(folder)
-    digest = model_identity(str(folder), None, False)["digest"]
-    return load_for_scoring(local_source(folder)), template, {"model": name, "digest": digest}
+    template = templates.load_shipped(folder)
+    digest = templates.model_identity(str(folder), None, False)["digest"]
+    return load_for_scoring(templates.local_source(folder)), template, {"model": name, "digest": digest}
 
 
 def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | None]]:
-    """Each line of a JSONL file: the row, its conversation up to the answer, and its tools as JSON.
-
-    Raises ServingError with the number of a line without a conversation.
-    """
+    """Row, conversation up to the answer, and tools as JSON of each line of a JSONL file. Raises ServingError."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # texts may contain other line separators
     except UnicodeDecodeError as error:
@@ -229,8 +209,7 @@ def read_prompts(file: Path) -> list[tuple[dict[str, Any], list[Message], str | 
             if messages is None:
                 messages = [{"role": "user", "content": row["prompt"] if "prompt" in row else row["text"]}]
             valid = [
-                isinstance(m["role"], str) and (isinstance(m.get("content"), str) or "tool_calls" in m)
-                for m in messages
+                isinstance(m["role"], str) and ("tool_calls" in m or isinstance(m["content"], str)) for m in messages
             ]
             if not valid or not all(valid) or messages[-1]["role"] == "assistant":  # training rows have an answer
                 raise ValueError

@@ -1,16 +1,23 @@
-"""The commands that use a version: report, chat and predict."""
+"""The commands that use a version: report, chat, predict and classify."""
 
 import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.versions import CommandError, Json, Version, find
+from pipeline.cli.project import BASE, WORKSPACE, as_typed, load_params_offline
+from pipeline.cli.versions import CommandError, Json, Version, answer, find
+from pipeline.core.combinations import CLASSIFICATION
+from pipeline.core.files import WORK_DIR, read_json, write_text
 from pipeline.core.progress import counted
+from pipeline.registry.model import RegisteredModel
+from pipeline.report.whole import write_version_report
+from pipeline.settings import load_params
 
 if TYPE_CHECKING:
     from pipeline.chat.responses import Answer
@@ -31,15 +38,12 @@ MaxNewTokens = Annotated[
 
 def report(version: Version = None, json_output: Json = False) -> None:
     """Write artifacts/report.html and .md: verdict, scores, tasks, texts, curves and lineage of a version."""
-    from pipeline.report.whole import write_version_report
-
     params, _, target = find(version)
     contents = write_version_report(params.publish, target, Path("artifacts"))
-    if json_output:
-        print(json.dumps({"version": target, "decision": contents.decision, "path": "artifacts/report.html"}))
-    else:
-        print(f"report: {contents.verdict}")
-        print("report: artifacts/report.html opens in any browser, artifacts/report.md is the same as text")
+    text = f"report: {contents.verdict}\nreport: artifacts/report.html opens in any browser, "
+    text += "artifacts/report.md is the same as text"
+    values = {"version": target, "decision": contents.decision, "path": "artifacts/report.html"}
+    answer(json_output, values, text)
 
 
 def chat(
@@ -57,7 +61,7 @@ def chat(
     json_output: Json = False,
 ) -> None:
     """Talk to a version or the base, prompted exactly as in training; /help lists the commands."""
-    params = _load_params()
+    params = load_params_offline()
     from pipeline.cli.serving import Talk
 
     if json_output and prompt is None:
@@ -65,14 +69,14 @@ def chat(
     names = list(dict.fromkeys(models or [_name_or_default(None, params, "chat", prompt is not None)]))
     talk = Talk(params, names)
     limit = _limit(params, max_new_tokens)
-    start = [] if system is None else [{"role": "system", "content": system}]
+    messages = [] if system is None else [{"role": "system", "content": system}]
     if prompt is None:
-        _converse(talk, limit, start)
+        _converse(talk, limit, messages)
         return
-    messages = [*start, {"role": "user", "content": prompt}]
+    messages.append({"role": "user", "content": prompt})
     if json_output:
-        answer = talk.answer(messages, limit)
-        fields = {"model": talk.active} | _fields(answer) | {"tokens": len(answer.ids)}
+        reply = talk.answer(messages, limit)
+        fields = {"model": talk.active} | _fields(reply) | {"tokens": len(reply.ids)}
         print(json.dumps(fields, ensure_ascii=False))
     else:
         _show(talk, messages, limit)
@@ -95,36 +99,68 @@ def predict(
 
     A model trained with train.task sequence-classification gives each line its label and confidence.
     """
-    params = _load_params()
+    params = load_params_offline()
     from pipeline.cli.serving import load_for_batches, prompt_or_fault, read_prompts
-    from pipeline.core.combinations import CLASSIFICATION
-    from pipeline.core.files import WORK_DIR
     from pipeline.scoring.classification import classify
     from pipeline.scoring.generation import generate
     from pipeline.scoring.kept import kept_file
     from pipeline.weights.loading import use_free_cores
 
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")
-    rows, size = read_prompts(file), params.evaluate.batch_size
+    rows, size, keep = read_prompts(file), params.evaluate.batch_size, None
     use_free_cores()
     if params.train.task == CLASSIFICATION:
         folder, name = find_classifier(params, model, "predict")
         classes = classify(folder, [messages for _, messages, _ in rows], size)
         results = [{"label": result.label, "confidence": result.confidence} for result in classes]
-        _write_answers(target, rows, results, name, json_output)
-        return
-    loaded, template, identity = load_for_batches(params, _name_or_default(model, params, "predict"))
-    checked = [prompt_or_fault(loaded, template, messages, tools) for _, messages, tools in rows]
-    prompts = [prompt for prompt in checked if not isinstance(prompt, str)]
-    tools = [tools for (*_, tools), prompt in zip(rows, checked, strict=True) if not isinstance(prompt, str)]
-    limit = _limit(params, max_new_tokens)
-    keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
-    limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
-    settings = (limit, size, "predict", identity["model"], keep, tools, limited_by)
-    answers = iter(generate(loaded, template, prompts, *settings))
-    results = [{"error": prompt} if isinstance(prompt, str) else _fields(next(answers)) for prompt in checked]
-    _write_answers(target, rows, results, identity["model"], json_output)
-    keep.unlink(missing_ok=True)
+    else:
+        loaded, template, identity = load_for_batches(params, _name_or_default(model, params, "predict"))
+        checked = [prompt_or_fault(loaded, template, messages, tools) for _, messages, tools in rows]
+        prompts = [prompt for prompt in checked if not isinstance(prompt, str)]
+        tools = [tools for (*_, tools), prompt in zip(rows, checked, strict=True) if not isinstance(prompt, str)]
+        limit, name = _limit(params, max_new_tokens), identity["model"]
+        keep = kept_file(WORK_DIR / "predictions", identity, prompts, limit, template.stop_ids)
+        limited_by = "--max-new-tokens" if max_new_tokens else "evaluate.max_new_tokens"
+        settings = (limit, size, "predict", name, keep, tools, limited_by)
+        answers = iter(generate(loaded, template, prompts, *settings))
+        results = [{"error": prompt} if isinstance(prompt, str) else _fields(next(answers)) for prompt in checked]
+    lines = [row | result | {"model": name} for (row, _, _), result in zip(rows, results, strict=True)]
+    write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if keep is not None:
+        keep.unlink(missing_ok=True)
+    cut, faults = sum(line.get("cut_off", False) for line in lines), sum("error" in result for result in results)
+    text = f"predict: {counted(len(lines), 'line')} in {target}" + f", {counted(cut, 'answer')} cut off" * (cut > 0)
+    text += f"; {counted(faults, 'line')} not answered, see `error` there" * (faults > 0)
+    answer(json_output, {"model": name, "rows": len(lines), "errors": faults, "path": str(target)}, text)
+
+
+def classify(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="As for predict, or a merged model's folder; default: the champion.", show_default=False),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Print the class and confidence of each TEXT, from a model of train.task sequence-classification."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a merged model is whole
+    from pipeline.scoring.classification import classify as classify_texts
+
+    folder, name = Path(as_typed(model or "")), model
+    # A folder with the name of a model is written ./champion.
+    is_name = model in (None, "champion", WORKSPACE, BASE) or not (folder / "contract.json").is_file()
+    if is_name and "/" in (model or ""):
+        raise typer.BadParameter(f"{model} has no merged model; expected a folder with contract.json")
+    if is_name:
+        folder, name = find_classifier(load_params(), model, "classify")
+    results = classify_texts(folder, [[{"role": "user", "content": text}] for text in texts])
+    labels = read_json(folder / "contract.json")["labels"]
+    rows = [
+        {"text": text} | asdict(result) | {"probabilities": dict(zip(labels, result.probabilities, strict=True))}
+        for text, result in zip(texts, results, strict=True)
+    ]
+    lines = [f"{row['label']} ({row['confidence']:.3f})  {row['text']}" for row in rows]
+    answer(json_output, {"model": name, "texts": rows}, "\n".join(lines))
 
 
 def _limit(params: Any, option: int | None) -> int:
@@ -133,34 +169,13 @@ def _limit(params: Any, option: int | None) -> int:
     return option or (params.prepare.max_length if limit == "auto" else limit)
 
 
-def _write_answers(target: Path, rows: list[Any], results: list[dict[str, Any]], model: str, json_output: bool) -> None:
-    from pipeline.core.files import write_text
-
-    lines = [row | result | {"model": model} for (row, _, _), result in zip(rows, results, strict=True)]
-    write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    faults = sum("error" in result for result in results)
-    if json_output:
-        print(json.dumps({"model": model, "rows": len(lines), "errors": faults, "path": str(target)}))
-    else:
-        cut = sum(line.get("cut_off", False) for line in lines)
-        print(
-            f"predict: {counted(len(lines), 'line')} in {target}"
-            + (f", {counted(cut, 'answer')} cut off" if cut else "")
-            + (f"; {counted(faults, 'line')} not answered, see `error` there" if faults else "")
-        )
-
-
-COMMANDS: list[Callable[..., None]] = [report, chat, predict]
-
-
-def _converse(talk: "Talk", limit: int, start: list[Any]) -> None:
+def _converse(talk: "Talk", limit: int, messages: list[Any]) -> None:
     """Read questions from standard input and write answers to standard output, until the input ends."""
 
     def note(text: str) -> None:
         print(f"chat: {text}", file=sys.stderr)
 
     note(f"{talk.active} answers; /help lists the commands")
-    messages = list(start)
     while True:
         try:
             line = input(f"{talk.active}> " if sys.stdin.isatty() else "").strip()
@@ -219,26 +234,23 @@ def _fields(answer: "Answer") -> dict[str, Any]:
     from pipeline.cli.serving import printable
 
     fields: dict[str, Any] = {"answer": printable(answer.text), "cut_off": answer.cut_off}
-    if answer.reasoning is not None:
-        fields["reasoning"] = printable(answer.reasoning)
-    if answer.tool_calls:
-        fields["tool_calls"] = list(answer.tool_calls)
-    return fields
+    fields |= {} if answer.reasoning is None else {"reasoning": printable(answer.reasoning)}
+    return fields | ({"tool_calls": list(answer.tool_calls)} if answer.tool_calls else {})
 
 
 def _name_or_default(model: str | None, params: Any, command: str, say: bool = True) -> str:
-    """The named model, else the default; prints its name if there is no champion yet."""
-    from pipeline.cli.serving import default_name
-
-    name = model or default_name(params)
-    if model is None and say and name != "champion":
+    """The named model, else the champion, the workspace's adapter or the base; notes if there is no champion yet."""
+    if model or RegisteredModel(params.publish).champion() is not None:
+        return model or "champion"
+    name = WORKSPACE if Path("artifacts/adapter/contract.json").is_file() else BASE
+    if say:
         print(f"{command}: there is no champion yet; {name} answers", file=sys.stderr)
     return name
 
 
 def find_classifier(params: Any, model: str | None, command: str) -> tuple[Path, str]:
     """Folder and id of the merged model with this name, else of the default."""
-    from pipeline.cli.serving import BASE, find_folder
+    from pipeline.cli.serving import find_folder
 
     name = _name_or_default(model, params, command)
     if name == BASE:
@@ -246,11 +258,4 @@ def find_classifier(params: Any, model: str | None, command: str) -> tuple[Path,
     return find_folder(params, name, "merged")
 
 
-def _load_params() -> Any:
-    """The parameters; with a local base model, libraries send no requests to the Hub."""
-    from pipeline.settings import load_params
-
-    params = load_params()
-    if Path(params.prepare.model_name_or_path).is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    return params
+COMMANDS: list[Callable[..., None]] = [report, chat, predict, classify]

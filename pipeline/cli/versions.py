@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
+from pipeline import promote as promotion
+from pipeline import publish as shipping
 from pipeline.core.checks import as_json
+from pipeline.core.files import write_text
 from pipeline.core.progress import counted
+from pipeline.registry import retention
+from pipeline.registry.card import auto_class
 from pipeline.registry.decisions import name_of
-from pipeline.report.tables import WIDTH, in_short, show_table, show_verdict, verdict_lines
+from pipeline.registry.manifest import encode
+from pipeline.registry.model import RegisteredModel
+from pipeline.registry.signature import read_signature, require_signed
+from pipeline.registry.stores import fetch
+from pipeline.registry.verify import verify as verify_version
+from pipeline.report.evaluation_pages import render
+from pipeline.report.tables import WIDTH, in_short, show_decision, show_table, show_verdict
+from pipeline.report.versus import compare_versions, comparison_json
+from pipeline.report.whole import report_decision
+from pipeline.settings import load_params
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Version = Annotated[str | None, typer.Argument(help="v3, 3, champion or a version's id; default: the workspace's.")]
@@ -25,10 +40,7 @@ class CommandError(ValueError):
 
 def publish(json_output: Json = False) -> None:
     """Publish the workspace's artifacts as a version, and register it in MLflow."""
-    from pipeline.publish import publish as publish_workspace
-    from pipeline.settings import load_params
-
-    result = publish_workspace(load_params().publish)
+    result = shipping.publish(load_params().publish)
     name, signed = name_of(result.version, result.number), "signed" if result.signed else "unsigned"
     new = f"publish: version {name}, {result.uploaded_bytes / 1e6:.1f} MB uploaded, {signed}"
     answer(json_output, asdict(result), new if result.created else f"publish: already published as {name}, {signed}")
@@ -36,18 +48,14 @@ def publish(json_output: Json = False) -> None:
 
 def sign(version: Version = None, json_output: Json = False) -> None:
     """Sign a version that was published unsigned, after checking its files."""
-    from pipeline.publish import sign as sign_version
-
     params, model, version = find(version)
-    signed = sign_version(params.publish, version)
+    signed = shipping.sign(params.publish, version)
     text = f"sign: version {model.label(version)} {'is signed' if signed else 'already has a signature'}"
     answer(json_output, {"version": version, "signed": signed}, text)
 
 
 def verify(version: Version = None, json_output: Json = False) -> None:
     """Check a version's signature, the digest of every file, and its lineage; exit status 1 when one fails."""
-    from pipeline.registry.verify import verify as verify_version
-
     _, model, version = find(version)
     checks = verify_version(model, version)
     failed = [check.name for check in checks if check.passed is False]
@@ -71,26 +79,21 @@ def promote(
     json_output: Json = False,
 ) -> None:
     """Make a version the champion if it is measurably better; a refusal (exit status 3) shows both numbers."""
-    from pipeline.promote import approve as answer_proposal
-    from pipeline.promote import promote as promote_version
-    from pipeline.report.whole import report_decision
-    from pipeline.settings import load_params
-
     if force + approve + reject > 1:
         raise CommandError("--force, --approve and --reject exclude each other")
     if force and not reason.strip():
         raise CommandError("--force needs --reason: the history keeps why the gate was overruled")
     params = load_params()
     if approve or reject:
-        decision = answer_proposal(params.publish, params.promote, version, approve, reason)
+        decision = promotion.approve(params, version, approve, reason)
     else:
-        decision = promote_version(params.publish, params.promote, version, force=reason if force else None)
+        decision = promotion.promote(params, version, force=reason if force else None)
     decision.warnings.extend(report_decision(params.publish, decision.version, Path("artifacts")))
     _show_decision(decision, json_output)
     if decision.decision == "proposed" and not json_output and sys.stdin.isatty():
         agreed = typer.confirm("Make it the champion?")
         why = reason or typer.prompt("Reason, kept in the history", default="", show_default=False)
-        decision = answer_proposal(params.publish, params.promote, decision.version, agreed, why)
+        decision = promotion.approve(params, decision.version, agreed, why)
         _show_decision(decision, json_output)
     if decision.champion != decision.version:
         raise typer.Exit(3)
@@ -102,11 +105,9 @@ def rollback(
     json_output: Json = False,
 ) -> None:
     """Make the previous champion, or another earlier one, champion again."""
-    from pipeline.promote import rollback as roll_back
-
     params, model = _load_model()
-    record, warnings = roll_back(params.publish, params.promote, to, reason)
-    _print_warnings(warnings)
+    record, warnings = promotion.rollback(params, to, reason)
+    print_warnings(warnings)
     text = f"rollback: {model.label(record.champion)} is champion again, instead of {model.label(record.previous)}"
     answer(json_output, asdict(record), text)
 
@@ -116,11 +117,9 @@ def history(
     json_output: Json = False,
 ) -> None:
     """List all decisions: who, when, from which champion to which, why, and with which numbers."""
-    from pipeline.promote import history as read_history
-
-    params, model = _load_model()
-    log, warnings = read_history(params.publish)
-    _print_warnings(warnings)
+    _, model = _load_model()
+    log = model.log()
+    print_warnings(model.sync_registry(log[-1].version)[1] if log else [])
     if number is not None and number > len(log):
         raise CommandError(f"there is no decision {number}; the number of decisions is {len(log)}")
     records = log if number is None else [log[number - 1]]
@@ -131,8 +130,7 @@ def history(
         print("history: no decisions yet; `retune run` trains, publishes and decides")
         return
 
-    def name(version: str | None) -> str:
-        return "none" if version is None else model.registry.cached_name(version)
+    name = model.registry.cached_name
 
     def row(record: Any) -> dict[str, str]:
         by_gate = record.word in ("promoted", "refused", "undecided", "proposed") and record.proposal is None
@@ -169,11 +167,6 @@ def download(
     json_output: Json = False,
 ) -> None:
     """Download a version's model into FOLDER and check every file; files that are already there are kept."""
-    from pipeline.registry.card import auto_class
-    from pipeline.registry.manifest import encode
-    from pipeline.registry.signature import read_signature, require_signed
-    from pipeline.registry.stores import fetch
-
     params, model, version = find(version)
     manifest = model.manifest(version)
     require_signed(model.store, manifest, params.publish)
@@ -196,11 +189,9 @@ def delete(
     json_output: Json = False,
 ) -> None:
     """Delete a version for good, unless it is the champion or waits for approval."""
-    from pipeline.registry.retention import delete as delete_version
-
     params, model, version = find(version)
     name = model.label(version)  # a deleted version has none
-    record = delete_version(params.publish, version, reason)
+    record = retention.delete(params.publish, version, reason)
     text = f"delete: version {name} is deleted; `retune gc` deletes the files that no other version has"
     answer(json_output, asdict(record), text)
 
@@ -210,14 +201,11 @@ def prune(
     json_output: Json = False,
 ) -> None:
     """List the versions beyond publish.keep_versions and keep_champions; --yes deletes them."""
-    from pipeline.registry.retention import delete as delete_version
-    from pipeline.registry.retention import outdated
-
     params, model = _load_model()
-    keep, versions = params.publish.keep_versions, outdated(params.publish)
+    keep, versions = params.publish.keep_versions, retention.outdated(params.publish)
     lines = [model.label(version) for version in versions]  # deleted versions have none
     for version in versions if yes else ():
-        delete_version(params.publish, version, f"older than the newest {keep}")
+        retention.delete(params.publish, version, f"older than the newest {keep}")
     result = (
         "deleted; `retune gc` deletes their files" if yes else "would be deleted; `retune prune --yes` deletes them"
     )
@@ -233,13 +221,7 @@ def compare(
     json_output: Json = False,
 ) -> None:
     """Compare two versions: scores with intervals, parameters and data that differ, and answers that changed most."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from pipeline.core.files import write_text
-    from pipeline.report.evaluation_pages import render
-    from pipeline.report.versus import compare_versions, comparison_json
-    from pipeline.settings import load_params
+    from rich.markdown import Markdown  # importing it takes a tenth of a second
 
     contents = compare_versions(load_params(), old, new)
     if html is not None:
@@ -264,28 +246,21 @@ def find(version: str | None) -> tuple[Any, Any, str]:
 
 
 def _load_model() -> tuple[Any, Any]:
-    from pipeline.registry.model import RegisteredModel
-    from pipeline.settings import load_params
-
     params = load_params()
     return params, RegisteredModel(params.publish)
 
 
-def _show_decision(decision: Any, json_output: bool) -> None:
-    from pipeline.registry.compare import BASE
-
-    _print_warnings(decision.warnings)
-    answer(json_output, asdict(decision), "\n".join(verdict_lines(decision.title, decision.reason, decision.next)))
-    if not json_output:
-        show_verdict(decision.comparison, decision.against == BASE)
-        for note in decision.notes:
-            print(f"note: {note}")
+def _show_decision(decision: promotion.Decision, json_output: bool) -> None:
+    if json_output:
+        print(json.dumps(asdict(decision)))
+    else:
+        show_decision(asdict(decision))
 
 
 def answer(json_output: bool, values: Any, text: str) -> None:
     print(json.dumps(values) if json_output else text)
 
 
-def _print_warnings(warnings: list[str]) -> None:
+def print_warnings(warnings: list[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

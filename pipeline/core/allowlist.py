@@ -1,7 +1,4 @@
-"""The list of file names that a version may contain, and checks of the files' content.
-
-Content is checked only where it decides what a loader does; docs/security.md says what the readers themselves refuse.
-"""
+"""The names of files that a version may contain, and checks of contents that decide what a loader does."""
 
 import re
 from collections.abc import Iterable
@@ -39,16 +36,10 @@ class UnsafeFileError(ValueError):
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse names (`part/file`) that versions do not ship.
-
-    Raises:
-        UnsafeFileError: with the first such name.
-    """
+    """Refuse names (`part/file`) that versions do not ship. Raises UnsafeFileError: with the first such name."""
     for name in names:
         if not isinstance(name, str) or not _PATTERN.fullmatch(name):
-            raise UnsafeFileError(
-                f"{name!r} is not a file that versions ship; the list is NAMES in pipeline/core/allowlist.py"
-            )
+            raise UnsafeFileError(f"{name!r} is not a file that versions ship (NAMES in pipeline/core/allowlist.py)")
 
 
 def check_file(path: Path) -> None:
@@ -67,11 +58,7 @@ def check_file(path: Path) -> None:
 
 
 def check_link(path: Path) -> None:
-    """Refuse a symbolic link, unless it leads into a cache whose files are named by their digests.
-
-    Raises:
-        UnsafeFileError: it leads to a file that nobody meant to be part of a model.
-    """
+    """Refuse a symbolic link (UnsafeFileError), unless into a cache whose files are named by their digests."""
     if not path.is_symlink():
         return
     target = path.resolve()

@@ -5,11 +5,9 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
 
 from pipeline.core.files import WORK_DIR, read_json, write_json
-from pipeline.core.processes import identity, lives
+from pipeline.core.processes import identity
 from pipeline.core.progress import LINE
 
 FILE = WORK_DIR / "run.json"
@@ -33,11 +31,3 @@ def record_stage(stage: str, line: str = "") -> None:
         progress, eta = LINE.match(line), ETA.search(line)
         now = {"stage": stage, "percent": int(progress["percent"]) if progress else None, "line": line}
         write_json(FILE, read_json(FILE) | now | {"eta": eta[1] if eta else None})
-
-
-def read(root: Path = Path(".")) -> dict[str, Any] | None:
-    """The last record, if the run's process still lives."""
-    with suppress(OSError, ValueError):
-        record: dict[str, Any] = read_json(root / FILE)
-        return record if lives(record["process"]) else None
-    return None

@@ -1,7 +1,4 @@
-"""The code that a result depends on: a module and everything it imports, read from the source code.
-
-`python -m pipeline.core.dependencies` writes these files into `dvc.yaml`; checkpoints and caches use their digests.
-"""
+"""The code that a result depends on: a module and what it imports. As a program, it writes it into `dvc.yaml`."""
 
 import ast
 from functools import cache
@@ -10,15 +7,16 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from pipeline.core.files import sha256_file
+from pipeline.core.graph import STAGES
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("prepare", "train", "evaluate", "merge")
 # Modules that read, check, print or start something, so no result depends on them. A folder stands for its modules.
 WITHOUT_EFFECT = {
     "pipeline.core",
     "pipeline.params",
     "pipeline.settings",
     "pipeline.registry.artifact_store",
+    "pipeline.registry.decisions",
     "pipeline.registry.manifest",
     "pipeline.training.checkpoints",
     "pipeline.training.launch",
@@ -33,7 +31,7 @@ def code_behind(module: str) -> list[Path]:
     todo = [module]
     while todo:
         name = todo.pop()
-        if name not in known and not _without_effect(name):
+        if name not in known and (name in SHAPING or not f"{name}.".startswith(tuple(f"{m}." for m in WITHOUT_EFFECT))):
             known.add(name)
             todo += _imported(name)
     modules = {_file(name) for name in known}
@@ -57,10 +55,6 @@ def write_dependencies(dvc_yaml: Path = ROOT / "dvc.yaml") -> None:
         others = [path for path in deps if not str(path).startswith("pipeline/")]
         deps[:] = [*others, *(str(path.relative_to(ROOT)) for path in code_behind(f"pipeline.{stage}"))]
     yaml.dump(document, dvc_yaml)
-
-
-def _without_effect(name: str) -> bool:
-    return name not in SHAPING and any(f"{name}.".startswith(f"{module}.") for module in WITHOUT_EFFECT)
 
 
 def _file(name: str) -> Path:

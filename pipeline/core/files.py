@@ -21,18 +21,16 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def whole_directory(target: Path, scratch: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder that replaces `target` when the block ends without an error; else nothing changes.
+def whole_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty folder next to `target` that replaces it when the block ends without an error.
 
-    The folder is made in `scratch`, by default next to `target`; both must be on one file system, where a rename is
-    atomic. If several processes write one target, the last wins. Leftovers of killed processes are removed.
+    Else nothing changes. Of several processes the last wins; leftovers of killed ones are removed.
     """
-    scratch = scratch or target.parent
-    scratch.mkdir(parents=True, exist_ok=True)
-    for left in scratch.glob(f".{target.name}.*.partial"):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.*.partial"):
         if not lives(left.name.split(".", 2)[2].removesuffix(".partial")):
             shutil.rmtree(left, ignore_errors=True)
-    partial = scratch / f".{target.name}.{identity()}.partial"
+    partial = target.with_name(f".{target.name}.{identity()}.partial")
     try:
         with _blaming(target, partial):
             partial.mkdir()
@@ -40,7 +38,6 @@ def whole_directory(target: Path, scratch: Path | None = None) -> Iterator[Path]
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         with suppress(OSError):  # another process was quicker
             partial.rename(target)
@@ -99,6 +96,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_of_living(path: Path) -> dict[str, Any]:
+    """The JSON object at `path` if the process that it names as `process` still runs, else {}."""
+    with suppress(OSError, ValueError):
+        record = read_json(path)
+        return record if lives(record.get("process")) else {}
+    return {}
+
+
 class KeyTwiceError(ValueError):
     """JSON with a repeated key; readers differ in which value they take."""
 
@@ -108,11 +113,7 @@ class KeyTwiceError(ValueError):
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`, for `object_pairs_hook` of `json.loads`.
-
-    Raises:
-        KeyTwiceError: for the first repeated key.
-    """
+    """The object of `pairs`, for `object_pairs_hook` of `json.loads`. Raises KeyTwiceError at a repeated key."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,7 +1,4 @@
-"""All uses of git. Commits made here contain only tracked files and files that runs write.
-
-Index, branch and working tree stay unchanged.
-"""
+"""All uses of git. Commits made here have only tracked files and files of runs, and move neither index nor branch."""
 
 import os
 import subprocess
@@ -24,7 +21,8 @@ class GitError(RuntimeError):
 
 def run(root: Path, *arguments: str, **environment: str) -> str:
     """The output of a git command, without the final newline."""
-    git = _git(root, *arguments, **environment)
+    command = ["git", *arguments]
+    git = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
     if git.returncode != 0:
         raise GitError(redact(f"`git {' '.join(arguments)}` failed: {git.stderr.strip()}"))
     return git.stdout.rstrip()
@@ -32,8 +30,10 @@ def run(root: Path, *arguments: str, **environment: str) -> str:
 
 def run_or_none(root: Path, *arguments: str) -> str | None:
     """The output of a git command, or None if it fails, as it does outside of a repository."""
-    git = _git(root, *arguments)
-    return git.stdout.rstrip() if git.returncode == 0 else None
+    try:
+        return run(root, *arguments)
+    except GitError:
+        return None
 
 
 def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -42,10 +42,7 @@ def state(root: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
 
 
 def changes(root: Path, ignored: tuple[str, ...]) -> list[str]:
-    """Files that differ from HEAD, except the `ignored` ones.
-
-    An untracked file counts only if a run can read it: code, or a file that a parameter names.
-    """
+    """Files that differ from HEAD, except `ignored` ones, and untracked code or files that a parameter names."""
     excluded = [f":(exclude){name}" for name in ignored]
     tracked = (run_or_none(root, "diff", "--name-only", "HEAD", "--", ":/", *excluded) or "").splitlines()
     untracked = (run_or_none(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
@@ -80,21 +77,14 @@ def commit(root: Path, message: str, parents: list[str], tracked: bool = False) 
 
 
 def record_version(branch: str, model: str, version: str, number: str | None, root: Path = Path(".")) -> str:
-    """Commit a promoted run on `branch` (created from HEAD if missing) and tag it; returns the commit.
+    """Commit a promoted run on `branch` (created from HEAD if missing) and tag it; returns the tag's commit.
 
-    If the version already has a tag, its commit is returned.
-
-    Raises:
-        GitError: files other than `RECORDED` differ from HEAD, so the commit would not be what the version was made
-            from; or the branch is checked out.
+    Raises GitError: files other than `RECORDED` differ from HEAD, so the commit would not be what the version was made
+    from; or the branch is checked out.
     """
-    others = changes(root, RECORDED)
-    if others:
+    if others := changes(root, RECORDED):
         names = ", ".join(others[:3]) + " and more" * (len(others) > 3)
-        raise GitError(
-            f"{names} differ from HEAD, so a tag would not be what {version} was made from; commit them, then "
-            "`retune run`"
-        )
+        raise GitError(f"{names} differ from HEAD, so {version} was not made from it; commit them, then `retune run`")
     if run(root, "rev-parse", "--abbrev-ref", "HEAD") == branch:
         raise GitError(f"operations.git_branch is {branch}, which is checked out; name a separate branch")
     tag = f"{model}/{f'v{number}' if number else version}"
@@ -109,8 +99,3 @@ def record_version(branch: str, model: str, version: str, number: str | None, ro
     run(root, "update-ref", ref, new, tip or "0" * len(new))
     run(root, "tag", tag, new)
     return new
-
-
-def _git(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)

@@ -46,12 +46,8 @@ class NotCopied(GraphError):
 def repro(stage: str, on_line: Callable[[str], None], root: Path = Path("."), pull: bool = False) -> int:
     """Run `stage` alone if its dependencies changed; returns the exit status of `dvc repro`.
 
-    Args:
-        on_line: called with each line that DVC and the stage print. If it raises (on cancellation), both are ended.
-        pull: fetch missing dependencies from the remote.
-
-    Raises:
-        NotCopied: DVC could not store the outputs; `store_results` does it later.
+    `on_line` gets each line that DVC and the stage print; if it raises (on cancellation), both are ended. `pull`: fetch
+    missing dependencies from the remote. Raises NotCopied: DVC could not store the outputs; `store_results` does later.
     """
     not_copied = ""
     with _dvc(root, "repro", "--single-item", *(["--pull"] if pull else []), stage, stderr=subprocess.STDOUT) as dvc:
@@ -79,16 +75,11 @@ def outcome(lines: list[str], stage: str) -> str:
 
 def stale(root: Path = Path(".")) -> dict[str, Any]:
     """Stages and snapshots that `dvc status` reports as changed, with its reasons; empty when all is up to date."""
-    changed: dict[str, Any] = json.loads(run(root, "status", "--json"))
-    return changed
+    return json.loads(run(root, "status", "--json"))
 
 
 def store_results(root: Path = Path(".")) -> dict[str, Any]:
-    """Store results and data that are as recorded, but that DVC's full cache had no space for; returns what is `stale`.
-
-    Raises:
-        NotCopied: the cache is still full.
-    """
+    """Store what is as recorded, but had no space in DVC's full cache; returns what is `stale`. Raises NotCopied."""
     changed = stale(root)
     for name, reasons in list(changed.items()):
         if "not in cache" not in str(reasons) or "changed deps" in str(reasons):
@@ -106,12 +97,8 @@ def store_results(root: Path = Path(".")) -> dict[str, Any]:
 def pull_data(root: Path = Path(".")) -> bool:
     """Check out the snapshot of `data.dvc` unless `data/` already has it; returns whether anything changed.
 
-    It calls `store_results` first, so data and results that are only in the working tree are not lost.
-
-    Raises:
-        NotCopied: DVC's cache is full.
-        SnapshotMissing: neither this machine nor the DVC remote has it.
-        GraphError: the remote does not answer, or `data/` has changes that no snapshot records.
+    Data and results that are only in the working tree are stored first. Raises NotCopied, SnapshotMissing, and
+    GraphError: the remote does not answer, or `data/` has changes that no snapshot records.
     """
     if not (root / "data.dvc").exists():
         raise GraphError("data.dvc is missing; `git checkout data.dvc` restores it")
@@ -147,7 +134,7 @@ def missing_snapshot(root: Path) -> str:
 
 def snapshot(root: Path = Path(".")) -> dict[str, Any]:
     """The snapshot's entry in `data.dvc`: md5, size in bytes, nfiles, and perhaps its remote."""
-    return _yaml(root / "data.dvc")["outs"][0]
+    return read_yaml(root / "data.dvc")["outs"][0]
 
 
 def team_remote(root: Path = Path(".")) -> str | None:
@@ -162,10 +149,7 @@ def sharing_remote(root: Path = Path(".")) -> str | None:
 
 
 def restore_base(root: Path = Path(".")) -> str | None:
-    """Restore `data/base` from the newest earlier snapshot that can be fetched; returns that snapshot's commit.
-
-    A snapshot whose rows are lost usually has the same base model as the snapshots before it.
-    """
+    """Restore `data/base` from the newest earlier snapshot that can be fetched; returns that snapshot's commit."""
     if (root / "data" / "base").exists():
         return None
     for commit in (git.run_or_none(root, "log", "--format=%H", "-n", "20", "--", "data.dvc") or "").split():
@@ -193,12 +177,7 @@ def add_data(root: Path = Path(".")) -> None:
 
 
 def run(root: Path, *arguments: str, timeout_s: float | None = None) -> str:
-    """The output of a DVC command.
-
-    Raises:
-        GraphError: the command failed (with DVC's own message) or took longer than `timeout_s`.
-        NotCopied: it did not copy every file.
-    """
+    """The output of a DVC command. Raises GraphError (with DVC's own message, or after `timeout_s`) and NotCopied."""
     _refuse_conflicts(root)
     command, deadline = f"`dvc {' '.join(arguments)}`", time.monotonic() + PATIENCE
     while True:
@@ -248,16 +227,10 @@ def remove_truncated_locks(root: Path) -> None:
 def _dvc(root: Path, *arguments: str, stderr: int) -> Iterator[subprocess.Popen[str]]:
     """A DVC process that ends with this one, kill -9 included, and leaves no child processes behind."""
     process = subprocess.Popen(
-        python_ending_with_parent("dvc", *arguments),
-        cwd=root,
-        env=environment() | {RUN: identity()},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        errors="replace",
+        python_ending_with_parent("dvc", *arguments), cwd=root, env=environment() | {RUN: identity()},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace",
         start_new_session=True,
-    )
+    )  # fmt: skip
     with process:
         try:
             yield process
@@ -280,7 +253,7 @@ def lock(root: Path = Path(".")) -> dict[str, Any]:
     _refuse_conflicts(root)
     if not (root / "dvc.lock").exists():
         raise GraphError("dvc.lock is missing: no stage has run here; start with `retune run` or `dvc repro`")
-    return _yaml(root / "dvc.lock")
+    return read_yaml(root / "dvc.lock")
 
 
 def version_id(root: Path = Path("."), stages: dict[str, Any] | None = None) -> str:
@@ -295,5 +268,5 @@ def version_id(root: Path = Path("."), stages: dict[str, Any] | None = None) -> 
     return sha256_json({path: outs[path] for path in SHIPPED})[:16]
 
 
-def _yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
     return YAML(typ="safe").load(path.read_text(encoding="utf-8"))

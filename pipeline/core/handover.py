@@ -27,7 +27,7 @@ def request(stage: str, remote: str, root: Path = Path(".")) -> str:
     inputs = [name for name in graph.STAGES[: graph.STAGES.index(stage)] if name in graph.lock(root)["stages"]]
     graph.run(root, "push", "data.dvc", *inputs)
     # Untracked files, new modules included, would not reach the worker.
-    deps = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    deps = graph.read_yaml(root / "dvc.yaml")["stages"][stage]["deps"]
     unknown = git.run(root, "ls-files", "--others", "--exclude-standard", "--", *deps, "pipeline").splitlines()
     if missing := [path for path in unknown if path not in git.RECORDED]:
         raise HandoverError(f"{stage} depends on {missing[0]}, which git does not track; `git add` it")
@@ -40,13 +40,7 @@ def request(stage: str, remote: str, root: Path = Path(".")) -> str:
 
 
 def answer(stage: str, commit: str, remote: str, on_line: Callable[[str], None], root: Path = Path(".")) -> None:
-    """Check `commit` out in the worker's clone, run the stage, and push its outputs.
-
-    Checkpoints and caches of the clone stay, so a stage that a dead worker had begun continues.
-
-    Raises:
-        GitError, GraphError, HandoverError: the stage failed, or something could not be fetched or pushed.
-    """
+    """Check `commit` out in the worker's clone, whose checkpoints stay, run the stage, and push its outputs."""
     if git.run(root, "config", "--default", "false", "--get", "retune.worker") != "true":
         raise HandoverError(
             f"{root.resolve()} is not marked as a worker's clone, and a worker overwrites its working tree; make a "
@@ -76,8 +70,7 @@ def accept(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None
     write_text(path, text.getvalue())
     try:
         graph.run(root, "pull", stage)
-        wrong = graph.stale(root).get(stage)
-        if wrong:
+        if wrong := graph.stale(root).get(stage):
             raise HandoverError(f"the worker ran {stage} on other inputs than this project has: {wrong}")
     except BaseException:
         write_text(path, before)
@@ -86,9 +79,7 @@ def accept(stage: str, commit: str, remote: str, root: Path = Path(".")) -> None
 
 def forget(commit: str, remote: str, root: Path = Path(".")) -> None:
     """Delete the request's and the answer's refs in the remote, which may then drop both commits."""
-    listed = git.run(root, "ls-remote", remote, f"{REQUESTS}/{commit}", f"{ANSWERS}/{commit}").split("\n")
-    refs = [line.split("\t")[1] for line in listed if line]
-    if refs:
+    if refs := git.run(root, "ls-remote", remote, f"{REQUESTS}/{commit}", f"{ANSWERS}/{commit}").split()[1::2]:
         git.run(root, "push", "--quiet", remote, *(f":{ref}" for ref in refs))
     (root / PENDING).unlink(missing_ok=True)
 

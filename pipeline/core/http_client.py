@@ -4,7 +4,6 @@ the configured address.
 
 from typing import Any
 
-MAX_ANSWER = 2**22  # bytes; longer answers are truncated
 MAX_REASON = 300  # characters kept of an error's answer
 
 
@@ -19,26 +18,17 @@ class HttpError(RuntimeError):
 def send(url: str, body: Any = None, timeout_s: float = 10.0, **options: Any) -> bytes:
     """POST `body` as JSON, or GET if there is none; returns the answer's content.
 
-    Args:
-        timeout_s: seconds to connect, and between two parts of the answer.
-        options: `headers` and `auth` of httpx.
+    `timeout_s`: to connect, and between two parts of the answer. `options`: `headers` and `auth` of httpx.
 
-    Raises:
-        HttpError: the server cannot be reached, or its status is not 2xx; the message does not contain the URL.
+    Raises HttpError: the server cannot be reached, or its status is not 2xx; the message does not contain the URL.
     """
     import httpx
 
-    options |= {} if body is None else {"json": body}
     try:
-        with httpx.stream("GET" if body is None else "POST", url, timeout=timeout_s, **options) as response:
-            data = b""
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > MAX_ANSWER:
-                    break
+        response = httpx.request("GET" if body is None else "POST", url, json=body, timeout=timeout_s, **options)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise HttpError(str(error) or type(error).__name__) from error
     if not response.is_success:
-        reason = data.decode("utf-8", "replace")[:MAX_REASON].strip()
+        reason = response.text[:MAX_REASON].strip()
         raise HttpError(f"status {response.status_code}" + (f": {reason}" if reason else ""), response.status_code)
-    return data
+    return response.content

@@ -44,12 +44,8 @@ def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
     """Ask the kernel to send this process `signal_number` when its parent dies, kill -9 included.
 
     Linux only, except for `grace`: elsewhere a child outlives a killed parent until it next writes to the closed pipe.
-    For the kernel the parent is the *thread* that started this process: start children from a thread that lives long
-    enough.
-
-    Args:
-        parent: the parent's process id if known; it may have died before this call.
-        grace: seconds after the parent's death until this process is killed if `signal_number` has not ended it.
+    For the kernel the parent is the *thread* that started this process: it must live long enough. `parent`: its process
+    id if known; it may be dead by now. `grace`: seconds after its death until SIGKILL, if `signal_number` did not help.
     """
     parent = os.getppid() if parent is None else parent
     if grace is not None:
@@ -62,10 +58,7 @@ def end_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
 
 
 def end_with_worker() -> None:
-    """End this flow run when the worker that started it dies, so that it does not keep the project's lock.
-
-    On SIGTERM, Prefect retries its report to a server that may have died too, so SIGKILL follows after 45 seconds.
-    """
+    """End this flow run with its worker, by SIGKILL after 45 s: Prefect may retry a report to a server that is dead."""
     end_with_parent(signal.SIGTERM, grace=45)
 
 
@@ -81,15 +74,9 @@ def start_logged(command: Sequence[str], log: Path, root: Path, env: Mapping[str
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         return subprocess.Popen(
-            command,
-            cwd=root,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-        )
+            command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, text=True,
+        )  # fmt: skip
 
 
 def ending_with_parent(command: Sequence[str], parent: int | None = None) -> list[str]:

@@ -16,10 +16,7 @@ class RunUnderWay(RuntimeError):
 
 @contextmanager
 def only_run(root: Path = Path(".")) -> Iterator[int]:
-    """Hold the project's run lock: two runs would write the same artifacts, or read changing data.
-
-    Yields the lock's file descriptor: a child that inherits it can release the lock for both.
-    """
+    """Hold the project's run lock; yields its descriptor, with which a child that inherits it can release the lock."""
     (root / WORK_DIR).mkdir(exist_ok=True)
     with (root / WORK_DIR / "run.lock").open("a+") as lock:
         try:
@@ -27,9 +24,7 @@ def only_run(root: Path = Path(".")) -> Iterator[int]:
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "?"
-            raise RunUnderWay(
-                f"a run is under way here (process {holder}); `retune status` shows its progress"
-            ) from None
+            raise RunUnderWay(f"a run is under way here (process {holder}); see `retune status`") from None
         name_holder(lock.fileno())
         yield lock.fileno()
 
@@ -42,10 +37,7 @@ def name_holder(lock: int) -> None:
 
 @contextmanager
 def only_on_gpus(gpus: Iterable[str], on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Hold this machine's lock for each of `gpus` (their UUIDs), waiting if necessary, so trainings do not share a GPU.
-
-    All projects, workers and users of the machine take the same locks, in the same order.
-    """
+    """Hold the machine-wide lock of each of `gpus` (UUIDs), in one order; waits for trainings of other projects."""
     with ExitStack() as stack:
         for gpu in sorted(gpus):
             path = Path(tempfile.gettempdir()) / f"retune-gpu-{gpu}.lock"

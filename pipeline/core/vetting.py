@@ -40,8 +40,7 @@ def check_model(name_or_path: str, revision: str | None) -> None:
     Of a Hub model only the configurations at the commit `revision` are checked, because `use_safetensors=True` checks
     the weights. `auto_map` is allowed: without `trust_remote_code` transformers ignores or refuses it.
 
-    Raises:
-        UnsafeModelError, UnsafeFileError: with the file, the key and what to do.
+    Raises UnsafeModelError, UnsafeFileError: with the file, the key and what to do.
     """
     folder = Path(name_or_path)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -62,21 +61,16 @@ def check_model(name_or_path: str, revision: str | None) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse an adapter that is not safetensors and plain settings.
-
-    Raises:
-        UnsafeModelError, UnsafeFileError: with the file, the key and what to do.
-    """
+    """Refuse an adapter that is not safetensors and plain settings. Raises UnsafeModelError, UnsafeFileError."""
     check_file(folder / "adapter_model.safetensors")
     check_file(folder / "adapter_config.json")
     check_settings(strict_json((folder / "adapter_config.json").read_bytes()), f"{folder}: adapter_config.json")
 
 
 def check_settings(config: Any, where: str) -> None:
-    """Refuse an adapter's settings (adapter_config.json) that would do more than add weights; `train` calls this too.
+    """Refuse settings (adapter_config.json) that would do more than add weights; `train` calls this for its own, too.
 
-    Raises:
-        UnsafeModelError: with the key, its value and what is expected.
+    Raises UnsafeModelError: with the key, its value and what is expected.
     """
     if not isinstance(config, dict) or config.get("peft_type") not in PEFT_TYPES:
         raise UnsafeModelError(f"{where} has no peft_type that Retune loads; expected one of {', '.join(PEFT_TYPES)}")
@@ -87,11 +81,7 @@ def check_settings(config: Any, where: str) -> None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse a training checkpoint that contains anything that the Trainer does not save.
-
-    Raises:
-        UnsafeModelError: with the file.
-    """
+    """Refuse a training checkpoint with anything that the Trainer does not save. Raises UnsafeModelError."""
     try:
         for path in folder.iterdir():
             if not CHECKPOINT_FILES.fullmatch(path.name) or path.is_symlink() or not path.is_file():
@@ -105,14 +95,8 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def _find(name_or_path: str, name: str, revision: str | None) -> Path | None:
-    path = cached_file(
-        name_or_path,
-        name,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    quiet = {f"_raise_exceptions_for_{why}": False for why in ("gated_repo", "missing_entries", "connection_errors")}
+    path = cached_file(name_or_path, name, revision=revision, **quiet)
     if path is not None:
         return Path(path)
     known = Path(name_or_path).is_dir() or try_to_load_from_cache(name_or_path, name, revision=revision)

@@ -35,32 +35,22 @@ class Stored:
 
 
 class ArtifactStore(Protocol):
-    """What Retune needs from a store. Keys are names separated by `/`; a write creates an object, never replaces one.
+    """A store. Keys are names separated by `/`; a write creates an object, never replaces one. Errors are StoreErrors.
 
-    Every method raises StoreError if it fails; after a failed creation the key is absent or complete.
+    After a failed creation the key is absent or complete.
     """
 
     uri: str
 
     def probe(self) -> None: ...  # checks that the store can be written and that creation is exclusive
-
     def create(self, key: str, data: bytes) -> bool: ...  # False if the key exists; nothing changes then
-
     def upload(self, files: Files, progress: Progress) -> None: ...  # creates the `objects/<sha256>` that are absent
-
     def read(self, key: str) -> bytes | None: ...  # None if the key does not exist
-
     def download(self, files: Files, progress: Progress) -> None: ...  # OSError: a local file cannot be written
-
     def scan(self, prefix: str) -> Sequence[Stored]: ...  # sorted by key
-
     def delete(self, key: str) -> None: ...  # not an error if the key does not exist
-
     def now(self) -> float: ...  # by the same clock as `Stored.modified`
-
-    def unfinished(self, before: float, delete: bool = False) -> int:
-        """Count writes that began before the time `before` and never finished; `delete` removes their remains."""
-        ...
+    def unfinished(self, before: float, delete: bool = False) -> int: ...  # counts, deletes writes that never finished
 
     def list(self, prefix: str) -> list[str]:
         return [stored.key for stored in self.scan(prefix)]

@@ -1,7 +1,4 @@
-"""A version's Hugging Face model card and MLflow's `MLmodel`, made from the manifest alone.
-
-Both are published with the version; its signature covers them.
-"""
+"""A version's model card for Hugging Face and its `MLmodel` for MLflow, published and signed with it."""
 
 import json
 from pathlib import Path

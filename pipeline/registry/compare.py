@@ -23,7 +23,6 @@ from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
 from pipeline.scoring.resampling import corpus_score, metric_items
 
-BASE = "the base model"
 MANY_CUT_OFF = 0.05  # of the answers; more are worth a note
 
 
@@ -36,12 +35,8 @@ def compare(
 ) -> tuple[Comparison, list[str]]:
     """A row for each gating metric (see `gate.Comparison`), and notes that readers of the numbers need.
 
-    Without a champion, the candidate is compared with its base model.
-
-    Raises:
-        UnfairError: the champion was trained on some of the test items.
-        CompareError: the systems answered different items, or no item counts for the primary metric.
-        SignatureError: a version must be scored again, and publish.require_signature does not allow loading it.
+    Without a champion, the candidate is compared with its base model. Raises UnfairError, SignatureError, and
+    CompareError: the systems answered different items, or no item counts for the primary metric.
     """
     notes: list[str] = []
     settings = scoring_settings(candidate, serving, model.root)
@@ -79,8 +74,7 @@ def compare(
 def scoring_settings(candidate: Manifest, serving: str | None, root: Path) -> dict[str, Any]:
     """The settings and the test split of the comparison: those of the workspace's artifacts, else the candidate's.
 
-    A fresh clone has no artifacts; it can compare versions that were scored alike. Against the base model
-    (`serving` is None), the candidate's settings count, because the base's answers were published with it.
+    A fresh clone has no artifacts. Without `serving`, the candidate's count: it was published with the base's answers.
     """
     parity = root / "artifacts" / "parity" / "parity.json"
     settings: dict[str, Any] = candidate["evaluation"]
@@ -92,9 +86,8 @@ def merged_items(
 ) -> pa.Table:
     """The merged model's scores of the test items of `settings`, scored again if it was published with other settings.
 
-    Raises:
-        CompareError: it cannot be scored here, or its metrics are not computed as in `settings`.
-        SignatureError: it must be scored again, and publish.require_signature does not allow loading it.
+    Raises CompareError (it cannot be scored here, or its metrics are computed otherwise) and SignatureError (it must be
+    scored again, and publish.require_signature does not allow loading it).
     """
     if manifest["evaluation"] == settings:
         return pq.read_table(model.fetch(manifest, "parity") / "items.merged.parquet")
@@ -121,10 +114,7 @@ def merged_items(
 
 
 def score_on_current_split(model: RegisteredModel, manifest: Manifest, metric: str) -> float:
-    """`metric` of the version's merged model on the prepared test split, decoded as when it was published.
-
-    Raises what `merged_items` does, and CompareError if no test item counts for the metric.
-    """
+    """`metric` of the version on the prepared test split, decoded as when it was published; see `merged_items`."""
     test_sha256 = read_json(model.root / "artifacts" / "dataset" / "report.json")["test_sha256"]
     items = merged_items(model, manifest, manifest["evaluation"] | {"test_sha256": test_sha256})
     score = corpus_score(metric_items(items, metric))
@@ -147,10 +137,10 @@ def _score(model: RegisteredModel, manifest: Manifest, settings: dict[str, Any],
 
 
 def _split_notes(candidate: Manifest, champion: Manifest) -> list[str]:
-    """Notes about test splits that differ.
+    """Notes about test splits that differ. Raises UnfairError.
 
-    A row's group is hashed to a number from 0 to 1, and rows below `test_fraction` are test rows. So a smaller test
-    split has only rows that were test rows before; a larger one also has rows that the champion was trained on.
+    Rows whose group's hash, from 0 to 1, is below `test_fraction` are test rows. So a smaller test split has only rows
+    that were test rows before; a larger one also has rows that the champion was trained on.
     """
     if champion["evaluation"]["test_sha256"] == candidate["evaluation"]["test_sha256"]:
         return []

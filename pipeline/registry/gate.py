@@ -14,21 +14,10 @@ import pyarrow as pa
 
 from pipeline.params import PromoteParams
 from pipeline.registry.significance import ALPHA, POWER, binary_test, corpus_test, holm, power, rows_factor
-from pipeline.scoring.resampling import (
-    BINARY,
-    LOWER_IS_BETTER,
-    RELATIVE,
-    Groups,
-    Items,
-    corpus_score,
-    group_of,
-    metric_items,
-    num_counted,
-    num_groups,
-    require_same_items,
-    resampled_differences,
-)
+from pipeline.scoring import resampling
+from pipeline.scoring.resampling import Groups, Items
 
+BASE = "the base model"  # as what a candidate is compared with
 RESAMPLES = 2000
 MIN_GROUPS = 20  # with fewer independent test items (or groups of items) nothing is decided
 # metric → candidate, champion, difference, low, high, margin, items, groups, needed, test, p, p_adjusted, power,
@@ -59,7 +48,7 @@ class Claim:
 
     @property
     def sign(self) -> int:
-        return -1 if self.metric in LOWER_IS_BETTER else 1
+        return -1 if self.metric in resampling.LOWER_IS_BETTER else 1
 
     @property
     def needed(self) -> str:
@@ -70,10 +59,10 @@ class Claim:
 
 def claims_on(candidate: pa.Table, champion: pa.Table, params: PromoteParams) -> list[Claim]:
     """The claims of the primary metric and then of the guards; both tables have the same items."""
-    groups = group_of(candidate)
+    groups = resampling.group_of(candidate)
 
     def claim(metric: str, bound: float, declared: float = 0.0) -> Claim:
-        items = metric_items(candidate, metric), metric_items(champion, metric)
+        items = resampling.metric_items(candidate, metric), resampling.metric_items(champion, metric)
         return Claim(metric, metric, *items, groups, bound, declared)
 
     primary = params.primary_metric
@@ -83,12 +72,12 @@ def claims_on(candidate: pa.Table, champion: pa.Table, params: PromoteParams) ->
 
 def forgetting_claims(base: pa.Table, candidate: pa.Table, params: PromoteParams) -> list[Claim]:
     """The claims that the candidate is at most `max_forgetting` worse on the general set than its own base model."""
-    claims, groups = [], group_of(candidate)
+    claims, groups = [], resampling.group_of(candidate)
     for metric, limit in params.max_forgetting.items():
-        old, new = metric_items(base, metric), metric_items(candidate, metric)
-        if np.isnan(corpus_score(old)):
+        old, new = resampling.metric_items(base, metric), resampling.metric_items(candidate, metric)
+        if np.isnan(resampling.corpus_score(old)):
             continue  # no row of the set has one right answer, so it has no accuracy
-        margin = limit * corpus_score(old) if metric in RELATIVE else limit
+        margin = limit * resampling.corpus_score(old) if metric in resampling.RELATIVE else limit
         claims.append(Claim(f"general_{metric}", metric, new, old, groups, -margin))
     return claims
 
@@ -98,15 +87,13 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
     rows: Comparison = {claim.name: _untested(claim) for claim in claims}
     primary = rows[claims[0].name]
     if primary["verdict"] == "unmeasured":
-        raise CompareError(
-            f"promote.primary_metric is {claims[0].metric}, but no test item counts for it; choose another"
-        )
+        raise CompareError(f"no test item counts for promote.primary_metric {claims[0].metric}; choose another")
     measured = [claim for claim in claims if rows[claim.name]["verdict"] == "open"]
     tests, resampled = [], []
     for claim in measured:
         first, second = (claim.candidate, claim.champion)[:: claim.sign]  # swapped if lower is better
-        resampled.append(resampled_differences(first, second, claim.groups, resamples, seed))
-        if claim.metric in BINARY:
+        resampled.append(resampling.resampled_differences(first, second, claim.groups, resamples, seed))
+        if claim.metric in resampling.BINARY:
             tests.append(binary_test(first, second, claim.groups, claim.bound))
         else:
             tests.append(corpus_test(first, second, claim.groups, claim.bound, resampled[-1], seed))
@@ -134,8 +121,8 @@ def compare_claims(claims: list[Claim], seed: int, resamples: int = RESAMPLES) -
 
 def _untested(claim: Claim) -> dict[str, Any]:
     """A claim's row before its test. It is final if no item counts, or if both score 0 on a guard."""
-    require_same_items(claim.candidate, claim.champion)
-    candidate, champion = corpus_score(claim.candidate), corpus_score(claim.champion)
+    resampling.require_same_items(claim.candidate, claim.champion)
+    candidate, champion = resampling.corpus_score(claim.candidate), resampling.corpus_score(claim.champion)
     scores: dict[str, Any] = {"candidate": candidate, "champion": champion, "difference": candidate - champion}
     scores |= {"low": 0.0, "high": 0.0}
     verdict = "uninformative" if claim.is_guard and candidate == champion == 0.0 else "open"
@@ -143,8 +130,8 @@ def _untested(claim: Claim) -> dict[str, Any]:
         scores, verdict = dict.fromkeys(scores), "unmeasured"
     return scores | {
         "margin": -claim.bound if claim.is_guard else None,
-        "items": num_counted(claim.candidate),
-        "groups": num_groups(claim.candidate, claim.groups),
+        "items": resampling.num_counted(claim.candidate),
+        "groups": resampling.num_groups(claim.candidate, claim.groups),
         "needed": claim.needed,
         **dict.fromkeys(("test", "p", "p_adjusted", "power", "passed")),
         "verdict": verdict,
@@ -152,11 +139,7 @@ def _untested(claim: Claim) -> dict[str, Any]:
 
 
 def decide(comparison: Comparison) -> str:
-    """The decision on a version, from the verdicts on its metrics: promoted, refused or undecided.
-
-    Refused if a metric failed, promoted if all passed. Otherwise a metric is open: refused if the test set would have
-    shown the declared effect with probability POWER, undecided if it is too small for that.
-    """
+    """promoted, refused or undecided; an open metric refuses if POWER was enough to show the declared effect."""
     verdicts = [row["verdict"] for row in comparison.values()]
     primary = next(iter(comparison.values()))
     if "failed" in verdicts:

@@ -15,10 +15,7 @@ PIN = ".dvc/init_adapter.json"  # {"version": id or null}
 
 
 def pin_champion(params: Params, root: Path = Path(".")) -> str | None:
-    """If `init_adapter` is `champion` and the train stage is stale, pin the present champion.
-
-    Returns the pinned version.
-    """
+    """Pin the champion if `init_adapter` is `champion` and the train stage is stale; returns the pinned version."""
     if params.train.init_adapter != "champion":
         return None
     pinned: str | None = read_json(root / PIN)["version"]
@@ -31,12 +28,7 @@ def pin_champion(params: Params, root: Path = Path(".")) -> str | None:
 
 
 def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
-    """The folder of the adapter to start from, with its files checked; None to start with a new adapter.
-
-    Raises:
-        InitError: the folder has no adapter, or one with another digest.
-        StoreError, SignatureError: the version is damaged, or publish.require_signature is on and it is not signed.
-    """
+    """The folder of the adapter to start from; None: a new one. Raises InitError, StoreError, SignatureError."""
     from pipeline.training.warm_start import InitError  # imports torch, which `pin_champion` does not need
 
     name: str | None = params.train.init_adapter

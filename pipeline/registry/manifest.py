@@ -1,7 +1,4 @@
-"""A version's manifest: its files with their digests, and the lineage of the version.
-
-`versions/<version>/manifest.json` is written, and read, only if it matches `manifest.schema.json`.
-"""
+"""A version's manifest: its files with digests, and its lineage; written and read only as in `manifest.schema.json`."""
 
 import hashlib
 import json
@@ -47,11 +44,7 @@ def digest(manifest: Manifest) -> str:
 
 
 def read_manifest(store: ArtifactStore, version: str) -> Manifest | None:
-    """The manifest of a version, or None while there is no such version.
-
-    Raises:
-        StoreError: the manifest was altered, or has another schema version.
-    """
+    """The manifest of a version, None if there is none. Raises StoreError: it was altered, or has another schema."""
     data = store.read(manifest_key(version))
     if data is None:
         return None
@@ -89,6 +82,13 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
     names = ("adapter/training.json", "adapter/contract.json", "dataset/report.json", "parity/parity.json")
     training, contract, report, parity = (read_json(artifacts / name) for name in names)
     stages = graph.lock(root)["stages"]
+    sections = {  # that the stages last ran with; a single parameter (`train.task`) is also in its section
+        key: value
+        for stage in stages.values()
+        for values in stage.get("params", {}).values()
+        for key, value in values.items()
+        if "." not in key
+    }
     seconds = stage_seconds(root)
     known = [value for value in seconds.values() if value is not None]
     price = params.price_per_hour
@@ -106,7 +106,7 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
             "test_sha256": report["test_sha256"],
         },
         "base_model": training["base_model"],
-        "params": _parameters(stages) | {"train": training["params"], "publish": params.model_dump()},
+        "params": sections | {"train": training["params"], "publish": params.model_dump()},
         "packages": {
             "train": training["versions"],
             "evaluate": parity["evaluation"]["versions"],
@@ -126,20 +126,6 @@ def build(params: PublishParams, version: str, files: dict[str, Any], root: Path
 def contract_digests(contract: dict[str, Any]) -> dict[str, str]:
     """The digest of a template contract and the digests in it, as the manifest records them."""
     return {"sha256": sha256_json(contract)} | {k: v for k, v in contract.items() if k.endswith("_sha256")}
-
-
-def version_of(manifest: Manifest) -> str:
-    """The version id, computed from the manifest's `dvc_lock`."""
-    return graph.version_id(stages=manifest["dvc_lock"])
-
-
-def _parameters(stages: dict[str, Any]) -> dict[str, Any]:
-    """The parameter sections that the stages last ran with; a single one (`train.task`) is also in its section."""
-    sections: dict[str, Any] = {}
-    for stage in stages.values():
-        for values in stage.get("params", {}).values():
-            sections |= {key: value for key, value in values.items() if "." not in key}
-    return sections
 
 
 @cache

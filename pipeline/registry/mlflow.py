@@ -6,7 +6,7 @@ determines the aliases `champion` and `challenger`; the next command corrects th
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +52,10 @@ class ModelRegistry:
         write_json(self.root / CACHE, {"registry": self.uri, "name": self.name, "numbers": numbers})
         return numbers
 
-    def cached_name(self, version_id: str) -> str:
+    def cached_name(self, version_id: str | None) -> str:
         """A version's display name, with its number as `numbers` last read it: loading MLflow takes seconds."""
+        if version_id is None:
+            return "none"
         cache = read_json(self.root / CACHE) if (self.root / CACHE).is_file() else {}
         same = (cache.get("registry"), cache.get("name")) == (self.uri, self.name)
         return name_of(version_id, cache["numbers"].get(version_id) if same else None)
@@ -87,17 +89,12 @@ class ModelRegistry:
         points = [Metric(key, value, now, step) for key, value, step in metrics]
         with self._registry_errors():
             if self._aliases() is None:
-                try:
+                with suppress(MlflowException):  # another process may be quicker
                     self.client.create_registered_model(self.name)
-                except MlflowException:
-                    if self._aliases() is None:  # else another process was quicker
-                        raise
-            experiment = self.client.get_experiment_by_name(self.name)
-            if experiment is not None:
-                experiment_id = experiment.experiment_id
-            else:  # reports are stored next to a SQLite file; a server has its own place
-                location = (self.database.parent / "mlartifacts").as_uri() if self.database else None
-                experiment_id = self.client.create_experiment(self.name, artifact_location=location)
+            # Reports are stored next to a SQLite file; a server has its own place.
+            location = (self.database.parent / "mlartifacts").as_uri() if self.database else None
+            known = self.client.get_experiment_by_name(self.name)
+            experiment_id = known.experiment_id if known else self.client.create_experiment(self.name, location)
             run = self.client.create_run(experiment_id, run_name=version_id, tags={"version_id": version_id})
             run_id = str(run.info.run_id)
             self.client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])

@@ -4,6 +4,7 @@ MLflow finds this class by its entry points for `retune-file://…` and `retune-
 versions. It is read-only, because a version never changes.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -59,13 +60,11 @@ class RetuneArtifactRepository(ArtifactRepository):
 
 def _settings(uri: str, options: dict[str, str]) -> PublishParams:
     """How to reach the store: by params.yaml in a project with that store, else by the options in the source's URI."""
-    try:
+    with suppress(ParamsError):
         params = load_params().publish
         if params.artifact_store.rstrip("/") == uri:
             return params
-    except ParamsError:
-        pass
     server = {key: options[key] for key in ("endpoint_url", "region_name", "addressing_style") if key in options}
     values: dict[str, Any] = dict.fromkeys(PublishParams.model_fields)
-    values |= {"addressing_style": "auto", "max_concurrency": 4} | server | {"artifact_store": uri}
+    values |= {"artifact_store": uri, "addressing_style": "auto", "max_concurrency": 4} | server
     return PublishParams.model_construct(**values)

@@ -43,7 +43,7 @@ class RegisteredModel:
         return champion(self.log())
 
     def append_decision(self, make_record: Callable[[list[Record]], Record]) -> Record:
-        """Append the record that `make_record` makes from the log; make it again if another process was faster.
+        """Append the record that `make_record` makes from the log, again if another process was faster.
 
         A record whose number is 0 or already in the log is returned without being appended.
         """
@@ -56,12 +56,7 @@ class RegisteredModel:
                 return appended
 
     def find(self, version: str | None) -> str:
-        """The id of the version named by `version`: a number (3 or v3), an id or `champion`; None: the workspace's.
-
-        Raises:
-            RegistryError: the registry has no such number.
-            DecisionError: there is no champion.
-        """
+        """The id of the version named by a number (3 or v3), an id or `champion`; None: that of the workspace."""
         if version is None:
             return graph.version_id(self.root)
         if version == "champion":
@@ -93,18 +88,12 @@ class RegisteredModel:
         return folder / part
 
     def fetch_signed(self, manifest: Manifest, part: str) -> Path:
-        """Like `fetch`, for every file that will be loaded as a model.
-
-        Raises SignatureError: `publish.require_signature` is on and the version has no valid signature.
-        """
+        """Like `fetch`, for files to be loaded as a model. Raises SignatureError: they must be signed, and are not."""
         require_signed(self.store, manifest, self.params)
         return self.fetch(manifest, part)
 
     def register(self, manifest: Manifest) -> str:
-        """The version's MLflow number; creates the entry from the store if the registry has none.
-
-        Versions with earlier decisions are registered first, so that the registries of two clones number them alike.
-        """
+        """The version's MLflow number; registers it after versions with earlier decisions, so clones number alike."""
         numbers, version = self.registry.numbers(), manifest["version"]
         if version in numbers:
             return numbers[version]
@@ -117,7 +106,7 @@ class RegisteredModel:
         return self._register(manifest)
 
     def sync_registry(self, version: str) -> tuple[str | None, list[str]]:
-        """Make the registry follow the log: register champion and `version` if it lost them, and set the aliases.
+        """Register champion and `version` if the registry lost them, and set its aliases as the log says.
 
         Returns `version`'s number, and a warning if the registry cannot be reached.
         """
@@ -167,12 +156,10 @@ class RegisteredModel:
             reports = {Path(name).name: (Path(folder) / name).read_text(encoding="utf-8") for name in names}
         for row in csv.DictReader(reports.pop("loss.csv", "").splitlines()):
             metrics += [(key, float(row[key]), int(row["step"])) for key in CURVES if row.get(key)]
-        source, params = self._source(manifest), manifest["params"]["train"]
-        return self.registry.register(manifest["version"], source, tags, params, metrics, reports)
-
-    def _source(self, manifest: Manifest) -> str:
-        """The URI that `mlflow_plugin` reads: the version's place in the store, for S3 with the server's parameters."""
+        # The URI that `mlflow_plugin` reads: the version's place in the store, for S3 with the server's parameters.
         publish = manifest["params"]["publish"]
         options = {key: publish[key] for key in ("endpoint_url", "region_name", "addressing_style") if publish[key]}
         query = f"?{urlencode(options)}" if self.store.uri.startswith("s3:") else ""
-        return f"retune-{self.store.uri}/versions/{manifest['version']}{query}"
+        source = f"retune-{self.store.uri}/versions/{manifest['version']}{query}"
+        params = manifest["params"]["train"]
+        return self.registry.register(manifest["version"], source, tags, params, metrics, reports)

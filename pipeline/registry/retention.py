@@ -32,11 +32,8 @@ class Garbage:
 def delete(publishing: PublishParams, version: str, reason: str, root: Path = Path(".")) -> Record:
     """Record the deletion of a version, then delete its manifest and its entry in the registry.
 
-    If a crash or an error of the registry interrupts it, calling it again finishes the deletion.
-
-    Raises:
-        DecisionError: the version is the champion or waits for approval.
-        StoreError: it does not exist.
+    Called again, it finishes a deletion that was interrupted. Raises StoreError: the version does not exist;
+    DecisionError: it is the champion or waits for approval.
     """
     model = RegisteredModel(publishing, root)
     version = model.find(version)
@@ -57,11 +54,7 @@ def delete(publishing: PublishParams, version: str, reason: str, root: Path = Pa
 
 
 def outdated(publishing: PublishParams, root: Path = Path(".")) -> list[str]:
-    """The versions that `publish.keep_versions` and `keep_champions` do not keep, oldest first.
-
-    The registry's numbers define the age; a version without a number is kept. Versions whose deletion was interrupted
-    come first.
-    """
+    """Interrupted deletions, and numbered versions that keep_versions and keep_champions do not keep, oldest first."""
     model = RegisteredModel(publishing, root)
     log, versions = model.log(), manifests.published_versions(model.store)
     interrupted = [version for version in versions if version in deleted(log)]
@@ -74,11 +67,7 @@ def outdated(publishing: PublishParams, root: Path = Path(".")) -> list[str]:
 
 
 def collect(store: ArtifactStore, delete: bool) -> Garbage:
-    """Find the objects that nothing needs, and delete them if `delete`.
-
-    Raises:
-        StoreError: a champion has no manifest, or the store refuses the request.
-    """
+    """Find the objects that nothing needs; `delete` deletes them. Raises StoreError: a champion has no manifest."""
     before = store.now() - GRACE_S
     objects = [stored for stored in store.scan("objects/") if OBJECT.fullmatch(stored.key)]
     needed = _needed_digests(store)
@@ -94,8 +83,7 @@ def _needed_digests(store: ArtifactStore) -> set[str]:
     """Every digest in a manifest, a signature's file or a record of the promotion log, in any field."""
     records = store.list("promotions/")
     for name in {key.split("/")[1] for key in records}:
-        serving = champion(read_log(store, name))
-        if serving:
+        if serving := champion(read_log(store, name)):
             manifests.require_manifest(store, serving)  # without its manifest, its objects would be deleted
     with ThreadPoolExecutor(REQUESTS) as pool:
         texts = pool.map(store.read, [*store.list("versions/"), *records])

@@ -20,9 +20,9 @@ from urllib.parse import urlparse
 
 import boto3
 from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
-from botocore import exceptions as boto_errors
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError, ReadTimeoutError
+from botocore.exceptions import ResponseStreamingError as StreamError
 from s3transfer.exceptions import RetriesExceededError
 
 from pipeline.params import PublishParams
@@ -35,7 +35,7 @@ CONFLICTS = 8  # attempts while S3 answers that another conditional write of the
 PART_SIZE = 32 * 2**20  # bytes; larger files are transferred in parts of this size
 PROBE = b"Retune creates this object twice, to test that the server refuses the second write (If-None-Match: *).\n"
 PROBE_HOLD_S = 2.0  # how long one write of the probe waits for the other
-BROKEN_BODY = (boto_errors.IncompleteReadError, boto_errors.ResponseStreamingError, boto_errors.ReadTimeoutError)
+BROKEN_BODY = (IncompleteReadError, StreamError, ReadTimeoutError)
 ADVICE = (
     "check the connection, publish.artifact_store, endpoint_url, region_name and profile_name, the credentials that "
     "boto3 finds (environment, ~/.aws, this machine's role), and the permissions listed in docs/operations.md"
@@ -79,10 +79,7 @@ class S3Store(ArtifactStore):
             self._client.meta.events.register(f"needs-retry.s3.{operation}", _pause_at_conflict)
 
     def probe(self) -> None:
-        """Check that conditional writes exclude each other: by a race at a store's first use, later by one write.
-
-        The race's result is kept in the store, so later probes take two requests and leave nothing behind.
-        """
+        """Check that conditional writes exclude each other: by a race at a store's first use, later by one write."""
         if self._probed:
             return
         with self._store_errors():
@@ -98,9 +95,7 @@ class S3Store(ArtifactStore):
             )
 
     def _race(self, key: str) -> bool:
-        """Whether one of two overlapping writes of a key fails. OpenStack Swift lets both succeed: it checks whether
-        the key exists when a write begins, not when it ends.
-        """
+        """Whether one of two overlapping writes fails. Swift lets both succeed: it checks when a write begins."""
         body = _HeldBody(PROBE)
         with ThreadPoolExecutor(1) as other:
             first = other.submit(self._put, key, PROBE, body=body)
@@ -198,15 +193,9 @@ class S3Store(ArtifactStore):
 
     def _put(self, key: str, data: bytes, body: "_HeldBody | None" = None, **metadata: str) -> bool:
         """Create the object; False if the key exists. `body` sends `data` at its own pace."""
+        options = {"ChecksumSHA256": _base64(hashlib.sha256(data).digest()), "Metadata": metadata} | self._encryption
         try:
-            self._client.put_object(
-                Bucket=self.bucket,
-                Key=self._full_key(key),
-                Body=body or data,
-                ChecksumSHA256=_base64(hashlib.sha256(data).digest()),
-                Metadata=metadata,
-                **self._encryption,
-            )
+            self._client.put_object(Bucket=self.bucket, Key=self._full_key(key), Body=body or data, **options)
         except ClientError as error:
             if _status(error) != 412:
                 raise
@@ -231,9 +220,7 @@ class S3Store(ArtifactStore):
 
 
 class _HeldBody(io.BytesIO):
-    """A request body whose second half is sent when `released` is set, or after PROBE_HOLD_S: a server may make the
-    second writer wait until the first is done.
-    """
+    """A body whose second half waits for `released`, at most PROBE_HOLD_S: a server may make the second writer wait."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -248,8 +235,7 @@ class _HeldBody(io.BytesIO):
 
 
 def _only_create(params: dict[str, Any], **_: object) -> None:
-    """Make every write of the client a creation, boto3's transfers included."""
-    params["IfNoneMatch"] = "*"
+    params["IfNoneMatch"] = "*"  # of every write of the client, boto3's transfers included
 
 
 def _pause_at_conflict(response: Any, attempts: int, **_: object) -> float | None:

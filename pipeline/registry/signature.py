@@ -10,14 +10,8 @@ import re
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
 
 from pipeline.core.checks import Check
 from pipeline.params import PublishParams
@@ -43,7 +37,9 @@ def sign(params: PublishParams, manifest: bytes) -> bytes | None:
         return None
     password = os.environ.get(PASSWORD_VARIABLE)
     try:
-        key = load_pem_private_key(Path(params.signing_key).read_bytes(), password.encode() if password else None)
+        key = serialization.load_pem_private_key(
+            Path(params.signing_key).read_bytes(), password.encode() if password else None
+        )
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ValueError("it is another kind of key")
         return key.sign(manifest, ec.ECDSA(hashes.SHA256()))
@@ -55,14 +51,10 @@ def sign(params: PublishParams, manifest: bytes) -> bytes | None:
 
 
 def verify(params: PublishParams, manifest: bytes, signature: bytes) -> str:
-    """Check `signature` of `manifest` against `publish.verify_key`; returns a name of the key that made it.
-
-    Raises:
-        SignatureError: no trusted key made it for these bytes, or the trusted keys cannot be read.
-    """
+    """A name of the key in `publish.verify_key` that signed `manifest`. Raises SignatureError: none of them did."""
     try:
         blocks = PUBLIC_KEY.findall(Path(params.verify_key or "").read_bytes())
-        keys = [load_pem_public_key(block) for block in blocks]
+        keys = [serialization.load_pem_public_key(block) for block in blocks]
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise SignatureError(f"publish.verify_key {params.verify_key} cannot be used: {error}") from None
     for key in keys:
@@ -71,11 +63,9 @@ def verify(params: PublishParams, manifest: bytes, signature: bytes) -> str:
                 key.verify(signature, manifest, ec.ECDSA(hashes.SHA256()))
             except InvalidSignature:
                 continue
-            der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
             return f"key {hashlib.sha256(der).hexdigest()[:16]}"
-    raise SignatureError(
-        f"none of the {len(keys)} public keys in publish.verify_key {params.verify_key} made this signature"
-    )
+    raise SignatureError(f"none of the {len(keys)} keys in publish.verify_key {params.verify_key} made this signature")
 
 
 def read_signature(store: ArtifactStore, manifest: Manifest) -> bytes | None:
@@ -85,11 +75,10 @@ def read_signature(store: ArtifactStore, manifest: Manifest) -> bytes | None:
 def check_signature(store: ArtifactStore, params: PublishParams, manifest: Manifest) -> Check:
     signature = read_signature(store, manifest)
     if signature is None:
-        passed = False if params.require_signature else None
         folder = manifest_key(manifest["version"]).removesuffix("manifest.json")
         of_another = any(key.endswith(".sig") for key in store.list(folder))
         detail = "not signed, or the manifest was altered after it was signed" if of_another else "not signed"
-        return Check("signature", passed, detail)
+        return Check("signature", False if params.require_signature else None, detail)
     if params.verify_key is None:
         return Check("signature", None, "not checked, because publish.verify_key is null")
     try:
@@ -99,10 +88,7 @@ def check_signature(store: ArtifactStore, params: PublishParams, manifest: Manif
 
 
 def require_signed(store: ArtifactStore, manifest: Manifest, params: PublishParams) -> None:
-    """Raises SignatureError: `publish.require_signature` is on and the version has no valid signature.
-
-    This is enough before a download, which checks each file against the manifest.
-    """
+    """Raise SignatureError if a signature is required and not valid; downloads check files against the manifest."""
     if params.require_signature:
         require_passed(manifest, [check_signature(store, params, manifest)])
 
@@ -110,7 +96,5 @@ def require_signed(store: ArtifactStore, manifest: Manifest, params: PublishPara
 def require_passed(manifest: Manifest, checks: list[Check]) -> None:
     for check in checks:
         if not check.passed:
-            raise SignatureError(
-                f"version {manifest['version']} may not be used (publish.require_signature): {check.name}: "
-                f"{check.detail}"
-            )
+            detail = f"{check.name}: {check.detail}"
+            raise SignatureError(f"version {manifest['version']} is refused (publish.require_signature): {detail}")

@@ -5,9 +5,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -22,10 +21,7 @@ Entry = dict[str, Any]  # {"sha256", "size"}
 
 
 def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
-    """The store at `publish.artifact_store`: `s3://bucket/prefix`, `file://store` in the project, or absolute.
-
-    An S3 server gets no request yet.
-    """
+    """The store at `s3://bucket/prefix` (not asked yet), `file://store` in the project, or an absolute `file:///`."""
     parsed = urlparse(params.artifact_store)
     if parsed.scheme == "s3":
         from pipeline.registry.s3 import S3Store  # importing boto3 takes a third of a second
@@ -42,10 +38,7 @@ def open_store(params: PublishParams, root: Path = Path(".")) -> ArtifactStore:
 
 
 def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entry], int]:
-    """Upload `files` (manifest name → file); returns the manifest entries and the number of bytes sent.
-
-    Files that the store has are not sent again, so an interrupted upload continues where it stopped.
-    """
+    """Upload `files` (manifest name → file) that the store lacks; returns the manifest entries and the bytes sent."""
     store.probe()
     stamps = {path: _stamp(path) for path in files.values()}
     with ThreadPoolExecutor(2) as pool:
@@ -62,10 +55,7 @@ def upload(store: ArtifactStore, files: dict[str, Path]) -> tuple[dict[str, Entr
 
 
 def publish_manifest(store: ArtifactStore, version: str, text: bytes) -> None:
-    """Make a version visible: check that all its objects are stored, store the manifest, and read it back.
-
-    If another publisher of the same version was faster, that manifest stays.
-    """
+    """Make a version visible, after a check of its objects; an earlier publisher's manifest of this version stays."""
     key = f"versions/{version}/manifest.json"
     check_objects(store, json.loads(text)["files"])
     created = store.create(key, text)
@@ -91,9 +81,8 @@ def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], 
 
     A file appears only if its digest is right. Files that are already there are checked, not downloaded again.
 
-    Raises:
-        UnsafeFileError: the manifest names a file that versions do not ship, or a file's content may not be loaded.
-        StoreError: an object is missing or altered, a link would lead a file out of `folder`, or it cannot be written.
+    Raises UnsafeFileError (versions do not ship such a file, or it may not be loaded) and StoreError (an object is
+    missing or altered, a link would lead a file out of `folder`, or it cannot be written).
     """
     check_names(manifest["files"])
     targets = {folder / name.removeprefix(prefix): (name, manifest["files"][name]) for name in names}
@@ -106,36 +95,25 @@ def fetch(store: ArtifactStore, manifest: dict[str, Any], names: Iterable[str], 
         if not (path.is_file() and sha256_file(path) == entry["sha256"])
     }
     progress = _meter("fetch", sum(entry["size"] for entry in absent.values()))
-    with _writing(folder) as temporary, ThreadPoolExecutor(2) as pool:
-        partial = {path: temporary / str(number) for number, path in enumerate(absent)}
-        store.download([(f"objects/{absent[path]['sha256']}", partial[path]) for path in absent], progress)
-        for path, digest in zip(absent, pool.map(sha256_file, partial.values()), strict=True):
-            if digest != absent[path]["sha256"]:
-                expected = f"its SHA-256 is {digest}; the manifest has {absent[path]['sha256']}"
-                raise StoreError(f"{targets[path][0]} in {store.uri} was altered: {expected}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial[path].replace(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary, ThreadPoolExecutor(2) as pool:
+            partial = {path: Path(temporary) / str(number) for number, path in enumerate(absent)}
+            store.download([(f"objects/{absent[path]['sha256']}", partial[path]) for path in absent], progress)
+            for path, digest in zip(absent, pool.map(sha256_file, partial.values()), strict=True):
+                if digest != absent[path]["sha256"]:
+                    expected = f"its SHA-256 is {digest}; the manifest has {absent[path]['sha256']}"
+                    raise StoreError(f"{targets[path][0]} in {store.uri} was altered: {expected}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial[path].replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror}; free space or allow writing there") from error
     for path in targets:
         try:
             check_file(path)
         except UnsafeFileError:
             path.unlink()
             raise
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder in `folder`.
-
-    Raises:
-        StoreError: a file cannot be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
-            yield Path(temporary)
-    except OSError as error:
-        raise StoreError(f"cannot write to {folder}: {error.strerror}; free space or allow writing there") from error
 
 
 def _meter(stage: str, total: int) -> Callable[[int], None]:

@@ -8,11 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import git
+from pipeline.core import git, graph
 from pipeline.core.allowlist import UnsafeFileError
 from pipeline.core.checks import Check
 from pipeline.core.files import read_json
-from pipeline.core.graph import GraphError
 from pipeline.registry import manifest as manifests
 from pipeline.registry.artifact_store import ArtifactStore, StoreError
 from pipeline.registry.manifest import Manifest
@@ -31,8 +30,8 @@ def verify(model: RegisteredModel, version: str) -> list[Check]:
             raise
         return [Check("manifest", False, str(error))]
     try:
-        id = manifests.version_of(manifest)
-    except (GraphError, KeyError, TypeError) as error:
+        id = graph.version_id(stages=manifest["dvc_lock"])
+    except (graph.GraphError, KeyError, TypeError) as error:
         id = f"no id: {error}"
     return [
         Check("manifest", True, "matches manifest.schema.json"),
@@ -45,11 +44,7 @@ def verify(model: RegisteredModel, version: str) -> list[Check]:
 
 
 def require_servable(model: RegisteredModel, version: str) -> Manifest:
-    """The manifest of a version that may become champion.
-
-    Raises:
-        SignatureError: `publish.require_signature` is on, and the version is not signed or a file was altered.
-    """
+    """The manifest of a version that may become champion. Raises SignatureError: it has to be signed and is not."""
     manifest = model.manifest(version)
     require_signed(model.store, manifest, model.params)
     if model.params.require_signature:
@@ -115,5 +110,5 @@ def _check_commit(manifest: Manifest, root: Path) -> Check:
         return Check("git commit", None, commit[:12] or "the version was published outside a git repository")
     known = git.run_or_none(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None
     missing = "" if known else " is not in this repository (try `git fetch`)"
-    changed = ", with uncommitted changes" if manifest["git"]["dirty"] else ""
+    changed = ", with uncommitted changes" * manifest["git"]["dirty"]
     return Check("git commit", known, f"{commit[:12]}{missing}{changed}")

@@ -1,12 +1,10 @@
-"""A decision in words: what was decided, why, and what to do next; for terminal, dashboard, report and webhooks.
-
-A decision is about a version, a verdict about one metric. Both are made in `gate`; this module only describes them.
-"""
+"""A decision in words: what was decided, why, and what to do next; for terminal, dashboard, report and webhooks."""
 
 import math
 from typing import Any
 
 from pipeline.core.combinations import CLASSIFICATION
+from pipeline.registry.decisions import Record
 from pipeline.registry.gate import Comparison, decide
 from pipeline.registry.manifest import Manifest
 from pipeline.scoring.resampling import LOWER_IS_BETTER, PERCENT
@@ -46,32 +44,24 @@ def why(comparison: Comparison, against: str) -> str:
     )
 
 
-def next_step(
-    word: str, name: str, comparison: Comparison, manifest: Manifest, first: bool = False, by_person: bool = False
-) -> str:
-    """What a person can do after the decision `word`.
-
-    Args:
-        name: a name of the version that commands accept: v4, or its id.
-        first: there was no champion, so the version was compared with the base model.
-        by_person: a person answered the gate's proposal.
-    """
+def next_step(record: Record, name: str, manifest: Manifest) -> str:
+    """What a person can do after the decision `record` about the version that commands know as `name`."""
     force = f'`retune promote {name} --force --reason "…"`'
-    match word:
+    match record.word:
         case "promoted" | "forced":
-            rollback = "" if first else "; `retune rollback` restores the previous champion"
+            rollback = "; `retune rollback` restores the previous champion" if record.previous else ""
             classifies = manifest["params"]["train"]["task"] == CLASSIFICATION
             use = "Classify texts with `retune classify TEXT`" if classifies else "Talk to it with `retune chat`"
             return f"{use}{rollback}"
         case "proposed":
             return 'Agree with `retune promote --approve`, or refuse with `retune promote --reject --reason "…"`'
-        case "refused" if by_person:
+        case "refused" if record.proposal:  # a person's answer
             return f"To promote it after all: {force}"
         case "refused":
             improve = "Read its worst answers in artifacts/report.html, change data or parameters and `retune run`"
             return f"{improve}; or overrule the gate: {force}"
         case "undecided":
-            return f"{_more_items(comparison, manifest)}; or overrule the gate: {force}"
+            return f"{_more_items(record.comparison, manifest)}; or overrule the gate: {force}"
         case "open":
             return f"`retune promote {name}` runs the gate"
     return ""

@@ -1,7 +1,4 @@
-"""The contents of the evaluation report: scores, differences, tasks and texts of two to four systems.
-
-Texts are shortened, and secrets in them are hidden.
-"""
+"""The contents of the evaluation report: scores, differences, tasks and (shortened, redacted) texts of the systems."""
 
 import json
 from collections import Counter
@@ -13,20 +10,9 @@ import pyarrow as pa
 from pipeline.data.data_report import excerpt
 from pipeline.registry.significance import binary_test
 from pipeline.report.tables import VERDICTS, Row
-from pipeline.scoring.resampling import (
-    BINARY,
-    LOWER_IS_BETTER,
-    METRICS,
-    PERCENT,
-    RELATIVE,
-    group_of,
-    metric_items,
-    num_counted,
-    paired_difference,
-    slices_of,
-)
+from pipeline.scoring import resampling
+from pipeline.scoring.resampling import METRICS, metric_items
 
-Metrics = dict[str, Any]  # see pipeline/evaluate.py
 EXAMPLES = 10  # most improved answers, and as many most worsened ones
 MAX_SLICES = 20  # the largest; the others are in scores.json
 
@@ -34,12 +20,11 @@ MAX_SLICES = 20  # the largest; the others are in scores.json
 @dataclass(frozen=True)
 class System:
     name: str  # a key of tables.SYSTEMS, or of Contents.labels
-    metrics: Metrics
+    metrics: dict[str, Any]  # see pipeline/evaluate.py
     items: pa.Table
 
     def slice_score(self, kind: str, name: str, metric: str) -> dict[str, float] | None:
-        score: dict[str, float] | None = self.metrics.get(kind, {}).get(name, {}).get(metric)
-        return score
+        return self.metrics.get(kind, {}).get(name, {}).get(metric)
 
 
 @dataclass(frozen=True)
@@ -59,9 +44,9 @@ class Change:
     def gain(self) -> tuple[float, float, float]:
         """Low, difference and high, where more is better, as shares of the scale (perplexity: of the old value)."""
         metric = self.metric.removeprefix("general_")
-        scale = self.old if metric in RELATIVE else 100 if metric in PERCENT else 1
+        scale = self.old if metric in resampling.RELATIVE else 100 if metric in resampling.PERCENT else 1
         low, difference, high = self.low / scale, self.difference / scale, self.high / scale
-        return (-high, -difference, -low) if metric in LOWER_IS_BETTER else (low, difference, high)
+        return (-high, -difference, -low) if metric in resampling.LOWER_IS_BETTER else (low, difference, high)
 
     @property
     def direction(self) -> str:
@@ -138,38 +123,37 @@ class Contents:
     def slices(self, kind: str) -> list[tuple[str, int, str, int]]:
         """The slices by_task, by_language or by_length, largest first: name, items, metric to show, items it counts.
 
-        The metric is accuracy if most items have one right answer and some system finds one. Else it is rougeL, because
-        accuracies that are all zero say nothing about free text.
+        The metric is accuracy if most items have one right answer and some system finds one, else rougeL.
         """
         new = self.systems[-1]
-        parts = slices_of(new.items, kind) if kind in new.metrics else {}  # a manifest's scores have no slices
+        # A manifest's scores have no slices.
+        parts = resampling.slices_of(new.items, kind) if kind in new.metrics else {}
         result = []
         for name in sorted(parts, key=lambda name: (-len(parts[name]), name))[:MAX_SLICES]:
-            items, exact = len(parts[name]), num_counted(metric_items(parts[name], "accuracy"))
+            # rougeL counts no item if the answers are tool calls, and says no more than accuracy about classes.
+            exact, texts = (resampling.num_counted(metric_items(parts[name], m)) for m in ("accuracy", "rougeL"))
             accuracies = [system.slice_score(kind, name, "accuracy") for system in self.systems]
-            are_classes = parts[name].column("label").null_count == 0  # then rougeL says no more
+            are_classes = parts[name].column("label").null_count == 0
             informative = are_classes or any(score and score["score"] for score in accuracies)
-            texts = num_counted(metric_items(parts[name], "rougeL"))  # 0 if the answers are tool calls
-            show_accuracy = exact and (not texts or (2 * exact >= items and informative))
-            result.append((name, items, "accuracy", exact) if show_accuracy else (name, items, "rougeL", texts))
+            show_accuracy = exact and (not texts or (2 * exact >= len(parts[name]) and informative))
+            metric, counted = ("accuracy", exact) if show_accuracy else ("rougeL", texts)
+            result.append((name, len(parts[name]), metric, counted))
         return result
 
 
 def compare_items(new: System, old: System, resamples: int, seed: int) -> list[Change]:
     """Every metric that both systems have, `new` against `old`."""
-    changes = []
+    changes, groups = [], resampling.group_of(new.items)
     for metric in METRICS:
-        if not new.metrics.get(metric) or not old.metrics.get(metric):
-            continue
-        new_items, old_items = metric_items(new.items, metric), metric_items(old.items, metric)
-        groups = group_of(new.items)
-        score = paired_difference(new_items, old_items, resamples, seed, groups)
-        low, high = score["low"], score["high"]
-        if metric in BINARY:  # the interval that the gate uses for right or wrong items
-            test = binary_test(new_items, old_items, groups, 0.0)
-            low, high = test.low, test.high
-        scores = (new.metrics[metric]["score"], old.metrics[metric]["score"], score["score"])
-        changes.append(Change(metric, *scores, low, high))
+        if new.metrics.get(metric) and old.metrics.get(metric):
+            items = metric_items(new.items, metric), metric_items(old.items, metric)
+            score = resampling.paired_difference(*items, resamples, seed, groups)
+            low, high = score["low"], score["high"]
+            if metric in resampling.BINARY:  # the interval that the gate uses for right or wrong items
+                test = binary_test(*items, groups, 0.0)
+                low, high = test.low, test.high
+            scores = (new.metrics[metric]["score"], old.metrics[metric]["score"], score["score"])
+            changes.append(Change(metric, *scores, low, high))
     return changes
 
 

@@ -18,7 +18,6 @@ SLICES = {"by_task": "By task", "by_language": "By language", "by_length": "By l
 
 
 def write_report(contents: Contents, folder: Path) -> None:
-    """`report.md` and `report.html` in `folder`."""
     for name in ("report.md", "report.html"):
         write_text(folder / name, render(contents, name))
 
@@ -57,14 +56,8 @@ Bar = tuple[str, float, float, float]  # a score as text; it and its interval on
 def _bars(contents: Contents, kind: str) -> list[tuple[str, int, str, int, list[tuple[str, Bar | None]]]]:
     """For each slice: name, items, metric, items that the metric counts, and each system's bar."""
     return [
-        (
-            name,
-            items,
-            metric,
-            counted,
-            [(s.name, _bar(metric, s.slice_score(kind, name, metric))) for s in contents.systems],
-        )
-        for name, items, metric, counted in contents.slices(kind)
+        (*part, [(s.name, _bar(part[2], s.slice_score(kind, part[0], part[2]))) for s in contents.systems])
+        for part in contents.slices(kind)
     ]
 
 
@@ -78,10 +71,10 @@ def _bar(metric: str, score: dict[str, float] | None) -> Bar | None:
 
 def plot_losses(curve: list[dict[str, float]]) -> dict[str, Any] | None:
     """Loss by step in a box of 100 × 100, y downwards: points of polylines, ticks (text, position), last values."""
+    kinds = ("loss", "validation_loss")
     measured = {
-        kind: [(row["step"], row[kind]) for row in curve if kind in row] for kind in ("loss", "validation_loss")
+        kind: points for kind in kinds if (points := [(row["step"], row[kind]) for row in curve if kind in row])
     }
-    measured = {kind: values for kind, values in measured.items() if values}
     if not measured:
         return None
     steps = sorted({row["step"] for row in curve})

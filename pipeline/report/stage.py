@@ -90,11 +90,7 @@ def stage_contents(systems: list[System], dataset: Path, adapter: Path, evaluati
 
 
 def file_parts(adapter: Path, evaluation: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Contents` that come from the files of an adapter and its evaluation.
-
-    Args:
-        settings: the content of `evaluation.json`.
-    """
+    """The fields of `Contents` from the files of an adapter and its evaluation; `settings`: its evaluation.json."""
     return {
         "curve": read_curve((adapter / "loss.csv").read_text(encoding="utf-8")),
         "facts": {
@@ -115,10 +111,7 @@ def file_parts(adapter: Path, evaluation: Path, settings: dict[str, Any]) -> dic
 def facts(tree: dict[str, Any], *keys: str) -> dict[str, str]:
     """The values of `keys` as text, nested ones by their path."""
     values = flatten({key: tree[key] for key in keys if key in tree})
-    return {
-        path: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for path, value in values.items()
-    }
+    return {path: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for path, v in values.items()}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -130,11 +123,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_prompts(sources: dict[str, tuple[Path, str]]) -> dict[str, list[tuple[str, str]]]:
-    """The prompts of `adapter`, each with every system's answer, or "(was not asked)".
-
-    Args:
-        sources: of each system, its evaluation folder and its name there (base | adapter).
-    """
+    """The prompts of `adapter`, each with every system's answer; `sources`: of each, its folder and its name there."""
     answers: dict[str, dict[str, str]] = {}
     for system, (folder, name) in sources.items():
         path = folder / "prompts.json"  # which classifiers lack
@@ -152,8 +141,7 @@ def read_other_sets(evaluation: Path) -> dict[str, list[Row]]:
     """A table of adapter against base on the general set, if there is one."""
     if not (evaluation / "general.json").is_file():
         return {}
-    general = read_json(evaluation / "general.json")
-    rows = []
+    general, rows = read_json(evaluation / "general.json"), []
     for metric, lost in general["lost"].items():
         if lost is not None:
             scores = {SYSTEMS[system]: interval(metric, general[system][metric]) for system in ("base", "adapter")}

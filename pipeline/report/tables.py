@@ -5,18 +5,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.registry.gate import Comparison
+from pipeline.registry.gate import BASE, Comparison
 from pipeline.registry.significance import ALPHA
 from pipeline.registry.wording import number, span
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS
 
 # Keys of scores.json → names for people.
-SYSTEMS = {
-    "base": "base",
-    "champion": "champion",
-    "adapter": "candidate before merge",
-    "merged": "candidate (merged)",
-}
+SYSTEMS = {"base": "base", "champion": "champion", "adapter": "candidate before merge", "merged": "candidate (merged)"}
 VERDICTS = {
     "passed": "passed",
     "failed": "refused",
@@ -40,9 +35,7 @@ def score_rows(
 ) -> list[Row]:
     """A row for each metric that some system has: `metric`, then each system's name and score.
 
-    Args:
-        systems: the metrics of each system, by key of `names`.
-        counts: how many of the `items` each metric counts, if known; noted if it is not all of them.
+    `systems`: the metrics by key of `names`. `counts`: how many of the `items` each metric counts, if it is known.
     """
     measured = [metric for metric in METRICS if any(scores.get(metric) for scores in systems.values())]
     notes = {metric: f" ({count:,} of {items:,} items)" for metric, count in (counts or {}).items() if count < items}
@@ -61,11 +54,6 @@ def interval(metric: str, score: dict[str, float] | None) -> str:
     if score is None:
         return "–"
     return number(metric, score["score"]) + (f" ({span(metric, score, '')})" if "low" in score else "")
-
-
-def verdict_lines(title: str, why: str, todo: str) -> list[str]:
-    """The decision, its reason, and what to do next."""
-    return [f"Verdict  {title}.", f"Why      {why}.", *([f"Next     {todo}."] if todo else [])]
 
 
 def verdict_rows(comparison: Comparison, first: bool = False) -> list[Row]:
@@ -121,3 +109,13 @@ def show_verdict(comparison: Comparison, first: bool) -> None:
     if comparison:
         show_table(verdict_rows(comparison, first))
         print(P_NOTE)
+
+
+def show_decision(decision: dict[str, Any]) -> None:
+    """Print a decision: verdict, reason, next step, what readers must know, and the gate's table."""
+    print(f"Verdict  {decision['title']}.\nWhy      {decision['reason']}.")
+    if decision["next"]:
+        print(f"Next     {decision['next']}.")
+    for line in [*decision["notes"], *decision["warnings"]]:
+        print(f"         {line}.")
+    show_verdict(decision["comparison"], decision["against"] == BASE)

@@ -37,13 +37,7 @@ class Side:
 
 
 def compare_versions(params: Params, old: str, new: str, root: Path = Path(".")) -> Contents:
-    """Compare `new` with `old`; each is v3, an id, champion or workspace.
-
-    Raises:
-        CompareError: both are the same version, or they answered different test items.
-        StoreError: a version is not published.
-        SignatureError: a version must be scored again, but publish.require_signature forbids loading it.
-    """
+    """Compare `new` with `old`: v3, an id, champion or workspace. Raises StoreError, SignatureError, CompareError."""
     model = RegisteredModel(params.publish, root)
     before, after = (_find_side(model, name) for name in (old, new))
     if before.manifest["version"] == after.manifest["version"]:
@@ -92,23 +86,18 @@ def scored_system(name: str, manifest: Manifest, settings: dict[str, Any], items
 
 
 def comparison_json(contents: Contents) -> dict[str, Any]:
-    """The comparison as JSON."""
     columns = ("new", "old", "difference", "low", "high")
     texts = {
         kind: [{"task": d.task, "prompt": d.prompt, "expected": d.reference, "old": d.old, "new": d.new} for d in rows]
         for kind, rows in (("improved", contents.best), ("worsened", contents.worst))
     }
-    return {
+    shared = {key: getattr(contents, key) for key in ("better", "worse", "same", "tables", "notes")}
+    return shared | {
         "old": contents.labels[OLD],
         "new": contents.labels[NEW],
         "test_items": contents.items,
-        "better": contents.better,
-        "worse": contents.worse,
-        "same": contents.same,
         "metrics": {change.metric: {key: getattr(change, key) for key in columns} for change in contents.changes},
-        "tables": contents.tables,
         "texts": texts,
-        "notes": contents.notes,
     }
 
 

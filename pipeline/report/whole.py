@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from pipeline.core.graph import STAGES
 from pipeline.core.progress import clock
 from pipeline.params import PublishParams
-from pipeline.registry.compare import BASE, merged_items
+from pipeline.registry.compare import merged_items
 from pipeline.registry.decisions import Record
-from pipeline.registry.gate import CompareError
+from pipeline.registry.gate import BASE, CompareError
 from pipeline.registry.manifest import Manifest, read_manifest
 from pipeline.registry.model import RegisteredModel
 from pipeline.registry.wording import next_step, title
@@ -28,15 +28,11 @@ DECISIONS = ("promoted", "refused", "undecided", "proposed")
 
 
 def write_version_report(params: PublishParams, version: str, folder: Path, root: Path = Path(".")) -> Contents:
-    """Write the report of the published `version` into `folder`.
-
-    Raises:
-        StoreError: the version is not published, or one of its files is missing or altered.
-    """
+    """Write the report of the published `version` into `folder`. Raises StoreError: it is not published, or altered."""
     model = RegisteredModel(params, root)
     manifest = model.manifest(version)
-    decisions = [record for record in model.log() if record.version == version and record.decision in DECISIONS]
-    contents = _contents(model, manifest, decisions[-1] if decisions else None)
+    records = [record for record in model.log() if record.version == version and record.decision in DECISIONS]
+    contents = _contents(model, manifest, records[-1] if records else Record(0, "open", version, None, None, ""))
     write_report(contents, folder)
     return contents
 
@@ -50,19 +46,19 @@ def report_decision(params: PublishParams, version: str, folder: Path, root: Pat
     return []
 
 
-def _contents(model: RegisteredModel, manifest: Manifest, record: Record | None) -> Contents:
+def _contents(model: RegisteredModel, manifest: Manifest, record: Record) -> Contents:
     adapter, evaluation, parity = (model.fetch(manifest, part) for part in ("adapter", "evaluation", "parity"))
     scores, settings = read_scores(evaluation) | read_scores(parity), manifest["evaluation"]
     base, candidate, merged = (
         System(name, scores[name], pq.read_table(folder / f"items.{name}.parquet"))
         for name, folder in (("base", evaluation), ("adapter", evaluation), ("merged", parity))
     )
-    old, systems, notes = base, [base, candidate, merged], list(record.notes) if record else []
+    old, systems, notes = base, [base, candidate, merged], list(record.notes)
     label = model.label(manifest["version"])
     about = {"model": manifest["name"], "version": label, "published": manifest["created"][:10]}
     version_facts = facts(manifest, "version", "name", "created", "git")
     parts = file_parts(adapter, evaluation, settings)
-    if record is not None:
+    if record.decision != "open":
         about["decided"] = record.time[:10]
         version_facts |= {
             "compared with": record.previous or BASE,
@@ -71,7 +67,7 @@ def _contents(model: RegisteredModel, manifest: Manifest, record: Record | None)
             "overruled": ", ".join(record.overruled) or "nothing",
             "gate": json.dumps(record.gate).replace('"', "").strip("{}"),
         }
-    if record is not None and record.previous is not None:
+    if record.previous is not None:
         champion = read_manifest(model.store, record.previous)
         try:
             if champion is None:
@@ -85,25 +81,22 @@ def _contents(model: RegisteredModel, manifest: Manifest, record: Record | None)
             parts["prompts"] = read_prompts(sources | {"adapter": (evaluation, "adapter")})
         except CompareError as error:
             notes.append(f"Champion {model.label(record.previous)} is left out: {error}.")
-    seconds = {stage: manifest["time"][stage] for stage in STAGES}
-    times = {stage: "not measured here" if time is None else clock(time) for stage, time in seconds.items()}
+    times = {stage: "not measured here" if (s := manifest["time"][stage]) is None else clock(s) for stage in STAGES}
     parts["facts"] = {
         "Version": version_facts,
         "Data": facts(manifest["data"], "rows", "test_sha256", "dvc_md5"),
         "Time and cost": times | facts(manifest, "cost"),
     } | parts["facts"]
-    word, comparison = (record.word, record.comparison) if record else ("open", {})
-    first, by_person = not (record and record.previous), record is not None and record.proposal is not None
     return Contents.compare(
         systems,
         old,
         settings["params"],
         about=about,
-        title=title(word, label, model.label(record.champion) if record and record.champion else None),
-        verdict=record.reason if record else "",
-        next=next_step(word, label.split(" ")[0], comparison, manifest, first, by_person),
-        decision=word,
-        changes=gate_changes(comparison),
+        title=title(record.word, label, model.label(record.champion) if record.champion else None),
+        verdict=record.reason,
+        next=next_step(record, label.split(" ")[0], manifest),
+        decision=record.word,
+        changes=gate_changes(record.comparison),
         notes=notes,
         **parts,
     )

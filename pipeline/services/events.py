@@ -21,14 +21,8 @@ CHAMPION_REGRESSED = "champion.regressed"
 
 def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path(".")) -> bool:
     """Post `event` about `resource` to the project's server, or PREFECT_API_URL; returns whether it was accepted."""
-    body = {
-        "id": str(uuid.uuid4()),
-        "occurred": datetime.now(UTC).isoformat(),
-        "event": event,
-        "resource": {"prefect.resource.id": resource},
-        "related": [],
-        "payload": payload,
-    }
+    body: dict[str, Any] = {"id": str(uuid.uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": event}
+    body |= {"resource": {"prefect.resource.id": resource}, "related": [], "payload": payload}
     if (local := server.running(root)) is not None:
         return server.post(local, "events", [body]) is not None
     url = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
@@ -37,9 +31,7 @@ def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path("
 
 def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
     """Add an unchanged run of `retrain` to the history of `retune up`'s server; starting a flow would take longer."""
-    url = server.running(root)
-    flow = server.post(url, "flows/", {"name": "retrain"}) if url else None
-    if url is None or flow is None:
+    if not (url := server.running(root)) or not (flow := server.post(url, "flows/", {"name": "retrain"})):
         return False
     state = {"type": "COMPLETED", "name": "Unchanged", "message": f"nothing to do: {reason}"}
     run = {"name": "retrain-by-hand-unchanged", "state": state, "tags": ["retune", "trigger:by-hand", "unchanged"]}
@@ -48,27 +40,14 @@ def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
 
 def tell_updated(new_rows: int, min_new_rows: int, root: Path = Path(".")) -> bool:
     """Emit `dataset.updated` if enough rows are new; fewer wait for the next scheduled run."""
-    payload = {"new_rows": new_rows}
-    return new_rows >= min_new_rows and emit(DATASET_UPDATED, "retune.dataset", payload, root)
+    return new_rows >= min_new_rows and emit(DATASET_UPDATED, "retune.dataset", {"new_rows": new_rows}, root)
 
 
-def contents(root: Path = Path(".")) -> dict[str, set[int]]:
-    """Digests of the snapshot's rows, by shard; raw files that were not ingested do not count."""
-    folder = root / "data" / "instructions"
-    return {path.name: _digests(path) for path in sorted(folder.glob("*.parquet"))}
-
-
-def count_new(before: dict[str, set[int]], root: Path = Path(".")) -> int:
-    """Number of rows in the snapshot whose content is not in `before`."""
-    known = set().union(*before.values())
-    return sum(len(digests - known) for digests in contents(root).values())
-
-
-def _digests(shard: Path) -> set[int]:
-    # A row's content is its messages and tools; its source and line may change.
-    names = [name for name in ("messages", "tools") if name in pq.read_schema(shard).names]
-    columns = [pq.read_table(shard, columns=[name]).column(name) for name in names]
-    return {
-        xxhash.xxh3_64_intdigest("\0".join(str(column[row]) for column in columns).encode())
-        for row in range(len(columns[0]))
-    }
+def contents(root: Path = Path(".")) -> set[int]:
+    """Digests of the snapshot's rows: of messages and tools, because a row's source and line may change."""
+    digests: set[int] = set()
+    for shard in (root / "data" / "instructions").glob("*.parquet"):  # raw files that were not ingested do not count
+        names = [name for name in ("messages", "tools") if name in pq.read_schema(shard).names]
+        rows = zip(*(pq.read_table(shard, columns=[name]).column(name) for name in names), strict=True)
+        digests |= {xxhash.xxh3_64_intdigest("\0".join(map(str, row)).encode()) for row in rows}
+    return digests

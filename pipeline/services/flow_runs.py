@@ -27,14 +27,11 @@ def close_stack_runs(url: str) -> None:
 
 
 def refuse_runs_by_hand(url: str) -> None:
-    """Raises:
-    ServerError: a manual run reports to this server, and would hang without it.
-    """
+    """Raise ServerError if a manual run reports to this server: it would hang without it."""
     processes = [run["infrastructure_pid"] for run in _open(url, OPEN, of_deployments=False)]
     if living := [process.partition(":")[0] for process in processes if lives(process)]:
         raise server.ServerError(
-            f"a manual run (process {', '.join(living)}) needs this server; wait for it or stop it with Ctrl-C, then "
-            "`retune down`"
+            f"a manual run (process {', '.join(living)}) needs this server; wait for it, or stop it with Ctrl-C"
         )
 
 

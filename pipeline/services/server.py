@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import WORK_DIR, read_json
+from pipeline.core.files import WORK_DIR, read_of_living
 from pipeline.core.http_client import HttpError, send
-from pipeline.core.processes import end_group, lives, python_ending_with_parent, start_logged
+from pipeline.core.processes import end_group, python_ending_with_parent, start_logged
 
 HOST = "127.0.0.1"
 STARTUP_SECONDS = 120
@@ -29,37 +29,30 @@ class ServerError(RuntimeError):
 def environment(root: Path, url: str) -> dict[str, str]:
     """This process's environment, with Prefect using the server at `url`, its home in the project, and no telemetry."""
     password = own_password()
-    return (
-        os.environ
-        | ({"PREFECT_API_AUTH_STRING": password} if password else {})
-        | {
-            "PREFECT_HOME": str((root / WORK_DIR / "prefect").resolve()),
-            "PREFECT_API_URL": f"{url}/api",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "true",
-            # Runs killed with -9 must not keep a concurrency slot; the default storage loses leases with the server.
-            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-            "PREFECT_CLI_COLORS": "false",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # flows.automations recognises dead workers by it
-            # Pages in the user's browser can reach loopback; they may not read from this server, nor send it JSON.
-            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},{url.replace(HOST, 'localhost')}",
-        }
-    )
+    settings = {
+        "PREFECT_HOME": str((root / WORK_DIR / "prefect").resolve()),
+        "PREFECT_API_URL": f"{url}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "true",
+        # Runs killed with -9 must not keep a concurrency slot; the default storage loses leases with the server.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_CLI_COLORS": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # flows.setup recognises dead workers by it
+        # Pages in the user's browser can reach loopback; they may not read from this server, nor send it JSON.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},{url.replace(HOST, 'localhost')}",
+    }
+    return os.environ | settings | ({"PREFECT_API_AUTH_STRING": password} if password else {})
 
 
 def known_stack(root: Path = Path(".")) -> dict[str, Any]:
     """The stack as `retune up` recorded it; empty if its supervisor is not running."""
-    try:
-        known: dict[str, Any] = read_json(root / STATE)
-    except (OSError, ValueError):
-        return {}
-    return known if lives(known.get("process")) else {}
+    return read_of_living(root / STATE)
 
 
 def running(root: Path = Path(".")) -> str | None:
     """The address of the server that `retune up` started here, if that answers."""
-    url: str | None = known_stack(root).get("url")
-    return url if url and healthy(url) else None
+    url = known_stack(root).get("url")
+    return url if url and answers(f"{url}/api/health") else None
 
 
 @contextmanager
@@ -83,21 +76,12 @@ def for_one_run(root: Path = Path(".")) -> Iterator[str]:
         end_group(child, grace=10)
 
 
-def healthy(url: str) -> bool:
-    """Whether a healthy Prefect server answers at `url`."""
-    try:
-        return json.loads(send(f"{url}/api/health", timeout_s=5)) is True
-    except (HttpError, ValueError):
-        return False
-
-
 def answers(url: str) -> bool:
-    """Whether a GET of `url` succeeds."""
+    """Whether the health page at `url` says what Prefect's or MLflow's says, and not what any other program may."""
     try:
-        send(url, timeout_s=5)
+        return send(url, timeout_s=5).strip() in (b"true", b"OK")
     except HttpError:
         return False
-    return True
 
 
 def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
@@ -107,10 +91,8 @@ def post(url: str, path: str, body: Any, password: str | None = None) -> Any:
         time.sleep(pause)
         try:
             return json.loads(send(f"{url}/api/{path}", body, auth=(user, secret) if user else None) or b"{}")
-        except ValueError:
-            return None
-        except HttpError as error:
-            if error.status != BUSY:
+        except (HttpError, ValueError) as error:
+            if getattr(error, "status", None) != BUSY:
                 return None
     return None
 
@@ -136,7 +118,7 @@ def _start(root: Path, port: int) -> subprocess.Popen[str]:
     command = python_ending_with_parent("prefect", "server", "start", "--host", HOST, "--port", str(port))
     child = start_logged(command, root / LOGS / "prefect-server.log", root, environment(root, url))
     try:
-        wait_for("prefect-server", lambda: healthy(url), lambda: child.poll() is not None)
+        wait_for("prefect-server", lambda: answers(f"{url}/api/health"), lambda: child.poll() is not None)
     except BaseException:
         end_group(child, grace=5)
         raise

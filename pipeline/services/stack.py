@@ -22,6 +22,7 @@ import psutil
 
 from pipeline.core.files import WORK_DIR, write_json, write_text
 from pipeline.core.handover import make_clone
+from pipeline.core.pages import templates
 from pipeline.core.processes import ending_with_parent, identity, python_ending_with_parent, start_logged
 from pipeline.core.run_lock import RunUnderWay, only_run
 from pipeline.params import Params
@@ -37,34 +38,6 @@ SOCKET = WORK_DIR / "supervisor.sock"
 SHORT_FOLDER = "/proc/self/cwd/" if sys.platform == "linux" else ""
 POOLS = {"cpu": None, "gpu": 1}  # concurrency limits
 STATES = {"FATAL": "failed", "BACKOFF": "restarting", "EXITED": "restarting"}  # supervisord's, in plain words
-SUPERVISOR = """\
-[supervisord]
-logfile={logs}/supervisor.log
-childlogdir={logs}
-pidfile={work}/supervisor.pid
-silent=true
-[unix_http_server]
-file={socket}
-chmod=0600
-[rpcinterface:supervisor]
-supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
-"""
-# A program that ends within 20 seconds of its start, five times in a row, stays down.
-PROGRAM = """\
-[program:{name}]
-command={command}
-environment={environment}
-priority={priority}
-autostart=false
-autorestart=true
-startsecs=20
-startretries=5
-stopwaitsecs=15
-stopasgroup=true
-killasgroup=true
-redirect_stderr=true
-stdout_logfile={logs}/{name}.log
-"""
 
 
 @dataclass(frozen=True)
@@ -98,11 +71,7 @@ def services(params: Params) -> list[Service]:
 
 
 def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None, root: Path = Path(".")) -> Params:
-    """`params` with the ports of the command line.
-
-    Raises:
-        ServerError: a stack runs here on other ports.
-    """
+    """`params` with the ports of the command line. Raises ServerError: a stack runs here on other ports."""
     given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port}
     update = {key: port for key, port in given.items() if port is not None}
     urls = {each["name"]: each["url"] for each in server.known_stack(root).get("services", []) if each["url"]}
@@ -114,11 +83,7 @@ def with_ports(params: Params, prefect_port: int | None, mlflow_port: int | None
 
 
 def up(params: Params, root: Path = Path("."), on_wait: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Start the stack in the background and wait until it works; returns its state. A running stack is left alone.
-
-    Raises:
-        ServerError: a port is taken, or a service did not start; nothing is left running.
-    """
+    """Start the stack, unless it runs; returns its state when it works. Raises ServerError: nothing runs then."""
     if server.known_stack(root).get("ready"):
         return state(root)
     down(root)  # leftovers of an interrupted `up` or a killed supervisor
@@ -216,16 +181,15 @@ def end_marked(root: Path, grace: float) -> None:
 
 
 def _write_config(root: Path, stack: list[Service]) -> None:
-    clone = str((root / CLONE).resolve())
-    text = SUPERVISOR.format(logs=LOGS, work=WORK_DIR, socket=f"{SHORT_FOLDER}{SOCKET}")
-    for number, service in enumerate(stack):
+    clone, programs = str((root / CLONE).resolve()), []
+    for service in stack:
         variables = {}
         if service.name == "gpu-worker":  # it runs its clone's code
             variables = {"RETUNE_ROOT": clone, "PYTHONPATH": os.pathsep.join([clone, os.environ.get("PYTHONPATH", "")])}
         command = shlex.join(ending_with_parent([sys.executable, "-m", *service.arguments], parent=0))
-        settings = ",".join(f'{key}="{value}"' for key, value in variables.items())
-        values = {"command": command.replace("%", "%%"), "environment": settings.replace("%", "%%")}
-        text += PROGRAM.format(name=service.name, priority=number, logs=LOGS, **values)
+        programs.append((service.name, command, ",".join(f'{key}="{value}"' for key, value in variables.items())))
+    template = templates.environment(Path(__file__).parent, html=False).get_template("supervisor.ini.jinja")
+    text = template.render(logs=LOGS, work=WORK_DIR, socket=f"{SHORT_FOLDER}{SOCKET}", programs=programs)
     (root / SOCKET).unlink(missing_ok=True)
     write_text(root / CONFIG, text)
 
@@ -239,9 +203,7 @@ def _ask(root: Path, method: str, *arguments: Any) -> Any:
         with chdir(root):
             return getattr(ServerProxy("http://127.0.0.1", transport).supervisor, method)(*arguments)
     except Fault as error:
-        raise ServerError(
-            f"supervisord's {method} failed: {error.faultString}; its log is {LOGS / 'supervisor.log'}"
-        ) from None
+        raise ServerError(f"supervisord's {method} failed: {error.faultString}; its log is in {LOGS}") from None
 
 
 def _prepare_server(root: Path, params: Params, url: str) -> None:
@@ -269,6 +231,5 @@ def _require_free(service: Service) -> None:
             probe.bind((HOST, port))
         except OSError:
             raise ServerError(
-                f"port {port} for {service.name} is used by another program; choose another with `retune up {option}` "
-                "or in params.yaml, section operations"
+                f"port {port} for {service.name} is used by another program; choose another with `retune up {option}`"
             ) from None
