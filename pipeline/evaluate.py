@@ -14,7 +14,7 @@ from pipeline.core.progress import note
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
-from pipeline.scoring.classification import class_provenance, compute_logits, make_predictions, score_classes
+from pipeline.scoring.classification import class_provenance, compute_logits, score_classes
 from pipeline.scoring.general import GeneralRow, general_items, measure_forgetting, read_general
 from pipeline.scoring.generation import generate
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
@@ -167,7 +167,7 @@ def _evaluate_classes(
     with untuned(model, contract["model"], labels) as base:
         logits["base"] = compute_logits(base, encoder, rows, params.batch_size, "evaluate", "the base")
     items = {
-        system: score_classes(test, make_predictions(logits[system], labels)).append_column(
+        system: score_classes(test, logits[system], labels).append_column(
             "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
         )
         for system in ("base", "adapter")

@@ -68,7 +68,7 @@ def compute_logits(
     return np.stack(logits)[np.argsort(order)]
 
 
-def make_predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Prediction]:
+def _make_predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Prediction]:
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     best = probabilities.argmax(axis=1)
@@ -91,15 +91,16 @@ def classify(folder: Path, conversations: Sequence[list[Message]], batch_size: B
     rows = [encoder.prompt(messages)[1] for messages in conversations]
     model = load_for_scoring(local_source(folder), None, contract["labels"])
     logits = compute_logits(model, encoder, rows, batch_size, "classify", "the model")
-    return make_predictions(logits, contract["labels"])
+    return _make_predictions(logits, contract["labels"])
 
 
-def score_classes(test: pa.Table, predictions: list[Prediction]) -> pa.Table:
+def score_classes(test: pa.Table, logits: NDArray[np.float32], labels: Sequence[str]) -> pa.Table:
     """Every test text with its class and the predicted one, (N rows).
 
     Columns: as `score_items`, plus `confidence` and `probabilities`, without `answer_ids`; metrics of texts are null.
     """
     items = test.select(["id", "task", "language", "group", "scoring", "prompt", "reference"])
+    predictions = _make_predictions(logits, labels)
     predicted = [prediction.label for prediction in predictions]
     references = test.column("reference").to_pylist()
     right = pa.array([float(a == b) for a, b in zip(predicted, references, strict=True)], pa.float64())

@@ -69,9 +69,8 @@ def count(config: PreTrainedConfig, params: TrainParams) -> Counts:
 
 def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
     text = config.get_text_config()
-    layers, hidden = text.num_hidden_layers, text.hidden_size
     query_width, key_width = attention_widths(text)
-    feedforward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    feedforward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     auto = AutoModelForSequenceClassification if params.task == CLASSIFICATION else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,7 +83,6 @@ def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
             if isinstance(module, torch.nn.Linear | Conv1D) and not f"{name}.".startswith(not_quantised)
         ]
         experts = [parameter for _, parameter in expert_parameters(model)]
-        gated = any("gate" in name for name, _ in model.named_parameters())
         parameters = model.num_parameters()
         head = 0 if params.task == CLASSIFICATION else model.get_output_embeddings().weight.numel()
         settings = adapter_config(params, model)
@@ -93,17 +91,16 @@ def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
     if experts:
         per_token = getattr(text, "top_k_experts", None) or text.num_experts_per_tok  # Gemma 4's name, the usual name
         shared = getattr(text, "n_shared_experts", None) or 0
-        expert_width = getattr(text, "moe_intermediate_size", None) or feedforward
-        feedforward = expert_width * (per_token + shared)
+        feedforward = (getattr(text, "moe_intermediate_size", None) or feedforward) * (per_token + shared)
         active += sum(p.numel() for p in experts) * per_token // experts[0].shape[0]
     return Counts(
-        layers=layers,
-        hidden=hidden,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
         query_width=query_width,
         key_width=key_width,
         heads=max(layer.num_attention_heads for layer in text.per_layer_config),
         feedforward_width=feedforward,
-        gated=gated,
+        gated=any("gate" in name for name, _ in tuned.named_parameters()),
         attention_dropout=attention_dropout(text),
         parameters=parameters,
         trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
