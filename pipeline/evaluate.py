@@ -16,9 +16,8 @@ from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
 from pipeline.scoring.classification import class_provenance, compute_logits, score_classes
 from pipeline.scoring.general import GeneralRow, general_items, measure_forgetting, read_general
-from pipeline.scoring.generation import generate
+from pipeline.scoring.generation import generate, kept_file
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
-from pipeline.scoring.kept import kept_file
 from pipeline.scoring.likelihood import Losses, reference_losses, sequence_losses
 from pipeline.scoring.vllm import vllm_tokens
 from pipeline.weights.loading import use_free_cores
@@ -43,19 +42,16 @@ def evaluate(
     """Score the adapter and its base, quantised as in training, on the same test prompts.
 
     Writes to `output`: `scores.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
-    others 0–1), `items.base.parquet` and `items.adapter.parquet` (every answer with its scores), `prompts.json`
-    (answers to `params.prompts`), `evaluation.json` (what the scores depend on: test split, decoding, signatures) and
-    `report.md` and `report.html`; with `params.general` also `general.json`, `general.base.parquet` and
-    `general.adapter.parquet`. Returns the content of `scores.json`.
+    others 0–1), which it returns; for each system `items.*.parquet` (every answer with its scores) and, with
+    `params.general`, `general.*.parquet`; `prompts.json` (answers to `params.prompts`), `evaluation.json` (what the
+    scores depend on: test split, decoding, signatures) and the report.
 
     Args:
         kept: folder for answers, from which a later run continues: after a kill, or with other metrics.
 
     Raises:
-        TemplateError: base, tokenizer or template differ from those that dataset and adapter were made with.
-        ModelError: the adapter is missing or does not fit the base.
-        GeneralError: `params.general` is not the pinned file, or one of its rows cannot be used.
-        BackendError: `params.backend` cannot be used here.
+        TemplateError, ModelError: base or template differ from those of dataset and adapter, or do not fit them.
+        GeneralError, BackendError: `params.general` or `params.backend` cannot be used.
     """
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
@@ -76,12 +72,10 @@ def _evaluate_answers(
     """`evaluate` for a model that answers in text."""
     template, test = load_contract(contract), test_items(dataset, params.max_samples)
     quantisation = read_json(adapter / "training.json")["quantisation"]
-    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
+    prompts, tools, lengths = (test.column(name).to_pylist() for name in ("input_ids", "tools", "answer_tokens"))
     auto = params.max_new_tokens == "auto"
-    if auto:
-        params = params.model_copy(update={"max_new_tokens": answer_limit(contract["max_answer_tokens"])})
-    limit = int(params.max_new_tokens)
-    lengths = test.column("answer_tokens").to_pylist()
+    limit = answer_limit(contract["max_answer_tokens"]) if auto else int(params.max_new_tokens)
+    params = params.model_copy(update={"max_new_tokens": limit})
     if long := sum(length > limit for length in lengths):
         note(
             f"{long:,} of {len(lengths):,} reference answers have more tokens than evaluate.max_new_tokens ({limit}); "
@@ -89,9 +83,8 @@ def _evaluate_answers(
         )
     vllm_answers: dict[str, list[Answer]] = {}  # of each system to the test split
     if params.backend == "vllm":  # before another copy of the base is on the GPU
-        tokens = vllm_tokens(
-            contract["model"], adapter, prompts, limit, template.stop_ids, quantisation["load_in_4bit"]
-        )
+        in_4bit = quantisation["load_in_4bit"]
+        tokens = vllm_tokens(contract["model"], adapter, prompts, limit, template.stop_ids, in_4bit)
         for system, ids in tokens.items():
             vllm_answers[system] = [read_answer(template, *row) for row in zip(prompts, ids, tools, strict=True)]
     model = load_tuned(contract["model"], quantisation, adapter)

@@ -46,8 +46,9 @@ from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
 from pipeline.train import train
 from pipeline.training.methods import adapter_config
-from pipeline.training.targets import MethodError, describe_experts, target_modules
+from pipeline.training.targets import describe_experts, target_modules
 from pipeline.training.trainer import AdapterTrainer
+from pipeline.training.watching import TrainError
 from pipeline.weights.loading import load_base
 from pipeline.weights.merging import MergeError
 from pipeline.weights.placement import load_tuned, untuned
@@ -149,7 +150,7 @@ def test_a_family_is_trained_evaluated_and_merged(
     attention = {"lora_target_modules": "attention"} if family in EXPERTS and method in LINEAR_ONLY else {}
     settings = short(params, method, **UNPACKED.get(family, {}), **attention)
     if (family, method) == ("deepseek_v3", "prefix"):  # its cache is compressed
-        with pytest.raises(MethodError, match="deepseek_v3"):
+        with pytest.raises(TrainError, match="deepseek_v3"):
             train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
         return
     result = train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
@@ -273,7 +274,7 @@ def test_a_module_that_cannot_be_trained_is_refused_with_the_possible_names(
     params: Params, family: str, method: str, name: str, possible: str
 ) -> None:
     model = on_meta(family)
-    with pytest.raises(MethodError, match=f"names {name}.*{possible}"):
+    with pytest.raises(TrainError, match=f"names {name}.*{possible}"):
         adapter_config(short(params, method, lora_target_modules=[name]).train, model)
 
 
@@ -305,7 +306,7 @@ def test_only_text_layers_of_a_model_for_images_are_trained(params: Params, targ
 def test_methods_and_dropout_that_cannot_train_experts_are_refused(params: Params, change: dict[str, Any]) -> None:
     model = on_meta("mixtral")
     key = next(iter(change))
-    with pytest.raises(MethodError, match=rf"train\.{key} is .*experts\.down_proj"):
+    with pytest.raises(TrainError, match=rf"train\.{key} is .*experts\.down_proj"):
         adapter_config(short(params, change.pop("method", "lora"), **change).train, model)
     adapter_config(short(params, "lora", lora_target_modules="attention", **change).train, model)
 
@@ -315,7 +316,7 @@ def test_settings_that_loading_refuses_are_refused_before_the_first_step(
 ) -> None:
     monkeypatch.setattr("pipeline.core.vetting.DENIED", (*DENIED, "lora_alpha"))
     monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("training has begun"))
-    with pytest.raises(MethodError, match="lora_alpha = "):
+    with pytest.raises(TrainError, match="lora_alpha = "):
         train(short(params, "lora").train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
 
 
@@ -327,5 +328,5 @@ def test_an_adapter_that_peft_does_not_find_again_is_refused_before_the_first_st
         **HEADS, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     dataset = of_family(params, data, config, tmp_path)
-    with pytest.raises(MethodError, match="missing weights .*experts"):
+    with pytest.raises(TrainError, match="missing weights .*experts"):
         train(short(params, "lora").train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")

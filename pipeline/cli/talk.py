@@ -98,8 +98,7 @@ def predict(
     from pipeline.core.combinations import CLASSIFICATION
     from pipeline.core.files import WORK_DIR
     from pipeline.scoring.classification import classify
-    from pipeline.scoring.generation import generate
-    from pipeline.scoring.kept import kept_file
+    from pipeline.scoring.generation import generate, kept_file
     from pipeline.weights.loading import use_free_cores
 
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")

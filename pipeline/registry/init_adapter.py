@@ -34,10 +34,10 @@ def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
     """The folder of the adapter to start from, with its files checked; None to start with a new adapter.
 
     Raises:
-        InitError: the folder has no adapter, or one with another digest.
+        TrainError: the folder has no adapter, or one with another digest.
         StoreError, SignatureError: the version is damaged, or publish.require_signature is on and it is not signed.
     """
-    from pipeline.training.warm_start import InitError  # imports torch, which `pin_champion` does not need
+    from pipeline.training.watching import TrainError  # imports torch, which `pin_champion` does not need
 
     name: str | None = params.train.init_adapter
     if name == "none":
@@ -51,9 +51,9 @@ def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
         path, digest = name.rsplit("@", 1)
         weights = root / path / "adapter_model.safetensors"
         if not weights.is_file():
-            raise InitError(f"train.init_adapter names {path}, which has no adapter_model.safetensors")
+            raise TrainError(f"train.init_adapter names {path}, which has no adapter_model.safetensors")
         if (actual := sha256_file(weights)) != digest:
-            raise InitError(f"{weights} has the sha256 {actual}; train.init_adapter has {digest}")
+            raise TrainError(f"{weights} has the sha256 {actual}; train.init_adapter has {digest}")
         return root / path
     model = RegisteredModel(params.publish, root)
     return model.fetch_signed(model.manifest(name), "adapter")

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.chat import Message
 from pipeline.chat.template import local_source
@@ -54,15 +55,14 @@ def compute_logits(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the longest first
     logits: list[NDArray[np.float32]] = []  # in this order
     while remaining := [rows[i] for i in order[len(logits) :]]:
-        width = len(remaining[0])
 
-        def attempt(size: int, rows: list[list[int]] = remaining, width: int = width) -> NDArray[np.float32]:
-            ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows[:size]], device=device)  # (B, T)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows[:size]], device=device)
-            batch: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
-            return batch
+        def attempt(size: int, rows: list[list[int]] = remaining) -> NDArray[np.float32]:
+            batch = [torch.tensor(row, device=device) for row in rows[:size]]
+            ids = pad_sequence(batch, batch_first=True, padding_value=pad)  # (B, T)
+            mask = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True)
+            return model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
 
-        size, batch = in_fitting_batch(min(size, len(remaining)), attempt, f"text of {width} tokens")
+        size, batch = in_fitting_batch(min(size, len(remaining)), attempt, f"text of {len(remaining[0])} tokens")
         logits += list(batch)
         progress.update(len(logits))
     return np.stack(logits)[np.argsort(order)]
@@ -101,8 +101,7 @@ def score_classes(test: pa.Table, logits: NDArray[np.float32], labels: Sequence[
     """
     items = test.select(["id", "task", "language", "group", "scoring", "prompt", "reference"])
     predictions = _make_predictions(logits, labels)
-    predicted = [prediction.label for prediction in predictions]
-    references = test.column("reference").to_pylist()
+    predicted, references = [prediction.label for prediction in predictions], test["reference"].to_pylist()
     right = pa.array([float(a == b) for a, b in zip(predicted, references, strict=True)], pa.float64())
     columns: dict[str, pa.Array] = {
         "prompt_tokens": pa.array(map(len, test.column("input_ids").to_pylist()), pa.int32()),

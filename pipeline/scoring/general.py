@@ -68,10 +68,8 @@ def read_general(params: GeneralParams, template: ChatTemplate, context: int | N
             raise GeneralError(f"{row.source} has {len(ids)} tokens, but the model's context is {context}")
         answered = row.scoring == "exact" and not last.get("tool_calls")
         sequence = (ids, [-100] * len(prompt) + encoded.labels[len(prompt) :])
-        reference = str(last.get("content") or "")
-        general.append(
-            GeneralRow(row.source, row.group or row.source, reference, sequence, prompt if answered else None)
-        )
+        text, group = str(last.get("content") or ""), row.group or row.source
+        general.append(GeneralRow(row.source, group, text, sequence, prompt if answered else None))
     return general
 
 
@@ -103,15 +101,11 @@ def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], loss
 def measure_forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams) -> dict[str, Any]:
     """Scores of base and adapter with intervals, and how much worse the adapter is (perplexity: relative to the base).
 
-    Args:
-        before, after: `general_items` of the base and of the adapter.
+    `before` and `after` are `general_items` of the base and of the adapter.
     """
     base, adapter = (table_scores(t, METRICS, params.bootstrap_samples, params.seed) for t in (before, after))
-    lost: dict[str, float | None] = {}
+    lost: dict[str, float | None] = dict.fromkeys(METRICS)
     for metric in METRICS:
-        old, new = base[metric], adapter[metric]
-        if old is None or new is None:
-            lost[metric] = None
-        else:
+        if (old := base[metric]) and (new := adapter[metric]):
             lost[metric] = difference(metric, new, old) * (1 if metric in LOWER_IS_BETTER else -1)
     return {"rows": len(before), "base": base, "adapter": adapter, "lost": lost}

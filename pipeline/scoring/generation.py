@@ -2,9 +2,14 @@
 
 Rows in a batch are rounded differently, in the last bits, than a single row. If two tokens are about equally likely, an
 answer may therefore depend on `batch_size`; the same batch gives the same answers.
+
+Each answer is saved at once in a file of its set of prompts, so that a killed evaluation continues where it stopped.
+The files of the last run stay: another metric or report scores the same answers without generating them again.
 """
 
+import json
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,11 @@ from transformers import GenerationConfig
 
 from pipeline.chat.responses import Answer, read_answer
 from pipeline.chat.template import ChatTemplate
+from pipeline.core.dependencies import code_digests
+from pipeline.core.files import sha256_json, write_text
 from pipeline.core.memory import OutOfMemory, free, out_of_memory
 from pipeline.core.progress import Progress, note
 from pipeline.params import BatchSize
-from pipeline.scoring.kept import KeptAnswers
 from pipeline.scoring.slots import SlotBatch, why_no_slots
 from pipeline.weights.architecture import attention_widths
 from pipeline.weights.loading import ModelError, input_device
@@ -39,14 +45,12 @@ def generate(
     tools: Sequence[str | None] | None = None,
     limited_by: str = "evaluate.max_new_tokens",
 ) -> list[Answer]:
-    """Answers to `prompts` (token ids), in their order.
+    """Answers to `prompts` (token ids), in their order; they end where the model's context does.
 
     Args:
-        keep: file of finished answers (`kept_file`), so that a killed run continues; they are not generated again.
+        keep: file of finished answers (`kept_file`), which are not generated again.
         tools: the tools of each prompt, as JSON.
         limited_by: the option that sets `max_new_tokens`, for errors.
-
-    Answers end where the model's context does.
 
     Raises:
         ModelError: a prompt fills the model's context.
@@ -65,6 +69,42 @@ def generate(
         progress.update(len(answers))
     tools = tools or [None] * len(prompts)
     return [read_answer(template, prompts[i], answers[i], tools[i]) for i in range(len(prompts))]
+
+
+def kept_file(
+    folder: Path, model: dict[str, Any], prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int]
+) -> Path:
+    """The file in `folder` for a model's answers; its name is a digest of everything that they depend on.
+
+    `model` identifies the model (digests of base and adapter, …).
+    """
+    depends_on = {
+        "model": model,
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "stop_ids": sorted(stop_ids),
+        "code": code_digests("pipeline.scoring.generation"),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+    }
+    return folder / f"{sha256_json(depends_on)}.jsonl"
+
+
+class KeptAnswers(dict[int, list[int]]):
+    """An answer's tokens by the number of its prompt, read from `path`; a new one is appended there."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        if path is not None:
+            lines = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+            self.update(map(json.loads, lines.splitlines()))  # without a last line that a kill cut short
+            write_text(path, f"{lines}\n" if lines else "")
+
+    def __setitem__(self, number: int, answer: list[int]) -> None:
+        super().__setitem__(number, answer)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([number, answer]) + "\n")
 
 
 def answer_limits(config: Any, prompts: Prompts, max_new_tokens: int) -> list[int]:

@@ -20,8 +20,8 @@ from pipeline.core.files import read_json
 from pipeline.core.text import fold
 from pipeline.data.records import TOOL_CALLS
 from pipeline.params import EvaluateParams
+from pipeline.scoring import text_metrics
 from pipeline.scoring.likelihood import Losses
-from pipeline.scoring.metrics import text_metrics
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, slices_of, table_scores
 
 METRICS_FILE = Path(text_metrics.__file__)

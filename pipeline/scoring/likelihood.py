@@ -26,11 +26,9 @@ Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[T]]
 
 def reference_losses(model: Any, template: ChatTemplate, test: pa.Table, stage: str, system: str) -> Losses:
     """The loss of each test item's reference, over the tokens that training would count, with the end token."""
-    columns = [test.column(name).to_pylist() for name in ("messages", "tools", "reference", "input_ids")]
-    rows = list(zip(*columns, strict=True))
-    scoring = test.column("scoring").to_pylist()
+    names = ("messages", "tools", "reference", "input_ids", "scoring")
     sequences = []
-    for (messages, tools, reference, prompt), kind in zip(rows, scoring, strict=True):
+    for messages, tools, reference, prompt, kind in zip(*(test[name].to_pylist() for name in names), strict=True):
         expected: Message = {"role": "assistant", "content": reference}
         if kind == TOOL_CALLS:
             expected |= {"content": "", "tool_calls": as_calls(json.loads(reference))}
@@ -60,8 +58,7 @@ def token_agreement(
     def count_equal(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[int]:
         equal = torch.zeros_like(labelled)
         equal[labelled] = logits.argmax(-1) == tokens
-        counts: list[int] = equal.sum(dim=1).tolist()
-        return counts
+        return equal.sum(dim=1).tolist()
 
     sequences = [(p + a, [-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
     counts = per_sequence(model, sequences, pad, count_equal, stage, f"tokens of {system}")

@@ -16,9 +16,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.params import TrainParams
-from pipeline.training.hardware import HardwareError, uses_liger
+from pipeline.training.hardware import why_no_liger
 from pipeline.training.methods import adapter_config
 from pipeline.training.targets import expert_parameters
+from pipeline.training.watching import TrainError
 from pipeline.weights.architecture import attention_widths
 
 GIB = 2**30
@@ -158,7 +159,7 @@ def _layer_bytes(counts: Counts, params: TrainParams, context: int, on_gpu: bool
     # FlashAttention and PyTorch's varlen take the bounds of rows instead of a mask.
     auto = params.attn_implementation == "auto" and params.packing
     flash = on_gpu and (auto or params.attn_implementation.startswith("flash_attention"))
-    fused = on_gpu and uses_liger(params)
+    fused = on_gpu and why_no_liger(params) is None
     # Two norms, each with its input in float32 and its output, which LoRA reads.
     norms = 2 * counts.hidden * ((width if fused else 4) + width)
     # Queries, output, keys and values; scaled_dot_product_attention with a mask repeats keys and values for all heads.
@@ -197,7 +198,7 @@ def choose_batches(params: TrainParams, counts: Counts | None, gpu: Gpu | None, 
         counts: None if the formula does not know the model's architecture.
 
     Raises:
-        HardwareError: other processes use the memory that the training needs.
+        TrainError: other processes use the memory that the training needs.
     """
     auto = params.per_device_train_batch_size == "auto"
     rows = 1 if auto else int(params.per_device_train_batch_size)
@@ -215,7 +216,7 @@ def choose_batches(params: TrainParams, counts: Counts | None, gpu: Gpu | None, 
         if auto:
             rows = next((n for n in range(per_step, 1, -1) if per_step % n == 0 and peak(n) <= available), 1)
         if available < peak(rows) <= gpu.total * FREE_FRACTION:
-            raise HardwareError(
+            raise TrainError(
                 f"this training needs {peak(rows) / GIB:.1f} GiB; of the {gpu.name}'s {gpu.total / GIB:.1f} GiB, other "
                 f"processes leave {gpu.free / GIB:.1f}; stop them, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )

@@ -1,7 +1,7 @@
 """Checks before training that every frozen layer passes gradients back.
 
 A layer that passes none leaves all layers below it untrained, silently; 4-bit layers on CPUs did so after an inference
-(see `keep_4bit_weights_trainable`).
+(see `fix_4bit_layers`).
 """
 
 from functools import partial

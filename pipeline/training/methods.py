@@ -1,4 +1,7 @@
-"""Builds PEFT's configuration of the adapter from `train.method` and the base; `targets.py` chooses the modules."""
+"""Builds PEFT's configuration of the adapter from `train.method` and the base; `targets.py` chooses the modules.
+
+An adapter to start from (`train.init_adapter`) is refused if its base, method or other settings are different.
+"""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,37 +12,31 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningC
 from transformers import TrainerCallback, TrainerState
 
 from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
+from pipeline.core.files import read_json
 from pipeline.core.vetting import UnsafeModelError, check_adapter
 from pipeline.params import TrainParams
-from pipeline.training.targets import MethodError, feedforward_modules, target_modules, target_parameters
+from pipeline.training.targets import feedforward_modules, target_modules, target_parameters
+from pipeline.training.watching import TrainError
 from pipeline.weights.architecture import base_config, empty_model
-from pipeline.weights.loading import ModelError, load_adapter
+from pipeline.weights.loading import PROMPT, ModelError, is_whole, load_adapter
+
+NAMES = {"r": "train.lora_r", "lora_alpha": "train.lora_alpha", "num_virtual_tokens": "train.num_virtual_tokens"}
 
 
 def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | None:
     """The adapter to train on `model`; None for `full`, which trains the model itself."""
     task = TaskType.SEQ_CLS if params.task == CLASSIFICATION else TaskType.CAUSAL_LM
     new = getattr(model, "new_modules", None) or None  # untrained modules other than the head, which PEFT knows
-    match params.method:
-        case "full":
-            return None
-        case "prefix":
-            return PrefixTuningConfig(task_type=task, num_virtual_tokens=params.num_virtual_tokens)
-        case "prompt":
-            return PromptTuningConfig(task_type=task, num_virtual_tokens=params.num_virtual_tokens)
-        case "ia3":
-            targets = target_modules(params, model)
-            feedforward = feedforward_modules(model, targets)
-            return IA3Config(
-                task_type=task, target_modules=targets, feedforward_modules=feedforward, modules_to_save=new
-            )
-    lora: dict[str, Any] = {
-        "task_type": task,
-        "target_modules": target_modules(params, model),
-        "lora_alpha": params.lora_alpha,
-        "lora_dropout": params.lora_dropout,
-        "modules_to_save": new,
-    }
+    if params.method == "full":
+        return None
+    if params.method in VIRTUAL_TOKENS:
+        virtual = PrefixTuningConfig if params.method == "prefix" else PromptTuningConfig
+        return virtual(task_type=task, num_virtual_tokens=params.num_virtual_tokens)
+    targets = target_modules(params, model)
+    common: dict[str, Any] = {"task_type": task, "target_modules": targets, "modules_to_save": new}
+    if params.method == "ia3":
+        return IA3Config(**common, feedforward_modules=feedforward_modules(model, targets))
+    lora = common | {"lora_alpha": params.lora_alpha, "lora_dropout": params.lora_dropout}
     if params.method == "adalora":
         # The rank starts at 1.5 × lora_r and ends at lora_r on average; `AllocateRanks` sets the steps.
         return AdaLoraConfig(**lora, target_r=params.lora_r, init_r=-(-params.lora_r * 3 // 2), total_step=1 << 30)
@@ -54,14 +51,15 @@ def adapter_config(params: TrainParams, model: torch.nn.Module) -> PeftConfig | 
 
 def require_room_for_virtual_tokens(params: TrainParams, config: Any, max_length: int) -> None:
     """Refuse virtual tokens that the model cannot take, or not together with the longest rows."""
-    if params.method == "prefix" and getattr(config.get_text_config(), "kv_lora_rank", None):
-        raise MethodError(
+    text = config.get_text_config()
+    if params.method == "prefix" and getattr(text, "kv_lora_rank", None):
+        raise TrainError(
             f"train.method is prefix, but {config.model_type} caches compressed keys and values, which PEFT's prefixes "
             "are not; set it to prompt or lora"
         )
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(text, "max_position_embeddings", None)
     if params.method in VIRTUAL_TOKENS and limit and max_length + params.num_virtual_tokens > limit:
-        raise MethodError(
+        raise TrainError(
             f"train.num_virtual_tokens is {params.num_virtual_tokens} and rows have up to {max_length} tokens, but the "
             f"model takes {limit} in all; set prepare.max_length to at most {limit - params.num_virtual_tokens}"
         )
@@ -70,8 +68,7 @@ def require_room_for_virtual_tokens(params: TrainParams, config: Any, max_length
 def require_loadable(model: Any, contract: dict[str, Any], scratch: Path) -> None:
     """Refuse an adapter on `model` that the later stages could not load, before hours are spent on it.
 
-    It is saved in `scratch`. PEFT may save names of modules that it does not find again, or settings that
-    `check_adapter` refuses.
+    PEFT may save (here in `scratch`) names of modules that it does not find again, or settings that are not allowed.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(), TemporaryDirectory(dir=scratch) as folder:  # rows keep the order of the seed
@@ -86,10 +83,49 @@ def require_loadable(model: Any, contract: dict[str, Any], scratch: Path) -> Non
                 load_adapter(base, Path(folder), empty=True)
         except (ModelError, UnsafeModelError) as error:
             reason = str(error).replace(f"{folder}: ", "").replace(f" in {folder}", "")
-            raise MethodError(
+            raise TrainError(
                 f"the adapter of this training could not be loaded again ({reason}); choose other "
                 "train.lora_target_modules or another train.method"
             ) from None
+
+
+def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> None:
+    """Refuse the adapter in `folder` (`train.init_adapter`) if an adapter with `config` cannot start from it."""
+    if is_whole(folder):
+        raise TrainError(f"{folder} is a whole model, not an adapter; set prepare.model_name_or_path to it instead")
+    check_adapter(folder)
+    init_contract = read_json(folder / "contract.json")
+    models = (init_contract["model"], contract["model"])
+    if models[0]["digest"] != models[1]["digest"]:
+        init_base, base = (f"{model['name_or_path']} (digest {model['digest'][:12]})" for model in models)
+        raise TrainError(
+            f"the adapter in {folder} was trained on another base: {init_base}, not {base}; set train.init_adapter to "
+            "none"
+        )
+    if init_contract.get("labels") != contract.get("labels"):
+        raise TrainError(f"the adapter in {folder} has other classes than the dataset; set train.init_adapter to none")
+    saved = PeftConfig.from_pretrained(str(folder))
+    # Settings that change what the weights mean. Which modules have weights is checked when they are loaded.
+    variants = [key for key in vars(config) if key.startswith("use_")]
+    for key in ("peft_type", *NAMES, "feedforward_modules", *variants):
+        values = [getattr(settings, key, None) for settings in (saved, config)]
+        actual, expected = (sorted(v or ()) if key == "feedforward_modules" else getattr(v, "value", v) for v in values)
+        if actual != expected:
+            name = NAMES.get(key, "train.method")
+            raise TrainError(
+                f"the adapter in {folder} has {key} {actual}, but {name} requires {expected}; change {name}, or set "
+                "train.init_adapter to none"
+            )
+
+
+def load_init(model: Any, folder: Path) -> None:
+    """Load the weights of the adapter in `folder` into the new adapter of `model`."""
+    loaded = model.load_adapter(str(folder), "default", is_trainable=True, autocast_adapter_dtype=False)
+    if others := [*loaded.missing_keys, *(key for key in loaded.unexpected_keys if key != PROMPT)]:
+        raise TrainError(
+            f"the adapter in {folder} has other modules than train.lora_target_modules requires (first {others[0]}); "
+            "change that, or set train.init_adapter to none"
+        )
 
 
 class AllocateRanks(TrainerCallback):

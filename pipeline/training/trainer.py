@@ -22,7 +22,7 @@ from pipeline.training.checkpoints import WATCH, find_problem, seal
 from pipeline.training.gradients import checkpoint_activations
 from pipeline.training.packing import Batch, count_tokens, short_row, split_batch
 from pipeline.training.sharding import ShardedTrainer
-from pipeline.training.watching import TrainError, Watch, shortened
+from pipeline.training.watching import TrainError, Watch, say, shortened
 
 
 class AdapterTrainer(ShardedTrainer):
@@ -34,10 +34,8 @@ class AdapterTrainer(ShardedTrainer):
         self.fallbacks: list[Fallback] = [Fallback()]  # the last one applies
         self.micro_batches: list[Batch] = []  # of the current step
         self.uses_fused_head = False
-        step_sequences = (
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        )
-        epoch_steps = math.ceil(len(self.train_dataset) / step_sequences)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        epoch_steps = math.ceil(len(self.train_dataset) / rows)
         watch.eval_steps = None if self.eval_dataset is None else (watch.params.eval_steps or max(epoch_steps, 1))
 
     # --- loss ---
@@ -101,10 +99,8 @@ class AdapterTrainer(ShardedTrainer):
         )
 
     def _train_micro_batch(self, model: Any, inputs: Batch, items: Any) -> torch.Tensor:
-        train = super().training_step
-        loss = torch.stack(
-            [train(model, piece, items) for piece in split_batch(inputs, self.fallbacks[-1].pieces)]
-        ).sum()
+        train, pieces = super().training_step, split_batch(inputs, self.fallbacks[-1].pieces)
+        loss = torch.stack([train(model, piece, items) for piece in pieces]).sum()
         self.watch.add(loss, count_tokens(inputs), inputs["rows"])
         return loss
 
@@ -150,17 +146,14 @@ class AdapterTrainer(ShardedTrainer):
             checkpoint_activations(self.model)
             self.fallbacks.append(Fallback(step, current.pieces, gradient_checkpointing=True))
             how = "with gradient checkpointing"
-        print(f"train · out of memory at step {step}; retrying the same batch {how}", flush=True)
+        say(f"out of memory at step {step}; retrying the same batch {how}")
         free()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         watch, processes = self.watch, self.accelerator.num_processes
-        sums = torch.tensor(
-            [float(watch.step_loss) / processes, watch.step_tokens, watch.interrupted, watch.time_is_up],
-            dtype=torch.float64 if self.args.device.type != "mps" else torch.float32,
-            device=self.args.device,
-        )
+        own = [float(watch.step_loss) / processes, watch.step_tokens, watch.interrupted, watch.time_is_up]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.args.device)
         loss, tokens, interrupted, out_of_time = self.accelerator.reduce(sums, "sum").tolist()
         norm_value = math.nan if norm is None else float(norm)
         # In float16 an infinite norm is normal: the step is skipped and the scale of the loss lowered.
@@ -258,7 +251,7 @@ class AdapterTrainer(ShardedTrainer):
         if self.watch.best is not None and self.watch.params.early_stopping_patience is not None:
             best = self._checkpoint(self.watch.best[1])
             if problem := find_problem(best):
-                print(f"train · skipping {best}, the best checkpoint: {problem}", flush=True)
+                say(f"skipping {best}, the best checkpoint: {problem}")
                 self.watch.best, self.watch.worse = None, 0
 
     def is_finished(self, checkpoint: Path) -> bool:
@@ -278,3 +271,27 @@ class AdapterTrainer(ShardedTrainer):
             return last
         self._load_from_checkpoint(str(self._checkpoint(best[1])))
         return int(best[1])
+
+
+class ClassTrainer(AdapterTrainer):
+    """Trains classifiers on the batches of `ClassCollate`; the loss is a mean over rows."""
+
+    loss_description = "cross-entropy of classes"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # Decoders read the class at the last token that is not padding.
+        options["model"].config.pad_token_id = options["processing_class"].pad_token_id
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = True  # makes transformers count the rows of a whole step
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        rows = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+        nats = torch.nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"], reduction="sum")
+        loss = nats / rows * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def count_targets(self, batch: Batch) -> int:
+        return len(batch["labels"])

@@ -29,7 +29,7 @@ from pipeline.weights.loading import (
     class_settings,
     compute_dtype,
     device,
-    refuse_ragged_blocks,
+    fix_4bit_layers,
 )
 
 
@@ -74,10 +74,7 @@ def auto_class(config: PretrainedConfig) -> Any:
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device: parameters have shapes but take no memory."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = auto_class(config).from_config(
-            deepcopy(config), dtype=torch.float32, trust_remote_code=False
-        )
-    return model
+        return auto_class(config).from_config(deepcopy(config), dtype=torch.float32, trust_remote_code=False)
 
 
 def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
@@ -105,7 +102,7 @@ def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None)
     skip = None if config.problem_type is None else list(UNQUANTISED)
     settings = BitsAndBytesConfig(**quantisation, llm_int8_skip_modules=skip)
     Bnb4BitHfQuantizer(settings, pre_quantized=False).preprocess_model(model, device_map=None)
-    refuse_ragged_blocks(model, config.name_or_path)
+    fix_4bit_layers(model, config.name_or_path)
     return {
         f"{name}.weight": round_trip(quantisation, compute_dtype(), device(), module.source_cls is Conv1D)
         for name, module in model.named_modules()

@@ -40,8 +40,7 @@ class Stored:
 
     def load(self) -> torch.Tensor:
         with safe_open(self.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.name)
-        return tensor
+            return file.get_tensor(self.name)
 
     def size(self, dtype: torch.dtype | None = None) -> int:
         """Size in bytes; floating-point numbers are counted as `dtype` if it is given."""

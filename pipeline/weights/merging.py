@@ -55,7 +55,6 @@ def merge_adapter(
         identity: `model` of the template contract; its Python code is never run.
         quantisation: the 4-bit rounding of the base before the adapter is added; None adds to the base itself.
         dtype: of the written weights; None keeps each in the checkpoint's own type.
-        labels: the classes of a sequence classification model, whose head comes from the adapter.
 
     Raises:
         MergeError: the adapter changes nothing in a module that it targets, or cannot be merged.
