@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftConfig
 from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
@@ -100,12 +101,7 @@ def train(
     model, adapter = _load_model(params, contract, init)
     folder = open_run(params, dataset, checkpoints, init)
     sources = pq.read_table(dataset / "train.parquet", columns=["source"])["source"].to_pylist()
-    attention = model.config._attn_implementation
-    if params.packing:
-        require_isolation(model, train_rows)
-        if params.attn_implementation == "auto":
-            attention = use_packed_attention(model, train_rows)
-    layers = use_liger(model, params)
+    run = _use_fast_paths(params, model, train_rows)
     trainer = _make_trainer(
         params, contract, init, adapter, model=model, watch=Watch(params, sources),
         args=_arguments(params, folder, micro_batch, accumulation),
@@ -114,15 +110,12 @@ def train(
         data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
     )  # fmt: skip
     say(
-        f"attention: {attention} · loss: {trainer.loss_description} · layers: {layers} · {micro_batch} × "
+        f"attention: {run['attention']} · loss: {trainer.loss_description} · layers: {run['layers']} · {micro_batch} × "
         f"{accumulation} sequences per step"
     )
     trained = _run(trainer, params, folder)
-    run = {"attention": attention, "layers": layers, "micro_batch": micro_batch, "threads": threads}
-    _write(
-        trainer, output, portable(contract), portable(_record(params, contract, trained, init)), tables,
-        run | {"resumed_from_step": trained.resumed_from_step},
-    )  # fmt: skip
+    run |= {"micro_batch": micro_batch, "threads": threads, "resumed_from_step": trained.resumed_from_step}
+    _write(trainer, output, portable(contract), portable(_record(params, contract, trained, init)), tables, run)
     return trained
 
 
@@ -139,6 +132,16 @@ def _load_model(params: TrainParams, contract: dict[str, Any], init: Path | None
     if init is not None and adapter is not None:
         methods.check_init(init, contract, adapter)
     return model, adapter
+
+
+def _use_fast_paths(params: TrainParams, model: Any, rows: Dataset) -> dict[str, Any]:
+    """Give `model` the fastest attention and layers that change no result; returns which it has."""
+    attention = model.config._attn_implementation
+    if params.packing:
+        require_isolation(model, rows)
+        if params.attn_implementation == "auto":
+            attention = use_packed_attention(model, rows)
+    return {"attention": attention, "layers": use_liger(model, params)}
 
 
 def _make_trainer(

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.chat import Message
 from pipeline.chat.responses import as_calls
@@ -106,17 +107,14 @@ def _logits_to_keep(labels: list[int], width: int) -> int:
 
 
 def _reduce_batch(model: Any, batch: list[Sequence], pad: int, reduce: Reduce[T]) -> list[T]:
-    device = input_device(model)
-    width = max(len(tokens) for tokens, _ in batch)
+    device, width = input_device(model), len(batch[0][0])
     kept = max(_logits_to_keep(labels, width) for _, labels in batch)
-    ids, labels, mask = (torch.full((len(batch), width), value) for value in (pad, -100, 0))  # (B, T)
-    for row, (tokens, token_labels) in enumerate(batch):
-        ids[row, : len(tokens)], labels[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(token_labels)
-        mask[row, : len(tokens)] = 1
+    rows = [torch.tensor(tokens) for tokens, _ in batch]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad).to(device)  # (B, T)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    labels = pad_sequence([torch.tensor(labels) for _, labels in batch], batch_first=True, padding_value=-100)[:, 1:]
     # Counted from the end, because prompt tuning adds virtual tokens before the text.
-    logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=kept).logits[
-        :, -kept:-1
-    ]
-    labels = labels[:, 1:].to(logits.device)
+    logits = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, -kept:-1]
+    labels = labels.to(logits.device)
     labelled = labels != -100
     return reduce(logits[labelled[:, width - kept :]], labels[labelled], labelled)

@@ -61,56 +61,52 @@ class Counts:
 
 
 def count(config: PreTrainedConfig, params: TrainParams) -> Counts:
-    """The sizes of the model of `config` with the adapter of `params`."""
+    """The sizes of the model of `config` with the adapter of `params`; raises UnplannedError."""
     try:
-        return _count(config, params)
+        text = config.get_text_config()
+        query_width, key_width = attention_widths(text)
+        feedforward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+        auto = AutoModelForSequenceClassification if params.task == CLASSIFICATION else AutoModelForCausalLM
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = auto.from_config(config, dtype=torch.bfloat16)
+            model.requires_grad_(False)
+            not_quantised = tuple(f"{key}." for key in get_keys_to_not_convert(model))
+            linear = [
+                module.weight.numel()
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear | Conv1D) and not f"{name}.".startswith(not_quantised)
+            ]
+            experts = [parameter for _, parameter in expert_parameters(model)]
+            parameters = model.num_parameters()
+            head = 0 if params.task == CLASSIFICATION else model.get_output_embeddings().weight.numel()
+            adapter = adapter_config(params, model)
+            tuned = get_peft_model(model, adapter, autocast_adapter_dtype=False) if adapter else model.requires_grad_()
+        active = sum(linear)
+        if experts:
+            per_token = getattr(text, "top_k_experts", None) or text.num_experts_per_tok  # the first is Gemma 4's name
+            shared = getattr(text, "n_shared_experts", None) or 0
+            feedforward = (getattr(text, "moe_intermediate_size", None) or feedforward) * (per_token + shared)
+            active += sum(p.numel() for p in experts) * per_token // experts[0].shape[0]
+        return Counts(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            query_width=query_width,
+            key_width=key_width,
+            heads=max(layer.num_attention_heads for layer in text.per_layer_config),
+            feedforward_width=feedforward,
+            gated=any("gate" in name for name, _ in tuned.named_parameters()),
+            attention_dropout=attention_dropout(text),
+            parameters=parameters,
+            trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+            quantisable=sum(linear),
+            active=active,
+            largest_layer=max(linear),
+            head=head,
+            adapter_inputs=sum(module.in_features for module in tuned.modules() if hasattr(module, "lora_dropout")),
+        )
     except (AttributeError, TypeError, KeyError, RuntimeError, ImportError) as error:
         raise UnplannedError(f"{config.model_type} ({error})") from None
-
-
-def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
-    text = config.get_text_config()
-    query_width, key_width = attention_widths(text)
-    feedforward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-    auto = AutoModelForSequenceClassification if params.task == CLASSIFICATION else AutoModelForCausalLM
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = auto.from_config(config, dtype=torch.bfloat16)
-        model.requires_grad_(False)
-        not_quantised = tuple(f"{key}." for key in get_keys_to_not_convert(model))
-        linear = [
-            module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and not f"{name}.".startswith(not_quantised)
-        ]
-        experts = [parameter for _, parameter in expert_parameters(model)]
-        parameters = model.num_parameters()
-        head = 0 if params.task == CLASSIFICATION else model.get_output_embeddings().weight.numel()
-        settings = adapter_config(params, model)
-        tuned = get_peft_model(model, settings, autocast_adapter_dtype=False) if settings else model.requires_grad_()
-    active = sum(linear)
-    if experts:
-        per_token = getattr(text, "top_k_experts", None) or text.num_experts_per_tok  # Gemma 4's name, the usual name
-        shared = getattr(text, "n_shared_experts", None) or 0
-        feedforward = (getattr(text, "moe_intermediate_size", None) or feedforward) * (per_token + shared)
-        active += sum(p.numel() for p in experts) * per_token // experts[0].shape[0]
-    return Counts(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        query_width=query_width,
-        key_width=key_width,
-        heads=max(layer.num_attention_heads for layer in text.per_layer_config),
-        feedforward_width=feedforward,
-        gated=any("gate" in name for name, _ in tuned.named_parameters()),
-        attention_dropout=attention_dropout(text),
-        parameters=parameters,
-        trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-        quantisable=sum(linear),
-        active=active,
-        largest_layer=max(linear),
-        head=head,
-        adapter_inputs=sum(module.in_features for module in tuned.modules() if hasattr(module, "lora_dropout")),
-    )
 
 
 def attention_dropout(text_config: Any) -> float:
