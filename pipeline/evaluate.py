@@ -15,10 +15,9 @@ from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
 from pipeline.scoring.classification import class_provenance, compute_logits, score_classes
 from pipeline.scoring.general import general_items, measure_forgetting, read_general
-from pipeline.scoring.generation import generate, kept_file
+from pipeline.scoring.generation import generate, kept_file, vllm_tokens
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
 from pipeline.scoring.likelihood import reference_losses, sequence_losses
-from pipeline.scoring.vllm import vllm_tokens
 from pipeline.weights.loading import use_free_cores
 from pipeline.weights.placement import load_tuned, untuned
 

@@ -3,6 +3,9 @@
 Rows in a batch are rounded differently, in the last bits, than a single row. If two tokens are about equally likely, an
 answer may therefore depend on `batch_size`; the same batch gives the same answers.
 
+vLLM, if it is installed, answers with the unmerged adapter and its base in one engine on a CUDA GPU. It would round a
+base that was quantised for training differently, and so score another model.
+
 Each answer is saved at once in a file of its set of prompts, so that a killed evaluation continues where it stopped.
 The files of the last run stay: another metric or report scores the same answers without generating them again.
 """
@@ -17,11 +20,12 @@ import torch
 from transformers import GenerationConfig
 
 from pipeline.chat.responses import Answer, read_answer
-from pipeline.chat.template import ChatTemplate
+from pipeline.chat.template import ChatTemplate, load_config
 from pipeline.core.dependencies import code_digests
-from pipeline.core.files import sha256_json, write_text
+from pipeline.core.files import read_json, sha256_json, write_text
 from pipeline.core.memory import OutOfMemory, free, out_of_memory
 from pipeline.core.progress import Progress, note
+from pipeline.core.vetting import check_adapter, check_model
 from pipeline.params import BatchSize
 from pipeline.scoring.slots import SlotBatch, why_no_slots
 from pipeline.weights.architecture import attention_widths
@@ -29,7 +33,12 @@ from pipeline.weights.loading import ModelError, input_device
 
 ROWS_ON_A_CPU, MOST_ROWS = 64, 256  # with `batch_size: auto`; beyond 256 rows, a GPU is no faster per row
 CACHE_SHARE = 0.7  # of a GPU's free memory; the rest is for activations, logits and the copy of a growing layer
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # of vLLM's kernels
 Prompts = Sequence[Sequence[int]]
+
+
+class BackendError(ValueError):
+    """The backend in `evaluate.backend` cannot be used here."""
 
 
 @torch.inference_mode()
@@ -180,8 +189,6 @@ def generate_tokens(
 
 def _fastest(model: Any, prompts: Prompts, limits: Sequence[int]) -> Any:
     """The function that answers `prompts` fastest."""
-    if len(prompts) == 1 and input_device(model).type == "cpu":
-        return generate_in_batches  # there is no row to exchange, and no graph
     if reason := why_no_slots(model, prompts, _longest(prompts, limits)):
         note(f"this model answers in fixed batches, each as slow as its longest answer: {reason}")
         return generate_in_batches
@@ -241,3 +248,59 @@ def generate_in_batches(
         for i, new in zip(batch, output, strict=True):
             end = next((k for k, token in enumerate(new) if token in template.stop_ids), len(new))
             yield i, new[: end + 1]
+
+
+def vllm_tokens(
+    identity: dict[str, Any],
+    adapter: Path,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    quantised: bool,
+) -> dict[str, list[list[int]]]:
+    """The new tokens, with the end token, for each prompt, by system (`adapter` and `base`).
+
+    Raises:
+        BackendError: vLLM is not installed, or the base was quantised in training.
+    """
+    if quantised:
+        raise BackendError(
+            "evaluate.backend is vllm, but the adapter was trained on a 4-bit base, which vLLM rounds differently; set "
+            "evaluate.backend to auto, or train.load_in_4bit to false"
+        )
+    try:
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        raise BackendError(
+            f"evaluate.backend is vllm, which cannot be imported ({error}); install it on a machine with a CUDA GPU "
+            "(pip install vllm), or set evaluate.backend to auto"
+        ) from None
+    check_model(identity["name_or_path"], identity["revision"])
+    check_adapter(adapter)
+    limits = answer_limits(load_config(identity), prompts, max_new_tokens)
+    rank = read_json(adapter / "adapter_config.json")["r"]
+    engine = LLM(
+        model=identity["name_or_path"],
+        revision=identity["revision"],
+        trust_remote_code=identity["trust_remote_code"],
+        load_format="safetensors",
+        skip_tokenizer_init=True,  # input and output are token ids
+        enable_lora=True,
+        max_lora_rank=next(known for known in RANKS if known >= rank),
+        enable_prefix_caching=True,
+        max_model_len=max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
+        seed=0,
+    )
+    sampling = [
+        SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=sorted(stop_ids), detokenize=False)
+        for limit in limits
+    ]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    requests = {"adapter": LoRARequest("adapter", 1, str(adapter)), "base": None}
+    return {
+        system: [
+            list(answer.outputs[0].token_ids) for answer in engine.generate(inputs, sampling, lora_request=request)
+        ]
+        for system, request in requests.items()
+    }

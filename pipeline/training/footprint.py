@@ -205,8 +205,8 @@ def choose_batches(params: TrainParams, counts: Counts | None, gpu: Gpu | None, 
         per_step = max(1, round(params.tokens_per_step / length / params.num_processes))
     if gpu is not None and counts is not None and params.strategy not in SHARDED:
 
-        def peak(number: int) -> int:
-            return step_memory(counts, params, number, max(lengths), on_gpu=True)["peak"]
+        def peak(rows: int) -> int:
+            return step_memory(counts, params, rows, max(lengths), on_gpu=True)["peak"]
 
         available = gpu.free * FREE_FRACTION
         if auto:

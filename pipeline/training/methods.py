@@ -3,6 +3,7 @@
 An adapter to start from (`train.init_adapter`) is refused if its base, method or other settings are different.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,10 +74,9 @@ def require_loadable(model: Any, contract: dict[str, Any], scratch: Path) -> Non
     scratch.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(), TemporaryDirectory(dir=scratch) as folder:  # rows keep the order of the seed
         model.save_pretrained(folder)
-        try:
-            base: Any = empty_model(base_config(contract["model"], contract.get("labels")))
-        except ModelError:  # it needs its repository's code
-            base = None
+        base: Any = None
+        with suppress(ModelError):  # it needs its repository's code
+            base = empty_model(base_config(contract["model"], contract.get("labels")))
         try:
             check_adapter(Path(folder))
             if base is not None:
@@ -94,28 +94,22 @@ def check_init(folder: Path, contract: dict[str, Any], config: PeftConfig) -> No
     if is_whole(folder):
         raise TrainError(f"{folder} is a whole model, not an adapter; set prepare.model_name_or_path to it instead")
     check_adapter(folder)
-    init_contract = read_json(folder / "contract.json")
-    models = (init_contract["model"], contract["model"])
+    init_contract, saved, problems = read_json(folder / "contract.json"), PeftConfig.from_pretrained(str(folder)), []
+    models = [init_contract["model"], contract["model"]]
     if models[0]["digest"] != models[1]["digest"]:
-        init_base, base = (f"{model['name_or_path']} (digest {model['digest'][:12]})" for model in models)
-        raise TrainError(
-            f"the adapter in {folder} was trained on another base: {init_base}, not {base}; set train.init_adapter to "
-            "none"
-        )
+        bases = [f"{model['name_or_path']} (digest {model['digest'][:12]})" for model in models]
+        problems.append(f"was trained on another base: {bases[0]}, not {bases[1]}")
     if init_contract.get("labels") != contract.get("labels"):
-        raise TrainError(f"the adapter in {folder} has other classes than the dataset; set train.init_adapter to none")
-    saved = PeftConfig.from_pretrained(str(folder))
+        problems.append("has other classes than the dataset")
     # Settings that change what the weights mean. Which modules have weights is checked when they are loaded.
     variants = [key for key in vars(config) if key.startswith("use_")]
     for key in ("peft_type", *NAMES, "feedforward_modules", *variants):
         values = [getattr(settings, key, None) for settings in (saved, config)]
         actual, expected = (sorted(v or ()) if key == "feedforward_modules" else getattr(v, "value", v) for v in values)
         if actual != expected:
-            name = NAMES.get(key, "train.method")
-            raise TrainError(
-                f"the adapter in {folder} has {key} {actual}, but {name} requires {expected}; change {name}, or set "
-                "train.init_adapter to none"
-            )
+            problems.append(f"has {key} {actual}, but {NAMES.get(key, 'train.method')} requires {expected}")
+    if problems:
+        raise TrainError(f"the adapter in {folder} {problems[0]}; change that, or set train.init_adapter to none")
 
 
 def load_init(model: Any, folder: Path) -> None:
