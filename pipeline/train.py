@@ -32,7 +32,6 @@ from pipeline.training import methods
 from pipeline.training.attention import require_isolation, use_packed_attention
 from pipeline.training.checkpoints import last_checkpoint, open_run, versions
 from pipeline.training.footprint import Gpu, UnplannedError, choose_batches, count
-from pipeline.training.gradients import require_gradients
 from pipeline.training.hardware import require_kernels, use_liger
 from pipeline.training.launch import launch, run_one
 from pipeline.training.packing import ClassCollate, Collate, class_sequences, lengths_of, training_sequences
@@ -121,8 +120,8 @@ def train(
 
 def _load_model(params: TrainParams, contract: dict[str, Any], init: Path | None) -> tuple[Any, PeftConfig | None]:
     """The base model and the configuration of its adapter."""
-    attention = None if params.attn_implementation == "auto" else params.attn_implementation
-    model = load_base(contract["model"], quantisation_of(params), contract.get("labels"), attention)
+    attention = {} if params.attn_implementation == "auto" else {"attn_implementation": params.attn_implementation}
+    model = load_base(contract["model"], quantisation_of(params), contract.get("labels"), **attention)
     if params.method == "full":
         model.float()  # weights are updated in float32; on a GPU autocast computes in bfloat16
     methods.require_room_for_virtual_tokens(params, model.config, contract["max_length"])
@@ -176,7 +175,7 @@ def _make_trainer(
 def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
     """Train, from the last checkpoint in `folder` if there is one; then the model has the weights to save."""
     watch, trainable = trainer.watch, trainer.get_num_trainable_parameters()
-    require_gradients(trainer)
+    methods.require_gradients(trainer)
     watch.remember_start(trainer.model)
     start = last_checkpoint(folder)
     resumed = int(start.name.split("-")[1]) if start else 0

@@ -315,7 +315,7 @@ def test_settings_that_loading_refuses_are_refused_before_the_first_step(
     tmp_path: Path, params: Params, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.core.vetting.DENIED", (*DENIED, "lora_alpha"))
-    monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("training has begun"))
+    monkeypatch.setattr("pipeline.training.methods.require_gradients", lambda _: pytest.fail("training has begun"))
     with pytest.raises(TrainError, match="lora_alpha = "):
         train(short(params, "lora").train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
 
@@ -323,7 +323,7 @@ def test_settings_that_loading_refuses_are_refused_before_the_first_step(
 def test_an_adapter_that_peft_does_not_find_again_is_refused_before_the_first_step(
     tmp_path: Path, params: Params, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("training has begun"))
+    monkeypatch.setattr("pipeline.training.methods.require_gradients", lambda _: pytest.fail("training has begun"))
     config = LagunaConfig(  # PEFT 0.21 saves its shared experts under names that it does not load
         **HEADS, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip

@@ -20,8 +20,6 @@ from pipeline.core.progress import note
 from pipeline.params import TrainParams
 from pipeline.training.watching import Interrupted, TrainError
 
-INTERRUPTED, FAILED = 75, 1  # exit statuses of a process (75 is EX_TEMPFAIL in sysexits.h: try again)
-
 
 def launch(params: TrainParams, **folders: Path | None) -> dict[str, Any]:
     """Run `train` with its `folders` in `params.num_processes` processes; returns its result as a dictionary."""
@@ -77,11 +75,11 @@ def run_one(job_file: str, train: Callable[..., Any]) -> int:
     try:
         status, result = 0, asdict(train(TrainParams.model_validate_json(job["params"]), **folders))
     except Interrupted as error:
-        status, result = INTERRUPTED, {"interrupted": str(error)}
+        status, result = 1, {"interrupted": str(error)}
     except ValueError as error:
         if first:
             note(f"train: {error}")
-        return FAILED
+        return 1
     if first:
         write_json(Path(job["result"]), result)
     return status

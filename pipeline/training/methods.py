@@ -1,9 +1,11 @@
 """Builds PEFT's configuration of the adapter from `train.method` and the base; `targets.py` chooses the modules.
 
-An adapter to start from (`train.init_adapter`) is refused if its base, method or other settings are different.
+Before a training, it refuses an adapter to start from with other settings (`train.init_adapter`), an adapter that later
+stages could not load, and frozen layers that pass no gradient.
 """
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +18,9 @@ from pipeline.core.combinations import CLASSIFICATION, VIRTUAL_TOKENS
 from pipeline.core.files import read_json
 from pipeline.core.vetting import UnsafeModelError, check_adapter
 from pipeline.params import TrainParams
+from pipeline.training.packing import short_row
 from pipeline.training.targets import feedforward_modules, target_modules, target_parameters
-from pipeline.training.watching import TrainError
+from pipeline.training.watching import TrainError, shortened
 from pipeline.weights.architecture import base_config, empty_model
 from pipeline.weights.loading import PROMPT, ModelError, is_whole, load_adapter
 
@@ -122,6 +125,54 @@ def load_init(model: Any, folder: Path) -> None:
         )
 
 
+def require_gradients(trainer: Any) -> None:
+    """Run one short row forward and backward, without a step; refuse a frozen layer that passes no gradient back.
+
+    It leaves all layers below it untrained, silently; 4-bit layers on CPUs did so after an inference.
+    """
+    model = trainer.model.train()
+    if trainer.args.activation_checkpointing:  # the trainer turns it on only when training starts
+        trainer.checkpoint_activations()
+    entered, reached, passed, hooks = set[str](), set[str](), set[str](), list[Any]()
+
+    def mark(names: set[str], name: str, gradient: torch.Tensor) -> None:
+        if gradient.any():
+            names.add(name)
+
+    def enter(name: str, _: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not arguments or not isinstance(arguments[0], torch.Tensor) or not arguments[0].requires_grad:
+            return None  # the first layers: nothing below them is trained
+        view: Any = arguments[0].view_as(arguments[0])  # layers share an input, and the hook must see only its own
+        view.register_hook(partial(mark, passed, name))
+        entered.add(name)
+        return view, *arguments[1:]
+
+    def leave(name: str, _: Any, __: Any, output: Any) -> None:
+        if name in entered and getattr(output, "requires_grad", False):
+            output.register_hook(partial(mark, reached, name))
+
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")  # not module.weight: PEFT's wrappers return that of the inner layer
+        if weight is not None and weight.dim() == 2 and not weight.requires_grad:
+            hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+            hooks.append(module.register_forward_hook(partial(leave, name)))
+    try:
+        batch = trainer._prepare_inputs(trainer.data_collator([short_row(trainer.train_dataset)]))
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, batch)
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    blocked = sorted(reached - passed)
+    if blocked:
+        raise TrainError(
+            f"{len(blocked)} frozen layers pass no gradient back, so the layers below them cannot learn: "
+            f"{shortened(blocked)}; set train.load_in_4bit to false"
+        )
+
+
 class AllocateRanks(TrainerCallback):
     """AdaLoRA's schedule and regulariser, which PEFT leaves to the training loop (Zhang et al. 2023, algorithm 1).
 
@@ -144,8 +195,7 @@ class AllocateRanks(TrainerCallback):
             if p.requires_grad and ("lora_A" in name or "lora_B" in name):
                 product = p @ p.T if "lora_A" in name else p.T @ p
                 deviations.append(torch.linalg.norm(product - torch.eye(len(product), device=p.device)))
-        regulariser: torch.Tensor = self.config.orth_reg_weight * torch.stack(deviations).mean()
-        torch.autograd.backward(regulariser)
+        torch.autograd.backward(self.config.orth_reg_weight * torch.stack(deviations).mean())
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.adalora.update_and_allocate(state.global_step)

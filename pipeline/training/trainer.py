@@ -19,7 +19,6 @@ from trl.trainer import add_fused_lm_head
 from pipeline.core.files import read_json, write_json
 from pipeline.core.memory import Fallback, OutOfMemory, free, out_of_memory
 from pipeline.training.checkpoints import WATCH, find_problem, seal
-from pipeline.training.gradients import checkpoint_activations
 from pipeline.training.packing import Batch, count_tokens, short_row, split_batch
 from pipeline.training.sharding import ShardedTrainer
 from pipeline.training.watching import TrainError, Watch, say, shortened
@@ -143,11 +142,15 @@ class AdapterTrainer(ShardedTrainer):
                 "memory (`retune plan` says how much)"
             )
         else:
-            checkpoint_activations(self.model)
+            self.checkpoint_activations()
             self.fallbacks.append(Fallback(step, current.pieces, gradient_checkpointing=True))
             how = "with gradient checkpointing"
         say(f"out of memory at step {step}; retrying the same batch {how}")
         free()
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each layer's activations in the backward pass instead of keeping them."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -247,7 +250,7 @@ class AdapterTrainer(ShardedTrainer):
             self.load_before_sharding(checkpoint)
         self.fallbacks = [Fallback(**fallback) for fallback in state["fallbacks"]]
         if self.fallbacks[-1].gradient_checkpointing:
-            checkpoint_activations(self.model)
+            self.checkpoint_activations()
         if self.watch.best is not None and self.watch.params.early_stopping_patience is not None:
             best = self._checkpoint(self.watch.best[1])
             if problem := find_problem(best):

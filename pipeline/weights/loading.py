@@ -91,18 +91,14 @@ def record_dtype(folder: Path) -> None:
 
 
 def load_base(
-    identity: dict[str, Any],
-    quantisation: Quantisation | None = None,
-    labels: list[str] | None = None,
-    attn_implementation: str | None = None,
-    **placement: Any,
+    identity: dict[str, Any], quantisation: Quantisation | None = None, labels: list[str] | None = None, **options: Any
 ) -> PreTrainedModel:
     """Load the base model of a contract in `compute_dtype()`, or quantised to 4 bits.
 
     Args:
         identity: `model` of the template contract (name_or_path, revision, trust_remote_code).
         labels: the classes of a sequence classification model; a missing head is initialised with a fixed seed.
-        placement: `device_map`, `max_memory` and so on, as in transformers; by default all weights are on `device()`.
+        options: `attn_implementation`, `device_map` and so on of transformers; by default all weights on `device()`.
 
     Raises:
         ModelError: the model cannot be loaded from safetensors, or not be computed in 4 bits on a CPU.
@@ -127,9 +123,8 @@ def load_base(
                 **quantised,
                 **class_settings(labels),
                 dtype=compute_dtype(),
-                **({"device_map": {"": device()}} | placement),
+                **({"device_map": {"": device()}} | options),
                 use_safetensors=True,
-                attn_implementation=attn_implementation,
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"{identity['name_or_path']} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -200,23 +195,20 @@ def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = F
     check_adapter(folder)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
+    misfit = f"the adapter in {folder} does not fit {base.config.name_or_path}"
     try:
         with _placeholders(base, config), warnings.catch_warnings():
             warnings.filterwarnings("ignore", PEFT_WARNINGS)
             model = base if isinstance(base, PeftModel) else get_peft_model(base, config, name, low_cpu_mem_usage=empty)
             loading_info = model.load_adapter(str(folder), name, low_cpu_mem_usage=empty)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
+        raise ModelError(f"{misfit}: {str(error).splitlines()[0]}") from None
     # PEFT ignores both, but half an adapter must not pass for a whole one. It lists the embeddings of prompt and prefix
     # tuning as unexpected, although it loads them and checks their shape.
     unexpected = [key for key in loading_info.unexpected_keys if not (config.is_prompt_learning and key == PROMPT)]
     for kind, keys in (("missing", loading_info.missing_keys), ("unexpected", unexpected)):
         if keys:
-            raise ModelError(
-                f"the adapter in {folder} does not fit {base.config.name_or_path}: {len(keys)} {kind} weights "
-                f"(first {keys[0]})"
-            )
+            raise ModelError(f"{misfit}: {len(keys)} {kind} weights (first {keys[0]})")
     return model.eval()
 
 
