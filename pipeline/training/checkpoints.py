@@ -73,8 +73,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest valid checkpoint in `folder`; prints why it skips others."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for checkpoint in newest_first:
-        problem = find_problem(checkpoint)
-        if problem is None:
+        if not (problem := find_problem(checkpoint)):
             check_checkpoint(checkpoint)
             return checkpoint
         say(f"skipping {checkpoint}: {problem}")

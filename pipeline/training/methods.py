@@ -165,8 +165,7 @@ def require_gradients(trainer: Any) -> None:
         for hook in hooks:
             hook.remove()
         model.zero_grad()
-    blocked = sorted(reached - passed)
-    if blocked:
+    if blocked := sorted(reached - passed):
         raise TrainError(
             f"{len(blocked)} frozen layers pass no gradient back, so the layers below them cannot learn: "
             f"{shortened(blocked)}; set train.load_in_4bit to false"

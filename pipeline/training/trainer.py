@@ -7,6 +7,7 @@ The training loop, accumulation, clipping, optimiser and schedule are transforme
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,8 @@ class AdapterTrainer(ShardedTrainer):
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.started += 1
-        return self._retry_until_it_fits(
-            inputs,
-            lambda: self._train_micro_batch(model, inputs, num_items_in_batch),
-            lambda: self._repeat_step(model, num_items_in_batch),
-        )
+        attempt = partial(self._train_micro_batch, model, inputs, num_items_in_batch)
+        return self._retry_until_it_fits(inputs, attempt, partial(self._repeat_step, model, num_items_in_batch))
 
     def _train_micro_batch(self, model: Any, inputs: Batch, items: Any) -> torch.Tensor:
         train, pieces = super().training_step, split_batch(inputs, self.fallbacks[-1].pieces)
@@ -161,8 +159,7 @@ class AdapterTrainer(ShardedTrainer):
         norm_value = math.nan if norm is None else float(norm)
         # In float16 an infinite norm is normal: the step is skipped and the scale of the loss lowered.
         ignores_norm = norm is None or self.accelerator.scaler is not None
-        problem = watch.find_problem(loss, 0.0 if ignores_norm else norm_value)
-        if problem is not None:
+        if problem := watch.find_problem(loss, 0.0 if ignores_norm else norm_value):
             rows = torch.cat(watch.step_rows).tolist()
             rows = gather_object(rows) if processes > 1 else rows
             sources = shortened([watch.sources[row] for row in sorted(set(rows))], 12)
@@ -223,8 +220,7 @@ class AdapterTrainer(ShardedTrainer):
         super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's method also writes a model card
         if self.args.should_save:
             checkpoint = self._checkpoint(self.state.global_step)
-            fallbacks = [vars(fallback) for fallback in self.fallbacks]
-            write_json(checkpoint / WATCH, self.watch.state() | {"fallbacks": fallbacks})
+            write_json(checkpoint / WATCH, self.watch.state() | {"fallbacks": list(map(vars, self.fallbacks))})
             seal(checkpoint)
         self.accelerator.wait_for_everyone()
 

@@ -53,11 +53,9 @@ Checkpoint = dict[str, Stored]  # by the tensor's name
 
 def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
     """The tensors of a folder, or of a Hub repository at `revision`; reads and checks every shard's header."""
-    single = _locate(name_or_path, revision, SINGLE)
-    if single is not None:
+    if single := _locate(name_or_path, revision, SINGLE):
         return _header(single)
-    index = _locate(name_or_path, revision, INDEX)
-    if index is None:
+    if not (index := _locate(name_or_path, revision, INDEX)):
         raise WeightsError(f"{name_or_path} has neither {SINGLE} nor {INDEX}; only safetensors weights are loaded")
     try:
         shard_of: dict[str, str] = read_json(index)["weight_map"]
@@ -74,8 +72,8 @@ def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Ch
 
 
 def _locate(name_or_path: str | Path, revision: str | None, file: str) -> Path | None:
-    if Path(name_or_path).is_dir():
-        path = Path(name_or_path) / file
+    path = Path(name_or_path) / file
+    if path.parent.is_dir():
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(str(name_or_path), file, revision=revision))
