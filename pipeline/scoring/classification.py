@@ -1,7 +1,6 @@
-"""Sequence classification (`train.task`): the parts of train, evaluate and merge that differ from causal-lm.
+"""Sequence classification (`train.task`): the parts of evaluate and merge that differ from causal-lm.
 
-Scores are accuracy and macro-F1, with the same intervals, files and gate as for text answers. The untuned base has a
-random head, so it scores at chance level.
+The untuned base has a random head, so it scores at chance level.
 """
 
 from collections.abc import Sequence
@@ -76,11 +75,7 @@ def _make_predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> lis
 
 
 def classify(folder: Path, conversations: Sequence[list[Message]], batch_size: BatchSize = "auto") -> list[Prediction]:
-    """Class and confidence of each conversation (mostly a single message) by the merged model in `folder`.
-
-    Raises:
-        TemplateError, ModelError, MergeError: `folder` has no complete classification model.
-    """
+    """Class and confidence of each conversation (mostly a single message) by the merged model in `folder`."""
     contract = read_json(folder / "contract.json")
     if "labels" not in contract:
         raise MergeError(

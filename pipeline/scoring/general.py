@@ -41,9 +41,7 @@ class GeneralRow:
 def read_general(params: GeneralParams, template: ChatTemplate, context: int | None) -> list[GeneralRow]:
     """The rows of the file, tokenised. A row with `scoring: exact` is also answered, unless its answer has tool calls.
 
-    Raises:
-        GeneralError: the file is missing or not the pinned one, or a row cannot be used or is longer than `context`.
-        FormatError: the file's format is unknown.
+    Raises GeneralError if the file is not the pinned one, or a row cannot be used or is longer than `context`.
     """
     path = Path(params.path)
     if not path.is_file():
@@ -76,8 +74,7 @@ def read_general(params: GeneralParams, template: ChatTemplate, context: int | N
 def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], losses: Losses) -> pa.Table:
     """The scored rows (N): `id, group, reference, answer, accuracy` (null for rows without a prompt), `loss, …`.
 
-    Args:
-        answers: to the rows with a prompt, in their order. A cut-off answer is wrong, whatever its text.
+    `answers` are those to the rows with a prompt, in their order. A cut-off answer is wrong, whatever its text.
     """
     next_answer = iter(answers)
     row_answers = [None if row.prompt is None else next(next_answer) for row in general]
@@ -99,10 +96,7 @@ def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], loss
 
 
 def measure_forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams) -> dict[str, Any]:
-    """Scores of base and adapter with intervals, and how much worse the adapter is (perplexity: relative to the base).
-
-    `before` and `after` are `general_items` of the base and of the adapter.
-    """
+    """Scores of the base (before) and the adapter (after), and how much worse it is (perplexity: as a fraction)."""
     base, adapter = (table_scores(t, METRICS, params.bootstrap_samples, params.seed) for t in (before, after))
     lost: dict[str, float | None] = dict.fromkeys(METRICS)
     for metric in METRICS:

@@ -1,13 +1,10 @@
-"""Greedy answers of a model to tokenised prompts. When rows end, waiting prompts take their places.
+"""Greedy answers to tokenised prompts, by transformers or by vLLM.
 
 Rows in a batch are rounded differently, in the last bits, than a single row. If two tokens are about equally likely, an
 answer may therefore depend on `batch_size`; the same batch gives the same answers.
 
-vLLM, if it is installed, answers with the unmerged adapter and its base in one engine on a CUDA GPU. It would round a
-base that was quantised for training differently, and so score another model.
-
-Each answer is saved at once in a file of its set of prompts, so that a killed evaluation continues where it stopped.
-The files of the last run stay: another metric or report scores the same answers without generating them again.
+Each answer is saved at once, so a killed evaluation continues where it stopped. The files of the last run stay: another
+metric or report scores the same answers without generating them again.
 """
 
 import json
@@ -83,10 +80,7 @@ def generate(
 def kept_file(
     folder: Path, model: dict[str, Any], prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int]
 ) -> Path:
-    """The file in `folder` for a model's answers; its name is a digest of everything that they depend on.
-
-    `model` identifies the model (digests of base and adapter, …).
-    """
+    """The file for the answers of `model` (digests of base, adapter, …), named after everything that they depend on."""
     depends_on = {
         "model": model,
         "prompts": prompts,
@@ -117,11 +111,7 @@ class KeptAnswers(dict[int, list[int]]):
 
 
 def answer_limits(config: Any, prompts: Prompts, max_new_tokens: int) -> list[int]:
-    """The most tokens that each answer may have: `max_new_tokens`, or fewer where the model's context ends.
-
-    Raises:
-        ModelError: a prompt fills the context.
-    """
+    """The most tokens of each answer: `max_new_tokens`, or fewer where the context ends; ModelError if none is left."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 62
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     least = min(limits, default=1)
@@ -154,10 +144,7 @@ def rows_at_once(model: Any, batch_size: BatchSize, tokens: int) -> int:
 def generate_tokens(
     model: Any, prompts: Prompts, limits: Sequence[int], template: ChatTemplate, batch_size: int, limited_by: str
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield each prompt's number and greedy tokens, with the end token, as soon as the answer ends.
-
-    `limits` has the largest number of tokens for each prompt.
-    """
+    """Yield each prompt's number and up to `limits` greedy tokens, with the end token, as soon as the answer ends."""
     done: set[int] = set()
     write: Any = None
     while remaining := [i for i in range(len(prompts)) if i not in done]:
@@ -258,10 +245,9 @@ def vllm_tokens(
     stop_ids: frozenset[int],
     quantised: bool,
 ) -> dict[str, list[list[int]]]:
-    """The new tokens, with the end token, for each prompt, by system (`adapter` and `base`).
+    """The new tokens, with the end token, for each prompt, by system: the unmerged `adapter` and its `base`.
 
-    Raises:
-        BackendError: vLLM is not installed, or the base was quantised in training.
+    Raises BackendError if vLLM is not installed, or would round the base differently than training did.
     """
     if quantised:
         raise BackendError(

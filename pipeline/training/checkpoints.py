@@ -40,10 +40,7 @@ def identity(params: TrainParams, dataset: Path, init: Path | None = None) -> Id
 
 
 def open_run(params: TrainParams, dataset: Path, checkpoints: Path, init: Path | None = None) -> Path:
-    """The folder of this run's checkpoints, with `run.json`; deletes folders unused for 30 days.
-
-    If there are only checkpoints of other runs, prints what differs from the latest.
-    """
+    """The folder of this run's checkpoints; prints what differs if there are only other runs, deletes unused ones."""
     current = identity(params, dataset, init)
     folder = checkpoints / sha256_json(current)[:24]
     if not folder.exists():

@@ -188,13 +188,8 @@ def choose_batches(params: TrainParams, counts: Counts | None, gpu: Gpu | None, 
     """Sequences per micro-batch, and micro-batches per optimiser step; `lengths` are the tokens of each sequence.
 
     `auto` takes the largest micro-batch that fits and divides the step, so a step has the same rows on every GPU. It is
-    one sequence on a CPU, where more are not faster, and for a sharded model.
-
-    Args:
-        counts: None if the formula does not know the model's architecture.
-
-    Raises:
-        TrainError: other processes use the memory that the training needs.
+    one sequence on a CPU, for a sharded model, and for an architecture that the formula does not know (no `counts`).
+    Raises TrainError if other processes use the memory that the training needs.
     """
     auto = params.per_device_train_batch_size == "auto"
     rows = 1 if auto else int(params.per_device_train_batch_size)

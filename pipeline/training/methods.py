@@ -173,10 +173,7 @@ def require_gradients(trainer: Any) -> None:
 
 
 class AllocateRanks(TrainerCallback):
-    """AdaLoRA's schedule and regulariser, which PEFT leaves to the training loop (Zhang et al. 2023, algorithm 1).
-
-    Ranks are cut between 10 % and 70 % of the steps.
-    """
+    """AdaLoRA's schedule (10 to 70 % of the steps) and regulariser (Zhang et al. 2023), which PEFT leaves to us."""
 
     def __init__(self, adalora: Any) -> None:
         self.adalora = adalora  # peft.AdaLoraModel

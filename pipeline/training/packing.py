@@ -26,10 +26,7 @@ OPEN_SEQUENCES = 16
 
 
 def training_sequences(path: Path, params: TrainParams) -> Dataset:
-    """The training sequences of a split: one per row, or rows packed to `packed_length`, with their `seq_lengths`.
-
-    A row longer than `packed_length` is a sequence by itself.
-    """
+    """The training sequences of a split: one per row, or rows packed to `packed_length`, with their `seq_lengths`."""
     table = pq.read_table(path, columns=["input_ids", "labels"]).combine_chunks()
     lengths = np.asarray(table.column("input_ids").combine_chunks().value_lengths(), dtype=np.int64)
     if not params.packing or not len(lengths):
@@ -94,21 +91,16 @@ class Collate:
         self.collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=packed)
 
     def __call__(self, sequences: list[Batch]) -> Batch:
-        batch = self.collate(sequences)
+        batch = dict(self.collate(sequences))
         batch["rows"] = torch.tensor([row for sequence in sequences for row in sequence["rows"]])
         return batch
 
 
-class ClassCollate:
+class ClassCollate(Collate):
     """`input_ids` and `attention_mask` (B, T), `labels` and `rows` (B,)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.collate = DataCollatorWithPadding(tokenizer)
-
-    def __call__(self, sequences: list[Batch]) -> Batch:
-        batch = dict(self.collate([{"input_ids": s["input_ids"], "label": s["label"]} for s in sequences]))
-        batch["rows"] = torch.tensor([sequence["rows"][0] for sequence in sequences])
-        return batch
 
 
 def lengths_of(sequences: Dataset) -> list[int]:

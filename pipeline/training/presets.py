@@ -1,7 +1,6 @@
 """Parameter sets for known models (infra/presets), written into params.yaml.
 
-Comments and order stay. All presets set the same parameters, so nothing of an earlier preset remains; parameters that
-no preset sets stay as they are.
+All presets set the same parameters, so nothing of an earlier preset remains; other parameters stay as they are.
 """
 
 from dataclasses import dataclass

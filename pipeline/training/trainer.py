@@ -1,5 +1,4 @@
-"""Extends TRL's SFTTrainer for long jobs: retries when memory runs out, checks of each step, sealed checkpoints, and
-a validation loss that is a mean over tokens.
+"""Extends TRL's SFTTrainer for long jobs: retries when memory runs out, checks of each step, sealed checkpoints.
 
 The training loop, accumulation, clipping, optimiser and schedule are transformers'.
 """
@@ -45,10 +44,7 @@ class AdapterTrainer(ShardedTrainer):
         return "TRL's fused head, in chunks" if self.uses_fused_head else "the model's own"
 
     def use_fused_head(self) -> None:
-        """Let TRL's fused head compute the loss, if its probabilities are the model's own.
-
-        It skips layers between the last hidden state and the output layer, which ModernBERT has.
-        """
+        """Let TRL's fused head compute the loss, if its probabilities are the model's own (ModernBERT's are not)."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_fused_lm_head(model)
         batch = self._prepare_inputs(self.data_collator([short_row(self.train_dataset)]))

@@ -1,8 +1,7 @@
-"""Watches a training: prints progress, records losses, and stops it on divergence, a signal, or lack of progress.
+"""Watches a training: prints progress, decides when to validate, and stops on divergence, a signal or no progress.
 
-`Watch` gets each step's loss, gradient norm and rows. It decides when to validate and save, and collects the tables
-`loss.csv` (identical in equal runs) and `speed.csv`. Its state is saved with each checkpoint, so the tables of a
-resumed run are complete.
+It collects the tables `loss.csv` (identical in equal runs) and `speed.csv`. Its state is saved with each checkpoint, so
+the tables of a resumed run are complete.
 """
 
 import csv

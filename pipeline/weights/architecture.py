@@ -34,11 +34,7 @@ from pipeline.weights.loading import (
 
 
 def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) -> PretrainedConfig:
-    """The base's configuration, for a model class of transformers itself; no code of a repository is run.
-
-    Raises:
-        ModelError: transformers has no class for it.
-    """
+    """The base's configuration, without code of its repository; ModelError if transformers has no class for it."""
     name = identity["name_or_path"]
     try:
         config = AutoConfig.from_pretrained(

@@ -93,10 +93,7 @@ def _header(path: Path) -> Checkpoint:
 def rewrite(
     checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None, stage: str
 ) -> None:
-    """Write `checkpoint` to `folder`, with `edits` by tensor name and floats as `dtype` (None: as stored).
-
-    `stage` is the one that its lines of progress name.
-    """
+    """Write `checkpoint` to `folder`, with `edits` by tensor name and floats as `dtype` (None: as stored)."""
     plan = split_state_dict_into_shards_factory(
         checkpoint,
         get_storage_size=lambda stored: stored.size(dtype),

@@ -1,8 +1,7 @@
 """Adds an adapter to the weights of its base, from safetensors to safetensors, without the model in memory.
 
 PEFT's own layers, built on a base without weights, give what is added to which weight and how it is scaled; the sum is
-bit for bit that of `merge_and_unload` on a CPU. Adapters other than LoRA on linear layers are merged by PEFT, and the
-reason is recorded. Prompt and prefix tuning cannot be merged and are refused.
+bit for bit that of `merge_and_unload` on a CPU. PEFT merges adapters other than LoRA on linear layers.
 """
 
 import warnings
