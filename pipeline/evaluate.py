@@ -151,12 +151,10 @@ def _evaluate_classes(
     logits = {"adapter": compute_logits(model, encoder, rows, params.batch_size, "evaluate", "the adapter")}
     with untuned(model, contract["model"], labels) as base:
         logits["base"] = compute_logits(base, encoder, rows, params.batch_size, "evaluate", "the base")
-    items = {
-        system: score_classes(test, logits[system], labels).append_column(
-            "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
-        )
-        for system in ("base", "adapter")
-    }
+    items = {}
+    for system in ("base", "adapter"):
+        column = pa.array(logits[system].tolist(), pa.list_(pa.float32()))
+        items[system] = score_classes(test, logits[system], labels).append_column("logits", column)
     with whole_directory(output) as folder:
         metrics = write_scores(items, params, class_provenance(params, dataset), dataset, adapter, folder)
     return metrics

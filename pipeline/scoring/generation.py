@@ -238,12 +238,7 @@ def generate_in_batches(
 
 
 def vllm_tokens(
-    identity: dict[str, Any],
-    adapter: Path,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    quantised: bool,
+    identity: dict[str, Any], adapter: Path, prompts: Prompts, limit: int, stop_ids: frozenset[int], quantised: bool
 ) -> dict[str, list[list[int]]]:
     """The new tokens, with the end token, for each prompt, by system: the unmerged `adapter` and its `base`.
 
@@ -264,7 +259,7 @@ def vllm_tokens(
         ) from None
     check_model(identity["name_or_path"], identity["revision"])
     check_adapter(adapter)
-    limits = answer_limits(load_config(identity), prompts, max_new_tokens)
+    limits = answer_limits(load_config(identity), prompts, limit)
     rank = read_json(adapter / "adapter_config.json")["r"]
     engine = LLM(
         model=identity["name_or_path"],
@@ -275,18 +270,15 @@ def vllm_tokens(
         enable_lora=True,
         max_lora_rank=next(known for known in RANKS if known >= rank),
         enable_prefix_caching=True,
-        max_model_len=max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
+        max_model_len=_longest(prompts, limits),
         seed=0,
     )
-    sampling = [
-        SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=sorted(stop_ids), detokenize=False)
-        for limit in limits
-    ]
+    settings = {"temperature": 0.0, "stop_token_ids": sorted(stop_ids), "detokenize": False}
+    sampling = [SamplingParams(max_tokens=most, **settings) for most in limits]
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     requests = {"adapter": LoRARequest("adapter", 1, str(adapter)), "base": None}
-    return {
-        system: [
-            list(answer.outputs[0].token_ids) for answer in engine.generate(inputs, sampling, lora_request=request)
-        ]
-        for system, request in requests.items()
-    }
+    tokens = {}
+    for system, request in requests.items():
+        answers = engine.generate(inputs, sampling, lora_request=request)
+        tokens[system] = [list(answer.outputs[0].token_ids) for answer in answers]
+    return tokens

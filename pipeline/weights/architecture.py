@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, round_trip
+from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edits, round_trip
 from pipeline.weights.loading import (
     UNQUANTISED,
     ModelError,
@@ -90,7 +90,7 @@ def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str
     return names
 
 
-def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None) -> dict[str, Edit]:
+def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None) -> Edits:
     """The weights that loading in 4 bits rounds, each with an edit that rounds it in the same way."""
     if quantisation is None or not quantisation["load_in_4bit"]:
         return {}

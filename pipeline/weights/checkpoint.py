@@ -23,6 +23,7 @@ WIDTHS = {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}  # bytes p
 SHARD_BYTES = 2**30  # maximum of an output shard, unless a single tensor is larger
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
+Edits = dict[str, Edit]  # by the name of a parameter or tensor
 
 
 class WeightsError(ValueError):
@@ -90,9 +91,7 @@ def _header(path: Path) -> Checkpoint:
         raise WeightsError(f"{path} is missing, cut short or damaged ({error}); download it again") from None
 
 
-def rewrite(
-    checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None, stage: str
-) -> None:
+def rewrite(checkpoint: Checkpoint, folder: Path, edits: Edits, dtype: torch.dtype | None, stage: str) -> None:
     """Write `checkpoint` to `folder`, with `edits` by tensor name and floats as `dtype` (None: as stored)."""
     plan = split_state_dict_into_shards_factory(
         checkpoint,

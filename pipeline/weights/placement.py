@@ -24,7 +24,7 @@ from pipeline.core.files import WORK_DIR
 from pipeline.core.memory import free
 from pipeline.core.progress import note
 from pipeline.weights.architecture import base_config, checkpoint_names, empty_model, rounded_weights
-from pipeline.weights.checkpoint import Edit, open_checkpoint, rewrite
+from pipeline.weights.checkpoint import Edits, open_checkpoint, rewrite
 from pipeline.weights.loading import ModelError, Quantisation, compute_dtype, device, is_whole, load_adapter, load_base
 
 VARIABLE = "RETUNE_MAX_MEMORY"
@@ -64,7 +64,11 @@ def load_for_scoring(
         )
         return load_base(identity, quantisation, labels, **placement)
     _refuse_full_gpu(packed, memory)
-    return _offloaded(identity, config, rounded, labels, plain, memory)
+    note(
+        f"the model ({_gib(plain)}) is larger than the memory of the device ({_gib(_first_device(memory))} free): each "
+        "token of a batch reads the other weights from CPU memory or disk, which is slow"
+    )
+    return _offloaded(identity, config, rounded, labels, memory)
 
 
 def available_memory() -> Memory:
@@ -122,18 +126,9 @@ def _refuse_full_gpu(size: int, memory: Memory) -> None:
 
 
 def _offloaded(
-    identity: dict[str, Any],
-    config: PretrainedConfig,
-    rounded: dict[str, Edit],
-    labels: list[str] | None,
-    size: int,
-    memory: Memory,
+    identity: dict[str, Any], config: PretrainedConfig, rounded: Edits, labels: list[str] | None, memory: Memory
 ) -> PreTrainedModel:
     """The model with as many weights on the GPU as fit; the others are read from CPU memory and disk at each pass."""
-    note(
-        f"the model ({_gib(size)}) is larger than the memory of the device ({_gib(_first_device(memory))} free): each "
-        "token of a batch reads the other weights from CPU memory or disk, which is slow"
-    )
     parent = (WORK_DIR / "offload").absolute()
     for leftover in parent.glob("*-*"):  # of killed processes
         if not psutil.pid_exists(int(leftover.name.partition("-")[0])):
