@@ -1,6 +1,5 @@
 """evaluate: scores base and adapter on the frozen test split: BLEU, ROUGE and accuracy with intervals, all answers."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,16 @@ from pipeline.core.progress import note
 from pipeline.data.classes import load_classes
 from pipeline.params import EvaluateParams
 from pipeline.report.stage import write_scores
-from pipeline.scoring.classification import class_provenance, compute_logits, make_predictions, score_classes
-from pipeline.scoring.general import GeneralRow, general_items, measure_forgetting, read_general
-from pipeline.scoring.generation import generate
+from pipeline.scoring.classification import class_provenance, compute_logits, score_classes
+from pipeline.scoring.general import general_items, measure_forgetting, read_general
+from pipeline.scoring.generation import generate, kept_file, vllm_tokens
 from pipeline.scoring.items import Metrics, provenance, score_items, test_items
-from pipeline.scoring.kept import kept_file
-from pipeline.scoring.likelihood import Losses, reference_losses, sequence_losses
-from pipeline.scoring.vllm import vllm_tokens
+from pipeline.scoring.likelihood import reference_losses, sequence_losses
 from pipeline.weights.loading import use_free_cores
 from pipeline.weights.placement import load_tuned, untuned
 
 # The sets of prompts; the value is what progress lines append to the system's name.
 TEST, GENERAL, PROMPTS = "", ", general", ", prompts"
-
-
-@dataclass(frozen=True)
-class SystemAnswers:
-    """What one system (base or adapter) answered."""
-
-    answers: dict[str, list[Answer]]  # by set of prompts
-    test_losses: Losses  # of the references
-    general_losses: Losses
 
 
 def evaluate(
@@ -43,19 +31,16 @@ def evaluate(
     """Score the adapter and its base, quantised as in training, on the same test prompts.
 
     Writes to `output`: `scores.json` ({"base": …, "adapter": …}; `bleu` and `chrf` 0–100, `perplexity` from 1, the
-    others 0–1), `items.base.parquet` and `items.adapter.parquet` (every answer with its scores), `prompts.json`
-    (answers to `params.prompts`), `evaluation.json` (what the scores depend on: test split, decoding, signatures) and
-    `report.md` and `report.html`; with `params.general` also `general.json`, `general.base.parquet` and
-    `general.adapter.parquet`. Returns the content of `scores.json`.
+    others 0–1), which it returns; for each system `items.*.parquet` (every answer with its scores) and, with
+    `params.general`, `general.*.parquet`; `prompts.json` (answers to `params.prompts`), `evaluation.json` (what the
+    scores depend on: test split, decoding, signatures) and the report.
 
     Args:
         kept: folder for answers, from which a later run continues: after a kill, or with other metrics.
 
     Raises:
-        TemplateError: base, tokenizer or template differ from those that dataset and adapter were made with.
-        ModelError: the adapter is missing or does not fit the base.
-        GeneralError: `params.general` is not the pinned file, or one of its rows cannot be used.
-        BackendError: `params.backend` cannot be used here.
+        TemplateError, ModelError: base or template differ from those of dataset and adapter, or do not fit them.
+        GeneralError, BackendError: `params.general` or `params.backend` cannot be used.
     """
     contract = read_json(dataset / "contract.json")
     require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
@@ -70,30 +55,29 @@ def answer_limit(longest: int) -> int:
     return -(-longest * 5 // 4 // 32) * 32
 
 
+def _warn_of_long_references(lengths: list[int], limit: int) -> None:
+    if long := sum(length > limit for length in lengths):
+        note(
+            f"{long:,} of {len(lengths):,} reference answers have more tokens than evaluate.max_new_tokens ({limit}); "
+            f"answers of their length are cut off and count as wrong: set it to auto, or to {max(lengths)} and more"
+        )
+
+
 def _evaluate_answers(
     params: EvaluateParams, dataset: Path, adapter: Path, output: Path, contract: dict[str, Any], kept: Path | None
 ) -> dict[str, Metrics]:
     """`evaluate` for a model that answers in text."""
     template, test = load_contract(contract), test_items(dataset, params.max_samples)
     quantisation = read_json(adapter / "training.json")["quantisation"]
-    prompts, tools = (test.column(name).to_pylist() for name in ("input_ids", "tools"))
+    prompts, tools = test["input_ids"].to_pylist(), test["tools"].to_pylist()
     auto = params.max_new_tokens == "auto"
-    if auto:
-        params = params.model_copy(update={"max_new_tokens": answer_limit(contract["max_answer_tokens"])})
-    limit = int(params.max_new_tokens)
-    lengths = test.column("answer_tokens").to_pylist()
-    if long := sum(length > limit for length in lengths):
-        note(
-            f"{long:,} of {len(lengths):,} reference answers have more tokens than evaluate.max_new_tokens ({limit}); "
-            f"answers of their length are cut off and count as wrong: set it to auto, or to {max(lengths)} and more"
-        )
-    vllm_answers: dict[str, list[Answer]] = {}  # of each system to the test split
+    limit = answer_limit(contract["max_answer_tokens"]) if auto else int(params.max_new_tokens)
+    params = params.model_copy(update={"max_new_tokens": limit})
+    _warn_of_long_references(test["answer_tokens"].to_pylist(), limit)
+    tokens: dict[str, list[list[int]]] = {}  # of vLLM's answers to the test split, by system
     if params.backend == "vllm":  # before another copy of the base is on the GPU
-        tokens = vllm_tokens(
-            contract["model"], adapter, prompts, limit, template.stop_ids, quantisation["load_in_4bit"]
-        )
-        for system, ids in tokens.items():
-            vllm_answers[system] = [read_answer(template, *row) for row in zip(prompts, ids, tools, strict=True)]
+        in_4bit = quantisation["load_in_4bit"]
+        tokens = vllm_tokens(contract["model"], adapter, prompts, limit, template.stop_ids, in_4bit)
     model = load_tuned(contract["model"], quantisation, adapter)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     general = read_general(params.general, template, context) if params.general else []
@@ -106,52 +90,53 @@ def _evaluate_answers(
     if auto:  # the other sets have nothing to do with the task's answers
         longest = max((sum(label >= 0 for label in row.sequence[1]) for row in general if row.prompt), default=0)
         limits |= {GENERAL: max(limit, answer_limit(longest)), PROMPTS: contract["max_length"]}
-    kept_files: list[Path] = []
+    items, general_tables, replies = dict[str, pa.Table](), dict[str, pa.Table](), dict[str, list[Answer]]()
+    kept_files, pad = set[Path](), template.tokenizer.pad_token_id
 
-    def ask(model: Any, system: str, depends_on: dict[str, Any]) -> SystemAnswers:
-        name, answers = f"the {system}", {TEST: vllm_answers.get(system, [])}
+    def score(model: Any, system: str, depends_on: dict[str, Any]) -> dict[str, str]:
+        name, answers = f"the {system}", dict[str, list[Answer]]()
         for set_name, prompts in sets.items():
-            if prompts and not answers.get(set_name):
+            if set_name == TEST and tokens:
+                answers[TEST] = [read_answer(template, *r) for r in zip(prompts, tokens[system], tools, strict=True)]
+            elif prompts:
                 file = kept and kept_file(kept, depends_on, prompts, limits[set_name], template.stop_ids)
-                kept_files.extend([file] if file else [])
+                kept_files.update([file] if file else [])
                 settings = (limits[set_name], params.batch_size, "evaluate", name + set_name, file)
                 answers[set_name] = generate(model, template, prompts, *settings, tools if set_name == TEST else None)
-        pad, sequences = template.tokenizer.pad_token_id, [row.sequence for row in general]
-        general_losses = sequence_losses(model, sequences, pad, "evaluate", name)
-        return SystemAnswers(answers, reference_losses(model, template, test, "evaluate", name), general_losses)
+        replies[system] = answers.get(PROMPTS, [])
+        if general:
+            losses = sequence_losses(model, [row.sequence for row in general], pad, "evaluate", name)
+            general_tables[system] = general_items(general, answers.get(GENERAL, []), losses)
+        test_losses = reference_losses(model, template, test, "evaluate", name)
+        items[system], signatures = score_items(test, answers[TEST], test_losses)
+        return signatures
 
     weights = {path.name: sha256_file(path) for path in sorted(adapter.glob("*.safetensors"))}
     depends_on = {"base": contract["model"]["digest"], "quantisation": quantisation}
-    systems = {"adapter": ask(model, "adapter", depends_on | {"adapter": weights})}
+    score(model, "adapter", depends_on | {"adapter": weights})
     with untuned(model, contract["model"]) as base:
-        systems["base"] = ask(base, "base", depends_on)
+        signatures = score(base, "base", depends_on)
     with whole_directory(output) as folder:
-        items = dict[str, pa.Table]()
-        for name in ("base", "adapter"):
-            items[name], signatures = score_items(test, systems[name].answers[TEST], systems[name].test_losses)
-        _write_other_answers(systems, general, params, folder)
+        _write_other_answers(general_tables, replies, params, folder)
         metrics = write_scores(items, params, provenance(params, dataset, signatures), dataset, adapter, folder)
     if kept is not None:
-        for path in set(kept.glob("*")) - set(kept_files):  # answers of earlier runs
+        for path in set(kept.glob("*")) - kept_files:  # answers of earlier runs
             path.unlink()
     return metrics
 
 
 def _write_other_answers(
-    systems: dict[str, SystemAnswers], general: list[GeneralRow], params: EvaluateParams, folder: Path
+    general: dict[str, pa.Table], replies: dict[str, list[Answer]], params: EvaluateParams, folder: Path
 ) -> None:
-    """Write the answers to the general set and to the prompts of the parameters."""
+    """Write what the systems answered to the general set and to the prompts of the parameters."""
+    for name, table in general.items():
+        pq.write_table(table, folder / f"general.{name}.parquet")
     if general:
-        tables = {}
-        for name, system in systems.items():
-            tables[name] = general_items(general, system.answers.get(GENERAL, []), system.general_losses)
-            pq.write_table(tables[name], folder / f"general.{name}.parquet")
-        write_json(folder / "general.json", measure_forgetting(tables["base"], tables["adapter"], params))
-    rows = []
-    for number, prompt in enumerate(params.prompts):
-        answers = {name: system.answers[PROMPTS][number] for name, system in systems.items()}
-        texts = {name: {"answer": answer.text, "cut_off": answer.cut_off} for name, answer in answers.items()}
-        rows.append({"prompt": prompt} | texts)
+        write_json(folder / "general.json", measure_forgetting(general["base"], general["adapter"], params))
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in params.prompts]
+    for name, answers in replies.items():
+        for row, answer in zip(rows, answers, strict=True):
+            row[name] = {"answer": answer.text, "cut_off": answer.cut_off}
     write_json(folder / "prompts.json", rows)
 
 
@@ -166,12 +151,10 @@ def _evaluate_classes(
     logits = {"adapter": compute_logits(model, encoder, rows, params.batch_size, "evaluate", "the adapter")}
     with untuned(model, contract["model"], labels) as base:
         logits["base"] = compute_logits(base, encoder, rows, params.batch_size, "evaluate", "the base")
-    items = {
-        system: score_classes(test, make_predictions(logits[system], labels)).append_column(
-            "logits", pa.array(logits[system].tolist(), pa.list_(pa.float32()))
-        )
-        for system in ("base", "adapter")
-    }
+    items = {}
+    for system in ("base", "adapter"):
+        column = pa.array(logits[system].tolist(), pa.list_(pa.float32()))
+        items[system] = score_classes(test, logits[system], labels).append_column("logits", column)
     with whole_directory(output) as folder:
         metrics = write_scores(items, params, class_provenance(params, dataset), dataset, adapter, folder)
     return metrics

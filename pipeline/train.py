@@ -28,20 +28,17 @@ from pipeline.core.files import WORK_DIR, read_json, sha256_file, whole_director
 from pipeline.core.sanitise import clean_folder, portable
 from pipeline.data.classes import load_classes
 from pipeline.params import TrainParams
+from pipeline.training import methods
 from pipeline.training.attention import require_isolation, use_packed_attention
 from pipeline.training.checkpoints import last_checkpoint, open_run, versions
-from pipeline.training.classifier import ClassCollate, ClassTrainer, class_sequences
 from pipeline.training.footprint import Gpu, UnplannedError, choose_batches, count
-from pipeline.training.gradients import require_gradients
 from pipeline.training.hardware import require_kernels, use_liger
 from pipeline.training.launch import launch, run_one
-from pipeline.training.methods import AllocateRanks, adapter_config, require_loadable, require_room_for_virtual_tokens
-from pipeline.training.packing import Collate, lengths_of, training_sequences
+from pipeline.training.packing import ClassCollate, Collate, class_sequences, lengths_of, training_sequences
 from pipeline.training.sharding import shard_on_cpus
 from pipeline.training.targets import describe_experts
-from pipeline.training.trainer import AdapterTrainer
-from pipeline.training.warm_start import check_init, load_init
-from pipeline.training.watching import LOSS, SPEED, Interrupted, TrainError, Watch, write_table
+from pipeline.training.trainer import AdapterTrainer, ClassTrainer
+from pipeline.training.watching import LOSS, SPEED, Interrupted, TrainError, Watch, say, write_table
 from pipeline.weights.loading import PEFT_WARNINGS, compute_dtype, load_base, sort_sets, use_free_cores, use_threads
 
 QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -70,19 +67,16 @@ def train(
     tables: Path | None = None,
     init: Path | None = None,
 ) -> Trained:
-    """Train an adapter on `dataset` and save it with its tokenizer in `output`, in PEFT's format (safetensors).
+    """Train an adapter on `dataset`, from the adapter in `init` if there is one, and save it in `output` as PEFT does.
 
-    `output` also has `contract.json` (copied from the dataset), `training.json` (resolved parameters, versions, final
-    losses) and `loss.csv` (step, loss in nats per token, validation loss, learning rate, gradient norm, weight change)
-    for `dvc plots`. Figures that differ between equal runs (speed, memory, retries) go to the folder `tables`.
-
-    Args:
-        init: the folder of an adapter to start from.
+    `output` also has the tokenizer, `contract.json` (the dataset's), `training.json` (resolved parameters, versions,
+    final losses) and `loss.csv` (losses in nats per token, learning rate, gradient norm, weight change). Figures that
+    differ between equal runs (speed, memory, retries) go to the folder `tables`.
 
     Raises:
-        InitError, MethodError, TemplateError, ModelError: initial adapter, modules, template or base are refused.
-        TrainError: the loss diverged, a layer passes no gradient, or the adapter did not change.
-        HardwareError, OutOfMemory: this machine lacks a kernel or memory.
+        TemplateError, ModelError: template or base are refused.
+        TrainError: modules, first adapter or machine are refused, the loss diverged, or the adapter did not change.
+        OutOfMemory: out of memory with a single row and gradient checkpointing.
         Interrupted: SIGTERM, or max_hours is over; a checkpoint was saved.
     """
     if params.num_processes > 1 and "LOCAL_RANK" not in os.environ:
@@ -105,7 +99,7 @@ def train(
     micro_batch, accumulation = _choose_batches(params, contract["model"], lengths_of(train_rows))
     model, adapter = _load_model(params, contract, init)
     folder = open_run(params, dataset, checkpoints, init)
-    sources = pq.read_table(dataset / "train.parquet", columns=["source"]).column("source").to_pylist()
+    sources = pq.read_table(dataset / "train.parquet", columns=["source"])["source"].to_pylist()
     run = _use_fast_paths(params, model, train_rows)
     trainer = _make_trainer(
         params, contract, init, adapter, model=model, watch=Watch(params, sources),
@@ -114,7 +108,7 @@ def train(
         processing_class=tokenizer,
         data_collator=ClassCollate(tokenizer) if labels else Collate(tokenizer.pad_token_id, params.packing),
     )  # fmt: skip
-    _say(
+    say(
         f"attention: {run['attention']} · loss: {trainer.loss_description} · layers: {run['layers']} · {micro_batch} × "
         f"{accumulation} sequences per step"
     )
@@ -124,29 +118,25 @@ def train(
     return trained
 
 
-def _say(line: str) -> None:
-    print(f"train · {line}", flush=True)
-
-
 def _load_model(params: TrainParams, contract: dict[str, Any], init: Path | None) -> tuple[Any, PeftConfig | None]:
     """The base model and the configuration of its adapter."""
-    attention = None if params.attn_implementation == "auto" else params.attn_implementation
-    model = load_base(contract["model"], quantisation_of(params), contract.get("labels"), attention)
+    attention = {} if params.attn_implementation == "auto" else {"attn_implementation": params.attn_implementation}
+    model = load_base(contract["model"], quantisation_of(params), contract.get("labels"), **attention)
     if params.method == "full":
         model.float()  # weights are updated in float32; on a GPU autocast computes in bfloat16
-    require_room_for_virtual_tokens(params, model.config, contract["max_length"])
-    adapter = adapter_config(params, model)
+    methods.require_room_for_virtual_tokens(params, model.config, contract["max_length"])
+    adapter = methods.adapter_config(params, model)
     if line := describe_experts(params, model):
-        _say(line)
+        say(line)
     if init is not None and adapter is not None:
-        check_init(init, contract, adapter)
+        methods.check_init(init, contract, adapter)
     return model, adapter
 
 
 def _use_fast_paths(params: TrainParams, model: Any, rows: Dataset) -> dict[str, Any]:
     """Give `model` the fastest attention and layers that change no result; returns which it has."""
     attention = model.config._attn_implementation
-    if params.packing and params.task != CLASSIFICATION:
+    if params.packing:
         require_isolation(model, rows)
         if params.attn_implementation == "auto":
             attention = use_packed_attention(model, rows)
@@ -162,13 +152,13 @@ def _make_trainer(
         trainer_class = ClassTrainer if params.task == CLASSIFICATION else AdapterTrainer
         trainer: AdapterTrainer = trainer_class(peft_config=adapter, **settings)
         if adapter is not None:
-            require_loadable(trainer.model, contract, Path(trainer.args.output_dir))
+            methods.require_loadable(trainer.model, contract, Path(trainer.args.output_dir))
     if params.task != CLASSIFICATION:
         trainer.use_fused_head()
     if params.strategy == "fsdp" and not torch.cuda.is_available():
         shard_on_cpus(trainer)
     if params.method == "adalora":
-        trainer.add_callback(AllocateRanks(trainer.model.base_model))
+        trainer.add_callback(methods.AllocateRanks(trainer.model.base_model))
     if compute_dtype() is not torch.bfloat16:
         # TRL casts adapters of quantised models to bfloat16, as QLoRA does on GPUs. A CPU gains no speed from it and
         # loses small updates, and the loss scale of float16 needs float32.
@@ -176,21 +166,21 @@ def _make_trainer(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if init is not None:
-        load_init(trainer.model, init)
-        _say(f"the adapter starts from {init}")
+        methods.load_init(trainer.model, init)
+        say(f"the adapter starts from {init}")
     trainer.pop_callback(PrinterCallback)  # it prints raw dictionaries; `Watch` prints progress
     return trainer
 
 
 def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
     """Train, from the last checkpoint in `folder` if there is one; then the model has the weights to save."""
-    watch, trainable = trainer.watch, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    require_gradients(trainer)
+    watch, trainable = trainer.watch, trainer.get_num_trainable_parameters()
+    methods.require_gradients(trainer)
     watch.remember_start(trainer.model)
     start = last_checkpoint(folder)
     resumed = int(start.name.split("-")[1]) if start else 0
     if start:
-        _say(f"continuing from step {resumed} ({start})")
+        say(f"continuing from step {resumed} ({start})")
         trainer.restore(start)
     with watch:
         # A run that was killed after its last step has nothing left to train; the loop would take one more step.
@@ -206,15 +196,8 @@ def _run(trainer: AdapterTrainer, params: TrainParams, folder: Path) -> Trained:
             f"the adapter did not change in {step} steps; if these are very few, set train.warmup_ratio to 0, "
             "otherwise no gradient reached it"
         )
-    return Trained(
-        steps=step,
-        shipped_step=shipped,
-        loss=watch.row(shipped)["loss"],
-        validation_loss=watch.row(shipped).get("validation_loss"),
-        trainable_parameters=trainable,
-        tokens_per_second=watch.tokens / max(watch.seconds, 1e-9),
-        resumed_from_step=resumed,
-    )
+    row, speed = watch.row(shipped), watch.tokens / max(watch.seconds, 1e-9)
+    return Trained(step, shipped, row["loss"], row.get("validation_loss"), trainable, speed, resumed)
 
 
 def _write(
@@ -257,23 +240,22 @@ def _choose_batches(params: TrainParams, base: dict[str, Any], lengths: list[int
         free, total = torch.cuda.mem_get_info()
         gpu = Gpu(torch.cuda.get_device_name(), total, free)
         if compute_dtype() is torch.float16:
-            _say(f"the {gpu.name} has no bfloat16; computing in float16, with a scaled loss")
+            say(f"the {gpu.name} has no bfloat16; computing in float16, with a scaled loss")
         try:
             counts = count(load_config(base), params)
         except UnplannedError as error:
-            _say(f"the memory for {error} cannot be planned; training one sequence at a time")
+            say(f"the memory for {error} cannot be planned; training one sequence at a time")
     rows, accumulation = choose_batches(params, counts, gpu, lengths)
     if gpu is not None and params.strategy == "ddp":
         PartialState()
         sizes = sorted({*gather_object([rows])})
         if len(sizes) > 1:
-            _say(f"the GPUs have room for {' and '.join(map(str, sizes))} sequences at a time; all take {sizes[0]}")
+            say(f"the GPUs have room for {' and '.join(map(str, sizes))} sequences at a time; all take {sizes[0]}")
         rows, accumulation = sizes[0], accumulation * rows // sizes[0]
     return rows, accumulation
 
 
 def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) -> SFTConfig:
-    on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(folder),
         learning_rate=params.learning_rate,
@@ -289,7 +271,6 @@ def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) 
         # prepare has tokenised and labelled the rows, and `training_sequences` has packed them.
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
-        padding_free=False,  # `Collate` does it
         # Unpacked rows of similar length share a batch, so there is little padding.
         train_sampling_strategy="random" if params.packing else "group_by_length",
         max_length=None,
@@ -298,16 +279,13 @@ def _arguments(params: TrainParams, folder: Path, rows: int, accumulation: int) 
         router_aux_loss_coef=0.0,  # TRL's default adds a loss for balanced experts to that of the answers
         optim=params.optim,
         logging_strategy="no",  # `Watch` logs and decides when to validate
-        eval_strategy="no",
         save_steps=params.save_steps,
         save_total_limit=2 if params.early_stopping_patience is None else 3,  # the best and two others
         seed=params.seed,
         bf16=compute_dtype() is torch.bfloat16,
         fp16=compute_dtype() is torch.float16,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
+        use_cpu=not torch.cuda.is_available(),
         logging_nan_inf_filter=False,  # the default replaces a NaN by the mean of earlier steps
-        report_to="none",
         disable_tqdm=True,
     )
 

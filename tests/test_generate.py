@@ -19,10 +19,17 @@ from pipeline.core.files import read_json
 from pipeline.evaluate import evaluate
 from pipeline.params import Params
 from pipeline.scoring import slots
-from pipeline.scoring.generation import generate, generate_in_slots, generate_tokens, rows_at_once
-from pipeline.scoring.kept import KeptAnswers, kept_file
+from pipeline.scoring.generation import (
+    BackendError,
+    KeptAnswers,
+    generate,
+    generate_in_slots,
+    generate_tokens,
+    kept_file,
+    rows_at_once,
+    vllm_tokens,
+)
 from pipeline.scoring.slots import SlotBatch, why_no_slots
-from pipeline.scoring.vllm import BackendError, vllm_tokens
 from pipeline.weights.loading import ModelError, load_base
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

@@ -17,7 +17,7 @@ from pipeline.core.files import read_json
 from pipeline.params import Params
 from pipeline.train import TrainError, _choose_batches, train
 from pipeline.training.footprint import GIB, Counts, Gpu, choose_batches, count, step_memory
-from pipeline.training.hardware import HardwareError, require_kernels, use_liger
+from pipeline.training.hardware import require_kernels, use_liger
 from pipeline.training.launch import launcher
 from pipeline.training.watching import Interrupted, Watch
 
@@ -43,10 +43,10 @@ def test_a_kernel_without_its_gpu_or_package_is_refused(
     params: Params, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, package: str
 ) -> None:
     train = with_(params, train={key: value}).train
-    with pytest.raises(HardwareError, match=rf"train\.{key}"):
+    with pytest.raises(TrainError, match=rf"train\.{key}"):
         require_kernels(train, cuda=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
-    with pytest.raises(HardwareError, match=rf"train\.{key} .*{package}"):
+    with pytest.raises(TrainError, match=rf"train\.{key} .*{package}"):
         require_kernels(train, cuda=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     require_kernels(train, cuda=True)
@@ -127,7 +127,7 @@ def test_an_old_gpu_and_gpus_of_different_sizes_are_reported(
 
 
 def test_a_gpu_that_other_processes_fill_is_refused_before_training(automatic: Params, counts: Counts) -> None:
-    with pytest.raises(HardwareError, match=r"leave 3\.0.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(TrainError, match=r"leave 3\.0.*CUDA_VISIBLE_DEVICES"):
         choose_batches(automatic.train, counts, a100(80, free=3), [2048] * 10)
     choose_batches(automatic.train, counts, a100(10), [2048] * 10)  # too small by itself: smaller pieces are tried
 
@@ -162,7 +162,7 @@ def test_liger_is_used_where_it_is_installed_and_knows_the_model(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     model = types.SimpleNamespace(device=torch.device(device), config=types.SimpleNamespace(model_type=family))
     chosen = with_(params, train={"use_liger_kernel": choice}).train
-    with nullcontext() if layers else pytest.raises(HardwareError, match=family):
+    with nullcontext() if layers else pytest.raises(TrainError, match=family):
         assert layers in use_liger(model, chosen)
     assert len(applied) == (layers == "Liger's")
     assert all(not options["fused_linear_cross_entropy"] for options in applied)  # the loss is the trainer's

@@ -46,8 +46,9 @@ from pipeline.params import Params, TrainParams
 from pipeline.prepare import prepare
 from pipeline.train import train
 from pipeline.training.methods import adapter_config
-from pipeline.training.targets import MethodError, describe_experts, target_modules
+from pipeline.training.targets import describe_experts, target_modules
 from pipeline.training.trainer import AdapterTrainer
+from pipeline.training.watching import TrainError
 from pipeline.weights.loading import load_base
 from pipeline.weights.merging import MergeError
 from pipeline.weights.placement import load_tuned, untuned
@@ -144,7 +145,7 @@ def test_a_family_is_trained_evaluated_and_merged(
     attention = {"lora_target_modules": "attention"} if family in EXPERTS and method in LINEAR_ONLY else {}
     settings = short(params, method, **UNPACKED.get(family, {}), **attention)
     if (family, method) == ("deepseek_v3", "prefix"):  # its cache is compressed
-        with pytest.raises(MethodError, match="deepseek_v3"):
+        with pytest.raises(TrainError, match="deepseek_v3"):
             train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
         return
     result = train(settings.train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")
@@ -265,7 +266,7 @@ def test_a_module_that_cannot_be_trained_is_refused_with_the_possible_names(
     params: Params, family: str, method: str, name: str, possible: str
 ) -> None:
     model = on_meta(family)
-    with pytest.raises(MethodError, match=f"names {name}.*{possible}"):
+    with pytest.raises(TrainError, match=f"names {name}.*{possible}"):
         adapter_config(short(params, method, lora_target_modules=[name]).train, model)
 
 
@@ -297,7 +298,7 @@ def test_only_text_layers_of_a_model_for_images_are_trained(params: Params, targ
 def test_methods_and_dropout_that_cannot_train_experts_are_refused(params: Params, change: dict[str, Any]) -> None:
     model = on_meta("mixtral")
     key = next(iter(change))
-    with pytest.raises(MethodError, match=rf"train\.{key} is .*experts\.down_proj"):
+    with pytest.raises(TrainError, match=rf"train\.{key} is .*experts\.down_proj"):
         adapter_config(short(params, change.pop("method", "lora"), **change).train, model)
     adapter_config(short(params, "lora", lora_target_modules="attention", **change).train, model)
 
@@ -318,9 +319,9 @@ LAGUNA = {
 def test_an_adapter_that_could_not_be_loaded_again_is_refused_before_the_first_step(
     tmp_path: Path, params: Params, data: Path, monkeypatch: pytest.MonkeyPatch, config: Any, message: str
 ) -> None:
-    monkeypatch.setattr("pipeline.train.require_gradients", lambda trainer: pytest.fail("training has begun"))
+    monkeypatch.setattr("pipeline.training.methods.require_gradients", lambda _: pytest.fail("training has begun"))
     if "alpha" in message:
         monkeypatch.setattr("pipeline.core.vetting.DENIED", (*DENIED, "lora_alpha"))
     dataset = of_family(params, data, config, tmp_path)
-    with pytest.raises(MethodError, match=message):
+    with pytest.raises(TrainError, match=message):
         train(short(params, "lora").train, dataset, tmp_path / "adapter", tmp_path / "checkpoints")

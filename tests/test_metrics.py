@@ -12,8 +12,8 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from pipeline.scoring.items import METRICS_FILE
-from pipeline.scoring.metrics import tokeniser_for
 from pipeline.scoring.resampling import Items, bootstrap_metrics, corpus_score, metric_items, paired_difference
+from pipeline.scoring.text_metrics import tokeniser_for
 
 ALL = ("exact_match", "bleu", "chrf", "rouge", "accuracy")
 

@@ -34,8 +34,8 @@ from pipeline.registry.init_adapter import PIN, fetch_init, pin_champion
 from pipeline.registry.model import RegisteredModel
 from pipeline.train import QUANTISATION, train
 from pipeline.training.checkpoints import last_checkpoint, seal
-from pipeline.training.warm_start import InitError, check_init
-from pipeline.training.watching import Interrupted
+from pipeline.training.methods import check_init
+from pipeline.training.watching import Interrupted, TrainError
 from pipeline.weights.loading import load_base
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -263,7 +263,7 @@ def test_an_adapter_with_other_settings_is_refused(
 ) -> None:
     contract = read_json(dataset / "contract.json")
     check_init(adapter, contract, LoraConfig(r=8, lora_alpha=32))
-    with pytest.raises(InitError, match=difference):
+    with pytest.raises(TrainError, match=difference):
         check_init(adapter, contract, config)
 
 
@@ -271,12 +271,12 @@ def test_an_adapter_of_another_base_or_other_modules_is_refused_before_training(
     tmp_path: Path, params: Params, dataset: Path, adapter: Path
 ) -> None:
     other = tiny_steps(params, lora_target_modules=["q_proj"], lora_r=8).train
-    with pytest.raises(InitError, match=r"train\.lora_target_modules"):
+    with pytest.raises(TrainError, match=r"train\.lora_target_modules"):
         train(other, dataset, tmp_path / "out", tmp_path / "other", init=adapter)
     shutil.copytree(adapter, tmp_path / "adapter")
     contract = read_json(adapter / "contract.json")
     write_json(tmp_path / "adapter" / "contract.json", contract | {"model": contract["model"] | {"digest": "0" * 64}})
-    with pytest.raises(InitError, match=r"another base.* \(digest 000000000000\)"):
+    with pytest.raises(TrainError, match=r"another base.* \(digest 000000000000\)"):
         train(params.train, dataset, tmp_path / "out", tmp_path / "checkpoints", init=tmp_path / "adapter")
     assert not (tmp_path / "checkpoints").exists()
 
@@ -285,9 +285,9 @@ def test_an_adapter_in_a_folder_needs_the_digest_of_its_weights(tmp_path: Path, 
     shutil.copytree(adapter, tmp_path / "earlier")
     pinned = with_(params, train={"init_adapter": f"earlier@{digest(adapter)}"})
     assert fetch_init(pinned, tmp_path) == tmp_path / "earlier"
-    with pytest.raises(InitError, match=f"{digest(adapter)}.*{'0' * 64}"):
+    with pytest.raises(TrainError, match=f"{digest(adapter)}.*{'0' * 64}"):
         fetch_init(with_(params, train={"init_adapter": f"earlier@{'0' * 64}"}), tmp_path)
-    with pytest.raises(InitError, match="nowhere.*adapter_model"):
+    with pytest.raises(TrainError, match="nowhere.*adapter_model"):
         fetch_init(with_(params, train={"init_adapter": f"nowhere@{'0' * 64}"}), tmp_path)
     with pytest.raises(StoreError, match="0123456789abcdef is not published"):
         fetch_init(with_(params, train={"init_adapter": "0123456789abcdef"}), tmp_path)

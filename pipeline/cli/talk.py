@@ -102,8 +102,7 @@ def predict(
     params = load_params_offline()
     from pipeline.cli.serving import load_for_batches, prompt_or_fault, read_prompts
     from pipeline.scoring.classification import classify
-    from pipeline.scoring.generation import generate
-    from pipeline.scoring.kept import kept_file
+    from pipeline.scoring.generation import generate, kept_file
     from pipeline.weights.loading import use_free_cores
 
     target = output or file.with_name(f"{file.name.removesuffix('.jsonl')}.answers.jsonl")

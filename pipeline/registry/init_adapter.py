@@ -28,8 +28,8 @@ def pin_champion(params: Params, root: Path = Path(".")) -> str | None:
 
 
 def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
-    """The folder of the adapter to start from; None: a new one. Raises InitError, StoreError, SignatureError."""
-    from pipeline.training.warm_start import InitError  # imports torch, which `pin_champion` does not need
+    """The folder of the adapter to start from; None: a new one. Raises TrainError, StoreError, SignatureError."""
+    from pipeline.training.watching import TrainError  # imports torch, which `pin_champion` does not need
 
     name: str | None = params.train.init_adapter
     if name == "none":
@@ -43,9 +43,9 @@ def fetch_init(params: Params, root: Path = Path(".")) -> Path | None:
         path, digest = name.rsplit("@", 1)
         weights = root / path / "adapter_model.safetensors"
         if not weights.is_file():
-            raise InitError(f"train.init_adapter names {path}, which has no adapter_model.safetensors")
+            raise TrainError(f"train.init_adapter names {path}, which has no adapter_model.safetensors")
         if (actual := sha256_file(weights)) != digest:
-            raise InitError(f"{weights} has the sha256 {actual}; train.init_adapter has {digest}")
+            raise TrainError(f"{weights} has the sha256 {actual}; train.init_adapter has {digest}")
         return root / path
     model = RegisteredModel(params.publish, root)
     return model.fetch_signed(model.manifest(name), "adapter")

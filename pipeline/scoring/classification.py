@@ -1,7 +1,6 @@
-"""Sequence classification (`train.task`): the parts of train, evaluate and merge that differ from causal-lm.
+"""Sequence classification (`train.task`): the parts of evaluate and merge that differ from causal-lm.
 
-Scores are accuracy and macro-F1, with the same intervals, files and gate as for text answers. The untuned base has a
-random head, so it scores at chance level.
+The untuned base has a random head, so it scores at chance level.
 """
 
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.chat import Message
 from pipeline.chat.template import local_source
@@ -54,21 +54,20 @@ def compute_logits(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the longest first
     logits: list[NDArray[np.float32]] = []  # in this order
     while remaining := [rows[i] for i in order[len(logits) :]]:
-        width = len(remaining[0])
 
-        def attempt(size: int, rows: list[list[int]] = remaining, width: int = width) -> NDArray[np.float32]:
-            ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows[:size]], device=device)  # (B, T)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows[:size]], device=device)
-            batch: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
-            return batch
+        def attempt(size: int, rows: list[list[int]] = remaining) -> NDArray[np.float32]:
+            batch = [torch.tensor(row, device=device) for row in rows[:size]]
+            ids = pad_sequence(batch, batch_first=True, padding_value=pad)  # (B, T)
+            mask = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True)
+            return model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
 
-        size, batch = in_fitting_batch(min(size, len(remaining)), attempt, f"text of {width} tokens")
+        size, batch = in_fitting_batch(min(size, len(remaining)), attempt, f"text of {len(remaining[0])} tokens")
         logits += list(batch)
         progress.update(len(logits))
     return np.stack(logits)[np.argsort(order)]
 
 
-def make_predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Prediction]:
+def _make_predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list[Prediction]:
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     best = probabilities.argmax(axis=1)
@@ -76,11 +75,7 @@ def make_predictions(logits: NDArray[np.float32], labels: Sequence[str]) -> list
 
 
 def classify(folder: Path, conversations: Sequence[list[Message]], batch_size: BatchSize = "auto") -> list[Prediction]:
-    """Class and confidence of each conversation (mostly a single message) by the merged model in `folder`.
-
-    Raises:
-        TemplateError, ModelError, MergeError: `folder` has no complete classification model.
-    """
+    """Class and confidence of each conversation (mostly a single message) by the merged model in `folder`."""
     contract = read_json(folder / "contract.json")
     if "labels" not in contract:
         raise MergeError(
@@ -91,17 +86,17 @@ def classify(folder: Path, conversations: Sequence[list[Message]], batch_size: B
     rows = [encoder.prompt(messages)[1] for messages in conversations]
     model = load_for_scoring(local_source(folder), None, contract["labels"])
     logits = compute_logits(model, encoder, rows, batch_size, "classify", "the model")
-    return make_predictions(logits, contract["labels"])
+    return _make_predictions(logits, contract["labels"])
 
 
-def score_classes(test: pa.Table, predictions: list[Prediction]) -> pa.Table:
+def score_classes(test: pa.Table, logits: NDArray[np.float32], labels: Sequence[str]) -> pa.Table:
     """Every test text with its class and the predicted one, (N rows).
 
     Columns: as `score_items`, plus `confidence` and `probabilities`, without `answer_ids`; metrics of texts are null.
     """
     items = test.select(["id", "task", "language", "group", "scoring", "prompt", "reference"])
-    predicted = [prediction.label for prediction in predictions]
-    references = test.column("reference").to_pylist()
+    predictions = _make_predictions(logits, labels)
+    predicted, references = [prediction.label for prediction in predictions], test["reference"].to_pylist()
     right = pa.array([float(a == b) for a, b in zip(predicted, references, strict=True)], pa.float64())
     columns: dict[str, pa.Array] = {
         "prompt_tokens": pa.array(map(len, test.column("input_ids").to_pylist()), pa.int32()),

@@ -41,9 +41,7 @@ class GeneralRow:
 def read_general(params: GeneralParams, template: ChatTemplate, context: int | None) -> list[GeneralRow]:
     """The rows of the file, tokenised. A row with `scoring: exact` is also answered, unless its answer has tool calls.
 
-    Raises:
-        GeneralError: the file is missing or not the pinned one, or a row cannot be used or is longer than `context`.
-        FormatError: the file's format is unknown.
+    Raises GeneralError if the file is not the pinned one, or a row cannot be used or is longer than `context`.
     """
     path = Path(params.path)
     if not path.is_file():
@@ -68,18 +66,15 @@ def read_general(params: GeneralParams, template: ChatTemplate, context: int | N
             raise GeneralError(f"{row.source} has {len(ids)} tokens, but the model's context is {context}")
         answered = row.scoring == "exact" and not last.get("tool_calls")
         sequence = (ids, [-100] * len(prompt) + encoded.labels[len(prompt) :])
-        reference = str(last.get("content") or "")
-        general.append(
-            GeneralRow(row.source, row.group or row.source, reference, sequence, prompt if answered else None)
-        )
+        text, group = str(last.get("content") or ""), row.group or row.source
+        general.append(GeneralRow(row.source, group, text, sequence, prompt if answered else None))
     return general
 
 
 def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], losses: Losses) -> pa.Table:
     """The scored rows (N): `id, group, reference, answer, accuracy` (null for rows without a prompt), `loss, …`.
 
-    Args:
-        answers: to the rows with a prompt, in their order. A cut-off answer is wrong, whatever its text.
+    `answers` are those to the rows with a prompt, in their order. A cut-off answer is wrong, whatever its text.
     """
     next_answer = iter(answers)
     row_answers = [None if row.prompt is None else next(next_answer) for row in general]
@@ -101,17 +96,10 @@ def general_items(general: Sequence[GeneralRow], answers: Sequence[Answer], loss
 
 
 def measure_forgetting(before: pa.Table, after: pa.Table, params: EvaluateParams) -> dict[str, Any]:
-    """Scores of base and adapter with intervals, and how much worse the adapter is (perplexity: relative to the base).
-
-    Args:
-        before, after: `general_items` of the base and of the adapter.
-    """
+    """Scores of the base (before) and the adapter (after), and how much worse it is (perplexity: as a fraction)."""
     base, adapter = (table_scores(t, METRICS, params.bootstrap_samples, params.seed) for t in (before, after))
-    lost: dict[str, float | None] = {}
+    lost: dict[str, float | None] = dict.fromkeys(METRICS)
     for metric in METRICS:
-        old, new = base[metric], adapter[metric]
-        if old is None or new is None:
-            lost[metric] = None
-        else:
+        if (old := base[metric]) and (new := adapter[metric]):
             lost[metric] = difference(metric, new, old) * (1 if metric in LOWER_IS_BETTER else -1)
     return {"rows": len(before), "base": base, "adapter": adapter, "lost": lost}

@@ -20,8 +20,8 @@ from pipeline.core.files import read_json
 from pipeline.core.text import fold
 from pipeline.data.records import TOOL_CALLS
 from pipeline.params import EvaluateParams
+from pipeline.scoring import text_metrics
 from pipeline.scoring.likelihood import Losses
-from pipeline.scoring.metrics import text_metrics
 from pipeline.scoring.resampling import ITEMS_OF_A_CLASS, METRICS, slices_of, table_scores
 
 METRICS_FILE = Path(text_metrics.__file__)
@@ -120,17 +120,15 @@ def class_labels(test: pa.Table) -> list[str | None]:
 
 def summarise(items: pa.Table, params: EvaluateParams) -> Metrics:
     """Scores with 95 % intervals of all items and of each slice; null for a metric that counts no item."""
-    result = _scores(items, params)
-    for kind in ("by_task", "by_language", "by_length"):
-        result[kind] = {name: _scores(part, params) for name, part in slices_of(items, kind).items()}
-    return result
 
+    def scores(items: pa.Table) -> Metrics:
+        status = items.column("status").to_pylist()
+        counts = {"num_samples": len(items)} | {f"num_{state}": status.count(state) for state in ("cut_off", "empty")}
+        return counts | table_scores(items, METRICS, params.bootstrap_samples, params.seed)
 
-def _scores(items: pa.Table, params: EvaluateParams) -> Metrics:
-    status = items.column("status").to_pylist()
-    scores: Metrics = {"num_samples": len(items)}
-    scores |= {f"num_{state}": status.count(state) for state in ("cut_off", "empty")}
-    return scores | table_scores(items, METRICS, params.bootstrap_samples, params.seed)
+    kinds = ("by_task", "by_language", "by_length")
+    slices = {kind: {name: scores(part) for name, part in slices_of(items, kind).items()} for kind in kinds}
+    return scores(items) | slices
 
 
 def provenance(params: EvaluateParams, dataset: Path, signatures: dict[str, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.chat import Message
 from pipeline.chat.responses import as_calls
@@ -26,11 +27,9 @@ Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[T]]
 
 def reference_losses(model: Any, template: ChatTemplate, test: pa.Table, stage: str, system: str) -> Losses:
     """The loss of each test item's reference, over the tokens that training would count, with the end token."""
-    columns = [test.column(name).to_pylist() for name in ("messages", "tools", "reference", "input_ids")]
-    rows = list(zip(*columns, strict=True))
-    scoring = test.column("scoring").to_pylist()
+    names = ("messages", "tools", "reference", "input_ids", "scoring")
     sequences = []
-    for (messages, tools, reference, prompt), kind in zip(rows, scoring, strict=True):
+    for messages, tools, reference, prompt, kind in zip(*(test[name].to_pylist() for name in names), strict=True):
         expected: Message = {"role": "assistant", "content": reference}
         if kind == TOOL_CALLS:
             expected |= {"content": "", "tool_calls": as_calls(json.loads(reference))}
@@ -60,8 +59,7 @@ def token_agreement(
     def count_equal(logits: torch.Tensor, tokens: torch.Tensor, labelled: torch.Tensor) -> list[int]:
         equal = torch.zeros_like(labelled)
         equal[labelled] = logits.argmax(-1) == tokens
-        counts: list[int] = equal.sum(dim=1).tolist()
-        return counts
+        return equal.sum(dim=1).tolist()
 
     sequences = [(p + a, [-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
     counts = per_sequence(model, sequences, pad, count_equal, stage, f"tokens of {system}")
@@ -109,17 +107,14 @@ def _logits_to_keep(labels: list[int], width: int) -> int:
 
 
 def _reduce_batch(model: Any, batch: list[Sequence], pad: int, reduce: Reduce[T]) -> list[T]:
-    device = input_device(model)
-    width = max(len(tokens) for tokens, _ in batch)
+    device, width = input_device(model), len(batch[0][0])
     kept = max(_logits_to_keep(labels, width) for _, labels in batch)
-    ids, labels, mask = (torch.full((len(batch), width), value) for value in (pad, -100, 0))  # (B, T)
-    for row, (tokens, token_labels) in enumerate(batch):
-        ids[row, : len(tokens)], labels[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(token_labels)
-        mask[row, : len(tokens)] = 1
+    rows = [torch.tensor(tokens) for tokens, _ in batch]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad).to(device)  # (B, T)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    labels = pad_sequence([torch.tensor(labels) for _, labels in batch], batch_first=True, padding_value=-100)[:, 1:]
     # Counted from the end, because prompt tuning adds virtual tokens before the text.
-    logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=kept).logits[
-        :, -kept:-1
-    ]
-    labels = labels[:, 1:].to(logits.device)
+    logits = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, -kept:-1]
+    labels = labels.to(logits.device)
     labelled = labels != -100
     return reduce(logits[labelled[:, width - kept :]], labels[labelled], labelled)

@@ -35,8 +35,7 @@ Score = dict[str, float]
 
 def read_scores(folder: Path) -> dict[str, Any]:
     """`scores.json` of an evaluation or a parity folder: each system's scores, with intervals and slices."""
-    scores: dict[str, Any] = read_json(folder / "scores.json")
-    return scores
+    return read_json(folder / "scores.json")
 
 
 def difference(metric: str, new: Score, old: Score) -> float:
@@ -225,5 +224,4 @@ def _with_count(items: Items) -> Array:
 
 
 def _missing(items: Items) -> NDArray[np.bool_]:
-    missing: NDArray[np.bool_] = np.isnan(items if items.ndim == 1 else items[:, 0])
-    return missing
+    return np.isnan(items if items.ndim == 1 else items[:, 0])

@@ -44,7 +44,8 @@ class SlotBatch:
         self.graph: Any = None  # torch.cuda.CUDAGraph
         self.logits: Tensor | None = None  # of the graph's step
         self.config = model.config.get_text_config()
-        self.window = _window(self.config)
+        layers = DynamicCache(config=self.config).layers
+        self.window = max((layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")), default=None)
         self.kinds = set(getattr(self.config, "layer_types", None) or [WINDOW if self.window else ALL])
 
     def join(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -205,11 +206,6 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     get_max_length = get_seq_length
 
 
-def _window(config: Any) -> int | None:
-    windows = {layer.sliding_window for layer in DynamicCache(config=config).layers if hasattr(layer, "sliding_window")}
-    return max(windows, default=None)
-
-
 def padded_logits(model: Any, ids: Sequence[Sequence[int]], lengths: Sequence[int], cache: DynamicCache) -> Tensor:
     """The logits after each row (B, V), padded on the left as by `generate`.
 
@@ -217,7 +213,7 @@ def padded_logits(model: Any, ids: Sequence[Sequence[int]], lengths: Sequence[in
     """
     device, width, end = input_device(model), max(map(len, ids)), max(lengths)
     positions = torch.arange(end, device=device) - (end - torch.tensor(lengths, device=device))[:, None]
-    logits: Tensor = model(
+    return model(
         input_ids=torch.tensor([[0] * (width - len(row)) + list(row) for row in ids], device=device),
         attention_mask=(positions >= 0).long(),
         position_ids=positions.clamp(min=0)[:, -width:],
@@ -225,7 +221,6 @@ def padded_logits(model: Any, ids: Sequence[Sequence[int]], lengths: Sequence[in
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
-    return logits
 
 
 @torch.inference_mode()

@@ -25,10 +25,6 @@ from pipeline.weights.loading import ModelError, compute_dtype
 Kernel = Callable[..., Tensor]
 
 
-class UnsupportedAttention(ValueError):
-    """The architecture's attention is not a plain softmax over the earlier tokens of a row."""
-
-
 def packed_attention(
     kernel: Kernel,
     module: torch.nn.Module,
@@ -46,7 +42,7 @@ def packed_attention(
     """Causal attention within rows, in the form that transformers calls."""
     extras = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if extras or cu_seq_lens_q is None or max_length_q is None:
-        raise UnsupportedAttention(f"its attention takes {extras[0]}" if extras else "rows are not packed")
+        raise NotImplementedError(f"its attention takes {extras[0]}" if extras else "rows are not packed")
     heads = [x[0].transpose(0, 1) for x in (query, key, value)]
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     output = kernel(*heads, cu_seq_lens_q, max_length_q, scale=scaling, window=window, dropout=dropout)
@@ -79,7 +75,7 @@ def varlen(
     if varlen_attn is None:
         from torch.nn.attention.varlen import varlen_attn
     if options["dropout"]:
-        raise UnsupportedAttention(f"its attention has a dropout of {options['dropout']:g}")
+        raise NotImplementedError(f"its attention has a dropout of {options['dropout']:g}")
     groups, dtype, bounds = query.shape[1] // key.shape[1], query.dtype, bounds.to(torch.int32)
     grouping = {}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -119,20 +115,17 @@ def _try_registered(model: Any, sequences: Dataset) -> str | None:
     An architecture with its own mask (such as chunks) computes values that differ by more than its noise, which is the
     difference when the same rows come in another order. What depends on distance shows only in long rows.
     """
-    lengths = sequences["seq_lengths"][:]
-    tested = (_fullest(lengths), max(range(len(lengths)), key=lambda i: max(lengths[i])))
-    row_lists = [rows_of(sequences[i]) for i in tested]
+    row_lists = [_rows_of_largest(sequences, size) for size in (len, max)]
     expected = [last_hidden(model, rows) for rows in row_lists]
     noise = max(_largest(_reordered(model, rows) - hidden) for rows, hidden in zip(row_lists, expected, strict=True))
     model.set_attn_implementation("packed_rows")
     try:
-        error = max(
-            _largest(last_hidden(model, rows) - hidden) for rows, hidden in zip(row_lists, expected, strict=True)
-        )
+        switched = [last_hidden(model, rows) for rows in row_lists]
     except torch.OutOfMemoryError:
         raise
-    except (UnsupportedAttention, NotImplementedError, TypeError, RuntimeError) as problem:
+    except (NotImplementedError, TypeError, RuntimeError) as problem:
         return str(problem).splitlines()[0]
+    error = max(_largest(now - before) for now, before in zip(switched, expected, strict=True))
     if error <= max(3 * noise, 1e-3 * max(map(_largest, expected))):
         return None
     return f"{model.config.model_type} computes other values (by {error:.2g}, its own noise is {noise:.2g})"
@@ -140,7 +133,7 @@ def _try_registered(model: Any, sequences: Dataset) -> str | None:
 
 def require_isolation(model: Any, sequences: Dataset) -> None:
     """Refuse a model whose output for a row depends on the row before it in a packed sequence."""
-    first, *others = rows_of(sequences[_fullest(sequences["seq_lengths"][:])])
+    first, *others = _rows_of_largest(sequences, len)
     start, vocabulary = len(first["input_ids"]), model.config.get_text_config().vocab_size
     changed = first | {"input_ids": [(token + 1) % vocabulary for token in first["input_ids"]]}
     try:
@@ -181,9 +174,10 @@ def last_hidden(model: Any, rows: list[Batch]) -> Tensor:
     return hidden[0]
 
 
-def _fullest(lengths: list[list[int]]) -> int:
-    """The number of the sequence with the most rows."""
-    return max(range(len(lengths)), key=lambda i: len(lengths[i]))
+def _rows_of_largest(sequences: Dataset, size: Callable[[list[int]], int]) -> list[Batch]:
+    """The rows of the sequence whose rows' lengths have the largest `size`."""
+    lengths = sequences["seq_lengths"][:]
+    return rows_of(sequences[max(range(len(lengths)), key=lambda i: size(lengths[i]))])
 
 
 def _reordered(model: Any, rows: list[Batch]) -> Tensor:

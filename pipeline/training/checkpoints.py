@@ -13,6 +13,7 @@ from pipeline.core.dependencies import code_digests
 from pipeline.core.files import read_json, sha256_file, sha256_json, write_json
 from pipeline.core.vetting import check_checkpoint
 from pipeline.params import TrainParams
+from pipeline.training.watching import say
 
 SEAL = "digests.json"  # {file: sha256}, written last, so an incomplete checkpoint has none
 WATCH = "watch.json"  # the state of `Watch`
@@ -39,28 +40,21 @@ def identity(params: TrainParams, dataset: Path, init: Path | None = None) -> Id
 
 
 def open_run(params: TrainParams, dataset: Path, checkpoints: Path, init: Path | None = None) -> Path:
-    """The folder of this run's checkpoints, with `run.json`; deletes folders unused for 30 days.
-
-    If there are only checkpoints of other runs, prints what differs from the latest.
-    """
+    """The folder of this run's checkpoints; prints what differs if there are only other runs, deletes unused ones."""
     current = identity(params, dataset, init)
     folder = checkpoints / sha256_json(current)[:24]
     if not folder.exists():
         runs = sorted(checkpoints.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
         if runs:
-            last = read_json(runs[-1])
+            last, parameters = read_json(runs[-1]), current["parameters"]
             changed = [kind for kind in current if last.get(kind) != current[kind] and kind != "parameters"]
-            changed += [f"train.{key}" for key in current["parameters"]
-                        if last["parameters"].get(key) != current["parameters"][key]]  # fmt: skip
-            what = ", ".join(changed)
-            print(
-                f"train · the last checkpoints are from a run with different {what}; starting from step 0", flush=True
-            )
+            changed += [f"train.{key}" for key in parameters if last["parameters"].get(key) != parameters[key]]
+            say(f"the last checkpoints are from a run with different {', '.join(changed)}; starting from step 0")
         write_json(folder / "run.json", current)
     for run in [file.parent for file in checkpoints.glob("*/run.json")]:
         last_change = max(path.stat().st_mtime for path in [run, *run.iterdir()])
         if run != folder and time.time() - last_change > KEPT_DAYS * 86400:
-            print(f"train · deleting {run}, which was unused for {KEPT_DAYS} days", flush=True)
+            say(f"deleting {run}, which was unused for {KEPT_DAYS} days")
             shutil.rmtree(run, ignore_errors=True)
     return folder
 
@@ -76,11 +70,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest valid checkpoint in `folder`; prints why it skips others."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for checkpoint in newest_first:
-        problem = find_problem(checkpoint)
-        if problem is None:
+        if not (problem := find_problem(checkpoint)):
             check_checkpoint(checkpoint)
             return checkpoint
-        print(f"train · skipping {checkpoint}: {problem}", flush=True)
+        say(f"skipping {checkpoint}: {problem}")
     return None
 
 

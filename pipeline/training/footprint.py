@@ -16,9 +16,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from pipeline.core.combinations import CLASSIFICATION
 from pipeline.params import TrainParams
-from pipeline.training.hardware import HardwareError, uses_liger
+from pipeline.training.hardware import why_no_liger
 from pipeline.training.methods import adapter_config
 from pipeline.training.targets import expert_parameters
+from pipeline.training.watching import TrainError
 from pipeline.weights.architecture import attention_widths
 
 GIB = 2**30
@@ -60,59 +61,52 @@ class Counts:
 
 
 def count(config: PreTrainedConfig, params: TrainParams) -> Counts:
-    """The sizes of the model of `config` with the adapter of `params`."""
+    """The sizes of the model of `config` with the adapter of `params`; raises UnplannedError."""
     try:
-        return _count(config, params)
+        text = config.get_text_config()
+        query_width, key_width = attention_widths(text)
+        feedforward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+        auto = AutoModelForSequenceClassification if params.task == CLASSIFICATION else AutoModelForCausalLM
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = auto.from_config(config, dtype=torch.bfloat16)
+            model.requires_grad_(False)
+            not_quantised = tuple(f"{key}." for key in get_keys_to_not_convert(model))
+            linear = [
+                module.weight.numel()
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear | Conv1D) and not f"{name}.".startswith(not_quantised)
+            ]
+            experts = [parameter for _, parameter in expert_parameters(model)]
+            parameters = model.num_parameters()
+            head = 0 if params.task == CLASSIFICATION else model.get_output_embeddings().weight.numel()
+            adapter = adapter_config(params, model)
+            tuned = get_peft_model(model, adapter, autocast_adapter_dtype=False) if adapter else model.requires_grad_()
+        active = sum(linear)
+        if experts:
+            per_token = getattr(text, "top_k_experts", None) or text.num_experts_per_tok  # the first is Gemma 4's name
+            shared = getattr(text, "n_shared_experts", None) or 0
+            feedforward = (getattr(text, "moe_intermediate_size", None) or feedforward) * (per_token + shared)
+            active += sum(p.numel() for p in experts) * per_token // experts[0].shape[0]
+        return Counts(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            query_width=query_width,
+            key_width=key_width,
+            heads=max(layer.num_attention_heads for layer in text.per_layer_config),
+            feedforward_width=feedforward,
+            gated=any("gate" in name for name, _ in tuned.named_parameters()),
+            attention_dropout=attention_dropout(text),
+            parameters=parameters,
+            trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+            quantisable=sum(linear),
+            active=active,
+            largest_layer=max(linear),
+            head=head,
+            adapter_inputs=sum(module.in_features for module in tuned.modules() if hasattr(module, "lora_dropout")),
+        )
     except (AttributeError, TypeError, KeyError, RuntimeError, ImportError) as error:
         raise UnplannedError(f"{config.model_type} ({error})") from None
-
-
-def _count(config: PreTrainedConfig, params: TrainParams) -> Counts:
-    text = config.get_text_config()
-    layers, hidden = text.num_hidden_layers, text.hidden_size
-    query_width, key_width = attention_widths(text)
-    feedforward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    auto = AutoModelForSequenceClassification if params.task == CLASSIFICATION else AutoModelForCausalLM
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = auto.from_config(config, dtype=torch.bfloat16)
-        model.requires_grad_(False)
-        not_quantised = tuple(f"{key}." for key in get_keys_to_not_convert(model))
-        linear = [
-            module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and not f"{name}.".startswith(not_quantised)
-        ]
-        experts = [parameter for _, parameter in expert_parameters(model)]
-        gated = any("gate" in name for name, _ in model.named_parameters())
-        parameters = model.num_parameters()
-        head = 0 if params.task == CLASSIFICATION else model.get_output_embeddings().weight.numel()
-        settings = adapter_config(params, model)
-        tuned = get_peft_model(model, settings, autocast_adapter_dtype=False) if settings else model.requires_grad_()
-    active = sum(linear)
-    if experts:
-        per_token = getattr(text, "top_k_experts", None) or text.num_experts_per_tok  # Gemma 4's name, the usual name
-        shared = getattr(text, "n_shared_experts", None) or 0
-        expert_width = getattr(text, "moe_intermediate_size", None) or feedforward
-        feedforward = expert_width * (per_token + shared)
-        active += sum(p.numel() for p in experts) * per_token // experts[0].shape[0]
-    return Counts(
-        layers=layers,
-        hidden=hidden,
-        query_width=query_width,
-        key_width=key_width,
-        heads=max(layer.num_attention_heads for layer in text.per_layer_config),
-        feedforward_width=feedforward,
-        gated=gated,
-        attention_dropout=attention_dropout(text),
-        parameters=parameters,
-        trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-        quantisable=sum(linear),
-        active=active,
-        largest_layer=max(linear),
-        head=head,
-        adapter_inputs=sum(module.in_features for module in tuned.modules() if hasattr(module, "lora_dropout")),
-    )
 
 
 def attention_dropout(text_config: Any) -> float:
@@ -161,7 +155,7 @@ def _layer_bytes(counts: Counts, params: TrainParams, context: int, on_gpu: bool
     # FlashAttention and PyTorch's varlen take the bounds of rows instead of a mask.
     auto = params.attn_implementation == "auto" and params.packing
     flash = on_gpu and (auto or params.attn_implementation.startswith("flash_attention"))
-    fused = on_gpu and uses_liger(params)
+    fused = on_gpu and why_no_liger(params) is None
     # Two norms, each with its input in float32 and its output, which LoRA reads.
     norms = 2 * counts.hidden * ((width if fused else 4) + width)
     # Queries, output, keys and values; scaled_dot_product_attention with a mask repeats keys and values for all heads.
@@ -194,13 +188,8 @@ def choose_batches(params: TrainParams, counts: Counts | None, gpu: Gpu | None, 
     """Sequences per micro-batch, and micro-batches per optimiser step; `lengths` are the tokens of each sequence.
 
     `auto` takes the largest micro-batch that fits and divides the step, so a step has the same rows on every GPU. It is
-    one sequence on a CPU, where more are not faster, and for a sharded model.
-
-    Args:
-        counts: None if the formula does not know the model's architecture.
-
-    Raises:
-        HardwareError: other processes use the memory that the training needs.
+    one sequence on a CPU, for a sharded model, and for an architecture that the formula does not know (no `counts`).
+    Raises TrainError if other processes use the memory that the training needs.
     """
     auto = params.per_device_train_batch_size == "auto"
     rows = 1 if auto else int(params.per_device_train_batch_size)
@@ -211,14 +200,14 @@ def choose_batches(params: TrainParams, counts: Counts | None, gpu: Gpu | None, 
         per_step = max(1, round(params.tokens_per_step / length / params.num_processes))
     if gpu is not None and counts is not None and params.strategy not in SHARDED:
 
-        def peak(number: int) -> int:
-            return step_memory(counts, params, number, max(lengths), on_gpu=True)["peak"]
+        def peak(rows: int) -> int:
+            return step_memory(counts, params, rows, max(lengths), on_gpu=True)["peak"]
 
         available = gpu.free * FREE_FRACTION
         if auto:
             rows = next((n for n in range(per_step, 1, -1) if per_step % n == 0 and peak(n) <= available), 1)
         if available < peak(rows) <= gpu.total * FREE_FRACTION:
-            raise HardwareError(
+            raise TrainError(
                 f"this training needs {peak(rows) / GIB:.1f} GiB; of the {gpu.name}'s {gpu.total / GIB:.1f} GiB, other "
                 f"processes leave {gpu.free / GIB:.1f}; stop them, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )

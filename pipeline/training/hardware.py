@@ -7,12 +7,9 @@ import shutil
 from typing import Any
 
 from pipeline.params import TrainParams
+from pipeline.training.watching import TrainError
 
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-
-
-class HardwareError(ValueError):
-    """This machine cannot run the training; the message says what to change."""
 
 
 def require_kernels(params: TrainParams, cuda: bool) -> None:
@@ -25,16 +22,19 @@ def require_kernels(params: TrainParams, cuda: bool) -> None:
     ]
     for parameter, package, can_run, instead in choices:
         if package is not None and not (can_run and importlib.util.find_spec(package)):
-            raise HardwareError(
+            raise TrainError(
                 f"train.{parameter} needs a GPU, the Python package {package} and, for Triton, a C compiler; set it to "
                 f"{instead}"
             )
 
 
-def uses_liger(params: TrainParams) -> bool:
-    """Whether `use_liger_kernel` is true, or auto and Liger's layers can run."""
-    choice = params.use_liger_kernel
-    return choice is True or (choice == "auto" and _why_no_liger() is None)
+def why_no_liger(params: TrainParams) -> str | None:
+    """Why Liger's layers are not used on a GPU, or None. Triton needs a C compiler when a kernel first runs."""
+    if params.use_liger_kernel != "auto":
+        return None if params.use_liger_kernel else "train.use_liger_kernel is false"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None if _has_c_compiler() else "Triton finds no C compiler"
 
 
 def use_liger(model: Any, params: TrainParams) -> str:
@@ -42,8 +42,7 @@ def use_liger(model: Any, params: TrainParams) -> str:
     family = model.config.model_type
     if model.device.type != "cuda":
         return f"{family}'s own"
-    if not uses_liger(params):
-        reason = _why_no_liger() if params.use_liger_kernel == "auto" else "train.use_liger_kernel is false"
+    if reason := why_no_liger(params):
         return f"{family}'s own ({reason})"
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of layers for other makers' hardware
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
@@ -57,15 +56,8 @@ def use_liger(model: Any, params: TrainParams) -> str:
         except ImportError as error:  # Liger 0.8.5 lacks a part of its layers for Qwen 3.5's experts
             reason = f"Liger's layers for it cannot be imported: {error}"
     if params.use_liger_kernel is True:
-        raise HardwareError(f"train.use_liger_kernel is true, but {reason}; set it to auto")
+        raise TrainError(f"train.use_liger_kernel is true, but {reason}; set it to auto")
     return f"{family}'s own ({reason})"
-
-
-def _why_no_liger() -> str | None:
-    """Why Liger's layers cannot run here, or None. Triton needs a C compiler when a kernel first runs."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return None if _has_c_compiler() else "Triton finds no C compiler"
 
 
 def _has_c_compiler() -> bool:

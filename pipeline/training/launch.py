@@ -4,7 +4,6 @@ For several machines, start `accelerate launch … -m pipeline stage train` on e
 process that is already in a group joins it instead of launching one.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -17,17 +16,16 @@ import torch
 
 from pipeline.core.files import read_json, write_json
 from pipeline.core.processes import run_forwarding_sigterm
+from pipeline.core.progress import note
 from pipeline.params import TrainParams
 from pipeline.training.watching import Interrupted, TrainError
-
-INTERRUPTED, FAILED = 75, 1  # exit statuses of a process (75 is EX_TEMPFAIL in sysexits.h: try again)
 
 
 def launch(params: TrainParams, **folders: Path | None) -> dict[str, Any]:
     """Run `train` with its `folders` in `params.num_processes` processes; returns its result as a dictionary."""
-    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
-    if cuda and gpus < params.num_processes:
-        raise TrainError(f"train.num_processes is {params.num_processes}, but this machine has {gpus} GPUs")
+    cuda, gpus, number = torch.cuda.is_available(), torch.cuda.device_count(), params.num_processes
+    if cuda and gpus < number:
+        raise TrainError(f"train.num_processes is {number}, but this machine has {gpus} GPUs")
     with tempfile.TemporaryDirectory(prefix="retune-train-") as folder:
         job, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
         paths = {name: None if path is None else str(path.resolve()) for name, path in folders.items()}
@@ -41,9 +39,7 @@ def launch(params: TrainParams, **folders: Path | None) -> dict[str, Any]:
                 raise Interrupted(result["interrupted"])
             if status == 0:
                 return result
-    raise TrainError(
-        f"training in {params.num_processes} processes failed with status {status}; the first error above says why"
-    )
+    raise TrainError(f"training in {number} processes failed with status {status}; the first error above says why")
 
 
 def launcher(params: TrainParams) -> list[str]:
@@ -54,32 +50,24 @@ def launcher(params: TrainParams) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", number, "--num_machines", "1"]
     command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    match params.strategy:
-        case "fsdp":
-            return [*command, "--use_fsdp", *(part for key in FSDP for part in (f"--fsdp_{key}", FSDP[key]))]
-        case "deepspeed":
-            clip = str(params.max_grad_norm)
-            return [*command, "--use_deepspeed", "--zero_stage", "2", "--gradient_clipping", clip]
-    return [*command, "--multi_gpu"]
-
-
-# Options of accelerate's launcher for FSDP.
-FSDP = {
-    "version": "1",  # FSDP 2 shards each tensor separately, which bitsandbytes does not support for 4-bit weights
-    "sharding_strategy": "FULL_SHARD",
-    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "use_orig_params": "false",
-    "cpu_ram_efficient_loading": "false",
-    "state_dict_type": "FULL_STATE_DICT",
-}
+    options = {
+        "ddp": ["--multi_gpu"],
+        "deepspeed": ["--use_deepspeed", "--zero_stage", "2", "--gradient_clipping", str(params.max_grad_norm)],
+        "fsdp": [
+            # FSDP 2 shards each tensor separately, which bitsandbytes does not support for 4-bit weights.
+            "--use_fsdp", "--fsdp_version", "1", "--fsdp_sharding_strategy", "FULL_SHARD", "--fsdp_auto_wrap_policy",
+            "TRANSFORMER_BASED_WRAP", "--fsdp_use_orig_params", "false", "--fsdp_cpu_ram_efficient_loading", "false",
+            "--fsdp_state_dict_type", "FULL_STATE_DICT",
+        ],
+    }  # fmt: skip
+    return command + options[params.strategy]
 
 
 def run_one(job_file: str, train: Callable[..., Any]) -> int:
     """Run `train` as one process of the group; returns the exit status."""
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    job = read_json(Path(job_file))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    result: dict[str, Any] | None = None
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # all processes print the same
@@ -87,11 +75,11 @@ def run_one(job_file: str, train: Callable[..., Any]) -> int:
     try:
         status, result = 0, asdict(train(TrainParams.model_validate_json(job["params"]), **folders))
     except Interrupted as error:
-        status, result = INTERRUPTED, {"interrupted": str(error)}
+        status, result = 1, {"interrupted": str(error)}
     except ValueError as error:
-        status = FAILED
         if first:
-            print(f"train: {error}", file=sys.stderr, flush=True)
-    if first and result is not None:
+            note(f"train: {error}")
+        return 1
+    if first:
         write_json(Path(job["result"]), result)
     return status

@@ -1,9 +1,10 @@
-"""Packs rows into training sequences without padding or cutting any; `attention.py` keeps packed rows apart.
+"""Makes training sequences and batches of prepared rows; rows are packed without padding or cutting any.
 
 A batch has `rows`, the numbers of its rows, so that errors can name them, and a batch can be split between rows when
 memory runs out.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.params import TrainParams
@@ -24,10 +26,7 @@ OPEN_SEQUENCES = 16
 
 
 def training_sequences(path: Path, params: TrainParams) -> Dataset:
-    """The training sequences of a split: one per row, or rows packed to `packed_length`, with their `seq_lengths`.
-
-    A row longer than `packed_length` is a sequence by itself.
-    """
+    """The training sequences of a split: one per row, or rows packed to `packed_length`, with their `seq_lengths`."""
     table = pq.read_table(path, columns=["input_ids", "labels"]).combine_chunks()
     lengths = np.asarray(table.column("input_ids").combine_chunks().value_lengths(), dtype=np.int64)
     if not params.packing or not len(lengths):
@@ -40,6 +39,15 @@ def training_sequences(path: Path, params: TrainParams) -> Dataset:
     sizes = np.array([len(rows) for rows in packed])
     columns |= {"rows": _lists(order, sizes), "seq_lengths": _lists(lengths[order], sizes)}
     return Dataset(pa.table(columns))
+
+
+def class_sequences(path: Path, labels: Sequence[str]) -> Dataset:
+    """The training sequences of a split: `input_ids`, `label` (the number of the class) and `rows`."""
+    table = pq.read_table(path, columns=["input_ids", "label"])
+    number = {name: i for i, name in enumerate(labels)}
+    label_numbers = pa.array([number[name] for name in table["label"].to_pylist()], pa.int64())
+    rows = pa.array([[row] for row in range(len(table))], pa.list_(pa.int64()))
+    return Dataset(pa.table({"input_ids": table["input_ids"], "label": label_numbers, "rows": rows}))
 
 
 def _lists(values: Any, lengths: np.ndarray[Any, Any]) -> pa.Array:
@@ -83,9 +91,16 @@ class Collate:
         self.collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=packed)
 
     def __call__(self, sequences: list[Batch]) -> Batch:
-        batch = self.collate(sequences)
+        batch = dict(self.collate(sequences))
         batch["rows"] = torch.tensor([row for sequence in sequences for row in sequence["rows"]])
         return batch
+
+
+class ClassCollate(Collate):
+    """`input_ids` and `attention_mask` (B, T), `labels` and `rows` (B,)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.collate = DataCollatorWithPadding(tokenizer)
 
 
 def lengths_of(sequences: Dataset) -> list[int]:

@@ -16,19 +16,8 @@ from pipeline.chat.template import load_config, model_identity
 from pipeline.core.combinations import VIRTUAL_TOKENS
 from pipeline.core.progress import clock
 from pipeline.params import Params, TrainParams
-from pipeline.training.footprint import (
-    FREE_FRACTION,
-    GIB,
-    SHARDED,
-    Counts,
-    Gpu,
-    UnplannedError,
-    choose_batches,
-    count,
-    flops_per_token,
-    step_memory,
-    weight_bytes,
-)
+from pipeline.training import footprint
+from pipeline.training.footprint import GIB, Counts, UnplannedError, count, step_memory
 from pipeline.training.packing import lengths_of, training_sequences
 from pipeline.weights.checkpoint import SHARD_BYTES
 
@@ -60,7 +49,7 @@ class GpuKind:
     @property
     def usable(self) -> float:
         """Bytes that a process can use."""
-        return self.memory_gib * GIB * FREE_FRACTION
+        return self.memory_gib * GIB * footprint.FREE_FRACTION
 
 
 @dataclass(frozen=True)
@@ -82,15 +71,10 @@ class Plan:
 
 
 def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) -> Plan:
-    """Plan a run on the GPU of infra/gpus.yaml that `gpu` names, or on a CPU.
+    """Plan a run on the GPU of infra/gpus.yaml that `gpu` names, or on a CPU; raises PlanError or TemplateError.
 
-    Args:
-        dataset: the prepare stage's output, which gives the number of steps and the longest row. None plans one step
-            with rows of `prepare.max_length` tokens.
-
-    Raises:
-        PlanError: the GPU is unknown, or the training does not fit into its memory.
-        TemplateError: the model's configuration cannot be read.
+    `dataset`, the prepare stage's output, gives the number of steps and the longest row. None plans one step with rows
+    of `prepare.max_length` tokens.
     """
     gpu, kind = (None, None) if gpu is None else find_gpu(gpu)
     train, base = params.train, params.prepare
@@ -99,7 +83,7 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
     source = {"name_or_path": base.model_name_or_path, "revision": base.model_revision}
     config = load_config(source | {"trust_remote_code": base.trust_remote_code})
     lengths = [] if dataset is None else lengths_of(training_sequences(dataset / "train.parquet", train))
-    longest = max(lengths or [params.prepare.max_length, train.packed_length if train.packing else 0])
+    longest = max(lengths or [base.max_length, train.packed_length if train.packing else 0])
     try:
         counts = count(config, train)
     except UnplannedError as error:
@@ -107,14 +91,15 @@ def plan(params: Params, dataset: Path | None = None, gpu: str | None = None) ->
             f"training {error} cannot be planned; train without a plan: a batch that does not fit is split and retried"
         ) from None
     size = 0 if kind is None else int(kind.memory_gib * GIB)
-    rows, accumulation = choose_batches(train, counts, Gpu(gpu, size, size) if gpu else None, lengths or [longest])
+    device = footprint.Gpu(gpu, size, size) if gpu else None
+    rows, accumulation = footprint.choose_batches(train, counts, device, lengths or [longest])
     memory = step_memory(counts, train, rows, longest, on_gpu=kind is not None)
-    if kind is not None and memory["peak"] > kind.usable and train.strategy not in SHARDED:
+    if kind is not None and memory["peak"] > kind.usable and train.strategy not in footprint.SHARDED:
         raise PlanError(
             f"this training needs {memory['peak'] / GIB:.1f} GiB; the {gpu} has {kind.usable / GIB:.1f} GiB available; "
             f"{_advise(config, train, rows, longest, kind)}"
         )
-    flops = flops_per_token(counts, train, rows, longest)
+    flops = footprint.flops_per_token(counts, train, rows, longest)
     tokens = steps = seconds = cost = None
     if lengths:
         epoch_steps = math.ceil(len(lengths) / (rows * accumulation * train.num_processes))
@@ -161,7 +146,7 @@ def find_gpu(text: str) -> tuple[str, GpuKind]:
 def _later_stages(counts: Counts, params: Params, kind: GpuKind | None) -> tuple[str, str]:
     """The memory that evaluation and merge need; weights that do not fit are loaded in 4 bits or by a device map."""
     train, width = params.train, 4 if kind is None else 2
-    full_bytes, bytes_in_4_bits = counts.parameters * width, weight_bytes(counts, train, on_gpu=kind is not None)
+    full_bytes, bytes_in_4_bits = counts.parameters * width, footprint.weight_bytes(counts, train, kind is not None)
     available = math.inf if kind is None else WEIGHTS_FRACTION * kind.memory_gib * GIB
     full = f"{full_bytes / GIB:.2f} GiB in {'float32' if kind is None else 'bfloat16'}"
     if full_bytes > available:

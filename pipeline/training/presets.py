@@ -1,7 +1,6 @@
 """Parameter sets for known models (infra/presets), written into params.yaml.
 
-Comments and order stay. All presets set the same parameters, so nothing of an earlier preset remains; parameters that
-no preset sets stay as they are.
+All presets set the same parameters, so nothing of an earlier preset remains; other parameters stay as they are.
 """
 
 from dataclasses import dataclass
@@ -37,12 +36,8 @@ def list_presets() -> list[Preset]:
 def apply_preset(name: str, path: Path, task: str | None = None) -> dict[str, tuple[Any, Any]]:
     """Write the preset's values into `path`; returns the changes: parameter → (old value, new value).
 
-    Args:
-        task: adds the preset's values for classification, generation or reasoning, such as rank and target modules.
-
-    Raises:
-        PresetError: unknown preset or task.
-        ParamsError: `path` is invalid, before or after the changes.
+    `task` adds the values for classification, generation or reasoning. Raises PresetError if preset or task is unknown,
+    ParamsError if `path` is invalid, before or after the changes.
     """
     load_params(path)  # refuses an invalid file before it is changed
     before: dict[str, dict[str, Any]] = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
@@ -71,5 +66,4 @@ def _read(name: str) -> dict[str, Any]:
     files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
     if name not in files:
         raise PresetError(f"{name} is not a preset; the presets are {', '.join(files)}")
-    tree: dict[str, Any] = YAML(typ="safe").load(files[name].read_text(encoding="utf-8"))
-    return tree
+    return YAML(typ="safe").load(files[name].read_text(encoding="utf-8"))

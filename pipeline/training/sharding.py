@@ -28,10 +28,7 @@ def shard_on_cpus(trainer: SFTTrainer) -> None:
 
 
 def gather_trained(model: Any) -> dict[str, torch.Tensor] | None:
-    """The trained weights of a sharded `model` by name, on the CPU; None if it is not sharded.
-
-    Every process must call it.
-    """
+    """The trained weights of a sharded `model` by name, on the CPU, if every process calls it; None if not sharded."""
     if not isinstance(model, FSDP):
         return None
     weights = {}

@@ -17,16 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.core.combinations import METHODS, VIRTUAL_TOKENS
 from pipeline.params import TrainParams
+from pipeline.training.watching import TrainError
 from pipeline.weights.loading import HEADS
 
 ROUTERS = ("gate", "shared_expert_gate")  # layers that choose the experts of a token
 CHOOSING = {"router", "indexer"}  # parts of paths whose layers choose experts or earlier tokens, so pass no gradient
 MAMBA = {"mamba", "mixer"}  # parts of paths; they use the weights of these layers directly, without an adapter
 USED_DIRECTLY = ("dt_proj", "out_proj")
-
-
-class MethodError(ValueError):
-    """The method cannot be used on this model; the message says what can."""
 
 
 def target_modules(params: TrainParams, model: Any) -> str | list[str]:
@@ -46,7 +43,7 @@ def target_parameters(params: TrainParams, model: Any) -> list[str]:
     experts, targets = _expert_names(model), params.lora_target_modules
     chosen = experts if targets == "all-linear" else [name for name in experts if name in targets]
     if chosen and (not METHODS[params.method].trains_experts or params.lora_dropout):
-        raise MethodError(
+        raise TrainError(
             f"train.method is {params.method} and train.lora_dropout is {params.lora_dropout:g}, but experts "
             f"({', '.join(chosen)}) need {', '.join(name for name in METHODS if METHODS[name].trains_experts)} without "
             "dropout; change these, or set train.lora_target_modules to attention"
@@ -128,7 +125,7 @@ def _target_names(params: TrainParams, model: Any, linear: dict[str, torch.nn.Mo
     for name in names:
         if name not in kept or not _matches(name, linear):
             possible = sorted({_short(path, linear) for path in linear} | set(_expert_names(model)))
-            raise MethodError(
+            raise TrainError(
                 f"train.lora_target_modules names {name}, which is not a linear layer that an adapter can change "
                 "(output layers, embeddings, routers, some layers of Mamba and those for images stay frozen, and PEFT "
                 f"takes some names for experts); possible names are {', '.join(possible)}"

@@ -1,5 +1,4 @@
-"""Extends TRL's SFTTrainer for long jobs: retries when memory runs out, checks of each step, sealed checkpoints, and
-a validation loss that is a mean over tokens.
+"""Extends TRL's SFTTrainer for long jobs: retries when memory runs out, checks of each step, sealed checkpoints.
 
 The training loop, accumulation, clipping, optimiser and schedule are transformers'.
 """
@@ -7,6 +6,7 @@ The training loop, accumulation, clipping, optimiser and schedule are transforme
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from trl.trainer import add_fused_lm_head
 from pipeline.core.files import read_json, write_json
 from pipeline.core.memory import Fallback, OutOfMemory, free, out_of_memory
 from pipeline.training.checkpoints import WATCH, find_problem, seal
-from pipeline.training.gradients import checkpoint_activations
 from pipeline.training.packing import Batch, count_tokens, short_row, split_batch
 from pipeline.training.sharding import ShardedTrainer
-from pipeline.training.watching import TrainError, Watch, shortened
+from pipeline.training.watching import TrainError, Watch, say, shortened
 
 
 class AdapterTrainer(ShardedTrainer):
@@ -34,10 +33,8 @@ class AdapterTrainer(ShardedTrainer):
         self.fallbacks: list[Fallback] = [Fallback()]  # the last one applies
         self.micro_batches: list[Batch] = []  # of the current step
         self.uses_fused_head = False
-        step_sequences = (
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        )
-        epoch_steps = math.ceil(len(self.train_dataset) / step_sequences)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        epoch_steps = math.ceil(len(self.train_dataset) / rows)
         watch.eval_steps = None if self.eval_dataset is None else (watch.params.eval_steps or max(epoch_steps, 1))
 
     # --- loss ---
@@ -47,10 +44,7 @@ class AdapterTrainer(ShardedTrainer):
         return "TRL's fused head, in chunks" if self.uses_fused_head else "the model's own"
 
     def use_fused_head(self) -> None:
-        """Let TRL's fused head compute the loss, if its probabilities are the model's own.
-
-        It skips layers between the last hidden state and the output layer, which ModernBERT has.
-        """
+        """Let TRL's fused head compute the loss, if its probabilities are the model's own (ModernBERT's are not)."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_fused_lm_head(model)
         batch = self._prepare_inputs(self.data_collator([short_row(self.train_dataset)]))
@@ -94,17 +88,12 @@ class AdapterTrainer(ShardedTrainer):
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         self.started += 1
-        return self._retry_until_it_fits(
-            inputs,
-            lambda: self._train_micro_batch(model, inputs, num_items_in_batch),
-            lambda: self._repeat_step(model, num_items_in_batch),
-        )
+        attempt = partial(self._train_micro_batch, model, inputs, num_items_in_batch)
+        return self._retry_until_it_fits(inputs, attempt, partial(self._repeat_step, model, num_items_in_batch))
 
     def _train_micro_batch(self, model: Any, inputs: Batch, items: Any) -> torch.Tensor:
-        train = super().training_step
-        loss = torch.stack(
-            [train(model, piece, items) for piece in split_batch(inputs, self.fallbacks[-1].pieces)]
-        ).sum()
+        train, pieces = super().training_step, split_batch(inputs, self.fallbacks[-1].pieces)
+        loss = torch.stack([train(model, piece, items) for piece in pieces]).sum()
         self.watch.add(loss, count_tokens(inputs), inputs["rows"])
         return loss
 
@@ -147,26 +136,26 @@ class AdapterTrainer(ShardedTrainer):
                 "memory (`retune plan` says how much)"
             )
         else:
-            checkpoint_activations(self.model)
+            self.checkpoint_activations()
             self.fallbacks.append(Fallback(step, current.pieces, gradient_checkpointing=True))
             how = "with gradient checkpointing"
-        print(f"train · out of memory at step {step}; retrying the same batch {how}", flush=True)
+        say(f"out of memory at step {step}; retrying the same batch {how}")
         free()
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each layer's activations in the backward pass instead of keeping them."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         watch, processes = self.watch, self.accelerator.num_processes
-        sums = torch.tensor(
-            [float(watch.step_loss) / processes, watch.step_tokens, watch.interrupted, watch.time_is_up],
-            dtype=torch.float64 if self.args.device.type != "mps" else torch.float32,
-            device=self.args.device,
-        )
+        own = [float(watch.step_loss) / processes, watch.step_tokens, watch.interrupted, watch.time_is_up]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.args.device)
         loss, tokens, interrupted, out_of_time = self.accelerator.reduce(sums, "sum").tolist()
         norm_value = math.nan if norm is None else float(norm)
         # In float16 an infinite norm is normal: the step is skipped and the scale of the loss lowered.
         ignores_norm = norm is None or self.accelerator.scaler is not None
-        problem = watch.find_problem(loss, 0.0 if ignores_norm else norm_value)
-        if problem is not None:
+        if problem := watch.find_problem(loss, 0.0 if ignores_norm else norm_value):
             rows = torch.cat(watch.step_rows).tolist()
             rows = gather_object(rows) if processes > 1 else rows
             sources = shortened([watch.sources[row] for row in sorted(set(rows))], 12)
@@ -227,8 +216,7 @@ class AdapterTrainer(ShardedTrainer):
         super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's method also writes a model card
         if self.args.should_save:
             checkpoint = self._checkpoint(self.state.global_step)
-            fallbacks = [vars(fallback) for fallback in self.fallbacks]
-            write_json(checkpoint / WATCH, self.watch.state() | {"fallbacks": fallbacks})
+            write_json(checkpoint / WATCH, self.watch.state() | {"fallbacks": list(map(vars, self.fallbacks))})
             seal(checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -254,11 +242,11 @@ class AdapterTrainer(ShardedTrainer):
             self.load_before_sharding(checkpoint)
         self.fallbacks = [Fallback(**fallback) for fallback in state["fallbacks"]]
         if self.fallbacks[-1].gradient_checkpointing:
-            checkpoint_activations(self.model)
+            self.checkpoint_activations()
         if self.watch.best is not None and self.watch.params.early_stopping_patience is not None:
             best = self._checkpoint(self.watch.best[1])
             if problem := find_problem(best):
-                print(f"train · skipping {best}, the best checkpoint: {problem}", flush=True)
+                say(f"skipping {best}, the best checkpoint: {problem}")
                 self.watch.best, self.watch.worse = None, 0
 
     def is_finished(self, checkpoint: Path) -> bool:
@@ -278,3 +266,27 @@ class AdapterTrainer(ShardedTrainer):
             return last
         self._load_from_checkpoint(str(self._checkpoint(best[1])))
         return int(best[1])
+
+
+class ClassTrainer(AdapterTrainer):
+    """Trains classifiers on the batches of `ClassCollate`; the loss is a mean over rows."""
+
+    loss_description = "cross-entropy of classes"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # Decoders read the class at the last token that is not padding.
+        options["model"].config.pad_token_id = options["processing_class"].pad_token_id
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = True  # makes transformers count the rows of a whole step
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        rows = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+        nats = torch.nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"], reduction="sum")
+        loss = nats / rows * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def count_targets(self, batch: Batch) -> int:
+        return len(batch["labels"])

@@ -1,8 +1,7 @@
-"""Watches a training: prints progress, records losses, and stops it on divergence, a signal, or lack of progress.
+"""Watches a training: prints progress, decides when to validate, and stops on divergence, a signal or no progress.
 
-`Watch` gets each step's loss, gradient norm and rows. It decides when to validate and save, and collects the tables
-`loss.csv` (identical in equal runs) and `speed.csv`. Its state is saved with each checkpoint, so the tables of a
-resumed run are complete.
+It collects the tables `loss.csv` (identical in equal runs) and `speed.csv`. Its state is saved with each checkpoint, so
+the tables of a resumed run are complete.
 """
 
 import csv
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from transformers import TrainerCallback, TrainerState
 
@@ -197,10 +195,9 @@ class Watch(TrainerCallback):
             self.worse += 1
         if self.patience_is_spent and state.global_step < state.max_steps:
             control.should_training_stop = True
-            print(
-                f"train · the validation loss has not fallen below {self.best[0]:.4f} (step {self.best[1]}) in "
-                f"{self.worse} validations; training stops at step {state.global_step}",
-                flush=True,
+            say(
+                f"the validation loss has not fallen below {self.best[0]:.4f} (step {self.best[1]}) in {self.worse} "
+                f"validations; training stops at step {state.global_step}"
             )
 
     @property
@@ -210,15 +207,9 @@ class Watch(TrainerCallback):
 
     def _log(self, step: int, model: torch.nn.Module) -> None:
         changes, now = self.changes(model), time.monotonic()
-        self.loss_rows.append(
-            {
-                "step": step,
-                "loss": statistics.fmean(self.unlogged),
-                "learning_rate": self.learning_rate,
-                "grad_norm": self.grad_norm,
-                "weight_change": math.sqrt(sum(change**2 for change in changes.values())),
-            }
-        )
+        row = {"step": step, "loss": statistics.fmean(self.unlogged), "learning_rate": self.learning_rate}
+        total_change = math.sqrt(sum(change**2 for change in changes.values()))
+        self.loss_rows.append(row | {"grad_norm": self.grad_norm, "weight_change": total_change})
         speed = (self.tokens - self._logged_tokens) / max(now - self._logged_at, 1e-9)
         figures = (step, round(speed, 1), round(memory_gib(), 3), round(now - self.started, 2))
         self.speed_rows.append(dict(zip(SPEED, figures, strict=True)))
@@ -226,12 +217,14 @@ class Watch(TrainerCallback):
         unchanged = [name for name, change in changes.items() if change == 0]
         if unchanged and not self._warned and step >= self.warmup_steps + MOVED_BY:
             self._warned = True
-            names = shortened(unchanged)
-            print(
-                f"train · warning: the weights of {names} have not changed after {step} steps; if the model does not "
-                "use these layers, merge will refuse the adapter: leave them out of train.lora_target_modules",
-                flush=True,
+            say(
+                f"warning: the weights of {shortened(unchanged)} have not changed after {step} steps; if the model "
+                "does not use these layers, merge will refuse the adapter: leave them out of train.lora_target_modules"
             )
+
+
+def say(line: str) -> None:
+    print(f"train · {line}", flush=True)
 
 
 def write_table(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
@@ -245,8 +238,7 @@ def memory_gib() -> float:
     """Peak memory of the GPU, or of this process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return max(peak, psutil.Process().memory_info().rss) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def shortened(names: Sequence[str], limit: int = 5) -> str:

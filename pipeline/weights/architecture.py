@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, round_trip
+from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edits, round_trip
 from pipeline.weights.loading import (
     UNQUANTISED,
     ModelError,
@@ -29,16 +29,12 @@ from pipeline.weights.loading import (
     class_settings,
     compute_dtype,
     device,
-    refuse_ragged_blocks,
+    fix_4bit_layers,
 )
 
 
 def base_config(identity: Mapping[str, Any], labels: list[str] | None = None) -> PretrainedConfig:
-    """The base's configuration, for a model class of transformers itself; no code of a repository is run.
-
-    Raises:
-        ModelError: transformers has no class for it.
-    """
+    """The base's configuration, without code of its repository; ModelError if transformers has no class for it."""
     name = identity["name_or_path"]
     try:
         config = AutoConfig.from_pretrained(
@@ -74,10 +70,7 @@ def auto_class(config: PretrainedConfig) -> Any:
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device: parameters have shapes but take no memory."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = auto_class(config).from_config(
-            deepcopy(config), dtype=torch.float32, trust_remote_code=False
-        )
-    return model
+        return auto_class(config).from_config(deepcopy(config), dtype=torch.float32, trust_remote_code=False)
 
 
 def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
@@ -97,7 +90,7 @@ def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str
     return names
 
 
-def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None) -> dict[str, Edit]:
+def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None) -> Edits:
     """The weights that loading in 4 bits rounds, each with an edit that rounds it in the same way."""
     if quantisation is None or not quantisation["load_in_4bit"]:
         return {}
@@ -105,7 +98,7 @@ def rounded_weights(config: PretrainedConfig, quantisation: Quantisation | None)
     skip = None if config.problem_type is None else list(UNQUANTISED)
     settings = BitsAndBytesConfig(**quantisation, llm_int8_skip_modules=skip)
     Bnb4BitHfQuantizer(settings, pre_quantized=False).preprocess_model(model, device_map=None)
-    refuse_ragged_blocks(model, config.name_or_path)
+    fix_4bit_layers(model, config.name_or_path)
     return {
         f"{name}.weight": round_trip(quantisation, compute_dtype(), device(), module.source_cls is Conv1D)
         for name, module in model.named_modules()

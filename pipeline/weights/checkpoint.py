@@ -23,6 +23,7 @@ WIDTHS = {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}  # bytes p
 SHARD_BYTES = 2**30  # maximum of an output shard, unless a single tensor is larger
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
+Edits = dict[str, Edit]  # by the name of a parameter or tensor
 
 
 class WeightsError(ValueError):
@@ -40,8 +41,7 @@ class Stored:
 
     def load(self) -> torch.Tensor:
         with safe_open(self.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.name)
-        return tensor
+            return file.get_tensor(self.name)
 
     def size(self, dtype: torch.dtype | None = None) -> int:
         """Size in bytes; floating-point numbers are counted as `dtype` if it is given."""
@@ -54,11 +54,9 @@ Checkpoint = dict[str, Stored]  # by the tensor's name
 
 def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
     """The tensors of a folder, or of a Hub repository at `revision`; reads and checks every shard's header."""
-    single = _locate(name_or_path, revision, SINGLE)
-    if single is not None:
+    if single := _locate(name_or_path, revision, SINGLE):
         return _header(single)
-    index = _locate(name_or_path, revision, INDEX)
-    if index is None:
+    if not (index := _locate(name_or_path, revision, INDEX)):
         raise WeightsError(f"{name_or_path} has neither {SINGLE} nor {INDEX}; only safetensors weights are loaded")
     try:
         shard_of: dict[str, str] = read_json(index)["weight_map"]
@@ -75,8 +73,8 @@ def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Ch
 
 
 def _locate(name_or_path: str | Path, revision: str | None, file: str) -> Path | None:
-    if Path(name_or_path).is_dir():
-        path = Path(name_or_path) / file
+    path = Path(name_or_path) / file
+    if path.parent.is_dir():
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(str(name_or_path), file, revision=revision))
@@ -93,13 +91,8 @@ def _header(path: Path) -> Checkpoint:
         raise WeightsError(f"{path} is missing, cut short or damaged ({error}); download it again") from None
 
 
-def rewrite(
-    checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], dtype: torch.dtype | None, stage: str
-) -> None:
-    """Write `checkpoint` to `folder`, with `edits` by tensor name and floats as `dtype` (None: as stored).
-
-    `stage` is the one that its lines of progress name.
-    """
+def rewrite(checkpoint: Checkpoint, folder: Path, edits: Edits, dtype: torch.dtype | None, stage: str) -> None:
+    """Write `checkpoint` to `folder`, with `edits` by tensor name and floats as `dtype` (None: as stored)."""
     plan = split_state_dict_into_shards_factory(
         checkpoint,
         get_storage_size=lambda stored: stored.size(dtype),

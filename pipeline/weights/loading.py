@@ -46,9 +46,8 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     if NVIDIA_DRIVER.exists():
-        reason = (
-            "is a build for CPUs" if torch.version.cuda is None else f"needs a driver for CUDA {torch.version.cuda}"
-        )
+        cuda = torch.version.cuda
+        reason = f"needs a driver for CUDA {cuda}" if cuda else "is a build for CPUs"
         note(f"computing on the CPU: PyTorch {torch.__version__} {reason}, so it cannot use the GPU of this machine")
     return torch.device("cpu")
 
@@ -92,20 +91,14 @@ def record_dtype(folder: Path) -> None:
 
 
 def load_base(
-    identity: dict[str, Any],
-    quantisation: Quantisation | None = None,
-    labels: list[str] | None = None,
-    attn_implementation: str | None = None,
-    **placement: Any,
+    identity: dict[str, Any], quantisation: Quantisation | None = None, labels: list[str] | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Load the base model of a contract on `device()`, in `compute_dtype()` or quantised to 4 bits.
+    """Load the base model of a contract in `compute_dtype()`, or quantised to 4 bits.
 
     Args:
         identity: `model` of the template contract (name_or_path, revision, trust_remote_code).
-        quantisation: None, or load_in_4bit false, loads full-precision weights.
         labels: the classes of a sequence classification model; a missing head is initialised with a fixed seed.
-        attn_implementation: as in transformers; None lets it choose.
-        placement: `device_map`, `max_memory` and so on, as in transformers; by default all weights are on `device()`.
+        options: `attn_implementation`, `device_map` and so on of transformers; by default all weights on `device()`.
 
     Raises:
         ModelError: the model cannot be loaded from safetensors, or not be computed in 4 bits on a CPU.
@@ -115,11 +108,8 @@ def load_base(
     # Left out without 4 bits: None would load weights that are stored quantised as if they were not, with a warning.
     quantised = {}
     if quantisation is not None and quantisation["load_in_4bit"]:
-        config = BitsAndBytesConfig(
-            **quantisation,
-            bnb_4bit_compute_dtype=compute_dtype(),
-            llm_int8_skip_modules=list(UNQUANTISED) if labels else None,
-        )
+        skip = list(UNQUANTISED) if labels else None
+        config = BitsAndBytesConfig(**quantisation, bnb_4bit_compute_dtype=compute_dtype(), llm_int8_skip_modules=skip)
         quantised["quantization_config"] = config
     try:
         with torch.random.fork_rng():
@@ -133,14 +123,12 @@ def load_base(
                 **quantised,
                 **class_settings(labels),
                 dtype=compute_dtype(),
-                **({"device_map": {"": device()}} | placement),
+                **({"device_map": {"": device()}} | options),
                 use_safetensors=True,
-                attn_implementation=attn_implementation,
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"{identity['name_or_path']} cannot be loaded: {str(error).splitlines()[0]}") from None
-    keep_4bit_weights_trainable(model)
-    refuse_ragged_blocks(model, identity["name_or_path"])
+    fix_4bit_layers(model, identity["name_or_path"])
     if labels:
         # Modules that the published model lacks, such as a pooler: the adapter must train and save them.
         missing = {key.rpartition(".")[0] for key in loading_info["missing_keys"]}
@@ -164,37 +152,28 @@ def class_settings(labels: list[str] | None) -> dict[str, Any]:
     }
 
 
-def keep_4bit_weights_trainable(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first inference on a CPU with AVX512-BF16.
+def fix_4bit_layers(model: torch.nn.Module, name: str) -> None:
+    """Keep 4-bit weights trainable on a CPU; raise ModelError for rows that end within a block of 64.
 
-    The repacked form has no backward pass and dequantises to noise, both without a warning (bitsandbytes 0.50): after
-    a validation, frozen layers would no longer pass gradients back.
-    """
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def refuse_ragged_blocks(model: torch.nn.Module, name: str) -> None:
-    """Raise ModelError on a CPU for 4-bit rows that end within a block of 64.
-
-    bitsandbytes 0.50 takes wrong scales for them, which doubles the rounding error.
+    bitsandbytes 0.50 does both wrong without a warning: with AVX512-BF16 it repacks weights at the first inference, and
+    then they pass no gradient and dequantise to noise; a ragged row gets wrong scales, which double its rounding error.
     """
     for path, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit) and device().type == "cpu" and module.in_features % 64:
-            raise ModelError(
-                f"{path} of {name} has rows of {module.in_features} numbers, not a multiple of 64: on a CPU, 4-bit "
-                "results would be wrong; set train.method to lora, or use a GPU"
-            )
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            if device().type == "cpu" and module.in_features % 64:
+                raise ModelError(
+                    f"{path} of {name} has rows of {module.in_features} numbers, not a multiple of 64: on a CPU, 4-bit "
+                    "results would be wrong; set train.method to lora, or use a GPU"
+                )
 
 
 def sort_sets(adapter: Path) -> None:
     """Sort the module names in adapter_config.json; PEFT writes sets, whose order changes from run to run."""
-    path = adapter / "adapter_config.json"
-    config = read_json(path)
+    config = read_json(adapter / "adapter_config.json")
     sets = ("target_modules", "target_parameters", "feedforward_modules", "modules_to_save")
     names = {key: sorted(config[key]) for key in sets if isinstance(config.get(key), list)}
-    write_json(path, config | names)
+    write_json(adapter / "adapter_config.json", config | names)
 
 
 def is_whole(folder: Path) -> bool:
@@ -203,11 +182,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = False) -> PeftModel:
-    """`base` with the adapter in `folder`, for inference.
+    """`base` (a model, or a PeftModel, which gets another adapter) with the adapter in `folder`, for inference.
 
-    Args:
-        base: a model, or a PeftModel, which gets another adapter.
-        empty: `base` is on the meta device, and only the adapter's weights are loaded.
+    `empty`: `base` is on the meta device, and only the adapter's weights are loaded.
 
     Raises:
         ModelError: `folder` has no safetensors adapter, or it does not fit the base.
@@ -218,23 +195,20 @@ def load_adapter(base: Any, folder: Path, name: str = "default", empty: bool = F
     check_adapter(folder)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
+    misfit = f"the adapter in {folder} does not fit {base.config.name_or_path}"
     try:
         with _placeholders(base, config), warnings.catch_warnings():
             warnings.filterwarnings("ignore", PEFT_WARNINGS)
             model = base if isinstance(base, PeftModel) else get_peft_model(base, config, name, low_cpu_mem_usage=empty)
             loading_info = model.load_adapter(str(folder), name, low_cpu_mem_usage=empty)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {reason}") from None
+        raise ModelError(f"{misfit}: {str(error).splitlines()[0]}") from None
     # PEFT ignores both, but half an adapter must not pass for a whole one. It lists the embeddings of prompt and prefix
     # tuning as unexpected, although it loads them and checks their shape.
     unexpected = [key for key in loading_info.unexpected_keys if not (config.is_prompt_learning and key == PROMPT)]
     for kind, keys in (("missing", loading_info.missing_keys), ("unexpected", unexpected)):
         if keys:
-            raise ModelError(
-                f"the adapter in {folder} does not fit {base.config.name_or_path}: {len(keys)} {kind} weights "
-                f"(first {keys[0]})"
-            )
+            raise ModelError(f"{misfit}: {len(keys)} {kind} weights (first {keys[0]})")
     return model.eval()
 
 
@@ -247,9 +221,8 @@ def _placeholders(model: Any, config: PeftConfig) -> Iterator[None]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     device_map = vars(base).pop("hf_device_map", None)
     if device_map is not None:
-        needs_weights = [
-            key for key in ("use_dora", "modules_to_save", "target_parameters") if getattr(config, key, None)
-        ]
+        settings = ("use_dora", "modules_to_save", "target_parameters")
+        needs_weights = [key for key in settings if getattr(config, key, None)]
         if needs_weights and any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError(f"with {needs_weights[0]}, the whole base must fit into the device's memory")
         fill_with_placeholders(model, device())

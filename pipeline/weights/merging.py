@@ -1,8 +1,7 @@
 """Adds an adapter to the weights of its base, from safetensors to safetensors, without the model in memory.
 
 PEFT's own layers, built on a base without weights, give what is added to which weight and how it is scaled; the sum is
-bit for bit that of `merge_and_unload` on a CPU. Adapters other than LoRA on linear layers are merged by PEFT, and the
-reason is recorded. Prompt and prefix tuning cannot be merged and are refused.
+bit for bit that of `merge_and_unload` on a CPU. PEFT merges adapters other than LoRA on linear layers.
 """
 
 import warnings
@@ -22,7 +21,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.weights.architecture import auto_class, base_config, checkpoint_names, empty_model, rounded_weights
-from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, open_checkpoint, rewrite
+from pipeline.weights.checkpoint import FLOATS, Checkpoint, Edit, Edits, open_checkpoint, rewrite
 from pipeline.weights.loading import Quantisation, compute_dtype, fill_with_placeholders, is_whole, load_adapter
 
 
@@ -55,7 +54,6 @@ def merge_adapter(
         identity: `model` of the template contract; its Python code is never run.
         quantisation: the 4-bit rounding of the base before the adapter is added; None adds to the base itself.
         dtype: of the written weights; None keeps each in the checkpoint's own type.
-        labels: the classes of a sequence classification model, whose head comes from the adapter.
 
     Raises:
         MergeError: the adapter changes nothing in a module that it targets, or cannot be merged.
@@ -65,7 +63,7 @@ def merge_adapter(
     require_mergeable(adapter)
     if is_whole(adapter):  # nothing to add, but the type may change
         config, checkpoint = AutoConfig.from_pretrained(adapter, trust_remote_code=False), open_checkpoint(adapter)
-        edits: dict[str, Edit] = {}
+        edits: Edits = {}
         merging = Merging("whole", None, len(checkpoint))
     else:
         config = base_config(identity, labels)
@@ -74,7 +72,9 @@ def merge_adapter(
         try:
             edits, modules = _edits(config, checkpoint, adapter, rounded, dtype)
         except _NeedsPeft as reason:
-            modules = _merge_with_peft(identity, config, checkpoint, adapter, folder, rounded, dtype)
+            bytes_by_type = {name: sum(t.size() for t in checkpoint.values() if t.dtype == name) for name in FLOATS}
+            out = dtype or FLOATS[max(bytes_by_type, key=lambda name: bytes_by_type[name])]
+            modules = _merge_with_peft(identity, config, adapter, folder, rounded, out)
             return Merging("peft", str(reason), modules)
         merging = Merging("shards", None, modules)
     rewrite(checkpoint, folder, edits, dtype, "merge")
@@ -95,8 +95,8 @@ def require_mergeable(adapter: Path) -> None:
 
 
 def _edits(
-    config: PretrainedConfig, checkpoint: Checkpoint, adapter: Path, rounded: dict[str, Edit], dtype: torch.dtype | None
-) -> tuple[dict[str, Edit], int]:
+    config: PretrainedConfig, checkpoint: Checkpoint, adapter: Path, rounded: Edits, dtype: torch.dtype | None
+) -> tuple[Edits, int]:
     """The edits that merge the adapter, by tensor of the checkpoint, and the number of modules that it targets."""
     _require_plain_lora(adapter)
     empty = empty_model(config)
@@ -169,17 +169,9 @@ def _require_change(module: str, before: list[torch.Tensor], after: list[torch.T
 
 
 def _merge_with_peft(
-    identity: Mapping[str, Any],
-    config: PretrainedConfig,
-    checkpoint: Checkpoint,
-    adapter: Path,
-    folder: Path,
-    rounded: dict[str, Edit],
-    dtype: torch.dtype | None,
+    identity: Mapping[str, Any], config: PretrainedConfig, adapter: Path, folder: Path, rounded: Edits, out: torch.dtype
 ) -> int:
     """Merge with PEFT's `merge_and_unload`, with the whole model in CPU memory; returns the number of modules."""
-    bytes_by_type = {name: sum(t.size() for t in checkpoint.values() if t.dtype == name) for name in FLOATS}
-    out = dtype or FLOATS[max(bytes_by_type, key=lambda name: bytes_by_type[name])]
     base = auto_class(config).from_pretrained(
         identity["name_or_path"],
         revision=identity["revision"],

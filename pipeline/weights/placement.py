@@ -19,18 +19,18 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pipeline.chat.template import local_source
 from pipeline.core.files import WORK_DIR
 from pipeline.core.memory import free
 from pipeline.core.progress import note
 from pipeline.weights.architecture import base_config, checkpoint_names, empty_model, rounded_weights
-from pipeline.weights.checkpoint import Edit, open_checkpoint, rewrite
+from pipeline.weights.checkpoint import Edits, open_checkpoint, rewrite
 from pipeline.weights.loading import ModelError, Quantisation, compute_dtype, device, is_whole, load_adapter, load_base
 
 VARIABLE = "RETUNE_MAX_MEMORY"
 GIB = 2**30
 ROOM = 0.1  # share of a device's memory that is left to activations and the cache of keys and values
 PACKED = 0.53  # bytes per 4-bit number, with scales
-CPU_BYTES_PER_S, DISK_BYTES_PER_S = 12e9, 1.5e9  # over PCIe 4, from an SSD; only for a message
 Memory = dict[int | str, int]  # bytes that weights may take, by GPU number and "cpu"
 
 
@@ -39,8 +39,7 @@ def load_for_scoring(
 ) -> PreTrainedModel:
     """The base, with its weights rounded to 4 bits if training quantised it, placed where it fits.
 
-    Raises:
-        ModelError: as `load_base`, or other processes fill the GPU.
+    Raises as `load_base`, and ModelError if other processes fill the GPU.
     """
     try:
         config = base_config(identity, labels)
@@ -65,7 +64,11 @@ def load_for_scoring(
         )
         return load_base(identity, quantisation, labels, **placement)
     _refuse_full_gpu(packed, memory)
-    return _offloaded(identity, config, rounded, labels, plain, memory)
+    note(
+        f"the model ({_gib(plain)}) is larger than the memory of the device ({_gib(_first_device(memory))} free): each "
+        "token of a batch reads the other weights from CPU memory or disk, which is slow"
+    )
+    return _offloaded(identity, config, rounded, labels, memory)
 
 
 def available_memory() -> Memory:
@@ -123,23 +126,9 @@ def _refuse_full_gpu(size: int, memory: Memory) -> None:
 
 
 def _offloaded(
-    identity: dict[str, Any],
-    config: PretrainedConfig,
-    rounded: dict[str, Edit],
-    labels: list[str] | None,
-    size: int,
-    memory: Memory,
+    identity: dict[str, Any], config: PretrainedConfig, rounded: Edits, labels: list[str] | None, memory: Memory
 ) -> PreTrainedModel:
     """The model with as many weights on the GPU as fit; the others are read from CPU memory and disk at each pass."""
-    gpus = sum(limit for name, limit in memory.items() if name != "cpu")
-    on_disk = max(0, size - gpus - memory["cpu"])
-    in_memory = size - gpus - on_disk if gpus else 0
-    seconds = in_memory / CPU_BYTES_PER_S + on_disk / DISK_BYTES_PER_S
-    note(
-        f"the model ({_gib(size)}) is larger than the memory of the device ({_gib(_first_device(memory))} free): "
-        f"each token of a batch reads {_gib(in_memory)} from CPU memory and {_gib(on_disk)} from disk, which takes "
-        f"about {seconds:.2g} s"
-    )
     parent = (WORK_DIR / "offload").absolute()
     for leftover in parent.glob("*-*"):  # of killed processes
         if not psutil.pid_exists(int(leftover.name.partition("-")[0])):
@@ -160,7 +149,7 @@ def _offloaded(
         edits = {names[parameter]: round_weight for parameter, round_weight in rounded.items()}
         rewrite(checkpoint, folder / "base", edits, compute_dtype(), "load")
         config.save_pretrained(folder / "base")
-        source = {"name_or_path": str(folder / "base"), "revision": None, "trust_remote_code": False}
+        source = local_source(folder / "base")
     model = load_base(source, None, labels, device_map="auto", max_memory=memory, offload_folder=str(folder / "disk"))
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     return model
@@ -171,8 +160,7 @@ def load_tuned(
 ) -> Any:
     """The result of `train` in `folder`: the base with its adapter, or the whole model; raises as `load_base`."""
     if is_whole(folder):
-        whole = {"name_or_path": str(folder), "revision": None, "trust_remote_code": False}
-        return load_for_scoring(whole, None, labels).eval()
+        return load_for_scoring(local_source(folder), None, labels).eval()
     return load_adapter(load_for_scoring(identity, quantisation, labels), folder)
 
 

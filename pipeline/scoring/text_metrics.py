@@ -1,4 +1,4 @@
-"""Every metric of an answer's text, as one `evaluate` module whose configuration is the metric's name.
+"""Every metric of an answer's text, as one `evaluate` module (the Hub's need a network), configured by its name.
 
 Each returns `score` of the set (None without an item that counts), `items` (of each item its score, or the counts that
 the set's score is made from, for resampling) and `signature`.
@@ -13,12 +13,29 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from pipeline.core.text import fold
-from pipeline.scoring.metrics import tokeniser_for, words
 
 _ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 _SENTENCE_END = regex.compile(r"(?<=[。！？｡]['\"”’」』）]*)(?!['\"”’」』）\n]|$)")
 FOLDED = "norm:nfkc+casefold+space+fullstop"
 _WORDS = "tok:word+char-of-spaceless-scripts"
+# One token: a Han, kana, Hangul, Thai, Lao, Khmer or Burmese character with its marks, or a run of other letters and
+# digits. ASCII text gives the tokens of rouge-score.
+_SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(rf"[{_SPACELESS}]\p{{M}}*|(?:(?![{_SPACELESS}_])\w)+")
+_HAN = regex.compile(r"\p{Han}")
+_BY_CHARACTER = regex.compile(r"[\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+
+
+def tokeniser_for(text: str) -> str:
+    """sacrebleu's tokeniser for `text`: zh for Chinese, char for Japanese, Thai, Lao, Khmer and Burmese, else 13a.
+
+    `char` needs no dictionary, which MeCab's would, and whose version would be part of every score. Chinese with a rare
+    kana in it stays Chinese; English words in a Chinese text are left whole by `zh`.
+    """
+    by_character = len(_BY_CHARACTER.findall(text))
+    if by_character and 5 * by_character > len(_HAN.findall(text)):
+        return "char"
+    return "zh" if _HAN.search(text) else "13a"
 
 
 def _mean(values):
@@ -88,7 +105,7 @@ class _Tokenizer:
     """rouge-score's own drops every character that is not ASCII: identical Chinese sentences score 0."""
 
     def tokenize(self, text):
-        return words(text)
+        return list(_WORD.findall(text.lower()))
 
 
 def _rouge(predictions, references):
