@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import with_, write_params
 from versions import ITEMS, make_workspace, parameters, promote_version, published, records
@@ -15,8 +17,8 @@ from pipeline.core.files import read_json, write_json
 from pipeline.params import Params
 from pipeline.registry.artifact_store import StoreError
 from pipeline.registry.decisions import Record, name_of
-from pipeline.registry.gate import CompareError
-from pipeline.registry.wording import TITLES, next_step, title, why
+from pipeline.registry.gate import Claim, CompareError
+from pipeline.registry.wording import TITLES, next_step, number, title, why
 from pipeline.report.tables import in_short, markdown, score_rows, show_table, verdict_rows
 from pipeline.report.versus import compare_versions, comparison_json
 
@@ -42,6 +44,13 @@ def row(verdict: str, difference: float, margin: float | None = None, **more: An
 
 BETTER = row("passed", 0.1)
 UNDECIDED = {"rougeL": row("open", 0.034)}  # needs 78 test items; there are 48, a tenth of the rows
+
+
+def test_a_zero_has_no_minus_sign() -> None:
+    items = np.ones(2)
+    claims = [Claim("perplexity", "perplexity", items, items, items, bound) for bound in (0.0, 0.5)]
+    assert [replace(claim, declared=1.0).needed for claim in claims] == ["less than 0", "less than -0.5"]
+    assert (number("bleu", -0.01), number("rougeL", -1e-5, "+"), number("bleu", -0.1)) == ("0.0", "+0.000", "-0.1")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Claim:
     def needed(self) -> str:
         if self.is_guard:
             return f"{'at least -' if self.sign > 0 else 'at most +'}{-self.bound:.3g}"
-        return f"{'more than ' if self.sign > 0 else 'less than -'}{self.bound:g}"
+        return f"{'more' if self.sign > 0 else 'less'} than {self.sign * self.bound:zg}"
 
 
 def claims_on(candidate: pa.Table, champion: pa.Table, params: PromoteParams) -> list[Claim]:

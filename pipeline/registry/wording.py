@@ -68,7 +68,7 @@ def next_step(record: Record, name: str, manifest: Manifest) -> str:
 
 
 def number(metric: str, value: float, sign: str = "") -> str:
-    return f"{value:{sign}.{1 if metric in PERCENT else 3}f}"
+    return f"{value:{sign}z.{1 if metric in PERCENT else 3}f}"
 
 
 def span(metric: str, row: dict[str, Any], sign: str = "+") -> str:

@@ -62,7 +62,7 @@ def token_agreement(
         return equal.sum(dim=1).tolist()
 
     sequences = [(p + a, [-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
-    counts = per_sequence(model, sequences, pad, count_equal, stage, f"tokens of {system}")
+    counts = per_sequence(model, sequences, pad, count_equal, stage, f"answers compared with {system}")
     return sum(counts) / sum(map(len, answers))
 
 
