@@ -31,6 +31,7 @@ VARIABLE = "RETUNE_MAX_MEMORY"
 GIB = 2**30
 ROOM = 0.1  # share of a device's memory that is left to activations and the cache of keys and values
 PACKED = 0.53  # bytes per 4-bit number, with scales
+CPU_BYTES_PER_S, DISK_BYTES_PER_S = 12e9, 1.5e9  # over PCIe 4, from an SSD; only for a message
 Memory = dict[int | str, int]  # bytes that weights may take, by GPU number and "cpu"
 
 
@@ -64,9 +65,14 @@ def load_for_scoring(
         )
         return load_base(identity, quantisation, labels, **placement)
     _refuse_full_gpu(packed, memory)
+    gpus = sum(limit for name, limit in memory.items() if name != "cpu")
+    on_disk = max(0, plain - gpus - memory["cpu"])
+    in_memory = plain - gpus - on_disk if gpus else 0
+    seconds = in_memory / CPU_BYTES_PER_S + on_disk / DISK_BYTES_PER_S
     note(
         f"the model ({_gib(plain)}) is larger than the memory of the device ({_gib(_first_device(memory))} free): each "
-        "token of a batch reads the other weights from CPU memory or disk, which is slow"
+        f"token of a batch reads {_gib(in_memory)} from CPU memory and {_gib(on_disk)} from disk, which takes about "
+        f"{seconds:.2g} s"
     )
     return _offloaded(identity, config, rounded, labels, memory)
 
