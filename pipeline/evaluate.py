@@ -43,7 +43,7 @@ def evaluate(
         GeneralError, BackendError: `params.general` or `params.backend` cannot be used.
     """
     contract = read_json(dataset / "contract.json")
-    require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
+    require_same_contract(contract, read_json(adapter / "contract.json"), f"of {adapter}; `dvc repro` makes it again")
     use_free_cores()
     if "labels" in contract:
         return _evaluate_classes(params, dataset, adapter, output, contract)

@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +115,9 @@ def write_snapshot(
     names: set[str] = set()
     for source, fetched_source in zip(sources, fetched, strict=True):
         for path, name in fetched_source.files:
-            # Names are unique, because `Row.source` contains them.
-            unique = next(n for i in count(1) if (n := name if i == 1 else f"{i}/{name}") not in names)
+            unique, copy = name, 2
+            while unique in names:  # `Row.source` contains it
+                unique, copy = f"{copy}/{name}", copy + 1
             names.add(unique)
             files.append(_File(path, unique, source, _stat(path), scratch / f"{len(files)}.arrow"))
     _convert(files, new / "rejected.jsonl", ask)

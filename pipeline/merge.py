@@ -56,7 +56,7 @@ def merge(params: MergeParams, dataset: Path, adapter: Path, evaluation: Path, o
         TemplateError, ModelError: the base is not the one the adapter was trained on.
     """
     contract = read_json(dataset / "contract.json")
-    require_same_contract(contract, read_json(adapter / "contract.json"), adapter)
+    require_same_contract(contract, read_json(adapter / "contract.json"), f"of {adapter}; `dvc repro` makes it again")
     require_mergeable(adapter)
     use_free_cores()
     quantisation, labels = read_json(adapter / "training.json")["quantisation"], contract.get("labels")

@@ -193,14 +193,18 @@ def _follow_up(model: RegisteredModel, webhooks: list[str], record: Record) -> D
     name = f"v{number}" if number else record.version
     next_step = wording.next_step(decisive, name, model.manifest(record.version)) if decisive else ""
     serving = model.label(record.champion) if record.champion else None
-    same = ("decision", "version", "champion", "reason", "word", "comparison", "notes")
-    title = wording.title(record.word, decisions.name_of(record.version, number), serving)
     return Decision(
-        **{key: getattr(record, key) for key in same},
+        decision=record.decision,
+        version=record.version,
         number=number,
+        champion=record.champion,
         against=record.previous or gate.BASE,
-        title=title,
+        reason=record.reason,
+        word=record.word,
+        title=wording.title(record.word, decisions.name_of(record.version, number), serving),
         next=next_step,
+        comparison=record.comparison,
+        notes=record.notes,
         warnings=warnings,
     )
 
@@ -209,10 +213,15 @@ def _send_to_webhooks(webhooks: list[str], name: str, record: Record) -> list[st
     """POST `record` to the URL in each environment variable; returns a warning, without the URL, for each failure."""
     warnings = []
     for variable in webhooks:
-        try:
-            send(os.environ.get(variable, ""), {"model": name} | asdict(record))
-        except HttpError as error:
-            cause = f"is not set, not an http or https URL, or cannot be reached ({type(error.__cause__).__name__})"
-            problem = f"answered with status {error.status}" if error.status else cause
-            warnings.append(f"the decision was not sent to the webhook in {variable}: it {problem}")
+        url, problem = os.environ.get(variable, ""), ""
+        if not url.startswith(("http://", "https://")):
+            problem = "its value is not an http or https URL" if url else "it is not set"
+        else:
+            try:
+                send(url, {"model": name} | asdict(record))
+            except HttpError as error:
+                unreachable = f"it cannot be reached ({type(error.__cause__).__name__})"
+                problem = f"it answered with status {error.status}" if error.status else unreachable
+        if problem:
+            warnings.append(f"the decision was not sent to the webhook in {variable}: {problem}")
     return warnings

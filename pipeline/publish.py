@@ -70,9 +70,9 @@ def ship_version(model: RegisteredModel, version: str) -> tuple[Manifest, int]:
         descriptions["MLmodel"].write_text(card.mlmodel(manifest), encoding="utf-8")
         description_entries, sent_descriptions = upload(model.store, descriptions)
     tokenizer = {  # a second time, under the names where MLflow's transformers flavour looks for it
-        name.replace("merged/", "components/tokenizer/"): entry
+        f"components/tokenizer/{name.removeprefix('merged/')}": entry
         for name, entry in entries.items()
-        if name.startswith("merged/") and (name[7:] in TOKENIZER_FILES or name.endswith(".model"))
+        if name.startswith("merged/") and (name.removeprefix("merged/") in TOKENIZER_FILES or name.endswith(".model"))
     }
     manifest["files"] = entries | description_entries | tokenizer
     _sign(model, manifest)  # before the manifest, so that a visible version is signed

@@ -5,7 +5,6 @@ A change is validated first and keeps the file's comments. Errors name key, valu
 
 import difflib
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -102,12 +101,20 @@ def _parse(text: str, path: Path) -> Params:
         raise ParamsError(f"{path} has no sections; expected the keys ingest, prepare, train, …")
     _refuse_credentials(tree, path)
     try:
-        plain = json.loads(json.dumps(tree, default=str))  # strict validation refuses ruamel's own types
-        return Params.model_validate(plain)
+        return Params.model_validate(_plain(tree))
     except ValidationError as error:
         # Unknown keys first, because an unknown key is often the missing one, misspelt.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise ParamsError(redact("\n".join(_sentence(e, tree, path) for e in errors))) from None
+
+
+def _plain(node: Any) -> Any:
+    """ruamel's round-trip nodes as the plain Python values that strict validation requires."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    return next((kind(node) for kind in (bool, int, float, str) if isinstance(node, kind)), node)
 
 
 def _refuse_credentials(tree: Any, path: Path, above: str = "") -> None:

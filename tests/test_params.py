@@ -41,6 +41,7 @@ def changed(tmp_path: Path, key: str, new: str) -> tuple[Path, int]:
         ("  model_revision: main", "prepare.model_revision is 'main'; .*commit"),
         ("  artifact_store: ftp://b", "publish.artifact_store is 'ftp://b'; .*(s3://.*file://|file://.*s3://)"),
         ("  tracking_uri: mlruns", "publish.tracking_uri is 'mlruns'; .*sqlite:///.*https"),
+        ("  registered_model_name: 2026-01-31", r"publish.registered_model_name is datetime.date\(.*; .*string"),
         ("  registered_model_name: a b", "publish.registered_model_name is 'a b'; .*64 letters"),
         ("  git_branch: a b", "operations.git_branch is 'a b'; .*branch"),
         ("  webhooks: [https://x]", r"promote.webhooks is \['https://x'\]; .*environment variables"),

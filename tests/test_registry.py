@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import environment, with_
 from local_servers import answers, free_port, wait_until
+from mlflow.exceptions import MlflowException
 from test_signature import make_key
 from versions import parameters, promote_version, published, registry_lost
 
@@ -92,6 +93,18 @@ def test_numbers_map_to_ids_and_of_two_entries_of_a_version_the_first_counts(reg
         registry.id_of("4")
     registry.delete("abc")
     assert registry.numbers() == {"def": "2"}
+
+
+def test_a_registry_that_refuses_a_new_model_says_why_and_gets_no_run(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise MlflowException("not allowed")
+
+    monkeypatch.setattr(registry.client, "create_registered_model", refuse)
+    with pytest.raises(RegistryError, match="not allowed"):
+        registry.register(**VERSION)
+    assert registry.client.get_experiment_by_name(registry.name) is None
 
 
 def test_wrong_aliases_are_corrected(registry: ModelRegistry) -> None:

@@ -129,7 +129,15 @@ def test_a_file_is_answered_line_by_line_and_a_line_without_an_answer_says_why(
     rows = [{"id": i, "prompt": question} for i, question in enumerate(tuned)]
     rows[3] = {"id": 3, "messages": [{"role": "user", "content": rows[3]["prompt"]}]}
     rows.insert(1, {"id": "long", "prompt": "and " * 2000})
-    rows.append({"id": "refused", "messages": [{"role": "user", "content": "a"}] * 2, "tools": "[3]"})
+    rows[0] |= {"error": "of an earlier run", "cut_off": "perhaps"}
+    rows.append(
+        {
+            "id": "refused",
+            "answer": "an earlier one",
+            "messages": [{"role": "user", "content": "a"}] * 2,
+            "tools": "[3]",
+        }
+    )
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     predict(file)
@@ -138,6 +146,7 @@ def test_a_file_is_answered_line_by_line_and_a_line_without_an_answer_says_why(
     faults = {answer["id"]: answer["error"] for answer in answers if "error" in answer}
     assert faults.keys() == {"long", "refused"} and "2 lines not answered" in capsys.readouterr().out
     assert [answer["answer"] for answer in answers if answer["id"] not in faults] == list(tuned.values())
+    assert not any("answer" in answer for answer in answers if answer["id"] in faults)
     assert not list((there / ".retune" / "predictions").iterdir())
 
 

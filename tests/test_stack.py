@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from local_servers import ended, free_port, give_database, posted_to, read, star
 from s3_sink import serving
 
 from pipeline.core import graph, handover
+from pipeline.core.http_client import MAX_ANSWER, send
 from pipeline.core.run_lock import only_on_gpus
 from pipeline.params import Params
 from pipeline.services import server, stack
@@ -77,6 +78,19 @@ def test_another_program_that_answers_is_no_prefect_server(health: str) -> None:
 
     with serving(Other) as url:
         assert not server.answers(f"{url}/api/health")
+
+
+def test_an_answer_without_end_is_cut() -> None:
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b"a" * 2**16)
+
+    with serving(Endless) as url:
+        assert MAX_ANSWER < len(send(url)) < 2 * MAX_ANSWER
 
 
 @pytest.mark.parametrize(("statuses", "answer", "asked"), [([503, 503, 201], {"id": 1}, 3), ([422, 201], None, 1)])

@@ -6,6 +6,7 @@ It may import core and params.
 from typing import Any
 
 Message = dict[str, Any]  # one turn: role, content and the other fields that `data.messages` describes
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # Qwen and DeepSeek; OpenRouter; gpt-oss
 
 
 def alternating(*contents: str) -> list[Message]:

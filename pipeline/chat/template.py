@@ -63,7 +63,8 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
             )
         text = path.read_text(encoding="utf-8")
     template = _load(identity, text, name, {key: getattr(params, key) for key in SETTINGS})
-    for argument in params.chat_template_kwargs.keys() - (names := template.renderer.variables()):
+    names = template.renderer.variables()
+    for argument in params.chat_template_kwargs.keys() - names:
         near = difflib.get_close_matches(argument, names, 1)
         raise TemplateError(
             f"prepare.chat_template_kwargs has {argument}, which the chat template does not read; "
@@ -73,9 +74,8 @@ def load_template(params: PrepareParams) -> tuple[ChatTemplate, dict[str, Any]]:
     # Of the control tokens, only those that the template writes can occur, because those in messages are escaped; some
     # published tokenizers have others beyond the model's vocabulary.
     written = {number for entry in template.golden() for number in entry["input_ids"] or []} | template.stop_ids
-    require_embeddings(
-        config, tokenizer, written | {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}
-    )
+    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    require_embeddings(config, tokenizer, written | ordinary)
     require_context(params, getattr(config, "max_position_embeddings", None))
     return template, identity
 
@@ -108,8 +108,8 @@ def load_contract(contract: dict[str, Any], shipped: Path | None = None) -> Chat
     template = _load(source, contract["chat_template"], contract.get("chat_template_name"), settings)
     # The conversations come from the contract, so that later versions of Retune may use others.
     golden = [(entry["messages"], entry["tools"]) for entry in contract["golden"]] or None
-    made_for = shipped or "the dataset; run `dvc repro prepare`"
-    require_same_contract(template.contract(contract["model"], golden), contract, made_for)
+    of = f"it was shipped with in {shipped}" if shipped else "of the dataset; run `dvc repro prepare`"
+    require_same_contract(template.contract(contract["model"], golden), contract, of)
     return template
 
 
@@ -253,8 +253,8 @@ def require_embeddings(config: Any, tokenizer: PreTrainedTokenizerBase, token_id
         )
 
 
-def require_same_contract(contract: dict[str, Any], other: dict[str, Any], where: Path | str) -> None:
-    """Refuse `contract` if it differs from `other`, the contract of `where`."""
+def require_same_contract(contract: dict[str, Any], other: dict[str, Any], of: str) -> None:
+    """Refuse `contract` if it differs from `other`; `of` says whose contract that is, and what to do."""
     different = differing_keys(portable(contract), portable(other))  # shipped contracts name no local folders
     if different:
-        raise TemplateError(f"{', '.join(different)} differ from the contract of {where}")
+        raise TemplateError(f"{', '.join(different)} differ from the contract {of}")

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.chat import Message
+from pipeline.chat import REASONING_KEYS, Message
 from pipeline.chat.rendering import Renderer, RowError, Tools, arguments_of
 
 PLACEHOLDER = "\ufdd3"  # a noncharacter that stands for the content of a message, to find where it is rendered
 PROBE_ANSWER = "probe answer"  # the same for `ChatTemplate.render`, which refuses noncharacters
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 REASONING_DROPPED = "reasoning left out: the prompt closes the thinking, or the chat template has no place for it"
 REASONING_INLINE = "reasoning written into the answer, since the chat template has no place for it"
 

@@ -83,10 +83,9 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show rows token by token, as the model sees them, with trained tokens marked; FILE is shown as if prepared."""
-
+    params = load_params_offline()
     from pipeline.data.inspection import as_text, inspect_dataset, inspect_file
 
-    params = load_params_offline()
     model = Path(params.prepare.model_name_or_path)
     if file is not None and model.parts[:1] == ("data",) and not model.exists():  # a fresh clone
         with only_run():

@@ -28,6 +28,7 @@ HELP = """/adapter NAME   switch to another model: base, workspace, champion, v3
 /system TEXT    set the system message; without TEXT, remove it
 /reset          forget the conversation
 /quit           end (also Ctrl-D)"""
+ANSWERED = ("answer", "cut_off", "error", "reasoning", "tool_calls", "label", "confidence")  # what predict adds
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(
@@ -123,13 +124,15 @@ def predict(
         settings = (limit, size, "predict", name, keep, tools, limited_by)
         answers = iter(generate(loaded, template, prompts, *settings))
         results = [{"error": prompt} if isinstance(prompt, str) else _fields(next(answers)) for prompt in checked]
-    lines = [row | result | {"model": name} for (row, _, _), result in zip(rows, results, strict=True)]
+    asked = [{key: value for key, value in row.items() if key not in ANSWERED} for row, _, _ in rows]
+    lines = [row | result | {"model": name} for row, result in zip(asked, results, strict=True)]
     write_text(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if keep is not None:
         keep.unlink(missing_ok=True)
-    cut, faults = sum(line.get("cut_off", False) for line in lines), sum("error" in result for result in results)
-    text = f"predict: {counted(len(lines), 'line')} in {target}" + f", {counted(cut, 'answer')} cut off" * (cut > 0)
-    text += f"; {counted(faults, 'line')} not answered, see `error` there" * (faults > 0)
+    cut, faults = (sum(bool(result.get(key)) for result in results) for key in ("cut_off", "error"))
+    text = f"predict: {counted(len(lines), 'line')} in {target}"
+    text += f", {counted(cut, 'answer')} cut off" if cut else ""
+    text += f"; {counted(faults, 'line')} not answered, see `error` there" if faults else ""
     answer(json_output, {"model": name, "rows": len(lines), "errors": faults, "path": str(target)}, text)
 
 

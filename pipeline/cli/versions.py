@@ -251,6 +251,7 @@ def _load_model() -> tuple[Any, Any]:
 
 
 def _show_decision(decision: promotion.Decision, json_output: bool) -> None:
+    print_warnings(decision.warnings)
     if json_output:
         print(json.dumps(asdict(decision)))
     else:

@@ -4,6 +4,7 @@ the configured address.
 
 from typing import Any
 
+MAX_ANSWER = 2**22  # bytes; longer answers are cut
 MAX_REASON = 300  # characters kept of an error's answer
 
 
@@ -24,11 +25,17 @@ def send(url: str, body: Any = None, timeout_s: float = 10.0, **options: Any) ->
     """
     import httpx
 
+    options |= {} if body is None else {"json": body}
     try:
-        response = httpx.request("GET" if body is None else "POST", url, json=body, timeout=timeout_s, **options)
+        with httpx.stream("GET" if body is None else "POST", url, timeout=timeout_s, **options) as response:
+            data = b""
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > MAX_ANSWER:
+                    break
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise HttpError(str(error) or type(error).__name__) from error
     if not response.is_success:
-        reason = response.text[:MAX_REASON].strip()
+        reason = data.decode("utf-8", "replace")[:MAX_REASON].strip()
         raise HttpError(f"status {response.status_code}" + (f": {reason}" if reason else ""), response.status_code)
-    return response.content
+    return data

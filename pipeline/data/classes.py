@@ -86,7 +86,7 @@ def load_encoder(params: PrepareParams) -> tuple[TextEncoder, dict[str, Any]]:
 def load_classes(contract: dict[str, Any], source: dict[str, Any] | None = None) -> TextEncoder:
     """The encoder of a contract, or of a shipped model's `source`; TemplateError if base or tokenizer has changed."""
     encoder = _load(source or require_same_model(contract), contract["cut_at"])
-    require_same_contract(encoder.contract(contract["model"]), contract, "the dataset; run `dvc repro prepare`")
+    require_same_contract(encoder.contract(contract["model"]), contract, "of the dataset; run `dvc repro prepare`")
     return encoder
 
 
@@ -123,7 +123,7 @@ def _load(source: dict[str, Any], cut_at: int | None) -> TextEncoder:
 
 def _context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
-    if not limit or limit < 0:
+    if not isinstance(limit, int) or limit <= 0:
         return None
     if config.model_type in SHIFTED:
         limit -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1

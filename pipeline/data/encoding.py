@@ -89,7 +89,8 @@ def encode_shard(params_json: str, train_task: str, shard: Path, folder: Path) -
         with pa.ipc.new_file(partial / TEXT, text_table.schema) as file:
             file.write_table(text_table)
         if params.near_duplicate_threshold is not None:
-            np.save(partial / SIGNATURES, signatures(texts))
+            chunks = [signatures(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
+            np.save(partial / SIGNATURES, np.concatenate(chunks))
 
 
 def load_encoding(params: PrepareParams, train_task: str) -> tuple[Encoder, dict[str, Any]]:

@@ -6,6 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -71,8 +73,7 @@ def inspect_dataset(
     file = dataset / f"{split}.parquet"
     if not file.is_file():
         raise InspectionError(f"{file} does not exist; run `dvc repro prepare`, or give a data file to inspect")
-    table = pq.read_table(file)
-    rows = table.select(["id", "task"]).to_pylist()
+    rows = pq.read_table(file, columns=["id", "task"]).to_pylist()
     wanted = {key: value for key, value in (("id", id), ("task", task)) if value is not None}
     numbers = [i for i, keys in enumerate(rows) if i >= (row or 0) and wanted.items() <= keys.items()][:count]
     if not numbers:
@@ -82,6 +83,7 @@ def inspect_dataset(
     contract = read_json(dataset / "contract.json")
     load = classes.load_classes if contract.get("task") == CLASSIFICATION else load_contract
     tokenizer = load(contract).tokenizer
+    records = pads.dataset(file).take(pa.array(numbers)).to_pylist()
     return [
         InspectedRow(
             place=f"{split} row {number}",
@@ -90,7 +92,7 @@ def inspect_dataset(
             tokens=decode_tokens(tokenizer, record["input_ids"], record.get("labels")),
             **{key: record.get(key) for key in ("task", "id", "source", "reference", "label")},
         )
-        for number, record in zip(numbers, table.take(numbers).to_pylist(), strict=True)
+        for number, record in zip(numbers, records, strict=True)
     ]
 
 

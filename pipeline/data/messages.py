@@ -8,8 +8,7 @@ message may have name and tool_call_id. A turn that cannot be converted raises a
 import re
 from typing import Any
 
-from pipeline.chat import Message, alternating
-from pipeline.chat.turns import REASONING_KEYS  # Qwen and DeepSeek; OpenRouter; gpt-oss
+from pipeline.chat import REASONING_KEYS, Message, alternating
 from pipeline.data.records import check_text, parse_json, shorten, to_json
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {

@@ -6,7 +6,7 @@ determines the aliases `champion` and `challenger`; the next command corrects th
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -89,8 +89,11 @@ class ModelRegistry:
         points = [Metric(key, value, now, step) for key, value, step in metrics]
         with self._registry_errors():
             if self._aliases() is None:
-                with suppress(MlflowException):  # another process may be quicker
+                try:
                     self.client.create_registered_model(self.name)
+                except MlflowException:
+                    if self._aliases() is None:  # else another process was quicker
+                        raise
             # Reports are stored next to a SQLite file; a server has its own place.
             location = (self.database.parent / "mlartifacts").as_uri() if self.database else None
             known = self.client.get_experiment_by_name(self.name)

@@ -62,13 +62,15 @@ def generate(
         ModelError: a prompt fills the model's context.
         OutOfMemory: out of memory even with a single prompt; before that, the batch is halved.
     """
+    if not prompts:
+        return []
     limits = answer_limits(model.config, prompts, max_new_tokens)
     model.eval()
     answers = KeptAnswers(keep)
     missing = [i for i in range(len(prompts)) if i not in answers]
     progress = Progress(stage, len(prompts), f"answers of {system}")
     progress.resume_at(len(answers))
-    rows = rows_at_once(model, batch_size, _longest(prompts, limits) if prompts else 0)
+    rows = rows_at_once(model, batch_size, _longest(prompts, limits))
     waiting, most = [prompts[i] for i in missing], [limits[i] for i in missing]
     for number, ids in generate_tokens(model, waiting, most, template, rows, limited_by):
         answers[missing[number]] = ids
@@ -117,7 +119,7 @@ def answer_limits(config: Any, prompts: Prompts, max_new_tokens: int) -> list[in
     if min(limits, default=1) < 1:
         raise ModelError(
             f"a conversation has {max(map(len, prompts))} tokens, and the model takes {context} with the answer; "
-            "shorten it (in a chat, with /reset)"
+            "shorten it"
         )
     return limits
 
@@ -174,6 +176,8 @@ def generate_tokens(
 
 def _fastest(model: Any, prompts: Prompts, limits: Sequence[int]) -> Any:
     """The function that answers `prompts` fastest."""
+    if len(prompts) == 1 and input_device(model).type == "cpu":
+        return generate_in_batches  # there is no row to exchange, and no graph
     if reason := why_no_slots(model, prompts, _longest(prompts, limits)):
         note(f"this model answers in fixed batches, each as slow as its longest answer: {reason}")
         return generate_in_batches

@@ -31,7 +31,9 @@ def emit(event: str, resource: str, payload: dict[str, Any], root: Path = Path("
 
 def record_unchanged(reason: str, root: Path = Path(".")) -> bool:
     """Add an unchanged run of `retrain` to the history of `retune up`'s server; starting a flow would take longer."""
-    if not (url := server.running(root)) or not (flow := server.post(url, "flows/", {"name": "retrain"})):
+    url = server.running(root)
+    flow = server.post(url, "flows/", {"name": "retrain"}) if url else None
+    if url is None or flow is None:
         return False
     state = {"type": "COMPLETED", "name": "Unchanged", "message": f"nothing to do: {reason}"}
     run = {"name": "retrain-by-hand-unchanged", "state": state, "tags": ["retune", "trigger:by-hand", "unchanged"]}

@@ -73,8 +73,8 @@ def open_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Ch
 
 
 def _locate(name_or_path: str | Path, revision: str | None, file: str) -> Path | None:
-    path = Path(name_or_path) / file
-    if path.parent.is_dir():
+    if Path(name_or_path).is_dir():
+        path = Path(name_or_path) / file
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(str(name_or_path), file, revision=revision))
