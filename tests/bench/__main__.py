@@ -255,7 +255,8 @@ def validation_loss(params: TrainParams, dataset: Path, validation: Path, adapte
 
 
 if __name__ == "__main__":
-    name, *given = sys.argv[1:]
     benches = (bench_stages, bench_evaluate, bench_merge, bench_store, bench_train)
-    [bench] = [each for each in benches if each.__name__ == f"bench_{name}"]
-    bench(*(int(word) if word.isdigit() else word for word in given))
+    named = {bench.__name__.removeprefix("bench_"): bench for bench in benches}
+    if len(sys.argv) < 2 or sys.argv[1] not in named:
+        sys.exit(f"expected one of {', '.join(named)}")
+    named[sys.argv[1]](*(int(word) if word.isdigit() else word for word in sys.argv[2:]))
