@@ -83,14 +83,13 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show rows token by token, as the model sees them, with trained tokens marked; FILE is shown as if prepared."""
-    params = load_params_offline()
-    from pipeline.data.inspection import as_text, inspect_dataset, inspect_file
-
-    model = Path(params.prepare.model_name_or_path)
+    model = Path(load_params().prepare.model_name_or_path)
     if file is not None and model.parts[:1] == ("data",) and not model.exists():  # a fresh clone
         with only_run():
             _pull_base(str(model))
-        params = load_params_offline()
+    params = load_params_offline()
+    from pipeline.data.inspection import as_text, inspect_dataset, inspect_file
+
     misplaced = format or columns if file is None else id
     if misplaced is not None:
         raise CommandError("--format and --columns are for a file, --id is for the prepared dataset")

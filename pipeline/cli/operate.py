@@ -73,7 +73,7 @@ def status(json_output: Json = False) -> None:
         started = f"started at {since} by {run['by']} ({run['trigger']}, process {run['process'].partition(':')[0]})"
         print(f"run        {run['line'] or run['stage'] or 'starting'}; {started}")
     print(f"stale      {', '.join(stale) or 'nothing: every stage is up to date'}")
-    print(f"champion   {registry.cached_name(champion(log))}")
+    print(f"champion   {registry.cached_name(overview['champion'])}")
     if overview["waiting"]:
         print(f"waiting    {registry.cached_name(overview['waiting'])} for approval (`retune promote --approve`)")
 
